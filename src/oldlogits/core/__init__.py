@@ -1,0 +1,1 @@
+"""Policies and variants, trajectories, the seams, and the errors."""

@@ -1,0 +1,99 @@
+"""Errors: each says what is wrong, what it got, what is allowed, and how to fix it.
+
+OldLogitsError
+├── ConfigError           (ValueError)        a recipe, an override or an option
+│   └── MissingPolicyError                    a variant asks for log-probs that its source does not provide
+├── RunFolderError        (FileExistsError)   the run folder is not empty, or cannot be resumed
+├── ModelFolderError      (FileNotFoundError) a model folder that is missing or of an unknown family
+├── EnvironmentShapeError (TypeError)         a class that is no environment
+├── TrajectoryError       (ValueError)        segments that contradict each other
+├── MissingLogprobError   (ValueError)        a token without the log-prob that the objective needs
+├── VersionEvictedError   (LookupError)       a version that the store no longer holds
+├── ExactnessError        (ArithmeticError)   a witness contradicts values that were claimed to be exact
+├── ProbeError            (ArithmeticError)   engine and trainer disagree right after a weight update
+├── NonFiniteError        (FloatingPointError) a loss or gradient that is not finite
+├── AccountingError       (RuntimeError)      trajectories lost, counted twice, or trained beyond the staleness bound
+└── WorkerDiedError       (RuntimeError)      the engine or the trainer process ended, or stopped answering
+"""
+
+from __future__ import annotations
+
+
+class OldLogitsError(Exception):
+    """Base of all errors of this package.
+
+    Args:
+        what: What is wrong, in one clause.
+        got: What was found.
+        allowed: What would have been right.
+        fix: What to do about it.
+
+    Example:
+        >>> str(OldLogitsError("band must be above 1", got="0.9", allowed="a number > 1", fix="set band = 1.5"))
+        'band must be above 1; got: 0.9; allowed: a number > 1; fix: set band = 1.5'
+    """
+
+    def __init__(self, what: str, *, got: str = "", allowed: str = "", fix: str = "") -> None:
+        self.what, self.got, self.allowed, self.fix = what, got, allowed, fix
+        parts = [("", what), ("got: ", got), ("allowed: ", allowed), ("fix: ", fix)]
+        super().__init__("; ".join(label + text for label, text in parts if text))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Keep the four parts when the error crosses a process boundary."""
+        return (_rebuild, (type(self), self.what, self.got, self.allowed, self.fix))
+
+
+def _rebuild(kind: type[OldLogitsError], what: str, got: str, allowed: str, fix: str) -> OldLogitsError:
+    return kind(what, got=got, allowed=allowed, fix=fix)
+
+
+class ConfigError(OldLogitsError, ValueError):
+    """A recipe, an override or a command-line option is wrong."""
+
+
+class MissingPolicyError(ConfigError):
+    """A variant asks for log-probs that its source does not provide."""
+
+
+class RunFolderError(OldLogitsError, FileExistsError):
+    """The run folder is not empty, or cannot be resumed."""
+
+
+class ModelFolderError(OldLogitsError, FileNotFoundError):
+    """A model folder is missing, incomplete, or of a family that is not supported."""
+
+
+class EnvironmentShapeError(OldLogitsError, TypeError):
+    """A class does not have the shape of an environment."""
+
+
+class TrajectoryError(OldLogitsError, ValueError):
+    """The segments of a trajectory contradict each other."""
+
+
+class MissingLogprobError(OldLogitsError, ValueError):
+    """A token lacks the log-prob that the objective needs; never replaced by a ratio of 1."""
+
+
+class VersionEvictedError(OldLogitsError, LookupError):
+    """A version was asked for that the store no longer holds."""
+
+
+class ExactnessError(OldLogitsError, ArithmeticError):
+    """A witness contradicts log-probs that were claimed to be exact."""
+
+
+class ProbeError(OldLogitsError, ArithmeticError):
+    """Engine and trainer disagree on a fixed prompt right after a weight update."""
+
+
+class NonFiniteError(OldLogitsError, FloatingPointError):
+    """A loss or a gradient is not finite."""
+
+
+class AccountingError(OldLogitsError, RuntimeError):
+    """Trajectories were lost, counted twice, or would be trained beyond the staleness bound."""
+
+
+class WorkerDiedError(OldLogitsError, RuntimeError):
+    """The engine or the trainer process ended or stopped answering."""

@@ -1,0 +1,229 @@
+"""The paper's table of variants as one table, and what follows from each row.
+
+Every log-prob in this package says which policy it came from. A ratio of two policies is written
+``THETA / OLD``; a variant is a pair of ratios, and what it needs, its total ratio and whether it corrects
+the training-inference mismatch are derived from its row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Final
+
+from oldlogits.core.errors import ConfigError, MissingPolicyError
+
+
+class Policy(StrEnum):
+    """A distribution over the next token. ``/`` builds a `Ratio`."""
+
+    MU = "mu"  # the inference engine, at the version that sampled the token
+    OLD = "old"  # the training engine, at that same version: the old logits
+    ASYNC = "async"  # the training engine, when the batch enters training
+    EWMA = "ewma"  # the training engine, with weights averaged over versions
+    LINEAR = "linear"  # arithmetic interpolation of MU and THETA
+    LOGLINEAR = "loglinear"  # log-linear interpolation of MU and THETA
+    THETA = "theta"  # the training engine, now: the policy being optimised
+
+    def __truediv__(self, other: Policy) -> Ratio:
+        """`THETA / OLD`: the ratio of two policies' probabilities of the sampled token."""
+        return Ratio(numerator=self, denominator=other)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ratio:
+    """``numerator / denominator`` of the probabilities that two policies give the sampled token."""
+
+    numerator: Policy
+    denominator: Policy
+
+    @property
+    def is_one(self) -> bool:
+        """Whether the ratio is identically 1."""
+        return self.numerator is self.denominator
+
+    def __mul__(self, other: Ratio) -> Ratio:
+        """The telescoped product: ``OLD/MU * THETA/OLD == THETA/MU``.
+
+        Raises:
+            ConfigError: The product does not telescope.
+        """
+        if self.is_one:
+            return other
+        if other.is_one:
+            return self
+        if self.numerator is other.denominator:
+            return Ratio(numerator=other.numerator, denominator=self.denominator)
+        raise ConfigError(
+            f"the ratios {self} and {other} do not telescope",
+            got=f"numerator {self.numerator} over denominator {other.denominator}",
+            allowed="r_d = X/MU with r_s = THETA/X, or r_d = 1",
+            fix="use one stand-in X in both ratios",
+        )
+
+    def __str__(self) -> str:
+        """``theta/old``, or ``1``."""
+        return "1" if self.is_one else f"{self.numerator}/{self.denominator}"
+
+
+MU, OLD, ASYNC, EWMA = Policy.MU, Policy.OLD, Policy.ASYNC, Policy.EWMA
+LINEAR, LOGLINEAR, THETA = Policy.LINEAR, Policy.LOGLINEAR, Policy.THETA
+ONE: Final = MU / MU
+
+AT_LOSS_TIME: Final = frozenset({MU, THETA, LINEAR, LOGLINEAR})
+"""Policies that need no source: MU comes with the trajectory, THETA from the forward pass, the rest from both."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One row of the paper's table: ``r_d`` multiplies and masks, ``r_s`` is clipped.
+
+    Raises:
+        ConfigError: The two ratios do not telescope to a ratio over which THETA stands.
+    """
+
+    r_d: Ratio
+    r_s: Ratio
+
+    def __post_init__(self) -> None:
+        """Refuse a row whose ratios do not telescope."""
+        if self.total.numerator is not THETA:
+            raise ConfigError(
+                f"r_d = {self.r_d} and r_s = {self.r_s} do not describe an update of THETA",
+                got=f"a total ratio {self.total}",
+                allowed="a total ratio THETA / X",
+                fix="let r_s be THETA / X",
+            )
+
+    @property
+    def stand_in(self) -> Policy:
+        """The policy that ``r_s`` is taken over: OLD itself, or what stands in for it."""
+        return self.r_s.denominator
+
+    @property
+    def total(self) -> Ratio:
+        """``r_d * r_s``, telescoped."""
+        return self.r_d * self.r_s
+
+    @property
+    def corrects_mismatch(self) -> bool:
+        """Whether the total ratio is THETA/MU; the other rows leave the training-inference mismatch uncorrected."""
+        return self.total.denominator is MU
+
+    @property
+    def needs(self) -> frozenset[Policy]:
+        """The policies whose log-probs a source must provide: empty, or one policy."""
+        used = {self.r_s.numerator, self.r_s.denominator}
+        if not self.r_d.is_one:
+            used |= {self.r_d.numerator, self.r_d.denominator}
+        return frozenset(used) - AT_LOSS_TIME
+
+
+VARIANTS: Final[Mapping[str, Variant]] = MappingProxyType(
+    {
+        "ppo_clip": Variant(r_d=ONE, r_s=THETA / OLD),
+        "ppo_clip_train_infer": Variant(r_d=ONE, r_s=THETA / MU),
+        "decoupled_exact": Variant(r_d=OLD / MU, r_s=THETA / OLD),
+        "decoupled_async": Variant(r_d=ASYNC / MU, r_s=THETA / ASYNC),
+        "linear_prox": Variant(r_d=ONE, r_s=THETA / LINEAR),
+        "loglinear_prox": Variant(r_d=ONE, r_s=THETA / LOGLINEAR),
+        "ppo_ewma": Variant(r_d=ONE, r_s=THETA / EWMA),
+        "ppo_ewma_train_infer": Variant(r_d=EWMA / MU, r_s=THETA / EWMA),
+    }
+)
+"""The paper's table (PAPER.md, "One frame for all variants: masked importance sampling")."""
+
+EXPERIMENTAL_VARIANTS: Final[Mapping[str, Variant]] = MappingProxyType(
+    {
+        "linear_train_infer": Variant(r_d=LINEAR / MU, r_s=THETA / LINEAR),
+        "loglinear_train_infer": Variant(r_d=LOGLINEAR / MU, r_s=THETA / LOGLINEAR),
+    }
+)
+"""Rows that the paper's Proposition 1 speaks of but its table does not list."""
+
+
+class Provenance(StrEnum):
+    """How the stand-in's log-prob of one token was obtained."""
+
+    EXACT = "exact"  # the training engine's forward at the token's own version, fresh keys and values
+    MIXED_KV = "mixed_kv"  # at the token's own version, but the engine attended to entries of older versions
+    ASYNC = "async"
+    EWMA = "ewma"
+    LINEAR = "linear"
+    LOGLINEAR = "loglinear"
+    MU = "mu"
+
+
+STAND_IN_PROVENANCE: Final[Mapping[Policy, Provenance]] = MappingProxyType(
+    {
+        OLD: Provenance.EXACT,
+        ASYNC: Provenance.ASYNC,
+        EWMA: Provenance.EWMA,
+        LINEAR: Provenance.LINEAR,
+        LOGLINEAR: Provenance.LOGLINEAR,
+        MU: Provenance.MU,
+    }
+)
+"""The provenance of tokens of fresh keys and values, by the variant's stand-in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """A route to log-probs: what it provides, and what it costs in one phrase."""
+
+    provides: frozenset[Policy]
+    cost: str
+
+
+SOURCES: Final[Mapping[str, Route]] = MappingProxyType(
+    {
+        "snapshot": Route(provides=frozenset({OLD}), cost="stores every version that is still needed"),
+        "arrival": Route(provides=frozenset({ASYNC}), cost="one forward, no storage"),
+        "none": Route(provides=frozenset(), cost="nothing"),
+    }
+)
+"""Which route provides which policy. Interpolations are formed at loss time and need no source."""
+
+
+def find_variant(name: str) -> Variant:
+    """The variant of that name, from `VARIANTS` or `EXPERIMENTAL_VARIANTS`.
+
+    Raises:
+        ConfigError: There is no such variant.
+    """
+    variant = VARIANTS.get(name) or EXPERIMENTAL_VARIANTS.get(name)
+    if variant is None:
+        names = ", ".join([*VARIANTS, *EXPERIMENTAL_VARIANTS])
+        raise ConfigError("unknown variant", got=repr(name), allowed=names, fix="choose one of these")
+    return variant
+
+
+def check_source(variant_name: str, source: str) -> None:
+    """Refuse a variant whose stand-in the source does not provide.
+
+    Raises:
+        MissingPolicyError: The source provides another policy, or none.
+        ConfigError: The variant or the source does not exist.
+    """
+    variant = find_variant(variant_name)
+    if source not in SOURCES:
+        raise ConfigError("unknown source.type", got=repr(source), allowed=", ".join(SOURCES), fix="choose one of these")
+    provides = SOURCES[source].provides
+    if variant.needs <= provides:
+        return
+
+    def named(policies: frozenset[Policy]) -> str:
+        return ", ".join(sorted(p.name for p in policies)) or "nothing"
+
+    fitting_sources = [name for name, route in SOURCES.items() if variant.needs <= route.provides]
+    fitting_variants = [name for name, row in VARIANTS.items() if row.needs and row.needs <= provides]
+    remedies = [f"source '{name}'" for name in fitting_sources[:1]] + [f"variant '{name}'" for name in fitting_variants[-1:]]
+    raise MissingPolicyError(
+        f"variant '{variant_name}' needs log-probs of {named(variant.needs)}, "
+        f"but source '{source}' provides {named(provides)}",
+        got=f"variant = '{variant_name}', source.type = '{source}'",
+        allowed=f"a source that provides {named(variant.needs)}: {', '.join(fitting_sources) or 'none is built in'}",
+        fix="use " + (", or ".join(remedies) or "another variant"),
+    )

@@ -1,0 +1,181 @@
+"""The seams of the system, and the data that passes through them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+from oldlogits.core.errors import ConfigError
+from oldlogits.core.policies import Policy
+from oldlogits.core.trajectory import KV
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PolicyVersion = int
+"""A version of the forward weights: an int64 that counts from 0."""
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How to sample a completion.
+
+    Args:
+        max_tokens: The most tokens to sample, >= 1.
+        temperature: 0 is greedy decoding (evaluation only; log-probs are then those at temperature 1).
+        top_p: Nucleus mass; below 1 it changes the support: evaluation only.
+        top_k: Keep the k likeliest tokens; 0 keeps all: evaluation only.
+        stop_token_ids: Sampling ends after any of these; the stop token is part of the output.
+        prompt_logprobs: Also return the log-prob of every prompt token but the first, at temperature 1.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    prompt_logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        if self.max_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ConfigError(
+                "sampling parameters out of range",
+                got=str(self),
+                allowed="max_tokens >= 1, temperature >= 0, 0 < top_p <= 1, top_k >= 0",
+                fix="correct the sampling section of the recipe",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """Output tokens ``[start, end)`` of a generation were sampled with one version."""
+
+    version: PolicyVersion
+    start: int
+    end: int
+    kv: KV = "fresh"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What an engine sampled for one request.
+
+    Args:
+        output_ids: The sampled tokens, the stop token included.
+        logprobs: Natural log of the probability of each, under the distribution that it was sampled from.
+        spans: Contiguous from 0 to ``len(output_ids)``, versions non-decreasing; empty when nothing was sampled.
+        finish_reason: "stop" (a stop token), "length" (max_tokens or the engine's context), "abort".
+        prompt_logprobs: Of prompt tokens 1, 2, ...; empty unless asked for.
+    """
+
+    output_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    spans: tuple[Span, ...]
+    finish_reason: FinishReason
+    prompt_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FullWeights:
+    """All forward weights under their Hugging Face parameter names."""
+
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineCapabilities:
+    """What an engine can do, read when it starts.
+
+    Args:
+        max_context: The most tokens (prompt + output) of one sequence.
+        partials: Whether `RolloutEngine.partials` exists; if not, a request is interrupted by abort and resubmit.
+        kv_modes: What `pause` can promise about keys and values after the update.
+        numerics: The engine's numerics, such as "fp32" or "int8".
+    """
+
+    max_context: int
+    partials: bool
+    kv_modes: frozenset[Literal["recompute", "stale"]]
+    numerics: str
+
+
+@runtime_checkable
+class RolloutEngine(Protocol):
+    """Samples tokens. `update_weights` is called only between `pause` and `resume`."""
+
+    @property
+    def capabilities(self) -> EngineCapabilities:
+        """What this engine can do."""
+        ...
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str) -> Generation:
+        """Sample a completion; waits through pauses and weight updates."""
+        ...
+
+    async def abort(self, request_id: str) -> None:
+        """End a request; its `generate` returns what was sampled so far with finish reason "abort"."""
+        ...
+
+    async def pause(self, mode: Literal["keep", "abort"], kv: Literal["recompute", "stale"]) -> None:
+        """Stop sampling; the engine is idle on return. `kv` says what `resume` does with keys and values."""
+        ...
+
+    async def partials(self) -> Mapping[str, Generation]:
+        """While paused: what each running request has sampled so far, by request id."""
+        ...
+
+    async def update_weights(self, update: FullWeights, version: PolicyVersion) -> None:
+        """Replace the weights; later tokens are tagged with `version`."""
+        ...
+
+    async def resume(self) -> None:
+        """Go on sampling."""
+        ...
+
+
+class VersionStore(Protocol):
+    """Keeps the exact forward weights of every version that tokens in flight still need."""
+
+    def publish(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> None:
+        """Store a copy of `weights` as `version`."""
+        ...
+
+    def checkout(self, version: PolicyVersion) -> AbstractContextManager[Mapping[str, Tensor]]:
+        """The weights of `version`, for reading inside the context.
+
+        Raises:
+            VersionEvictedError: Names the version, the window that is held, and the remedy.
+        """
+        ...
+
+    def retain(self, oldest_needed: PolicyVersion) -> list[PolicyVersion]:
+        """Drop the versions below `oldest_needed`; returns those dropped."""
+        ...
+
+
+class TrainerHandle(Protocol):
+    """What a source may ask of the trainer process. ``batch_id`` names a batch that the trainer holds."""
+
+    async def score(self, batch_id: int, at: PolicyVersion | None) -> Sequence[float]:
+        """Log-probs of the batch's loss tokens at a stored version, or with the live weights (None).
+
+        Returns:
+            float32, one value per loss token of the batch (every loss token, whatever its tag), in batch order.
+            With a stored version, tokens that come after the last token of that version in their trajectory
+            are not computed and are NaN.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceEffect:
+    """What a route did for one batch: for the events."""
+
+    policy: Policy
+    num_switches: int
+    seconds_s: float

@@ -1,0 +1,158 @@
+"""Trajectories: what an agent saw and said, token by token, each sampled token with its version.
+
+A trajectory alternates `Context` (prompt, tool results, user turns: not sampled, no log-prob, no version) and
+`Sampled` segments of exactly one version each. A weight update in mid-turn starts a new segment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from oldlogits.core.errors import TrajectoryError
+
+KV = Literal["fresh", "mixed"]
+"""Whether every attended key and value was computed with the token's own version."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """Tokens that the agent read: prompt, tool result, user turn.
+
+    Args:
+        token_ids: The tokens, at least one.
+    """
+
+    token_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse an empty segment."""
+        _check(bool(self.token_ids), "a context segment is empty", "0 tokens", "at least one token", "leave the segment out")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """Tokens that the engine sampled with one version of the weights.
+
+    Args:
+        token_ids: The tokens, at least one.
+        logp_mu: Natural-log probability of each under the distribution it was sampled from (logits / temperature).
+        version: The version of the weights, from 0.
+        kv: "mixed" when keys and values of older versions were attended to.
+        temperature: The sampling temperature, > 0.
+    """
+
+    token_ids: tuple[int, ...]
+    logp_mu: tuple[float, ...]
+    version: int
+    kv: KV = "fresh"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse empty segments, missing log-probs, positive log-probs and negative versions."""
+        _check(bool(self.token_ids), "a sampled segment is empty", "0 tokens", "at least one token", "leave the segment out")
+        _check(
+            len(self.token_ids) == len(self.logp_mu),
+            "every sampled token needs its log-prob",
+            f"{len(self.token_ids)} tokens and {len(self.logp_mu)} log-probs",
+            "as many log-probs as tokens",
+            "ask the engine for the log-probs of the tokens that it samples",
+        )
+        _check(self.version >= 0, "a version counts from 0", str(self.version), ">= 0", "tag tokens with their version")
+        _check(
+            math.isfinite(self.temperature) and self.temperature > 0,
+            "the temperature of a sampled segment must be positive",
+            str(self.temperature),
+            "> 0",
+            "greedy decoding is for evaluation; it has no log-prob to train on",
+        )
+        worst = max(self.logp_mu)
+        _check(not worst > 1e-4, "a log-prob is above 0", str(worst), "<= 0 (or NaN, counted later)", "pass log-probs")
+
+
+Segment = Context | Sampled
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """One episode of one agent.
+
+    Args:
+        id: Unique in the run.
+        group_id: The group whose members share a task and are compared with each other.
+        segments: In the order of the tokens; versions never decrease.
+        reward: The environment's reward.
+        stop_reason: Why the episode ended: "done", "max_turns", "max_tokens", ...
+    """
+
+    id: str
+    group_id: str
+    segments: tuple[Segment, ...]
+    reward: float
+    stop_reason: str
+
+    def __post_init__(self) -> None:
+        """Refuse trajectories that start with sampled tokens, sample none, or go back in time."""
+        starts_with_context = bool(self.segments) and isinstance(self.segments[0], Context)
+        _check(starts_with_context, f"trajectory {self.id} does not start with its prompt", "no leading context", "a Context", "put the prompt first")
+        versions = [segment.version for segment in self.sampled]
+        _check(bool(versions), f"trajectory {self.id} has no sampled token", "only context", "one Sampled segment", "drop it")
+        _check(
+            versions == sorted(versions),
+            f"versions of trajectory {self.id} decrease",
+            str(versions),
+            "non-decreasing versions",
+            "an engine never goes back to an older version in a sequence",
+        )
+        _check(math.isfinite(self.reward), f"the reward of trajectory {self.id} is not finite", str(self.reward), "a finite number", "check get_reward()")
+
+    @property
+    def sampled(self) -> Iterator[Sampled]:
+        """The sampled segments in order."""
+        return (segment for segment in self.segments if isinstance(segment, Sampled))
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens, context included."""
+        return sum(len(segment.token_ids) for segment in self.segments)
+
+    @property
+    def num_sampled(self) -> int:
+        """Sampled tokens: those that the loss sees."""
+        return sum(len(segment.token_ids) for segment in self.sampled)
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """The distinct versions that sampled it, ascending."""
+        return tuple(sorted({segment.version for segment in self.sampled}))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrajectoryGroup:
+    """Trajectories of one task, whose rewards are compared with each other.
+
+    Args:
+        id: Unique in the run.
+        trajectories: At least one, all of this group.
+    """
+
+    id: str
+    trajectories: tuple[Trajectory, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse an empty group and members of another group."""
+        _check(bool(self.trajectories), f"group {self.id} is empty", "0 trajectories", "at least one", "drop the group")
+        strangers = [t.id for t in self.trajectories if t.group_id != self.id]
+        _check(not strangers, f"group {self.id} has members of other groups", str(strangers), "its own members", "group by group_id")
+
+    @property
+    def oldest_version(self) -> int:
+        """The version of its oldest sampled token: what the staleness bound counts from."""
+        return min(trajectory.versions[0] for trajectory in self.trajectories)
+
+
+def _check(holds: bool, what: str, got: str, allowed: str, fix: str) -> None:
+    if not holds:
+        raise TrajectoryError(what, got=got, allowed=allowed, fix=fix)
