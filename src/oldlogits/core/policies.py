@@ -221,8 +221,7 @@ def check_source(variant_name: str, source: str) -> None:
     fitting_variants = [name for name, row in VARIANTS.items() if row.needs and row.needs <= provides]
     remedies = [f"source '{name}'" for name in fitting_sources[:1]] + [f"variant '{name}'" for name in fitting_variants[-1:]]
     raise MissingPolicyError(
-        f"variant '{variant_name}' needs log-probs of {named(variant.needs)}, "
-        f"but source '{source}' provides {named(provides)}",
+        f"variant '{variant_name}' needs log-probs of {named(variant.needs)}, but source '{source}' provides {named(provides)}",
         got=f"variant = '{variant_name}', source.type = '{source}'",
         allowed=f"a source that provides {named(variant.needs)}: {', '.join(fitting_sources) or 'none is built in'}",
         fix="use " + (", or ".join(remedies) or "another variant"),

@@ -96,7 +96,13 @@ class Trajectory:
     def __post_init__(self) -> None:
         """Refuse trajectories that start with sampled tokens, sample none, or go back in time."""
         starts_with_context = bool(self.segments) and isinstance(self.segments[0], Context)
-        _check(starts_with_context, f"trajectory {self.id} does not start with its prompt", "no leading context", "a Context", "put the prompt first")
+        _check(
+            starts_with_context,
+            f"trajectory {self.id} does not start with its prompt",
+            "no leading context",
+            "a Context",
+            "put the prompt first",
+        )
         versions = [segment.version for segment in self.sampled]
         _check(bool(versions), f"trajectory {self.id} has no sampled token", "only context", "one Sampled segment", "drop it")
         _check(
@@ -106,7 +112,13 @@ class Trajectory:
             "non-decreasing versions",
             "an engine never goes back to an older version in a sequence",
         )
-        _check(math.isfinite(self.reward), f"the reward of trajectory {self.id} is not finite", str(self.reward), "a finite number", "check get_reward()")
+        _check(
+            math.isfinite(self.reward),
+            f"the reward of trajectory {self.id} is not finite",
+            str(self.reward),
+            "a finite number",
+            "check get_reward()",
+        )
 
     @property
     def sampled(self) -> Iterator[Sampled]:
@@ -145,7 +157,13 @@ class TrajectoryGroup:
         """Refuse an empty group and members of another group."""
         _check(bool(self.trajectories), f"group {self.id} is empty", "0 trajectories", "at least one", "drop the group")
         strangers = [t.id for t in self.trajectories if t.group_id != self.id]
-        _check(not strangers, f"group {self.id} has members of other groups", str(strangers), "its own members", "group by group_id")
+        _check(
+            not strangers,
+            f"group {self.id} has members of other groups",
+            str(strangers),
+            "its own members",
+            "group by group_id",
+        )
 
     @property
     def oldest_version(self) -> int:
