@@ -1,0 +1,1 @@
+"""Trajectories to tensors: the one place that knows packing and padding."""

@@ -1,0 +1,1 @@
+"""TOML recipes and overrides to a checked `RunConfig`; imports no torch."""

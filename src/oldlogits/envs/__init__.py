@@ -1,0 +1,1 @@
+"""The environment shape, the order desk, and adapters."""

@@ -1,0 +1,1 @@
+"""The trainer's model, its tokenizer and chat format, and the scorer."""

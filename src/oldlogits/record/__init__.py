@@ -1,0 +1,1 @@
+"""Events, tables, the run folder and the report."""

@@ -1,0 +1,1 @@
+"""Engines that sample, and the turns between agent and environment."""

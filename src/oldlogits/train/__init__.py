@@ -1,0 +1,1 @@
+"""Optimizer steps, the trainer, and the warm start."""

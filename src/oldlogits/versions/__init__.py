@@ -1,0 +1,1 @@
+"""Exact versions of the forward weights."""
