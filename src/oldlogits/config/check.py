@@ -1,0 +1,140 @@
+"""The rules a recipe must keep, beyond the types of its keys. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from oldlogits.config.schema import RunConfig
+from oldlogits.core.errors import ConfigError, ModelFolderError
+from oldlogits.core.policies import OLD, check_source, find_variant
+
+
+def check(config: RunConfig) -> None:
+    """Refuse a recipe that cannot be run as written.
+
+    Raises:
+        ConfigError: What is wrong, what was found, what is allowed, and how to fix it.
+        ModelFolderError: The model folder does not exist or lacks its config.
+    """
+    find_variant(config.variant)
+    check_source(config.variant, config.source.type)
+    _check_ranges(config)
+    _check_one_distribution(config)
+    _check_kv(config)
+    _check_rows(config)
+    if config.model.path != "tiny":
+        check_model_folder(Path(config.model.path))
+    elif config.env.target != "desk":
+        raise ConfigError(
+            "the tiny model knows only the words of the order desk",
+            got=f"model.path = 'tiny', env.target = '{config.env.target}'",
+            allowed="model.path = FOLDER with this environment",
+            fix="set model.path to a Hugging Face folder whose tokenizer has a chat template",
+        )
+
+
+def check_model_folder(folder: Path) -> None:
+    """Refuse a model folder without `config.json` or weights.
+
+    Raises:
+        ModelFolderError: The folder or a part of it is missing.
+    """
+    allowed = "a folder with config.json, *.safetensors and a tokenizer with a chat template"
+    fix = "pass --model.path FOLDER, or --model.path tiny for the embedded model"
+    if not folder.is_dir():
+        raise ModelFolderError("model.path is no folder", got=str(folder), allowed=allowed, fix=fix)
+    for what, found in {
+        "config.json": (folder / "config.json").is_file(),
+        "weights (*.safetensors)": any(folder.glob("*.safetensors")),
+        "tokenizer.json": (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file(),
+    }.items():
+        if not found:
+            raise ModelFolderError(f"the model folder lacks {what}", got=str(folder), allowed=allowed, fix=fix)
+
+
+def _check_ranges(config: RunConfig) -> None:
+    o, e, r, t = config.objective, config.env, config.rollout, config.trainer
+    _require(config.band > 1, "band", config.band, "a number > 1 (inf: no band)", "band = 1.5")
+    _require(config.seed >= 0, "seed", config.seed, ">= 0", "seed = 0")
+    _require(config.num_updates >= 1, "num_updates", config.num_updates, ">= 1", "num_updates = 60")
+    _require(config.max_staleness >= 0, "max_staleness", config.max_staleness, ">= 0", "max_staleness = 4")
+    _require(0 < o.eps_low <= 1, "objective.eps_low", o.eps_low, "in (0, 1]", "eps_low = 0.2")
+    _require(0 < o.eps_high < math.inf, "objective.eps_high", o.eps_high, "> 0", "eps_high = 0.28")
+    _require(o.dual_clip > 1, "objective.dual_clip", o.dual_clip, "> 1 (inf: off)", "dual_clip = 3.0")
+    _require(0 <= o.weight_mu <= 1, "objective.weight_mu", o.weight_mu, "in [0, 1]", "weight_mu = 0.5")
+    _require(o.denominator_tokens > 0, "objective.denominator_tokens", o.denominator_tokens, "> 0", "a number of tokens")
+    _require(e.max_turns >= 1, "env.max_turns", e.max_turns, ">= 1", "max_turns = 8")
+    _require(e.max_tokens_per_turn >= 1, "env.max_tokens_per_turn", e.max_tokens_per_turn, ">= 1", "32")
+    _require(e.max_tokens >= 2, "env.max_tokens", e.max_tokens, ">= 2", "256")
+    _require(e.timeout_s > 0, "env.timeout_s", e.timeout_s, "> 0 seconds", "20")
+    _require(e.latency_s >= 0, "env.latency_s", e.latency_s, ">= 0 seconds", "0")
+    _require(e.parser in ("plain", "hermes"), "env.parser", e.parser, "plain, hermes", "choose one of these")
+    _require(config.engine.type == "embedded", "engine.type", config.engine.type, "embedded", "engine.type = 'embedded'")
+    _require(config.engine.num_slots >= 1, "engine.num_slots", config.engine.num_slots, ">= 1", "128")
+    _require(r.group_size >= 2, "rollout.group_size", r.group_size, ">= 2: rewards of a group are compared", "8")
+    _require(r.groups_per_version >= 1, "rollout.groups_per_version", r.groups_per_version, ">= 1", "16")
+    _require(r.max_running_groups >= 0, "rollout.max_running_groups", r.max_running_groups, ">= 0", "0")
+    _require(t.lr > 0, "trainer.lr", t.lr, "> 0", "5e-4")
+    _require(t.warmup_steps >= 0, "trainer.warmup_steps", t.warmup_steps, ">= 0", "4")
+    _require(t.grad_clip > 0, "trainer.grad_clip", t.grad_clip, "> 0", "1.0")
+    _require(t.micro_batch_tokens >= 1, "trainer.micro_batch_tokens", t.micro_batch_tokens, ">= 1", "8192")
+    _require(t.head_chunk_tokens >= 1, "trainer.head_chunk_tokens", t.head_chunk_tokens, ">= 1", "2048")
+    _require(
+        1 <= t.steps_per_version <= r.groups_per_version,
+        "trainer.steps_per_version",
+        t.steps_per_version,
+        f"1 .. rollout.groups_per_version ({r.groups_per_version}): each step needs a group",
+        "2",
+    )
+    w = config.runtime.window
+    if config.runtime.type == "lockstep":
+        _require(0 <= w <= config.max_staleness, "runtime.window", w, f"0 .. max_staleness ({config.max_staleness})", "smaller")
+        _require(
+            config.runtime.tokens_per_version >= 1,
+            "runtime.tokens_per_version",
+            config.runtime.tokens_per_version,
+            ">= 1",
+            "12",
+        )
+    counts = {"eval.num_episodes": config.eval.num_episodes, "eval.every": config.eval.every}
+    counts |= {"eval.num_episodes_during": config.eval.num_episodes_during, "record.tokens_every": config.record.tokens_every}
+    counts |= {
+        "record.transcripts_every": config.record.transcripts_every,
+        "record.checkpoint_every": config.record.checkpoint_every,
+    }
+    for name, value in counts.items():
+        _require(value >= 0, name, value, ">= 0", "0 switches it off")
+    _require(config.eval.num_running >= 1, "eval.num_running", config.eval.num_running, ">= 1", "256")
+
+
+def _check_one_distribution(config: RunConfig) -> None:
+    s = config.sampling
+    _require(
+        s.temperature > 0, "sampling.temperature", s.temperature, "> 0: greedy rollouts have no log-prob to train on", "1.0"
+    )
+    fix = "remove it: training samples from the full support; reshape only in evaluation"
+    why = ", since mu would have another support than the trained policy"
+    _require(s.top_p == 1, "sampling.top_p", s.top_p, "1.0 in training" + why, fix)
+    _require(s.top_k == 0, "sampling.top_k", s.top_k, "0 in training" + why, fix)
+
+
+def _check_kv(config: RunConfig) -> None:
+    needs_old = OLD in find_variant(config.variant).needs
+    if needs_old and config.engine.kv == "stale" and not config.source.accept_mixed_kv:
+        raise ConfigError(
+            f"variant '{config.variant}' needs exact log-probs of OLD, but stale keys and values belong to no version",
+            got="engine.kv = 'stale'",
+            allowed="engine.kv = 'recompute', or source.accept_mixed_kv = true (tokens are labelled mixed_kv)",
+            fix="remove engine.kv = 'stale'",
+        )
+
+
+def _check_rows(config: RunConfig) -> None:
+    for name, value in {"env.rows": config.env.rows, "env.heldout_rows": config.env.heldout_rows}.items():
+        _require(not value or Path(value).is_file(), name, value, "a JSONL file, or empty", "check the path")
+
+
+def _require(holds: bool, key: str, got: object, allowed: str, fix: str) -> None:
+    if not holds:
+        raise ConfigError(f"{key} is out of range", got=f"{key} = {got}", allowed=allowed, fix=fix)

@@ -1,0 +1,221 @@
+"""The recipe: every key, its unit and its default. One field, one meaning."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectiveConfig:
+    """The masked importance-sampling objective."""
+
+    eps_low: float = 0.2
+    """Clip of r_s from below, for negative advantages: 1 - eps_low."""
+    eps_high: float = 0.28
+    """Clip of r_s from above, for positive advantages: 1 + eps_high."""
+    dual_clip: float = 3.0
+    """Upper bound of r_s for negative advantages, > 1 + eps_high; inf switches it off."""
+    discrepancy: Literal["weight_and_mask", "mask"] = "weight_and_mask"
+    """What r_d does: weights and masks, or masks only."""
+    weight_mu: float = 0.5
+    """The weight on MU of a linear or log-linear stand-in, in [0, 1]."""
+    denominator: Literal["token-mean", "token-mean-kept", "sequence-mean", "constant"] = "token-mean"
+    """What the loss is divided by; peers differ by N / N_kept on the same data."""
+    denominator_tokens: float = 1.0
+    """The divisor of denominator = "constant", in tokens per optimizer step."""
+    advantage: Literal["group-normalised", "mean-only", "leave-one-out"] = "group-normalised"
+    """How rewards of a group become advantages."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceConfig:
+    """The route to the stand-in's log-probs."""
+
+    type: str = "snapshot"
+    """snapshot | arrival | none."""
+    accept_mixed_kv: bool = False
+    """Accept OLD for tokens that were sampled over stale keys and values; they are labelled mixed_kv."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The trainer's model."""
+
+    path: str = "tiny"
+    """A Hugging Face folder of the Llama/Qwen family, or "tiny": the embedded model, after its warm start."""
+    seed: int = -1
+    """Seed of the tiny model and its warm start; -1 takes the run's seed."""
+    warm_start_steps: int = -1
+    """Supervised steps of the tiny model's warm start; -1 takes the built-in number."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvConfig:
+    """The environment and the turns with it."""
+
+    target: str = "desk"
+    """"desk", or "package.module:Class"."""
+    rows: str = ""
+    """A JSONL file of tasks for training, one `reset(**row)` a line; empty: the class makes its own rows."""
+    heldout_rows: str = ""
+    """A JSONL file of tasks for evaluation."""
+    parser: str = "plain"
+    """How tool calls are written: plain | hermes."""
+    max_turns: int = 8
+    """Assistant turns per episode."""
+    max_tokens_per_turn: int = 32
+    """Sampled tokens per assistant turn."""
+    max_tokens: int = 256
+    """Tokens per episode, context included."""
+    timeout_s: float = 20.0
+    """Seconds that one tool call, reply, reset or reward may take."""
+    latency_s: float = 0.0
+    """Mean seconds of a simulated, exponentially distributed tool latency (runtime local); 0: none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingConfig:
+    """The distribution that training rollouts are sampled from. Reshaping it is refused."""
+
+    temperature: float = 1.0
+    """Logits are divided by it, > 0."""
+    top_p: float = 1.0
+    """Must be 1 in training: below, mu has another support than the trained policy."""
+    top_k: int = 0
+    """Must be 0 in training."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """The engine that samples."""
+
+    type: str = "embedded"
+    """embedded."""
+    numerics: Literal["fp32", "bf16", "fp8", "int8", "int4", "fp8_dynamic"] = "fp32"
+    """The engine's numerics; all but fp32 are emulated and give a real discrepancy."""
+    num_slots: int = 128
+    """Sequences decoded at the same time."""
+    kv: Literal["recompute", "stale"] = "recompute"
+    """What happens to keys and values of running sequences when the weights change."""
+    probe_tolerance: float = -1.0
+    """Largest mean |log-prob difference| of the probe in nats; -1 takes the known value of the numerics."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutConfig:
+    """Groups of episodes."""
+
+    group_size: int = 8
+    """Episodes of one task, compared with each other."""
+    groups_per_version: int = 16
+    """Groups that one version of the trainer consumes."""
+    max_running_groups: int = 0
+    """Groups sampled at the same time; 0: as many as the staleness bound admits."""
+    filter_uniform: bool = False
+    """Leave out groups whose rewards are all equal (no advantage); they are counted as filtered."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerConfig:
+    """Optimizer steps."""
+
+    lr: float = 5e-4
+    """Learning rate of AdamW after the warm-up."""
+    warmup_steps: int = 4
+    """Optimizer steps over which the learning rate rises linearly."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    beta1: float = 0.9
+    """AdamW's first-moment decay."""
+    beta2: float = 0.99
+    """AdamW's second-moment decay."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient."""
+    steps_per_version: int = 2
+    """Optimizer steps between two published versions; the groups of a version are dealt out among them."""
+    micro_batch_tokens: int = 8192
+    """Largest padded size of one forward, in tokens."""
+    head_chunk_tokens: int = 2048
+    """Tokens that go through the output head at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeConfig:
+    """Who runs where."""
+
+    type: Literal["lockstep", "local"] = "local"
+    """lockstep: one process, virtual time, bit for bit repeatable. local: engine and trainer in processes of their own."""
+    lag: Literal["fresh_first", "even", "skewed", "random"] = "even"
+    """lockstep only: how the lags of a trajectory's tokens are spread over the window."""
+    window: int = 4
+    """lockstep only: the largest lag, in versions; at most max_staleness."""
+    tokens_per_version: int = 12
+    """lockstep only: mean number of tokens that a trajectory samples with one version before it switches."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalConfig:
+    """Held-out evaluation: sampled (T = 1) and greedy, before and after, and points in between."""
+
+    num_episodes: int = 1024
+    """Episodes before and after training, each sampled and greedy; 0: no evaluation."""
+    every: int = 0
+    """Updates between evaluation points during training; 0: none."""
+    num_episodes_during: int = 128
+    """Sampled episodes of each such point."""
+    num_running: int = 256
+    """Episodes evaluated at the same time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordConfig:
+    """What is written into the run folder besides events."""
+
+    tokens_every: int = 1
+    """Updates between per-token tables; 0: none."""
+    transcripts_every: int = 5
+    """Updates between full transcripts (one group) in episodes.jsonl; 0: none."""
+    checkpoint_every: int = 0
+    """Updates between checkpoints; 0: only at the end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """A run: everything that `oldlogits train` needs to know."""
+
+    variant: str = "decoupled_exact"
+    """A row of the paper's table: `oldlogits show variants` lists them."""
+    band: float = 1.5
+    """The discrepancy band [1/band, band] on r_d, > 1; inf: no band."""
+    seed: int = 0
+    """Seed of everything that is drawn."""
+    num_updates: int = 60
+    """Versions to publish."""
+    max_staleness: int = 4
+    """No token is trained when the trainer is more than this many versions ahead of it."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    source: SourceConfig = field(default_factory=SourceConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    env: EnvConfig = field(default_factory=EnvConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    record: RecordConfig = field(default_factory=RecordConfig)
+
+    @property
+    def model_seed(self) -> int:
+        """The seed of the tiny model and its warm start."""
+        return self.seed if self.model.seed < 0 else self.model.seed
+
+    @property
+    def window(self) -> int:
+        """The largest lag that this runtime can produce, in versions."""
+        return self.runtime.window if self.runtime.type == "lockstep" else self.max_staleness
+
+
+UNBOUNDED = math.inf
