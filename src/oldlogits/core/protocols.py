@@ -7,6 +7,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.policies import Policy
 from oldlogits.core.trajectory import KV
@@ -158,24 +161,55 @@ class VersionStore(Protocol):
         ...
 
 
-class TrainerHandle(Protocol):
-    """What a source may ask of the trainer process. ``batch_id`` names a batch that the trainer holds."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """Log-probs of a batch's loss tokens under one policy, and how they were obtained.
 
-    async def score(self, batch_id: int, at: PolicyVersion | None) -> Sequence[float]:
-        """Log-probs of the batch's loss tokens at a stored version, or with the live weights (None).
+    Args:
+        policy: Whose log-probs these are.
+        values: float32 [loss token], natural log, in batch order.
+        computed_at: int64 [loss token]; the version whose weights computed each value.
+        num_switches: How often the scoring weights were switched.
+    """
+
+    policy: Policy
+    values: NDArray[np.float32]
+    computed_at: NDArray[np.int64]
+    num_switches: int
+
+
+class ScoringHandle(Protocol):
+    """What a source may ask of the trainer, wherever it runs."""
+
+    async def score(self, tokens: NDArray[np.int64], at: PolicyVersion | None) -> NDArray[np.float32]:
+        """Log-probs of loss tokens of the batch in training.
+
+        Args:
+            tokens: int64, ascending positions among the batch's loss tokens.
+            at: A stored version, or None for the live weights.
 
         Returns:
-            float32, one value per loss token of the batch (every loss token, whatever its tag), in batch order.
-            With a stored version, tokens that come after the last token of that version in their trajectory
-            are not computed and are NaN.
+            float32, one value per entry of `tokens`.
+
+        Raises:
+            VersionEvictedError: The version is no longer held.
         """
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SourceEffect:
-    """What a route did for one batch: for the events."""
+class LogprobSource(Protocol):
+    """A route to the log-probs of a stand-in: one seam for every route. The runtime pauses, a source only scores."""
 
-    policy: Policy
-    num_switches: int
-    seconds_s: float
+    @property
+    def provides(self) -> Policy:
+        """The policy whose log-probs `acquire` returns."""
+        ...
+
+    async def acquire(self, versions: NDArray[np.int64], trainer_version: PolicyVersion) -> Scored:
+        """Score the batch that enters training.
+
+        Args:
+            versions: int64 [loss token]: the version that sampled each.
+            trainer_version: The trainer's version, before its first optimizer step on this batch.
+        """
+        ...

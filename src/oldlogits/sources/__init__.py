@@ -1,1 +1,53 @@
 """One file per route to the old logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oldlogits.core.errors import ExactnessError, MissingLogprobError
+from oldlogits.core.policies import OLD
+from oldlogits.core.protocols import LogprobSource, Scored, ScoringHandle
+from oldlogits.sources.arrival import ArrivalSource
+from oldlogits.sources.snapshot import SnapshotSource
+
+SOURCE_TYPES: Final[Mapping[str, Callable[[ScoringHandle], LogprobSource]]] = MappingProxyType(
+    {"snapshot": SnapshotSource, "arrival": ArrivalSource}
+)
+"""The routes by their name in a recipe; "none" has no source."""
+
+
+def check_scored(scored: Scored, versions: NDArray[np.int64]) -> None:
+    """Refuse log-probs that are missing, or that claim to be OLD at another version than the tokens' own.
+
+    Args:
+        scored: What a source returned.
+        versions: int64 [loss token]: the version that sampled each.
+
+    Raises:
+        MissingLogprobError: Some tokens were not scored.
+        ExactnessError: OLD was computed at another version than a token's tag.
+    """
+    unscored = int((scored.computed_at < 0).sum())
+    if len(scored.values) != len(versions) or unscored:
+        raise MissingLogprobError(
+            f"source of {scored.policy.name} left tokens unscored",
+            got=f"{len(scored.values) - unscored} of {len(versions)} loss tokens",
+            allowed="a log-prob for every loss token",
+            fix="a source scores every token, or raises",
+        )
+    wrong = int((scored.computed_at != versions).sum()) if scored.policy is OLD else 0
+    if wrong:
+        raise ExactnessError(
+            "log-probs that claim to be OLD were computed at another version",
+            got=f"{wrong} of {len(versions)} tokens",
+            allowed="every token at the version that sampled it",
+            fix="score tokens at their own version, or provide another policy than OLD",
+        )
+
+
+__all__ = ["SOURCE_TYPES", "ArrivalSource", "SnapshotSource", "check_scored"]

@@ -1,0 +1,93 @@
+"""A flat batch to padded micro-batches with little padding.
+
+Padding is on the right, so that causal attention alone keeps it away from real tokens: no attention mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from oldlogits.batch.collate import Ints, TokenBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """Sequences side by side, padded on the right, and the tokens among them to score.
+
+    Args:
+        input_ids: int64 [row, column]; padding is token 0.
+        row: int64 [action]; the row of each token to score.
+        column: int64 [action]; the column *before* it, whose hidden state predicts it.
+        targets: int64 [action]; the token itself.
+        temperature: float32 [action].
+        flat: int64 [action]; its index in the flat batch.
+    """
+
+    input_ids: Tensor
+    row: Tensor
+    column: Tensor
+    targets: Tensor
+    temperature: Tensor
+    flat: Tensor
+
+
+def plan(lengths: Ints, token_budget: int) -> list[Ints]:
+    """Deal out sequences into micro-batches of at most `token_budget` padded tokens, longest first.
+
+    A sequence that is longer than the budget forms a micro-batch of its own. Sequences of length 0 are left out.
+
+    Example:
+        >>> [list(map(int, rows)) for rows in plan(np.array([3, 9, 4]), 9)]
+        [[1], [2, 0]]
+    """
+    order = np.argsort(-lengths, kind="stable")
+    order = order[lengths[order] > 0]
+    plans: list[Ints] = []
+    start = 0
+    while start < len(order):
+        rows = max(1, token_budget // int(lengths[order[start]]))
+        plans.append(order[start : start + rows])
+        start += rows
+    return plans
+
+
+def micro_batches(batch: TokenBatch, tokens: Ints, token_budget: int) -> Iterator[MicroBatch]:
+    """The micro-batches that score the given tokens; each sequence is cut after the last of its tokens.
+
+    Args:
+        batch: The flat batch.
+        tokens: int64 [action], ascending flat indices of sampled tokens.
+        token_budget: The most padded tokens in one micro-batch.
+
+    Yields:
+        Micro-batches that together hold every one of `tokens` once.
+    """
+    sequence = np.searchsorted(batch.starts, tokens, side="right") - 1
+    needed = np.zeros(batch.num_sequences, np.int64)
+    np.maximum.at(needed, sequence, tokens - batch.starts[sequence])  # the last token itself is predicted, not read
+    for rows in plan(needed, token_budget):
+        yield _pad(batch, tokens, sequence, rows, needed)
+
+
+def _pad(batch: TokenBatch, tokens: Ints, sequence: Ints, rows: Ints, needed: Ints) -> MicroBatch:
+    width = int(needed[rows].max())
+    columns = np.arange(width)
+    source = np.minimum(batch.starts[rows, None] + columns, batch.num_tokens - 1)
+    input_ids = np.where(columns < needed[rows, None], batch.token_ids[source], 0)
+    row_of = np.full(batch.num_sequences, -1, np.int64)
+    row_of[rows] = np.arange(len(rows))
+    chosen = row_of[sequence] >= 0
+    flat, owner = tokens[chosen], sequence[chosen]
+    return MicroBatch(
+        input_ids=torch.from_numpy(input_ids),
+        row=torch.from_numpy(row_of[owner]),
+        column=torch.from_numpy(flat - batch.starts[owner] - 1),
+        targets=torch.from_numpy(batch.token_ids[flat]),
+        temperature=torch.from_numpy(batch.temperature[flat]),
+        flat=torch.from_numpy(flat),
+    )

@@ -1,0 +1,53 @@
+"""Forward pass -> log-probs of given tokens, with the output head on those tokens only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from oldlogits.batch import MicroBatch
+
+
+def action_logps(model: PreTrainedModel, micro: MicroBatch, *, head_chunk_tokens: int) -> Float[Tensor, " action"]:
+    """Natural-log probs of the micro-batch's tokens: ``log_softmax(logits / T)[token]``.
+
+    Hidden states are gathered before the head; the head sees `head_chunk_tokens` at once, and where gradients are
+    needed and there are several chunks, a chunk's logits are formed again in the backward pass, so that memory does
+    not grow with the number of tokens times the vocabulary.
+
+    Args:
+        model: A causal language model.
+        micro: The tokens to score.
+        head_chunk_tokens: Tokens per chunk, >= 1.
+
+    Returns:
+        float32 [action], in the order of ``micro.flat``.
+    """
+    hidden = model.base_model(input_ids=micro.input_ids, use_cache=False).last_hidden_state
+    hidden = hidden[micro.row, micro.column]
+    head = model.get_output_embeddings()
+    chunks = range(0, len(hidden), head_chunk_tokens)
+    recompute = torch.is_grad_enabled() and len(chunks) > 1
+    pieces = []
+    for start in chunks:
+        part = slice(start, start + head_chunk_tokens)
+        arguments = (head, hidden[part], micro.targets[part], micro.temperature[part])
+        pieces.append(checkpoint(_head_logps, *arguments, use_reentrant=False) if recompute else _head_logps(*arguments))
+    return torch.cat(pieces)
+
+
+def score(model: PreTrainedModel, micros: Iterable[MicroBatch], out: Tensor, *, head_chunk_tokens: int) -> None:
+    """Write the log-probs of all micro-batches into `out` (float32 [token of the flat batch]); no gradients."""
+    with torch.no_grad():
+        for micro in micros:
+            out[micro.flat] = action_logps(model, micro, head_chunk_tokens=head_chunk_tokens)
+
+
+def _head_logps(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: Tensor) -> Tensor:
+    logits = head(hidden).float() / temperature.unsqueeze(1)
+    return -nn.functional.cross_entropy(logits, targets, reduction="none")

@@ -1,0 +1,32 @@
+"""Route "snapshot": OLD from stored versions, each token scored at the version that sampled it."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oldlogits.core.policies import OLD, Policy
+from oldlogits.core.protocols import PolicyVersion, Scored, ScoringHandle
+
+
+class SnapshotSource:
+    """Scores a batch version by version, in ascending order: one switch per distinct version.
+
+    Paper: "snapshot version tracking" (three exact ways to get pi_old).
+    """
+
+    provides: Policy = OLD
+
+    def __init__(self, trainer: ScoringHandle) -> None:
+        self._trainer = trainer
+
+    async def acquire(self, versions: NDArray[np.int64], trainer_version: PolicyVersion) -> Scored:
+        """Score every token at its own version; never at another one."""
+        values = np.full(len(versions), np.nan, np.float32)
+        computed_at = np.full(len(versions), -1, np.int64)
+        distinct = np.unique(versions)
+        for version in distinct:
+            tokens = np.flatnonzero(versions == version)
+            values[tokens] = await self._trainer.score(tokens, int(version))
+            computed_at[tokens] = version
+        return Scored(policy=OLD, values=values, computed_at=computed_at, num_switches=len(distinct))
