@@ -1,0 +1,116 @@
+"""Episodes: one JSON line each; some carry their text, token by token, with the version that sampled it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from oldlogits.record.jsonl import LineFile, RecordError, read_lines
+
+Split = Literal["train", "heldout"]
+Stage = Literal["train", "before", "during", "after"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpisodeSegment:
+    """Text that the agent read, or that one version of it sampled.
+
+    Args:
+        kind: "context" or "sampled".
+        text: The decoded tokens.
+        num_tokens: How many.
+        version: The version that sampled them; None for context.
+        tokens: The decoded tokens one by one; may be left empty.
+        logp_mu: The log-prob of each; empty, or as many as `tokens`.
+    """
+
+    kind: Literal["context", "sampled"]
+    text: str
+    num_tokens: int
+    version: int | None = None
+    tokens: tuple[str, ...] = ()
+    logp_mu: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Episode:
+    """One episode.
+
+    Args:
+        id: The trajectory's id.
+        group: Its group's id.
+        version: The version that its update made; for an evaluation, the version that was evaluated.
+        split: Of the environment's rows.
+        stage: "train", or the evaluation's stage.
+        reward: The environment's reward.
+        stop_reason: Why it ended.
+        num_turns: The agent's turns.
+        versions: The distinct versions that sampled it, ascending.
+        segments: Its text in order; left out for most episodes.
+    """
+
+    id: str
+    group: str
+    version: int
+    split: Split
+    stage: Stage
+    reward: float
+    stop_reason: str
+    num_turns: int
+    versions: tuple[int, ...]
+    segments: tuple[EpisodeSegment, ...] = ()
+
+
+class EpisodeLog:
+    """Appends episodes to ``episodes.jsonl``."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = LineFile(path)
+
+    def append(self, episode: Episode) -> None:
+        """Write one episode."""
+        self._file.append(asdict(episode))
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        """The log itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Close the file."""
+        self.close()
+
+
+def read_episodes(path: Path) -> Iterator[Episode]:
+    """The episodes of a file in order; an incomplete last line is left out.
+
+    Raises:
+        RecordError: A line is no episode.
+    """
+    for line in read_lines(path):
+        try:
+            yield _episode(line)
+        except (KeyError, TypeError, ValueError) as error:
+            raise RecordError(
+                f"a line of {path.name} is no episode",
+                got=repr(error),
+                allowed="the fields of Episode",
+                fix="read the folder with the version of oldlogits that wrote it",
+            ) from error
+
+
+def _episode(line: Mapping[str, Any]) -> Episode:
+    """The inverse of `asdict` and JSON: lists back to tuples, "nan" back to a float."""
+    versions, segments = tuple(line["versions"]), tuple(map(_segment, line["segments"]))
+    return Episode(**{**line, "reward": float(line["reward"]), "versions": versions, "segments": segments})
+
+
+def _segment(line: Mapping[str, Any]) -> EpisodeSegment:
+    logp_mu = tuple(float(value) for value in line["logp_mu"])
+    return EpisodeSegment(**{**line, "tokens": tuple(line["tokens"]), "logp_mu": logp_mu})

@@ -1,0 +1,187 @@
+"""The run folder: its layout, its refusal to overwrite, and its atomic writes.
+
+config.toml         the recipe as resolved              events.jsonl     what happened, in order
+environment.json    versions of what ran it             episodes.jsonl   episodes, some with their text
+summary.json        what came out                       tokens/          v000012.parquet: one row a token
+report.html         the same, to look at                checkpoints/     v000040/{model/,state/}
+                                                        versions/        the version store's files
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Final, Self
+
+from oldlogits.core.errors import RunFolderError
+from oldlogits.record.jsonl import Json
+from oldlogits.record.toml import Toml, dump_toml
+
+PACKAGES: Final = ("oldlogits", "torch", "transformers", "safetensors", "numpy", "pyarrow", "vllm", "ray")
+"""Distributions whose versions are recorded."""
+
+_VERSION_NAME: Final = re.compile(r"v(\d{6,})")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFolder:
+    """The files of one run. `create` makes it; ``RunFolder(path=...)`` reads an existing one.
+
+    Args:
+        path: The folder itself.
+    """
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path, *, resume: bool = False) -> Self:
+        """Make the folder, or take it over to go on from its latest checkpoint.
+
+        Raises:
+            RunFolderError: It is not empty, or there is nothing to resume from.
+        """
+        folder = cls(path=path)
+        if resume:
+            folder._check_resumable()
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunFolderError(
+                f"{path} is not an empty folder",
+                got="a file" if path.is_file() else ", ".join(sorted(entry.name for entry in path.iterdir())[:6]),
+                allowed="a folder that is absent or empty",
+                fix="choose another --out, or go on with --resume",
+            )
+        for part in (folder.tokens, folder.checkpoints, folder.versions):
+            part.mkdir(parents=True, exist_ok=True)
+        write_json(folder.path / "environment.json", describe_environment())
+        return folder
+
+    @property
+    def config(self) -> Path:
+        """``config.toml``: the recipe as resolved."""
+        return self.path / "config.toml"
+
+    @property
+    def events(self) -> Path:
+        """``events.jsonl``."""
+        return self.path / "events.jsonl"
+
+    @property
+    def episodes(self) -> Path:
+        """``episodes.jsonl``."""
+        return self.path / "episodes.jsonl"
+
+    @property
+    def tokens(self) -> Path:
+        """``tokens/``: one Parquet table an update."""
+        return self.path / "tokens"
+
+    @property
+    def checkpoints(self) -> Path:
+        """``checkpoints/``."""
+        return self.path / "checkpoints"
+
+    @property
+    def versions(self) -> Path:
+        """``versions/``: the version store's files."""
+        return self.path / "versions"
+
+    @property
+    def summary(self) -> Path:
+        """``summary.json``."""
+        return self.path / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        """``report.html``."""
+        return self.path / "report.html"
+
+    def write_config(self, config: Mapping[str, Toml]) -> None:
+        """Write the resolved recipe."""
+        write_atomic(self.config, dump_toml(config))
+
+    @contextmanager
+    def checkpoint(self, version: int) -> Iterator[Path]:
+        """A folder with ``model/`` and ``state/`` to fill; it gets its name only when the block ends without error."""
+        final = self.checkpoints / version_name(version)
+        partial = final.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        for part in ("model", "state"):
+            (partial / part).mkdir(parents=True)
+        yield partial
+        shutil.rmtree(final, ignore_errors=True)
+        partial.replace(final)
+
+    def latest_checkpoint(self) -> Path | None:
+        """The complete checkpoint of the highest version."""
+        found = [(int(match[1]), entry) for entry, match in _named_versions(self.checkpoints) if entry.is_dir()]
+        return max(found)[1] if found else None
+
+    def _check_resumable(self) -> None:
+        if self.latest_checkpoint() is None or not self.config.exists():
+            raise RunFolderError(
+                f"{self.path} cannot be resumed",
+                got="no complete checkpoint" if self.config.exists() else "no config.toml",
+                allowed="a run folder with a checkpoint",
+                fix="start the run in a new folder, without --resume",
+            )
+
+
+def version_name(version: int) -> str:
+    """``v000012``: a version as the name of a file or folder."""
+    return f"v{version:06d}"
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a whole text file, or nothing: readers never see a half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: Mapping[str, Json]) -> None:
+    """Write an indented JSON file atomically; the values are finite."""
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def describe_environment() -> Mapping[str, Json]:
+    """Versions of Python, packages and platform, the CPU count, and the git commit of the working directory, if any."""
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "num_cpus": os.cpu_count(),
+        "packages": {name: _installed(name) for name in PACKAGES},
+        "git_commit": _git_commit(),
+    }
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def _named_versions(folder: Path) -> Iterator[tuple[Path, re.Match[str]]]:
+    if folder.is_dir():
+        for entry in folder.iterdir():
+            if match := _VERSION_NAME.fullmatch(entry.name):
+                yield entry, match

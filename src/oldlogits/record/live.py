@@ -1,0 +1,206 @@
+"""What a run looks like in the terminal while it goes on, and the panel that ends it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from oldlogits.record.summary import Interval, Summary
+
+_ROWS: Final[Mapping[str, Mapping[str, str]]] = {
+    "reward": {"reward/mean": "{:.3f}"},
+    "success": {"reward/success": "{:.3f}"},
+    "rho": {"mask/rho": "{:.3f}", "mask/rho_band": "band {:.3f}", "mask/rho_clip": "clip {:.3f}"},
+    "staleness": {"staleness/mean": "mean {:.2f}", "staleness/max": "max {:.0f}"},
+    "queue": {"queue/running": "{:.0f} running", "queue/queued": "{:.0f} queued"},
+    "tokens/s": {"throughput/engine_tokens_per_s": "engine {:,.0f}", "throughput/trainer_tokens_per_s": "trainer {:,.0f}"},
+    "waiting": {
+        "idle/engine_share": "engine: {:.0%} idle",
+        "idle/trainer_share": "trainer: {:.0%} idle",
+        "time/wait_batch_s": "waited {:.1f} s for a batch",
+    },
+    "evaluation": {"eval/mean": "{:.1%}", "eval/low": "95% interval {:.1%}", "eval/high": "to {:.1%}"},
+    "max error": {"probe/max_abs_error": "probe {:.1e}", "witness/max_abs_error": "witness {:.1e}"},
+}
+"""The panel's rows: label -> metric -> how it is shown."""
+
+_PLAIN: Final[Mapping[str, str]] = {
+    "reward/mean": "reward {:.3f}",
+    "reward/success": "success {:.3f}",
+    "mask/rho": "rho {:.3f}",
+    "staleness/mean": "staleness {:.2f}",
+    "staleness/max": "max {:.0f}",
+    "throughput/engine_tokens_per_s": "{:,.0f} tokens/s",
+    "time/update_s": "{:.1f} s",
+}
+"""The line of an update where there is no terminal."""
+
+_BARS: Final = "▁▂▃▄▅▆▇█"
+_HISTORY: Final = 24
+_REFRESH_PER_S: Final = 4
+
+
+class LiveView:
+    """A panel that follows the run; one plain line an update where the output is no terminal.
+
+    Args:
+        total_updates: The updates that the run will make in all.
+        title: Of the panel.
+        console: Where to draw; standard output by default.
+
+    Example:
+        >>> import io
+        >>> console = Console(file=io.StringIO(), width=200)
+        >>> with LiveView(total_updates=2, title="demo", console=console) as view:
+        ...     view.update({"reward/mean": 0.25, "mask/rho": 0.98}, version=1)
+        >>> print(console.file.getvalue().rstrip())
+        update 1/2  reward 0.250  rho 0.980
+    """
+
+    def __init__(self, *, total_updates: int, title: str, console: Console | None = None) -> None:
+        self._total, self._title = total_updates, title
+        self._console = console or Console()
+        self._latest: dict[str, float] = {}
+        self._history: dict[str, list[float]] = {"reward/mean": [], "reward/success": []}
+        self._version = 0
+        self._first_version: int | None = None
+        self._started_s = self._first_update_s = time.monotonic()
+        self._live = Live(console=self._console, get_renderable=self._panel, refresh_per_second=_REFRESH_PER_S)
+
+    def __enter__(self) -> Self:
+        """Start drawing."""
+        self._started_s = time.monotonic()
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Stop drawing; what was noted stays on the screen."""
+        self._live.stop()
+
+    def update(self, metrics: Mapping[str, float], *, version: int) -> None:
+        """Show the metrics of the update that made `version`."""
+        self.show(metrics)
+        self._version = version
+        if self._first_version is None:
+            self._first_version, self._first_update_s = version, time.monotonic()
+        for key, values in self._history.items():
+            if key in metrics:
+                values.append(metrics[key])
+        if not self._console.is_terminal:
+            shown = [template.format(metrics[key]) for key, template in _PLAIN.items() if key in metrics]
+            self._print("  ".join([f"update {version}/{self._total}", *shown]))
+
+    def show(self, metrics: Mapping[str, float]) -> None:
+        """Take values between updates: ``queue/*``, ``eval/mean``, ``eval/low``, ``eval/high``, ``probe/max_abs_error``, ...
+
+        ``queue/admission_open`` is 1 or 0; ``witness/max_abs_error`` is 0 where the store returned the live weights' bits.
+        """
+        self._latest.update(metrics)
+
+    def note(self, text: str) -> None:
+        """Print a line that stays above the panel."""
+        self._print(text)
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=not self._console.is_terminal)
+
+    def _panel(self) -> RenderableType:
+        grid = Table.grid(padding=(0, 2), expand=True)
+        grid.add_column(style="dim", width=10)
+        grid.add_column(ratio=1)
+        for label, parts in _ROWS.items():
+            if row := self._row(parts):
+                grid.add_row(label, row)
+        return Panel(Group(self._progress(), "", grid), title=escape(self._title), title_align="left", border_style="blue")
+
+    def _progress(self) -> RenderableType:
+        now_s = time.monotonic()
+        times = f"{_clock(now_s - self._started_s)} elapsed"
+        if self._first_version is not None and self._version > self._first_version:
+            per_update_s = (now_s - self._first_update_s) / (self._version - self._first_version)
+            times += f", {_clock(per_update_s * max(self._total - self._version, 0))} left"
+        row = Table.grid(padding=(0, 2), expand=True)
+        row.add_column(no_wrap=True)
+        row.add_column(ratio=1)
+        row.add_column(no_wrap=True)
+        bar = ProgressBar(total=max(self._total, 1), completed=self._version, complete_style="blue")
+        row.add_row(Text(f"update {self._version}/{self._total}", style="bold"), bar, times)
+        return row
+
+    def _row(self, parts: Mapping[str, str]) -> str:
+        shown = [template.format(self._latest[key]) for key, template in parts.items() if key in self._latest]
+        shown += [sparkline(self._history[key]) for key in parts if key in self._history]
+        if "queue/queued" in parts and "queue/admission_open" in self._latest:
+            shown.append("admission " + ("open" if self._latest["queue/admission_open"] else "closed: too much in flight"))
+        return "  ".join(shown).strip()
+
+
+def sparkline(values: list[float]) -> str:
+    """The last values as blocks, scaled from their least to their greatest.
+
+    Example:
+        >>> sparkline([0.0, 0.5, 1.0])
+        '▁▅█'
+    """
+    shown = [value for value in values[-_HISTORY:] if value == value and abs(value) != float("inf")]
+    if not shown:
+        return ""
+    low, width = min(shown), max(shown) - min(shown)
+    return "".join(_BARS[round((value - low) / width * 7) if width else 0] for value in shown)
+
+
+def print_summary(summary: Summary, run_folder: Path, *, console: Console | None = None) -> None:
+    """Say in plain words what was learned, whether the old logits were exact, and where the report is."""
+    out = console or Console()
+    lines = [learned_sentence(summary), staleness_sentence(summary)]
+    if summary.ended != "done":
+        lines.insert(0, f"The run ended early ({summary.ended}).")
+    body = Text("\n".join(lines) + "\n")
+    body.append(f"\nrun folder  {run_folder}\nreport      {run_folder / 'report.html'}", style="dim")
+    out.print(Panel(body, title=f"{summary.variant}, {summary.num_updates} updates", title_align="left", border_style="green"))
+
+
+def learned_sentence(summary: Summary) -> str:
+    """Before -> after with intervals, and whether the difference is beyond chance."""
+    before, after, gain = summary.success_before, summary.success_after, summary.gain
+    if before is None or after is None:
+        only = before or after
+        return f"Held-out success {_percent(only)}; no comparison." if only else "Held-out success was not measured."
+    text = f"Held-out success {_percent(before)} -> {_percent(after)}"
+    if gain is None:
+        return text + "."
+    verdict = "better" if gain.low > 0 else "worse" if gain.high < 0 else "no difference beyond chance"
+    points = f"{100 * gain.mean:+.1f} points [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
+    return f"{text}: {points} on the same {gain.num_episodes} episodes, {verdict}."
+
+
+def staleness_sentence(summary: Summary) -> str:
+    """How much was trained, how stale it was, and how the stand-in's log-probs were obtained."""
+    total = sum(summary.provenance.values())
+    kinds = ", ".join(f"{count / total:.1%} {kind}" for kind, count in sorted(summary.provenance.items()) if count)
+    text = f"{summary.num_trajectories} trajectories, {summary.num_multi_version_trajectories} of several versions"
+    if summary.staleness_max is not None and summary.staleness_mean is not None:
+        text += f"; staleness mean {summary.staleness_mean:.2f}, max {summary.staleness_max}"
+    return text + (f"; stand-in log-probs: {kinds}." if kinds else ".")
+
+
+def _percent(interval: Interval) -> str:
+    return f"{interval.mean:.1%} [{interval.low:.1%}, {interval.high:.1%}]"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,108 @@
+"""Per-token tables: one Parquet file an update, one row a trained token."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from oldlogits.record.folder import version_name
+from oldlogits.record.jsonl import RecordError
+
+Column = npt.NDArray[np.generic]
+
+_INTEGERS: Final = ("index", "token_id", "version", "trainer_version", "staleness")
+_FLOATS: Final = ("reward", "advantage", "logp_mu", "logp_stand_in", "logp_theta", "log_r_d", "log_r_s")
+_MASKS: Final = ("loss_mask", "band_mask", "clip_mask", "active_mask")
+
+SCHEMA: Final = pa.schema(
+    [
+        ("trajectory", pa.dictionary(pa.int32(), pa.string())),
+        *((name, pa.int32()) for name in _INTEGERS),
+        ("provenance", pa.dictionary(pa.int32(), pa.string())),
+        *((name, pa.float32()) for name in _FLOATS),
+        *((name, pa.bool_()) for name in _MASKS),
+    ]
+)
+"""Columns and types. `index` is the token's position in its trajectory, context included."""
+
+_KINDS: Final = {"string": "UTO", "int": "iu", "float": "f", "bool": "b"}
+
+
+def write_tokens(folder: Path, version: int, columns: Mapping[str, Column]) -> Path:
+    """Write the tokens of the update that made `version` to ``folder/v000012.parquet``.
+
+    Args:
+        folder: ``tokens/`` of a run folder.
+        version: The version that the update made.
+        columns: One array ``[token]`` for every column of `SCHEMA`.
+
+    Raises:
+        RecordError: A column is missing, unknown, of another length or of another type.
+    """
+    if set(columns) != set(SCHEMA.names):
+        raise RecordError(
+            "the columns of a token table do not fit its schema",
+            got=", ".join(sorted(set(columns) - set(SCHEMA.names))) or "no unknown column",
+            allowed=", ".join(SCHEMA.names),
+            fix=f"add {', '.join(sorted(set(SCHEMA.names) - set(columns))) or 'none'}; remove unknown columns",
+        )
+    num_rows = len(columns["index"])
+    arrays = [_to_arrow(field, columns[field.name], num_rows) for field in SCHEMA]
+    path = folder / f"{version_name(version)}.parquet"
+    partial = path.with_suffix(".partial")
+    pq.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA), partial, compression="zstd")
+    os.replace(partial, path)
+    return path
+
+
+def sample_tokens(folder: Path, *, names: Sequence[str], max_rows: int, seed: int = 0) -> dict[str, Column]:
+    """Rows of all tables of a folder, thinned uniformly at random to about `max_rows`.
+
+    Args:
+        folder: ``tokens/`` of a run folder; it may be absent or empty.
+        names: The columns to read.
+        max_rows: The expected number of rows; all rows are read when there are fewer.
+        seed: Of the thinning.
+
+    Returns:
+        One array ``[row]`` a column; of length 0 when there is no table.
+    """
+    paths = sorted(folder.glob("v*.parquet"))
+    num_rows = sum(pq.read_metadata(path).num_rows for path in paths)
+    keep_share = min(1.0, max_rows / max(num_rows, 1))
+    rng = np.random.default_rng(seed)
+    parts: list[dict[str, Column]] = []
+    for path in paths:
+        table = pq.read_table(path, columns=list(names))
+        if keep_share < 1.0:
+            table = table.take(pa.array(np.flatnonzero(rng.random(table.num_rows) < keep_share)))
+        parts.append({name: _to_numpy(table.column(name)) for name in names})
+    return {name: np.concatenate([part[name] for part in parts]) if parts else np.empty(0) for name in names}
+
+
+def _to_arrow(field: pa.Field, column: Column, num_rows: int) -> pa.Array:
+    kind = "string" if pa.types.is_dictionary(field.type) else str(field.type).rstrip("0123456789")
+    if column.shape != (num_rows,) or column.dtype.kind not in _KINDS[kind]:
+        raise RecordError(
+            f"column '{field.name}' of a token table does not fit its schema",
+            got=f"shape {column.shape}, dtype {column.dtype}",
+            allowed=f"shape ({num_rows},), a {kind} dtype",
+            fix="pass one value a token",
+        )
+    if kind == "string":
+        return pa.array(column.tolist(), type=pa.string()).dictionary_encode()
+    return pa.array(column).cast(field.type, safe=kind != "float")
+
+
+def _to_numpy(column: pa.ChunkedArray) -> Column:
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(pa.string())
+    values: Column = column.to_numpy()
+    return values
