@@ -1,0 +1,325 @@
+"""The optimizer steps on one batch: score THETA, form the objective, step.
+
+for each optimizer step:
+    weights = 1 / N over the whole step                     (token_weights: known before the first micro-batch)
+    for each micro-batch:
+        logp[THETA] -> split_ratio -> surrogate -> loss.backward()
+    clip the gradient -> AdamW
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from oldlogits.batch import TokenBatch, micro_batches
+from oldlogits.config import RunConfig
+from oldlogits.core.errors import MissingLogprobError, NonFiniteError
+from oldlogits.core.policies import LINEAR, LOGLINEAR, MU, OLD, STAND_IN_PROVENANCE, THETA, Policy, Provenance, find_variant
+from oldlogits.core.protocols import Scored
+from oldlogits.objective import (
+    diagnose,
+    kept_mask,
+    linear_logp,
+    log_discrepancy,
+    loglinear_logp,
+    split_ratio,
+    surrogate,
+    to_metrics,
+    token_weights,
+    weighted_loss,
+)
+from oldlogits.policy.scorer import action_logps
+
+Column = NDArray[np.generic]
+
+INTERPOLATE = {LINEAR: linear_logp, LOGLINEAR: loglinear_logp}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateResult:
+    """What one update did.
+
+    Args:
+        metrics: ``area/name`` to number; see docs/metrics.md.
+        staleness_counts: Loss tokens by staleness.
+        provenance: Loss tokens by `Provenance`.
+        lag0_max_abs_error: Largest ``|log r_s|`` of lag-0 tokens before the first optimizer step, where the stand-in
+            is OLD; NaN where there is no such token. Exactly 0 up to rounding, or OLD is not what it claims to be.
+        table: One row per loss token, for the per-token Parquet table.
+    """
+
+    metrics: Mapping[str, float]
+    staleness_counts: Mapping[int, int]
+    provenance: Mapping[str, int]
+    lag0_max_abs_error: float
+    table: Mapping[str, Column]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossTokens:
+    """The loss tokens of a batch as tensors, in batch order: what the objective reads.
+
+    Args:
+        flat: int64 [token]; index in the flat batch.
+        advantages: float32 [token].
+        staleness: int64 [token].
+        step: int64 [token]; the optimizer step that trains it.
+        sequence: int64 [token].
+        logp: float32 [token] by policy: MU, and the stand-in where a source provides it.
+    """
+
+    flat: NDArray[np.int64]
+    advantages: Tensor
+    staleness: Tensor
+    step: Tensor
+    sequence: Tensor
+    logp: Mapping[Policy, Tensor]
+
+    @classmethod
+    def of(cls, batch: TokenBatch, scored: Scored | None, version: int) -> LossTokens:
+        """Gather the loss tokens of a batch that enters training at `version`."""
+        flat = np.flatnonzero(batch.loss_mask)
+        sequence = batch.sequence[flat]
+        logp = {MU: torch.from_numpy(batch.logp_mu[flat])}
+        if scored is not None:
+            logp[scored.policy] = torch.from_numpy(scored.values)
+        return cls(
+            flat=flat,
+            advantages=torch.from_numpy(batch.advantages[sequence]),
+            staleness=torch.from_numpy(version - batch.version[flat]),
+            step=torch.from_numpy(batch.step[sequence]),
+            sequence=torch.from_numpy(sequence),
+            logp=logp,
+        )
+
+
+def update(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    batch: TokenBatch,
+    scored: Scored | None,
+    *,
+    version: int,
+    config: RunConfig,
+) -> UpdateResult:
+    """Train one batch in ``trainer.steps_per_version`` optimizer steps.
+
+    Args:
+        model: Holds the live weights THETA.
+        optimizer: Over the model's parameters.
+        schedule: Of the learning rate.
+        batch: The trajectories.
+        scored: The stand-in's log-probs, or None for a variant that needs no source.
+        version: The trainer's version before the first step.
+        config: The run.
+
+    Raises:
+        MissingLogprobError: The variant needs log-probs that `scored` does not hold.
+        NonFiniteError: A loss or a gradient is not finite.
+    """
+    variant = find_variant(config.variant)
+    tokens = LossTokens.of(batch, scored, version)
+    missing = [policy.name for policy in variant.needs if policy not in tokens.logp]
+    if missing:
+        raise MissingLogprobError(
+            f"variant '{config.variant}' needs log-probs of {', '.join(missing)}",
+            got="none for this batch",
+            allowed="one per loss token",
+            fix="pass the batch through its source first",
+        )
+    seen = _Seen.empty(len(tokens.flat))
+    losses, norms, lag0 = [], [], math.nan
+    for step in range(config.trainer.steps_per_version):
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(_accumulate(model, batch, tokens, step, seen, config))
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.trainer.grad_clip))
+        if step == 0 and variant.stand_in is OLD:
+            lag0 = _lag0_error(tokens, seen)
+        _check_finite(losses[-1], norms[-1], version, step)
+        optimizer.step()
+        schedule.step()
+    metrics = {
+        "loss/value": float(torch.stack(losses).mean()),
+        "grad/norm": float(torch.stack(norms).mean()),
+        "grad/norm_max": float(torch.stack(norms).max()),
+        **_diagnostics(tokens, seen, config),
+    }
+    return UpdateResult(
+        metrics=metrics,
+        staleness_counts=_counts(tokens.staleness.numpy()),
+        provenance=_provenance(batch.mixed_kv[tokens.flat], variant.stand_in),
+        lag0_max_abs_error=lag0,
+        table=_table(batch, tokens, seen, variant.stand_in, version),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seen:
+    """Detached values of every loss token, at the step that trained it."""
+
+    theta: Tensor
+    stand_in: Tensor
+    log_r_d: Tensor
+    log_r_s: Tensor
+    band_mask: Tensor
+    clip_mask: Tensor
+    active_mask: Tensor
+
+    @classmethod
+    def empty(cls, num_tokens: int) -> _Seen:
+        floats = (torch.full((num_tokens,), math.nan) for _ in range(4))
+        masks = (torch.zeros(num_tokens, dtype=torch.bool) for _ in range(3))
+        theta, stand_in, log_r_d, log_r_s = floats
+        band_mask, clip_mask, active_mask = masks
+        return cls(
+            theta=theta,
+            stand_in=stand_in,
+            log_r_d=log_r_d,
+            log_r_s=log_r_s,
+            band_mask=band_mask,
+            clip_mask=clip_mask,
+            active_mask=active_mask,
+        )
+
+
+def _accumulate(
+    model: PreTrainedModel, batch: TokenBatch, tokens: LossTokens, step: int, seen: _Seen, config: RunConfig
+) -> Tensor:
+    """Accumulate the gradient of one optimizer step; returns its loss (0-d, detached)."""
+    objective, variant = config.objective, find_variant(config.variant)
+    chosen = tokens.step == step
+    weights = _step_weights(model, batch, tokens, chosen, config)
+    total = torch.zeros(())
+    for micro in micro_batches(batch, tokens.flat[chosen.numpy()], config.trainer.micro_batch_tokens):
+        here = torch.from_numpy(np.searchsorted(tokens.flat, micro.flat.numpy()))
+        theta = action_logps(model, micro, head_chunk_tokens=config.trainer.head_chunk_tokens)
+        logp = {policy: values[here] for policy, values in tokens.logp.items()} | {THETA: theta}
+        if variant.stand_in in INTERPOLATE:
+            logp[variant.stand_in] = INTERPOLATE[variant.stand_in](logp[MU], theta, objective.weight_mu)
+        split = split_ratio(variant, logp)
+        terms = surrogate(
+            split,
+            tokens.advantages[here],
+            torch.ones_like(here, dtype=torch.bool),
+            band=config.band,
+            eps_low=objective.eps_low,
+            eps_high=objective.eps_high,
+            dual_clip=None if math.isinf(objective.dual_clip) else objective.dual_clip,
+            discrepancy=objective.discrepancy,
+        )
+        loss = weighted_loss(terms.values, weights[here])
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+        seen.theta[here] = theta.detach()
+        seen.stand_in[here] = logp[variant.stand_in].detach()
+        seen.log_r_d[here] = split.log_r_d
+        seen.log_r_s[here] = split.log_r_s.detach()
+        seen.band_mask[here] = terms.band_mask
+        seen.clip_mask[here] = terms.clip_mask
+        seen.active_mask[here] = terms.active_mask
+    return total
+
+
+def _step_weights(model: PreTrainedModel, batch: TokenBatch, tokens: LossTokens, chosen: Tensor, config: RunConfig) -> Tensor:
+    """Each token's share of the loss of its optimizer step; 0 for tokens of other steps."""
+    objective, variant = config.objective, find_variant(config.variant)
+    kept = chosen
+    if objective.denominator == "token-mean-kept":
+        logp = dict(tokens.logp)
+        if variant.stand_in in INTERPOLATE and not variant.r_d.is_one:
+            theta = torch.empty(len(tokens.flat))
+            with torch.no_grad():
+                for micro in micro_batches(batch, tokens.flat[chosen.numpy()], config.trainer.micro_batch_tokens):
+                    here = np.searchsorted(tokens.flat, micro.flat.numpy())
+                    theta[here] = action_logps(model, micro, head_chunk_tokens=config.trainer.head_chunk_tokens)
+            logp[variant.stand_in] = INTERPOLATE[variant.stand_in](logp[MU], theta, objective.weight_mu)
+        kept = kept_mask(log_discrepancy(variant, logp), chosen, config.band)
+    return token_weights(
+        chosen,
+        mode=objective.denominator,
+        sequence_index=tokens.sequence,
+        num_sequences=batch.num_sequences,
+        kept_mask=kept,
+        constant=objective.denominator_tokens,
+    )
+
+
+def _lag0_error(tokens: LossTokens, seen: _Seen) -> float:
+    """Witness (b): before the first optimizer step, THETA equals OLD on tokens of the current version."""
+    witnesses = (tokens.step == 0) & (tokens.staleness == 0)
+    errors = seen.log_r_s[witnesses].abs()
+    return float(errors.max()) if len(errors) else math.nan
+
+
+def _check_finite(loss: Tensor, norm: Tensor, version: int, step: int) -> None:
+    if not bool(torch.isfinite(loss + norm)):
+        raise NonFiniteError(
+            f"the loss or its gradient is not finite at version {version}, optimizer step {step}",
+            got=f"loss {float(loss)}, gradient norm {float(norm)}",
+            allowed="finite numbers",
+            fix="lower trainer.lr, tighten the band, or inspect the saved batch",
+        )
+
+
+def _diagnostics(tokens: LossTokens, seen: _Seen, config: RunConfig) -> dict[str, float]:
+    return to_metrics(
+        diagnose(
+            seen.log_r_d,
+            seen.log_r_s,
+            band_mask=seen.band_mask,
+            clip_mask=seen.clip_mask,
+            loss_mask=torch.ones_like(seen.band_mask),
+            staleness=tokens.staleness,
+            advantages=tokens.advantages,
+            num_staleness=config.max_staleness + 1,
+        )
+    )
+
+
+def _counts(values: NDArray[np.int64]) -> dict[int, int]:
+    kinds, counts = np.unique(values, return_counts=True)
+    return {int(kind): int(count) for kind, count in zip(kinds, counts, strict=True)}
+
+
+def _provenance(mixed_kv: NDArray[np.bool_], stand_in: Policy) -> dict[str, int]:
+    """OLD over stale keys and values is labelled so; other stand-ins keep their own label."""
+    label = STAND_IN_PROVENANCE[stand_in]
+    mixed = int(mixed_kv.sum()) if stand_in is OLD else 0
+    counts = {label.value: len(mixed_kv) - mixed, Provenance.MIXED_KV.value: mixed}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _table(batch: TokenBatch, tokens: LossTokens, seen: _Seen, stand_in: Policy, version: int) -> dict[str, Column]:
+    flat = tokens.flat
+    sequence = tokens.sequence.numpy()
+    label = STAND_IN_PROVENANCE[stand_in].value
+    mixed = batch.mixed_kv[flat] & (stand_in is OLD)
+    return {
+        "trajectory": np.array(batch.trajectory_ids)[sequence],
+        "index": (flat - batch.starts[sequence]).astype(np.int32),
+        "token_id": batch.token_ids[flat].astype(np.int32),
+        "version": batch.version[flat].astype(np.int32),
+        "trainer_version": np.full(len(flat), version, np.int32),
+        "staleness": tokens.staleness.numpy().astype(np.int32),
+        "provenance": np.where(mixed, Provenance.MIXED_KV.value, label),
+        "reward": batch.rewards[sequence],
+        "advantage": tokens.advantages.numpy(),
+        "logp_mu": batch.logp_mu[flat],
+        "logp_stand_in": seen.stand_in.numpy(),
+        "logp_theta": seen.theta.numpy(),
+        "log_r_d": seen.log_r_d.numpy(),
+        "log_r_s": seen.log_r_s.numpy(),
+        "loss_mask": np.ones(len(flat), np.bool_),
+        "band_mask": seen.band_mask.numpy(),
+        "clip_mask": seen.clip_mask.numpy(),
+        "active_mask": seen.active_mask.numpy(),
+    }

@@ -1,0 +1,272 @@
+"""The trainer: live weights, optimizer, version store and scoring module of one process.
+
+    put_batch -> score(tokens, at=version | live) ... -> train -> publish -> (engine reads the weights)
+
+The live weights are never switched: a second module, without gradients, points at the stored copies.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from oldlogits.batch import TokenBatch, micro_batches
+from oldlogits.config import RunConfig
+from oldlogits.core.errors import ExactnessError, RunFolderError
+from oldlogits.core.protocols import PolicyVersion, Scored
+from oldlogits.policy.model import load_model, load_tokenizer, named_weights, point_at
+from oldlogits.policy.scorer import score
+from oldlogits.train.step import UpdateResult, update
+from oldlogits.versions import FullCopyStore
+
+WITNESS_TOLERANCE = 1e-5
+"""Nats. Two fp32 forwards of the same weights differ by rounding only."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """A version that was just published.
+
+    Args:
+        version: Its number.
+        weights: The live forward weights under their Hugging Face names; views, valid until the next step.
+        probe_logps: float32 [probe token]: what the live weights give the fixed probe tokens.
+        store_bytes: Bytes of all versions that the store holds.
+    """
+
+    version: PolicyVersion
+    weights: Mapping[str, Tensor]
+    probe_logps: NDArray[np.float32]
+    store_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Witnesses:
+    """Largest errors of the witnesses of exactness so far, in nats; NaN before the first.
+
+    Args:
+        publish_max_abs_error: A checkout against what the live weights gave the probe tokens at publish.
+        lag0_max_abs_error: OLD against THETA on lag-0 tokens before the first optimizer step.
+    """
+
+    publish_max_abs_error: float = math.nan
+    lag0_max_abs_error: float = math.nan
+
+
+class Trainer:
+    """Holds the weights and trains them.
+
+    Args:
+        config: The run.
+        model_folder: A Hugging Face folder.
+        probe_ids: Fixed tokens, at least two, that witness every published version.
+
+    Raises:
+        ModelFolderError: The folder cannot be loaded.
+    """
+
+    def __init__(self, config: RunConfig, model_folder: Path, probe_ids: Sequence[int]) -> None:
+        torch.set_num_threads(1)
+        torch.manual_seed(config.seed)
+        self._config = config
+        self._model = load_model(model_folder)
+        self._tokenizer = load_tokenizer(model_folder)
+        self._scoring = copy.deepcopy(self._model).requires_grad_(False)
+        self._store = FullCopyStore()
+        self._probe = _probe_batch(probe_ids)
+        self._probe_logps: dict[PolicyVersion, NDArray[np.float32]] = {}
+        t = config.trainer
+        self._optimizer = torch.optim.AdamW(
+            self._model.parameters(), lr=t.lr, betas=(t.beta1, t.beta2), weight_decay=t.weight_decay, fused=True
+        )
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, _warm_up(t.warmup_steps))
+        self._batch: TokenBatch | None = None
+        self.version: PolicyVersion = 0
+        self.witnesses = Witnesses()
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the model, tied ones once."""
+        return sum(p.numel() for p in self._model.parameters())
+
+    def publish(self) -> Published:
+        """Store the live weights as the current version, and let them witness it."""
+        weights = named_weights(self._model)
+        self._store.publish(self.version, weights)
+        point_at(self._scoring, weights)
+        self._probe_logps[self.version] = self._score(self._probe, np.flatnonzero(self._probe.loss_mask))
+        return Published(
+            version=self.version,
+            weights=weights,
+            probe_logps=self._probe_logps[self.version],
+            store_bytes=self._store.num_bytes,
+        )
+
+    def put_batch(self, batch: TokenBatch) -> None:
+        """Take the batch that the next calls of `score` and `train` are about."""
+        self._batch = batch
+
+    def score(self, tokens: NDArray[np.int64], at: PolicyVersion | None) -> NDArray[np.float32]:
+        """Log-probs of loss tokens of the batch at a stored version, or with the live weights (None).
+
+        Args:
+            tokens: int64, ascending positions among the batch's loss tokens.
+            at: The version.
+
+        Raises:
+            VersionEvictedError: The version is no longer held.
+            ExactnessError: The checkout does not reproduce what the live weights gave at publish.
+        """
+        batch = self._current_batch()
+        flat = np.flatnonzero(batch.loss_mask)[tokens]
+        if at is None:
+            point_at(self._scoring, named_weights(self._model))
+            return self._score(batch, flat)
+        with self._store.checkout(at) as weights:
+            point_at(self._scoring, weights)
+            self._witness_checkout(at)
+            return self._score(batch, flat)
+
+    def train(self, scored: Scored | None) -> UpdateResult:
+        """Train the batch; the trainer's version rises by one.
+
+        Raises:
+            NonFiniteError: A loss or gradient is not finite.
+            ExactnessError: OLD differs from THETA on lag-0 tokens before the first step.
+        """
+        batch = self._current_batch()
+        result = update(self._model, self._optimizer, self._schedule, batch, scored, version=self.version, config=self._config)
+        self._witness_lag0(result.lag0_max_abs_error)
+        self._batch = None
+        self.version += 1
+        return result
+
+    def retain(self, oldest_needed: PolicyVersion) -> None:
+        """Drop stored versions that no token in flight needs."""
+        for version in self._store.retain(oldest_needed):
+            del self._probe_logps[version]
+
+    def save_batch(self, folder: Path) -> Path:
+        """Write the batch in training to a folder, for a post-mortem."""
+        batch = asdict(self._current_batch())
+        folder.mkdir(parents=True, exist_ok=True)
+        ids = batch.pop("trajectory_ids")
+        save_file(
+            {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in batch.items()},
+            folder / "batch.safetensors",
+        )
+        (folder / "trajectories.json").write_text(json.dumps(list(ids)))
+        return folder
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint: ``model/`` in the standard format, ``state/`` to resume from."""
+        self._model.save_pretrained(folder / "model")
+        self._tokenizer.save_pretrained(folder / "model")
+        state = folder / "state"
+        state.mkdir(parents=True, exist_ok=True)
+        names = [name for name, _ in self._model.named_parameters()]
+        moments = self._optimizer.state_dict()["state"]
+        tensors = {f"{names[i]}|{key}": value for i, entry in moments.items() for key, value in entry.items()}
+        save_file(tensors | {"rng": torch.get_rng_state()}, state / "optimizer.safetensors")
+        counters = {"version": self.version, "schedule_steps": self._schedule.last_epoch, **asdict(self.witnesses)}
+        (state / "trainer.json").write_text(json.dumps(counters, indent=1))
+
+    def restore(self, folder: Path) -> None:
+        """Go on from a checkpoint of `save`; the model's weights are loaded too.
+
+        Raises:
+            RunFolderError: The checkpoint is incomplete.
+        """
+        state = folder / "state"
+        if not (state / "trainer.json").is_file():
+            raise RunFolderError(
+                "the checkpoint has no state",
+                got=str(folder),
+                allowed="a folder with model/ and state/",
+                fix="resume another run",
+            )
+        counters = json.loads((state / "trainer.json").read_text())
+        tensors = load_file(state / "optimizer.safetensors")
+        torch.set_rng_state(tensors.pop("rng"))
+        self._model.load_state_dict(load_model(folder / "model").state_dict())
+        index = {name: i for i, (name, _) in enumerate(self._model.named_parameters())}
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            name, _, moment = key.rpartition("|")
+            moments.setdefault(index[name], {})[moment] = value
+        self._schedule.last_epoch = counters.pop("schedule_steps")
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        factor = _warm_up(self._config.trainer.warmup_steps)(self._schedule.last_epoch)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._config.trainer.lr * factor
+        self.version = counters.pop("version")
+        self.witnesses = Witnesses(**counters)
+
+    def _score(self, batch: TokenBatch, flat: NDArray[np.int64]) -> NDArray[np.float32]:
+        t = self._config.trainer
+        out = torch.full((batch.num_tokens,), math.nan)
+        score(self._scoring, micro_batches(batch, flat, t.micro_batch_tokens), out, head_chunk_tokens=t.head_chunk_tokens)
+        scores: NDArray[np.float32] = out.numpy()[flat]
+        return scores
+
+    def _current_batch(self) -> TokenBatch:
+        assert self._batch is not None, "put_batch comes before score and train"
+        return self._batch
+
+    def _witness_checkout(self, version: PolicyVersion) -> None:
+        """Witness (a): the checked-out weights reproduce what the live ones gave the probe tokens at publish."""
+        again = self._score(self._probe, np.flatnonzero(self._probe.loss_mask))
+        error = float(np.abs(again - self._probe_logps[version]).max())
+        worst = np.fmax(self.witnesses.publish_max_abs_error, error)
+        self.witnesses = Witnesses(publish_max_abs_error=float(worst), lag0_max_abs_error=self.witnesses.lag0_max_abs_error)
+        _check_witness(error, f"the checkout of version {version}", "the live weights at its publish")
+
+    def _witness_lag0(self, error: float) -> None:
+        worst = np.fmax(self.witnesses.lag0_max_abs_error, error)
+        self.witnesses = Witnesses(publish_max_abs_error=self.witnesses.publish_max_abs_error, lag0_max_abs_error=float(worst))
+        _check_witness(error, "OLD of lag-0 tokens", "THETA before the first optimizer step")
+
+
+def _check_witness(error: float, what: str, against: str) -> None:
+    if error > WITNESS_TOLERANCE:
+        raise ExactnessError(
+            f"{what} contradicts {against}",
+            got=f"log-probs differ by up to {error:.2e}",
+            allowed=f"<= {WITNESS_TOLERANCE:.0e}",
+            fix="the store or the version tags are wrong; this is a defect, please report it with the run folder",
+        )
+
+
+def _warm_up(steps: int) -> Callable[[int], float]:
+    """Linear rise over `steps` optimizer steps, then 1."""
+    return lambda done: min(1.0, (done + 1) / (steps + 1))
+
+
+def _probe_batch(probe_ids: Sequence[int]) -> TokenBatch:
+    """The probe tokens as a batch of one sequence; every token but the first is scored."""
+    n = len(probe_ids)
+    mask = np.arange(n) > 0
+    return TokenBatch(
+        token_ids=np.asarray(probe_ids, np.int64),
+        loss_mask=mask,
+        version=np.where(mask, 0, -1).astype(np.int64),
+        logp_mu=np.zeros(n, np.float32),
+        temperature=np.ones(n, np.float32),
+        mixed_kv=np.zeros(n, np.bool_),
+        starts=np.array([0, n], np.int64),
+        advantages=np.zeros(1, np.float32),
+        rewards=np.zeros(1, np.float32),
+        step=np.zeros(1, np.int64),
+        trajectory_ids=("probe",),
+    )
