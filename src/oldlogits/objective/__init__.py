@@ -1,1 +1,56 @@
-"""The objective as pure tensor functions."""
+"""The objective as pure tensor functions over flat ``[token]`` tensors. PAPER, "The objective, spelled out".
+
+::
+
+    logp --split_ratio--> log_r_d --band_mask--+
+              |                                +--> surrogate --weighted_loss(token_weights)--> loss
+              +---------> log_r_s --clip_mask--+        |
+                                                        +--> diagnose --to_metrics--> numbers
+
+Example:
+    >>> import torch
+    >>> from oldlogits.core.policies import MU, OLD, THETA, VARIANTS
+    >>> logp = {policy: torch.tensor([p]).log() for policy, p in {MU: 0.50, OLD: 0.55, THETA: 0.66}.items()}
+    >>> loss_mask = torch.tensor([True])
+    >>> tokens = surrogate(
+    ...     split_ratio(VARIANTS["decoupled_exact"], logp), torch.tensor([2.0]), loss_mask,
+    ...     band=1.5, eps_low=0.2, eps_high=0.28, dual_clip=3.0, discrepancy="weight_and_mask",
+    ... )
+    >>> aggregate(tokens.values, loss_mask, mode="token-mean")
+    tensor(-2.6400)
+"""
+
+from oldlogits.objective.advantages import AdvantageMode, group_advantages
+from oldlogits.objective.aggregate import Aggregation, aggregate, token_weights, weighted_loss
+from oldlogits.objective.diagnostics import QUANTILES, Diagnostics, TokenStatistics, diagnose, to_metrics
+from oldlogits.objective.masks import band_mask, clip_log_ratio, clip_mask, finite_mask, kept_mask
+from oldlogits.objective.proximal import linear_logp, loglinear_logp
+from oldlogits.objective.ratios import SplitRatio, log_discrepancy, split_ratio
+from oldlogits.objective.surrogate import Discrepancy, Surrogate, surrogate
+
+__all__ = [
+    "QUANTILES",
+    "AdvantageMode",
+    "Aggregation",
+    "Diagnostics",
+    "Discrepancy",
+    "SplitRatio",
+    "Surrogate",
+    "TokenStatistics",
+    "aggregate",
+    "band_mask",
+    "clip_log_ratio",
+    "clip_mask",
+    "diagnose",
+    "finite_mask",
+    "group_advantages",
+    "kept_mask",
+    "linear_logp",
+    "log_discrepancy",
+    "loglinear_logp",
+    "split_ratio",
+    "surrogate",
+    "to_metrics",
+    "token_weights",
+    "weighted_loss",
+]

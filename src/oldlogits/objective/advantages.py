@@ -1,0 +1,62 @@
+"""Advantages from the rewards of a group: trajectories of one task, compared with each other."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from oldlogits.core.errors import ConfigError
+
+AdvantageMode = Literal["group-normalised", "mean-only", "leave-one-out"]
+"""How a reward is compared with those of its group."""
+
+
+def group_advantages(
+    rewards: Float[Tensor, " trajectory"],
+    group_index: Int[Tensor, " trajectory"],
+    mode: AdvantageMode,
+    epsilon: float = 1e-6,
+) -> Float[Tensor, " trajectory"]:
+    """One advantage per trajectory; exactly 0 throughout a group of equal rewards, and in a group of one.
+
+    - "group-normalised": ``(r - mean) / (std + epsilon)``, std with Bessel's correction (n - 1), as in verl and TRL
+      (GRPO, arXiv 2402.03300, does not say which).
+    - "mean-only": ``r - mean`` (Dr. GRPO, arXiv 2503.20783).
+    - "leave-one-out": ``r - mean of the others = n / (n - 1) * (r - mean)`` (RLOO, arXiv 2402.14740).
+
+    Args:
+        rewards: Finite.
+        group_index: The group of each trajectory: any integers, in any order.
+        mode: How to compare.
+        epsilon: Added to the standard deviation, in units of reward.
+
+    Raises:
+        ConfigError: The mode is unknown.
+
+    Example:
+        Rewards 0, 0, 1 of one group: mean 1/3, std 0.577: normalised -0.577, -0.577, 1.155; mean-only -1/3, -1/3,
+        2/3; leave-one-out -1/2, -1/2, 1.
+    """
+    groups, group = torch.unique(group_index, return_inverse=True)
+    zeros = torch.zeros(groups.numel(), dtype=rewards.dtype, device=rewards.device)
+    size = zeros.index_add(0, group, torch.ones_like(rewards))
+    # Measured from the group's smallest reward, equal rewards are exact zeros and stay so.
+    above_least = rewards - zeros.scatter_reduce(0, group, rewards, "amin", include_self=False)[group]
+    centred = above_least - (zeros.index_add(0, group, above_least) / size)[group]
+    others = (size - 1).clamp(min=1)
+    if mode == "mean-only":
+        return centred
+    if mode == "leave-one-out":
+        return centred * (size / others)[group]
+    if mode == "group-normalised":
+        std = (zeros.index_add(0, group, centred.square()) / others).sqrt()
+        return centred / (std[group] + epsilon)
+    raise ConfigError(
+        "unknown advantage mode",
+        got=repr(mode),
+        allowed="group-normalised, mean-only, leave-one-out",
+        fix="choose one of these",
+    )

@@ -1,0 +1,242 @@
+"""What the masks and ratios did in one update, over all loss tokens and by staleness. See docs/metrics.md.
+
+`diagnose` stays on the device; `to_metrics` waits for it, once per update.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Final
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from oldlogits.objective.masks import finite_mask
+
+QUANTILES: Final = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+"""The quantiles of both log-ratios, linearly interpolated."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenStatistics:
+    """Statistics of the loss tokens of each group. Ratios count finite tokens only, float64, NaN where there is none.
+
+    Args:
+        num_tokens: Loss tokens.
+        num_nonfinite: Loss tokens with a ratio that is NaN or infinite.
+        num_clipped_high: Loss tokens clipped where A > 0: ``r_s > 1 + eps_high``.
+        num_clipped_low: Loss tokens clipped where A < 0: ``r_s < 1 - eps_low``.
+        num_clipped_dual: Loss tokens clipped where A < 0: ``r_s > d``.
+        rho_band: Share of loss tokens that the band keeps.
+        rho_clip: Share of loss tokens that the clip keeps.
+        rho: Share of loss tokens still active.
+        ess: Effective sample size of ``w = r_d r_s`` over the number of tokens: ``(sum w)^2 / (n sum w^2)``.
+        kl_mu_old_k1: Mean of ``-log r_d``, nats.
+        kl_mu_old_k3: Mean of ``r_d - 1 - log r_d``, nats.
+        kl_old_theta_k3: Mean of ``r_d (r_s - 1 - log r_s)``, nats.
+        log_r_d_abs_mean: Mean of ``|log r_d|``.
+        log_r_d_abs_max: Largest ``|log r_d|``.
+        log_r_s_abs_mean: Mean of ``|log r_s|``.
+        log_r_d_quantiles: Of ``log r_d``, at `QUANTILES`.
+        log_r_s_quantiles: Of ``log r_s``, at `QUANTILES`.
+    """
+
+    num_tokens: Int[Tensor, " group"]
+    num_nonfinite: Int[Tensor, " group"]
+    num_clipped_high: Int[Tensor, " group"]
+    num_clipped_low: Int[Tensor, " group"]
+    num_clipped_dual: Int[Tensor, " group"]
+    rho_band: Float[Tensor, " group"]
+    rho_clip: Float[Tensor, " group"]
+    rho: Float[Tensor, " group"]
+    ess: Float[Tensor, " group"]
+    kl_mu_old_k1: Float[Tensor, " group"]
+    kl_mu_old_k3: Float[Tensor, " group"]
+    kl_old_theta_k3: Float[Tensor, " group"]
+    log_r_d_abs_mean: Float[Tensor, " group"]
+    log_r_d_abs_max: Float[Tensor, " group"]
+    log_r_s_abs_mean: Float[Tensor, " group"]
+    log_r_d_quantiles: Float[Tensor, "group quantile"]
+    log_r_s_quantiles: Float[Tensor, "group quantile"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diagnostics:
+    """Statistics over all loss tokens, and by staleness.
+
+    Args:
+        overall: One group.
+        by_staleness: Group s holds the tokens of staleness s.
+    """
+
+    overall: TokenStatistics
+    by_staleness: TokenStatistics
+
+
+@torch.no_grad()
+def diagnose(
+    log_r_d: Float[Tensor, " token"],
+    log_r_s: Float[Tensor, " token"],
+    *,
+    band_mask: Bool[Tensor, " token"],
+    clip_mask: Bool[Tensor, " token"],
+    loss_mask: Bool[Tensor, " token"],
+    staleness: Int[Tensor, " token"],
+    advantages: Float[Tensor, " token"],
+    num_staleness: int,
+) -> Diagnostics:
+    """Diagnose one update from its ratios and the masks of its surrogate.
+
+    "old" in a name is the variant's stand-in; where the variant has ``r_d = 1`` the figures of ``log r_d`` are 0.
+
+    Args:
+        log_r_d: Log of the discrepancy ratio.
+        log_r_s: Log of the staleness ratio.
+        band_mask: `Surrogate.band_mask`.
+        clip_mask: `Surrogate.clip_mask`.
+        loss_mask: Sampled tokens.
+        staleness: Trainer version minus behaviour version; any value outside `loss_mask`.
+        advantages: Their sign tells which clip bound a token met.
+        num_staleness: Staleness 0 .. num_staleness - 1 is told apart; older tokens are in `overall` only.
+
+    Example:
+        Two loss tokens with r_d = 1.25 and 0.8: ``kl_mu_old_k1 = 0``, ``kl_mu_old_k3 = (0.25 - 0.2) / 2 = 0.025``.
+    """
+    finite = loss_mask & finite_mask(log_r_d, log_r_s, advantages)
+
+    def statistics(groups: _Groups) -> TokenStatistics:
+        return _statistics(groups, log_r_d.double(), log_r_s.double(), band_mask, clip_mask, loss_mask, finite, advantages)
+
+    told_apart = (staleness >= 0) & (staleness < num_staleness)
+    return Diagnostics(
+        overall=statistics(_Groups(index=torch.zeros_like(staleness), num_groups=1)),
+        by_staleness=statistics(_Groups(index=torch.where(told_apart, staleness, num_staleness), num_groups=num_staleness)),
+    )
+
+
+def to_metrics(diagnostics: Diagnostics) -> dict[str, float]:
+    """``area/name`` to number, staleness s as ``area/name@lag{s}``; waits for the device.
+
+    A group without loss tokens has no metrics, and a statistic without a finite token is left out.
+    """
+    metrics = _named(diagnostics.overall, "")
+    num_staleness = diagnostics.by_staleness.num_tokens.shape[0]
+    return metrics | _named(diagnostics.by_staleness, *(f"@lag{lag}" for lag in range(num_staleness)))
+
+
+_METRICS: Final = {
+    "num_tokens": "mask/num_tokens",
+    "num_nonfinite": "mask/num_nonfinite",
+    "num_clipped_high": "mask/num_clipped_high",
+    "num_clipped_low": "mask/num_clipped_low",
+    "num_clipped_dual": "mask/num_clipped_dual",
+    "rho_band": "mask/rho_band",
+    "rho_clip": "mask/rho_clip",
+    "rho": "mask/rho",
+    "ess": "ratio/ess",
+    "kl_mu_old_k1": "kl/mu_old_k1",
+    "kl_mu_old_k3": "kl/mu_old_k3",
+    "kl_old_theta_k3": "kl/old_theta_k3",
+    "log_r_d_abs_mean": "ratio/log_r_d_abs_mean",
+    "log_r_d_abs_max": "ratio/log_r_d_abs_max",
+    "log_r_s_abs_mean": "ratio/log_r_s_abs_mean",
+    "log_r_d_quantiles": "ratio/log_r_d",
+    "log_r_s_quantiles": "ratio/log_r_s",
+}
+
+
+def _named(statistics: TokenStatistics, *suffixes: str) -> dict[str, float]:
+    columns: dict[str, list[float]] = {}
+    for field in fields(statistics):
+        name, tensor = _METRICS[field.name], getattr(statistics, field.name).cpu()
+        if tensor.ndim == 1:
+            columns[name] = tensor.tolist()
+        else:
+            columns |= {f"{name}_q{round(100 * q):02d}": tensor[:, k].tolist() for k, q in enumerate(QUANTILES)}
+    return {
+        name + suffix: float(values[group])
+        for group, suffix in enumerate(suffixes)
+        for name, values in columns.items()
+        if columns["mask/num_tokens"][group] and not math.isnan(values[group])
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Groups:
+    """Reductions over the tokens of each group, without a data-dependent shape.
+
+    Args:
+        index: The group of each token; tokens of group `num_groups` belong nowhere.
+        num_groups: Rows of every result.
+    """
+
+    index: Int[Tensor, " token"]
+    num_groups: int
+
+    def only(self, mask: Tensor) -> _Groups:
+        """The same groups, of the tokens in `mask`."""
+        return _Groups(index=torch.where(mask, self.index, self.num_groups), num_groups=self.num_groups)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """``[group]``; of bools, the count."""
+        values = values.long() if values.dtype is torch.bool else values
+        return values.new_zeros(self.num_groups + 1).index_add(0, self.index, values)[:-1]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """``[group]``; NaN in an empty group."""
+        return self.sum(values) / self.sum(torch.ones_like(self.index))
+
+    def max(self, values: Tensor) -> Tensor:
+        """``[group]``; NaN in an empty group."""
+        empty = values.new_full((self.num_groups + 1,), math.nan)
+        return empty.scatter_reduce(0, self.index, values, "amax", include_self=False)[:-1]
+
+    def quantiles(self, values: Tensor) -> Tensor:
+        """``[group quantile]``, linearly interpolated; NaN in an empty group."""
+        by_value = values.argsort()
+        ordered = values[by_value[self.index[by_value].argsort(stable=True)]]
+        ordered = torch.cat([ordered, ordered.new_full((1,), math.nan)])
+        size = self.sum(torch.ones_like(self.index))
+        start = (size.cumsum(0) - size)[:, None]
+        position = (size - 1).clamp(min=0)[:, None] * values.new_tensor(QUANTILES)
+        low, high = ordered[start + position.floor().long()], ordered[start + position.ceil().long()]
+        return torch.where(size[:, None] > 0, torch.lerp(low, high, position.frac()), math.nan)
+
+
+def _statistics(
+    groups: _Groups,
+    log_r_d: Tensor,
+    log_r_s: Tensor,
+    band_mask: Tensor,
+    clip_mask: Tensor,
+    loss_mask: Tensor,
+    finite: Tensor,
+    advantages: Tensor,
+) -> TokenStatistics:
+    loss, of_finite = groups.only(loss_mask), groups.only(finite)
+    clipped = finite & ~clip_mask
+    log_total = log_r_d + log_r_s
+    log_largest = of_finite.max(log_total)
+    # The effective sample size does not change when all weights are divided by the largest.
+    weight = (log_total - torch.cat([log_largest, log_largest.new_zeros(1)])[of_finite.index]).exp()
+    return TokenStatistics(
+        num_tokens=loss.sum(loss_mask),
+        num_nonfinite=loss.sum(~finite),
+        num_clipped_high=loss.sum(clipped & (advantages > 0)),
+        num_clipped_low=loss.sum(clipped & (advantages < 0) & (log_r_s < 0)),
+        num_clipped_dual=loss.sum(clipped & (advantages < 0) & (log_r_s > 0)),
+        rho_band=loss.mean((band_mask & finite).double()),
+        rho_clip=loss.mean((clip_mask & finite).double()),
+        rho=loss.mean((band_mask & clip_mask & finite).double()),
+        ess=of_finite.mean(weight).square() / of_finite.mean(weight.square()),
+        kl_mu_old_k1=of_finite.mean(-log_r_d),
+        kl_mu_old_k3=of_finite.mean(log_r_d.expm1() - log_r_d),
+        kl_old_theta_k3=of_finite.mean(log_r_d.exp() * (log_r_s.expm1() - log_r_s)),
+        log_r_d_abs_mean=of_finite.mean(log_r_d.abs()),
+        log_r_d_abs_max=of_finite.max(log_r_d.abs()),
+        log_r_s_abs_mean=of_finite.mean(log_r_s.abs()),
+        log_r_d_quantiles=of_finite.quantiles(log_r_d),
+        log_r_s_quantiles=of_finite.quantiles(log_r_s),
+    )

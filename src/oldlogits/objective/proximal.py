@@ -1,0 +1,67 @@
+"""Stand-ins that are interpolated between MU and THETA at loss time, and so need no source."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from oldlogits.core.errors import ConfigError
+
+
+@torch.no_grad()
+def linear_logp(
+    logp_mu: Float[Tensor, " token"],
+    logp_theta: Float[Tensor, " token"],
+    weight_mu: float | Float[Tensor, " token"],
+) -> Float[Tensor, " token"]:
+    """Log-prob of the arithmetic interpolation, detached: ``log(a mu + (1 - a) theta)`` with ``a = weight_mu``.
+
+    ``weight_mu`` is the weight *on mu*, in [0, 1], one for all tokens or one per token; 1 gives exactly MU and 0
+    exactly THETA. A per-token weight outside [0, 1] gives NaN, which the surrogate drops and counts.
+
+    Raises:
+        ConfigError: A weight given as a number is outside [0, 1].
+
+    Example:
+        mu = .2, theta = .6, weight_mu = .25: ``log(.25 * .2 + .75 * .6) = log .5 = -0.693``.
+    """
+    weight = _weight(weight_mu, logp_mu)
+    return torch.logaddexp(torch.log(weight) + logp_mu, torch.log1p(-weight) + logp_theta)
+
+
+@torch.no_grad()
+def loglinear_logp(
+    logp_mu: Float[Tensor, " token"],
+    logp_theta: Float[Tensor, " token"],
+    weight_mu: float | Float[Tensor, " token"],
+) -> Float[Tensor, " token"]:
+    """Log-prob of the token-wise log-linear interpolation, detached: ``a log mu + (1 - a) log theta``.
+
+    ``a = weight_mu`` as in `linear_logp`. A-3PO's coefficient is the weight on *theta*: ``weight_mu = 1 - alpha``
+    (arXiv 2512.06547).
+
+    Raises:
+        ConfigError: A weight given as a number is outside [0, 1].
+
+    Example:
+        mu = .1, theta = .4, weight_mu = .5: ``log sqrt(.1 * .4) = log .2 = -1.609``.
+    """
+    weight = _weight(weight_mu, logp_mu)
+    mixed = weight * logp_mu + (1 - weight) * logp_theta
+    mixed = torch.where(weight == 0, logp_theta, mixed)  # not 0 * log 0, which is NaN
+    mixed = torch.where(weight == 1, logp_mu, mixed)
+    return torch.where((weight < 0) | (weight > 1), torch.nan, mixed)
+
+
+def _weight(weight_mu: float | Tensor, like: Tensor) -> Tensor:
+    if isinstance(weight_mu, Tensor):
+        return weight_mu.to(like.dtype)
+    if not 0 <= weight_mu <= 1:
+        raise ConfigError(
+            "weight_mu is not a weight",
+            got=str(weight_mu),
+            allowed="a number in [0, 1]: the weight on mu",
+            fix="a peer's coefficient on theta is 1 - weight_mu",
+        )
+    return torch.tensor(weight_mu, dtype=like.dtype, device=like.device)

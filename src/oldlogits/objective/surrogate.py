@@ -1,0 +1,114 @@
+"""The surrogate objective of one token, with a closed-form gradient.
+
+Every kept token's surrogate is ``A * exp(x)`` in ``x = log r_s`` (up to detached factors), and the derivative of that
+is the value itself. A token outside the active set has derivative 0. So the backward pass is one product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from oldlogits.core.errors import ConfigError
+from oldlogits.objective.masks import band_mask, clip_log_ratio, finite_mask
+from oldlogits.objective.ratios import SplitRatio
+
+Discrepancy = Literal["weight_and_mask", "mask"]
+"""What ``r_d`` does beside masking: multiply the surrogate, or nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surrogate:
+    """The surrogate of each token and the masks that shaped it. True = kept.
+
+    Args:
+        values: ``S``, to be maximised; 0 where not (loss token, finite, inside the band).
+        band_mask: Finite and inside the band.
+        clip_mask: Finite and not clipped; ``A = 0`` is kept.
+        active_mask: Loss token, inside the band and not clipped: where the gradient is.
+        nonfinite_mask: Loss token with a ratio or an advantage that is NaN or infinite: dropped, to be counted.
+    """
+
+    values: Float[Tensor, " token"]
+    band_mask: Bool[Tensor, " token"]
+    clip_mask: Bool[Tensor, " token"]
+    active_mask: Bool[Tensor, " token"]
+    nonfinite_mask: Bool[Tensor, " token"]
+
+
+def surrogate(
+    split: SplitRatio,
+    advantages: Float[Tensor, " token"],
+    loss_mask: Bool[Tensor, " token"],
+    *,
+    band: float,
+    eps_low: float,
+    eps_high: float,
+    dual_clip: float | None,
+    discrepancy: Discrepancy,
+) -> Surrogate:
+    """``S = sg(r_d) * band * A * h`` per token (PAPER, "The objective, spelled out").
+
+    With ``discrepancy = "mask"`` the factor ``sg(r_d)`` is left out. Where ``r_d = X/MU`` is a weight, a kept
+    token's gradient is ``A * (theta / mu) * grad log theta`` whatever the stand-in X.
+
+    Args:
+        split: The two log-ratios; the gradient reaches ``log_r_s``, once (no double backward).
+        advantages: Finite; their sign chooses the clip.
+        loss_mask: Sampled tokens.
+        band: Above 1, or ``math.inf`` for no band.
+        eps_low: ``r_s`` is clipped from below at ``1 - eps_low`` where A < 0.
+        eps_high: ``r_s`` is clipped from above at ``1 + eps_high`` where A > 0.
+        dual_clip: ``r_s`` is clipped from above at this where A < 0; None for no such bound.
+        discrepancy: Whether ``r_d`` also multiplies.
+
+    Raises:
+        ConfigError: A bound is out of range, or `discrepancy` is unknown.
+
+    Example:
+        r_d = 1.1, r_s = 1.2, A = 2, band 1.5, eps 0.2 / 0.28: nothing is clipped, S = 1.1 * 2 * 1.2 = 2.64, and
+        dS / dlog theta = 2.64. With r_s = 1.4 the clip holds: S = 1.1 * 2 * 1.28 = 2.816, gradient 0.
+    """
+    if discrepancy not in ("weight_and_mask", "mask"):
+        raise ConfigError(
+            "unknown discrepancy", got=repr(discrepancy), allowed="'weight_and_mask', 'mask'", fix="choose one of these"
+        )
+    log_r_d, log_r_s = split.log_r_d.detach(), split.log_r_s.detach()
+    finite = finite_mask(log_r_d, log_r_s, advantages)
+    log_h = clip_log_ratio(log_r_s, advantages, eps_low, eps_high, dual_clip)
+    in_band = finite & band_mask(log_r_d, band)
+    unclipped = finite & (log_h == log_r_s)
+    kept = loss_mask & in_band
+    active = kept & unclipped
+    log_weight = log_h + log_r_d if discrepancy == "weight_and_mask" else log_h
+    return Surrogate(
+        values=cast(Tensor, _ClosedForm.apply(split.log_r_s, log_weight, advantages, kept, active)),  # type: ignore[no-untyped-call]
+        band_mask=in_band,
+        clip_mask=unclipped,
+        active_mask=active,
+        nonfinite_mask=loss_mask & ~finite,
+    )
+
+
+class _ClosedForm(torch.autograd.Function):
+    """``S = A * exp(log_weight)`` where kept; ``dS / dlog_r_s = S`` where active, else 0."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, log_r_s: Tensor, log_weight: Tensor, advantages: Tensor, kept: Tensor, active: Tensor
+    ) -> Tensor:
+        counted = kept & (advantages != 0)  # A = 0 gives exactly 0, however large the ratio
+        values = torch.where(counted, advantages * torch.where(counted, log_weight, 0.0).exp(), 0.0)
+        ctx.save_for_backward(torch.where(active, values, 0.0))
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_values: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (slope,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grad_values * slope, None, None, None, None
