@@ -1,0 +1,81 @@
+"""What an embedded engine is built from, and what it counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from oldlogits.core.errors import ConfigError
+from oldlogits.core.protocols import EngineCapabilities, PolicyVersion
+from oldlogits.rollout.folder import DecoderConfig, read_config
+from oldlogits.rollout.numerics import Numerics, check_numerics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSpec:
+    """What an embedded engine is built from.
+
+    Args:
+        model_path: A Hugging Face model folder (Llama, Qwen2 or Qwen3); its weights are version 0.
+        numerics: How weights are rounded.
+        num_slots: Sequences decoded at the same time.
+        max_context: The most tokens of one sequence.
+        seed: Of the sampler.
+    """
+
+    model_path: str
+    numerics: Numerics = "fp32"
+    num_slots: int = 128
+    max_context: int = 512
+    seed: int = 0
+
+    @property
+    def capabilities(self) -> EngineCapabilities:
+        """What such an engine can do."""
+        return EngineCapabilities(
+            max_context=self.max_context,
+            partials=True,
+            kv_modes=frozenset({"recompute", "stale"}),
+            numerics=self.numerics,
+        )
+
+    def read_config(self) -> DecoderConfig:
+        """The shape of the model.
+
+        Raises:
+            ModelFolderError: The folder is missing or not supported.
+            ConfigError: Unknown numerics, no slots, or a context longer than the model's.
+        """
+        check_numerics(self.numerics)
+        config = read_config(Path(self.model_path))
+        if self.num_slots < 1 or not 2 <= self.max_context <= config.max_positions:
+            raise ConfigError(
+                "the engine's size is out of range",
+                got=f"num_slots = {self.num_slots}, max_context = {self.max_context}",
+                allowed=f"num_slots >= 1, max_context from 2 to the model's {config.max_positions}",
+                fix="correct the engine section of the recipe",
+            )
+        return config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Counters since the engine was built.
+
+    Args:
+        version: The version of its weights.
+        num_steps: Engine steps.
+        num_decode_tokens: Sampled tokens.
+        num_prefill_tokens: Prompt tokens computed, recomputation included.
+        num_prefix_hit_tokens: Prompt tokens that were found in the cache instead.
+        busy_s: Seconds inside `EngineCore.step`.
+        idle_s: Seconds outside it.
+    """
+
+    version: PolicyVersion
+    num_steps: int
+    num_decode_tokens: int
+    num_prefill_tokens: int
+    num_prefix_hit_tokens: int
+    busy_s: float
+    idle_s: float
