@@ -1,0 +1,261 @@
+"""Charts as inline SVG: axes, lines, bars and areas. Colours are CSS classes (``c0`` to ``c4``) of the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final, Literal
+
+from markupsafe import Markup
+
+WIDTH: Final = 480
+HEIGHT: Final = 250
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 468, 12, 208
+
+Point = tuple[float, float]
+Transform = Literal["linear", "log"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """A range of values and the pixels that it is drawn on.
+
+    Args:
+        low: The value at `start`.
+        high: The value at `end`, above `low`.
+        start: Pixel.
+        end: Pixel.
+        ticks: Values to label.
+        transform: "log" places values by their logarithm; `low` is then above 0.
+        text: How a tick is written.
+    """
+
+    low: float
+    high: float
+    start: float
+    end: float
+    ticks: tuple[float, ...]
+    transform: Transform = "linear"
+    text: Callable[[float], str] = "{:g}".format
+
+    def at(self, value: float) -> float:
+        """The pixel of a value, kept within the axis."""
+        value = min(max(value, self.low), self.high)
+        if self.transform == "log":
+            share = math.log(value / self.low) / math.log(self.high / self.low)
+        else:
+            share = (value - self.low) / (self.high - self.low)
+        return self.start + share * (self.end - self.start)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """A series of points; a point that is not finite interrupts it.
+
+    Args:
+        label: Its name, in the legend and in tooltips.
+        points: (x, y), x ascending.
+        colour: A CSS class, "c0" to "c4".
+        style: "raw" is drawn faint, "dashed" dashed, "dots" with its points marked.
+        text: How a value is written in tooltips.
+    """
+
+    label: str
+    points: Sequence[Point]
+    colour: str
+    style: Literal["plain", "raw", "dashed", "dots"] = "plain"
+    text: Callable[[float], str] = "{:.4g}".format
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Whisker:
+    """A measured point with its interval."""
+
+    x: float
+    mean: float
+    low: float
+    high: float
+    colour: str
+    tip: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bar:
+    """A bar of `value`, whose part `marked` is drawn in the second colour over it (log axes: from the same base)."""
+
+    low: float
+    high: float
+    value: float
+    tip: str
+    marked: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bound:
+    """A vertical line with a label: a bound on the values of the x axis."""
+
+    x: float
+    label: str
+
+
+def x_axis(low: float, high: float, *, transform: Transform = "linear", whole: bool = False) -> Axis:
+    """A horizontal axis over exactly ``[low, high]``; `whole` labels integers only."""
+    if high <= low:
+        low, high = low - 0.5, high + 0.5
+    ticks = log_ticks(low, high) if transform == "log" else nice_ticks(low, high, 6)
+    kept = tuple(tick for tick in ticks if low <= tick <= high and not (whole and tick != round(tick)))
+    text = "{:.7g}".format
+    return Axis(low=low, high=high, start=_LEFT, end=_RIGHT, ticks=kept, transform=transform, text=text)
+
+
+def y_axis(low: float, high: float, *, transform: Transform = "linear", percent: bool = False) -> Axis:
+    """A vertical axis that covers ``[low, high]``, widened to whole ticks."""
+    if transform == "log":
+        low, high = 10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high) + 1e-9)
+        exponents = range(round(math.log10(low)), round(math.log10(high)) + 1)
+        ticks = tuple(10.0**exponent for exponent in exponents[:: max(1, len(exponents) // 4)])
+    else:
+        if high <= low:
+            high = low + (abs(low) or 1.0)
+        ticks = nice_ticks(low, high, 4)
+        low, high = min(ticks[0], low), max(ticks[-1], high)
+    text = _percent if percent else _short
+    return Axis(low=low, high=high, start=_BOTTOM, end=_TOP, ticks=ticks, transform=transform, text=text)
+
+
+def nice_ticks(low: float, high: float, count: int) -> tuple[float, ...]:
+    """About `count` steps of 1, 2 or 5 times a power of ten that cover ``[low, high]``.
+
+    Example:
+        >>> nice_ticks(0.0, 0.93, 4)
+        (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    """
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
+    digits = max(0, -math.floor(math.log10(step)) + 1)
+    first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
+    return tuple(round(index * step, digits) for index in range(first, last + 1))
+
+
+def log_ticks(low: float, high: float) -> tuple[float, ...]:
+    """Ticks of a ratio's axis: even ones where the range is narrow, 1, 2, 5 times powers of ten where it is wide."""
+    if high / low < 4:
+        return nice_ticks(low, high, 5)
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    factors = (1, 2, 5) if last - first <= 3 else (1,)
+    return tuple(factor * 10.0**exponent for exponent in range(first, last + 1) for factor in factors)
+
+
+def line_chart(x: Axis, y: Axis, lines: Sequence[Line], *, x_label: str, whiskers: Sequence[Whisker] = ()) -> Markup:
+    """Lines over x, points with intervals on top, and a tooltip for every x."""
+    parts = [_path(line, x, y) for line in lines]
+    parts += _columns(lines, x, x_label)
+    parts += [_whisker(whisker, x, y) for whisker in whiskers]
+    return _svg(x, y, parts, x_label)
+
+
+def bar_chart(x: Axis, y: Axis, bars: Sequence[Bar], *, x_label: str, bounds: Sequence[Bound] = ()) -> Markup:
+    """Bars, and bounds drawn over them."""
+    parts = []
+    for bar in bars:
+        left, width = x.at(bar.low), max(x.at(bar.high) - x.at(bar.low) - 1, 0.5)
+        for value, colour in ((bar.value, "c0"), (bar.marked, "c1")):
+            if value > 0:
+                top = y.at(value)
+                parts.append(_rect(left, top, width, max(_BOTTOM - top, 1), f"fill {colour}", ""))
+        parts.append(_rect(left, _TOP, width + 1, _BOTTOM - _TOP, "hit", bar.tip))
+    for index, bound in enumerate(bounds):
+        at, row = x.at(bound.x), _TOP + 10 + 13 * (index % 2)
+        anchor, offset = ("end", -4) if at > (_LEFT + _RIGHT) / 2 else ("start", 4)
+        parts.append(f'<line class="bound" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{_BOTTOM}"/>')
+        parts.append(_text(at + offset, row, bound.label, f'class="boundlabel" text-anchor="{anchor}"'))
+    return _svg(x, y, parts, x_label)
+
+
+def stacked_chart(x: Axis, y: Axis, lines: Sequence[Line], *, x_label: str) -> Markup:
+    """Areas on top of each other, the first at the bottom. All lines have the same x; y is finite."""
+    parts = []
+    base = [0.0] * len(lines[0].points)
+    for line in lines:
+        top = [low + value for low, (_, value) in zip(base, line.points, strict=True)]
+        upper = [f"{x.at(at):.1f},{y.at(value):.1f}" for (at, _), value in zip(line.points, top, strict=True)]
+        lower = [f"{x.at(at):.1f},{y.at(value):.1f}" for (at, _), value in zip(line.points, base, strict=True)]
+        parts.append(f'<polygon class="fill {line.colour}" points="{" ".join(upper + lower[::-1])}"/>')
+        base = top
+    return _svg(x, y, parts + _columns(lines, x, x_label), x_label)
+
+
+def _svg(x: Axis, y: Axis, parts: Sequence[str], x_label: str) -> Markup:
+    frame = []
+    for tick in y.ticks:
+        at = y.at(tick)
+        frame.append(f'<line class="grid" x1="{_LEFT}" x2="{_RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        frame.append(_text(_LEFT - 7, at + 4, y.text(tick), 'text-anchor="end"'))
+    for tick in x.ticks:
+        at = x.at(tick)
+        frame.append(f'<line class="tick" x1="{at:.1f}" x2="{at:.1f}" y1="{_BOTTOM}" y2="{_BOTTOM + 4}"/>')
+        frame.append(_text(at, _BOTTOM + 18, x.text(tick), 'text-anchor="middle"'))
+    frame.append(f'<line class="base" x1="{_LEFT}" x2="{_RIGHT}" y1="{_BOTTOM}" y2="{_BOTTOM}"/>')
+    frame.append(_text((_LEFT + _RIGHT) / 2, HEIGHT - 6, x_label, 'text-anchor="middle" class="axislabel"'))
+    return Markup(f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(frame)}{"".join(parts)}</svg>')
+
+
+def _path(line: Line, x: Axis, y: Axis) -> str:
+    commands, pen, dots = [], "M", []
+    for at, value in line.points:
+        if not math.isfinite(value):
+            pen = "M"
+            continue
+        commands.append(f"{pen}{x.at(at):.1f},{y.at(value):.1f}")
+        if line.style == "dots" or len(line.points) == 1:
+            dots.append(f'<circle class="dot {line.colour}" cx="{x.at(at):.1f}" cy="{y.at(value):.1f}" r="3"/>')
+        pen = "L"
+    return f'<path class="line {line.colour} {line.style}" d="{"".join(commands)}"/>' + "".join(dots)
+
+
+def _columns(lines: Sequence[Line], x: Axis, name: str) -> list[str]:
+    """One invisible column per x with the values of all lines as its tooltip."""
+    values: dict[float, list[str]] = {}
+    for line in lines:
+        for at, value in line.points:
+            values.setdefault(at, []).append(f"{line.label}: {line.text(value)}")
+    places = sorted(values)
+    edges = [x.low, *((a + b) / 2 for a, b in pairwise(places)), x.high]
+    return [
+        _rect(
+            x.at(left), _TOP, x.at(right) - x.at(left), _BOTTOM - _TOP, "hit", "\n".join([f"{name} {x.text(at)}", *values[at]])
+        )
+        for at, (left, right) in zip(places, pairwise(edges), strict=True)
+    ]
+
+
+def _whisker(whisker: Whisker, x: Axis, y: Axis) -> str:
+    at, low, mean, high = x.at(whisker.x), y.at(whisker.low), y.at(whisker.mean), y.at(whisker.high)
+    caps = f"M{at - 4:.1f},{low:.1f}h8M{at - 4:.1f},{high:.1f}h8M{at:.1f},{low:.1f}V{high:.1f}"
+    dot = f'<circle class="dot {whisker.colour}" cx="{at:.1f}" cy="{mean:.1f}" r="4.5"/>'
+    hit = _rect(at - 7, min(high, mean) - 5, 14, abs(low - high) + 10, "hit", whisker.tip)
+    return f'<path class="whisker {whisker.colour}" d="{caps}"/>{dot}{hit}'
+
+
+def _rect(left: float, top: float, width: float, height: float, style: str, tip: str) -> str:
+    label = Markup(' data-tip="{}"').format(tip) if tip else ""
+    return f'<rect class="{style}" x="{left:.1f}" y="{top:.1f}" width="{max(width, 0):.1f}" height="{height:.1f}"{label}/>'
+
+
+def _text(left: float, top: float, text: str, attributes: str) -> str:
+    return f'<text x="{left:.1f}" y="{top:.1f}" {attributes}>{Markup.escape(text)}</text>'
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.6g}%"
+
+
+def _short(value: float) -> str:
+    """`12.5k`, `0.02`, `1e-05`: a number in few characters."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
