@@ -121,7 +121,7 @@ def y_axis(low: float, high: float, *, transform: Transform = "linear", percent:
             high = low + (abs(low) or 1.0)
         ticks = nice_ticks(low, high, 4)
         low, high = min(ticks[0], low), max(ticks[-1], high)
-    text = _percent if percent else _short
+    text = _percent if percent else _power if transform == "log" else _short
     return Axis(low=low, high=high, start=_BOTTOM, end=_TOP, ticks=ticks, transform=transform, text=text)
 
 
@@ -222,6 +222,8 @@ def _columns(lines: Sequence[Line], x: Axis, name: str) -> list[str]:
     for line in lines:
         for at, value in line.points:
             values.setdefault(at, []).append(f"{line.label}: {line.text(value)}")
+    if not values:
+        return []
     places = sorted(values)
     edges = [x.low, *((a + b) / 2 for a, b in pairwise(places)), x.high]
     return [
@@ -253,8 +255,13 @@ def _percent(value: float) -> str:
     return f"{100 * value:.6g}%"
 
 
+def _power(value: float) -> str:
+    """`0.1`, `1e-4`: a power of ten."""
+    return f"{value:g}" if 0.001 <= value <= 1000 else f"1e{round(math.log10(value))}"
+
+
 def _short(value: float) -> str:
-    """`12.5k`, `0.02`, `1e-05`: a number in few characters."""
+    """`12.5k`, `0.02`: a number in few characters."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{unit}"

@@ -56,7 +56,7 @@ def figures(run: RunData) -> dict[str, list[Figure]]:
             ),
             _staleness(run),
         ],
-        "The two ratios": [_r_d(run), _r_s(run), _by_staleness(run), _kl(updates), _ess(updates)],
+        "The two ratios": [_r_d(run), _r_s(run), _by_staleness(run), _sizes(updates), _kl(updates), _ess(updates)],
         "The system": [
             _over_versions(
                 updates,
@@ -71,6 +71,13 @@ def figures(run: RunData) -> dict[str, list[Figure]]:
                 {"idle/engine_share": "engine", "idle/trainer_share": "trainer"},
                 "Share of the time in which a side waits for the other.",
                 percent=True,
+                from_zero=True,
+            ),
+            _over_versions(
+                updates,
+                "Trajectories in flight",
+                {"queue/running": "running", "queue/queued": "queued"},
+                "Running in the engine, and finished but not yet trained.",
                 from_zero=True,
             ),
             _times(updates),
@@ -199,6 +206,7 @@ def _ratio_histogram(
     near = [bound for bound in bounds if abs(math.log(bound.x)) < 6 * max(-low, high)]
     if len(near) < len(bounds):
         caption += " All but one token in a thousand lie far inside " + ", ".join(bound.label for bound in bounds) + "."
+    caption += " The outermost bars hold all that lies beyond them."
     ends = [1.15 * math.log(bound.x) for bound in near]
     low, high = min([low, *ends]), max([high, *ends])
     edges = np.linspace(low, high, _NUM_BINS + 1)
@@ -224,14 +232,14 @@ def _bin_tip(low: float, high: float, share: float, masked: float, marked: str) 
 def _by_staleness(run: RunData) -> Figure | None:
     lag = _column(run, "staleness")
     lines = []
-    for name, colour in (("log_r_d", "c0"), ("log_r_s", "c1")):
+    for name, label, colour in (("log_r_d", "|log r_d|", "c0"), ("log_r_s", "|log r_s|", "c1")):
         size = np.abs(_column(run, name))
         groups = {int(s): size[(lag == s) & np.isfinite(size)] for s in np.unique(lag)}
         kept = {s: values for s, values in groups.items() if len(values) >= _MIN_TOKENS and values.any()}
         mean = [(float(s), float(values.mean())) for s, values in kept.items()]
         tail = [(float(s), float(np.quantile(values, 0.95))) for s, values in kept.items()]
-        lines.append(Line(label=f"|{name}| mean", points=mean, colour=colour, style="dots"))
-        lines.append(Line(label=f"|{name}| 95% quantile", points=tail, colour=colour, style="dashed"))
+        lines.append(Line(label=f"{label} mean", points=mean, colour=colour, style="dots"))
+        lines.append(Line(label=f"{label} 95% quantile", points=tail, colour=colour, style="dashed"))
     values = [value for line in lines for _, value in line.points if value > 0]
     if not values:
         return None
@@ -244,6 +252,12 @@ def _by_staleness(run: RunData) -> Figure | None:
         svg=charts.line_chart(x, y, shown, x_label="staleness"),
         legend=tuple((line.colour, line.label.removesuffix(" mean")) for line in shown if line.style == "dots"),
     )
+
+
+def _sizes(updates: Sequence[Update]) -> Figure | None:
+    labels = {"ratio/log_r_d_abs_mean": "|log r_d|", "ratio/log_r_s_abs_mean": "|log r_s|"}
+    caption = "Mean over the loss tokens of each update."
+    return _over_versions(updates, "Size of the ratios over the run", labels, caption, from_zero=True)
 
 
 def _kl(updates: Sequence[Update]) -> Figure | None:

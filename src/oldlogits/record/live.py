@@ -105,7 +105,7 @@ class LiveView:
     def show(self, metrics: Mapping[str, float]) -> None:
         """Take values between updates: ``queue/*``, ``eval/mean``, ``eval/low``, ``eval/high``, ``probe/max_abs_error``, ...
 
-        ``queue/admission_open`` is 1 or 0; ``witness/max_abs_error`` is 0 where the store returned the live weights' bits.
+        ``queue/admission_open`` is 1 or 0.
         """
         self._latest.update(metrics)
 

@@ -53,7 +53,7 @@ def chosen_transcripts(episodes: Sequence[Episode]) -> list[Transcript]:
     training = sorted((e for e in episodes if e.stage == "train"), key=lambda e: e.version)
     third = -(-len(training) // 3)
     chosen: dict[str, Transcript] = {}
-    for period, pool in (("Early", training[:third]), ("Late", training[third:][-third:])):
+    for period, pool in (("Early", training[:third]), ("Late", training[third:][-third:][::-1])):
         for pick in (_lowest, _highest):
             if pool:
                 _add(chosen, f"{period} in training", pick(pool))

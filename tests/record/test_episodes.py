@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from oldlogits.record.episodes import Episode, EpisodeLog, EpisodeSegment, read_episodes
+from oldlogits.record.jsonl import LineFile, RecordError
+from oldlogits.record.transcripts import chosen_transcripts
+
+
+def episode(name: str, *, version: int = 1, reward: float = 0.0, versions=(0, 1), stage="train", segments=()) -> Episode:
+    return Episode(
+        id=name,
+        group="g",
+        version=version,
+        split="train" if stage == "train" else "heldout",
+        stage=stage,
+        reward=reward,
+        stop_reason="done",
+        num_turns=2,
+        versions=versions,
+        segments=segments,
+    )
+
+
+SEGMENTS = (
+    EpisodeSegment(kind="context", text="Hi <b>&\n", num_tokens=2),
+    EpisodeSegment(kind="sampled", text="ab", num_tokens=2, version=0, tokens=("a", "b"), logp_mu=(-0.5, float("-inf"))),
+    EpisodeSegment(kind="sampled", text="c", num_tokens=1, version=1, tokens=("c",)),
+)
+
+
+def test_episodes_are_read_back_equal_with_and_without_their_text(tmp_path: Path):
+    written = [episode("a", segments=SEGMENTS), episode("b", reward=float("inf"), stage="after")]
+    with EpisodeLog(tmp_path / "episodes.jsonl") as log:
+        for one in written:
+            log.append(one)
+    assert list(read_episodes(tmp_path / "episodes.jsonl")) == written
+
+
+def test_a_line_that_is_no_episode_is_refused(tmp_path: Path):
+    with LineFile(tmp_path / "episodes.jsonl") as file:
+        file.append({"id": "a"})
+    with pytest.raises(RecordError, match="is no episode"):
+        list(read_episodes(tmp_path / "episodes.jsonl"))
+
+
+def test_the_lowest_and_highest_rewards_early_and_late_are_chosen_and_of_equals_those_of_most_versions():
+    pool = [
+        episode(f"{version}-{reward:g}-{len(versions)}", version=version, reward=reward, versions=versions)
+        for version in range(1, 10)
+        for reward in (0.0, 1.0)
+        for versions in ((version,), (version - 1, version))
+    ]
+    assert [(t.title, t.episode.id) for t in chosen_transcripts(pool)] == [
+        ("Early in training", "1-0-2"),
+        ("Early in training", "1-1-2"),
+        ("Late in training", "9-0-2"),
+        ("Late in training", "9-1-2"),
+    ]
+
+
+def test_one_episode_is_shown_once_and_none_is_no_error():
+    assert [t.episode.id for t in chosen_transcripts([episode("only")])] == ["only"]
+    assert chosen_transcripts([]) == []
+    assert [t.title for t in chosen_transcripts([episode("e", stage="after")])] == ["Evaluation"]
+
+
+def test_sampled_segments_of_one_turn_are_joined_and_each_version_has_its_colour():
+    (transcript,) = chosen_transcripts([episode("a", segments=SEGMENTS)])
+    context, sampled = transcript.turns
+    assert (context.text, context.spans) == ("Hi <b>&\n", ())
+    assert [(span.version, span.tint) for span in sampled.spans] == [(0, 0), (1, 1)]
+    assert [token.tip for token in sampled.spans[0].tokens] == ["version 0\nlog-prob -0.500", "version 0\nlog-prob -inf"]
+    assert [token.tip for token in sampled.spans[1].tokens] == ["version 1"]

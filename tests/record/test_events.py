@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from oldlogits.record.events import FIELDS, EventKind, EventLog, MemoryLog, is_wall_clock, read_events, without_wall_clock
+from oldlogits.record.jsonl import LineFile, RecordError, encode, number, read_lines
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def refuse(constant: str) -> None:
+    raise AssertionError(f"{constant} is no JSON")
+
+
+@given(JSON)
+def test_whatever_is_encoded_is_one_line_of_strict_json(value):
+    line = encode(value)
+    assert "\n" not in line
+    json.loads(line, parse_constant=refuse)
+
+
+@given(st.floats())
+def test_every_float_is_read_back_non_finite_ones_included(value):
+    back = number(json.loads(encode(value)))
+    assert back == value or (math.isnan(back) and math.isnan(value))
+
+
+def test_other_strings_and_booleans_are_no_numbers():
+    assert [number(value) for value in (True, "12", "x", None, [1.0])] == [None] * 5
+
+
+def test_seq_counts_from_0_and_goes_on_after_a_resume(tmp_path: Path):
+    path = tmp_path / "events.jsonl"
+    for version in (0, 1):
+        with EventLog(path) as log:
+            log.emit(EventKind.WARNING, version=version, message="a")
+            log.emit(EventKind.CHECKPOINT, version=version, path="b")
+    assert [(event.seq, event.kind, event.version) for event in read_events(path)] == [
+        (0, EventKind.WARNING, 0),
+        (1, EventKind.CHECKPOINT, 0),
+        (2, EventKind.WARNING, 1),
+        (3, EventKind.CHECKPOINT, 1),
+    ]
+
+
+@pytest.mark.parametrize("cut", range(1, 40))
+def test_a_log_cut_at_any_byte_is_readable_and_is_continued_without_gaps(tmp_path: Path, cut: int):
+    path = tmp_path / "events.jsonl"
+    with EventLog(path) as log:
+        for index in range(3):
+            log.emit(EventKind.WARNING, version=index, message="höher")
+    path.write_bytes(path.read_bytes()[:-cut])
+    num_whole = path.read_bytes().count(b"\n")
+    assert len(list(read_events(path))) == num_whole
+    with EventLog(path) as log:
+        log.emit(EventKind.WARNING, version=9, message="again")
+    assert [event.seq for event in read_events(path)] == list(range(num_whole + 1))
+    assert [event.version for event in read_events(path)][-1] == 9
+
+
+def test_an_event_is_on_disk_when_emit_returns(tmp_path: Path):
+    log = EventLog(tmp_path / "events.jsonl")
+    log.emit(EventKind.WARNING, version=0, message="a")
+    assert len(list(read_events(tmp_path / "events.jsonl"))) == 1
+    log.close()
+
+
+def test_an_event_without_a_field_of_its_kind_is_refused_and_names_it():
+    with pytest.raises(RecordError, match="fix: pass seconds_s"):
+        MemoryLog().emit(EventKind.PUBLISHED, version=1, bytes=3)
+
+
+@pytest.mark.parametrize("key", ["seq", "kind"])
+def test_a_field_cannot_take_the_name_of_the_head(key: str):
+    with pytest.raises((RecordError, TypeError)):
+        MemoryLog().emit(EventKind.CHECKPOINT, version=1, path="x", **{key: 4})
+
+
+@pytest.mark.parametrize("fields", [{"seconds_s": "soon"}, {"seconds_s": 1.0, "detail": {"idle_share": [1]}}])
+def test_a_wall_clock_key_holds_a_number(fields: dict):
+    with pytest.raises(RecordError, match="wall-clock"):
+        MemoryLog().emit(EventKind.PUBLISHED, version=1, bytes=3, **fields)
+
+
+def test_every_kind_states_its_fields():
+    assert set(FIELDS) == set(EventKind)
+
+
+@pytest.mark.parametrize(
+    "key, expected",
+    [
+        ("pause_s", True),
+        ("idle/engine_share", True),
+        ("throughput/engine_tokens_per_s", True),
+        ("r_s", False),
+        ("log_r_s", False),
+        ("ratio/log_r_s", False),
+        ("groups", False),
+        ("staleness_counts", False),
+        ("trainer_s", True),
+    ],
+)
+def test_wall_clock_is_told_from_the_key_alone_and_the_ratio_r_s_is_no_duration(key: str, expected: bool):
+    assert is_wall_clock(key) is expected
+
+
+def test_two_runs_that_differ_in_time_only_have_equal_events_without_wall_clock_keys():
+    logs = MemoryLog(), MemoryLog()
+    for log, speed in zip(logs, (1.0, 3.0), strict=True):
+        log.emit(EventKind.PUBLISHED, version=1, bytes=3, seconds_s=speed)
+        log.emit(
+            EventKind.UPDATE,
+            version=1,
+            metrics={"mask/rho": 0.9, "time/step_s": speed},
+            staleness_counts={"0": 4},
+            lags=[{"a_s": speed}],
+        )
+    first, second = ([(event.seq, event.kind, without_wall_clock(event.fields)) for event in log.events] for log in logs)
+    assert first == second
+    assert first[1][2]["metrics"] == {"mask/rho": 0.9}
+    assert logs[0].events != logs[1].events
+
+
+def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path: Path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"a": 1}\n{"a": \n{"a": 2}\n')
+    with pytest.raises(RecordError, match=r"line 2 of x\.jsonl is damaged"):
+        list(read_lines(path))
+
+
+def test_a_line_that_is_no_event_is_refused(tmp_path: Path):
+    with LineFile(tmp_path / "events.jsonl") as file:
+        file.append({"seq": 0, "kind": "unheard_of", "version": 0})
+    with pytest.raises(RecordError, match="is no event"):
+        list(read_events(tmp_path / "events.jsonl"))

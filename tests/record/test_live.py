@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from oldlogits.record.live import LiveView, learned_sentence, print_summary, sparkline
+from oldlogits.record.summary import Interval, Summary
+
+METRICS = {"reward/mean": 0.5, "reward/success": 0.25, "mask/rho": 0.97, "staleness/mean": 1.5, "staleness/max": 4.0}
+
+
+def test_without_a_terminal_there_is_one_plain_line_an_update_and_one_a_note():
+    out = io.StringIO()
+    with LiveView(total_updates=3, title="t", console=Console(file=out, width=40)) as view:
+        view.update(METRICS, version=1)
+        view.note("checkpoint [bold] v000001")
+        view.show({"eval/mean": 0.4})
+        view.update({"reward/mean": float("nan")}, version=2)
+    assert out.getvalue().splitlines() == [
+        "update 1/3  reward 0.500  success 0.250  rho 0.970  staleness 1.50  max 4",
+        "checkpoint [bold] v000001",
+        "update 2/3  reward nan",
+    ]
+
+
+def test_on_a_terminal_the_panel_holds_the_latest_values_within_80_columns():
+    out = io.StringIO()
+    console = Console(file=out, width=80, height=30, force_terminal=True, color_system=None)
+    with LiveView(total_updates=10, title="desk [x]", console=console) as view:
+        view.update(METRICS, version=1)
+        view.update(METRICS | {"reward/mean": 0.75}, version=2)
+        view.show({"queue/running": 12.0, "queue/queued": 3.0, "queue/admission_open": 0.0, "probe/max_abs_error": 3e-6})
+    last = out.getvalue()[out.getvalue().rindex("╭") :]
+    assert max(len(line) for line in last.splitlines()) <= 80
+    for text in (
+        "desk [x]",
+        "update 2/10",
+        "0.750  ▁█",
+        "mean 1.50  max 4",
+        "12 running  3 queued  admission closed",
+        "probe 3.0e-06",
+    ):
+        assert text in last
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [([], ""), ([2.0, 2.0], "▁▁"), ([0.0, 1.0, 0.5, float("nan")], "▁█▅"), ([float(i) for i in range(100)], None)],
+)
+def test_a_sparkline_spans_its_values_and_skips_what_is_not_finite(values, expected):
+    drawn = sparkline(values)
+    assert drawn == expected if expected is not None else (len(drawn), drawn[0], drawn[-1]) == (24, "▁", "█")
+
+
+@pytest.mark.parametrize(
+    "low, high, verdict", [(0.01, 0.2, "better"), (-0.2, -0.01, "worse"), (-0.1, 0.2, "no difference beyond chance")]
+)
+def test_the_verdict_follows_from_the_interval_of_the_gain(fake_run, low, high, verdict):
+    summary = Summary.read(fake_run(1) / "summary.json")
+    gain = Interval(mean=(low + high) / 2, low=low, high=high, num_episodes=20)
+    assert learned_sentence(replace(summary, gain=gain)).endswith(f"on the same 20 episodes, {verdict}.")
+
+
+def test_the_summary_says_what_was_not_measured_and_where_the_report_is(fake_run):
+    run = fake_run(1)
+    out = io.StringIO()
+    summary = replace(Summary.read(run / "summary.json"), success_before=None, success_after=None, ended="interrupted")
+    print_summary(summary, Path("out"), console=Console(file=out, width=80))
+    text = out.getvalue()
+    assert "Held-out success was not measured." in text
+    assert "ended early (interrupted)" in text
+    assert "out/report.html" in text
+    assert "100.0% exact" in text
