@@ -1,7 +1,7 @@
-"""The surrogate objective of one token, with a closed-form gradient.
+"""The surrogate objective of each token, the masks that shape it, and its gradient in closed form.
 
-Every kept token's surrogate is ``A * exp(x)`` in ``x = log r_s`` (up to detached factors), and the derivative of that
-is the value itself. A token outside the active set has derivative 0. So the backward pass is one product.
+An active token's surrogate is ``A * exp(log r_s)`` up to detached factors, so its derivative with respect to
+``log r_s`` is the value itself; every other token's is 0. The backward pass is one product.
 """
 
 from __future__ import annotations
@@ -86,8 +86,12 @@ def surrogate(
     kept = loss_mask & in_band
     active = kept & unclipped
     log_weight = log_h + log_r_d if discrepancy == "weight_and_mask" else log_h
+    counted = kept & (advantages != 0)  # A = 0 gives exactly 0, however large the ratio
+    weight = torch.where(counted, log_weight, 0.0).exp()  # masked before exp: no inf * 0
+    values = torch.where(counted, advantages * weight, 0.0)
+    slope = torch.where(active, values, 0.0)
     return Surrogate(
-        values=cast(Tensor, _ClosedForm.apply(split.log_r_s, log_weight, advantages, kept, active)),  # type: ignore[no-untyped-call]
+        values=cast(Tensor, _WithSlope.apply(split.log_r_s, values, slope)),  # type: ignore[no-untyped-call]
         band_mask=in_band,
         clip_mask=unclipped,
         active_mask=active,
@@ -95,20 +99,16 @@ def surrogate(
     )
 
 
-class _ClosedForm(torch.autograd.Function):
-    """``S = A * exp(log_weight)`` where kept; ``dS / dlog_r_s = S`` where active, else 0."""
+class _WithSlope(torch.autograd.Function):
+    """`values` as a function of ``log_r_s``, whose derivative is `slope`."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, log_r_s: Tensor, log_weight: Tensor, advantages: Tensor, kept: Tensor, active: Tensor
-    ) -> Tensor:
-        counted = kept & (advantages != 0)  # A = 0 gives exactly 0, however large the ratio
-        values = torch.where(counted, advantages * torch.where(counted, log_weight, 0.0).exp(), 0.0)
-        ctx.save_for_backward(torch.where(active, values, 0.0))
+    def forward(ctx: FunctionCtx, log_r_s: Tensor, values: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
         return values
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_values: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: FunctionCtx, grad_values: Tensor) -> tuple[Tensor, None, None]:
         (slope,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad_values * slope, None, None, None, None
+        return grad_values * slope, None, None
