@@ -119,7 +119,7 @@ def y_axis(low: float, high: float, *, transform: Transform = "linear", percent:
     else:
         if high <= low:
             high = low + (abs(low) or 1.0)
-        ticks = nice_ticks(low, high, 4)
+        ticks = nice_ticks(low, high, 5)
         low, high = min(ticks[0], low), max(ticks[-1], high)
     text = _percent if percent else _power if transform == "log" else _short
     return Axis(low=low, high=high, start=_BOTTOM, end=_TOP, ticks=ticks, transform=transform, text=text)
@@ -129,7 +129,7 @@ def nice_ticks(low: float, high: float, count: int) -> tuple[float, ...]:
     """About `count` steps of 1, 2 or 5 times a power of ten that cover ``[low, high]``.
 
     Example:
-        >>> nice_ticks(0.0, 0.93, 4)
+        >>> nice_ticks(0.0, 0.93, 5)
         (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
     """
     raw = (high - low) / count
