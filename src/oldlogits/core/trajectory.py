@@ -85,6 +85,7 @@ class Trajectory:
         segments: In the order of the tokens; versions never decrease.
         reward: The environment's reward.
         stop_reason: Why the episode ended: "done", "max_turns", "max_tokens", ...
+        num_turns: The agent's turns.
     """
 
     id: str
@@ -92,6 +93,7 @@ class Trajectory:
     segments: tuple[Segment, ...]
     reward: float
     stop_reason: str
+    num_turns: int = 1
 
     def __post_init__(self) -> None:
         """Refuse trajectories that start with sampled tokens, sample none, or go back in time."""

@@ -8,8 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from oldlogits.core.errors import ModelFolderError
+
+transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 """Model types that both the trainer and the embedded engine implement."""

@@ -1,0 +1,41 @@
+"""Weights on their way to another process of this machine: a safetensors file in shared memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+_SHARED_MEMORY: Final = Path("/dev/shm")
+
+
+def share(tensors: Mapping[str, Tensor]) -> Path:
+    """Write tensors to a new file in shared memory if it has room for them, else in the temporary folder.
+
+    The reader deletes the file.
+    """
+    separate = _without_aliases(tensors)
+    num_bytes = sum(tensor.nbytes for tensor in separate.values())
+    fits = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > 1.1 * num_bytes
+    handle, name = tempfile.mkstemp(prefix="oldlogits-", suffix=".safetensors", dir=_SHARED_MEMORY if fits else None)
+    os.close(handle)
+    path = Path(name)
+    save_file(separate, path)
+    return path
+
+
+def _without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors, each with a memory of its own, as safetensors wants them: a tied head is written twice."""
+    seen: set[int] = set()
+    separate = {}
+    for name, tensor in tensors.items():
+        detached = tensor.detach()
+        separate[name] = detached.clone() if detached.data_ptr() in seen else detached.contiguous()
+        seen.add(detached.data_ptr())
+    return separate

@@ -1,0 +1,202 @@
+"""The turns between agent and environment: token in, token out.
+
+    prompt -> [engine samples a turn] -> tool call?  run it, its result is context -> next turn
+                                      -> message?    reply() is context, or the episode ends
+
+What was sampled is never re-tokenised: a turn's prompt is every token before it, as it was sampled or read.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, TypeVar, cast
+
+from oldlogits.core.errors import ConfigError
+from oldlogits.core.protocols import Generation, RolloutEngine, Sampling
+from oldlogits.core.trajectory import Context, Sampled, Segment, Trajectory
+from oldlogits.envs.shape import (
+    ConversingEnvironment,
+    Environment,
+    Malformed,
+    Parser,
+    Row,
+    bind,
+    render_result,
+    tool_schemas,
+)
+from oldlogits.policy.chat import ChatFormat
+
+T = TypeVar("T")
+
+
+class EnvironmentRunner(Protocol):
+    """How environment code is run: inline, or in a thread with a deadline."""
+
+    async def __call__(self, call: Callable[[], T | Awaitable[T]], *, is_tool: bool = False) -> T:
+        """Run `call` (it may return an awaitable) and return its result; tools and replies may have a latency.
+
+        Raises:
+            EnvironmentFailed: It raised, or took too long.
+        """
+        ...
+
+
+class EnvironmentFailed(Exception):  # noqa: N818 - an outcome of an episode, not an error of this package
+    """Environment code raised or timed out; the text says what and where."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnLimits:
+    """Where an episode is cut off.
+
+    Args:
+        max_turns: Assistant turns.
+        max_tokens_per_turn: Sampled tokens of one assistant turn.
+        max_tokens: Tokens of the whole episode, context included.
+    """
+
+    max_turns: int
+    max_tokens_per_turn: int
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agent:
+    """What an episode needs besides its task: engine, chat format, parser, limits and sampling."""
+
+    engine: RolloutEngine
+    chat: ChatFormat
+    parser: Parser
+    limits: TurnLimits
+    sampling: Sampling
+    run_environment: EnvironmentRunner
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """An episode that the environment ended: an exception or a time-out."""
+
+    id: str
+    group_id: str
+    reason: str
+
+
+async def run_episode(
+    agent: Agent, environment_class: type[Environment], row: Row, *, id: str, group_id: str
+) -> Trajectory | Failure:
+    """Play one episode.
+
+    Args:
+        agent: The agent.
+        environment_class: Instantiated for this episode only.
+        row: The task: the arguments of `reset`.
+        id: Of the trajectory; requests to the engine are named ``{id}/{turn}``.
+        group_id: Of its group.
+
+    Returns:
+        The trajectory, or a failure that says what the environment did.
+
+    Raises:
+        WorkerDiedError: The engine ended.
+        MissingLogprobError: The engine returned tokens without log-probs.
+    """
+    run = agent.run_environment
+    try:
+        environment, opening = await run(lambda: _start(environment_class, row))
+        episode = _Episode(agent, environment, id)
+        stop_reason = await episode.play(opening)
+        reward = float(await run(environment.get_reward))
+    except EnvironmentFailed as failure:
+        return Failure(id=id, group_id=group_id, reason=str(failure))
+    return Trajectory(id=id, group_id=group_id, segments=tuple(episode.segments), reward=reward, stop_reason=stop_reason)
+
+
+def _start(environment_class: type[Environment], row: Row) -> tuple[Environment, str | None]:
+    environment = environment_class()
+    return environment, environment.reset(**row)
+
+
+class _Episode:
+    """The tokens of one episode, as they grow."""
+
+    def __init__(self, agent: Agent, environment: Environment, id: str) -> None:
+        self._agent, self._environment, self._id = agent, environment, id
+        self._tokens: list[int] = []
+        self.segments: list[Segment] = []
+        self.num_turns = 0
+
+    async def play(self, opening: str | None) -> str:
+        """Play until the episode ends; returns why it did."""
+        agent = self._agent
+        system = system_prompt_of(type(self._environment))
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": opening or ""})
+        self._read(agent.chat.prompt_ids(messages, tool_schemas(type(self._environment))))
+        if len(self._tokens) >= agent.limits.max_tokens:
+            raise ConfigError(
+                "the prompt alone fills the episode",
+                got=f"a prompt of {len(self._tokens)} tokens, env.max_tokens = {agent.limits.max_tokens}",
+                allowed="env.max_tokens above the longest prompt",
+                fix="raise env.max_tokens, or shorten the system prompt",
+            )
+        for turn in range(agent.limits.max_turns):
+            room = agent.limits.max_tokens - len(self._tokens)
+            if room < 1:
+                return "max_tokens"
+            ids = await self._sample(turn, min(room, agent.limits.max_tokens_per_turn))
+            self.num_turns = turn + 1
+            if not ids or ids[-1] not in agent.chat.stop_ids:
+                return "turn_too_long" if room > len(ids) else "max_tokens"
+            answer = await self._answer(agent.chat.decode(ids))
+            if answer is None:
+                return "done"
+            role, text = answer
+            self._read(agent.chat.continuation_ids(role, text))
+        return "max_turns"
+
+    async def _answer(self, text: str) -> tuple[Literal["tool", "user"], str] | None:
+        """What the environment says to a turn: a tool result, a user's reply, or None at the end."""
+        run, environment = self._agent.run_environment, self._environment
+        call = self._agent.parser(text)
+        if call is None:
+            if not hasattr(type(environment), "reply"):
+                return None
+            partner = cast(ConversingEnvironment, environment)
+            reply = await run(lambda: partner.reply(text), is_tool=True)
+            return None if reply is None else ("user", reply)
+        ready = call if isinstance(call, Malformed) else bind(environment, call)
+        if isinstance(ready, Malformed):
+            return "tool", ready.reason
+        return "tool", render_result(await run(ready, is_tool=True))
+
+    async def _sample(self, turn: int, max_tokens: int) -> tuple[int, ...]:
+        sampling = replace(self._agent.sampling, max_tokens=max_tokens, stop_token_ids=self._agent.chat.stop_ids)
+        generation = await self._agent.engine.generate(self._tokens, sampling, f"{self._id}/{turn}")
+        self._tokens += generation.output_ids
+        self.segments += sampled_segments(generation, sampling.temperature)
+        return generation.output_ids
+
+    def _read(self, ids: list[int]) -> None:
+        self._tokens += ids
+        self.segments.append(Context(token_ids=tuple(ids)))
+
+
+def sampled_segments(generation: Generation, temperature: float) -> list[Sampled]:
+    """One `Sampled` segment for each span of a generation; greedy ones count as temperature 1, as their log-probs do."""
+    return [
+        Sampled(
+            token_ids=generation.output_ids[span.start : span.end],
+            logp_mu=generation.logprobs[span.start : span.end],
+            version=span.version,
+            kv=span.kv,
+            temperature=temperature or 1.0,
+        )
+        for span in generation.spans
+    ]
+
+
+def system_prompt_of(environment_class: type[Environment]) -> str:
+    """The class's `system_prompt`, or an empty text."""
+    return str(inspect.getattr_static(environment_class, "system_prompt", ""))

@@ -1,0 +1,137 @@
+"""What a runtime supplies to the one loop: handles of engine and trainer, a way to run environments, and a clock."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oldlogits.batch import TokenBatch
+from oldlogits.core.protocols import PolicyVersion, RolloutEngine, Scored
+from oldlogits.rollout.spec import EngineStats
+from oldlogits.rollout.turns import EnvironmentRunner
+from oldlogits.runtime.buffer import Buffer
+from oldlogits.train.step import UpdateResult
+from oldlogits.train.trainer import Published, Trainer, Witnesses
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerState:
+    """The trainer's version, its witnesses, and the seconds that it has worked."""
+
+    version: PolicyVersion
+    witnesses: Witnesses
+    num_parameters: int
+    busy_s: float
+
+
+class TimedTrainer:
+    """A `Trainer` that counts the seconds it works; the body of every handle."""
+
+    def __init__(self, trainer: Trainer, clock: Callable[[], float]) -> None:
+        self._trainer, self._clock, self._busy_s = trainer, clock, 0.0
+
+    def call(self, method: str, arguments: tuple[object, ...]) -> object:
+        """Call a method of the trainer by name."""
+        if method == "state":
+            t = self._trainer
+            return TrainerState(version=t.version, witnesses=t.witnesses, num_parameters=t.num_parameters, busy_s=self._busy_s)
+        started = self._clock()
+        try:
+            return METHODS[method](self._trainer, *arguments)
+        finally:
+            self._busy_s += self._clock() - started
+
+
+METHODS: dict[str, Callable[..., object]] = {
+    "publish": Trainer.publish,
+    "put_batch": Trainer.put_batch,
+    "score": Trainer.score,
+    "train": Trainer.train,
+    "retain": Trainer.retain,
+    "save": Trainer.save,
+    "save_batch": Trainer.save_batch,
+    "restore": Trainer.restore,
+}
+"""What a handle may call."""
+
+
+class CallingTrainer:
+    """The asynchronous handle of a `Trainer`, over one function that carries out a call, here or in another process."""
+
+    def __init__(self, call: Callable[[str, tuple[object, ...]], Awaitable[object]]) -> None:
+        self._call = call
+
+    async def publish(self) -> Published:
+        """Store the live weights as the current version."""
+        return cast(Published, await self._call("publish", ()))
+
+    async def put_batch(self, batch: TokenBatch) -> None:
+        """Hand over the next batch."""
+        await self._call("put_batch", (batch,))
+
+    async def score(self, tokens: NDArray[np.int64], at: PolicyVersion | None) -> NDArray[np.float32]:
+        """Score loss tokens of the batch."""
+        return cast("NDArray[np.float32]", await self._call("score", (tokens, at)))
+
+    async def train(self, scored: Scored | None) -> UpdateResult:
+        """Train the batch."""
+        return cast(UpdateResult, await self._call("train", (scored,)))
+
+    async def retain(self, oldest_needed: PolicyVersion) -> None:
+        """Drop older versions."""
+        await self._call("retain", (oldest_needed,))
+
+    async def save(self, folder: Path) -> None:
+        """Write a checkpoint."""
+        await self._call("save", (folder,))
+
+    async def save_batch(self, folder: Path) -> Path:
+        """Write the batch in training."""
+        return cast(Path, await self._call("save_batch", (folder,)))
+
+    async def restore(self, folder: Path) -> None:
+        """Go on from a checkpoint."""
+        await self._call("restore", (folder,))
+
+    async def state(self) -> TrainerState:
+        """Version, witnesses and busy seconds."""
+        return cast(TrainerState, await self._call("state", ()))
+
+
+def inline_trainer(trainer: Trainer, clock: Callable[[], float]) -> CallingTrainer:
+    """A trainer of this process: every call is carried out before anything else goes on."""
+    timed = TimedTrainer(trainer, clock)
+
+    async def call(method: str, arguments: tuple[object, ...]) -> object:
+        return timed.call(method, arguments)
+
+    return CallingTrainer(call)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handles:
+    """What the loop works with.
+
+    Args:
+        engine: Samples.
+        trainer: Trains and scores.
+        run_environment: Runs environment code.
+        engine_stats: The engine's counters.
+        clock: Seconds since some fixed point; wall-clock values only.
+        watch: Told of the run's buffer, for a runtime that controls the lags.
+        workers: Tasks of the runtime that must not end while the run goes on; their errors end it.
+    """
+
+    engine: RolloutEngine
+    trainer: CallingTrainer
+    run_environment: EnvironmentRunner
+    engine_stats: Callable[[], Awaitable[EngineStats]]
+    clock: Callable[[], float]
+    watch: Callable[[Buffer], None]
+    workers: tuple[asyncio.Task[None], ...] = ()

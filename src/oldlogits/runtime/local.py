@@ -1,0 +1,47 @@
+"""Runtime "local": engine and trainer in processes of their own on this machine, environments in threads.
+
+controller (this process, no model)  ---pipe---> engine process   samples while ...
+                                     ---pipe---> trainer process  ... this one scores and steps
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from oldlogits.config import RunConfig
+from oldlogits.rollout.process import EngineProcess
+from oldlogits.rollout.spec import EngineSpec
+from oldlogits.runtime.environment import ThreadRunner
+from oldlogits.runtime.handles import Handles
+from oldlogits.runtime.trainer_process import TrainerProcess
+
+
+@asynccontextmanager
+async def open_local(config: RunConfig, model_folder: Path, probe_ids: Sequence[int]) -> AsyncIterator[Handles]:
+    """Start both processes; on leaving none of them stays behind, whatever happened."""
+    spec = EngineSpec(
+        model_path=str(model_folder),
+        numerics=config.engine.numerics,
+        num_slots=config.engine.num_slots,
+        max_context=config.env.max_tokens,
+        seed=config.seed,
+    )
+    runner = ThreadRunner(timeout_s=config.env.timeout_s, latency_s=config.env.latency_s, seed=config.seed)
+    engine = EngineProcess(spec)
+    trainer = TrainerProcess(config, model_folder, probe_ids)
+    try:
+        await trainer.ready()
+        yield Handles(
+            engine=engine,
+            trainer=trainer.handle,
+            run_environment=runner,
+            engine_stats=engine.stats,
+            clock=time.perf_counter,
+            watch=lambda buffer: None,
+        )
+    finally:
+        trainer.close()
+        engine.close()

@@ -1,0 +1,334 @@
+"""The one training loop, for every runtime.
+
+    rollouts (tasks)                       this loop                                       trainer
+    ----------------                       ---------                                       -------
+    episodes -> engine  ... groups --->  take(v): waits for the groups due at v
+                                         collate -> put_batch  -------------------------->  holds the batch
+                                         source.acquire  <---- score(tokens, at=version) ->  store / live weights
+                                         train  ----------------------------------------->  steps, version v + 1
+                                         publish  <---------------------------------------  weights
+    engine <--- pause, update_weights, resume (KV recomputed; running episodes go on)
+                                         admit(v + 1) -> rollouts
+                                         probe: engine against trainer at v + 1
+
+The engine samples all the while, but between pause and resume. Nothing here runs a model or knows which runtime it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from oldlogits.batch import collate
+from oldlogits.config import RunConfig
+from oldlogits.core.errors import NonFiniteError
+from oldlogits.core.protocols import FullWeights, LogprobSource, Scored
+from oldlogits.core.trajectory import TrajectoryGroup
+from oldlogits.envs.shape import Environment
+from oldlogits.objective import group_advantages
+from oldlogits.record.episodes import Stage
+from oldlogits.record.summary import wilson
+from oldlogits.rollout.turns import Agent
+from oldlogits.runtime.buffer import Account, Buffer
+from oldlogits.runtime.handles import Handles
+from oldlogits.runtime.probe import KNOWN_NUMERICS, ProbeResult, probe
+from oldlogits.runtime.recorder import Recorder
+from oldlogits.runtime.rollouts import Rollouts, evaluate, is_success
+from oldlogits.runtime.rows import Rows
+from oldlogits.runtime.staleness import StalenessBound
+from oldlogits.runtime.totals import Totals
+from oldlogits.sources import SOURCE_TYPES, check_scored
+from oldlogits.train.step import UpdateResult
+from oldlogits.train.trainer import Published, Witnesses
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What is learned: the environment, its rows, and the agent that plays it."""
+
+    environment_class: type[Environment]
+    rows: Rows
+    agent: Agent
+    probe_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Busy:
+    """Seconds that engine and trainer have worked, and tokens sampled, since they started."""
+
+    engine_s: float
+    trainer_s: float
+    num_sampled: int
+
+    def __sub__(self, other: Busy) -> Busy:
+        """What was done in between."""
+        return Busy(
+            engine_s=self.engine_s - other.engine_s,
+            trainer_s=self.trainer_s - other.trainer_s,
+            num_sampled=self.num_sampled - other.num_sampled,
+        )
+
+
+class Loop:
+    """One run: evaluation before, updates, evaluation after.
+
+    Args:
+        config: The run.
+        task: What is learned.
+        handles: Of the runtime.
+        recorder: Where everything is written.
+        totals: What the run adds up to; those of its checkpoint when it goes on.
+    """
+
+    def __init__(self, config: RunConfig, task: Task, handles: Handles, recorder: Recorder, totals: Totals) -> None:
+        self._config, self._task, self._handles = config, task, handles
+        self._recorder, self.totals = recorder, totals
+        bound = StalenessBound(max_staleness=config.window, groups_per_version=config.rollout.groups_per_version)
+        self.buffer = Buffer(bound, filter_uniform=config.rollout.filter_uniform)
+        self.buffer.account = Account(**totals.account)
+        source = SOURCE_TYPES.get(config.source.type)
+        self._source: LogprobSource | None = source(handles.trainer) if source else None
+        self.version = 0
+        self.witnesses = Witnesses()
+
+    async def run(self) -> None:
+        """Run to the end.
+
+        Raises:
+            OldLogitsError: What stopped it.
+            asyncio.CancelledError: It was interrupted.
+        """
+        state = await self._handles.trainer.state()
+        self.version = state.version
+        self._recorder.started(version=self.version, num_parameters=state.num_parameters)
+        await self._synchronise(await self._publish())
+        if "before/sampled" not in self.totals.rewards:
+            await self._evaluate("before", self._config.eval.num_episodes)
+        await self._train()
+        await self._evaluate("after", self._config.eval.num_episodes)
+
+    async def _train(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            rollouts = self._start_rollouts(tasks)
+            try:
+                while self.version < self._config.num_updates:
+                    await self._update(rollouts)
+                    await self._between_updates(rollouts)
+            finally:
+                rollouts.stop()
+                self.totals.next_row = rollouts.next_row
+
+    def _start_rollouts(self, tasks: asyncio.TaskGroup) -> Rollouts:
+        rollouts = Rollouts(
+            agent=self._task.agent,
+            environment_class=self._task.environment_class,
+            rows=self._task.rows,
+            buffer=self.buffer,
+            events=self._recorder.events,
+            tasks=tasks,
+            group_size=self._config.rollout.group_size,
+            max_running_groups=self._config.rollout.max_running_groups,
+            first_row=self.totals.next_row,
+        )
+        self._admit(rollouts)
+        return rollouts
+
+    def _admit(self, rollouts: Rollouts) -> None:
+        num_left = self._config.num_updates - self.version
+        rollouts.admit(self.version, num_left * self._config.rollout.groups_per_version)
+
+    async def _update(self, rollouts: Rollouts) -> None:
+        """From waiting for a batch to the engine's new weights: one version."""
+        clock, trainer, version = self._handles.clock, self._handles.trainer, self.version
+        before = await self._busy()
+        started = clock()
+        groups = await self.buffer.take(version)
+        taken = clock()
+        self._recorder.batch(groups, version=version, waited_s=taken - started)
+        batch = collate(groups, self._advantages(groups), num_steps=self._config.trainer.steps_per_version)
+        await trainer.put_batch(batch)
+        scored = await self._score(batch.version[batch.loss_mask], batch.versions)
+        scored_at = clock()
+        result = await self._step(scored)
+        trained = clock()
+        published = await self._publish()
+        await self._synchronise(published)
+        self.buffer.confirm_trained()
+        self.buffer.check()
+        self._admit(rollouts)
+        await trainer.retain(min(self.version, self._oldest_needed()))
+        ended = clock()
+        times = {
+            "time/update_s": ended - started,
+            "time/wait_batch_s": taken - started,
+            "time/score_s": scored_at - taken,
+            "time/step_s": trained - scored_at,
+            "time/publish_s": ended - trained,
+        }
+        used = (await self._busy()) - before
+        self._count(groups, result, used, ended - started)
+        metrics = {**result.metrics, **times, **self._loop_metrics(groups, result, used, times)}
+        self._recorder.updated(result, metrics, groups, version=self.version)
+
+    async def _busy(self) -> Busy:
+        stats, state = await self._handles.engine_stats(), await self._handles.trainer.state()
+        return Busy(engine_s=stats.busy_s, trainer_s=state.busy_s, num_sampled=stats.num_decode_tokens)
+
+    def _count(self, groups: Sequence[TrajectoryGroup], result: UpdateResult, used: Busy, wall_s: float) -> None:
+        """Book the update."""
+        trajectories = [t for group in groups for t in group.trajectories]
+        totals = self.totals
+        totals.add_update(
+            result,
+            num_trajectories=len(trajectories),
+            num_multi_version=sum(len(t.versions) > 1 for t in trajectories),
+        )
+        totals.train_wall_s += wall_s
+        totals.engine_busy_s += used.engine_s
+        totals.trainer_busy_s += used.trainer_s
+        totals.account = asdict(self.buffer.account)
+
+    def _loop_metrics(
+        self, groups: Sequence[TrajectoryGroup], result: UpdateResult, used: Busy, times: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Metrics that the objective does not know; docs/metrics.md."""
+        trajectories = [t for group in groups for t in group.trajectories]
+        lags, wall_s = result.staleness_counts, times["time/update_s"]
+        num_loss_tokens = sum(lags.values())
+        account, buffer = self.buffer.account, self.buffer
+        return {
+            "reward/mean": sum(t.reward for t in trajectories) / len(trajectories),
+            "reward/success": sum(is_success(t.reward) for t in trajectories) / len(trajectories),
+            "reward/uniform_groups": sum(len({t.reward for t in group.trajectories}) == 1 for group in groups) / len(groups),
+            "episode/turns": sum(t.num_turns for t in trajectories) / len(trajectories),
+            "episode/sampled_tokens": num_loss_tokens / len(trajectories),
+            "episode/multi_version": sum(len(t.versions) > 1 for t in trajectories) / len(trajectories),
+            "staleness/mean": sum(lag * n for lag, n in lags.items()) / num_loss_tokens,
+            "staleness/max": max(lags),
+            "throughput/engine_tokens_per_s": used.num_sampled / wall_s,
+            "throughput/trainer_tokens_per_s": sum(t.num_tokens for t in trajectories) / wall_s,
+            "idle/engine_share": max(0.0, 1 - used.engine_s / wall_s),
+            "idle/trainer_share": max(0.0, 1 - used.trainer_s / wall_s),
+            "queue/running": buffer.running,
+            "queue/queued": buffer.queued,
+            "queue/admission_open": float(buffer.num_admissible() > 0),
+            "accounting/submitted": account.submitted,
+            "accounting/trained": account.trained,
+            "accounting/filtered": account.filtered,
+            "accounting/failed": account.failed,
+            "accounting/cancelled": account.cancelled,
+        }
+
+    def _oldest_needed(self) -> int:
+        oldest = self.buffer.oldest_needed
+        return self.version if oldest is None else oldest
+
+    def _advantages(self, groups: Sequence[TrajectoryGroup]) -> list[float]:
+        rewards = torch.tensor([t.reward for group in groups for t in group.trajectories])
+        index = torch.tensor([i for i, group in enumerate(groups) for _ in group.trajectories])
+        advantages: list[float] = group_advantages(rewards, index, self._config.objective.advantage).tolist()
+        return advantages
+
+    async def _score(self, versions: NDArray[np.int64], distinct: Sequence[int]) -> Scored | None:
+        if self._source is None:
+            return None
+        started = self._handles.clock()
+        scored = await self._source.acquire(versions, self.version)
+        check_scored(scored, versions)
+        self._recorder.scored(scored, distinct, version=self.version, seconds_s=self._handles.clock() - started)
+        return scored
+
+    async def _step(self, scored: Scored | None) -> UpdateResult:
+        try:
+            return await self._handles.trainer.train(scored)
+        except NonFiniteError as error:
+            saved = await self._handles.trainer.save_batch(self._recorder.folder.path / "failed_batch")
+            raise NonFiniteError(
+                error.what, got=f"{error.got}; the batch is in {saved}", allowed=error.allowed, fix=error.fix
+            ) from error
+
+    async def _publish(self) -> Published:
+        started = self._handles.clock()
+        published = await self._handles.trainer.publish()
+        self.version = published.version
+        seconds_s = self._handles.clock() - started
+        self._recorder.published(version=self.version, num_bytes=published.store_bytes, seconds_s=seconds_s)
+        return published
+
+    async def _synchronise(self, published: Published) -> None:
+        """Give the engine the new weights while it is paused, and probe it."""
+        engine, clock, engine_config = self._handles.engine, self._handles.clock, self._config.engine
+        started = clock()
+        await engine.pause("keep", engine_config.kv)
+        paused = clock()
+        await engine.update_weights(FullWeights(tensors=published.weights), published.version)
+        await engine.resume()
+        self._recorder.weights_updated(version=published.version, pause_s=paused - started, load_s=clock() - paused)
+        result = await self._probe(published)
+        self.witnesses = (await self._handles.trainer.state()).witnesses
+        self.totals.add_probe(result.max_abs_error)
+        self._recorder.probed(result, self.witnesses.publish_max_abs_error, version=published.version)
+
+    async def _probe(self, published: Published) -> ProbeResult:
+        tolerance = self._config.engine.probe_tolerance
+        return await probe(
+            self._handles.engine,
+            self._task.probe_ids,
+            published.probe_logps,
+            version=published.version,
+            tolerance=KNOWN_NUMERICS[self._config.engine.numerics] if tolerance < 0 else tolerance,
+        )
+
+    async def _between_updates(self, rollouts: Rollouts) -> None:
+        """Evaluation points and checkpoints."""
+        done = self.version >= self._config.num_updates
+        every = self._config.eval.every
+        if every and self.version % every == 0 and not done:
+            await self._evaluate("during", self._config.eval.num_episodes_during)
+        every = self._config.record.checkpoint_every
+        if done or (every and self.version % every == 0):
+            self.totals.next_row = rollouts.next_row
+            await self.checkpoint()
+
+    async def checkpoint(self) -> None:
+        """Write a checkpoint of the trainer and of what the run adds up to.
+
+        Trajectories in flight are not saved; a resumed run counts them as cancelled.
+        """
+        account = asdict(self.buffer.account)
+        account["cancelled"] += self.buffer.queued + self.buffer.running
+        with self._recorder.folder.checkpoint(self.version) as folder:
+            await self._handles.trainer.save(folder)
+            replace(self.totals, account=account).write(folder / "state" / "totals.json")
+        latest = self._recorder.folder.latest_checkpoint()
+        assert latest is not None, "it was just written"
+        self._recorder.checkpoint(latest, version=self.version)
+
+    async def _evaluate(self, stage: Stage, num_episodes: int) -> None:
+        """Held-out episodes, sampled and (but during training) greedy."""
+        if not num_episodes:
+            return
+        rows = list(self._task.rows.heldout(num_episodes))
+        for mode, temperature in (("sampled", 1.0), ("greedy", 0.0))[: 1 if stage == "during" else 2]:
+            started = self._handles.clock()
+            outcome = await evaluate(
+                self._task.agent,
+                self._task.environment_class,
+                rows,
+                name=f"e{stage}-{mode}-{self.version}",
+                temperature=temperature,
+                num_running=self._config.eval.num_running,
+                on_progress=lambda ended: None,
+            )
+            rate = wilson(outcome.num_successes, len(outcome.rewards))
+            seconds_s = self._handles.clock() - started
+            self._recorder.evaluation(stage, mode, rate, version=self.version, seconds_s=seconds_s)
+            if stage != "during":
+                self.totals.rewards[f"{stage}/{mode}"] = list(outcome.rewards)
+            for i, trajectory in enumerate(outcome.trajectories[:4]):
+                self._recorder.episode(trajectory, version=self.version, split="heldout", stage=stage, with_text=i < 4)

@@ -1,0 +1,205 @@
+"""Everything that a run writes and shows: events, tables, episodes, live view."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from oldlogits.config import RunConfig
+from oldlogits.core.policies import find_variant
+from oldlogits.core.protocols import Scored
+from oldlogits.core.trajectory import Sampled, Segment, Trajectory, TrajectoryGroup
+from oldlogits.record.episodes import Episode, EpisodeLog, EpisodeSegment, Split, Stage
+from oldlogits.record.events import EventKind, EventLog
+from oldlogits.record.folder import RunFolder
+from oldlogits.record.live import LiveView
+from oldlogits.record.summary import Interval
+from oldlogits.record.tables import write_tokens
+from oldlogits.runtime.probe import ProbeResult
+from oldlogits.train.step import UpdateResult
+
+Decode = Callable[[Sequence[int]], str]
+
+
+class Recorder:
+    """Writes a run folder and feeds the live view.
+
+    Args:
+        config: The run.
+        folder: Where to write.
+        view: What is shown in the terminal.
+        decode: Token ids to text, for transcripts.
+    """
+
+    def __init__(self, config: RunConfig, folder: RunFolder, view: LiveView, decode: Decode) -> None:
+        self.folder, self.view = folder, view
+        self._config, self._decode = config, decode
+        self.events = EventLog(folder.events)
+        self._episodes = EpisodeLog(folder.episodes)
+
+    def close(self) -> None:
+        """Close the files."""
+        self.events.close()
+        self._episodes.close()
+
+    def started(self, *, version: int, num_parameters: int) -> None:
+        """The run begins or goes on at `version`."""
+        c, variant = self._config, find_variant(self._config.variant)
+        self.events.emit(
+            EventKind.RUN_STARTED,
+            version=version,
+            variant=c.variant,
+            r_d=str(variant.r_d),
+            r_s=str(variant.r_s),
+            corrects_mismatch=variant.corrects_mismatch,
+            source=c.source.type,
+            runtime=c.runtime.type,
+            seed=c.seed,
+            denominator=c.objective.denominator,
+            band=c.band,
+            eps_low=c.objective.eps_low,
+            eps_high=c.objective.eps_high,
+            max_staleness=c.max_staleness,
+            group_size=c.rollout.group_size,
+            groups_per_version=c.rollout.groups_per_version,
+            model=c.model.path,
+            num_parameters=num_parameters,
+            numerics=c.engine.numerics,
+        )
+
+    def evaluation(self, stage: Stage, mode: str, rate: Interval, *, version: int, seconds_s: float) -> None:
+        """An evaluation was done."""
+        self.events.emit(
+            EventKind.EVALUATION,
+            version=version,
+            stage=stage,
+            mode=mode,
+            mean=rate.mean,
+            low=rate.low,
+            high=rate.high,
+            num_episodes=rate.num_episodes,
+            seconds_s=seconds_s,
+        )
+        if mode == "sampled":
+            self.view.show({"eval/mean": rate.mean, "eval/low": rate.low, "eval/high": rate.high})
+        self.view.note(
+            f"held-out {mode} success {stage} training, version {version}: "
+            f"{rate.mean:.1%} [{rate.low:.1%}, {rate.high:.1%}] of {rate.num_episodes} episodes, {seconds_s:.0f} s"
+        )
+
+    def batch(self, groups: Sequence[TrajectoryGroup], *, version: int, waited_s: float) -> None:
+        """A batch was taken."""
+        self.events.emit(
+            EventKind.BATCH,
+            version=version,
+            groups=[group.id for group in groups],
+            num_tokens=sum(t.num_tokens for group in groups for t in group.trajectories),
+            staleness_max=version - min(group.oldest_version for group in groups),
+            waited_s=waited_s,
+        )
+
+    def scored(self, scored: Scored, versions: Sequence[int], *, version: int, seconds_s: float) -> None:
+        """A source scored the batch."""
+        self.events.emit(
+            EventKind.SCORED,
+            version=version,
+            policy=scored.policy.value,
+            num_switches=scored.num_switches,
+            versions=list(versions),
+            seconds_s=seconds_s,
+        )
+
+    def updated(
+        self,
+        result: UpdateResult,
+        metrics: Mapping[str, float],
+        groups: Sequence[TrajectoryGroup],
+        *,
+        version: int,
+    ) -> None:
+        """All steps of one version were done: event, tables, transcripts, live view.
+
+        Args:
+            result: Of the trainer.
+            metrics: Of the objective and the loop.
+            groups: What was trained.
+            version: The version that the update made.
+        """
+        counts = {str(lag): n for lag, n in result.staleness_counts.items()}
+        self.events.emit(
+            EventKind.UPDATE,
+            version=version,
+            metrics=dict(metrics),
+            staleness_counts=counts,
+            provenance=dict(result.provenance),
+        )
+        every = self._config.record.tokens_every
+        if every and (version - 1) % every == 0:
+            write_tokens(self.folder.tokens, version, result.table)
+        every = self._config.record.transcripts_every
+        with_text = groups[0].id if every and (version - 1) % every == 0 else ""
+        for group in groups:
+            for trajectory in group.trajectories:
+                self.episode(trajectory, version=version, split="train", stage="train", with_text=group.id == with_text)
+        self.view.update(metrics, version=version)
+
+    def episode(self, trajectory: Trajectory, *, version: int, split: Split, stage: Stage, with_text: bool) -> None:
+        """One episode, with or without its text."""
+        self._episodes.append(
+            Episode(
+                id=trajectory.id,
+                group=trajectory.group_id,
+                version=version,
+                split=split,
+                stage=stage,
+                reward=trajectory.reward,
+                stop_reason=trajectory.stop_reason,
+                num_turns=trajectory.num_turns,
+                versions=trajectory.versions,
+                segments=tuple(map(self._segment, trajectory.segments)) if with_text else (),
+            )
+        )
+
+    def published(self, *, version: int, num_bytes: int, seconds_s: float) -> None:
+        """A version was stored."""
+        self.events.emit(EventKind.PUBLISHED, version=version, bytes=num_bytes, seconds_s=seconds_s)
+
+    def weights_updated(self, *, version: int, pause_s: float, load_s: float) -> None:
+        """The engine took new weights."""
+        self.events.emit(EventKind.WEIGHTS_UPDATED, version=version, pause_s=pause_s, load_s=load_s)
+
+    def probed(self, result: ProbeResult, witness_error: float, *, version: int) -> None:
+        """Engine and trainer were compared; the witnesses' worst error is shown beside it."""
+        self.events.emit(
+            EventKind.PROBE,
+            version=version,
+            max_abs_error=result.max_abs_error,
+            mean_abs_error=result.mean_abs_error,
+            num_tokens=result.num_tokens,
+        )
+        shown = {"probe/max_abs_error": result.max_abs_error}
+        if not math.isnan(witness_error):
+            shown["witness/max_abs_error"] = witness_error
+        self.view.show(shown)
+
+    def checkpoint(self, path: Path, *, version: int) -> None:
+        """A checkpoint was completed."""
+        self.events.emit(EventKind.CHECKPOINT, version=version, path=str(path.relative_to(self.folder.path)))
+
+    def ended(self, reason: str, error: str, *, version: int) -> None:
+        """The run ended."""
+        self.events.emit(EventKind.RUN_ENDED, version=version, reason=reason, error=error)
+
+    def _segment(self, segment: Segment) -> EpisodeSegment:
+        ids = segment.token_ids
+        if not isinstance(segment, Sampled):
+            return EpisodeSegment(kind="context", text=self._decode(ids), num_tokens=len(ids))
+        return EpisodeSegment(
+            kind="sampled",
+            text=self._decode(ids),
+            num_tokens=len(ids),
+            version=segment.version,
+            tokens=tuple(self._decode([i]) for i in ids),
+            logp_mu=segment.logp_mu,
+        )

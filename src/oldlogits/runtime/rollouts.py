@@ -1,0 +1,187 @@
+"""Rollouts: groups of episodes as tasks that feed the buffer, and held-out evaluation.
+
+admit -> group task -> episode tasks -> engine.generate ...      (engine down: the error ends the run)
+                   |<- trajectories, failures
+                   -> buffer.close
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from oldlogits.core.errors import EnvironmentShapeError
+from oldlogits.core.trajectory import Trajectory
+from oldlogits.envs.shape import Environment, Row
+from oldlogits.record.events import EventKind, EventSink
+from oldlogits.rollout.turns import Agent, Failure, run_episode
+from oldlogits.runtime.buffer import Buffer
+from oldlogits.runtime.rows import Rows
+
+FAILURES_IN_A_ROW = 256
+"""Failed episodes without one that ended well, after which the run ends: the environment is broken."""
+
+
+class Rollouts:
+    """Starts groups of episodes within the staleness bound and puts what they yield into the buffer.
+
+    Args:
+        agent: Plays the episodes.
+        environment_class: One instance per episode.
+        rows: The tasks.
+        buffer: Admits and collects.
+        events: Written to as groups start, end and fail.
+        tasks: Supervises the episodes: an error of the engine in one of them ends the run.
+        group_size: Episodes per group.
+        max_running_groups: Groups sampled at the same time; 0: as many as are admitted.
+        first_row: The first training row.
+    """
+
+    def __init__(
+        self,
+        *,
+        agent: Agent,
+        environment_class: type[Environment],
+        rows: Rows,
+        buffer: Buffer,
+        events: EventSink,
+        tasks: asyncio.TaskGroup,
+        group_size: int,
+        max_running_groups: int,
+        first_row: int,
+    ) -> None:
+        self._agent, self._class, self._rows = agent, environment_class, rows
+        self._buffer, self._events, self._tasks = buffer, events, tasks
+        self._group_size = group_size
+        self._max_running = max_running_groups or 1 << 30
+        self._running: set[asyncio.Task[None]] = set()
+        self._open = True
+        self._num_failed_in_a_row = 0
+        self.next_row = first_row
+        self.version = 0
+        self.num_wanted = 0
+
+    def admit(self, version: int, num_wanted: int) -> None:
+        """The engine holds `version` now: start what the bound admits, but no more groups than the run still trains."""
+        self.version, self.num_wanted = version, num_wanted
+        self._fill()
+
+    def _fill(self) -> None:
+        while (
+            self._open
+            and self._buffer.num_admissible() > 0
+            and self._buffer.num_outstanding < self.num_wanted
+            and len(self._running) < self._max_running
+        ):
+            group_id = f"g{self.next_row:06d}"
+            self._buffer.admit(group_id, size=self._group_size, version=self.version)
+            self._events.emit(EventKind.GROUP_ADMITTED, version=self.version, group=group_id)
+            task = self._tasks.create_task(self._play_group(group_id, self._rows.train(self.next_row)))
+            self._running.add(task)
+            self.next_row += 1
+
+    def stop(self) -> None:
+        """Start nothing more and cancel what runs."""
+        self._open = False
+        for task in self._running:
+            task.cancel()
+
+    async def _play_group(self, group_id: str, row: Row) -> None:
+        async with asyncio.TaskGroup() as members:
+            for member in range(self._group_size):
+                members.create_task(self._play_member(group_id, member, row))
+        closed = self._buffer.close(group_id)
+        self._events.emit(
+            EventKind.GROUP_CLOSED,
+            version=self.version,
+            group=group_id,
+            rewards=[t.reward for t in closed.trajectories],
+            oldest_version=min((t.versions[0] for t in closed.trajectories), default=self.version),
+            num_failed=closed.num_failed,
+            filtered=closed.filtered,
+        )
+        task = asyncio.current_task()
+        assert task is not None
+        self._running.discard(task)
+        self._fill()
+
+    async def _play_member(self, group_id: str, member: int, row: Row) -> None:
+        outcome = await run_episode(self._agent, self._class, row, id=f"{group_id}.{member}", group_id=group_id)
+        self._num_failed_in_a_row = self._num_failed_in_a_row + 1 if isinstance(outcome, Failure) else 0
+        if isinstance(outcome, Failure):
+            self._check_failures(outcome)
+            self._buffer.fail(group_id)
+            self._events.emit(EventKind.TRAJECTORY_FAILED, version=self.version, trajectory=outcome.id, reason=outcome.reason)
+        else:
+            self._buffer.end(outcome)
+
+    def _check_failures(self, last: Failure) -> None:
+        if self._num_failed_in_a_row >= FAILURES_IN_A_ROW:
+            raise EnvironmentShapeError(
+                f"{self._num_failed_in_a_row} episodes in a row were ended by the environment",
+                got=f"the last: {last.reason}",
+                allowed="episodes that end by themselves",
+                fix="run the environment by hand with the row of a trajectory_failed event, or raise env.timeout_s",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Rewards of held-out episodes, in the order of their rows; an episode that its environment ended has reward 0."""
+
+    rewards: tuple[float, ...]
+    trajectories: tuple[Trajectory, ...]
+
+    @property
+    def num_successes(self) -> int:
+        """Episodes of reward >= 1."""
+        return sum(map(is_success, self.rewards))
+
+
+def is_success(reward: float) -> bool:
+    """An episode succeeds when its reward is at least 1."""
+    return reward >= 1.0
+
+
+async def evaluate(
+    agent: Agent,
+    environment_class: type[Environment],
+    rows: Sequence[Row],
+    *,
+    name: str,
+    temperature: float,
+    num_running: int,
+    on_progress: Callable[[int], None],
+) -> Evaluation:
+    """Play one episode per row.
+
+    Args:
+        agent: Plays; its sampling temperature is replaced.
+        environment_class: One instance per episode.
+        rows: The tasks.
+        name: Of the evaluation: a prefix of trajectory ids.
+        temperature: 0 for greedy decoding.
+        num_running: Episodes played at the same time.
+        on_progress: Called with the number of episodes that ended.
+    """
+    player = replace(agent, sampling=replace(agent.sampling, temperature=temperature))
+    outcomes: list[Trajectory | Failure | None] = [None] * len(rows)
+    waiting = iter(range(len(rows)))
+    num_ended = 0
+
+    async def work() -> None:
+        nonlocal num_ended
+        for i in waiting:
+            outcomes[i] = await run_episode(player, environment_class, rows[i], id=f"{name}.{i}", group_id=name)
+            num_ended += 1
+            on_progress(num_ended)
+
+    async with asyncio.TaskGroup() as workers:
+        for _ in range(min(num_running, len(rows))):
+            workers.create_task(work())
+    trajectories = tuple(o for o in outcomes if isinstance(o, Trajectory))
+    return Evaluation(
+        rewards=tuple(o.reward if isinstance(o, Trajectory) else 0.0 for o in outcomes),
+        trajectories=trajectories,
+    )

@@ -1,0 +1,87 @@
+"""The tasks of a run: rows of a file, or rows that the environment class makes."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+from oldlogits.config import RunConfig
+from oldlogits.core.errors import ConfigError
+from oldlogits.envs.shape import Environment, Row, RowSource, Split
+
+ROWS_PER_SEED = 1_000_000
+"""Training rows that a class makes are numbered from seed * ROWS_PER_SEED, so that runs of other seeds see others."""
+
+
+class Rows:
+    """Training rows in a fixed order, and held-out rows that are the same for every seed.
+
+    Args:
+        config: The run.
+        environment_class: Makes its own rows unless the recipe names files.
+
+    Raises:
+        ConfigError: There are no rows, or a file holds something else than JSON objects.
+    """
+
+    def __init__(self, config: RunConfig, environment_class: type[Environment]) -> None:
+        self._seed, self._class = config.seed, environment_class
+        self._files: dict[Split, list[Row]] = {}
+        for split, name in (("train", config.env.rows), ("heldout", config.env.heldout_rows)):
+            if name:
+                self._files[cast(Split, split)] = _read(Path(name))
+            elif split == "train" or config.eval.num_episodes:
+                self._require_own_rows(split)
+
+    def train(self, index: int) -> Row:
+        """Training row `index`, from 0; rows of a file are shuffled anew in every pass."""
+        if "train" not in self._files:
+            return self._own("train", self._seed * ROWS_PER_SEED + index)
+        rows = self._files["train"]
+        epoch, place = divmod(index, len(rows))
+        order = random.Random(f"{self._seed}/{epoch}").sample(range(len(rows)), len(rows))
+        return rows[order[place]]
+
+    def heldout(self, num: int) -> Iterator[Row]:
+        """The first `num` held-out rows; those of a file are repeated in order where it is shorter."""
+        rows = self._files.get("heldout")
+        return (rows[i % len(rows)] if rows else self._own("heldout", i) for i in range(num))
+
+    def _own(self, split: Split, index: int) -> Row:
+        return cast(type[RowSource], self._class).make_row(split, index)
+
+    def _require_own_rows(self, split: str) -> None:
+        if not hasattr(self._class, "make_row"):
+            key = "env.rows" if split == "train" else "env.heldout_rows"
+            raise ConfigError(
+                f"{self._class.__name__} makes no rows and the recipe names none",
+                got=f"{key} = ''",
+                allowed=f"{key} = FILE.jsonl, or a static method make_row(split, index) -> dict",
+                fix=f"write a JSONL file of reset(**row) arguments and set {key}, or set eval.num_episodes = 0"
+                if split == "heldout"
+                else f"write a JSONL file of reset(**row) arguments and set {key}",
+            )
+
+
+def _read(path: Path) -> list[Row]:
+    rows: list[Row] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(
+                "a row is no JSON", got=f"{path}:{number}: {error}", allowed="one JSON object a line", fix="correct it"
+            ) from error
+        if not isinstance(row, dict):
+            raise ConfigError(
+                "a row is no object", got=f"{path}:{number}: {line}", allowed="one JSON object a line", fix="correct it"
+            )
+        rows.append(row)
+    if not rows:
+        raise ConfigError("a file of rows is empty", got=str(path), allowed="at least one row", fix="add rows")
+    return rows

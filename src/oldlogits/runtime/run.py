@@ -1,0 +1,184 @@
+"""A whole run: prepare the model and the task, open the runtime, loop, and write down what came out, whatever happened."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import signal
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+from oldlogits.config import RunConfig
+from oldlogits.core.errors import OldLogitsError
+from oldlogits.core.protocols import Sampling
+from oldlogits.envs.shape import PARSERS, Environment, load_environment, tool_schemas
+from oldlogits.policy.chat import ChatFormat
+from oldlogits.policy.model import load_tokenizer
+from oldlogits.record.folder import RunFolder
+from oldlogits.record.live import LiveView
+from oldlogits.record.report import write_report
+from oldlogits.record.summary import Ended, Summary
+from oldlogits.rollout.turns import Agent, TurnLimits, system_prompt_of
+from oldlogits.runtime.handles import Handles
+from oldlogits.runtime.local import open_local
+from oldlogits.runtime.lockstep import open_lockstep
+from oldlogits.runtime.loop import Loop, Task
+from oldlogits.runtime.probe import PROBE_TOKENS
+from oldlogits.runtime.recorder import Recorder
+from oldlogits.runtime.rows import Rows
+from oldlogits.runtime.totals import Totals
+
+Open = Callable[[RunConfig, Path, Sequence[int]], AbstractAsyncContextManager[Handles]]
+
+RUNTIMES: Final[Mapping[str, Open]] = MappingProxyType({"lockstep": open_lockstep, "local": open_local})
+"""The runtimes by their name in a recipe."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """How a run ended: its summary, and the error that stopped it, if one did."""
+
+    summary: Summary
+    error: OldLogitsError | None
+
+
+def run(config: RunConfig, out: Path, *, resume: bool = False) -> RunResult:
+    """Run a recipe to its end, and write summary and report even when it is interrupted or fails.
+
+    Args:
+        config: A checked recipe.
+        out: The run folder; absent or empty, or to resume.
+        resume: Go on from the latest checkpoint in `out`.
+
+    Raises:
+        OldLogitsError: It could not be started.
+    """
+    folder = RunFolder.create(out, resume=resume)
+    folder.write_config(dataclasses.asdict(config))
+    title = f"oldlogits: {config.env.target}, {config.variant}, {config.runtime.type}"
+    with LiveView(total_updates=config.num_updates, title=title) as view:
+        result = asyncio.run(_run(config, folder, view, resume=resume))
+    result.summary.write(folder.summary)
+    write_report(folder.path)
+    return result
+
+
+async def _run(config: RunConfig, folder: RunFolder, view: LiveView, *, resume: bool) -> RunResult:
+    checkpoint = folder.latest_checkpoint() if resume else None
+    model_folder = prepare_model(config, view.note) if checkpoint is None else checkpoint / "model"
+    tokenizer = load_tokenizer(model_folder)
+    chat = ChatFormat(tokenizer)
+    environment_class = load_environment(config.env.target)
+    totals = Totals() if checkpoint is None else Totals.read(checkpoint / "state" / "totals.json")
+    recorder = Recorder(config, folder, view, lambda ids: str(tokenizer.decode(ids)))
+    probe_ids = _probe_ids(chat, environment_class)
+    rows = Rows(config, environment_class)
+    view.note(f"starting engine and trainer ({config.runtime.type})")
+    try:
+        async with RUNTIMES[config.runtime.type](config, model_folder, probe_ids) as handles:
+            if checkpoint is not None:
+                await handles.trainer.restore(checkpoint)
+            agent = _agent(config, handles, chat)
+            task = Task(environment_class=environment_class, rows=rows, agent=agent, probe_ids=probe_ids)
+            loop = Loop(config, task, handles, recorder, totals)
+            handles.watch(loop.buffer)
+            return await _finish(config, loop, handles, recorder)
+    finally:
+        recorder.close()
+
+
+async def _finish(config: RunConfig, loop: Loop, handles: Handles, recorder: Recorder) -> RunResult:
+    """Run the loop to its end, by itself, by Ctrl-C or by an error, and sum up."""
+    ended: Ended = "done"
+    error: OldLogitsError | None = None
+    async with _interruptible() as interruption:
+        try:
+            await _supervise(loop, handles, interruption)
+        except asyncio.CancelledError:
+            ended = "interrupted"
+            recorder.view.note("interrupted: writing checkpoint, summary and report")
+        except OldLogitsError as raised:
+            ended, error = "error", raised
+        except ExceptionGroup as group:
+            ended, error = "error", _own_error(group)
+    witnesses = loop.witnesses
+    if ended == "interrupted":
+        await loop.checkpoint()
+    loop.buffer.cancel_all()
+    recorder.ended(ended, str(error or ""), version=loop.version)
+    return RunResult(summary=loop.totals.summary(config, loop.buffer, witnesses, ended), error=error)
+
+
+async def _supervise(loop: Loop, handles: Handles, interruption: asyncio.Event) -> None:
+    """Wait for the loop; an interruption or the end of one of the runtime's workers ends it."""
+    main = asyncio.create_task(loop.run())
+    stop = asyncio.create_task(interruption.wait())
+    await asyncio.wait({main, stop, *handles.workers}, return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    if not main.done():
+        main.cancel()
+        await asyncio.wait({main})
+        for worker in handles.workers:
+            if worker.done():
+                worker.result()
+        raise asyncio.CancelledError
+    main.result()
+
+
+@asynccontextmanager
+async def _interruptible() -> AsyncIterator[asyncio.Event]:
+    """An event that Ctrl-C or SIGTERM sets; a second signal acts as usual."""
+    loop, interruption = asyncio.get_running_loop(), asyncio.Event()
+
+    def interrupt(number: int) -> None:
+        interruption.set()
+        loop.remove_signal_handler(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, interrupt, number)
+    try:
+        yield interruption
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+def _own_error(group: ExceptionGroup[Exception]) -> OldLogitsError:
+    """The first error of this package in a group; anything else is a defect and is raised as it is."""
+    own, other = group.split(OldLogitsError)
+    if other is not None or own is None:
+        raise group
+    leaf: BaseException = own
+    while isinstance(leaf, BaseExceptionGroup):
+        leaf = leaf.exceptions[0]
+    assert isinstance(leaf, OldLogitsError)
+    return leaf
+
+
+def prepare_model(config: RunConfig, note: Callable[[str], None]) -> Path:
+    """The model folder to start from: the recipe's, or the tiny model after its warm start."""
+    if config.model.path != "tiny":
+        return Path(config.model.path)
+    raise NotImplementedError
+
+
+def _agent(config: RunConfig, handles: Handles, chat: ChatFormat) -> Agent:
+    env = config.env
+    return Agent(
+        engine=handles.engine,
+        chat=chat,
+        parser=PARSERS[env.parser],
+        limits=TurnLimits(max_turns=env.max_turns, max_tokens_per_turn=env.max_tokens_per_turn, max_tokens=env.max_tokens),
+        sampling=Sampling(max_tokens=env.max_tokens_per_turn, temperature=config.sampling.temperature),
+        run_environment=handles.run_environment,
+    )
+
+
+def _probe_ids(chat: ChatFormat, environment_class: type[Environment]) -> list[int]:
+    """A fixed prompt of the environment: its system prompt and tools."""
+    messages = [{"role": "system", "content": system_prompt_of(environment_class)}, {"role": "user", "content": "hello"}]
+    return chat.prompt_ids(messages, tool_schemas(environment_class))[-PROBE_TOKENS:]

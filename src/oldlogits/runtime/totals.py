@@ -1,0 +1,124 @@
+"""What a run adds up to, update by update: the source of its summary. Serialisable, so that a resumed run goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from oldlogits.config import RunConfig
+from oldlogits.record.summary import Ended, Interval, Summary, paired_gain, wilson
+from oldlogits.runtime.buffer import Buffer
+from oldlogits.runtime.rollouts import is_success
+from oldlogits.train.step import UpdateResult
+from oldlogits.train.trainer import Witnesses
+
+
+@dataclass(slots=True, kw_only=True)
+class Totals:
+    """Sums and extremes over the updates of a run, and the rewards of its evaluations."""
+
+    num_updates: int = 0
+    num_trajectories: int = 0
+    num_multi_version: int = 0
+    staleness_counts: dict[int, int] = field(default_factory=dict)
+    provenance: dict[str, int] = field(default_factory=dict)
+    num_dropped_nonfinite: int = 0
+    log_r_d_abs_sum: float = 0.0
+    log_r_d_abs_max: float = math.nan
+    rho_sum: float = 0.0
+    probe_max_abs_error: float = math.nan
+    train_wall_s: float = 0.0
+    engine_busy_s: float = 0.0
+    trainer_busy_s: float = 0.0
+    next_row: int = 0
+    account: dict[str, int] = field(default_factory=dict)
+    rewards: dict[str, list[float]] = field(default_factory=dict)
+
+    def add_update(self, result: UpdateResult, *, num_trajectories: int, num_multi_version: int) -> None:
+        """Count one update."""
+        metrics = result.metrics
+        num_tokens = sum(result.staleness_counts.values())
+        self.num_updates += 1
+        self.num_trajectories += num_trajectories
+        self.num_multi_version += num_multi_version
+        self.staleness_counts = dict(Counter(self.staleness_counts) + Counter(result.staleness_counts))
+        self.provenance = dict(Counter(self.provenance) + Counter(result.provenance))
+        self.num_dropped_nonfinite += round(metrics["mask/num_nonfinite"])
+        self.log_r_d_abs_sum += metrics.get("ratio/log_r_d_abs_mean", 0.0) * num_tokens
+        self.log_r_d_abs_max = _worse(self.log_r_d_abs_max, metrics.get("ratio/log_r_d_abs_max", math.nan))
+        self.rho_sum += metrics["mask/rho"]
+
+    def add_probe(self, error: float) -> None:
+        """Count one probe."""
+        self.probe_max_abs_error = _worse(self.probe_max_abs_error, error)
+
+    def summary(self, config: RunConfig, buffer: Buffer, witnesses: Witnesses, ended: Ended) -> Summary:
+        """The summary of the run so far."""
+        num_tokens = sum(self.staleness_counts.values())
+        lags = self.staleness_counts
+        before, after = self.rewards.get("before/sampled"), self.rewards.get("after/sampled")
+        wall_s = self.train_wall_s
+        return Summary(
+            success_before=_rate(before),
+            success_after=_rate(after),
+            greedy_before=_rate(self.rewards.get("before/greedy")),
+            greedy_after=_rate(self.rewards.get("after/greedy")),
+            gain=paired_gain(_successes(before), _successes(after)) if before and after else None,
+            num_updates=self.num_updates,
+            num_trajectories=self.num_trajectories,
+            num_multi_version_trajectories=self.num_multi_version,
+            staleness_mean=sum(lag * n for lag, n in lags.items()) / num_tokens if num_tokens else None,
+            staleness_max=max(lags) if lags else None,
+            provenance=dict(self.provenance),
+            witness_publish_max_abs_error=_known(witnesses.publish_max_abs_error),
+            witness_lag0_max_abs_error=_known(witnesses.lag0_max_abs_error),
+            probe_max_abs_error=_known(self.probe_max_abs_error),
+            log_r_d_mean_abs=self.log_r_d_abs_sum / num_tokens if num_tokens else None,
+            log_r_d_max_abs=_known(self.log_r_d_abs_max),
+            rho_mean=self.rho_sum / self.num_updates if self.num_updates else None,
+            num_dropped_nonfinite=self.num_dropped_nonfinite,
+            train_wall_s=wall_s,
+            engine_idle_share=_idle(self.engine_busy_s, wall_s),
+            trainer_idle_share=_idle(self.trainer_busy_s, wall_s),
+            runtime=config.runtime.type,
+            variant=config.variant,
+            source=config.source.type,
+            seed=config.seed,
+            ended=ended,
+            accounting={**asdict(buffer.account), "queued": buffer.queued, "running": buffer.running},
+        )
+
+    def write(self, path: Path) -> None:
+        """Write as JSON."""
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Totals:
+        """Read what `write` wrote."""
+        found = json.loads(path.read_text(encoding="utf-8"))
+        found["staleness_counts"] = {int(lag): n for lag, n in found["staleness_counts"].items()}
+        return cls(**found)
+
+
+def _worse(a: float, b: float) -> float:
+    """The greater of two; NaN counts as absent."""
+    return b if math.isnan(a) else a if math.isnan(b) else max(a, b)
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _successes(rewards: list[float]) -> list[float]:
+    return [float(is_success(reward)) for reward in rewards]
+
+
+def _rate(rewards: list[float] | None) -> Interval | None:
+    return wilson(sum(map(is_success, rewards)), len(rewards)) if rewards else None
+
+
+def _idle(busy_s: float, wall_s: float) -> float | None:
+    return min(1.0, max(0.0, 1.0 - busy_s / wall_s)) if wall_s else None
