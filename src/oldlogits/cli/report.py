@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from oldlogits.core.errors import ConfigError
 from oldlogits.record.folder import RunFolder
 from oldlogits.record.report import write_report
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportOptions:
+    """Write report.html of a run folder again, from its recorded files."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A run folder; the run may still go on."""
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Write the report and print where it is."""
+    options = tyro.cli(ReportOptions, prog="oldlogits report", args=list(arguments))
+    print(report(options.run))
+    return 0
 
 
 def report(run: Path) -> Path:

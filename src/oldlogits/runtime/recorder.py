@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from oldlogits.config import RunConfig
@@ -200,6 +201,11 @@ class Recorder:
             text=self._decode(ids),
             num_tokens=len(ids),
             version=segment.version,
-            tokens=tuple(self._decode([i]) for i in ids),
+            tokens=self._pieces(ids),
             logp_mu=segment.logp_mu,
         )
+
+    def _pieces(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """The text that each token adds, so that the pieces joined are the text."""
+        texts = [self._decode(ids[:end]) for end in range(len(ids) + 1)]
+        return tuple(after[len(before) :] for before, after in pairwise(texts))

@@ -1,0 +1,73 @@
+"""The command line: ``oldlogits VERB ...``. One file per verb; a verb's module is imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Final
+
+from oldlogits import __version__
+from oldlogits.core.errors import ConfigError, ModelFolderError, OldLogitsError, RunFolderError
+
+VERBS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "train": "train an agent from a recipe",
+        "report": "write report.html of a run folder again",
+        "play": "act as the agent of an environment, or watch the oracle or a checkpoint",
+        "show": "print the variants, every recipe key, or the summary of a run",
+    }
+)
+"""Each verb is the function ``command(arguments) -> exit status`` of ``oldlogits.cli.VERB``."""
+
+REFUSED: Final = 2
+"""Exit status of a command that was wrong."""
+FAILED: Final = 1
+"""Exit status of a command that was right and failed."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a verb and exit with its status; errors of this package are printed without a traceback."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(run(words))
+
+
+def run(words: list[str]) -> int:
+    """Run a verb; returns the exit status."""
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"oldlogits {__version__}")
+        return 0
+    try:
+        if words[0] not in VERBS:
+            raise ConfigError("unknown command", got=words[0], allowed=", ".join(VERBS), fix="run `oldlogits --help`")
+        command = importlib.import_module(f"oldlogits.cli.{words[0]}").command
+        status: int = command(words[1:])
+    except OldLogitsError as error:
+        print_error(error)
+        return REFUSED if isinstance(error, ConfigError | ModelFolderError | RunFolderError) else FAILED
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+def print_error(error: OldLogitsError) -> None:
+    """What, got, allowed and fix, a line each, on standard error."""
+    parts = {"error": error.what, "got": error.got, "allowed": error.allowed, "fix": error.fix}
+    for label, text in parts.items():
+        if text:
+            print(f"{label:>8}: {text}", file=sys.stderr)
+
+
+def usage() -> str:
+    """The verbs, and where to begin."""
+    verbs = "\n".join(f"  {verb:<8}{text}" for verb, text in VERBS.items())
+    return (
+        f"oldlogits {__version__}: asynchronous RL of LLM agents that never loses the old logits\n\n"
+        f"usage: oldlogits VERB ...\n\n{verbs}\n\n"
+        "begin with:  oldlogits train recipes/desk.toml\n"
+        "help:        oldlogits VERB --help"
+    )

@@ -1,0 +1,118 @@
+"""``oldlogits show variants | recipe | RUN``: print tables of this package, or the summary of a run."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from oldlogits.config.schema import RunConfig
+from oldlogits.core.errors import ConfigError
+from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, SOURCES, VARIANTS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShowOptions:
+    """Print the variants, every recipe key, or the summary of a run."""
+
+    what: Annotated[str, tyro.conf.Positional]
+    """variants | recipe | a run folder."""
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Print what was asked for."""
+    options = tyro.cli(ShowOptions, prog="oldlogits show", args=list(arguments))
+    console = Console()
+    if options.what == "variants":
+        console.print(variant_table())
+    elif options.what == "recipe":
+        console.print(recipe_table())
+    elif (folder := Path(options.what)).is_dir():
+        from oldlogits.record.live import print_summary
+        from oldlogits.record.summary import Summary
+
+        if not (folder / "summary.json").is_file():
+            raise ConfigError(
+                "this folder has no summary", got=str(folder), allowed="a run folder", fix="let the run end first"
+            )
+        print_summary(Summary.read(folder / "summary.json"), folder, console=console)
+    else:
+        raise ConfigError(
+            "nothing of that name to show",
+            got=options.what,
+            allowed="variants, recipe, or a run folder",
+            fix="choose one of these",
+        )
+    return 0
+
+
+def variant_rows() -> Iterator[tuple[str, str, str, str, str, str]]:
+    """Name, r_d, r_s, total ratio, sources, remark of every variant."""
+    for name, variant in {**VARIANTS, **EXPERIMENTAL_VARIANTS}.items():
+        sources = [source for source, route in SOURCES.items() if variant.needs <= route.provides]
+        fitting = ["none"] if not variant.needs else sources
+        remarks = [] if variant.corrects_mismatch else ["mismatch uncorrected"]
+        remarks += ["experimental"] if name in EXPERIMENTAL_VARIANTS else []
+        yield name, str(variant.r_d), str(variant.r_s), str(variant.total), ", ".join(fitting) or "-", ", ".join(remarks)
+
+
+def variant_table() -> Table:
+    """The paper's table of variants."""
+    table = Table(title="variants: r_d multiplies and masks, r_s is clipped")
+    for column in ("variant", "r_d", "r_s", "total", "source.type", "remark"):
+        table.add_column(column, overflow="fold")
+    for row in variant_rows():
+        table.add_row(*row)
+    return table
+
+
+def recipe_rows() -> Iterator[tuple[str, str, str]]:
+    """Dotted key, default and meaning of every recipe key."""
+
+    def walk(value: object, prefix: str) -> Iterator[tuple[str, str, str]]:
+        assert dataclasses.is_dataclass(value)
+        assert not isinstance(value, type)
+        docs = field_docs(type(value))
+        for field in dataclasses.fields(value):
+            child = vars_of(value, field.name)
+            if dataclasses.is_dataclass(child):
+                yield from walk(child, f"{prefix}{field.name}.")
+            else:
+                yield prefix + field.name, repr(child), docs[field.name]
+
+    yield from walk(RunConfig(), "")
+
+
+def vars_of(value: object, name: str) -> object:
+    """The value of a slot."""
+    return object.__getattribute__(value, name)
+
+
+def field_docs(kind: type) -> dict[str, str]:
+    """The string that follows each field in the class body."""
+    body = ast.parse(inspect.getsource(kind)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs: dict[str, str] = {}
+    for field, text in zip(body.body, body.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            assert isinstance(field.target, ast.Name)
+            docs[field.target.id] = str(text.value.value)
+    return docs
+
+
+def recipe_table() -> Table:
+    """Every recipe key."""
+    table = Table(title="recipe keys; override any with --KEY VALUE")
+    for column in ("key", "default", "meaning"):
+        table.add_column(column, overflow="fold")
+    for row in recipe_rows():
+        table.add_row(*row)
+    return table

@@ -1,0 +1,87 @@
+"""``oldlogits train RECIPE``: train an agent."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from oldlogits.config import RunConfig, load_config
+from oldlogits.core.errors import ConfigError
+from oldlogits.core.policies import find_variant
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOptions:
+    """Train an agent from a recipe. Any recipe key is overridden by its dotted name.
+
+    For example `--variant decoupled_async --source.type arrival --trainer.lr 3e-4`.
+    `oldlogits show recipe` lists all keys.
+    """
+
+    recipe: Annotated[Path | None, tyro.conf.Positional] = None
+    """A TOML file. With --resume, the run's own config.toml unless given."""
+    out: Path | None = None
+    """The run folder: absent or empty. Default: runs/RECIPE-DATE-TIME."""
+    resume: Path | None = None
+    """Go on with this run folder from its latest checkpoint; trajectories in flight restart."""
+    dry_run: bool = False
+    """Print the resolved recipe and what it costs in bytes, and stop."""
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Parse, check, train, and say what came out."""
+    options, overrides = tyro.cli(TrainOptions, prog="oldlogits train", args=list(arguments), return_unknown_args=True)
+    recipe = _recipe(options)
+    config = load_config(recipe, overrides)
+    if options.dry_run:
+        return _dry_run(config)
+    out = options.resume or options.out or Path("runs") / f"{recipe.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    from oldlogits.cli.main import FAILED, print_error
+    from oldlogits.record.live import print_summary
+    from oldlogits.runtime.run import run
+
+    result = run(config, out, resume=options.resume is not None)
+    print_summary(result.summary, out)
+    if result.error is not None:
+        print_error(result.error)
+        print(f"go on from the last checkpoint, if there is one: oldlogits train --resume {out}", file=sys.stderr)
+        return FAILED
+    if result.summary.ended == "interrupted":
+        print(f"go on with: oldlogits train --resume {out}")
+        return 130
+    return 0
+
+
+def _recipe(options: TrainOptions) -> Path:
+    if options.resume is not None and options.out is not None:
+        raise ConfigError(
+            "--resume names the run folder itself", got="--resume and --out", allowed="one of them", fix="leave out --out"
+        )
+    if options.recipe is not None:
+        return options.recipe
+    if options.resume is not None:
+        return options.resume / "config.toml"
+    raise ConfigError("no recipe", got="nothing", allowed="a TOML file", fix="oldlogits train recipes/desk.toml")
+
+
+def _dry_run(config: RunConfig) -> int:
+    """Print the resolved recipe and its cost."""
+    from oldlogits.record.toml import dump_toml
+    from oldlogits.runtime.cost import estimate
+
+    print(dump_toml(dataclasses.asdict(config)))
+    variant = find_variant(config.variant)
+    print(f"# {config.variant}: r_d = {variant.r_d}, r_s = {variant.r_s}, total ratio {variant.total}")
+    for line in estimate(config).lines():
+        print(f"# {line}")
+    return 0
