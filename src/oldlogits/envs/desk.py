@@ -1,0 +1,150 @@
+"""The order desk: an agent with five tools serves a scripted customer under a written policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Final, Literal
+
+from oldlogits.envs.desk_data import NOT_DELIVERED, OUTCOME, DeskRow, OrderRow, Status, WishRow, case_of, make_desk_row, ruling
+
+OUTCOME_WORDS: Final = frozenset({"cancelled", "refunded", "transferred", "pending", "shipped", "delivered", "expired", "food"})
+
+
+class OrderDesk:
+    """One customer at a time.
+
+    The desk's policy (`desk_data.ruling`): a pending order may be cancelled; a delivered one is refunded within 30 days of
+    delivery, food never; a shipped one goes to a person, whatever is wished; everything else is refused, with the reason.
+    Who tracks an order is told its status. A customer who names no number is asked for it, and only then.
+
+    The reward is 1 when every order is as the policy would leave it and the customer was told exactly the outcome of each
+    wish, in order, without a needless question; else 0.
+    """
+
+    system_prompt: ClassVar[str] = (
+        "order desk . cancel if pending . transfer if shipped . "
+        "refund if delivered within 30 days , never food . else say why ."
+    )
+
+    def __init__(self) -> None:
+        """An empty desk."""
+        self._orders: dict[str, OrderRow] = {}
+        self._wishes: list[WishRow] = []
+        self._status: dict[str, Status] = {}
+        self._told: list[str] = []
+        self._asked = False
+        self._left_angry = False
+
+    @staticmethod
+    def make_row(split: Literal["train", "heldout"], index: int) -> DeskRow:
+        """Row `index` of a split."""
+        return make_desk_row(split, index)
+
+    def reset(self, *, customer: str, orders: dict[str, OrderRow], wishes: list[WishRow]) -> str:
+        """A customer comes in; what they say first."""
+        self._orders, self._wishes = orders, wishes
+        self._status = {number: order["status"] for number, order in orders.items()}
+        self._told = []
+        self._asked = self._left_angry = False
+        return f"{customer} here : {self._wish_text()}"
+
+    def status(self, order: str) -> str:
+        """The status of an order: pending, shipped or delivered."""
+        return self._status.get(order, "no such order")
+
+    def age(self, order: str) -> str:
+        """How many days ago an order was delivered."""
+        if order not in self._orders:
+            return "no such order"
+        days = self._orders[order]["days"]
+        return f"{days} days" if days else NOT_DELIVERED
+
+    def cancel(self, order: str) -> str:
+        """Cancel an order."""
+        return self._change(order, OUTCOME["cancel"])
+
+    def refund(self, order: str) -> str:
+        """Take an order back and refund it."""
+        return self._change(order, OUTCOME["refund"])
+
+    def transfer(self, order: str) -> str:
+        """Hand an order over to a person."""
+        return self._change(order, OUTCOME["transfer"])
+
+    def _change(self, order: str, status: Status) -> str:
+        if order not in self._orders:
+            return "no such order"
+        self._status[order] = status
+        return "ok"
+
+    def reply(self, message: str) -> str | None:
+        """The customer's answer to a message; None when they leave."""
+        words = set(message.split())
+        wish = self._wishes[len(self._told)]
+        if words >= {"which", "order"}:
+            if not wish["withheld"] or self._asked:
+                self._left_angry = True
+                return None
+            self._asked = True
+            return f"it is {wish['order']}"
+        outcomes = sorted(words & OUTCOME_WORDS)
+        if len(outcomes) != 1:
+            self._left_angry = True
+            return None
+        self._told.append(outcomes[0])
+        self._asked = False
+        if len(self._told) == len(self._wishes):
+            return None
+        return f"thanks , now {self._wish_text()}"
+
+    def get_reward(self) -> float:
+        """1.0 if the orders and what was told are exactly right, else 0.0."""
+        return float(judge(self).right)
+
+    def _wish_text(self) -> str:
+        wish = self._wishes[len(self._told)]
+        text = f"please {wish['kind']} my {self._orders[wish['order']]['item']} order"
+        return text if wish["withheld"] else f"{text} {wish['order']}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What the policy asks for, against what happened.
+
+    Args:
+        orders: (order, status by the policy, status now) of every order.
+        expected_told: The words that the customer should have been told.
+        told: The words that they were told.
+        left_angry: The customer left: a needless question, or a message that told no outcome, or several.
+    """
+
+    orders: tuple[tuple[str, Status, Status], ...]
+    expected_told: tuple[str, ...]
+    told: tuple[str, ...]
+    left_angry: bool
+
+    @property
+    def right(self) -> bool:
+        """Whether everything is exactly right."""
+        return (
+            not self.left_angry
+            and self.told == self.expected_told
+            and all(expected == actual for _, expected, actual in self.orders)
+        )
+
+
+def judge(desk: OrderDesk) -> Verdict:
+    """Compare the desk as it is with what the policy asks for."""
+    expected = {number: order["status"] for number, order in desk._orders.items()}
+    expected_told = []
+    for wish in desk._wishes:
+        ruled = ruling(wish["kind"], case_of(desk._orders[wish["order"]]))
+        expected_told.append(ruled.told)
+        if ruled.action is not None:
+            expected[wish["order"]] = OUTCOME[ruled.action]
+    return Verdict(
+        orders=tuple((number, status, desk._status[number]) for number, status in expected.items()),
+        expected_told=tuple(expected_told),
+        told=tuple(desk._told),
+        left_angry=desk._left_angry,
+    )

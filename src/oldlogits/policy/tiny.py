@@ -1,0 +1,121 @@
+"""The embedded model: a Qwen3 of some hundred thousand parameters that reads one token a word.
+
+It is an ordinary Hugging Face folder; only its size and its vocabulary, which comes from an environment, are unusual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from oldlogits.core.errors import ConfigError
+
+END: Final = "<end>"
+PAD: Final = "<pad>"
+UNKNOWN: Final = "<unk>"
+ROLES: Final = ("<system>", "<user>", "<assistant>", "<tool>")
+CALL: Final = ("<call>", "</call>")
+SPECIAL: Final = (PAD, UNKNOWN, END, *ROLES)
+
+CHAT_TEMPLATE: Final = (
+    "{%- for message in messages %}"
+    "{{ '<' + message['role'] + '> ' + message['content'] }}"
+    "{%- if tools and loop.first %}{{ ' tools :' }}"
+    "{%- for tool in tools %}{{ ' ' + tool['function']['name'] }}{%- endfor %}"
+    "{%- endif %}"
+    "{{ ' <end> ' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<assistant>' }}{%- endif %}"
+)
+"""``<role> content <end>`` for every message; the tools are named at the end of the first one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TinySize:
+    """The size of the embedded model.
+
+    Args:
+        hidden: Width of the residual stream.
+        layers: Decoder layers.
+        heads: Query heads; `hidden / heads` is the head size.
+        kv_heads: Key and value heads.
+        mlp: Width of the gated MLP.
+        max_context: The most positions.
+    """
+
+    hidden: int = 64
+    layers: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    mlp: int = 160
+    max_context: int = 512
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that do not divide."""
+        if min(self.hidden, self.layers, self.heads, self.kv_heads, self.mlp, self.max_context) < 1 or (
+            self.hidden % (2 * self.heads) or self.heads % self.kv_heads
+        ):
+            raise ConfigError(
+                "the sizes of the tiny model do not fit",
+                got=str(self),
+                allowed="positive, hidden a multiple of 2 * heads, heads a multiple of kv_heads",
+                fix="correct the sizes",
+            )
+
+
+def tiny_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of `words` and the special tokens; text is split at white space."""
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys([*SPECIAL, *CALL, "tools", ":", *words]))}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
+    backend.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token=UNKNOWN,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=list(ROLES),
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def tiny_model(size: TinySize, vocabulary: int, end_id: int, pad_id: int, seed: int) -> Qwen3ForCausalLM:
+    """A freshly initialised fp32 model; the same seed gives the same weights."""
+    config = Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        head_dim=size.hidden // size.heads,
+        intermediate_size=size.mlp,
+        max_position_embeddings=size.max_context,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=end_id,
+        pad_token_id=pad_id,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen3ForCausalLM(config)
+
+
+def save_tiny(folder: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write the folder that `AutoModelForCausalLM` and `AutoTokenizer` load."""
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True, temperature=1.0
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

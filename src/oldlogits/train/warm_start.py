@@ -1,0 +1,215 @@
+"""The embedded model's warm start: a short supervised training on demonstrators that copy well and decide badly.
+
+    row -> desk <-> demonstrator -> tokens, loss mask -> AdamW on the demonstrator's tokens -> model folder
+
+What comes out knows how calls and messages are written and which order number to copy; which decision is right is left to
+reinforcement learning. Model folders are cached under a hash of everything that they depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+from oldlogits.core.errors import ConfigError
+from oldlogits.envs.desk import OrderDesk
+from oldlogits.envs.desk_clerk import Clerk, ErrorRates, demonstrator
+from oldlogits.envs.desk_data import WORDS, DeskRow
+from oldlogits.envs.shape import Malformed, bind, parse_plain, render_result, tool_names, tool_schemas
+from oldlogits.policy.chat import ChatFormat, Message
+from oldlogits.policy.tiny import TinySize, save_tiny, tiny_model, tiny_tokenizer
+
+_NUM_HASHED: Final = 64
+"""Demonstrations that enter the cache key: a change of desk, demonstrators, tokenizer or template changes them."""
+
+MIXTURE: Final = ErrorRates(
+    skip_question=0.55,
+    skip_status=0.08,
+    grant_shipped=0.65,
+    grant_refused=0.3,
+    skip_age=0.2,
+    refund_expired=0.62,
+    refund_food=0.35,
+    refuse_allowed=0.08,
+    only_say=0.05,
+    misreport=0.04,
+)
+"""Demonstrators whose likeliest decision is wrong in three places: greedy decoding fails there, sampling does not always."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarmStartSpec:
+    """All that a warm-started model depends on.
+
+    Args:
+        seed: Of the weights, the demonstrators and their rows.
+        steps: Optimizer steps, >= 1.
+        batch_size: Demonstrations a step; none is used twice.
+        lr: Peak learning rate of AdamW.
+        final_lr_share: Learning rate at the end of the cosine, as a share of the peak.
+        warmup_steps: Steps over which the learning rate rises.
+        beta2: AdamW's second-moment decay.
+        grad_clip: Largest norm of the gradient.
+        size: The model's size.
+        errors: How the demonstrators err.
+    """
+
+    seed: int = 0
+    steps: int = 600
+    batch_size: int = 16
+    lr: float = 3e-3
+    final_lr_share: float = 0.1
+    warmup_steps: int = 40
+    beta2: float = 0.98
+    grad_clip: float = 1.0
+    size: TinySize = field(default_factory=TinySize)
+    errors: ErrorRates = MIXTURE
+
+    def __post_init__(self) -> None:
+        """Refuse counts below 1 and a learning rate that is not positive."""
+        if min(self.steps, self.batch_size, self.warmup_steps) < 1 or self.lr <= 0 or self.seed < 0:
+            raise ConfigError(
+                "the warm start's numbers are out of range",
+                got=str(self),
+                allowed="steps, batch_size, warmup_steps >= 1, lr > 0, seed >= 0",
+                fix="correct the specification",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demonstration:
+    """One episode of a demonstrator; `loss_mask` is True on what the demonstrator wrote, end-of-turn tokens included."""
+
+    token_ids: tuple[int, ...]
+    loss_mask: tuple[bool, ...]
+    reward: float
+
+
+Progress = Callable[[int, float], None]
+"""Called after every step with the number of steps done and the loss in nats per token."""
+
+
+def warm_start(spec: WarmStartSpec, progress: Progress = lambda step, loss: None) -> Path:
+    """The folder of the warm-started model, trained now unless it is in the cache."""
+    tokenizer = tiny_tokenizer([*WORDS, *tool_names(OrderDesk)])
+    chat = ChatFormat(tokenizer)
+    folder = cache_folder() / f"tiny-{_key(spec, chat, tokenizer)}"
+    if folder.is_dir():
+        return folder
+    model = train_tiny(spec, chat, tokenizer, progress)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=folder.parent))
+    try:
+        save_tiny(unfinished, model, tokenizer)
+        unfinished.chmod(0o755)
+        try:
+            unfinished.rename(folder)
+        except OSError:  # another process was faster: its folder holds the same
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def cache_folder() -> Path:
+    """``$OLDLOGITS_CACHE``, or ``~/.cache/oldlogits``."""
+    return Path(os.environ.get("OLDLOGITS_CACHE") or Path.home() / ".cache" / "oldlogits")
+
+
+def _key(spec: WarmStartSpec, chat: ChatFormat, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The content hash: specification, vocabulary, template and the first demonstrations."""
+    shown = [demonstration.token_ids for demonstration, _ in zip(demonstrations(spec, chat), range(_NUM_HASHED), strict=False)]
+    vocabulary: Mapping[str, int] = tokenizer.get_vocab()
+    content = [asdict(spec), sorted(vocabulary.items()), tokenizer.chat_template, shown]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def demonstrations(spec: WarmStartSpec, chat: ChatFormat) -> Iterator[Demonstration]:
+    """Endless demonstrations, on training rows of negative index, which no run asks for."""
+    rng = random.Random(f"demonstrator {spec.seed}")
+    index = -1 - spec.seed * spec.steps * spec.batch_size
+    while True:
+        yield demonstrate(OrderDesk.make_row("train", index), demonstrator(spec.errors, rng), chat)
+        index -= 1
+
+
+def demonstrate(row: DeskRow, clerk: Clerk, chat: ChatFormat) -> Demonstration:
+    """Let a clerk serve one row; the tokens are those that the turn loop would produce."""
+    desk = OrderDesk()
+    seen: str | None = desk.reset(**row)
+    messages: list[Message] = [{"role": "system", "content": OrderDesk.system_prompt}, {"role": "user", "content": seen or ""}]
+    ids = chat.prompt_ids(messages, tool_schemas(OrderDesk))
+    mask = [False] * len(ids)
+    next(clerk)
+    while seen is not None:
+        text = clerk.send(seen)
+        turn = chat.turn_ids(text)
+        ids, mask = ids + turn, mask + [True] * len(turn)
+        call = parse_plain(text)
+        if call is None:
+            role, seen = "user", desk.reply(text)
+        else:
+            ready = call if isinstance(call, Malformed) else bind(desk, call)
+            role, seen = "tool", ready.reason if isinstance(ready, Malformed) else render_result(ready())
+        if seen is not None:
+            read = chat.continuation_ids("tool" if role == "tool" else "user", seen)
+            ids, mask = ids + read, mask + [False] * len(read)
+    return Demonstration(token_ids=tuple(ids), loss_mask=tuple(mask), reward=desk.get_reward())
+
+
+def train_tiny(
+    spec: WarmStartSpec, chat: ChatFormat, tokenizer: PreTrainedTokenizerFast, progress: Progress
+) -> Qwen3ForCausalLM:
+    """Train a fresh model on demonstrations, on one thread: the same specification gives the same weights."""
+    model = tiny_model(spec.size, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, spec.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=spec.lr, betas=(0.9, spec.beta2), weight_decay=0.0, fused=True)
+    shown = demonstrations(spec, chat)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for step in range(spec.steps):
+            batch = [next(shown) for _ in range(spec.batch_size)]
+            optimizer.param_groups[0]["lr"] = _learning_rate(spec, step)
+            loss = imitation_loss(model, batch)
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), spec.grad_clip)
+            optimizer.step()
+            progress(step + 1, float(loss))
+    finally:
+        torch.set_num_threads(num_threads)
+    return model.eval()
+
+
+def _learning_rate(spec: WarmStartSpec, step: int) -> float:
+    """Linear warm-up times a cosine from the peak to its final share."""
+    cosine = (1 + math.cos(math.pi * step / spec.steps)) / 2
+    return spec.lr * min(1.0, (step + 1) / spec.warmup_steps) * (spec.final_lr_share + (1 - spec.final_lr_share) * cosine)
+
+
+def imitation_loss(model: Qwen3ForCausalLM, batch: list[Demonstration]) -> Tensor:
+    """Mean negative log-prob of what the demonstrators wrote, in nats per token, over the tokens of the batch."""
+    length = max(len(demonstration.token_ids) for demonstration in batch)
+    ids = torch.zeros(len(batch), length, dtype=torch.long)
+    mask = torch.zeros(len(batch), length, dtype=torch.bool)
+    for i, demonstration in enumerate(batch):
+        ids[i, : len(demonstration.token_ids)] = torch.tensor(demonstration.token_ids)
+        mask[i, : len(demonstration.loss_mask)] = torch.tensor(demonstration.loss_mask)
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    logits = linear(hidden[:, :-1][mask[:, 1:]], model.lm_head.weight)
+    return torch.nn.functional.cross_entropy(logits, ids[:, 1:][mask[:, 1:]])
