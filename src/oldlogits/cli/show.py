@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from types import MappingProxyType
+from typing import Annotated, Final
 
 import tyro
 from rich.console import Console
@@ -25,16 +26,17 @@ class ShowOptions:
 
     what: Annotated[str, tyro.conf.Positional]
     """variants | recipe | a run folder."""
+    markdown: bool = False
+    """Print tables as Markdown: what README.md and docs/ hold."""
 
 
 def command(arguments: Sequence[str]) -> int:
     """Print what was asked for."""
     options = tyro.cli(ShowOptions, prog="oldlogits show", args=list(arguments))
     console = Console()
-    if options.what == "variants":
-        console.print(variant_table())
-    elif options.what == "recipe":
-        console.print(recipe_table())
+    if options.what in TABLES:
+        table = TABLES[options.what]
+        console.print(table.markdown() if options.markdown else table.rich(), markup=False, soft_wrap=options.markdown)
     elif (folder := Path(options.what)).is_dir():
         from oldlogits.record.live import print_summary
         from oldlogits.record.summary import Summary
@@ -48,13 +50,36 @@ def command(arguments: Sequence[str]) -> int:
         raise ConfigError(
             "nothing of that name to show",
             got=options.what,
-            allowed="variants, recipe, or a run folder",
+            allowed=f"{', '.join(TABLES)}, or a run folder",
             fix="choose one of these",
         )
     return 0
 
 
-def variant_rows() -> Iterator[tuple[str, str, str, str, str, str]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """A table: columns and rows, shown in the terminal or as Markdown."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Callable[[], Iterator[tuple[str, ...]]]
+
+    def rich(self) -> Table:
+        """For the terminal."""
+        table = Table(title=self.title)
+        for index, column in enumerate(self.columns):
+            table.add_column(column, overflow="fold", no_wrap=index == 0)
+        for row in self.rows():
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        """For a document."""
+        lines = [self.columns, ("---",) * len(self.columns), *self.rows()]
+        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def variant_rows() -> Iterator[tuple[str, ...]]:
     """Name, r_d, r_s, total ratio, sources, remark of every variant."""
     for name, variant in {**VARIANTS, **EXPERIMENTAL_VARIANTS}.items():
         sources = [source for source, route in SOURCES.items() if variant.needs <= route.provides]
@@ -64,20 +89,10 @@ def variant_rows() -> Iterator[tuple[str, str, str, str, str, str]]:
         yield name, str(variant.r_d), str(variant.r_s), str(variant.total), ", ".join(fitting) or "-", ", ".join(remarks)
 
 
-def variant_table() -> Table:
-    """The paper's table of variants."""
-    table = Table(title="variants: r_d multiplies and masks, r_s is clipped")
-    for column in ("variant", "r_d", "r_s", "total", "source.type", "remark"):
-        table.add_column(column, overflow="fold")
-    for row in variant_rows():
-        table.add_row(*row)
-    return table
-
-
-def recipe_rows() -> Iterator[tuple[str, str, str]]:
+def recipe_rows() -> Iterator[tuple[str, ...]]:
     """Dotted key, default and meaning of every recipe key."""
 
-    def walk(value: object, prefix: str) -> Iterator[tuple[str, str, str]]:
+    def walk(value: object, prefix: str) -> Iterator[tuple[str, ...]]:
         assert dataclasses.is_dataclass(value)
         assert not isinstance(value, type)
         docs = field_docs(type(value))
@@ -108,11 +123,18 @@ def field_docs(kind: type) -> dict[str, str]:
     return docs
 
 
-def recipe_table() -> Table:
-    """Every recipe key."""
-    table = Table(title="recipe keys; override any with --KEY VALUE")
-    for column in ("key", "default", "meaning"):
-        table.add_column(column, overflow="fold")
-    for row in recipe_rows():
-        table.add_row(*row)
-    return table
+TABLES: Final[Mapping[str, Rows]] = MappingProxyType(
+    {
+        "variants": Rows(
+            title="variants: r_d multiplies and masks, r_s is clipped",
+            columns=("variant", "r_d", "r_s", "total ratio", "source.type", "remark"),
+            rows=variant_rows,
+        ),
+        "recipe": Rows(
+            title="recipe keys; override any with --KEY VALUE",
+            columns=("key", "default", "meaning"),
+            rows=recipe_rows,
+        ),
+    }
+)
+"""What `show` can print."""
