@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import Final, Literal, TypeGuard, get_args
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from oldlogits.core.errors import ConfigError
@@ -41,17 +42,17 @@ def check_numerics(name: str) -> Numerics:
     return name
 
 
-def round_linear(weight: Tensor, numerics: Numerics) -> Tensor:
+def round_linear(weight: Float[Tensor, "out in"], numerics: Numerics) -> Float32[Tensor, "out in"]:
     """A rounded fp32 copy of a linear layer's weight, each output channel with its own scale.
 
     ``q = round(w / s) * s`` with ``s = amax(|w|) / 448 | 127 | 7`` over a row; round to nearest, ties to even.
 
     Args:
-        weight: [out, in], any float dtype.
+        weight: Any float dtype.
         numerics: The engine's numerics.
 
     Returns:
-        [out, in] float32, never an alias of `weight`.
+        A copy, never an alias of `weight`.
 
     Example:
         A row [1.0, 0.3] in int4 has s = 1/7, so 0.3 becomes 2/7.
@@ -65,20 +66,20 @@ def round_linear(weight: Tensor, numerics: Numerics) -> Tensor:
     return round_other(weight, numerics)
 
 
-def round_other(tensor: Tensor, numerics: Numerics) -> Tensor:
+def round_other(tensor: Float[Tensor, "*shape"], numerics: Numerics) -> Float32[Tensor, "*shape"]:
     """A float32 copy of an embedding, norm or bias; only bf16 rounds it."""
     exact = tensor.detach().to(torch.float32, copy=True)
     return exact.to(torch.bfloat16).to(torch.float32) if numerics == "bf16" else exact
 
 
-def round_rows_to_e4m3(rows: Tensor) -> Tensor:
-    """Round each row of [n, features] float32 to e4m3 with the scale ``amax(|row|) / 448``."""
+def round_rows_to_e4m3(rows: Float32[Tensor, "row feature"]) -> Float32[Tensor, "row feature"]:
+    """Round each row to e4m3 with the scale ``amax(|row|) / 448``."""
     scale = _scale(rows, _E4M3_MAX)
     return (rows / scale).to(torch.float8_e4m3fn).to(torch.float32).mul_(scale)
 
 
-def _scale(rows: Tensor, largest: float) -> Tensor:
-    """``amax(|row|) / largest`` as [n, 1]; 1 for a row of zeros."""
+def _scale(rows: Float32[Tensor, "row feature"], largest: float) -> Float32[Tensor, "row 1"]:
+    """``amax(|row|) / largest``; 1 for a row of zeros."""
     scale = rows.abs().amax(dim=-1, keepdim=True) / largest
     return scale.masked_fill_(scale == 0, 1.0)
 

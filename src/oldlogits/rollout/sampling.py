@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
 
-def draw_tokens(logits: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def draw_tokens(
+    logits: Float32[Tensor, "row vocab"], temperature: Float32[Tensor, " row"], uniform: Float64[Tensor, " row"]
+) -> tuple[Int64[Tensor, " row"], Float32[Tensor, " row"]]:
     """``token ~ softmax(logits / T)`` by inverting its cumulative sum; greedy where T is 0.
 
     The token is the first whose cumulative probability (float64) exceeds ``uniform * total``, so a token of
     probability 0 is never drawn.
 
     Args:
-        logits: [rows, vocab] float32; -inf takes a token out of the support.
-        temperature: [rows] float32, >= 0. Where it is 0 the likeliest token is taken, its log-prob is at T = 1.
-        uniform: [rows] float64 in [0, 1).
+        logits: -inf takes a token out of the support.
+        temperature: >= 0. Where it is 0 the likeliest token is taken, its log-prob is at T = 1.
+        uniform: In [0, 1).
 
     Returns:
-        Tokens [rows] int64, and ``log_softmax(logits / T)[token]`` [rows] float32.
+        The tokens, and ``log_softmax(logits / T)[token]``.
 
     Example:
         Logits log(0.2), log(0.8) at T = 1: uniform 0.19 draws token 0, 0.21 draws token 1.
@@ -33,20 +36,25 @@ def draw_tokens(logits: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[T
     return tokens, logp.gather(1, tokens[:, None]).squeeze(1)
 
 
-def restrict_support(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
+def restrict_support(
+    logits: Float32[Tensor, "row vocab"],
+    temperature: Float32[Tensor, " row"],
+    top_p: Float32[Tensor, " row"],
+    top_k: Int64[Tensor, " row"],
+) -> Float32[Tensor, "row vocab"]:
     """Logits with -inf outside the k likeliest tokens and outside the nucleus of mass p among them.
 
     The nucleus is the shortest run of the likeliest tokens whose probability at `temperature` reaches p. Rows of
     temperature 0 are left as they are.
 
     Args:
-        logits: [rows, vocab] float32.
-        temperature: [rows] float32.
-        top_p: [rows] float32 in (0, 1]; 1 keeps all.
-        top_k: [rows] int64; 0 keeps all.
+        logits: Any.
+        temperature: >= 0.
+        top_p: In (0, 1]; 1 keeps all.
+        top_k: 0 keeps all.
 
     Returns:
-        [rows, vocab] float32.
+        The logits, -inf outside the support.
     """
     ordered, order = torch.sort(logits, dim=-1, descending=True, stable=True)
     ranks = torch.arange(logits.shape[1])
