@@ -54,7 +54,7 @@ def check_model_folder(folder: Path) -> None:
 
 
 def _check_ranges(config: RunConfig) -> None:
-    o, e, r, t = config.objective, config.env, config.rollout, config.trainer
+    o, e, r, m = config.objective, config.env, config.rollout, config.model
     _require(config.band > 1, "band", config.band, "a number > 1 (inf: no band)", "band = 1.5")
     _require(config.seed >= 0, "seed", config.seed, ">= 0", "seed = 0")
     _require(config.num_updates >= 1, "num_updates", config.num_updates, ">= 1", "num_updates = 60")
@@ -63,56 +63,73 @@ def _check_ranges(config: RunConfig) -> None:
     _require(0 < o.eps_high < math.inf, "objective.eps_high", o.eps_high, "> 0", "eps_high = 0.28")
     _require(o.dual_clip > 1, "objective.dual_clip", o.dual_clip, "> 1 (inf: off)", "dual_clip = 3.0")
     _require(0 <= o.weight_mu <= 1, "objective.weight_mu", o.weight_mu, "in [0, 1]", "weight_mu = 0.5")
-    _require(o.denominator_tokens > 0, "objective.denominator_tokens", o.denominator_tokens, "> 0", "a number of tokens")
+    n = o.denominator_tokens
+    _require(0 < n < math.inf, "objective.denominator_tokens", n, "> 0", "a number of tokens")
+    _require(m.seed >= -1, "model.seed", m.seed, ">= 0, or -1: the run's seed", "-1")
+    _require(m.warm_start_steps >= -1, "model.warm_start_steps", m.warm_start_steps, ">= 0, or -1: the built-in number", "-1")
     _require(e.max_turns >= 1, "env.max_turns", e.max_turns, ">= 1", "max_turns = 8")
     _require(e.max_tokens_per_turn >= 1, "env.max_tokens_per_turn", e.max_tokens_per_turn, ">= 1", "32")
     _require(e.max_tokens >= 2, "env.max_tokens", e.max_tokens, ">= 2", "256")
     _require(e.timeout_s > 0, "env.timeout_s", e.timeout_s, "> 0 seconds", "20")
-    _require(e.latency_s >= 0, "env.latency_s", e.latency_s, ">= 0 seconds", "0")
+    _require(0 <= e.latency_s < math.inf, "env.latency_s", e.latency_s, ">= 0 seconds", "0")
     _require(e.parser in ("plain", "hermes"), "env.parser", e.parser, "plain, hermes", "choose one of these")
     _require(config.engine.type == "embedded", "engine.type", config.engine.type, "embedded", "engine.type = 'embedded'")
     _require(config.engine.num_slots >= 1, "engine.num_slots", config.engine.num_slots, ">= 1", "128")
+    tolerance = config.engine.probe_tolerance
+    _require(tolerance == -1 or tolerance >= 0, "engine.probe_tolerance", tolerance, ">= 0 nats, or -1: as known", "-1")
     _require(r.group_size >= 2, "rollout.group_size", r.group_size, ">= 2: rewards of a group are compared", "8")
     _require(r.groups_per_version >= 1, "rollout.groups_per_version", r.groups_per_version, ">= 1", "16")
     _require(r.max_running_groups >= 0, "rollout.max_running_groups", r.max_running_groups, ">= 0", "0")
-    _require(t.lr > 0, "trainer.lr", t.lr, "> 0", "5e-4")
+    _check_trainer(config)
+    _check_runtime(config)
+    _check_counts(config)
+
+
+def _check_trainer(config: RunConfig) -> None:
+    t, num_groups = config.trainer, config.rollout.groups_per_version
+    _require(0 < t.lr < math.inf, "trainer.lr", t.lr, "> 0", "5e-4")
+    _require(0 <= t.weight_decay < math.inf, "trainer.weight_decay", t.weight_decay, ">= 0", "0")
+    _require(0 <= t.beta1 < 1, "trainer.beta1", t.beta1, "in [0, 1)", "0.9")
+    _require(0 <= t.beta2 < 1, "trainer.beta2", t.beta2, "in [0, 1)", "0.99")
     _require(t.warmup_steps >= 0, "trainer.warmup_steps", t.warmup_steps, ">= 0", "4")
     _require(t.grad_clip > 0, "trainer.grad_clip", t.grad_clip, "> 0", "1.0")
     _require(t.micro_batch_tokens >= 1, "trainer.micro_batch_tokens", t.micro_batch_tokens, ">= 1", "8192")
     _require(t.head_chunk_tokens >= 1, "trainer.head_chunk_tokens", t.head_chunk_tokens, ">= 1", "2048")
     _require(
-        1 <= t.steps_per_version <= r.groups_per_version,
+        1 <= t.steps_per_version <= num_groups,
         "trainer.steps_per_version",
         t.steps_per_version,
-        f"1 .. rollout.groups_per_version ({r.groups_per_version}): each step needs a group",
+        f"1 .. rollout.groups_per_version ({num_groups}): each step needs a group",
         "2",
     )
-    w = config.runtime.window
-    if config.runtime.type == "lockstep":
-        _require(0 <= w <= config.max_staleness, "runtime.window", w, f"0 .. max_staleness ({config.max_staleness})", "smaller")
-        _require(
-            config.runtime.tokens_per_version >= 1,
-            "runtime.tokens_per_version",
-            config.runtime.tokens_per_version,
-            ">= 1",
-            "12",
-        )
-    counts = {"eval.num_episodes": config.eval.num_episodes, "eval.every": config.eval.every}
-    counts |= {"eval.num_episodes_during": config.eval.num_episodes_during, "record.tokens_every": config.record.tokens_every}
-    counts |= {
-        "record.transcripts_every": config.record.transcripts_every,
-        "record.checkpoint_every": config.record.checkpoint_every,
+
+
+def _check_runtime(config: RunConfig) -> None:
+    r, longest = config.runtime, config.max_staleness
+    if r.type == "lockstep":
+        _require(0 <= r.window <= longest, "runtime.window", r.window, f"0 .. max_staleness ({longest})", "smaller")
+        _require(r.tokens_per_version >= 1, "runtime.tokens_per_version", r.tokens_per_version, ">= 1", "12")
+
+
+def _check_counts(config: RunConfig) -> None:
+    e, r = config.eval, config.record
+    counts = {
+        "eval.num_episodes": e.num_episodes,
+        "eval.every": e.every,
+        "eval.num_episodes_during": e.num_episodes_during,
+        "record.tokens_every": r.tokens_every,
+        "record.transcripts_every": r.transcripts_every,
+        "record.checkpoint_every": r.checkpoint_every,
     }
     for name, value in counts.items():
         _require(value >= 0, name, value, ">= 0", "0 switches it off")
-    _require(config.eval.num_running >= 1, "eval.num_running", config.eval.num_running, ">= 1", "256")
+    _require(e.num_running >= 1, "eval.num_running", e.num_running, ">= 1", "256")
 
 
 def _check_one_distribution(config: RunConfig) -> None:
     s = config.sampling
-    _require(
-        s.temperature > 0, "sampling.temperature", s.temperature, "> 0: greedy rollouts have no log-prob to train on", "1.0"
-    )
+    allowed = "> 0: greedy rollouts have no log-prob to train on"
+    _require(0 < s.temperature < math.inf, "sampling.temperature", s.temperature, allowed, "1.0")
     fix = "remove it: training samples from the full support; reshape only in evaluation"
     why = ", since mu would have another support than the trained policy"
     _require(s.top_p == 1, "sampling.top_p", s.top_p, "1.0 in training" + why, fix)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,7 +15,7 @@ class ObjectiveConfig:
     eps_high: float = 0.28
     """Clip of r_s from above, for positive advantages: 1 + eps_high."""
     dual_clip: float = 3.0
-    """Upper bound of r_s for negative advantages, > 1 + eps_high; inf switches it off."""
+    """Upper bound of r_s for negative advantages, > 1; inf switches it off."""
     discrepancy: Literal["weight_and_mask", "mask"] = "weight_and_mask"
     """What r_d does: weights and masks, or masks only."""
     weight_mu: float = 0.5
@@ -216,6 +215,3 @@ class RunConfig:
     def window(self) -> int:
         """The largest lag that this runtime can produce, in versions."""
         return self.runtime.window if self.runtime.type == "lockstep" else self.max_staleness
-
-
-UNBOUNDED = math.inf

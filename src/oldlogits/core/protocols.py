@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -45,11 +46,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        if self.max_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+        if self.max_tokens < 1 or not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ConfigError(
                 "sampling parameters out of range",
                 got=str(self),
-                allowed="max_tokens >= 1, temperature >= 0, 0 < top_p <= 1, top_k >= 0",
+                allowed="max_tokens >= 1, temperature >= 0 and finite, 0 < top_p <= 1, top_k >= 0",
                 fix="correct the sampling section of the recipe",
             )
 

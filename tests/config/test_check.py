@@ -1,0 +1,176 @@
+import dataclasses
+import inspect
+import math
+import re
+
+import pytest
+
+from oldlogits.config import RunConfig, check, check_model_folder, known_keys
+from oldlogits.config import check as check_function
+from oldlogits.core.errors import ConfigError, MissingPolicyError, ModelFolderError
+
+from .test_load import default_of
+
+NAN, INF = math.nan, math.inf
+
+REFUSED = {  # key -> values just outside, and beyond
+    "band": [1.0, 0.0, -2.0, NAN],
+    "seed": [-1],
+    "num_updates": [0],
+    "max_staleness": [-1],
+    "objective.eps_low": [0.0, 1.01, NAN],
+    "objective.eps_high": [0.0, INF, NAN],
+    "objective.dual_clip": [1.0, NAN],
+    "objective.weight_mu": [-0.01, 1.01, NAN],
+    "objective.denominator_tokens": [0.0, INF, NAN],
+    "model.seed": [-2],
+    "model.warm_start_steps": [-2],
+    "env.max_turns": [0],
+    "env.max_tokens_per_turn": [0],
+    "env.max_tokens": [1],
+    "env.timeout_s": [0.0, NAN],
+    "env.latency_s": [-0.1, INF, NAN],
+    "env.parser": ["xml"],
+    "env.rows": ["no_such_file.jsonl"],
+    "env.heldout_rows": ["no_such_file.jsonl"],
+    "sampling.temperature": [0.0, -1.0, INF, NAN],
+    "sampling.top_p": [0.99, NAN],
+    "sampling.top_k": [1, -1],
+    "engine.type": ["vllm"],
+    "engine.num_slots": [0],
+    "engine.probe_tolerance": [-0.5, NAN],
+    "rollout.group_size": [1],
+    "rollout.groups_per_version": [0],
+    "rollout.max_running_groups": [-1],
+    "trainer.lr": [0.0, INF, NAN],
+    "trainer.warmup_steps": [-1],
+    "trainer.weight_decay": [-0.1, INF, NAN],
+    "trainer.beta1": [-0.1, 1.0, NAN],
+    "trainer.beta2": [-0.1, 1.0, NAN],
+    "trainer.grad_clip": [0.0, NAN],
+    "trainer.steps_per_version": [0, 17],
+    "trainer.micro_batch_tokens": [0],
+    "trainer.head_chunk_tokens": [0],
+    "eval.num_episodes": [-1],
+    "eval.every": [-1],
+    "eval.num_episodes_during": [-1],
+    "eval.num_running": [0],
+    "record.tokens_every": [-1],
+    "record.transcripts_every": [-1],
+    "record.checkpoint_every": [-1],
+}
+LOCKSTEP_ONLY = {"runtime.window": [-1, 5], "runtime.tokens_per_version": [0]}
+
+ACCEPTED = {  # the ends of the ranges
+    "band": [1.0001, INF],
+    "max_staleness": [0],
+    "objective.eps_low": [1.0],
+    "objective.dual_clip": [1.01, INF],
+    "objective.weight_mu": [0.0, 1.0],
+    "env.max_tokens": [2],
+    "env.timeout_s": [0.001],
+    "engine.probe_tolerance": [-1.0, 0.0],
+    "rollout.group_size": [2],
+    "trainer.weight_decay": [0.0],
+    "trainer.beta1": [0.0],
+    "trainer.grad_clip": [INF],
+    "trainer.steps_per_version": [1, 16],
+    "runtime.window": [-1, 99],  # local does not read it
+}
+
+
+def changed(key, value, base=None):
+    base = base or RunConfig()
+    first, _, rest = key.partition(".")
+    inner = dataclasses.replace(getattr(base, first), **{rest: value}) if rest else value
+    return dataclasses.replace(base, **{first: inner})
+
+
+LOCKSTEP = changed("runtime.type", "lockstep")
+
+
+def test_the_defaults_pass_in_both_runtimes():
+    check(RunConfig())
+    check(LOCKSTEP)
+
+
+@pytest.mark.parametrize("key, value", [(key, value) for key, values in REFUSED.items() for value in values])
+def test_a_value_out_of_range_is_refused_by_its_key(key, value):
+    with pytest.raises(
+        ConfigError, match=f"^{re.escape(key)} is out of range; got: {re.escape(f'{key} = {value}')}; allowed: .*fix"
+    ):
+        check(changed(key, value))
+
+
+@pytest.mark.parametrize("key, value", [(key, value) for key, values in LOCKSTEP_ONLY.items() for value in values])
+def test_a_lag_out_of_range_is_refused_in_lockstep(key, value):
+    with pytest.raises(ConfigError, match=f"^{re.escape(key)} is out of range"):
+        check(changed(key, value, LOCKSTEP))
+
+
+@pytest.mark.parametrize("key, value", [(key, value) for key, values in ACCEPTED.items() for value in values])
+def test_the_ends_of_a_range_are_accepted(key, value):
+    check(changed(key, value))
+
+
+def test_every_number_of_the_recipe_has_a_range_that_is_tested():
+    numbers = {
+        key for key in known_keys() if isinstance(default_of(key), int | float) and not isinstance(default_of(key), bool)
+    }
+    assert numbers <= set(REFUSED) | set(LOCKSTEP_ONLY)
+
+
+def test_every_key_that_a_check_names_is_tested():
+    source = inspect.getsource(inspect.getmodule(check_function))
+    named = {key for key in known_keys() if f'"{key}"' in source}
+    assert named <= set(REFUSED) | set(LOCKSTEP_ONLY)
+
+
+@pytest.mark.parametrize(
+    "variant, source", [("decoupled_exact", "arrival"), ("decoupled_async", "snapshot"), ("ppo_clip", "none")]
+)
+def test_a_variant_that_its_source_cannot_feed_is_refused_when_the_recipe_is_read(variant, source):
+    with pytest.raises(MissingPolicyError):
+        check(changed("variant", variant, changed("source.type", source)))
+
+
+@pytest.mark.parametrize("key, value", [("variant", "ppo"), ("source.type", "disk")])
+def test_unknown_names_are_refused(key, value):
+    with pytest.raises(ConfigError, match="unknown"):
+        check(changed(key, value))
+
+
+def test_stale_keys_and_values_are_refused_where_old_is_needed_unless_mixed_is_accepted():
+    stale = changed("engine.kv", "stale")
+    with pytest.raises(ConfigError, match="stale keys and values belong to no version"):
+        check(stale)
+    check(changed("source.accept_mixed_kv", True, stale))
+    check(changed("variant", "decoupled_async", changed("source.type", "arrival", stale)))
+
+
+def test_the_tiny_model_plays_only_at_the_desk():
+    with pytest.raises(ConfigError, match="the tiny model knows only the words of the order desk"):
+        check(changed("env.target", "my.package:Shop"))
+
+
+def test_rows_that_exist_are_accepted(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n")
+    check(changed("env.rows", str(rows), changed("env.heldout_rows", str(rows))))
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_model_folder_that_lacks_a_part_is_refused_by_the_part(missing, tmp_path):
+    files = {"config.json", "model.safetensors", "tokenizer.json"}
+    for name in files - {missing}:
+        (tmp_path / name).touch()
+    part = "weights" if missing.startswith("model") else missing
+    with pytest.raises(ModelFolderError, match=f"the model folder lacks {re.escape(part)}"):
+        check(changed("model.path", str(tmp_path)))
+    (tmp_path / missing).touch()
+    check(changed("model.path", str(tmp_path), changed("env.target", "my.package:Shop")))
+
+
+def test_a_model_folder_that_is_none_is_refused(tmp_path):
+    with pytest.raises(ModelFolderError, match=r"model\.path is no folder; got: .*gone"):
+        check_model_folder(tmp_path / "gone")

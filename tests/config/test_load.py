@@ -1,0 +1,219 @@
+import ast
+import dataclasses
+import inspect
+import itertools
+import subprocess
+import sys
+import textwrap
+import typing
+
+import pytest
+
+from oldlogits.config import RunConfig, config_from_table, known_keys, load_config, override, schema
+from oldlogits.core.errors import ConfigError
+
+
+def sections(kind=RunConfig):
+    """The config classes of the recipe, `RunConfig` first."""
+    nested = [hint for hint in typing.get_type_hints(kind).values() if dataclasses.is_dataclass(hint)]
+    return [kind, *(s for inner in nested for s in sections(inner))]
+
+
+def value_at(config, key):
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def default_of(key):
+    return value_at(RunConfig(), key)
+
+
+def table_of(key, value):
+    """``a.b`` and v as ``{"a": {"b": v}}``."""
+    first, _, rest = key.partition(".")
+    return {first: table_of(rest, value) if rest else value}
+
+
+def test_every_key_has_a_docstring_of_its_own():
+    for cls in sections():
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+        documented = {
+            field.target.id
+            for field, text in itertools.pairwise(body)
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+        }
+        plain = {f.name for f in dataclasses.fields(cls) if not dataclasses.is_dataclass(typing.get_type_hints(cls)[f.name])}
+        assert plain <= documented, f"{cls.__name__}: {plain - documented}"
+
+
+def test_the_known_keys_are_the_fields_of_the_schema_in_dotted_form():
+    keys = known_keys()
+    assert len(keys) == len(set(keys)) == sum(len(dataclasses.fields(c)) for c in sections()) - (len(sections()) - 1)
+    assert {k for k in keys if "." not in k} == {"variant", "band", "seed", "num_updates", "max_staleness"}
+    assert {"trainer.lr", "runtime.lag", "source.type"} <= set(keys)
+
+
+def test_the_keys_that_the_command_line_promises_exist():
+    promised = "variant band seed num_updates max_staleness source.type model.path engine.type engine.numerics"
+    promised += " runtime.type runtime.lag runtime.window trainer.lr trainer.steps_per_version"
+    assert set(promised.split()) <= set(known_keys())
+
+
+@pytest.mark.parametrize("key", known_keys())
+def test_every_key_is_read_from_a_table_and_only_it_changes(key):
+    assert config_from_table(table_of(key, default_of(key))) == RunConfig()
+    default = default_of(key)
+    hint = typing.get_type_hints(type(section_of(key)))[key.rpartition(".")[2]]
+    choices = [choice for choice in typing.get_args(hint) if choice != default]
+    other = choices[0] if choices else {str: "other", int: 7, float: 0.125, bool: not default}[hint]
+    changed = config_from_table(table_of(key, other))
+    assert {k for k in known_keys() if value_at(changed, k) != default_of(k)} == {key}
+    assert value_at(changed, key) == other
+
+
+def section_of(key):
+    section = key.rpartition(".")[0]
+    return getattr(RunConfig(), section) if section else RunConfig()
+
+
+@pytest.mark.parametrize(
+    "table, nearest",
+    [
+        ({"bnad": 2.0}, "band"),
+        ({"max_stalenes": 2}, "max_staleness"),
+        ({"trainer": {"learning_rate": 1.0}}, "trainer.lr"),
+        ({"trainer": {"step_per_version": 1}}, "trainer.steps_per_version"),
+        ({"lr": 1.0}, "trainer.lr"),
+        ({"trainr": {"lr": 1.0}}, "trainer.lr"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_known_one(table, nearest):
+    with pytest.raises(ConfigError, match="unknown key in the recipe") as caught:
+        config_from_table(table)
+    assert caught.value.allowed == f"the nearest known key is '{nearest}'"
+    assert caught.value.fix == f"did you mean {nearest}?"
+
+
+def test_an_unknown_key_that_resembles_nothing_points_to_the_list_of_keys():
+    with pytest.raises(ConfigError, match="got: zzz; allowed: the keys of `oldlogits show recipe`"):
+        config_from_table({"zzz": 1})
+
+
+@pytest.mark.parametrize(
+    "table, says",
+    [
+        ({"band": "wide"}, "band takes a number; got: 'wide'"),
+        ({"band": True}, "band takes a number; got: True"),
+        ({"seed": 1.0}, "seed takes a whole number; got: 1.0"),
+        ({"seed": True}, "seed takes a whole number; got: True"),
+        ({"variant": 3}, "variant takes a string; got: 3"),
+        ({"rollout": {"filter_uniform": 1}}, "rollout.filter_uniform takes true or false; got: 1"),
+        ({"engine": {"numerics": "fp4"}}, "engine.numerics has no such choice; got: 'fp4'; allowed: fp32, bf16, fp8, "),
+        ({"engine": {"numerics": ["fp8"]}}, r"engine.numerics has no such choice; got: \['fp8'\]"),
+        ({"trainer": 3}, r"\[trainer\] is a table; got: 3"),
+        ({"band": {"low": 1.0}}, "band takes a number"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(table, says):
+    with pytest.raises(ConfigError, match=says):
+        config_from_table(table)
+
+
+def test_a_whole_number_serves_as_a_number_and_becomes_one():
+    value = config_from_table({"band": 2}).band
+    assert value == 2.0
+    assert type(value) is float
+
+
+def test_overrides_win_over_the_recipe_and_leave_the_rest(tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('band = 2.0\nseed = 5\n[trainer]\nlr = 1e-3\nsteps_per_version = 4\n[engine]\nnumerics = "fp8"\n')
+    config = load_config(recipe, ["--band", "inf", "--trainer.steps-per-version", "1", "--rollout.filter-uniform"])
+    assert (config.band, config.seed) == (float("inf"), 5)
+    assert (config.trainer.lr, config.trainer.steps_per_version) == (1e-3, 1)
+    assert (config.engine.numerics, config.rollout.filter_uniform) == ("fp8", True)
+    unchanged = set(known_keys()) - {"band", "seed", "trainer.lr", "trainer.steps_per_version"}
+    unchanged -= {"engine.numerics", "rollout.filter_uniform"}
+    assert all(value_at(config, key) == default_of(key) for key in unchanged)
+
+
+@pytest.mark.parametrize("key", known_keys())
+def test_every_key_can_be_overridden_by_its_dotted_name(key):
+    value = default_of(key)
+    section, _, name = key.rpartition(".")
+    if isinstance(value, bool):
+        arguments = [f"--{section}.{'no-' if value else ''}{name}".replace("_", "-")]
+        assert value_at(override(RunConfig(), arguments), key) is not value
+    else:
+        other = {"int": "3", "float": "0.75"}.get(type(value).__name__, str(value))
+        arguments = [f"--{key}".replace("_", "-"), other]
+        assert str(value_at(override(RunConfig(), arguments), key)) == other
+
+
+@pytest.mark.parametrize("arguments", [["--bnad", "2"], ["--band", "wide"], ["--engine.numerics", "fp4"], ["--band"]])
+def test_a_wrong_override_exits_with_status_2_and_says_what_is_wrong(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        override(RunConfig(), arguments)
+    assert caught.value.code == 2
+    assert arguments[0].lstrip("-") in capsys.readouterr().err
+
+
+def test_an_override_out_of_range_is_refused_like_the_recipe(tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("")
+    with pytest.raises(ConfigError, match=r"band is out of range; got: band = 0\.5"):
+        load_config(recipe, ["--band", "0.5"])
+
+
+@pytest.mark.parametrize("content", [b"band = ", b"band = 2\nband = 3", b"\xff\xfe"])
+def test_a_recipe_that_is_no_toml_is_named(content, tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"the recipe is no TOML; got: .*r\.toml"):
+        load_config(recipe)
+
+
+def test_a_recipe_that_does_not_exist_is_answered_with_those_that_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"got: gone\.toml; .*no recipes/ folder here"):
+        load_config(tmp_path.relative_to(tmp_path) / "gone.toml")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "desk.toml").write_text("")
+    with pytest.raises(ConfigError, match=r"try one of: recipes/desk\.toml"):
+        load_config(tmp_path / "gone.toml")
+
+
+def test_the_default_recipe_is_valid_and_an_empty_recipe_is_the_default(tmp_path):
+    (tmp_path / "r.toml").write_text("")
+    assert load_config(tmp_path / "r.toml") == RunConfig()
+
+
+def test_config_loads_a_recipe_without_torch(tmp_path):
+    (tmp_path / "r.toml").write_text('variant = "decoupled_async"\n[source]\ntype = "arrival"\n')
+    code = (
+        "import sys; from pathlib import Path; from oldlogits.config import load_config;"
+        f"c = load_config(Path({str(tmp_path / 'r.toml')!r}), ['--band', '2']); assert c.band == 2;"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_the_model_seed_is_the_runs_unless_it_is_given():
+    assert config_from_table({"seed": 4}).model_seed == 4
+    assert config_from_table({"seed": 4, "model": {"seed": 0}}).model_seed == 0
+
+
+def test_the_largest_lag_is_the_window_in_lockstep_and_the_bound_elsewhere():
+    table = {"max_staleness": 6, "runtime": {"window": 2, "type": "lockstep"}}
+    assert config_from_table(table).window == 2
+    assert config_from_table({**table, "runtime": {"window": 2, "type": "local"}}).window == 6
+
+
+def test_every_section_of_the_schema_is_frozen_slotted_and_keyword_only():
+    for cls in sections():
+        assert cls.__dataclass_params__.frozen, cls
+        assert "__slots__" in vars(cls), cls
+        assert all(f.kw_only for f in dataclasses.fields(cls)), cls
+    assert {c.__name__ for c in sections()} == {n for n, c in vars(schema).items() if dataclasses.is_dataclass(c)}
