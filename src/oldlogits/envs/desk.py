@@ -11,14 +11,20 @@ OUTCOME_WORDS: Final = frozenset({"cancelled", "refunded", "transferred", "pendi
 
 
 class OrderDesk:
-    """One customer at a time.
+    """The order desk: serve one customer by the policy.
 
-    The desk's policy (`desk_data.ruling`): a pending order may be cancelled; a delivered one is refunded within 30 days of
-    delivery, food never; a shipped one goes to a person, whatever is wished; everything else is refused, with the reason.
-    Who tracks an order is told its status. A customer who names no number is asked for it, and only then.
+    cancel: a pending order is cancelled; a delivered one is refused.
+    refund: a delivered order is refunded within 30 days, food never;
+        a pending one is refused.
+    track: tell the status.
+    A shipped order that is to be cancelled or refunded is transferred
+    to a person. Ask "which order ?" if no number was given, and only
+    then. End each wish with one message that holds one word: cancelled,
+    refunded or transferred; for a refusal its reason: pending,
+    delivered, expired or food; for tracking the status.
 
-    The reward is 1 when every order is as the policy would leave it and the customer was told exactly the outcome of each
-    wish, in order, without a needless question; else 0.
+    The reward is 1 if every order is as the policy would leave it and
+    the customer was told exactly these words, in order; else 0.
     """
 
     system_prompt: ClassVar[str] = (
@@ -33,7 +39,7 @@ class OrderDesk:
         self._status: dict[str, Status] = {}
         self._told: list[str] = []
         self._asked = False
-        self._left_angry = False
+        self._complaint = ""
 
     @staticmethod
     def make_row(split: Literal["train", "heldout"], index: int) -> DeskRow:
@@ -45,7 +51,8 @@ class OrderDesk:
         self._orders, self._wishes = orders, wishes
         self._status = {number: order["status"] for number, order in orders.items()}
         self._told = []
-        self._asked = self._left_angry = False
+        self._asked = False
+        self._complaint = ""
         return f"{customer} here : {self._wish_text()}"
 
     def status(self, order: str) -> str:
@@ -83,13 +90,13 @@ class OrderDesk:
         wish = self._wishes[len(self._told)]
         if words >= {"which", "order"}:
             if not wish["withheld"] or self._asked:
-                self._left_angry = True
+                self._complaint = "they were asked for an order number that they had given"
                 return None
             self._asked = True
             return f"it is {wish['order']}"
         outcomes = sorted(words & OUTCOME_WORDS)
         if len(outcomes) != 1:
-            self._left_angry = True
+            self._complaint = "a message did not tell exactly one outcome"
             return None
         self._told.append(outcomes[0])
         self._asked = False
@@ -115,19 +122,19 @@ class Verdict:
         orders: (order, status by the policy, status now) of every order.
         expected_told: The words that the customer should have been told.
         told: The words that they were told.
-        left_angry: The customer left: a needless question, or a message that told no outcome, or several.
+        complaint: Why the customer left early; empty if they did not.
     """
 
     orders: tuple[tuple[str, Status, Status], ...]
     expected_told: tuple[str, ...]
     told: tuple[str, ...]
-    left_angry: bool
+    complaint: str
 
     @property
     def right(self) -> bool:
         """Whether everything is exactly right."""
         return (
-            not self.left_angry
+            not self.complaint
             and self.told == self.expected_told
             and all(expected == actual for _, expected, actual in self.orders)
         )
@@ -146,5 +153,5 @@ def judge(desk: OrderDesk) -> Verdict:
         orders=tuple((number, status, desk._status[number]) for number, status in expected.items()),
         expected_told=tuple(expected_told),
         told=tuple(desk._told),
-        left_angry=desk._left_angry,
+        complaint=desk._complaint,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Final, Literal, Protocol
 
 from oldlogits.core.errors import ConfigError
@@ -11,6 +12,8 @@ Message = Mapping[str, str]
 """``{"role": ..., "content": ...}``."""
 
 _SENTINEL: Final = "SENTINEL7Q"
+_NUM_CACHED: Final = 4096
+"""Continuations that are kept: tool results repeat, and rendering a template costs more than an environment step."""
 
 
 class ChatTokenizer(Protocol):
@@ -60,6 +63,7 @@ class ChatFormat:
             )
         self.end_of_turn_id: Final[int] = ids[0]
         self._end_of_turn: Final = self._decode([ids[0]])
+        self._continuation = lru_cache(maxsize=_NUM_CACHED)(self._render_continuation)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -73,8 +77,7 @@ class ChatFormat:
 
     def continuation_ids(self, role: Literal["tool", "user"], content: str) -> list[int]:
         """The tokens between a sampled end-of-turn token and the start of the next assistant turn."""
-        after = self._after_turn([{"role": role, "content": content}], add_generation_prompt=True)
-        return self._encode(after.removeprefix(self._end_of_turn))
+        return list(self._continuation(role, content))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a sampled turn, its stop token left out."""
@@ -84,6 +87,10 @@ class ChatFormat:
     def turn_ids(self, text: str) -> list[int]:
         """The tokens of an assistant turn that a demonstrator wrote, the end-of-turn token included."""
         return [*self._encode(text), self.end_of_turn_id]
+
+    def _render_continuation(self, role: str, content: str) -> tuple[int, ...]:
+        after = self._after_turn([{"role": role, "content": content}], add_generation_prompt=True)
+        return tuple(self._encode(after.removeprefix(self._end_of_turn)))
 
     def _after_turn(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """What the template writes after the content of an assistant turn that `messages` follow."""

@@ -190,7 +190,7 @@ def train_tiny(
             torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(model.parameters(), spec.grad_clip)
             optimizer.step()
-            progress(step + 1, float(loss))
+            progress(step + 1, loss.item())
     finally:
         torch.set_num_threads(num_threads)
     return model.eval()
