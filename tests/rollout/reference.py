@@ -24,7 +24,7 @@ SHAPE = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 2048,
 }
 MODELS = {
     "llama": (LlamaForCausalLM, LlamaConfig(**SHAPE, tie_word_embeddings=False)),
@@ -82,7 +82,7 @@ def expected_logprobs(
     by_version: dict[int, dict[str, Tensor]],
     prompt: list[int],
     generation: Generation,
-    temperature: float,
+    temperature: float = 1.0,
 ) -> list[float]:
     """Each output token's log-prob by a full forward with the weights of the version that it is tagged with."""
     expected: list[float] = []

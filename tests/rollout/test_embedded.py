@@ -435,7 +435,7 @@ def test_an_id_in_use_is_refused(make_core):
         core.add("a", [1], Sampling(max_tokens=2))
 
 
-@pytest.mark.parametrize("change", [{"num_slots": 0}, {"max_context": 1}, {"max_context": 257}, {"numerics": "int3"}])
+@pytest.mark.parametrize("change", [{"num_slots": 0}, {"max_context": 1}, {"max_context": 2049}, {"numerics": "int3"}])
 def test_a_spec_out_of_range_is_refused(folder, change):
     with pytest.raises(ConfigError):
         EngineCore(EngineSpec(**{"model_path": folder, "max_context": 64, **change}))

@@ -18,7 +18,7 @@ from oldlogits.rollout.spec import EngineSpec
 
 from .reference import VOCAB, expected_logprobs, make_model, perturbed, save, weights_of
 
-CONTEXT = 250
+CONTEXT = 1200
 LONG = Sampling(max_tokens=CONTEXT)
 
 
@@ -167,12 +167,12 @@ def test_errors_of_the_engine_come_back_as_what_they_are_and_it_lives_on(shared_
         await shared_engine.pause("keep", "recompute")
         with pytest.raises(ModelFolderError, match=r"model\.embed_tokens\.weight: missing"):
             await shared_engine.update_weights(FullWeights(tensors={"x": torch.zeros(1)}), 1)
-        await shared_engine.resume()
         assert leftovers() == []
         task = asyncio.create_task(shared_engine.generate([1], Sampling(max_tokens=2), "twice"))
         await asyncio.sleep(0)
         with pytest.raises(ConfigError, match="in use; got: twice"):
             await shared_engine.generate([1], LONG, "twice")
+        await shared_engine.resume()
         assert len((await task).output_ids) == 2
 
     asyncio.run(play())
