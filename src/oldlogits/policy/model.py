@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from oldlogits.core.errors import ModelFolderError
 
-transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+transformers_logging.disable_progress_bar()
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 """Model types that both the trainer and the embedded engine implement."""
@@ -22,11 +23,13 @@ def load_model(folder: Path) -> PreTrainedModel:
     """The model of a folder, fp32, dropout off.
 
     Raises:
-        ModelFolderError: The folder holds no causal language model of a supported family.
+        ModelFolderError: The folder holds no causal language model of a supported family, or not all of its weights.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    except (OSError, ValueError) as error:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelFolderError(
             "the model folder cannot be loaded",
             got=f"{folder}: {error}",
@@ -40,6 +43,13 @@ def load_model(folder: Path) -> PreTrainedModel:
             allowed=", ".join(FAMILIES),
             fix="choose a model of one of these families",
         )
+    if info["missing_keys"]:
+        raise ModelFolderError(
+            "the model folder lacks weights, which would be drawn at random",
+            got=f"{folder} without {', '.join(sorted(info['missing_keys']))}",
+            allowed="every weight of the model",
+            fix="copy the folder again",
+        )
     return model.eval()
 
 
@@ -50,6 +60,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ModelFolderError: There is no tokenizer or it has no chat template.
     """
     try:
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+            raise FileNotFoundError("no tokenizer file")  # transformers would make up an empty tokenizer
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ModelFolderError(

@@ -33,7 +33,7 @@ def check_scored(scored: Scored, versions: NDArray[np.int64]) -> None:
         ExactnessError: OLD was computed at another version than a token's tag.
     """
     unscored = int((scored.computed_at < 0).sum())
-    if len(scored.values) != len(versions) or unscored:
+    if not len(scored.values) == len(scored.computed_at) == len(versions) or unscored:
         raise MissingLogprobError(
             f"source of {scored.policy.name} left tokens unscored",
             got=f"{len(scored.values) - unscored} of {len(versions)} loss tokens",

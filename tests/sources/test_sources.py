@@ -1,0 +1,112 @@
+import asyncio
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from oldlogits.core.errors import ExactnessError, MissingLogprobError, VersionEvictedError
+from oldlogits.core.policies import ASYNC, OLD, SOURCES
+from oldlogits.core.protocols import LogprobSource, Scored
+from oldlogits.sources import SOURCE_TYPES, ArrivalSource, SnapshotSource, check_scored
+
+LIVE = 1000
+
+
+class FakeTrainer:
+    """Answers ``1000 * version + position``, and remembers what it was asked."""
+
+    def __init__(self, held=range(100)):
+        self.held, self.calls = held, []
+
+    async def score(self, tokens, at):
+        assert tokens.dtype == np.int64
+        assert (np.diff(tokens) > 0).all()
+        if at is not None and at not in self.held:
+            raise VersionEvictedError(f"version {at} is not in the store")
+        assert at is None or type(at) is int, "a plain number, for any handle"
+        self.calls.append((at, tokens.tolist()))
+        return (1000 * (LIVE if at is None else at) + tokens).astype(np.float32)
+
+
+versions = st.lists(st.integers(0, 6), min_size=1, max_size=30).map(lambda v: np.array(v, np.int64))
+
+
+@given(versions)
+def test_snapshot_scores_every_token_at_its_own_version_and_never_at_another(tags):
+    trainer = FakeTrainer()
+    scored = asyncio.run(SnapshotSource(trainer).acquire(tags, 9))
+    assert scored.policy is OLD
+    assert scored.values.tolist() == [1000 * v + i for i, v in enumerate(tags.tolist())]
+    assert scored.values.dtype == np.float32
+    assert scored.computed_at.tolist() == tags.tolist()
+    check_scored(scored, tags)
+
+
+@given(versions)
+def test_snapshot_switches_once_per_distinct_version_in_ascending_order(tags):
+    trainer = FakeTrainer()
+    scored = asyncio.run(SnapshotSource(trainer).acquire(tags, 9))
+    assert [at for at, _ in trainer.calls] == sorted(set(tags.tolist()))
+    assert scored.num_switches == len(set(tags.tolist()))
+
+
+def test_snapshot_does_not_stand_in_for_a_version_that_is_gone():
+    with pytest.raises(VersionEvictedError, match="version 2"):
+        asyncio.run(SnapshotSource(FakeTrainer(held={1, 3})).acquire(np.array([1, 2, 3]), 4))
+
+
+@given(versions, st.integers(0, 20))
+def test_arrival_scores_the_whole_batch_once_with_the_live_weights(tags, trainer_version):
+    trainer = FakeTrainer()
+    scored = asyncio.run(ArrivalSource(trainer).acquire(tags, trainer_version))
+    assert scored.policy is ASYNC
+    assert trainer.calls == [(None, list(range(len(tags))))]
+    assert scored.values.tolist() == [1000 * LIVE + i for i in range(len(tags))]
+    assert scored.computed_at.tolist() == [trainer_version] * len(tags)
+    assert scored.num_switches == 0
+    check_scored(scored, tags)
+
+
+def test_the_routes_by_name_provide_what_the_table_of_sources_says():
+    assert set(SOURCE_TYPES) == {name for name, route in SOURCES.items() if route.provides}
+    for name, source_type in SOURCE_TYPES.items():
+        source: LogprobSource = source_type(FakeTrainer())
+        assert {source.provides} == SOURCES[name].provides
+        assert asyncio.run(source.acquire(np.array([0]), 0)).policy is source.provides
+
+
+TAGS = np.array([3, 4, 4])
+GOOD = Scored(policy=OLD, values=np.float32([-1, -2, -3]), computed_at=TAGS, num_switches=2)
+
+
+def test_old_at_another_version_is_refused_with_how_many_tokens():
+    with pytest.raises(ExactnessError, match="got: 2 of 3 tokens"):
+        check_scored(dataclasses.replace(GOOD, computed_at=np.array([3, 3, 5])), TAGS)
+
+
+def test_another_policy_than_old_may_be_computed_at_any_version():
+    check_scored(dataclasses.replace(GOOD, policy=ASYNC, computed_at=np.array([5, 5, 5])), TAGS)
+
+
+@pytest.mark.parametrize("policy", [OLD, ASYNC])
+@pytest.mark.parametrize(
+    "values, computed_at, found",
+    [([-1.0, -2.0], [3, 4], 2), ([-1.0, -2.0, -3.0], [3, -1, -1], 1), ([], [], 0), ([-1.0, -2.0, -3.0, -4.0], [3, 4, 4, 4], 4)],
+)
+def test_tokens_without_a_log_prob_are_refused(policy, values, computed_at, found):
+    scored = Scored(policy=policy, values=np.float32(values), computed_at=np.array(computed_at, int), num_switches=1)
+    with pytest.raises(
+        MissingLogprobError, match=f"source of {policy.name} left tokens unscored; got: {found} of 3 loss tokens"
+    ):
+        check_scored(scored, TAGS)
+
+
+def test_a_log_prob_without_the_version_that_computed_it_is_refused():
+    with pytest.raises(MissingLogprobError):
+        check_scored(dataclasses.replace(GOOD, computed_at=TAGS[:2]), TAGS)
+
+
+def test_a_non_finite_log_prob_is_passed_on_to_be_counted():
+    check_scored(dataclasses.replace(GOOD, values=np.float32([np.nan, -np.inf, -1])), TAGS)
