@@ -1,0 +1,20 @@
+"""Recipes for the tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from oldlogits.config import RunConfig, config_from_table
+
+
+@pytest.fixture(scope="session")
+def recipe() -> Callable[..., RunConfig]:
+    """``recipe(section={key: value}, key=value)``: a recipe without clipping of the gradient."""
+
+    def make(**table: object) -> RunConfig:
+        trainer = {"grad_clip": 1e9, "steps_per_version": 1, "lr": 0.01} | dict(table.pop("trainer", {}))  # type: ignore[call-overload]
+        return config_from_table({"trainer": trainer, **table})
+
+    return make
