@@ -153,6 +153,52 @@ def test_a_slot_stays_warm_for_its_next_turn_while_others_come_and_go(make_core)
     assert core.stats.num_steps < WARM_STEPS
 
 
+def test_the_longest_of_several_known_prefixes_is_found(make_core):
+    core, first = make_core(), prompt(16, 1)
+    core.add("a", first, Sampling(max_tokens=21))
+    output = list(run(core)["a"].output_ids)
+    core.add("b", [*first, *output[:16], 60 - output[16]], Sampling(max_tokens=1))
+    run(core)
+    hits = core.stats.num_prefix_hit_tokens
+    core.add("a.2", [*first, *output, 5], Sampling(max_tokens=1))
+    run(core)
+    assert core.stats.num_prefix_hit_tokens - hits == 36
+
+
+def test_a_next_turn_goes_on_in_its_own_slot_and_a_stranger_leaves_it_alone(make_core):
+    core, system = make_core(num_slots=3), prompt(16, 1)
+    texts = {"b": [*system, 2, *prompt(9, 2)], "a": [*system, 3, *prompt(9, 3)]}
+    for name, ids in texts.items():
+        core.add(name, ids, Sampling(max_tokens=4))
+        texts[name] = [*ids, *run(core)[name].output_ids]
+
+    def hits_of(name, ids):
+        before = core.stats.num_prefix_hit_tokens
+        core.add(name, ids, Sampling(max_tokens=4))
+        run(core)
+        return core.stats.num_prefix_hit_tokens - before
+
+    assert hits_of("stranger", [*system, 4, *prompt(9, 4)]) == 16
+    assert hits_of("a.2", [*texts["a"], 5]) == 29
+    assert hits_of("b.2", [*texts["b"], 5]) == 29
+
+
+@pytest.mark.parametrize(("wait", "slot"), [(0, 3), (WARM_STEPS, 0)])
+def test_the_slot_freed_longest_ago_is_taken_until_they_cool_down_then_the_lowest(make_core, wait, slot):
+    core = make_core(num_slots=4)
+    for i in range(4):
+        core.add(str(i), prompt(20, i), Sampling(max_tokens=6 - i))  # slot 3 is free first, slot 0 last
+    run(core)
+    if wait:
+        core.add("long", [1], Sampling(max_tokens=wait + 1))  # takes slot 3
+        core.set_quota("long", wait)
+        run(core)
+        core.abort("long")
+    core.add("next", prompt(20, 10), Sampling(max_tokens=2))
+    core.step()
+    assert set(core._decoding) == {slot}
+
+
 @torch.no_grad()
 def stale_logp(model, old, new, ids, num_old):
     """Of the tokens after the first `num_old + 1`: entries before that index are of the old weights."""
@@ -400,16 +446,21 @@ def test_prompt_logprobs_are_those_at_temperature_one_also_of_a_known_prompt(mak
 
 
 def test_weights_that_are_not_finite_leave_no_trace_after_the_next_update(make_core, model, versions):
-    core = make_core()
-    core.add("a", prompt(20, 1), Sampling(max_tokens=6))
+    core = make_core(num_slots=3)
+    for i in range(3):
+        core.add(f"poisoned {i}", prompt(30, i), Sampling(max_tokens=6))
     core.step()
     update(core, {name: torch.full_like(tensor, math.nan) for name, tensor in versions[0].items()}, 1)
     steps(core, 2)
+    core.abort("poisoned 0")
+    core.abort("poisoned 1")
     update(core, versions[2], 2)
-    generation = run(core)["a"]
-    assert [math.isnan(x) for x in generation.logprobs] == [False, True, True, False, False, False]
-    core.add("b", prompt(3, 2), Sampling(max_tokens=30))
-    assert_exact(model, versions, {"b": prompt(3, 2)}, run(core))
+    prompts = {"long": prompt(45, 4), "short": prompt(3, 5)}  # the short one is masked where the cache was poisoned
+    for name, ids in prompts.items():
+        core.add(name, ids, Sampling(max_tokens=10))
+    finished = run(core)
+    assert [math.isnan(x) for x in finished.pop("poisoned 2").logprobs] == [False, True, True, False, False, False]
+    assert_exact(model, versions, prompts, finished)
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ class EngineCore:
         if self._paused == "stale":
             for request in running:
                 if request.id not in self._waiting:
-                    request.mark(version, "mixed" if len(request.tokens) > 1 else "fresh")
+                    request.mark(version, "mixed")
             self._stale_slots.update(range(self.spec.num_slots))
             return
         self._set_decoding(running, False)
@@ -158,7 +158,6 @@ class EngineCore:
         self._waiting = dict(self._requests)
         self._index.clear()
         self._cache.zero_()  # no old entry, finite or not, reaches a new sequence
-        self._stale_slots.clear()
 
     def resume(self) -> None:
         """Go on stepping."""
@@ -193,8 +192,7 @@ class EngineCore:
                 still_waiting[request.id] = request
                 continue
             known = request.tokens[:-1]
-            needs_all = request.sampling.prompt_logprobs and not request.marks
-            match = NO_MATCH if needs_all else self._index.match(known, request.keys)
+            match = NO_MATCH if request.sampling.prompt_logprobs else self._index.match(known, request.keys)
             first_missing = request.keys[match.length // BLOCK : match.length // BLOCK + 1]
             if not claimed.isdisjoint(first_missing):
                 still_waiting[request.id] = request
@@ -241,8 +239,7 @@ class EngineCore:
             self._table.place(new)
         for request in requests:
             self._index.hold(request.slot, request.tokens[:-1], request.keys)
-            is_mixed = request.slot in self._stale_slots and len(request.tokens) > 1
-            request.mark(self._version, "mixed" if is_mixed else "fresh")
+            request.mark(self._version, "mixed" if request.slot in self._stale_slots else "fresh")
         self._set_decoding(requests, True)
 
     def _prefill_batch(self, batch: list[tuple[int, int, Request]]) -> None:

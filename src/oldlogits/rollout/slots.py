@@ -86,8 +86,6 @@ class Request:
 
     def mark(self, version: PolicyVersion, kv: KV) -> None:
         """Output tokens from here on are sampled with this version."""
-        if self.marks and self.marks[-1][0] == self.num_sampled:
-            self.marks.pop()
         if not self.marks or self.marks[-1][1:] != (version, kv):
             self.marks.append((self.num_sampled, version, kv))
 
