@@ -241,9 +241,7 @@ def test_a_checkpoint_holds_a_model_folder_in_the_standard_format(trainer, tmp_p
     "missing",
     [
         "state/trainer.json",
-        pytest.param(
-            "state/optimizer.safetensors", marks=pytest.mark.xfail(strict=True, reason="only trainer.json is checked")
-        ),
+        pytest.param("state/optimizer.safetensors", marks=pytest.mark.xfail(strict=True, reason="trainer.json alone counts")),
     ],
 )
 def test_an_incomplete_checkpoint_is_refused(trainer, tmp_path, missing):
