@@ -344,6 +344,8 @@ def test_a_quota_of_zero_keeps_a_request_from_starting_and_a_lowered_one_holds_a
     assert core.idle
     core.set_quota("a", 9)
     assert len(run(core)["a"].output_ids) == 9
+    core.set_quota("a", 0)  # it has finished: without effect
+    assert core.idle
 
 
 def test_held_requests_that_fill_all_slots_leave_the_engine_idle(make_core):

@@ -107,8 +107,13 @@ class EngineCore:
         return None if request is None else self._end(request, "abort")
 
     def set_quota(self, request_id: str, num_tokens: int | None) -> None:
-        """Hold a request, in its slot, once it has sampled `num_tokens` in total; None lifts the quota."""
-        request = self._requests[request_id]
+        """Hold a request, in its slot, once it has sampled `num_tokens` in total; None lifts the quota.
+
+        Without effect on a request that has finished.
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            return
         request.quota = num_tokens
         if request.slot >= 0:
             self._table.limit[request.slot] = request.limit

@@ -16,10 +16,7 @@ import contextlib
 import copy
 import itertools
 import multiprocessing
-import os
-import shutil
 import signal
-import tempfile
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
@@ -30,19 +27,18 @@ from pathlib import Path
 from typing import Final, Literal, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
 from oldlogits.core.errors import ConfigError, OldLogitsError, WorkerDiedError
 from oldlogits.core.protocols import EngineCapabilities, FullWeights, Generation, PolicyVersion, Sampling
 from oldlogits.rollout.embedded import EngineCore
+from oldlogits.rollout.shared import share
 from oldlogits.rollout.slots import check_request
 from oldlogits.rollout.spec import EngineSpec, EngineStats
 
 _T = TypeVar("_T")
 _Key = TypeVar("_Key")
 
-_SHARED_MEMORY: Final = Path("/dev/shm")
 _EXIT_S: Final = 10.0
 """How long a process that was asked to end may take before it is killed."""
 
@@ -185,9 +181,8 @@ class EngineProcess:
 
     async def update_weights(self, update: FullWeights, version: PolicyVersion) -> None:
         """Replace the weights; later tokens are tagged with `version`. Blocks while it writes them to shared memory."""
-        path = _weights_path(sum(tensor.nbytes for tensor in update.tensors.values()))
+        path = share(update.tensors)
         try:
-            save_file(_without_aliases(update.tensors), path)
             await self._call(_Update(path=path, version=version))
         finally:
             path.unlink(missing_ok=True)
@@ -294,25 +289,6 @@ def _died(how: str) -> WorkerDiedError:
         allowed="an engine that lives until it is closed",
         fix="read its messages on stderr; a killed process often means too little memory: lower num_slots or max_context",
     )
-
-
-def _weights_path(num_bytes: int) -> Path:
-    """A new file in shared memory if it has room for the weights, else in the temporary folder."""
-    fits = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > 1.1 * num_bytes
-    handle, name = tempfile.mkstemp(prefix="oldlogits-", suffix=".safetensors", dir=_SHARED_MEMORY if fits else None)
-    os.close(handle)
-    return Path(name)
-
-
-def _without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors, each with a memory of its own, as safetensors wants them: a tied head is written twice."""
-    seen: set[int] = set()
-    separate = {}
-    for name, tensor in tensors.items():
-        detached = tensor.detach()
-        separate[name] = detached.clone() if detached.data_ptr() in seen else detached.contiguous()
-        seen.add(detached.data_ptr())
-    return separate
 
 
 def _serve(connection: Connection, spec: EngineSpec) -> None:
