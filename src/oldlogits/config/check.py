@@ -92,6 +92,7 @@ def _check_trainer(config: RunConfig) -> None:
     _require(0 <= t.beta1 < 1, "trainer.beta1", t.beta1, "in [0, 1)", "0.9")
     _require(0 <= t.beta2 < 1, "trainer.beta2", t.beta2, "in [0, 1)", "0.99")
     _require(t.warmup_steps >= 0, "trainer.warmup_steps", t.warmup_steps, ">= 0", "4")
+    _require(0 <= t.final_lr_share <= 1, "trainer.final_lr_share", t.final_lr_share, "in [0, 1]", "1.0: constant")
     _require(t.grad_clip > 0, "trainer.grad_clip", t.grad_clip, "> 0", "1.0")
     _require(t.micro_batch_tokens >= 1, "trainer.micro_batch_tokens", t.micro_batch_tokens, ">= 1", "8192")
     _require(t.head_chunk_tokens >= 1, "trainer.head_chunk_tokens", t.head_chunk_tokens, ">= 1", "2048")

@@ -124,6 +124,8 @@ class TrainerConfig:
     """Learning rate of AdamW after the warm-up."""
     warmup_steps: int = 4
     """Optimizer steps over which the learning rate rises linearly."""
+    final_lr_share: float = 1.0
+    """Learning rate at the last update as a share of `lr`; it falls linearly from update 0 on; 1: constant."""
     weight_decay: float = 0.0
     """AdamW's weight decay."""
     beta1: float = 0.9

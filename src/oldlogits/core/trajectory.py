@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from oldlogits.core.errors import TrajectoryError
@@ -85,7 +86,6 @@ class Trajectory:
         segments: In the order of the tokens; versions never decrease.
         reward: The environment's reward.
         stop_reason: Why the episode ended: "done", "max_turns", "max_tokens", ...
-        num_turns: The agent's turns.
     """
 
     id: str
@@ -93,7 +93,6 @@ class Trajectory:
     segments: tuple[Segment, ...]
     reward: float
     stop_reason: str
-    num_turns: int = 1
 
     def __post_init__(self) -> None:
         """Refuse trajectories that start with sampled tokens, sample none, or go back in time."""
@@ -136,6 +135,11 @@ class Trajectory:
     def num_sampled(self) -> int:
         """Sampled tokens: those that the loss sees."""
         return sum(len(segment.token_ids) for segment in self.sampled)
+
+    @property
+    def num_turns(self) -> int:
+        """The agent's turns: a sampled segment after context begins one."""
+        return sum(isinstance(b, Sampled) and isinstance(a, Context) for a, b in pairwise(self.segments))
 
     @property
     def versions(self) -> tuple[int, ...]:

@@ -125,7 +125,6 @@ class _Episode:
         self._agent, self._environment, self._id = agent, environment, id
         self._tokens: list[int] = []
         self.segments: list[Segment] = []
-        self.num_turns = 0
 
     async def play(self, opening: str | None) -> str:
         """Play until the episode ends; returns why it did."""
@@ -146,7 +145,6 @@ class _Episode:
             if room < 1:
                 return "max_tokens"
             ids = await self._sample(turn, min(room, agent.limits.max_tokens_per_turn))
-            self.num_turns = turn + 1
             if not ids or ids[-1] not in agent.chat.stop_ids:
                 return "turn_too_long" if room > len(ids) else "max_tokens"
             answer = await self._answer(agent.chat.decode(ids))

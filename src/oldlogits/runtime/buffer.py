@@ -65,6 +65,7 @@ class Buffer:
         self._changed = asyncio.Event()
         self._in_training: list[TrajectoryGroup] = []
         self.account = Account()
+        self.is_waited_for = False  # whether the trainer waits for a batch
 
     @property
     def num_outstanding(self) -> int:
@@ -75,6 +76,11 @@ class Buffer:
     def num_running_groups(self) -> int:
         """Groups with a running episode."""
         return sum(entry.num_running > 0 for entry in self._entries.values())
+
+    @property
+    def num_batches_ready(self) -> float:
+        """Groups that are ready to train, in batches; a batch is what one version trains."""
+        return sum(entry.group is not None for entry in self._entries.values()) / self._bound.groups_per_version
 
     @property
     def running(self) -> int:
@@ -150,8 +156,10 @@ class Buffer:
             AccountingError: A token would be trained beyond the bound.
         """
         while (chosen := self._choose(version)) is None:
+            self.is_waited_for = True
             self._changed.clear()
             await self._changed.wait()
+        self.is_waited_for = False
         groups: list[TrajectoryGroup] = []
         for name in chosen:
             group = self._entries.pop(name).group

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 from oldlogits.config import RunConfig
+from oldlogits.policy.tiny import TinySize, tiny_model
+
+TINY_VOCABULARY = 128
+"""About the words of the order desk."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """What the size of keys and values depends on."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +61,7 @@ def estimate(config: RunConfig) -> Cost:
     """
     shape, num_parameters = _model(config)
     weights = 4 * num_parameters
-    per_token = 2 * 4 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
+    per_token = 2 * 4 * shape.layers * shape.kv_heads * shape.head_dim
     return Cost(
         num_parameters=num_parameters,
         weights_bytes=weights,
@@ -55,3 +69,32 @@ def estimate(config: RunConfig) -> Cost:
         optimizer_bytes=3 * weights,
         cache_bytes=config.engine.num_slots * config.env.max_tokens * per_token,
     )
+
+
+def _model(config: RunConfig) -> tuple[ModelShape, int]:
+    """The shape that the cache depends on, and the number of parameters."""
+    if config.model.path == "tiny":
+        size = TinySize()
+        shape = ModelShape(layers=size.layers, kv_heads=size.kv_heads, head_dim=size.hidden // size.heads)
+        return shape, sum(p.numel() for p in tiny_model(size, TINY_VOCABULARY, 0, 0, 0).parameters())
+    folder = Path(config.model.path)
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    heads = found["num_attention_heads"]
+    shape = ModelShape(
+        layers=found["num_hidden_layers"],
+        kv_heads=found.get("num_key_value_heads", heads),
+        head_dim=found.get("head_dim") or found["hidden_size"] // heads,
+    )
+    return shape, sum(map(_num_elements, folder.glob("*.safetensors")))
+
+
+def _num_elements(path: Path) -> int:
+    """Elements of all tensors of a safetensors file, read from its header."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"

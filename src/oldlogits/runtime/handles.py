@@ -124,6 +124,7 @@ class Handles:
         run_environment: Runs environment code.
         engine_stats: The engine's counters.
         clock: Seconds since some fixed point; wall-clock values only.
+        real_time: Whether the starts of groups may be spread over time.
         watch: Told of the run's buffer, for a runtime that controls the lags.
         workers: Tasks of the runtime that must not end while the run goes on; their errors end it.
     """
@@ -133,5 +134,6 @@ class Handles:
     run_environment: EnvironmentRunner
     engine_stats: Callable[[], Awaitable[EngineStats]]
     clock: Callable[[], float]
+    real_time: bool
     watch: Callable[[Buffer], None]
     workers: tuple[asyncio.Task[None], ...] = ()

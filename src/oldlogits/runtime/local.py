@@ -40,6 +40,7 @@ async def open_local(config: RunConfig, model_folder: Path, probe_ids: Sequence[
             run_environment=runner,
             engine_stats=engine.stats,
             clock=time.perf_counter,
+            real_time=True,
             watch=lambda buffer: None,
         )
     finally:

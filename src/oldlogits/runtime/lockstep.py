@@ -208,6 +208,7 @@ async def open_lockstep(config: RunConfig, model_folder: Path, probe_ids: Sequen
             run_environment=run_inline,
             engine_stats=stats,
             clock=clock,
+            real_time=False,
             watch=engine.watch,
             workers=(driver,),
         )

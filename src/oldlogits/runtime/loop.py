@@ -38,7 +38,7 @@ from oldlogits.runtime.buffer import Account, Buffer
 from oldlogits.runtime.handles import Handles
 from oldlogits.runtime.probe import KNOWN_NUMERICS, ProbeResult, probe
 from oldlogits.runtime.recorder import Recorder
-from oldlogits.runtime.rollouts import Rollouts, evaluate, is_success
+from oldlogits.runtime.rollouts import PACE, Rollouts, evaluate, is_success
 from oldlogits.runtime.rows import Rows
 from oldlogits.runtime.staleness import StalenessBound
 from oldlogits.runtime.totals import Totals
@@ -93,6 +93,7 @@ class Loop:
         self.buffer.account = Account(**totals.account)
         source = SOURCE_TYPES.get(config.source.type)
         self._source: LogprobSource | None = source(handles.trainer) if source else None
+        self._last_update_s = 0.0
         self.version = 0
         self.witnesses = Witnesses()
 
@@ -139,8 +140,12 @@ class Loop:
         return rollouts
 
     def _admit(self, rollouts: Rollouts) -> None:
-        num_left = self._config.num_updates - self.version
-        rollouts.admit(self.version, num_left * self._config.rollout.groups_per_version)
+        per_version = self._config.rollout.groups_per_version
+        rollouts.admit(
+            self.version,
+            num_wanted=(self._config.num_updates - self.version) * per_version,
+            pace_s=self._last_update_s / (PACE * per_version) if self._handles.real_time else 0.0,
+        )
 
     async def _update(self, rollouts: Rollouts) -> None:
         """From waiting for a batch to the engine's new weights: one version."""
@@ -148,6 +153,7 @@ class Loop:
         before = await self._busy()
         started = clock()
         groups = await self.buffer.take(version)
+        rollouts.fill()
         taken = clock()
         self._recorder.batch(groups, version=version, waited_s=taken - started)
         batch = collate(groups, self._advantages(groups), num_steps=self._config.trainer.steps_per_version)
@@ -160,6 +166,7 @@ class Loop:
         await self._synchronise(published)
         self.buffer.confirm_trained()
         self.buffer.check()
+        self._last_update_s = clock() - taken
         self._admit(rollouts)
         await trainer.retain(min(self.version, self._oldest_needed()))
         ended = clock()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 from oldlogits.core.errors import EnvironmentShapeError
 from oldlogits.core.trajectory import Trajectory
@@ -19,8 +20,14 @@ from oldlogits.rollout.turns import Agent, Failure, run_episode
 from oldlogits.runtime.buffer import Buffer
 from oldlogits.runtime.rows import Rows
 
-FAILURES_IN_A_ROW = 256
+FAILURES_IN_A_ROW: Final = 256
 """Failed episodes without one that ended well, after which the run ends: the environment is broken."""
+
+ENOUGH_BATCHES: Final = 1.5
+"""Batches ready to train at which no further group is started, where starts are paced."""
+
+PACE: Final = 1.25
+"""Groups started in the time in which the trainer consumes one: what it gains on a trainer that got faster."""
 
 
 class Rollouts:
@@ -60,30 +67,60 @@ class Rollouts:
         self._num_failed_in_a_row = 0
         self.next_row = first_row
         self.version = 0
-        self.num_wanted = 0
+        self._num_wanted = 0
+        self._pace_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
 
-    def admit(self, version: int, num_wanted: int) -> None:
-        """The engine holds `version` now: start what the bound admits, but no more groups than the run still trains."""
-        self.version, self.num_wanted = version, num_wanted
-        self._fill()
+    def admit(self, version: int, *, num_wanted: int, pace_s: float) -> None:
+        """The engine holds `version` now: start what the bound admits.
 
-    def _fill(self) -> None:
-        while (
+        Args:
+            version: Of the engine.
+            num_wanted: Groups that the run still trains; no more are started.
+            pace_s: Seconds between two starts unless the trainer waits; 0: always start at once.
+        """
+        self.version, self._num_wanted, self._pace_s = version, num_wanted, pace_s
+        self.fill()
+
+    def fill(self) -> None:
+        """Start groups: all at once while the trainer waits, else at its pace, and none while enough is ready.
+
+        What starts early only waits and grows stale. Started evenly, groups are fresher, the engine's load is even, and
+        weight updates meet episodes in mid-flight.
+        """
+        while self._may_start():
+            if self._pace_s and not self._buffer.is_waited_for:
+                if self._timer is None and self._buffer.num_batches_ready < ENOUGH_BATCHES:
+                    self._timer = asyncio.get_running_loop().call_later(self._pace_s, self._start_next)
+                return
+            self._start_group()
+
+    def _start_next(self) -> None:
+        self._timer = None
+        if self._may_start():
+            self._start_group()
+        self.fill()
+
+    def _may_start(self) -> bool:
+        return (
             self._open
             and self._buffer.num_admissible() > 0
-            and self._buffer.num_outstanding < self.num_wanted
+            and self._buffer.num_outstanding < self._num_wanted
             and len(self._running) < self._max_running
-        ):
-            group_id = f"g{self.next_row:06d}"
-            self._buffer.admit(group_id, size=self._group_size, version=self.version)
-            self._events.emit(EventKind.GROUP_ADMITTED, version=self.version, group=group_id)
-            task = self._tasks.create_task(self._play_group(group_id, self._rows.train(self.next_row)))
-            self._running.add(task)
-            self.next_row += 1
+        )
+
+    def _start_group(self) -> None:
+        group_id = f"g{self.next_row:06d}"
+        self._buffer.admit(group_id, size=self._group_size, version=self.version)
+        self._events.emit(EventKind.GROUP_ADMITTED, version=self.version, group=group_id)
+        self._running.add(self._tasks.create_task(self._play_group(group_id, self._rows.train(self.next_row))))
+        self.next_row += 1
 
     def stop(self) -> None:
         """Start nothing more and cancel what runs."""
         self._open = False
+        if self._timer is not None:
+            self._timer.cancel()
         for task in self._running:
             task.cancel()
 
@@ -104,7 +141,7 @@ class Rollouts:
         task = asyncio.current_task()
         assert task is not None
         self._running.discard(task)
-        self._fill()
+        self.fill()
 
     async def _play_member(self, group_id: str, member: int, row: Row) -> None:
         outcome = await run_episode(self._agent, self._class, row, id=f"{group_id}.{member}", group_id=group_id)

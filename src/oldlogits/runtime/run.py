@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import signal
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ from oldlogits.runtime.probe import PROBE_TOKENS
 from oldlogits.runtime.recorder import Recorder
 from oldlogits.runtime.rows import Rows
 from oldlogits.runtime.totals import Totals
+from oldlogits.train.warm_start import WarmStartSpec, warm_start
 
 Open = Callable[[RunConfig, Path, Sequence[int]], AbstractAsyncContextManager[Handles]]
 
@@ -69,12 +72,15 @@ def run(config: RunConfig, out: Path, *, resume: bool = False) -> RunResult:
 
 async def _run(config: RunConfig, folder: RunFolder, view: LiveView, *, resume: bool) -> RunResult:
     checkpoint = folder.latest_checkpoint() if resume else None
-    model_folder = prepare_model(config, view.note) if checkpoint is None else checkpoint / "model"
+    prepared = prepare_model(config, view.note) if checkpoint is None else Prepared(folder=checkpoint / "model")
+    model_folder = prepared.folder
     tokenizer = load_tokenizer(model_folder)
     chat = ChatFormat(tokenizer)
     environment_class = load_environment(config.env.target)
     totals = Totals() if checkpoint is None else Totals.read(checkpoint / "state" / "totals.json")
     recorder = Recorder(config, folder, view, lambda ids: str(tokenizer.decode(ids)))
+    if checkpoint is None and config.model.path == "tiny":
+        recorder.warm_started(prepared.steps, prepared.loss, prepared.seconds_s)
     probe_ids = _probe_ids(chat, environment_class)
     rows = Rows(config, environment_class)
     view.note(f"starting engine and trainer ({config.runtime.type})")
@@ -159,11 +165,37 @@ def _own_error(group: ExceptionGroup[Exception]) -> OldLogitsError:
     return leaf
 
 
-def prepare_model(config: RunConfig, note: Callable[[str], None]) -> Path:
-    """The model folder to start from: the recipe's, or the tiny model after its warm start."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """The model folder that a run starts from, and how it came to be."""
+
+    folder: Path
+    steps: int = 0
+    loss: float = math.nan
+    seconds_s: float = 0.0
+
+
+def prepare_model(config: RunConfig, note: Callable[[str], None]) -> Prepared:
+    """The recipe's model folder, or the tiny model after its warm start (from the cache, if it is there)."""
     if config.model.path != "tiny":
-        return Path(config.model.path)
-    raise NotImplementedError
+        return Prepared(folder=Path(config.model.path))
+    spec = WarmStartSpec(seed=config.model_seed)
+    if config.model.warm_start_steps >= 0:
+        spec = dataclasses.replace(spec, steps=config.model.warm_start_steps)
+    done, last = 0, math.nan
+    started = time.perf_counter()
+
+    def progress(step: int, loss: float) -> None:
+        nonlocal done, last
+        done, last = step, loss
+        if step == 1:
+            note(f"warm start of the tiny model: {spec.steps} supervised steps; cached for the next run")
+        elif step % 100 == 0:
+            note(f"warm start: step {step}/{spec.steps}, loss {loss:.3f} nats/token")
+
+    folder = warm_start(spec, progress)
+    note(f"model: {folder.name}" + ("" if done else ", warm start taken from the cache"))
+    return Prepared(folder=folder, steps=done, loss=last, seconds_s=time.perf_counter() - started)
 
 
 def _agent(config: RunConfig, handles: Handles, chat: ChatFormat) -> Agent:

@@ -89,7 +89,7 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(
             self._model.parameters(), lr=t.lr, betas=(t.beta1, t.beta2), weight_decay=t.weight_decay, fused=True
         )
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, _warm_up(t.warmup_steps))
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, _schedule(config))
         self._batch: TokenBatch | None = None
         self.version: PolicyVersion = 0
         self.witnesses = Witnesses()
@@ -207,7 +207,7 @@ class Trainer:
         self._schedule.last_epoch = counters.pop("schedule_steps")
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        factor = _warm_up(self._config.trainer.warmup_steps)(self._schedule.last_epoch)
+        factor = _schedule(self._config)(self._schedule.last_epoch)
         for group in self._optimizer.param_groups:
             group["lr"] = self._config.trainer.lr * factor
         self.version = counters.pop("version")
@@ -248,9 +248,16 @@ def _check_witness(error: float, what: str, against: str) -> None:
         )
 
 
-def _warm_up(steps: int) -> Callable[[int], float]:
-    """Linear rise over `steps` optimizer steps, then 1."""
-    return lambda done: min(1.0, (done + 1) / (steps + 1))
+def _schedule(config: RunConfig) -> Callable[[int], float]:
+    """The learning rate as a share of `trainer.lr`, by optimizer steps done: linear warm-up times linear decay."""
+    t = config.trainer
+    total = config.num_updates * t.steps_per_version
+
+    def share(done: int) -> float:
+        decay = 1 - (1 - t.final_lr_share) * min(1.0, done / total)
+        return min(1.0, (done + 1) / (t.warmup_steps + 1)) * decay
+
+    return share
 
 
 def _probe_batch(probe_ids: Sequence[int]) -> TokenBatch:

@@ -37,18 +37,18 @@ _NUM_HASHED: Final = 64
 """Demonstrations that enter the cache key: a change of desk, demonstrators, tokenizer or template changes them."""
 
 MIXTURE: Final = ErrorRates(
-    skip_question=0.55,
+    skip_question=0.6,
     skip_status=0.08,
-    grant_shipped=0.65,
+    grant_shipped=0.72,
     grant_refused=0.3,
-    skip_age=0.2,
-    refund_expired=0.62,
-    refund_food=0.35,
+    skip_age=0.1,
+    refund_expired=0.52,
+    refund_food=0.3,
     refuse_allowed=0.08,
     only_say=0.05,
     misreport=0.04,
 )
-"""Demonstrators whose likeliest decision is wrong in three places: greedy decoding fails there, sampling does not always."""
+"""Demonstrators whose likeliest decision is wrong in some places: greedy decoding fails there, sampling does not always."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ class WarmStartSpec:
 
     Args:
         seed: Of the weights, the demonstrators and their rows.
-        steps: Optimizer steps, >= 1.
+        steps: Optimizer steps; 0 leaves the weights as they are initialised.
         batch_size: Demonstrations a step; none is used twice.
         lr: Peak learning rate of AdamW.
         final_lr_share: Learning rate at the end of the cosine, as a share of the peak.
@@ -80,12 +80,12 @@ class WarmStartSpec:
     errors: ErrorRates = MIXTURE
 
     def __post_init__(self) -> None:
-        """Refuse counts below 1 and a learning rate that is not positive."""
-        if min(self.steps, self.batch_size, self.warmup_steps) < 1 or self.lr <= 0 or self.seed < 0:
+        """Refuse counts and learning rates out of range."""
+        if self.steps < 0 or min(self.batch_size, self.warmup_steps) < 1 or self.lr <= 0 or self.seed < 0:
             raise ConfigError(
                 "the warm start's numbers are out of range",
                 got=str(self),
-                allowed="steps, batch_size, warmup_steps >= 1, lr > 0, seed >= 0",
+                allowed="steps, seed >= 0; batch_size, warmup_steps >= 1; lr > 0",
                 fix="correct the specification",
             )
 
