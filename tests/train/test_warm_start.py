@@ -170,7 +170,7 @@ def test_the_number_of_threads_is_given_back():
     assert torch.get_num_threads() == num_threads
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"batch_size": 0}, {"lr": 0.0}, {"warmup_steps": 0}, {"seed": -1}])
+@pytest.mark.parametrize("wrong", [{"steps": -1}, {"batch_size": 0}, {"lr": 0.0}, {"warmup_steps": 0}, {"seed": -1}])
 def test_numbers_out_of_range_are_refused(wrong: dict[str, float]):
     with pytest.raises(ConfigError, match="out of range"):
         WarmStartSpec(**wrong)
