@@ -15,27 +15,11 @@ from oldlogits.policy.chat import ChatFormat
 from oldlogits.policy.tiny import tiny_tokenizer
 from oldlogits.rollout.turns import Agent, EnvironmentFailed, Failure, TurnLimits, run_episode, sampled_segments
 
-WORDS = [
-    "add",
-    "take",
-    "show",
-    "hello",
-    "bye",
-    "more",
-    "1",
-    "2",
-    "3",
-    "now",
-    "total",
-    "is",
-    ";",
-    "takes",
-    "amount",
-    "but",
-    "got",
-]
-WORDS += ["error", "write", "one", "call", "as", "tool", "argument", "no", "tools", "are"]
-TOKENIZER = tiny_tokenizer(WORDS)
+WORDS = (
+    "add take show hello bye more 1 2 3 now total is ; takes amount but got "
+    "error write one call as tool argument no tools are wants int"
+)
+TOKENIZER = tiny_tokenizer(WORDS.split())
 CHAT = ChatFormat(TOKENIZER)
 END = CHAT.end_of_turn_id
 DEFAULT = TurnLimits(max_turns=8, max_tokens_per_turn=16, max_tokens=200)
@@ -199,7 +183,7 @@ def test_an_episode_ends_when_the_partner_leaves():
         ("now <call> add 2 </call>", "error : write one call as <call> tool argument </call>"),
         ("<call> total </call>", "error : no tool total ; tools are add take"),
         ("<call> reset 2 </call>", "error : no tool reset ; tools are add take"),
-        ("<call> add hello </call>", "error : add wants amount as int but got word"),
+        ("<call> add hello </call>", 'error : add wants amount as int but got "hello"'),
         ("<call> add </call>", "error : add takes amount but got nothing"),
     ],
 )
