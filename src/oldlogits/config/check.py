@@ -67,7 +67,7 @@ def _check_ranges(config: RunConfig) -> None:
     _require(0 < n < math.inf, "objective.denominator_tokens", n, "> 0", "a number of tokens")
     _require(m.seed >= -1, "model.seed", m.seed, ">= 0, or -1: the run's seed", "-1")
     _require(m.warm_start_steps >= -1, "model.warm_start_steps", m.warm_start_steps, ">= 0, or -1: the built-in number", "-1")
-    _require(e.max_turns >= 1, "env.max_turns", e.max_turns, ">= 1", "max_turns = 8")
+    _require(e.max_turns >= 1, "env.max_turns", e.max_turns, ">= 1", "max_turns = 16")
     _require(e.max_tokens_per_turn >= 1, "env.max_tokens_per_turn", e.max_tokens_per_turn, ">= 1", "32")
     _require(e.max_tokens >= 2, "env.max_tokens", e.max_tokens, ">= 2", "256")
     _require(e.timeout_s > 0, "env.timeout_s", e.timeout_s, "> 0 seconds", "20")

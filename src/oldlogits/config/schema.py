@@ -62,7 +62,7 @@ class EnvConfig:
     """A JSONL file of tasks for evaluation."""
     parser: str = "plain"
     """How tool calls are written: plain | hermes."""
-    max_turns: int = 8
+    max_turns: int = 16
     """Assistant turns per episode."""
     max_tokens_per_turn: int = 32
     """Sampled tokens per assistant turn."""
