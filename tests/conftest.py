@@ -7,6 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from oldlogits.policy.tiny import TinySize, save_tiny, tiny_model, tiny_tokenizer
 
@@ -26,4 +31,38 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     size = TinySize(hidden=32, layers=2, heads=2, kv_heads=1, mlp=48, max_context=128)
     model = tiny_model(size, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, seed=0)
     save_tiny(folder, model, tokenizer)
+    return folder
+
+
+CHATML = (
+    "{%- for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{%- endfor %}"
+    "{%- if add_generation_prompt %}<|im_start|>assistant\n{%- endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def chatml_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as users bring it: a Llama with random weights, a byte-level tokenizer and a ChatML template. Read it only."""
+    folder = tmp_path_factory.mktemp("llama")
+    special = ["<|im_start|>", "<|im_end|>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *sorted(ByteLevel.alphabet())])}
+    backend = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", additional_special_tokens=special[:1])
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
     return folder

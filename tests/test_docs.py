@@ -1,0 +1,67 @@
+"""The documents say what the code does: generated tables are current, and the snippets run."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from oldlogits.cli.show import TABLES
+from oldlogits.config import RunConfig, load_config
+from oldlogits.envs.desk_data import ruling
+from oldlogits.envs.shape import load_environment
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENTS = (ROOT / "docs" / "environments.md").read_text(encoding="utf-8")
+
+
+def snippets(text: str) -> dict[str, str]:
+    """The fenced blocks that name a file, by that name."""
+    return dict(re.findall(r"```\w+ file=(\S+)\n(.*?)```", text, flags=re.DOTALL))
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/variants.md"])
+def test_the_variant_table_of_a_document_is_the_one_in_code(document: str) -> None:
+    assert TABLES["variants"].markdown() in (ROOT / document).read_text(encoding="utf-8")
+
+
+def test_every_relative_link_of_the_documents_leads_to_a_file() -> None:
+    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_the_policy_table_in_the_documents_is_the_desks_policy() -> None:
+    lines = [line for line in ENVIRONMENTS.splitlines() if re.match(r"\| (cancel|refund|track) \|", line)]
+    assert len(lines) == 3
+    for line in lines:
+        kind, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        for case, cell in zip(("pending", "shipped", "fresh", "expired", "food"), cells, strict=True):
+            ruled = ruling(kind, case)
+            assert re.search(r"\*(\w+)\*", cell)[1] == ruled.told
+            assert cell.split(",")[0].split()[0] == (ruled.action or ("tell" if kind == "track" else "refuse"))
+
+
+def test_the_environment_of_the_documents_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chatml_llama: Path) -> None:
+    for name, body in snippets(ENVIRONMENTS).items():
+        (tmp_path / name).write_text(body, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_environment("number_guess:NumberGuess").__name__ == "NumberGuess"
+    overrides = ["--model.path", str(chatml_llama), "--runtime.type", "lockstep", "--num-updates", "1"]
+    config = load_config(tmp_path / "guess.toml", overrides)
+    assert isinstance(config, RunConfig)
+    small = ["--eval.num-episodes", "2", "--rollout.groups-per-version", "2", "--runtime.window", "1", "--out", "run"]
+    done = subprocess.run(
+        [sys.executable, "-m", "oldlogits", "train", "guess.toml", *overrides, *small],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_updates"] == 1
