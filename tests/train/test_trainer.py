@@ -267,3 +267,13 @@ def test_the_learning_rate_warms_up_linearly_over_optimizer_steps(trainer):
         train(trainer, version)
         rates.append(trainer._optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([0.01 * 3 / 4, 0.01])
+
+
+def test_the_learning_rate_falls_linearly_to_its_final_share_by_the_end_of_the_run(tiny_folder, recipe):
+    table = {"warmup_steps": 0, "steps_per_version": 2, "final_lr_share": 0.5}
+    trainer = Trainer(recipe(trainer=table, num_updates=2), tiny_folder, PROBE)
+    rates = [trainer._optimizer.param_groups[0]["lr"]]
+    for version in range(2):
+        train(trainer, version)
+        rates.append(trainer._optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.01, 0.0075, 0.005])
