@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from oldlogits.cli.show import TABLES
 from oldlogits.config import RunConfig, load_config
 from oldlogits.envs.desk_data import ruling
 from oldlogits.envs.shape import load_environment
+from oldlogits.record.events import EventKind, read_events
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENTS = (ROOT / "docs" / "environments.md").read_text(encoding="utf-8")
@@ -65,3 +67,21 @@ def test_the_environment_of_the_documents_trains(tmp_path: Path, monkeypatch: py
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_updates"] == 1
+    (update,) = (e for e in read_events(tmp_path / "run" / "events.jsonl") if e.kind is EventKind.UPDATE)
+    metrics = update.fields["metrics"]
+    assert isinstance(metrics, dict)
+    documented = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    for name in metrics:
+        plain = name.partition("@")[0]
+        area, _, quantile = plain.rpartition("_")
+        assert f"`{plain}`" in documented or (f"`{area}_q01`" in documented and f"`_{quantile}`" in documented), name
+
+
+def test_the_objective_of_the_readme_computes_a_loss() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    theta = torch.tensor([-1.0, -2.0], requires_grad=True)
+    names = {"logp_mu": torch.tensor([-1.0, -2.0]), "logp_old": torch.tensor([-1.0, -2.0]), "logp_theta": theta}
+    names |= {"advantages": torch.tensor([1.0, -1.0]), "loss_mask": torch.tensor([True, True])}
+    exec(code, names)
+    names["loss"].backward()
+    assert torch.equal(theta.grad, torch.tensor([-0.5, 0.5]))

@@ -26,7 +26,11 @@ def share(tensors: Mapping[str, Tensor]) -> Path:
     handle, name = tempfile.mkstemp(prefix="oldlogits-", suffix=".safetensors", dir=_SHARED_MEMORY if fits else None)
     os.close(handle)
     path = Path(name)
-    save_file(separate, path)
+    try:
+        save_file(separate, path)
+    except BaseException:  # no room after all, or interrupted: leave no half file behind
+        path.unlink()
+        raise
     return path
 
 
