@@ -8,6 +8,7 @@ import time
 import pytest
 
 from oldlogits.rollout.turns import EnvironmentFailed
+from oldlogits.runtime import environment
 from oldlogits.runtime.environment import ThreadRunner, run_inline
 
 
@@ -68,7 +69,6 @@ def test_a_call_that_takes_too_long_fails_with_the_deadline(call):
     assert asyncio.run(timed()) < 0.4
 
 
-@pytest.mark.xfail(strict=True, reason="any TimeoutError counts as the deadline's")
 def test_a_time_out_inside_the_environment_is_not_taken_for_the_deadline():
     with pytest.raises(EnvironmentFailed, match=r"^TimeoutError: the shop did not answer$"):
         asyncio.run(ThreadRunner(timeout_s=5, latency_s=0, seed=0)(fails(TimeoutError("the shop did not answer"))))
@@ -118,7 +118,6 @@ def test_latency_does_not_count_towards_the_deadline():
     assert asyncio.run(runner(lambda: 1, is_tool=True)) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="the threads are no daemons")
 def test_a_tool_that_hangs_does_not_keep_the_interpreter_from_exiting():
     code = """
         import asyncio, threading
@@ -141,3 +140,36 @@ def test_a_tool_that_hangs_does_not_keep_the_interpreter_from_exiting():
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_an_environment_that_exits_ends_its_episode_not_the_program(which):
+    with pytest.raises(EnvironmentFailed, match="^SystemExit: 3$"):
+        asyncio.run(runners()[which](lambda: sys.exit(3)))
+
+
+def test_waiting_for_a_thread_does_not_count_towards_the_deadline(monkeypatch):
+    monkeypatch.setattr(environment, "NUM_THREADS", 1)
+
+    async def queue():
+        runner = ThreadRunner(timeout_s=0.3, latency_s=0, seed=0)
+        return await asyncio.gather(*(runner(lambda i=i: time.sleep(0.1) or i) for i in range(5)))
+
+    assert asyncio.run(queue()) == [0, 1, 2, 3, 4]
+
+
+def test_a_call_that_never_returns_leaves_room_for_others(monkeypatch):
+    monkeypatch.setattr(environment, "NUM_THREADS", 1)
+    release = threading.Event()
+
+    async def main():
+        runner = ThreadRunner(timeout_s=0.05, latency_s=0, seed=0)
+        for _ in range(3):
+            with pytest.raises(EnvironmentFailed):
+                await runner(release.wait)
+        return await runner(lambda: 1)
+
+    try:
+        assert asyncio.run(main()) == 1
+    finally:
+        release.set()

@@ -86,7 +86,6 @@ def test_held_out_rows_are_needed_for_evaluation_only(rows_of):
     assert list(rows.heldout(0)) == []
 
 
-@pytest.mark.xfail(strict=True, reason="only eval.num_episodes is looked at")
 def test_held_out_rows_are_needed_for_evaluation_during_training_too(rows_of):
     with pytest.raises(ConfigError, match=r"env\.heldout_rows"):
         rows_of(FILE, eval={"num_episodes": 0, "every": 2})
