@@ -144,7 +144,7 @@ def test_a_tool_that_hangs_does_not_keep_the_interpreter_from_exiting():
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_an_environment_that_exits_ends_its_episode_not_the_program(which):
-    with pytest.raises(EnvironmentFailed, match="^SystemExit: 3$"):
+    with pytest.raises(EnvironmentFailed, match=r"^SystemExit: 3$"):
         asyncio.run(runners()[which](lambda: sys.exit(3)))
 
 
