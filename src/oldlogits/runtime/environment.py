@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import inspect
 import random
+import threading
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from functools import partial
+from queue import SimpleQueue
 from typing import TypeVar, cast
-
-import anyio
-import anyio.to_thread
 
 from oldlogits.rollout.turns import EnvironmentFailed
 
 T = TypeVar("T")
 
 NUM_THREADS = 64
-"""Threads for environment code; a call that never returns keeps one."""
+"""Calls of environment code that run at the same time; one that timed out no longer counts."""
 
 
 async def run_inline(call: Callable[[], T | Awaitable[T]], *, is_tool: bool = False) -> T:
@@ -25,10 +26,12 @@ async def run_inline(call: Callable[[], T | Awaitable[T]], *, is_tool: bool = Fa
     Raises:
         EnvironmentFailed: It raised.
     """
+    result = _attempt(call)
+    if not inspect.isawaitable(result):
+        return result
     try:
-        result = call()
-        return await cast(Awaitable[T], result) if inspect.isawaitable(result) else result
-    except Exception as error:  # environment code is the user's: whatever it raises ends this episode, not the run
+        return await cast(Awaitable[T], result)
+    except (Exception, SystemExit) as error:  # as in _attempt
         raise EnvironmentFailed(_describe(error)) from error
 
 
@@ -36,7 +39,7 @@ class ThreadRunner:
     """Runs environment code in daemon threads, each call with a deadline.
 
     Args:
-        timeout_s: Seconds that one call may take.
+        timeout_s: Seconds that one call may take, once it runs.
         latency_s: Mean of a simulated, exponentially distributed latency before a tool answers; 0: none.
         seed: Of the latency.
     """
@@ -44,7 +47,8 @@ class ThreadRunner:
     def __init__(self, *, timeout_s: float, latency_s: float, seed: int) -> None:
         self._timeout_s, self._latency_s = timeout_s, latency_s
         self._rng = random.Random(seed)
-        self._limiter = anyio.CapacityLimiter(NUM_THREADS)
+        self._room = asyncio.Semaphore(NUM_THREADS)
+        self._threads = _DaemonThreads()
 
     async def __call__(self, call: Callable[[], T | Awaitable[T]], *, is_tool: bool = False) -> T:
         """Run environment code with the deadline.
@@ -55,14 +59,49 @@ class ThreadRunner:
         if is_tool and self._latency_s:
             await asyncio.sleep(self._rng.expovariate(1 / self._latency_s))
         try:
-            async with asyncio.timeout(self._timeout_s):
-                result = await anyio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._limiter)
-                return await cast(Awaitable[T], result) if inspect.isawaitable(result) else result
-        except TimeoutError as error:
+            async with self._room, asyncio.timeout(self._timeout_s):
+                result = await asyncio.wrap_future(self._threads.submit(partial(_attempt, call)))
+                return await run_inline(lambda: result)
+        except TimeoutError as error:  # the deadline's: one that the environment raises is an EnvironmentFailed by now
             raise EnvironmentFailed(f"timed out after {self._timeout_s:g} s") from error
-        except Exception as error:  # environment code is the user's: whatever it raises ends this episode, not the run
-            raise EnvironmentFailed(_describe(error)) from error
 
 
-def _describe(error: Exception) -> str:
+class _DaemonThreads:
+    """Carries out calls in threads that are reused; one whose call never returns does not keep the program from ending."""
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._idle = threading.Semaphore(0)
+
+    def submit(self, call: Callable[[], T]) -> Future[T]:
+        """Carry out `call` in an idle thread, or in a new one."""
+        future: Future[T] = Future()
+        self._calls.put(partial(_fulfil, future, call))
+        if not self._idle.acquire(blocking=False):
+            threading.Thread(target=self._serve, name="oldlogits-environment", daemon=True).start()
+        return future
+
+    def _serve(self) -> None:
+        while True:
+            self._calls.get()()
+            self._idle.release()
+
+
+def _fulfil(future: Future[T], call: Callable[[], T]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(call())
+    except EnvironmentFailed as error:
+        future.set_exception(error)
+
+
+def _attempt(call: Callable[[], T | Awaitable[T]]) -> T | Awaitable[T]:
+    try:
+        return call()
+    except (Exception, SystemExit) as error:  # environment code is the user's: what it raises ends the episode, not the run
+        raise EnvironmentFailed(_describe(error)) from error
+
+
+def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"

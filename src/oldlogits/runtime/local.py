@@ -6,9 +6,10 @@ controller (this process, no model)  ---pipe---> engine process   samples while 
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 from oldlogits.config import RunConfig
@@ -30,8 +31,9 @@ async def open_local(config: RunConfig, model_folder: Path, probe_ids: Sequence[
         seed=config.seed,
     )
     runner = ThreadRunner(timeout_s=config.env.timeout_s, latency_s=config.env.latency_s, seed=config.seed)
-    engine = EngineProcess(spec)
-    trainer = TrainerProcess(config, model_folder, probe_ids)
+    with _ignoring_interrupts():
+        engine = EngineProcess(spec)
+        trainer = TrainerProcess(config, model_folder, probe_ids)
     try:
         await trainer.ready()
         yield Handles(
@@ -46,3 +48,13 @@ async def open_local(config: RunConfig, model_folder: Path, probe_ids: Sequence[
     finally:
         trainer.close()
         engine.close()
+
+
+@contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """Processes started here ignore Ctrl-C from their first instruction on: it is the controller's to handle."""
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)

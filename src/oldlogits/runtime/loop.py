@@ -108,7 +108,7 @@ class Loop:
         self.version = state.version
         self._recorder.started(version=self.version, num_parameters=state.num_parameters)
         await self._synchronise(await self._publish())
-        if "before/sampled" not in self.totals.rewards:
+        if not self.totals.num_updates and "before/greedy" not in self.totals.rewards:
             await self._evaluate("before", self._config.eval.num_episodes)
         await self._train()
         await self._evaluate("after", self._config.eval.num_episodes)
@@ -148,14 +148,22 @@ class Loop:
         )
 
     async def _update(self, rollouts: Rollouts) -> None:
-        """From waiting for a batch to the engine's new weights: one version."""
-        clock, trainer, version = self._handles.clock, self._handles.trainer, self.version
-        before = await self._busy()
-        started = clock()
-        groups = await self.buffer.take(version)
+        """From waiting for a batch to the engine's new weights: one version, made whole or not at all."""
+        before, started = await self._busy(), self._handles.clock()
+        groups = await self.buffer.take(self.version)
         rollouts.fill()
+        update = asyncio.create_task(self._train_on(groups, rollouts, before, started))
+        try:
+            await asyncio.shield(update)
+        except asyncio.CancelledError:
+            rollouts.stop()
+            await update
+            raise
+
+    async def _train_on(self, groups: Sequence[TrajectoryGroup], rollouts: Rollouts, before: Busy, started: float) -> None:
+        clock, trainer = self._handles.clock, self._handles.trainer
         taken = clock()
-        self._recorder.batch(groups, version=version, waited_s=taken - started)
+        self._recorder.batch(groups, version=self.version, waited_s=taken - started)
         batch = collate(groups, self._advantages(groups), num_steps=self._config.trainer.steps_per_version)
         await trainer.put_batch(batch)
         scored = await self._score(batch.version[batch.loss_mask], batch.versions)

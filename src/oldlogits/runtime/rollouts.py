@@ -64,7 +64,7 @@ class Rollouts:
         self._max_running = max_running_groups or 1 << 30
         self._running: set[asyncio.Task[None]] = set()
         self._open = True
-        self._num_failed_in_a_row = 0
+        self._failures = _Failures()
         self.next_row = first_row
         self.version = 0
         self._num_wanted = 0
@@ -145,21 +145,33 @@ class Rollouts:
 
     async def _play_member(self, group_id: str, member: int, row: Row) -> None:
         outcome = await run_episode(self._agent, self._class, row, id=f"{group_id}.{member}", group_id=group_id)
-        self._num_failed_in_a_row = self._num_failed_in_a_row + 1 if isinstance(outcome, Failure) else 0
         if isinstance(outcome, Failure):
-            self._check_failures(outcome)
             self._buffer.fail(group_id)
             self._events.emit(EventKind.TRAJECTORY_FAILED, version=self.version, trajectory=outcome.id, reason=outcome.reason)
         else:
             self._buffer.end(outcome)
+        self._failures.count(outcome)
 
-    def _check_failures(self, last: Failure) -> None:
-        if self._num_failed_in_a_row >= FAILURES_IN_A_ROW:
+
+class _Failures:
+    """Counts the failures in a row."""
+
+    def __init__(self) -> None:
+        self._num_in_a_row = 0
+
+    def count(self, outcome: Trajectory | Failure) -> None:
+        """Count an outcome.
+
+        Raises:
+            EnvironmentShapeError: The environment is broken.
+        """
+        self._num_in_a_row = self._num_in_a_row + 1 if isinstance(outcome, Failure) else 0
+        if isinstance(outcome, Failure) and self._num_in_a_row >= FAILURES_IN_A_ROW:
             raise EnvironmentShapeError(
-                f"{self._num_failed_in_a_row} episodes in a row were ended by the environment",
-                got=f"the last: {last.reason}",
+                f"{self._num_in_a_row} episodes in a row were ended by the environment",
+                got=f"the last: {outcome.reason}",
                 allowed="episodes that end by themselves",
-                fix="run the environment by hand with the row of a trajectory_failed event, or raise env.timeout_s",
+                fix="try the environment with `oldlogits play` on its own rows, or raise env.timeout_s",
             )
 
 
@@ -201,16 +213,20 @@ async def evaluate(
         temperature: 0 for greedy decoding.
         num_running: Episodes played at the same time.
         on_progress: Called with the number of episodes that ended.
+
+    Raises:
+        EnvironmentShapeError: The environment is broken.
     """
     player = replace(agent, sampling=replace(agent.sampling, temperature=temperature))
     outcomes: list[Trajectory | Failure | None] = [None] * len(rows)
     waiting = iter(range(len(rows)))
-    num_ended = 0
+    num_ended, failures = 0, _Failures()
 
     async def work() -> None:
         nonlocal num_ended
         for i in waiting:
-            outcomes[i] = await run_episode(player, environment_class, rows[i], id=f"{name}.{i}", group_id=name)
+            outcomes[i] = outcome = await run_episode(player, environment_class, rows[i], id=f"{name}.{i}", group_id=name)
+            failures.count(outcome)
             num_ended += 1
             on_progress(num_ended)
 

@@ -33,7 +33,7 @@ class Rows:
         for split, name in (("train", config.env.rows), ("heldout", config.env.heldout_rows)):
             if name:
                 self._files[cast(Split, split)] = _read(Path(name))
-            elif split == "train" or config.eval.num_episodes:
+            elif split == "train" or config.eval.num_episodes or config.eval.every:
                 self._require_own_rows(split)
 
     def train(self, index: int) -> Row:
@@ -60,7 +60,7 @@ class Rows:
                 f"{self._class.__name__} makes no rows and the recipe names none",
                 got=f"{key} = ''",
                 allowed=f"{key} = FILE.jsonl, or a static method make_row(split, index) -> dict",
-                fix=f"write a JSONL file of reset(**row) arguments and set {key}, or set eval.num_episodes = 0"
+                fix=f"write a JSONL file of reset(**row) arguments and set {key}, or eval.num_episodes = 0 and eval.every = 0"
                 if split == "heldout"
                 else f"write a JSONL file of reset(**row) arguments and set {key}",
             )

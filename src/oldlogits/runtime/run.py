@@ -24,15 +24,20 @@ from oldlogits.record.folder import RunFolder
 from oldlogits.record.live import LiveView
 from oldlogits.record.report import write_report
 from oldlogits.record.summary import Ended, Summary
+from oldlogits.rollout.spec import EngineSpec
 from oldlogits.rollout.turns import Agent, TurnLimits, system_prompt_of
+from oldlogits.runtime.buffer import Account, Buffer
 from oldlogits.runtime.handles import Handles
 from oldlogits.runtime.local import open_local
 from oldlogits.runtime.lockstep import open_lockstep
 from oldlogits.runtime.loop import Loop, Task
 from oldlogits.runtime.probe import PROBE_TOKENS
 from oldlogits.runtime.recorder import Recorder
+from oldlogits.runtime.resume import refuse_another_run
 from oldlogits.runtime.rows import Rows
+from oldlogits.runtime.staleness import StalenessBound
 from oldlogits.runtime.totals import Totals
+from oldlogits.train.trainer import Witnesses
 from oldlogits.train.warm_start import WarmStartSpec, warm_start
 
 Open = Callable[[RunConfig, Path, Sequence[int]], AbstractAsyncContextManager[Handles]]
@@ -60,32 +65,47 @@ def run(config: RunConfig, out: Path, *, resume: bool = False) -> RunResult:
     Raises:
         OldLogitsError: It could not be started.
     """
+    _check_task(config)
     folder = RunFolder.create(out, resume=resume)
+    checkpoint = folder.latest_checkpoint() if resume else None
+    if checkpoint is not None:
+        refuse_another_run(config, folder)
     folder.write_config(dataclasses.asdict(config))
+    totals = Totals() if checkpoint is None else Totals.read(checkpoint / "state" / "totals.json")
     title = f"oldlogits: {config.env.target}, {config.variant}, {config.runtime.type}"
-    with LiveView(total_updates=config.num_updates, title=title) as view:
-        result = asyncio.run(_run(config, folder, view, resume=resume))
+    try:
+        with LiveView(total_updates=config.num_updates, title=title) as view:
+            start = prepare_model(config, view.note) if checkpoint is None else Start(model=checkpoint / "model")
+            view.note(f"starting engine and trainer ({config.runtime.type})")
+            result = asyncio.run(_run(config, folder, view, start, totals, checkpoint))
+    except KeyboardInterrupt:  # before the loop began, or for the second time
+        result = RunResult(summary=_interrupted(config, totals), error=None)
     result.summary.write(folder.summary)
     write_report(folder.path)
     return result
 
 
-async def _run(config: RunConfig, folder: RunFolder, view: LiveView, *, resume: bool) -> RunResult:
-    checkpoint = folder.latest_checkpoint() if resume else None
-    prepared = prepare_model(config, view.note) if checkpoint is None else Prepared(folder=checkpoint / "model")
-    model_folder = prepared.folder
-    tokenizer = load_tokenizer(model_folder)
+def _check_task(config: RunConfig) -> None:
+    """Refuse an environment, rows or a model folder that cannot be used, before anything is written."""
+    Rows(config, load_environment(config.env.target))
+    if config.model.path != "tiny":
+        EngineSpec(model_path=config.model.path, max_context=config.env.max_tokens).read_config()
+        ChatFormat(load_tokenizer(Path(config.model.path)))
+
+
+async def _run(
+    config: RunConfig, folder: RunFolder, view: LiveView, start: Start, totals: Totals, checkpoint: Path | None
+) -> RunResult:
+    tokenizer = load_tokenizer(start.model)
     chat = ChatFormat(tokenizer)
     environment_class = load_environment(config.env.target)
-    totals = Totals() if checkpoint is None else Totals.read(checkpoint / "state" / "totals.json")
+    rows = Rows(config, environment_class)
+    probe_ids = _probe_ids(chat, environment_class)
     recorder = Recorder(config, folder, view, lambda ids: str(tokenizer.decode(ids)))
     if checkpoint is None and config.model.path == "tiny":
-        recorder.warm_started(prepared.steps, prepared.loss, prepared.seconds_s)
-    probe_ids = _probe_ids(chat, environment_class)
-    rows = Rows(config, environment_class)
-    view.note(f"starting engine and trainer ({config.runtime.type})")
+        recorder.warm_started(start.steps, start.loss, start.seconds_s)
     try:
-        async with RUNTIMES[config.runtime.type](config, model_folder, probe_ids) as handles:
+        async with RUNTIMES[config.runtime.type](config, start.model, probe_ids) as handles:
             if checkpoint is not None:
                 await handles.trainer.restore(checkpoint)
             agent = _agent(config, handles, chat)
@@ -101,46 +121,44 @@ async def _finish(config: RunConfig, loop: Loop, handles: Handles, recorder: Rec
     """Run the loop to its end, by itself, by Ctrl-C or by an error, and sum up."""
     ended: Ended = "done"
     error: OldLogitsError | None = None
-    async with _interruptible() as interruption:
+    async with _interruptible(recorder.view.note) as interruption:
         try:
-            await _supervise(loop, handles, interruption)
-        except asyncio.CancelledError:
-            ended = "interrupted"
-            recorder.view.note("interrupted: writing checkpoint, summary and report")
+            if not await _supervise(loop, handles, interruption):
+                ended = "interrupted"
+                await loop.checkpoint()
         except OldLogitsError as raised:
             ended, error = "error", raised
         except ExceptionGroup as group:
             ended, error = "error", _own_error(group)
-    witnesses = loop.witnesses
-    if ended == "interrupted":
-        await loop.checkpoint()
     loop.buffer.cancel_all()
     recorder.ended(ended, str(error or ""), version=loop.version)
-    return RunResult(summary=loop.totals.summary(config, loop.buffer, witnesses, ended), error=error)
+    return RunResult(summary=loop.totals.summary(config, loop.buffer, loop.witnesses, ended), error=error)
 
 
-async def _supervise(loop: Loop, handles: Handles, interruption: asyncio.Event) -> None:
-    """Wait for the loop; an interruption or the end of one of the runtime's workers ends it."""
+async def _supervise(loop: Loop, handles: Handles, interruption: asyncio.Event) -> bool:
+    """Wait for the loop; an interruption or the end of one of the runtime's workers stops it. False: it was interrupted."""
     main = asyncio.create_task(loop.run())
     stop = asyncio.create_task(interruption.wait())
     await asyncio.wait({main, stop, *handles.workers}, return_when=asyncio.FIRST_COMPLETED)
     stop.cancel()
-    if not main.done():
-        main.cancel()
-        await asyncio.wait({main})
-        for worker in handles.workers:
-            if worker.done():
-                worker.result()
-        raise asyncio.CancelledError
+    main.cancel()
+    await asyncio.wait({main})
+    for worker in handles.workers:
+        if worker.done():
+            worker.result()
+    if main.cancelled():
+        return False
     main.result()
+    return True
 
 
 @asynccontextmanager
-async def _interruptible() -> AsyncIterator[asyncio.Event]:
+async def _interruptible(note: Callable[[str], None]) -> AsyncIterator[asyncio.Event]:
     """An event that Ctrl-C or SIGTERM sets; a second signal acts as usual."""
     loop, interruption = asyncio.get_running_loop(), asyncio.Event()
 
     def interrupt(number: int) -> None:
+        note("interrupted: finishing the update, then checkpoint, summary and report; again to stop at once")
         interruption.set()
         loop.remove_signal_handler(number)
 
@@ -151,6 +169,15 @@ async def _interruptible() -> AsyncIterator[asyncio.Event]:
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
+
+
+def _interrupted(config: RunConfig, totals: Totals) -> Summary:
+    """The summary as of the last update; trajectories that were outstanding then count as cancelled."""
+    bound = StalenessBound(max_staleness=config.window, groups_per_version=config.rollout.groups_per_version)
+    buffer = Buffer(bound, filter_uniform=False)
+    buffer.account = account = Account(**totals.account)
+    account.cancelled = account.submitted - account.trained - account.filtered - account.failed
+    return totals.summary(config, buffer, Witnesses(), "interrupted")
 
 
 def _own_error(group: ExceptionGroup[Exception]) -> OldLogitsError:
@@ -166,19 +193,19 @@ def _own_error(group: ExceptionGroup[Exception]) -> OldLogitsError:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
+class Start:
     """The model folder that a run starts from, and how it came to be."""
 
-    folder: Path
+    model: Path
     steps: int = 0
     loss: float = math.nan
     seconds_s: float = 0.0
 
 
-def prepare_model(config: RunConfig, note: Callable[[str], None]) -> Prepared:
+def prepare_model(config: RunConfig, note: Callable[[str], None]) -> Start:
     """The recipe's model folder, or the tiny model after its warm start (from the cache, if it is there)."""
     if config.model.path != "tiny":
-        return Prepared(folder=Path(config.model.path))
+        return Start(model=Path(config.model.path))
     spec = WarmStartSpec(seed=config.model_seed)
     if config.model.warm_start_steps >= 0:
         spec = dataclasses.replace(spec, steps=config.model.warm_start_steps)
@@ -195,7 +222,7 @@ def prepare_model(config: RunConfig, note: Callable[[str], None]) -> Prepared:
 
     folder = warm_start(spec, progress)
     note(f"model: {folder.name}" + ("" if done else ", warm start taken from the cache"))
-    return Prepared(folder=folder, steps=done, loss=last, seconds_s=time.perf_counter() - started)
+    return Start(model=folder, steps=done, loss=last, seconds_s=time.perf_counter() - started)
 
 
 def _agent(config: RunConfig, handles: Handles, chat: ChatFormat) -> Agent:

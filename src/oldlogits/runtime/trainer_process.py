@@ -71,12 +71,7 @@ class TrainerProcess:
         await asyncio.get_running_loop().run_in_executor(self._thread, self._receive)
 
     async def _call(self, method: str, arguments: tuple[object, ...]) -> object:
-        value = await asyncio.get_running_loop().run_in_executor(self._thread, self._exchange, method, arguments)
-        if isinstance(value, _PublishedInFile):
-            weights = load_file(value.weights)
-            value.weights.unlink()  # the mapping stays valid
-            return replace(value.published, weights=weights)
-        return value
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._exchange, method, arguments)
 
     def _exchange(self, method: str, arguments: tuple[object, ...]) -> object:
         try:
@@ -91,6 +86,10 @@ class TrainerProcess:
             succeeded, value = self._pipe.recv()
         except (EOFError, OSError) as error:
             raise self._died() from error
+        if isinstance(value, _PublishedInFile):  # here, where no cancellation can leave the file behind
+            weights = load_file(value.weights)
+            value.weights.unlink()  # the mapping stays valid
+            return replace(value.published, weights=weights)
         if succeeded:
             return value
         assert isinstance(value, BaseException)

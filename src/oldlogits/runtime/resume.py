@@ -1,0 +1,40 @@
+"""Going on with a run: what a recipe may not change."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import asdict
+
+from oldlogits.config import RunConfig, config_from_table
+from oldlogits.core.errors import RunFolderError
+from oldlogits.record.folder import RunFolder
+
+
+def refuse_another_run(config: RunConfig, folder: RunFolder) -> None:
+    """Refuse a recipe that describes another experiment than the one in `folder`; its lengths and rates may change.
+
+    Raises:
+        RunFolderError: Variant, source, seed, model or environment differ.
+    """
+    recorded = config_from_table(tomllib.loads(folder.config.read_text(encoding="utf-8")))
+    asked, found = _identity(config), _identity(recorded)
+    differing = [key for key in asked if asked[key] != found[key]]
+    if differing:
+        raise RunFolderError(
+            f"the recipe contradicts the run in {folder.path}",
+            got=", ".join(f"{key} = {asked[key]!r}" for key in differing),
+            allowed=", ".join(f"{key} = {found[key]!r}" for key in differing) + ", as the run began",
+            fix="leave these keys as they are, or start a new run with model.path = a checkpoint's model/ folder",
+        )
+
+
+def _identity(config: RunConfig) -> dict[str, object]:
+    """What makes it the same experiment, by dotted key."""
+    model = {f"model.{key}": value for key, value in asdict(config.model).items()}
+    return {
+        "variant": config.variant,
+        "source.type": config.source.type,
+        "seed": config.seed,
+        "env.target": config.env.target,
+        **model,
+    }
