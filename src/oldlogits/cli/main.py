@@ -15,6 +15,7 @@ VERBS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "train": "train an agent from a recipe",
         "report": "write report.html of a run folder again",
+        "bounds": "print what a band, a clip and an interpolation mean for the total ratio",
         "play": "act as the agent of an environment, or watch the oracle or a checkpoint",
         "show": "print the variants, every recipe key, or the summary of a run",
     }
