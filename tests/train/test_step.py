@@ -239,7 +239,6 @@ def test_a_false_old_shows_in_the_lag_0_witness_by_its_size(case, recipe):
     assert result.lag0_max_abs_error == pytest.approx(0.125, abs=2e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="the largest error is NaN, which the trainer reads as no witness")
 def test_a_nan_among_lag_0_tokens_does_not_hide_a_false_old(case, recipe):
     scored = case.scored(OLD)
     lag0 = np.flatnonzero(case.batch.version[case.batch.loss_mask] == VERSION)

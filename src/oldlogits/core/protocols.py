@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from oldlogits.core.errors import ConfigError
+from oldlogits.core.errors import ConfigError, MissingLogprobError, TrajectoryError
 from oldlogits.core.policies import Policy
 from oldlogits.core.trajectory import KV
 
@@ -82,6 +82,24 @@ class Generation:
     spans: tuple[Span, ...]
     finish_reason: FinishReason
     prompt_logprobs: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse tokens without a log-prob and tokens without a version."""
+        if len(self.logprobs) != len(self.output_ids):
+            raise MissingLogprobError(
+                "an engine returned tokens without log-probs",
+                got=f"{len(self.output_ids)} tokens, {len(self.logprobs)} log-probs",
+                allowed="one log-prob per sampled token",
+                fix="ask the engine for the log-probs of the distribution that it samples from",
+            )
+        edges = [0, *(edge for span in self.spans for edge in (span.start, span.end)), len(self.output_ids)]
+        if any(a != b for a, b in zip(edges[::2], edges[1::2], strict=True)) or any(s.end <= s.start for s in self.spans):
+            raise TrajectoryError(
+                "an engine returned tokens without a version",
+                got=f"spans {[(span.start, span.end) for span in self.spans]} of {len(self.output_ids)} tokens",
+                allowed="contiguous, non-empty spans over all tokens",
+                fix="tag every token with the version that sampled it",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,9 +8,12 @@ What was sampled is never re-tokenised: a turn's prompt is every token before it
 
 from __future__ import annotations
 
+import copy
 import inspect
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Literal, Protocol, TypeVar, cast
 
 from oldlogits.core.errors import ConfigError
@@ -104,18 +107,37 @@ async def run_episode(
     """
     run = agent.run_environment
     try:
-        environment, opening = await run(lambda: _start(environment_class, row))
+        environment = await run(environment_class)
+        own_row = copy.deepcopy(row)  # an environment may change its arguments; its group shares the row
+        opening = await run(lambda: environment.reset(**own_row))
         episode = _Episode(agent, environment, id)
-        stop_reason = await episode.play(opening)
-        reward = float(await run(environment.get_reward))
+        stop_reason = await episode.play(_text_of("reset", opening) or "")
+        reward = _reward_of(await run(environment.get_reward))
     except EnvironmentFailed as failure:
         return Failure(id=id, group_id=group_id, reason=str(failure))
     return Trajectory(id=id, group_id=group_id, segments=tuple(episode.segments), reward=reward, stop_reason=stop_reason)
 
 
-def _start(environment_class: type[Environment], row: Row) -> tuple[Environment, str | None]:
-    environment = environment_class()
-    return environment, environment.reset(**row)
+def _text_of(method: str, value: object) -> str | None:
+    """What a method of the environment returned, if it is a text or None."""
+    if value is None or isinstance(value, str):
+        return value
+    raise EnvironmentFailed(f"{method} returned {type(value).__name__}, not text or None")
+
+
+def _reward_of(value: object) -> float:
+    """What `get_reward` returned, if it is a finite number."""
+    if isinstance(value, Real) and math.isfinite(value):
+        return float(value)
+    raise EnvironmentFailed(f"get_reward returned {value!r}, not a finite number")
+
+
+def _result_of(value: object) -> str:
+    """What a tool returned, as the agent reads it."""
+    try:
+        return render_result(value)
+    except (TypeError, ValueError) as error:
+        raise EnvironmentFailed(f"a tool returned what JSON cannot write: {error}") from error
 
 
 class _Episode:
@@ -126,12 +148,12 @@ class _Episode:
         self._tokens: list[int] = []
         self.segments: list[Segment] = []
 
-    async def play(self, opening: str | None) -> str:
+    async def play(self, opening: str) -> str:
         """Play until the episode ends; returns why it did."""
         agent = self._agent
         system = system_prompt_of(type(self._environment))
         messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": opening or ""})
+        messages.append({"role": "user", "content": opening})
         self._read(agent.chat.prompt_ids(messages, tool_schemas(type(self._environment))))
         if len(self._tokens) >= agent.limits.max_tokens:
             raise ConfigError(
@@ -142,16 +164,17 @@ class _Episode:
             )
         for turn in range(agent.limits.max_turns):
             room = agent.limits.max_tokens - len(self._tokens)
-            if room < 1:
-                return "max_tokens"
             ids = await self._sample(turn, min(room, agent.limits.max_tokens_per_turn))
             if not ids or ids[-1] not in agent.chat.stop_ids:
                 return "turn_too_long" if room > len(ids) else "max_tokens"
             answer = await self._answer(agent.chat.decode(ids))
             if answer is None:
                 return "done"
-            role, text = answer
-            self._read(agent.chat.continuation_ids(role, text))
+            read = agent.chat.continuation_ids(*answer)
+            if len(self._tokens) + len(read) >= agent.limits.max_tokens:
+                return "max_tokens"
+            if turn + 1 < agent.limits.max_turns:
+                self._read(read)
         return "max_turns"
 
     async def _answer(self, text: str) -> tuple[Literal["tool", "user"], str] | None:
@@ -163,11 +186,12 @@ class _Episode:
                 return None
             partner = cast(ConversingEnvironment, environment)
             reply = await run(lambda: partner.reply(text), is_tool=True)
-            return None if reply is None else ("user", reply)
+            heard = _text_of("reply", reply)
+            return None if heard is None else ("user", heard)
         ready = call if isinstance(call, Malformed) else bind(environment, call)
         if isinstance(ready, Malformed):
             return "tool", ready.reason
-        return "tool", render_result(await run(ready, is_tool=True))
+        return "tool", _result_of(await run(ready, is_tool=True))
 
     async def _sample(self, turn: int, max_tokens: int) -> tuple[int, ...]:
         sampling = replace(self._agent.sampling, max_tokens=max_tokens, stop_token_ids=self._agent.chat.stop_ids)

@@ -47,8 +47,9 @@ class Totals:
         self.staleness_counts = dict(Counter(self.staleness_counts) + Counter(result.staleness_counts))
         self.provenance = dict(Counter(self.provenance) + Counter(result.provenance))
         self.num_dropped_nonfinite += round(metrics["mask/num_nonfinite"])
-        self.log_r_d_abs_sum += metrics.get("ratio/log_r_d_abs_mean", 0.0) * num_tokens
-        self.log_r_d_abs_max = _worse(self.log_r_d_abs_max, metrics.get("ratio/log_r_d_abs_max", math.nan))
+        if "ratio/log_r_d_abs_mean" in metrics:  # absent where no token of the batch is finite
+            self.log_r_d_abs_sum += metrics["ratio/log_r_d_abs_mean"] * num_tokens
+            self.log_r_d_abs_max = _worse(self.log_r_d_abs_max, metrics["ratio/log_r_d_abs_max"])
         self.rho_sum += metrics["mask/rho"]
 
     def add_probe(self, error: float) -> None:

@@ -256,7 +256,7 @@ def _step_weights(model: PreTrainedModel, batch: TokenBatch, tokens: LossTokens,
 def _lag0_error(tokens: LossTokens, seen: _Seen) -> float:
     """Witness (b): before the first optimizer step, THETA equals OLD on tokens of the current version."""
     witnesses = (tokens.step == 0) & (tokens.staleness == 0)
-    errors = seen.log_r_s[witnesses].abs()
+    errors = seen.log_r_s[witnesses].abs().nan_to_num(nan=math.inf)  # a NaN is no witness for anything
     return float(errors.max()) if len(errors) else math.nan
 
 

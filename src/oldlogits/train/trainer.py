@@ -188,12 +188,13 @@ class Trainer:
             RunFolderError: The checkpoint is incomplete.
         """
         state = folder / "state"
-        if not (state / "trainer.json").is_file():
+        missing = [name for name in ("trainer.json", "optimizer.safetensors") if not (state / name).is_file()]
+        if missing:
             raise RunFolderError(
-                "the checkpoint has no state",
+                f"the checkpoint lacks {' and '.join(missing)}",
                 got=str(folder),
                 allowed="a folder with model/ and state/",
-                fix="resume another run",
+                fix="resume from another run folder",
             )
         counters = json.loads((state / "trainer.json").read_text())
         tensors = load_file(state / "optimizer.safetensors")
@@ -227,7 +228,7 @@ class Trainer:
     def _witness_checkout(self, version: PolicyVersion) -> None:
         """Witness (a): the checked-out weights reproduce what the live ones gave the probe tokens at publish."""
         again = self._score(self._probe, np.flatnonzero(self._probe.loss_mask))
-        error = float(np.abs(again - self._probe_logps[version]).max())
+        error = float(np.nan_to_num(np.abs(again - self._probe_logps[version]), nan=np.inf).max())
         worst = np.fmax(self.witnesses.publish_max_abs_error, error)
         self.witnesses = Witnesses(publish_max_abs_error=float(worst), lag0_max_abs_error=self.witnesses.lag0_max_abs_error)
         _check_witness(error, f"the checkout of version {version}", "the live weights at its publish")
@@ -254,7 +255,7 @@ def _schedule(config: RunConfig) -> Callable[[int], float]:
     total = config.num_updates * t.steps_per_version
 
     def share(done: int) -> float:
-        decay = 1 - (1 - t.final_lr_share) * min(1.0, done / total)
+        decay = 1 - (1 - t.final_lr_share) * min(1.0, done / max(1, total - 1))
         return min(1.0, (done + 1) / (t.warmup_steps + 1)) * decay
 
     return share
