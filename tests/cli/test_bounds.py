@@ -83,7 +83,7 @@ def test_a_loose_band_leaves_the_mask_nothing_to_do():
 
 
 def test_without_any_bound_a_token_is_always_trained():
-    said = _sentences(weight_mu=0.0, band=math.inf, eps_low=1.0, dual_clip=math.inf)
+    said = _sentences(weight_mu=0.0, band=math.inf, eps_low=1.5, dual_clip=math.inf)
     assert said["linear_train_infer", "A > 0"] == said["loglinear_prox", "A < 0"] == "always trained"
     assert said["decoupled_exact", "A > 0"] == "trained while r_s <= 1.28"
     assert said["decoupled_exact", "A < 0"] == "always trained"
