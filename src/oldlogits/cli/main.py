@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Final
 
 from oldlogits import __version__
-from oldlogits.core.errors import ConfigError, ModelFolderError, OldLogitsError, RunFolderError
+from oldlogits.core.errors import ConfigError, EnvironmentShapeError, ModelFolderError, OldLogitsError, RunFolderError
 
 VERBS: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -22,10 +22,14 @@ VERBS: Final[Mapping[str, str]] = MappingProxyType(
 )
 """Each verb is the function ``command(arguments) -> exit status`` of ``oldlogits.cli.VERB``."""
 
+WRONG: Final = (ConfigError, EnvironmentShapeError, ModelFolderError, RunFolderError)
+"""Errors that are the command's or the recipe's."""
 REFUSED: Final = 2
 """Exit status of a command that was wrong."""
 FAILED: Final = 1
 """Exit status of a command that was right and failed."""
+INTERRUPTED: Final = 130
+"""Exit status after Ctrl-C."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,9 +53,9 @@ def run(words: list[str]) -> int:
         status: int = command(words[1:])
     except OldLogitsError as error:
         print_error(error)
-        return REFUSED if isinstance(error, ConfigError | ModelFolderError | RunFolderError) else FAILED
+        return REFUSED if isinstance(error, WRONG) else FAILED
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     return status
 
 

@@ -5,17 +5,27 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import termios
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from oldlogits.cli.main import FAILED, INTERRUPTED, print_error
 from oldlogits.config import RunConfig, load_config
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.policies import find_variant
+from oldlogits.envs.shape import load_environment
+from oldlogits.record.folder import RunFolder
+from oldlogits.record.live import print_summary
+from oldlogits.runtime.rows import Rows
+
+if TYPE_CHECKING:
+    from oldlogits.runtime.run import RunResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,25 +51,46 @@ def command(arguments: Sequence[str]) -> int:
     options, overrides = tyro.cli(TrainOptions, prog="oldlogits train", args=list(arguments), return_unknown_args=True)
     recipe = _recipe(options)
     config = load_config(recipe, overrides)
+    Rows(config, load_environment(config.env.target))  # a wrong environment is refused before torch is imported
     if options.dry_run:
         return _dry_run(config)
     out = options.resume or options.out or Path("runs") / f"{recipe.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    print(f"run folder: {out}", flush=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-    from oldlogits.cli.main import FAILED, print_error
-    from oldlogits.record.live import print_summary
     from oldlogits.runtime.run import run
 
-    result = run(config, out, resume=options.resume is not None)
-    print_summary(result.summary, out)
+    with _without_echo_of_control_keys():
+        result = run(config, out, resume=options.resume is not None)
+    return _conclude(result, RunFolder(path=out))
+
+
+def _conclude(result: RunResult, folder: RunFolder) -> int:
+    """Say what came out and how to go on; returns the exit status."""
+    print_summary(result.summary, folder.path)
+    if result.summary.ended == "done":
+        return 0
     if result.error is not None:
         print_error(result.error)
-        print(f"go on from the last checkpoint, if there is one: oldlogits train --resume {out}", file=sys.stderr)
-        return FAILED
-    if result.summary.ended == "interrupted":
-        print(f"go on with: oldlogits train --resume {out}")
-        return 130
-    return 0
+    if folder.latest_checkpoint() is not None:
+        print(f"go on from the last checkpoint: oldlogits train --resume {folder.path}", file=sys.stderr)
+    return INTERRUPTED if result.error is None else FAILED
+
+
+@contextmanager
+def _without_echo_of_control_keys() -> Iterator[None]:
+    """Keep the terminal from writing ^C into the live view; elsewhere nothing is done."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+    quiet = [*before[:3], before[3] & ~termios.ECHOCTL, *before[4:]]
+    termios.tcsetattr(terminal, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSANOW, before)
 
 
 def _recipe(options: TrainOptions) -> Path:

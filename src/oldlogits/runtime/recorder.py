@@ -88,9 +88,10 @@ class Recorder:
         )
         if mode == "sampled":
             self.view.show({"eval/mean": rate.mean, "eval/low": rate.low, "eval/high": rate.high})
+        when = f"at version {version}" if stage == "during" else f"{stage} training"
         self.view.note(
-            f"held-out {mode} success {stage} training, version {version}: "
-            f"{rate.mean:.1%} [{rate.low:.1%}, {rate.high:.1%}] of {rate.num_episodes} episodes, {seconds_s:.0f} s"
+            f"held-out success {when}, {mode}: {rate.mean:.1%} [{rate.low:.1%}, {rate.high:.1%}] "
+            f"of {rate.num_episodes}, {seconds_s:.0f} s"
         )
 
     def batch(self, groups: Sequence[TrajectoryGroup], *, version: int, waited_s: float) -> None:

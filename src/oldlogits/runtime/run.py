@@ -158,7 +158,7 @@ async def _interruptible(note: Callable[[str], None]) -> AsyncIterator[asyncio.E
     loop, interruption = asyncio.get_running_loop(), asyncio.Event()
 
     def interrupt(number: int) -> None:
-        note("interrupted: finishing the update, then checkpoint, summary and report; again to stop at once")
+        note("interrupted: finishing the update, then a checkpoint (again to stop at once)")
         interruption.set()
         loop.remove_signal_handler(number)
 
