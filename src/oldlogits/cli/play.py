@@ -1,4 +1,4 @@
-"""``oldlogits play``: one episode of an environment as a readable transcript, played by a person or by the oracle.
+"""``oldlogits play``: episodes of an environment as readable transcripts, played by a person, the oracle or a checkpoint.
 
 environment -> what the agent reads -> player -> a call or a message -> environment -> ... -> verdict
 """
@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, Mapping
+import json
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from types import MappingProxyType
-from typing import Final, Literal, cast
+from typing import Annotated, Final, Literal, cast
 
+import tyro
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
@@ -40,6 +45,67 @@ Mode = Literal["human", "oracle", "checkpoint"]
 _STYLES: Final[Mapping[str, str]] = MappingProxyType({"policy": "dim", "customer": "cyan", "agent": "bold", "tool": "green"})
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlayOptions:
+    """Act as the agent of an environment, or watch the desk's oracle or a checkpoint."""
+
+    target: Annotated[str, tyro.conf.Positional] = "desk"
+    """desk, or package.module:Class."""
+    mode: Mode = "human"
+    """Who acts."""
+    model: Path | None = None
+    """With mode checkpoint: a run folder (its latest checkpoint plays) or a model folder."""
+    greedy: bool = False
+    """With mode checkpoint: take the likeliest token instead of sampling."""
+    seed: int = 0
+    """With mode checkpoint: of the sampler."""
+    split: Split = "heldout"
+    """Of the rows, where the environment makes its own."""
+    index: int = 0
+    """Of the first row."""
+    num_episodes: int = 1
+    """How many rows to play, one after the other."""
+    row: str = ""
+    """The arguments of reset as a JSON object instead; needed where the environment makes no rows."""
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Play the episodes; for several, print the mean reward."""
+    options = tyro.cli(PlayOptions, prog="oldlogits play", args=list(arguments))
+    console = Console(highlight=False)
+    row = _read_row(options.row) if options.row else None
+    rewards: list[float] = []
+    for index in range(options.index, options.index + options.num_episodes):
+        if rewards:
+            console.rule()
+        rewards.append(
+            play(
+                options.target,
+                options.mode,
+                split=options.split,
+                index=index,
+                row=row,
+                model=options.model,
+                greedy=options.greedy,
+                seed=options.seed + index,
+                console=console,
+            )
+        )
+    if len(rewards) > 1:
+        console.print(Text(f"mean reward of {len(rewards)} episodes: {sum(rewards) / len(rewards):.3f}", style="bold"))
+    return 0
+
+
+def _read_row(text: str) -> Row:
+    try:
+        row = json.loads(text)
+    except ValueError as error:
+        raise ConfigError("--row is no JSON", got=f"{text}: {error}", allowed="a JSON object", fix="quote it") from error
+    if not isinstance(row, dict):
+        raise ConfigError("--row is no JSON object", got=text, allowed="the arguments of reset", fix="""write '{"key": ...}'""")
+    return row
+
+
 def play(
     target: str,
     mode: Mode,
@@ -47,6 +113,9 @@ def play(
     split: Split = "heldout",
     index: int = 0,
     row: Row | None = None,
+    model: Path | None = None,
+    greedy: bool = False,
+    seed: int = 0,
     console: Console,
     read: Callable[[str], str] = input,
 ) -> float:
@@ -54,10 +123,14 @@ def play(
 
     Args:
         target: The environment: "desk", or "package.module:Class".
-        mode: Who acts: "human" (calls such as ``status o17``, or messages, one a line) or "oracle" (the desk's).
+        mode: Who acts: "human" (calls such as ``status o17``, or messages, one a line), "oracle" (the desk's), or
+            "checkpoint" (a trained agent).
         split: Of the row, where the environment makes its own.
         index: Of the row.
         row: The arguments of `reset` instead; needed where the environment makes no rows.
+        model: The checkpoint: a run folder or a model folder.
+        greedy: Whether the checkpoint takes the likeliest tokens.
+        seed: Of the checkpoint's sampler.
         console: Where to print.
         read: Asks the person for a line.
 
@@ -65,20 +138,45 @@ def play(
         The reward.
 
     Raises:
-        ConfigError: The mode does not fit the environment, or there is no row.
+        ConfigError: The mode does not fit the environment, or there is no row or no checkpoint.
         EnvironmentShapeError: The class does not have the shape of an environment.
+        ModelFolderError: The model folder is missing or incomplete.
     """
     environment_class = load_environment(target)
+    row = _own_row(environment_class, split, index) if row is None else row
+    if mode == "checkpoint":
+        return _watch(environment_class, row, model, greedy, seed, console)
     player = _player(mode, environment_class, read)
     environment = environment_class()
     _introduce(environment_class, mode, console)
-    seen = environment.reset(**(_own_row(environment_class, split, index) if row is None else row))
+    seen = environment.reset(**row)
     _say(console, "customer", seen or "")
     try:
         _converse(environment, player, seen or "", console)
     except (EOFError, KeyboardInterrupt):
         console.print(Text("the agent left", style="yellow"))
     return _conclude(environment, console)
+
+
+def _watch(
+    environment_class: type[Environment], row: Row, model: Path | None, greedy: bool, seed: int, console: Console
+) -> float:
+    """Let a checkpoint play."""
+    if model is None:
+        raise ConfigError(
+            "mode 'checkpoint' needs a model",
+            got="no --model",
+            allowed="a run folder or a model folder",
+            fix="add --model runs/...",
+        )
+    from oldlogits.cli.play_checkpoint import find_player, watch
+
+    player = find_player(model, greedy=greedy, seed=seed)
+    _introduce(environment_class, "checkpoint", console)
+    played = watch(player, environment_class, row, partial(_say, console))
+    if played.stop_reason != "done":
+        console.print(Text(f"the episode ended early: {played.stop_reason}", style="yellow"))
+    return 0.0 if played.environment is None else _conclude(played.environment, console)
 
 
 Player = Callable[[str], tuple[str, Parsed]]
@@ -100,8 +198,8 @@ def _player(mode: Mode, environment_class: type[Environment], read: Callable[[st
     raise ConfigError(
         f"mode '{mode}' cannot play {environment_class.__name__}",
         got=f"mode = '{mode}'",
-        allowed="human (every environment), oracle (the desk)",
-        fix="choose mode 'human'",
+        allowed="human and checkpoint (every environment), oracle (the desk)",
+        fix="choose mode 'human', or 'checkpoint'",
     )
 
 
