@@ -332,9 +332,13 @@ class EmbeddedEngine:
         """What this engine can do."""
         return self.core.spec.capabilities
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str) -> Generation:
-        """Sample a completion; waits through pauses and weight updates."""
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str, *, quota: int | None = None
+    ) -> Generation:
+        """Sample a completion; waits through pauses, weight updates, and at `quota` sampled tokens until it is raised."""
         self.core.add(request_id, prompt_ids, sampling)
+        if quota is not None:
+            self.core.set_quota(request_id, quota)
         future: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
         self._futures[request_id] = future
         try:

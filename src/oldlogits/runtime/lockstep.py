@@ -68,14 +68,10 @@ class LockstepEngine:
         while self._left(trajectory) <= 0:
             self._held.append(asyncio.get_running_loop().create_future())
             await self._held[-1]
-        pending = asyncio.ensure_future(self._engine.generate(prompt_ids, sampling, request_id))
-        await asyncio.sleep(0)  # the request is in the engine now
         self._running[request_id], self._done_before[request_id] = trajectory, 0
-        self._apply(request_id)
         try:
-            generation = await pending
+            generation = await self._engine.generate(prompt_ids, sampling, request_id, quota=self._quota(request_id))
         finally:
-            pending.cancel()
             del self._running[request_id], self._done_before[request_id]
         now = sum(span.end - span.start for span in generation.spans if span.version == self._version)
         self._sampled[trajectory] = self._sampled.get(trajectory, 0) + now
@@ -134,7 +130,7 @@ class LockstepEngine:
     def _release(self) -> None:
         """Apply the current allowances, and let held trajectories look at theirs again."""
         for request in self._running:
-            self._apply(request)
+            self._engine.core.set_quota(request, self._quota(request))
         held, self._held = self._held, []
         for future in held:
             if not future.done():
@@ -152,11 +148,10 @@ class LockstepEngine:
         for _ in range(SETTLE_ROUNDS):
             await asyncio.sleep(0)
 
-    def _apply(self, request: str) -> None:
-        """Tell the engine how far a running request may go at this version."""
+    def _quota(self, request: str) -> int | None:
+        """How many tokens a running request may have sampled in all by the end of this version; None: any number."""
         left = self._left(self._running[request])
-        quota = None if math.isinf(left) else self._done_before[request] + max(0, int(left))
-        self._engine.core.set_quota(request, quota)
+        return None if math.isinf(left) else self._done_before[request] + max(0, int(left))
 
     def _left(self, trajectory: str) -> float:
         """Tokens that a trajectory may still sample at this version, but for its running request's own."""
