@@ -148,7 +148,7 @@ class BufferMachine(RuleBasedStateMachine):
         assert self.buffer.num_outstanding == num_outstanding <= (self.window + 1) * self.batch_size
         assert self.buffer.oldest_needed == min(self.admitted.values(), default=None)
         for place, name in enumerate(sorted(self.admitted, key=lambda g: (self.admitted[g], int(g[1:])))):
-            assert self.buffer.rank(name) == place
+            assert self.buffer.rank(name) == len(self.in_training) + place
 
     def teardown(self):
         if hasattr(self, "buffer"):

@@ -111,8 +111,10 @@ class _WatchedEngine(EmbeddedEngine):
         super().__init__(core)
         self._show = show
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str) -> Generation:
-        """Sample a completion, here and now."""
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str, *, quota: int | None = None
+    ) -> Generation:
+        """Sample a completion, here and now; no quota holds it."""
         self.core.add(request_id, prompt_ids, sampling)
         while not (finished := self.core.step()):
             pass

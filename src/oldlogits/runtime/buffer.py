@@ -98,8 +98,8 @@ class Buffer:
         return min((entry.admitted_version for entry in self._entries.values()), default=None)
 
     def rank(self, group_id: str) -> int:
-        """How many outstanding groups come before this one in deadline order."""
-        return list(self._entries).index(group_id)  # admitted versions never decrease
+        """How many outstanding groups come before this one in deadline order; those in training are the first."""
+        return len(self._in_training) + list(self._entries).index(group_id)  # admitted versions never decrease
 
     def admit(self, group_id: str, *, size: int, version: int) -> None:
         """Account for a group that starts now.

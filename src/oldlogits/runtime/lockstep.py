@@ -99,9 +99,8 @@ class LockstepEngine:
         self._done_before = {request: len(partials[request].output_ids) for request in self._running}
 
     async def resume(self) -> None:
-        """Go on sampling."""
+        """Go on sampling; trajectories do so when the driver is idle, and the groups in training are confirmed by then."""
         await self._engine.resume()
-        self._release()
 
     async def drive(self) -> None:
         """Step the engine whenever it can sample; runs until it is cancelled.

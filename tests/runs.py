@@ -1,0 +1,134 @@
+"""What the tests of whole runs share: a small environment with dense rewards, a small recipe, and eyes on a run folder."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from oldlogits.config import RunConfig, config_from_table
+from oldlogits.config.check import check
+from oldlogits.record.events import Event, EventKind, read_events
+from oldlogits.record.toml import dump_toml
+
+
+class Words:
+    """Say low words; the reward is their share. It differs within every group, so every update moves the weights."""
+
+    system_prompt = "w0 w1 w2"
+
+    @staticmethod
+    def make_row(split, index):
+        return {"start": index % 20}
+
+    def reset(self, start):
+        self._said, self._turns = [], 0
+        return f"w{start}"
+
+    def reply(self, message):
+        self._said += message.split()
+        self._turns += 1
+        return None if self._turns == 3 else "w3 w4"
+
+    def look(self, word: str):
+        """Look."""
+        return word
+
+    def get_reward(self):
+        low = {f"w{i}" for i in range(10)}
+        return sum(word in low for word in self._said) / max(len(self._said), 1)
+
+
+TARGET = f"{__name__}:Words"
+
+
+def recipe(model: Path, **sections: object) -> RunConfig:
+    """A run of four updates that takes a second or two; sections are merged into it."""
+    table: dict[str, object] = {
+        "num_updates": 4,
+        "max_staleness": 2,
+        "model": {"path": str(model)},
+        "env": {"target": TARGET, "max_tokens": 96, "max_tokens_per_turn": 12, "max_turns": 4},
+        "engine": {"num_slots": 32},
+        "rollout": {"group_size": 4, "groups_per_version": 3},
+        "trainer": {"lr": 1e-2, "warmup_steps": 0},
+        "runtime": {"type": "lockstep", "window": 2, "tokens_per_version": 6},
+        "eval": {"num_episodes": 0},
+    }
+    for key, value in sections.items():
+        table[key] = {**table.get(key, {}), **value} if isinstance(value, dict) else value
+    config = config_from_table(table)
+    check(config)
+    return config
+
+
+def write_recipe(path: Path, config: RunConfig) -> Path:
+    path.write_text(dump_toml(asdict(config)))
+    return path
+
+
+def events_of(run: Path, kind: EventKind | None = None) -> list[Event]:
+    return [event for event in read_events(run / "events.jsonl") if kind in (None, event.kind)]
+
+
+def tokens_of(run: Path, *names: str) -> dict[str, np.ndarray]:
+    """Columns of all trained tokens of a run, over its updates."""
+    paths = sorted((run / "tokens").glob("*.parquet"))
+    tables = [pq.read_table(path, columns=list(names)) for path in paths]
+    return {name: np.concatenate([t.column(name).to_numpy(zero_copy_only=False) for t in tables]) for name in names}
+
+
+def summary_of(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text())
+
+
+def check_accounting(run: Path) -> dict[str, int]:
+    """The account of a run that has ended: nothing is outstanding and nothing is lost."""
+    account = summary_of(run)["accounting"]
+    assert account["queued"] == account["running"] == 0
+    assert account["submitted"] == sum(account[key] for key in ("trained", "filtered", "failed", "cancelled"))
+    return account
+
+
+def children() -> list[str]:
+    return [child.name for child in multiprocessing.active_children()]
+
+
+def shared_files() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if name.startswith("oldlogits-")} if os.path.isdir("/dev/shm") else set()
+
+
+def wait_for_updates(run: Path, num: int, *, deadline_s: float = 60) -> None:
+    """Return when the run has made `num` updates."""
+    ends = time.monotonic() + deadline_s
+    while time.monotonic() < ends:
+        if (run / "events.jsonl").exists() and len(events_of(run, EventKind.UPDATE)) >= num:
+            return
+        time.sleep(0.02)
+
+
+def after_updates(run: Path, num: int, act: Callable[[], None]) -> threading.Thread:
+    """Do something in a thread when the run has made `num` updates."""
+
+    def watch() -> None:
+        wait_for_updates(run, num)
+        act()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def pid_of(name: str) -> int:
+    """The process id of a child of this process."""
+    [pid] = [child.pid for child in multiprocessing.active_children() if child.name == name]
+    assert pid is not None
+    return pid
