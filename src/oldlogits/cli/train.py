@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import tyro
 
@@ -30,14 +30,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainOptions:
-    """Train an agent from a recipe. Any recipe key is overridden by its dotted name.
+    """Train an agent from RECIPE, a TOML file. With --resume it is the run's own config.toml unless given.
 
-    For example `--variant decoupled_async --source.type arrival --trainer.lr 3e-4`.
-    `oldlogits show recipe` lists all keys.
+    Any recipe key is overridden by its dotted name, for example
+    `--variant decoupled_async --source.type arrival --trainer.lr 3e-4`. `oldlogits show recipe` lists all keys.
     """
 
-    recipe: Annotated[Path | None, tyro.conf.Positional] = None
-    """A TOML file. With --resume, the run's own config.toml unless given."""
     out: Path | None = None
     """The run folder: absent or empty. Default: runs/RECIPE-DATE-TIME."""
     resume: Path | None = None
@@ -48,8 +46,10 @@ class TrainOptions:
 
 def command(arguments: Sequence[str]) -> int:
     """Parse, check, train, and say what came out."""
-    options, overrides = tyro.cli(TrainOptions, prog="oldlogits train", args=list(arguments), return_unknown_args=True)
-    recipe = _recipe(options)
+    named = Path(arguments[0]) if arguments and not arguments[0].startswith("-") else None
+    words = list(arguments[named is not None :])
+    options, overrides = tyro.cli(TrainOptions, prog="oldlogits train RECIPE", args=words, return_unknown_args=True)
+    recipe = _recipe(named, options)
     config = load_config(recipe, overrides)
     Rows(config, load_environment(config.env.target))  # a wrong environment is refused before torch is imported
     if options.dry_run:
@@ -93,16 +93,18 @@ def _without_echo_of_control_keys() -> Iterator[None]:
         termios.tcsetattr(terminal, termios.TCSANOW, before)
 
 
-def _recipe(options: TrainOptions) -> Path:
+def _recipe(named: Path | None, options: TrainOptions) -> Path:
     if options.resume is not None and options.out is not None:
         raise ConfigError(
             "--resume names the run folder itself", got="--resume and --out", allowed="one of them", fix="leave out --out"
         )
-    if options.recipe is not None:
-        return options.recipe
+    if named is not None:
+        return named
     if options.resume is not None:
         return options.resume / "config.toml"
-    raise ConfigError("no recipe", got="nothing", allowed="a TOML file", fix="oldlogits train recipes/desk.toml")
+    raise ConfigError(
+        "the first word names no recipe", got="no recipe", allowed="a TOML file", fix="oldlogits train recipes/desk.toml ..."
+    )
 
 
 def _dry_run(config: RunConfig) -> int:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 _SHARED_MEMORY: Final = Path("/dev/shm")
+_SUFFIX: Final = ".safetensors"
 
 
 def share(tensors: Mapping[str, Tensor]) -> Path:
@@ -23,7 +24,8 @@ def share(tensors: Mapping[str, Tensor]) -> Path:
     separate = _without_aliases(tensors)
     num_bytes = sum(tensor.nbytes for tensor in separate.values())
     fits = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > 1.1 * num_bytes
-    handle, name = tempfile.mkstemp(prefix="oldlogits-", suffix=".safetensors", dir=_SHARED_MEMORY if fits else None)
+    prefix = f"oldlogits-{os.getpid()}-"
+    handle, name = tempfile.mkstemp(prefix=prefix, suffix=_SUFFIX, dir=_SHARED_MEMORY if fits else None)
     os.close(handle)
     path = Path(name)
     try:
@@ -32,6 +34,13 @@ def share(tensors: Mapping[str, Tensor]) -> Path:
         path.unlink()
         raise
     return path
+
+
+def unshare(pid: int) -> None:
+    """Delete the files of a process that was stopped before their reader could."""
+    for folder in (_SHARED_MEMORY, Path(tempfile.gettempdir())):
+        for path in folder.glob(f"oldlogits-{pid}-*{_SUFFIX}"):
+            path.unlink(missing_ok=True)
 
 
 def _without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

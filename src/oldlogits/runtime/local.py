@@ -6,14 +6,16 @@ controller (this process, no model)  ---pipe---> engine process   samples while 
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 
 from oldlogits.config import RunConfig
 from oldlogits.rollout.process import EngineProcess
+from oldlogits.rollout.shared import unshare
 from oldlogits.rollout.spec import EngineSpec
 from oldlogits.runtime.environment import ThreadRunner
 from oldlogits.runtime.handles import Handles
@@ -31,10 +33,13 @@ async def open_local(config: RunConfig, model_folder: Path, probe_ids: Sequence[
         seed=config.seed,
     )
     runner = ThreadRunner(timeout_s=config.env.timeout_s, latency_s=config.env.latency_s, seed=config.seed)
-    with _ignoring_interrupts():
-        engine = EngineProcess(spec)
-        trainer = TrainerProcess(config, model_folder, probe_ids)
-    try:
+    with ExitStack() as stack:  # each is closed even if Ctrl-C interrupts the closing of another
+        stack.callback(unshare, os.getpid())
+        with _ignoring_interrupts():
+            engine = EngineProcess(spec)
+            stack.callback(engine.close)
+            trainer = TrainerProcess(config, model_folder, probe_ids)
+            stack.callback(trainer.close)
         await trainer.ready()
         yield Handles(
             engine=engine,
@@ -45,9 +50,6 @@ async def open_local(config: RunConfig, model_folder: Path, probe_ids: Sequence[
             real_time=True,
             watch=lambda buffer: None,
         )
-    finally:
-        trainer.close()
-        engine.close()
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from oldlogits.config import RunConfig
 from oldlogits.core.errors import OldLogitsError, WorkerDiedError
-from oldlogits.rollout.shared import share
+from oldlogits.rollout.shared import share, unshare
 from oldlogits.runtime.handles import CallingTrainer, TimedTrainer
 from oldlogits.train.trainer import Published, Trainer
 
@@ -105,7 +105,7 @@ class TrainerProcess:
         )
 
     def close(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, whatever it does. Leaves no process, thread or file."""
         self._process.terminate()
         self._process.join(timeout=EXIT_S)
         if self._process.is_alive():
@@ -113,6 +113,8 @@ class TrainerProcess:
             self._process.join()
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._pipe.close()
+        assert self._process.pid is not None, "it was started"
+        unshare(self._process.pid)
 
 
 def _serve(pipe: Connection, config: RunConfig, model_folder: Path, probe_ids: Sequence[int]) -> None:
