@@ -1,0 +1,122 @@
+"""The command line as a person meets it: help, wrong words, wrong recipes."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from oldlogits import __version__
+from oldlogits.cli.main import VERBS, run
+
+ROOT = Path(__file__).parents[2]
+DESK = ROOT / "recipes/desk.toml"
+
+
+def refused(*words: object, cwd: Path) -> tuple[str, float]:
+    """What a command that must be refused says, and the CPU seconds that it took."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-m", "oldlogits", *map(str, words)],
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    return done.stderr, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+WRONG_RECIPES = {  # content -> what is wrong, got, allowed, fix
+    "bandd = 2.0": ("unknown key in the recipe", "bandd", "'band'", "did you mean band?"),
+    "[trainer]\nlr = 'fast'": ("trainer.lr takes a number", "'fast'", "a number", "correct the value"),
+    "band = = 2": ("the recipe is no TOML", "line 1", "TOML", "correct that line"),
+    "band = 0.9": ("band is out of range", "band = 0.9", "a number > 1", "band = 1.5"),
+    "band = 1": ("band is out of range", "band = 1.0", "a number > 1", "band = 1.5"),
+    "variant = 'decoupled_async'": (
+        "variant 'decoupled_async' needs log-probs of ASYNC, but source 'snapshot' provides OLD",
+        "source.type = 'snapshot'",
+        "a source that provides ASYNC: arrival",
+        "use source 'arrival', or variant 'decoupled_exact'",
+    ),
+    "variant = 'ppo_ewma'": ("needs log-probs of EWMA", "variant = 'ppo_ewma'", "provides EWMA", "use "),
+    "[sampling]\ntop_p = 0.95": ("sampling.top_p is out of range", "sampling.top_p = 0.95", "1.0 in training", "remove it"),
+    "[model]\npath = 'nowhere'": ("model.path is no folder", "nowhere", "a folder with config.json", "--model.path tiny"),
+    "[runtime]\ntype = 'ray'": ("runtime.type has no such choice", "'ray'", "lockstep, local", "choose one of these"),
+    "[env]\ntarget = 'nope:Shop'\n[model]\npath = 'model'": (
+        "env.target cannot be loaded",
+        "'nope:Shop'",
+        "desk",
+        "PYTHONPATH",
+    ),
+}
+
+
+@pytest.mark.parametrize("content", WRONG_RECIPES, ids=lambda content: content.replace("\n", " "))
+def test_a_wrong_recipe_ends_soon_and_says_what_got_allowed_and_fix(content, tiny_folder, tmp_path):
+    (tmp_path / "model").symlink_to(tiny_folder)
+    (tmp_path / "r.toml").write_text(content)
+    said, cpu_s = refused("train", "r.toml", "--out", "run", cwd=tmp_path)
+    lines = dict(line.strip().split(": ", 1) for line in said.strip().splitlines())
+    assert list(lines) == ["error", "got", "allowed", "fix"]
+    for text, expected in zip(lines.values(), WRONG_RECIPES[content], strict=True):
+        assert expected in text
+    assert cpu_s < 3
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_recipe_names_those_that_are_there(tmp_path):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/mine.toml").touch()
+    said, cpu_s = refused("train", "yours.toml", cwd=tmp_path)
+    assert "got: yours.toml" in said
+    assert "fix: try one of: recipes/mine.toml" in said
+    assert cpu_s < 3
+    assert "the first word names no recipe" in refused("train", cwd=tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--bandd", "2"], ["--bandd", "Perhaps you meant", "--band"]),
+        (["--trainer.lrr", "3"], ["--trainer.lrr", "--trainer.lr"]),
+        (["--num-updates", "six"], ["--num-updates", "'six'", "Versions to publish"]),
+        (["--runtime.type", "ray"], ["--runtime.type", "lockstep", "local"]),
+        (["--band", "1"], ["band is out of range", "a number > 1"]),
+    ],
+)
+def test_a_wrong_flag_says_what_was_meant(flags, says, tmp_path):
+    said, cpu_s = refused("train", DESK, *flags, cwd=tmp_path)
+    assert all(text in said for text in says)
+    assert cpu_s < 3
+
+
+def test_an_unknown_verb_names_those_that_exist(capsys):
+    assert run(["trian"]) == 2
+    said = capsys.readouterr().err
+    assert "got: trian" in said
+    assert f"allowed: {', '.join(VERBS)}" in said
+
+
+def test_help_and_version_are_printed(capsys):
+    for words in ([], ["--help"], ["-h"], ["help"]):
+        assert run(words) == 0
+        shown = capsys.readouterr().out
+        assert all(verb in shown and text in shown for verb, text in VERBS.items())
+        assert "oldlogits train recipes/desk.toml" in shown
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"oldlogits {__version__}\n"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_a_command_with_help(verb, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run([verb, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: oldlogits {verb}" in capsys.readouterr().out

@@ -1,0 +1,98 @@
+"""Going on with a run: everything that was counted goes on, and it stays the same experiment."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+
+from oldlogits.cli.main import run as command
+from oldlogits.record.events import EventKind
+
+from ..runs import check_accounting, events_of, recipe, summary_of, tokens_of, write_recipe
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder, tmp_path_factory):
+    """A run of two updates, with evaluations. Read it only."""
+    root = tmp_path_factory.mktemp("resume")
+    config = recipe(tiny_folder, num_updates=2, eval={"num_episodes": 8})
+    assert command(["train", str(write_recipe(root / "r.toml", config)), "--out", str(root / "run")]) == 0
+    return root / "run"
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def steps_of(checkpoint):
+    state = load_file(checkpoint / "state/optimizer.safetensors")
+    return {value.item() for name, value in state.items() if name.endswith("|step")}
+
+
+def test_a_finished_run_goes_on_to_more_updates_and_its_summary_counts_them_all(copied, capsys):
+    before = summary_of(copied)
+    assert command(["train", "--resume", str(copied), "--num-updates", "5"]) == 0
+    summary = summary_of(copied)
+    assert (summary["num_updates"], summary["ended"]) == (5, "done")
+    assert summary["num_trajectories"] == check_accounting(copied)["trained"] == 5 * 3 * 4
+    assert sum(summary["provenance"].values()) == len(tokens_of(copied, "log_r_d")["log_r_d"])
+    assert summary["success_before"] == before["success_before"], "the first evaluation is not repeated"
+    assert summary["train_wall_s"] > before["train_wall_s"]
+    events = events_of(copied)
+    assert [event.seq for event in events] == list(range(len(events)))
+    assert [event.version for event in events if event.kind is EventKind.UPDATE] == [1, 2, 3, 4, 5]
+    assert [event.version for event in events if event.kind is EventKind.RUN_STARTED] == [0, 2]
+    assert [e.fields["stage"] for e in events if e.kind is EventKind.EVALUATION] == ["before"] * 2 + ["after"] * 4
+
+
+def test_optimizer_schedule_and_rows_go_on(copied, finished):
+    assert command(["train", "--resume", str(copied), "--num-updates", "3"]) == 0
+    assert steps_of(finished / "checkpoints/v000002") == {2 * 2.0}
+    assert steps_of(copied / "checkpoints/v000003") == {3 * 2.0}
+    state = json.loads((copied / "checkpoints/v000003/state/trainer.json").read_text())
+    assert (state["version"], state["schedule_steps"]) == (3, 6)
+    admitted = [event.fields["group"] for event in events_of(copied, EventKind.GROUP_ADMITTED)]
+    assert admitted == [f"g{row:06d}" for row in range(3 * 3)], "no row is played twice"
+
+
+@pytest.mark.parametrize(
+    "key, value, says",
+    [
+        ("model.path", "OTHER", "model.path = "),
+        ("seed", "7", "seed = 7; allowed: seed = 0"),
+        ("variant", "ppo_clip", "variant = 'ppo_clip'"),
+        ("env.target", "desk", "env.target = 'desk'"),
+    ],
+)
+def test_a_recipe_that_contradicts_the_run_is_refused_and_changes_nothing(copied, key, value, says, tmp_path, capsys):
+    other = shutil.copytree(copied / "checkpoints/v000002/model", tmp_path / "other")
+    files = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file() and path.name != "environment.json"}
+    status = command(["train", "--resume", str(copied), f"--{key}", str(other) if value == "OTHER" else value])
+    assert status == 2
+    error = " ".join(capsys.readouterr().err.replace("\n", "; ").split())
+    assert f"the recipe contradicts the run in {copied}" in error
+    assert says in error.replace("; ;", ";").replace(" ; ", "; ")
+    assert "fix: leave these keys as they are" in error
+    assert {path: path.read_bytes() for path in files} == files
+
+
+def test_a_folder_that_is_not_empty_is_never_written_to(tiny_folder, tmp_path, capsys):
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "thesis.txt").write_text("dear")
+    assert command(["train", str(write_recipe(tmp_path / "r.toml", recipe(tiny_folder))), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert f"error: {out} is not an empty folder" in error
+    assert "got: thesis.txt" in error
+    assert "fix: choose another --out, or go on with --resume" in error
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+
+
+def test_what_cannot_be_resumed_says_so(tiny_folder, copied, tmp_path, capsys):
+    assert command(["train", "--resume", str(tmp_path / "nothing")]) == 2
+    assert "the recipe does not exist" in capsys.readouterr().err
+    shutil.rmtree(copied / "checkpoints")
+    assert command(["train", "--resume", str(copied)]) == 2
+    assert "got: no complete checkpoint" in capsys.readouterr().err
