@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
+from dataclasses import asdict, replace
+from itertools import pairwise
 
 import pytest
 from rich.console import Console
 
+from oldlogits.cli.main import run as command
 from oldlogits.cli.play import play
-from oldlogits.core.errors import ConfigError
+from oldlogits.core.errors import ConfigError, ModelFolderError
+from oldlogits.envs.desk import OrderDesk
+from oldlogits.envs.desk_data import WORDS
+from oldlogits.envs.shape import tool_names
+from oldlogits.policy.tiny import TinySize, save_tiny, tiny_model, tiny_tokenizer
+from oldlogits.record.folder import RunFolder
+
+from ..runs import recipe
 
 ROW = {
     "customer": "anna",
@@ -122,3 +134,81 @@ def test_what_cannot_be_played_is_a_config_error():
         play(RIDDLE, "oracle", row={"answer": 1}, console=console)
     with pytest.raises(ConfigError, match="mode 'checkpoint'"):
         play("desk", "checkpoint", console=console)
+
+
+@pytest.fixture(scope="module")
+def clerk_folder(tmp_path_factory):
+    """A model that knows the desk's words and nothing of the desk."""
+    tokenizer = tiny_tokenizer([*WORDS, *tool_names(OrderDesk)])
+    size = TinySize(hidden=32, layers=1, heads=2, kv_heads=1, mlp=32, max_context=512)
+    model = tiny_model(size, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, seed=0)
+    folder = tmp_path_factory.mktemp("clerk")
+    save_tiny(folder, model, tokenizer)
+    return folder
+
+
+def _watched(*words: object, capsys) -> list[str]:
+    assert command(["play", "desk", "--mode", "checkpoint", *map(str, words)]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_checkpoint_plays_through_the_turn_loop_and_is_judged(clerk_folder, capsys):
+    lines = _watched("--model", clerk_folder, "--index", 3, capsys=capsys)
+    said = [line.split(maxsplit=1) for line in lines if line.strip()]
+    who = [words[0] for words in said if words[0] in ("customer", "agent", "tool")]
+    assert who[:2] == ["customer", "agent"]
+    assert said[[words[0] for words in said].index("customer")][1].strip() == OrderDesk().reset(
+        **OrderDesk.make_row("heldout", 3)
+    )
+    assert lines[-1] == "reward 0"
+    assert lines == _watched("--model", clerk_folder, "--index", 3, capsys=capsys), "the seed decides"
+    assert lines != _watched("--model", clerk_folder, "--index", 3, "--seed", 1, capsys=capsys)
+    greedy = [_watched("--model", clerk_folder, "--greedy", "--seed", seed, capsys=capsys) for seed in (0, 1)]
+    assert greedy[0] == greedy[1]
+
+
+def test_of_a_run_folder_the_latest_checkpoint_plays_under_its_recipe(clerk_folder, tmp_path, capsys):
+    config = recipe(clerk_folder)
+    config = replace(config, env=replace(config.env, max_turns=1, max_tokens_per_turn=2))
+    folder = RunFolder.create(tmp_path / "run")
+    folder.write_config(asdict(config))
+    with pytest.raises(ConfigError, match="the run has no checkpoint yet"):
+        play("desk", "checkpoint", model=folder.path, console=Console(quiet=True))
+    for version in (2, 10):
+        with folder.checkpoint(version) as partial:
+            shutil.copytree(clerk_folder, partial / "model", dirs_exist_ok=True)
+    (folder.checkpoints / "v000002" / "model" / "model.safetensors").unlink()
+    lines = _watched("--model", folder.path, "--num-episodes", 2, capsys=capsys)
+    agent = [line.split()[1:] for line in lines if line.split()[:1] == ["agent"]]
+    assert [len(words) for words in agent] == [2, 2], "one turn of two tokens in each episode"
+    assert sum("the episode ended early: turn_too_long" in line for line in lines) == 2
+    assert lines[-1] == "mean reward of 2 episodes: 0.000"
+
+
+def test_what_a_checkpoint_writes_wrongly_is_answered_as_in_training(tiny_folder):
+    answers = []
+    for seed in range(40):
+        console = Console(width=500)
+        with console.capture() as capture:
+            assert play(RIDDLE, "checkpoint", row={"answer": 1}, model=tiny_folder, seed=seed, console=console) == 0.0
+        lines = [line.split() for line in capture.get().splitlines()]
+        answers += [b[1:] for a, b in pairwise(lines) if a[:1] == ["agent"] and "</call>" in a and b[:1] == ["tool"]]
+    assert len(answers) >= 5
+    assert all(answer[:2] == ["error", ":"] for answer in answers)
+
+
+def test_a_model_that_is_not_there_is_refused(tmp_path, capsys):
+    with pytest.raises(ModelFolderError, match=r"model\.path is no folder"):
+        play("desk", "checkpoint", model=tmp_path / "gone", console=Console(quiet=True))
+    assert command(["play", "desk", "--mode", "checkpoint"]) == 2
+    assert "add --model runs/" in capsys.readouterr().err
+
+
+def test_a_row_is_given_on_the_command_line(capsys):
+    assert command(["play", "desk", "--mode", "oracle", "--row", json.dumps(ROW)]) == 0
+    shown = capsys.readouterr().out
+    assert "anna here : please cancel my lamp order" in shown
+    assert shown.endswith("reward 1\n")
+    for row, says in (("{", "--row is no JSON"), ("[1]", "--row is no JSON object")):
+        assert command(["play", "desk", "--mode", "oracle", "--row", row]) == 2
+        assert says in capsys.readouterr().err

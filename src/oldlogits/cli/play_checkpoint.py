@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Final, TypeVar, cast
 
 from oldlogits.config import config_from_table
 from oldlogits.config.check import check_model_folder
@@ -22,11 +22,15 @@ from oldlogits.policy.chat import ChatFormat
 from oldlogits.policy.model import load_tokenizer
 from oldlogits.record.folder import RunFolder
 from oldlogits.rollout.embedded import EmbeddedEngine, EngineCore
+from oldlogits.rollout.folder import read_config
 from oldlogits.rollout.spec import EngineSpec
 from oldlogits.rollout.turns import Agent, Failure, TurnLimits, run_episode
 from oldlogits.runtime.environment import run_inline
 
 T = TypeVar("T")
+
+LONGEST: Final = 4096
+"""Tokens of an episode that a model folder without a recipe plays, unless the model takes fewer."""
 
 Say = Callable[[str, str], None]
 """Shows who said what: "agent", "tool" or "customer", and the text."""
@@ -64,8 +68,11 @@ def find_player(path: Path, *, greedy: bool, seed: int) -> Player:
         ConfigError: The run folder has no checkpoint.
         ModelFolderError: It is neither.
     """
-    run, model, env = RunFolder(path=path), path, EnvConfig()
-    if run.config.is_file():
+    run = RunFolder(path=path)
+    if not run.config.is_file():
+        check_model_folder(path)
+        model, env = path, EnvConfig(max_tokens=min(LONGEST, read_config(path).max_positions))
+    else:
         env = config_from_table(tomllib.loads(run.config.read_text(encoding="utf-8"))).env
         checkpoint = run.latest_checkpoint()
         if checkpoint is None:
@@ -76,7 +83,6 @@ def find_player(path: Path, *, greedy: bool, seed: int) -> Player:
                 fix="let the run end, or set record.checkpoint_every",
             )
         model = checkpoint / "model"
-    check_model_folder(model)
     return Player(model=model, env=env, temperature=0.0 if greedy else 1.0, seed=seed)
 
 
