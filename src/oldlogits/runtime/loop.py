@@ -20,14 +20,12 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from oldlogits.batch import collate
+from oldlogits.batch import TokenBatch, collate
 from oldlogits.config import RunConfig
 from oldlogits.core.errors import NonFiniteError
-from oldlogits.core.protocols import FullWeights, LogprobSource, Scored
+from oldlogits.core.protocols import BatchTokens, FullWeights, LogprobSource, Scored
 from oldlogits.core.trajectory import TrajectoryGroup
 from oldlogits.envs.shape import Environment
 from oldlogits.objective import group_advantages
@@ -158,7 +156,7 @@ class Loop:
         self._recorder.batch(groups, version=version, waited_s=taken - started)
         batch = collate(groups, self._advantages(groups), num_steps=self._config.trainer.steps_per_version)
         await trainer.put_batch(batch)
-        scored = await self._score(batch.version[batch.loss_mask], batch.versions)
+        scored = await self._score(batch)
         scored_at = clock()
         result = await self._step(scored)
         trained = clock()
@@ -241,13 +239,15 @@ class Loop:
         advantages: list[float] = group_advantages(rewards, index, self._config.objective.advantage).tolist()
         return advantages
 
-    async def _score(self, versions: NDArray[np.int64], distinct: Sequence[int]) -> Scored | None:
+    async def _score(self, batch: TokenBatch) -> Scored | None:
         if self._source is None:
             return None
         started = self._handles.clock()
-        scored = await self._source.acquire(versions, self.version)
+        versions = batch.version[batch.loss_mask]
+        tokens = BatchTokens(versions=versions, trajectory_ids=batch.trajectory_ids, trainer_version=self.version)
+        scored = await self._source.acquire(tokens)
         check_scored(scored, versions)
-        self._recorder.scored(scored, distinct, version=self.version, seconds_s=self._handles.clock() - started)
+        self._recorder.scored(scored, batch.versions, version=self.version, seconds_s=self._handles.clock() - started)
         return scored
 
     async def _step(self, scored: Scored | None) -> UpdateResult:
