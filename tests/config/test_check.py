@@ -22,6 +22,9 @@ REFUSED = {  # key -> values just outside, and beyond
     "objective.eps_high": [0.0, INF, NAN],
     "objective.dual_clip": [1.0, NAN],
     "objective.weight_mu": [-0.01, 1.01, NAN],
+    "source.beta": [0.8, -0.1, 1.0, NAN],  # but with decay = "fixed"
+    "source.tau": [0.0, 1.01, NAN],
+    "referee.share": [-0.01, 1.01, NAN],
     "objective.denominator_tokens": [0.0, INF, NAN],
     "model.seed": [-2],
     "model.warm_start_steps": [-2],
@@ -68,6 +71,8 @@ ACCEPTED = {  # the ends of the ranges
     "objective.eps_low": [1.0],
     "objective.dual_clip": [1.01, INF],
     "objective.weight_mu": [0.0, 1.0],
+    "source.tau": [0.01, 1.0],
+    "referee.share": [0.0, 1.0],
     "env.max_tokens": [2],
     "env.timeout_s": [0.001],
     "engine.probe_tolerance": [-1.0, 0.0],

@@ -15,6 +15,7 @@ def checked(function: F) -> F:
     return jaxtyped(typechecker=beartype)(function)
 
 
+a3po_weight_mu = checked(objective.a3po_weight_mu)
 aggregate = checked(objective.aggregate)
 band_mask = checked(objective.band_mask)
 clip_log_ratio = checked(objective.clip_log_ratio)

@@ -10,6 +10,7 @@ from oldlogits.core.errors import ExactnessError, MissingLogprobError, VersionEv
 from oldlogits.core.policies import ASYNC, OLD, SOURCES
 from oldlogits.core.protocols import BatchTokens, LogprobSource, Scored
 from oldlogits.sources import SOURCE_TYPES, ArrivalSource, SnapshotSource, check_scored
+from oldlogits.versions import AverageScores
 
 LIVE = 1000
 
@@ -33,6 +34,9 @@ class FakeTrainer:
         assert at is None or type(at) is int, "a plain number, for any handle"
         self.calls.append((at, tokens.tolist()))
         return (1000 * (LIVE if at is None else at) + tokens).astype(np.float32)
+
+    async def score_average(self, tokens):
+        return AverageScores(values=tokens.astype(np.float32), age=1.0)
 
 
 versions = st.lists(st.integers(0, 6), min_size=1, max_size=30).map(lambda v: np.array(v, np.int64))

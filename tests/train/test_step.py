@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from oldlogits.core.errors import MissingLogprobError, NonFiniteError
-from oldlogits.core.policies import ASYNC, EWMA, OLD, THETA
+from oldlogits.core.policies import AGED, ASYNC, EWMA, OLD, THETA
 from oldlogits.core.protocols import Scored
 from oldlogits.policy.model import load_model, named_weights
 from oldlogits.train.step import update
@@ -35,6 +35,7 @@ ROWS = {  # variant -> numerator of r_d over mu, or None; denominator of r_s
     "ppo_ewma_train_infer": ("ewma", "ewma"),
     "linear_train_infer": ("linear", "linear"),
     "loglinear_train_infer": ("loglinear", "loglinear"),
+    "aged_train_infer": ("aged", "aged"),
 }
 BAND, EPS_LOW, EPS_HIGH, DUAL, WEIGHT_MU = 1.5, 0.2, 0.28, 3.0, 0.25
 
@@ -77,7 +78,13 @@ class Case:
 def case(tiny_folder):
     """Versions 4 (perturbed) and 5 (live); mu is OLD with noise that leaves the band for some tokens."""
     live = load_model(tiny_folder)
-    models = {4: perturbed(live, 0.5, 4), 5: live, "async": perturbed(live, 0.2, 6), "ewma": perturbed(live, 0.3, 7)}
+    models = {
+        4: perturbed(live, 0.5, 4),
+        5: live,
+        "async": perturbed(live, 0.2, 6),
+        "ewma": perturbed(live, 0.3, 7),
+        "aged": perturbed(live, 0.4, 8),
+    }
     segments = [[s for read, said, v in turns for s in (read, sampled(said, v, temperature=0.8))] for turns in TURNS]
     made = [trajectory(*s, id=f"g{i // 2}.{i % 2}", group=f"g{i // 2}") for i, s in enumerate(segments)]
     batch = batch_of(made, ADVANTAGES, num_steps=2)
@@ -88,7 +95,7 @@ def case(tiny_folder):
     mu = (old + 0.3 * noise).clamp(max=0).float()
     logp_mu = np.zeros(batch.num_tokens, np.float32)
     logp_mu[batch.loss_mask] = mu.numpy()
-    logp = {"old": old, "mu": mu.double()} | {k: by_model[k][batch.loss_mask] for k in ("async", "ewma")}
+    logp = {"old": old, "mu": mu.double()} | {k: by_model[k][batch.loss_mask] for k in ("async", "ewma", "aged")}
     logp = {name: values.float().double() for name, values in logp.items()}  # what a float32 record keeps
     return Case(dataclasses.replace(batch, logp_mu=logp_mu), live, copy.deepcopy(live).double(), logp)
 
@@ -163,7 +170,7 @@ def config_of(recipe, variant, **table):
 
 
 def scored_for(case, variant):
-    needed = {"old": OLD, "async": ASYNC, "ewma": EWMA}.get(ROWS[variant][1])
+    needed = {"old": OLD, "async": ASYNC, "ewma": EWMA, "aged": AGED}.get(ROWS[variant][1])
     return None if needed is None else case.scored(needed)
 
 

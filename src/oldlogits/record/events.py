@@ -46,6 +46,8 @@ class EventKind(StrEnum):
     """The engine was paused, took the new weights, and went on."""
     PROBE = "probe"
     """Engine and trainer were compared on a fixed prompt."""
+    AVERAGE_RESET = "average_reset"
+    """The weight average was reset to the live weights."""
     CHECKPOINT = "checkpoint"
     """A checkpoint was completed."""
     WARNING = "warning"
@@ -72,6 +74,7 @@ FIELDS: Final[Mapping[EventKind, frozenset[str]]] = MappingProxyType(
         EventKind.PUBLISHED: frozenset({"bytes", "seconds_s"}),
         EventKind.WEIGHTS_UPDATED: frozenset({"pause_s", "load_s"}),
         EventKind.PROBE: frozenset({"max_abs_error", "mean_abs_error", "num_tokens"}),
+        EventKind.AVERAGE_RESET: frozenset({"rule", "rho", "tau", "kept_average", "kept_live", "age"}),
         EventKind.CHECKPOINT: frozenset({"path"}),
         EventKind.WARNING: frozenset({"message"}),
         EventKind.RUN_ENDED: frozenset({"reason", "error"}),

@@ -18,6 +18,7 @@ from oldlogits.rollout.turns import EnvironmentRunner
 from oldlogits.runtime.buffer import Buffer
 from oldlogits.train.step import UpdateResult
 from oldlogits.train.trainer import Published, Trainer, Witnesses
+from oldlogits.versions import AverageScores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +53,7 @@ METHODS: dict[str, Callable[..., object]] = {
     "publish": Trainer.publish,
     "put_batch": Trainer.put_batch,
     "score": Trainer.score,
+    "score_average": Trainer.score_average,
     "train": Trainer.train,
     "retain": Trainer.retain,
     "save": Trainer.save,
@@ -78,6 +80,10 @@ class CallingTrainer:
     async def score(self, tokens: NDArray[np.int64], at: PolicyVersion | None) -> NDArray[np.float32]:
         """Score loss tokens of the batch."""
         return cast("NDArray[np.float32]", await self._call("score", (tokens, at)))
+
+    async def score_average(self, tokens: NDArray[np.int64]) -> AverageScores:
+        """Score loss tokens of the batch with the averaged weights."""
+        return cast(AverageScores, await self._call("score_average", (tokens,)))
 
     async def train(self, scored: Scored | None) -> UpdateResult:
         """Train the batch."""

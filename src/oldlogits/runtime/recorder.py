@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -139,6 +140,8 @@ class Recorder:
             staleness_counts=counts,
             provenance=dict(result.provenance),
         )
+        if result.average_reset is not None:
+            self.events.emit(EventKind.AVERAGE_RESET, version=version, **asdict(result.average_reset))
         every = self._config.record.tokens_every
         if every and (version - 1) % every == 0:
             write_tokens(self.folder.tokens, version, result.table)

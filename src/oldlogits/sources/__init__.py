@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 
 from oldlogits.core.errors import ExactnessError, MissingLogprobError
 from oldlogits.core.policies import OLD
-from oldlogits.core.protocols import LogprobSource, Scored, ScoringHandle
+from oldlogits.core.protocols import LogprobSource, Scored
+from oldlogits.sources.aged import AgedSource
 from oldlogits.sources.arrival import ArrivalSource
+from oldlogits.sources.ewma import AveragingHandle, EwmaSource
 from oldlogits.sources.snapshot import SnapshotSource
 
-SOURCE_TYPES: Final[Mapping[str, Callable[[ScoringHandle], LogprobSource]]] = MappingProxyType(
-    {"snapshot": SnapshotSource, "arrival": ArrivalSource}
+SOURCE_TYPES: Final[Mapping[str, Callable[[AveragingHandle], LogprobSource]]] = MappingProxyType(
+    {"snapshot": SnapshotSource, "arrival": ArrivalSource, "ewma": EwmaSource, "aged": AgedSource}
 )
 """The routes by their name in a recipe; "none" has no source."""
 
@@ -50,4 +52,4 @@ def check_scored(scored: Scored, versions: NDArray[np.int64]) -> None:
         )
 
 
-__all__ = ["SOURCE_TYPES", "ArrivalSource", "SnapshotSource", "check_scored"]
+__all__ = ["SOURCE_TYPES", "AgedSource", "ArrivalSource", "AveragingHandle", "EwmaSource", "SnapshotSource", "check_scored"]

@@ -11,7 +11,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,9 @@ from oldlogits.core.errors import ExactnessError, RunFolderError
 from oldlogits.core.protocols import PolicyVersion, Scored
 from oldlogits.policy.model import load_model, load_tokenizer, named_weights, point_at
 from oldlogits.policy.scorer import score
+from oldlogits.train.average import AVERAGING_SOURCES, Averaging
 from oldlogits.train.step import UpdateResult, update
-from oldlogits.versions import FullCopyStore
+from oldlogits.versions import AverageScores, FullCopyStore
 
 WITNESS_TOLERANCE = 1e-5
 """Nats. Two fp32 forwards of the same weights differ by rounding only."""
@@ -83,6 +84,8 @@ class Trainer:
         self._tokenizer = load_tokenizer(model_folder)
         self._scoring = copy.deepcopy(self._model).requires_grad_(False)
         self._store = FullCopyStore()
+        averages = config.source.type in AVERAGING_SOURCES
+        self._averaging = Averaging(config, named_weights(self._model)) if averages else None
         self._probe = _probe_batch(probe_ids)
         self._probe_logps: dict[PolicyVersion, NDArray[np.float32]] = {}
         t = config.trainer
@@ -105,6 +108,8 @@ class Trainer:
         self._store.publish(self.version, weights)
         point_at(self._scoring, weights)
         self._probe_logps[self.version] = self._score(self._probe, np.flatnonzero(self._probe.loss_mask))
+        if self._averaging is not None:
+            self._averaging.witness(self.version, self._probe_logps[self.version])
         return Published(
             version=self.version,
             weights=weights,
@@ -137,6 +142,17 @@ class Trainer:
             self._witness_checkout(at)
             return self._score(batch, flat)
 
+    def score_average(self, tokens: NDArray[np.int64]) -> AverageScores:
+        """Log-probs of loss tokens of the batch under the weights averaged up to the current version.
+
+        Args:
+            tokens: int64, ascending positions among the batch's loss tokens.
+        """
+        assert self._averaging is not None, "a source that averages makes the trainer keep an average"
+        batch, average = self._current_batch(), self._averaging.average
+        point_at(self._scoring, average.weights)
+        return AverageScores(values=self._score(batch, np.flatnonzero(batch.loss_mask)[tokens]), age=average.age)
+
     def train(self, scored: Scored | None) -> UpdateResult:
         """Train the batch; the trainer's version rises by one.
 
@@ -149,7 +165,13 @@ class Trainer:
         self._witness_lag0(result.lag0_max_abs_error)
         self._batch = None
         self.version += 1
-        return result
+        return self._take_in(result) if self._averaging is not None else result
+
+    def _take_in(self, result: UpdateResult) -> UpdateResult:
+        """The average takes in the new version."""
+        assert self._averaging is not None
+        taken = self._averaging.take_in(named_weights(self._model), self.version, result.metrics, result.staleness_counts)
+        return replace(result, metrics={**result.metrics, **taken.metrics}, average_reset=taken.reset)
 
     def retain(self, oldest_needed: PolicyVersion) -> None:
         """Drop stored versions that no token in flight needs."""
@@ -180,6 +202,8 @@ class Trainer:
         save_file(tensors | {"rng": torch.get_rng_state()}, state / "optimizer.safetensors")
         counters = {"version": self.version, "schedule_steps": self._schedule.last_epoch, **asdict(self.witnesses)}
         (state / "trainer.json").write_text(json.dumps(counters, indent=1))
+        if self._averaging is not None:
+            self._averaging.save(state / "average.safetensors")
 
     def restore(self, folder: Path) -> None:
         """Go on from a checkpoint of `save`; the model's weights are loaded too.
@@ -212,6 +236,8 @@ class Trainer:
             group["lr"] = self._config.trainer.lr * factor
         self.version = counters.pop("version")
         self.witnesses = Witnesses(**counters)
+        if self._averaging is not None:
+            self._averaging.restore(state / "average.safetensors")
 
     def _score(self, batch: TokenBatch, flat: NDArray[np.int64]) -> NDArray[np.float32]:
         t = self._config.trainer
