@@ -36,6 +36,7 @@ from oldlogits.runtime.buffer import Account, Buffer
 from oldlogits.runtime.handles import Handles
 from oldlogits.runtime.probe import KNOWN_NUMERICS, ProbeResult, probe
 from oldlogits.runtime.recorder import Recorder
+from oldlogits.runtime.referee import Referee
 from oldlogits.runtime.rollouts import PACE, Rollouts, evaluate, is_success
 from oldlogits.runtime.rows import Rows
 from oldlogits.runtime.staleness import StalenessBound
@@ -91,6 +92,7 @@ class Loop:
         self.buffer.account = Account(**totals.account)
         source = SOURCE_TYPES.get(config.source.type)
         self._source: LogprobSource | None = source(handles.trainer) if source else None
+        self._referee = Referee(config, handles.trainer, recorder.events, handles.clock)
         self._last_update_s = 0.0
         self.version = 0
         self.witnesses = Witnesses()
@@ -158,6 +160,8 @@ class Loop:
         await trainer.put_batch(batch)
         scored = await self._score(batch)
         scored_at = clock()
+        exact = await self._referee.exact(self._entering(batch))
+        refereed = clock()
         result = await self._step(scored)
         trained = clock()
         published = await self._publish()
@@ -172,13 +176,14 @@ class Loop:
             "time/update_s": ended - started,
             "time/wait_batch_s": taken - started,
             "time/score_s": scored_at - taken,
-            "time/step_s": trained - scored_at,
+            "time/step_s": trained - refereed,
             "time/publish_s": ended - trained,
         }
         used = (await self._busy()) - before
         self._count(groups, result, used, ended - started)
         metrics = {**result.metrics, **times, **self._loop_metrics(groups, result, used, times)}
         self._recorder.updated(result, metrics, groups, version=self.version)
+        self._referee.judge(exact, result, version=self.version)
 
     async def _busy(self) -> Busy:
         stats, state = await self._handles.engine_stats(), await self._handles.trainer.state()
@@ -239,14 +244,17 @@ class Loop:
         advantages: list[float] = group_advantages(rewards, index, self._config.objective.advantage).tolist()
         return advantages
 
+    def _entering(self, batch: TokenBatch) -> BatchTokens:
+        versions = batch.version[batch.loss_mask]
+        return BatchTokens(versions=versions, trajectory_ids=batch.trajectory_ids, trainer_version=self.version)
+
     async def _score(self, batch: TokenBatch) -> Scored | None:
         if self._source is None:
             return None
         started = self._handles.clock()
-        versions = batch.version[batch.loss_mask]
-        tokens = BatchTokens(versions=versions, trajectory_ids=batch.trajectory_ids, trainer_version=self.version)
+        tokens = self._entering(batch)
         scored = await self._source.acquire(tokens)
-        check_scored(scored, versions)
+        check_scored(scored, tokens.versions)
         self._recorder.scored(scored, batch.versions, version=self.version, seconds_s=self._handles.clock() - started)
         return scored
 
