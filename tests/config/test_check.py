@@ -24,6 +24,7 @@ REFUSED = {  # key -> values just outside, and beyond
     "objective.weight_mu": [-0.01, 1.01, NAN],
     "source.beta": [0.8, -0.1, 1.0, NAN],  # but with decay = "fixed"
     "source.tau": [0.0, 1.01, NAN],
+    "source.window": [0, -1],
     "referee.share": [-0.01, 1.01, NAN],
     "objective.denominator_tokens": [0.0, INF, NAN],
     "model.seed": [-2],
@@ -72,6 +73,7 @@ ACCEPTED = {  # the ends of the ranges
     "objective.dual_clip": [1.01, INF],
     "objective.weight_mu": [0.0, 1.0],
     "source.tau": [0.01, 1.0],
+    "source.window": [1, 100],
     "referee.share": [0.0, 1.0],
     "env.max_tokens": [2],
     "env.timeout_s": [0.001],

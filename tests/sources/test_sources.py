@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oldlogits.core.errors import ExactnessError, MissingLogprobError, VersionEvictedError
-from oldlogits.core.policies import ASYNC, OLD, SOURCES
+from oldlogits.core.policies import ASYNC, MU, OLD, SOURCES
 from oldlogits.core.protocols import BatchTokens, LogprobSource, Scored
-from oldlogits.sources import SOURCE_TYPES, ArrivalSource, SnapshotSource, check_scored
+from oldlogits.sources import SOURCE_TYPES, ArrivalSource, SnapshotSource, check_scored, make_source
 from oldlogits.versions import AverageScores
 
 LIVE = 1000
@@ -37,6 +37,10 @@ class FakeTrainer:
 
     async def score_average(self, tokens):
         return AverageScores(values=tokens.astype(np.float32), age=1.0)
+
+
+class FakeScorer:
+    window = 2
 
 
 versions = st.lists(st.integers(0, 6), min_size=1, max_size=30).map(lambda v: np.array(v, np.int64))
@@ -79,11 +83,20 @@ def test_arrival_scores_the_whole_batch_once_with_the_live_weights(tags, trainer
 
 
 def test_the_routes_by_name_provide_what_the_table_of_sources_says():
-    assert set(SOURCE_TYPES) == {name for name, route in SOURCES.items() if route.provides}
-    for name, source_type in SOURCE_TYPES.items():
-        source: LogprobSource = source_type(FakeTrainer())
-        assert {source.provides} == SOURCES[name].provides
-        assert asyncio.run(source.acquire(entering([0], 0))).policy is source.provides
+    assert {*SOURCE_TYPES, "dedicated"} == set(SOURCES)
+    for name, route in SOURCES.items():
+        source: LogprobSource = make_source(name, FakeTrainer(), FakeScorer())
+        assert {source.provides} == (route.provides or {MU}), name
+
+
+@pytest.mark.parametrize("name", ["snapshot", "arrival", "ewma", "aged"])
+def test_what_a_route_returns_is_of_the_policy_that_it_says_it_provides(name):
+    source = make_source(name, FakeTrainer(), None)
+    assert asyncio.run(source.acquire(entering([0], 0))).policy is source.provides
+
+
+def test_the_route_none_returns_nothing_and_asks_for_nothing():
+    assert asyncio.run(make_source("none", None, None).acquire(entering([0], 0))) is None
 
 
 TAGS = np.array([3, 4, 4])

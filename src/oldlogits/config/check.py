@@ -64,6 +64,7 @@ def _check_ranges(config: RunConfig) -> None:
     _require(0 < o.eps_low <= 1, "objective.eps_low", o.eps_low, "in (0, 1]", "eps_low = 0.2")
     _require(0 < o.eps_high < math.inf, "objective.eps_high", o.eps_high, "> 0", "eps_high = 0.28")
     _require(o.dual_clip > 1, "objective.dual_clip", o.dual_clip, "> 1 (inf: off)", "dual_clip = 3.0")
+    _require(config.source.window >= 1, "source.window", config.source.window, ">= 1", "2")
     _require(0 <= o.weight_mu <= 1, "objective.weight_mu", o.weight_mu, "in [0, 1]", "weight_mu = 0.5")
     share = config.referee.share
     _require(0 <= share <= 1, "referee.share", share, "in [0, 1] (0: no referee)", "0.25")

@@ -35,9 +35,11 @@ class SourceConfig:
     """The route to the stand-in's log-probs."""
 
     type: str = "snapshot"
-    """snapshot | arrival | ewma | aged | none."""
+    """snapshot | dedicated | interruption | eager | arrival | ewma | aged | none."""
     accept_mixed_kv: bool = False
     """Accept OLD for tokens that were sampled over stale keys and values; they are labelled mixed_kv."""
+    window: int = 2
+    """dedicated only: the newest versions that the scorer holds; tokens of older ones are scored from the trainer's store."""
     decay: Literal["fixed", "window", "mean-lag", "auto"] = "window"
     """ewma and aged: how beta is chosen. fixed: source.beta. window: W / (W + 2). mean-lag: m / (1 + m), m the measured
     token-weighted mean lag. auto: the smallest expected error over the measured lags (docs/ewma.md)."""

@@ -175,15 +175,21 @@ STAND_IN_PROVENANCE: Final[Mapping[Policy, Provenance]] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """A route to log-probs: what it provides, and what it costs in one phrase."""
+    """A route to log-probs: what it provides, what it costs in one phrase, and whether the trainer stores versions for it."""
 
     provides: frozenset[Policy]
     cost: str
+    stores_versions: bool = True
 
 
 SOURCES: Final[Mapping[str, Route]] = MappingProxyType(
     {
         "snapshot": Route(provides=frozenset({OLD}), cost="stores every version that is still needed"),
+        "dedicated": Route(provides=frozenset({OLD}), cost="a second model, and its window of versions"),
+        "interruption": Route(
+            provides=frozenset({OLD}), cost="the engine waits while the trainer scores and steps", stores_versions=False
+        ),
+        "eager": Route(provides=frozenset({OLD}), cost="one extra version while the outgoing one is scored"),
         "arrival": Route(provides=frozenset({ASYNC}), cost="one forward, no storage"),
         "ewma": Route(provides=frozenset({EWMA}), cost="one forward, one fp32 copy"),
         "aged": Route(provides=frozenset({AGED}), cost="two forwards, one fp32 copy"),

@@ -274,13 +274,16 @@ class DedicatedScorer(PieceScorer, Protocol):
         """Versions that it holds: the newest ones."""
         ...
 
-    async def publish(self, version: PolicyVersion, weights: Mapping[str, Tensor], probe_logps: NDArray[np.float32]) -> None:
+    async def publish(self, version: PolicyVersion, weights: Mapping[str, Tensor], probe_logps: NDArray[np.float32]) -> float:
         """Take over a version, and drop the oldest beyond the window.
 
         Args:
             version: Its number.
             weights: Copied before this returns.
             probe_logps: float32 [probe token]; what the trainer's live weights give the fixed probe tokens.
+
+        Returns:
+            The largest difference on these tokens, in nats.
 
         Raises:
             ExactnessError: The weights that arrived give the probe tokens other log-probs.
@@ -301,6 +304,8 @@ class LogprobSource(Protocol):
     """Whether the engine is paused from before the first optimizer step until it holds the next version."""
     needs_partials: bool = False
     """Whether `on_paused` is to be called."""
+    witness_max_abs_error: float = math.nan
+    """Largest error in nats of witnesses of exactness that the trainer does not have; NaN: there is none."""
 
     @property
     def provides(self) -> Policy:
@@ -314,9 +319,11 @@ class LogprobSource(Protocol):
             trajectory_id: Which.
             segments: All of it so far; goes on growing.
         """
+        return
 
     async def on_arrival(self, trajectories: Sequence[Trajectory]) -> None:
         """The trajectories of a group have ended and wait for training."""
+        return
 
     async def on_paused(self, running: Mapping[str, Sequence[Sampled]]) -> None:
         """The engine is paused and has sampled the last token of its version.
@@ -324,6 +331,7 @@ class LogprobSource(Protocol):
         Args:
             running: By trajectory, what unfinished turns have sampled so far.
         """
+        return
 
     async def on_published(
         self, version: PolicyVersion, weights: Mapping[str, Tensor], probe_logps: NDArray[np.float32]
@@ -335,13 +343,15 @@ class LogprobSource(Protocol):
             weights: The trainer's, valid until its next optimizer step.
             probe_logps: float32 [probe token]; what they give the fixed probe tokens.
         """
+        return
 
-    async def acquire(self, batch: BatchTokens) -> Scored:
-        """The log-probs of the batch that enters training."""
+    async def acquire(self, batch: BatchTokens) -> Scored | None:
+        """The log-probs of the batch that enters training; None from a route for variants that need none."""
         ...
 
     def drop(self, trajectory_ids: Iterable[str]) -> None:
         """These were trained, filtered, failed or cancelled: forget them."""
+        return
 
     def oldest_needed(self, in_flight: PolicyVersion) -> PolicyVersion:
         """The oldest version that this route may still ask the trainer's store for.
@@ -357,3 +367,4 @@ class LogprobSource(Protocol):
 
     async def close(self) -> None:
         """The run ends: leave nothing running."""
+        return

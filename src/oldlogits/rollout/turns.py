@@ -9,7 +9,7 @@ What was sampled is never re-tokenised: a turn's prompt is every token before it
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeVar, cast
 
@@ -43,6 +43,14 @@ class EnvironmentRunner(Protocol):
         ...
 
 
+Report = Callable[[str, Sequence[Segment]], None]
+"""Told of a trajectory that grew: its id, and all its segments so far; they go on growing."""
+
+
+def unreported(trajectory_id: str, segments: Sequence[Segment]) -> None:
+    """Nobody watches."""
+
+
 class EnvironmentFailed(Exception):  # noqa: N818 - an outcome of an episode, not an error of this package
     """Environment code raised or timed out; the text says what and where."""
 
@@ -64,7 +72,7 @@ class TurnLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agent:
-    """What an episode needs besides its task: engine, chat format, parser, limits and sampling."""
+    """What an episode needs besides its task: engine, chat format, parser, limits, sampling, and who watches it grow."""
 
     engine: RolloutEngine
     chat: ChatFormat
@@ -72,6 +80,7 @@ class Agent:
     limits: TurnLimits
     sampling: Sampling
     run_environment: EnvironmentRunner
+    report: Report = unreported
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,11 +183,13 @@ class _Episode:
         generation = await self._agent.engine.generate(self._tokens, sampling, f"{self._id}/{turn}")
         self._tokens += generation.output_ids
         self.segments += sampled_segments(generation, sampling.temperature)
+        self._agent.report(self._id, self.segments)
         return generation.output_ids
 
     def _read(self, ids: list[int]) -> None:
         self._tokens += ids
         self.segments.append(Context(token_ids=tuple(ids)))
+        self._agent.report(self._id, self.segments)
 
 
 def sampled_segments(generation: Generation, temperature: float) -> list[Sampled]:
@@ -193,6 +204,11 @@ def sampled_segments(generation: Generation, temperature: float) -> list[Sampled
         )
         for span in generation.spans
     ]
+
+
+def trajectory_of(request_id: str) -> str:
+    """The trajectory whose turn a request to the engine is: requests are named ``{trajectory}/{turn}``."""
+    return request_id.rpartition("/")[0]
 
 
 def system_prompt_of(environment_class: type[Environment]) -> str:

@@ -173,9 +173,9 @@ class Recorder:
         """A version was stored."""
         self.events.emit(EventKind.PUBLISHED, version=version, bytes=num_bytes, seconds_s=seconds_s)
 
-    def weights_updated(self, *, version: int, pause_s: float, load_s: float) -> None:
-        """The engine took new weights."""
-        self.events.emit(EventKind.WEIGHTS_UPDATED, version=version, pause_s=pause_s, load_s=load_s)
+    def weights_updated(self, *, version: int, pause_s: float, load_s: float, stall_s: float) -> None:
+        """The engine was brought to rest, took new weights, and had stood still for `stall_s` when it went on."""
+        self.events.emit(EventKind.WEIGHTS_UPDATED, version=version, pause_s=pause_s, load_s=load_s, stall_s=stall_s)
 
     def probed(self, result: ProbeResult, witness_error: float, *, version: int) -> None:
         """Engine and trainer were compared; the witnesses' worst error is shown beside it."""

@@ -114,7 +114,7 @@ async def _finish(config: RunConfig, loop: Loop, handles: Handles, recorder: Rec
     witnesses = loop.witnesses
     if ended == "interrupted":
         await loop.checkpoint()
-    loop.buffer.cancel_all()
+    loop.cancel_all()
     recorder.ended(ended, str(error or ""), version=loop.version)
     return RunResult(summary=loop.totals.summary(config, loop.buffer, witnesses, ended), error=error)
 
