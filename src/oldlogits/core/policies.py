@@ -190,10 +190,10 @@ SOURCES: Final[Mapping[str, Route]] = MappingProxyType(
             provides=frozenset({OLD}), cost="the engine waits while the trainer scores and steps", stores_versions=False
         ),
         "eager": Route(provides=frozenset({OLD}), cost="one extra version while the outgoing one is scored"),
-        "arrival": Route(provides=frozenset({ASYNC}), cost="one forward, no storage"),
-        "ewma": Route(provides=frozenset({EWMA}), cost="one forward, one fp32 copy"),
-        "aged": Route(provides=frozenset({AGED}), cost="two forwards, one fp32 copy"),
-        "none": Route(provides=frozenset(), cost="nothing"),
+        "arrival": Route(provides=frozenset({ASYNC}), cost="one forward, no storage", stores_versions=False),
+        "ewma": Route(provides=frozenset({EWMA}), cost="one forward, one fp32 copy", stores_versions=False),
+        "aged": Route(provides=frozenset({AGED}), cost="two forwards, one fp32 copy", stores_versions=False),
+        "none": Route(provides=frozenset(), cost="nothing", stores_versions=False),
     }
 )
 """Which route provides which policy. Interpolations are formed at loss time and need no source."""

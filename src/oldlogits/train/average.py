@@ -96,7 +96,11 @@ class Averaging:
         """
         num_lags = self._config.window + 1
         self._lags.append(np.array([staleness_counts.get(lag, 0) for lag in range(num_lags)], np.int64))
-        served = {"average/age": self.average.age, "average/num_versions": float(self.average.num_versions)}
+        served = {
+            "average/age": self.average.age,
+            "average/num_versions": float(self.average.num_versions),
+            "average/stored_bytes": float(self.average.num_bytes),
+        }
         reset = self._reset(version, metrics)
         if reset is not None:
             self.average.reset(weights)
