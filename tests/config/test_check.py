@@ -22,6 +22,10 @@ REFUSED = {  # key -> values just outside, and beyond
     "objective.eps_high": [0.0, INF, NAN],
     "objective.dual_clip": [1.0, NAN],
     "objective.weight_mu": [-0.01, 1.01, NAN],
+    "source.beta": [0.8, -0.1, 1.0, NAN],  # but with decay = "fixed"
+    "source.tau": [0.0, 1.01, NAN],
+    "source.window": [0, -1],
+    "referee.share": [-0.01, 1.01, NAN],
     "objective.denominator_tokens": [0.0, INF, NAN],
     "model.seed": [-2],
     "model.warm_start_steps": [-2],
@@ -68,6 +72,9 @@ ACCEPTED = {  # the ends of the ranges
     "objective.eps_low": [1.0],
     "objective.dual_clip": [1.01, INF],
     "objective.weight_mu": [0.0, 1.0],
+    "source.tau": [0.01, 1.0],
+    "source.window": [1, 100],
+    "referee.share": [0.0, 1.0],
     "env.max_tokens": [2],
     "env.timeout_s": [0.001],
     "engine.probe_tolerance": [-1.0, 0.0],
@@ -151,6 +158,38 @@ def test_stale_keys_and_values_are_refused_where_old_is_needed_unless_mixed_is_a
 def test_the_tiny_model_plays_only_at_the_desk():
     with pytest.raises(ConfigError, match="the tiny model knows only the words of the order desk"):
         check(changed("env.target", "my.package:Shop"))
+
+
+def test_a_fixed_decay_needs_its_beta_and_no_other_decay_takes_one():
+    fixed = changed("source.decay", "fixed")
+    check(changed("source.beta", 0.8, fixed))
+    for beta in (0.0, 1.0, -0.5, NAN):
+        with pytest.raises(ConfigError, match=r"^source\.beta is out of range"):
+            check(changed("source.beta", beta, fixed))
+
+
+@pytest.mark.parametrize("rule", ["paper", "guarded"])
+def test_a_reset_is_refused_where_there_is_no_average(rule):
+    ewma = changed("variant", "ppo_ewma", changed("source.type", "ewma"))
+    check(changed("source.reset", rule, ewma))
+    with pytest.raises(ConfigError, match="source 'snapshot' has no average to reset"):
+        check(changed("source.reset", rule))
+
+
+def test_a_guarded_reset_that_could_never_act_is_refused():
+    ewma = changed("variant", "ppo_ewma", changed("source.type", "ewma", changed("band", INF)))
+    check(changed("source.reset", "paper", ewma))
+    with pytest.raises(ConfigError, match="there is no band: it would never act"):
+        check(changed("source.reset", "guarded", ewma))
+
+
+def test_a_schedule_of_weight_mu_is_refused_where_nothing_is_interpolated():
+    scheduled = changed("objective.weight_mu_schedule", "a3po")
+    for variant in ("linear_prox", "loglinear_prox", "linear_train_infer", "loglinear_train_infer"):
+        check(changed("variant", variant, changed("source.type", "none", scheduled)))
+    for variant, source in (("decoupled_exact", "snapshot"), ("ppo_clip_train_infer", "none")):
+        with pytest.raises(ConfigError, match="interpolates nothing"):
+            check(changed("variant", variant, changed("source.type", source, scheduled)))
 
 
 def test_rows_that_exist_are_accepted(tmp_path):

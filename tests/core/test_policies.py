@@ -4,6 +4,7 @@ import pytest
 
 from oldlogits.core.errors import ConfigError, MissingPolicyError
 from oldlogits.core.policies import (
+    AGED,
     ASYNC,
     EWMA,
     EXPERIMENTAL_VARIANTS,
@@ -35,6 +36,7 @@ PAPER = {
 EXPERIMENTAL = {
     "linear_train_infer": ("linear/mu", "theta/linear", set(), True),
     "loglinear_train_infer": ("loglinear/mu", "theta/loglinear", set(), True),
+    "aged_train_infer": ("aged/mu", "theta/aged", {AGED}, True),
 }
 ROWS = PAPER | EXPERIMENTAL
 
@@ -98,9 +100,9 @@ def test_an_unknown_variant_is_refused_with_the_known_ones():
     assert all(name in caught.value.allowed for name in ROWS)
 
 
-@pytest.mark.parametrize("name, source", list(itertools.product(ROWS, ["snapshot", "arrival", "none"])))
+@pytest.mark.parametrize("name, source", list(itertools.product(ROWS, ["snapshot", "arrival", "ewma", "aged", "none"])))
 def test_a_source_is_accepted_exactly_if_it_provides_what_the_variant_needs(name, source):
-    provides = {"snapshot": {OLD}, "arrival": {ASYNC}, "none": set()}[source]
+    provides = {"snapshot": {OLD}, "arrival": {ASYNC}, "ewma": {EWMA}, "aged": {AGED}, "none": set()}[source]
     if ROWS[name][2] <= provides:
         check_source(name, source)
     else:
@@ -113,7 +115,7 @@ def test_a_missing_policy_is_told_with_what_got_allowed_and_fix():
         check_source("decoupled_exact", "arrival")
     assert caught.value.what == "variant 'decoupled_exact' needs log-probs of OLD, but source 'arrival' provides ASYNC"
     assert caught.value.got == "variant = 'decoupled_exact', source.type = 'arrival'"
-    assert caught.value.allowed == "a source that provides OLD: snapshot"
+    assert caught.value.allowed == "a source that provides OLD: snapshot, dedicated, interruption, eager"
     assert caught.value.fix == "use source 'snapshot', or variant 'decoupled_async'"
 
 
@@ -135,7 +137,7 @@ def test_every_remedy_of_a_missing_policy_works(name, source):
 
 
 def test_an_unknown_source_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match=r"unknown source\.type; got: 'snap'; allowed: snapshot, arrival, none"):
+    with pytest.raises(ConfigError, match=r"unknown source\.type; got: 'snap'; allowed: snapshot, .*, none"):
         check_source("decoupled_exact", "snap")
 
 

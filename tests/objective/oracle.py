@@ -17,6 +17,7 @@ ROWS = {  # name: (numerator and denominator of r_d, or None for 1; denominator 
     "ppo_ewma_train_infer": (("ewma", "mu"), "ewma"),
     "linear_train_infer": (("linear", "mu"), "linear"),
     "loglinear_train_infer": (("loglinear", "mu"), "loglinear"),
+    "aged_train_infer": (("aged", "mu"), "aged"),
 }
 
 

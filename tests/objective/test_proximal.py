@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from oldlogits.core.errors import ConfigError
 
 from .oracle import interpolate
-from .typed import linear_logp, loglinear_logp
+from .typed import a3po_weight_mu, linear_logp, loglinear_logp
 
 BOTH = {"linear": linear_logp, "loglinear": loglinear_logp}
 INF, NAN = math.inf, math.nan
@@ -81,3 +81,23 @@ def test_loglinear_is_a3pos_stand_in_with_its_coefficient_on_the_other_side(beha
     on_theta = 0.0 if lag == 0 else min(max((current - 1 - behave) / (current - behave), 0.0), 1.0)
     expected = mu + on_theta * (theta - mu)
     assert loglinear_logp(tensor(mu), tensor(theta), 1 - on_theta).item() == pytest.approx(expected, abs=1e-12)
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=8))
+def test_a3pos_weight_is_its_formula_read_from_the_side_of_mu(versions):
+    """A-3PO: log prox = log mu + alpha (log theta - log mu), alpha = clip((v - 1 - v_b) / (v - v_b), 0, 1), 0 at v = v_b."""
+    on_mu = []
+    for behaviour, staleness in versions:
+        now = behaviour + staleness
+        alpha = min(max((now - 1 - behaviour) / (now - behaviour), 0.0), 1.0) if staleness else 0.0
+        on_mu.append(1 - alpha)
+    found = a3po_weight_mu(torch.tensor([staleness for _, staleness in versions]))
+    assert found.dtype == torch.float32
+    assert found.tolist() == pytest.approx(on_mu, abs=1e-7)
+
+
+@given(mu=logps, theta=logps, staleness=st.integers(0, 20))
+def test_with_a3pos_weight_the_loglinear_stand_in_is_a3pos(mu, theta, staleness):
+    alpha = max(staleness - 1, 0) / max(staleness, 1)
+    found = loglinear_logp(tensor(mu), tensor(theta), a3po_weight_mu(torch.tensor([staleness])))
+    assert found.item() == pytest.approx(mu + alpha * (theta - mu), abs=1e-5)

@@ -53,6 +53,7 @@ def test_every_variant_equals_the_scalar_oracle_in_value_gradient_and_masks(name
             "old": log_mu + old,
             "async": log_mu + asynchronous,
             "ewma": log_mu + ewma,
+            "aged": log_mu + 2 * ewma - asynchronous,
             "theta": log_mu + theta,
         }
         prob = {policy: math.exp(value) for policy, value in logs.items()}
@@ -60,7 +61,7 @@ def test_every_variant_equals_the_scalar_oracle_in_value_gradient_and_masks(name
         advantages.append(advantage)
     expected = [token(name, prob, a, objective) for prob, a in zip(probs, advantages, strict=True)]
 
-    logp = {policy: tensor(*(prob[policy] for prob in probs)).log() for policy in (MU, OLD, ASYNC, EWMA)}
+    logp = {policy: tensor(*(prob[policy] for prob in probs)).log() for policy in (MU, OLD, ASYNC, EWMA, Policy.AGED)}
     theta = tensor(*(prob["theta"] for prob in probs)).log().requires_grad_()
     logp[THETA] = theta
     logp[Policy.LINEAR] = linear_logp(logp[MU], theta, weight_mu)

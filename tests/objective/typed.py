@@ -15,11 +15,14 @@ def checked(function: F) -> F:
     return jaxtyped(typechecker=beartype)(function)
 
 
+a3po_weight_mu = checked(objective.a3po_weight_mu)
 aggregate = checked(objective.aggregate)
 band_mask = checked(objective.band_mask)
 clip_log_ratio = checked(objective.clip_log_ratio)
 clip_mask = checked(objective.clip_mask)
+decision_sums = checked(objective.decision_sums)
 diagnose = checked(objective.diagnose)
+exact_variant = checked(objective.exact_variant)
 finite_mask = checked(objective.finite_mask)
 group_advantages = checked(objective.group_advantages)
 kept_mask = checked(objective.kept_mask)

@@ -16,6 +16,7 @@ from oldlogits.runtime.buffer import Buffer
 from oldlogits.runtime.environment import run_inline
 from oldlogits.runtime.rollouts import FAILURES_IN_A_ROW, Rollouts, evaluate
 from oldlogits.runtime.staleness import StalenessBound
+from oldlogits.sources import NoSource
 
 CHAT = ChatFormat(tiny_tokenizer(["hello"]))
 
@@ -78,6 +79,22 @@ def agent_of(engine):
     return Agent(engine=engine, chat=CHAT, parser=parse_plain, limits=limits, sampling=sampling, run_environment=run_inline)
 
 
+class WatchfulSource(NoSource):
+    """Remembers what it was told."""
+
+    def __init__(self):
+        self.grown, self.arrived, self.dropped = {}, [], []
+
+    def on_segment_closed(self, trajectory_id, segments):
+        self.grown.setdefault(trajectory_id, []).append(len(segments))
+
+    async def on_arrival(self, trajectories):
+        self.arrived.append([t.id for t in trajectories])
+
+    def drop(self, trajectory_ids):
+        self.dropped += trajectory_ids
+
+
 class World:
     """Rollouts with everything that they need, W = 1, B = 2, two members a group."""
 
@@ -86,11 +103,13 @@ class World:
         self.engine, self.events = GatedEngine(), Events()
         bound = StalenessBound(max_staleness=1, groups_per_version=2)
         self.buffer = Buffer(bound, filter_uniform=filter_uniform)
+        self.source = WatchfulSource()
         self.rollouts = Rollouts(
             agent=agent_of(self.engine),
             environment_class=Task,
             rows=SimpleNamespace(train=rows),
             buffer=self.buffer,
+            source=self.source,
             events=self.events,
             tasks=tasks,
             group_size=2,

@@ -7,11 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oldlogits.core.errors import ExactnessError, MissingLogprobError, VersionEvictedError
-from oldlogits.core.policies import ASYNC, OLD, SOURCES
-from oldlogits.core.protocols import LogprobSource, Scored
-from oldlogits.sources import SOURCE_TYPES, ArrivalSource, SnapshotSource, check_scored
+from oldlogits.core.policies import ASYNC, MU, OLD, SOURCES
+from oldlogits.core.protocols import BatchTokens, LogprobSource, Scored
+from oldlogits.sources import SOURCE_TYPES, ArrivalSource, SnapshotSource, check_scored, make_source
+from oldlogits.versions import AverageScores
 
 LIVE = 1000
+
+
+def entering(tags, trainer_version=9):
+    """A batch of one trajectory."""
+    return BatchTokens(versions=np.asarray(tags, np.int64), trajectory_ids=("g0.0",), trainer_version=trainer_version)
 
 
 class FakeTrainer:
@@ -29,6 +35,13 @@ class FakeTrainer:
         self.calls.append((at, tokens.tolist()))
         return (1000 * (LIVE if at is None else at) + tokens).astype(np.float32)
 
+    async def score_average(self, tokens):
+        return AverageScores(values=tokens.astype(np.float32), age=1.0)
+
+
+class FakeScorer:
+    window = 2
+
 
 versions = st.lists(st.integers(0, 6), min_size=1, max_size=30).map(lambda v: np.array(v, np.int64))
 
@@ -36,7 +49,7 @@ versions = st.lists(st.integers(0, 6), min_size=1, max_size=30).map(lambda v: np
 @given(versions)
 def test_snapshot_scores_every_token_at_its_own_version_and_never_at_another(tags):
     trainer = FakeTrainer()
-    scored = asyncio.run(SnapshotSource(trainer).acquire(tags, 9))
+    scored = asyncio.run(SnapshotSource(trainer).acquire(entering(tags)))
     assert scored.policy is OLD
     assert scored.values.tolist() == [1000 * v + i for i, v in enumerate(tags.tolist())]
     assert scored.values.dtype == np.float32
@@ -47,20 +60,20 @@ def test_snapshot_scores_every_token_at_its_own_version_and_never_at_another(tag
 @given(versions)
 def test_snapshot_switches_once_per_distinct_version_in_ascending_order(tags):
     trainer = FakeTrainer()
-    scored = asyncio.run(SnapshotSource(trainer).acquire(tags, 9))
+    scored = asyncio.run(SnapshotSource(trainer).acquire(entering(tags)))
     assert [at for at, _ in trainer.calls] == sorted(set(tags.tolist()))
     assert scored.num_switches == len(set(tags.tolist()))
 
 
 def test_snapshot_does_not_stand_in_for_a_version_that_is_gone():
     with pytest.raises(VersionEvictedError, match="version 2"):
-        asyncio.run(SnapshotSource(FakeTrainer(held={1, 3})).acquire(np.array([1, 2, 3]), 4))
+        asyncio.run(SnapshotSource(FakeTrainer(held={1, 3})).acquire(entering([1, 2, 3])))
 
 
 @given(versions, st.integers(0, 20))
 def test_arrival_scores_the_whole_batch_once_with_the_live_weights(tags, trainer_version):
     trainer = FakeTrainer()
-    scored = asyncio.run(ArrivalSource(trainer).acquire(tags, trainer_version))
+    scored = asyncio.run(ArrivalSource(trainer).acquire(entering(tags, trainer_version)))
     assert scored.policy is ASYNC
     assert trainer.calls == [(None, list(range(len(tags))))]
     assert scored.values.tolist() == [1000 * LIVE + i for i in range(len(tags))]
@@ -70,11 +83,20 @@ def test_arrival_scores_the_whole_batch_once_with_the_live_weights(tags, trainer
 
 
 def test_the_routes_by_name_provide_what_the_table_of_sources_says():
-    assert set(SOURCE_TYPES) == {name for name, route in SOURCES.items() if route.provides}
-    for name, source_type in SOURCE_TYPES.items():
-        source: LogprobSource = source_type(FakeTrainer())
-        assert {source.provides} == SOURCES[name].provides
-        assert asyncio.run(source.acquire(np.array([0]), 0)).policy is source.provides
+    assert {*SOURCE_TYPES, "dedicated"} == set(SOURCES)
+    for name, route in SOURCES.items():
+        source: LogprobSource = make_source(name, FakeTrainer(), FakeScorer())
+        assert {source.provides} == (route.provides or {MU}), name
+
+
+@pytest.mark.parametrize("name", ["snapshot", "arrival", "ewma", "aged"])
+def test_what_a_route_returns_is_of_the_policy_that_it_says_it_provides(name):
+    source = make_source(name, FakeTrainer(), None)
+    assert asyncio.run(source.acquire(entering([0], 0))).policy is source.provides
+
+
+def test_the_route_none_returns_nothing_and_asks_for_nothing():
+    assert asyncio.run(make_source("none", None, None).acquire(entering([0], 0))) is None
 
 
 TAGS = np.array([3, 4, 4])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from oldlogits.core.errors import MissingLogprobError, NonFiniteError
-from oldlogits.core.policies import ASYNC, EWMA, OLD, THETA
+from oldlogits.core.policies import AGED, ASYNC, EWMA, OLD, THETA, Provenance
 from oldlogits.core.protocols import Scored
 from oldlogits.policy.model import load_model, named_weights
 from oldlogits.train.step import update
@@ -35,6 +35,7 @@ ROWS = {  # variant -> numerator of r_d over mu, or None; denominator of r_s
     "ppo_ewma_train_infer": ("ewma", "ewma"),
     "linear_train_infer": ("linear", "linear"),
     "loglinear_train_infer": ("loglinear", "loglinear"),
+    "aged_train_infer": ("aged", "aged"),
 }
 BAND, EPS_LOW, EPS_HIGH, DUAL, WEIGHT_MU = 1.5, 0.2, 0.28, 3.0, 0.25
 
@@ -77,7 +78,13 @@ class Case:
 def case(tiny_folder):
     """Versions 4 (perturbed) and 5 (live); mu is OLD with noise that leaves the band for some tokens."""
     live = load_model(tiny_folder)
-    models = {4: perturbed(live, 0.5, 4), 5: live, "async": perturbed(live, 0.2, 6), "ewma": perturbed(live, 0.3, 7)}
+    models = {
+        4: perturbed(live, 0.5, 4),
+        5: live,
+        "async": perturbed(live, 0.2, 6),
+        "ewma": perturbed(live, 0.3, 7),
+        "aged": perturbed(live, 0.4, 8),
+    }
     segments = [[s for read, said, v in turns for s in (read, sampled(said, v, temperature=0.8))] for turns in TURNS]
     made = [trajectory(*s, id=f"g{i // 2}.{i % 2}", group=f"g{i // 2}") for i, s in enumerate(segments)]
     batch = batch_of(made, ADVANTAGES, num_steps=2)
@@ -88,7 +95,7 @@ def case(tiny_folder):
     mu = (old + 0.3 * noise).clamp(max=0).float()
     logp_mu = np.zeros(batch.num_tokens, np.float32)
     logp_mu[batch.loss_mask] = mu.numpy()
-    logp = {"old": old, "mu": mu.double()} | {k: by_model[k][batch.loss_mask] for k in ("async", "ewma")}
+    logp = {"old": old, "mu": mu.double()} | {k: by_model[k][batch.loss_mask] for k in ("async", "ewma", "aged")}
     logp = {name: values.float().double() for name, values in logp.items()}  # what a float32 record keeps
     return Case(dataclasses.replace(batch, logp_mu=logp_mu), live, copy.deepcopy(live).double(), logp)
 
@@ -163,7 +170,7 @@ def config_of(recipe, variant, **table):
 
 
 def scored_for(case, variant):
-    needed = {"old": OLD, "async": ASYNC, "ewma": EWMA}.get(ROWS[variant][1])
+    needed = {"old": OLD, "async": ASYNC, "ewma": EWMA, "aged": AGED}.get(ROWS[variant][1])
     return None if needed is None else case.scored(needed)
 
 
@@ -222,6 +229,37 @@ def test_loss_and_gradient_do_not_depend_on_the_size_of_micro_batches_and_head_c
         other_loss, other_grads = of(micro, chunk)
         assert other_loss == pytest.approx(loss, abs=1e-6)
         assert_same_gradient(other_grads, grads, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["loglinear_prox", "loglinear_train_infer"])
+@pytest.mark.parametrize("denominator", ["token-mean", "token-mean-kept"])
+def test_under_a3pos_schedule_each_token_has_the_weight_of_its_own_staleness(case, recipe, variant, denominator):
+    version = VERSION + 2  # staleness 2 and 3
+    objective = {"weight_mu_schedule": "a3po", "denominator": denominator}
+    config = config_of(recipe, variant, objective=objective)
+    result, _ = run(case, config, None, batch=one_step(case.batch), version=version)
+    table = result.table
+    alpha = (table["staleness"] - 1) / table["staleness"]
+    expected = table["logp_mu"] + alpha * (table["logp_theta"] - table["logp_mu"])
+    assert set(table["staleness"].tolist()) == {2, 3}
+    np.testing.assert_allclose(table["logp_stand_in"], expected, rtol=0, atol=2e-6)
+    if denominator == "token-mean-kept" and variant == "loglinear_train_infer":
+        kept = np.abs(table["log_r_d"]) <= math.log(BAND)
+        h = np.exp(table["log_r_s"].astype(float))
+        positive = table["advantage"] > 0
+        h = np.where(positive, np.minimum(h, 1 + EPS_HIGH), np.clip(h, 1 - EPS_LOW, DUAL))
+        values = np.exp(table["log_r_d"]) * table["advantage"] * h
+        assert 0 < kept.sum() < len(kept)
+        assert result.metrics["loss/value"] == pytest.approx(-values[kept].sum() / kept.sum(), rel=1e-5)
+
+
+def test_a_route_that_fell_back_labels_its_tokens_by_what_they_are(case, recipe):
+    scored = dataclasses.replace(case.scored(AGED), provenance=Provenance.ASYNC)
+    result, _ = run(case, config_of(recipe, "aged_train_infer"), scored)
+    assert result.provenance == {"async": len(scored.values)}
+    assert set(result.table["provenance"].tolist()) == {"async"}
+    result, _ = run(case, config_of(recipe, "aged_train_infer"), case.scored(AGED))
+    assert result.provenance == {"aged": len(scored.values)}
 
 
 def test_old_of_lag_0_tokens_equals_theta_before_the_first_step(case, recipe):

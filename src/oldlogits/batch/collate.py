@@ -10,65 +10,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from oldlogits.batch.sequences import Bools, Floats, Ints, Sequences
 from oldlogits.core.errors import TrajectoryError
 from oldlogits.core.trajectory import Context, Trajectory, TrajectoryGroup
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float32]
-Bools = NDArray[np.bool_]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TokenBatch:
-    """Trajectories as flat arrays. NumPy, so that it crosses process boundaries as plain bytes.
+class TokenBatch(Sequences):
+    """Trajectories as flat arrays.
 
     Args:
         token_ids: int64 [token].
+        temperature: float32 [token]; 1 for context.
+        starts: int64 [sequence + 1]; sequence s is ``[starts[s], starts[s + 1])``.
         loss_mask: bool [token]; True where the token was sampled.
         version: int64 [token]; the version that sampled it, -1 for context.
         logp_mu: float32 [token], natural log; 0 for context.
-        temperature: float32 [token]; 1 for context.
         mixed_kv: bool [token]; sampled over keys and values of older versions.
-        starts: int64 [sequence + 1]; sequence s is ``[starts[s], starts[s + 1])``.
         advantages: float32 [sequence].
         rewards: float32 [sequence].
         step: int64 [sequence]; the optimizer step, counted from 0, that trains it.
         trajectory_ids: One per sequence.
     """
 
-    token_ids: Ints
     loss_mask: Bools
     version: Ints
     logp_mu: Floats
-    temperature: Floats
     mixed_kv: Bools
-    starts: Ints
     advantages: Floats
     rewards: Floats
     step: Ints
     trajectory_ids: tuple[str, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """All tokens."""
-        return len(self.token_ids)
-
-    @property
-    def num_sequences(self) -> int:
-        """Trajectories."""
-        return len(self.starts) - 1
-
-    @property
-    def lengths(self) -> Ints:
-        """int64 [sequence]: tokens of each."""
-        return np.diff(self.starts)
-
-    @property
-    def sequence(self) -> Ints:
-        """int64 [token]: the sequence of each token."""
-        return np.repeat(np.arange(self.num_sequences), self.lengths)
 
     @property
     def versions(self) -> tuple[int, ...]:
@@ -113,7 +86,7 @@ def collate(groups: Sequence[TrajectoryGroup], advantages: Sequence[float], *, n
 
 
 def _columns(trajectory: Trajectory) -> tuple[Ints, Bools, Ints, Floats, Floats, Bools]:
-    """The flat arrays of one trajectory, in the order of `TokenBatch`'s first six fields."""
+    """The flat arrays of one trajectory, in the order in which `collate` takes them."""
     segments = trajectory.segments
     lengths = [len(s.token_ids) for s in segments]
     token_ids = np.fromiter((i for s in segments for i in s.token_ids), np.int64, sum(lengths))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oldlogits.batch.collate import Ints, TokenBatch
+from oldlogits.batch.sequences import Ints, Sequences
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,12 +56,12 @@ def plan(lengths: Ints, token_budget: int) -> list[Ints]:
     return plans
 
 
-def micro_batches(batch: TokenBatch, tokens: Ints, token_budget: int) -> Iterator[MicroBatch]:
+def micro_batches(batch: Sequences, tokens: Ints, token_budget: int) -> Iterator[MicroBatch]:
     """The micro-batches that score the given tokens; each sequence is cut after the last of its tokens.
 
     Args:
-        batch: The flat batch.
-        tokens: int64 [action], ascending flat indices of sampled tokens.
+        batch: The flat batch, or any sequences.
+        tokens: int64 [action], ascending flat indices of the tokens to score; none begins a sequence.
         token_budget: The most padded tokens in one micro-batch.
 
     Yields:
@@ -74,7 +74,7 @@ def micro_batches(batch: TokenBatch, tokens: Ints, token_budget: int) -> Iterato
         yield _pad(batch, tokens, sequence, rows, needed)
 
 
-def _pad(batch: TokenBatch, tokens: Ints, sequence: Ints, rows: Ints, needed: Ints) -> MicroBatch:
+def _pad(batch: Sequences, tokens: Ints, sequence: Ints, rows: Ints, needed: Ints) -> MicroBatch:
     width = int(needed[rows].max())
     columns = np.arange(width)
     source = np.minimum(batch.starts[rows, None] + columns, batch.num_tokens - 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import ConfigError, ModelFolderError
-from oldlogits.core.policies import OLD, check_source, find_variant
+from oldlogits.core.policies import LINEAR, LOGLINEAR, OLD, check_source, find_variant
 
 
 def check(config: RunConfig) -> None:
@@ -22,6 +22,8 @@ def check(config: RunConfig) -> None:
     _check_ranges(config)
     _check_one_distribution(config)
     _check_kv(config)
+    _check_average(config)
+    _check_schedule(config)
     _check_rows(config)
     if config.model.path != "tiny":
         check_model_folder(Path(config.model.path))
@@ -62,7 +64,10 @@ def _check_ranges(config: RunConfig) -> None:
     _require(0 < o.eps_low <= 1, "objective.eps_low", o.eps_low, "in (0, 1]", "eps_low = 0.2")
     _require(0 < o.eps_high < math.inf, "objective.eps_high", o.eps_high, "> 0", "eps_high = 0.28")
     _require(o.dual_clip > 1, "objective.dual_clip", o.dual_clip, "> 1 (inf: off)", "dual_clip = 3.0")
+    _require(config.source.window >= 1, "source.window", config.source.window, ">= 1", "2")
     _require(0 <= o.weight_mu <= 1, "objective.weight_mu", o.weight_mu, "in [0, 1]", "weight_mu = 0.5")
+    share = config.referee.share
+    _require(0 <= share <= 1, "referee.share", share, "in [0, 1] (0: no referee)", "0.25")
     n = o.denominator_tokens
     _require(0 < n < math.inf, "objective.denominator_tokens", n, "> 0", "a number of tokens")
     _require(m.seed >= -1, "model.seed", m.seed, ">= 0, or -1: the run's seed", "-1")
@@ -145,6 +150,39 @@ def _check_kv(config: RunConfig) -> None:
             got="engine.kv = 'stale'",
             allowed="engine.kv = 'recompute', or source.accept_mixed_kv = true (tokens are labelled mixed_kv)",
             fix="remove engine.kv = 'stale'",
+        )
+
+
+def _check_average(config: RunConfig) -> None:
+    s = config.source
+    fixed = s.decay == "fixed"
+    allowed = "in (0, 1) with source.decay = 'fixed', 0 otherwise"
+    _require(0 < s.beta < 1 if fixed else s.beta == 0, "source.beta", s.beta, allowed, "source.decay = 'fixed', beta = 0.8")
+    _require(0 < s.tau <= 1, "source.tau", s.tau, "in (0, 1]", "tau = 0.9")
+    if s.reset != "none" and s.type not in ("ewma", "aged"):
+        raise ConfigError(
+            f"source '{s.type}' has no average to reset",
+            got=f"source.reset = '{s.reset}'",
+            allowed="'none', or source.type = 'ewma' or 'aged'",
+            fix="remove source.reset",
+        )
+    if s.reset == "guarded" and config.band == math.inf:
+        raise ConfigError(
+            "the guarded reset compares what the band keeps, and there is no band: it would never act",
+            got="source.reset = 'guarded', band = inf",
+            allowed="a finite band, or source.reset = 'none' or 'paper'",
+            fix="set band = 1.5, or remove source.reset",
+        )
+
+
+def _check_schedule(config: RunConfig) -> None:
+    schedule = config.objective.weight_mu_schedule
+    if schedule != "fixed" and find_variant(config.variant).stand_in not in (LINEAR, LOGLINEAR):
+        raise ConfigError(
+            f"variant '{config.variant}' interpolates nothing: weight_mu has no effect",
+            got=f"objective.weight_mu_schedule = '{schedule}'",
+            allowed="'fixed', or a variant whose stand-in is LINEAR or LOGLINEAR",
+            fix="remove objective.weight_mu_schedule, or use variant 'loglinear_prox'",
         )
 
 

@@ -20,6 +20,8 @@ class ObjectiveConfig:
     """What r_d does: weights and masks, or masks only."""
     weight_mu: float = 0.5
     """The weight on MU of a linear or log-linear stand-in, in [0, 1]."""
+    weight_mu_schedule: Literal["fixed", "a3po"] = "fixed"
+    """fixed: weight_mu for every token. a3po: 1 / s at staleness s (1 at staleness 0), whatever weight_mu is."""
     denominator: Literal["token-mean", "token-mean-kept", "sequence-mean", "constant"] = "token-mean"
     """What the loss is divided by; peers differ by N / N_kept on the same data."""
     denominator_tokens: float = 1.0
@@ -33,9 +35,29 @@ class SourceConfig:
     """The route to the stand-in's log-probs."""
 
     type: str = "snapshot"
-    """snapshot | arrival | none."""
+    """snapshot | dedicated | interruption | eager | arrival | ewma | aged | none."""
     accept_mixed_kv: bool = False
     """Accept OLD for tokens that were sampled over stale keys and values; they are labelled mixed_kv."""
+    window: int = 2
+    """dedicated only: the newest versions that the scorer holds; tokens of older ones are scored from the trainer's store."""
+    decay: Literal["fixed", "window", "mean-lag", "auto"] = "window"
+    """ewma and aged: how beta is chosen. fixed: source.beta. window: W / (W + 2). mean-lag: m / (1 + m), m the measured
+    token-weighted mean lag. auto: the smallest expected error over the measured lags (docs/ewma.md)."""
+    beta: float = 0.0
+    """decay = "fixed" only: the decay of the average from one version to the next, in (0, 1)."""
+    reset: Literal["none", "paper", "guarded"] = "none"
+    """ewma and aged: when the average is reset to the live weights. paper: rho < source.tau. guarded: and the band would
+    keep more tokens with the live weights, and none of the last W versions was a reset."""
+    tau: float = 0.9
+    """The rho below which source.reset asks for a reset, in (0, 1]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefereeConfig:
+    """Exact log-probs beside those of the route in use: how often does the stand-in decide otherwise than OLD?"""
+
+    share: float = 0.0
+    """Share of the batches that are refereed, evenly spaced, in [0, 1]; training itself does not change."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +220,7 @@ class RunConfig:
     """No token is trained when the trainer is more than this many versions ahead of it."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     source: SourceConfig = field(default_factory=SourceConfig)
+    referee: RefereeConfig = field(default_factory=RefereeConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

@@ -23,6 +23,7 @@ class Policy(StrEnum):
     OLD = "old"  # the training engine, at that same version: the old logits
     ASYNC = "async"  # the training engine, when the batch enters training
     EWMA = "ewma"  # the training engine, with weights averaged over versions
+    AGED = "aged"  # ASYNC, moved towards EWMA by the token's staleness over the average's age
     LINEAR = "linear"  # arithmetic interpolation of MU and THETA
     LOGLINEAR = "loglinear"  # log-linear interpolation of MU and THETA
     THETA = "theta"  # the training engine, now: the policy being optimised
@@ -68,7 +69,7 @@ class Ratio:
         return "1" if self.is_one else f"{self.numerator}/{self.denominator}"
 
 
-MU, OLD, ASYNC, EWMA = Policy.MU, Policy.OLD, Policy.ASYNC, Policy.EWMA
+MU, OLD, ASYNC, EWMA, AGED = Policy.MU, Policy.OLD, Policy.ASYNC, Policy.EWMA, Policy.AGED
 LINEAR, LOGLINEAR, THETA = Policy.LINEAR, Policy.LOGLINEAR, Policy.THETA
 ONE: Final = MU / MU
 
@@ -139,9 +140,10 @@ EXPERIMENTAL_VARIANTS: Final[Mapping[str, Variant]] = MappingProxyType(
     {
         "linear_train_infer": Variant(r_d=LINEAR / MU, r_s=THETA / LINEAR),
         "loglinear_train_infer": Variant(r_d=LOGLINEAR / MU, r_s=THETA / LOGLINEAR),
+        "aged_train_infer": Variant(r_d=AGED / MU, r_s=THETA / AGED),
     }
 )
-"""Rows that the paper's Proposition 1 speaks of but its table does not list."""
+"""Rows that the paper's table does not list: those that its Proposition 1 speaks of, and stand-ins of our own."""
 
 
 class Provenance(StrEnum):
@@ -151,6 +153,7 @@ class Provenance(StrEnum):
     MIXED_KV = "mixed_kv"  # at the token's own version, but the engine attended to entries of older versions
     ASYNC = "async"
     EWMA = "ewma"
+    AGED = "aged"
     LINEAR = "linear"
     LOGLINEAR = "loglinear"
     MU = "mu"
@@ -161,6 +164,7 @@ STAND_IN_PROVENANCE: Final[Mapping[Policy, Provenance]] = MappingProxyType(
         OLD: Provenance.EXACT,
         ASYNC: Provenance.ASYNC,
         EWMA: Provenance.EWMA,
+        AGED: Provenance.AGED,
         LINEAR: Provenance.LINEAR,
         LOGLINEAR: Provenance.LOGLINEAR,
         MU: Provenance.MU,
@@ -171,17 +175,25 @@ STAND_IN_PROVENANCE: Final[Mapping[Policy, Provenance]] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """A route to log-probs: what it provides, and what it costs in one phrase."""
+    """A route to log-probs: what it provides, what it costs in one phrase, and whether the trainer stores versions for it."""
 
     provides: frozenset[Policy]
     cost: str
+    stores_versions: bool = True
 
 
 SOURCES: Final[Mapping[str, Route]] = MappingProxyType(
     {
         "snapshot": Route(provides=frozenset({OLD}), cost="stores every version that is still needed"),
-        "arrival": Route(provides=frozenset({ASYNC}), cost="one forward, no storage"),
-        "none": Route(provides=frozenset(), cost="nothing"),
+        "dedicated": Route(provides=frozenset({OLD}), cost="a second model, and its window of versions"),
+        "interruption": Route(
+            provides=frozenset({OLD}), cost="the engine waits while the trainer scores and steps", stores_versions=False
+        ),
+        "eager": Route(provides=frozenset({OLD}), cost="one extra version while the outgoing one is scored"),
+        "arrival": Route(provides=frozenset({ASYNC}), cost="one forward, no storage", stores_versions=False),
+        "ewma": Route(provides=frozenset({EWMA}), cost="one forward, one fp32 copy", stores_versions=False),
+        "aged": Route(provides=frozenset({AGED}), cost="two forwards, one fp32 copy", stores_versions=False),
+        "none": Route(provides=frozenset(), cost="nothing", stores_versions=False),
     }
 )
 """Which route provides which policy. Interpolations are formed at loss time and need no source."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oldlogits.core.errors import ConfigError, MissingLogprobError, TrajectoryError
-from oldlogits.core.policies import Policy
-from oldlogits.core.trajectory import KV
+from oldlogits.core.policies import Policy, Provenance
+from oldlogits.core.trajectory import KV, Sampled, Segment, Trajectory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -189,16 +189,84 @@ class Scored:
         values: float32 [loss token], natural log, in batch order.
         computed_at: int64 [loss token]; the version whose weights computed each value.
         num_switches: How often the scoring weights were switched.
+        provenance: Of every token, where the route fell back on another policy's values; None: the policy's own.
     """
 
     policy: Policy
     values: NDArray[np.float32]
     computed_at: NDArray[np.int64]
     num_switches: int
+    provenance: Provenance | None = None
 
 
-class ScoringHandle(Protocol):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchTokens:
+    """The loss tokens of the batch that enters training, in batch order.
+
+    Args:
+        versions: int64 [loss token]; the version that sampled each.
+        trajectory_ids: One per trajectory; its loss tokens stand side by side.
+        trainer_version: The trainer's version, before its first optimizer step on this batch.
+    """
+
+    versions: NDArray[np.int64]
+    trajectory_ids: tuple[str, ...]
+    trainer_version: PolicyVersion
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """The tokens of one trajectory that one version sampled, and all that a forward pass needs to score them.
+
+    Args:
+        trajectory_id: Whose.
+        token_ids: int64 [token]; the trajectory from its beginning to the last of these tokens.
+        positions: int64 [scored token], ascending, >= 1; the last is that of the last token.
+        temperature: float32 [scored token].
+    """
+
+    trajectory_id: str
+    token_ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    temperature: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredPieces:
+    """Log-probs of pieces.
+
+    Args:
+        values: float32 [scored token], natural log, piece after piece.
+        seconds_s: The time that the scorer worked.
+    """
+
+    values: NDArray[np.float32]
+    seconds_s: float
+
+
+class PieceScorer(Protocol):
+    """Scores pieces of trajectories at versions that it holds, wherever it runs."""
+
+    async def score_pieces(self, pieces: Sequence[Piece], at: PolicyVersion) -> ScoredPieces:
+        """Log-probs of the pieces' tokens.
+
+        Args:
+            pieces: At least one.
+            at: A version that it holds.
+
+        Raises:
+            VersionEvictedError: The version is not held.
+        """
+        ...
+
+
+class ScoringHandle(PieceScorer, Protocol):
     """What a source may ask of the trainer, wherever it runs."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no call is being carried out."""
+        ...
 
     async def score(self, tokens: NDArray[np.int64], at: PolicyVersion | None) -> NDArray[np.float32]:
         """Log-probs of loss tokens of the batch in training.
@@ -216,19 +284,105 @@ class ScoringHandle(Protocol):
         ...
 
 
+class DedicatedScorer(PieceScorer, Protocol):
+    """A second model that only scores, with a window of versions of its own."""
+
+    @property
+    def window(self) -> int:
+        """Versions that it holds: the newest ones."""
+        ...
+
+    async def publish(self, version: PolicyVersion, weights: Mapping[str, Tensor], probe_logps: NDArray[np.float32]) -> float:
+        """Take over a version, and drop the oldest beyond the window.
+
+        Args:
+            version: Its number.
+            weights: Copied before this returns.
+            probe_logps: float32 [probe token]; what the trainer's live weights give the fixed probe tokens.
+
+        Returns:
+            The largest difference on these tokens, in nats.
+
+        Raises:
+            ExactnessError: The weights that arrived give the probe tokens other log-probs.
+        """
+        ...
+
+
 class LogprobSource(Protocol):
-    """A route to the log-probs of a stand-in: one seam for every route. The runtime pauses, a source only scores."""
+    """A route to the log-probs of a stand-in: one seam for every route. The runtime pauses, a source only scores.
+
+    A route inherits from this class; hooks that it does not need do nothing. In the order of a run::
+
+        on_segment_closed ... on_arrival -> acquire -> (steps) -> on_paused -> on_published -> ... -> drop
+        on_segment_closed ... on_arrival -> on_paused -> acquire -> (steps) -> on_published -> ... -> drop    needs_pause
+    """
+
+    needs_pause: bool = False
+    """Whether the engine is paused from before the first optimizer step until it holds the next version."""
+    needs_partials: bool = False
+    """Whether `on_paused` is to be called."""
+    witness_max_abs_error: float = math.nan
+    """Largest error in nats of witnesses of exactness that the trainer does not have; NaN: there is none."""
 
     @property
     def provides(self) -> Policy:
         """The policy whose log-probs `acquire` returns."""
         ...
 
-    async def acquire(self, versions: NDArray[np.int64], trainer_version: PolicyVersion) -> Scored:
-        """Score the batch that enters training.
+    def on_segment_closed(self, trajectory_id: str, segments: Sequence[Segment]) -> None:
+        """A running trajectory grew.
 
         Args:
-            versions: int64 [loss token]: the version that sampled each.
-            trainer_version: The trainer's version, before its first optimizer step on this batch.
+            trajectory_id: Which.
+            segments: All of it so far; goes on growing.
         """
+        return
+
+    async def on_arrival(self, trajectories: Sequence[Trajectory]) -> None:
+        """The trajectories of a group have ended and wait for training."""
+        return
+
+    async def on_paused(self, running: Mapping[str, Sequence[Sampled]]) -> None:
+        """The engine is paused and has sampled the last token of its version.
+
+        Args:
+            running: By trajectory, what unfinished turns have sampled so far.
+        """
+        return
+
+    async def on_published(
+        self, version: PolicyVersion, weights: Mapping[str, Tensor], probe_logps: NDArray[np.float32]
+    ) -> None:
+        """The engine holds `version` and samples again.
+
+        Args:
+            version: Its number.
+            weights: The trainer's, valid until its next optimizer step.
+            probe_logps: float32 [probe token]; what they give the fixed probe tokens.
+        """
+        return
+
+    async def acquire(self, batch: BatchTokens) -> Scored | None:
+        """The log-probs of the batch that enters training; None from a route for variants that need none."""
         ...
+
+    def drop(self, trajectory_ids: Iterable[str]) -> None:
+        """These were trained, filtered, failed or cancelled: forget them."""
+        return
+
+    def oldest_needed(self, in_flight: PolicyVersion) -> PolicyVersion:
+        """The oldest version that this route may still ask the trainer's store for.
+
+        Args:
+            in_flight: The oldest version that a trajectory in flight may have tokens of.
+        """
+        return in_flight
+
+    def metrics(self) -> Mapping[str, float]:
+        """What this route has done since the last call; docs/metrics.md."""
+        return {}
+
+    async def close(self) -> None:
+        """The run ends: leave nothing running."""
+        return

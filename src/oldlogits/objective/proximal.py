@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from oldlogits.core.errors import ConfigError
@@ -52,6 +52,22 @@ def loglinear_logp(
     mixed = torch.where(weight == 0, logp_theta, mixed)  # not 0 * log 0, which is NaN
     mixed = torch.where(weight == 1, logp_mu, mixed)
     return torch.where((weight < 0) | (weight > 1), torch.nan, mixed)
+
+
+def a3po_weight_mu(staleness: Int[Tensor, " token"]) -> Float[Tensor, " token"]:
+    """A-3PO's weight *on mu* of each token, float32: ``1 / s`` at staleness s, and 1 at staleness 0.
+
+    A-3PO (arXiv 2512.06547) writes the weight on *theta*: ``alpha = (v_prox - v_behave) / (v_theta - v_behave)`` with
+    ``v_prox = v_theta - 1``, clipped to [0, 1], and 0 where ``v_behave = v_theta``. With ``s = v_theta - v_behave``
+    that is ``(s - 1) / s``, and what is left for mu ``1 - alpha = 1 / s``.
+
+    Args:
+        staleness: Trainer version minus behaviour version, >= 0.
+
+    Example:
+        Staleness 0, 1, 2, 4: weights 1, 1, 1/2, 1/4 on mu; the older a token, the closer its stand-in is to theta.
+    """
+    return 1 / staleness.clamp(min=1).to(torch.float32)
 
 
 def _weight(weight_mu: float | Tensor, like: Tensor) -> Tensor:

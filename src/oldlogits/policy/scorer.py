@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from oldlogits.batch import MicroBatch
+from oldlogits.batch import MicroBatch, Sequences, micro_batches
 
 
 def action_logps(model: PreTrainedModel, micro: MicroBatch, *, head_chunk_tokens: int) -> Float[Tensor, " action"]:
@@ -46,6 +49,32 @@ def score(model: PreTrainedModel, micros: Iterable[MicroBatch], out: Tensor, *, 
     with torch.no_grad():
         for micro in micros:
             out[micro.flat] = action_logps(model, micro, head_chunk_tokens=head_chunk_tokens)
+
+
+def score_tokens(
+    model: PreTrainedModel,
+    sequences: Sequences,
+    tokens: NDArray[np.int64],
+    *,
+    micro_batch_tokens: int,
+    head_chunk_tokens: int,
+) -> NDArray[np.float32]:
+    """Natural-log probs of tokens of sequences, without gradients.
+
+    Args:
+        model: A causal language model.
+        sequences: What it reads.
+        tokens: int64 [scored token], ascending flat indices; none begins a sequence.
+        micro_batch_tokens: The largest padded size of one forward, in tokens.
+        head_chunk_tokens: Tokens that go through the output head at once.
+
+    Returns:
+        float32 [scored token].
+    """
+    out = torch.full((sequences.num_tokens,), math.nan)
+    score(model, micro_batches(sequences, tokens, micro_batch_tokens), out, head_chunk_tokens=head_chunk_tokens)
+    scores: NDArray[np.float32] = out.numpy()[tokens]
+    return scores
 
 
 def _head_logps(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: Tensor) -> Tensor:

@@ -46,6 +46,10 @@ class EventKind(StrEnum):
     """The engine was paused, took the new weights, and went on."""
     PROBE = "probe"
     """Engine and trainer were compared on a fixed prompt."""
+    REFEREE = "referee"
+    """A stand-in's decisions were compared with those of OLD: sums over the tokens of each staleness."""
+    AVERAGE_RESET = "average_reset"
+    """The weight average was reset to the live weights."""
     CHECKPOINT = "checkpoint"
     """A checkpoint was completed."""
     WARNING = "warning"
@@ -72,6 +76,12 @@ FIELDS: Final[Mapping[EventKind, frozenset[str]]] = MappingProxyType(
         EventKind.PUBLISHED: frozenset({"bytes", "seconds_s"}),
         EventKind.WEIGHTS_UPDATED: frozenset({"pause_s", "load_s"}),
         EventKind.PROBE: frozenset({"max_abs_error", "mean_abs_error", "num_tokens"}),
+        EventKind.REFEREE: frozenset(
+            {"policy", "num_tokens", "num_nonzero", "num_compared", "logp_error"}
+            | {"wrongly_kept", "wrongly_masked", "wrongly_kept_nonzero", "wrongly_masked_nonzero"}
+            | {"weight", "weight_wrongly_kept", "weight_wrongly_masked", "seconds_s"}
+        ),
+        EventKind.AVERAGE_RESET: frozenset({"rule", "rho", "tau", "kept_average", "kept_live", "age"}),
         EventKind.CHECKPOINT: frozenset({"path"}),
         EventKind.WARNING: frozenset({"message"}),
         EventKind.RUN_ENDED: frozenset({"reason", "error"}),

@@ -33,12 +33,16 @@ _TIMES: Final = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """A chart with its title, its legend (colour class and label) and a sentence on how to read it."""
+    """A chart with its title, its legend (colour class and label), a sentence on how to read it, and its numbers.
+
+    A table is a row of column names and the rows below it.
+    """
 
     title: str
     caption: str
     svg: Markup
     legend: tuple[tuple[str, str], ...] = ()
+    table: tuple[tuple[str, ...], ...] = ()
 
 
 def figures(run: RunData) -> dict[str, list[Figure]]:

@@ -53,6 +53,7 @@ class RunData:
         updates: By version, ascending; after a resume, those of the line of history that went on.
         evaluations: In order.
         probe_max_abs_error: The largest of all probes.
+        referee: The events of the referee.
         warnings: In order.
         ended: The reason in ``run_ended``; None when the process was killed.
         error: The error in ``run_ended``.
@@ -67,6 +68,7 @@ class RunData:
     updates: tuple[Update, ...]
     evaluations: tuple[Evaluation, ...]
     probe_max_abs_error: float | None
+    referee: tuple[Event, ...]
     warnings: tuple[str, ...]
     ended: str | None
     error: str | None
@@ -105,6 +107,7 @@ def read_run(path: Path) -> RunData:
         updates=tuple(_update(event) for event in kept if event.kind is EventKind.UPDATE),
         evaluations=tuple(_evaluation(event) for event in kept if event.kind is EventKind.EVALUATION),
         probe_max_abs_error=max((probe for probe in probes if probe is not None), default=None),
+        referee=tuple(event for event in kept if event.kind is EventKind.REFEREE),
         warnings=tuple(str(event.fields["message"]) for event in kept if event.kind is EventKind.WARNING),
         ended=str(ended.fields["reason"]) if ended else None,
         error=str(ended.fields["error"]) if ended and ended.fields["error"] else None,

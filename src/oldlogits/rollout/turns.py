@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Literal, Protocol, TypeVar, cast
@@ -46,6 +46,14 @@ class EnvironmentRunner(Protocol):
         ...
 
 
+Report = Callable[[str, Sequence[Segment]], None]
+"""Told of a trajectory that grew: its id, and all its segments so far; they go on growing."""
+
+
+def unreported(trajectory_id: str, segments: Sequence[Segment]) -> None:
+    """Nobody watches."""
+
+
 class EnvironmentFailed(Exception):  # noqa: N818 - an outcome of an episode, not an error of this package
     """Environment code raised or timed out; the text says what and where."""
 
@@ -67,7 +75,7 @@ class TurnLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agent:
-    """What an episode needs besides its task: engine, chat format, parser, limits and sampling."""
+    """What an episode needs besides its task: engine, chat format, parser, limits, sampling, and who watches it grow."""
 
     engine: RolloutEngine
     chat: ChatFormat
@@ -75,6 +83,7 @@ class Agent:
     limits: TurnLimits
     sampling: Sampling
     run_environment: EnvironmentRunner
+    report: Report = unreported
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,11 +207,13 @@ class _Episode:
         generation = await self._agent.engine.generate(self._tokens, sampling, f"{self._id}/{turn}")
         self._tokens += generation.output_ids
         self.segments += sampled_segments(generation, sampling.temperature)
+        self._agent.report(self._id, self.segments)
         return generation.output_ids
 
     def _read(self, ids: list[int]) -> None:
         self._tokens += ids
         self.segments.append(Context(token_ids=tuple(ids)))
+        self._agent.report(self._id, self.segments)
 
 
 def sampled_segments(generation: Generation, temperature: float) -> list[Sampled]:
@@ -217,6 +228,11 @@ def sampled_segments(generation: Generation, temperature: float) -> list[Sampled
         )
         for span in generation.spans
     ]
+
+
+def trajectory_of(request_id: str) -> str:
+    """The trajectory whose turn a request to the engine is: requests are named ``{trajectory}/{turn}``."""
+    return request_id.rpartition("/")[0]
 
 
 def system_prompt_of(environment_class: type[Environment]) -> str:

@@ -143,11 +143,14 @@ class Buffer:
         self._changed.set()
         return Closed(trajectories=tuple(members), num_failed=entry.num_failed, filtered=entry.group is None)
 
-    def cancel_all(self) -> None:
-        """The run ends: count what is outstanding as cancelled."""
+    def cancel_all(self) -> list[str]:
+        """The run ends: count what is outstanding as cancelled; returns the trajectories that had ended."""
         self.account.cancelled += self.running + self.queued
+        ended = [t.id for entry in self._entries.values() for t in entry.ended]
+        ended += [t.id for group in self._in_training for t in group.trajectories]
         self._entries.clear()
         self._in_training = []
+        return ended
 
     async def take(self, version: int) -> list[TrajectoryGroup]:
         """Wait for the groups to train at `version`, and hand them out.

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from oldlogits.config import RunConfig
+from oldlogits.core.policies import SOURCES
 from oldlogits.policy.tiny import TinySize, tiny_model
+from oldlogits.train.average import AVERAGING_SOURCES
 
 TINY_VOCABULARY = 128
 """About the words of the order desk."""
@@ -31,7 +33,8 @@ class Cost:
     Args:
         num_parameters: Of the model, as its folder stores them.
         weights_bytes: One fp32 copy.
-        store_bytes: Versions that the snapshot store holds at most; 0 for other sources.
+        store_bytes: Versions that the store holds at most; 0 where neither the source nor the referee needs them.
+        average_bytes: The fp32 average of a source that has one.
         optimizer_bytes: AdamW's two moments and the gradient.
         cache_bytes: The engine's keys and values.
     """
@@ -39,6 +42,7 @@ class Cost:
     num_parameters: int
     weights_bytes: int
     store_bytes: int
+    average_bytes: int
     optimizer_bytes: int
     cache_bytes: int
 
@@ -49,6 +53,7 @@ class Cost:
             f"weights          {_mib(self.weights_bytes)} a copy: trainer, engine; the scoring module shares the store's",
             f"optimizer        {_mib(self.optimizer_bytes)}",
             f"version store    {_mib(self.store_bytes)}",
+            f"weight average   {_mib(self.average_bytes)}",
             f"engine's cache   {_mib(self.cache_bytes)}",
         ]
 
@@ -62,10 +67,12 @@ def estimate(config: RunConfig) -> Cost:
     shape, num_parameters = _model(config)
     weights = 4 * num_parameters
     per_token = 2 * 4 * shape.layers * shape.kv_heads * shape.head_dim
+    stores_versions = SOURCES[config.source.type].stores_versions or config.referee.share > 0
     return Cost(
         num_parameters=num_parameters,
         weights_bytes=weights,
-        store_bytes=weights * (config.window + 2) if config.source.type == "snapshot" else weights,
+        store_bytes=weights * (config.window + 2) if stores_versions else 0,
+        average_bytes=weights if config.source.type in AVERAGING_SOURCES else 0,
         optimizer_bytes=3 * weights,
         cache_bytes=config.engine.num_slots * config.env.max_tokens * per_token,
     )

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from oldlogits.batch import TokenBatch
-from oldlogits.core.protocols import PolicyVersion, RolloutEngine, Scored
+from oldlogits.core.protocols import DedicatedScorer, Piece, PolicyVersion, RolloutEngine, Scored, ScoredPieces
 from oldlogits.rollout.spec import EngineStats
 from oldlogits.rollout.turns import EnvironmentRunner
 from oldlogits.runtime.buffer import Buffer
 from oldlogits.train.step import UpdateResult
 from oldlogits.train.trainer import Published, Trainer, Witnesses
+from oldlogits.train.window_scorer import WindowScorer
+from oldlogits.versions import AverageScores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +55,8 @@ METHODS: dict[str, Callable[..., object]] = {
     "publish": Trainer.publish,
     "put_batch": Trainer.put_batch,
     "score": Trainer.score,
+    "score_pieces": Trainer.score_pieces,
+    "score_average": Trainer.score_average,
     "train": Trainer.train,
     "retain": Trainer.retain,
     "save": Trainer.save,
@@ -64,8 +69,20 @@ METHODS: dict[str, Callable[..., object]] = {
 class CallingTrainer:
     """The asynchronous handle of a `Trainer`, over one function that carries out a call, here or in another process."""
 
-    def __init__(self, call: Callable[[str, tuple[object, ...]], Awaitable[object]]) -> None:
-        self._call = call
+    def __init__(self, carry_out: Callable[[str, tuple[object, ...]], Awaitable[object]]) -> None:
+        self._carry_out, self._num_calls = carry_out, 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no call is being carried out."""
+        return self._num_calls == 0
+
+    async def _call(self, method: str, arguments: tuple[object, ...]) -> object:
+        self._num_calls += 1
+        try:
+            return await self._carry_out(method, arguments)
+        finally:
+            self._num_calls -= 1
 
     async def publish(self) -> Published:
         """Store the live weights as the current version."""
@@ -78,6 +95,14 @@ class CallingTrainer:
     async def score(self, tokens: NDArray[np.int64], at: PolicyVersion | None) -> NDArray[np.float32]:
         """Score loss tokens of the batch."""
         return cast("NDArray[np.float32]", await self._call("score", (tokens, at)))
+
+    async def score_average(self, tokens: NDArray[np.int64]) -> AverageScores:
+        """Score loss tokens of the batch with the averaged weights."""
+        return cast(AverageScores, await self._call("score_average", (tokens,)))
+
+    async def score_pieces(self, pieces: Sequence[Piece], at: PolicyVersion) -> ScoredPieces:
+        """Score tokens of any trajectories."""
+        return cast(ScoredPieces, await self._call("score_pieces", (pieces, at)))
 
     async def train(self, scored: Scored | None) -> UpdateResult:
         """Train the batch."""
@@ -114,6 +139,21 @@ def inline_trainer(trainer: Trainer, clock: Callable[[], float]) -> CallingTrain
     return CallingTrainer(call)
 
 
+class InlineScorer:
+    """A `DedicatedScorer` of this process: every call is carried out before anything else goes on."""
+
+    def __init__(self, scorer: WindowScorer, window: int) -> None:
+        self._scorer, self.window = scorer, window
+
+    async def publish(self, version: PolicyVersion, weights: Mapping[str, Tensor], probe_logps: NDArray[np.float32]) -> float:
+        """Take over a version."""
+        return self._scorer.publish(version, weights, probe_logps)
+
+    async def score_pieces(self, pieces: Sequence[Piece], at: PolicyVersion) -> ScoredPieces:
+        """Score pieces."""
+        return self._scorer.score_pieces(pieces, at)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handles:
     """What the loop works with.
@@ -126,6 +166,7 @@ class Handles:
         clock: Seconds since some fixed point; wall-clock values only.
         real_time: Whether the starts of groups may be spread over time.
         watch: Told of the run's buffer, for a runtime that controls the lags.
+        scorer: A second model that only scores, for the route "dedicated".
         workers: Tasks of the runtime that must not end while the run goes on; their errors end it.
     """
 
@@ -136,4 +177,5 @@ class Handles:
     clock: Callable[[], float]
     real_time: bool
     watch: Callable[[Buffer], None]
+    scorer: DedicatedScorer | None = None
     workers: tuple[asyncio.Task[None], ...] = ()

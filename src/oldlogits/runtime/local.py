@@ -2,10 +2,12 @@
 
 controller (this process, no model)  ---pipe---> engine process   samples while ...
                                      ---pipe---> trainer process  ... this one scores and steps
+                     ---pipe---> scorer process   source "dedicated" only
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
@@ -19,12 +21,13 @@ from oldlogits.rollout.shared import unshare
 from oldlogits.rollout.spec import EngineSpec
 from oldlogits.runtime.environment import ThreadRunner
 from oldlogits.runtime.handles import Handles
+from oldlogits.runtime.scorer_process import ScorerProcess
 from oldlogits.runtime.trainer_process import TrainerProcess
 
 
 @asynccontextmanager
 async def open_local(config: RunConfig, model_folder: Path, probe_ids: Sequence[int]) -> AsyncIterator[Handles]:
-    """Start both processes; on leaving none of them stays behind, whatever happened."""
+    """Start the processes; on leaving none of them stays behind, whatever happened."""
     spec = EngineSpec(
         model_path=str(model_folder),
         numerics=config.engine.numerics,
@@ -40,7 +43,16 @@ async def open_local(config: RunConfig, model_folder: Path, probe_ids: Sequence[
             stack.callback(engine.close)
             trainer = TrainerProcess(config, model_folder, probe_ids)
             stack.callback(trainer.close)
+            scorer = ScorerProcess(config, model_folder, probe_ids) if config.source.type == "dedicated" else None
+            if scorer is not None:
+                stack.callback(scorer.close)
         await trainer.ready()
+        workers: tuple[asyncio.Task[None], ...] = ()
+        if scorer is not None:
+            await scorer.ready()
+            watch = asyncio.create_task(scorer.watch())  # most of its calls are nobody's to wait for
+            workers = (watch,)
+            stack.callback(watch.cancel)
         yield Handles(
             engine=engine,
             trainer=trainer.handle,
@@ -49,6 +61,8 @@ async def open_local(config: RunConfig, model_folder: Path, probe_ids: Sequence[
             clock=time.perf_counter,
             real_time=True,
             watch=lambda buffer: None,
+            scorer=scorer,
+            workers=workers,
         )
 
 

@@ -24,11 +24,13 @@ from oldlogits.core.errors import AccountingError
 from oldlogits.core.protocols import EngineCapabilities, FullWeights, Generation, PolicyVersion, Sampling
 from oldlogits.rollout.embedded import EmbeddedEngine, EngineCore
 from oldlogits.rollout.spec import EngineSpec, EngineStats
+from oldlogits.rollout.turns import trajectory_of
 from oldlogits.runtime.buffer import Buffer
 from oldlogits.runtime.environment import run_inline
-from oldlogits.runtime.handles import Handles, inline_trainer
+from oldlogits.runtime.handles import Handles, InlineScorer, inline_trainer
 from oldlogits.runtime.lag import Plan, draw_plan
 from oldlogits.train.trainer import Trainer
+from oldlogits.train.window_scorer import WindowScorer
 
 STALLED_ROUNDS = 100_000
 """Idle turns of the driver after which something must be wrong."""
@@ -62,7 +64,7 @@ class LockstepEngine:
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str) -> Generation:
         """Sample a completion, as far as the trajectory's plan allows at each version."""
-        trajectory = request_id.rpartition("/")[0]
+        trajectory = trajectory_of(request_id)
         if self._group(trajectory) is None:
             return await self._engine.generate(prompt_ids, sampling, request_id)
         while self._left(trajectory) <= 0:
@@ -204,7 +206,14 @@ async def open_lockstep(config: RunConfig, model_folder: Path, probe_ids: Sequen
             clock=clock,
             real_time=False,
             watch=engine.watch,
+            scorer=_scorer(config, model_folder, probe_ids),
             workers=(driver,),
         )
     finally:
         driver.cancel()
+
+
+def _scorer(config: RunConfig, model_folder: Path, probe_ids: Sequence[int]) -> InlineScorer | None:
+    if config.source.type != "dedicated":
+        return None
+    return InlineScorer(WindowScorer(config, model_folder, probe_ids), config.source.window)

@@ -8,10 +8,12 @@
                                          train  ----------------------------------------->  steps, version v + 1
                                          publish  <---------------------------------------  weights
     engine <--- pause, update_weights, resume (KV recomputed; running episodes go on)
+                                         source.on_published: it may score what the last version sampled
                                          admit(v + 1) -> rollouts
                                          probe: engine against trainer at v + 1
 
-The engine samples all the while, but between pause and resume. Nothing here runs a model or knows which runtime it is.
+The engine samples all the while, but between pause and resume; a source that needs the pause has it before `acquire`.
+Nothing here runs a model or knows which runtime it is.
 """
 
 from __future__ import annotations
@@ -22,27 +24,27 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from oldlogits.batch import collate
+from oldlogits.batch import TokenBatch, collate
 from oldlogits.config import RunConfig
-from oldlogits.core.errors import NonFiniteError
-from oldlogits.core.protocols import FullWeights, LogprobSource, Scored
+from oldlogits.core.errors import ConfigError, NonFiniteError
+from oldlogits.core.protocols import BatchTokens, FullWeights, LogprobSource, RolloutEngine, Scored
 from oldlogits.core.trajectory import TrajectoryGroup
 from oldlogits.envs.shape import Environment
 from oldlogits.objective import group_advantages
 from oldlogits.record.episodes import Stage
 from oldlogits.record.summary import wilson
-from oldlogits.rollout.turns import Agent
+from oldlogits.rollout.turns import Agent, sampled_segments, trajectory_of
 from oldlogits.runtime.buffer import Account, Buffer
 from oldlogits.runtime.handles import Handles
 from oldlogits.runtime.probe import KNOWN_NUMERICS, ProbeResult, probe
 from oldlogits.runtime.recorder import Recorder
+from oldlogits.runtime.referee import Referee
 from oldlogits.runtime.rollouts import PACE, Rollouts, evaluate, is_success
 from oldlogits.runtime.rows import Rows
 from oldlogits.runtime.staleness import StalenessBound
 from oldlogits.runtime.totals import Totals
-from oldlogits.sources import SOURCE_TYPES, check_scored
+from oldlogits.sources import check_scored, make_source
 from oldlogits.train.step import UpdateResult
 from oldlogits.train.trainer import Published, Witnesses
 
@@ -74,6 +76,14 @@ class Busy:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paused:
+    """Since when the engine stands still, and how long it took to come to rest."""
+
+    at_s: float
+    pause_s: float
+
+
 class Loop:
     """One run: evaluation before, updates, evaluation after.
 
@@ -91,8 +101,9 @@ class Loop:
         bound = StalenessBound(max_staleness=config.window, groups_per_version=config.rollout.groups_per_version)
         self.buffer = Buffer(bound, filter_uniform=config.rollout.filter_uniform)
         self.buffer.account = Account(**totals.account)
-        source = SOURCE_TYPES.get(config.source.type)
-        self._source: LogprobSource | None = source(handles.trainer) if source else None
+        self.source = make_source(config.source.type, handles.trainer, handles.scorer)
+        _check_partials(self.source, handles.engine, config.source.type)
+        self._referee = Referee(config, handles.trainer, recorder.events, handles.clock)
         self._last_update_s = 0.0
         self.version = 0
         self.witnesses = Witnesses()
@@ -107,11 +118,18 @@ class Loop:
         state = await self._handles.trainer.state()
         self.version = state.version
         self._recorder.started(version=self.version, num_parameters=state.num_parameters)
-        await self._synchronise(await self._publish())
-        if not self.totals.num_updates and "before/greedy" not in self.totals.rewards:
-            await self._evaluate("before", self._config.eval.num_episodes)
-        await self._train()
-        await self._evaluate("after", self._config.eval.num_episodes)
+        try:
+            await self._synchronise(await self._publish(), None)
+            if not self.totals.num_updates and "before/greedy" not in self.totals.rewards:
+                await self._evaluate("before", self._config.eval.num_episodes)
+            await self._train()
+            await self._evaluate("after", self._config.eval.num_episodes)
+        finally:
+            await self.source.close()
+
+    def cancel_all(self) -> None:
+        """The run is over: count what is outstanding as cancelled."""
+        self.source.drop(self.buffer.cancel_all())
 
     async def _train(self) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -130,6 +148,7 @@ class Loop:
             environment_class=self._task.environment_class,
             rows=self._task.rows,
             buffer=self.buffer,
+            source=self.source,
             events=self._recorder.events,
             tasks=tasks,
             group_size=self._config.rollout.group_size,
@@ -166,13 +185,17 @@ class Loop:
         self._recorder.batch(groups, version=self.version, waited_s=taken - started)
         batch = collate(groups, self._advantages(groups), num_steps=self._config.trainer.steps_per_version)
         await trainer.put_batch(batch)
-        scored = await self._score(batch.version[batch.loss_mask], batch.versions)
+        paused = await self._pause() if self.source.needs_pause else None
+        scored = await self._score(batch)
         scored_at = clock()
+        exact = await self._referee.exact(self._entering(batch))
+        refereed = clock()
         result = await self._step(scored)
         trained = clock()
         published = await self._publish()
-        await self._synchronise(published)
+        stall_s = await self._synchronise(published, paused)
         self.buffer.confirm_trained()
+        self.source.drop(batch.trajectory_ids)
         self.buffer.check()
         self._last_update_s = clock() - taken
         self._admit(rollouts)
@@ -182,13 +205,15 @@ class Loop:
             "time/update_s": ended - started,
             "time/wait_batch_s": taken - started,
             "time/score_s": scored_at - taken,
-            "time/step_s": trained - scored_at,
+            "time/step_s": trained - refereed,
             "time/publish_s": ended - trained,
+            "time/stall_s": stall_s,
         }
         used = (await self._busy()) - before
         self._count(groups, result, used, ended - started)
-        metrics = {**result.metrics, **times, **self._loop_metrics(groups, result, used, times)}
+        metrics = {**result.metrics, **times, **self.source.metrics(), **self._loop_metrics(groups, result, used, times)}
         self._recorder.updated(result, metrics, groups, version=self.version)
+        self._referee.judge(exact, result, version=self.version)
 
     async def _busy(self) -> Busy:
         stats, state = await self._handles.engine_stats(), await self._handles.trainer.state()
@@ -240,8 +265,9 @@ class Loop:
         }
 
     def _oldest_needed(self) -> int:
-        oldest = self.buffer.oldest_needed
-        return self.version if oldest is None else oldest
+        in_flight = self.buffer.oldest_needed
+        in_flight = self.version if in_flight is None else in_flight
+        return in_flight if self._config.referee.share else self.source.oldest_needed(in_flight)
 
     def _advantages(self, groups: Sequence[TrajectoryGroup]) -> list[float]:
         rewards = torch.tensor([t.reward for group in groups for t in group.trajectories])
@@ -249,13 +275,18 @@ class Loop:
         advantages: list[float] = group_advantages(rewards, index, self._config.objective.advantage).tolist()
         return advantages
 
-    async def _score(self, versions: NDArray[np.int64], distinct: Sequence[int]) -> Scored | None:
-        if self._source is None:
-            return None
+    def _entering(self, batch: TokenBatch) -> BatchTokens:
+        versions = batch.version[batch.loss_mask]
+        return BatchTokens(versions=versions, trajectory_ids=batch.trajectory_ids, trainer_version=self.version)
+
+    async def _score(self, batch: TokenBatch) -> Scored | None:
         started = self._handles.clock()
-        scored = await self._source.acquire(versions, self.version)
-        check_scored(scored, versions)
-        self._recorder.scored(scored, distinct, version=self.version, seconds_s=self._handles.clock() - started)
+        tokens = self._entering(batch)
+        scored = await self.source.acquire(tokens)
+        if scored is None:
+            return None
+        check_scored(scored, tokens.versions)
+        self._recorder.scored(scored, batch.versions, version=self.version, seconds_s=self._handles.clock() - started)
         return scored
 
     async def _step(self, scored: Scored | None) -> UpdateResult:
@@ -275,17 +306,37 @@ class Loop:
         self._recorder.published(version=self.version, num_bytes=published.store_bytes, seconds_s=seconds_s)
         return published
 
-    async def _synchronise(self, published: Published) -> None:
-        """Give the engine the new weights while it is paused, and probe it."""
-        engine, clock, engine_config = self._handles.engine, self._handles.clock, self._config.engine
+    async def _pause(self) -> Paused:
+        """Bring the engine to rest, and tell the source what unfinished turns have sampled so far."""
+        engine, clock, started = self._handles.engine, self._handles.clock, self._handles.clock()
+        await engine.pause("keep", self._config.engine.kv)
+        paused = Paused(at_s=clock(), pause_s=clock() - started)
+        if self.source.needs_partials and engine.capabilities.partials:
+            temperature = self._config.sampling.temperature
+            partials = await engine.partials()
+            await self.source.on_paused({trajectory_of(i): sampled_segments(g, temperature) for i, g in partials.items()})
+        return paused
+
+    async def _synchronise(self, published: Published, paused: Paused | None) -> float:
+        """Give the engine the new weights while it is paused, and probe it; returns the seconds it stood still."""
+        engine, clock, version = self._handles.engine, self._handles.clock, published.version
+        paused = paused or await self._pause()
         started = clock()
-        await engine.pause("keep", engine_config.kv)
-        paused = clock()
-        await engine.update_weights(FullWeights(tensors=published.weights), published.version)
+        await engine.update_weights(FullWeights(tensors=published.weights), version)
         await engine.resume()
-        self._recorder.weights_updated(version=published.version, pause_s=paused - started, load_s=clock() - paused)
+        resumed = clock()
+        stall_s = resumed - paused.at_s
+        self._recorder.weights_updated(version=version, pause_s=paused.pause_s, load_s=resumed - started, stall_s=stall_s)
+        await self._check_engine(published)
+        await self.source.on_published(version, published.weights, published.probe_logps)
+        return stall_s
+
+    async def _check_engine(self, published: Published) -> None:
+        """Probe it, and ask the trainer for its witnesses."""
         result = await self._probe(published)
-        self.witnesses = (await self._handles.trainer.state()).witnesses
+        of_trainer = (await self._handles.trainer.state()).witnesses
+        worst = np.fmax(of_trainer.publish_max_abs_error, self.source.witness_max_abs_error)
+        self.witnesses = replace(of_trainer, publish_max_abs_error=float(worst))
         self.totals.add_probe(result.max_abs_error)
         self._recorder.probed(result, self.witnesses.publish_max_abs_error, version=published.version)
 
@@ -347,3 +398,14 @@ class Loop:
                 self.totals.rewards[f"{stage}/{mode}"] = list(outcome.rewards)
             for i, trajectory in enumerate(outcome.trajectories[:4]):
                 self._recorder.episode(trajectory, version=self.version, split="heldout", stage=stage, with_text=i < 4)
+
+
+def _check_partials(source: LogprobSource, engine: RolloutEngine, name: str) -> None:
+    """Refuse a route that scores before the step, where the engine does not tell what it has sampled by then."""
+    if source.needs_pause and not engine.capabilities.partials:
+        raise ConfigError(
+            f"source '{name}' scores what running turns have sampled, and this engine does not tell",
+            got="an engine without partials",
+            allowed="an engine with partials, or another source",
+            fix="use source 'snapshot'",
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -140,6 +141,8 @@ class Recorder:
             staleness_counts=counts,
             provenance=dict(result.provenance),
         )
+        if result.average_reset is not None:
+            self.events.emit(EventKind.AVERAGE_RESET, version=version, **asdict(result.average_reset))
         every = self._config.record.tokens_every
         if every and (version - 1) % every == 0:
             write_tokens(self.folder.tokens, version, result.table)
@@ -171,9 +174,9 @@ class Recorder:
         """A version was stored."""
         self.events.emit(EventKind.PUBLISHED, version=version, bytes=num_bytes, seconds_s=seconds_s)
 
-    def weights_updated(self, *, version: int, pause_s: float, load_s: float) -> None:
-        """The engine took new weights."""
-        self.events.emit(EventKind.WEIGHTS_UPDATED, version=version, pause_s=pause_s, load_s=load_s)
+    def weights_updated(self, *, version: int, pause_s: float, load_s: float, stall_s: float) -> None:
+        """The engine was brought to rest, took new weights, and had stood still for `stall_s` when it went on."""
+        self.events.emit(EventKind.WEIGHTS_UPDATED, version=version, pause_s=pause_s, load_s=load_s, stall_s=stall_s)
 
     def probed(self, result: ProbeResult, witness_error: float, *, version: int) -> None:
         """Engine and trainer were compared; the witnesses' worst error is shown beside it."""

@@ -2,7 +2,7 @@
 
 admit -> group task -> episode tasks -> engine.generate ...      (engine down: the error ends the run)
                    |<- trajectories, failures
-                   -> buffer.close
+                   -> buffer.close -> source.on_arrival
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from oldlogits.core.errors import EnvironmentShapeError
+from oldlogits.core.protocols import LogprobSource
 from oldlogits.core.trajectory import Trajectory
 from oldlogits.envs.shape import Environment, Row
 from oldlogits.record.events import EventKind, EventSink
@@ -38,6 +39,7 @@ class Rollouts:
         environment_class: One instance per episode.
         rows: The tasks.
         buffer: Admits and collects.
+        source: Told of trajectories that grow, of groups that end, and of those that are not trained.
         events: Written to as groups start, end and fail.
         tasks: Supervises the episodes: an error of the engine in one of them ends the run.
         group_size: Episodes per group.
@@ -52,14 +54,16 @@ class Rollouts:
         environment_class: type[Environment],
         rows: Rows,
         buffer: Buffer,
+        source: LogprobSource,
         events: EventSink,
         tasks: asyncio.TaskGroup,
         group_size: int,
         max_running_groups: int,
         first_row: int,
     ) -> None:
-        self._agent, self._class, self._rows = agent, environment_class, rows
-        self._buffer, self._events, self._tasks = buffer, events, tasks
+        self._agent = replace(agent, report=source.on_segment_closed)
+        self._class, self._rows = environment_class, rows
+        self._buffer, self._source, self._events, self._tasks = buffer, source, events, tasks
         self._group_size = group_size
         self._max_running = max_running_groups or 1 << 30
         self._running: set[asyncio.Task[None]] = set()
@@ -142,10 +146,20 @@ class Rollouts:
         assert task is not None
         self._running.discard(task)
         self.fill()
+        if closed.filtered:
+            self._source.drop(t.id for t in closed.trajectories)
+        else:
+            await self._source.on_arrival(closed.trajectories)
 
     async def _play_member(self, group_id: str, member: int, row: Row) -> None:
-        outcome = await run_episode(self._agent, self._class, row, id=f"{group_id}.{member}", group_id=group_id)
+        id = f"{group_id}.{member}"
+        try:
+            outcome = await run_episode(self._agent, self._class, row, id=id, group_id=group_id)
+        except asyncio.CancelledError:
+            self._source.drop([id])
+            raise
         if isinstance(outcome, Failure):
+            self._source.drop([id])
             self._buffer.fail(group_id)
             self._events.emit(EventKind.TRAJECTORY_FAILED, version=self.version, trajectory=outcome.id, reason=outcome.reason)
         else:

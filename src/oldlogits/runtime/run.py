@@ -130,7 +130,7 @@ async def _finish(config: RunConfig, loop: Loop, handles: Handles, recorder: Rec
             ended, error = "error", raised
         except ExceptionGroup as group:
             ended, error = "error", _own_error(group)
-    loop.buffer.cancel_all()
+    loop.cancel_all()
     recorder.ended(ended, str(error or ""), version=loop.version)
     return RunResult(summary=loop.totals.summary(config, loop.buffer, loop.witnesses, ended), error=error)
 

@@ -11,14 +11,42 @@ from numpy.typing import NDArray
 
 from oldlogits.core.errors import ExactnessError, MissingLogprobError
 from oldlogits.core.policies import OLD
-from oldlogits.core.protocols import LogprobSource, Scored, ScoringHandle
+from oldlogits.core.protocols import DedicatedScorer, LogprobSource, Scored
+from oldlogits.sources.aged import AgedSource
 from oldlogits.sources.arrival import ArrivalSource
+from oldlogits.sources.dedicated import DedicatedSource
+from oldlogits.sources.eager import EagerSource
+from oldlogits.sources.ewma import AveragingHandle, EwmaSource
+from oldlogits.sources.interruption import InterruptionSource
+from oldlogits.sources.nothing import NoSource
 from oldlogits.sources.snapshot import SnapshotSource
 
-SOURCE_TYPES: Final[Mapping[str, Callable[[ScoringHandle], LogprobSource]]] = MappingProxyType(
-    {"snapshot": SnapshotSource, "arrival": ArrivalSource}
+SOURCE_TYPES: Final[Mapping[str, Callable[[AveragingHandle], LogprobSource]]] = MappingProxyType(
+    {
+        "snapshot": SnapshotSource,
+        "eager": EagerSource,
+        "interruption": InterruptionSource,
+        "arrival": ArrivalSource,
+        "ewma": EwmaSource,
+        "aged": AgedSource,
+        "none": NoSource,
+    }
 )
-"""The routes by their name in a recipe; "none" has no source."""
+"""The routes that need nothing but the trainer, by their name in a recipe."""
+
+
+def make_source(name: str, trainer: AveragingHandle, scorer: DedicatedScorer | None) -> LogprobSource:
+    """The route of that name.
+
+    Args:
+        name: A key of `SOURCES`.
+        trainer: Scores.
+        scorer: Of the route "dedicated"; the others have none.
+    """
+    if name == "dedicated":
+        assert scorer is not None, "a runtime opens a scorer for the route 'dedicated'"
+        return DedicatedSource(trainer, scorer)
+    return SOURCE_TYPES[name](trainer)
 
 
 def check_scored(scored: Scored, versions: NDArray[np.int64]) -> None:
@@ -50,4 +78,17 @@ def check_scored(scored: Scored, versions: NDArray[np.int64]) -> None:
         )
 
 
-__all__ = ["SOURCE_TYPES", "ArrivalSource", "SnapshotSource", "check_scored"]
+__all__ = [
+    "SOURCE_TYPES",
+    "AgedSource",
+    "ArrivalSource",
+    "AveragingHandle",
+    "DedicatedSource",
+    "EagerSource",
+    "EwmaSource",
+    "InterruptionSource",
+    "NoSource",
+    "SnapshotSource",
+    "check_scored",
+    "make_source",
+]

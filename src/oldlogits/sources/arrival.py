@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from oldlogits.core.policies import ASYNC, Policy
-from oldlogits.core.protocols import PolicyVersion, Scored, ScoringHandle
+from oldlogits.core.protocols import BatchTokens, LogprobSource, Scored, ScoringHandle
 
 
-class ArrivalSource:
+class ArrivalSource(LogprobSource):
     """Scores the whole batch once with the live weights, before the first optimizer step on it.
 
     Paper: "Decoupled PPO & async": ``pi_async`` stands in for ``pi_old``.
@@ -20,7 +19,8 @@ class ArrivalSource:
     def __init__(self, trainer: ScoringHandle) -> None:
         self._trainer = trainer
 
-    async def acquire(self, versions: NDArray[np.int64], trainer_version: PolicyVersion) -> Scored:
+    async def acquire(self, batch: BatchTokens) -> Scored:
         """Score every token with the trainer's current weights."""
-        values = await self._trainer.score(np.arange(len(versions)), None)
-        return Scored(policy=ASYNC, values=values, computed_at=np.full(len(versions), trainer_version), num_switches=0)
+        num_tokens = len(batch.versions)
+        values = await self._trainer.score(np.arange(num_tokens), None)
+        return Scored(policy=ASYNC, values=values, computed_at=np.full(num_tokens, batch.trainer_version), num_switches=0)

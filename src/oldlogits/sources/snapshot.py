@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from oldlogits.core.policies import OLD, Policy
-from oldlogits.core.protocols import PolicyVersion, Scored, ScoringHandle
+from oldlogits.core.protocols import BatchTokens, LogprobSource, Scored, ScoringHandle
 
 
-class SnapshotSource:
+class SnapshotSource(LogprobSource):
     """Scores a batch version by version, in ascending order: one switch per distinct version.
 
     Paper: "snapshot version tracking" (three exact ways to get pi_old).
@@ -20,8 +19,9 @@ class SnapshotSource:
     def __init__(self, trainer: ScoringHandle) -> None:
         self._trainer = trainer
 
-    async def acquire(self, versions: NDArray[np.int64], trainer_version: PolicyVersion) -> Scored:
+    async def acquire(self, batch: BatchTokens) -> Scored:
         """Score every token at its own version; never at another one."""
+        versions = batch.versions
         values = np.full(len(versions), np.nan, np.float32)
         computed_at = np.full(len(versions), -1, np.int64)
         distinct = np.unique(versions)

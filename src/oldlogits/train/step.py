@@ -25,6 +25,7 @@ from oldlogits.core.errors import MissingLogprobError, NonFiniteError
 from oldlogits.core.policies import LINEAR, LOGLINEAR, MU, OLD, STAND_IN_PROVENANCE, THETA, Policy, Provenance, find_variant
 from oldlogits.core.protocols import Scored
 from oldlogits.objective import (
+    a3po_weight_mu,
     diagnose,
     kept_mask,
     linear_logp,
@@ -37,6 +38,7 @@ from oldlogits.objective import (
     weighted_loss,
 )
 from oldlogits.policy.scorer import action_logps
+from oldlogits.train.average import AverageReset
 
 Column = NDArray[np.generic]
 
@@ -54,6 +56,7 @@ class UpdateResult:
         lag0_max_abs_error: Largest ``|log r_s|`` of lag-0 tokens before the first optimizer step, where the stand-in
             is OLD; NaN where there is no such token. Exactly 0 up to rounding, or OLD is not what it claims to be.
         table: One row per loss token, for the per-token Parquet table.
+        average_reset: Why the weight average was reset after it; None: it was not, or there is none.
     """
 
     metrics: Mapping[str, float]
@@ -61,6 +64,7 @@ class UpdateResult:
     provenance: Mapping[str, int]
     lag0_max_abs_error: float
     table: Mapping[str, Column]
+    average_reset: AverageReset | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,13 +156,15 @@ def update(
         "grad/norm": float(torch.stack(norms).mean()),
         "grad/norm_max": float(torch.stack(norms).max()),
         **_diagnostics(tokens, seen, config),
+        **_band_shares(tokens, seen, config.band),
     }
+    label = _label(variant.stand_in, scored)
     return UpdateResult(
         metrics=metrics,
         staleness_counts=_counts(tokens.staleness.numpy()),
-        provenance=_provenance(batch.mixed_kv[tokens.flat], variant.stand_in),
+        provenance=_provenance(batch.mixed_kv[tokens.flat], variant.stand_in, label),
         lag0_max_abs_error=lag0,
-        table=_table(batch, tokens, seen, variant.stand_in, version),
+        table=_table(batch, tokens, seen, variant.stand_in, label, version),
     )
 
 
@@ -204,7 +210,7 @@ def _accumulate(
         theta = action_logps(model, micro, head_chunk_tokens=config.trainer.head_chunk_tokens)
         logp = {policy: values[here] for policy, values in tokens.logp.items()} | {THETA: theta}
         if variant.stand_in in INTERPOLATE:
-            logp[variant.stand_in] = INTERPOLATE[variant.stand_in](logp[MU], theta, objective.weight_mu)
+            logp[variant.stand_in] = _interpolate(variant.stand_in, logp[MU], theta, tokens.staleness[here], config)
         split = split_ratio(variant, logp)
         terms = surrogate(
             split,
@@ -241,7 +247,7 @@ def _step_weights(model: PreTrainedModel, batch: TokenBatch, tokens: LossTokens,
                 for micro in micro_batches(batch, tokens.flat[chosen.numpy()], config.trainer.micro_batch_tokens):
                     here = np.searchsorted(tokens.flat, micro.flat.numpy())
                     theta[here] = action_logps(model, micro, head_chunk_tokens=config.trainer.head_chunk_tokens)
-            logp[variant.stand_in] = INTERPOLATE[variant.stand_in](logp[MU], theta, objective.weight_mu)
+            logp[variant.stand_in] = _interpolate(variant.stand_in, logp[MU], theta, tokens.staleness, config)
         kept = kept_mask(log_discrepancy(variant, logp), chosen, config.band)
     return token_weights(
         chosen,
@@ -251,6 +257,13 @@ def _step_weights(model: PreTrainedModel, batch: TokenBatch, tokens: LossTokens,
         kept_mask=kept,
         constant=objective.denominator_tokens,
     )
+
+
+def _interpolate(stand_in: Policy, logp_mu: Tensor, theta: Tensor, staleness: Tensor, config: RunConfig) -> Tensor:
+    """The interpolated stand-in, under the recipe's weight on MU or that of each token's staleness."""
+    objective = config.objective
+    weight_mu = a3po_weight_mu(staleness) if objective.weight_mu_schedule == "a3po" else objective.weight_mu
+    return INTERPOLATE[stand_in](logp_mu, theta, weight_mu)
 
 
 def _lag0_error(tokens: LossTokens, seen: _Seen) -> float:
@@ -285,23 +298,41 @@ def _diagnostics(tokens: LossTokens, seen: _Seen, config: RunConfig) -> dict[str
     )
 
 
+def _band_shares(tokens: LossTokens, seen: _Seen, band: float) -> dict[str, float]:
+    """What the band keeps of the first step's tokens: with the stand-in in r_d, and with the weights before that step."""
+    first = tokens.step == 0
+    all_of_them, mu = first[first], tokens.logp[MU][first]
+
+    def share(logp: Tensor) -> float:
+        return float(kept_mask(logp[first] - mu, all_of_them, band).float().mean())
+
+    return {"mask/rho_band_first": share(seen.stand_in), "mask/rho_band_live": share(seen.theta)}
+
+
 def _counts(values: NDArray[np.int64]) -> dict[int, int]:
     kinds, counts = np.unique(values, return_counts=True)
     return {int(kind): int(count) for kind, count in zip(kinds, counts, strict=True)}
 
 
-def _provenance(mixed_kv: NDArray[np.bool_], stand_in: Policy) -> dict[str, int]:
+def _label(stand_in: Policy, scored: Scored | None) -> Provenance:
+    """How the stand-in's values were obtained, where keys and values were fresh."""
+    if scored is not None and scored.policy is stand_in and scored.provenance is not None:
+        return scored.provenance
+    return STAND_IN_PROVENANCE[stand_in]
+
+
+def _provenance(mixed_kv: NDArray[np.bool_], stand_in: Policy, label: Provenance) -> dict[str, int]:
     """OLD over stale keys and values is labelled so; other stand-ins keep their own label."""
-    label = STAND_IN_PROVENANCE[stand_in]
     mixed = int(mixed_kv.sum()) if stand_in is OLD else 0
     counts = {label.value: len(mixed_kv) - mixed, Provenance.MIXED_KV.value: mixed}
     return {name: count for name, count in counts.items() if count}
 
 
-def _table(batch: TokenBatch, tokens: LossTokens, seen: _Seen, stand_in: Policy, version: int) -> dict[str, Column]:
+def _table(
+    batch: TokenBatch, tokens: LossTokens, seen: _Seen, stand_in: Policy, label: Provenance, version: int
+) -> dict[str, Column]:
     flat = tokens.flat
     sequence = tokens.sequence.numpy()
-    label = STAND_IN_PROVENANCE[stand_in].value
     mixed = batch.mixed_kv[flat] & (stand_in is OLD)
     return {
         "trajectory": np.array(batch.trajectory_ids)[sequence],
@@ -310,7 +341,7 @@ def _table(batch: TokenBatch, tokens: LossTokens, seen: _Seen, stand_in: Policy,
         "version": batch.version[flat].astype(np.int32),
         "trainer_version": np.full(len(flat), version, np.int32),
         "staleness": tokens.staleness.numpy().astype(np.int32),
-        "provenance": np.where(mixed, Provenance.MIXED_KV.value, label),
+        "provenance": np.where(mixed, Provenance.MIXED_KV.value, label.value),
         "reward": batch.rewards[sequence],
         "advantage": tokens.advantages.numpy(),
         "logp_mu": batch.logp_mu[flat],

@@ -1,6 +1,7 @@
 """The trainer: live weights, optimizer, version store and scoring module of one process.
 
     put_batch -> score(tokens, at=version | live) ... -> train -> publish -> (engine reads the weights)
+    score_pieces(pieces, at=version) at any time: tokens of trajectories that are not, or not yet, in the batch
 
 The live weights are never switched: a second module, without gradients, points at the stored copies.
 """
@@ -10,8 +11,10 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +23,17 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from oldlogits.batch import TokenBatch, micro_batches
+from oldlogits.batch import Sequences, TokenBatch, pack
 from oldlogits.config import RunConfig
-from oldlogits.core.errors import ExactnessError, RunFolderError
-from oldlogits.core.protocols import PolicyVersion, Scored
+from oldlogits.core.errors import RunFolderError
+from oldlogits.core.policies import SOURCES
+from oldlogits.core.protocols import Piece, PolicyVersion, Scored, ScoredPieces
 from oldlogits.policy.model import load_model, load_tokenizer, named_weights, point_at
-from oldlogits.policy.scorer import score
+from oldlogits.policy.scorer import score_tokens
+from oldlogits.train.average import AVERAGING_SOURCES, Averaging
 from oldlogits.train.step import UpdateResult, update
-from oldlogits.versions import FullCopyStore
-
-WITNESS_TOLERANCE = 1e-5
-"""Nats. Two fp32 forwards of the same weights differ by rounding only."""
+from oldlogits.train.witness import check_witness, max_error, probe_of
+from oldlogits.versions import AverageScores, FullCopyStore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +86,10 @@ class Trainer:
         self._tokenizer = load_tokenizer(model_folder)
         self._scoring = copy.deepcopy(self._model).requires_grad_(False)
         self._store = FullCopyStore()
-        self._probe = _probe_batch(probe_ids)
+        self._stores_versions = SOURCES[config.source.type].stores_versions or config.referee.share > 0
+        averages = config.source.type in AVERAGING_SOURCES
+        self._averaging = Averaging(config, named_weights(self._model)) if averages else None
+        self._probe = probe_of(probe_ids)
         self._probe_logps: dict[PolicyVersion, NDArray[np.float32]] = {}
         t = config.trainer
         self._optimizer = torch.optim.AdamW(
@@ -102,9 +108,12 @@ class Trainer:
     def publish(self) -> Published:
         """Store the live weights as the current version, and let them witness it."""
         weights = named_weights(self._model)
-        self._store.publish(self.version, weights)
+        if self._stores_versions:
+            self._store.publish(self.version, weights)
         point_at(self._scoring, weights)
-        self._probe_logps[self.version] = self._score(self._probe, np.flatnonzero(self._probe.loss_mask))
+        self._probe_logps[self.version] = self._score(*self._probe)
+        if self._averaging is not None:
+            self._averaging.witness(self.version, self._probe_logps[self.version])
         return Published(
             version=self.version,
             weights=weights,
@@ -129,13 +138,31 @@ class Trainer:
         """
         batch = self._current_batch()
         flat = np.flatnonzero(batch.loss_mask)[tokens]
-        if at is None:
-            point_at(self._scoring, named_weights(self._model))
+        with self._scoring_at(at):
             return self._score(batch, flat)
-        with self._store.checkout(at) as weights:
-            point_at(self._scoring, weights)
-            self._witness_checkout(at)
-            return self._score(batch, flat)
+
+    def score_pieces(self, pieces: Sequence[Piece], at: PolicyVersion) -> ScoredPieces:
+        """Log-probs of pieces of any trajectories at a stored version, or at the live one.
+
+        Raises:
+            VersionEvictedError: The version is no longer held.
+            ExactnessError: The weights do not reproduce what the live ones gave at publish.
+        """
+        started = time.perf_counter()
+        with self._scoring_at(at):
+            values = self._score(*pack(pieces))
+        return ScoredPieces(values=values, seconds_s=time.perf_counter() - started)
+
+    def score_average(self, tokens: NDArray[np.int64]) -> AverageScores:
+        """Log-probs of loss tokens of the batch under the weights averaged up to the current version.
+
+        Args:
+            tokens: int64, ascending positions among the batch's loss tokens.
+        """
+        assert self._averaging is not None, "a source that averages makes the trainer keep an average"
+        batch, average = self._current_batch(), self._averaging.average
+        point_at(self._scoring, average.weights)
+        return AverageScores(values=self._score(batch, np.flatnonzero(batch.loss_mask)[tokens]), age=average.age)
 
     def train(self, scored: Scored | None) -> UpdateResult:
         """Train the batch; the trainer's version rises by one.
@@ -149,12 +176,19 @@ class Trainer:
         self._witness_lag0(result.lag0_max_abs_error)
         self._batch = None
         self.version += 1
-        return result
+        return self._take_in(result) if self._averaging is not None else result
+
+    def _take_in(self, result: UpdateResult) -> UpdateResult:
+        """The average takes in the new version."""
+        assert self._averaging is not None
+        taken = self._averaging.take_in(named_weights(self._model), self.version, result.metrics, result.staleness_counts)
+        return replace(result, metrics={**result.metrics, **taken.metrics}, average_reset=taken.reset)
 
     def retain(self, oldest_needed: PolicyVersion) -> None:
         """Drop stored versions that no token in flight needs."""
-        for version in self._store.retain(oldest_needed):
-            del self._probe_logps[version]
+        self._store.retain(oldest_needed)
+        held = {self.version, *self._store.versions}
+        self._probe_logps = {version: logps for version, logps in self._probe_logps.items() if version in held}
 
     def save_batch(self, folder: Path) -> Path:
         """Write the batch in training to a folder, for a post-mortem."""
@@ -180,6 +214,8 @@ class Trainer:
         save_file(tensors | {"rng": torch.get_rng_state()}, state / "optimizer.safetensors")
         counters = {"version": self.version, "schedule_steps": self._schedule.last_epoch, **asdict(self.witnesses)}
         (state / "trainer.json").write_text(json.dumps(counters, indent=1))
+        if self._averaging is not None:
+            self._averaging.save(state / "average.safetensors")
 
     def restore(self, folder: Path) -> None:
         """Go on from a checkpoint of `save`; the model's weights are loaded too.
@@ -213,40 +249,43 @@ class Trainer:
             group["lr"] = self._config.trainer.lr * factor
         self.version = counters.pop("version")
         self.witnesses = Witnesses(**counters)
+        if self._averaging is not None:
+            self._averaging.restore(state / "average.safetensors")
 
-    def _score(self, batch: TokenBatch, flat: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _score(self, sequences: Sequences, flat: NDArray[np.int64]) -> NDArray[np.float32]:
         t = self._config.trainer
-        out = torch.full((batch.num_tokens,), math.nan)
-        score(self._scoring, micro_batches(batch, flat, t.micro_batch_tokens), out, head_chunk_tokens=t.head_chunk_tokens)
-        scores: NDArray[np.float32] = out.numpy()[flat]
-        return scores
+        sizes = {"micro_batch_tokens": t.micro_batch_tokens, "head_chunk_tokens": t.head_chunk_tokens}
+        return score_tokens(self._scoring, sequences, flat, **sizes)
+
+    @contextmanager
+    def _scoring_at(self, at: PolicyVersion | None) -> Iterator[None]:
+        """Point the scoring module at a stored version, or at the live weights: None, or their version if it is not stored."""
+        if at is None or (at == self.version and at not in self._store.versions):
+            point_at(self._scoring, named_weights(self._model))
+            if at is not None:
+                self._witness_version(at)
+            yield
+            return
+        with self._store.checkout(at) as weights:
+            point_at(self._scoring, weights)
+            self._witness_version(at)
+            yield
 
     def _current_batch(self) -> TokenBatch:
         assert self._batch is not None, "put_batch comes before score and train"
         return self._batch
 
-    def _witness_checkout(self, version: PolicyVersion) -> None:
-        """Witness (a): the checked-out weights reproduce what the live ones gave the probe tokens at publish."""
-        again = self._score(self._probe, np.flatnonzero(self._probe.loss_mask))
-        error = float(np.nan_to_num(np.abs(again - self._probe_logps[version]), nan=np.inf).max())
+    def _witness_version(self, version: PolicyVersion) -> None:
+        """Witness (a): the weights about to score reproduce what the live ones gave the probe tokens at publish."""
+        error = max_error(self._score(*self._probe), self._probe_logps[version])
         worst = np.fmax(self.witnesses.publish_max_abs_error, error)
         self.witnesses = Witnesses(publish_max_abs_error=float(worst), lag0_max_abs_error=self.witnesses.lag0_max_abs_error)
-        _check_witness(error, f"the checkout of version {version}", "the live weights at its publish")
+        check_witness(error, f"the checkout of version {version}", "the live weights at its publish")
 
     def _witness_lag0(self, error: float) -> None:
         worst = np.fmax(self.witnesses.lag0_max_abs_error, error)
         self.witnesses = Witnesses(publish_max_abs_error=self.witnesses.publish_max_abs_error, lag0_max_abs_error=float(worst))
-        _check_witness(error, "OLD of lag-0 tokens", "THETA before the first optimizer step")
-
-
-def _check_witness(error: float, what: str, against: str) -> None:
-    if error > WITNESS_TOLERANCE:
-        raise ExactnessError(
-            f"{what} contradicts {against}",
-            got=f"log-probs differ by up to {error:.2e}",
-            allowed=f"<= {WITNESS_TOLERANCE:.0e}",
-            fix="the store or the version tags are wrong; this is a defect, please report it with the run folder",
-        )
+        check_witness(error, "OLD of lag-0 tokens", "THETA before the first optimizer step")
 
 
 def _schedule(config: RunConfig) -> Callable[[int], float]:
@@ -259,22 +298,3 @@ def _schedule(config: RunConfig) -> Callable[[int], float]:
         return min(1.0, (done + 1) / (t.warmup_steps + 1)) * decay
 
     return share
-
-
-def _probe_batch(probe_ids: Sequence[int]) -> TokenBatch:
-    """The probe tokens as a batch of one sequence; every token but the first is scored."""
-    n = len(probe_ids)
-    mask = np.arange(n) > 0
-    return TokenBatch(
-        token_ids=np.asarray(probe_ids, np.int64),
-        loss_mask=mask,
-        version=np.where(mask, 0, -1).astype(np.int64),
-        logp_mu=np.zeros(n, np.float32),
-        temperature=np.ones(n, np.float32),
-        mixed_kv=np.zeros(n, np.bool_),
-        starts=np.array([0, n], np.int64),
-        advantages=np.zeros(1, np.float32),
-        rewards=np.zeros(1, np.float32),
-        step=np.zeros(1, np.int64),
-        trajectory_ids=("probe",),
-    )

@@ -1,0 +1,67 @@
+"""Token sequences side by side: what a forward pass reads, whether they are whole trajectories or pieces of running ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oldlogits.core.protocols import Piece
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sequences:
+    """Sequences as flat arrays. NumPy, so that they cross process boundaries as plain bytes.
+
+    Args:
+        token_ids: int64 [token].
+        temperature: float32 [token]; 1 where nothing was sampled.
+        starts: int64 [sequence + 1]; sequence s is ``[starts[s], starts[s + 1])``.
+    """
+
+    token_ids: Ints
+    temperature: Floats
+    starts: Ints
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens."""
+        return len(self.token_ids)
+
+    @property
+    def num_sequences(self) -> int:
+        """How many."""
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> Ints:
+        """int64 [sequence]: tokens of each."""
+        return np.diff(self.starts)
+
+    @property
+    def sequence(self) -> Ints:
+        """int64 [token]: the sequence of each token."""
+        return np.repeat(np.arange(self.num_sequences), self.lengths)
+
+
+def pack(pieces: Sequence[Piece]) -> tuple[Sequences, Ints]:
+    """Pieces side by side.
+
+    Args:
+        pieces: At least one.
+
+    Returns:
+        The sequences, and the flat index of every token to score, piece after piece.
+    """
+    starts = np.cumsum([0, *(len(piece.token_ids) for piece in pieces)]).astype(np.int64)
+    tokens = np.concatenate([piece.positions + start for piece, start in zip(pieces, starts[:-1], strict=True)])
+    temperature = np.ones(int(starts[-1]), np.float32)
+    temperature[tokens] = np.concatenate([piece.temperature for piece in pieces])
+    token_ids = np.concatenate([piece.token_ids for piece in pieces])
+    return Sequences(token_ids=token_ids, temperature=temperature, starts=starts), tokens

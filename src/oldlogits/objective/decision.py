@@ -1,0 +1,115 @@
+"""Where a stand-in decides otherwise than OLD: which tokens are active under one and not under the other.
+
+Where r_d is a weight, the stand-in acts through the active set alone (PAPER, "Identity"), so these are its whole effect
+on one update.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from oldlogits.core.policies import MU, OLD, ONE, THETA, Variant
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecisionSums:
+    """Sums over the loss tokens of each staleness, so that those of several batches add up. ``R = theta / mu``.
+
+    Args:
+        num_tokens: Loss tokens.
+        num_nonzero: Those with A != 0.
+        num_compared: Those whose stand-in and OLD are both finite.
+        logp_error: ``sum |log X - log OLD|`` over the compared tokens, nats.
+        wrongly_kept: Tokens that are active under the stand-in and not under OLD.
+        wrongly_masked: Tokens that are active under OLD and not under the stand-in.
+        wrongly_kept_nonzero: Those with A != 0.
+        wrongly_masked_nonzero: Those with A != 0.
+        weight: ``sum |R A|`` over the tokens that are active under OLD.
+        weight_wrongly_kept: ``sum |R A|`` over the wrongly kept tokens.
+        weight_wrongly_masked: ``sum |R A|`` over the wrongly masked tokens.
+    """
+
+    num_tokens: Int[Tensor, " staleness"]
+    num_nonzero: Int[Tensor, " staleness"]
+    num_compared: Int[Tensor, " staleness"]
+    logp_error: Float[Tensor, " staleness"]
+    wrongly_kept: Int[Tensor, " staleness"]
+    wrongly_masked: Int[Tensor, " staleness"]
+    wrongly_kept_nonzero: Int[Tensor, " staleness"]
+    wrongly_masked_nonzero: Int[Tensor, " staleness"]
+    weight: Float[Tensor, " staleness"]
+    weight_wrongly_kept: Float[Tensor, " staleness"]
+    weight_wrongly_masked: Float[Tensor, " staleness"]
+
+
+def exact_variant(variant: Variant) -> Variant:
+    """The row that `variant` stands in for: OLD in place of its stand-in, the mismatch corrected or not as there.
+
+    Example:
+        ``ppo_ewma_train_infer`` and ``ppo_clip_train_infer`` (r_d = MU/MU) for ``decoupled_exact``; ``ppo_ewma`` for
+        ``ppo_clip``.
+    """
+    return Variant(r_d=OLD / MU if variant.corrects_mismatch else ONE, r_s=THETA / OLD)
+
+
+@torch.no_grad()
+def decision_sums(
+    logp_stand_in: Float[Tensor, " token"],
+    logp_old: Float[Tensor, " token"],
+    log_total: Float[Tensor, " token"],
+    advantages: Float[Tensor, " token"],
+    *,
+    active_mask: Bool[Tensor, " token"],
+    exact_active_mask: Bool[Tensor, " token"],
+    loss_mask: Bool[Tensor, " token"],
+    staleness: Int[Tensor, " token"],
+    num_staleness: int,
+) -> DecisionSums:
+    """Compare the active sets of a stand-in and of OLD, under the same THETA.
+
+    Args:
+        logp_stand_in: Log-probs of the stand-in X.
+        logp_old: Log-probs of OLD.
+        log_total: ``log R = log theta - log mu``, whatever the variant.
+        advantages: A.
+        active_mask: `Surrogate.active_mask` with the stand-in.
+        exact_active_mask: The same of `exact_variant`.
+        loss_mask: Sampled tokens.
+        staleness: Trainer version minus behaviour version, in [0, num_staleness) where `loss_mask` holds.
+        num_staleness: Length of the result.
+
+    Example:
+        Three tokens, R = 1, A = 2, -1, 0; active under X: 1, 0, 1, under OLD: 1, 1, 0: one wrongly masked of weight 1
+        (and A != 0), one wrongly kept of weight 0, and 3 is the weight of the exact active set.
+    """
+    kept, masked = active_mask & ~exact_active_mask, exact_active_mask & ~active_mask
+    nonzero = advantages != 0
+    error = (logp_stand_in - logp_old).double().abs()
+    weight = log_total.double().exp() * advantages.abs()
+    index = torch.where(loss_mask, staleness, num_staleness)
+
+    def total(values: Tensor, mask: Tensor) -> Tensor:
+        selected = torch.where(mask & values.isfinite(), values, 0)
+        return selected.new_zeros(num_staleness + 1).index_add(0, index, selected)[:-1]
+
+    def count(mask: Tensor) -> Tensor:
+        return total(mask.long(), mask)
+
+    return DecisionSums(
+        num_tokens=count(loss_mask),
+        num_nonzero=count(nonzero),
+        num_compared=count(error < math.inf),
+        logp_error=total(error, loss_mask),
+        wrongly_kept=count(kept),
+        wrongly_masked=count(masked),
+        wrongly_kept_nonzero=count(kept & nonzero),
+        wrongly_masked_nonzero=count(masked & nonzero),
+        weight=total(weight, exact_active_mask),
+        weight_wrongly_kept=total(weight, kept),
+        weight_wrongly_masked=total(weight, masked),
+    )

@@ -1,0 +1,77 @@
+"""Route "dedicated": OLD from a second model that only scores, while the trainer computes gradients.
+
+trainer   steps .............. publish v+1 -> steps .............. publish v+2
+scorer    score groups of v, v-1 ... | take v+1 | score what v sampled, groups of v+1, v ...
+acquire   waits for what is left of its batch
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from oldlogits.core.protocols import BatchTokens, DedicatedScorer, PolicyVersion, Scored, ScoringHandle
+from oldlogits.core.trajectory import Trajectory
+from oldlogits.sources.ahead import ScoringAhead
+
+
+class DedicatedSource(ScoringAhead):
+    """The scorer receives every version and keeps a window of them; a token of an older one goes to the trainer's store.
+
+    Paper: "dedicated old-logit model" (three exact ways to get pi_old).
+    """
+
+    def __init__(self, trainer: ScoringHandle, scorer: DedicatedScorer) -> None:
+        super().__init__(trainer, scorer)
+        self._dedicated = scorer
+        self._handover: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def on_arrival(self, trajectories: Sequence[Trajectory]) -> None:
+        """Score them now."""
+        self.ledger.ended(trajectories)
+        await self._score(of=[trajectory.id for trajectory in trajectories], held_only=True)
+
+    async def on_published(
+        self, version: PolicyVersion, weights: Mapping[str, Tensor], probe_logps: NDArray[np.float32]
+    ) -> None:
+        """Hand over the version, then score what the outgoing one sampled; neither is waited for."""
+        await super().on_published(version, weights, probe_logps)
+        self._handover = self._start(self._hand_over(version, weights, probe_logps))
+        self._start(self._score(held_only=True))
+
+    async def acquire(self, batch: BatchTokens) -> Scored:
+        """Wait for what is left; the trainer's weights may change after that, so the hand-over is waited for as well."""
+        if self._handover is not None:
+            await self._handover
+        for task in self._tasks:
+            if task.done():
+                task.result()
+        return await super().acquire(batch)
+
+    async def close(self) -> None:
+        """Wait for no more scores."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _hand_over(self, version: PolicyVersion, weights: Mapping[str, Tensor], probe_logps: NDArray[np.float32]) -> None:
+        """Calls are carried out in order: from here on the scorer is asked for the new window only."""
+        self.hold((*self._held, version)[-self._dedicated.window :])
+        error = await self._dedicated.publish(version, weights, probe_logps)
+        self.witness_max_abs_error = float(np.fmax(self.witness_max_abs_error, error))
+
+    def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """A task whose error the next `acquire` raises."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+        return task
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled() or task.exception() is None:
+            self._tasks.discard(task)

@@ -1,0 +1,42 @@
+"""Route "eager": OLD, scored while the trainer holds a version and the one before it.
+
+engine    v v v v |pause| v+1 v+1 v+1 ...
+trainer    steps, publish v+1 | score what v sampled | (v is dropped) wait for a batch: score groups that arrive | ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from oldlogits.core.protocols import PolicyVersion, ScoringHandle
+from oldlogits.core.trajectory import Sampled
+from oldlogits.sources.ahead import ScoringAhead
+
+
+class EagerSource(ScoringAhead):
+    """The trainer scores between its calls, with one extra resident version, and the engine is never made to wait.
+
+    At the version change every token of the outgoing version is known, closed turns and running ones. They are scored
+    right after the publish, and the version is dropped. A token that becomes known later (an engine that does not tell
+    what its running turns have sampled) keeps its version in the trainer's store, and is counted as a fallback.
+    """
+
+    def __init__(self, trainer: ScoringHandle) -> None:
+        super().__init__(trainer, trainer)
+
+    async def on_paused(self, running: Mapping[str, Sequence[Sampled]]) -> None:
+        """The version stays as the one extra copy."""
+        self.hold((self.ledger.version, self.ledger.version + 1))
+        await super().on_paused(running)
+
+    async def on_published(
+        self, version: PolicyVersion, weights: Mapping[str, Tensor], probe_logps: NDArray[np.float32]
+    ) -> None:
+        """Score what the outgoing version sampled; then it is needed no more."""
+        await super().on_published(version, weights, probe_logps)
+        await self._score()
+        self.hold((version,))

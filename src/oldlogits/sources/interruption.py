@@ -1,0 +1,41 @@
+"""Route "interruption": OLD from the live weights, before they change; no stored weights.
+
+engine    v v v v |pause ............................................| v+1 v+1, keys and values recomputed
+trainer            score what v sampled, finished or running | steps | publish v+1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from oldlogits.core.protocols import PolicyVersion, ScoringHandle
+from oldlogits.core.trajectory import Sampled
+from oldlogits.sources.ahead import ScoringAhead
+
+
+class InterruptionSource(ScoringAhead):
+    """The engine is paused before the first optimizer step; every token of the version is scored while it is live.
+
+    Paper: "partial-rollout interruption" (three exact ways to get pi_old).
+    """
+
+    needs_pause = True
+
+    def __init__(self, trainer: ScoringHandle) -> None:
+        super().__init__(trainer, trainer)
+
+    async def on_paused(self, running: Mapping[str, Sequence[Sampled]]) -> None:
+        """Score what is known and not scored yet, which is all of the live version."""
+        await super().on_paused(running)
+        await self._score()
+
+    async def on_published(
+        self, version: PolicyVersion, weights: Mapping[str, Tensor], probe_logps: NDArray[np.float32]
+    ) -> None:
+        """The live weights are the only ones there are."""
+        await super().on_published(version, weights, probe_logps)
+        self.hold((version,))

@@ -1,0 +1,171 @@
+"""The trainer's weight average: which beta each version is taken in with, and when the average is reset.
+
+after the steps on a batch:   measured lags, rho -> reset, or beta -> average takes in the new version
+at publish:                   probe log-probs of the version -> how log-probs grow apart (decay "auto")
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from oldlogits.config import RunConfig
+from oldlogits.core.errors import RunFolderError
+from oldlogits.core.protocols import PolicyVersion
+from oldlogits.versions import WeightAverage, best_beta, growth_exponent, mean_lag_beta, window_beta
+
+AVERAGING_SOURCES: Final = frozenset({"ewma", "aged"})
+"""The routes that need an average."""
+
+RECENT: Final = 16
+"""Updates whose lags, and versions whose probe log-probs, count as recent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AverageReset:
+    """Why the average was reset to the live weights.
+
+    Args:
+        rule: "paper" or "guarded".
+        rho: Share of loss tokens that were active in the update before it.
+        tau: The share below which the rule asks for a reset.
+        kept_average: Share of the first step's tokens that the band kept with the stand-in in r_d.
+        kept_live: The same with the weights before that step.
+        age: Of the average that was given up, in versions.
+    """
+
+    rule: str
+    rho: float
+    tau: float
+    kept_average: float
+    kept_live: float
+    age: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakenIn:
+    """What became of the average in one update: metrics of the average that served it, and the reset after it."""
+
+    metrics: Mapping[str, float]
+    reset: AverageReset | None
+
+
+class Averaging:
+    """The average under the recipe's decay and reset rules.
+
+    Args:
+        config: The run.
+        weights: Version 0.
+    """
+
+    def __init__(self, config: RunConfig, weights: Mapping[str, Tensor]) -> None:
+        self._config = config
+        self.average = WeightAverage(weights)
+        self._lags: deque[NDArray[np.int64]] = deque(maxlen=RECENT)
+        self._probes: dict[PolicyVersion, NDArray[np.float32]] = {}
+        self._no_reset_before: PolicyVersion = 0
+
+    def witness(self, version: PolicyVersion, probe_logps: NDArray[np.float32]) -> None:
+        """Take note of what a published version gives the fixed probe tokens."""
+        self._probes[version] = probe_logps
+        self._probes = {v: logps for v, logps in self._probes.items() if v > version - max(RECENT, 2 * self._config.window)}
+
+    def take_in(
+        self,
+        weights: Mapping[str, Tensor],
+        version: PolicyVersion,
+        metrics: Mapping[str, float],
+        staleness_counts: Mapping[int, int],
+    ) -> TakenIn:
+        """Take in the version that an update has made, or reset the average to it.
+
+        Args:
+            weights: The masters after the update.
+            version: The version that they are.
+            metrics: Of the update; its masks decide about a reset.
+            staleness_counts: Loss tokens of the update by staleness.
+        """
+        num_lags = self._config.window + 1
+        self._lags.append(np.array([staleness_counts.get(lag, 0) for lag in range(num_lags)], np.int64))
+        served = {
+            "average/age": self.average.age,
+            "average/num_versions": float(self.average.num_versions),
+            "average/stored_bytes": float(self.average.num_bytes),
+        }
+        reset = self._reset(version, metrics)
+        if reset is not None:
+            self.average.reset(weights)
+            self._no_reset_before = version + num_lags
+            return TakenIn(metrics=served, reset=reset)
+        chosen = self._choose_beta()
+        self.average.add(weights, chosen["average/beta"])
+        return TakenIn(metrics=served | chosen, reset=None)
+
+    def _choose_beta(self) -> dict[str, float]:
+        """The beta for the next version, and what it was chosen from, as metrics."""
+        source, lags = self._config.source, np.sum(self._lags, axis=0)
+        if source.decay == "fixed":
+            return {"average/beta": source.beta}
+        if source.decay == "window":
+            return {"average/beta": window_beta(self._config.window)}
+        if source.decay == "mean-lag":
+            return {"average/beta": mean_lag_beta(lags)}
+        exponent = growth_exponent(np.array(list(self._probes.values()), np.float64), max(2, self._config.window))
+        return {"average/beta": best_beta(lags, exponent), "average/exponent": exponent}
+
+    def _reset(self, version: PolicyVersion, metrics: Mapping[str, float]) -> AverageReset | None:
+        """The paper's rule, ``rho < tau``; guarded: and the live weights would keep more, and none came of late."""
+        source = self._config.source
+        if source.reset == "none":
+            return None
+        found = AverageReset(
+            rule=source.reset,
+            rho=metrics["mask/rho"],
+            tau=source.tau,
+            kept_average=metrics["mask/rho_band_first"],
+            kept_live=metrics["mask/rho_band_live"],
+            age=self.average.age,
+        )
+        guard_holds = found.kept_live > found.kept_average and version >= self._no_reset_before
+        return found if found.rho < found.tau and (source.reset == "paper" or guard_holds) else None
+
+    def save(self, path: Path) -> None:
+        """Write everything that `restore` needs as safetensors."""
+        versions = list(self._probes)
+        state = self.average.state() | {
+            "lags": torch.from_numpy(np.array(list(self._lags), np.int64)),
+            "probe_versions": torch.tensor(versions, dtype=torch.int64),
+            "probe_logps": torch.from_numpy(np.array(list(self._probes.values()), np.float32)),
+            "no_reset_before": torch.tensor(self._no_reset_before),
+        }
+        save_file(state, path)
+
+    def restore(self, path: Path) -> None:
+        """Go on from what `save` wrote; lags that were measured under another window are left out.
+
+        Raises:
+            RunFolderError: The run that wrote the checkpoint kept no average.
+        """
+        if not path.is_file():
+            raise RunFolderError(
+                "the checkpoint has no weight average",
+                got=f"no {path.name} in {path.parent}",
+                allowed=f"a checkpoint of a run with source.type = {' or '.join(sorted(AVERAGING_SOURCES))}",
+                fix="resume with the recipe that the run was started with",
+            )
+        state = load_file(path)
+        self.average.load(state)
+        lags = state["lags"].numpy()
+        self._lags.extend(lags if lags.ndim == 2 and lags.shape[1] == self._config.window + 1 else [])
+        versions, logps = state["probe_versions"].tolist(), state["probe_logps"].numpy()
+        self._probes = dict(zip(versions, logps, strict=True))
+        self._no_reset_before = int(state["no_reset_before"])

@@ -1,0 +1,71 @@
+"""A second model that only scores: it holds the newest versions and nothing else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from oldlogits.batch import Sequences, pack
+from oldlogits.config import RunConfig
+from oldlogits.core.protocols import Piece, PolicyVersion, ScoredPieces
+from oldlogits.policy.model import load_model, point_at
+from oldlogits.policy.scorer import score_tokens
+from oldlogits.train.witness import check_witness, max_error, probe_of
+from oldlogits.versions import FullCopyStore
+
+
+class WindowScorer:
+    """Scores pieces of trajectories at the versions of its window, with the trainer's own forward pass.
+
+    Args:
+        config: The run: the window, and how the trainer batches.
+        model_folder: A Hugging Face folder: the shape of the model.
+        probe_ids: The tokens that witness every version.
+
+    Raises:
+        ModelFolderError: The folder cannot be loaded.
+    """
+
+    def __init__(self, config: RunConfig, model_folder: Path, probe_ids: Sequence[int]) -> None:
+        torch.set_num_threads(1)
+        self._window, self._trainer = config.source.window, config.trainer
+        self._model = load_model(model_folder).requires_grad_(False)
+        self._store = FullCopyStore()
+        self._probe = probe_of(probe_ids)
+
+    def publish(self, version: PolicyVersion, weights: Mapping[str, Tensor], probe_logps: NDArray[np.float32]) -> float:
+        """Copy a version, drop the oldest beyond the window, and return the witness's error in nats.
+
+        Raises:
+            ExactnessError: The probe tokens' log-probs are not those of the trainer's live weights.
+        """
+        self._store.publish(version, weights)
+        self._store.retain(version - self._window + 1)
+        with self._store.checkout(version) as copies:
+            point_at(self._model, copies)
+        error = max_error(self._score(*self._probe), probe_logps)
+        check_witness(error, f"the dedicated scorer's version {version}", "the live weights at its publish")
+        return error
+
+    def score_pieces(self, pieces: Sequence[Piece], at: PolicyVersion) -> ScoredPieces:
+        """Log-probs of the pieces' tokens.
+
+        Raises:
+            VersionEvictedError: The version is not in the window.
+        """
+        started = time.perf_counter()
+        with self._store.checkout(at) as weights:
+            point_at(self._model, weights)
+            values = self._score(*pack(pieces))
+        return ScoredPieces(values=values, seconds_s=time.perf_counter() - started)
+
+    def _score(self, sequences: Sequences, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        t = self._trainer
+        sizes = {"micro_batch_tokens": t.micro_batch_tokens, "head_chunk_tokens": t.head_chunk_tokens}
+        return score_tokens(self._model, sequences, tokens, **sizes)

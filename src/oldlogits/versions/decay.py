@@ -1,0 +1,109 @@
+"""How fast the weight average forgets: beta from the window, from the measured lags, or from both sources of error.
+
+Derived in docs/ewma.md.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+DRIFT: Final = 2.0
+"""Growth exponent of ``E[(x_(t+h) - x_t)^2] ~ h^p`` for a log-prob x that moves at constant speed."""
+RANDOM_WALK: Final = 1.0
+"""The same for independent steps."""
+
+_AGES_PER_VERSION: Final = 8
+
+
+def window_beta(window: int) -> float:
+    """``W / (W + 2)``: age W / 2, the middle of lags that are evenly spread over 0..W (PAPER, "Revised PPO-EWMA").
+
+    Example:
+        W = 8: beta = .8, age .8 / .2 = 4.
+    """
+    return window / (window + 2)
+
+
+def mean_lag_beta(lag_counts: NDArray[np.int64]) -> float:
+    """``m / (1 + m)``: age m, the token-weighted mean lag. Without tokens 0.
+
+    Args:
+        lag_counts: int64 [lag]; tokens of lag 0, 1, ...
+
+    Example:
+        Three tokens of lag 0 and one of lag 4: m = 1, beta = .5.
+    """
+    mean_lag = float(lag_counts @ np.arange(len(lag_counts))) / max(int(lag_counts.sum()), 1)
+    return mean_lag / (1 + mean_lag)
+
+
+def growth_exponent(logps: Floats, max_gap: int) -> float:
+    """The p of ``E[(x_(t+h) - x_t)^2] ~ h^p``, fitted to the log-probs of fixed tokens; in [1, 2].
+
+    The slope of ``log V(h)`` over ``log h`` by least squares, where ``V(h)`` is the mean over tokens and over pairs of
+    versions h apart, and a gap counts with its number of pairs.
+
+    Args:
+        logps: [version, token] of successive versions. With fewer than three of them, or without any change, there
+            is nothing to fit: `RANDOM_WALK`, which asks for the smaller ages.
+        max_gap: The largest h, >= 2.
+    """
+    gaps = np.arange(1, min(len(logps), max_gap + 1))
+    growth = np.array([np.mean((logps[gap:] - logps[:-gap]) ** 2) for gap in gaps])
+    if len(gaps) < 2 or not (np.isfinite(growth) & (growth > 0)).all():
+        return RANDOM_WALK
+    slope, _ = np.polyfit(np.log(gaps), np.log(growth), 1, w=np.sqrt(len(logps) - gaps))
+    return float(np.clip(slope, RANDOM_WALK, DRIFT))
+
+
+def average_errors(beta: float, num_lags: int, exponent: float) -> Floats:
+    """Root mean square error of the average's log-prob as that of ``l`` versions ago, for l = 0 .. num_lags - 1.
+
+    Where log-probs grow apart as ``E[(x_(t+h) - x_t)^2] = h^p``, the average over versions with the weights
+    ``w_j = (1 - beta) beta^j`` of age j misses x(t - l) by::
+
+        E_l = sum_j w_j |j - l|^p - 1/2 sum_j sum_k w_j w_k |j - k|^p
+
+    p = 2 (drift): ``(l - age)^2``. p = 1 (random walk): ``beta^2 / (1 - beta^2) - 2 beta (1 - beta^l) / (1 - beta) + l``.
+
+    Args:
+        beta: In [0, 1).
+        num_lags: Lags to look at.
+        exponent: p, in (0, 2].
+
+    Returns:
+        float64 [lag]; in units of the root mean square change from one version to the next.
+    """
+    lags = np.arange(num_lags, dtype=np.float64)
+    if beta == 0:
+        return lags ** (exponent / 2)
+    horizon = math.ceil(math.log(1e-18) / math.log(beta)) + 1
+    ages = np.arange(horizon, dtype=np.float64)
+    weights = (1 - beta) * beta**ages
+    apart = 2 * (1 - beta) / (1 + beta) * beta**ages  # share of the pairs of versions that are j > 0 apart
+    squared = np.abs(ages - lags[:, None]) ** exponent @ weights - apart[1:] @ ages[1:] ** exponent / 2
+    errors: Floats = np.sqrt(np.maximum(squared, 0))
+    return errors
+
+
+def best_beta(lag_counts: NDArray[np.int64], exponent: float) -> float:
+    """The beta of the smallest expected |error| over the measured lags: ``min sum_l n_l sqrt(E_l)``, ages 0 .. W.
+
+    Args:
+        lag_counts: int64 [lag]; tokens of lag 0 .. W. Without tokens 0.
+        exponent: See `growth_exponent`.
+
+    Example:
+        Drift, and one token each of lag 0, 1, 5: age 1, the median lag, so beta = .5.
+    """
+    num_lags = len(lag_counts)
+    ages = np.linspace(0, num_lags - 1, _AGES_PER_VERSION * (num_lags - 1) + 1)
+    betas = ages / (1 + ages)
+    costs = [float(lag_counts @ average_errors(beta, num_lags, exponent)) for beta in betas]
+    return float(betas[int(np.argmin(costs))])
