@@ -13,7 +13,16 @@ from oldlogits.core.trajectory import Context, Sampled, Trajectory
 from oldlogits.envs.shape import parse_plain
 from oldlogits.policy.chat import ChatFormat
 from oldlogits.policy.tiny import tiny_tokenizer
-from oldlogits.rollout.turns import Agent, EnvironmentFailed, Failure, TurnLimits, run_episode, sampled_segments
+from oldlogits.rollout.turns import (
+    Agent,
+    EnvironmentFailed,
+    Failure,
+    TurnLimits,
+    run_episode,
+    sampled_segments,
+    trajectory_of,
+    unreported,
+)
 
 WORDS = (
     "add take show hello bye more 1 2 3 now total is ; takes amount but got "
@@ -109,7 +118,7 @@ async def run_here(call, *, is_tool=False):
         raise EnvironmentFailed(f"{type(error).__name__}: {error}") from error
 
 
-def play(engine, *, limits=DEFAULT, environment=Counter, row=None, temperature=1.0, runner=run_here):
+def play(engine, *, limits=DEFAULT, environment=Counter, row=None, temperature=1.0, runner=run_here, report=unreported):
     agent = Agent(
         engine=engine,
         chat=CHAT,
@@ -117,6 +126,7 @@ def play(engine, *, limits=DEFAULT, environment=Counter, row=None, temperature=1
         limits=limits,
         sampling=Sampling(max_tokens=1, temperature=temperature),
         run_environment=runner,
+        report=report,
     )
     row = {"start": 1} if row is None else row
     return asyncio.run(run_episode(agent, environment, row, id="g000007.2", group_id="g000007"))
@@ -127,6 +137,16 @@ def tokens_of(trajectory):
 
 
 CALL = "<call> add 2 </call>"
+
+
+def test_whoever_watches_is_told_of_every_segment_as_soon_as_it_is_closed_before_the_next_request():
+    told = []
+    engine = ScriptedEngine((*ids("<call> add 2 </call>"), END), "bye", "bye", "bye")
+    trajectory = play(engine, report=lambda name, segments: told.append((name, tuple(segments), len(engine.requests))))
+    assert {name for name, _, _ in told} == {"g000007.2"}
+    assert [segments for _, segments, _ in told] == [trajectory.segments[: i + 1] for i in range(8)]
+    assert [requests for _, _, requests in told] == [0, 1, 1, 2, 2, 3, 3, 4], "the prompt before its request, a turn after it"
+    assert {trajectory_of(request.id) for request in engine.requests} == {"g000007.2"}
 
 
 def test_the_prompt_of_every_turn_is_every_earlier_token_as_it_was_sampled_or_read():

@@ -264,3 +264,18 @@ def test_a_trajectory_that_is_lost_is_noticed():
     buffer.account.submitted += 1
     with pytest.raises(AccountingError, match="submitted 3, accounted for 2"):
         buffer.check()
+
+
+def test_cancelling_names_the_trajectories_that_had_ended_those_in_training_included():
+    async def scenario():
+        buffer = buffer_of(window=2)
+        for name in ("g0", "g1", "g2"):
+            buffer.admit(name, size=2, version=0)
+        for name in ("g0", "g1"):
+            buffer.end(member(name, 0))
+        buffer.end(member("g0", 1, reward=1.0))
+        buffer.close("g0")
+        await buffer.take(0)
+        return buffer.cancel_all()
+
+    assert sorted(asyncio.run(scenario())) == ["g0.0", "g0.1", "g1.0"]

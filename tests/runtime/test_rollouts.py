@@ -235,6 +235,33 @@ def test_uniform_groups_are_filtered_told_and_replaced():
     in_world(scenario, rows=lambda index: {"reward": 1.0} if index == 0 else {}, filter_uniform=True)
 
 
+def test_the_source_is_told_of_growth_of_groups_that_wait_for_training_and_of_those_that_never_will():
+    async def scenario(world):
+        world.engine.gate.set()
+        await world.admit(num_wanted=2)
+        source = world.source
+        assert source.arrived == [["g000002.0", "g000002.1"], ["g000003.0", "g000003.1"]]
+        assert sorted(source.dropped) == ["g000000.0", "g000000.1", "g000001.0", "g000001.1"], "failed, filtered"
+        assert {name: source.grown.get(name) for name in source.dropped[:2]} == {"g000000.0": None, "g000000.1": None}
+        assert source.grown["g000002.0"] == [1, 2], "the prompt, then the turn"
+
+    def rows(index):
+        return {0: {"fails": True}, 1: {"reward": 1.0}}.get(index, {})
+
+    in_world(scenario, rows=rows, filter_uniform=True)
+
+
+def test_what_is_cancelled_is_told_to_the_source():
+    worlds = []
+
+    async def scenario(world):
+        worlds.append(world)
+        await world.admit(num_wanted=1)
+
+    in_world(scenario)
+    assert sorted(worlds[0].source.dropped) == ["g000000.0", "g000000.1"]
+
+
 def test_stopping_cancels_what_runs_and_every_trajectory_stays_accounted_for():
     worlds = []
 

@@ -24,8 +24,8 @@ _COLUMNS = (
     "mean |log-prob error|",
     "kept wrongly",
     "masked wrongly",
-    "kept, A ≠ 0",
-    "masked, A ≠ 0",
+    "kept, A ≠ 0",
+    "masked, A ≠ 0",
     "kept, by weight",
     "masked, by weight",
 )

@@ -47,15 +47,15 @@ class DedicatedSource(ScoringAhead):
     async def acquire(self, batch: BatchTokens) -> Scored:
         """Wait for what is left; the trainer's weights may change after that, so the hand-over is waited for as well."""
         if self._handover is not None:
-            await self._handover
+            await asyncio.shield(self._handover)
         for task in self._tasks:
             if task.done():
                 task.result()
         return await super().acquire(batch)
 
     async def close(self) -> None:
-        """Wait for no more scores."""
-        for task in self._tasks:
+        """Wait for no more scores; a hand-over is let finish, since its file is being read."""
+        for task in self._tasks - {self._handover}:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
