@@ -37,7 +37,7 @@ from oldlogits.record.summary import wilson
 from oldlogits.rollout.turns import Agent, sampled_segments, trajectory_of
 from oldlogits.runtime.buffer import Account, Buffer
 from oldlogits.runtime.handles import Handles
-from oldlogits.runtime.probe import KNOWN_NUMERICS, ProbeResult, probe
+from oldlogits.runtime.probe import ProbeResult, allowed_error, probe
 from oldlogits.runtime.recorder import Recorder
 from oldlogits.runtime.referee import Referee
 from oldlogits.runtime.rollouts import PACE, Rollouts, evaluate, is_success
@@ -341,13 +341,13 @@ class Loop:
         self._recorder.probed(result, self.witnesses.publish_max_abs_error, version=published.version)
 
     async def _probe(self, published: Published) -> ProbeResult:
-        tolerance = self._config.engine.probe_tolerance
+        config = self._config.engine
         return await probe(
             self._handles.engine,
             self._task.probe_ids,
-            published.probe_logps,
+            published.engine_probe_logps,
             version=published.version,
-            tolerance=KNOWN_NUMERICS[self._config.engine.numerics] if tolerance < 0 else tolerance,
+            allowed=allowed_error(config.numerics, config.probe_tolerance),
         )
 
     async def _between_updates(self, rollouts: Rollouts) -> None:

@@ -31,6 +31,7 @@ from oldlogits.core.protocols import Piece, PolicyVersion, Scored, ScoredPieces
 from oldlogits.policy.model import load_model, load_tokenizer, named_weights, point_at
 from oldlogits.policy.scorer import score_tokens
 from oldlogits.train.average import AVERAGING_SOURCES, Averaging
+from oldlogits.train.engine_view import engine_logps
 from oldlogits.train.step import UpdateResult, update
 from oldlogits.train.witness import check_witness, max_error, probe_of
 from oldlogits.versions import AverageScores, FullCopyStore
@@ -44,12 +45,14 @@ class Published:
         version: Its number.
         weights: The live forward weights under their Hugging Face names; views, valid until the next step.
         probe_logps: float32 [probe token]: what the live weights give the fixed probe tokens.
+        engine_probe_logps: float32 [probe token]: what they give them with the engine's numerics.
         store_bytes: Bytes of all versions that the store holds.
     """
 
     version: PolicyVersion
     weights: Mapping[str, Tensor]
     probe_logps: NDArray[np.float32]
+    engine_probe_logps: NDArray[np.float32]
     store_bytes: int
 
 
@@ -89,7 +92,7 @@ class Trainer:
         self._stores_versions = SOURCES[config.source.type].stores_versions or config.referee.share > 0
         averages = config.source.type in AVERAGING_SOURCES
         self._averaging = Averaging(config, named_weights(self._model)) if averages else None
-        self._probe = probe_of(probe_ids)
+        self._probe_ids, self._probe = probe_ids, probe_of(probe_ids)
         self._probe_logps: dict[PolicyVersion, NDArray[np.float32]] = {}
         t = config.trainer
         self._optimizer = torch.optim.AdamW(
@@ -107,17 +110,18 @@ class Trainer:
 
     def publish(self) -> Published:
         """Store the live weights as the current version, and let them witness it."""
-        weights = named_weights(self._model)
+        weights, numerics = named_weights(self._model), self._config.engine.numerics
         if self._stores_versions:
             self._store.publish(self.version, weights)
         point_at(self._scoring, weights)
-        self._probe_logps[self.version] = self._score(*self._probe)
+        probe_logps = self._probe_logps[self.version] = self._score(*self._probe)
         if self._averaging is not None:
-            self._averaging.witness(self.version, self._probe_logps[self.version])
+            self._averaging.witness(self.version, probe_logps)
         return Published(
             version=self.version,
             weights=weights,
-            probe_logps=self._probe_logps[self.version],
+            probe_logps=probe_logps,
+            engine_probe_logps=probe_logps if numerics == "fp32" else engine_logps(self._model, self._probe_ids, numerics),
             store_bytes=self._store.num_bytes,
         )
 
