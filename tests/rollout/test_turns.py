@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from oldlogits.core.errors import ConfigError, WorkerDiedError
+from oldlogits.core.errors import WorkerDiedError
 from oldlogits.core.protocols import Generation, Sampling, Span
 from oldlogits.core.trajectory import Context, Sampled, Trajectory
 from oldlogits.envs.shape import parse_plain
@@ -253,11 +253,12 @@ def test_no_episode_is_longer_than_its_limit():
     assert trajectory.num_tokens <= limits.max_tokens
 
 
-def test_a_prompt_that_fills_the_episode_is_refused():
+def test_a_prompt_that_fills_the_episode_ends_that_episode_only():
     first = play(ScriptedEngine("bye", "bye", "bye"))
     limits = dataclasses.replace(DEFAULT, max_tokens=len(first.segments[0].token_ids))
-    with pytest.raises(ConfigError, match="the prompt alone fills the episode"):
-        play(ScriptedEngine("bye"), limits=limits)
+    outcome = play(ScriptedEngine("bye"), limits=limits)
+    assert isinstance(outcome, Failure)
+    assert "fills the episode: raise env.max_tokens" in outcome.reason
 
 
 def test_a_switch_of_versions_in_mid_turn_begins_a_new_segment():

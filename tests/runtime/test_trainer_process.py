@@ -14,7 +14,6 @@ from oldlogits.core.errors import ModelFolderError, VersionEvictedError, WorkerD
 from oldlogits.core.policies import OLD
 from oldlogits.core.protocols import Scored
 from oldlogits.policy.model import load_model, named_weights
-from oldlogits.runtime import worker_process
 from oldlogits.runtime.trainer_process import TrainerProcess
 from oldlogits.train.trainer import Trainer
 
@@ -130,8 +129,7 @@ def test_an_error_at_the_start_is_raised_by_ready_with_its_type(tmp_path):
     assert children() == []
 
 
-def test_closing_ends_a_trainer_in_mid_call_and_one_that_does_not_listen(tiny_folder, monkeypatch):
-    monkeypatch.setattr(worker_process, "EXIT_S", 0.2)
+def test_closing_ends_a_trainer_in_mid_call_and_one_that_does_not_listen(tiny_folder):
 
     async def scenario(process):
         os.kill(process._process.pid, signal.SIGSTOP)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from oldlogits.core.errors import MissingLogprobError, NonFiniteError
+from oldlogits.core.errors import ExactnessError, MissingLogprobError, NonFiniteError
 from oldlogits.core.policies import AGED, ASYNC, EWMA, OLD, THETA, Provenance
 from oldlogits.core.protocols import Scored
 from oldlogits.policy.model import load_model, named_weights
@@ -273,8 +273,8 @@ def test_a_false_old_shows_in_the_lag_0_witness_by_its_size(case, recipe):
     values = scored.values.copy()
     values[lag0[1]] -= 0.125
     config = config_of(recipe, "decoupled_exact")
-    result, _ = run(case, config, dataclasses.replace(scored, values=values), batch=one_step(case.batch))
-    assert result.lag0_max_abs_error == pytest.approx(0.125, abs=2e-6)
+    with pytest.raises(ExactnessError, match=r"differ by up to 1\.25e-01"):
+        run(case, config, dataclasses.replace(scored, values=values), batch=one_step(case.batch))
 
 
 def test_a_nan_among_lag_0_tokens_does_not_hide_a_false_old(case, recipe):
@@ -283,8 +283,8 @@ def test_a_nan_among_lag_0_tokens_does_not_hide_a_false_old(case, recipe):
     values = scored.values.copy()
     values[lag0[0]], values[lag0[1]] = np.nan, values[lag0[1]] - 0.125
     config = config_of(recipe, "decoupled_exact")
-    result, _ = run(case, config, dataclasses.replace(scored, values=values), batch=one_step(case.batch))
-    assert result.lag0_max_abs_error >= 0.12
+    with pytest.raises(ExactnessError, match="OLD of lag-0 tokens contradicts THETA"):
+        run(case, config, dataclasses.replace(scored, values=values), batch=one_step(case.batch))
 
 
 @pytest.mark.parametrize("variant", ["decoupled_async", "linear_prox"])

@@ -200,7 +200,7 @@ class RecordConfig:
     """Updates between per-token tables; 0: none."""
     transcripts_every: int = 5
     """Updates between full transcripts (one group) in episodes.jsonl; 0: none."""
-    checkpoint_every: int = 0
+    checkpoint_every: int = 20
     """Updates between checkpoints; 0: only at the end."""
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Final, Literal, Protocol
 
+from jinja2 import TemplateError
+
 from oldlogits.core.errors import ConfigError
 
 Message = Mapping[str, str]
@@ -63,6 +65,8 @@ class ChatFormat:
             )
         self.end_of_turn_id: Final[int] = ids[0]
         self._end_of_turn: Final = self._decode([ids[0]])
+        for role in ("tool", "user"):
+            self._after_turn([{"role": role, "content": "ok"}], add_generation_prompt=True)
         self._continuation = lru_cache(maxsize=_NUM_CACHED)(self._render_continuation)
 
     @property
@@ -107,9 +111,17 @@ class ChatFormat:
         return after.lstrip(" ")
 
     def _render(self, messages: Sequence[Message], *, tools: object, add_generation_prompt: bool) -> str:
-        return self._tokenizer.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False
-        )
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False
+            )
+        except TemplateError as error:
+            raise ConfigError(
+                "the chat template refuses a conversation with tools",
+                got=f"{type(error).__name__}: {error}",
+                allowed="a template for system, user, assistant and tool messages",
+                fix="use the chat template of a model that calls tools",
+            ) from error
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)

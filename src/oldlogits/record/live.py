@@ -30,7 +30,13 @@ _ROWS: Final[Mapping[str, Mapping[str, str]]] = {
         "idle/trainer_share": "trainer: {:.0%} idle",
         "time/wait_batch_s": "waited {:.1f} s for a batch",
     },
-    "evaluation": {"eval/mean": "{:.1%}", "eval/low": "95% interval {:.1%}", "eval/high": "to {:.1%}"},
+    "evaluation": {
+        "eval/ended": "{:.0f}",
+        "eval/rows": "of {:.0f} played",
+        "eval/mean": "{:.1%}",
+        "eval/low": "95% interval {:.1%}",
+        "eval/high": "to {:.1%}",
+    },
     "max error": {"probe/max_abs_error": "probe {:.1e}", "witness/max_abs_error": "witness {:.1e}"},
 }
 """The panel's rows: label -> metric -> how it is shown."""

@@ -100,7 +100,7 @@ class Summary:
         provenance: Trained tokens by how their stand-in was obtained.
         witness_publish_max_abs_error: Largest ``|logp_old(store) - logp(live weights)|`` right after a publish.
         witness_lag0_max_abs_error: Largest ``|logp_theta - logp_old|`` of tokens of lag 0 before the first step.
-        probe_max_abs_error: Largest ``|logp_mu - logp_theta|`` on the fixed prompt after a weight update.
+        probe_max_abs_error: Largest ``|logp_mu - logp(live weights in the engine's numerics)|`` on the fixed prompt.
         log_r_d_mean_abs: Mean ``|log r_d|`` over loss tokens.
         log_r_d_max_abs: Largest ``|log r_d|`` over loss tokens.
         rho_mean: Mean over updates of the share of loss tokens left active.

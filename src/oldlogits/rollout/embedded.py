@@ -99,7 +99,10 @@ class EngineCore:
             keys=chain_keys(tokens[:-1]),
         )
         self._requests[request_id] = request
-        self._waiting[request_id] = request
+        if sampling.prompt_logprobs:  # a probe: the trainer waits for it
+            self._waiting = {request_id: request, **self._waiting}
+        else:
+            self._waiting[request_id] = request
 
     def abort(self, request_id: str) -> Generation | None:
         """End a request: what it has sampled so far, or None if it has finished already."""

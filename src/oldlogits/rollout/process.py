@@ -117,7 +117,7 @@ class EngineProcess:
         ConfigError: The spec is out of range.
     """
 
-    def __init__(self, spec: EngineSpec, *, control_timeout_s: float = 60.0) -> None:
+    def __init__(self, spec: EngineSpec, *, control_timeout_s: float = 300.0) -> None:
         self._vocab_size = spec.read_config().vocab_size
         self._spec, self._control_timeout_s = spec, control_timeout_s
         self._numbers = itertools.count()
@@ -254,10 +254,14 @@ class EngineProcess:
     def _dispatch(self, message: _FromChild) -> None:
         match message:
             case _Reply(number=number, value=value):
-                _resolve(self._calls.pop(number, None), value)
+                with self._lock:
+                    call = self._calls.pop(number, None)
+                _resolve(call, value)
             case _Finished(generations=generations):
-                for request_id, generation in generations:
-                    _resolve(self._generations.pop(request_id, None), generation)
+                with self._lock:
+                    futures = [self._generations.pop(request_id, None) for request_id, _ in generations]
+                for future, (_, generation) in zip(futures, generations, strict=True):
+                    _resolve(future, generation)
             case _Crashed(error=error):
                 self._die(error)
 
@@ -292,8 +296,9 @@ def _died(how: str) -> WorkerDiedError:
 
 
 def _serve(connection: Connection, spec: EngineSpec) -> None:
-    """The engine process. It ignores SIGINT: the parent decides; it ends when the pipe does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """The engine process. It ignores SIGINT and SIGTERM: the parent decides; it ends when the pipe does."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     try:
         _Server(connection, EngineCore(spec)).run()

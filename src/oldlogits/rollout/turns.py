@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Literal, Protocol, TypeVar, cast
 
-from oldlogits.core.errors import ConfigError
 from oldlogits.core.protocols import Generation, RolloutEngine, Sampling
 from oldlogits.core.trajectory import Context, Sampled, Segment, Trajectory
 from oldlogits.envs.shape import (
@@ -165,11 +164,8 @@ class _Episode:
         messages.append({"role": "user", "content": opening})
         self._read(agent.chat.prompt_ids(messages, tool_schemas(type(self._environment))))
         if len(self._tokens) >= agent.limits.max_tokens:
-            raise ConfigError(
-                "the prompt alone fills the episode",
-                got=f"a prompt of {len(self._tokens)} tokens, env.max_tokens = {agent.limits.max_tokens}",
-                allowed="env.max_tokens above the longest prompt",
-                fix="raise env.max_tokens, or shorten the system prompt",
+            raise EnvironmentFailed(
+                f"a prompt of {len(self._tokens)} tokens fills the episode: raise env.max_tokens ({agent.limits.max_tokens})"
             )
         for turn in range(agent.limits.max_turns):
             room = agent.limits.max_tokens - len(self._tokens)

@@ -73,9 +73,9 @@ class Buffer:
         return len(self._entries) + len(self._in_training)
 
     @property
-    def num_running_groups(self) -> int:
-        """Groups with a running episode."""
-        return sum(entry.num_running > 0 for entry in self._entries.values())
+    def group_ids(self) -> tuple[str, ...]:
+        """The outstanding groups in the order of admission, but for those in training."""
+        return tuple(self._entries)
 
     @property
     def num_batches_ready(self) -> float:

@@ -23,16 +23,23 @@ NUM_THREADS = 64
 async def run_inline(call: Callable[[], T | Awaitable[T]], *, is_tool: bool = False) -> T:
     """Run environment code here and now, without a deadline: repeatable.
 
+    An asynchronous method runs to its end at once; one that really waits would bring real time into the run.
+
     Raises:
-        EnvironmentFailed: It raised.
+        EnvironmentFailed: It raised, or it waits.
     """
     result = _attempt(call)
     if not inspect.isawaitable(result):
         return result
+    steps = cast(Awaitable[T], result).__await__()
     try:
-        return await cast(Awaitable[T], result)
+        while next(steps) is None:  # asyncio.sleep(0): it only lets others go first
+            pass
+    except StopIteration as end:
+        return cast(T, end.value)
     except (Exception, SystemExit) as error:  # as in _attempt
         raise EnvironmentFailed(_describe(error)) from error
+    raise EnvironmentFailed("asynchronous code that waits needs real time: use runtime.type = 'local'")
 
 
 class ThreadRunner:
@@ -61,9 +68,19 @@ class ThreadRunner:
         try:
             async with self._room, asyncio.timeout(self._timeout_s):
                 result = await asyncio.wrap_future(self._threads.submit(partial(_attempt, call)))
-                return await run_inline(lambda: result)
+                return await _finish(result)
         except TimeoutError as error:  # the deadline's: one that the environment raises is an EnvironmentFailed by now
             raise EnvironmentFailed(f"timed out after {self._timeout_s:g} s") from error
+
+
+async def _finish(result: T | Awaitable[T]) -> T:
+    """Wait for what an asynchronous method returned."""
+    if not inspect.isawaitable(result):
+        return result
+    try:
+        return await cast(Awaitable[T], result)
+    except (Exception, SystemExit) as error:  # as in _attempt
+        raise EnvironmentFailed(_describe(error)) from error
 
 
 class _DaemonThreads:

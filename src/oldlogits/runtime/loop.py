@@ -139,8 +139,8 @@ class Loop:
                     await self._update(rollouts)
                     await self._between_updates(rollouts)
             finally:
+                self._remember_rows(rollouts)
                 rollouts.stop()
-                self.totals.next_row = rollouts.next_row
 
     def _start_rollouts(self, tasks: asyncio.TaskGroup) -> Rollouts:
         rollouts = Rollouts(
@@ -154,6 +154,7 @@ class Loop:
             group_size=self._config.rollout.group_size,
             max_running_groups=self._config.rollout.max_running_groups,
             first_row=self.totals.next_row,
+            restart_rows=self.totals.unfinished_rows,
         )
         self._admit(rollouts)
         return rollouts
@@ -358,13 +359,16 @@ class Loop:
             await self._evaluate("during", self._config.eval.num_episodes_during)
         every = self._config.record.checkpoint_every
         if done or (every and self.version % every == 0):
-            self.totals.next_row = rollouts.next_row
+            self._remember_rows(rollouts)
             await self.checkpoint()
+
+    def _remember_rows(self, rollouts: Rollouts) -> None:
+        self.totals.next_row, self.totals.unfinished_rows = rollouts.next_row, rollouts.unfinished_rows
 
     async def checkpoint(self) -> None:
         """Write a checkpoint of the trainer and of what the run adds up to.
 
-        Trajectories in flight are not saved; a resumed run counts them as cancelled.
+        Trajectories in flight are not saved: they count as cancelled, and a resumed run starts their rows anew.
         """
         account = asdict(self.buffer.account)
         account["cancelled"] += self.buffer.queued + self.buffer.running
@@ -379,7 +383,7 @@ class Loop:
         """Held-out episodes, sampled and (but during training) greedy."""
         if not num_episodes:
             return
-        rows = list(self._task.rows.heldout(num_episodes))
+        rows = self._task.rows.heldout(num_episodes)
         for mode, temperature in (("sampled", 1.0), ("greedy", 0.0))[: 1 if stage == "during" else 2]:
             started = self._handles.clock()
             outcome = await evaluate(
@@ -389,7 +393,7 @@ class Loop:
                 name=f"e{stage}-{mode}-{self.version}",
                 temperature=temperature,
                 num_running=self._config.eval.num_running,
-                on_progress=lambda ended: None,
+                on_progress=lambda ended: self._recorder.view.show({"eval/ended": ended, "eval/rows": len(rows)}),
             )
             rate = wilson(outcome.num_successes, len(outcome.rewards))
             seconds_s = self._handles.clock() - started

@@ -14,7 +14,7 @@ def refuse_another_run(config: RunConfig, folder: RunFolder) -> None:
     """Refuse a recipe that describes another experiment than the one in `folder`; its lengths and rates may change.
 
     Raises:
-        RunFolderError: Variant, source, seed, model or environment differ.
+        RunFolderError: Variant, source, seed, objective, numerics, model or environment differ.
     """
     recorded = config_from_table(tomllib.loads(folder.config.read_text(encoding="utf-8")))
     asked, found = _identity(config), _identity(recorded)
@@ -35,6 +35,9 @@ def _identity(config: RunConfig) -> dict[str, object]:
         "variant": config.variant,
         "source.type": config.source.type,
         "seed": config.seed,
-        "env.target": config.env.target,
+        "band": config.band,
+        "engine.numerics": config.engine.numerics,
+        **{f"env.{key}": value for key, value in asdict(config.env).items()},
+        **{f"objective.{key}": value for key, value in asdict(config.objective).items()},
         **model,
     }

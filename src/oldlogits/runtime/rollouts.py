@@ -44,7 +44,8 @@ class Rollouts:
         tasks: Supervises the episodes: an error of the engine in one of them ends the run.
         group_size: Episodes per group.
         max_running_groups: Groups sampled at the same time; 0: as many as are admitted.
-        first_row: The first training row.
+        first_row: The first training row that was never started.
+        restart_rows: Rows to start before it: those in flight when the run was last saved.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Rollouts:
         group_size: int,
         max_running_groups: int,
         first_row: int,
+        restart_rows: Sequence[int] = (),
     ) -> None:
         self._agent = replace(agent, report=source.on_segment_closed)
         self._class, self._rows = environment_class, rows
@@ -70,10 +72,11 @@ class Rollouts:
         self._open = True
         self._failures = _Failures()
         self.next_row = first_row
+        self._restart_rows = list(restart_rows)
         self.version = 0
         self._num_wanted = 0
         self._pace_s = 0.0
-        self._timer: asyncio.TimerHandle | None = None
+        self._pacing: asyncio.Task[None] | None = None
 
     def admit(self, version: int, *, num_wanted: int, pace_s: float) -> None:
         """The engine holds `version` now: start what the bound admits.
@@ -94,13 +97,15 @@ class Rollouts:
         """
         while self._may_start():
             if self._pace_s and not self._buffer.is_waited_for:
-                if self._timer is None and self._buffer.num_batches_ready < ENOUGH_BATCHES:
-                    self._timer = asyncio.get_running_loop().call_later(self._pace_s, self._start_next)
+                if self._pacing is None and self._buffer.num_batches_ready < ENOUGH_BATCHES:
+                    self._pacing = self._tasks.create_task(self._start_next())
                 return
             self._start_group()
 
-    def _start_next(self) -> None:
-        self._timer = None
+    async def _start_next(self) -> None:
+        """Wait for the pace, start a group, and go on."""
+        await asyncio.sleep(self._pace_s)
+        self._pacing = None
         if self._may_start():
             self._start_group()
         self.fill()
@@ -114,17 +119,27 @@ class Rollouts:
         )
 
     def _start_group(self) -> None:
-        group_id = f"g{self.next_row:06d}"
+        index = self._restart_rows[0] if self._restart_rows else self.next_row
+        row = self._rows.train(index)
+        group_id = f"g{index:06d}"
         self._buffer.admit(group_id, size=self._group_size, version=self.version)
         self._events.emit(EventKind.GROUP_ADMITTED, version=self.version, group=group_id)
-        self._running.add(self._tasks.create_task(self._play_group(group_id, self._rows.train(self.next_row))))
-        self.next_row += 1
+        self._running.add(self._tasks.create_task(self._play_group(group_id, row)))
+        if self._restart_rows:
+            self._restart_rows.pop(0)
+        else:
+            self.next_row += 1
+
+    @property
+    def unfinished_rows(self) -> list[int]:
+        """The rows of the groups in flight, and those still to restart: what a resumed run starts with."""
+        return [*(int(group_id[1:]) for group_id in self._buffer.group_ids), *self._restart_rows]
 
     def stop(self) -> None:
         """Start nothing more and cancel what runs."""
         self._open = False
-        if self._timer is not None:
-            self._timer.cancel()
+        if self._pacing is not None:
+            self._pacing.cancel()
         for task in self._running:
             task.cancel()
 

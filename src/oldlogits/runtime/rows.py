@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
 from oldlogits.config import RunConfig
-from oldlogits.core.errors import ConfigError
+from oldlogits.core.errors import ConfigError, EnvironmentShapeError
 from oldlogits.envs.shape import Environment, Row, RowSource, Split
 
 ROWS_PER_SEED = 1_000_000
@@ -30,6 +29,7 @@ class Rows:
     def __init__(self, config: RunConfig, environment_class: type[Environment]) -> None:
         self._seed, self._class = config.seed, environment_class
         self._files: dict[Split, list[Row]] = {}
+        self._order: tuple[int, list[int]] = (-1, [])  # of the file's rows, in one pass
         for split, name in (("train", config.env.rows), ("heldout", config.env.heldout_rows)):
             if name:
                 self._files[cast(Split, split)] = _read(Path(name))
@@ -42,16 +42,25 @@ class Rows:
             return self._own("train", self._seed * ROWS_PER_SEED + index)
         rows = self._files["train"]
         epoch, place = divmod(index, len(rows))
-        order = random.Random(f"{self._seed}/{epoch}").sample(range(len(rows)), len(rows))
-        return rows[order[place]]
+        if self._order[0] != epoch:
+            self._order = (epoch, random.Random(f"{self._seed}/{epoch}").sample(range(len(rows)), len(rows)))
+        return rows[self._order[1][place]]
 
-    def heldout(self, num: int) -> Iterator[Row]:
-        """The first `num` held-out rows; those of a file are repeated in order where it is shorter."""
+    def heldout(self, num: int) -> list[Row]:
+        """The first `num` held-out rows; fewer where a file holds fewer: a row that is played twice is no second task."""
         rows = self._files.get("heldout")
-        return (rows[i % len(rows)] if rows else self._own("heldout", i) for i in range(num))
+        return rows[:num] if rows else [self._own("heldout", i) for i in range(num)]
 
     def _own(self, split: Split, index: int) -> Row:
-        return cast(type[RowSource], self._class).make_row(split, index)
+        try:
+            return cast(type[RowSource], self._class).make_row(split, index)
+        except Exception as error:  # the user's code: what it raises is told as such
+            raise EnvironmentShapeError(
+                f"{self._class.__name__}.make_row('{split}', {index}) raised",
+                got=f"{type(error).__name__}: {error}",
+                allowed="a row for every index >= 0: training begins at seed * 1,000,000 and has no end",
+                fix="take the index modulo the number of tasks",
+            ) from error
 
     def _require_own_rows(self, split: str) -> None:
         if not hasattr(self._class, "make_row"):

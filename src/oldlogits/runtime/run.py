@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 from typing import Final
 
 from oldlogits.config import RunConfig
@@ -48,10 +48,11 @@ RUNTIMES: Final[Mapping[str, Open]] = MappingProxyType({"lockstep": open_lockste
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
-    """How a run ended: its summary, and the error that stopped it, if one did."""
+    """How a run ended: its summary, and what stopped it: an error of this package, or a defect, to be raised as it is."""
 
     summary: Summary
     error: OldLogitsError | None
+    defect: Exception | None = None
 
 
 def run(config: RunConfig, out: Path, *, resume: bool = False) -> RunResult:
@@ -82,6 +83,8 @@ def run(config: RunConfig, out: Path, *, resume: bool = False) -> RunResult:
         result = RunResult(summary=_interrupted(config, totals), error=None)
     result.summary.write(folder.summary)
     write_report(folder.path)
+    if result.defect is not None:
+        raise result.defect
     return result
 
 
@@ -121,6 +124,7 @@ async def _finish(config: RunConfig, loop: Loop, handles: Handles, recorder: Rec
     """Run the loop to its end, by itself, by Ctrl-C or by an error, and sum up."""
     ended: Ended = "done"
     error: OldLogitsError | None = None
+    defect: Exception | None = None
     async with _interruptible(recorder.view.note) as interruption:
         try:
             if not await _supervise(loop, handles, interruption):
@@ -130,9 +134,13 @@ async def _finish(config: RunConfig, loop: Loop, handles: Handles, recorder: Rec
             ended, error = "error", raised
         except ExceptionGroup as group:
             ended, error = "error", _own_error(group)
+            defect = None if error else group
+        except Exception as raised:  # a defect: everything is written down before it is raised
+            ended, defect = "error", raised
     loop.cancel_all()
-    recorder.ended(ended, str(error or ""), version=loop.version)
-    return RunResult(summary=loop.totals.summary(config, loop.buffer, loop.witnesses, ended), error=error)
+    recorder.ended(ended, str(error or defect or ""), version=loop.version)
+    summary = loop.totals.summary(config, loop.buffer, loop.witnesses, ended)
+    return RunResult(summary=summary, error=error, defect=defect)
 
 
 async def _supervise(loop: Loop, handles: Handles, interruption: asyncio.Event) -> bool:
@@ -154,21 +162,24 @@ async def _supervise(loop: Loop, handles: Handles, interruption: asyncio.Event) 
 
 @asynccontextmanager
 async def _interruptible(note: Callable[[str], None]) -> AsyncIterator[asyncio.Event]:
-    """An event that Ctrl-C or SIGTERM sets; a second signal acts as usual."""
+    """An event that Ctrl-C or SIGTERM sets; a second signal stops at once."""
     loop, interruption = asyncio.get_running_loop(), asyncio.Event()
+    num_signals = 0
 
-    def interrupt(number: int) -> None:
-        note("interrupted: finishing the update, then a checkpoint (again to stop at once)")
-        interruption.set()
-        loop.remove_signal_handler(number)
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal num_signals
+        num_signals += 1
+        if num_signals > 1:  # whatever runs, environment code that hangs in this process included
+            raise KeyboardInterrupt
+        loop.call_soon_threadsafe(note, "interrupted: finishing the update, then a checkpoint (again to stop at once)")
+        loop.call_soon_threadsafe(interruption.set)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, interrupt, number)
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield interruption
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _interrupted(config: RunConfig, totals: Totals) -> Summary:
@@ -180,11 +191,11 @@ def _interrupted(config: RunConfig, totals: Totals) -> Summary:
     return totals.summary(config, buffer, Witnesses(), "interrupted")
 
 
-def _own_error(group: ExceptionGroup[Exception]) -> OldLogitsError:
-    """The first error of this package in a group; anything else is a defect and is raised as it is."""
+def _own_error(group: ExceptionGroup[Exception]) -> OldLogitsError | None:
+    """The first error of this package in a group of nothing else; None: there is a defect among them."""
     own, other = group.split(OldLogitsError)
     if other is not None or own is None:
-        raise group
+        return None
     leaf: BaseException = own
     while isinstance(leaf, BaseExceptionGroup):
         leaf = leaf.exceptions[0]

@@ -34,6 +34,7 @@ class Totals:
     engine_busy_s: float = 0.0
     trainer_busy_s: float = 0.0
     next_row: int = 0
+    unfinished_rows: list[int] = field(default_factory=list)
     account: dict[str, int] = field(default_factory=dict)
     rewards: dict[str, list[float]] = field(default_factory=dict)
 
@@ -67,7 +68,7 @@ class Totals:
             success_after=_rate(after),
             greedy_before=_rate(self.rewards.get("before/greedy")),
             greedy_after=_rate(self.rewards.get("after/greedy")),
-            gain=paired_gain(_successes(before), _successes(after)) if before and after else None,
+            gain=_gain(before, after) if before and after else None,
             num_updates=self.num_updates,
             num_trajectories=self.num_trajectories,
             num_multi_version_trajectories=self.num_multi_version,
@@ -119,6 +120,12 @@ def _successes(rewards: list[float]) -> list[float]:
 
 def _rate(rewards: list[float] | None) -> Interval | None:
     return wilson(sum(map(is_success, rewards)), len(rewards)) if rewards else None
+
+
+def _gain(before: list[float], after: list[float]) -> Interval:
+    """Over the episodes that both evaluations played: a resumed run may evaluate more rows, or fewer."""
+    common = min(len(before), len(after))
+    return paired_gain(_successes(before[:common]), _successes(after[:common]))
 
 
 def _idle(busy_s: float, wall_s: float) -> float | None:

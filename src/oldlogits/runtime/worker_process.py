@@ -16,16 +16,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.connection import Connection, wait
-from typing import Final
 
 from oldlogits.core.errors import OldLogitsError, WorkerDiedError
 from oldlogits.rollout.shared import unshare
 
 CarryOut = Callable[[str, tuple[object, ...]], object]
 """Carries out one call in the worker."""
-
-EXIT_S: Final = 5.0
-"""How long a process that was told to end may take before it is killed."""
 
 
 class WorkerProcess:
@@ -86,11 +82,8 @@ class WorkerProcess:
 
     def close(self) -> None:
         """End the process, whatever it does. Leaves no process, thread or file."""
-        self._process.terminate()
-        self._process.join(timeout=EXIT_S)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        self._process.kill()  # nothing is lost: what must last was written by a call that returned
+        self._process.join()
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._pipe.close()
         assert self._process.pid is not None, "it was started"
@@ -129,8 +122,9 @@ class WorkerProcess:
 
 
 def _serve(pipe: Connection, build: Callable[..., CarryOut], arguments: tuple[object, ...]) -> None:
-    """The worker: carry out calls until the pipe closes. Ctrl-C is the controller's to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """The worker: carry out calls until the pipe closes. Ctrl-C and SIGTERM are the controller's to handle."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     built: list[CarryOut] = []
     work: Callable[[], object] = lambda: built.append(build(*arguments))  # noqa: E731 - the first call, in effect
     while _answer(pipe, work):

@@ -39,6 +39,7 @@ from oldlogits.objective import (
 )
 from oldlogits.policy.scorer import action_logps
 from oldlogits.train.average import AverageReset
+from oldlogits.train.witness import check_witness
 
 Column = NDArray[np.generic]
 
@@ -129,6 +130,7 @@ def update(
     Raises:
         MissingLogprobError: The variant needs log-probs that `scored` does not hold.
         NonFiniteError: A loss or a gradient is not finite.
+        ExactnessError: OLD differs from THETA on lag-0 tokens before the first step; nothing was stepped.
     """
     variant = find_variant(config.variant)
     tokens = LossTokens.of(batch, scored, version)
@@ -148,6 +150,7 @@ def update(
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.trainer.grad_clip))
         if step == 0 and variant.stand_in is OLD:
             lag0 = _lag0_error(tokens, seen)
+            check_witness(lag0, "OLD of lag-0 tokens", "THETA before the first optimizer step")
         _check_finite(losses[-1], norms[-1], version, step)
         optimizer.step()
         schedule.step()
