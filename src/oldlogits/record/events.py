@@ -74,7 +74,7 @@ FIELDS: Final[Mapping[EventKind, frozenset[str]]] = MappingProxyType(
         EventKind.SCORED: frozenset({"policy", "num_switches", "versions", "seconds_s"}),
         EventKind.UPDATE: frozenset({"metrics", "staleness_counts"}),
         EventKind.PUBLISHED: frozenset({"bytes", "seconds_s"}),
-        EventKind.WEIGHTS_UPDATED: frozenset({"pause_s", "load_s"}),
+        EventKind.WEIGHTS_UPDATED: frozenset({"pause_s", "load_s", "stall_s"}),
         EventKind.PROBE: frozenset({"max_abs_error", "mean_abs_error", "num_tokens"}),
         EventKind.REFEREE: frozenset(
             {"policy", "num_tokens", "num_nonzero", "num_compared", "logp_error"}

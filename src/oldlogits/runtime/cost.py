@@ -34,6 +34,7 @@ class Cost:
         num_parameters: Of the model, as its folder stores them.
         weights_bytes: One fp32 copy.
         store_bytes: Versions that the store holds at most; 0 where neither the source nor the referee needs them.
+        scorer_bytes: The model and the versions of a dedicated scorer.
         average_bytes: The fp32 average of a source that has one.
         optimizer_bytes: AdamW's two moments and the gradient.
         cache_bytes: The engine's keys and values.
@@ -42,6 +43,7 @@ class Cost:
     num_parameters: int
     weights_bytes: int
     store_bytes: int
+    scorer_bytes: int
     average_bytes: int
     optimizer_bytes: int
     cache_bytes: int
@@ -53,6 +55,7 @@ class Cost:
             f"weights          {_mib(self.weights_bytes)} a copy: trainer, engine; the scoring module shares the store's",
             f"optimizer        {_mib(self.optimizer_bytes)}",
             f"version store    {_mib(self.store_bytes)}",
+            f"dedicated scorer {_mib(self.scorer_bytes)}",
             f"weight average   {_mib(self.average_bytes)}",
             f"engine's cache   {_mib(self.cache_bytes)}",
         ]
@@ -67,15 +70,22 @@ def estimate(config: RunConfig) -> Cost:
     shape, num_parameters = _model(config)
     weights = 4 * num_parameters
     per_token = 2 * 4 * shape.layers * shape.kv_heads * shape.head_dim
-    stores_versions = SOURCES[config.source.type].stores_versions or config.referee.share > 0
     return Cost(
         num_parameters=num_parameters,
         weights_bytes=weights,
-        store_bytes=weights * (config.window + 2) if stores_versions else 0,
+        store_bytes=weights * _stored_versions(config),
+        scorer_bytes=weights * (config.source.window + 1) if config.source.type == "dedicated" else 0,
         average_bytes=weights if config.source.type in AVERAGING_SOURCES else 0,
         optimizer_bytes=3 * weights,
         cache_bytes=config.engine.num_slots * config.env.max_tokens * per_token,
     )
+
+
+def _stored_versions(config: RunConfig) -> int:
+    """The most versions in the trainer's store, at the moment of a publish."""
+    if config.referee.share > 0 or config.source.type in ("snapshot", "dedicated"):
+        return config.window + 2
+    return 2 if SOURCES[config.source.type].stores_versions else 0
 
 
 def _model(config: RunConfig) -> tuple[ModelShape, int]:

@@ -75,10 +75,8 @@ class ScoringAhead(LogprobSource):
 
     async def acquire(self, batch: BatchTokens) -> Scored:
         """Score what is not scored yet, and hand out the batch's values."""
-        started = time.perf_counter()
-        await self._score(of=batch.trajectory_ids)
+        await self._score_now(of=batch.trajectory_ids)
         values, computed_at = self.ledger.values_of(batch.trajectory_ids)
-        self._wait_s += time.perf_counter() - started
         num_switches, self._num_switches = self._num_switches, 0
         return Scored(policy=OLD, values=values, computed_at=computed_at, num_switches=num_switches)
 
@@ -103,6 +101,12 @@ class ScoringAhead(LogprobSource):
         self._wait_s, self._score_s, self._num_fallback, self._num_repeated = 0.0, 0.0, 0, repeated
         self._most_held = len(self._held)
         return found
+
+    async def _score_now(self, *, of: Iterable[str] | None = None) -> None:
+        """Score while the update waits."""
+        started = time.perf_counter()
+        await self._score(of=of)
+        self._wait_s += time.perf_counter() - started
 
     async def _score(self, *, of: Iterable[str] | None = None, held_only: bool = False) -> None:
         """Score complete pieces: the oldest version first, a chunk at a time, each at its own version.

@@ -8,6 +8,7 @@ acquire   waits for what is left of its batch
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine, Mapping, Sequence
 
 import numpy as np
@@ -46,8 +47,10 @@ class DedicatedSource(ScoringAhead):
 
     async def acquire(self, batch: BatchTokens) -> Scored:
         """Wait for what is left; the trainer's weights may change after that, so the hand-over is waited for as well."""
+        started = time.perf_counter()
         if self._handover is not None:
             await asyncio.shield(self._handover)
+        self._wait_s += time.perf_counter() - started
         for task in self._tasks:
             if task.done():
                 task.result()

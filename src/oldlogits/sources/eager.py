@@ -38,5 +38,5 @@ class EagerSource(ScoringAhead):
     ) -> None:
         """Score what the outgoing version sampled; then it is needed no more."""
         await super().on_published(version, weights, probe_logps)
-        await self._score()
+        await self._score_now()
         self.hold((version,))

@@ -31,7 +31,7 @@ class InterruptionSource(ScoringAhead):
     async def on_paused(self, running: Mapping[str, Sequence[Sampled]]) -> None:
         """Score what is known and not scored yet, which is all of the live version."""
         await super().on_paused(running)
-        await self._score()
+        await self._score_now()
 
     async def on_published(
         self, version: PolicyVersion, weights: Mapping[str, Tensor], probe_logps: NDArray[np.float32]
