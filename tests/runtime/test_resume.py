@@ -8,6 +8,9 @@ from safetensors.torch import load_file
 
 from oldlogits.cli.main import run as command
 from oldlogits.record.events import EventKind
+from oldlogits.rollout.embedded import EngineCore
+from oldlogits.runtime import lockstep
+from oldlogits.runtime.resume import sampler_seed
 
 from ..runs import check_accounting, events_of, recipe, summary_of, tokens_of, write_recipe
 
@@ -55,6 +58,27 @@ def test_optimizer_schedule_and_rows_go_on(copied, finished):
     assert (state["version"], state["schedule_steps"]) == (3, 6)
     admitted = [event.fields["group"] for event in events_of(copied, EventKind.GROUP_ADMITTED)]
     assert admitted == [f"g{row:06d}" for row in range(3 * 3)], "no row is played twice"
+
+
+def test_a_resumed_run_draws_numbers_that_it_has_not_drawn_and_always_the_same(finished, tmp_path, monkeypatch):
+    seeds = []
+
+    class Watched(EngineCore):
+        def __init__(self, spec):
+            seeds.append(spec.seed)
+            super().__init__(spec)
+
+    monkeypatch.setattr(lockstep, "EngineCore", Watched)
+    weights = []
+    for name in ("a", "b"):
+        run = shutil.copytree(finished, tmp_path / name)
+        assert command(["train", "--resume", str(run), "--num-updates", "3"]) == 0
+        weights.append((run / "checkpoints/v000003/model/model.safetensors").read_bytes())
+    assert seeds[0] == seeds[1] == sampler_seed(0, 2)
+    assert weights[0] == weights[1]
+    drawn = [sampler_seed(seed, num_updates) for seed in (0, 1) for num_updates in range(50)]
+    assert len(set(drawn)) == len(drawn)
+    assert drawn[0] == 0, "a run that starts is drawn from its own seed"
 
 
 @pytest.mark.parametrize(

@@ -26,16 +26,18 @@ from oldlogits.runtime.trainer_process import TrainerProcess
 
 
 @asynccontextmanager
-async def open_local(config: RunConfig, model_folder: Path, probe_ids: Sequence[int]) -> AsyncIterator[Handles]:
+async def open_local(
+    config: RunConfig, model_folder: Path, probe_ids: Sequence[int], sampler_seed: int
+) -> AsyncIterator[Handles]:
     """Start the processes; on leaving none of them stays behind, whatever happened."""
     spec = EngineSpec(
         model_path=str(model_folder),
         numerics=config.engine.numerics,
         num_slots=config.engine.num_slots,
         max_context=config.env.max_tokens,
-        seed=config.seed,
+        seed=sampler_seed,
     )
-    runner = ThreadRunner(timeout_s=config.env.timeout_s, latency_s=config.env.latency_s, seed=config.seed)
+    runner = ThreadRunner(timeout_s=config.env.timeout_s, latency_s=config.env.latency_s, seed=sampler_seed)
     with ExitStack() as stack:  # each is closed even if Ctrl-C interrupts the closing of another
         stack.callback(unshare, os.getpid())
         with _ignoring_interrupts():

@@ -178,7 +178,9 @@ class LockstepEngine:
 
 
 @asynccontextmanager
-async def open_lockstep(config: RunConfig, model_folder: Path, probe_ids: Sequence[int]) -> AsyncIterator[Handles]:
+async def open_lockstep(
+    config: RunConfig, model_folder: Path, probe_ids: Sequence[int], sampler_seed: int
+) -> AsyncIterator[Handles]:
     """Engine and trainer in this process."""
     clock = time.perf_counter
     in_flight = (config.window + 1) * config.rollout.groups_per_version * config.rollout.group_size
@@ -187,7 +189,7 @@ async def open_lockstep(config: RunConfig, model_folder: Path, probe_ids: Sequen
         numerics=config.engine.numerics,
         num_slots=max(config.engine.num_slots, in_flight + 1),  # held trajectories keep their slots; one for the probe
         max_context=config.env.max_tokens,
-        seed=config.seed,
+        seed=sampler_seed,
     )
     core = EngineCore(spec)
     engine = LockstepEngine(EmbeddedEngine(core), config)

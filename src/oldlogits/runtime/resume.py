@@ -1,7 +1,8 @@
-"""Going on with a run: what a recipe may not change."""
+"""Going on with a run: what a recipe may not change, and what is drawn anew."""
 
 from __future__ import annotations
 
+import random
 import tomllib
 from dataclasses import asdict
 
@@ -26,6 +27,15 @@ def refuse_another_run(config: RunConfig, folder: RunFolder) -> None:
             allowed=", ".join(f"{key} = {found[key]!r}" for key in differing) + ", as the run began",
             fix="leave these keys as they are, or start a new run with model.path = a checkpoint's model/ folder",
         )
+
+
+def sampler_seed(seed: int, num_updates: int) -> int:
+    """The seed of engine and latencies: the run's own at its start, another one at every update that it goes on from.
+
+    Sampling is not replayed: a resumed run draws numbers that the run has not drawn before, and the same ones every time
+    it goes on from the same checkpoint.
+    """
+    return random.Random(f"{seed}/{num_updates}").getrandbits(31) if num_updates else seed
 
 
 def _identity(config: RunConfig) -> dict[str, object]:

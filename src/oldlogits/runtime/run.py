@@ -33,14 +33,14 @@ from oldlogits.runtime.lockstep import open_lockstep
 from oldlogits.runtime.loop import Loop, Task
 from oldlogits.runtime.probe import PROBE_TOKENS
 from oldlogits.runtime.recorder import Recorder
-from oldlogits.runtime.resume import refuse_another_run
+from oldlogits.runtime.resume import refuse_another_run, sampler_seed
 from oldlogits.runtime.rows import Rows
 from oldlogits.runtime.staleness import StalenessBound
 from oldlogits.runtime.totals import Totals
 from oldlogits.train.trainer import Witnesses
 from oldlogits.train.warm_start import WarmStartSpec, warm_start
 
-Open = Callable[[RunConfig, Path, Sequence[int]], AbstractAsyncContextManager[Handles]]
+Open = Callable[[RunConfig, Path, Sequence[int], int], AbstractAsyncContextManager[Handles]]
 
 RUNTIMES: Final[Mapping[str, Open]] = MappingProxyType({"lockstep": open_lockstep, "local": open_local})
 """The runtimes by their name in a recipe."""
@@ -103,12 +103,13 @@ async def _run(
     chat = ChatFormat(tokenizer)
     environment_class = load_environment(config.env.target)
     rows = Rows(config, environment_class)
+    seed = sampler_seed(config.seed, totals.num_updates)
     probe_ids = _probe_ids(chat, environment_class)
     recorder = Recorder(config, folder, view, lambda ids: str(tokenizer.decode(ids)))
     if checkpoint is None and config.model.path == "tiny":
         recorder.warm_started(start.steps, start.loss, start.seconds_s)
     try:
-        async with RUNTIMES[config.runtime.type](config, start.model, probe_ids) as handles:
+        async with RUNTIMES[config.runtime.type](config, start.model, probe_ids, seed) as handles:
             if checkpoint is not None:
                 await handles.trainer.restore(checkpoint)
             agent = _agent(config, handles, chat)
