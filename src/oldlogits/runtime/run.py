@@ -151,7 +151,7 @@ async def _supervise(loop: Loop, handles: Handles, interruption: asyncio.Event) 
     await asyncio.wait({main, stop, *handles.workers}, return_when=asyncio.FIRST_COMPLETED)
     stop.cancel()
     main.cancel()
-    await asyncio.wait({main})
+    await asyncio.gather(main, return_exceptions=True)  # its error counts as seen, whatever is raised below
     for worker in handles.workers:
         if worker.done():
             worker.result()
