@@ -16,6 +16,7 @@ from oldlogits.config import check, config_from_table
 from oldlogits.core.errors import ConfigError, WorkerDiedError
 from oldlogits.runtime import loop
 from oldlogits.runtime.run import run
+from oldlogits.runtime.synchronise import check_partials
 from oldlogits.sources import NoSource
 
 EXACT = ("snapshot", "eager", "interruption", "dedicated")
@@ -191,5 +192,5 @@ def test_a_route_that_needs_the_pause_is_refused_where_the_engine_does_not_tell_
             partials = False
 
     with pytest.raises(ConfigError, match="source 'interruption' scores what running turns have sampled"):
-        loop._check_partials(Source(None), Engine, "interruption")
-    loop._check_partials(NoSource(None), Engine, "none")
+        check_partials(Source(None), Engine, "interruption")
+    check_partials(NoSource(None), Engine, "none")

@@ -22,27 +22,26 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
-import numpy as np
 import torch
 
 from oldlogits.batch import TokenBatch, collate
 from oldlogits.config import RunConfig
-from oldlogits.core.errors import ConfigError, NonFiniteError
-from oldlogits.core.protocols import BatchTokens, FullWeights, LogprobSource, RolloutEngine, Scored
+from oldlogits.core.errors import NonFiniteError
+from oldlogits.core.protocols import BatchTokens, Scored
 from oldlogits.core.trajectory import TrajectoryGroup
 from oldlogits.envs.shape import Environment
 from oldlogits.objective import group_advantages
 from oldlogits.record.episodes import Stage
 from oldlogits.record.summary import wilson
-from oldlogits.rollout.turns import Agent, sampled_segments, trajectory_of
+from oldlogits.rollout.turns import Agent
 from oldlogits.runtime.buffer import Account, Buffer
 from oldlogits.runtime.handles import Handles
-from oldlogits.runtime.probe import ProbeResult, allowed_error, probe
 from oldlogits.runtime.recorder import Recorder
 from oldlogits.runtime.referee import Referee
 from oldlogits.runtime.rollouts import PACE, Rollouts, evaluate, is_success
 from oldlogits.runtime.rows import Rows
 from oldlogits.runtime.staleness import StalenessBound
+from oldlogits.runtime.synchronise import Synchroniser
 from oldlogits.runtime.totals import Totals
 from oldlogits.sources import check_scored, make_source
 from oldlogits.train.step import UpdateResult
@@ -76,14 +75,6 @@ class Busy:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Paused:
-    """Since when the engine stands still, and how long it took to come to rest."""
-
-    at_s: float
-    pause_s: float
-
-
 class Loop:
     """One run: evaluation before, updates, evaluation after.
 
@@ -102,11 +93,15 @@ class Loop:
         self.buffer = Buffer(bound, filter_uniform=config.rollout.filter_uniform)
         self.buffer.account = Account(**totals.account)
         self.source = make_source(config.source.type, handles.trainer, handles.scorer)
-        _check_partials(self.source, handles.engine, config.source.type)
+        self._synchroniser = Synchroniser(config, task.probe_ids, handles, self.source, recorder, totals)
         self._referee = Referee(config, handles.trainer, recorder.events, handles.clock)
         self._last_update_s = 0.0
         self.version = 0
-        self.witnesses = Witnesses()
+
+    @property
+    def witnesses(self) -> Witnesses:
+        """The largest errors of the witnesses of exactness so far."""
+        return self._synchroniser.witnesses
 
     async def run(self) -> None:
         """Run to the end.
@@ -119,7 +114,7 @@ class Loop:
         self.version = state.version
         self._recorder.started(version=self.version, num_parameters=state.num_parameters)
         try:
-            await self._synchronise(await self._publish(), None)
+            await self._synchroniser.give(await self._publish(), None)
             if not self.totals.num_updates and "before/greedy" not in self.totals.rewards:
                 await self._evaluate("before", self._config.eval.num_episodes)
             await self._train()
@@ -186,7 +181,7 @@ class Loop:
         self._recorder.batch(groups, version=self.version, waited_s=taken - started)
         batch = collate(groups, self._advantages(groups), num_steps=self._config.trainer.steps_per_version)
         await trainer.put_batch(batch)
-        paused = await self._pause() if self.source.needs_pause else None
+        paused = await self._synchroniser.pause() if self.source.needs_pause else None
         scored = await self._score(batch)
         scored_at = clock()
         exact = await self._referee.exact(self._entering(batch))
@@ -194,7 +189,7 @@ class Loop:
         result = await self._step(scored)
         trained = clock()
         published = await self._publish()
-        stall_s = await self._synchronise(published, paused)
+        stall_s = await self._synchroniser.give(published, paused)
         self.buffer.confirm_trained()
         self.source.drop(batch.trajectory_ids)
         self.buffer.check()
@@ -307,50 +302,6 @@ class Loop:
         self._recorder.published(version=self.version, num_bytes=published.store_bytes, seconds_s=seconds_s)
         return published
 
-    async def _pause(self) -> Paused:
-        """Bring the engine to rest, and tell the source what unfinished turns have sampled so far."""
-        engine, clock, started = self._handles.engine, self._handles.clock, self._handles.clock()
-        await engine.pause("keep", self._config.engine.kv)
-        paused = Paused(at_s=clock(), pause_s=clock() - started)
-        if self.source.needs_partials and engine.capabilities.partials:
-            temperature = self._config.sampling.temperature
-            partials = await engine.partials()
-            await self.source.on_paused({trajectory_of(i): sampled_segments(g, temperature) for i, g in partials.items()})
-        return paused
-
-    async def _synchronise(self, published: Published, paused: Paused | None) -> float:
-        """Give the engine the new weights while it is paused, and probe it; returns the seconds it stood still."""
-        engine, clock, version = self._handles.engine, self._handles.clock, published.version
-        paused = paused or await self._pause()
-        started = clock()
-        await engine.update_weights(FullWeights(tensors=published.weights), version)
-        await engine.resume()
-        resumed = clock()
-        stall_s = resumed - paused.at_s
-        self._recorder.weights_updated(version=version, pause_s=paused.pause_s, load_s=resumed - started, stall_s=stall_s)
-        await self._check_engine(published)
-        await self.source.on_published(version, published.weights, published.probe_logps)
-        return stall_s
-
-    async def _check_engine(self, published: Published) -> None:
-        """Probe it, and ask the trainer for its witnesses."""
-        result = await self._probe(published)
-        of_trainer = (await self._handles.trainer.state()).witnesses
-        worst = np.fmax(of_trainer.publish_max_abs_error, self.source.witness_max_abs_error)
-        self.witnesses = replace(of_trainer, publish_max_abs_error=float(worst))
-        self.totals.add_probe(result.max_abs_error)
-        self._recorder.probed(result, self.witnesses.publish_max_abs_error, version=published.version)
-
-    async def _probe(self, published: Published) -> ProbeResult:
-        config = self._config.engine
-        return await probe(
-            self._handles.engine,
-            self._task.probe_ids,
-            published.engine_probe_logps,
-            version=published.version,
-            allowed=allowed_error(config.numerics, config.probe_tolerance),
-        )
-
     async def _between_updates(self, rollouts: Rollouts) -> None:
         """Evaluation points and checkpoints."""
         done = self.version >= self._config.num_updates
@@ -402,14 +353,3 @@ class Loop:
                 self.totals.rewards[f"{stage}/{mode}"] = list(outcome.rewards)
             for i, trajectory in enumerate(outcome.trajectories[:4]):
                 self._recorder.episode(trajectory, version=self.version, split="heldout", stage=stage, with_text=i < 4)
-
-
-def _check_partials(source: LogprobSource, engine: RolloutEngine, name: str) -> None:
-    """Refuse a route that scores before the step, where the engine does not tell what it has sampled by then."""
-    if source.needs_pause and not engine.capabilities.partials:
-        raise ConfigError(
-            f"source '{name}' scores what running turns have sampled, and this engine does not tell",
-            got="an engine without partials",
-            allowed="an engine with partials, or another source",
-            fix="use source 'snapshot'",
-        )
