@@ -145,8 +145,21 @@ class World:
         self.most_stored = max(self.most_stored, len(self.trainer._store.versions))
         if not self.source.needs_pause and published.version:
             await self.pause()
+        if published.version:
+            await self.play_a_short_one(published.version)
         await self.source.on_published(published.version, published.weights, published.probe_logps)
         await asyncio.sleep(0)
+
+    async def play_a_short_one(self, version):
+        """The engine goes on before the source is told of the version: a whole trajectory may come in between."""
+        player = Player(f"g.{self.num_made}", self.rng)
+        self.num_made += 1
+        player.read()
+        player.turn = [(self.rng.randint(3, 23), version) for _ in range(2)]
+        player.close()
+        self.source.on_segment_closed(player.id, player.segments)
+        self.waiting.append(player)
+        await self.source.on_arrival([player.whole()])
 
     def expected(self, players):
         """Every token by the weights of its own version: no padding, no batching, no cut."""

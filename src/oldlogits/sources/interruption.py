@@ -29,9 +29,13 @@ class InterruptionSource(ScoringAhead):
         super().__init__(trainer, trainer)
 
     async def on_paused(self, running: Mapping[str, Sequence[Sampled]]) -> None:
-        """Score what is known and not scored yet, which is all of the live version."""
+        """Score what is known and not scored yet, which is all of the live version; then the next one is the live one.
+
+        The engine samples the next version before `on_published` is called.
+        """
         await super().on_paused(running)
         await self._score_now()
+        self.hold((self.ledger.version,))
 
     async def on_published(
         self, version: PolicyVersion, weights: Mapping[str, Tensor], probe_logps: NDArray[np.float32]
