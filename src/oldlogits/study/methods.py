@@ -1,0 +1,72 @@
+"""The methods that a study compares, as one table: a row is what it sets in a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Final
+
+from oldlogits.core.errors import ConfigError
+from oldlogits.core.policies import find_variant
+
+Value = str | int | float | bool
+Settings = Mapping[str, Value]
+"""Recipe keys, dotted, and their values."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """One way to correct: a row of the variants' table, and the route that feeds it.
+
+    Args:
+        variant: The row.
+        source: The route.
+        more: Further recipe keys.
+    """
+
+    variant: str
+    source: str
+    more: Settings = field(default_factory=dict)
+
+    @property
+    def settings(self) -> Settings:
+        """All that it sets in a recipe."""
+        return {"variant": self.variant, "source.type": self.source, **self.more}
+
+    @property
+    def has_band(self) -> bool:
+        """Whether r_d is a ratio, so that the band acts."""
+        return not find_variant(self.variant).r_d.is_one
+
+
+METHODS: Final[Mapping[str, Method]] = MappingProxyType(
+    {
+        "exact": Method(variant="decoupled_exact", source="snapshot"),
+        "arrival": Method(variant="decoupled_async", source="arrival"),
+        "ewma": Method(variant="ppo_ewma_train_infer", source="ewma"),
+        "ewma-auto": Method(variant="ppo_ewma_train_infer", source="ewma", more={"source.decay": "auto"}),
+        "ewma-reset-paper": Method(variant="ppo_ewma_train_infer", source="ewma", more={"source.reset": "paper"}),
+        "ewma-reset-guarded": Method(variant="ppo_ewma_train_infer", source="ewma", more={"source.reset": "guarded"}),
+        "aged": Method(variant="aged_train_infer", source="aged"),
+        "rescore": Method(variant="rescore_train_infer", source="rescore"),
+        "linear": Method(variant="linear_prox", source="none"),
+        "log-linear": Method(variant="loglinear_prox", source="none"),
+        "mu": Method(variant="ppo_clip_train_infer", source="none"),
+        "exact-r_d-1": Method(variant="ppo_clip", source="snapshot"),
+        "truncated-is": Method(variant="ppo_clip_train_infer", source="none", more={"objective.clip": "truncated"}),
+        "synchronous": Method(variant="decoupled_exact", source="snapshot", more={"runtime.window": 0, "max_staleness": 0}),
+    }
+)
+"""Method by name. The last two are baselines: no clip, and no staleness at all."""
+
+
+def find_method(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if name not in METHODS:
+        raise ConfigError("unknown method", got=repr(name), allowed=", ".join(METHODS), fix="choose one of these")
+    return METHODS[name]
