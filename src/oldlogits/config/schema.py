@@ -35,7 +35,7 @@ class SourceConfig:
     """The route to the stand-in's log-probs."""
 
     type: str = "snapshot"
-    """snapshot | dedicated | interruption | eager | arrival | ewma | aged | none."""
+    """snapshot | dedicated | interruption | eager | arrival | ewma | aged | rescore | none."""
     accept_mixed_kv: bool = False
     """Accept OLD for tokens that were sampled over stale keys and values; they are labelled mixed_kv."""
     window: int = 2
@@ -185,7 +185,7 @@ class EvalConfig:
     num_episodes: int = 1024
     """Episodes before and after training, each sampled and greedy; 0: no evaluation."""
     every: int = 0
-    """Updates between evaluation points during training; 0: none."""
+    """Updates between evaluation points during training; 0: none. The last update is one if num_episodes = 0."""
     num_episodes_during: int = 128
     """Sampled episodes of each such point."""
     num_running: int = 256

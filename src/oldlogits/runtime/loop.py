@@ -306,7 +306,7 @@ class Loop:
         """Evaluation points and checkpoints."""
         done = self.version >= self._config.num_updates
         every = self._config.eval.every
-        if every and self.version % every == 0 and not done:
+        if every and self.version % every == 0 and not (done and self._config.eval.num_episodes):
             await self._evaluate("during", self._config.eval.num_episodes_during)
         every = self._config.record.checkpoint_every
         if done or (every and self.version % every == 0):
