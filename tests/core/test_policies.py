@@ -13,6 +13,7 @@ from oldlogits.core.policies import (
     MU,
     OLD,
     ONE,
+    RESCORE,
     SOURCES,
     THETA,
     VARIANTS,
@@ -37,6 +38,7 @@ EXPERIMENTAL = {
     "linear_train_infer": ("linear/mu", "theta/linear", set(), True),
     "loglinear_train_infer": ("loglinear/mu", "theta/loglinear", set(), True),
     "aged_train_infer": ("aged/mu", "theta/aged", {AGED}, True),
+    "rescore_train_infer": ("rescore/mu", "theta/rescore", {RESCORE}, True),
 }
 ROWS = PAPER | EXPERIMENTAL
 
@@ -100,10 +102,19 @@ def test_an_unknown_variant_is_refused_with_the_known_ones():
     assert all(name in caught.value.allowed for name in ROWS)
 
 
-@pytest.mark.parametrize("name, source", list(itertools.product(ROWS, ["snapshot", "arrival", "ewma", "aged", "none"])))
+PROVIDED = {
+    "snapshot": {OLD},
+    "arrival": {ASYNC},
+    "ewma": {EWMA},
+    "aged": {AGED},
+    "rescore": {RESCORE},
+    "none": set(),
+}
+
+
+@pytest.mark.parametrize("name, source", list(itertools.product(ROWS, PROVIDED)))
 def test_a_source_is_accepted_exactly_if_it_provides_what_the_variant_needs(name, source):
-    provides = {"snapshot": {OLD}, "arrival": {ASYNC}, "ewma": {EWMA}, "aged": {AGED}, "none": set()}[source]
-    if ROWS[name][2] <= provides:
+    if ROWS[name][2] <= PROVIDED[source]:
         check_source(name, source)
     else:
         with pytest.raises(MissingPolicyError):

@@ -18,6 +18,7 @@ ROWS = {  # name: (numerator and denominator of r_d, or None for 1; denominator 
     "linear_train_infer": (("linear", "mu"), "linear"),
     "loglinear_train_infer": (("loglinear", "mu"), "loglinear"),
     "aged_train_infer": (("aged", "mu"), "aged"),
+    "rescore_train_infer": (("rescore", "mu"), "rescore"),
 }
 
 

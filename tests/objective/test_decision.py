@@ -102,6 +102,7 @@ EXACT = {
     "linear_train_infer": "decoupled_exact",
     "loglinear_train_infer": "decoupled_exact",
     "aged_train_infer": "decoupled_exact",
+    "rescore_train_infer": "decoupled_exact",
 }
 
 

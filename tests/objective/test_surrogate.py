@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.policies import ASYNC, EWMA, EXPERIMENTAL_VARIANTS, MU, OLD, THETA, VARIANTS, Policy
+from oldlogits.core.policies import AGED, ASYNC, EWMA, EXPERIMENTAL_VARIANTS, MU, OLD, RESCORE, THETA, VARIANTS, Policy
 from oldlogits.objective import SplitRatio
 
 from .oracle import ROWS, Objective, interpolate, token
@@ -54,6 +54,7 @@ def test_every_variant_equals_the_scalar_oracle_in_value_gradient_and_masks(name
             "async": log_mu + asynchronous,
             "ewma": log_mu + ewma,
             "aged": log_mu + 2 * ewma - asynchronous,
+            "rescore": log_mu + old - asynchronous,
             "theta": log_mu + theta,
         }
         prob = {policy: math.exp(value) for policy, value in logs.items()}
@@ -61,7 +62,7 @@ def test_every_variant_equals_the_scalar_oracle_in_value_gradient_and_masks(name
         advantages.append(advantage)
     expected = [token(name, prob, a, objective) for prob, a in zip(probs, advantages, strict=True)]
 
-    logp = {policy: tensor(*(prob[policy] for prob in probs)).log() for policy in (MU, OLD, ASYNC, EWMA, Policy.AGED)}
+    logp = {policy: tensor(*(prob[policy] for prob in probs)).log() for policy in (MU, OLD, ASYNC, EWMA, AGED, RESCORE)}
     theta = tensor(*(prob["theta"] for prob in probs)).log().requires_grad_()
     logp[THETA] = theta
     logp[Policy.LINEAR] = linear_logp(logp[MU], theta, weight_mu)

@@ -46,6 +46,42 @@ def test_the_table_divides_each_sum_by_its_own_denominator(refereed):
     )
 
 
+RESET = {"rule": "paper", "rho": 0.8, "tau": 0.9, "kept_average": 0.7, "kept_live": 0.85, "age": 1.25}
+ERRORS = {"error_before": 0.04, "error_after": 0.02, "weight_error_before": 0.5, "weight_error_after": 0.25}
+
+
+def test_resets_are_listed_with_their_decision_errors_and_the_mean_of_those_that_were_refereed(fake_run):
+    run = fake_run(2)
+    with EventLog(run / "events.jsonl") as log:
+        log.emit(EventKind.AVERAGE_RESET, version=1, **RESET, **ERRORS)
+        log.emit(EventKind.AVERAGE_RESET, version=2, **RESET, **dict.fromkeys(ERRORS))
+        log.emit(EventKind.AVERAGE_RESET, version=2, **RESET, **ERRORS | {"error_before": 0.06})
+    (figure,) = decisions(read_run(run))["Resets of the average"]
+    row = ("paper", "80.00% < 90%", "1.2", "70.00%", "85.00%")
+    assert figure.table[1:] == (
+        ("1", *row, "4.00%", "2.00%", "50.00%", "25.00%"),
+        ("2", *row, "—", "—", "—", "—"),
+        ("2", *row, "6.00%", "2.00%", "50.00%", "25.00%"),
+        ("mean of 2", "", "", "", "", "", "5.00%", "2.00%", "50.00%", "25.00%"),
+    )
+    assert {len(cells) for cells in figure.table} == {10}
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "What each reset was worth" in page
+    assert "the average to the live weights 3 times. The" in page
+
+
+def test_of_many_resets_the_last_are_listed_and_all_are_counted(fake_run):
+    run = fake_run(2)
+    with EventLog(run / "events.jsonl") as log:
+        for i in range(60):
+            log.emit(EventKind.AVERAGE_RESET, version=2, **RESET, **ERRORS | {"error_after": i / 100})
+    (figure,) = decisions(read_run(run))["Resets of the average"]
+    assert [cells[7] for cells in figure.table[1:-1]] == [f"{i}.00%" for i in range(10, 60)]
+    assert figure.table[-1][0] == "mean of 60"
+    assert figure.table[-1][7] == "29.50%"
+    assert "60 times; the last 50 are listed." in figure.caption
+
+
 def test_the_report_shows_chart_and_table_and_a_run_without_a_referee_shows_neither(refereed, fake_run):
     page = write_report(refereed).read_text(encoding="utf-8")
     root = ElementTree.fromstring(page.removeprefix("<!doctype html>"))

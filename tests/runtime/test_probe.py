@@ -22,8 +22,9 @@ from oldlogits.rollout.numerics import Numerics
 from oldlogits.rollout.spec import EngineSpec
 from oldlogits.runtime.probe import AllowedError, ProbeResult, allowed_error, probe
 from oldlogits.runtime.run import run
-from oldlogits.train.engine_view import engine_logps
+from oldlogits.train.engine_view import EngineView
 
+from ..rollout.reference import logp_of
 from ..runs import events_of, recipe, summary_of
 
 ALL = get_args(Numerics)
@@ -124,7 +125,7 @@ async def probe_of_engine(engine: EmbeddedEngine, held: PreTrainedModel, publish
     await engine.update_weights(FullWeights(tensors=named_weights(held)), 1)
     await engine.resume()
     numerics = engine.core.spec.numerics
-    expected = engine_logps(published, PROBE, how.pop("view", numerics))
+    expected = np.array(logp_of(EngineView(published, how.pop("view", numerics)).model, PROBE), np.float32)
     task = asyncio.create_task(
         probe(engine, PROBE, expected, version=1, allowed=how.pop("allowed", allowed_error(numerics, -1)))
     )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from oldlogits.core.errors import ExactnessError, MissingLogprobError, VersionEvictedError
 from oldlogits.core.policies import ASYNC, MU, OLD, SOURCES
 from oldlogits.core.protocols import BatchTokens, LogprobSource, Scored
-from oldlogits.sources import SOURCE_TYPES, ArrivalSource, SnapshotSource, check_scored, make_source
+from oldlogits.sources import SOURCE_TYPES, ArrivalSource, EngineScores, SnapshotSource, check_scored, make_source
 from oldlogits.versions import AverageScores
 
 LIVE = 1000
@@ -37,6 +37,10 @@ class FakeTrainer:
 
     async def score_average(self, tokens):
         return AverageScores(values=tokens.astype(np.float32), age=1.0)
+
+    async def score_engine(self, tokens):
+        values = tokens.astype(np.float32)
+        return EngineScores(logp_mu=values, values=values, noise={0: np.zeros(1, np.float32)})
 
 
 class FakeScorer:
@@ -89,7 +93,7 @@ def test_the_routes_by_name_provide_what_the_table_of_sources_says():
         assert {source.provides} == (route.provides or {MU}), name
 
 
-@pytest.mark.parametrize("name", ["snapshot", "arrival", "ewma", "aged"])
+@pytest.mark.parametrize("name", ["snapshot", "arrival", "ewma", "aged", "rescore"])
 def test_what_a_route_returns_is_of_the_policy_that_it_says_it_provides(name):
     source = make_source(name, FakeTrainer(), None)
     assert asyncio.run(source.acquire(entering([0], 0))).policy is source.provides

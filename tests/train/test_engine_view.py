@@ -13,7 +13,7 @@ from oldlogits.policy.model import load_model, named_weights
 from oldlogits.rollout.embedded import EngineCore
 from oldlogits.rollout.numerics import Numerics
 from oldlogits.rollout.spec import EngineSpec
-from oldlogits.train.engine_view import engine_logps
+from oldlogits.train.engine_view import EngineView
 from oldlogits.train.trainer import Trainer
 
 from ..rollout.reference import MODELS, VOCAB, load, logp_of, make_model, perturbed, save, weights_of
@@ -24,6 +24,10 @@ EXACT = [name for name in ALL if name != "fp8_dynamic"]
 
 def random_ids(num: int, seed: int = 0) -> list[int]:
     return torch.randint(VOCAB, (num,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def view_logps(model, ids: list[int], numerics: Numerics) -> np.ndarray:
+    return np.array(logp_of(EngineView(model, numerics).model, ids), np.float32)
 
 
 def engine_of(folder, numerics) -> EngineCore:
@@ -41,12 +45,12 @@ def logps_of(core: EngineCore, ids: list[int]) -> np.ndarray:
 def test_the_view_is_what_an_engine_of_the_same_weights_returns(name, numerics, tmp_path):
     model, ids = make_model(name), random_ids(100)
     core = engine_of(save(model, tmp_path), numerics)
-    np.testing.assert_allclose(engine_logps(model, ids, numerics), logps_of(core, ids), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(view_logps(model, ids, numerics), logps_of(core, ids), rtol=0, atol=1e-5)
     weights = perturbed(weights_of(model), seed=1)
     core.pause("keep", "recompute")
     core.update_weights(weights, 1)
     core.resume()
-    np.testing.assert_allclose(engine_logps(load(model, weights), ids, numerics), logps_of(core, ids), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(view_logps(load(model, weights), ids, numerics), logps_of(core, ids), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
@@ -55,7 +59,7 @@ def test_with_rounded_activations_the_view_is_the_engine_but_where_a_last_bit_ch
     for seed in range(7):
         model, ids = make_model(name, seed), random_ids(40, seed)
         core = engine_of(save(model, tmp_path / str(seed)), "fp8_dynamic")
-        errors.append(np.abs(engine_logps(model, ids, "fp8_dynamic") - logps_of(core, ids)))
+        errors.append(np.abs(view_logps(model, ids, "fp8_dynamic") - logps_of(core, ids)))
     assert np.median([error.max() for error in errors]) <= 1e-4
     assert max(error.mean() for error in errors) <= 0.03
 
@@ -63,7 +67,7 @@ def test_with_rounded_activations_the_view_is_the_engine_but_where_a_last_bit_ch
 @pytest.mark.parametrize("numerics", ALL)
 def test_the_view_moves_away_from_the_live_weights_with_coarse_numerics_only(numerics):
     model, ids = make_model("qwen3"), random_ids(60)
-    difference = np.abs(engine_logps(model, ids, numerics) - logp_of(model, ids)).mean()
+    difference = np.abs(view_logps(model, ids, numerics) - logp_of(model, ids)).mean()
     low, high = {"fp32": (0, 1e-5), "bf16": (1e-3, 0.02), "int8": (1e-3, 0.05)}.get(numerics, (0.02, 0.5))
     assert low <= difference <= high
 
@@ -72,7 +76,7 @@ def test_the_view_moves_away_from_the_live_weights_with_coarse_numerics_only(num
 def test_looking_leaves_the_model_as_it_was(numerics):
     model, ids = make_model("qwen3"), random_ids(20)
     before, logps = weights_of(model), logp_of(model, ids)
-    engine_logps(model, ids, numerics)
+    view_logps(model, ids, numerics)
     assert all(torch.equal(before[name], weight) for name, weight in model.named_parameters())
     assert model.lm_head.weight is model.model.embed_tokens.weight, "a tied head stays tied"
     assert all(p.requires_grad and p.grad is None for p in model.parameters())

@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from oldlogits.config.schema import RunConfig
+from oldlogits.core.bounds import Interpolation, effective_bounds
 from oldlogits.core.errors import ConfigError
-from oldlogits.objective.bounds import Interpolation, effective_bounds
 
 _DEFAULT: Final = RunConfig()
 

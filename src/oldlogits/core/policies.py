@@ -24,6 +24,7 @@ class Policy(StrEnum):
     ASYNC = "async"  # the training engine, when the batch enters training
     EWMA = "ewma"  # the training engine, with weights averaged over versions
     AGED = "aged"  # ASYNC, moved towards EWMA by the token's staleness over the average's age
+    RESCORE = "rescore"  # MU, less what the engine's numerics do to ASYNC
     LINEAR = "linear"  # arithmetic interpolation of MU and THETA
     LOGLINEAR = "loglinear"  # log-linear interpolation of MU and THETA
     THETA = "theta"  # the training engine, now: the policy being optimised
@@ -69,7 +70,7 @@ class Ratio:
         return "1" if self.is_one else f"{self.numerator}/{self.denominator}"
 
 
-MU, OLD, ASYNC, EWMA, AGED = Policy.MU, Policy.OLD, Policy.ASYNC, Policy.EWMA, Policy.AGED
+MU, OLD, ASYNC, EWMA, AGED, RESCORE = Policy.MU, Policy.OLD, Policy.ASYNC, Policy.EWMA, Policy.AGED, Policy.RESCORE
 LINEAR, LOGLINEAR, THETA = Policy.LINEAR, Policy.LOGLINEAR, Policy.THETA
 ONE: Final = MU / MU
 
@@ -141,6 +142,7 @@ EXPERIMENTAL_VARIANTS: Final[Mapping[str, Variant]] = MappingProxyType(
         "linear_train_infer": Variant(r_d=LINEAR / MU, r_s=THETA / LINEAR),
         "loglinear_train_infer": Variant(r_d=LOGLINEAR / MU, r_s=THETA / LOGLINEAR),
         "aged_train_infer": Variant(r_d=AGED / MU, r_s=THETA / AGED),
+        "rescore_train_infer": Variant(r_d=RESCORE / MU, r_s=THETA / RESCORE),
     }
 )
 """Rows that the paper's table does not list: those that its Proposition 1 speaks of, and stand-ins of our own."""
@@ -154,6 +156,7 @@ class Provenance(StrEnum):
     ASYNC = "async"
     EWMA = "ewma"
     AGED = "aged"
+    RESCORE = "rescore"
     LINEAR = "linear"
     LOGLINEAR = "loglinear"
     MU = "mu"
@@ -165,6 +168,7 @@ STAND_IN_PROVENANCE: Final[Mapping[Policy, Provenance]] = MappingProxyType(
         ASYNC: Provenance.ASYNC,
         EWMA: Provenance.EWMA,
         AGED: Provenance.AGED,
+        RESCORE: Provenance.RESCORE,
         LINEAR: Provenance.LINEAR,
         LOGLINEAR: Provenance.LOGLINEAR,
         MU: Provenance.MU,
@@ -193,6 +197,7 @@ SOURCES: Final[Mapping[str, Route]] = MappingProxyType(
         "arrival": Route(provides=frozenset({ASYNC}), cost="one forward, no storage", stores_versions=False),
         "ewma": Route(provides=frozenset({EWMA}), cost="one forward, one fp32 copy", stores_versions=False),
         "aged": Route(provides=frozenset({AGED}), cost="two forwards, one fp32 copy", stores_versions=False),
+        "rescore": Route(provides=frozenset({RESCORE}), cost="two forwards, no storage", stores_versions=False),
         "none": Route(provides=frozenset(), cost="nothing", stores_versions=False),
     }
 )

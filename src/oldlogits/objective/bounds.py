@@ -1,104 +1,13 @@
-"""Proposition 1: what the band and the clip mean where the stand-in interpolates MU and THETA.
-
-Both factors are then non-decreasing functions of the total ratio ``R = theta / mu`` alone (``a = weight_mu``), so every
-bound on a factor is a bound on R: one clip, re-parameterised, and nothing of OLD. Proofs: docs/bounds.md.
-
-==========  ==================  =======================
-kind        r_d = X / mu        r_s = theta / X
-==========  ==================  =======================
-linear      ``a + (1 - a) R``   ``R / (a + (1 - a) R)``
-loglinear   ``R^(1 - a)``       ``R^a``
-==========  ==================  =======================
-"""
+"""Proposition 1 on tensors: which tokens the effective bounds of core/bounds.py keep. Proofs: docs/bounds.md."""
 
 from __future__ import annotations
 
 import math
-import sys
-from dataclasses import dataclass, fields
-from typing import Final, Literal
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from oldlogits.core.errors import ConfigError
-
-Interpolation = Literal["linear", "loglinear"]
-"""How the stand-in X is formed from MU and THETA: `linear_logp` or `loglinear_logp`."""
-
-_LOG_MAX: Final = math.log(sys.float_info.max)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EffectiveBounds:
-    """A token is active where R is inside the mask and inside the clip of its advantage's sign; equality keeps.
-
-    A lower bound that never binds is 0, an upper one ``math.inf``.
-
-    Args:
-        mask_low: From the band, whatever the advantage.
-        mask_high: From the band, whatever the advantage.
-        positive_high: From ``1 + eps_high``, for A > 0.
-        negative_low: From ``1 - eps_low``, for A < 0.
-        negative_high: From the dual clip, for A < 0.
-
-    Raises:
-        ConfigError: A lower bound is not in [0, 1], or an upper one below 1.
-    """
-
-    mask_low: float
-    mask_high: float
-    positive_high: float
-    negative_low: float
-    negative_high: float
-
-    def __post_init__(self) -> None:
-        """Refuse bounds that would make R = 1 inactive: no band and no clip does."""
-        low, high = (self.mask_low, self.negative_low), (self.mask_high, self.positive_high, self.negative_high)
-        if not (all(0 <= bound <= 1 for bound in low) and all(bound >= 1 for bound in high)):
-            raise ConfigError(
-                "bounds on the total ratio must enclose 1",
-                got=", ".join(f"{field.name} = {object.__getattribute__(self, field.name)}" for field in fields(self)),
-                allowed="lower bounds in [0, 1], upper bounds >= 1",
-                fix="use effective_bounds(...)",
-            )
-
-
-def effective_bounds(
-    kind: Interpolation,
-    *,
-    weight_mu: float,
-    band: float,
-    eps_low: float,
-    eps_high: float,
-    dual_clip: float | None,
-) -> EffectiveBounds:
-    """The bounds on R of ``linear_train_infer`` or ``loglinear_train_infer``; with ``band = math.inf`` of the ``_prox`` rows.
-
-    Args:
-        kind: How the stand-in is formed.
-        weight_mu: The weight on mu, in [0, 1]. Where it depends on a token's version, so do the bounds.
-        band: ``1/c <= r_d <= c``; the rows with ``r_d = 1`` have none: ``math.inf``.
-        eps_low: ``r_s >= 1 - eps_low`` where A < 0; at 1 or more there is no lower bound.
-        eps_high: ``r_s <= 1 + eps_high`` where A > 0.
-        dual_clip: ``r_s <= d`` where A < 0; None for no such bound.
-
-    Raises:
-        ConfigError: A value is out of range.
-
-    Example:
-        linear, weight_mu = .5, band = 1.05, eps .2 / .28, d = 3: the mask is .905 <= R <= 1.1; A > 0 is clipped above
-        ``1.28 * .5 / (1.28 * .5 - .28) = 1.78`` and A < 0 below ``.8 * .5 / (.8 * .5 + .2) = .667``; d never binds,
-        since ``r_s < 1 / (1 - .5) = 2``.
-    """
-    _check(kind, weight_mu, band, eps_low, eps_high, dual_clip)
-    return EffectiveBounds(
-        mask_low=_where_r_d_is(1 / band, kind, weight_mu, never=0.0),
-        mask_high=_where_r_d_is(band, kind, weight_mu, never=math.inf),
-        positive_high=_where_r_s_is(1 + eps_high, kind, weight_mu, never=math.inf),
-        negative_low=_where_r_s_is(1 - eps_low, kind, weight_mu, never=0.0),
-        negative_high=_where_r_s_is(math.inf if dual_clip is None else dual_clip, kind, weight_mu, never=math.inf),
-    )
+from oldlogits.core.bounds import EffectiveBounds, Interpolation, effective_bounds
 
 
 def active(
@@ -115,11 +24,11 @@ def active(
         bounds: From `effective_bounds`.
 
     Example:
-        With the bounds of the example above, R = 1.05 is active and R = 1.2 is not, whatever the advantage.
+        With the bounds of the example of `effective_bounds`, R = 1.05 is active and R = 1.2 is not, whatever the advantage.
     """
 
     def within(low: float, high: float) -> Tensor:
-        return (total_log_ratio >= _log(low)) & (total_log_ratio <= math.log(high))
+        return (total_log_ratio >= (math.log(low) if low > 0 else -math.inf)) & (total_log_ratio <= math.log(high))
 
     finite = total_log_ratio.isfinite() & advantages.isfinite()
     unmasked = within(bounds.mask_low, bounds.mask_high)
@@ -128,47 +37,4 @@ def active(
     return finite & unmasked & unclipped_positive & unclipped_negative
 
 
-def _where_r_d_is(value: float, kind: Interpolation, weight_mu: float, *, never: float) -> float:
-    """The R at which r_d reaches `value`, or `never`."""
-    if weight_mu == 1:  # r_d is identically 1
-        return never
-    if kind == "loglinear":
-        return _root(value, 1 - weight_mu)
-    return max((value - weight_mu) / (1 - weight_mu), 0.0)  # r_d > a, so a lower bound of a or less never binds
-
-
-def _where_r_s_is(value: float, kind: Interpolation, weight_mu: float, *, never: float) -> float:
-    """The R at which r_s reaches `value`, or `never`."""
-    if weight_mu == 0 or value <= 0 or value == math.inf:  # r_s is identically 1, positive, finite
-        return never
-    if kind == "loglinear":
-        return _root(value, weight_mu)
-    numerator = value * weight_mu
-    denominator = numerator - (value - 1)
-    return numerator / denominator if denominator > 0 else never  # r_s < 1 / (1 - a)
-
-
-def _root(value: float, power: float) -> float:
-    """``value^(1 / power)``; beyond the range of float64, 0 or inf."""
-    exponent = _log(value) / power
-    return math.exp(exponent) if exponent < _LOG_MAX else math.inf
-
-
-def _log(value: float) -> float:
-    return math.log(value) if value > 0 else -math.inf
-
-
-def _check(
-    kind: Interpolation, weight_mu: float, band: float, eps_low: float, eps_high: float, dual_clip: float | None
-) -> None:
-    rules = (
-        ("kind", kind, kind in ("linear", "loglinear"), "'linear', 'loglinear'", "choose one of these"),
-        ("weight_mu", weight_mu, 0 <= weight_mu <= 1, "in [0, 1]: the weight on mu", "a weight on theta is 1 - weight_mu"),
-        ("band", band, band > 1, "> 1, or inf for no band", "band = 1.5, for example"),
-        ("eps_low", eps_low, eps_low >= 0, ">= 0; 1 or more for no lower bound", "eps_low = 0.2, for example"),
-        ("eps_high", eps_high, eps_high >= 0, ">= 0", "eps_high = 0.28, for example"),
-        ("dual_clip", dual_clip, dual_clip is None or dual_clip > 1, "> 1, or none (inf)", "dual_clip = 3, for example"),
-    )
-    for name, value, holds, allowed, fix in rules:
-        if not holds:
-            raise ConfigError(f"{name} is out of range", got=f"{name} = {value}", allowed=allowed, fix=fix)
+__all__ = ["EffectiveBounds", "Interpolation", "active", "effective_bounds"]

@@ -1,8 +1,10 @@
-"""The report's section of the referee: where the stand-in decided otherwise than OLD, by staleness."""
+"""The report's section of the referee: where the stand-in decided otherwise than OLD; and that of the average's resets."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Final
 
 from markupsafe import Markup
 
@@ -31,10 +33,35 @@ _COLUMNS = (
 )
 
 
+_ERRORS: Final = ("error_before", "error_after", "weight_error_before", "weight_error_after")
+
+_RESET_COLUMNS: Final = (
+    "version",
+    "rule",
+    "rho",
+    "age given up",
+    "band keeps: average",
+    "band keeps: live",
+    "decision error before",
+    "after",
+    "by weight, before",
+    "after",
+)
+
+_MAX_RESETS: Final = 50
+
+
 def decisions(run: RunData) -> dict[str, list[Figure]]:
-    """The section by its name; empty without a referee."""
-    if not run.referee:
-        return {}
+    """The sections by their names; none without a referee and resets."""
+    sections = {}
+    if run.referee:
+        sections["The referee"] = [_referee(run)]
+    if run.resets:
+        sections["Resets of the average"] = [_resets(run.resets)]
+    return sections
+
+
+def _referee(run: RunData) -> Figure:
     by_staleness = pooled(run.referee)
     policy = str(run.referee[-1].fields["policy"])
     caption = (
@@ -44,14 +71,49 @@ def decisions(run: RunData) -> dict[str, list[Figure]]:
     )
     everything = {name: sum(sums[name] for sums in by_staleness.values()) for name in _NAMES}
     rows = [_row(str(lag), sums) for lag, sums in by_staleness.items()] + [_row("all", everything)]
-    figure = Figure(
+    return Figure(
         title=f"Tokens that {policy} decides otherwise than old",
         caption=caption,
         svg=_chart(by_staleness),
         legend=(("c0", "masked wrongly"), ("c1", "kept wrongly")),
         table=(_COLUMNS, *rows),
     )
-    return {"The referee": [figure]}
+
+
+def _resets(events: Sequence[Event]) -> Figure:
+    """One row a reset, the newest ones, and the mean over all that were refereed."""
+    errors = [found for event in events if (found := _errors(event)) is not None]
+    means = tuple(f"{fmean(column):.2%}" for column in zip(*errors, strict=True)) or ("—",) * len(_ERRORS)
+    shown = events[-_MAX_RESETS:]
+    caption = (
+        f"The rule reset the average to the live weights {len(events)} times"
+        + (f"; the last {len(shown)} are listed. " if len(shown) < len(events) else ". ")
+        + "The decision error is that of the batch whose update asked for the reset, which a referee must have seen: before, "
+        "with the average as it was used; after, with the live weights in its place, under the same theta."
+    )
+    mean = (f"mean of {len(errors)}", *("",) * (len(_RESET_COLUMNS) - len(_ERRORS) - 1), *means)
+    table = (_RESET_COLUMNS, *map(_reset_row, shown), mean)
+    return Figure(title="What each reset was worth", caption=caption, svg=Markup(), table=table)
+
+
+def _reset_row(event: Event) -> tuple[str, ...]:
+    rho, tau, average, live = (number(event.fields[name]) or 0.0 for name in ("rho", "tau", "kept_average", "kept_live"))
+    errors = _errors(event)
+    return (
+        str(event.version),
+        str(event.fields["rule"]),
+        f"{rho:.2%} < {tau:.0%}",
+        f"{number(event.fields['age']) or 0.0:.1f}",
+        f"{average:.2%}",
+        f"{live:.2%}",
+        *([f"{error:.2%}" for error in errors] if errors else ["—"] * len(_ERRORS)),
+    )
+
+
+def _errors(event: Event) -> tuple[float, ...] | None:
+    """The four decision errors of a reset; None without a referee."""
+    errors = [number(event.fields.get(name)) for name in _ERRORS]
+    return tuple(error for error in errors if error is not None) if None not in errors else None
 
 
 def pooled(events: Iterable[Event]) -> dict[int, Sums]:

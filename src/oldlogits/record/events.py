@@ -81,7 +81,10 @@ FIELDS: Final[Mapping[EventKind, frozenset[str]]] = MappingProxyType(
             | {"wrongly_kept", "wrongly_masked", "wrongly_kept_nonzero", "wrongly_masked_nonzero"}
             | {"weight", "weight_wrongly_kept", "weight_wrongly_masked", "seconds_s"}
         ),
-        EventKind.AVERAGE_RESET: frozenset({"rule", "rho", "tau", "kept_average", "kept_live", "age"}),
+        EventKind.AVERAGE_RESET: frozenset(
+            {"rule", "rho", "tau", "kept_average", "kept_live", "age"}
+            | {"error_before", "error_after", "weight_error_before", "weight_error_after"}
+        ),
         EventKind.CHECKPOINT: frozenset({"path"}),
         EventKind.WARNING: frozenset({"message"}),
         EventKind.RUN_ENDED: frozenset({"reason", "error"}),

@@ -54,6 +54,7 @@ class RunData:
         evaluations: In order.
         probe_max_abs_error: The largest of all probes.
         referee: The events of the referee.
+        resets: The events of resets of the weight average.
         warnings: In order.
         ended: The reason in ``run_ended``; None when the process was killed.
         error: The error in ``run_ended``.
@@ -69,6 +70,7 @@ class RunData:
     evaluations: tuple[Evaluation, ...]
     probe_max_abs_error: float | None
     referee: tuple[Event, ...]
+    resets: tuple[Event, ...]
     warnings: tuple[str, ...]
     ended: str | None
     error: str | None
@@ -108,6 +110,7 @@ def read_run(path: Path) -> RunData:
         evaluations=tuple(_evaluation(event) for event in kept if event.kind is EventKind.EVALUATION),
         probe_max_abs_error=max((probe for probe in probes if probe is not None), default=None),
         referee=tuple(event for event in kept if event.kind is EventKind.REFEREE),
+        resets=tuple(event for event in kept if event.kind is EventKind.AVERAGE_RESET),
         warnings=tuple(str(event.fields["message"]) for event in kept if event.kind is EventKind.WARNING),
         ended=str(ended.fields["reason"]) if ended else None,
         error=str(ended.fields["error"]) if ended and ended.fields["error"] else None,

@@ -17,6 +17,7 @@ from oldlogits.core.protocols import DedicatedScorer, Piece, PolicyVersion, Roll
 from oldlogits.rollout.spec import EngineStats
 from oldlogits.rollout.turns import EnvironmentRunner
 from oldlogits.runtime.buffer import Buffer
+from oldlogits.sources import EngineScores
 from oldlogits.train.step import UpdateResult
 from oldlogits.train.trainer import Published, Trainer, Witnesses
 from oldlogits.train.window_scorer import WindowScorer
@@ -57,6 +58,7 @@ METHODS: dict[str, Callable[..., object]] = {
     "score": Trainer.score,
     "score_pieces": Trainer.score_pieces,
     "score_average": Trainer.score_average,
+    "score_engine": Trainer.score_engine,
     "train": Trainer.train,
     "retain": Trainer.retain,
     "save": Trainer.save,
@@ -99,6 +101,10 @@ class CallingTrainer:
     async def score_average(self, tokens: NDArray[np.int64]) -> AverageScores:
         """Score loss tokens of the batch with the averaged weights."""
         return cast(AverageScores, await self._call("score_average", (tokens,)))
+
+    async def score_engine(self, tokens: NDArray[np.int64]) -> EngineScores:
+        """Score loss tokens of the batch with the live weights in the engine's numerics."""
+        return cast(EngineScores, await self._call("score_engine", (tokens,)))
 
     async def score_pieces(self, pieces: Sequence[Piece], at: PolicyVersion) -> ScoredPieces:
         """Score tokens of any trajectories."""

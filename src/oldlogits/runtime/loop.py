@@ -184,7 +184,7 @@ class Loop:
         paused = await self._synchroniser.pause() if self.source.needs_pause else None
         scored = await self._score(batch)
         scored_at = clock()
-        exact = await self._referee.exact(self._entering(batch))
+        refereed_scores = await self._referee.score(self._entering(batch))
         refereed = clock()
         result = await self._step(scored)
         trained = clock()
@@ -209,7 +209,9 @@ class Loop:
         self._count(groups, result, used, ended - started)
         metrics = {**result.metrics, **times, **self.source.metrics(), **self._loop_metrics(groups, result, used, times)}
         self._recorder.updated(result, metrics, groups, version=self.version)
-        self._referee.judge(exact, result, version=self.version)
+        effect = self._referee.judge(refereed_scores, result, version=self.version)
+        if result.average_reset is not None:
+            self._recorder.average_reset(result.average_reset, effect, version=self.version)
 
     async def _busy(self) -> Busy:
         stats, state = await self._handles.engine_stats(), await self._handles.trainer.state()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from oldlogits.record.live import LiveView
 from oldlogits.record.summary import Interval
 from oldlogits.record.tables import write_tokens
 from oldlogits.runtime.probe import ProbeResult
+from oldlogits.runtime.referee import ResetEffect
+from oldlogits.train.average import AverageReset
 from oldlogits.train.step import UpdateResult
 
 Decode = Callable[[Sequence[int]], str]
@@ -141,8 +143,6 @@ class Recorder:
             staleness_counts=counts,
             provenance=dict(result.provenance),
         )
-        if result.average_reset is not None:
-            self.events.emit(EventKind.AVERAGE_RESET, version=version, **asdict(result.average_reset))
         every = self._config.record.tokens_every
         if every and (version - 1) % every == 0:
             write_tokens(self.folder.tokens, version, result.table)
@@ -152,6 +152,11 @@ class Recorder:
             for trajectory in group.trajectories:
                 self.episode(trajectory, version=version, split="train", stage="train", with_text=group.id == with_text)
         self.view.update(metrics, version=version)
+
+    def average_reset(self, reset: AverageReset, effect: ResetEffect | None, *, version: int) -> None:
+        """The weight average was reset to `version`; what that is worth, where a referee tells."""
+        errors = asdict(effect) if effect else dict.fromkeys(field.name for field in fields(ResetEffect))
+        self.events.emit(EventKind.AVERAGE_RESET, version=version, **asdict(reset), **errors)
 
     def episode(self, trajectory: Trajectory, *, version: int, split: Split, stage: Stage, with_text: bool) -> None:
         """One episode, with or without its text."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +19,15 @@ from oldlogits.sources.eager import EagerSource
 from oldlogits.sources.ewma import AveragingHandle, EwmaSource
 from oldlogits.sources.interruption import InterruptionSource
 from oldlogits.sources.nothing import NoSource
+from oldlogits.sources.rescore import EngineScores, RescoreSource, RescoringHandle
 from oldlogits.sources.snapshot import SnapshotSource
 
-SOURCE_TYPES: Final[Mapping[str, Callable[[AveragingHandle], LogprobSource]]] = MappingProxyType(
+
+class TrainerHandle(AveragingHandle, RescoringHandle, Protocol):
+    """What the routes, taken together, ask of the trainer."""
+
+
+SOURCE_TYPES: Final[Mapping[str, Callable[[TrainerHandle], LogprobSource]]] = MappingProxyType(
     {
         "snapshot": SnapshotSource,
         "eager": EagerSource,
@@ -29,13 +35,14 @@ SOURCE_TYPES: Final[Mapping[str, Callable[[AveragingHandle], LogprobSource]]] = 
         "arrival": ArrivalSource,
         "ewma": EwmaSource,
         "aged": AgedSource,
+        "rescore": RescoreSource,
         "none": NoSource,
     }
 )
 """The routes that need nothing but the trainer, by their name in a recipe."""
 
 
-def make_source(name: str, trainer: AveragingHandle, scorer: DedicatedScorer | None) -> LogprobSource:
+def make_source(name: str, trainer: TrainerHandle, scorer: DedicatedScorer | None) -> LogprobSource:
     """The route of that name.
 
     Args:
@@ -85,10 +92,14 @@ __all__ = [
     "AveragingHandle",
     "DedicatedSource",
     "EagerSource",
+    "EngineScores",
     "EwmaSource",
     "InterruptionSource",
     "NoSource",
+    "RescoreSource",
+    "RescoringHandle",
     "SnapshotSource",
+    "TrainerHandle",
     "check_scored",
     "make_source",
 ]

@@ -2,7 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Final, Literal, Self, TypeVar, cast
+
+from oldlogits.core.errors import ConfigError
+from oldlogits.record.folder import write_atomic
+from oldlogits.record.jsonl import Json, RecordError, encode, number
+from oldlogits.study.methods import Settings, find_method
+
+T = TypeVar("T")
+
+Plain = Mapping[str, Json]
+"""What a file holds, unread."""
+
+Knobs = tuple[float, float, float]
+"""Band, eps_low, eps_high."""
+
+View = Literal["band", "rho", "tuned"]
+"""How methods are made comparable: at equal band and eps, at equal rho, or each with the best that the pilot found."""
+
+VIEWS: Final[tuple[View, ...]] = ("band", "rho", "tuned")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,3 +83,197 @@ class LearningRun:
     num_resets: int
     curve: tuple[Point, ...]
     error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Regime:
+    """A setting that methods are compared in.
+
+    Args:
+        name: In every table.
+        settings: Recipe keys that it sets, beside the base recipe.
+        band: The band of all methods at equal band.
+        eps_low: Of the clip, at equal band and at equal rho.
+        eps_high: Of the clip, at equal band and at equal rho.
+        rho_bands: The band at which a method has the rho that all shall have; methods without a band need none.
+        tuned: What the pilot found best, by method.
+        exploratory: Outside the declared tests.
+    """
+
+    name: str
+    settings: Settings
+    band: float
+    eps_low: float
+    eps_high: float
+    rho_bands: Mapping[str, float] = field(default_factory=dict)
+    tuned: Mapping[str, Knobs] = field(default_factory=dict)
+    exploratory: bool = False
+
+    def knobs(self, view: View, method: str) -> Knobs | None:
+        """What a method runs with in a view; None where the view does not hold the method."""
+        if view == "tuned":
+            return self.tuned.get(method)
+        band = self.band if view == "band" or not find_method(method).has_band else self.rho_bands.get(method)
+        return None if band is None else (band, self.eps_low, self.eps_high)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cross:
+    """The declared cross of the decision errors: every window x lag shape x engine x band, over `num_traces` traces each."""
+
+    windows: tuple[int, ...] = ()
+    lags: tuple[str, ...] = ()
+    engines: tuple[str, ...] = ()
+    bands: tuple[float, ...] = ()
+    num_traces: int = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Declaration:
+    """What a study promises to show, written down before its confirmation runs.
+
+    Args:
+        regimes: In the order of the tables.
+        methods: In the order of the tables.
+        contrasts: Pairs (first, second); the difference is first - second.
+        num_blocks: Of the methods in the contrasts, in the regimes that are not exploratory.
+        num_exploratory_blocks: Of all other runs.
+        primary: The view whose contrasts are the declared tests.
+        cross: Of the decision errors.
+        routes: Whose cost is measured.
+
+    Raises:
+        ConfigError: A contrast names a method that is not compared, or no method at all.
+    """
+
+    regimes: tuple[Regime, ...]
+    methods: tuple[str, ...]
+    contrasts: tuple[tuple[str, str], ...]
+    num_blocks: int
+    num_exploratory_blocks: int
+    primary: View = "band"
+    cross: Cross = field(default_factory=Cross)
+    routes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what the study does not compare."""
+        for method in self.methods:
+            find_method(method)
+        unknown = sorted({method for pair in self.contrasts for method in pair} - set(self.methods))
+        if unknown:
+            raise ConfigError(
+                "a contrast of methods that the study does not run",
+                got=", ".join(unknown),
+                allowed=", ".join(self.methods),
+                fix="add them to the methods",
+            )
+
+    def blocks_of(self, regime: Regime, method: str) -> int:
+        """How many blocks a method is to be run in."""
+        declared = not regime.exploratory and any(method in pair for pair in self.contrasts)
+        return self.num_blocks if declared else self.num_exploratory_blocks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What a study took: CPU seconds over all its processes, and seconds from beginning to end."""
+
+    cpu_s: float
+    wall_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """The content of ``study.json``: all that tables, page and document are computed from.
+
+    Args:
+        title: The study's.
+        notes: Commentary of a person; shown apart from what is computed.
+        recipe: As resolved.
+        declaration: What had to be shown.
+        code: Version and commit.
+        machine: Platform, CPU count, torch, Python.
+        pilot: Runs that the regimes and the knobs were chosen by.
+        learning: Runs that confirm.
+        decision: Decision errors on recorded traces.
+        cost: System cost by route.
+        budget: What it took.
+    """
+
+    title: str
+    notes: str
+    recipe: Mapping[str, Json]
+    declaration: Declaration
+    code: Mapping[str, str]
+    machine: Mapping[str, Json]
+    pilot: tuple[LearningRun, ...]
+    learning: tuple[LearningRun, ...]
+    decision: tuple[Mapping[str, Json], ...]
+    cost: tuple[Mapping[str, Json], ...]
+    budget: Budget
+
+    def write(self, path: Path) -> None:
+        """Write ``study.json`` atomically, one row a line; non-finite numbers become strings."""
+        lines = []
+        for name, value in asdict(self).items():
+            is_rows = isinstance(value, tuple) and value
+            text = "[\n" + ",\n".join(map(encode, value)) + "\n]" if is_rows else encode(value)
+            lines.append(f"{encode(name)}: {text}")
+        write_atomic(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read ``study.json``.
+
+        Raises:
+            RecordError: Its shape is not that of a study.
+        """
+        return read_as(cls, json.loads(path.read_text(encoding="utf-8")))
+
+
+def read_as(kind: type[T], value: Json) -> T:
+    """A value of a dataclass from what ``encode(asdict(value))`` wrote.
+
+    Raises:
+        RecordError: A key is missing or unknown, or a value has another type.
+    """
+    return cast(T, _read(kind, value, kind.__name__))
+
+
+@cache
+def _hints(kind: type) -> Mapping[str, object]:
+    return typing.get_type_hints(kind)
+
+
+def _read(kind: object, value: Json, where: str) -> object:
+    if isinstance(kind, typing.ForwardRef):  # the inside of Json
+        return value
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, Mapping):
+        hints = _hints(kind)
+        if hints.keys() != value.keys():
+            raise _misfit(where, f"keys {', '.join(value)}", ", ".join(hints))
+        return kind(**{name: _read(hints[name], value[name], f"{where}.{name}") for name in hints})
+    if origin is tuple and isinstance(value, Sequence) and not isinstance(value, str):
+        kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+        if len(kinds) == len(value):
+            return tuple(_read(item, part, f"{where}[]") for item, part in zip(kinds, value, strict=True))
+    if origin is Mapping and isinstance(value, Mapping):
+        return {key: _read(arguments[1], part, f"{where}.{key}") for key, part in value.items()}
+    if origin is Sequence and isinstance(value, list):
+        return [_read(arguments[0], part, f"{where}[]") for part in value]
+    if origin is Literal and value in arguments:
+        return value
+    if kind is float and (found := number(value)) is not None:
+        return found
+    if kind in (str, int, bool, types.NoneType) and type(value) is kind:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        for member in arguments:
+            with suppress(RecordError):
+                return _read(member, value, where)
+    raise _misfit(where, repr(value)[:80], str(kind))
+
+
+def _misfit(where: str, got: str, allowed: str) -> RecordError:
+    return RecordError(f"{where} has another shape", got=got, allowed=allowed, fix="read it with the version that wrote it")

@@ -6,16 +6,12 @@ Hugging Face model must give the engine's log-probs up to fp32 rounding, however
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+import copy
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from oldlogits.policy.model import point_at
 from oldlogits.rollout.numerics import Numerics, round_linear, round_other, round_rows_to_e4m3
 
 
@@ -30,30 +26,31 @@ def engine_weights(model: nn.Module, numerics: Numerics) -> dict[str, Tensor]:
     }
 
 
-def engine_logps(model: PreTrainedModel, token_ids: Sequence[int], numerics: Numerics) -> NDArray[np.float32]:
-    """Natural-log probs of a sequence under the model with the engine's numerics, at temperature 1.
+class EngineView:
+    """A copy of the trainer's model that computes as the engine does.
 
     Exact for all numerics but fp8_dynamic: where two fp32 forwards differ in a last bit, an activation on the edge
     between two e4m3 codes is rounded to the other one.
 
     Args:
-        model: The trainer's model; it stays as it is.
-        token_ids: At least two.
+        model: The trainer's model, whose weights are taken over; it stays as it is.
         numerics: The engine's.
-
-    Returns:
-        float32 [len(token_ids) - 1], of all tokens but the first.
     """
-    ids = torch.tensor([list(token_ids)])
-    with torch.no_grad(), ExitStack() as hooks:
+
+    def __init__(self, model: PreTrainedModel, numerics: Numerics) -> None:
+        self._numerics = numerics
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        head = self.model.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.detach(), requires_grad=False)  # a tied head is rounded, its embedding is not
         if numerics == "fp8_dynamic":
-            for module in model.modules():
+            for module in self.model.modules():
                 if isinstance(module, nn.Linear):
-                    hooks.enter_context(module.register_forward_pre_hook(_round_input))
-        arguments = {"input_ids": ids, "use_cache": False}
-        logits: Tensor = functional_call(model, engine_weights(model, numerics), (), arguments, tie_weights=False).logits
-    logps: NDArray[np.float32] = -nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none").numpy()
-    return logps
+                    module.register_forward_pre_hook(_round_input)
+        self.hold(model)
+
+    def hold(self, model: PreTrainedModel) -> None:
+        """Round the weights that the trainer's model has now, and score with them from here on."""
+        point_at(self.model, engine_weights(model, self._numerics))
 
 
 def _round_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:

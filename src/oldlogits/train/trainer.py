@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from oldlogits.batch import Sequences, TokenBatch, pack
 from oldlogits.config import RunConfig
@@ -30,8 +31,9 @@ from oldlogits.core.policies import SOURCES
 from oldlogits.core.protocols import Piece, PolicyVersion, Scored, ScoredPieces
 from oldlogits.policy.model import load_model, load_tokenizer, named_weights, point_at
 from oldlogits.policy.scorer import score_tokens
+from oldlogits.sources import EngineScores
 from oldlogits.train.average import AVERAGING_SOURCES, Averaging
-from oldlogits.train.engine_view import engine_logps
+from oldlogits.train.engine_view import EngineView
 from oldlogits.train.step import UpdateResult, update
 from oldlogits.train.witness import check_witness, max_error, probe_of
 from oldlogits.versions import AverageScores, FullCopyStore
@@ -92,7 +94,10 @@ class Trainer:
         self._stores_versions = SOURCES[config.source.type].stores_versions or config.referee.share > 0
         averages = config.source.type in AVERAGING_SOURCES
         self._averaging = Averaging(config, named_weights(self._model)) if averages else None
-        self._probe_ids, self._probe = probe_ids, probe_of(probe_ids)
+        numerics = config.engine.numerics
+        self._engine_view = None if numerics == "fp32" else EngineView(self._model, numerics)
+        self._engine_noise: dict[PolicyVersion, NDArray[np.float32]] = {}
+        self._probe = probe_of(probe_ids)
         self._probe_logps: dict[PolicyVersion, NDArray[np.float32]] = {}
         t = config.trainer
         self._optimizer = torch.optim.AdamW(
@@ -111,18 +116,22 @@ class Trainer:
 
     def publish(self) -> Published:
         """Store the live weights as the current version, and let them witness it."""
-        weights, numerics = named_weights(self._model), self._config.engine.numerics
+        weights = named_weights(self._model)
         if self._stores_versions:
             self._store.publish(self.version, weights)
         point_at(self._scoring, weights)
         probe_logps = self._probe_logps[self.version] = self._score(*self._probe)
         if self._averaging is not None:
             self._averaging.witness(self.version, probe_logps)
+        if self._engine_view is not None:
+            self._engine_view.hold(self._model)
+        engine_probe_logps = self._score_engine(*self._probe)
+        self._note_noise(engine_probe_logps - probe_logps)
         return Published(
             version=self.version,
             weights=weights,
             probe_logps=probe_logps,
-            engine_probe_logps=probe_logps if numerics == "fp32" else engine_logps(self._model, self._probe_ids, numerics),
+            engine_probe_logps=engine_probe_logps,
             store_bytes=self._store.num_bytes,
         )
 
@@ -168,6 +177,17 @@ class Trainer:
         batch, average = self._current_batch(), self._averaging.average
         point_at(self._scoring, average.weights)
         return AverageScores(values=self._score(batch, np.flatnonzero(batch.loss_mask)[tokens]), age=average.age)
+
+    def score_engine(self, tokens: NDArray[np.int64]) -> EngineScores:
+        """Log-probs of loss tokens of the batch with the live weights in the engine's numerics, as rounded at their publish.
+
+        Args:
+            tokens: int64, ascending positions among the batch's loss tokens.
+        """
+        assert self.version in self._engine_noise, "the live weights are published before they score as the engine"
+        batch = self._current_batch()
+        flat = np.flatnonzero(batch.loss_mask)[tokens]
+        return EngineScores(logp_mu=batch.logp_mu[flat], values=self._score_engine(batch, flat), noise=self._engine_noise)
 
     def train(self, scored: Scored | None) -> UpdateResult:
         """Train the batch; the trainer's version rises by one.
@@ -261,9 +281,24 @@ class Trainer:
             self._averaging.restore(state / "average.safetensors")
 
     def _score(self, sequences: Sequences, flat: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self._score_with(self._scoring, sequences, flat)
+
+    def _score_engine(self, sequences: Sequences, flat: NDArray[np.int64]) -> NDArray[np.float32]:
+        """With the live weights in the engine's numerics; an fp32 engine has the trainer's."""
+        if self._engine_view is not None:
+            return self._score_with(self._engine_view.model, sequences, flat)
+        point_at(self._scoring, named_weights(self._model))
+        return self._score(sequences, flat)
+
+    def _score_with(self, model: PreTrainedModel, sequences: Sequences, flat: NDArray[np.int64]) -> NDArray[np.float32]:
         t = self._config.trainer
         sizes = {"micro_batch_tokens": t.micro_batch_tokens, "head_chunk_tokens": t.head_chunk_tokens}
-        return score_tokens(self._scoring, sequences, flat, **sizes)
+        return score_tokens(model, sequences, flat, **sizes)
+
+    def _note_noise(self, noise: NDArray[np.float32]) -> None:
+        """Keep what the engine's numerics do to the probe tokens, for the versions within the staleness bound."""
+        self._engine_noise[self.version] = noise
+        self._engine_noise = {v: kept for v, kept in self._engine_noise.items() if v >= self.version - self._config.window}
 
     @contextmanager
     def _scoring_at(self, at: PolicyVersion | None) -> Iterator[None]:

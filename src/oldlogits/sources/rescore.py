@@ -1,0 +1,103 @@
+"""Route "rescore": RESCORE, MU less the noise that the engine's numerics add to the present weights. Not OLD."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oldlogits.core.policies import RESCORE, Policy
+from oldlogits.core.protocols import BatchTokens, LogprobSource, PolicyVersion, Scored, ScoringHandle
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineScores:
+    """What the engine's numerics gave loss tokens when they were sampled, and what they give them with the live weights.
+
+    Args:
+        logp_mu: float32 [loss token]; ``log mu_old``, as recorded.
+        values: float32 [loss token]; ``log q_t``: the live weights in the engine's numerics.
+        noise: float32 [probe token] by version, at least of all versions within the staleness bound: ``log q - log pi``
+            of the fixed probe tokens, with that version's weights.
+    """
+
+    logp_mu: NDArray[np.float32]
+    values: NDArray[np.float32]
+    noise: Mapping[PolicyVersion, NDArray[np.float32]]
+
+
+class RescoringHandle(ScoringHandle, Protocol):
+    """A trainer that knows what the engine's numerics do to its weights."""
+
+    async def score_engine(self, tokens: NDArray[np.int64]) -> EngineScores:
+        """Log-probs of loss tokens of the batch in training, with the live weights in the engine's numerics.
+
+        Args:
+            tokens: int64, ascending positions among the batch's loss tokens.
+        """
+        ...
+
+
+class RescoreSource(LogprobSource):
+    """``log mu_old + (log pi_t - log q_t)``: the recorded log-prob, less the engine's noise at the present weights.
+
+    ``pi_t`` is the trainer with the weights when the batch enters training, ``q_t`` the engine's numerics at the same
+    weights. With the noise ``n_v = log q_v - log pi_v`` this is ``log pi_old + (n_old - n_t)``, where MU itself is
+    ``log pi_old + n_old``: exact where the noise is the same at both versions, as at lag 0, and nearer to OLD than MU is
+    only where noise of equal size at the two versions correlates by more than 1/2,
+    ``E (n_old - n_t)^2 = 2 (1 - c) E n^2 < E n^2``. Coarse numerics (int4) lose it within a few versions. The correlation
+    on the probe tokens is a metric of every update. Experimental.
+    """
+
+    provides: Policy = RESCORE
+
+    def __init__(self, trainer: RescoringHandle) -> None:
+        self._trainer = trainer
+        self._metrics: dict[str, float] = {}
+
+    async def acquire(self, batch: BatchTokens) -> Scored:
+        """Score the batch twice with the live weights, as they are and in the engine's numerics."""
+        tokens = np.arange(len(batch.versions))
+        live = await self._trainer.score(tokens, None)
+        engine = await self._trainer.score_engine(tokens)
+        self._metrics = noise_metrics(engine.noise, batch.versions, batch.trainer_version)
+        computed_at = np.full(len(tokens), batch.trainer_version)
+        values = engine.logp_mu + (live - engine.values)
+        return Scored(policy=RESCORE, values=values, computed_at=computed_at, num_switches=1)
+
+    def metrics(self) -> Mapping[str, float]:
+        """How far the engine's noise at the tokens' versions is that of the present; docs/metrics.md."""
+        return self._metrics
+
+
+def noise_metrics(
+    noise: Mapping[PolicyVersion, NDArray[np.float32]], versions: NDArray[np.int64], trainer_version: PolicyVersion
+) -> dict[str, float]:
+    """Correlation of the engine's noise at the tokens' versions with that at `trainer_version`: least, and mean over tokens.
+
+    Empty for an engine without noise (fp32), where the route gives MU itself.
+
+    Args:
+        noise: Of the probe tokens, by version.
+        versions: int64 [loss token]; the version that sampled each.
+        trainer_version: The trainer's.
+    """
+    distinct, counts = np.unique(versions, return_counts=True)
+    found = np.array([correlation(noise[int(version)], noise[trainer_version]) for version in distinct])
+    if np.isnan(found).any():
+        return {}
+    return {
+        "source/noise_correlation": float(np.average(found, weights=counts)),
+        "source/noise_correlation_min": float(found.min()),
+    }
+
+
+def correlation(left: NDArray[np.float32], right: NDArray[np.float32]) -> float:
+    """Pearson's, in float64; NaN where either does not vary."""
+    x, y = (values - np.mean(values, dtype=np.float64) for values in (left, right))
+    scale = math.sqrt(float(x @ x) * float(y @ y))
+    return float(x @ y) / scale if scale else math.nan
