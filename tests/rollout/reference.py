@@ -12,6 +12,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from oldlogits.core.protocols import Generation
@@ -26,6 +28,7 @@ SHAPE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 2048,
 }
+EXPERTS = {"head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4}
 MODELS = {
     "llama": (LlamaForCausalLM, LlamaConfig(**SHAPE, tie_word_embeddings=False)),
     "llama with attention bias": (LlamaForCausalLM, LlamaConfig(**SHAPE, attention_bias=True)),
@@ -35,6 +38,14 @@ MODELS = {
     "qwen3 untied with attention bias": (
         Qwen3ForCausalLM,
         Qwen3Config(**SHAPE, head_dim=8, tie_word_embeddings=False, attention_bias=True, rope_theta=500.0),
+    ),
+    "qwen3 top-1 of 4 experts": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig(**SHAPE, **EXPERTS, num_experts_per_tok=1, norm_topk_prob=False, tie_word_embeddings=True),
+    ),
+    "qwen3 top-2 of 4 experts": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig(**SHAPE, **EXPERTS, num_experts_per_tok=2, norm_topk_prob=True),
     ),
 }
 

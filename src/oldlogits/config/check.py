@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from oldlogits.config.guard import refuse_idle
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import ConfigError, ModelFolderError
-from oldlogits.core.policies import LINEAR, LOGLINEAR, OLD, check_source, find_variant
+from oldlogits.core.policies import LINEAR, LOGLINEAR, OLD, SOURCES, check_source, find_variant
 
 
 def check(config: RunConfig) -> None:
@@ -24,6 +25,7 @@ def check(config: RunConfig) -> None:
     _check_kv(config)
     _check_average(config)
     _check_schedule(config)
+    refuse_idle(config)
     _check_rows(config)
     if config.model.path != "tiny":
         check_model_folder(Path(config.model.path))
@@ -61,9 +63,10 @@ def _check_ranges(config: RunConfig) -> None:
     _require(config.seed >= 0, "seed", config.seed, ">= 0", "seed = 0")
     _require(config.num_updates >= 1, "num_updates", config.num_updates, ">= 1", "num_updates = 60")
     _require(config.max_staleness >= 0, "max_staleness", config.max_staleness, ">= 0", "max_staleness = 4")
-    _require(0 < o.eps_low <= 1, "objective.eps_low", o.eps_low, "in (0, 1]", "eps_low = 0.2")
+    _require(0 < o.eps_low < 1, "objective.eps_low", o.eps_low, "in (0, 1): at 1 nothing is below 1 - eps_low", "eps_low = 0.2")
     _require(0 < o.eps_high < math.inf, "objective.eps_high", o.eps_high, "> 0", "eps_high = 0.28")
     _require(o.dual_clip > 1, "objective.dual_clip", o.dual_clip, "> 1 (inf: off)", "dual_clip = 3.0")
+    _require(o.truncation > 1, "objective.truncation", o.truncation, "> 1 (inf: no bound)", "truncation = 2.0")
     _require(config.source.window >= 1, "source.window", config.source.window, ">= 1", "2")
     _require(0 <= o.weight_mu <= 1, "objective.weight_mu", o.weight_mu, "in [0, 1]", "weight_mu = 0.5")
     share = config.referee.share
@@ -123,6 +126,7 @@ def _check_counts(config: RunConfig) -> None:
         "eval.num_episodes": e.num_episodes,
         "eval.every": e.every,
         "eval.num_episodes_during": e.num_episodes_during,
+        "eval.num_calibration": e.num_calibration,
         "record.tokens_every": r.tokens_every,
         "record.transcripts_every": r.transcripts_every,
         "record.checkpoint_every": r.checkpoint_every,
@@ -143,13 +147,22 @@ def _check_one_distribution(config: RunConfig) -> None:
 
 
 def _check_kv(config: RunConfig) -> None:
-    needs_old = OLD in find_variant(config.variant).needs
-    if needs_old and config.engine.kv == "stale" and not config.source.accept_mixed_kv:
+    if config.engine.kv == "recompute" or OLD not in find_variant(config.variant).needs:
+        return
+    if not config.source.accept_mixed_kv:
         raise ConfigError(
             f"variant '{config.variant}' needs exact log-probs of OLD, but stale keys and values belong to no version",
             got="engine.kv = 'stale'",
             allowed="engine.kv = 'recompute', or source.accept_mixed_kv = true (tokens are labelled mixed_kv)",
             fix="remove engine.kv = 'stale'",
+        )
+    mixing = [name for name, route in SOURCES.items() if route.mixes_versions]
+    if config.source.type not in mixing:
+        raise ConfigError(
+            f"source '{config.source.type}' scores each version by itself, but stale keys and values are of several",
+            got=f"engine.kv = 'stale', source.type = '{config.source.type}'",
+            allowed=f"engine.kv = 'recompute', or one of the sources {', '.join(mixing)}",
+            fix=f"use source '{mixing[0]}', or remove engine.kv = 'stale'",
         )
 
 

@@ -16,6 +16,11 @@ class ObjectiveConfig:
     """Clip of r_s from above, for positive advantages: 1 + eps_high."""
     dual_clip: float = 3.0
     """Upper bound of r_s for negative advantages, > 1; inf switches it off."""
+    clip: Literal["ppo", "truncated"] = "ppo"
+    """ppo: a token beyond eps_low, eps_high or dual_clip is masked. truncated: none is; the weight r_s of a token's gradient
+    is capped at objective.truncation (truncated importance sampling, with variant = "ppo_clip_train_infer")."""
+    truncation: float = 2.0
+    """clip = "truncated" only: the largest weight r_s, > 1; inf: no bound."""
     discrepancy: Literal["weight_and_mask", "mask"] = "weight_and_mask"
     """What r_d does: weights and masks, or masks only."""
     weight_mu: float = 0.5
@@ -37,7 +42,8 @@ class SourceConfig:
     type: str = "snapshot"
     """snapshot | dedicated | interruption | eager | arrival | ewma | aged | rescore | none."""
     accept_mixed_kv: bool = False
-    """Accept OLD for tokens that were sampled over stale keys and values; they are labelled mixed_kv."""
+    """engine.kv = "stale" only: accept that OLD of tokens that were sampled over keys and values of older versions is that
+    of their own version over keys and values of those versions; they are labelled mixed_kv. Source snapshot."""
     window: int = 2
     """dedicated only: the newest versions that the scorer holds; tokens of older ones are scored from the trainer's store."""
     decay: Literal["fixed", "window", "mean-lag", "auto"] = "window"
@@ -180,7 +186,7 @@ class RuntimeConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalConfig:
-    """Held-out evaluation: sampled (T = 1) and greedy, before and after, and points in between."""
+    """Held-out evaluation: sampled (T = 1) and greedy, before and after, and points in between; and the calibration."""
 
     num_episodes: int = 1024
     """Episodes before and after training, each sampled and greedy; 0: no evaluation."""
@@ -188,6 +194,8 @@ class EvalConfig:
     """Updates between evaluation points during training; 0: none. The last update is one if num_episodes = 0."""
     num_episodes_during: int = 128
     """Sampled episodes of each such point."""
+    num_calibration: int = 32
+    """Trajectories of the first batch on which the engine's own noise is measured, before the first step; 0: none."""
     num_running: int = 256
     """Episodes evaluated at the same time."""
 

@@ -15,7 +15,7 @@ from oldlogits.core.errors import ModelFolderError
 
 transformers_logging.disable_progress_bar()
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 """Model types that both the trainer and the embedded engine implement."""
 
 

@@ -3,6 +3,7 @@
 It reads the same model folders and parameter names as Hugging Face's classes and shares no code with them: two
 engines, so that their discrepancy is real. Weights are fused at load (query-key-value, gate-up) and the rows of
 each query and key head are reordered so that a rotary pair is one complex number; the score scale is folded in.
+In a mixture of experts each layer has several MLPs, and a router picks those that serve a token.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Attention(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layer:
-    """One fused layer; H heads, K kv heads, D head_dim."""
+    """One fused layer; H heads, K kv heads, D head_dim, E experts."""
 
     input_norm: Tensor  # [hidden]
     qkv: Tensor  # [(H + 2K) D, hidden]
@@ -53,8 +54,9 @@ class _Layer:
     output: Tensor  # [H D, hidden]: transposed, for addmm
     output_bias: Tensor | None
     mlp_norm: Tensor  # [hidden]
-    gate_up: Tensor  # [2 intermediate, hidden]
-    down: Tensor  # [intermediate, hidden]: transposed
+    router: Tensor | None  # [E, hidden]
+    gate_up: Tensor  # [2 intermediate, hidden] or [E, 2 intermediate, hidden]
+    down: Tensor  # [intermediate, hidden] or [E, intermediate, hidden]: transposed
 
 
 class Decoder:
@@ -119,9 +121,27 @@ class Decoder:
             x = torch.addmm(x, self._round(attended), layer.output)
             if layer.output_bias is not None:
                 x = x + layer.output_bias
-            gate, up = F.linear(self._round(self._norm(x, layer.mlp_norm)), layer.gate_up).chunk(2, dim=-1)
-            x = torch.addmm(x, self._round(F.silu(gate).mul_(up)), layer.down)
+            normed = self._round(self._norm(x, layer.mlp_norm))
+            if layer.router is None:
+                gate, up = F.linear(normed, layer.gate_up).chunk(2, dim=-1)
+                x = torch.addmm(x, self._round(F.silu(gate).mul_(up)), layer.down)
+            else:
+                x = self._add_experts(x, normed, layer, layer.router)
         return self._norm(x, self._final_norm)
+
+    def _add_experts(self, x: Tensor, normed: Tensor, layer: _Layer, router: Tensor) -> Tensor:
+        """``x + sum_e p_e MLP_e(normed)`` over the experts e that are likeliest for a token; p in float32."""
+        routing = self.config.routing
+        assert routing is not None
+        weight, chosen = F.linear(normed, router).softmax(-1).topk(routing.num_chosen)
+        if routing.normed:
+            weight /= weight.sum(-1, keepdim=True)
+        order = chosen.flatten().argsort()  # of (token, choice): by expert
+        token = order // routing.num_chosen
+        ends = torch.bincount(chosen.flatten(), minlength=routing.num_experts).cumsum(0, dtype=torch.int32)
+        gate, up = F.grouped_mm(normed[token], layer.gate_up.mT, offs=ends).chunk(2, dim=-1)
+        served = F.grouped_mm(self._round(F.silu(gate).mul_(up)), layer.down, offs=ends)
+        return x.index_add(0, token, served.mul_(weight.flatten()[order, None]))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[tokens, vocab] float32 of final hidden states."""
@@ -149,9 +169,9 @@ class _Fuser:
 
     def layer(self, prefix: str) -> _Layer:
         config, attention, mlp = self._config, prefix + "self_attn.", prefix + "mlp."
-        hidden, inner = config.hidden_size, config.intermediate_size
+        hidden, routing = config.hidden_size, config.routing
         width = config.num_heads * config.head_dim
-        gate, up = (self.linear(f"{mlp}{name}_proj.weight", inner, hidden) for name in ("gate", "up"))
+        gate_up, down = self._mlp(mlp) if routing is None else self._experts(mlp + "experts.", routing.num_experts)
         return _Layer(
             input_norm=self.other(prefix + "input_layernorm.weight", hidden),
             qkv=self._join_qkv(attention, "weight", hidden),
@@ -160,9 +180,25 @@ class _Fuser:
             output=self.linear(attention + "o_proj.weight", hidden, width).t(),
             output_bias=self.other(attention + "o_proj.bias", hidden) if config.output_bias else None,
             mlp_norm=self.other(prefix + "post_attention_layernorm.weight", hidden),
-            gate_up=torch.cat((gate, up)),
-            down=self.linear(mlp + "down_proj.weight", hidden, inner).t(),
+            router=None if routing is None else self.other(mlp + "gate.weight", routing.num_experts, hidden),
+            gate_up=gate_up,
+            down=down.mT,
         )
+
+    def _mlp(self, prefix: str) -> tuple[Tensor, Tensor]:
+        """[2I, hidden] and [hidden, I]."""
+        hidden, inner = self._config.hidden_size, self._config.intermediate_size
+        gate, up = (self.linear(f"{prefix}{name}_proj.weight", inner, hidden) for name in ("gate", "up"))
+        return torch.cat((gate, up)), self.linear(prefix + "down_proj.weight", hidden, inner)
+
+    def _experts(self, prefix: str, num: int) -> tuple[Tensor, Tensor]:
+        """[E, 2I, hidden] and [E, hidden, I]: stacked already, as modules hold them, or expert by expert, as folders do."""
+        hidden, inner = self._config.hidden_size, self._config.intermediate_size
+        if prefix + "gate_up_proj" in self._weights:
+            gate_up = self.linear(prefix + "gate_up_proj", num, 2 * inner, hidden)
+            return gate_up, self.linear(prefix + "down_proj", num, hidden, inner)
+        gate_ups, downs = zip(*(self._mlp(f"{prefix}{i}.") for i in range(num)), strict=True)
+        return torch.stack(gate_ups), torch.stack(downs)
 
     def _join_qkv(self, attention: str, kind: str, *columns: int) -> Tensor:
         """[(H + 2K) D, *columns]: query and key heads in pair order; without a qk norm the query carries the scale."""

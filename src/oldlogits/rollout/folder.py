@@ -13,7 +13,22 @@ from torch import Tensor
 
 from oldlogits.core.errors import ModelFolderError
 
-FAMILIES: Final = ("llama", "qwen2", "qwen3")
+FAMILIES: Final = ("llama", "qwen2", "qwen3", "qwen3_moe")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """How the tokens of a mixture of experts find their gated MLPs.
+
+    Args:
+        num_experts: Gated MLPs of each layer.
+        num_chosen: The likeliest so many serve a token, each times its probability.
+        normed: The probabilities of the chosen ones are divided by their sum.
+    """
+
+    num_experts: int
+    num_chosen: int
+    normed: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +38,7 @@ class DecoderConfig:
     Args:
         vocab_size: Rows of the embedding.
         hidden_size: Width of the residual stream.
-        intermediate_size: Width of the gated MLP.
+        intermediate_size: Width of the gated MLP, or of each expert.
         num_layers: Layers.
         num_heads: Query heads.
         num_kv_heads: Key and value heads; divides num_heads.
@@ -35,6 +50,7 @@ class DecoderConfig:
         output_bias: The attention's output projection has a bias.
         qk_norm: Query and key heads are RMS-normed.
         tied_head: The head is the embedding.
+        routing: Of a mixture of experts; None where each layer has one MLP.
     """
 
     vocab_size: int
@@ -51,6 +67,7 @@ class DecoderConfig:
     output_bias: bool
     qk_norm: bool
     tied_head: bool
+    routing: Routing | None
 
 
 def read_config(folder: Path) -> DecoderConfig:
@@ -73,10 +90,11 @@ def read_config(folder: Path) -> DecoderConfig:
     _refuse_unsupported(raw)
     num_heads = raw.integer("num_attention_heads")
     attention_bias = raw.flag("attention_bias", False)
+    routing = _read_routing(raw) if family == "qwen3_moe" else None
     return DecoderConfig(
         vocab_size=raw.integer("vocab_size"),
         hidden_size=raw.integer("hidden_size"),
-        intermediate_size=raw.integer("intermediate_size"),
+        intermediate_size=raw.integer("intermediate_size" if routing is None else "moe_intermediate_size"),
         num_layers=raw.integer("num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=raw.integer("num_key_value_heads", num_heads),
@@ -86,8 +104,20 @@ def read_config(folder: Path) -> DecoderConfig:
         rope_theta=raw.section("rope_parameters").number("rope_theta", raw.number("rope_theta", 10000.0)),
         qkv_bias=family == "qwen2" or attention_bias,
         output_bias=family != "qwen2" and attention_bias,
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
         tied_head=raw.flag("tie_word_embeddings", False),
+        routing=routing,
+    )
+
+
+def _read_routing(raw: _Raw) -> Routing:
+    """How tokens are routed, where every layer is a mixture."""
+    raw.require("decoder_sparse_step", raw.integer("decoder_sparse_step", 1), 1)
+    raw.require("mlp_only_layers", raw.texts("mlp_only_layers"), [])
+    return Routing(
+        num_experts=raw.integer("num_local_experts", raw.integer("num_experts", 0)),
+        num_chosen=raw.integer("num_experts_per_tok"),
+        normed=raw.flag("norm_topk_prob", False),
     )
 
 
@@ -160,7 +190,7 @@ class _Raw:
             "the embedded engine does not support this model",
             got=f"{key} = {value!r} in {self._path}",
             allowed=f"{key} = {allowed}",
-            fix="use a plain Llama, Qwen2 or Qwen3 model, or another engine.type",
+            fix="use a plain Llama, Qwen2, Qwen3 or Qwen3-MoE model, or another engine.type",
         )
 
 

@@ -2,7 +2,7 @@
 
 A controlled source of real training-inference discrepancy; it says nothing about speed.
 
-| numerics | linear weights and head | embedding, norms, biases | input of each linear |
+| numerics | linear weights, experts and head | embedding, norms, biases, router | input of each linear and router |
 | --- | --- | --- | --- |
 | fp32 | as they are | as they are | as it is |
 | bf16 | bf16 | bf16 | as it is |
@@ -42,8 +42,8 @@ def check_numerics(name: str) -> Numerics:
     return name
 
 
-def round_linear(weight: Float[Tensor, "out in"], numerics: Numerics) -> Float32[Tensor, "out in"]:
-    """A rounded fp32 copy of a linear layer's weight, each output channel with its own scale.
+def round_linear(weight: Float[Tensor, "*expert out in"], numerics: Numerics) -> Float32[Tensor, "*expert out in"]:
+    """A rounded fp32 copy of a linear layer's weight (or of those of experts), each output channel with its own scale.
 
     ``q = round(w / s) * s`` with ``s = amax(|w|) / 448 | 127 | 7`` over a row; round to nearest, ties to even.
 
@@ -72,13 +72,13 @@ def round_other(tensor: Float[Tensor, "*shape"], numerics: Numerics) -> Float32[
     return exact.to(torch.bfloat16).to(torch.float32) if numerics == "bf16" else exact
 
 
-def round_rows_to_e4m3(rows: Float32[Tensor, "row feature"]) -> Float32[Tensor, "row feature"]:
+def round_rows_to_e4m3(rows: Float32[Tensor, "*row feature"]) -> Float32[Tensor, "*row feature"]:
     """Round each row to e4m3 with the scale ``amax(|row|) / 448``."""
     scale = _scale(rows, _E4M3_MAX)
     return (rows / scale).to(torch.float8_e4m3fn).to(torch.float32).mul_(scale)
 
 
-def _scale(rows: Float32[Tensor, "row feature"], largest: float) -> Float32[Tensor, "row 1"]:
+def _scale(rows: Float32[Tensor, "*row feature"], largest: float) -> Float32[Tensor, "*row 1"]:
     """``amax(|row|) / largest``; 1 for a row of zeros."""
     scale = rows.abs().amax(dim=-1, keepdim=True) / largest
     return scale.masked_fill_(scale == 0, 1.0)

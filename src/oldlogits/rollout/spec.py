@@ -16,7 +16,7 @@ class EngineSpec:
     """What an embedded engine is built from.
 
     Args:
-        model_path: A Hugging Face model folder (Llama, Qwen2 or Qwen3); its weights are version 0.
+        model_path: A Hugging Face model folder (Llama, Qwen2, Qwen3 or Qwen3-MoE); its weights are version 0.
         numerics: How weights are rounded.
         num_slots: Sequences decoded at the same time.
         max_context: The most tokens of one sequence.

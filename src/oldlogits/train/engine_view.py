@@ -7,23 +7,33 @@ Hugging Face model must give the engine's log-probs up to fp32 rounding, however
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import ParamSpec, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from oldlogits.policy.model import point_at
 from oldlogits.rollout.numerics import Numerics, round_linear, round_other, round_rows_to_e4m3
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 
 def engine_weights(model: nn.Module, numerics: Numerics) -> dict[str, Tensor]:
     """Rounded fp32 copies of the model's weights, as the engine holds them; a tied head is an entry of its own."""
     return {
-        f"{path}.{name}": (round_linear if isinstance(module, nn.Linear) and name == "weight" else round_other)(
-            parameter, numerics
-        )
+        f"{path}.{name}": (round_linear if _is_linear(module, name) else round_other)(parameter, numerics)
         for path, module in model.named_modules()
         for name, parameter in module.named_parameters(recurse=False)
     }
+
+
+def _is_linear(module: nn.Module, name: str) -> bool:
+    """Whether a parameter is the weight of a linear layer, or the stacked ones of experts."""
+    return name in ("gate_up_proj", "down_proj") or (isinstance(module, nn.Linear) and name == "weight")
 
 
 class EngineView:
@@ -43,9 +53,8 @@ class EngineView:
         head = self.model.get_output_embeddings()
         head.weight = nn.Parameter(head.weight.detach(), requires_grad=False)  # a tied head is rounded, its embedding is not
         if numerics == "fp8_dynamic":
-            for module in self.model.modules():
-                if isinstance(module, nn.Linear):
-                    module.register_forward_pre_hook(_round_input)
+            for module in (self.model.base_model, head):
+                module.forward = _with_rounded_inputs(module.forward)
         self.hold(model)
 
     def hold(self, model: PreTrainedModel) -> None:
@@ -53,7 +62,24 @@ class EngineView:
         point_at(self.model, engine_weights(model, self._numerics))
 
 
-def _round_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-    """Round what enters a linear layer, each token with its own scale."""
-    (x,) = inputs
-    return round_rows_to_e4m3(x.flatten(end_dim=-2)).view_as(x)
+def _with_rounded_inputs(forward: Callable[P, R]) -> Callable[P, R]:
+    def rounded(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _RoundedInputs():
+            return forward(*args, **kwargs)
+
+    return rounded
+
+
+class _RoundedInputs(TorchFunctionMode):
+    """Rounds what enters linear layers, routers and experts (`grouped_mm`), each token with its own scale."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Iterable[type],
+        args: tuple[Tensor, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        if func in (nn.functional.linear, torch._grouped_mm):
+            args = (round_rows_to_e4m3(args[0]), *args[1:])
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,184 @@
+"""The guard at the door: a correction that can never act is refused, and a doubtful recipe is warned of with figures.
+
+An interpolated stand-in turns band and clip into bounds on the total ratio ``R = theta / mu`` (core/bounds.py); a bound of 0
+or inf does not exist. Each rule with its figures: docs/guard.md. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from oldlogits.config.schema import RunConfig
+from oldlogits.core.bounds import EffectiveBounds, Interpolation, a3po_weight, effective_bounds
+from oldlogits.core.errors import ConfigError
+from oldlogits.core.policies import ASYNC, LINEAR, LOGLINEAR, OLD, find_variant
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caution:
+    """Something that a reader of the results should know.
+
+    Args:
+        name: Of the rule, for programs.
+        message: What, with its figures and a remedy.
+        figures: The figures again, by name.
+    """
+
+    name: str
+    message: str
+    figures: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Weighted:
+    """An interpolation at one weight on mu: at every staleness, or under a schedule at one."""
+
+    where: str
+    weight_mu: float
+    bounds: EffectiveBounds
+
+    @property
+    def has_mask(self) -> bool:
+        return self.bounds.mask_low > 0 or self.bounds.mask_high < math.inf
+
+
+def refuse_idle(config: RunConfig) -> None:
+    """Refuse a correction that can never act because its bound does not exist.
+
+    Raises:
+        ConfigError: A clip or the mask has no bound, though the recipe does not switch it off.
+    """
+    masks = not find_variant(config.variant).r_d.is_one
+    if masks and config.band == math.inf and config.objective.discrepancy == "mask":
+        raise ConfigError(
+            "r_d is to mask and not to weight, and without a band it does neither",
+            got="band = inf, objective.discrepancy = 'mask'",
+            allowed="a finite band, or objective.discrepancy = 'weight_and_mask': importance weights without a mask",
+            fix="set band = 1.5",
+        )
+    weighted = list(_weighted(config))
+    for one in weighted:
+        _refuse_missing_clip(config, one)
+    if masks and weighted and all(one.weight_mu == 1 or (config.band < math.inf and not one.has_mask) for one in weighted):
+        scheduled = config.objective.weight_mu_schedule != "fixed"
+        raise ConfigError(
+            f"variant '{config.variant}' masks nothing at any weight of this recipe: its stand-in is MU and r_d is 1",
+            got=", ".join(one.where for one in weighted),
+            allowed="a max_staleness (lockstep: runtime.window) of 2 or more" if scheduled else "objective.weight_mu < 1",
+            fix="use variant 'ppo_clip_train_infer', which claims no mask, or "
+            + ("a larger max_staleness" if scheduled else "objective.weight_mu = 0.5"),
+        )
+
+
+def _refuse_missing_clip(config: RunConfig, at: _Weighted) -> None:
+    """Refuse an interpolation without an upper clip for A > 0 or without a lower one for A < 0."""
+    exists = {"A > 0": at.bounds.positive_high < math.inf, "A < 0": at.bounds.negative_low > 0}
+    missing = [sign for sign, found in exists.items() if not found]
+    if not missing:
+        return
+    variant, eps_high = find_variant(config.variant), config.objective.eps_high
+    least = eps_high / (1 + eps_high)
+    linear, scheduled = variant.stand_in is LINEAR, config.objective.weight_mu_schedule != "fixed"
+    remedies = ["a smaller max_staleness" if scheduled else "a larger objective.weight_mu"]
+    remedies += [f"variant '{config.variant.replace('linear', 'loglinear')}'", "a smaller objective.eps_high"] if linear else []
+    raise ConfigError(
+        f"variant '{config.variant}' has no clip for {' and '.join(missing)} at {at.where}: r_s is 1 or cannot reach the bound",
+        got=f"a weight on mu of {at.weight_mu:g}, objective.eps_high = {eps_high:g}",
+        allowed=f"a weight on mu above eps_high / (1 + eps_high) = {least:.4g}" if linear else "a weight on mu well above 0",
+        fix="use " + ", or ".join(remedies),
+    )
+
+
+def cautions(config: RunConfig) -> tuple[Caution, ...]:
+    """What the recipe alone shows to be doubtful."""
+    return tuple(_without_clip(config)) + tuple(_without_band(config)) + tuple(_hidden_bounds(config))
+
+
+def _without_clip(config: RunConfig) -> Iterator[Caution]:
+    """One step, taken where THETA still is the stand-in."""
+    stand_in, steps = find_variant(config.variant).stand_in, config.trainer.steps_per_version
+    if steps == 1 and (stand_in is ASYNC or (stand_in is OLD and config.window == 0)):
+        yield Caution(
+            name="no-clip",
+            message=f"no clip acts: with trainer.steps_per_version = 1 THETA is {stand_in.name} at the only step, so r_s = 1 "
+            "and the clip masks 0 tokens; two steps or more give it something to do",
+            figures={"steps_per_version": steps, "clipped": 0},
+        )
+
+
+def _without_band(config: RunConfig) -> Iterator[Caution]:
+    if config.band == math.inf and not find_variant(config.variant).r_d.is_one:
+        yield Caution(
+            name="no-band",
+            message="no mask: band = inf, so r_d only weights, however large it is; set band = 1.5 for a mask",
+            figures={"band": config.band},
+        )
+
+
+def _hidden_bounds(config: RunConfig) -> Iterator[Caution]:
+    """Bounds of an interpolation that do not exist on one side, or that lie beyond the mask's."""
+    if config.band == math.inf or find_variant(config.variant).r_d.is_one:
+        return
+    hidden = {one: names for one in _weighted(config) if (names := _hidden(one.bounds))}
+    if hidden:
+        first = next(iter(hidden)).bounds
+        yield Caution(
+            name="hidden-bounds",
+            message=f"bounds of {config.variant} that never act, at band {config.band:g}: "
+            + "; ".join(f"{one.where}: {', '.join(names)}" for one, names in hidden.items())
+            + " (oldlogits bounds)",
+            figures={
+                "mask_low": first.mask_low,
+                "mask_high": first.mask_high,
+                "negative_low": first.negative_low,
+                "positive_high": first.positive_high,
+            },
+        )
+
+
+def _hidden(bounds: EffectiveBounds) -> list[str]:
+    found = {
+        "mask from below": bounds.mask_low == 0,
+        "mask from above": bounds.mask_high == math.inf,
+        f"clip of A > 0 (R <= {bounds.positive_high:.3g}, the mask ends at {bounds.mask_high:.3g})": bounds.positive_high
+        >= bounds.mask_high,
+        f"clip of A < 0 (R >= {bounds.negative_low:.3g}, the mask ends at {bounds.mask_low:.3g})": bounds.negative_low
+        <= bounds.mask_low,
+    }
+    return [name for name, is_hidden in found.items() if is_hidden]
+
+
+def kept_at_lag_0(config: RunConfig) -> tuple[float, float]:
+    """The ``R = old / mu`` that the mask keeps where nothing is stale and nothing learned, both ends included.
+
+    There THETA is OLD, and so is every stand-in that is no interpolation: the band itself. 0 and inf where there is no mask.
+    """
+    if find_variant(config.variant).r_d.is_one:
+        return 0.0, math.inf
+    for one in _weighted(config):  # the first is that of staleness 0
+        return one.bounds.mask_low, one.bounds.mask_high
+    return 1 / config.band, config.band
+
+
+def _weighted(config: RunConfig) -> Iterator[_Weighted]:
+    """The bounds on R by the weight on mu, staleness ascending; nothing where the stand-in is no interpolation."""
+    variant, objective = find_variant(config.variant), config.objective
+    if variant.stand_in not in (LINEAR, LOGLINEAR):
+        return
+    kind: Interpolation = "linear" if variant.stand_in is LINEAR else "loglinear"
+    if objective.weight_mu_schedule == "fixed":
+        weights = {f"weight_mu {objective.weight_mu:g}": objective.weight_mu}
+    else:
+        weights = {f"staleness {lag}": a3po_weight(lag) for lag in range(config.window + 1)}
+    for where, weight_mu in weights.items():
+        bounds = effective_bounds(
+            kind,
+            weight_mu=weight_mu,
+            band=math.inf if variant.r_d.is_one else config.band,
+            eps_low=objective.eps_low,
+            eps_high=objective.eps_high,
+            dual_clip=objective.dual_clip,
+        )
+        yield _Weighted(where=where, weight_mu=weight_mu, bounds=bounds)

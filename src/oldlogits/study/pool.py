@@ -1,0 +1,156 @@
+"""Runs cells over processes: each result is one file, written when the cell ends, and never computed twice.
+
+cells without a file -> worker processes -> cells/STAGE/KEY.json -> rows
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from oldlogits.core.errors import OldLogitsError, WorkerDiedError
+from oldlogits.record.folder import write_atomic
+from oldlogits.record.jsonl import Json, encode
+from oldlogits.study.plan import Cell
+from oldlogits.study.results import Plain
+
+Work = Callable[[Cell, Path], Sequence[Plain]]
+"""Computes a cell in a folder of its own, which is deleted afterwards; returns its rows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """What a cell gave.
+
+    Args:
+        cell: The cell.
+        rows: Its results; empty if it failed.
+        cpu_s: CPU seconds of its process.
+        wall_s: Seconds from its beginning to its end.
+        error: Why it failed; empty: it did not.
+    """
+
+    cell: Cell
+    rows: tuple[Plain, ...]
+    cpu_s: float
+    wall_s: float
+    error: str = ""
+
+
+class Pool:
+    """Computes cells, at most `processes` at the same time.
+
+    Args:
+        folder: Holds ``cells/`` and ``failures/``.
+        work: What computes a cell; a function that a new process can import.
+        processes: Worker processes.
+    """
+
+    def __init__(self, folder: Path, work: Work, processes: int) -> None:
+        self._folder, self._work, self._processes = folder, work, processes
+
+    def known(self, cells: Iterable[Cell]) -> list[Done]:
+        """The results that are there, in the order of the cells."""
+        return [self._read(cell) for cell in cells if self._file(cell).is_file()]
+
+    def run(self, cells: Sequence[Cell], on_done: Callable[[Done], None], on_start: Callable[[Cell], None]) -> list[Done]:
+        """Compute the cells that have no result yet.
+
+        Args:
+            cells: In the order in which they are started.
+            on_done: Called after each.
+            on_start: Called before each.
+
+        Returns:
+            Those that failed.
+
+        Raises:
+            WorkerDiedError: A process was killed; the results so far are kept.
+        """
+        waiting = [cell for cell in cells if not self._file(cell).is_file()]
+        waiting.reverse()
+        failed: list[Done] = []
+        context = multiprocessing.get_context("spawn")
+        executor = ProcessPoolExecutor(self._processes, mp_context=context, initializer=_quiet, initargs=(self._folder,))
+        running: dict[Future[Done], Cell] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < self._processes:
+                    cell = waiting.pop()
+                    on_start(cell)
+                    running[executor.submit(_compute, self._work, cell)] = cell
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    del running[future]
+                    done = future.result()
+                    self._write(done)
+                    failed += [done] if done.error else []
+                    on_done(done)
+        except BrokenProcessPool as error:
+            raise WorkerDiedError(
+                "a process of the study was killed",
+                got=", ".join(cell.label for cell in running.values()),
+                allowed="processes that live as long as the study",
+                fix="often too little memory: lower --processes; the same command goes on with what is left",
+            ) from error
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)
+        return failed
+
+    def _file(self, cell: Cell) -> Path:
+        return self._folder / "cells" / cell.stage / f"{cell.key}.json"
+
+    def _read(self, cell: Cell) -> Done:
+        found = json.loads(self._file(cell).read_text(encoding="utf-8"))
+        return Done(cell=cell, rows=tuple(found["rows"]), cpu_s=found["cpu_s"], wall_s=found["wall_s"])
+
+    def _write(self, done: Done) -> None:
+        """A result is kept; a failure is written aside, so that the cell is tried again next time."""
+        path = self._folder / "failures" / f"{done.cell.key}.txt" if done.error else self._file(done.cell)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content: dict[str, Json] = {
+            "label": done.cell.label,
+            "config": asdict(done.cell.config),
+            "cpu_s": done.cpu_s,
+            "wall_s": done.wall_s,
+            "rows": done.rows,
+        }
+        write_atomic(path, f"{done.cell.label}\n\n{done.error}\n" if done.error else encode(content) + "\n")
+
+
+def _quiet(folder: Path) -> None:
+    """A worker's output goes to a log, and not into the progress display."""
+    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+
+
+def _compute(work: Work, cell: Cell) -> Done:
+    """In a worker: one cell, whatever becomes of it."""
+    import torch
+
+    torch.set_num_threads(1)
+    cpu, wall, folder = time.process_time(), time.perf_counter(), Path(tempfile.mkdtemp(prefix="oldlogits-cell-"))
+    rows: tuple[Plain, ...] = ()
+    error = ""
+    try:
+        rows = tuple(work(cell, folder / "run"))
+    except OldLogitsError as raised:
+        error = str(raised)
+    except Exception:  # supervision: one broken cell must not end the study; it is reported and tried again next time
+        error = traceback.format_exc()
+    finally:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(folder)
+    return Done(cell=cell, rows=rows, cpu_s=time.process_time() - cpu, wall_s=time.perf_counter() - wall, error=error)

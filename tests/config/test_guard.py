@@ -1,0 +1,167 @@
+"""What is refused because it can never act, and what is warned of: each rule at its edge, with its figures."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from oldlogits.config import cautions, check, config_from_table, kept_at_lag_0
+from oldlogits.core.bounds import a3po_weight
+from oldlogits.core.errors import ConfigError
+from oldlogits.objective import a3po_weight_mu
+
+INF = math.inf
+LINEAR, LOGLINEAR = ("linear_prox", "linear_train_infer"), ("loglinear_prox", "loglinear_train_infer")
+SOURCES = {"decoupled_exact": "snapshot", "ppo_clip": "snapshot", "decoupled_async": "arrival", "ppo_ewma": "ewma"}
+
+
+def recipe(variant, **table):
+    return config_from_table({"variant": variant, "source": {"type": SOURCES.get(variant, "none")}, **table})
+
+
+def refusal(variant, **table):
+    with pytest.raises(ConfigError) as caught:
+        check(recipe(variant, **table))
+    return caught.value
+
+
+def warned(variant, **table):
+    config = recipe(variant, **table)
+    check(config)
+    return {caution.name: caution for caution in cautions(config)}
+
+
+@pytest.mark.parametrize("variant", LINEAR)
+@pytest.mark.parametrize("eps_high", [0.1, 0.28, 1.0])
+def test_a_linear_stand_in_whose_ratio_cannot_reach_the_upper_clip_is_refused(variant, eps_high):
+    """``r_s < 1 / (1 - a)``: the clip at ``1 + eps_high`` exists where ``1 / (1 - a)`` is above it."""
+    edge = 1 - 1 / (1 + eps_high)
+    for weight_mu in (0.5 * edge, edge - 1e-9):
+        error = refusal(variant, objective={"weight_mu": weight_mu, "eps_high": eps_high})
+        assert error.what.startswith(f"variant '{variant}' has no clip for A > 0 at weight_mu")
+        assert f"{edge:.4g}" in error.allowed
+        assert f"variant '{variant.replace('linear', 'loglinear')}'" in error.fix
+    check(recipe(variant, objective={"weight_mu": edge + 1e-9, "eps_high": eps_high}))
+
+
+@pytest.mark.parametrize("variant", LINEAR + LOGLINEAR)
+def test_a_stand_in_that_is_theta_itself_has_no_clip_and_is_refused(variant):
+    assert "no clip for A > 0 and A < 0 at weight_mu 0" in refusal(variant, objective={"weight_mu": 0.0}).what
+
+
+@pytest.mark.parametrize("variant", LOGLINEAR)
+def test_a_log_linear_clip_exists_at_every_weight_until_its_bound_leaves_the_floats(variant):
+    check(recipe(variant, objective={"weight_mu": 0.01}))  # 1.28^100 = 5e10
+    assert "no clip" in refusal(variant, objective={"weight_mu": 1e-4}).what  # 1.28^10000
+
+
+def test_a_stand_in_that_is_mu_itself_is_refused_where_it_is_to_mask_and_kept_where_it_is_to_clip():
+    for variant in ("linear_train_infer", "loglinear_train_infer"):
+        for band in (1.5, INF):
+            error = refusal(variant, band=band, objective={"weight_mu": 1.0})
+            assert "its stand-in is MU and r_d is 1" in error.what
+            assert "ppo_clip_train_infer" in error.fix
+        check(recipe(variant, objective={"weight_mu": 0.99}))
+    for variant in ("linear_prox", "loglinear_prox"):
+        check(recipe(variant, objective={"weight_mu": 1.0}))
+
+
+def test_under_a_schedule_every_staleness_of_the_window_needs_its_clip():
+    """1/4 is above 0.28 / 1.28 = 0.219 and 1/5 is not."""
+    scheduled = {"weight_mu_schedule": "a3po"}
+    for variant in LINEAR:
+        check(recipe(variant, max_staleness=4, objective=scheduled))
+        error = refusal(variant, max_staleness=5, objective=scheduled)
+        assert error.what.startswith(f"variant '{variant}' has no clip for A > 0 at staleness 5")
+        assert "a smaller max_staleness" in error.fix
+        lockstep = {"type": "lockstep", "window": 4}
+        check(recipe(variant, max_staleness=5, runtime=lockstep, objective=scheduled))
+    for variant in LOGLINEAR:
+        check(recipe(variant, max_staleness=32, objective=scheduled))
+
+
+@pytest.mark.parametrize("variant", ["linear_train_infer", "loglinear_train_infer"])
+def test_a_schedule_that_never_leaves_mu_masks_nothing_and_is_refused(variant):
+    error = refusal(variant, max_staleness=1, objective={"weight_mu_schedule": "a3po"})
+    assert (error.got, "masks nothing" in error.what) == ("staleness 0, staleness 1", True)
+    check(recipe(variant, max_staleness=2, objective={"weight_mu_schedule": "a3po"}))
+
+
+def test_no_band_is_refused_where_r_d_only_masks_and_warned_of_where_it_weights():
+    error = refusal("decoupled_exact", band=INF, objective={"discrepancy": "mask"})
+    assert "without a band it does neither" in error.what
+    assert warned("decoupled_exact", band=INF)["no-band"].figures == {"band": INF}
+    for variant in ("ppo_clip", "ppo_ewma", "linear_prox", "ppo_clip_train_infer"):  # no r_d, so no band to miss
+        assert warned(variant, band=INF, objective={"discrepancy": "mask"}) == {}
+
+
+def test_a_dual_clip_that_is_switched_off_or_out_of_reach_is_neither_refused_nor_warned_of():
+    assert warned("decoupled_exact", objective={"dual_clip": INF}) == {}
+    assert warned("linear_prox", objective={"dual_clip": 3.0}) == {}  # r_s < 2 at weight_mu 0.5
+
+
+def test_the_shipped_defaults_give_no_warning():
+    for variant in ("decoupled_exact", "decoupled_async", "ppo_clip", "ppo_ewma", *LINEAR, *LOGLINEAR):
+        assert warned(variant) == {}
+
+
+@pytest.mark.parametrize(
+    ("variant", "steps", "max_staleness", "stand_in"),
+    [
+        ("decoupled_async", 1, 4, "ASYNC"),
+        ("decoupled_async", 2, 4, None),
+        ("decoupled_exact", 1, 0, "OLD"),
+        ("ppo_clip", 1, 0, "OLD"),
+        ("decoupled_exact", 1, 1, None),
+        ("decoupled_exact", 2, 0, None),
+        ("ppo_ewma", 1, 0, None),
+    ],
+)
+def test_one_step_at_the_stand_ins_own_weights_is_warned_of_as_without_a_clip(variant, steps, max_staleness, stand_in):
+    found = warned(variant, max_staleness=max_staleness, trainer={"steps_per_version": steps})
+    assert found.keys() == ({"no-clip"} if stand_in else set())
+    for caution in found.values():
+        assert caution.figures == {"steps_per_version": 1, "clipped": 0}
+        assert f"THETA is {stand_in} at the only step" in caution.message
+
+
+def test_bounds_of_an_interpolation_that_lie_beyond_its_mask_are_warned_of_with_their_figures():
+    """Linear, a = 0.5, c = 1.05: mask [2/c - 1, 2 c - 1], clips 1.28 a / (1.28 a - 0.28) and 0.8 a / (0.8 a + 0.2)."""
+    (caution,) = warned("linear_train_infer", band=1.05).values()
+    assert caution.name == "hidden-bounds"
+    expected = {
+        "mask_low": 2 / 1.05 - 1, "mask_high": 2 * 1.05 - 1, "negative_low": 0.4 / 0.6, "positive_high": 0.64 / 0.36
+    }  # fmt: skip
+    assert caution.figures == pytest.approx(expected, rel=1e-12)
+    assert "clip of A > 0 (R <= 1.78, the mask ends at 1.1)" in caution.message
+    assert "clip of A < 0 (R >= 0.667, the mask ends at 0.905)" in caution.message
+    assert "mask from" not in caution.message
+    (caution,) = warned("linear_train_infer", band=3.0).values()  # 1/3 <= a: no lower end
+    assert caution.figures["mask_low"] == 0
+    assert "weight_mu 0.5: mask from below" in caution.message
+    assert "clip" not in caution.message
+    assert warned("linear_prox", band=1.05) == {}
+
+
+def test_under_a_schedule_the_bounds_that_never_act_are_named_by_staleness():
+    (caution,) = warned("loglinear_train_infer", objective={"weight_mu_schedule": "a3po"}, max_staleness=2).values()
+    assert "staleness 0: mask from below, mask from above; staleness 1: mask from below, mask from above (" in caution.message
+    assert caution.figures["mask_high"] == INF
+
+
+def test_what_the_mask_keeps_at_lag_0_is_the_band_or_the_interpolations_effective_mask():
+    assert kept_at_lag_0(recipe("decoupled_exact", band=1.25)) == (0.8, 1.25)
+    assert kept_at_lag_0(recipe("decoupled_async", band=1.25)) == (0.8, 1.25)
+    for variant in ("ppo_clip", "ppo_ewma", "ppo_clip_train_infer", "linear_prox"):
+        assert kept_at_lag_0(recipe(variant, band=1.25)) == (0, INF)
+    assert kept_at_lag_0(recipe("linear_train_infer", band=1.25)) == pytest.approx((0.6, 1.5))
+    assert kept_at_lag_0(recipe("loglinear_train_infer", band=1.25)) == pytest.approx((0.64, 1.5625))
+    scheduled = recipe("loglinear_train_infer", band=1.25, objective={"weight_mu_schedule": "a3po"})
+    assert kept_at_lag_0(scheduled) == (0, INF)  # fresh tokens: X is MU
+
+
+@given(st.integers(0, 64))
+def test_the_schedules_weight_is_the_one_that_the_objective_takes(staleness):
+    assert a3po_weight(staleness) == pytest.approx(a3po_weight_mu(torch.tensor([staleness])).item(), rel=1e-6)
