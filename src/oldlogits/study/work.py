@@ -1,0 +1,70 @@
+"""What a cell computes, by its stage: one call from a checked recipe to rows of ``study.json``."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from oldlogits.record.jsonl import encode
+from oldlogits.study.cost import measure_route
+from oldlogits.study.decision import decision_errors
+from oldlogits.study.learning import run_learning
+from oldlogits.study.plan import Cell, DecisionPlan, Stage
+from oldlogits.study.results import Plain
+from oldlogits.study.trace import record_trace
+
+Compute = Callable[[Cell, Path], Sequence[Plain]]
+
+
+def compute(cell: Cell, folder: Path, decision: DecisionPlan) -> Sequence[Plain]:
+    """The rows of a cell.
+
+    Args:
+        cell: The job.
+        folder: An absent folder, for the run.
+        decision: What is read off a trace.
+
+    Raises:
+        OldLogitsError: The run could not be made.
+    """
+    by_stage: Mapping[Stage, Compute] = {
+        "pilot": _learn,
+        "learning": _learn,
+        "decision": partial(_decide, decision=decision),
+        "cost": _cost,
+    }
+    return by_stage[cell.stage](cell, folder)
+
+
+def _learn(cell: Cell, folder: Path) -> Sequence[Plain]:
+    return [_plain(run_learning(cell.config, folder, regime=cell.regime, method=cell.method, block=cell.block))]
+
+
+def _decide(cell: Cell, folder: Path, *, decision: DecisionPlan) -> Sequence[Plain]:
+    o = cell.config.objective
+    errors = decision_errors(
+        record_trace(cell.config, folder, decision.num_scored),
+        driver=cell.method,
+        trace=cell.block,
+        bands=decision.bands,
+        eps_low=o.eps_low,
+        eps_high=o.eps_high,
+        dual_clip=None if math.isinf(o.dual_clip) else o.dual_clip,
+        weight_mu=o.weight_mu,
+    )
+    return [_plain(error) for error in errors]
+
+
+def _cost(cell: Cell, folder: Path) -> Sequence[Plain]:
+    return [_plain(measure_route(cell.config, folder))]
+
+
+def _plain(row: Any) -> Plain:
+    """A row as a file holds it."""
+    plain: Plain = json.loads(encode(asdict(row)))
+    return plain
