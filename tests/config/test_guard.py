@@ -102,6 +102,14 @@ def test_a_dual_clip_that_is_switched_off_or_out_of_reach_is_neither_refused_nor
     assert warned("linear_prox", objective={"dual_clip": 3.0}) == {}  # r_s < 2 at weight_mu 0.5
 
 
+def test_a_recipe_that_says_that_it_does_not_clip_is_not_told_so():
+    truncated = {"clip": "truncated", "weight_mu": 0.0}
+    assert warned("linear_prox", objective=truncated) == {}
+    assert warned("decoupled_async", objective=truncated, trainer={"steps_per_version": 1}) == {}
+    assert warned("linear_train_infer", band=1.05, objective={"clip": "truncated"}) == {}
+    assert "masks nothing" in refusal("linear_train_infer", objective={"clip": "truncated", "weight_mu": 1.0}).what
+
+
 def test_the_shipped_defaults_give_no_warning():
     for variant in ("decoupled_exact", "decoupled_async", "ppo_clip", "ppo_ewma", *LINEAR, *LOGLINEAR):
         assert warned(variant) == {}

@@ -31,6 +31,7 @@ class Objective:
     eps_high: float = 0.28
     dual_clip: float | None = 3.0
     discrepancy: str = "weight_and_mask"
+    truncation: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,19 @@ def token(variant: str, prob: dict[str, float], advantage: float, knobs: Objecti
         h, clip = min(max(r_s, low), dual), not (r_s < low or r_s > dual)
     else:
         h, clip = r_s, True
-    weight = r_d if knobs.discrepancy == "weight_and_mask" else 1.0
+    slope = r_s if clip else 0.0
     bounds = [(r_d, knobs.band), (r_d, 1 / knobs.band), (r_s, high), (r_s, low), (r_s, dual)]
+    if knobs.truncation is not None:
+        clip, slope, cap = True, min(r_s, knobs.truncation), knobs.truncation
+        h = r_s if r_s <= cap else cap + cap * (math.log(r_s) - math.log(cap))
+        bounds = bounds[:2]
+    weight = r_d if knobs.discrepancy == "weight_and_mask" else 1.0
     return Token(
         r_d=r_d,
         r_s=r_s,
         band=band,
         clip=clip,
         value=weight * advantage * h if band else 0.0,
-        gradient=weight * advantage * r_s if band and clip else 0.0,
-        margin=min(abs(ratio / bound - 1) for ratio, bound in bounds if 0 < bound < math.inf),
+        gradient=weight * advantage * slope if band else 0.0,
+        margin=min((abs(ratio / bound - 1) for ratio, bound in bounds if 0 < bound < math.inf), default=math.inf),
     )

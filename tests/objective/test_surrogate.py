@@ -26,6 +26,7 @@ knobs = st.builds(
     eps_high=st.floats(0.01, 1),
     dual_clip=st.one_of(st.none(), st.floats(1.1, 4)),
     discrepancy=st.sampled_from(["weight_and_mask", "mask"]),
+    truncation=st.one_of(st.none(), st.floats(1.01, 4), st.just(INF)),
 )
 
 
@@ -84,7 +85,7 @@ def test_every_variant_equals_the_scalar_oracle_in_value_gradient_and_masks(name
 @given(tokens=st.lists(a_token, min_size=1, max_size=8), objective=knobs)
 def test_identity_a_kept_tokens_gradient_is_the_total_ratio_whatever_the_stand_in(tokens, objective):
     """The stand-in acts through the active set only: given that set, the three gradients are one formula."""
-    objective = dataclasses.replace(objective, discrepancy="weight_and_mask")
+    objective = dataclasses.replace(objective, discrepancy="weight_and_mask", truncation=None)
     log_mu, old, asynchronous, ewma, log_total, advantages = (tensor(*column) for column in zip(*tokens, strict=True))
     logp = {MU: log_mu, OLD: log_mu + old, ASYNC: log_mu + asynchronous, EWMA: log_mu + ewma}
     total_gradient = advantages * log_total.exp()
@@ -107,9 +108,60 @@ def test_without_the_weight_the_gradient_depends_on_the_stand_in():
 
 
 def test_the_documented_example_holds():
-    tokens, gradient = of_ratios(tensor(1.1, 1.1).log(), tensor(1.2, 1.4).log(), tensor(2.0, 2.0))
+    ratios = tensor(1.1, 1.1).log(), tensor(1.2, 1.4).log(), tensor(2.0, 2.0)
+    tokens, gradient = of_ratios(*ratios)
     assert tokens.values.tolist() == pytest.approx([2.64, 2.816])
     assert gradient.tolist() == pytest.approx([2.64, 0.0])
+    tokens, gradient = of_ratios(*ratios, truncation=1.3)
+    assert tokens.values.tolist() == pytest.approx([2.64, 3.072], abs=1e-3)
+    assert gradient.tolist() == pytest.approx([2.64, 2.86])
+
+
+@given(
+    log_ratios=st.lists(st.floats(-20, 20), min_size=1, max_size=8),
+    advantage=st.sampled_from([-2.0, -1e-3, 1e-3, 1.0]),
+    cap=st.one_of(st.floats(1.01, 10), st.just(INF)),
+)
+def test_truncated_importance_sampling_weighs_by_the_total_ratio_up_to_the_cap_and_masks_no_token(log_ratios, advantage, cap):
+    logp = {MU: tensor(*log_ratios) * 0 - 30, THETA: (tensor(*log_ratios) - 30).requires_grad_()}
+    advantages = torch.full_like(logp[MU], advantage)
+    loss_mask = torch.ones(len(log_ratios), dtype=torch.bool)
+    split = split_ratio(VARIANTS["ppo_clip_train_infer"], logp)
+    tokens = surrogate(split, advantages, loss_mask, **{**KNOBS, "band": 1.01, "truncation": cap})
+    (gradient,) = torch.autograd.grad(tokens.values.sum(), logp[THETA])
+    assert tokens.clip_mask.all()
+    assert tokens.active_mask.all()
+    expected = [min(math.exp(ratio), cap) * advantage for ratio in log_ratios]
+    assert gradient.tolist() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sign", [1.0, -1.0, 0.0])
+def test_at_the_truncation_value_and_gradient_go_on_without_a_step(dtype, sign):
+    at = torch.tensor([math.log(2.0)], dtype=dtype)
+    beyond, far = torch.nextafter(at, torch.full_like(at, INF)), at + 1
+    values, gradients = [], []
+    for log_r_s in (at, beyond, far):
+        tokens, gradient = of_ratios(torch.zeros_like(at), log_r_s, torch.full_like(at, sign), truncation=2.0)
+        values.append(tokens.values.item())
+        gradients.append(gradient.item())
+        assert tokens.active_mask.item()
+    assert gradients == pytest.approx([2 * sign] * 3)
+    assert values == pytest.approx([2 * sign, 2 * sign, 4 * sign])
+
+
+def test_a_token_outside_the_band_is_masked_under_a_truncation_too():
+    tokens, gradient = of_ratios(tensor(1.6, 1.4).log(), tensor(9.0, 9.0).log(), tensor(1.0, 1.0), truncation=2.0)
+    assert tokens.band_mask.tolist() == tokens.active_mask.tolist() == [False, True]
+    assert tokens.clip_mask.tolist() == [True, True]
+    assert tokens.values.tolist() == pytest.approx([0.0, 1.4 * 2 * (1 + math.log(4.5))])
+    assert gradient.tolist() == pytest.approx([0.0, 2.8])
+
+
+@pytest.mark.parametrize("truncation", [1.0, 0.5, -1.0, NAN])
+def test_a_truncation_that_would_scale_every_token_down_is_refused(truncation):
+    with pytest.raises(ConfigError, match="truncation must be above 1"):
+        of_ratios(tensor(0.0), tensor(0.0), tensor(1.0), truncation=truncation)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -190,18 +242,20 @@ def test_an_empty_batch_has_an_empty_surrogate():
     assert tokens.values.shape == (0,)
 
 
+@pytest.mark.parametrize("truncation", [None, 1.3, INF])
 @pytest.mark.parametrize("discrepancy", ["weight_and_mask", "mask"])
-def test_gradcheck_agrees_away_from_the_bounds(discrepancy):
+def test_gradcheck_agrees_away_from_the_bounds(discrepancy, truncation):
     """Numerical differentiation of the value: it knows nothing of the closed form."""
     torch.manual_seed(0)
     ratios = tensor(0.7, 0.9, 1.0, 1.1, 1.5, 2.5, 4.0, 1.2)  # 4.0 is beyond the dual clip, 0.7 and 1.5 beyond the clip
     log_r_d, loss_mask = torch.linspace(-0.5, 0.3, 8, dtype=torch.float64), torch.arange(8) != 7
+    chosen = KNOBS | {"discrepancy": discrepancy, "truncation": truncation}
     for sign in (1.0, -1.0):
         advantages = sign * torch.linspace(0.5, 2.0, 8, dtype=torch.float64)
 
         def values(x, advantages=advantages):
             split = SplitRatio(log_r_d=log_r_d, log_r_s=x)
-            return surrogate(split, advantages, loss_mask, **{**KNOBS, "discrepancy": discrepancy}).values
+            return surrogate(split, advantages, loss_mask, **chosen).values
 
         assert torch.autograd.gradcheck(values, ratios.log().requires_grad_(), atol=1e-7)
 

@@ -123,9 +123,11 @@ def test_a_killed_process_ends_the_run_with_a_clear_error(worker, endless, tmp_p
     assert f"the {worker} process ended" in ended.fields["error"]
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(endless, tmp_path, capsys, clean):
-    """Ctrl-C that reaches the parent only; then --resume to the end."""
+def test_an_interrupted_run_goes_on_where_it_stopped(tiny_folder, tmp_path, capsys, clean):
+    """Ctrl-C that reaches the parent only; then --resume to the end. The route is the one with the most processes."""
     out = tmp_path / "run"
+    config = recipe(tiny_folder, **LOCAL, num_updates=500, source={"type": "dedicated"})
+    endless = write_recipe(tmp_path / "r.toml", config)
     status, took_s = ends_with(endless, out, lambda: os.kill(os.getpid(), signal.SIGINT), after=2)
     assert status == 130
     assert took_s < 10

@@ -3,11 +3,15 @@
 import json
 import shutil
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
 from oldlogits.cli.main import run as command
+from oldlogits.core.policies import SOURCES
 from oldlogits.record.events import EventKind
+from oldlogits.record.report_data import read_run
 from oldlogits.rollout.embedded import EngineCore
 from oldlogits.runtime import lockstep
 from oldlogits.runtime.resume import sampler_seed
@@ -48,6 +52,53 @@ def test_a_finished_run_goes_on_to_more_updates_and_its_summary_counts_them_all(
     assert [event.version for event in events if event.kind is EventKind.UPDATE] == [1, 2, 3, 4, 5]
     assert [event.version for event in events if event.kind is EventKind.RUN_STARTED] == [0, 2]
     assert [e.fields["stage"] for e in events if e.kind is EventKind.EVALUATION] == ["before"] * 2 + ["after"] * 4
+
+
+ROUTES = {
+    "snapshot": ("decoupled_exact", {"exact"}),
+    "dedicated": ("decoupled_exact", {"exact"}),
+    "interruption": ("decoupled_exact", {"exact"}),
+    "eager": ("decoupled_exact", {"exact"}),
+    "arrival": ("decoupled_async", {"async"}),
+    "ewma": ("ppo_ewma_train_infer", {"ewma"}),
+    "aged": ("aged_train_infer", {"aged", "async"}),
+    "rescore": ("rescore_train_infer", {"rescore"}),
+    "none": ("ppo_clip_train_infer", {"mu"}),
+}
+"""A variant that the route feeds, and how its tokens are labelled."""
+
+
+@pytest.mark.parametrize("route", SOURCES)
+def test_a_killed_run_goes_on_from_its_last_checkpoint_under_every_route(route, tiny_folder, tmp_path, capsys):
+    out, (variant, provenance) = tmp_path / "run", ROUTES[route]
+    more = {"num_updates": 4, "record": {"checkpoint_every": 2}, "runtime": {"lag": "random"}}
+    config = recipe(tiny_folder, variant=variant, source={"type": route}, **more)
+    assert command(["train", str(write_recipe(tmp_path / "r.toml", config)), "--out", str(out)]) == 0
+    shutil.rmtree(out / "checkpoints/v000004")  # as if it had been killed before it wrote the last one
+    in_flight = json.loads((out / "checkpoints/v000002/state/totals.json").read_text())["unfinished_rows"]
+    assert len(in_flight) == 2 * 3, "groups of the two updates to come"
+
+    assert command(["train", "--resume", str(out), "--num-updates", "6"]) == 0
+    run = read_run(out)
+    assert [update.version for update in run.updates] == [1, 2, 3, 4, 5, 6], "the line of history that went on"
+    account = check_accounting(out)
+    assert account["trained"] == run.summary.num_trajectories == 6 * 3 * 4
+    assert account["cancelled"] == len(in_flight) * 4
+    tables = [pq.read_table(out / f"tokens/v{version:06d}.parquet").to_pydict() for version in range(1, 7)]
+    trained = [set(table["trajectory"]) for table in tables]
+    assert len(set.union(*trained)) == sum(map(len, trained)) == 6 * 3 * 4, "no trajectory is trained twice"
+    groups = [{name.partition(".")[0] for name in names} for names in trained]
+    assert {f"g{row:06d}" for row in in_flight} == groups[2] | groups[3], "rows that were in flight are played anew"
+    assert groups[4] | groups[5] == {f"g{row:06d}" for row in range(12, 18)}
+
+    resumed = {name: np.concatenate([table[name] for table in tables[2:]]) for name in tables[0]}
+    assert 1 <= resumed["staleness"].max() <= 2
+    assert set(run.summary.provenance) == provenance
+    if provenance == {"exact"}:  # an fp32 engine gives a token what the trainer gives it at that version
+        assert np.abs(resumed["logp_stand_in"] - resumed["logp_mu"]).max() <= 5e-5
+        assert np.abs(resumed["log_r_s"][resumed["staleness"] > 0]).max() > 1e-3, "the versions differ, or nothing was tested"
+    if route in ("ewma", "aged"):
+        assert [update.metrics["average/num_versions"] for update in run.updates] == [1, 2, 3, 4, 5, 6]
 
 
 def test_optimizer_schedule_and_rows_go_on(copied, finished):

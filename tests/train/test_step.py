@@ -218,6 +218,24 @@ def test_the_discrepancy_ratio_may_mask_without_weighting(case, recipe):
     assert_same_gradient(found, grads)
 
 
+def test_truncated_importance_sampling_trains_every_token_with_a_capped_total_ratio(case, recipe):
+    cap = 1.1
+    config = config_of(recipe, "ppo_clip_train_infer", objective={"clip": "truncated", "truncation": cap})
+    result, (found,) = run(case, config, None, batch=one_step(case.batch))
+    theta = logps(case.double, case.batch)[case.batch.loss_mask]
+    ratio = (theta.detach() - case.logp["mu"]).exp()
+    a = torch.from_numpy(case.batch.advantages[case.batch.sequence[case.batch.loss_mask]]).double()
+    assert 0 < int((ratio > cap).sum()) < len(ratio)
+    case.double.zero_grad()
+    (-(ratio.clamp(max=cap) * a * theta).mean()).backward()
+    assert_same_gradient(found, {name: p.grad for name, p in case.double.named_parameters()})
+    value = a * torch.where(ratio > cap, cap * (1 + (ratio / cap).log()), ratio)
+    assert result.metrics["loss/value"] == pytest.approx(-float(value.mean()), abs=2e-6)
+    assert result.table["active_mask"].all()
+    assert result.metrics["mask/rho"] == result.metrics["mask/rho_clip"] == 1
+    assert sum(result.metrics[f"mask/num_clipped_{side}"] for side in ("high", "low", "dual")) == 0
+
+
 @pytest.mark.parametrize("denominator", ["token-mean", "token-mean-kept", "sequence-mean"])
 def test_loss_and_gradient_do_not_depend_on_the_size_of_micro_batches_and_head_chunks(case, recipe, denominator):
     def of(micro, chunk):

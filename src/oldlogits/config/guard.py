@@ -59,7 +59,7 @@ def refuse_idle(config: RunConfig) -> None:
             fix="set band = 1.5",
         )
     weighted = list(_weighted(config))
-    for one in weighted:
+    for one in weighted if config.objective.clip == "ppo" else ():
         _refuse_missing_clip(config, one)
     if masks and weighted and all(one.weight_mu == 1 or (config.band < math.inf and not one.has_mask) for one in weighted):
         scheduled = config.objective.weight_mu_schedule != "fixed"
@@ -99,7 +99,8 @@ def cautions(config: RunConfig) -> tuple[Caution, ...]:
 def _without_clip(config: RunConfig) -> Iterator[Caution]:
     """One step, taken where THETA still is the stand-in."""
     stand_in, steps = find_variant(config.variant).stand_in, config.trainer.steps_per_version
-    if steps == 1 and (stand_in is ASYNC or (stand_in is OLD and config.window == 0)):
+    clips, at_stand_in = config.objective.clip == "ppo", stand_in is ASYNC or (stand_in is OLD and config.window == 0)
+    if clips and steps == 1 and at_stand_in:
         yield Caution(
             name="no-clip",
             message=f"no clip acts: with trainer.steps_per_version = 1 THETA is {stand_in.name} at the only step, so r_s = 1 "
@@ -121,7 +122,8 @@ def _hidden_bounds(config: RunConfig) -> Iterator[Caution]:
     """Bounds of an interpolation that do not exist on one side, or that lie beyond the mask's."""
     if config.band == math.inf or find_variant(config.variant).r_d.is_one:
         return
-    hidden = {one: names for one in _weighted(config) if (names := _hidden(one.bounds))}
+    clips = config.objective.clip == "ppo"
+    hidden = {one: names for one in _weighted(config) if (names := _hidden(one.bounds, clips))}
     if hidden:
         first = next(iter(hidden)).bounds
         yield Caution(
@@ -138,14 +140,13 @@ def _hidden_bounds(config: RunConfig) -> Iterator[Caution]:
         )
 
 
-def _hidden(bounds: EffectiveBounds) -> list[str]:
+def _hidden(bounds: EffectiveBounds, clips: bool) -> list[str]:
+    low, high, negative, positive = bounds.mask_low, bounds.mask_high, bounds.negative_low, bounds.positive_high
     found = {
-        "mask from below": bounds.mask_low == 0,
-        "mask from above": bounds.mask_high == math.inf,
-        f"clip of A > 0 (R <= {bounds.positive_high:.3g}, the mask ends at {bounds.mask_high:.3g})": bounds.positive_high
-        >= bounds.mask_high,
-        f"clip of A < 0 (R >= {bounds.negative_low:.3g}, the mask ends at {bounds.mask_low:.3g})": bounds.negative_low
-        <= bounds.mask_low,
+        "mask from below": low == 0,
+        "mask from above": high == math.inf,
+        f"clip of A > 0 (R <= {positive:.3g}, the mask ends at {high:.3g})": clips and positive >= high,
+        f"clip of A < 0 (R >= {negative:.3g}, the mask ends at {low:.3g})": clips and negative <= low,
     }
     return [name for name, is_hidden in found.items() if is_hidden]
 

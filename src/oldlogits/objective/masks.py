@@ -84,6 +84,26 @@ def clip_log_ratio(
     return log_r_s.clamp(lower, upper)
 
 
+def truncate_log_ratio(log_r_s: Float[Tensor, " token"], truncation: float) -> Float[Tensor, " token"]:
+    """``log min(r_s, c)``: the weight of truncated importance sampling, which caps a token's gradient and masks none.
+
+    Args:
+        log_r_s: Log of the staleness ratio; of the total ratio, where it is taken over MU.
+        truncation: ``c``, above 1, or ``math.inf`` for no bound.
+
+    Raises:
+        ConfigError: `truncation` is not above 1.
+
+    Example:
+        truncation = 2: r_s = 5 weighs 2, r_s = 0.1 weighs 0.1.
+    """
+    if not truncation > 1:
+        raise ConfigError(
+            "truncation must be above 1", got=str(truncation), allowed="a number > 1, or inf for no bound", fix="set it to 2"
+        )
+    return log_r_s.clamp(max=math.log(truncation))
+
+
 def clip_mask(
     log_r_s: Float[Tensor, " token"],
     advantages: Float[Tensor, " token"],

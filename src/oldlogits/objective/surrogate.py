@@ -1,7 +1,8 @@
 """The surrogate objective of each token, the masks that shape it, and its gradient in closed form.
 
 An active token's surrogate is ``A * exp(log r_s)`` up to detached factors, so its derivative with respect to
-``log r_s`` is the value itself; every other token's is 0. The backward pass is one product.
+``log r_s`` is the value itself; every other token's is 0. Beyond a truncation it goes on as a straight line in
+``log r_s``. The backward pass is one product.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from oldlogits.core.errors import ConfigError
-from oldlogits.objective.masks import band_mask, clip_log_ratio, finite_mask
+from oldlogits.objective.masks import band_mask, clip_log_ratio, finite_mask, truncate_log_ratio
 from oldlogits.objective.ratios import SplitRatio
 
 Discrepancy = Literal["weight_and_mask", "mask"]
@@ -51,11 +52,16 @@ def surrogate(
     eps_high: float,
     dual_clip: float | None,
     discrepancy: Discrepancy,
+    truncation: float | None = None,
 ) -> Surrogate:
     """``S = sg(r_d) * band * A * h`` per token (PAPER, "The objective, spelled out").
 
     With ``discrepancy = "mask"`` the factor ``sg(r_d)`` is left out. Where ``r_d = X/MU`` is a weight, a kept
     token's gradient is ``A * (theta / mu) * grad log theta`` whatever the stand-in X.
+
+    With a `truncation` ``c`` (truncated importance sampling) no token is clipped, and ``h`` is the function of ``r_s`` whose
+    gradient is ``min(r_s, c) * grad log theta``, whatever the advantage's sign:
+    ``h = r_s`` up to ``c``, and ``h = c (1 + log(r_s / c))`` beyond.
 
     Args:
         split: The two log-ratios; the gradient reaches ``log_r_s``, once (no double backward).
@@ -66,13 +72,16 @@ def surrogate(
         eps_high: ``r_s`` is clipped from above at ``1 + eps_high`` where A > 0.
         dual_clip: ``r_s`` is clipped from above at this where A < 0; None for no such bound.
         discrepancy: Whether ``r_d`` also multiplies.
+        truncation: The largest weight ``r_s`` of a gradient, above 1, or ``math.inf``; takes the place of the three clip
+            bounds. None: they hold.
 
     Raises:
         ConfigError: A bound is out of range, or `discrepancy` is unknown.
 
     Example:
         r_d = 1.1, r_s = 1.2, A = 2, band 1.5, eps 0.2 / 0.28: nothing is clipped, S = 1.1 * 2 * 1.2 = 2.64, and
-        dS / dlog theta = 2.64. With r_s = 1.4 the clip holds: S = 1.1 * 2 * 1.28 = 2.816, gradient 0.
+        dS / dlog theta = 2.64. With r_s = 1.4 the clip holds: S = 1.1 * 2 * 1.28 = 2.816, gradient 0. With truncation = 1.3
+        instead, r_s = 1.4 has the gradient 1.1 * 2 * 1.3 = 2.86, and S = 2.86 * (1 + log(1.4 / 1.3)) = 3.072.
     """
     if discrepancy not in ("weight_and_mask", "mask"):
         raise ConfigError(
@@ -83,6 +92,8 @@ def surrogate(
     log_h = clip_log_ratio(log_r_s, advantages, eps_low, eps_high, dual_clip)
     in_band = finite & band_mask(log_r_d, band)
     unclipped = finite & (log_h == log_r_s)
+    if truncation is not None:
+        log_h, unclipped = truncate_log_ratio(log_r_s, truncation), finite
     kept = loss_mask & in_band
     active = kept & unclipped
     log_weight = log_h + log_r_d if discrepancy == "weight_and_mask" else log_h
@@ -90,6 +101,8 @@ def surrogate(
     weight = torch.where(counted, log_weight, 0.0).exp()  # masked before exp: no inf * 0
     values = torch.where(counted, advantages * weight, 0.0)
     slope = torch.where(active, values, 0.0)
+    if truncation is not None:
+        values = values * (1 + torch.where(counted, log_r_s - log_h, 0.0))
     return Surrogate(
         values=cast(Tensor, _WithSlope.apply(split.log_r_s, values, slope)),  # type: ignore[no-untyped-call]
         band_mask=in_band,

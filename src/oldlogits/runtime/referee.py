@@ -20,10 +20,10 @@ from torch import Tensor
 from oldlogits.config import RunConfig
 from oldlogits.core.policies import MU, OLD, THETA, Policy, Variant, find_variant
 from oldlogits.core.protocols import BatchTokens, PolicyVersion, ScoringHandle
-from oldlogits.objective import DecisionSums, decision_sums, exact_variant, split_ratio, surrogate
+from oldlogits.objective import DecisionSums, decision_sums, exact_variant, split_ratio
 from oldlogits.record.events import EventKind, EventSink
 from oldlogits.sources import SnapshotSource, check_scored
-from oldlogits.train.step import UpdateResult
+from oldlogits.train.step import UpdateResult, recipe_surrogate
 
 _COLUMNS: Final = ("logp_mu", "logp_theta", "logp_stand_in", "advantage", "loss_mask", "active_mask", "staleness")
 
@@ -138,17 +138,8 @@ class Referee:
 
     def _active(self, row: Variant, policy: Policy, values: Tensor, column: Mapping[str, Tensor]) -> Tensor:
         """The tokens that are active under a row whose stand-in has these log-probs."""
-        objective = self._config.objective
-        return surrogate(
-            split_ratio(row, {MU: column["logp_mu"], policy: values, THETA: column["logp_theta"]}),
-            column["advantage"],
-            column["loss_mask"],
-            band=self._config.band,
-            eps_low=objective.eps_low,
-            eps_high=objective.eps_high,
-            dual_clip=None if math.isinf(objective.dual_clip) else objective.dual_clip,
-            discrepancy=objective.discrepancy,
-        ).active_mask
+        split = split_ratio(row, {MU: column["logp_mu"], policy: values, THETA: column["logp_theta"]})
+        return recipe_surrogate(split, column["advantage"], column["loss_mask"], self._config).active_mask
 
     def _sums(
         self, stand_in: Tensor, old: Tensor, active: Tensor, exact_active: Tensor, column: Mapping[str, Tensor]

@@ -25,6 +25,8 @@ from oldlogits.core.errors import MissingLogprobError, NonFiniteError
 from oldlogits.core.policies import LINEAR, LOGLINEAR, MU, OLD, STAND_IN_PROVENANCE, THETA, Policy, Provenance, find_variant
 from oldlogits.core.protocols import Scored
 from oldlogits.objective import (
+    SplitRatio,
+    Surrogate,
     a3po_weight_mu,
     diagnose,
     kept_mask,
@@ -171,6 +173,22 @@ def update(
     )
 
 
+def recipe_surrogate(split: SplitRatio, advantages: Tensor, loss_mask: Tensor, config: RunConfig) -> Surrogate:
+    """`surrogate` under the recipe's band, clip and discrepancy; all tensors [token]."""
+    objective = config.objective
+    return surrogate(
+        split,
+        advantages,
+        loss_mask,
+        band=config.band,
+        eps_low=objective.eps_low,
+        eps_high=objective.eps_high,
+        dual_clip=None if math.isinf(objective.dual_clip) else objective.dual_clip,
+        discrepancy=objective.discrepancy,
+        truncation=objective.truncation if objective.clip == "truncated" else None,
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Seen:
     """Detached values of every loss token, at the step that trained it."""
@@ -204,7 +222,7 @@ def _accumulate(
     model: PreTrainedModel, batch: TokenBatch, tokens: LossTokens, step: int, seen: _Seen, config: RunConfig
 ) -> Tensor:
     """Accumulate the gradient of one optimizer step; returns its loss (0-d, detached)."""
-    objective, variant = config.objective, find_variant(config.variant)
+    variant = find_variant(config.variant)
     chosen = tokens.step == step
     weights = _step_weights(model, batch, tokens, chosen, config)
     total = torch.zeros(())
@@ -215,16 +233,7 @@ def _accumulate(
         if variant.stand_in in INTERPOLATE:
             logp[variant.stand_in] = _interpolate(variant.stand_in, logp[MU], theta, tokens.staleness[here], config)
         split = split_ratio(variant, logp)
-        terms = surrogate(
-            split,
-            tokens.advantages[here],
-            torch.ones_like(here, dtype=torch.bool),
-            band=config.band,
-            eps_low=objective.eps_low,
-            eps_high=objective.eps_high,
-            dual_clip=None if math.isinf(objective.dual_clip) else objective.dual_clip,
-            discrepancy=objective.discrepancy,
-        )
+        terms = recipe_surrogate(split, tokens.advantages[here], torch.ones_like(here, dtype=torch.bool), config)
         loss = weighted_loss(terms.values, weights[here])
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
