@@ -91,8 +91,8 @@ class Pool:
                     on_start(cell)
                     running[executor.submit(_compute, self._work, cell)] = cell
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    del running[future]
                     done = future.result()
+                    del running[future]
                     self._write(done)
                     failed += [done] if done.error else []
                     on_done(done)

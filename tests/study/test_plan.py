@@ -1,0 +1,109 @@
+"""A study's recipe: the cells that it asks for, and what it refuses."""
+
+from collections import Counter
+
+import pytest
+
+from oldlogits.config import build
+from oldlogits.core.errors import ConfigError
+from oldlogits.study.plan import Plan, cells, decision_cells, learning_cells, pilot_bands, pilot_eps
+
+from .plans import REGIME, plan_table
+
+
+def plan(**sections):
+    return build(Plan, plan_table(**sections))
+
+
+def test_methods_in_a_contrast_run_in_all_blocks_and_come_first_the_others_in_fewer():
+    found = list(learning_cells(plan()))
+    assert [cell.method for cell in found] == ["exact"] * 3 + ["arrival"] * 3 + ["mu"] * 2
+    assert [cell.config.seed for cell in found] == [5, 6, 7, 5, 6, 7, 5, 6]
+    assert {cell.config.model_seed for cell in found if cell.block == 1} == {6}, "a block has one warm start"
+    assert {cell.config.window for cell in found} == {2}
+    assert len({cell.key for cell in found}) == len(found)
+
+
+def test_what_two_views_share_is_run_once():
+    regime = {
+        **REGIME,
+        "rho_bands": {"exact": 1.1, "arrival": 1.3},
+        "tuned": {"exact": [1.1, 0.2, 0.28], "arrival": [1.3, 0.1, 0.2]},
+    }
+    found = Counter(
+        (cell.method, cell.config.band, cell.config.objective.eps_low) for cell in learning_cells(plan(regimes=[regime]))
+    )
+    assert found == {
+        ("exact", 1.1, 0.2): 3,
+        ("arrival", 1.1, 0.2): 3,
+        ("arrival", 1.3, 0.2): 3,
+        ("arrival", 1.3, 0.1): 3,
+        ("mu", 1.1, 0.2): 2,
+    }
+
+
+def test_exploratory_regimes_run_in_fewer_blocks_and_last():
+    other = {**REGIME, "name": "other", "exploratory": True}
+    found = [(cell.regime, cell.method) for cell in learning_cells(plan(regimes=[other, REGIME]))]
+    assert Counter(found) == {("even-2", "exact"): 3, ("even-2", "arrival"): 3, ("even-2", "mu"): 2} | {
+        ("other", method): 2 for method in ("exact", "arrival", "mu")
+    }
+    assert [regime for regime, _ in found] == ["even-2"] * 8 + ["other"] * 6
+
+
+def test_the_pilot_tries_every_band_and_then_every_eps_at_the_best_band():
+    pilot = {"seeds": [100, 101], "methods": ["exact", "mu"], "bands": [1.05, 1.5], "eps": [[0.1, 0.1]]}
+    of = plan(pilot=pilot)
+    assert [(c.method, c.config.band, c.config.seed) for c in pilot_bands(of)] == [
+        ("exact", 1.05, 100),
+        ("exact", 1.05, 101),
+        ("exact", 1.5, 100),
+        ("exact", 1.5, 101),
+        ("mu", 1.1, 100),
+        ("mu", 1.1, 101),
+    ]
+    tried = list(pilot_eps(of, {("even-2", "exact"): 1.5, ("even-2", "mu"): 1.1}))
+    assert [(c.method, c.config.band, c.config.objective.eps_low) for c in tried[::2]] == [
+        ("exact", 1.5, 0.1),
+        ("mu", 1.1, 0.1),
+    ]
+
+
+def test_the_traces_are_the_full_cross():
+    decision = {
+        "windows": [1, 4],
+        "lags": ["even", "random"],
+        "engines": ["fp8", "int4", "bf16"],
+        "drivers": ["exact", "exact", "arrival"],
+        "bands": [1.1],
+        "first_seed": 40,
+    }
+    found = list(decision_cells(plan(decision=decision)))
+    cross = Counter((c.config.window, c.config.runtime.lag, c.config.engine.numerics, c.method) for c in found)
+    assert len(found) == 2 * 2 * 3 * 3
+    assert len(cross) == 2 * 2 * 3 * 2
+    assert set(cross.values()) == {1, 2}
+    assert {(c.method, c.config.seed) for c in found} == {("exact", 40), ("exact", 41), ("arrival", 42)}
+    assert {c.config.num_updates - c.config.window for c in found} == {6}
+    assert found[0].config.window == 4, "the widest first"
+
+
+@pytest.mark.parametrize(
+    "sections, message",
+    [
+        ({"learning": {"regimes": ["nowhere"]}}, "unknown regime"),
+        ({"learning": {"regimes": ["even-2"], "methods": ["magic"]}}, "unknown method"),
+        ({"learning": {"methods": ["mu"], "contrasts": [["mu", "exact"]]}}, "does not run"),
+        ({"base": {"bandd": 1.0}}, "unknown key"),
+        ({"pilots": {}}, "unknown key"),
+        ({"regimes": [{"name": "x"}]}, r"\[regimes\[0\]\] lacks"),
+        ({"regimes": [{**REGIME, "band": 0.9}]}, "band is out of range"),
+        ({"learning": {"contrasts": [["mu"]]}}, "a list of length 2"),
+    ],
+)
+def test_a_study_that_cannot_be_is_refused_before_anything_runs(sections, message):
+    with pytest.raises(ConfigError) as raised:
+        list(cells(plan(**sections)))
+    import re
+
+    assert re.search(message, str(raised.value)), str(raised.value)
