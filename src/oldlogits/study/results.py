@@ -109,6 +109,12 @@ class Regime:
     tuned: Mapping[str, Knobs] = field(default_factory=dict)
     exploratory: bool = False
 
+    @property
+    def views(self) -> tuple[View, ...]:
+        """The views that are declared for it."""
+        declared = {"band": True, "rho": bool(self.rho_bands), "tuned": bool(self.tuned)}
+        return tuple(view for view in VIEWS if declared[view])
+
     def knobs(self, view: View, method: str) -> Knobs | None:
         """What a method runs with in a view; None where the view does not hold the method."""
         if view == "tuned":
@@ -143,7 +149,7 @@ class Declaration:
         routes: Whose cost is measured.
 
     Raises:
-        ConfigError: A contrast names a method that is not compared, or no method at all.
+        ConfigError: A method is unknown, a contrast names one that is not compared, or the primary view is not declared.
     """
 
     regimes: tuple[Regime, ...]
@@ -166,6 +172,14 @@ class Declaration:
                 got=", ".join(unknown),
                 allowed=", ".join(self.methods),
                 fix="add them to the methods",
+            )
+        without = [regime.name for regime in self.regimes if self.primary not in regime.views]
+        if without:
+            raise ConfigError(
+                "regimes without the primary view",
+                got=f"{self.primary} in {', '.join(without)}",
+                allowed="knobs for it in every regime",
+                fix="declare them, or choose another primary view",
             )
 
     def blocks_of(self, regime: Regime, method: str) -> int:
