@@ -25,10 +25,11 @@ def run(regime: str, method: str, block: int, success: float, *, cpu_s: float = 
         Point(update=30 * index, cpu_s=cpu_s * index / 2, success=0.2 + (success - 0.2) * index / 2) for index in range(3)
     )
     band, eps_low, eps_high = KNOBS
-    fields = dict(
-        regime=regime, method=method, block=block, seed=100 + block, band=band, eps_low=eps_low, eps_high=eps_high,
-        success=success, num_episodes=512, num_updates=60, rho=0.9, cpu_s=cpu_s, num_resets=0, curve=curve, error="",
-    )  # fmt: skip
+    fields = {
+        "regime": regime, "method": method, "block": block, "seed": 100 + block, "band": band, "eps_low": eps_low,
+        "eps_high": eps_high, "success": success, "num_episodes": 512, "num_updates": 60, "rho": 0.9, "cpu_s": cpu_s,
+        "num_resets": 0, "curve": curve,
+    }  # fmt: skip
     return LearningRun(**(fields | changes))
 
 
@@ -77,9 +78,9 @@ def learning_runs(declared: Declaration) -> tuple[LearningRun, ...]:
 
 def study(**changes: object) -> Study:
     declared = declaration()
-    fields = dict(
-        title="A study of known effects", notes="", recipe={"base": {"num_updates": 60}}, declaration=declared,
-        code={"version": "0.1.0", "commit": "abc"}, machine={"platform": "x", "num_cpus": 2}, pilot=(),
-        learning=learning_runs(declared), decision=(), cost=(), budget=Budget(cpu_s=7200.0, wall_s=3700.0),
-    )  # fmt: skip
+    fields = {
+        "title": "A study of known effects", "notes": "", "recipe": {"base": {"num_updates": 60}}, "declaration": declared,
+        "code": {"version": "0.1.0", "commit": "abc"}, "machine": {"platform": "x", "num_cpus": 2}, "pilot": (),
+        "learning": learning_runs(declared), "decision": (), "cost": (), "budget": Budget(cpu_s=7200.0, wall_s=3700.0),
+    }  # fmt: skip
     return Study(**(fields | changes))

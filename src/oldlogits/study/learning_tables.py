@@ -19,7 +19,7 @@ from oldlogits.study.contrasts import (
 )
 from oldlogits.study.methods import find_method
 from oldlogits.study.results import VIEWS, Declaration, Knobs, LearningRun, Regime, Study, View
-from oldlogits.study.tables import DASH, Table, figure, interval, p_value, plus_minus
+from oldlogits.study.tables import DASH, Table, counted, figure, interval, p_value, plus_minus
 
 PART: Final = "Learning"
 
@@ -141,6 +141,7 @@ def _methods(declaration: Declaration, runs: Sequence[LearningRun], regime: Regi
     absent = [method for method in declaration.methods if method not in {row.method for row in rows}]
     legend = [f"Missing: {row.method}, {_blocks(row.missing)}." for row in rows if row.missing]
     legend += [f"Not in this view: {', '.join(absent)}."] if absent else []
+    num_shared = max((len(row.equal_cpu) for row in rows), default=0)
     updates = sorted({run.num_updates for row in rows for run in row.runs if not run.error})
     return Table(
         part=PART,
@@ -148,9 +149,8 @@ def _methods(declaration: Declaration, runs: Sequence[LearningRun], regime: Regi
         header=(*_METHOD_COLUMNS, f"minus {reference} [95% interval]"),
         rows=tuple(_method_cells(row, reference) for row in rows),
         caption=f"Held-out success after {' or '.join(map(str, updates)) or 'no'} updates, mean ± half of the 95% t interval "
-        f"over blocks. A collapse ends below {COLLAPSE:g} of the best of its regime and block. At equal CPU s: where the cheapest "
-        f"method of each block ends, over the {max((len(row.equal_cpu) for row in rows), default=0)} blocks that all methods "
-        "ran in.",
+        f"over blocks. A collapse ends below {COLLAPSE:g} of the best of its regime and block. At equal CPU s: where the "
+        f"cheapest method of each block ends, over the {counted(num_shared, 'block')} that all methods ran in.",
         legend=(*legend, _BEYOND, *_early(rows)),
     )
 
