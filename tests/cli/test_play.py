@@ -66,11 +66,13 @@ def _played(*lines: str, target: str = "desk", row=ROW) -> tuple[float, str]:
     return reward, capture.get()
 
 
-def test_the_oracle_is_rewarded_on_every_split_and_its_transcript_ends_with_the_reward():
+@pytest.mark.parametrize("target", ["desk", "desk_long"])
+def test_the_oracle_is_rewarded_on_every_split_and_its_transcript_ends_with_the_reward(target):
     for split in ("train", "heldout"):
         console = Console(width=120)
         with console.capture() as capture:
-            assert play("desk", "oracle", split=split, index=1, console=console) == 1.0
+            assert play(target, "oracle", split=split, index=1, console=console) == 1.0
+        assert "A shipped order that is to be cancelled or refunded is transferred" in capture.get(), "the policy"
         assert capture.get().rstrip().endswith("reward 1")
 
 

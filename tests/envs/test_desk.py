@@ -12,6 +12,7 @@ from oldlogits.core.errors import ConfigError
 from oldlogits.envs.desk import OrderDesk, judge
 from oldlogits.envs.desk_clerk import Clerk, ErrorRates, demonstrator, oracle
 from oldlogits.envs.desk_data import DAYS, FOOD, ITEMS, ORDER_IDS, WORDS, DeskRow, case_of, is_held_out, ruling
+from oldlogits.envs.desk_long import LongOrderDesk
 from oldlogits.envs.shape import Malformed, bind, load_environment, parse_plain, tool_names
 
 ROWS = [OrderDesk.make_row(split, index) for split in ("train", "heldout") for index in range(300)]
@@ -222,28 +223,31 @@ def test_error_rates_are_probabilities():
         ErrorRates(only_say=1.5)
 
 
-def test_rows_are_json_and_repeat_exactly():
+@pytest.mark.parametrize("desk", [OrderDesk, LongOrderDesk])
+def test_rows_are_json_and_repeat_exactly(desk):
     for split in ("train", "heldout"):
         for index in (-5, 0, 17, 10**9):
-            row = OrderDesk.make_row(split, index)
-            assert json.loads(json.dumps(row)) == row == OrderDesk.make_row(split, index)
-    assert OrderDesk.make_row("train", 0) != OrderDesk.make_row("heldout", 0) != OrderDesk.make_row("heldout", 1)
+            row = desk.make_row(split, index)
+            assert json.loads(json.dumps(row)) == row == desk.make_row(split, index)
+    assert desk.make_row("train", 0) != desk.make_row("heldout", 0) != desk.make_row("heldout", 1)
 
 
-def test_held_out_rows_show_only_pairs_that_training_never_shows():
+@pytest.mark.parametrize("desk", [OrderDesk, LongOrderDesk])
+def test_held_out_rows_show_only_pairs_that_training_never_shows(desk):
     for split, held_out in (("train", False), ("heldout", True)):
         for index in range(300):
-            for number, order in OrderDesk.make_row(split, index)["orders"].items():
+            for number, order in desk.make_row(split, index)["orders"].items():
                 assert is_held_out(number, order["item"]) is held_out
     share = sum(is_held_out(number, item) for number in ORDER_IDS for item in ITEMS) / (len(ORDER_IDS) * len(ITEMS))
     assert share == 0.25
 
 
-def test_every_held_out_word_is_trained_and_in_the_vocabulary():
+@pytest.mark.parametrize("desk", [OrderDesk, LongOrderDesk])
+def test_every_held_out_word_is_trained_and_in_the_vocabulary(desk):
     def words(split: str, num: int) -> set[str]:
         found = set()
         for index in range(num):
-            _, lines = serve(OrderDesk.make_row(split, index), oracle())
+            _, lines = serve(desk.make_row(split, index), oracle())
             found |= {word for line in lines for word in line.split()}
         return found
 
@@ -264,6 +268,40 @@ def test_the_held_out_split_composes_more():
     assert share("heldout", 2) == pytest.approx(0.55, abs=0.05)
 
 
+def test_a_long_row_has_four_to_six_wishes_each_of_an_order_of_its_own():
+    rows = [LongOrderDesk.make_row(split, index) for split in ("train", "heldout") for index in range(300)]
+    assert {len(row["wishes"]) for row in rows} == {4, 5, 6}
+    for row in rows:
+        wished = {wish["order"] for wish in row["wishes"]}
+        assert len(wished) == len(row["wishes"]) == len(row["orders"]) - 1
+        assert wished < row["orders"].keys()
+    withheld = [wish["withheld"] for row in rows for wish in row["wishes"]]
+    assert sum(withheld) / len(withheld) == pytest.approx(0.2, abs=0.03)
+
+
+def test_the_oracle_serves_long_rows_right_in_about_fourteen_turns_and_one_mistake_loses_the_reward():
+    turns = []
+    for index in range(100):
+        row = LongOrderDesk.make_row("heldout", index)
+        desk, lines = serve(row, oracle())
+        assert desk.get_reward() == 1.0
+        turns.append(len(lines) // 2)
+        mistake = index % len(row["wishes"])
+        desk = LongOrderDesk()
+        desk.reset(**row)
+        for told, wish in enumerate(row["wishes"]):
+            ruled = ruling(wish["kind"], case_of(row["orders"][wish["order"]]))
+            if ruled.action and told != mistake:
+                {"cancel": desk.cancel, "refund": desk.refund, "transfer": desk.transfer}[ruled.action](wish["order"])
+            wrong = "pending" if ruled.told != "pending" else "shipped"
+            desk.reply(f"it is {wrong if told == mistake else ruled.told}")
+        assert desk.get_reward() == 0.0
+    assert sum(turns) / len(turns) == pytest.approx(14, abs=1)
+    assert max(turns) <= 30
+
+
 def test_the_desk_has_the_shape_of_an_environment():
     assert load_environment("desk") is OrderDesk
+    assert load_environment("desk_long") is LongOrderDesk
+    assert tool_names(LongOrderDesk) == tool_names(OrderDesk)
     assert tool_names(OrderDesk) == ("status", "age", "cancel", "refund", "transfer")

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oldlogits.core.errors import ConfigError
-from oldlogits.policy.tiny import ROLES, TinySize, save_tiny, tiny_model, tiny_tokenizer
+from oldlogits.policy.tiny import ROLES, TinyMoeSize, TinySize, save_tiny, tiny_model, tiny_tokenizer
 
 WORDS = ("red", "green", "blue", "red")
 
@@ -18,9 +18,10 @@ def _model(seed: int):
     return tiny_model(TinySize(hidden=16, layers=1, heads=2, kv_heads=1, mlp=24), 20, end_id=2, pad_id=0, seed=seed)
 
 
-def test_a_saved_folder_loads_with_the_auto_classes_and_computes_the_same(tmp_path: Path):
+@pytest.mark.parametrize("size", [TinySize(), TinyMoeSize()])
+def test_a_saved_folder_loads_with_the_auto_classes_and_computes_the_same(size: TinySize, tmp_path: Path):
     tokenizer = tiny_tokenizer(WORDS)
-    model = tiny_model(TinySize(), len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, seed=3).eval()
+    model = tiny_model(size, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, seed=3).eval()
     save_tiny(tmp_path, model, tokenizer)
     loaded, reader = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), AutoTokenizer.from_pretrained(tmp_path)
     ids = torch.tensor([reader.encode("<user> red blue green <end>", add_special_tokens=False)])
@@ -45,6 +46,23 @@ def test_the_default_size_counts_as_the_architecture_says():
     layer = attention + 3 * 64 * 160 + 2 * 64  # gate, up, down, two norms
     model = tiny_model(TinySize(), vocabulary, end_id=2, pad_id=0, seed=0)
     assert sum(parameter.numel() for parameter in model.parameters()) == vocabulary * 64 + 2 * layer + 64 == 94_976
+    mixture = tiny_model(TinyMoeSize(), vocabulary, end_id=2, pad_id=0, seed=0)
+    more = 4 * 64 + 3 * 3 * 64 * 160  # a router, and three more experts
+    assert sum(parameter.numel() for parameter in mixture.parameters()) == 94_976 + 2 * more == 279_808
+
+
+def test_one_expert_serves_a_token_times_its_probability():
+    model = tiny_model(TinyMoeSize(hidden=16, layers=1, heads=2, kv_heads=1, mlp=24), 20, end_id=2, pad_id=0, seed=0)
+    block = model.model.layers[0].mlp
+    x = torch.randn(30, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        served = block(x[None])[0]
+        for token, out in zip(x, served, strict=True):
+            probs = [float(p) for p in torch.softmax(block.gate.weight @ token, 0)]
+            expert = probs.index(max(probs))
+            gate, up = (block.experts.gate_up_proj[expert] @ token).chunk(2)
+            expected = probs[expert] * (block.experts.down_proj[expert] @ (gate * torch.sigmoid(gate) * up))
+            torch.testing.assert_close(out, expected)
 
 
 def test_weights_depend_on_the_seed_alone_and_the_global_generator_is_left_alone():
@@ -73,7 +91,9 @@ def test_the_template_writes_role_content_and_end_and_names_the_tools_once():
     assert text == "<system> red tools : paint mix <end> <user> green <end> <assistant>"
 
 
-@pytest.mark.parametrize("sizes", [{"hidden": 20, "heads": 4}, {"heads": 4, "kv_heads": 3}, {"layers": 0}, {"mlp": -1}])
+@pytest.mark.parametrize(
+    "sizes", [{"hidden": 20, "heads": 4}, {"heads": 4, "kv_heads": 3}, {"layers": 0}, {"mlp": -1}, {"experts": 0}]
+)
 def test_sizes_that_do_not_divide_are_refused(sizes: dict[str, int]):
     with pytest.raises(ConfigError, match="sizes of the tiny model"):
-        TinySize(**sizes)
+        TinyMoeSize(**sizes)

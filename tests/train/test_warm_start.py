@@ -15,9 +15,10 @@ from oldlogits.core.errors import ConfigError
 from oldlogits.envs.desk import OrderDesk
 from oldlogits.envs.desk_clerk import ErrorRates, oracle
 from oldlogits.envs.desk_data import WORDS
+from oldlogits.envs.desk_long import LongOrderDesk
 from oldlogits.envs.shape import tool_names
 from oldlogits.policy.chat import ChatFormat
-from oldlogits.policy.tiny import TinySize, tiny_model, tiny_tokenizer
+from oldlogits.policy.tiny import TinyMoeSize, TinySize, tiny_model, tiny_tokenizer
 from oldlogits.train.warm_start import MIXTURE, WarmStartSpec, demonstrate, demonstrations, imitation_loss, warm_start
 
 TOKENIZER = tiny_tokenizer([*WORDS, *tool_names(OrderDesk)])
@@ -52,7 +53,14 @@ def test_the_same_specification_gives_the_same_bytes(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 1}, {"lr": 1e-3}, {"size": replace(SMALL, mlp=32)}, {"errors": replace(MIXTURE, only_say=0.5)}],
+    [
+        {"seed": 1},
+        {"lr": 1e-3},
+        {"size": replace(SMALL, mlp=32)},
+        {"size": TinyMoeSize(hidden=16, layers=1, heads=2, kv_heads=1, mlp=24)},
+        {"errors": replace(MIXTURE, only_say=0.5)},
+        {"desk": LongOrderDesk},
+    ],
 )
 def test_another_specification_gives_another_folder(change: dict[str, object]):
     assert warm_start(QUICK) != warm_start(replace(QUICK, **change))

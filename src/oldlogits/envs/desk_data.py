@@ -139,16 +139,30 @@ def make_desk_row(split: Literal["train", "heldout"], index: int) -> DeskRow:
     rng = random.Random(f"{split} {index}")
     held_out = split == "heldout"
     num_wishes = 1 + (rng.random() < (0.55 if held_out else 0.3))
+    withheld_share = 0.2 if num_wishes == 2 and not held_out else 0.3
+    return _make_row(rng, held_out, num_wishes, num_orders=3, withheld_share=withheld_share)
+
+
+def make_long_row(split: Literal["train", "heldout"], index: int) -> DeskRow:
+    """Row `index` of a split with four to six wishes, one in five without the order's number.
+
+    Training never shows the pairs of number and item of the held-out split, but all their words.
+    """
+    rng = random.Random(f"long {split} {index}")
+    num_wishes = rng.randint(4, 6)
+    return _make_row(rng, split == "heldout", num_wishes, num_orders=num_wishes + 1, withheld_share=0.2)
+
+
+def _make_row(rng: random.Random, held_out: bool, num_wishes: int, *, num_orders: int, withheld_share: float) -> DeskRow:
     wishes: list[WishRow] = []
     orders: dict[str, OrderRow] = {}
     customer = rng.choice(NAMES)
-    for order_id in rng.sample(ORDER_IDS, 3):
+    for order_id in rng.sample(ORDER_IDS, num_orders):
         kind, case = rng.choice(_CELLS)
         wished = len(wishes) < num_wishes
         orders[order_id] = _make_order(rng, order_id, kind, case, held_out, customer if wished else rng.choice(NAMES))
         if wished:
-            withheld = rng.random() < (0.2 if num_wishes == 2 and not held_out else 0.3)
-            wishes.append({"kind": kind, "order": order_id, "withheld": withheld})
+            wishes.append({"kind": kind, "order": order_id, "withheld": rng.random() < withheld_share})
     return {"customer": customer, "orders": orders, "wishes": wishes}
 
 

@@ -30,7 +30,9 @@ JsonValue: TypeAlias = "bool | int | float | str | list[JsonValue] | dict[str, J
 Row: TypeAlias = dict[str, JsonValue]
 Split = Literal["train", "heldout"]
 
-BUILT_IN: Final[Mapping[str, str]] = types.MappingProxyType({"desk": "oldlogits.envs.desk:OrderDesk"})
+BUILT_IN: Final[Mapping[str, str]] = types.MappingProxyType(
+    {"desk": "oldlogits.envs.desk:OrderDesk", "desk_long": "oldlogits.envs.desk_long:LongOrderDesk"}
+)
 """Short names that `env.target` accepts."""
 
 NO_TOOLS: Final = frozenset({"reset", "get_reward", "reply", "make_row", "system_prompt"})
@@ -88,7 +90,7 @@ Parsed = ToolCall | Malformed | None
 
 
 def load_environment(target: str) -> type[Environment]:
-    """The environment class that `env.target` names: "desk" or "package.module:Class".
+    """The environment class that `env.target` names: one of `BUILT_IN`, or "package.module:Class".
 
     Raises:
         ConfigError: There is no such module or class.

@@ -1,4 +1,4 @@
-"""The embedded model: a Qwen3 of some hundred thousand parameters that reads one token a word.
+"""The embedded model: a Qwen3, dense or a mixture of experts, of some hundred thousand parameters; one token a word.
 
 It is an ordinary Hugging Face folder; only its size and its vocabulary, which comes from an environment, are unusual.
 """
@@ -6,7 +6,7 @@ It is an ordinary Hugging Face folder; only its size and its vocabulary, which c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Final
 
@@ -14,7 +14,15 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from oldlogits.core.errors import ConfigError
 
@@ -60,15 +68,24 @@ class TinySize:
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not divide."""
-        if min(self.hidden, self.layers, self.heads, self.kv_heads, self.mlp, self.max_context) < 1 or (
-            self.hidden % (2 * self.heads) or self.heads % self.kv_heads
-        ):
+        if min(astuple(self)) < 1 or self.hidden % (2 * self.heads) or self.heads % self.kv_heads:
             raise ConfigError(
                 "the sizes of the tiny model do not fit",
                 got=str(self),
                 allowed="positive, hidden a multiple of 2 * heads, heads a multiple of kv_heads",
                 fix="correct the sizes",
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TinyMoeSize(TinySize):
+    """The size of an embedded mixture of experts; `mlp` is the width of each expert.
+
+    Args:
+        experts: Gated MLPs of each layer; the likeliest one serves a token, times its probability.
+    """
+
+    experts: int = 4
 
 
 def tiny_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -88,9 +105,19 @@ def tiny_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def tiny_model(size: TinySize, vocabulary: int, end_id: int, pad_id: int, seed: int) -> Qwen3ForCausalLM:
+def tiny_model(size: TinySize, vocabulary: int, end_id: int, pad_id: int, seed: int) -> PreTrainedModel:
     """A freshly initialised fp32 model; the same seed gives the same weights."""
-    config = Qwen3Config(
+    if isinstance(size, TinyMoeSize):
+        make_config, make_model = Qwen3MoeConfig, Qwen3MoeForCausalLM
+        routing = {
+            "num_experts": size.experts,
+            "num_experts_per_tok": 1,
+            "norm_topk_prob": False,
+            "moe_intermediate_size": size.mlp,
+        }
+    else:
+        make_config, make_model, routing = Qwen3Config, Qwen3ForCausalLM, {}
+    config = make_config(
         vocab_size=vocabulary,
         hidden_size=size.hidden,
         num_hidden_layers=size.layers,
@@ -106,13 +133,14 @@ def tiny_model(size: TinySize, vocabulary: int, end_id: int, pad_id: int, seed: 
         eos_token_id=end_id,
         pad_token_id=pad_id,
         dtype="float32",
+        **routing,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen3ForCausalLM(config)
+        return make_model(config)
 
 
-def save_tiny(folder: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def save_tiny(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     """Write the folder that `AutoModelForCausalLM` and `AutoTokenizer` load."""
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True, temperature=1.0

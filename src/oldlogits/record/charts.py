@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final, Literal
 
@@ -13,6 +13,7 @@ from markupsafe import Markup
 WIDTH: Final = 480
 HEIGHT: Final = 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 468, 12, 208
+_ROW_LEFT, _ROW_HEIGHT = 150, 20
 
 Point = tuple[float, float]
 Transform = Literal["linear", "log"]
@@ -77,6 +78,45 @@ class Whisker:
     mean: float
     low: float
     high: float
+    colour: str
+    tip: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dot:
+    """A value, drawn as a dot."""
+
+    x: float
+    colour: str
+    tip: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A line of a row chart: its dots, and over them a mean with its interval ``(low, mean, high)``.
+
+    Args:
+        label: At the left; a row without dots and mean is a heading.
+        dots: In any order.
+        mean: None: there is none.
+        colour: A CSS class, of the mean.
+        tip: Of the mean.
+    """
+
+    label: str
+    dots: Sequence[Dot] = ()
+    mean: tuple[float, float, float] | None = None
+    colour: str = "c0"
+    tip: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """A labelled point of a scatter chart."""
+
+    x: float
+    y: float
+    label: str
     colour: str
     tip: str
 
@@ -175,6 +215,55 @@ def bar_chart(x: Axis, y: Axis, bars: Sequence[Bar], *, x_label: str, bounds: Se
     return _svg(x, y, parts, x_label)
 
 
+def row_chart(x: Axis, rows: Sequence[Row], *, x_label: str, null: float | None = None) -> Markup:
+    """Rows over one x axis, the first at the top; `null` is a vertical line to compare with."""
+    left = _ROW_LEFT if rows else _LEFT
+    x = replace(x, start=left)
+    bottom = _TOP + _ROW_HEIGHT * len(rows)
+    parts = (
+        [] if null is None else [f'<line class="bound" x1="{x.at(null):.1f}" x2="{x.at(null):.1f}" y1="{_TOP}" y2="{bottom}"/>']
+    )
+    for index, row in enumerate(rows):
+        middle = _TOP + _ROW_HEIGHT * (index + 0.5)
+        is_heading = not row.dots and row.mean is None
+        parts.append(
+            _text(left - 8, middle + 4, row.label, f'text-anchor="end" class="{"heading" if is_heading else "rowlabel"}"')
+        )
+        for dot in row.dots:
+            tip = Markup(' data-tip="{}"').format(dot.tip)
+            parts.append(f'<circle class="dot {dot.colour}" cx="{x.at(dot.x):.1f}" cy="{middle:.1f}" r="3.5"{tip}/>')
+        if row.mean is not None:
+            low, mean, high = (x.at(value) for value in row.mean)
+            path = f"M{low:.1f},{middle - 4:.1f}v8M{high:.1f},{middle - 4:.1f}v8M{low:.1f},{middle:.1f}H{high:.1f}"
+            parts.append(f'<path class="whisker {row.colour}" d="{path}"/>')
+            parts.append(f'<circle class="dot {row.colour}" cx="{mean:.1f}" cy="{middle:.1f}" r="4.5"/>')
+            parts.append(_rect(low - 5, middle - 8, high - low + 10, 16, "hit", row.tip))
+    return _frame(x, None, parts, x_label, bottom=bottom)
+
+
+def scatter_chart(x: Axis, y: Axis, marks: Sequence[Mark], *, x_label: str, path: Sequence[Point] = ()) -> Markup:
+    """Labelled points, and under them a dashed line along `path`. A label stands where it covers no other."""
+    parts = [_path(Line(label="", points=path, colour="c4", style="dashed"), x, y)] if path else []
+    taken = [(x.at(mark.x) - 6, y.at(mark.y) - 6, x.at(mark.x) + 6, y.at(mark.y) + 6) for mark in marks]
+    for mark in marks:
+        at, height, width = x.at(mark.x), y.at(mark.y), 6.2 * len(mark.label)
+        places = [
+            (at + 9 if side > 0 else at - 9 - width, height + 4 + shift) for shift in (0, -12, 12, -24, 24) for side in (1, -1)
+        ]
+        boxes = [(left, top - 10, left + width, top + 2) for left, top in places]
+        inside = [box for box in boxes if box[0] >= _LEFT and box[2] <= WIDTH and box[1] >= 0 and box[3] <= _BOTTOM] or boxes
+        free = next((box for box in inside if not any(_overlap(box, other) for other in taken)), inside[0])
+        taken.append(free)
+        parts.append(f'<circle class="dot {mark.colour}" cx="{at:.1f}" cy="{height:.1f}" r="5"/>')
+        parts.append(_text(free[0], free[3] - 2, mark.label, 'class="boundlabel"'))
+        parts.append(_rect(at - 8, height - 8, 16, 16, "hit", mark.tip))
+    return _svg(x, y, parts, x_label)
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
 def stacked_chart(x: Axis, y: Axis, lines: Sequence[Line], *, x_label: str) -> Markup:
     """Areas on top of each other, the first at the bottom. All lines have the same x; y is finite."""
     parts = []
@@ -189,18 +278,26 @@ def stacked_chart(x: Axis, y: Axis, lines: Sequence[Line], *, x_label: str) -> M
 
 
 def _svg(x: Axis, y: Axis, parts: Sequence[str], x_label: str) -> Markup:
+    return _frame(x, y, parts, x_label, bottom=_BOTTOM)
+
+
+def _frame(x: Axis, y: Axis | None, parts: Sequence[str], x_label: str, *, bottom: float) -> Markup:
+    """The picture: grid lines of y, or of x where there is no y axis; ticks, labels, and the parts on top."""
     frame = []
-    for tick in y.ticks:
-        at = y.at(tick)
-        frame.append(f'<line class="grid" x1="{_LEFT}" x2="{_RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        frame.append(_text(_LEFT - 7, at + 4, y.text(tick), 'text-anchor="end"'))
+    if y is not None:
+        for tick in y.ticks:
+            at = y.at(tick)
+            frame.append(f'<line class="grid" x1="{_LEFT}" x2="{_RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+            frame.append(_text(_LEFT - 7, at + 4, y.text(tick), 'text-anchor="end"'))
     for tick in x.ticks:
         at = x.at(tick)
-        frame.append(f'<line class="tick" x1="{at:.1f}" x2="{at:.1f}" y1="{_BOTTOM}" y2="{_BOTTOM + 4}"/>')
-        frame.append(_text(at, _BOTTOM + 18, x.text(tick), 'text-anchor="middle"'))
-    frame.append(f'<line class="base" x1="{_LEFT}" x2="{_RIGHT}" y1="{_BOTTOM}" y2="{_BOTTOM}"/>')
-    frame.append(_text((_LEFT + _RIGHT) / 2, HEIGHT - 6, x_label, 'text-anchor="middle" class="axislabel"'))
-    return Markup(f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(frame)}{"".join(parts)}</svg>')
+        style, top = ("tick", bottom) if y else ("grid", _TOP)
+        frame.append(f'<line class="{style}" x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{bottom + 4}"/>')
+        frame.append(_text(at, bottom + 18, x.text(tick), 'text-anchor="middle"'))
+    frame.append(f'<line class="base" x1="{x.start}" x2="{_RIGHT}" y1="{bottom}" y2="{bottom}"/>')
+    frame.append(_text((x.start + _RIGHT) / 2, bottom + 36, x_label, 'text-anchor="middle" class="axislabel"'))
+    size = f"0 0 {WIDTH} {bottom + HEIGHT - _BOTTOM}"
+    return Markup(f'<svg viewBox="{size}" role="img">{"".join(frame)}{"".join(parts)}</svg>')
 
 
 def _path(line: Line, x: Axis, y: Axis) -> str:

@@ -72,7 +72,7 @@ class CallingTrainer:
     """The asynchronous handle of a `Trainer`, over one function that carries out a call, here or in another process."""
 
     def __init__(self, carry_out: Callable[[str, tuple[object, ...]], Awaitable[object]]) -> None:
-        self._carry_out, self._num_calls = carry_out, 0
+        self.carry_out, self._num_calls = carry_out, 0
 
     @property
     def is_idle(self) -> bool:
@@ -82,7 +82,7 @@ class CallingTrainer:
     async def _call(self, method: str, arguments: tuple[object, ...]) -> object:
         self._num_calls += 1
         try:
-            return await self._carry_out(method, arguments)
+            return await self.carry_out(method, arguments)
         finally:
             self._num_calls -= 1
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType, MappingProxyType
 from typing import Final
 
+from rich.console import Console
+
 from oldlogits.config import RunConfig
 from oldlogits.core.errors import OldLogitsError
 from oldlogits.core.protocols import Sampling
@@ -55,13 +57,22 @@ class RunResult:
     defect: Exception | None = None
 
 
-def run(config: RunConfig, out: Path, *, resume: bool = False) -> RunResult:
+def run(
+    config: RunConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    open_runtime: Open | None = None,
+    console: Console | None = None,
+) -> RunResult:
     """Run a recipe to its end, and write summary and report even when it is interrupted or fails.
 
     Args:
         config: A checked recipe.
         out: The run folder; absent or empty, or to resume.
         resume: Go on from the latest checkpoint in `out`.
+        open_runtime: What supplies engine and trainer; the recipe's runtime by default.
+        console: Where to show progress; standard output by default.
 
     Raises:
         OldLogitsError: It could not be started.
@@ -75,10 +86,11 @@ def run(config: RunConfig, out: Path, *, resume: bool = False) -> RunResult:
     totals = Totals() if checkpoint is None else Totals.read(checkpoint / "state" / "totals.json")
     title = f"oldlogits: {config.env.target}, {config.variant}, {config.runtime.type}"
     try:
-        with LiveView(total_updates=config.num_updates, title=title) as view:
+        with LiveView(total_updates=config.num_updates, title=title, console=console) as view:
             start = prepare_model(config, view.note) if checkpoint is None else Start(model=checkpoint / "model")
             view.note(f"starting engine and trainer ({config.runtime.type})")
-            result = asyncio.run(_run(config, folder, view, start, totals, checkpoint))
+            opened = open_runtime or RUNTIMES[config.runtime.type]
+            result = asyncio.run(_run(config, folder, view, start, totals, checkpoint, opened))
     except KeyboardInterrupt:  # before the loop began, or for the second time
         result = RunResult(summary=_interrupted(config, totals), error=None)
     result.summary.write(folder.summary)
@@ -97,7 +109,13 @@ def _check_task(config: RunConfig) -> None:
 
 
 async def _run(
-    config: RunConfig, folder: RunFolder, view: LiveView, start: Start, totals: Totals, checkpoint: Path | None
+    config: RunConfig,
+    folder: RunFolder,
+    view: LiveView,
+    start: Start,
+    totals: Totals,
+    checkpoint: Path | None,
+    open_runtime: Open,
 ) -> RunResult:
     tokenizer = load_tokenizer(start.model)
     chat = ChatFormat(tokenizer)
@@ -109,7 +127,7 @@ async def _run(
     if checkpoint is None and config.model.path == "tiny":
         recorder.warm_started(start.steps, start.loss, start.seconds_s)
     try:
-        async with RUNTIMES[config.runtime.type](config, start.model, probe_ids, seed) as handles:
+        async with open_runtime(config, start.model, probe_ids, seed) as handles:
             if checkpoint is not None:
                 await handles.trainer.restore(checkpoint)
             agent = _agent(config, handles, chat)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from oldlogits.core.policies import AGED, Policy, Provenance
 from oldlogits.core.protocols import BatchTokens, LogprobSource, Scored
@@ -40,8 +41,23 @@ class AgedSource(LogprobSource):
         average = await self._trainer.score_average(tokens)
         live = await self._trainer.score(tokens, None)
         computed_at = np.full(len(batch.versions), batch.trainer_version)
-        if average.age < MIN_AGE:
-            return Scored(policy=AGED, values=live, computed_at=computed_at, num_switches=2, provenance=Provenance.ASYNC)
-        reach = np.minimum((batch.trainer_version - batch.versions) / average.age, MAX_REACH).astype(np.float32)
-        values = live + reach * (average.values - live)
-        return Scored(policy=AGED, values=values, computed_at=computed_at, num_switches=2)
+        values = aged_logp(live, average.values, batch.trainer_version - batch.versions, average.age)
+        label = Provenance.ASYNC if average.age < MIN_AGE else None
+        return Scored(policy=AGED, values=values, computed_at=computed_at, num_switches=2, provenance=label)
+
+
+def aged_logp(
+    live: NDArray[np.float32], average: NDArray[np.float32], staleness: NDArray[np.int64], age: float
+) -> NDArray[np.float32]:
+    """``log pi_t + min(lag / age, 2) (log pi_ewma - log pi_t)``; ``log pi_t`` where the age is below `MIN_AGE`.
+
+    Args:
+        live: float32 [token]; ``log pi_t``.
+        average: float32 [token]; ``log pi_ewma``.
+        staleness: int64 [token]; each token's lag.
+        age: Of the average, in versions.
+    """
+    if age < MIN_AGE:
+        return live
+    reach = np.minimum(staleness / age, MAX_REACH).astype(np.float32)
+    return live + reach * (average - live)

@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, astuple, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Final, Literal, Self, TypeVar, cast
@@ -15,6 +15,7 @@ from typing import Final, Literal, Self, TypeVar, cast
 from oldlogits.core.errors import ConfigError
 from oldlogits.record.folder import write_atomic
 from oldlogits.record.jsonl import Json, RecordError, encode, number
+from oldlogits.study.decision import DecisionError
 from oldlogits.study.methods import Settings, find_method
 
 T = TypeVar("T")
@@ -109,6 +110,12 @@ class Regime:
     tuned: Mapping[str, Knobs] = field(default_factory=dict)
     exploratory: bool = False
 
+    @property
+    def views(self) -> tuple[View, ...]:
+        """The views that are declared for it."""
+        declared = {"band": True, "rho": bool(self.rho_bands), "tuned": bool(self.tuned)}
+        return tuple(view for view in VIEWS if declared[view])
+
     def knobs(self, view: View, method: str) -> Knobs | None:
         """What a method runs with in a view; None where the view does not hold the method."""
         if view == "tuned":
@@ -143,7 +150,7 @@ class Declaration:
         routes: Whose cost is measured.
 
     Raises:
-        ConfigError: A contrast names a method that is not compared, or no method at all.
+        ConfigError: A method is unknown, a contrast names one that is not compared, or the primary view is not declared.
     """
 
     regimes: tuple[Regime, ...]
@@ -166,6 +173,14 @@ class Declaration:
                 got=", ".join(unknown),
                 allowed=", ".join(self.methods),
                 fix="add them to the methods",
+            )
+        without = [regime.name for regime in self.regimes if self.primary not in regime.views]
+        if without:
+            raise ConfigError(
+                "regimes without the primary view",
+                got=f"{self.primary} in {', '.join(without)}",
+                allowed="knobs for it in every regime",
+                fix="declare them, or choose another primary view",
             )
 
     def blocks_of(self, regime: Regime, method: str) -> int:
@@ -208,15 +223,22 @@ class Study:
     machine: Mapping[str, Json]
     pilot: tuple[LearningRun, ...]
     learning: tuple[LearningRun, ...]
-    decision: tuple[Mapping[str, Json], ...]
+    decision: tuple[DecisionError, ...]
     cost: tuple[Mapping[str, Json], ...]
     budget: Budget
 
     def write(self, path: Path) -> None:
-        """Write ``study.json`` atomically, one row a line; non-finite numbers become strings."""
+        """Write ``study.json`` atomically, one row a line; non-finite numbers become strings.
+
+        Decision errors are many: their names stand once, above the rows, and their values have six digits.
+        """
+        plain = {name: value for name, value in asdict(self).items() if name != "decision"}
+        names = [field.name for field in fields(DecisionError)]
+        rows = [[_six_digits(value) for value in astuple(row)] for row in self.decision]
+        plain["decision"] = [names, *rows]
         lines = []
-        for name, value in asdict(self).items():
-            is_rows = isinstance(value, tuple) and value
+        for name, value in plain.items():
+            is_rows = isinstance(value, list | tuple) and value
             text = "[\n" + ",\n".join(map(encode, value)) + "\n]" if is_rows else encode(value)
             lines.append(f"{encode(name)}: {text}")
         write_atomic(path, "{\n" + ",\n".join(lines) + "\n}\n")
@@ -228,7 +250,15 @@ class Study:
         Raises:
             RecordError: Its shape is not that of a study.
         """
-        return read_as(cls, json.loads(path.read_text(encoding="utf-8")))
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(plain, dict) and isinstance(plain.get("decision"), list):
+            names, *rows = plain["decision"]
+            plain["decision"] = [dict(zip(names, row, strict=True)) for row in rows]
+        return read_as(cls, plain)
+
+
+def _six_digits(value: Json) -> Json:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def read_as(kind: type[T], value: Json) -> T:

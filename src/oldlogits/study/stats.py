@@ -65,11 +65,6 @@ def mean_interval(values: Sequence[float]) -> Estimate:
     return Estimate(mean=mean, low=mean - half, high=mean + half, p=t_two_sided(mean / error, n - 1), n=n)
 
 
-def paired_difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
-    """The mean of ``first - second`` over the same blocks, as `mean_interval`."""
-    return mean_interval([a - b for a, b in zip(first, second, strict=True)])
-
-
 def geometric_mean(ratios: Sequence[float]) -> Estimate:
     """The geometric mean of positive ratios; the t interval is formed on their logarithms, the null hypothesis is 1.
 

@@ -23,7 +23,7 @@ from typing import Final
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from oldlogits.core.errors import ConfigError
 from oldlogits.envs.desk import OrderDesk
@@ -66,6 +66,7 @@ class WarmStartSpec:
         grad_clip: Largest norm of the gradient.
         size: The model's size.
         errors: How the demonstrators err.
+        desk: Makes the rows that they serve.
     """
 
     seed: int = 0
@@ -78,6 +79,7 @@ class WarmStartSpec:
     grad_clip: float = 1.0
     size: TinySize = field(default_factory=TinySize)
     errors: ErrorRates = MIXTURE
+    desk: type[OrderDesk] = OrderDesk
 
     def __post_init__(self) -> None:
         """Refuse counts and learning rates out of range."""
@@ -132,10 +134,11 @@ def cache_folder() -> Path:
 
 
 def _key(spec: WarmStartSpec, chat: ChatFormat, tokenizer: PreTrainedTokenizerFast) -> str:
-    """The content hash: specification, vocabulary, template and the first demonstrations."""
+    """The content hash: specification, vocabulary, template and the first demonstrations, in which the desk shows."""
     shown = [demonstration.token_ids for demonstration, _ in zip(demonstrations(spec, chat), range(_NUM_HASHED), strict=False)]
     vocabulary: Mapping[str, int] = tokenizer.get_vocab()
-    content = [asdict(spec), sorted(vocabulary.items()), tokenizer.chat_template, shown]
+    numbers = {name: value for name, value in asdict(spec).items() if name != "desk"}
+    content = [numbers, sorted(vocabulary.items()), tokenizer.chat_template, shown]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
@@ -144,7 +147,7 @@ def demonstrations(spec: WarmStartSpec, chat: ChatFormat) -> Iterator[Demonstrat
     rng = random.Random(f"demonstrator {spec.seed}")
     index = -1 - spec.seed * spec.steps * spec.batch_size
     while True:
-        yield demonstrate(OrderDesk.make_row("train", index), demonstrator(spec.errors, rng), chat)
+        yield demonstrate(spec.desk.make_row("train", index), demonstrator(spec.errors, rng), chat)
         index -= 1
 
 
@@ -174,7 +177,7 @@ def demonstrate(row: DeskRow, clerk: Clerk, chat: ChatFormat) -> Demonstration:
 
 def train_tiny(
     spec: WarmStartSpec, chat: ChatFormat, tokenizer: PreTrainedTokenizerFast, progress: Progress
-) -> Qwen3ForCausalLM:
+) -> PreTrainedModel:
     """Train a fresh model on demonstrations, on one thread: the same specification gives the same weights."""
     model = tiny_model(spec.size, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, spec.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=spec.lr, betas=(0.9, spec.beta2), weight_decay=0.0, fused=True)
@@ -202,7 +205,7 @@ def _learning_rate(spec: WarmStartSpec, step: int) -> float:
     return spec.lr * min(1.0, (step + 1) / spec.warmup_steps) * (spec.final_lr_share + (1 - spec.final_lr_share) * cosine)
 
 
-def imitation_loss(model: Qwen3ForCausalLM, batch: list[Demonstration]) -> Tensor:
+def imitation_loss(model: PreTrainedModel, batch: list[Demonstration]) -> Tensor:
     """Mean negative log-prob of what the demonstrators wrote, in nats per token, over the tokens of the batch."""
     length = max(len(demonstration.token_ids) for demonstration in batch)
     ids = torch.zeros(len(batch), length, dtype=torch.long)

@@ -1,0 +1,240 @@
+"""The tables of the learning part: what was declared, the tests, every method in every regime and view, resets, pilot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from statistics import fmean
+from typing import Final
+
+from oldlogits.study.contrasts import (
+    COLLAPSE,
+    RESET_BAR,
+    Contrast,
+    MethodRow,
+    all_contrasts,
+    estimated,
+    method_rows,
+    reset_effect,
+)
+from oldlogits.study.methods import find_method
+from oldlogits.study.results import VIEWS, Declaration, Knobs, LearningRun, Regime, Study, View
+from oldlogits.study.tables import DASH, Table, counted, figure, interval, p_value, plus_minus
+
+PART: Final = "Learning"
+
+VIEW_NAMES: Final[dict[View, str]] = {"band": "at equal band", "rho": "at equal rho", "tuned": "each tuned"}
+
+RESET_RULES: Final = ("ewma-reset-guarded", "ewma-reset-paper")
+"""Methods that are ewma with a rule for resets."""
+
+_METHOD_COLUMNS: Final = (
+    "method", "band", "eps", "runs", "success", "worst", "collapses", "rho", "CPU s", "at equal CPU s",
+)  # fmt: skip
+
+_BEYOND: Final = "*: the 95% interval does not hold 0."
+
+
+def learning_tables(study: Study) -> list[Table]:
+    """All tables of the part, those of the declared tests first."""
+    declaration, runs = study.declaration, study.learning
+    contrasts = all_contrasts(declaration, runs)
+    tables = [_regimes(declaration), _tests(contrasts), _exploratory(contrasts)]
+    places = [(regime, view) for view in VIEWS for regime in declaration.regimes if view in regime.views]
+    tables += [_methods(declaration, runs, regime, view) for regime, view in places]
+    tables += [_resets(runs, rule) for rule in RESET_RULES if rule in declaration.methods]
+    return tables + ([_pilot(study)] if study.pilot else [])
+
+
+def _regimes(declaration: Declaration) -> Table:
+    rows = []
+    for regime in declaration.regimes:
+        settings = ", ".join(f"{key} = {value}" for key, value in regime.settings.items())
+        rho = ", ".join(f"{method} {band:g}" for method, band in regime.rho_bands.items())
+        name = regime.name + (" (exploratory)" if regime.exploratory else "")
+        rows.append((name, settings or DASH, f"{regime.band:g}", f"{regime.eps_low:g}, {regime.eps_high:g}", rho or DASH))
+    return Table(
+        part=PART,
+        title="Regimes",
+        header=("regime", "settings", "band", "eps low, high", "bands at equal rho"),
+        rows=tuple(rows),
+        caption="Declared in the recipe before the confirmation runs; all methods see the same prompts, lags and updates.",
+    )
+
+
+def _tests(contrasts: Sequence[Contrast]) -> Table:
+    declared = [contrast for contrast in contrasts if contrast.adjusted is not None]
+    view = VIEW_NAMES[declared[0].view] if declared else ""
+    return Table(
+        part=PART,
+        title=f"The {len(declared)} declared contrasts",
+        header=("regime", "contrast", "difference [95% interval]", "p", "Holm p", "blocks", "reading"),
+        rows=tuple(_test_row(contrast) for contrast in declared),
+        caption=f"Final success {view}, first minus second, paired over blocks; t intervals; Holm over these {len(declared)}.",
+        legend=_missing_contrasts(declared),
+    )
+
+
+def _test_row(contrast: Contrast) -> tuple[str, ...]:
+    found = contrast.estimate
+    return (
+        contrast.regime,
+        f"{contrast.first} - {contrast.second}",
+        interval(found),
+        p_value(found.p if found else None),
+        p_value(contrast.adjusted if found else None),
+        f"{found.n if found else 0} of {contrast.num_declared}",
+        reading(contrast),
+    )
+
+
+def reading(contrast: Contrast) -> str:
+    """What a contrast shows, in four words; a declared one is judged by Holm's p."""
+    found = contrast.estimate
+    if found is None:
+        return "missing"
+    if found.n < 2:
+        return "one block only"
+    if found.sign == 0:
+        return "no difference shown"
+    better = contrast.first if found.sign > 0 else contrast.second
+    return f"{better} is better" if contrast.adjusted is None or contrast.adjusted < 0.05 else f"{better} leads, not after Holm"
+
+
+def _missing_contrasts(contrasts: Sequence[Contrast]) -> tuple[str, ...]:
+    short = [c for c in contrasts if (c.estimate.n if c.estimate else 0) < c.num_declared]
+    names = ", ".join(f"{c.first} - {c.second} in {c.regime}" for c in short)
+    return (f"Incomplete: {names}.",) if short else ()
+
+
+def _exploratory(contrasts: Sequence[Contrast]) -> Table:
+    """One row a regime and pair, one column a view and axis."""
+    columns = list(dict.fromkeys((c.view, c.axis) for c in contrasts))
+    pairs: dict[tuple[str, str, str], dict[tuple[str, str], Contrast]] = {}
+    for contrast in contrasts:
+        pairs.setdefault((contrast.regime, contrast.first, contrast.second), {})[contrast.view, contrast.axis] = contrast
+    axes = {"update": "equal updates", "cpu_s": "equal CPU seconds"}
+    return Table(
+        part=PART,
+        title="Every contrast in every view",
+        header=("regime", "contrast", *(f"{VIEW_NAMES[view]}, {axes[axis]}" for view, axis in columns)),
+        rows=tuple(
+            (regime, f"{first} - {second}", *(_cell(found.get(column)) for column in columns))
+            for (regime, first, second), found in pairs.items()
+        ),
+        caption="Differences with 95% t intervals, not adjusted. Equal CPU seconds: those of the cheaper run of each pair, the "
+        "cost of the route included; success between evaluations is interpolated, never extrapolated.",
+        legend=("†: a declared test; all others are exploratory.", _BEYOND),
+    )
+
+
+def _cell(contrast: Contrast | None) -> str:
+    if contrast is None:
+        return DASH
+    marks = ("†" if contrast.adjusted is not None else "") + ("*" if contrast.estimate and contrast.estimate.sign else "")
+    return f"{interval(contrast.estimate)} {marks}".strip()
+
+
+def _methods(declaration: Declaration, runs: Sequence[LearningRun], regime: Regime, view: View) -> Table:
+    rows = method_rows(declaration, runs, regime, view)
+    reference = declaration.methods[0]
+    absent = [method for method in declaration.methods if method not in {row.method for row in rows}]
+    legend = [f"Missing: {row.method}, {_blocks(row.missing)}." for row in rows if row.missing]
+    legend += [f"Not in this view: {', '.join(absent)}."] if absent else []
+    num_shared = max((len(row.equal_cpu) for row in rows), default=0)
+    updates = sorted({run.num_updates for row in rows for run in row.runs if not run.error})
+    return Table(
+        part=PART,
+        title=f"{regime.name}, {VIEW_NAMES[view]}" + (" (exploratory)" if regime.exploratory else ""),
+        header=(*_METHOD_COLUMNS, f"minus {reference} [95% interval]"),
+        rows=tuple(_method_cells(row, reference) for row in rows),
+        caption=f"Held-out success after {' or '.join(map(str, updates)) or 'no'} updates, mean ± half of the 95% t interval "
+        f"over blocks. A collapse ends below {COLLAPSE:g} of the best of its regime and block. At equal CPU s: where the "
+        f"cheapest method of each block ends, over the {counted(num_shared, 'block')} that all methods ran in.",
+        legend=(*legend, _BEYOND, *_early(rows)),
+    )
+
+
+def _method_cells(row: MethodRow, reference: str) -> tuple[str, ...]:
+    difference = estimated(row.differences)
+    shown = "reference" if row.method == reference else interval(difference)
+    return (
+        row.method,
+        f"{row.knobs[0]:g}" if find_method(row.method).has_band else DASH,
+        f"{row.knobs[1]:g}, {row.knobs[2]:g}",
+        f"{len(row.runs)} of {row.num_declared}",
+        plus_minus(row.success),
+        f"{row.worst.success:.3f}" if row.worst else DASH,
+        str(row.num_collapses) if row.runs else DASH,
+        figure(_mean([run.rho for run in row.runs])),
+        figure(_mean([run.cpu_s for run in row.runs]), ".1f"),
+        plus_minus(estimated(row.equal_cpu)),
+        shown + (" *" if difference and difference.sign and shown != "reference" else ""),
+    )
+
+
+def _early(rows: Sequence[MethodRow]) -> Iterator[str]:
+    for row in rows:
+        ended = [run for run in row.runs if run.error]
+        if ended:
+            blocks = _blocks([run.block for run in ended])
+            yield f"Ended early and counted with the last success: {row.method}, {blocks} ({ended[0].error})."
+
+
+def _blocks(blocks: Sequence[int]) -> str:
+    return f"block{'' if len(blocks) == 1 else 's'} {', '.join(map(str, blocks))}"
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None
+
+
+def _resets(runs: Sequence[LearningRun], rule: str) -> Table:
+    effect = reset_effect(runs, method=rule)
+    cells = sorted(effect.cells) if effect else []
+    groups = [(regime, list(group)) for regime, group in groupby(cells, key=lambda cell: cell[0])]
+    verdict = f"Bar of the guarded rule: the lower end above {RESET_BAR:g}. " if rule == RESET_RULES[0] else ""
+    verdict += ("Held." if effect.holds else "Not held.") if effect and verdict else ""
+    return Table(
+        part=PART,
+        title=f"{rule} against ewma without resets",
+        header=("regime", "runs in which it fired", "difference [95% interval]", "worst", "its difference"),
+        rows=tuple(_reset_row(name, group) for name, group in [*groups, *([("all", cells)] if cells else [])]),
+        caption="Final success, paired with the run of the same regime, block, band and eps. " + verdict,
+        legend=() if cells else ("It fired in no run that can be compared.",),
+    )
+
+
+def _reset_row(name: str, cells: Sequence[tuple[str, int, float]]) -> tuple[str, ...]:
+    regime, block, difference = min(cells, key=lambda cell: cell[2])
+    found = interval(estimated([cell[2] for cell in cells]))
+    return name, str(len(cells)), found, f"{regime}, block {block}", f"{difference:+.3f}"
+
+
+def _pilot(study: Study) -> Table:
+    by_knobs: dict[tuple[str, str], dict[Knobs, list[LearningRun]]] = {}
+    for run in study.pilot:
+        tried = by_knobs.setdefault((run.regime, run.method), {})
+        tried.setdefault((run.band, run.eps_low, run.eps_high), []).append(run)
+    tuned = {(regime.name, method): k for regime in study.declaration.regimes for method, k in regime.tuned.items()}
+    settings = sorted({len(tried) for tried in by_knobs.values()})
+    shared = {run.seed for run in study.pilot} & {run.seed for run in study.learning}
+    seeds = "No seed is shared with the confirmation runs." if not shared else f"Seeds shared with them: {sorted(shared)}."
+    return Table(
+        part="Pilot",
+        title="Pilot runs",
+        header=("regime", "method", "band", "eps", "runs", "success", "rho"),
+        rows=tuple(row for place, tried in by_knobs.items() for row in _pilot_rows(place, tried, tuned.get(place))),
+        caption=f"By regime and method, best first; settings tried per method: {' to '.join(map(str, settings))}. {seeds}",
+        legend=("‡: taken as the tuned setting.",),
+    )
+
+
+def _pilot_rows(
+    place: tuple[str, str], tried: Mapping[Knobs, list[LearningRun]], tuned: Knobs | None
+) -> Iterator[tuple[str, ...]]:
+    means = {knobs: fmean(run.success for run in runs) for knobs, runs in tried.items()}
+    for knobs in sorted(means, key=means.__getitem__, reverse=True):
+        mark, rho = " ‡" if knobs == tuned else "", fmean(run.rho for run in tried[knobs])
+        eps = f"{knobs[1]:g}, {knobs[2]:g}"
+        yield *place, f"{knobs[0]:g}", eps, str(len(tried[knobs])), f"{means[knobs]:.3f}{mark}", f"{rho:.3f}"
