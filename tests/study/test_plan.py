@@ -1,6 +1,7 @@
 """A study's recipe: the cells that it asks for, and what it refuses."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -8,7 +9,7 @@ from oldlogits.config import build
 from oldlogits.core.errors import ConfigError
 from oldlogits.study.plan import Plan, cells, decision_cells, learning_cells, pilot_bands, pilot_eps
 
-from .plans import REGIME, plan_table
+from .plans import REGIME, cell, plan_table
 
 
 def plan(**sections):
@@ -40,6 +41,15 @@ def test_what_two_views_share_is_run_once():
         ("arrival", 1.3, 0.1): 3,
         ("mu", 1.1, 0.2): 2,
     }
+
+
+def test_the_name_of_a_cell_follows_from_what_it_sets_and_from_nothing_else():
+    first, second = cell(1), cell(2)
+    assert first.key == cell(1).key != second.key
+    assert replace(first, method="arrival").key != first.key
+    assert replace(first, config=replace(first.config, band=2.0)).key != first.key
+    written_out = replace(first.config, objective=replace(first.config.objective, eps_low=0.2))
+    assert replace(first, config=written_out).key == first.key, "0.2 is the default"
 
 
 def test_exploratory_regimes_run_in_fewer_blocks_and_last():

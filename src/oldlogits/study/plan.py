@@ -140,8 +140,8 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """The hash of all that the result depends on but the code."""
-        content = [self.stage, asdict(self.config), self.regime, self.method, self.block]
+        """The hash of all that the result depends on but the code, and the defaults in it."""
+        content = [self.stage, _unlike(asdict(self.config), asdict(RunConfig())), self.regime, self.method, self.block]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -261,6 +261,18 @@ def _config(base: Mapping[str, object], settings: Iterable[Mapping[str, object]]
     config = config_from_table(table)
     check(config)
     return config
+
+
+def _unlike(values: Mapping[str, object], defaults: Mapping[str, object]) -> dict[str, object]:
+    """The values that are not the default, table by table."""
+    found: dict[str, object] = {}
+    for name, value in values.items():
+        default = defaults[name]
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            found[name] = _unlike(value, default)
+        elif value != default:
+            found[name] = value
+    return found
 
 
 def resolved(plan: Plan) -> Mapping[str, Json]:
