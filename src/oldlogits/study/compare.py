@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -60,9 +59,7 @@ class Comparison:
 
     def __init__(self, plan: Plan, notes: str, folder: Path, processes: int) -> None:
         self.plan, self._notes, self._folder = plan, notes, folder
-        self._processes = processes
-        self._work = partial(compute, decision=plan.decision)
-        self._pool = Pool(folder, self._work, processes)
+        self._pool = Pool(folder, compute, processes)
 
     def run(self, stages: Sequence[Stage], view: View) -> list[Done]:
         """Compute what is missing in these stages; returns the cells that failed.
@@ -120,7 +117,7 @@ class Comparison:
 
     def _compute(self, stage: Stage, cells: Sequence[Cell], view: View) -> list[Done]:
         view.begin(stage, len(cells), len(self._pool.known(cells)))
-        pool = Pool(self._folder, self._work, 1) if stage == "cost" else self._pool
+        pool = Pool(self._folder, compute, 1) if stage == "cost" else self._pool
         return pool.run(cells, view.done, view.start)
 
 

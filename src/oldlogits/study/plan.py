@@ -130,18 +130,31 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One job: a checked recipe, and what its result is filed under."""
+    """One job: a checked recipe, and what its result is filed under.
+
+    Args:
+        stage: What is measured.
+        config: The recipe.
+        regime: Name of the regime; empty for a trace or a cost.
+        method: Name of the method.
+        block: Number of the block or of the trace.
+        bands: Those that are read off a trace.
+        num_scored: The last updates of a trace whose tokens are compared.
+    """
 
     stage: Stage
     config: RunConfig
     regime: str = ""
     method: str
     block: int = 0
+    bands: tuple[float, ...] = ()
+    num_scored: int = 0
 
     @property
     def key(self) -> str:
         """The hash of all that the result depends on but the code, and the defaults in it."""
-        content = [self.stage, _unlike(asdict(self.config), asdict(RunConfig())), self.regime, self.method, self.block]
+        own = _unlike(asdict(self.config), asdict(RunConfig()))
+        content = [self.stage, own, self.regime, self.method, self.block, self.bands, self.num_scored]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -230,7 +243,14 @@ def decision_cells(plan: Plan) -> Iterator[Cell]:
                         "seed": d.first_seed + trace,
                     }
                     config = _config(plan.base, [d.settings, find_method(driver).settings, settings])
-                    yield Cell(stage="decision", config=config, method=driver, block=trace)
+                    yield Cell(
+                        stage="decision",
+                        config=config,
+                        method=driver,
+                        block=trace,
+                        bands=d.bands,
+                        num_scored=d.num_scored,
+                    )
 
 
 def cost_cells(plan: Plan) -> Iterator[Cell]:

@@ -6,52 +6,42 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from oldlogits.record.jsonl import encode
 from oldlogits.study.cost import measure_route
 from oldlogits.study.decision import decision_errors
 from oldlogits.study.learning import run_learning
-from oldlogits.study.plan import Cell, DecisionPlan, Stage
+from oldlogits.study.plan import Cell, Stage
 from oldlogits.study.results import Plain
 from oldlogits.study.trace import record_trace
 
-Compute = Callable[[Cell, Path], Sequence[Plain]]
 
-
-def compute(cell: Cell, folder: Path, decision: DecisionPlan) -> Sequence[Plain]:
+def compute(cell: Cell, folder: Path) -> Sequence[Plain]:
     """The rows of a cell.
 
     Args:
         cell: The job.
         folder: An absent folder, for the run.
-        decision: What is read off a trace.
 
     Raises:
         OldLogitsError: The run could not be made.
     """
-    by_stage: Mapping[Stage, Compute] = {
-        "pilot": _learn,
-        "learning": _learn,
-        "decision": partial(_decide, decision=decision),
-        "cost": _cost,
-    }
-    return by_stage[cell.stage](cell, folder)
+    return _BY_STAGE[cell.stage](cell, folder)
 
 
 def _learn(cell: Cell, folder: Path) -> Sequence[Plain]:
     return [_plain(run_learning(cell.config, folder, regime=cell.regime, method=cell.method, block=cell.block))]
 
 
-def _decide(cell: Cell, folder: Path, *, decision: DecisionPlan) -> Sequence[Plain]:
+def _decide(cell: Cell, folder: Path) -> Sequence[Plain]:
     o = cell.config.objective
     errors = decision_errors(
-        record_trace(cell.config, folder, decision.num_scored),
+        record_trace(cell.config, folder, cell.num_scored),
         driver=cell.method,
         trace=cell.block,
-        bands=decision.bands,
+        bands=cell.bands,
         eps_low=o.eps_low,
         eps_high=o.eps_high,
         dual_clip=None if math.isinf(o.dual_clip) else o.dual_clip,
@@ -62,6 +52,14 @@ def _decide(cell: Cell, folder: Path, *, decision: DecisionPlan) -> Sequence[Pla
 
 def _cost(cell: Cell, folder: Path) -> Sequence[Plain]:
     return [_plain(measure_route(cell.config, folder))]
+
+
+_BY_STAGE: Final[Mapping[Stage, Callable[[Cell, Path], Sequence[Plain]]]] = {
+    "pilot": _learn,
+    "learning": _learn,
+    "decision": _decide,
+    "cost": _cost,
+}
 
 
 def _plain(row: Any) -> Plain:
