@@ -15,6 +15,7 @@ from typing import Final, Protocol
 from oldlogits import __version__
 from oldlogits.core.errors import ConfigError, RunFolderError
 from oldlogits.record.folder import describe_environment
+from oldlogits.study.decision import DecisionError
 from oldlogits.study.pilot import best_knobs
 from oldlogits.study.plan import (
     Cell,
@@ -37,7 +38,7 @@ STAGES: Final[tuple[Stage, ...]] = ("pilot", "learning", "decision", "cost")
 class View(Protocol):
     """Told how the study goes on."""
 
-    def begin(self, stage: str, num_cells: int, num_known: int) -> None:
+    def begin(self, stage: Stage, num_cells: int, num_known: int) -> None:
         """A stage begins; `num_known` of its cells have a result already."""
 
     def start(self, cell: Cell) -> None:
@@ -95,7 +96,7 @@ class Comparison:
             machine=machine,
             pilot=_runs(done["pilot"]),
             learning=_runs(done["learning"]),
-            decision=tuple(row for d in done["decision"] for row in d.rows),
+            decision=tuple(read_as(DecisionError, row) for d in done["decision"] for row in d.rows),
             cost=tuple(row for d in done["cost"] for row in d.rows),
             budget=Budget(
                 cpu_s=sum(d.cpu_s for d in everything),
