@@ -60,7 +60,9 @@ class Comparison:
 
     def __init__(self, plan: Plan, notes: str, folder: Path, processes: int) -> None:
         self.plan, self._notes, self._folder = plan, notes, folder
-        self._pool = Pool(folder, compute, processes)
+        self._machine = dict(describe_environment())
+        self._commit = str(self._machine.pop("git_commit") or "unknown")
+        self._pool = Pool(folder, compute, processes, self._commit)
 
     def run(self, stages: Sequence[Stage], view: View) -> list[Done]:
         """Compute what is missing in these stages; returns the cells that failed.
@@ -86,14 +88,13 @@ class Comparison:
         """What the results add up to so far."""
         done = {stage: [d for cells in self._rounds(stage) for d in self._pool.known(cells)] for stage in STAGES}
         everything = [d for known in done.values() for d in known]
-        machine = dict(describe_environment())
         return Study(
             title=self.plan.title,
             notes=self._notes,
             recipe=resolved(self.plan),
             declaration=self.plan.declaration,
-            code={"version": __version__, "commit": str(machine.pop("git_commit") or "unknown")},
-            machine=machine,
+            code={"version": __version__, "commits": ", ".join(sorted({d.commit for d in everything}))},
+            machine=self._machine,
             pilot=_runs(done["pilot"]),
             learning=_runs(done["learning"]),
             decision=tuple(read_as(DecisionError, row) for d in done["decision"] for row in d.rows),
@@ -118,7 +119,7 @@ class Comparison:
 
     def _compute(self, stage: Stage, cells: Sequence[Cell], view: View) -> list[Done]:
         view.begin(stage, len(cells), len(self._pool.known(cells)))
-        pool = Pool(self._folder, compute, 1) if stage == "cost" else self._pool
+        pool = Pool(self._folder, compute, 1, self._commit) if stage == "cost" else self._pool
         return pool.run(cells, view.done, view.start)
 
 

@@ -38,6 +38,7 @@ class Done:
         rows: Its results; empty if it failed.
         cpu_s: CPU seconds of its process.
         wall_s: Seconds from its beginning to its end.
+        commit: Of the code that computed it.
         error: Why it failed; empty: it did not.
     """
 
@@ -45,6 +46,7 @@ class Done:
     rows: tuple[Plain, ...]
     cpu_s: float
     wall_s: float
+    commit: str
     error: str = ""
 
 
@@ -55,10 +57,11 @@ class Pool:
         folder: Holds ``cells/`` and ``failures/``.
         work: What computes a cell; a function that a new process can import.
         processes: Worker processes.
+        commit: Of the code; noted with every result.
     """
 
-    def __init__(self, folder: Path, work: Work, processes: int) -> None:
-        self._folder, self._work, self._processes = folder, work, processes
+    def __init__(self, folder: Path, work: Work, processes: int, commit: str = "unknown") -> None:
+        self._folder, self._work, self._processes, self._commit = folder, work, processes, commit
 
     def known(self, cells: Iterable[Cell]) -> list[Done]:
         """The results that are there, in the order of the cells."""
@@ -89,7 +92,7 @@ class Pool:
                 while waiting and len(running) < self._processes:
                     cell = waiting.pop()
                     on_start(cell)
-                    running[executor.submit(_compute, self._work, cell)] = cell
+                    running[executor.submit(_compute, self._work, cell, self._commit)] = cell
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     done = future.result()
                     del running[future]
@@ -112,7 +115,8 @@ class Pool:
 
     def _read(self, cell: Cell) -> Done:
         found = json.loads(self._file(cell).read_text(encoding="utf-8"))
-        return Done(cell=cell, rows=tuple(found["rows"]), cpu_s=found["cpu_s"], wall_s=found["wall_s"])
+        values = {name: found[name] for name in ("cpu_s", "wall_s", "commit")}
+        return Done(cell=cell, rows=tuple(found["rows"]), **values)
 
     def _write(self, done: Done) -> None:
         """A result is kept; a failure is written aside, so that the cell is tried again next time."""
@@ -121,6 +125,7 @@ class Pool:
         content: dict[str, Json] = {
             "label": done.cell.label,
             "config": asdict(done.cell.config),
+            "commit": done.commit,
             "cpu_s": done.cpu_s,
             "wall_s": done.wall_s,
             "rows": done.rows,
@@ -136,7 +141,7 @@ def _quiet(folder: Path) -> None:
     os.close(log)
 
 
-def _compute(work: Work, cell: Cell) -> Done:
+def _compute(work: Work, cell: Cell, commit: str) -> Done:
     """In a worker: one cell, whatever becomes of it."""
     import torch
 
@@ -153,4 +158,5 @@ def _compute(work: Work, cell: Cell) -> Done:
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(folder)
-    return Done(cell=cell, rows=rows, cpu_s=time.process_time() - cpu, wall_s=time.perf_counter() - wall, error=error)
+    cpu_s, wall_s = time.process_time() - cpu, time.perf_counter() - wall
+    return Done(cell=cell, rows=rows, cpu_s=cpu_s, wall_s=wall_s, commit=commit, error=error)

@@ -98,6 +98,7 @@ class Regime:
         eps_high: Of the clip, at equal band and at equal rho.
         rho_bands: The band at which a method has the rho that all shall have; methods without a band need none.
         tuned: What the pilot found best, by method.
+        methods: Those that run in it; empty: all.
         exploratory: Outside the declared tests.
     """
 
@@ -118,6 +119,8 @@ class Regime:
 
     def knobs(self, view: View, method: str) -> Knobs | None:
         """What a method runs with in a view; None where the view does not hold the method."""
+        if self.methods and method not in self.methods:
+            return None
         if view == "tuned":
             return self.tuned.get(method)
         band = self.band if view == "band" or not find_method(method).has_band else self.rho_bands.get(method)
