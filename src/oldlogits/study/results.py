@@ -109,6 +109,7 @@ class Regime:
     eps_high: float
     rho_bands: Mapping[str, float] = field(default_factory=dict)
     tuned: Mapping[str, Knobs] = field(default_factory=dict)
+    methods: tuple[str, ...] = ()
     exploratory: bool = False
 
     @property
