@@ -288,7 +288,12 @@ class Loop:
 
     def _entering(self, batch: TokenBatch) -> BatchTokens:
         versions = batch.version[batch.loss_mask]
-        return BatchTokens(versions=versions, trajectory_ids=batch.trajectory_ids, trainer_version=self.version)
+        return BatchTokens(
+            versions=versions,
+            trajectory_ids=batch.trajectory_ids,
+            trainer_version=self.version,
+            has_mixed_kv=bool(batch.mixed_kv.any()),
+        )
 
     async def _score(self, batch: TokenBatch) -> Scored | None:
         started = self._handles.clock()
