@@ -158,6 +158,14 @@ def test_stale_keys_and_values_are_refused_where_old_is_needed_unless_mixed_is_a
     check(changed("variant", "decoupled_async", changed("source.type", "arrival", stale)))
 
 
+@pytest.mark.parametrize("source", ["dedicated", "interruption", "eager"])
+def test_a_route_that_scores_version_by_version_is_refused_over_stale_keys_and_values(source):
+    routed = changed("source.accept_mixed_kv", True, changed("source.type", source))
+    check(routed)
+    with pytest.raises(ConfigError, match=f"source '{source}' scores each version by itself.*fix: use source 'snapshot'"):
+        check(changed("engine.kv", "stale", routed))
+
+
 def test_the_tiny_model_plays_only_at_the_desk():
     with pytest.raises(ConfigError, match="the tiny model knows only the words of the order desk"):
         check(changed("env.target", "my.package:Shop"))

@@ -43,7 +43,7 @@ def test_seq_counts_from_0_and_goes_on_after_a_resume(tmp_path: Path):
     path = tmp_path / "events.jsonl"
     for version in (0, 1):
         with EventLog(path) as log:
-            log.emit(EventKind.WARNING, version=version, message="a")
+            log.emit(EventKind.WARNING, version=version, name="a", message="a", figures={})
             log.emit(EventKind.CHECKPOINT, version=version, path="b")
     assert [(event.seq, event.kind, event.version) for event in read_events(path)] == [
         (0, EventKind.WARNING, 0),
@@ -58,19 +58,19 @@ def test_a_log_cut_at_any_byte_is_readable_and_is_continued_without_gaps(tmp_pat
     path = tmp_path / "events.jsonl"
     with EventLog(path) as log:
         for index in range(3):
-            log.emit(EventKind.WARNING, version=index, message="höher")
+            log.emit(EventKind.WARNING, version=index, name="a", message="höher", figures={})
     path.write_bytes(path.read_bytes()[:-cut])
     num_whole = path.read_bytes().count(b"\n")
     assert len(list(read_events(path))) == num_whole
     with EventLog(path) as log:
-        log.emit(EventKind.WARNING, version=9, message="again")
+        log.emit(EventKind.WARNING, version=9, name="a", message="again", figures={})
     assert [event.seq for event in read_events(path)] == list(range(num_whole + 1))
     assert [event.version for event in read_events(path)][-1] == 9
 
 
 def test_an_event_is_on_disk_when_emit_returns(tmp_path: Path):
     log = EventLog(tmp_path / "events.jsonl")
-    log.emit(EventKind.WARNING, version=0, message="a")
+    log.emit(EventKind.WARNING, version=0, name="a", message="a", figures={})
     assert len(list(read_events(tmp_path / "events.jsonl"))) == 1
     log.close()
 
@@ -89,7 +89,7 @@ def test_a_field_cannot_take_the_name_of_the_head(key: str):
 @pytest.mark.parametrize("fields", [{"seconds_s": "soon"}, {"seconds_s": 1.0, "detail": {"idle_share": [1]}}])
 def test_a_wall_clock_key_holds_a_number(fields: dict):
     with pytest.raises(RecordError, match="wall-clock"):
-        MemoryLog().emit(EventKind.PUBLISHED, version=1, bytes=3, **fields)
+        MemoryLog().emit(EventKind.PUBLISHED, version=1, bytes=3, store_s=0.1, **fields)
 
 
 def test_every_kind_states_its_fields():
@@ -117,7 +117,7 @@ def test_wall_clock_is_told_from_the_key_alone_and_the_ratio_r_s_is_no_duration(
 def test_two_runs_that_differ_in_time_only_have_equal_events_without_wall_clock_keys():
     logs = MemoryLog(), MemoryLog()
     for log, speed in zip(logs, (1.0, 3.0), strict=True):
-        log.emit(EventKind.PUBLISHED, version=1, bytes=3, seconds_s=speed)
+        log.emit(EventKind.PUBLISHED, version=1, bytes=3, store_s=speed, seconds_s=speed)
         log.emit(
             EventKind.UPDATE,
             version=1,

@@ -66,7 +66,7 @@ def test_what_episodes_and_recipes_say_is_escaped(fake_run):
     with EpisodeLog(run / "episodes.jsonl") as log:
         log.append(evil)
     with EventLog(run / "events.jsonl") as log:
-        log.emit(EventKind.WARNING, version=2, message=EVIL)
+        log.emit(EventKind.WARNING, version=2, name="a", message=EVIL, figures={})
     (run / "config.toml").write_text(f"x = '''{EVIL}'''")
     html = page(run)
     assert html.count("<script") == 1

@@ -1,10 +1,12 @@
 """Tiny models of each family, and transformers' forward as the oracle of their log-probs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import (
+    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -17,6 +19,7 @@ from transformers import (
 )
 
 from oldlogits.core.protocols import Generation
+from oldlogits.core.trajectory import Sampled, Segment
 
 VOCAB = 61
 SHAPE = {
@@ -86,6 +89,28 @@ def logp_of(model: PreTrainedModel, ids: list[int], temperature: float = 1.0) ->
     """Of tokens 1, 2, ... of a sequence."""
     logp = torch.log_softmax(model(torch.tensor([ids])).logits[0, :-1].double() / temperature, dim=-1)
     return logp.gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1).tolist()
+
+
+@torch.no_grad()
+def kept_logprobs(model: PreTrainedModel, by_version: dict[int, dict[str, Tensor]], segments: Sequence[Segment]) -> list[float]:
+    """Of the sampled tokens of a trajectory, as an engine's cache grows token by token.
+
+    A fresh segment begins with entries of its own version; every token then adds the entry of the token before it.
+    """
+    ids = torch.tensor([[i for segment in segments for i in segment.token_ids]])
+    logprobs, position, cache = [], 0, DynamicCache()
+    for segment in segments:
+        if isinstance(segment, Sampled):
+            load(model, by_version[segment.version])
+            if segment.kv == "fresh":
+                cache = DynamicCache()
+                if position > 1:
+                    model(ids[:, : position - 1], past_key_values=cache)
+            for p in range(position, position + len(segment.token_ids)):
+                logits = model(ids[:, p - 1 : p], past_key_values=cache).logits[0, -1].double()
+                logprobs.append(float(torch.log_softmax(logits / segment.temperature, 0)[ids[0, p]]))
+        position += len(segment.token_ids)
+    return logprobs
 
 
 def expected_logprobs(

@@ -7,10 +7,12 @@ import torch
 
 from oldlogits.core.errors import ConfigError, ModelFolderError
 from oldlogits.core.protocols import FullWeights, RolloutEngine, Sampling, Span
+from oldlogits.core.trajectory import Context
 from oldlogits.rollout.embedded import WARM_STEPS, EmbeddedEngine, EngineCore
 from oldlogits.rollout.spec import EngineSpec
+from oldlogits.rollout.turns import sampled_segments
 
-from .reference import VOCAB, expected_logprobs, load, logp_of, make_model, perturbed, save, weights_of
+from .reference import VOCAB, expected_logprobs, kept_logprobs, load, logp_of, make_model, perturbed, save, weights_of
 
 CONTEXT = 96
 
@@ -71,6 +73,13 @@ def assert_exact(model, versions, prompts, finished, temperature=1.0):
         assert list(generation.logprobs) == pytest.approx(expected, abs=1e-5)
         assert [span.start for span in generation.spans] == [0, *(span.end for span in generation.spans)][:-1]
         assert len(generation.output_ids) == (generation.spans[-1].end if generation.spans else 0)
+
+
+def assert_kept(model, versions, prompts, finished):
+    """Every token attends to entries of the versions that `kept_logprobs` says."""
+    for name, generation in finished.items():
+        segments = [Context(token_ids=tuple(prompts[name])), *sampled_segments(generation, 1.0)]
+        assert list(generation.logprobs) == pytest.approx(kept_logprobs(model, versions, segments), abs=1e-5)
 
 
 def test_logprobs_are_those_of_a_full_forward_with_more_requests_than_slots(make_core, model, versions):
@@ -222,25 +231,37 @@ def test_stale_keeps_the_old_entries_and_marks_what_attends_to_them(make_core, m
     assert max(abs(a - b) for a, b in zip(generation.logprobs[6:], fresh, strict=True)) > 1e-3
 
 
-def test_a_prefix_found_in_a_stale_slot_is_mixed_and_one_computed_anew_is_fresh(make_core, model, versions):
-    core = make_core(num_slots=3)
-    core.add("old", prompt(40, 1), Sampling(max_tokens=2))
-    run(core)
+def test_after_a_stale_update_a_group_shares_only_what_the_new_version_computed(make_core, model, versions):
+    core, shared = make_core(), prompt(40, 1)
+    for name in ("a", "b"):
+        core.add(name, shared, Sampling(max_tokens=12))
+    core.add("ended", shared, Sampling(max_tokens=2))
+    finished = steps(core, 4)
+    hits, computed = core.stats.num_prefix_hit_tokens, core.stats.num_prefill_tokens
     update(core, versions[1], 1, kv="stale")
-    prompts = {"hit": prompt(40, 1), "miss": prompt(40, 2)}
-    for name, ids in prompts.items():
-        core.add(name, ids, Sampling(max_tokens=3))
+    for name in ("c", "d"):
+        core.add(name, shared, Sampling(max_tokens=12))
+    finished |= run(core)
+    assert (core.stats.num_prefill_tokens - computed, core.stats.num_prefix_hit_tokens - hits) == (39, 39)
+    assert finished["b"].spans == (Span(version=0, start=0, end=4), Span(version=1, start=4, end=12, kv="mixed"))
+    assert finished["d"].spans == (Span(version=1, start=0, end=12),)
+    assert_kept(model, versions, dict.fromkeys("abcd", shared), {name: finished[name] for name in "abcd"})
+
+
+def test_the_turn_after_a_mixed_one_is_computed_anew_and_fresh(make_core, model, versions):
+    core, ids = make_core(), prompt(20, 1)
+    core.add("a/0", ids, Sampling(max_tokens=8))
+    steps(core, 4)
+    update(core, versions[1], 1, kv="stale")
+    following = [*ids, *run(core)["a/0"].output_ids, 5]
+    core.add("a/1", following, Sampling(max_tokens=4))
     finished = run(core)
-    assert finished["hit"].spans == (Span(version=1, start=0, end=3, kv="mixed"),)
-    assert finished["miss"].spans == (Span(version=1, start=0, end=3),)
-    assert_exact(model, versions, {"miss": prompts["miss"]}, {"miss": finished["miss"]})
-    core.add("again", prompt(40, 2), Sampling(max_tokens=3))
-    core.add("again too", prompt(40, 1), Sampling(max_tokens=3))
-    finished = run(core)
-    assert [finished[name].spans[0].kv for name in ("again", "again too")] == ["fresh", "mixed"]
-    update(core, versions[2], 2)
-    core.add("clean", prompt(40, 1), Sampling(max_tokens=3))
-    assert run(core)["clean"].spans == (Span(version=2, start=0, end=3),)
+    assert core.stats.num_prefix_hit_tokens == 0
+    assert finished["a/1"].spans == (Span(version=1, start=0, end=4),)
+    assert_exact(model, versions, {"a/1": following}, finished)
+    core.add("a/2", [*following, *finished["a/1"].output_ids, 6], Sampling(max_tokens=4))
+    run(core)
+    assert core.stats.num_prefix_hit_tokens == len(following) + 3
 
 
 def test_weights_change_only_while_paused_and_never_go_back(make_core, model, versions):
@@ -494,8 +515,11 @@ def test_a_spec_out_of_range_is_refused(folder, change):
         EngineCore(EngineSpec(**{"model_path": folder, "max_context": 64, **change}))
 
 
+@pytest.mark.parametrize("kv", [["recompute"], ["stale"], ["recompute", "stale"]])
 @pytest.mark.parametrize("seed", range(4))
-def test_any_schedule_gives_each_request_one_result_whose_every_token_belongs_to_its_version(make_core, model, versions, seed):
+def test_any_schedule_gives_each_request_one_result_whose_every_token_belongs_to_its_version(
+    make_core, model, versions, seed, kv
+):
     rng, core = random.Random(seed), make_core(num_slots=6, seed=seed)
     prompts, finished, version = {}, {}, 0
     texts = [prompt(rng.randrange(1, 50), i) for i in range(5)]
@@ -510,7 +534,7 @@ def test_any_schedule_gives_each_request_one_result_whose_every_token_belongs_to
                 core.set_quota(name, rng.randrange(6))
         elif action < 0.30 and version < 5:
             version += 1
-            update(core, versions[version], version)
+            update(core, versions[version], version, kv[version % len(kv)])
         elif action < 0.35 and prompts:
             name = rng.choice(list(prompts))
             generation = core.abort(name)
@@ -527,9 +551,12 @@ def test_any_schedule_gives_each_request_one_result_whose_every_token_belongs_to
         core.set_quota(name, None)
     finished |= run(core)
     assert finished.keys() == prompts.keys()
-    assert all(span.kv == "fresh" for generation in finished.values() for span in generation.spans)
+    spans = [span for generation in finished.values() for span in generation.spans]
+    assert {span.kv for span in spans} == ({"fresh"} if kv == ["recompute"] else {"fresh", "mixed"})
+    assert all(generation.spans[0].kv == "fresh" for generation in finished.values() if generation.spans)
     assert core.stats.num_decode_tokens == sum(len(generation.output_ids) for generation in finished.values())
-    assert_exact(model, versions, prompts, finished)
+    check = assert_exact if kv == ["recompute"] else assert_kept
+    check(model, versions, prompts, finished)
 
 
 def test_the_facade_resolves_what_its_driver_steps(make_core, model, versions):

@@ -81,7 +81,8 @@ def check_whole(out: Path, ended: str) -> int:
 def test_in_fp32_every_trained_token_is_exact_over_processes_and_the_bound_holds(tiny_folder, tmp_path, capsys, clean):
     config = recipe(tiny_folder, **LOCAL, num_updates=6, eval={"num_episodes": 16}, record={"checkpoint_every": 4})
     assert command(["train", str(write_recipe(tmp_path / "r.toml", config)), "--out", str(tmp_path / "run")]) == 0
-    tokens = tokens_of(tmp_path / "run", "log_r_d", "staleness", "trajectory", "version", "provenance")
+    columns = ("log_r_d", "staleness", "trajectory", "version", "trainer_version", "provenance")
+    tokens = tokens_of(tmp_path / "run", *columns)
     spans = [len(set(tokens["version"][tokens["trajectory"] == name])) for name in sorted(set(tokens["trajectory"]))]
     assert len(spans) == 6 * 3 * 4
     assert sum(n >= 2 for n in spans) >= 3
@@ -89,6 +90,11 @@ def test_in_fp32_every_trained_token_is_exact_over_processes_and_the_bound_holds
     assert set(tokens["provenance"]) == {"exact"}
     assert 1 <= tokens["staleness"].max() <= 2
     assert tokens["staleness"].min() >= 0
+    first = tokens["trainer_version"] == 0
+    [calibration] = events_of(tmp_path / "run", EventKind.CALIBRATION)
+    assert calibration.fields["num_tokens"] == first.sum()
+    assert not tokens["staleness"][first].any()
+    assert calibration.fields["log_r_d_abs_max"] == pytest.approx(np.abs(tokens["log_r_d"][first]).max(), abs=1e-5)
     summary = summary_of(tmp_path / "run")
     assert summary["staleness_max"] == tokens["staleness"].max()
     assert summary["witness_publish_max_abs_error"] <= 1e-5

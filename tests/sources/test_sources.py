@@ -69,6 +69,22 @@ def test_snapshot_switches_once_per_distinct_version_in_ascending_order(tags):
     assert scored.num_switches == len(set(tags.tolist()))
 
 
+@given(versions)
+def test_snapshot_leaves_a_batch_over_stale_entries_to_the_mixed_version_forward(tags):
+    class MixingTrainer(FakeTrainer):
+        async def score_mixed(self):
+            self.calls.append("mixed")
+            return np.arange(len(tags), dtype=np.float32)
+
+    trainer, entering_mixed = MixingTrainer(), dataclasses.replace(entering(tags), has_mixed_kv=True)
+    scored = asyncio.run(SnapshotSource(trainer).acquire(entering_mixed))
+    assert trainer.calls == ["mixed"]
+    assert scored.policy is OLD
+    assert scored.values.tolist() == list(range(len(tags)))
+    assert scored.num_switches == len(set(tags.tolist()))
+    check_scored(scored, tags)
+
+
 def test_snapshot_does_not_stand_in_for_a_version_that_is_gone():
     with pytest.raises(VersionEvictedError, match="version 2"):
         asyncio.run(SnapshotSource(FakeTrainer(held={1, 3})).acquire(entering([1, 2, 3])))

@@ -13,9 +13,11 @@ from oldlogits.policy.model import load_model, named_weights
 from oldlogits.rollout.embedded import EngineCore
 from oldlogits.rollout.numerics import Numerics
 from oldlogits.rollout.spec import EngineSpec
-from oldlogits.train.engine_view import EngineView
+from oldlogits.train import engine_view
+from oldlogits.train.engine_view import EngineView, engine_weights
 from oldlogits.train.trainer import Trainer
 
+from ..builders import batch_of, sampled, trajectory
 from ..rollout.reference import MODELS, VOCAB, load, logp_of, make_model, perturbed, save, weights_of
 
 ALL = get_args(Numerics)
@@ -94,3 +96,102 @@ def test_a_publication_carries_both_views_of_the_probe(numerics, tiny_folder, re
     assert (published.engine_probe_logps.tolist() == published.probe_logps.tolist()) is (numerics == "fp32")
     stored = named_weights(load_model(tiny_folder))
     assert all(torch.equal(stored[name], weight) for name, weight in published.weights.items())
+
+
+NO_SOURCE = {"variant": "ppo_clip_train_infer", "source": {"type": "none"}}
+PROBE = [3, 9, 10, 11, 12, 2, 4, 13]
+SAID = [[14, 15, 16, 17, 2], [18, 2], [19, 20, 21]]
+
+
+def batch_at(version: int, temperature: float):
+    """Three sequences of different lengths; the last is sampled at temperature 1."""
+    logps = [[-0.5 - 0.1 * i for i in range(len(said))] for said in SAID]
+    made = [
+        trajectory([3, 9], sampled(said, version, logp=logp, temperature=t), id=f"g0.{i}")
+        for i, (said, logp, t) in enumerate(zip(SAID, logps, (temperature, temperature, 1.0), strict=True))
+    ]
+    return batch_of(made, [1.0, -1.0, 0.5]), [logp for one in logps for logp in one]
+
+
+def step(trainer: Trainer, version: int) -> None:
+    """An update of its own kind, so that versions differ."""
+    batch, _ = batch_at(version, 0.7)
+    trainer.put_batch(batch)
+    trainer.train(None)
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 1000])
+@pytest.mark.parametrize("numerics", EXACT)
+def test_a_batch_is_scored_with_the_published_weights_in_the_engines_numerics(
+    numerics, micro_batch_tokens, tiny_folder, recipe
+):
+    sizes = {"micro_batch_tokens": micro_batch_tokens, "head_chunk_tokens": 2}
+    trainer = Trainer(recipe(**NO_SOURCE, engine={"numerics": numerics}, trainer=sizes), tiny_folder, PROBE)
+    trainer.publish()
+    step(trainer, 0)
+    weights = {name: weight.clone() for name, weight in trainer.publish().weights.items()}
+    model = EngineView(load(load_model(tiny_folder), weights), numerics).model
+    batch, mu = batch_at(1, 0.7)
+    trainer.put_batch(batch)
+    expected = [logp for said, t in zip(SAID, (0.7, 0.7, 1.0), strict=True) for logp in logp_of(model, [3, 9, *said], t)[1:]]
+    found = trainer.score_engine(np.arange(len(expected)))
+    np.testing.assert_allclose(found.values, expected, rtol=0, atol=5e-6)
+    np.testing.assert_array_equal(found.logp_mu, np.float32(mu))
+    some = trainer.score_engine(np.array([1, 4, 8]))
+    np.testing.assert_allclose(some.values, np.array(expected)[[1, 4, 8]], rtol=0, atol=5e-6)
+    np.testing.assert_array_equal(some.logp_mu, np.float32(mu)[[1, 4, 8]])
+
+
+def test_the_weights_are_rounded_once_per_version(tiny_folder, recipe, monkeypatch):
+    trainer, rounded = Trainer(recipe(**NO_SOURCE, engine={"numerics": "fp8"}), tiny_folder, PROBE), []
+    monkeypatch.setattr(engine_view, "engine_weights", lambda *args: rounded.append(1) or engine_weights(*args))
+    for version in range(2):
+        trainer.publish()
+        batch, _ = batch_at(version, 1.0)
+        trainer.put_batch(batch)
+        for _ in range(3):
+            trainer.score_engine(np.arange(10))
+        step(trainer, version)
+    assert len(rounded) == 2
+
+
+def test_scoring_as_the_engine_changes_neither_the_trainers_own_scores_nor_its_training(tiny_folder, recipe):
+    ended = []
+    for looks in (False, True):
+        trainer = Trainer(recipe(**NO_SOURCE, engine={"numerics": "fp8_dynamic"}), tiny_folder, PROBE)
+        for version in range(2):
+            trainer.publish()
+            batch, _ = batch_at(version, 0.7)
+            trainer.put_batch(batch)
+            if looks:
+                trainer.score_engine(np.arange(10))
+            scores = trainer.score(np.arange(10), None)
+            trainer.train(None)
+        ended.append((scores.tolist(), {name: w.clone() for name, w in trainer.publish().weights.items()}))
+    assert ended[0][0] == ended[1][0]
+    assert all(torch.equal(weight, ended[1][1][name]) for name, weight in ended[0][1].items())
+
+
+@pytest.mark.parametrize("window", [0, 2])
+def test_the_noise_of_the_probe_is_kept_for_the_versions_within_the_bound(window, tiny_folder, recipe):
+    trainer = Trainer(recipe(**NO_SOURCE, engine={"numerics": "int4"}, max_staleness=window), tiny_folder, PROBE)
+    expected = {}
+    for version in range(5):
+        published = trainer.publish()
+        expected[version] = published.engine_probe_logps - published.probe_logps
+        batch, _ = batch_at(version, 0.7)
+        trainer.put_batch(batch)
+        noise = trainer.score_engine(np.arange(1)).noise
+        assert list(noise) == list(range(max(0, version - window), version + 1))
+        assert all(np.array_equal(noise[v], expected[v]) and np.abs(noise[v]).max() > 1e-3 for v in noise)
+        step(trainer, version)
+
+
+def test_an_fp32_engine_scores_as_the_trainer(tiny_folder, recipe):
+    trainer = Trainer(recipe(**NO_SOURCE), tiny_folder, PROBE)
+    trainer.publish()
+    batch, _ = batch_at(0, 0.7)
+    trainer.put_batch(batch)
+    found = trainer.score_engine(np.arange(10))
+    assert found.values.tolist() == trainer.score(np.arange(10), None).tolist()
+    assert not found.noise[0].any()

@@ -307,6 +307,17 @@ def test_a_nan_among_lag_0_tokens_does_not_hide_a_false_old(case, recipe):
         run(case, config, dataclasses.replace(scored, values=values), batch=one_step(case.batch))
 
 
+def test_lag_0_tokens_over_entries_of_older_versions_are_no_witness(case, recipe):
+    scored = case.scored(OLD)
+    lag0 = np.flatnonzero(case.batch.loss_mask & (case.batch.version == VERSION))
+    values, mixed = scored.values.copy(), np.zeros_like(case.batch.loss_mask)
+    values[np.searchsorted(np.flatnonzero(case.batch.loss_mask), lag0[1])] -= 0.125
+    mixed[lag0[1]] = True
+    config, batch = config_of(recipe, "decoupled_exact"), dataclasses.replace(one_step(case.batch), mixed_kv=mixed)
+    result, _ = run(case, config, dataclasses.replace(scored, values=values), batch=batch)
+    assert 0 <= result.lag0_max_abs_error < 2e-6
+
+
 @pytest.mark.parametrize("variant", ["decoupled_async", "linear_prox"])
 def test_there_is_no_lag_0_witness_where_the_stand_in_is_not_old(case, recipe, variant):
     result, _ = run(case, config_of(recipe, variant), scored_for(case, variant))

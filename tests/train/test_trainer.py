@@ -165,6 +165,24 @@ def test_a_stored_copy_that_was_tampered_with_is_noticed_when_it_scores(trainer,
     assert trainer.witnesses.publish_max_abs_error > 1e-5
 
 
+def test_a_mixed_forward_witnesses_every_version_and_stands_in_for_none_that_is_gone(trainer):
+    for version in range(2):
+        train(trainer, version)
+    segments = [sampled([12, 13], 0), sampled([14, 2], 1, kv="mixed"), [9], sampled([15, 2], 1)]
+    trainer.put_batch(batch := batch_of([trajectory([3, 9], *segments)]))
+    recomputed = old_of(trainer, batch).values
+    mixed = trainer.score_mixed()
+    np.testing.assert_allclose(mixed[[0, 1, 4, 5]], recomputed[[0, 1, 4, 5]], rtol=0, atol=2e-6)
+    assert np.abs(mixed - recomputed)[2:4].max() > 1e-3
+    assert trainer.witnesses.publish_max_abs_error == 0
+    tamper(trainer, 1, 0.01)
+    with pytest.raises(ExactnessError, match="the checkout of version 1 contradicts the live weights at its publish"):
+        trainer.score_mixed()
+    trainer.retain(1)
+    with pytest.raises(VersionEvictedError, match="version 0 is not in the store"):
+        trainer.score_mixed()
+
+
 def test_versions_that_are_not_retained_are_gone_and_the_others_score_on(trainer):
     for version in range(3):
         train(trainer, version)

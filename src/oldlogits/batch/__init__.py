@@ -1,7 +1,20 @@
 """Trajectories to tensors: the one place that knows packing and padding."""
 
+from oldlogits.batch.chains import Chain, Chunk, chains_of, cut_out
 from oldlogits.batch.collate import TokenBatch, collate
 from oldlogits.batch.pad import MicroBatch, micro_batches, plan
 from oldlogits.batch.sequences import Sequences, pack
 
-__all__ = ["MicroBatch", "Sequences", "TokenBatch", "collate", "micro_batches", "pack", "plan"]
+__all__ = [
+    "Chain",
+    "Chunk",
+    "MicroBatch",
+    "Sequences",
+    "TokenBatch",
+    "chains_of",
+    "collate",
+    "cut_out",
+    "micro_batches",
+    "pack",
+    "plan",
+]

@@ -152,7 +152,7 @@ class Provenance(StrEnum):
     """How the stand-in's log-prob of one token was obtained."""
 
     EXACT = "exact"  # the training engine's forward at the token's own version, fresh keys and values
-    MIXED_KV = "mixed_kv"  # at the token's own version, but the engine attended to entries of older versions
+    MIXED_KV = "mixed_kv"  # likewise, over entries of the older versions that computed them in the engine
     ASYNC = "async"
     EWMA = "ewma"
     AGED = "aged"
@@ -179,16 +179,26 @@ STAND_IN_PROVENANCE: Final[Mapping[Policy, Provenance]] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """A route to log-probs: what it provides, what it costs in one phrase, and whether the trainer stores versions for it."""
+    """A route to log-probs.
+
+    Args:
+        provides: The policies whose log-probs it gives.
+        cost: What it costs, in one phrase.
+        stores_versions: Whether the trainer stores versions for it.
+        mixes_versions: Whether it gives OLD of tokens that were sampled over keys and values of older versions.
+    """
 
     provides: frozenset[Policy]
     cost: str
     stores_versions: bool = True
+    mixes_versions: bool = False
 
 
 SOURCES: Final[Mapping[str, Route]] = MappingProxyType(
     {
-        "snapshot": Route(provides=frozenset({OLD}), cost="stores every version that is still needed"),
+        "snapshot": Route(
+            provides=frozenset({OLD}), cost="stores every version that is still needed", mixes_versions=True
+        ),
         "dedicated": Route(provides=frozenset({OLD}), cost="a second model, and its window of versions"),
         "interruption": Route(
             provides=frozenset({OLD}), cost="the engine waits while the trainer scores and steps", stores_versions=False

@@ -207,11 +207,13 @@ class BatchTokens:
         versions: int64 [loss token]; the version that sampled each.
         trajectory_ids: One per trajectory; its loss tokens stand side by side.
         trainer_version: The trainer's version, before its first optimizer step on this batch.
+        has_mixed_kv: Whether some were sampled over keys and values of older versions.
     """
 
     versions: NDArray[np.int64]
     trajectory_ids: tuple[str, ...]
     trainer_version: PolicyVersion
+    has_mixed_kv: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,6 +282,18 @@ class ScoringHandle(PieceScorer, Protocol):
 
         Raises:
             VersionEvictedError: The version is no longer held.
+        """
+        ...
+
+    async def score_mixed(self) -> NDArray[np.float32]:
+        """Log-probs of all loss tokens of the batch in training, over keys and values of the versions that the engine had.
+
+        Returns:
+            float32 [loss token], each at the version that sampled it.
+
+        Raises:
+            VersionEvictedError: A version is no longer held.
+            TrajectoryError: The batch does not say which versions computed them.
         """
         ...
 

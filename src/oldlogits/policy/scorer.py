@@ -32,6 +32,13 @@ def action_logps(model: PreTrainedModel, micro: MicroBatch, *, head_chunk_tokens
         float32 [action], in the order of ``micro.flat``.
     """
     hidden = model.base_model(input_ids=micro.input_ids, use_cache=False).last_hidden_state
+    return head_logps(model, hidden, micro, head_chunk_tokens=head_chunk_tokens)
+
+
+def head_logps(
+    model: PreTrainedModel, hidden: Float[Tensor, "row column width"], micro: MicroBatch, *, head_chunk_tokens: int
+) -> Float[Tensor, " action"]:
+    """The log-probs of the micro-batch's tokens, given its final hidden states; see `action_logps`."""
     hidden = hidden[micro.row, micro.column]
     head = model.get_output_embeddings()
     chunks = range(0, len(hidden), head_chunk_tokens)

@@ -46,6 +46,8 @@ class EventKind(StrEnum):
     """The engine was paused, took the new weights, and went on."""
     PROBE = "probe"
     """Engine and trainer were compared on a fixed prompt."""
+    CALIBRATION = "calibration"
+    """The engine's own noise was measured at lag 0: the share of tokens that each band would mask."""
     REFEREE = "referee"
     """A stand-in's decisions were compared with those of OLD: sums over the tokens of each staleness."""
     AVERAGE_RESET = "average_reset"
@@ -76,6 +78,10 @@ FIELDS: Final[Mapping[EventKind, frozenset[str]]] = MappingProxyType(
         EventKind.PUBLISHED: frozenset({"bytes", "seconds_s"}),
         EventKind.WEIGHTS_UPDATED: frozenset({"pause_s", "load_s", "stall_s"}),
         EventKind.PROBE: frozenset({"max_abs_error", "mean_abs_error", "num_tokens"}),
+        EventKind.CALIBRATION: frozenset(
+            {"num_trajectories", "num_tokens", "log_r_d_abs_mean", "log_r_d_abs_max", "r_d_mean", "r_d_mean_error"}
+            | {"bands", "masked", "kept"}
+        ),
         EventKind.REFEREE: frozenset(
             {"policy", "num_tokens", "num_nonzero", "num_compared", "logp_error"}
             | {"wrongly_kept", "wrongly_masked", "wrongly_kept_nonzero", "wrongly_masked_nonzero"}
@@ -86,7 +92,7 @@ FIELDS: Final[Mapping[EventKind, frozenset[str]]] = MappingProxyType(
             | {"error_before", "error_after", "weight_error_before", "weight_error_after"}
         ),
         EventKind.CHECKPOINT: frozenset({"path"}),
-        EventKind.WARNING: frozenset({"message"}),
+        EventKind.WARNING: frozenset({"name", "message", "figures"}),
         EventKind.RUN_ENDED: frozenset({"reason", "error"}),
     }
 )

@@ -10,6 +10,7 @@ from typing import Final, Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from oldlogits.record.calibration import calibration
 from oldlogits.record.decisions import decisions
 from oldlogits.record.figures import figures
 from oldlogits.record.folder import RunFolder, write_atomic
@@ -61,7 +62,7 @@ def write_report(run_folder: Path) -> Path:
         cards=_cards(run),
         missing=_missing(run),
         details=_details(run),
-        sections=figures(run) | decisions(run),
+        sections=figures(run) | calibration(run) | decisions(run),
         transcripts=chosen_transcripts(run.episodes),
         provenance=sorted(run.summary.provenance.items()) if run.summary else [],
         accounting=list(run.summary.accounting.items()) if run.summary else [],

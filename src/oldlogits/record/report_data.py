@@ -55,7 +55,8 @@ class RunData:
         probe_max_abs_error: The largest of all probes.
         referee: The events of the referee.
         resets: The events of resets of the weight average.
-        warnings: In order.
+        calibration: The fields of ``calibration``; empty when there was none.
+        warnings: In order, each once.
         ended: The reason in ``run_ended``; None when the process was killed.
         error: The error in ``run_ended``.
         summary: ``summary.json``.
@@ -71,6 +72,7 @@ class RunData:
     probe_max_abs_error: float | None
     referee: tuple[Event, ...]
     resets: tuple[Event, ...]
+    calibration: Mapping[str, Json]
     warnings: tuple[str, ...]
     ended: str | None
     error: str | None
@@ -111,7 +113,8 @@ def read_run(path: Path) -> RunData:
         probe_max_abs_error=max((probe for probe in probes if probe is not None), default=None),
         referee=tuple(event for event in kept if event.kind is EventKind.REFEREE),
         resets=tuple(event for event in kept if event.kind is EventKind.AVERAGE_RESET),
-        warnings=tuple(str(event.fields["message"]) for event in kept if event.kind is EventKind.WARNING),
+        calibration=next((event.fields for event in kept if event.kind is EventKind.CALIBRATION), {}),
+        warnings=tuple(dict.fromkeys(str(event.fields["message"]) for event in kept if event.kind is EventKind.WARNING)),
         ended=str(ended.fields["reason"]) if ended else None,
         error=str(ended.fields["error"]) if ended and ended.fields["error"] else None,
         summary=Summary.read(folder.summary) if folder.summary.exists() else None,

@@ -7,7 +7,12 @@ One step of `EngineCore`, who feeds whom:
              '-- update_weights with kv = "recompute" sends every running request back here, with its slot
 
 Prefill computes keys and values of all tokens but the newest; the newest is the input of the decode step, the one
-place where tokens are sampled.
+place where tokens are sampled. Prefill and the first decode step of a request are one step of the engine.
+
+What other requests may share is always of the current version. With kv = "stale" running requests keep their entries
+over an update; what they sample from then on is marked "mixed", and nobody else finds their entries. Thus every entry
+that a request attends to was computed by the version that sampled the request's first token, and from there on by the
+version that sampled the token after it (docs/routes.md).
 """
 
 from __future__ import annotations
@@ -53,7 +58,6 @@ class EngineCore:
         self._table = SlotTable(spec.num_slots, spec.max_context)
         self._index = PrefixIndex(spec.num_slots)
         self._freed_at = dict.fromkeys(range(spec.num_slots), -WARM_STEPS)  # of the free slots: the step
-        self._stale_slots: set[int] = set()
         self._requests: dict[str, Request] = {}
         self._waiting: dict[str, Request] = {}
         self._decoding: dict[int, Request] = {}  # by slot
@@ -137,7 +141,7 @@ class EngineCore:
         return {request.id: request.generation(self._table.output_logprobs(request), "abort") for request in requests}
 
     def update_weights(self, tensors: Mapping[str, Tensor], version: PolicyVersion) -> None:
-        """Take over new weights; with kv = "recompute" all cached keys and values are dropped.
+        """Take over new weights; cached keys and values are dropped, but with kv = "stale" those of running requests stay.
 
         Raises:
             ConfigError: The engine is not paused, or the version goes back.
@@ -154,17 +158,16 @@ class EngineCore:
         self._version = version
         running = [request for request in self._requests.values() if request.slot >= 0]
         self._table.sync(running)
+        self._index.clear()
         if self._paused == "stale":
             for request in running:
                 if request.id not in self._waiting:
                     request.mark(version, "mixed")
-            self._stale_slots.update(range(self.spec.num_slots))
             return
         self._set_decoding(running, False)
         for request in running:
             request.extend_keys()
         self._waiting = dict(self._requests)
-        self._index.clear()
         self._cache.zero_()  # no old entry, finite or not, reaches a new sequence
 
     def resume(self) -> None:
@@ -219,10 +222,6 @@ class EngineCore:
         slot = request.slot
         if length and slot != source:
             self._cache[:, :, slot, :, :length] = self._cache[:, :, source, :, :length]
-        if length and source in self._stale_slots:
-            self._stale_slots.add(slot)
-        else:
-            self._stale_slots.discard(slot)
         self._index.hold(slot, request.tokens[:length], request.keys)
         self._num_hit += length
 
@@ -247,7 +246,7 @@ class EngineCore:
             self._table.place(new)
         for request in requests:
             self._index.hold(request.slot, request.tokens[:-1], request.keys)
-            request.mark(self._version, "mixed" if request.slot in self._stale_slots else "fresh")
+            request.mark(self._version, "fresh")
         self._set_decoding(requests, True)
 
     def _prefill_batch(self, batch: list[tuple[int, int, Request]]) -> None:
@@ -306,13 +305,14 @@ class EngineCore:
                 self._decoding.pop(request.slot, None)
 
     def _end(self, request: Request, reason: FinishReason) -> Generation:
-        """Free the request's slot, which stays warm, and build its result."""
+        """Free the request's slot, which stays warm if its entries are of the current version, and build its result."""
         del self._requests[request.id]
         was_waiting = self._waiting.pop(request.id, None) is not None
         if request.slot >= 0 and not was_waiting:
             self._table.sync([request])
-            request.extend_keys()
-            self._index.hold(request.slot, request.tokens[:-1], request.keys)
+            if request.is_fresh:
+                request.extend_keys()
+                self._index.hold(request.slot, request.tokens[:-1], request.keys)
         if request.slot >= 0:
             self._set_decoding([request], False)
             self._freed_at[request.slot] = self._num_steps

@@ -84,6 +84,11 @@ class Request:
         """Whether it restricts the support."""
         return self.sampling.top_p < 1 or self.sampling.top_k > 0
 
+    @property
+    def is_fresh(self) -> bool:
+        """Whether its keys and values, once it has some, are all of the current version."""
+        return self.marks[-1][2] == "fresh"
+
     def mark(self, version: PolicyVersion, kv: KV) -> None:
         """Output tokens from here on are sampled with this version."""
         if not self.marks or self.marks[-1][1:] != (version, kv):

@@ -56,6 +56,7 @@ METHODS: dict[str, Callable[..., object]] = {
     "publish": Trainer.publish,
     "put_batch": Trainer.put_batch,
     "score": Trainer.score,
+    "score_mixed": Trainer.score_mixed,
     "score_pieces": Trainer.score_pieces,
     "score_average": Trainer.score_average,
     "score_engine": Trainer.score_engine,
@@ -97,6 +98,10 @@ class CallingTrainer:
     async def score(self, tokens: NDArray[np.int64], at: PolicyVersion | None) -> NDArray[np.float32]:
         """Score loss tokens of the batch."""
         return cast("NDArray[np.float32]", await self._call("score", (tokens, at)))
+
+    async def score_mixed(self) -> NDArray[np.float32]:
+        """Score all loss tokens of the batch over the engine's keys and values."""
+        return cast("NDArray[np.float32]", await self._call("score_mixed", ()))
 
     async def score_average(self, tokens: NDArray[np.int64]) -> AverageScores:
         """Score loss tokens of the batch with the averaged weights."""

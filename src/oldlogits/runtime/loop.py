@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from oldlogits.batch import TokenBatch, collate
-from oldlogits.config import RunConfig
+from oldlogits.config import RunConfig, cautions
 from oldlogits.core.errors import NonFiniteError
 from oldlogits.core.protocols import BatchTokens, Scored
 from oldlogits.core.trajectory import TrajectoryGroup
@@ -35,6 +35,7 @@ from oldlogits.record.episodes import Stage
 from oldlogits.record.summary import wilson
 from oldlogits.rollout.turns import Agent
 from oldlogits.runtime.buffer import Account, Buffer
+from oldlogits.runtime.calibration import calibrate, doubts
 from oldlogits.runtime.handles import Handles
 from oldlogits.runtime.recorder import Recorder
 from oldlogits.runtime.referee import Referee
@@ -113,6 +114,8 @@ class Loop:
         state = await self._handles.trainer.state()
         self.version = state.version
         self._recorder.started(version=self.version, num_parameters=state.num_parameters)
+        for caution in cautions(self._config):
+            self._recorder.warned(caution, version=self.version)
         try:
             await self._synchroniser.give(await self._publish(), None)
             if not self.totals.num_updates and "before/greedy" not in self.totals.rewards:
@@ -185,6 +188,7 @@ class Loop:
         scored = await self._score(batch)
         scored_at = clock()
         refereed_scores = await self._referee.score(self._entering(batch))
+        await self._calibrate(batch)
         refereed = clock()
         result = await self._step(scored)
         trained = clock()
@@ -212,6 +216,15 @@ class Loop:
         effect = self._referee.judge(refereed_scores, result, version=self.version)
         if result.average_reset is not None:
             self._recorder.average_reset(result.average_reset, effect, version=self.version)
+
+    async def _calibrate(self, batch: TokenBatch) -> None:
+        """Once in a run, before its first optimizer step: what the engine's own noise makes of the recipe's band."""
+        if self.totals.num_updates or not self._config.eval.num_calibration:
+            return
+        found = await calibrate(self._config, self._handles.trainer, batch)
+        self._recorder.calibrated(found, version=self.version)
+        for caution in doubts(found, self._config):
+            self._recorder.warned(caution, version=self.version)
 
     async def _busy(self) -> Busy:
         stats, state = await self._handles.engine_stats(), await self._handles.trainer.state()
@@ -275,7 +288,12 @@ class Loop:
 
     def _entering(self, batch: TokenBatch) -> BatchTokens:
         versions = batch.version[batch.loss_mask]
-        return BatchTokens(versions=versions, trajectory_ids=batch.trajectory_ids, trainer_version=self.version)
+        return BatchTokens(
+            versions=versions,
+            trajectory_ids=batch.trajectory_ids,
+            trainer_version=self.version,
+            has_mixed_kv=bool(batch.mixed_kv.any()),
+        )
 
     async def _score(self, batch: TokenBatch) -> Scored | None:
         started = self._handles.clock()

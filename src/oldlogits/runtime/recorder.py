@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from itertools import pairwise
 from pathlib import Path
 
-from oldlogits.config import RunConfig
+from oldlogits.config import Caution, RunConfig
 from oldlogits.core.policies import find_variant
 from oldlogits.core.protocols import Scored
 from oldlogits.core.trajectory import Sampled, Segment, Trajectory, TrajectoryGroup
@@ -18,6 +18,7 @@ from oldlogits.record.folder import RunFolder
 from oldlogits.record.live import LiveView
 from oldlogits.record.summary import Interval
 from oldlogits.record.tables import write_tokens
+from oldlogits.runtime.calibration import Calibration
 from oldlogits.runtime.probe import ProbeResult
 from oldlogits.runtime.referee import ResetEffect
 from oldlogits.train.average import AverageReset
@@ -204,6 +205,17 @@ class Recorder:
     def ended(self, reason: str, error: str, *, version: int) -> None:
         """The run ended."""
         self.events.emit(EventKind.RUN_ENDED, version=version, reason=reason, error=error)
+    def calibrated(self, found: Calibration, *, version: int) -> None:
+        """The engine's own noise was measured."""
+        self.events.emit(EventKind.CALIBRATION, version=version, **asdict(found))
+        for line in found.lines(self._config):
+            self.view.note(line)
+
+    def warned(self, caution: Caution, *, version: int) -> None:
+        """A reader of the results should know this."""
+        self.events.emit(EventKind.WARNING, version=version, **asdict(caution))
+        self.view.note(f"warning: {caution.message}")
+
 
     def _segment(self, segment: Segment) -> EpisodeSegment:
         ids = segment.token_ids

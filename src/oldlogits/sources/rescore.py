@@ -49,8 +49,8 @@ class RescoreSource(LogprobSource):
     weights. With the noise ``n_v = log q_v - log pi_v`` this is ``log pi_old + (n_old - n_t)``, where MU itself is
     ``log pi_old + n_old``: exact where the noise is the same at both versions, as at lag 0, and nearer to OLD than MU is
     only where noise of equal size at the two versions correlates by more than 1/2,
-    ``E (n_old - n_t)^2 = 2 (1 - c) E n^2 < E n^2``. Coarse numerics (int4) lose it within a few versions. The correlation
-    on the probe tokens is a metric of every update. Experimental.
+    ``E (n_old - n_t)^2 = 2 (1 - c) E n^2 < E n^2``. The correlation on the probe tokens is a metric of every update.
+    Experimental.
     """
 
     provides: Policy = RESCORE

@@ -11,6 +11,8 @@ from oldlogits.core.protocols import BatchTokens, LogprobSource, Scored, Scoring
 class SnapshotSource(LogprobSource):
     """Scores a batch version by version, in ascending order: one switch per distinct version.
 
+    Where the engine kept keys and values of older versions, so does the trainer: the mixed-version forward.
+
     Paper: "snapshot version tracking" (three exact ways to get pi_old).
     """
 
@@ -22,9 +24,12 @@ class SnapshotSource(LogprobSource):
     async def acquire(self, batch: BatchTokens) -> Scored:
         """Score every token at its own version; never at another one."""
         versions = batch.versions
+        distinct = np.unique(versions)
+        if batch.has_mixed_kv:
+            values = await self._trainer.score_mixed()
+            return Scored(policy=OLD, values=values, computed_at=versions, num_switches=len(distinct))
         values = np.full(len(versions), np.nan, np.float32)
         computed_at = np.full(len(versions), -1, np.int64)
-        distinct = np.unique(versions)
         for version in distinct:
             tokens = np.flatnonzero(versions == version)
             values[tokens] = await self._trainer.score(tokens, int(version))

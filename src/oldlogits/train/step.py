@@ -151,7 +151,7 @@ def update(
         losses.append(_accumulate(model, batch, tokens, step, seen, config))
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.trainer.grad_clip))
         if step == 0 and variant.stand_in is OLD:
-            lag0 = _lag0_error(tokens, seen)
+            lag0 = _lag0_error(tokens, seen, torch.from_numpy(batch.mixed_kv[tokens.flat]))
             check_witness(lag0, "OLD of lag-0 tokens", "THETA before the first optimizer step")
         _check_finite(losses[-1], norms[-1], version, step)
         optimizer.step()
@@ -278,9 +278,9 @@ def _interpolate(stand_in: Policy, logp_mu: Tensor, theta: Tensor, staleness: Te
     return INTERPOLATE[stand_in](logp_mu, theta, weight_mu)
 
 
-def _lag0_error(tokens: LossTokens, seen: _Seen) -> float:
-    """Witness (b): before the first optimizer step, THETA equals OLD on tokens of the current version."""
-    witnesses = (tokens.step == 0) & (tokens.staleness == 0)
+def _lag0_error(tokens: LossTokens, seen: _Seen, mixed_kv: Tensor) -> float:
+    """Witness (b): before the first optimizer step, THETA equals OLD on tokens of the current version and fresh entries."""
+    witnesses = (tokens.step == 0) & (tokens.staleness == 0) & ~mixed_kv
     errors = seen.log_r_s[witnesses].abs().nan_to_num(nan=math.inf)  # a NaN is no witness for anything
     return float(errors.max()) if len(errors) else math.nan
 

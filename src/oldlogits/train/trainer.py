@@ -29,6 +29,7 @@ from oldlogits.config import RunConfig
 from oldlogits.core.errors import RunFolderError
 from oldlogits.core.policies import SOURCES
 from oldlogits.core.protocols import Piece, PolicyVersion, Scored, ScoredPieces
+from oldlogits.policy.mixed import MixedForward
 from oldlogits.policy.model import load_model, load_tokenizer, named_weights, point_at
 from oldlogits.policy.scorer import score_tokens
 from oldlogits.sources import EngineScores
@@ -100,6 +101,7 @@ class Trainer:
         self._probe = probe_of(probe_ids)
         self._probe_logps: dict[PolicyVersion, NDArray[np.float32]] = {}
         t = config.trainer
+        self._sizes = {"micro_batch_tokens": t.micro_batch_tokens, "head_chunk_tokens": t.head_chunk_tokens}
         self._optimizer = torch.optim.AdamW(
             self._model.parameters(), lr=t.lr, betas=(t.beta1, t.beta2), weight_decay=t.weight_decay, fused=True
         )
@@ -154,6 +156,21 @@ class Trainer:
         flat = np.flatnonzero(batch.loss_mask)[tokens]
         with self._scoring_at(at):
             return self._score(batch, flat)
+
+    def score_mixed(self) -> NDArray[np.float32]:
+        """OLD of all loss tokens of the batch, over keys and values of the versions that computed them in the engine.
+
+        Raises:
+            VersionEvictedError: A version is no longer held.
+            ExactnessError: A checkout does not reproduce what the live weights gave at publish.
+            TrajectoryError: The batch does not say which versions computed them.
+        """
+        batch = self._current_batch()
+        forward = MixedForward(self._scoring, batch, **self._sizes)
+        for version in batch.versions:
+            with self._scoring_at(version):
+                forward.score(version)
+        return forward.logps
 
     def score_pieces(self, pieces: Sequence[Piece], at: PolicyVersion) -> ScoredPieces:
         """Log-probs of pieces of any trajectories at a stored version, or at the live one.
@@ -291,9 +308,7 @@ class Trainer:
         return self._score(sequences, flat)
 
     def _score_with(self, model: PreTrainedModel, sequences: Sequences, flat: NDArray[np.int64]) -> NDArray[np.float32]:
-        t = self._config.trainer
-        sizes = {"micro_batch_tokens": t.micro_batch_tokens, "head_chunk_tokens": t.head_chunk_tokens}
-        return score_tokens(model, sequences, flat, **sizes)
+        return score_tokens(model, sequences, flat, **self._sizes)
 
     def _note_noise(self, noise: NDArray[np.float32]) -> None:
         """Keep what the engine's numerics do to the probe tokens, for the versions within the staleness bound."""

@@ -1,0 +1,99 @@
+"""Chains: which version computed each entry of keys and values that a sampled token attended to.
+
+A chain is what the engine's cache held for one sequence since it was filled. A turn fills it with entries of the version
+that samples its first token. Where the weights change in mid-turn and the engine keeps its entries (``kv = "mixed"``), the
+chain goes on: an entry is computed when the token after it is sampled, and by the same version.
+
+    tokens    p p p p a a a a b b b c      p: read; a, b, c: sampled, by versions of these names, in one turn
+    entries   a a a a a a a b b b c        three chunks; nobody attends to the entry of the last token
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from oldlogits.batch.collate import TokenBatch
+from oldlogits.batch.sequences import Ints, Sequences
+from oldlogits.core.errors import TrajectoryError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """The entries of a chain that one version computed, and the tokens that it sampled meanwhile.
+
+    Args:
+        version: The version.
+        origin: Flat index of the first token of the sequence.
+        begin: Flat index of the first token whose entry it computed; the last one is that before ``tokens[-1]``.
+        tokens: int64 [sampled token]; ascending flat indices.
+    """
+
+    version: int
+    origin: int
+    begin: int
+    tokens: Ints
+
+    @property
+    def num_entries(self) -> int:
+        """Entries that it computed."""
+        return int(self.tokens[-1]) - self.begin
+
+
+Chain = list[Chunk]
+"""Chunks in the order of their entries, the first from the beginning of the sequence; versions ascend."""
+
+
+def chains_of(batch: TokenBatch) -> list[Chain]:
+    """The chains in which the batch's loss tokens were sampled, each token in one chunk.
+
+    Fresh tokens of one version share a chain, whatever the number of their turns.
+
+    Raises:
+        TrajectoryError: A turn begins over keys and values of older versions, and nothing says of which.
+    """
+    tokens = np.flatnonzero(batch.loss_mask)
+    sequence, version, mixed = batch.sequence[tokens], batch.version[tokens], batch.mixed_kv[tokens]
+    unknown = mixed & (np.diff(tokens, prepend=-1) > 1)
+    if unknown.any():
+        owner = batch.trajectory_ids[sequence[unknown.argmax()]]
+        raise TrajectoryError(
+            f"a turn of trajectory {owner} begins over keys and values of unknown versions",
+            got='kv = "mixed" right after context',
+            allowed='"mixed" after sampled tokens of the same turn: a turn begins with entries of its own version',
+            fix='let the engine drop its prefix cache at every update, or use engine.kv = "recompute"',
+        )
+    is_other = np.diff(version, prepend=-1) != 0
+    was_mixed = np.concatenate([[False], mixed[:-1]])
+    is_first = (np.diff(sequence, prepend=-1) != 0) | ~mixed & (is_other | was_mixed)
+    edges = [*np.flatnonzero(is_first | is_other).tolist(), len(tokens)]
+    chains: list[Chain] = []
+    for start, end in pairwise(edges):
+        part, origin = tokens[start:end], int(batch.starts[sequence[start]])
+        if is_first[start]:
+            chains.append([])
+        begin = origin if is_first[start] else int(part[0]) - 1
+        chains[-1].append(Chunk(version=int(version[start]), origin=origin, begin=begin, tokens=part))
+    return chains
+
+
+def cut_out(batch: TokenBatch, chunks: Sequence[Chunk]) -> tuple[Sequences, Ints, Ints]:
+    """Chunks as sequences of their own.
+
+    Args:
+        batch: Theirs.
+        chunks: At least one.
+
+    Returns:
+        The sequences, the index in them of every token to score, and the flat index in `batch` of every token of theirs.
+    """
+    lengths = np.array([chunk.num_entries + 1 for chunk in chunks], np.int64)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    shifts = starts[:-1] - [chunk.begin for chunk in chunks]
+    flat = np.arange(starts[-1]) - np.repeat(shifts, lengths)
+    tokens = np.concatenate([chunk.tokens + shift for chunk, shift in zip(chunks, shifts, strict=True)])
+    cut = Sequences(token_ids=batch.token_ids[flat], temperature=batch.temperature[flat], starts=starts)
+    return cut, tokens, flat

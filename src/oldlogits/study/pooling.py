@@ -1,0 +1,206 @@
+"""Decision errors over traces: ratios to those of arrival, the declared checks, and the frontier of error and cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Final, Literal
+
+from oldlogits.core.errors import ConfigError
+from oldlogits.study.decision import DecisionError
+from oldlogits.study.stats import Estimate, geometric_mean
+
+Measure = Literal["by_count", "by_weight"]
+
+HALF: Final = 0.5
+"""Tokens added to both counts of a ratio, in every trace, so that a trace without errors has a ratio too; it draws ratios
+of a few tokens towards 1. By weight: half a token of mean weight."""
+
+EWMA_BAR: Final = 0.95
+AUTO_BAR: Final = 1.02
+CHECKED_BAND: Final = 1.1
+
+StandIns = Mapping[str, DecisionError]
+"""The rows of one trace under one band, by stand-in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pooled:
+    """One stand-in in one setting, over the traces of that setting.
+
+    Args:
+        engine: The engine's numerics.
+        lag: How lags are spread over the window.
+        window: The largest lag, in versions.
+        band: The discrepancy band.
+        stand_in: Its name.
+        ratio: Geometric mean over traces of ``(error + h) / (arrival's error + h)``, h = `HALF` a token, with the t
+            interval of its logarithm; n is the number of traces. Traces count as independent: each needs a seed of its own.
+        median: Of the error, over traces; a share.
+        median_arrival: The same of arrival.
+        num_zero: Traces in which this error or arrival's is 0.
+    """
+
+    engine: str
+    lag: str
+    window: int
+    band: float
+    stand_in: str
+    ratio: Estimate
+    median: float
+    median_arrival: float
+    num_zero: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """A declared statement about decision errors, and what was found.
+
+    Args:
+        claim: The statement.
+        bar: What the value is compared with.
+        value: What was found; None: no trace says anything about it, and it does not hold.
+        ratio: Of a claim about a ratio: its interval over traces.
+        num_traces: That say something about it.
+        holds: Whether the value keeps the bar.
+    """
+
+    claim: str
+    bar: float
+    value: float | None
+    ratio: Estimate | None
+    num_traces: int
+    holds: bool
+
+
+def pooled(errors: Iterable[DecisionError], measure: Measure = "by_count") -> tuple[Pooled, ...]:
+    """Every stand-in beside arrival, by engine, lag, window and band, in the order in which they come up.
+
+    Args:
+        errors: Of any traces; those of one setting are pooled whatever their driver.
+        measure: Which error.
+
+    Raises:
+        ConfigError: A trace has no row of arrival, or two rows of one stand-in.
+    """
+    cells: dict[tuple[str, str, int, float, str], list[StandIns]] = {}
+    for rows in _traces(errors):
+        for name, e in rows.items():
+            if name != "arrival":
+                cells.setdefault((e.engine, e.lag, e.window, e.band, name), []).append(rows)
+    return tuple(
+        Pooled(
+            engine=engine,
+            lag=lag,
+            window=window,
+            band=band,
+            stand_in=name,
+            ratio=geometric_mean([_ratio(rows, name, ("arrival",), measure) for rows in traces]),
+            median=median(_error(rows[name], measure) for rows in traces),
+            median_arrival=median(_error(rows["arrival"], measure) for rows in traces),
+            num_zero=sum(not _error(rows[name], measure) or not _error(rows["arrival"], measure) for rows in traces),
+        )
+        for (engine, lag, window, band, name), traces in cells.items()
+    )
+
+
+def declared_checks(errors: Iterable[DecisionError], measure: Measure = "by_count") -> tuple[Check, ...]:
+    """The three declared statements about the averages, each over all of its traces at band `CHECKED_BAND`.
+
+    1. ``ewma / arrival <= EWMA_BAR``: geometric mean; even lags, windows 8 to 32, engine fp8.
+    2. ``ewma-auto / min(arrival, ewma) <= AUTO_BAR``: geometric mean; every engine, lag shape and window. The smaller
+       error is chosen trace by trace, with hindsight. Auto's beta follows from what lies before the recorded updates.
+    3. The smallest beta of ewma-auto is above 0; even lags, every engine and window above 0.
+    """
+    traces = [rows for rows in _traces(errors) if rows["arrival"].band == CHECKED_BAND]
+    of_ewma = [
+        _ratio(rows, "ewma", ("arrival",), measure)
+        for rows in traces
+        if "ewma" in rows and _is_even_fp8(rows["arrival"]) and 8 <= rows["arrival"].window <= 32
+    ]
+    with_auto = [rows for rows in traces if "ewma-auto" in rows and "ewma" in rows]
+    of_auto = [_ratio(rows, "ewma-auto", ("arrival", "ewma"), measure) for rows in with_auto]
+    betas = [rows["ewma-auto"].beta for rows in with_auto if rows["arrival"].lag == "even" and rows["arrival"].window]
+    known = [beta for beta in betas if beta is not None]
+    return (
+        _bounded("ewma / arrival: even lags, windows 8 to 32, fp8, band 1.1", EWMA_BAR, of_ewma),
+        _bounded("ewma-auto / the better of arrival and ewma: band 1.1", AUTO_BAR, of_auto),
+        Check(
+            claim="smallest beta of ewma-auto above 0: even lags",
+            bar=0.0,
+            value=min(known, default=None),
+            ratio=None,
+            num_traces=len(known),
+            holds=bool(known) and min(known) > 0,
+        ),
+    )
+
+
+def frontier(points: Sequence[tuple[str, float, float]]) -> tuple[str, ...]:
+    """The routes that no other one beats: none has a smaller error at no higher cost, or a lower cost at no larger error.
+
+    Args:
+        points: Name, decision error and cost of each route, in any units.
+
+    Returns:
+        Names by ascending cost, then error; equal points are all on the frontier.
+
+    Example:
+        >>> frontier([("exact", 0.0, 9.0), ("ewma", 0.03, 4.0), ("arrival", 0.04, 4.0), ("mu", 0.01, 0.0)])
+        ('mu', 'exact')
+    """
+    on_it: list[str] = []
+    least, last = math.inf, (math.inf, math.inf)
+    for name, error, cost in sorted(points, key=lambda point: (point[2], point[1])):
+        if error < least or (error, cost) == last:
+            on_it.append(name)
+            least, last = error, (error, cost)
+    return tuple(on_it)
+
+
+def _traces(errors: Iterable[DecisionError]) -> list[StandIns]:
+    """The rows of each trace under each band, by stand-in."""
+    traces: dict[tuple[object, ...], dict[str, DecisionError]] = {}
+    for e in errors:
+        rows = traces.setdefault((e.engine, e.lag, e.window, e.band, e.driver, e.trace, e.seed), {})
+        if e.stand_in in rows:
+            raise ConfigError(
+                f"two rows of stand-in '{e.stand_in}' on one trace",
+                got=f"driver {e.driver}, trace {e.trace}, seed {e.seed}, band {e.band}",
+                allowed="one",
+                fix="number the traces",
+            )
+        rows[e.stand_in] = e
+    for rows in traces.values():
+        if "arrival" not in rows:
+            raise ConfigError(
+                "a trace without the stand-in that the others are compared with",
+                got=", ".join(rows),
+                allowed="rows with arrival",
+                fix="pass all rows of `decision_errors`",
+            )
+    return list(traces.values())
+
+
+def _is_even_fp8(e: DecisionError) -> bool:
+    return e.lag == "even" and e.engine == "fp8"
+
+
+def _error(e: DecisionError, measure: Measure) -> float:
+    return e.by_count if measure == "by_count" else e.by_weight
+
+
+def _ratio(rows: StandIns, name: str, others: Sequence[str], measure: Measure) -> float:
+    """A stand-in's error over the smallest of the others', half a token added to both."""
+    half = HALF / rows[name].num_tokens
+    return (_error(rows[name], measure) + half) / (min(_error(rows[other], measure) for other in others) + half)
+
+
+def _bounded(claim: str, bar: float, ratios: Sequence[float]) -> Check:
+    found = geometric_mean(ratios) if ratios else None
+    value = found.mean if found else None
+    return Check(
+        claim=claim, bar=bar, value=value, ratio=found, num_traces=len(ratios), holds=value is not None and value <= bar
+    )
