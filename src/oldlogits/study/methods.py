@@ -43,6 +43,9 @@ class Method:
 METHODS: Final[Mapping[str, Method]] = MappingProxyType(
     {
         "exact": Method(variant="decoupled_exact", source="snapshot"),
+        "dedicated": Method(variant="decoupled_exact", source="dedicated"),
+        "interruption": Method(variant="decoupled_exact", source="interruption"),
+        "eager": Method(variant="decoupled_exact", source="eager"),
         "arrival": Method(variant="decoupled_async", source="arrival"),
         "ewma": Method(variant="ppo_ewma_train_infer", source="ewma"),
         "ewma-auto": Method(variant="ppo_ewma_train_infer", source="ewma", more={"source.decay": "auto"}),
@@ -58,7 +61,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         "synchronous": Method(variant="decoupled_exact", source="snapshot", more={"runtime.window": 0, "max_staleness": 0}),
     }
 )
-"""Method by name. The last two are baselines: no clip, and no staleness at all."""
+"""Method by name. The exact routes train alike and differ in cost; the last two are baselines: no clip, no staleness."""
 
 
 def find_method(name: str) -> Method:
