@@ -91,7 +91,8 @@ def _order(contrasts: Sequence[Contrast]) -> Iterator[str]:
     shown, reversed_, rest = ([c for c, sign in zip(tests, signs, strict=True) if sign == wanted] for wanted in (1, -1, 0))
     yield (
         f"The paper reports {' above '.join(PAPER_ORDER)}. Of {counted(len(tests), 'declared test')}, {len(shown)} "
-        f"{_verb('show', len(shown))} this order, {len(reversed_)} {_verb('show', len(reversed_))} the reverse, {len(rest)} neither."
+        f"{_verb('show', len(shown))} this order, {len(reversed_)} {_verb('show', len(reversed_))} the reverse, {len(rest)} "
+        "neither."
     )
     for name, found in (("It reproduces", shown), ("It is reversed", reversed_), ("Not shown either way", rest)):
         if found:
