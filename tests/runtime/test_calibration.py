@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 import math
@@ -19,9 +20,10 @@ from oldlogits.core.errors import MissingLogprobError
 from oldlogits.record.events import EventKind, without_wall_clock
 from oldlogits.record.report_data import read_run
 from oldlogits.rollout.slots import SlotTable
-from oldlogits.runtime.calibration import BANDS, MISMATCH, Calibration, doubts, measure
+from oldlogits.runtime.calibration import BANDS, MISMATCH, Calibration, calibrate, doubts, measure
 from oldlogits.runtime.run import run
 
+from ..builders import batch_of, sampled, trajectory
 from ..runs import events_of, recipe, summary_of, tokens_of
 
 INF, NAN = math.inf, math.nan
@@ -178,6 +180,45 @@ def test_an_engine_without_log_probs_ends_the_run_before_anything_is_trained(tin
     assert events_of(tmp_path / "run", EventKind.UPDATE) == []
 
 
+class Trainer:
+    """OLD as given."""
+
+    def __init__(self, old):
+        self.old = np.array(old, np.float32)
+
+    async def score(self, tokens, at):
+        assert at is None
+        return self.old[tokens]
+
+
+@pytest.mark.parametrize("numerics, mu, old, refused", [
+    ("fp8", (-1.0, -0.5), (-1.0, -0.5), True),
+    ("fp8", (-1.0, -0.5), (-1.0, -0.500005), True),
+    ("fp8", (-1.0, -0.5), (-1.0, -0.501), False),
+    ("fp8", (-1e-7, -1e-7), (-1e-7, -1e-7), False),  # certain tokens: every engine gives them 1
+    ("fp32", (-1.0, -0.5), (-1.0, -0.5), False),
+])  # fmt: skip
+def test_log_probs_that_cannot_be_the_engines_own_are_refused(numerics, mu, old, refused):
+    batch = batch_of([trajectory([1], sampled([2, 3], logp=mu))])
+    call = calibrate(config_of(engine={"numerics": numerics}), Trainer(old), batch)
+    if refused:
+        with pytest.raises(MissingLogprobError, match="r_d is 1 on all 2 tokens, though the engine computes in fp8"):
+            asyncio.run(call)
+    else:
+        assert asyncio.run(call).num_tokens == 2
+
+
+def test_the_trajectories_measured_are_evenly_spaced_over_the_batch():
+    """Trajectory i has one token of r_d 1 + i / 100."""
+    trajectories = [trajectory([1], sampled([2]), id=f"g0.{i}") for i in range(9)]
+    old = [-1 + math.log(1 + i / 100) for i in range(9)]
+    for num, chosen in ((1, [0]), (2, [0, 8]), (3, [0, 4, 8]), (5, [0, 2, 4, 6, 8]), (100, range(9))):
+        config = config_of(eval={"num_calibration": num})
+        found = asyncio.run(calibrate(config, Trainer(old), batch_of(trajectories)))
+        assert found.num_trajectories == len(chosen)
+        assert found.r_d_mean == pytest.approx(1 + sum(chosen) / len(chosen) / 100, rel=1e-6)
+
+
 # The figures and the doubts alone.
 
 
@@ -272,7 +313,9 @@ def test_an_engine_that_samples_from_a_part_of_the_support_is_found_out_by_the_m
         before = np.cumsum(np.take_along_axis(mu, order, 1), axis=1) - np.take_along_axis(mu, order, 1)
         np.put_along_axis(mu, order, np.where(before < 0.9, np.take_along_axis(mu, order, 1), 0), 1)
         mu /= mu.sum(axis=1, keepdims=True)
-    sampled = [rng.choice(30, p=p) for p in mu]
-    log_r_d = [math.log(o[t] / m[t]) for o, m, t in zip(old, mu, sampled, strict=True)]
+    drawn = [rng.choice(30, p=p) for p in mu]
+    log_r_d = [math.log(o[t] / m[t]) for o, m, t in zip(old, mu, drawn, strict=True)]
     found = measured(log_r_d, [i // 8 for i in range(400)], config=config_of(band=3.0))
     assert ("two-distributions" in doubted(found, config_of(band=3.0))) is truncated
+    placeholder = measured([math.log(o[t]) for o, t in zip(old, drawn, strict=True)])  # log mu = 0 for want of a log-prob
+    assert "two-distributions" in doubted(placeholder, config_of())

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from oldlogits.batch import TokenBatch
 from oldlogits.config import Caution, RunConfig, kept_at_lag_0
+from oldlogits.core.errors import MissingLogprobError
 from oldlogits.core.policies import find_variant
 from oldlogits.core.protocols import ScoringHandle
 
@@ -33,6 +34,12 @@ MEAN_ERRORS: Final = 4.0
 
 MEAN_FLOOR: Final = 1e-3
 """What it may be off in any case: rounding has no standard error."""
+
+ROUNDING: Final = 1e-5
+"""Nats: what two fp32 forwards differ by."""
+
+IN_DOUBT: Final = 0.01
+"""Nats of mean ``-log mu`` above which tokens are not certain, so that numerics must show."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,13 +89,17 @@ async def calibrate(config: RunConfig, trainer: ScoringHandle, batch: TokenBatch
         config: The run.
         trainer: Holds the batch; its live weights are those that sampled it.
         batch: The first of a run.
+
+    Raises:
+        MissingLogprobError: The engine's log-probs are the trainer's, though their numerics differ.
     """
     num = min(config.eval.num_calibration, batch.num_sequences)
     chosen = np.linspace(0, batch.num_sequences - 1, num).astype(np.int64)
     sequence = batch.sequence[batch.loss_mask]
     tokens = np.flatnonzero(np.isin(sequence, chosen))
-    old = await trainer.score(tokens, None)
-    return measure(config, old - batch.logp_mu[batch.loss_mask][tokens], sequence[tokens])
+    old, mu = await trainer.score(tokens, None), batch.logp_mu[batch.loss_mask][tokens]
+    _refuse_substitute(config.engine.numerics, old, mu)
+    return measure(config, old - mu, sequence[tokens])
 
 
 def measure(config: RunConfig, log_r_d: NDArray[np.float32], sequence: NDArray[np.int64]) -> Calibration:
@@ -144,6 +155,17 @@ def doubts(found: Calibration, config: RunConfig) -> Iterator[Caution]:
             message=f"the mean of r_d over tokens that mu sampled is {found.r_d_mean:.4f} +- {found.r_d_mean_error:.4f}, not 1:"
             " the engine's log-probs are not those of the distribution that it samples from (temperature, support)",
             figures={"r_d_mean": found.r_d_mean, "r_d_mean_error": found.r_d_mean_error},
+        )
+
+
+def _refuse_substitute(numerics: str, old: NDArray[np.float32], mu: NDArray[np.float32]) -> None:
+    """Refuse a ratio of 1 where two numerics must differ: on tokens that were in doubt, not certain anyway."""
+    if numerics != "fp32" and float(mu.mean()) < -IN_DOUBT and float(np.abs(old - mu).max()) <= ROUNDING:
+        raise MissingLogprobError(
+            f"r_d is 1 on all {len(mu)} tokens, though the engine computes in {numerics}: its log-probs are not its own",
+            got=f"|log-prob of the trainer - of the engine| <= {ROUNDING:.0e}",
+            allowed="the log-probs that the engine sampled with",
+            fix="do not recompute them with the trainer; if the engine computes as the trainer does, engine.numerics = 'fp32'",
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import fmean, stdev
 from typing import Final
 
@@ -102,6 +103,7 @@ def t_two_sided(t: float, dof: int) -> float:
     return _incomplete_beta(dof / 2, 0.5, dof / (dof + t * t))
 
 
+@cache
 def t_quantile(dof: int, level: float = LEVEL) -> float:
     """The t that ``|T|`` stays below with probability `level`, by bisection."""
     low, high = 0.0, 1.0

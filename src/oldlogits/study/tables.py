@@ -29,6 +29,7 @@ class Table:
         rows: As wide as the header.
         caption: How to read it.
         legend: The marks that stand in it, and what is missing; a line each.
+        is_detail: Folded on the page and in the document, not printed in the terminal.
     """
 
     part: str
@@ -37,6 +38,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     caption: str = ""
     legend: tuple[str, ...] = ()
+    is_detail: bool = False
 
     def __post_init__(self) -> None:
         """Hold rows to the width of the header."""
@@ -65,10 +67,12 @@ class Table:
 
 
 def print_tables(tables: Sequence[Table], console: Console | None = None) -> None:
-    """Print tables to the terminal, each part under its heading."""
+    """Print tables to the terminal, each part under its heading; details are left to page and document."""
     console = console or Console()
     part = ""
     for table in tables:
+        if table.is_detail:
+            continue
         if table.part != part:
             part = table.part
             console.rule(Text(part, style="bold"), align="left")

@@ -1,0 +1,223 @@
+"""The plain reading of a study: sentences that its figures choose. None of them is written before the figures are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+from oldlogits.study.contrasts import RESET_BAR, Contrast, MethodRow, all_contrasts, estimated, method_rows, reset_effect
+from oldlogits.study.decision import DecisionError
+from oldlogits.study.decision_tables import Level, levels
+from oldlogits.study.learning_tables import RESET_RULES, VIEW_NAMES
+from oldlogits.study.pooling import declared_checks
+from oldlogits.study.results import Study
+from oldlogits.study.stats import Estimate
+from oldlogits.study.tables import counted, interval, p_value
+
+PAPER_ORDER: Final = ("exact", "ewma", "arrival")
+"""Best first, as the paper reports it."""
+
+_FACTOR_NAMES: Final = {"window": "the window", "lags": "the lag shape", "engine": "the engine", "band": "the band"}
+
+_NOTHING: Final = 1.05
+"""A factor that moves a value by less is said to leave it as it is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """A heading, and what the figures say under it."""
+
+    heading: str
+    sentences: tuple[str, ...]
+
+
+def plain_reading(study: Study) -> tuple[Section, ...]:
+    """What reproduces, what does not, what decides; sections without figures are left out."""
+    contrasts = all_contrasts(study.declaration, study.learning)
+    sections = {
+        "The declared tests": _tests(contrasts),
+        "The paper's order": _order(contrasts),
+        "Equal rho, tuned, equal CPU seconds": _other_views(contrasts),
+        "Collapses, and methods outside of the contrasts": _methods(study),
+        "Resets": _resets(study),
+        "Decision error": _decisions(study.decision),
+        "What decides": _what_decides(study.decision),
+    }
+    found = [Section(heading=heading, sentences=tuple(sentences)) for heading, sentences in sections.items()]
+    return tuple(section for section in found if section.sentences)
+
+
+def _tests(contrasts: Sequence[Contrast]) -> Iterator[str]:
+    for contrast in contrasts:
+        if contrast.adjusted is not None:
+            yield sentence(contrast)
+
+
+def sentence(contrast: Contrast) -> str:
+    """One contrast in words, judged by its interval and, where it is a declared test, by Holm's p."""
+    found, first, second = contrast.estimate, contrast.first, contrast.second
+    if found is None:
+        return f"{contrast.regime}: {first} and {second} have no block in common; the comparison is missing."
+    figures = f"{interval(found)}, {counted(found.n, 'block')}"
+    if found.n < contrast.num_declared:
+        figures += f" of {contrast.num_declared}"
+    if found.n < 2:
+        return f"{contrast.regime}: {first} - {second} is {found.mean:+.3f} in one block, which shows nothing."
+    if found.sign == 0:
+        widest = max(abs(found.low), abs(found.high))
+        return (
+            f"{contrast.regime}: no difference between {first} and {second} is shown ({figures}: the interval holds 0; "
+            f"differences beyond {widest:.3f} are ruled out)."
+        )
+    better, worse = (first, second) if found.sign > 0 else (second, first)
+    if contrast.adjusted is None:
+        return f"{contrast.regime}: {better} ends above {worse} ({first} - {second} {figures}; exploratory)."
+    if contrast.adjusted < 0.05:
+        return f"{contrast.regime}: {better} beats {worse} ({first} - {second} {figures}, Holm p {p_value(contrast.adjusted)})."
+    return (
+        f"{contrast.regime}: {better} is ahead of {worse} ({first} - {second} {figures}), but not after Holm's adjustment "
+        f"(p {p_value(contrast.adjusted)})."
+    )
+
+
+def _order(contrasts: Sequence[Contrast]) -> Iterator[str]:
+    """How often the order that the paper reports is shown, reversed, or neither."""
+    tests = [c for c in contrasts if c.adjusted is not None and {c.first, c.second} <= set(PAPER_ORDER)]
+    if not tests:
+        return
+    signs = [_as_reported(contrast) for contrast in tests]
+    shown, reversed_, rest = ([c for c, sign in zip(tests, signs, strict=True) if sign == wanted] for wanted in (1, -1, 0))
+    yield (
+        f"The paper reports {' above '.join(PAPER_ORDER)}. Of {counted(len(tests), 'declared test')}, {len(shown)} "
+        f"{_verb('show', len(shown))} this order, {len(reversed_)} {_verb('show', len(reversed_))} the reverse, {len(rest)} "
+        "neither."
+    )
+    for name, found in (("It reproduces", shown), ("It is reversed", reversed_), ("Not shown either way", rest)):
+        if found:
+            yield f"{name}: {'; '.join(f'{c.first} - {c.second} in {c.regime}' for c in found)}."
+
+
+def _verb(verb: str, count: int) -> str:
+    return verb + "s" if count == 1 else verb
+
+
+def _as_reported(contrast: Contrast) -> int:
+    """1: the paper's order, after Holm; -1: its reverse; 0: neither."""
+    found = contrast.estimate
+    if found is None or contrast.adjusted is None or contrast.adjusted >= 0.05:
+        return 0
+    rank = PAPER_ORDER.index
+    return found.sign if rank(contrast.first) < rank(contrast.second) else -found.sign
+
+
+def _other_views(contrasts: Sequence[Contrast]) -> Iterator[str]:
+    """Where another view or axis says otherwise than the declared test of the same pair."""
+    tests = {(c.regime, c.first, c.second): c for c in contrasts if c.adjusted is not None}
+    axes = {"update": "", "cpu_s": " at equal CPU seconds"}
+    compared = other = 0
+    for contrast in contrasts:
+        test = tests.get((contrast.regime, contrast.first, contrast.second))
+        if test is None or contrast is test or contrast.estimate is None or test.estimate is None:
+            continue
+        compared += 1
+        if contrast.estimate.sign != test.estimate.sign:
+            other += 1
+            place = f"{contrast.regime}, {VIEW_NAMES[contrast.view]}{axes[contrast.axis]}"
+            pair = f"{contrast.first} - {contrast.second}"
+            yield (
+                f"{place}: {pair} is {interval(contrast.estimate)} ({_word(contrast.estimate)}), against "
+                f"{interval(test.estimate)} ({_word(test.estimate)}) in the declared test."
+            )
+    if compared > other:
+        yield f"{compared - other} of {counted(compared, 'exploratory comparison')} read as the declared test of the same pair."
+
+
+def _word(estimate: Estimate) -> str:
+    return {1: "above 0", 0: "holds 0", -1: "below 0"}[estimate.sign]
+
+
+def _methods(study: Study) -> Iterator[str]:
+    declaration = study.declaration
+    reference = declaration.methods[0]
+    for regime in declaration.regimes:
+        rows = method_rows(declaration, study.learning, regime, declaration.primary)
+        if not any(row.runs for row in rows):
+            continue
+        yield f"{regime.name}: {_collapses(rows)}."
+        others = [(row.method, found) for row in rows if row.method != reference and (found := estimated(row.differences))]
+        for word, sign in (("above", 1), ("below", -1)):
+            parted = [f"{method} {interval(found)}" for method, found in others if found.sign == sign]
+            if parted:
+                yield f"{regime.name}, {word} {reference} (intervals without 0, not adjusted): {', '.join(parted)}."
+
+
+def _collapses(rows: Sequence[MethodRow]) -> str:
+    found = [f"{row.method} in {row.num_collapses} of {counted(len(row.runs), 'run')}" for row in rows if row.num_collapses]
+    return f"collapses: {', '.join(found)}" if found else f"no run of {sum(len(row.runs) for row in rows)} collapsed"
+
+
+def _resets(study: Study) -> Iterator[str]:
+    for rule in RESET_RULES:
+        if rule not in study.declaration.methods:
+            continue
+        effect = reset_effect(study.learning, method=rule)
+        if effect is None:
+            yield f"{rule}: it fired in no run that can be compared, so nothing is known of its effect."
+            continue
+        regime, block, worst = effect.worst
+        where = counted(len({cell[0] for cell in effect.cells}), "regime")
+        yield (
+            f"{rule}: it fired in {counted(len(effect.cells), 'run')} of {where}; against the same run without resets "
+            f"{interval(effect.estimate)}; worst: {regime}, block {block}, {worst:+.3f}."
+        )
+        if rule == RESET_RULES[0]:
+            yield (
+                f"Its lower end is above {RESET_BAR:g}: the rule may be a default."
+                if effect.holds
+                else f"Its lower end is not above {RESET_BAR:g}: no reset rule is a default."
+            )
+
+
+def _decisions(errors: Sequence[DecisionError]) -> Iterator[str]:
+    if not errors:
+        return
+    for check in declared_checks(errors):
+        if check.value is None:
+            yield f"{check.claim}: no trace says anything about it."
+            continue
+        found = interval(check.ratio, ".3f") if check.ratio else f"{check.value:.3f}"
+        verdict = "holds" if check.holds else "does not hold"
+        yield f"{check.claim}: {found} against the bar {check.bar:g}, {counted(check.num_traces, 'trace')}; it {verdict}."
+
+
+def _what_decides(errors: Sequence[DecisionError]) -> Iterator[str]:
+    """The factor that moves arrival's error most, and the one that moves the gain of others most."""
+    by_factor = {name: [level for level in levels(errors) if level.factor == name] for name in _FACTOR_NAMES}
+    names = [name for name in ("ewma", "linear", "mu") if any(name in x.ratios for own in by_factor.values() for x in own)]
+    measured: dict[str, Callable[[Level], float]] = {"The error of arrival": lambda level: level.arrival}
+    measured |= {f"The error of {name} over that of arrival": partial(_ratio_of, name) for name in names}
+    for what, value in measured.items():
+        spread = {}
+        for factor, own in by_factor.items():
+            values = [value(level) for level in own]
+            if len(values) > 1 and min(values) > 0:
+                spread[factor] = max(values) / min(values)
+        if not spread:
+            continue
+        most = max(spread, key=spread.__getitem__)
+        if spread[most] < _NOTHING:
+            yield f"{what} changes by less than {_NOTHING - 1:.0%} with every factor."
+            continue
+        low, high = min(by_factor[most], key=value), max(by_factor[most], key=value)
+        form = ".2%" if what == "The error of arrival" else ".2f"
+        others = ", ".join(f"{_FACTOR_NAMES[factor]} {spread[factor]:.1f}" for factor in spread if factor != most)
+        yield (
+            f"{what} depends most on {_FACTOR_NAMES[most]}: {value(low):{form}} at {low.level}, {value(high):{form}} at "
+            f"{high.level}, a factor of {spread[most]:.1f}" + (f" ({others})." if others else ".")
+        )
+
+
+def _ratio_of(name: str, level: Level) -> float:
+    return level.ratios[name]
