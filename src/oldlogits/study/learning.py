@@ -28,9 +28,12 @@ def run_learning(config: RunConfig, folder: Path, *, regime: str, method: str, b
 
     Raises:
         OldLogitsError: The run could not be started.
+        KeyboardInterrupt: It was interrupted.
     """
     cpu, wall = time.process_time(), time.perf_counter()
     result = run(config, folder)
+    if result.summary.ended == "interrupted":
+        raise KeyboardInterrupt
     cpu_share = (time.process_time() - cpu) / (time.perf_counter() - wall)
     events = list(read_events(folder / "events.jsonl"))
     updates = [event for event in events if event.kind is EventKind.UPDATE]
