@@ -7,9 +7,9 @@ from itertools import product
 
 from oldlogits.study.contrasts import all_contrasts, method_rows
 from oldlogits.study.decision import STAND_INS
+from oldlogits.study.layout import DASH, Table
 from oldlogits.study.learning_tables import VIEW_NAMES
 from oldlogits.study.results import Study
-from oldlogits.study.tables import DASH, Table
 
 _SHOWN = 12
 """Missing things that are named; of more, the number follows."""

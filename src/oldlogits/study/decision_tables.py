@@ -8,9 +8,9 @@ from statistics import geometric_mean, median
 from typing import Final
 
 from oldlogits.study.decision import DecisionError
+from oldlogits.study.layout import DASH, Table, counted, figure, interval
 from oldlogits.study.pooling import CHECKED_BAND, Check, Pooled, declared_checks, pooled
 from oldlogits.study.results import Cross, Study
-from oldlogits.study.tables import DASH, Table, counted, figure, interval
 
 PART: Final = "Decision error"
 

@@ -14,10 +14,10 @@ from oldlogits.record.figures import Figure
 from oldlogits.study.contrasts import COLLAPSE, Axis, Contrast, MethodRow, all_contrasts, best_of, mean_curve, method_rows
 from oldlogits.study.decision import DecisionError
 from oldlogits.study.decision_tables import stand_ins
+from oldlogits.study.layout import interval, plus_minus
 from oldlogits.study.learning_tables import VIEW_NAMES
 from oldlogits.study.pooling import CHECKED_BAND
 from oldlogits.study.results import LearningRun, Regime, Study
-from oldlogits.study.tables import interval, plus_minus
 
 Style = Literal["plain", "raw", "dashed", "dots"]
 

@@ -17,9 +17,9 @@ from oldlogits.study.contrasts import (
     method_rows,
     reset_effect,
 )
+from oldlogits.study.layout import DASH, Table, counted, figure, interval, p_value, plus_minus
 from oldlogits.study.methods import find_method
 from oldlogits.study.results import VIEWS, Declaration, Knobs, LearningRun, Regime, Study, View
-from oldlogits.study.tables import DASH, Table, counted, figure, interval, p_value, plus_minus
 
 PART: Final = "Learning"
 

@@ -10,11 +10,11 @@ from typing import Final
 from oldlogits.study.contrasts import RESET_BAR, Contrast, MethodRow, all_contrasts, estimated, method_rows, reset_effect
 from oldlogits.study.decision import DecisionError
 from oldlogits.study.decision_tables import Level, levels
+from oldlogits.study.layout import counted, interval, p_value
 from oldlogits.study.learning_tables import RESET_RULES, VIEW_NAMES
 from oldlogits.study.pooling import declared_checks
 from oldlogits.study.results import Study
 from oldlogits.study.stats import Estimate
-from oldlogits.study.tables import counted, interval, p_value
 
 PAPER_ORDER: Final = ("exact", "ewma", "arrival")
 """Best first, as the paper reports it."""
