@@ -23,6 +23,7 @@ from oldlogits.runtime.probe import ProbeResult
 from oldlogits.runtime.referee import ResetEffect
 from oldlogits.train.average import AverageReset
 from oldlogits.train.step import UpdateResult
+from oldlogits.train.trainer import Published, ScoringWork
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -109,8 +110,8 @@ class Recorder:
             waited_s=waited_s,
         )
 
-    def scored(self, scored: Scored, versions: Sequence[int], *, version: int, seconds_s: float) -> None:
-        """A source scored the batch."""
+    def scored(self, scored: Scored, versions: Sequence[int], work: ScoringWork, *, version: int, seconds_s: float) -> None:
+        """A source scored the batch, with that much work for the trainer."""
         self.events.emit(
             EventKind.SCORED,
             version=version,
@@ -118,6 +119,7 @@ class Recorder:
             num_switches=scored.num_switches,
             versions=list(versions),
             seconds_s=seconds_s,
+            **asdict(work),
         )
 
     def updated(
@@ -176,9 +178,10 @@ class Recorder:
             )
         )
 
-    def published(self, *, version: int, num_bytes: int, seconds_s: float) -> None:
-        """A version was stored."""
-        self.events.emit(EventKind.PUBLISHED, version=version, bytes=num_bytes, seconds_s=seconds_s)
+    def published(self, published: Published, *, seconds_s: float) -> None:
+        """A version was stored, which is a part of these seconds."""
+        p = published
+        self.events.emit(EventKind.PUBLISHED, version=p.version, bytes=p.store_bytes, store_s=p.store_s, seconds_s=seconds_s)
 
     def weights_updated(self, *, version: int, pause_s: float, load_s: float, stall_s: float) -> None:
         """The engine was brought to rest, took new weights, and had stood still for `stall_s` when it went on."""
