@@ -52,6 +52,7 @@ class Recorder:
     def started(self, *, version: int, num_parameters: int) -> None:
         """The run begins or goes on at `version`."""
         c, variant = self._config, find_variant(self._config.variant)
+        truncates = c.objective.clip == "truncated"
         self.events.emit(
             EventKind.RUN_STARTED,
             version=version,
@@ -64,8 +65,9 @@ class Recorder:
             seed=c.seed,
             denominator=c.objective.denominator,
             band=c.band,
-            eps_low=c.objective.eps_low,
-            eps_high=c.objective.eps_high,
+            eps_low=None if truncates else c.objective.eps_low,
+            eps_high=None if truncates else c.objective.eps_high,
+            truncation=c.objective.truncation if truncates else None,
             max_staleness=c.max_staleness,
             group_size=c.rollout.group_size,
             groups_per_version=c.rollout.groups_per_version,
