@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oldlogits.batch import micro_batches, plan
+from oldlogits.batch import micro_batches, plan, read_lengths
 
 from ..builders import batch_of, sampled, trajectory
 from .test_collate import trajectories
@@ -61,6 +61,15 @@ def test_a_sequence_is_cut_after_the_last_token_that_is_scored():
     (micro,) = micro_batches(batch, np.array([2, 8, 9]), 100)
     assert micro.input_ids.shape == (2, 2)
     assert [sorted(zip(micro.row.tolist(), micro.column.tolist(), strict=True))] == [[(0, 1), (1, 0), (1, 1)]]
+
+
+@given(trajectories(), st.data())
+def test_what_is_read_of_a_sequence_is_what_the_micro_batches_hold_without_padding(made, data):
+    batch = batch_of(made)
+    asked = np.flatnonzero(batch.loss_mask)
+    asked = asked[np.array(data.draw(st.lists(st.booleans(), min_size=len(asked), max_size=len(asked))), bool)]
+    rows = [m.column[m.row == row].max() + 1 for m in micro_batches(batch, asked, 1) for row in range(len(m.input_ids))]
+    assert sorted(map(int, rows)) == sorted(n for n in read_lengths(batch, asked).tolist() if n)
 
 
 @pytest.mark.parametrize("budget", [4, 5])

@@ -137,6 +137,7 @@ def test_a_dry_run_prints_a_recipe_that_loads_to_the_same_config_and_its_bytes(t
     assert resolved == load_config(path, ["--trainer.lr", "3e-4"]) != config
     said = [line for line in shown.splitlines() if line.startswith("# ")]
     assert said[0] == "# decoupled_exact: r_d = old/mu, r_s = theta/old, total ratio theta/mu"
+    assert said[1].startswith("# warning: no mask: band = inf")
     num_parameters = sum(p.numel() for p in load_model(tiny_folder).parameters())
     assert f"# parameters       {num_parameters:,}" in said
     mib = 4 * num_parameters / 2**20

@@ -68,6 +68,7 @@ def _start(log: EventLog, seed: int) -> None:
         band=1.1,
         eps_low=0.2,
         eps_high=0.28,
+        truncation=None,
         max_staleness=MAX_STALENESS,
         group_size=8,
         groups_per_version=16,

@@ -132,6 +132,19 @@ def test_after_a_resume_the_updates_that_were_made_anew_replace_the_abandoned_on
     assert {evaluation.stage for evaluation in data.evaluations} == {"before", "during"}
 
 
+def test_where_ratios_are_truncated_the_report_names_the_truncation_and_no_clip(fake_run):
+    run = fake_run(2)
+    started = {**read_run(run).started, "eps_low": None, "eps_high": None, "truncation": 2.0}
+    with EventLog(run / "events.jsonl") as log:
+        log.emit(EventKind.RUN_STARTED, version=0, **started)
+        log.emit(EventKind.UPDATE, version=1, metrics={"mask/rho": 0.5}, staleness_counts={"1": 7})
+    text = page(run)
+    assert "No token is clipped: the weight of its gradient is truncated." in text
+    assert "truncated at 2" in text
+    assert "eps high" not in text
+    assert "depends on the advantage" not in text
+
+
 def test_bins_are_means_of_consecutive_updates():
     updates = [
         Update(version=v, metrics={"a": float(v)} | ({"b": 1.0} if v == 2 else {}), staleness_counts={}) for v in range(1, 6)

@@ -2,7 +2,7 @@
 
 from oldlogits.batch.chains import Chain, Chunk, chains_of, cut_out
 from oldlogits.batch.collate import TokenBatch, collate
-from oldlogits.batch.pad import MicroBatch, micro_batches, plan
+from oldlogits.batch.pad import MicroBatch, micro_batches, plan, read_lengths
 from oldlogits.batch.sequences import Sequences, pack
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "micro_batches",
     "pack",
     "plan",
+    "read_lengths",
 ]

@@ -56,6 +56,22 @@ def plan(lengths: Ints, token_budget: int) -> list[Ints]:
     return plans
 
 
+def read_lengths(batch: Sequences, tokens: Ints) -> Ints:
+    """int64 [sequence]: the tokens of each, from its beginning, that a forward pass reads to score the given ones.
+
+    Args:
+        batch: The flat batch, or any sequences.
+        tokens: int64 [action], ascending flat indices of the tokens to score.
+
+    Example:
+        Sequences [0, 5) and [5, 9), tokens 2 and 3: [3, 0]; the last token itself is predicted, not read.
+    """
+    sequence = np.searchsorted(batch.starts, tokens, side="right") - 1
+    needed = np.zeros(batch.num_sequences, np.int64)
+    np.maximum.at(needed, sequence, tokens - batch.starts[sequence])
+    return needed
+
+
 def micro_batches(batch: Sequences, tokens: Ints, token_budget: int) -> Iterator[MicroBatch]:
     """The micro-batches that score the given tokens; each sequence is cut after the last of its tokens.
 
@@ -68,8 +84,7 @@ def micro_batches(batch: Sequences, tokens: Ints, token_budget: int) -> Iterator
         Micro-batches that together hold every one of `tokens` once.
     """
     sequence = np.searchsorted(batch.starts, tokens, side="right") - 1
-    needed = np.zeros(batch.num_sequences, np.int64)
-    np.maximum.at(needed, sequence, tokens - batch.starts[sequence])  # the last token itself is predicted, not read
+    needed = read_lengths(batch, tokens)
     for rows in plan(needed, token_budget):
         yield _pad(batch, tokens, sequence, rows, needed)
 

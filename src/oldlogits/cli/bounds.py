@@ -23,7 +23,10 @@ _DEFAULT: Final = RunConfig()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoundsOptions:
-    """Print what a setting means for the total ratio R = theta / mu of a token."""
+    """Print what a setting means for the total ratio R = theta / mu of a token.
+
+    What a band masks of an engine's own noise is measured when a run starts, and printed by `oldlogits train`.
+    """
 
     weight_mu: float = _DEFAULT.objective.weight_mu
     """The weight on MU of the linear and the log-linear stand-in, in [0, 1]."""

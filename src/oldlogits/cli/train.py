@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from oldlogits.cli.main import FAILED, INTERRUPTED, print_error
-from oldlogits.config import RunConfig, load_config
+from oldlogits.config import RunConfig, cautions, load_config
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.policies import find_variant
 from oldlogits.envs.shape import load_environment
@@ -115,6 +115,8 @@ def _dry_run(config: RunConfig) -> int:
     print(dump_toml(dataclasses.asdict(config)))
     variant = find_variant(config.variant)
     print(f"# {config.variant}: r_d = {variant.r_d}, r_s = {variant.r_s}, total ratio {variant.total}")
+    for caution in cautions(config):
+        print(f"# warning: {caution.message}")
     for line in estimate(config).lines():
         print(f"# {line}")
     return 0

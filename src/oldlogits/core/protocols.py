@@ -240,10 +240,12 @@ class ScoredPieces:
     Args:
         values: float32 [scored token], natural log, piece after piece.
         seconds_s: The time that the scorer worked.
+        switch_s: The part of it until the version's weights could score.
     """
 
     values: NDArray[np.float32]
     seconds_s: float
+    switch_s: float
 
 
 class PieceScorer(Protocol):

@@ -64,7 +64,7 @@ FIELDS: Final[Mapping[EventKind, frozenset[str]]] = MappingProxyType(
     {
         EventKind.RUN_STARTED: frozenset(
             {"variant", "r_d", "r_s", "corrects_mismatch", "source", "runtime", "seed", "denominator"}
-            | {"band", "eps_low", "eps_high", "max_staleness", "group_size", "groups_per_version"}
+            | {"band", "eps_low", "eps_high", "truncation", "max_staleness", "group_size", "groups_per_version"}
             | {"model", "num_parameters", "numerics"}
         ),
         EventKind.WARM_START: frozenset({"steps", "loss", "cached", "seconds_s"}),
@@ -73,9 +73,9 @@ FIELDS: Final[Mapping[EventKind, frozenset[str]]] = MappingProxyType(
         EventKind.GROUP_CLOSED: frozenset({"group", "rewards", "oldest_version", "num_failed"}),
         EventKind.TRAJECTORY_FAILED: frozenset({"trajectory", "reason"}),
         EventKind.BATCH: frozenset({"groups", "num_tokens", "staleness_max", "waited_s"}),
-        EventKind.SCORED: frozenset({"policy", "num_switches", "versions", "seconds_s"}),
+        EventKind.SCORED: frozenset({"policy", "num_switches", "versions", "read_tokens", "switch_s", "seconds_s"}),
         EventKind.UPDATE: frozenset({"metrics", "staleness_counts"}),
-        EventKind.PUBLISHED: frozenset({"bytes", "seconds_s"}),
+        EventKind.PUBLISHED: frozenset({"bytes", "store_s", "seconds_s"}),
         EventKind.WEIGHTS_UPDATED: frozenset({"pause_s", "load_s", "stall_s"}),
         EventKind.PROBE: frozenset({"max_abs_error", "mean_abs_error", "num_tokens"}),
         EventKind.CALIBRATION: frozenset(

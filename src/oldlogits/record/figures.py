@@ -192,9 +192,14 @@ def _r_s(run: RunData) -> Figure | None:
     low, high = run.bound("eps_low"), run.bound("eps_high")
     bounds = [Bound(x=1 - low, label=f"1 - {low:g}")] if low is not None and low < 1 else []
     bounds += [Bound(x=1 + high, label=f"1 + {high:g}")] if high is not None else []
+    cap = run.bound("truncation")
+    bounds += [Bound(x=cap, label=f"truncated at {cap:g}")] if cap is not None else []
     kept = _column(run, "clip_mask").astype(bool)
     what = "Same engine, two versions: staleness." if run.setting("r_s") == "theta/old" else "Theta over the stand-in."
-    caption = what + " The clip depends on the advantage's sign: a token beyond one bound may be kept."
+    if run.setting("truncation"):
+        caption = what + " No token is clipped: the weight of its gradient is truncated."
+    else:
+        caption = what + " The clip depends on the advantage's sign: a token beyond one bound may be kept."
     return _ratio_histogram(f"r_s = {run.setting('r_s')}", caption, _column(run, "log_r_s"), kept, bounds, "clipped")
 
 

@@ -30,6 +30,7 @@ _DETAILS: Final = (
     ("band", "band"),
     ("eps low", "eps_low"),
     ("eps high", "eps_high"),
+    ("truncation", "truncation"),
     ("denominator", "denominator"),
     ("groups x size", "groups_per_version"),
     ("seed", "seed"),

@@ -19,18 +19,19 @@ from oldlogits.rollout.turns import EnvironmentRunner
 from oldlogits.runtime.buffer import Buffer
 from oldlogits.sources import EngineScores
 from oldlogits.train.step import UpdateResult
-from oldlogits.train.trainer import Published, Trainer, Witnesses
+from oldlogits.train.trainer import Published, ScoringWork, Trainer, Witnesses
 from oldlogits.train.window_scorer import WindowScorer
 from oldlogits.versions import AverageScores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerState:
-    """The trainer's version, its witnesses, and the seconds that it has worked."""
+    """The trainer's version, its witnesses, what scoring has cost it, and the seconds that it has worked."""
 
     version: PolicyVersion
     witnesses: Witnesses
     num_parameters: int
+    work: ScoringWork
     busy_s: float
 
 
@@ -44,7 +45,9 @@ class TimedTrainer:
         """Call a method of the trainer by name."""
         if method == "state":
             t = self._trainer
-            return TrainerState(version=t.version, witnesses=t.witnesses, num_parameters=t.num_parameters, busy_s=self._busy_s)
+            return TrainerState(
+                version=t.version, witnesses=t.witnesses, num_parameters=t.num_parameters, work=t.work, busy_s=self._busy_s
+            )
         started = self._clock()
         try:
             return METHODS[method](self._trainer, *arguments)
@@ -136,7 +139,7 @@ class CallingTrainer:
         await self._call("restore", (folder,))
 
     async def state(self) -> TrainerState:
-        """Version, witnesses and busy seconds."""
+        """Version, witnesses, scoring work and busy seconds."""
         return cast(TrainerState, await self._call("state", ()))
 
 

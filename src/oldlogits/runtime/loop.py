@@ -296,13 +296,15 @@ class Loop:
         )
 
     async def _score(self, batch: TokenBatch) -> Scored | None:
-        started = self._handles.clock()
+        before, started = (await self._handles.trainer.state()).work, self._handles.clock()
         tokens = self._entering(batch)
         scored = await self.source.acquire(tokens)
         if scored is None:
             return None
         check_scored(scored, tokens.versions)
-        self._recorder.scored(scored, batch.versions, version=self.version, seconds_s=self._handles.clock() - started)
+        seconds_s = self._handles.clock() - started
+        work = (await self._handles.trainer.state()).work - before
+        self._recorder.scored(scored, batch.versions, work, version=self.version, seconds_s=seconds_s)
         return scored
 
     async def _step(self, scored: Scored | None) -> UpdateResult:
@@ -319,7 +321,7 @@ class Loop:
         published = await self._handles.trainer.publish()
         self.version = published.version
         seconds_s = self._handles.clock() - started
-        self._recorder.published(version=self.version, num_bytes=published.store_bytes, seconds_s=seconds_s)
+        self._recorder.published(published, seconds_s=seconds_s)
         return published
 
     async def _between_updates(self, rollouts: Rollouts) -> None:

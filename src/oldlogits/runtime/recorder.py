@@ -23,6 +23,7 @@ from oldlogits.runtime.probe import ProbeResult
 from oldlogits.runtime.referee import ResetEffect
 from oldlogits.train.average import AverageReset
 from oldlogits.train.step import UpdateResult
+from oldlogits.train.trainer import Published, ScoringWork
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -51,6 +52,7 @@ class Recorder:
     def started(self, *, version: int, num_parameters: int) -> None:
         """The run begins or goes on at `version`."""
         c, variant = self._config, find_variant(self._config.variant)
+        truncates = c.objective.clip == "truncated"
         self.events.emit(
             EventKind.RUN_STARTED,
             version=version,
@@ -63,8 +65,9 @@ class Recorder:
             seed=c.seed,
             denominator=c.objective.denominator,
             band=c.band,
-            eps_low=c.objective.eps_low,
-            eps_high=c.objective.eps_high,
+            eps_low=None if truncates else c.objective.eps_low,
+            eps_high=None if truncates else c.objective.eps_high,
+            truncation=c.objective.truncation if truncates else None,
             max_staleness=c.max_staleness,
             group_size=c.rollout.group_size,
             groups_per_version=c.rollout.groups_per_version,
@@ -109,8 +112,8 @@ class Recorder:
             waited_s=waited_s,
         )
 
-    def scored(self, scored: Scored, versions: Sequence[int], *, version: int, seconds_s: float) -> None:
-        """A source scored the batch."""
+    def scored(self, scored: Scored, versions: Sequence[int], work: ScoringWork, *, version: int, seconds_s: float) -> None:
+        """A source scored the batch, with that much work for the trainer."""
         self.events.emit(
             EventKind.SCORED,
             version=version,
@@ -118,6 +121,7 @@ class Recorder:
             num_switches=scored.num_switches,
             versions=list(versions),
             seconds_s=seconds_s,
+            **asdict(work),
         )
 
     def updated(
@@ -176,9 +180,10 @@ class Recorder:
             )
         )
 
-    def published(self, *, version: int, num_bytes: int, seconds_s: float) -> None:
-        """A version was stored."""
-        self.events.emit(EventKind.PUBLISHED, version=version, bytes=num_bytes, seconds_s=seconds_s)
+    def published(self, published: Published, *, seconds_s: float) -> None:
+        """A version was stored, which is a part of these seconds."""
+        p = published
+        self.events.emit(EventKind.PUBLISHED, version=p.version, bytes=p.store_bytes, store_s=p.store_s, seconds_s=seconds_s)
 
     def weights_updated(self, *, version: int, pause_s: float, load_s: float, stall_s: float) -> None:
         """The engine was brought to rest, took new weights, and had stood still for `stall_s` when it went on."""

@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from oldlogits.batch import Sequences, TokenBatch, pack
+from oldlogits.batch import Sequences, TokenBatch, pack, read_lengths
 from oldlogits.config import RunConfig
 from oldlogits.core.errors import RunFolderError
 from oldlogits.core.policies import SOURCES
@@ -50,6 +50,7 @@ class Published:
         probe_logps: float32 [probe token]: what the live weights give the fixed probe tokens.
         engine_probe_logps: float32 [probe token]: what they give them with the engine's numerics.
         store_bytes: Bytes of all versions that the store holds.
+        store_s: Seconds that storing this one took.
     """
 
     version: PolicyVersion
@@ -57,6 +58,28 @@ class Published:
     probe_logps: NDArray[np.float32]
     engine_probe_logps: NDArray[np.float32]
     store_bytes: int
+    store_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoringWork:
+    """What scoring batches and pieces has cost the trainer since it started; its own checks are not in it.
+
+    Args:
+        read_tokens: Tokens that forward passes have read, each sequence up to its last scored token.
+        switch_s: Seconds until the asked-for weights could score: checkout, module pointed at them, witness.
+    """
+
+    read_tokens: int = 0
+    switch_s: float = 0.0
+
+    def __add__(self, other: ScoringWork) -> ScoringWork:
+        """Both."""
+        return ScoringWork(read_tokens=self.read_tokens + other.read_tokens, switch_s=self.switch_s + other.switch_s)
+
+    def __sub__(self, other: ScoringWork) -> ScoringWork:
+        """What was done in between."""
+        return ScoringWork(read_tokens=self.read_tokens - other.read_tokens, switch_s=self.switch_s - other.switch_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +133,7 @@ class Trainer:
         self._scored: Scored | None = None
         self.version: PolicyVersion = 0
         self.witnesses = Witnesses()
+        self.work = ScoringWork()
 
     @property
     def num_parameters(self) -> int:
@@ -119,15 +143,17 @@ class Trainer:
     def publish(self) -> Published:
         """Store the live weights as the current version, and let them witness it."""
         weights = named_weights(self._model)
+        started = time.perf_counter()
         if self._stores_versions:
             self._store.publish(self.version, weights)
+        store_s = time.perf_counter() - started
         point_at(self._scoring, weights)
-        probe_logps = self._probe_logps[self.version] = self._score(*self._probe)
+        probe_logps = self._probe_logps[self.version] = self._score_with(self._scoring, *self._probe)
         if self._averaging is not None:
             self._averaging.witness(self.version, probe_logps)
         if self._engine_view is not None:
             self._engine_view.hold(self._model)
-        engine_probe_logps = self._score_engine(*self._probe)
+        engine_probe_logps = self._score_with(self._engine_model(), *self._probe)
         self._note_noise(engine_probe_logps - probe_logps)
         return Published(
             version=self.version,
@@ -135,6 +161,7 @@ class Trainer:
             probe_logps=probe_logps,
             engine_probe_logps=engine_probe_logps,
             store_bytes=self._store.num_bytes,
+            store_s=store_s,
         )
 
     def put_batch(self, batch: TokenBatch) -> None:
@@ -155,7 +182,7 @@ class Trainer:
         batch = self._current_batch()
         flat = np.flatnonzero(batch.loss_mask)[tokens]
         with self._scoring_at(at):
-            return self._score(batch, flat)
+            return self._read(self._scoring, batch, flat)
 
     def score_mixed(self) -> NDArray[np.float32]:
         """OLD of all loss tokens of the batch, over keys and values of the versions that computed them in the engine.
@@ -179,10 +206,11 @@ class Trainer:
             VersionEvictedError: The version is no longer held.
             ExactnessError: The weights do not reproduce what the live ones gave at publish.
         """
-        started = time.perf_counter()
+        started, before = time.perf_counter(), self.work
         with self._scoring_at(at):
-            values = self._score(*pack(pieces))
-        return ScoredPieces(values=values, seconds_s=time.perf_counter() - started)
+            values = self._read(self._scoring, *pack(pieces))
+        switch_s = (self.work - before).switch_s
+        return ScoredPieces(values=values, seconds_s=time.perf_counter() - started, switch_s=switch_s)
 
     def score_average(self, tokens: NDArray[np.int64]) -> AverageScores:
         """Log-probs of loss tokens of the batch under the weights averaged up to the current version.
@@ -191,9 +219,11 @@ class Trainer:
             tokens: int64, ascending positions among the batch's loss tokens.
         """
         assert self._averaging is not None, "a source that averages makes the trainer keep an average"
-        batch, average = self._current_batch(), self._averaging.average
+        started, batch, average = time.perf_counter(), self._current_batch(), self._averaging.average
         point_at(self._scoring, average.weights)
-        return AverageScores(values=self._score(batch, np.flatnonzero(batch.loss_mask)[tokens]), age=average.age)
+        self.work += ScoringWork(switch_s=time.perf_counter() - started)
+        values = self._read(self._scoring, batch, np.flatnonzero(batch.loss_mask)[tokens])
+        return AverageScores(values=values, age=average.age)
 
     def score_engine(self, tokens: NDArray[np.int64]) -> EngineScores:
         """Log-probs of loss tokens of the batch with the live weights in the engine's numerics, as rounded at their publish.
@@ -204,7 +234,8 @@ class Trainer:
         assert self.version in self._engine_noise, "the live weights are published before they score as the engine"
         batch = self._current_batch()
         flat = np.flatnonzero(batch.loss_mask)[tokens]
-        return EngineScores(logp_mu=batch.logp_mu[flat], values=self._score_engine(batch, flat), noise=self._engine_noise)
+        values = self._read(self._engine_model(), batch, flat)
+        return EngineScores(logp_mu=batch.logp_mu[flat], values=values, noise=self._engine_noise)
 
     def train(self, scored: Scored | None) -> UpdateResult:
         """Train the batch; the trainer's version rises by one.
@@ -224,8 +255,10 @@ class Trainer:
     def _take_in(self, result: UpdateResult) -> UpdateResult:
         """The average takes in the new version."""
         assert self._averaging is not None
+        started = time.perf_counter()
         taken = self._averaging.take_in(named_weights(self._model), self.version, result.metrics, result.staleness_counts)
-        return replace(result, metrics={**result.metrics, **taken.metrics}, average_reset=taken.reset)
+        metrics = {**result.metrics, **taken.metrics, "average/take_in_s": time.perf_counter() - started}
+        return replace(result, metrics=metrics, average_reset=taken.reset)
 
     def retain(self, oldest_needed: PolicyVersion) -> None:
         """Drop stored versions that no token in flight needs."""
@@ -297,15 +330,17 @@ class Trainer:
         if self._averaging is not None:
             self._averaging.restore(state / "average.safetensors")
 
-    def _score(self, sequences: Sequences, flat: NDArray[np.int64]) -> NDArray[np.float32]:
-        return self._score_with(self._scoring, sequences, flat)
-
-    def _score_engine(self, sequences: Sequences, flat: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _engine_model(self) -> PreTrainedModel:
         """With the live weights in the engine's numerics; an fp32 engine has the trainer's."""
         if self._engine_view is not None:
-            return self._score_with(self._engine_view.model, sequences, flat)
+            return self._engine_view.model
         point_at(self._scoring, named_weights(self._model))
-        return self._score(sequences, flat)
+        return self._scoring
+
+    def _read(self, model: PreTrainedModel, sequences: Sequences, flat: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Score what a route asks for: it is counted."""
+        self.work += ScoringWork(read_tokens=int(read_lengths(sequences, flat).sum()))
+        return self._score_with(model, sequences, flat)
 
     def _score_with(self, model: PreTrainedModel, sequences: Sequences, flat: NDArray[np.int64]) -> NDArray[np.float32]:
         return score_tokens(model, sequences, flat, **self._sizes)
@@ -318,15 +353,14 @@ class Trainer:
     @contextmanager
     def _scoring_at(self, at: PolicyVersion | None) -> Iterator[None]:
         """Point the scoring module at a stored version, or at the live weights: None, or their version if it is not stored."""
-        if at is None or (at == self.version and at not in self._store.versions):
-            point_at(self._scoring, named_weights(self._model))
+        started = time.perf_counter()
+        is_only_live = at == self.version and at not in self._store.versions
+        held = nullcontext(named_weights(self._model)) if at is None or is_only_live else self._store.checkout(at)
+        with held as weights:
+            point_at(self._scoring, weights)
             if at is not None:
                 self._witness_version(at)
-            yield
-            return
-        with self._store.checkout(at) as weights:
-            point_at(self._scoring, weights)
-            self._witness_version(at)
+            self.work += ScoringWork(switch_s=time.perf_counter() - started)
             yield
 
     def _current_batch(self) -> TokenBatch:
@@ -335,7 +369,7 @@ class Trainer:
 
     def _witness_version(self, version: PolicyVersion) -> None:
         """Witness (a): the weights about to score reproduce what the live ones gave the probe tokens at publish."""
-        error = max_error(self._score(*self._probe), self._probe_logps[version])
+        error = max_error(self._score_with(self._scoring, *self._probe), self._probe_logps[version])
         worst = np.fmax(self.witnesses.publish_max_abs_error, error)
         self.witnesses = Witnesses(publish_max_abs_error=float(worst), lag0_max_abs_error=self.witnesses.lag0_max_abs_error)
         check_witness(error, f"the checkout of version {version}", "the live weights at its publish")

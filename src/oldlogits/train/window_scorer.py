@@ -62,8 +62,9 @@ class WindowScorer:
         started = time.perf_counter()
         with self._store.checkout(at) as weights:
             point_at(self._model, weights)
+            switched = time.perf_counter()
             values = self._score(*pack(pieces))
-        return ScoredPieces(values=values, seconds_s=time.perf_counter() - started)
+        return ScoredPieces(values=values, seconds_s=time.perf_counter() - started, switch_s=switched - started)
 
     def _score(self, sequences: Sequences, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         t = self._trainer
