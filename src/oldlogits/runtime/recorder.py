@@ -210,7 +210,6 @@ class Recorder:
     def ended(self, reason: str, error: str, *, version: int) -> None:
         """The run ended."""
         self.events.emit(EventKind.RUN_ENDED, version=version, reason=reason, error=error)
-
     def calibrated(self, found: Calibration, *, version: int) -> None:
         """The engine's own noise was measured."""
         self.events.emit(EventKind.CALIBRATION, version=version, **asdict(found))
@@ -221,6 +220,7 @@ class Recorder:
         """A reader of the results should know this."""
         self.events.emit(EventKind.WARNING, version=version, **asdict(caution))
         self.view.note(f"warning: {caution.message}")
+
 
     def _segment(self, segment: Segment) -> EpisodeSegment:
         ids = segment.token_ids
