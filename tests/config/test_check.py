@@ -166,9 +166,14 @@ def test_a_route_that_scores_version_by_version_is_refused_over_stale_keys_and_v
         check(changed("engine.kv", "stale", routed))
 
 
-def test_the_tiny_model_plays_only_at_the_desk():
-    with pytest.raises(ConfigError, match="the tiny model knows only the words of the order desk"):
-        check(changed("env.target", "my.package:Shop"))
+@pytest.mark.parametrize("model", ["tiny", "tiny-moe"])
+def test_the_tiny_models_play_only_at_the_desks(model):
+    for desk in ("desk", "desk_long"):
+        check(changed("env.target", desk, changed("model.path", model)))
+    with pytest.raises(
+        ConfigError, match=f"the tiny model knows only the words of the order desk; got: model.path = '{model}'"
+    ):
+        check(changed("env.target", "my.package:Shop", changed("model.path", model)))
 
 
 def test_a_fixed_decay_needs_its_beta_and_no_other_decay_takes_one():

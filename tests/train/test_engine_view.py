@@ -66,6 +66,30 @@ def test_with_rounded_activations_the_view_is_the_engine_but_where_a_last_bit_ch
     assert max(error.mean() for error in errors) <= 0.03
 
 
+def test_rounded_weights_send_a_few_tokens_to_another_expert_and_those_differ_most():
+    model = make_model("qwen3 top-1 of 4 experts")
+    ids = torch.randint(VOCAB, (8, 60), generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def look(model) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs of all tokens of the vocabulary, and the expert in every layer."""
+        experts: list[torch.Tensor] = []
+        hooks = [
+            layer.mlp.gate.register_forward_hook(lambda *seen: experts.append(seen[-1][2])) for layer in model.model.layers
+        ]
+        logps = torch.log_softmax(model(ids).logits, -1).flatten(0, 1)
+        for hook in hooks:
+            hook.remove()
+        return logps, torch.cat(experts, 1)
+
+    logps, experts = look(model)
+    rounded, others = look(EngineView(model, "fp8").model)
+    flipped = (experts != others).any(1)
+    distance = (logps - rounded).abs().mean(1)
+    assert 0 < flipped.float().mean() < 0.1
+    assert distance[flipped].mean() > 2 * distance[~flipped].mean()
+
+
 @pytest.mark.parametrize("numerics", ALL)
 def test_the_view_moves_away_from_the_live_weights_with_coarse_numerics_only(numerics):
     model, ids = make_model("qwen3"), random_ids(60)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from oldlogits.config import config_from_table
 from oldlogits.core.errors import ConfigError
 from oldlogits.envs.desk import OrderDesk
 from oldlogits.envs.desk_clerk import ErrorRates, oracle
@@ -19,7 +20,7 @@ from oldlogits.envs.desk_long import LongOrderDesk
 from oldlogits.envs.shape import tool_names
 from oldlogits.policy.chat import ChatFormat
 from oldlogits.policy.tiny import TinyMoeSize, TinySize, tiny_model, tiny_tokenizer
-from oldlogits.train.warm_start import MIXTURE, WarmStartSpec, demonstrate, demonstrations, imitation_loss, warm_start
+from oldlogits.train.warm_start import MIXTURE, WarmStartSpec, demonstrate, demonstrations, imitation_loss, spec_of, warm_start
 
 TOKENIZER = tiny_tokenizer([*WORDS, *tool_names(OrderDesk)])
 CHAT = ChatFormat(TOKENIZER)
@@ -64,6 +65,20 @@ def test_the_same_specification_gives_the_same_bytes(tmp_path: Path, monkeypatch
 )
 def test_another_specification_gives_another_folder(change: dict[str, object]):
     assert warm_start(QUICK) != warm_start(replace(QUICK, **change))
+
+
+def test_a_recipe_names_the_size_the_desk_and_the_seed_of_its_warm_start():
+    assert spec_of(config_from_table({"seed": 3})) == WarmStartSpec(seed=3)
+    table = {"model": {"path": "tiny-moe", "seed": 5, "warm_start_steps": 7}, "env": {"target": "desk_long"}}
+    spec = spec_of(config_from_table(table))
+    assert (spec.seed, spec.steps, spec.size, spec.desk) == (5, 7, TinyMoeSize(), LongOrderDesk)
+
+
+def test_demonstrators_of_long_episodes_are_right_in_a_tenth_to_a_third_of_them():
+    spec = spec_of(config_from_table({"env": {"target": "desk_long"}}))
+    shown = list(islice(demonstrations(spec, CHAT), 300))
+    assert 0.1 < sum(one.reward for one in shown) / 300 < 0.3
+    assert max(len(one.token_ids) for one in shown) < 448  # env.max_tokens of recipes/desk_long.toml
 
 
 def test_another_desk_gives_another_folder(monkeypatch: pytest.MonkeyPatch):

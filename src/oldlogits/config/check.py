@@ -27,12 +27,12 @@ def check(config: RunConfig) -> None:
     _check_schedule(config)
     refuse_idle(config)
     _check_rows(config)
-    if config.model.path != "tiny":
+    if not config.model.is_tiny:
         check_model_folder(Path(config.model.path))
-    elif config.env.target != "desk":
+    elif config.env.target not in ("desk", "desk_long"):
         raise ConfigError(
             "the tiny model knows only the words of the order desk",
-            got=f"model.path = 'tiny', env.target = '{config.env.target}'",
+            got=f"model.path = '{config.model.path}', env.target = '{config.env.target}'",
             allowed="model.path = FOLDER with this environment",
             fix="set model.path to a Hugging Face folder whose tokenizer has a chat template",
         )
@@ -45,7 +45,7 @@ def check_model_folder(folder: Path) -> None:
         ModelFolderError: The folder or a part of it is missing.
     """
     allowed = "a folder with config.json, *.safetensors and a tokenizer with a chat template"
-    fix = "pass --model.path FOLDER, or --model.path tiny for the embedded model"
+    fix = "pass --model.path FOLDER, or --model.path tiny (or tiny-moe) for an embedded model"
     if not folder.is_dir():
         raise ModelFolderError("model.path is no folder", got=str(folder), allowed=allowed, fix=fix)
     for what, found in {

@@ -71,11 +71,17 @@ class ModelConfig:
     """The trainer's model."""
 
     path: str = "tiny"
-    """A Hugging Face folder of the Llama/Qwen family, or "tiny": the embedded model, after its warm start."""
+    """A Hugging Face folder of the Llama/Qwen family, or an embedded model after its warm start: "tiny" or, a mixture of
+    experts, "tiny-moe"."""
     seed: int = -1
     """Seed of the tiny model and its warm start; -1 takes the run's seed."""
     warm_start_steps: int = -1
     """Supervised steps of the tiny model's warm start; -1 takes the built-in number."""
+
+    @property
+    def is_tiny(self) -> bool:
+        """Whether the model is an embedded one."""
+        return self.path in ("tiny", "tiny-moe")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +89,7 @@ class EnvConfig:
     """The environment and the turns with it."""
 
     target: str = "desk"
-    """"desk", or "package.module:Class"."""
+    """"desk", "desk_long", or "package.module:Class"."""
     rows: str = ""
     """A JSONL file of tasks for training, one `reset(**row)` a line; empty: the class makes its own rows."""
     heldout_rows: str = ""

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from oldlogits.config import RunConfig
 from oldlogits.core.policies import SOURCES
-from oldlogits.policy.tiny import TinySize, tiny_model
+from oldlogits.policy.tiny import tiny_model
 from oldlogits.train.average import AVERAGING_SOURCES
+from oldlogits.train.warm_start import spec_of
 
 TINY_VOCABULARY = 128
 """About the words of the order desk."""
@@ -90,8 +91,8 @@ def _stored_versions(config: RunConfig) -> int:
 
 def _model(config: RunConfig) -> tuple[ModelShape, int]:
     """The shape that the cache depends on, and the number of parameters."""
-    if config.model.path == "tiny":
-        size = TinySize()
+    if config.model.is_tiny:
+        size = spec_of(config).size
         shape = ModelShape(layers=size.layers, kv_heads=size.kv_heads, head_dim=size.hidden // size.heads)
         return shape, sum(p.numel() for p in tiny_model(size, TINY_VOCABULARY, 0, 0, 0).parameters())
     folder = Path(config.model.path)

@@ -40,7 +40,7 @@ from oldlogits.runtime.rows import Rows
 from oldlogits.runtime.staleness import StalenessBound
 from oldlogits.runtime.totals import Totals
 from oldlogits.train.trainer import Witnesses
-from oldlogits.train.warm_start import WarmStartSpec, warm_start
+from oldlogits.train.warm_start import spec_of, warm_start
 
 Open = Callable[[RunConfig, Path, Sequence[int], int], AbstractAsyncContextManager[Handles]]
 
@@ -103,7 +103,7 @@ def run(
 def _check_task(config: RunConfig) -> None:
     """Refuse an environment, rows or a model folder that cannot be used, before anything is written."""
     Rows(config, load_environment(config.env.target))
-    if config.model.path != "tiny":
+    if not config.model.is_tiny:
         EngineSpec(model_path=config.model.path, max_context=config.env.max_tokens).read_config()
         ChatFormat(load_tokenizer(Path(config.model.path)))
 
@@ -124,7 +124,7 @@ async def _run(
     seed = sampler_seed(config.seed, totals.num_updates)
     probe_ids = _probe_ids(chat, environment_class)
     recorder = Recorder(config, folder, view, lambda ids: str(tokenizer.decode(ids)))
-    if checkpoint is None and config.model.path == "tiny":
+    if checkpoint is None and config.model.is_tiny:
         recorder.warm_started(start.steps, start.loss, start.seconds_s)
     try:
         async with open_runtime(config, start.model, probe_ids, seed) as handles:
@@ -234,11 +234,9 @@ class Start:
 
 def prepare_model(config: RunConfig, note: Callable[[str], None]) -> Start:
     """The recipe's model folder, or the tiny model after its warm start (from the cache, if it is there)."""
-    if config.model.path != "tiny":
+    if not config.model.is_tiny:
         return Start(model=Path(config.model.path))
-    spec = WarmStartSpec(seed=config.model_seed)
-    if config.model.warm_start_steps >= 0:
-        spec = dataclasses.replace(spec, steps=config.model.warm_start_steps)
+    spec = spec_of(config)
     done, last = 0, math.nan
     started = time.perf_counter()
 

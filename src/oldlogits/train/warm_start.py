@@ -16,7 +16,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -25,13 +25,15 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from oldlogits.config import RunConfig
 from oldlogits.core.errors import ConfigError
 from oldlogits.envs.desk import OrderDesk
 from oldlogits.envs.desk_clerk import Clerk, ErrorRates, demonstrator
 from oldlogits.envs.desk_data import WORDS, DeskRow
+from oldlogits.envs.desk_long import LongOrderDesk
 from oldlogits.envs.shape import Malformed, bind, parse_plain, render_result, tool_names, tool_schemas
 from oldlogits.policy.chat import ChatFormat, Message
-from oldlogits.policy.tiny import TinySize, save_tiny, tiny_model, tiny_tokenizer
+from oldlogits.policy.tiny import TinyMoeSize, TinySize, save_tiny, tiny_model, tiny_tokenizer
 
 _NUM_HASHED: Final = 64
 """Demonstrations that enter the cache key: a change of desk, demonstrators, tokenizer or template changes them."""
@@ -49,6 +51,10 @@ MIXTURE: Final = ErrorRates(
     misreport=0.04,
 )
 """Demonstrators whose likeliest decision is wrong in some places: greedy decoding fails there, sampling does not always."""
+
+
+LONG_MIXTURE: Final = ErrorRates(**{decision: 0.7 * rate for decision, rate in asdict(MIXTURE).items()})
+"""Demonstrators of long episodes err less often, since one mistake of five wishes loses the reward."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +96,15 @@ class WarmStartSpec:
                 allowed="steps, seed >= 0; batch_size, warmup_steps >= 1; lr > 0",
                 fix="correct the specification",
             )
+
+
+def spec_of(config: RunConfig) -> WarmStartSpec:
+    """The warm start of a recipe that names an embedded model."""
+    spec = WarmStartSpec(seed=config.model_seed, size=TinyMoeSize() if config.model.path == "tiny-moe" else TinySize())
+    if config.env.target == "desk_long":
+        spec = replace(spec, desk=LongOrderDesk, errors=LONG_MIXTURE, batch_size=8)
+    steps = config.model.warm_start_steps
+    return spec if steps < 0 else replace(spec, steps=steps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
