@@ -13,7 +13,7 @@ from markupsafe import Markup
 WIDTH: Final = 480
 HEIGHT: Final = 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 468, 12, 208
-_ROW_LEFT, _ROW_HEIGHT = 150, 20
+_ROW_LEFT, _ROW_HEIGHT = 150, 22
 
 Point = tuple[float, float]
 Transform = Literal["linear", "log"]
@@ -217,28 +217,31 @@ def bar_chart(x: Axis, y: Axis, bars: Sequence[Bar], *, x_label: str, bounds: Se
 
 def row_chart(x: Axis, rows: Sequence[Row], *, x_label: str, null: float | None = None) -> Markup:
     """Rows over one x axis, the first at the top; `null` is a vertical line to compare with."""
-    left = _ROW_LEFT if rows else _LEFT
-    x = replace(x, start=left)
+    x = replace(x, start=_ROW_LEFT)
     bottom = _TOP + _ROW_HEIGHT * len(rows)
-    parts = (
-        [] if null is None else [f'<line class="bound" x1="{x.at(null):.1f}" x2="{x.at(null):.1f}" y1="{_TOP}" y2="{bottom}"/>']
-    )
+    parts = []
+    if null is not None:
+        parts.append(f'<line class="bound" x1="{x.at(null):.1f}" x2="{x.at(null):.1f}" y1="{_TOP}" y2="{bottom}"/>')
     for index, row in enumerate(rows):
-        middle = _TOP + _ROW_HEIGHT * (index + 0.5)
-        is_heading = not row.dots and row.mean is None
-        parts.append(
-            _text(left - 8, middle + 4, row.label, f'text-anchor="end" class="{"heading" if is_heading else "rowlabel"}"')
-        )
-        for dot in row.dots:
-            tip = Markup(' data-tip="{}"').format(dot.tip)
-            parts.append(f'<circle class="dot {dot.colour}" cx="{x.at(dot.x):.1f}" cy="{middle:.1f}" r="3.5"{tip}/>')
-        if row.mean is not None:
-            low, mean, high = (x.at(value) for value in row.mean)
-            path = f"M{low:.1f},{middle - 4:.1f}v8M{high:.1f},{middle - 4:.1f}v8M{low:.1f},{middle:.1f}H{high:.1f}"
-            parts.append(f'<path class="whisker {row.colour}" d="{path}"/>')
-            parts.append(f'<circle class="dot {row.colour}" cx="{mean:.1f}" cy="{middle:.1f}" r="4.5"/>')
-            parts.append(_rect(low - 5, middle - 8, high - low + 10, 16, "hit", row.tip))
+        parts += _row(row, x, _TOP + _ROW_HEIGHT * (index + 0.5))
     return _frame(x, None, parts, x_label, bottom=bottom)
+
+
+def _row(row: Row, x: Axis, middle: float) -> list[str]:
+    """Label, mean and interval; dots stand above the interval so that neither hides the other."""
+    style = "rowlabel" if row.dots or row.mean else "heading"
+    parts = [_text(_ROW_LEFT - 8, middle + 4, row.label, f'text-anchor="end" class="{style}"')]
+    if row.mean is not None:
+        at = middle + (4 if row.dots else 0)
+        low, mean, high = (x.at(value) for value in row.mean)
+        path = f"M{low:.1f},{at - 4:.1f}v8M{high:.1f},{at - 4:.1f}v8M{low:.1f},{at:.1f}H{high:.1f}"
+        parts.append(f'<path class="whisker {row.colour}" d="{path}"/>')
+        parts.append(f'<circle class="dot {row.colour}" cx="{mean:.1f}" cy="{at:.1f}" r="4.5"/>')
+        parts.append(_rect(low - 5, at - 5, high - low + 10, 10, "hit", row.tip))
+    for dot in row.dots:
+        tip = Markup(' data-tip="{}"').format(dot.tip)
+        parts.append(f'<circle class="dot {dot.colour}" cx="{x.at(dot.x):.1f}" cy="{middle - 5:.1f}" r="3.5"{tip}/>')
+    return parts
 
 
 def scatter_chart(x: Axis, y: Axis, marks: Sequence[Mark], *, x_label: str, path: Sequence[Point] = ()) -> Markup:

@@ -251,17 +251,16 @@ def _contrast(
 
 
 def reset_effect(
-    runs: Sequence[LearningRun], *, method: str = "ewma-reset-guarded", without: str = "ewma"
+    declaration: Declaration, runs: Sequence[LearningRun], *, method: str = "ewma-reset-guarded", without: str = "ewma"
 ) -> ResetEffect | None:
-    """The effect of a reset rule, over the runs in which it fired; None where it fired in none that can be compared."""
-
-    def place(run: LearningRun) -> tuple[str, int, float, float, float]:
-        return run.regime, run.block, run.band, run.eps_low, run.eps_high
-
-    base = {place(run): run.success for run in runs if run.method == without}
-    fired = [run for run in runs if run.method == method and run.num_resets > 0 and place(run) in base]
-    cells = tuple((run.regime, run.block, run.success - base[place(run)]) for run in fired)
-    return ResetEffect(cells=cells, estimate=mean_interval([cell[2] for cell in cells])) if cells else None
+    """The effect of a reset rule, over the runs of the primary view in which it fired; None where it fired in none."""
+    cells = []
+    for regime in declaration.regimes:
+        base = runs_of(runs, regime, declaration.primary, without)
+        for block, run in runs_of(runs, regime, declaration.primary, method).items():
+            if run.num_resets and block in base:
+                cells.append((regime.name, block, run.success - base[block].success))
+    return ResetEffect(cells=tuple(cells), estimate=mean_interval([cell[2] for cell in cells])) if cells else None
 
 
 def estimated(values: Sequence[float]) -> Estimate | None:

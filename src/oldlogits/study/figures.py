@@ -23,6 +23,9 @@ Style = Literal["plain", "raw", "dashed", "dots"]
 
 LOOKS: Final[dict[str, tuple[str, Style]]] = {
     "exact": ("c6", "plain"),
+    "dedicated": ("c6", "raw"),
+    "interruption": ("c6", "raw"),
+    "eager": ("c6", "raw"),
     "arrival": ("c1", "plain"),
     "ewma": ("c0", "plain"),
     "ewma-mean-lag": ("c0", "raw"),
@@ -43,25 +46,23 @@ LOOKS: Final[dict[str, tuple[str, Style]]] = {
 _BAD: Final = "bad"
 
 
-def learning_figures(study: Study) -> list[Figure]:
-    """Contrasts first, then, regime by regime, every run and the curves."""
+def learning_figures(study: Study) -> list[list[Figure]]:
+    """Rows of pictures: the contrasts, then, regime by regime, every run and the curves."""
     if not study.learning:
         return []
     contrasts = all_contrasts(study.declaration, study.learning)
     primary = study.declaration.primary
-    shown = [
-        _forest(study, [c for c in contrasts if (c.view, c.axis) == (primary, axis)], axis) for axis in ("update", "cpu_s")
-    ]
+    axes: tuple[Axis, Axis] = ("update", "cpu_s")
+    shown = [[_forest(study, [c for c in contrasts if (c.view, c.axis) == (primary, axis)], axis) for axis in axes]]
     for regime in study.declaration.regimes:
         rows = method_rows(study.declaration, study.learning, regime, primary)
         if any(row.runs for row in rows):
-            shown.append(_every_run(study, regime, rows))
-            shown += [_curves(study, regime, rows, axis) for axis in ("update", "cpu_s")]
+            shown.append([_every_run(study, regime, rows), *(_curves(study, regime, rows, axis) for axis in axes)])
     return shown
 
 
-def decision_figures(errors: Sequence[DecisionError]) -> list[Figure]:
-    """Error against window, one picture an engine and lag shape, at the declared band; all on one scale."""
+def decision_figures(errors: Sequence[DecisionError]) -> list[list[Figure]]:
+    """Error against window: a row an engine, a picture a lag shape, at the declared band; all on one scale."""
     if not errors:
         return []
     bands = sorted({e.band for e in errors}, key=lambda band: (band != CHECKED_BAND, band))
@@ -80,15 +81,16 @@ def decision_figures(errors: Sequence[DecisionError]) -> list[Figure]:
     y = charts.y_axis(min(positive), max(positive), transform="log")
     y = replace(y, text=lambda value: f"{100 * value:g}%")
     legend = tuple((LOOKS[name][0], name) for name in stand_ins(kept))
-    return [
-        Figure(
-            title=f"{engine}, {lag} lags",
-            caption=f"Share of tokens decided otherwise than with the old logits, band {bands[0]:g}; median over traces.",
-            svg=charts.line_chart(x, y, _by_window(medians, engine, lag, windows), x_label="window (largest lag, versions)"),
-            legend=legend,
-        )
-        for engine, lag in dict.fromkeys((e.engine, e.lag) for e in kept)
-    ]
+    caption = f"Tokens decided otherwise than with the old logits, band {bands[0]:g}; median over traces."
+
+    def picture(engine: str, lag: str) -> Figure:
+        svg = charts.line_chart(x, y, _by_window(medians, engine, lag, windows), x_label="window (largest lag, versions)")
+        return Figure(title=f"{engine}, {lag} lags", caption=caption, svg=svg, legend=legend)
+
+    lags = {
+        engine: dict.fromkeys(e.lag for e in kept if e.engine == engine) for engine in dict.fromkeys(e.engine for e in kept)
+    }
+    return [[picture(engine, lag) for lag in own] for engine, own in lags.items()]
 
 
 def _by_window(medians: dict[tuple[str, str, str, int], float], engine: str, lag: str, windows: Sequence[int]) -> list[Line]:

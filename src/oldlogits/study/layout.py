@@ -42,9 +42,20 @@ class Table:
         """Hold rows to the width of the header."""
         assert all(len(row) == len(self.header) for row in self.rows), self.title
 
+    @property
+    def numeric(self) -> tuple[bool, ...]:
+        """By column, whether it holds numbers, which stand at the right."""
+        return tuple(bool(column) and all(map(_starts_as_number, column)) for column in self.columns)
+
+    @property
+    def columns(self) -> tuple[tuple[str, ...], ...]:
+        """The cells by column."""
+        return tuple(tuple(row[index] for row in self.rows) for index in range(len(self.header)))
+
     def markdown(self) -> str:
         """For a document: the table, its caption above it, its legend below."""
-        lines = [self.header, ("---",) * len(self.header), *self.rows]
+        rule = tuple("---:" if is_number else "---" for is_number in self.numeric)
+        lines = [self.header, rule, *self.rows]
         body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
         return "\n\n".join(
             part for part in (f"**{self.title}.** {self.caption}".strip(), body, "  \n".join(self.legend)) if part
@@ -56,9 +67,8 @@ class Table:
         caption = Text(notes, justify="left", style="dim") if notes else None
         title = Text(self.title, style="bold")
         table = RichTable(title=title, title_justify="left", caption=caption, box=box.SIMPLE_HEAD)
-        for index, column in enumerate(self.header):
-            is_number = bool(self.rows) and all(_starts_as_number(row[index]) for row in self.rows)
-            table.add_column(column, justify="right" if is_number else "left", overflow="fold")
+        for name, is_number in zip(self.header, self.numeric, strict=True):
+            table.add_column(name, justify="right" if is_number else "left", overflow="fold")
         for row in self.rows:
             table.add_row(*(Text(cell) for cell in row))
         return table

@@ -42,7 +42,7 @@ def learning_tables(study: Study) -> list[Table]:
     tables = [_regimes(declaration), _tests(contrasts), _exploratory(contrasts)]
     places = [(regime, view) for view in VIEWS for regime in declaration.regimes if view in regime.views]
     tables += [_methods(declaration, runs, regime, view) for regime, view in places]
-    tables += [_resets(runs, rule) for rule in RESET_RULES if rule in declaration.methods]
+    tables += [_resets(declaration, runs, rule) for rule in RESET_RULES if rule in declaration.methods]
     return tables + ([_pilot(study)] if study.pilot else [])
 
 
@@ -50,7 +50,7 @@ def _regimes(declaration: Declaration) -> Table:
     rows = []
     for regime in declaration.regimes:
         settings = ", ".join(f"{key} = {value}" for key, value in regime.settings.items())
-        rho = ", ".join(f"{method} {band:g}" for method, band in regime.rho_bands.items())
+        rho = ", ".join(f"{method} {band:.4g}" for method, band in regime.rho_bands.items())
         name = regime.name + (" (exploratory)" if regime.exploratory else "")
         rows.append((name, settings or DASH, f"{regime.band:g}", f"{regime.eps_low:g}, {regime.eps_high:g}", rho or DASH))
     return Table(
@@ -113,17 +113,17 @@ def _exploratory(contrasts: Sequence[Contrast]) -> Table:
     pairs: dict[tuple[str, str, str], dict[tuple[str, str], Contrast]] = {}
     for contrast in contrasts:
         pairs.setdefault((contrast.regime, contrast.first, contrast.second), {})[contrast.view, contrast.axis] = contrast
-    axes = {"update": "equal updates", "cpu_s": "equal CPU seconds"}
+    axes = {"update": "", "cpu_s": ", equal CPU s"}
     return Table(
         part=PART,
         title="Every contrast in every view",
-        header=("regime", "contrast", *(f"{VIEW_NAMES[view]}, {axes[axis]}" for view, axis in columns)),
+        header=("regime", "contrast", *(f"{VIEW_NAMES[view]}{axes[axis]}" for view, axis in columns)),
         rows=tuple(
             (regime, f"{first} - {second}", *(_cell(found.get(column)) for column in columns))
             for (regime, first, second), found in pairs.items()
         ),
-        caption="Differences with 95% t intervals, not adjusted. Equal CPU seconds: those of the cheaper run of each pair, the "
-        "cost of the route included; success between evaluations is interpolated, never extrapolated.",
+        caption="Differences with 95% t intervals, not adjusted; at equal updates, or at the CPU seconds of the cheaper run of "
+        "each pair, the cost of the route included. Success between evaluations is interpolated, never extrapolated.",
         legend=("†: a declared test; all others are exploratory.", _BEYOND),
     )
 
@@ -132,7 +132,7 @@ def _cell(contrast: Contrast | None) -> str:
     if contrast is None:
         return DASH
     marks = ("†" if contrast.adjusted is not None else "") + ("*" if contrast.estimate and contrast.estimate.sign else "")
-    return f"{interval(contrast.estimate)} {marks}".strip()
+    return f"{interval(contrast.estimate, '+.2f')} {marks}".strip()
 
 
 def _methods(declaration: Declaration, runs: Sequence[LearningRun], regime: Regime, view: View) -> Table:
@@ -152,6 +152,7 @@ def _methods(declaration: Declaration, runs: Sequence[LearningRun], regime: Regi
         f"over blocks. A collapse ends below {COLLAPSE:g} of the best of its regime and block. At equal CPU s: where the "
         f"cheapest method of each block ends, over the {counted(num_shared, 'block')} that all methods ran in.",
         legend=(*legend, _BEYOND, *_early(rows)),
+        is_detail=view != declaration.primary,
     )
 
 
@@ -160,7 +161,7 @@ def _method_cells(row: MethodRow, reference: str) -> tuple[str, ...]:
     shown = "reference" if row.method == reference else interval(difference)
     return (
         row.method,
-        f"{row.knobs[0]:g}" if find_method(row.method).has_band else DASH,
+        f"{row.knobs[0]:.4g}" if find_method(row.method).has_band else DASH,
         f"{row.knobs[1]:g}, {row.knobs[2]:g}",
         f"{len(row.runs)} of {row.num_declared}",
         plus_minus(row.success),
@@ -189,9 +190,9 @@ def _mean(values: Sequence[float]) -> float | None:
     return fmean(values) if values else None
 
 
-def _resets(runs: Sequence[LearningRun], rule: str) -> Table:
-    effect = reset_effect(runs, method=rule)
-    cells = sorted(effect.cells) if effect else []
+def _resets(declaration: Declaration, runs: Sequence[LearningRun], rule: str) -> Table:
+    effect = reset_effect(declaration, runs, method=rule)
+    cells = effect.cells if effect else ()
     groups = [(regime, list(group)) for regime, group in groupby(cells, key=lambda cell: cell[0])]
     verdict = f"Bar of the guarded rule: the lower end above {RESET_BAR:g}. " if rule == RESET_RULES[0] else ""
     verdict += ("Held." if effect.holds else "Not held.") if effect and verdict else ""
@@ -200,7 +201,8 @@ def _resets(runs: Sequence[LearningRun], rule: str) -> Table:
         title=f"{rule} against ewma without resets",
         header=("regime", "runs in which it fired", "difference [95% interval]", "worst", "its difference"),
         rows=tuple(_reset_row(name, group) for name, group in [*groups, *([("all", cells)] if cells else [])]),
-        caption="Final success, paired with the run of the same regime, block, band and eps. " + verdict,
+        caption=f"Final success {VIEW_NAMES[declaration.primary]}, paired with the run of the same regime and block. "
+        + verdict,
         legend=() if cells else ("It fired in no run that can be compared.",),
     )
 
@@ -227,6 +229,7 @@ def _pilot(study: Study) -> Table:
         rows=tuple(row for place, tried in by_knobs.items() for row in _pilot_rows(place, tried, tuned.get(place))),
         caption=f"By regime and method, best first; settings tried per method: {' to '.join(map(str, settings))}. {seeds}",
         legend=("‡: taken as the tuned setting.",),
+        is_detail=True,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +23,10 @@ from oldlogits.study.tables import tables_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A part of the page: its pictures, then its tables."""
+    """A part of the page: its pictures, row by row, then its tables."""
 
     name: str
-    figures: Sequence[Figure]
+    groups: Sequence[Sequence[Figure]]
     tables: Sequence[Table]
 
 
@@ -51,9 +51,13 @@ def write_page(study: Study, path: Path) -> Path:
 
 def origin(study: Study) -> str:
     """What code made the study, where, and what it took."""
+    packages = study.machine.get("packages")
+    installed = packages if isinstance(packages, Mapping) else {}
+    machine = {name: value for name, value in study.machine.items() if name != "packages"}
+    machine |= {name: value for name, value in installed.items() if value is not None and name != "oldlogits"}
+    where = ", ".join(f"{name} {value}" for name, value in machine.items())
     code = " ".join(study.code.values())
-    machine = ", ".join(f"{name} {value}" for name, value in study.machine.items())
-    return f"oldlogits {code} · {machine} · {study.budget.cpu_s / 3600:.2f} CPU hours, {study.budget.wall_s / 60:.0f} minutes"
+    return f"oldlogits {code} · {where} · {study.budget.cpu_s / 3600:.2f} CPU hours, {study.budget.wall_s / 60:.0f} minutes"
 
 
 def _environment() -> Environment:
@@ -71,7 +75,7 @@ def _parts(study: Study) -> list[Part]:
     figures = {"Learning": learning_figures(study), "Decision error": decision_figures(study.decision)}
     names = dict.fromkeys(table.part for table in tables)
     return [
-        Part(name=name, figures=figures.get(name, ()), tables=[table for table in tables if table.part == name])
+        Part(name=name, groups=figures.get(name, ()), tables=[table for table in tables if table.part == name])
         for name in names
     ]
 

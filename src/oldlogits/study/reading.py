@@ -162,7 +162,7 @@ def _resets(study: Study) -> Iterator[str]:
     for rule in RESET_RULES:
         if rule not in study.declaration.methods:
             continue
-        effect = reset_effect(study.learning, method=rule)
+        effect = reset_effect(study.declaration, study.learning, method=rule)
         if effect is None:
             yield f"{rule}: it fired in no run that can be compared, so nothing is known of its effect."
             continue
