@@ -105,9 +105,14 @@ def test_the_number_of_experts_is_read_under_either_name(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"mlp_only_layers": [0]}, r"mlp_only_layers = \['0'\]"), ({"decoder_sparse_step": 2}, r"decoder_sparse_step = 2")],
+    [
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers = \['0'\]"),
+        ({"decoder_sparse_step": 2}, r"decoder_sparse_step = 2"),
+        ({"moe_intermediate_size": 30}, r"moe_intermediate_size % 4 = 2"),
+        ({"num_experts_per_tok": 5}, r"num_experts_per_tok = 5 .*allowed: num_experts_per_tok = 1 or 2 or 3 or 4;"),
+    ],
 )
-def test_layers_without_experts_among_layers_with_them_are_refused(change, message, tmp_path):
+def test_mixtures_that_the_decoder_cannot_compute_are_refused_by_name(change, message, tmp_path):
     save(make_model(TOP_1), tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))

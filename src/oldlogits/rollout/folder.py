@@ -114,11 +114,12 @@ def _read_routing(raw: _Raw) -> Routing:
     """How tokens are routed, where every layer is a mixture."""
     raw.require("decoder_sparse_step", raw.integer("decoder_sparse_step", 1), 1)
     raw.require("mlp_only_layers", raw.texts("mlp_only_layers"), [])
-    return Routing(
-        num_experts=raw.integer("num_local_experts", raw.integer("num_experts", 0)),
-        num_chosen=raw.integer("num_experts_per_tok"),
-        normed=raw.flag("norm_topk_prob", False),
-    )
+    for key in ("hidden_size", "moe_intermediate_size"):
+        raw.require(f"{key} % 4", raw.integer(key) % 4, 0)  # rows of 16 bytes, for grouped_mm
+    num_experts = raw.integer("num_local_experts", raw.integer("num_experts", 0))
+    num_chosen = raw.integer("num_experts_per_tok")
+    raw.require("num_experts_per_tok", num_chosen, *range(1, num_experts + 1))
+    return Routing(num_experts=num_experts, num_chosen=num_chosen, normed=raw.flag("norm_topk_prob", False))
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
