@@ -49,3 +49,10 @@ def test_the_seconds_of_a_switch_are_part_of_those_of_the_score(trainer):
     scored = trainer.score_pieces([piece], 0)
     assert 0 < scored.switch_s < scored.seconds_s
     assert trainer.work.switch_s - before == pytest.approx(scored.switch_s)
+
+
+def test_the_mixed_version_forward_reads_every_token_once_but_the_last(trainer):
+    mixed = trajectory([3, 4, 5], sampled([6, 7], 0), sampled([9, 2], 1, kv="mixed"))
+    fresh = trajectory([3, 4], sampled([5], 1), id="g0.1")
+    trainer.put_batch(batch_of([mixed, fresh], [1.0, -1.0]))
+    assert read(trainer, trainer.score_mixed) == 6 + 2

@@ -50,6 +50,11 @@ class MixedForward:
         self._logps = torch.full((batch.num_tokens,), math.nan)
 
     @property
+    def num_entries(self) -> int:
+        """Tokens that all forward passes together read."""
+        return sum(chunk.num_entries for chunk in self._plain + [chunk for chain in self._chains for chunk in chain])
+
+    @property
     def logps(self) -> NDArray[np.float32]:
         """float32 [loss token], natural log; NaN where the token's version has not been scored."""
         logps: NDArray[np.float32] = self._logps.numpy()[self._batch.loss_mask]

@@ -15,6 +15,7 @@ from typing import Final, Protocol
 from oldlogits import __version__
 from oldlogits.core.errors import ConfigError, RunFolderError
 from oldlogits.record.folder import describe_environment
+from oldlogits.study.cost import RouteCost
 from oldlogits.study.decision import DecisionError
 from oldlogits.study.pilot import best_knobs
 from oldlogits.study.plan import (
@@ -98,7 +99,7 @@ class Comparison:
             pilot=_runs(done["pilot"]),
             learning=_runs(done["learning"]),
             decision=tuple(read_as(DecisionError, row) for d in done["decision"] for row in d.rows),
-            cost=tuple(row for d in done["cost"] for row in d.rows),
+            cost=tuple(read_as(RouteCost, row) for d in done["cost"] for row in d.rows),
             budget=Budget(
                 cpu_s=sum(d.cpu_s for d in everything),
                 wall_s=sum(d.wall_s / (1 if d.cell.stage == "cost" else self.plan.processes) for d in everything),

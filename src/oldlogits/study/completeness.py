@@ -9,6 +9,7 @@ from oldlogits.study.contrasts import all_contrasts, method_rows
 from oldlogits.study.decision import STAND_INS
 from oldlogits.study.layout import DASH, Table
 from oldlogits.study.learning_tables import VIEW_NAMES
+from oldlogits.study.methods import find_method
 from oldlogits.study.results import Study
 
 _SHOWN = 12
@@ -59,12 +60,9 @@ def _cross(study: Study) -> tuple[str, int, list[str]]:
 
 
 def _routes(study: Study) -> tuple[str, int, list[str]]:
-    measured = {row["route"] for row in study.cost}
-    return (
-        "routes whose cost is measured",
-        len(study.declaration.routes),
-        [r for r in study.declaration.routes if r not in measured],
-    )
+    measured = {row.route for row in study.cost}
+    missing = [method for method in study.declaration.routes if find_method(method).source not in measured]
+    return "routes whose cost is measured", len(study.declaration.routes), missing
 
 
 def _named(missing: list[str]) -> str:

@@ -31,11 +31,18 @@ def decision_tables(study: Study) -> list[Table]:
     errors = study.decision
     if not errors:
         return []
-    bands = sorted({e.band for e in errors}, key=lambda band: (band != CHECKED_BAND, band))
+    main = main_band(errors)
     cells = pooled(errors)
-    tables = [_checks(declared_checks(errors)), _by_factor(errors), _kinds(errors, bands[0])]
-    tables += [_settings(cells, band, study.declaration.cross, is_detail=band != bands[0]) for band in bands]
+    tables = [_checks(declared_checks(errors)), _by_factor(errors), _kinds(errors, main)]
+    bands = sorted({e.band for e in errors}, key=lambda band: (band != main, band))
+    tables += [_settings(cells, band, study.declaration.cross, is_detail=band != main) for band in bands]
     return tables
+
+
+def main_band(errors: Iterable[DecisionError]) -> float:
+    """The band that is shown first: that of the declared checks, or the tightest."""
+    bands = {e.band for e in errors}
+    return CHECKED_BAND if CHECKED_BAND in bands else min(bands)
 
 
 def stand_ins(errors: Iterable[DecisionError]) -> list[str]:

@@ -12,11 +12,11 @@ from oldlogits.record import charts
 from oldlogits.record.charts import Dot, Line, Mark, Row
 from oldlogits.record.figures import Figure
 from oldlogits.study.contrasts import COLLAPSE, Axis, Contrast, MethodRow, all_contrasts, best_of, mean_curve, method_rows
+from oldlogits.study.cost_tables import choices
 from oldlogits.study.decision import DecisionError
-from oldlogits.study.decision_tables import stand_ins
+from oldlogits.study.decision_tables import main_band, stand_ins
 from oldlogits.study.layout import interval, plus_minus
 from oldlogits.study.learning_tables import VIEW_NAMES
-from oldlogits.study.pooling import CHECKED_BAND
 from oldlogits.study.results import LearningRun, Regime, Study
 
 Style = Literal["plain", "raw", "dashed", "dots"]
@@ -65,8 +65,8 @@ def decision_figures(errors: Sequence[DecisionError]) -> list[list[Figure]]:
     """Error against window: a row an engine, a picture a lag shape, at the declared band; all on one scale."""
     if not errors:
         return []
-    bands = sorted({e.band for e in errors}, key=lambda band: (band != CHECKED_BAND, band))
-    kept = [e for e in errors if e.band == bands[0]]
+    band = main_band(errors)
+    kept = [e for e in errors if e.band == band]
     medians = {
         (engine, lag, name, window): median(found)
         for engine, lag, name, window in dict.fromkeys((e.engine, e.lag, e.stand_in, e.window) for e in kept)
@@ -78,19 +78,24 @@ def decision_figures(errors: Sequence[DecisionError]) -> list[list[Figure]]:
     windows = sorted({e.window for e in kept})
     x = charts.x_axis(max(windows[0], 1) * 0.9, windows[-1] * 1.1, transform="log")
     x = replace(x, ticks=tuple(float(window) for window in windows if window))
-    y = charts.y_axis(min(positive), max(positive), transform="log")
-    y = replace(y, text=lambda value: f"{100 * value:g}%")
-    legend = tuple((LOOKS[name][0], name) for name in stand_ins(kept))
-    caption = f"Tokens decided otherwise than with the old logits, band {bands[0]:g}; median over traces."
+    low, high = 0.8 * min(positive), 1.25 * max(positive)
+    ticks = tuple(tick for tick in charts.log_ticks(low, high) if low <= tick <= high)
+    y = replace(charts.y_axis(low, high, transform="log"), low=low, high=high, ticks=ticks, text=lambda v: f"{100 * v:g}%")
+    caption = f"Tokens decided otherwise than with the old logits, band {band:g}; median over traces."
 
     def picture(engine: str, lag: str) -> Figure:
         svg = charts.line_chart(x, y, _by_window(medians, engine, lag, windows), x_label="window (largest lag, versions)")
-        return Figure(title=f"{engine}, {lag} lags", caption=caption, svg=svg, legend=legend)
+        return Figure(title=f"{engine}, {lag} lags", caption=caption, svg=svg)
 
     lags = {
         engine: dict.fromkeys(e.lag for e in kept if e.engine == engine) for engine in dict.fromkeys(e.engine for e in kept)
     }
     return [[picture(engine, lag) for lag in own] for engine, own in lags.items()]
+
+
+def decision_legend(errors: Sequence[DecisionError]) -> tuple[tuple[str, str], ...]:
+    """The look of every stand-in, and its name."""
+    return tuple((" ".join(LOOKS[name]), name) for name in stand_ins(errors))
 
 
 def _by_window(medians: dict[tuple[str, str, str, int], float], engine: str, lag: str, windows: Sequence[int]) -> list[Line]:
@@ -103,21 +108,31 @@ def _by_window(medians: dict[tuple[str, str, str, int], float], engine: str, lag
     return lines
 
 
-def frontier_figure(points: Sequence[tuple[str, float, float]], on_it: Sequence[str], *, cost: str) -> Figure:
-    """Routes by cost and decision error; the dashed line joins those that no other one beats."""
-    errors, costs = [error for _, error, _ in points], [value for _, _, value in points]
-    x = charts.x_axis(min(0.0, *costs), max(costs) * 1.1 or 1.0)
-    y = charts.y_axis(0.0, max(errors), percent=True)
-    marks = [
-        Mark(x=value, y=error, label=name, colour=LOOKS.get(name, ("c6", "plain"))[0], tip=f"{name}\n{error:.2%}\n{value:.3g}")
-        for name, error, value in points
-    ]
-    by_name = {name: (value, error) for name, error, value in points}
-    return Figure(
-        title="Decision error against cost",
-        caption="Left and low is better. The dashed line joins the routes that no other one beats in both.",
-        svg=charts.scatter_chart(x, y, marks, x_label=cost, path=[by_name[name] for name in on_it]),
-    )
+def cost_figures(study: Study) -> list[list[Figure]]:
+    """Decision error against cost, a picture an engine; the dashed line joins the choices on the frontier."""
+    shown = []
+    for engine, own in choices(study).items():
+        x = charts.x_axis(0.0, 1.15 * max(choice.extra_s for choice in own) or 1.0)
+        y = charts.y_axis(0.0, max(choice.error for choice in own), percent=True)
+        marks = [
+            Mark(
+                x=choice.extra_s,
+                y=choice.error,
+                label=choice.name,
+                colour=LOOKS.get(choice.name, LOOKS["exact"])[0],
+                tip=f"{choice.name}\n{choice.error:.2%} of tokens\n{choice.extra_s:.3f} s",
+            )
+            for choice in own
+        ]
+        path = [(choice.extra_s, choice.error) for choice in own if choice.on_frontier]
+        shown.append(
+            Figure(
+                title=f"{engine}: decision error against cost",
+                caption="Left and low is better. The dashed line joins those that no other one beats in both.",
+                svg=charts.scatter_chart(x, y, marks, x_label="seconds that the route adds to an update", path=path),
+            )
+        )
+    return [shown[at : at + 2] for at in range(0, len(shown), 2)]
 
 
 def _forest(study: Study, contrasts: Sequence[Contrast], axis: Axis) -> Figure:
@@ -191,7 +206,7 @@ def _curves(study: Study, regime: Regime, rows: Sequence[MethodRow], axis: Axis)
     what = {"update": "updates", "cpu_s": "CPU seconds"}[axis]
     bold = [line for line in lines if line.label in compared]
     return Figure(
-        title=f"{regime.name}: success against {what}",
+        title=f"{regime.name}: success by {what}",
         caption=f"Mean over blocks, {VIEW_NAMES[study.declaration.primary]}. Faint: methods outside of the contrasts; hover to "
         "see them all.",
         svg=charts.line_chart(charts.x_axis(0.0, max(places)), charts.y_axis(0.0, 1.0), lines, x_label=what),

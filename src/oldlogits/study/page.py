@@ -14,7 +14,7 @@ from oldlogits.record.folder import write_atomic
 from oldlogits.record.report import Card
 from oldlogits.study.completeness import missing
 from oldlogits.study.contrasts import COLLAPSE, all_contrasts, best_of
-from oldlogits.study.figures import decision_figures, learning_figures
+from oldlogits.study.figures import cost_figures, decision_figures, decision_legend, learning_figures
 from oldlogits.study.layout import Table
 from oldlogits.study.reading import plain_reading
 from oldlogits.study.results import Study
@@ -23,9 +23,10 @@ from oldlogits.study.tables import tables_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A part of the page: its pictures, row by row, then its tables."""
+    """A part of the page: the legend of all its pictures, these row by row, then its tables."""
 
     name: str
+    legend: Sequence[tuple[str, str]]
     groups: Sequence[Sequence[Figure]]
     tables: Sequence[Table]
 
@@ -72,11 +73,20 @@ def _environment() -> Environment:
 
 def _parts(study: Study) -> list[Part]:
     tables = tables_of(study)
-    figures = {"Learning": learning_figures(study), "Decision error": decision_figures(study.decision)}
-    names = dict.fromkeys(table.part for table in tables)
+    figures = {
+        "Learning": learning_figures(study),
+        "Decision error": decision_figures(study.decision),
+        "System cost": cost_figures(study),
+    }
+    legends = {"Decision error": decision_legend(study.decision)}
     return [
-        Part(name=name, groups=figures.get(name, ()), tables=[table for table in tables if table.part == name])
-        for name in names
+        Part(
+            name=name,
+            legend=legends.get(name, ()),
+            groups=figures.get(name, ()),
+            tables=[table for table in tables if table.part == name],
+        )
+        for name in dict.fromkeys(table.part for table in tables)
     ]
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Final
 
 from oldlogits.study.contrasts import RESET_BAR, Contrast, MethodRow, all_contrasts, estimated, method_rows, reset_effect
+from oldlogits.study.cost_tables import ROUTES, choices
 from oldlogits.study.decision import DecisionError
 from oldlogits.study.decision_tables import Level, levels
 from oldlogits.study.layout import counted, interval, p_value
@@ -44,6 +45,7 @@ def plain_reading(study: Study) -> tuple[Section, ...]:
         "Resets": _resets(study),
         "Decision error": _decisions(study.decision),
         "What decides": _what_decides(study.decision),
+        "Which route": _routes(study),
     }
     found = [Section(heading=heading, sentences=tuple(sentences)) for heading, sentences in sections.items()]
     return tuple(section for section in found if section.sentences)
@@ -221,3 +223,14 @@ def _what_decides(errors: Sequence[DecisionError]) -> Iterator[str]:
 
 def _ratio_of(name: str, level: Level) -> float:
     return level.ratios[name]
+
+
+def _routes(study: Study) -> Iterator[str]:
+    """The cheapest exact route, and by engine what no other choice beats."""
+    for index, (engine, own) in enumerate(choices(study).items()):
+        exact = [choice for choice in own if choice.name not in ROUTES]
+        if exact and not index:
+            ends = " to ".join(f"{choice.extra_s:.3f} s ({choice.name})" for choice in (exact[0], exact[-1]))
+            yield f"Exact routes add {ends} to an update."
+        best = ", ".join(f"{choice.name} ({choice.extra_s:.3f} s, {choice.error:.2%})" for choice in own if choice.on_frontier)
+        yield f"On the frontier of cost and decision error with {engine}: {best}."

@@ -15,6 +15,7 @@ from typing import Final, Literal, Self, TypeVar, cast
 from oldlogits.core.errors import ConfigError
 from oldlogits.record.folder import write_atomic
 from oldlogits.record.jsonl import Json, RecordError, encode, number
+from oldlogits.study.cost import RouteCost
 from oldlogits.study.decision import DecisionError
 from oldlogits.study.methods import Settings, find_method
 
@@ -228,7 +229,7 @@ class Study:
     pilot: tuple[LearningRun, ...]
     learning: tuple[LearningRun, ...]
     decision: tuple[DecisionError, ...]
-    cost: tuple[Mapping[str, Json], ...]
+    cost: tuple[RouteCost, ...]
     budget: Budget
 
     def write(self, path: Path) -> None:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from oldlogits.study.completeness import completeness
+from oldlogits.study.cost_tables import cost_tables
 from oldlogits.study.decision_tables import decision_tables
 from oldlogits.study.layout import Table
 from oldlogits.study.learning_tables import learning_tables
@@ -16,7 +17,7 @@ from oldlogits.study.results import Study
 
 def tables_of(study: Study) -> list[Table]:
     """Every table, part after part; each is computed from the study alone."""
-    return [*learning_tables(study), *decision_tables(study), completeness(study)]
+    return [*learning_tables(study), *decision_tables(study), *cost_tables(study), completeness(study)]
 
 
 def print_tables(tables: Sequence[Table], console: Console | None = None) -> None:

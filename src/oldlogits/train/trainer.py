@@ -194,6 +194,7 @@ class Trainer:
         """
         batch = self._current_batch()
         forward = MixedForward(self._scoring, batch, **self._sizes)
+        self.work += ScoringWork(read_tokens=forward.num_entries)
         for version in batch.versions:
             with self._scoring_at(version):
                 forward.score(version)
