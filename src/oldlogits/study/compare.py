@@ -61,8 +61,9 @@ class Comparison:
 
     def __init__(self, plan: Plan, notes: str, folder: Path, processes: int) -> None:
         self.plan, self._notes, self._folder = plan, notes, folder
-        self._machine = dict(describe_environment())
-        self._commit = str(self._machine.pop("git_commit") or "unknown")
+        found = describe_environment()
+        self._machine = {name: found[name] for name in ("python", "machine", "num_cpus", "packages")}
+        self._commit = str(found["git_commit"] or "unknown")
         self._pool = Pool(folder, compute, processes, self._commit)
 
     def run(self, stages: Sequence[Stage], view: View) -> list[Done]:
