@@ -235,12 +235,11 @@ class Study:
     def write(self, path: Path) -> None:
         """Write ``study.json`` atomically, one row a line; non-finite numbers become strings.
 
-        Decision errors are many: their names stand once, above the rows, and their values have six digits.
+        Decision errors are many: their names stand once, above the rows.
         """
         plain = {name: value for name, value in asdict(self).items() if name != "decision"}
         names = [field.name for field in fields(DecisionError)]
-        rows = [[_six_digits(value) for value in astuple(row)] for row in self.decision]
-        plain["decision"] = [names, *rows]
+        plain["decision"] = [names, *map(astuple, self.decision)]
         lines = []
         for name, value in plain.items():
             is_rows = isinstance(value, list | tuple) and value
@@ -260,10 +259,6 @@ class Study:
             names, *rows = plain["decision"]
             plain["decision"] = [dict(zip(names, row, strict=True)) for row in rows]
         return read_as(cls, plain)
-
-
-def _six_digits(value: Json) -> Json:
-    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def read_as(kind: type[T], value: Json) -> T:
