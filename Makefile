@@ -16,7 +16,7 @@ demo: install
 	$(BIN)/oldlogits train recipes/desk.toml
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
