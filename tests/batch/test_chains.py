@@ -15,15 +15,15 @@ turn = st.tuples(st.integers(1, 3), st.lists(segment, min_size=1, max_size=3))
 
 @st.composite
 def trajectories(draw):
-    """Turns of several segments; every turn begins fresh, later segments keep older entries or have them recomputed."""
+    """Turns of several segments; but for the first, a segment goes on over older entries or has them recomputed."""
     made = []
     for i in range(draw(st.integers(1, 3))):
         version, segments = 0, []
         for num_read, parts in draw(st.lists(turn, min_size=1, max_size=3)):
             segments.append(list(range(num_read)))
-            for k, (num_said, increment, kv) in enumerate(parts):
+            for num_said, increment, kv in parts:
                 version += increment
-                segments.append(sampled(range(num_said), version, kv=kv if k else "fresh"))
+                segments.append(sampled(range(num_said), version, kv=kv if len(segments) > 1 else "fresh"))
         made.append(trajectory(*segments, id=f"g0.{i}"))
     return made
 
@@ -35,8 +35,8 @@ def attended(one):
         for k in range(len(s.token_ids)):
             if isinstance(s, Context):
                 continue
-            starts_anew = s.kv == "fresh" and k == 0
-            entries = [s.version] * (position + k) if starts_anew else [*entries, s.version]
+            entries = [] if s.kv == "fresh" and k == 0 else entries
+            entries = entries + [s.version] * (position + k - len(entries))
             found[position + k] = tuple(entries)
         position += len(s.token_ids)
     return found
@@ -80,12 +80,17 @@ def test_an_update_in_mid_turn_goes_on_with_the_entry_of_the_last_token_before_i
     assert found == [[(0, 0, [3, 4]), (1, 4, [5, 6]), (3, 6, [7])]]
 
 
-def test_fresh_turns_of_one_version_share_a_chain_and_a_turn_after_a_mixed_one_begins_anew():
+def test_a_turn_over_older_entries_has_its_version_compute_what_was_read_since():
+    found = shapes([1, 2], sampled([3, 4], 0), [5, 6], sampled([7, 8], 1, kv="mixed"), [9], sampled([10], 1, kv="mixed"))
+    assert found == [[(0, 0, [2, 3]), (1, 3, [6, 7, 9])]]
+
+
+def test_fresh_turns_of_one_version_share_a_chain_and_a_fresh_one_after_a_mixed_one_begins_anew():
     turns = [sampled([1], 2), [2], sampled([3], 2), sampled([4], 5, kv="mixed"), [5], sampled([6], 5), [7], sampled([8], 6)]
     assert shapes([9], *turns) == [[(2, 0, [1, 3]), (5, 3, [4])], [(5, 0, [6])], [(6, 0, [8])]]
 
 
-def test_a_turn_that_begins_over_older_entries_is_refused_by_its_trajectory():
-    made = [trajectory([1], sampled([2])), trajectory([1], sampled([2]), [3], sampled([4], 1, kv="mixed"), id="g0.1")]
-    with pytest.raises(TrajectoryError, match=r"trajectory g0\.1 begins over keys and values of unknown versions"):
+def test_a_trajectory_that_begins_over_older_entries_is_refused_by_name():
+    made = [trajectory([1], sampled([2])), trajectory([1], sampled([2], kv="mixed"), id="g0.1")]
+    with pytest.raises(TrajectoryError, match=r"unknown versions.*first sampled token of g0\.1"):
         chains_of(batch_of(made))

@@ -16,7 +16,7 @@ FAMILIES = ("llama", "qwen2", "qwen3", "qwen3 top-2 of 4 experts")
 
 
 def make_trajectories(seed, num=7):
-    """One to three turns; versions change between turns and, over stale entries, within them."""
+    """One to three turns; versions change within turns, over stale entries, and between them, over stale or fresh ones."""
     rng, made = random.Random(seed), []
     for i in range(num):
         version, segments, temperature = rng.randint(0, 1), [], rng.choice([0.7, 1.0])
@@ -24,7 +24,8 @@ def make_trajectories(seed, num=7):
             segments.append(rng.choices(range(VOCAB), k=rng.randint(1, 6)))
             for k in range(rng.randint(1, 3)):
                 said = rng.choices(range(VOCAB), k=rng.randint(1, 5))
-                segments.append(sampled(said, version, kv="mixed" if k else "fresh", temperature=temperature))
+                kv = "mixed" if k or (len(segments) > 1 and rng.random() < 0.6) else "fresh"
+                segments.append(sampled(said, version, kv=kv, temperature=temperature))
                 version = min(version + rng.randint(1, 2), 5)
             version += rng.randint(0, version < 5)
         made.append(trajectory(*segments, id=f"g0.{i}"))
@@ -84,11 +85,11 @@ def test_without_stale_entries_the_values_are_those_of_the_scorer_bit_for_bit(wo
     assert mixed_logps(model, versions, batch).tolist() == recomputed_logps(model, versions, batch).tolist()
 
 
-def test_a_turn_of_many_versions_is_read_once(world):
+def test_a_trajectory_of_many_versions_is_read_once(world):
     """What one forward over the whole sequence would read, and no entry twice."""
     model, versions, *_ = world
-    said = [sampled([v, v + 1, v + 2], v, kv="mixed" if v else "fresh") for v in range(6)]
-    batch = batch_of([trajectory([7, 8, 9, 10], *said)])
+    said = [s for v in range(6) for s in ([v, v], sampled([v, v + 1, v + 2], v, kv="mixed" if v else "fresh"))]
+    batch = batch_of([trajectory(*said)])
     read = []
     embedding = model.get_input_embeddings()
     with embedding.register_forward_hook(lambda module, arguments, out: read.extend(arguments[0].flatten().tolist())):

@@ -95,19 +95,16 @@ def logp_of(model: PreTrainedModel, ids: list[int], temperature: float = 1.0) ->
 def kept_logprobs(model: PreTrainedModel, by_version: dict[int, dict[str, Tensor]], segments: Sequence[Segment]) -> list[float]:
     """Of the sampled tokens of a trajectory, as an engine's cache grows token by token.
 
-    A fresh segment begins with entries of its own version; every token then adds the entry of the token before it.
+    A fresh segment begins with an empty cache; every token then has its version add the entries of the tokens before it.
     """
     ids = torch.tensor([[i for segment in segments for i in segment.token_ids]])
     logprobs, position, cache = [], 0, DynamicCache()
     for segment in segments:
         if isinstance(segment, Sampled):
             load(model, by_version[segment.version])
-            if segment.kv == "fresh":
-                cache = DynamicCache()
-                if position > 1:
-                    model(ids[:, : position - 1], past_key_values=cache)
+            cache = DynamicCache() if segment.kv == "fresh" else cache
             for p in range(position, position + len(segment.token_ids)):
-                logits = model(ids[:, p - 1 : p], past_key_values=cache).logits[0, -1].double()
+                logits = model(ids[:, cache.get_seq_length() : p], past_key_values=cache).logits[0, -1].double()
                 logprobs.append(float(torch.log_softmax(logits / segment.temperature, 0)[ids[0, p]]))
         position += len(segment.token_ids)
     return logprobs

@@ -248,20 +248,48 @@ def test_after_a_stale_update_a_group_shares_only_what_the_new_version_computed(
     assert_kept(model, versions, dict.fromkeys("abcd", shared), {name: finished[name] for name in "abcd"})
 
 
-def test_the_turn_after_a_mixed_one_is_computed_anew_and_fresh(make_core, model, versions):
+def test_a_next_turn_goes_on_over_its_own_older_entries_and_a_stranger_with_the_same_tokens_does_not(
+    make_core, model, versions
+):
     core, ids = make_core(), prompt(20, 1)
     core.add("a/0", ids, Sampling(max_tokens=8))
     steps(core, 4)
     update(core, versions[1], 1, kv="stale")
+    first = run(core)["a/0"]
+    update(core, versions[2], 2, kv="stale")
+    computed, following = core.stats.num_prefill_tokens, [*ids, *first.output_ids, 5, 6]
+    for name in ("b/1", "a/1"):
+        core.add(name, following, Sampling(max_tokens=4))
+    finished = run(core)
+    assert core.stats.num_prefill_tokens - computed == 29 + 2  # all of the stranger's; the newest output and one read
+    assert finished["b/1"].spans == (Span(version=2, start=0, end=4),)
+    assert finished["a/1"].spans == (Span(version=2, start=0, end=4, kv="mixed"),)
+    assert_exact(model, versions, {"b/1": following}, {"b/1": finished["b/1"]})
+    segments = [Context(token_ids=tuple(ids)), *sampled_segments(first, 1.0), Context(token_ids=(5, 6))]
+    expected = kept_logprobs(model, versions, [*segments, *sampled_segments(finished["a/1"], 1.0)])
+    assert [*first.logprobs, *finished["a/1"].logprobs] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("lost", ["to another request", "by a recomputing update", "since the tokens differ"])
+def test_a_next_turn_that_has_lost_its_older_entries_is_computed_anew_and_fresh(make_core, model, versions, lost):
+    core, ids = make_core(num_slots=1), prompt(20, 1)
+    core.add("a/0", ids, Sampling(max_tokens=8))
+    steps(core, 4)
+    update(core, versions[1], 1, kv="stale")
     following = [*ids, *run(core)["a/0"].output_ids, 5]
+    if lost == "to another request":
+        core.add("b/0", prompt(3, 2), Sampling(max_tokens=1))
+        run(core)
+    elif lost == "by a recomputing update":
+        update(core, versions[1], 1)
+        update(core, versions[1], 1, kv="stale")
+    else:
+        following[3] ^= 1
     core.add("a/1", following, Sampling(max_tokens=4))
     finished = run(core)
     assert core.stats.num_prefix_hit_tokens == 0
     assert finished["a/1"].spans == (Span(version=1, start=0, end=4),)
     assert_exact(model, versions, {"a/1": following}, finished)
-    core.add("a/2", [*following, *finished["a/1"].output_ids, 6], Sampling(max_tokens=4))
-    run(core)
-    assert core.stats.num_prefix_hit_tokens == len(following) + 3
 
 
 def test_weights_change_only_while_paused_and_never_go_back(make_core, model, versions):

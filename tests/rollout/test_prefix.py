@@ -1,7 +1,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oldlogits.rollout.prefix import BLOCK, NO_MATCH, Match, PrefixIndex, chain_keys
+from oldlogits.rollout.prefix import BLOCK, NO_MATCH, Match, OwnSlots, PrefixIndex, chain_keys
 
 tokens = st.lists(st.integers(0, 1), max_size=3 * BLOCK + 5)
 
@@ -56,3 +56,28 @@ def test_two_blocks_with_one_hash_are_told_apart_by_their_tokens():
 def test_keys_continue_from_known_keys(start, more):
     assert chain_keys(start + more, chain_keys(start)) == chain_keys(start + more)
     assert len(chain_keys(start)) == len(start) // BLOCK
+
+
+def test_what_a_trajectory_left_is_its_own_once_it_is_of_older_versions_and_begins_its_tokens():
+    own = OwnSlots()
+    own.leave(3, "a", [1, 2], "mixed")
+    own.leave(4, "b", [1, 2, 3], "fresh")
+    assert own.match("a", [1, 2, 7]) == Match(slot=3, length=2, kv="mixed")
+    assert own.match("a", [1, 3, 7]) == own.match("a", [1]) == own.match("c", [1, 2, 7]) == NO_MATCH
+    assert own.match("b", [1, 2, 3]) == NO_MATCH, "of the current version: found by everybody"
+    own.age()
+    assert own.match("b", [1, 2, 3]) == Match(slot=4, length=3, kv="mixed")
+    own.clear()
+    assert own.match("a", [1, 2]) == own.match("b", [1, 2, 3]) == NO_MATCH
+
+
+def test_a_slot_that_was_taken_or_left_for_another_is_its_trajectorys_no_more():
+    own = OwnSlots()
+    own.leave(0, "a", [1], "mixed")
+    own.leave(1, "a", [1, 2], "mixed")
+    own.take(0)
+    assert own.match("a", [1, 2]) == Match(slot=1, length=2, kv="mixed")
+    own.take(1)
+    assert own.match("a", [1, 2]) == NO_MATCH
+    own.leave(1, "b", [5], "mixed")
+    assert own.match("b", [5, 6]).slot == 1

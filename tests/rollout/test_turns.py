@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from oldlogits.core.errors import WorkerDiedError
-from oldlogits.core.protocols import Generation, Sampling, Span
+from oldlogits.core.protocols import Generation, Sampling, Span, trajectory_of
 from oldlogits.core.trajectory import Context, Sampled, Trajectory
 from oldlogits.envs.shape import parse_plain
 from oldlogits.policy.chat import ChatFormat
@@ -20,7 +20,6 @@ from oldlogits.rollout.turns import (
     TurnLimits,
     run_episode,
     sampled_segments,
-    trajectory_of,
     unreported,
 )
 

@@ -49,6 +49,7 @@ def test_the_seconds_of_a_switch_are_part_of_those_of_the_score(trainer):
     scored = trainer.score_pieces([piece], 0)
     assert 0 < scored.switch_s < scored.seconds_s
     assert trainer.work.switch_s - before == pytest.approx(scored.switch_s)
+    assert trainer.work.num_checkouts == 1
 
 
 def test_the_mixed_version_forward_reads_every_token_once_but_the_last(trainer):

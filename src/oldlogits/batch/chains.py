@@ -1,11 +1,11 @@
 """Chains: which version computed each entry of keys and values that a sampled token attended to.
 
-A chain is what the engine's cache held for one sequence since it was filled. A turn fills it with entries of the version
-that samples its first token. Where the weights change in mid-turn and the engine keeps its entries (``kv = "mixed"``), the
-chain goes on: an entry is computed when the token after it is sampled, and by the same version.
+A chain is what the engine's cache held for one trajectory since it was filled: with entries of one version, those of all
+tokens before the first that it samples (``kv = "fresh"``). It goes on where later tokens are sampled over these entries
+(``kv = "mixed"``): entries are computed when the next sampled token needs them, by the version that samples it.
 
-    tokens    p p p p a a a a b b b c      p: read; a, b, c: sampled, by versions of these names, in one turn
-    entries   a a a a a a a b b b c        three chunks; nobody attends to the entry of the last token
+    tokens    p p p p a a a a b b r r b b c      p, r: read; a, b, c: sampled, by versions of these names
+    entries   a a a a a a a b b b b b b c        three chunks; nobody attends to the entry of the last token
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Chunk:
     Args:
         version: The version.
         origin: Flat index of the first token of the sequence.
-        begin: Flat index of the first token whose entry it computed; the last one is that before ``tokens[-1]``.
+        begin: Flat index of the first token whose entry it computed; the last one is the one before ``tokens[-1]``.
         tokens: int64 [sampled token]; ascending flat indices.
     """
 
@@ -53,29 +53,28 @@ def chains_of(batch: TokenBatch) -> list[Chain]:
     Fresh tokens of one version share a chain, whatever the number of their turns.
 
     Raises:
-        TrajectoryError: A turn begins over keys and values of older versions, and nothing says of which.
+        TrajectoryError: A trajectory begins over keys and values of older versions, and nothing says of which.
     """
     tokens = np.flatnonzero(batch.loss_mask)
     sequence, version, mixed = batch.sequence[tokens], batch.version[tokens], batch.mixed_kv[tokens]
-    unknown = mixed & (np.diff(tokens, prepend=-1) > 1)
-    if unknown.any():
-        owner = batch.trajectory_ids[sequence[unknown.argmax()]]
+    begins = np.diff(sequence, prepend=-1) != 0
+    if (begins & mixed).any():
         raise TrajectoryError(
-            f"a turn of trajectory {owner} begins over keys and values of unknown versions",
-            got='kv = "mixed" right after context',
-            allowed='"mixed" after sampled tokens of the same turn: a turn begins with entries of its own version',
-            fix='let the engine drop its prefix cache at every update, or use engine.kv = "recompute"',
+            "a trajectory begins over keys and values of unknown versions",
+            got=f'kv = "mixed" on the first sampled token of {batch.trajectory_ids[sequence[(begins & mixed).argmax()]]}',
+            allowed='"mixed" after sampled tokens, over the entries that these attended to and added',
+            fix='let the engine share no entries of older versions between trajectories, or set engine.kv = "recompute"',
         )
     is_other = np.diff(version, prepend=-1) != 0
     was_mixed = np.concatenate([[False], mixed[:-1]])
-    is_first = (np.diff(sequence, prepend=-1) != 0) | ~mixed & (is_other | was_mixed)
+    is_first = begins | (~mixed & (is_other | was_mixed))
     edges = [*np.flatnonzero(is_first | is_other).tolist(), len(tokens)]
     chains: list[Chain] = []
     for start, end in pairwise(edges):
         part, origin = tokens[start:end], int(batch.starts[sequence[start]])
         if is_first[start]:
             chains.append([])
-        begin = origin if is_first[start] else int(part[0]) - 1
+        begin = origin if is_first[start] else int(tokens[start - 1])
         chains[-1].append(Chunk(version=int(version[start]), origin=origin, begin=begin, tokens=part))
     return chains
 

@@ -196,9 +196,7 @@ class Route:
 
 SOURCES: Final[Mapping[str, Route]] = MappingProxyType(
     {
-        "snapshot": Route(
-            provides=frozenset({OLD}), cost="stores every version that is still needed", mixes_versions=True
-        ),
+        "snapshot": Route(provides=frozenset({OLD}), cost="stores every version that is still needed", mixes_versions=True),
         "dedicated": Route(provides=frozenset({OLD}), cost="a second model, and its window of versions"),
         "interruption": Route(
             provides=frozenset({OLD}), cost="the engine waits while the trainer scores and steps", stores_versions=False

@@ -116,7 +116,8 @@ class EngineCapabilities:
     Args:
         max_context: The most tokens (prompt + output) of one sequence.
         partials: Whether `RolloutEngine.partials` exists; if not, a request is interrupted by abort and resubmit.
-        kv_modes: What `pause` can promise about keys and values after the update.
+        kv_modes: What `pause` can promise about keys and values after the update. "stale": a trajectory keeps its own, and
+            shares none of older versions with others.
         numerics: The engine's numerics, such as "fp32" or "int8".
     """
 
@@ -144,7 +145,7 @@ class RolloutEngine(Protocol):
         ...
 
     async def pause(self, mode: Literal["keep", "abort"], kv: Literal["recompute", "stale"]) -> None:
-        """Stop sampling; the engine is idle on return. `kv` says what `resume` does with keys and values."""
+        """Stop sampling; the engine is idle on return. `kv` says what an update does with keys and values."""
         ...
 
     async def partials(self) -> Mapping[str, Generation]:
@@ -158,6 +159,11 @@ class RolloutEngine(Protocol):
     async def resume(self) -> None:
         """Go on sampling."""
         ...
+
+
+def trajectory_of(request_id: str) -> str:
+    """The trajectory whose turn a request to the engine is: requests are named ``{trajectory}/{turn}``."""
+    return request_id.rpartition("/")[0]
 
 
 class VersionStore(Protocol):

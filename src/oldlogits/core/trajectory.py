@@ -15,7 +15,10 @@ from typing import Literal
 from oldlogits.core.errors import TrajectoryError
 
 KV = Literal["fresh", "mixed"]
-"""Whether every attended key and value was computed with the token's own version."""
+"""Whether every attended key and value was computed with the token's own version.
+
+"mixed": over the entries that the trajectory's sampled tokens before it attended to and added, and those of the tokens read
+since, which its own version computed (batch/chains.py)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +44,7 @@ class Sampled:
         token_ids: The tokens, at least one.
         logp_mu: Natural-log probability of each under the distribution it was sampled from (logits / temperature).
         version: The version of the weights, from 0.
-        kv: "mixed" when keys and values of older versions were attended to.
+        kv: "mixed" when keys and values of older versions were attended to: those of the sampled segments before it.
         temperature: The sampling temperature, > 0.
     """
 

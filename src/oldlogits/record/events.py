@@ -73,7 +73,9 @@ FIELDS: Final[Mapping[EventKind, frozenset[str]]] = MappingProxyType(
         EventKind.GROUP_CLOSED: frozenset({"group", "rewards", "oldest_version", "num_failed"}),
         EventKind.TRAJECTORY_FAILED: frozenset({"trajectory", "reason"}),
         EventKind.BATCH: frozenset({"groups", "num_tokens", "staleness_max", "waited_s"}),
-        EventKind.SCORED: frozenset({"policy", "num_switches", "versions", "read_tokens", "switch_s", "seconds_s"}),
+        EventKind.SCORED: frozenset(
+            {"policy", "num_switches", "versions", "read_tokens", "num_checkouts", "switch_s", "seconds_s"}
+        ),
         EventKind.UPDATE: frozenset({"metrics", "staleness_counts"}),
         EventKind.PUBLISHED: frozenset({"bytes", "store_s", "seconds_s"}),
         EventKind.WEIGHTS_UPDATED: frozenset({"pause_s", "load_s", "stall_s"}),

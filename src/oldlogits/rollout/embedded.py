@@ -9,10 +9,9 @@ One step of `EngineCore`, who feeds whom:
 Prefill computes keys and values of all tokens but the newest; the newest is the input of the decode step, the one
 place where tokens are sampled. Prefill and the first decode step of a request are one step of the engine.
 
-What other requests may share is always of the current version. With kv = "stale" running requests keep their entries
-over an update; what they sample from then on is marked "mixed", and nobody else finds their entries. Thus every entry
-that a request attends to was computed by the version that sampled the request's first token, and from there on by the
-version that sampled the token after it (docs/routes.md).
+Requests share entries of the current version only. With kv = "stale" trajectories keep their own over an update: a running
+request goes on with them, and so does a next turn that finds them in its slot; what is sampled over them is "mixed". Thus
+an entry of older versions that a token attends to is one that an earlier token of its trajectory attended to, or added.
 """
 
 from __future__ import annotations
@@ -27,10 +26,18 @@ import torch
 from torch import Tensor
 
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.protocols import EngineCapabilities, FinishReason, FullWeights, Generation, PolicyVersion, Sampling
+from oldlogits.core.protocols import (
+    EngineCapabilities,
+    FinishReason,
+    FullWeights,
+    Generation,
+    PolicyVersion,
+    Sampling,
+    trajectory_of,
+)
 from oldlogits.rollout.decoder import TILE, DecodeAttention, Decoder, PrefillAttention
 from oldlogits.rollout.folder import read_weights
-from oldlogits.rollout.prefix import BLOCK, NO_MATCH, PrefixIndex, chain_keys
+from oldlogits.rollout.prefix import BLOCK, NO_MATCH, Match, OwnSlots, PrefixIndex, chain_keys
 from oldlogits.rollout.sampling import draw_tokens, restrict_support
 from oldlogits.rollout.slots import Request, SlotTable, check_request
 from oldlogits.rollout.spec import EngineSpec, EngineStats
@@ -56,7 +63,7 @@ class EngineCore:
         self._cache = self._decoder.new_cache(spec.num_slots)
         self._generator = torch.Generator().manual_seed(spec.seed)
         self._table = SlotTable(spec.num_slots, spec.max_context)
-        self._index = PrefixIndex(spec.num_slots)
+        self._index, self._own = PrefixIndex(spec.num_slots), OwnSlots()
         self._freed_at = dict.fromkeys(range(spec.num_slots), -WARM_STEPS)  # of the free slots: the step
         self._requests: dict[str, Request] = {}
         self._waiting: dict[str, Request] = {}
@@ -141,7 +148,7 @@ class EngineCore:
         return {request.id: request.generation(self._table.output_logprobs(request), "abort") for request in requests}
 
     def update_weights(self, tensors: Mapping[str, Tensor], version: PolicyVersion) -> None:
-        """Take over new weights; cached keys and values are dropped, but with kv = "stale" those of running requests stay.
+        """Take over new weights; with kv = "recompute" all cached keys and values are dropped.
 
         Raises:
             ConfigError: The engine is not paused, or the version goes back.
@@ -160,6 +167,7 @@ class EngineCore:
         self._table.sync(running)
         self._index.clear()
         if self._paused == "stale":
+            self._own.age()
             for request in running:
                 if request.id not in self._waiting:
                     request.mark(version, "mixed")
@@ -168,6 +176,7 @@ class EngineCore:
         for request in running:
             request.extend_keys()
         self._waiting = dict(self._requests)
+        self._own.clear()
         self._cache.zero_()  # no old entry, finite or not, reaches a new sequence
 
     def resume(self) -> None:
@@ -190,51 +199,59 @@ class EngineCore:
     def _can_admit(self, request: Request) -> bool:
         return not request.is_held and (request.slot >= 0 or bool(self._freed_at))
 
-    def _admit(self) -> list[tuple[Request, int]]:
-        """Give waiting requests their slots; returns each with the number of tokens found in the cache.
+    def _admit(self) -> list[tuple[Request, Match]]:
+        """Give waiting requests their slots; returns each with what was found in the cache.
 
         Of requests that share the first block that no slot holds, only one is admitted: the others find it next time.
         """
-        wave: list[tuple[Request, int]] = []
+        wave: list[tuple[Request, Match]] = []
         claimed: set[int] = set()
         still_waiting: dict[str, Request] = {}
         for request in self._waiting.values():
             if not self._can_admit(request):
                 still_waiting[request.id] = request
                 continue
-            known = request.tokens[:-1]
-            match = NO_MATCH if request.sampling.prompt_logprobs else self._index.match(known, request.keys)
-            first_missing = request.keys[match.length // BLOCK : match.length // BLOCK + 1]
+            match = self._find(request)
+            first_missing = request.keys[match.length // BLOCK : match.length // BLOCK + 1] if match.kv == "fresh" else []
             if not claimed.isdisjoint(first_missing):
                 still_waiting[request.id] = request
                 continue
             claimed.update(first_missing)
-            self._take_slot(request, match.slot, match.length)
-            wave.append((request, match.length))
+            self._take_slot(request, match)
+            wave.append((request, match))
         self._waiting = still_waiting
         return wave
 
-    def _take_slot(self, request: Request, source: int, length: int) -> None:
-        """Choose the request's slot, if it has none, and copy the first `length` tokens of `source` to it."""
+    def _find(self, request: Request) -> Match:
+        """What the cache holds of a request: its trajectory's own older entries, else what requests share."""
+        if request.sampling.prompt_logprobs:
+            return NO_MATCH
+        known = request.tokens[:-1]
+        own = self._own.match(trajectory_of(request.id), known)
+        return own if own.length else self._index.match(known, request.keys)
+
+    def _take_slot(self, request: Request, match: Match) -> None:
+        """Choose the request's slot, if it has none, and copy what was found to it."""
         if request.slot < 0:
-            request.slot = self._choose_slot(source, length)
+            request.slot = self._choose_slot(match)
             del self._freed_at[request.slot]
-        slot = request.slot
-        if length and slot != source:
-            self._cache[:, :, slot, :, :length] = self._cache[:, :, source, :, :length]
-        self._index.hold(slot, request.tokens[:length], request.keys)
+        slot, length = request.slot, match.length
+        if length and slot != match.slot:
+            self._cache[:, :, slot, :, :length] = self._cache[:, :, match.slot, :, :length]
+        self._own.take(slot)
+        self._index.hold(slot, request.tokens[:length] if match.kv == "fresh" else [], request.keys)
         self._num_hit += length
 
-    def _choose_slot(self, source: int, length: int) -> int:
-        """`source` itself if it is free and holds nothing else; else the lowest slot that has cooled down."""
-        if source in self._freed_at and self._index.length(source) == length:
-            return source
+    def _choose_slot(self, match: Match) -> int:
+        """The slot of the match if it is free and holds nothing else; else the lowest slot that has cooled down."""
+        if match.kv == "mixed" or (match.slot in self._freed_at and self._index.length(match.slot) == match.length):
+            return match.slot
         cool = [slot for slot, freed_at in self._freed_at.items() if self._num_steps - freed_at >= WARM_STEPS]
         return min(cool) if cool else min(self._freed_at, key=lambda slot: (self._freed_at[slot], slot))
 
-    def _prefill(self, wave: list[tuple[Request, int]]) -> None:
+    def _prefill(self, wave: list[tuple[Request, Match]]) -> None:
         """Compute the tokens that were not found, all but the newest, and start decoding."""
-        missing = [(len(request.tokens) - 1 - start, start, request) for request, start in wave]
+        missing = [(len(request.tokens) - 1 - match.length, match.length, request) for request, match in wave]
         missing = sorted((entry for entry in missing if entry[0]), key=lambda entry: entry[0])
         while missing:
             size = max(1, sum((i + 1) * entry[0] <= PREFILL_TOKENS for i, entry in enumerate(missing)))
@@ -244,9 +261,10 @@ class EngineCore:
         new = [request for request in requests if not request.marks]
         if new:
             self._table.place(new)
-        for request in requests:
-            self._index.hold(request.slot, request.tokens[:-1], request.keys)
-            request.mark(self._version, "fresh")
+        for request, match in wave:
+            if match.kv == "fresh":
+                self._index.hold(request.slot, request.tokens[:-1], request.keys)
+            request.mark(self._version, match.kv)
         self._set_decoding(requests, True)
 
     def _prefill_batch(self, batch: list[tuple[int, int, Request]]) -> None:
@@ -305,14 +323,16 @@ class EngineCore:
                 self._decoding.pop(request.slot, None)
 
     def _end(self, request: Request, reason: FinishReason) -> Generation:
-        """Free the request's slot, which stays warm if its entries are of the current version, and build its result."""
+        """Free the request's slot, which stays warm, and build its result."""
         del self._requests[request.id]
         was_waiting = self._waiting.pop(request.id, None) is not None
         if request.slot >= 0 and not was_waiting:
             self._table.sync([request])
-            if request.is_fresh:
+            if request.kv == "fresh":
                 request.extend_keys()
                 self._index.hold(request.slot, request.tokens[:-1], request.keys)
+            if trajectory := trajectory_of(request.id):
+                self._own.leave(request.slot, trajectory, request.tokens[:-1], request.kv)
         if request.slot >= 0:
             self._set_decoding([request], False)
             self._freed_at[request.slot] = self._num_steps

@@ -1,13 +1,18 @@
-"""Which slot holds which tokens' keys and values: an index over blocks of tokens.
+"""Which slot holds which tokens' keys and values.
 
-A block's key is the hash of its tokens chained with the key of the block before it, so one look-up finds a slot
-that holds the whole prefix. Tokens are compared as well: a hash never decides alone.
+`PrefixIndex`: entries of the current version, for every request. An index over blocks of tokens: a block's key is the hash
+of its tokens chained with the key of the block before it, so one look-up finds a slot that holds the whole prefix. Tokens
+are compared as well: a hash never decides alone.
+
+`OwnSlots`: entries of older versions, each only for the next request of the trajectory that left them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from oldlogits.core.trajectory import KV
 
 BLOCK = 16
 """Tokens per block."""
@@ -25,10 +30,11 @@ def chain_keys(tokens: Sequence[int], known: Sequence[int] = ()) -> list[int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Match:
-    """The first `length` tokens are held by `slot`; length 0: no slot holds any."""
+    """The first `length` tokens are held by `slot`; length 0: no slot holds any. "mixed": not all by the current version."""
 
     slot: int
     length: int
+    kv: KV = "fresh"
 
 
 NO_MATCH = Match(slot=-1, length=0)
@@ -89,3 +95,38 @@ def _common_prefix(left: Sequence[int], right: Sequence[int], expected: int) -> 
         return 0
     end = min(len(left), len(right))
     return next((i for i in range(expected, end) if left[i] != right[i]), end)
+
+
+class OwnSlots:
+    """What trajectories have left in slots that nobody has taken since."""
+
+    def __init__(self) -> None:
+        self._left: dict[str, tuple[Match, Sequence[int]]] = {}  # by trajectory: where, and the tokens
+        self._owners: dict[int, str] = {}  # by slot
+
+    def leave(self, slot: int, trajectory: str, tokens: Sequence[int], kv: KV) -> None:
+        """A trajectory's request has ended and left these tokens; "fresh": of the current version."""
+        if trajectory in self._left:
+            del self._owners[self._left[trajectory][0].slot]
+        self._left[trajectory] = Match(slot=slot, length=len(tokens), kv=kv), tokens
+        self._owners[slot] = trajectory
+
+    def take(self, slot: int) -> None:
+        """From now on the slot holds something else."""
+        owner = self._owners.pop(slot, None)
+        if owner is not None:
+            del self._left[owner]
+
+    def age(self) -> None:
+        """The weights have changed."""
+        self._left = {owner: (replace(match, kv="mixed"), tokens) for owner, (match, tokens) in self._left.items()}
+
+    def clear(self) -> None:
+        """Forget everything: no slot holds anything any more."""
+        self._left.clear()
+        self._owners.clear()
+
+    def match(self, trajectory: str, tokens: Sequence[int]) -> Match:
+        """What the trajectory left, if that begins `tokens` and is not all of the current version."""
+        match, left = self._left.get(trajectory, (NO_MATCH, ()))
+        return match if match.kv == "mixed" and tokens[: match.length] == left else NO_MATCH

@@ -85,9 +85,9 @@ class Request:
         return self.sampling.top_p < 1 or self.sampling.top_k > 0
 
     @property
-    def is_fresh(self) -> bool:
+    def kv(self) -> KV:
         """Whether its keys and values, once it has some, are all of the current version."""
-        return self.marks[-1][2] == "fresh"
+        return self.marks[-1][2]
 
     def mark(self, version: PolicyVersion, kv: KV) -> None:
         """Output tokens from here on are sampled with this version."""

@@ -226,11 +226,6 @@ def sampled_segments(generation: Generation, temperature: float) -> list[Sampled
     ]
 
 
-def trajectory_of(request_id: str) -> str:
-    """The trajectory whose turn a request to the engine is: requests are named ``{trajectory}/{turn}``."""
-    return request_id.rpartition("/")[0]
-
-
 def system_prompt_of(environment_class: type[Environment]) -> str:
     """The class's `system_prompt`, or an empty text."""
     return str(inspect.getattr_static(environment_class, "system_prompt", ""))

@@ -21,10 +21,9 @@ from typing import Literal
 
 from oldlogits.config import RunConfig
 from oldlogits.core.errors import AccountingError
-from oldlogits.core.protocols import EngineCapabilities, FullWeights, Generation, PolicyVersion, Sampling
+from oldlogits.core.protocols import EngineCapabilities, FullWeights, Generation, PolicyVersion, Sampling, trajectory_of
 from oldlogits.rollout.embedded import EmbeddedEngine, EngineCore
 from oldlogits.rollout.spec import EngineSpec, EngineStats
-from oldlogits.rollout.turns import trajectory_of
 from oldlogits.runtime.buffer import Buffer
 from oldlogits.runtime.environment import run_inline
 from oldlogits.runtime.handles import Handles, InlineScorer, inline_trainer

@@ -207,9 +207,6 @@ class Recorder:
         """A checkpoint was completed."""
         self.events.emit(EventKind.CHECKPOINT, version=version, path=str(path.relative_to(self.folder.path)))
 
-    def ended(self, reason: str, error: str, *, version: int) -> None:
-        """The run ended."""
-        self.events.emit(EventKind.RUN_ENDED, version=version, reason=reason, error=error)
     def calibrated(self, found: Calibration, *, version: int) -> None:
         """The engine's own noise was measured."""
         self.events.emit(EventKind.CALIBRATION, version=version, **asdict(found))
@@ -221,6 +218,9 @@ class Recorder:
         self.events.emit(EventKind.WARNING, version=version, **asdict(caution))
         self.view.note(f"warning: {caution.message}")
 
+    def ended(self, reason: str, error: str, *, version: int) -> None:
+        """The run ended."""
+        self.events.emit(EventKind.RUN_ENDED, version=version, reason=reason, error=error)
 
     def _segment(self, segment: Segment) -> EpisodeSegment:
         ids = segment.token_ids

@@ -12,8 +12,8 @@ import numpy as np
 
 from oldlogits.config import RunConfig
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.protocols import FullWeights, LogprobSource, RolloutEngine
-from oldlogits.rollout.turns import sampled_segments, trajectory_of
+from oldlogits.core.protocols import FullWeights, LogprobSource, RolloutEngine, trajectory_of
+from oldlogits.rollout.turns import sampled_segments
 from oldlogits.runtime.handles import Handles
 from oldlogits.runtime.probe import allowed_error, probe
 from oldlogits.runtime.recorder import Recorder

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Final
 
 from oldlogits.config import RunConfig
@@ -41,8 +41,9 @@ class RouteCost:
         stored_bytes: The most that the route kept beside the live weights: version store, average, window of a dedicated
             scorer; the rounded copy of `rescore`, which every run holds for its probe, is counted there alone.
         resident_copies: Copies of the weights on the trainer's side: ``1 + stored_bytes / weights_bytes``.
-        num_switches: Switches of the scoring weights, mean per update.
-        switch_s: Seconds of one switch: checkout, pointing the module at the weights, witness; None: there is none.
+        num_switches: Switches of the scoring weights from one version to another, mean per update.
+        switch_s: Seconds until a version's weights can score, mean over all checkouts: checkout, pointing the module at the
+            weights, and the trainer's witness; None: no switch.
         forwards: Tokens that the forward passes for the stand-in read / tokens of the batches, context included.
         score_s: The scorer worked.
         wait_s: The update waited for scores.
@@ -167,7 +168,7 @@ def read_cost(run_folder: Path) -> RouteCost:
         )
     measured = updates[WARM_UP:]
     stored_bytes = max(_stored_bytes(one, route, weights_bytes) for one in updates)
-    switches = sum(one["num_switches"] for one in measured)
+    switches, checkouts = (sum(one[name] for one in measured) for name in ("num_switches", "num_checkouts"))
     score_s, wait_s = (sum(one[name] for one in measured) for name in ("score_s", "wait_s"))
     trained = updates[-1]["accounting/trained"] - updates[WARM_UP - 1]["accounting/trained"]
     return RouteCost(
@@ -176,8 +177,8 @@ def read_cost(run_folder: Path) -> RouteCost:
         weights_bytes=weights_bytes,
         stored_bytes=stored_bytes,
         resident_copies=1 + stored_bytes / weights_bytes,
-        num_switches=fmean(one["num_switches"] for one in measured),
-        switch_s=sum(one["switch_s"] for one in measured) / switches if switches else None,
+        num_switches=switches / len(measured),
+        switch_s=sum(one["switch_s"] for one in measured) / checkouts if switches else None,
         forwards=sum(one["read_tokens"] for one in measured) / sum(one["num_tokens"] for one in measured),
         score_s=median(one["score_s"] for one in measured),
         wait_s=median(one["wait_s"] for one in measured),
@@ -193,21 +194,22 @@ def read_cost(run_folder: Path) -> RouteCost:
 def _updates(events: Sequence[Event], route: str) -> list[Numbers]:
     """By update, ascending. A route that scores ahead counts its scorer's work; for the others it is the trainer's."""
     numbers: dict[int, dict[str, float]] = {}
-    nothing = {"num_switches": 0.0, "read_tokens": 0.0, "switch_s": 0.0, "score_s": 0.0, "wait_s": 0.0}
+    work = ("read_tokens", "num_checkouts", "switch_s")
+    nothing = dict.fromkeys(("num_switches", "score_s", "wait_s", *work), 0.0)
     for event in events:
         before = event.kind in (EventKind.BATCH, EventKind.SCORED)  # these have the version that the update starts from
-        one = numbers.setdefault(event.version + before, dict(nothing))
+        one = numbers.setdefault(event.version + before, nothing.copy())
         if event.kind is EventKind.BATCH:
             one |= _numbers(event, "num_tokens")
         elif event.kind is EventKind.SCORED:
-            one |= _numbers(event, "num_switches", "read_tokens", "switch_s", "seconds_s")
+            one |= _numbers(event, "num_switches", "seconds_s", *work)
             one["score_s"] = one["wait_s"] = one["seconds_s"]
         elif event.kind is EventKind.PUBLISHED:
             one |= _numbers(event, "bytes", "store_s")
         elif event.kind is EventKind.UPDATE and isinstance(event.fields["metrics"], Mapping):
             metrics = {name: value for name, raw in event.fields["metrics"].items() if (value := number(raw)) is not None}
-            ahead = ("read_tokens", "switch_s", "score_s", "wait_s")
-            one |= metrics | {name: metrics[f"source/{name}"] for name in ahead if f"source/{name}" in metrics}
+            ahead = {name: f"source/{name}" for name in ("score_s", "wait_s", *work)}
+            one |= metrics | {name: metrics[key] for name, key in ahead.items() if key in metrics}
     return [one for _, one in sorted(numbers.items()) if "time/update_s" in one]
 
 

@@ -67,19 +67,29 @@ class ScoringWork:
 
     Args:
         read_tokens: Tokens that forward passes have read, each sequence up to its last scored token.
-        switch_s: Seconds until the asked-for weights could score: checkout, module pointed at them, witness.
+        num_checkouts: How often weights were asked for, those that scored last included.
+        switch_s: Seconds until they could score: checkout, module pointed at them, witness.
     """
 
     read_tokens: int = 0
+    num_checkouts: int = 0
     switch_s: float = 0.0
 
     def __add__(self, other: ScoringWork) -> ScoringWork:
         """Both."""
-        return ScoringWork(read_tokens=self.read_tokens + other.read_tokens, switch_s=self.switch_s + other.switch_s)
+        return ScoringWork(
+            read_tokens=self.read_tokens + other.read_tokens,
+            num_checkouts=self.num_checkouts + other.num_checkouts,
+            switch_s=self.switch_s + other.switch_s,
+        )
 
     def __sub__(self, other: ScoringWork) -> ScoringWork:
         """What was done in between."""
-        return ScoringWork(read_tokens=self.read_tokens - other.read_tokens, switch_s=self.switch_s - other.switch_s)
+        return ScoringWork(
+            read_tokens=self.read_tokens - other.read_tokens,
+            num_checkouts=self.num_checkouts - other.num_checkouts,
+            switch_s=self.switch_s - other.switch_s,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,7 +232,7 @@ class Trainer:
         assert self._averaging is not None, "a source that averages makes the trainer keep an average"
         started, batch, average = time.perf_counter(), self._current_batch(), self._averaging.average
         point_at(self._scoring, average.weights)
-        self.work += ScoringWork(switch_s=time.perf_counter() - started)
+        self.work += ScoringWork(num_checkouts=1, switch_s=time.perf_counter() - started)
         values = self._read(self._scoring, batch, np.flatnonzero(batch.loss_mask)[tokens])
         return AverageScores(values=values, age=average.age)
 
@@ -361,7 +371,7 @@ class Trainer:
             point_at(self._scoring, weights)
             if at is not None:
                 self._witness_version(at)
-            self.work += ScoringWork(switch_s=time.perf_counter() - started)
+            self.work += ScoringWork(num_checkouts=1, switch_s=time.perf_counter() - started)
             yield
 
     def _current_batch(self) -> TokenBatch:
