@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import product
 
+from oldlogits.study.cost import RouteCost
 from oldlogits.study.decision import DecisionError
 from oldlogits.study.results import Budget, Cross, Declaration, LearningRun, Point, Regime, Study
 
@@ -57,7 +58,7 @@ def declaration(*regimes: Regime, num_blocks: int = 10) -> Declaration:
         num_blocks=num_blocks,
         num_exploratory_blocks=5,
         cross=Cross(windows=(4, 16), lags=("even",), engines=("fp8",), bands=(1.1, 1.5), num_traces=5),
-        routes=("snapshot", "arrival", "ewma"),
+        routes=("exact", "arrival", "ewma", "mu"),
     )
 
 
@@ -78,7 +79,10 @@ def learning_runs(declared: Declaration) -> tuple[LearningRun, ...]:
     )
 
 
-ERRORS = {"arrival": 0.05, "ewma": 0.04, "ewma-auto": 0.039, "linear": 0.03, "mu": 0.016}
+ERRORS = {
+    "arrival": 0.05, "linear": 0.03, "log-linear": 0.045, "ewma": 0.04, "ewma-mean-lag": 0.041, "ewma-auto": 0.039,
+    "aged": 0.035, "rescore": 0.018, "mu": 0.016,
+}  # fmt: skip
 """Decision error of a stand-in at window 4, band 1.1; twice that at window 16, half of it at band 1.5."""
 
 TRACE_NOISE = (0.9, 1.0, 1.1, 1.05, 0.95)
@@ -107,12 +111,27 @@ def decision_rows() -> tuple[DecisionError, ...]:
     return tuple(rows)
 
 
+EXTRA_S = {"snapshot": 0.2, "arrival": 0.08, "ewma": 0.1, "none": 0.0}
+
+
+def route_costs() -> tuple[RouteCost, ...]:
+    """The declared routes, and `none`."""
+    return tuple(
+        RouteCost(
+            route=route, num_updates=10, weights_bytes=1_000_000, stored_bytes=5_000_000, resident_copies=6.0,
+            num_switches=2.0, switch_s=0.001 if extra_s else None, forwards=1.5, score_s=extra_s, wait_s=extra_s, keep_s=0.0,
+            extra_s=extra_s, stall_s=0.02, hidden_share=0.25 if extra_s else None, update_s=2.0, trajectories_per_s=80.0,
+        )
+        for route, extra_s in EXTRA_S.items()
+    )  # fmt: skip
+
+
 def study(**changes: object) -> Study:
     declared = declaration()
     fields = {
         "title": "A study of known effects", "notes": "", "recipe": {"base": {"num_updates": 60}}, "declaration": declared,
         "code": {"version": "0.1.0", "commit": "abc"}, "machine": {"platform": "x", "num_cpus": 2}, "pilot": (),
-        "learning": learning_runs(declared), "decision": decision_rows(), "cost": (),
+        "learning": learning_runs(declared), "decision": decision_rows(), "cost": route_costs(),
         "budget": Budget(cpu_s=7200.0, wall_s=3700.0),
     }  # fmt: skip
     return Study(**(fields | changes))

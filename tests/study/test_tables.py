@@ -1,0 +1,210 @@
+"""What stands in a table is what was put in, and what is missing stands there, too."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from io import StringIO
+from math import exp, log
+from statistics import fmean, median, stdev
+
+import pytest
+from rich.console import Console
+
+from oldlogits.study.completeness import missing
+from oldlogits.study.cost_tables import ROUTES, choices
+from oldlogits.study.decision import STAND_INS
+from oldlogits.study.decision_tables import levels
+from oldlogits.study.figures import LOOKS
+from oldlogits.study.layout import Table, figure, interval, p_value, plus_minus
+from oldlogits.study.methods import METHODS as ALL_METHODS
+from oldlogits.study.results import Cross
+from oldlogits.study.stats import Estimate, mean_interval
+from oldlogits.study.tables import print_tables, tables_of
+from tests.study.synthetic import (
+    ERRORS,
+    EXTRA_S,
+    METHODS,
+    decision_rows,
+    declaration,
+    error_of,
+    learning_runs,
+    regime,
+    run,
+    study,
+    success_of,
+)
+
+T_9, T_4 = 2.2621571628, 2.7764451052
+
+
+def found(title, whole=None, **changes):
+    (table,) = [table for table in tables_of(whole or study(**changes)) if table.title.startswith(title)]
+    return table
+
+
+def cells(table, *first):
+    """The row that begins with these cells, by column; marks are cut off."""
+    (row,) = [row for row in table.rows if row[: len(first)] == first]
+    return dict(zip(table.header, row, strict=True))
+
+
+def test_the_declared_contrasts_print_the_differences_that_were_put_in():
+    table = found("The 6 declared contrasts")
+    for place, first, second in (("tight", "exact", "ewma"), ("loose", "ewma", "arrival")):
+        row = cells(table, place, f"{first} - {second}")
+        differences = [success_of(place, first, b) - success_of(place, second, b) for b in range(10)]
+        mean, half = fmean(differences), T_9 * stdev(differences) / 10**0.5
+        assert row["difference [95% interval]"] == f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+        assert row["blocks"] == "10 of 10"
+    assert cells(table, "tight", "exact - ewma")["reading"] == "exact is better"
+    assert cells(table, "loose", "exact - ewma")["reading"] == "no difference shown"
+
+
+def test_a_method_prints_mean_worst_and_collapses_of_its_runs():
+    table = found("tight, at equal band")
+    row = cells(table, "arrival")
+    values = [success_of("tight", "arrival", b) for b in range(10)]
+    assert row["success"] == f"{fmean(values):.3f} ± {T_9 * stdev(values) / 10**0.5:.3f}"
+    assert row["worst"] == f"{min(values):.3f}"
+    best = [max(success_of("tight", method, b) for method in METHODS if b < 5 or method in METHODS[:3]) for b in range(10)]
+    assert row["collapses"] == str(sum(value < 0.5 * top for value, top in zip(values, best, strict=True))) == "10"
+    assert (row["rho"], row["CPU s"], row["runs"]) == ("0.900", "24.0", "10 of 10")
+    assert cells(table, "exact")["minus exact [95% interval]"] == "reference"
+    assert cells(table, "mu")["band"] == "—", "it has none"
+
+
+def test_missing_blocks_methods_and_views_are_named():
+    runs = [r for r in learning_runs(declaration()) if (r.method, r.block) != ("ewma", 3) and r.method != "mu"]
+    table = found("tight, at equal band", learning=tuple(runs))
+    assert cells(table, "mu")["success"] == "—"
+    assert "Missing: ewma, block 3." in table.legend
+    assert "Missing: mu, blocks 0, 1, 2, 3, 4." in table.legend
+    tuned = found("tight, each tuned", learning=tuple(runs))
+    assert "Not in this view: arrival, ewma-reset-guarded, linear, mu." in tuned.legend
+    assert any("ewma block 3" in text for text in missing(study(learning=tuple(runs))))
+    assert "Incomplete: exact - ewma in tight" in found("The 6", learning=tuple(runs)).legend[0]
+
+
+def test_a_run_that_ended_early_is_named_and_counted():
+    runs = list(learning_runs(declaration()))
+    runs[2] = replace(runs[2], error="NonFiniteError: the loss", success=0.1)
+    table = found("tight, at equal band", learning=tuple(runs))
+    assert "Ended early and counted with the last success: exact, block 2 (NonFiniteError: the loss)." in table.legend
+    assert cells(table, "exact")["worst"] == "0.100"
+
+
+def test_the_reset_table_pools_the_runs_in_which_it_fired_and_names_the_worst():
+    table = found("ewma-reset-guarded")
+    pairs = [
+        (r, b, success_of(r, "ewma-reset-guarded", b) - success_of(r, "ewma", b)) for r in ("tight", "loose") for b in (0, 1)
+    ]
+    row = cells(table, "all")
+    assert row["runs in which it fired"] == "4"
+    assert row["difference [95% interval]"] == interval(mean_interval([pair[2] for pair in pairs]))
+    worst = min(pairs, key=lambda pair: pair[2])
+    assert (row["worst"], row["its difference"]) == (f"{worst[0]}, block {worst[1]}", f"{worst[2]:+.3f}")
+    idle = [replace(r, num_resets=0) for r in learning_runs(declaration())]
+    assert found("ewma-reset-guarded", learning=tuple(idle)).legend == ("It fired in no run that can be compared.",)
+
+
+def test_the_pilot_marks_what_was_taken_and_whether_seeds_are_shared():
+    tried = [run("tight", "exact", 0, s, band=b, seed=7) for b, s in ((1.1, 0.4), (1.5, 0.6), (3.0, 0.5))]
+    table = found("Pilot runs", pilot=tuple(tried))
+    assert [(row[2], row[5]) for row in table.rows] == [("1.5", "0.600 ‡"), ("3", "0.500"), ("1.1", "0.400")]
+    assert "settings tried per method: 3." in table.caption
+    assert "No seed is shared" in table.caption
+    assert "Seeds shared with them: [103]" in found("Pilot", pilot=(run("tight", "exact", 0, 0.4, seed=103),)).caption
+
+
+def test_the_ratios_to_arrival_are_geometric_means_over_traces():
+    table = found("Error of each stand-in over that of arrival, band 1.1")
+    for name, window in (("ewma", 4), ("mu", 16)):
+        half = 0.5 / 10_000
+        logs = [log((error_of(name, window, 1.1, t) + half) / (error_of("arrival", window, 1.1, t) + half)) for t in range(5)]
+        mean, wide = fmean(logs), T_4 * stdev(logs) / 5**0.5
+        shown = cells(table, "fp8", "even", name)[f"window {window}"].removesuffix(" *")
+        assert shown == f"{exp(mean):.2f} [{exp(mean - wide):.2f}, {exp(mean + wide):.2f}]"
+    own = median(error_of("arrival", 16, 1.1, t) for t in range(5))
+    assert cells(table, "fp8", "even", "arrival")["window 16"] == f"{own:.2%}"
+
+
+def test_the_first_band_is_that_of_the_checks_and_the_others_are_folded():
+    settings = [table for table in tables_of(study()) if table.title.startswith("Error of each stand-in")]
+    assert [(table.title[-8:], table.is_detail) for table in settings] == [("band 1.1", False), ("band 1.5", True)]
+
+
+def test_a_factor_moves_the_error_by_what_was_put_in():
+    at = {(level.factor, level.level): level for level in levels(decision_rows())}
+    assert at["window", "16"].arrival / at["window", "4"].arrival == pytest.approx(2.0)
+    assert at["band", "1.1"].arrival / at["band", "1.5"].arrival == pytest.approx(2.0)
+    assert at["engine", "fp8"].ratios["mu"] == pytest.approx(ERRORS["mu"] / ERRORS["arrival"], rel=0.01)
+
+
+def test_kinds_of_error_are_medians_over_traces():
+    row = cells(found("Kinds of error, band 1.1"), "fp8", "ewma")
+    errors = [error_of("ewma", w, 1.1, t) for w in (4, 16) for t in range(5)]
+    assert row["by count"] == f"{median(errors):.2%}"
+    assert row["kept wrongly"] == f"{median(errors) / 4:.2%}"
+    assert row["masked, by weight"] == f"{median(3 * error / 8 for error in errors):.2%}"
+
+
+def test_the_frontier_holds_what_no_other_choice_beats():
+    own = {choice.name: choice for choice in choices(study())["fp8"]}
+    assert (own["snapshot"].error, own["snapshot"].extra_s) == (0.0, EXTRA_S["snapshot"])
+    assert own["ewma-auto"].extra_s == EXTRA_S["ewma"]
+    assert {name for name, choice in own.items() if choice.on_frontier} == {"mu", "snapshot"}
+    assert "rescore" not in own, "its route was not measured"
+    row = cells(found("Which one is worth its cost"), "mu")
+    assert row == {"exact route or stand-in": "mu", "extra s": "0.000", "fp8": f"{own['mu'].error:.2%} ●"}
+    assert choices(study(cost=())) == choices(study(decision=())) == {}
+
+
+def test_what_is_missing_is_counted_part_by_part():
+    assert missing(study()) == ["runs in tight, each tuned: 10 of 20; missing: " + ", ".join(
+        f"exact block {b}" for b in range(10)) + "."]  # fmt: skip
+    rows = tuple(e for e in decision_rows() if (e.window, e.band, e.trace, e.stand_in) != (16, 1.5, 2, "aged"))
+    gaps = missing(study(decision=rows, cost=()))
+    assert "decision errors, settings with 5 traces: 3 of 4; missing: window 16, even, fp8, band 1.5." in gaps
+    assert "routes whose cost is measured: 0 of 4; missing: exact, arrival, ewma, mu." in gaps
+    wide = replace(
+        declaration(regime("tight")), cross=Cross(windows=tuple(range(1, 21)), lags=("even",), engines=("int4",), bands=(1.1,))
+    )
+    (text,) = [gap for gap in missing(study(declaration=wide)) if gap.startswith("decision")]
+    assert text.endswith("and 8 more.")
+
+
+def test_a_study_without_a_part_has_no_tables_of_it():
+    parts = {table.part for table in tables_of(study(decision=(), cost=()))}
+    assert parts == {"Learning", "Declared and found"}
+    nothing = study(learning=(), decision=(), cost=())
+    assert cells(found("The 6", nothing), "tight", "exact - ewma")["reading"] == "missing"
+
+
+def test_every_method_and_stand_in_has_a_look_and_every_stand_in_a_route():
+    assert set(ALL_METHODS) | set(STAND_INS) <= set(LOOKS)
+    assert set(ROUTES) == set(STAND_INS)
+
+
+def test_the_three_renderings_hold_the_same_cells():
+    table = Table(
+        part="p", title="T", header=("a|b", "n"), rows=(("x", "1.5"), ("y", "—")), caption="How.", legend=("*: mark.",)
+    )
+    assert table.numeric == (False, True)
+    lines = table.markdown().splitlines()
+    assert lines == ["**T.** How.", "", r"| a\|b | n |", "| --- | ---: |", "| x | 1.5 |", "| y | — |", "", "*: mark."]
+    out = StringIO()
+    print_tables([table, replace(table, title="folded", is_detail=True)], Console(file=out, width=60))
+    printed = out.getvalue()
+    assert all(text in printed for text in ("T", "a|b", "1.5", "How.", "*: mark."))
+    assert "folded" not in printed
+    with pytest.raises(AssertionError):
+        Table(part="p", title="T", header=("a",), rows=(("x", "y"),))
+
+
+def test_numbers_are_written_with_what_is_known_of_them():
+    one = mean_interval([0.25])
+    assert (plus_minus(one), interval(one), plus_minus(None), interval(None)) == ("0.250 ± —", "+0.250 [—]", "—", "—")
+    wide = Estimate(mean=-0.05, low=-0.1, high=0.0, p=0.05, n=4)
+    assert (plus_minus(wide), interval(wide)) == ("-0.050 ± 0.050", "-0.050 [-0.100, +0.000]")
+    assert [p_value(p) for p in (None, 0.0004, 0.0126, 1.0)] == ["—", "< 0.001", "0.013", "1.000"]
+    assert [figure(value) for value in (None, float("nan"), 0.5)] == ["—", "—", "0.500"]
