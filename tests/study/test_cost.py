@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from oldlogits.core.errors import ConfigError
+from oldlogits.core.errors import ConfigError, WorkerDiedError
 from oldlogits.core.policies import SOURCES
 from oldlogits.record.events import EventKind
 from oldlogits.record.jsonl import RecordError
@@ -151,6 +151,20 @@ def test_a_run_that_is_too_short_has_no_cost(tiny_folder, tmp_path):
     run(recipe(tiny_folder, num_updates=2), tmp_path / "short")
     with pytest.raises(RecordError, match="2 updates in"):
         read_cost(tmp_path / "short")
+
+
+def test_a_run_that_failed_or_was_interrupted_is_not_measured(tiny_folder, tmp_path, monkeypatch):
+    done = run(recipe(tiny_folder, num_updates=3), tmp_path / "run")
+    summary = dataclasses.replace(done.summary, ended="interrupted")
+    config = recipe(tiny_folder, num_updates=6)
+    monkeypatch.setattr("oldlogits.study.cost.run", lambda config, out: dataclasses.replace(done, summary=summary))
+    with pytest.raises(RecordError, match=r"'snapshot' was not measured: its run was interrupted; got: 3 updates"):
+        measure_route(config, tmp_path / "run")
+    monkeypatch.setattr(
+        "oldlogits.study.cost.run", lambda config, out: dataclasses.replace(done, error=WorkerDiedError("the engine"))
+    )
+    with pytest.raises(WorkerDiedError, match="the engine"):
+        measure_route(config, tmp_path / "run")
 
 
 COST = RouteCost(

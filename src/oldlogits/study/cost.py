@@ -134,6 +134,7 @@ def measure_route(config: RunConfig, out: Path) -> RouteCost:
 
     Raises:
         ConfigError: There are too few updates, or a referee, whose stored versions would be counted.
+        RecordError: The run was interrupted.
         OldLogitsError: The run failed.
     """
     if config.num_updates <= WARM_UP or config.referee.share > 0:
@@ -146,6 +147,13 @@ def measure_route(config: RunConfig, out: Path) -> RouteCost:
     result = run(config, out)
     if result.error is not None:
         raise result.error
+    if result.summary.ended != "done":
+        raise RecordError(
+            f"the cost of route '{config.source.type}' was not measured: its run was {result.summary.ended}",
+            got=f"{result.summary.num_updates} updates in {out}",
+            allowed=f"{config.num_updates} updates",
+            fix="measure it again in another folder",
+        )
     return read_cost(out)
 
 
