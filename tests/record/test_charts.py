@@ -74,4 +74,4 @@ def test_a_label_stands_beside_its_own_point(places):
     for (x, y), (left, base) in zip(places, scatter(places), strict=True):
         at, height = x_axis(0.0, 1.0).at(x), y_axis(0.0, 1.0).at(y)
         assert min(abs(left - at), abs(left + 6.2 * 7 - at)) <= 9.2
-        assert abs(base - height) <= 24 + 4.2
+        assert abs(base - height) <= 48 + 4.2

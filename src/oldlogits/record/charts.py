@@ -257,7 +257,9 @@ def scatter_chart(x: Axis, y: Axis, marks: Sequence[Mark], *, x_label: str, path
     for mark in marks:
         at, height, width = x.at(mark.x), y.at(mark.y), 6.2 * len(mark.label)
         places = [
-            (at + 9 if side > 0 else at - 9 - width, height + 4 + shift) for shift in (0, -12, 12, -24, 24) for side in (1, -1)
+            (at + 9 if side > 0 else at - 9 - width, height + 4 + shift)
+            for shift in (0, -12, 12, -24, 24, -36, 36, -48, 48)
+            for side in (1, -1)
         ]
         boxes = [(left, top - 10, left + width, top + 2) for left, top in places]
         inside = [box for box in boxes if box[0] >= _LEFT and box[2] <= WIDTH and box[1] >= 0 and box[3] <= _BOTTOM] or boxes
