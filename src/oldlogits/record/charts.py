@@ -96,11 +96,13 @@ class Row:
     """A line of a row chart: its dots, and over them a mean with its interval ``(low, mean, high)``.
 
     Args:
-        label: At the left; a row without dots and mean is a heading.
+        label: At the left.
         dots: In any order.
         mean: None: there is none.
         colour: A CSS class, of the mean.
         tip: Of the mean.
+        note: In the place of dots and mean.
+        is_heading: Of the rows below it.
     """
 
     label: str
@@ -108,6 +110,8 @@ class Row:
     mean: tuple[float, float, float] | None = None
     colour: str = "c0"
     tip: str = ""
+    note: str = ""
+    is_heading: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,8 +233,10 @@ def row_chart(x: Axis, rows: Sequence[Row], *, x_label: str, null: float | None 
 
 def _row(row: Row, x: Axis, middle: float) -> list[str]:
     """Label, mean and interval; dots stand above the interval so that neither hides the other."""
-    style = "rowlabel" if row.dots or row.mean else "heading"
+    style = "heading" if row.is_heading else "rowlabel"
     parts = [_text(_ROW_LEFT - 8, middle + 4, row.label, f'text-anchor="end" class="{style}"')]
+    if row.note:
+        parts.append(_text(_ROW_LEFT + 8, middle + 4, row.note, ""))
     if row.mean is not None:
         at = middle + (4 if row.dots else 0)
         low, mean, high = (x.at(value) for value in row.mean)
@@ -251,7 +257,9 @@ def scatter_chart(x: Axis, y: Axis, marks: Sequence[Mark], *, x_label: str, path
     for mark in marks:
         at, height, width = x.at(mark.x), y.at(mark.y), 6.2 * len(mark.label)
         places = [
-            (at + 9 if side > 0 else at - 9 - width, height + 4 + shift) for shift in (0, -12, 12, -24, 24) for side in (1, -1)
+            (at + 9 if side > 0 else at - 9 - width, height + 4 + shift)
+            for shift in (0, -12, 12, -24, 24, -36, 36, -48, 48)
+            for side in (1, -1)
         ]
         boxes = [(left, top - 10, left + width, top + 2) for left, top in places]
         inside = [box for box in boxes if box[0] >= _LEFT and box[2] <= WIDTH and box[1] >= 0 and box[3] <= _BOTTOM] or boxes

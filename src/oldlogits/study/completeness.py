@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
 
 from oldlogits.study.contrasts import all_contrasts, method_rows
 from oldlogits.study.decision import STAND_INS
-from oldlogits.study.layout import DASH, Table
+from oldlogits.study.layout import DASH, Table, blocks_named, counted
 from oldlogits.study.learning_tables import VIEW_NAMES
 from oldlogits.study.methods import find_method
 from oldlogits.study.results import Study
 
-_SHOWN = 12
+_SHOWN = 8
 """Missing things that are named; of more, the number follows."""
 
 
 def completeness(study: Study) -> Table:
     """What was declared and what there is, part by part."""
-    rows = [_tests(study), *_runs(study), _cross(study), _routes(study)]
+    parts = [_tests(study), *_runs(study), _cross(study), _routes(study)]
     return Table(
         part="Declared and found",
-        title="Declared and found",
+        title="What the recipe declares",
         header=("part", "declared", "found", "missing"),
-        rows=tuple((name, str(declared), str(declared - len(missing)), _named(missing)) for name, declared, missing in rows),
-        caption="Everything that the recipe declares before the confirmation runs.",
+        rows=tuple((p.name, str(p.declared), str(p.declared - p.num_missing), _named(p.missing)) for p in parts),
     )
 
 
@@ -34,37 +35,52 @@ def missing(study: Study) -> list[str]:
     return [f"{name}: {found} of {declared}; missing: {what}." for name, declared, found, what in rows if what != DASH]
 
 
-def _tests(study: Study) -> tuple[str, int, list[str]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """A part of the study: how many things it declares, how many are missing, and these by name."""
+
+    name: str
+    declared: int
+    num_missing: int
+    missing: Sequence[str]
+
+
+def _tests(study: Study) -> _Part:
     tests = [contrast for contrast in all_contrasts(study.declaration, study.learning) if contrast.adjusted is not None]
     short = [c for c in tests if c.estimate is None or c.estimate.n < c.num_declared]
-    return "declared contrasts", len(tests), [f"{c.first} - {c.second} in {c.regime}" for c in short]
+    names = [f"{c.first} - {c.second} in {c.regime}" for c in short]
+    return _Part(name="declared contrasts", declared=len(tests), num_missing=len(short), missing=names)
 
 
-def _runs(study: Study) -> list[tuple[str, int, list[str]]]:
-    found = []
+def _runs(study: Study) -> Iterator[_Part]:
     for regime in study.declaration.regimes:
         for view in regime.views:
             rows = method_rows(study.declaration, study.learning, regime, view)
-            missing = [f"{row.method} block {block}" for row in rows for block in row.missing]
-            found.append((f"runs in {regime.name}, {VIEW_NAMES[view]}", sum(row.num_declared for row in rows), missing))
-    return found
+            yield _Part(
+                name=f"runs in {regime.name}, {VIEW_NAMES[view]}",
+                declared=sum(row.num_declared for row in rows),
+                num_missing=sum(len(row.missing) for row in rows),
+                missing=[f"{row.method} {blocks_named(row.missing)}" for row in rows if row.missing],
+            )
 
 
-def _cross(study: Study) -> tuple[str, int, list[str]]:
+def _cross(study: Study) -> _Part:
     cross = study.declaration.cross
     traces = Counter((e.window, e.lag, e.engine, e.band, e.stand_in) for e in study.decision)
     cells = list(product(cross.windows, cross.lags, cross.engines, cross.bands))
     short = [cell for cell in cells if any(traces[*cell, name] < cross.num_traces for name in STAND_INS)]
-    names = [f"window {w}, {lag}, {engine}, band {band:g}" for w, lag, engine, band in short]
-    return f"decision errors, settings with {cross.num_traces} traces", len(cells), names
+    names = [f"{engine}, {lag} lags, window {window}, band {band:g}" for window, lag, engine, band in short]
+    title = f"decision errors, settings with {counted(cross.num_traces, 'trace')}"
+    return _Part(name=title, declared=len(cells), num_missing=len(short), missing=names)
 
 
-def _routes(study: Study) -> tuple[str, int, list[str]]:
+def _routes(study: Study) -> _Part:
     measured = {row.route for row in study.cost}
-    missing = [method for method in study.declaration.routes if find_method(method).source not in measured]
-    return "routes whose cost is measured", len(study.declaration.routes), missing
+    routes = study.declaration.routes
+    names = [method for method in routes if find_method(method).source not in measured]
+    return _Part(name="routes whose cost is measured", declared=len(routes), num_missing=len(names), missing=names)
 
 
-def _named(missing: list[str]) -> str:
-    more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
-    return ", ".join(missing[:_SHOWN]) + more or DASH
+def _named(missing: Sequence[str]) -> str:
+    more = f"; and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+    return "; ".join(missing[:_SHOWN]) + more or DASH

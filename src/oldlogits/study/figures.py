@@ -139,12 +139,12 @@ def _forest(study: Study, contrasts: Sequence[Contrast], axis: Axis) -> Figure:
     """One row a contrast, under its regime."""
     rows = []
     for name in dict.fromkeys(contrast.regime for contrast in contrasts):
-        rows.append(Row(label=name))
+        rows.append(Row(label=name, is_heading=True))
         own = [contrast for contrast in contrasts if contrast.regime == name]
         for index, contrast in enumerate(own):
             found, label = contrast.estimate, f"{contrast.first} - {contrast.second}"
             if found is None:
-                rows.append(Row(label=f"{label}: missing"))
+                rows.append(Row(label=label, note="missing"))
                 continue
             ends = [found.mean if math.isinf(end) else end for end in (found.low, found.high)]
             tip = f"{label}\n{interval(found)}, {found.n} of {contrast.num_declared} blocks"
@@ -169,7 +169,7 @@ def _every_run(study: Study, regime: Regime, rows: Sequence[MethodRow]) -> Figur
     for row in rows:
         found = row.success
         if found is None:
-            shown.append(Row(label=f"{row.method}: missing"))
+            shown.append(Row(label=row.method, note="missing"))
             continue
         colour = LOOKS[row.method][0]
         ends = [found.mean if math.isinf(end) else end for end in (found.low, found.high)]

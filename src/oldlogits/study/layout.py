@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -104,6 +105,18 @@ def p_value(p: float | None) -> str:
 def counted(count: int, one: str, many: str = "") -> str:
     """``1 run``, ``3 runs``."""
     return f"{count} {one}" if count == 1 else f"{count} {many or one + 's'}"
+
+
+def blocks_named(blocks: Sequence[int]) -> str:
+    """``block 3``, ``blocks 0, 2 to 5``: runs of consecutive numbers by their ends."""
+    spans: list[list[int]] = []
+    for block in blocks:
+        if spans and block == spans[-1][-1] + 1:
+            spans[-1].append(block)
+        else:
+            spans.append([block])
+    named = ", ".join(f"{span[0]} to {span[-1]}" if len(span) > 2 else ", ".join(map(str, span)) for span in spans)
+    return f"block{'' if len(blocks) == 1 else 's'} {named}"
 
 
 def _starts_as_number(cell: str) -> bool:

@@ -17,7 +17,7 @@ from oldlogits.study.contrasts import (
     method_rows,
     reset_effect,
 )
-from oldlogits.study.layout import DASH, Table, counted, figure, interval, p_value, plus_minus
+from oldlogits.study.layout import DASH, Table, blocks_named, counted, figure, interval, p_value, plus_minus
 from oldlogits.study.methods import find_method
 from oldlogits.study.results import VIEWS, Declaration, Knobs, LearningRun, Regime, Study, View
 
@@ -81,8 +81,8 @@ def _test_row(contrast: Contrast) -> tuple[str, ...]:
         contrast.regime,
         f"{contrast.first} - {contrast.second}",
         interval(found),
-        p_value(found.p if found else None),
-        p_value(contrast.adjusted if found else None),
+        p_value(found.p if found and found.n > 1 else None),
+        p_value(contrast.adjusted if found and found.n > 1 else None),
         f"{found.n if found else 0} of {contrast.num_declared}",
         reading(contrast),
     )
@@ -129,9 +129,9 @@ def _exploratory(contrasts: Sequence[Contrast]) -> Table:
 
 
 def _cell(contrast: Contrast | None) -> str:
-    if contrast is None:
+    if contrast is None or contrast.estimate is None:
         return DASH
-    marks = ("†" if contrast.adjusted is not None else "") + ("*" if contrast.estimate and contrast.estimate.sign else "")
+    marks = ("†" if contrast.adjusted is not None else "") + ("*" if contrast.estimate.sign else "")
     return f"{interval(contrast.estimate, '+.2f')} {marks}".strip()
 
 
@@ -139,7 +139,8 @@ def _methods(declaration: Declaration, runs: Sequence[LearningRun], regime: Regi
     rows = method_rows(declaration, runs, regime, view)
     reference = declaration.methods[0]
     absent = [method for method in declaration.methods if method not in {row.method for row in rows}]
-    legend = [f"Missing: {row.method}, {_blocks(row.missing)}." for row in rows if row.missing]
+    short = [f"{row.method} {blocks_named(row.missing)}" for row in rows if row.missing]
+    legend = [f"Missing: {'; '.join(short)}."] if short else []
     legend += [f"Not in this view: {', '.join(absent)}."] if absent else []
     num_shared = max((len(row.equal_cpu) for row in rows), default=0)
     updates = sorted({run.num_updates for row in rows for run in row.runs if not run.error})
@@ -178,12 +179,8 @@ def _early(rows: Sequence[MethodRow]) -> Iterator[str]:
     for row in rows:
         ended = [run for run in row.runs if run.error]
         if ended:
-            blocks = _blocks([run.block for run in ended])
+            blocks = blocks_named([run.block for run in ended])
             yield f"Ended early and counted with the last success: {row.method}, {blocks} ({ended[0].error})."
-
-
-def _blocks(blocks: Sequence[int]) -> str:
-    return f"block{'' if len(blocks) == 1 else 's'} {', '.join(map(str, blocks))}"
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def origin(study: Study) -> str:
     machine = {name: value for name, value in study.machine.items() if name != "packages"}
     machine |= {name: value for name, value in installed.items() if value is not None and name != "oldlogits"}
     where = ", ".join(f"{name} {value}" for name, value in machine.items())
-    code = " ".join(study.code.values())
+    code = re.sub(r"\b([0-9a-f]{7})[0-9a-f]{33}\b", r"\1", " ".join(study.code.values()))
     return f"oldlogits {code} · {where} · {study.budget.cpu_s / 3600:.2f} CPU hours, {study.budget.wall_s / 60:.0f} minutes"
 
 

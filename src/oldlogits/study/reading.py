@@ -89,12 +89,14 @@ def _order(contrasts: Sequence[Contrast]) -> Iterator[str]:
     tests = [c for c in contrasts if c.adjusted is not None and {c.first, c.second} <= set(PAPER_ORDER)]
     if not tests:
         return
+    missing = sum(contrast.estimate is None for contrast in tests)
+    tests = [contrast for contrast in tests if contrast.estimate is not None]
     signs = [_as_reported(contrast) for contrast in tests]
     shown, reversed_, rest = ([c for c, sign in zip(tests, signs, strict=True) if sign == wanted] for wanted in (1, -1, 0))
     yield (
         f"The paper reports {' above '.join(PAPER_ORDER)}. Of {counted(len(tests), 'declared test')}, {len(shown)} "
         f"{_verb('show', len(shown))} this order, {len(reversed_)} {_verb('show', len(reversed_))} the reverse, {len(rest)} "
-        "neither."
+        f"neither{f'; {missing} more have no runs' if missing else ''}."
     )
     for name, found in (("It reproduces", shown), ("It is reversed", reversed_), ("Not shown either way", rest)):
         if found:
