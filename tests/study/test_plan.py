@@ -7,7 +7,7 @@ import pytest
 
 from oldlogits.config import build
 from oldlogits.core.errors import ConfigError
-from oldlogits.study.plan import Plan, cells, decision_cells, learning_cells, pilot_bands, pilot_eps
+from oldlogits.study.plan import Plan, cells, cost_cells, decision_cells, learning_cells, pilot_bands, pilot_eps, read_plan
 
 from .plans import REGIME, cell, plan_table
 
@@ -18,8 +18,11 @@ def plan(**sections):
 
 def test_methods_in_a_contrast_run_in_all_blocks_and_come_first_the_others_in_fewer():
     found = list(learning_cells(plan()))
-    assert [cell.method for cell in found] == ["exact"] * 3 + ["arrival"] * 3 + ["mu"] * 2
-    assert [cell.config.seed for cell in found] == [5, 6, 7, 5, 6, 7, 5, 6]
+    assert [(cell.method, cell.config.seed) for cell in found] == [
+        *((method, seed) for seed in (5, 6, 7) for method in ("exact", "arrival")),
+        ("mu", 5),
+        ("mu", 6),
+    ], "block by block"
     assert {cell.config.model_seed for cell in found if cell.block == 1} == {6}, "a block has one warm start"
     assert {cell.config.window for cell in found} == {2}
     assert len({cell.key for cell in found}) == len(found)
@@ -117,3 +120,11 @@ def test_a_study_that_cannot_be_is_refused_before_anything_runs(sections, messag
     import re
 
     assert re.search(message, str(raised.value)), str(raised.value)
+
+
+def test_paths_in_a_study_begin_at_its_recipe(tmp_path, monkeypatch):
+    (tmp_path / "run.toml").write_text("band = 1.7\n")
+    (tmp_path / "study.toml").write_text('title = "x"\nbase = {}\n[cost]\nrecipe = "run.toml"\nroutes = ["mu", "eager"]\n')
+    monkeypatch.chdir("/")
+    found = list(cost_cells(read_plan(tmp_path / "study.toml")))
+    assert [(c.method, c.config.band, c.config.source.type) for c in found] == [("mu", 1.7, "none"), ("eager", 1.7, "eager")]

@@ -1,11 +1,13 @@
 """Cells over real processes: nothing is computed twice, nothing is lost, and a failure is told."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
 from oldlogits.core.errors import WorkerDiedError
+from oldlogits.record.jsonl import RecordError
 from oldlogits.study.pool import Pool
 
 from .plans import cell, job
@@ -45,6 +47,23 @@ def test_a_cell_that_fails_is_told_and_tried_again_and_the_others_are_computed(t
     assert [d.cell for d in Pool(tmp_path, job, 1).known(cells)] == [cells[1]]
     _, started, _ = run(tmp_path, cells, processes=1)
     assert started == [cells[0], cells[2]]
+
+
+def test_a_result_from_when_a_key_had_another_default_is_computed_anew(tmp_path):
+    run(tmp_path, [cell(1)], processes=1)
+    pool, (path,) = Pool(tmp_path, job, 1), tmp_path.glob("cells/learning/*.json")
+    found = json.loads(path.read_text())
+    del found["config"]["eval"]
+    path.write_text(json.dumps(found))
+    assert len(pool.known([cell(1)])) == 1, "a key that did not exist says nothing"
+    found["config"]["trainer"]["lr"] = 0.5
+    path.write_text(json.dumps(found))
+    assert pool.known([cell(1)]) == []
+    _, started, _ = run(tmp_path, [cell(1)], processes=1)
+    assert started == [cell(1)]
+    path.write_text('{"rows": []}')
+    with pytest.raises(RecordError, match="delete the file"):
+        pool.known([cell(1)])
 
 
 def test_a_killed_process_ends_the_study_and_what_was_computed_is_kept(tmp_path):

@@ -55,6 +55,8 @@ def command(arguments: Sequence[str]) -> int:
     if named.suffix == ".json":
         from oldlogits.study.results import Study
 
+        if not named.is_file():
+            raise ConfigError("the study does not exist", got=str(named), allowed="a study.json", fix="look in runs/")
         return _show(Study.read(named), options.out or named.parent)
     return _run(named, options)
 
@@ -66,7 +68,7 @@ def _run(recipe: Path, options: CompareOptions) -> int:
 
     plan = read_plan(recipe)
     out = options.out or Path("runs") / recipe.stem
-    comparison = Comparison(plan, read_notes(plan, recipe), out, options.processes or plan.processes)
+    comparison = Comparison(plan, read_notes(plan), out, options.processes or plan.processes)
     if options.dry_run:
         for stage, num in comparison.num_missing(options.stages).items():
             print(f"{stage}: {num} cells to run")

@@ -154,7 +154,7 @@ def write_json(path: Path, value: Mapping[str, Json]) -> None:
 
 
 def describe_environment() -> Mapping[str, Json]:
-    """Versions of Python, packages and platform, the CPU count, and the git commit of the working directory, if any."""
+    """Versions of Python, packages and platform, the CPU count, and the git commit of this code, if any."""
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
@@ -173,11 +173,19 @@ def _installed(name: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    """Of the working tree that this code lies in, if it does in one; "-dirty" where files differ from it."""
+    here = Path(__file__).parent
+    found = []
+    for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", str(here.parent)]):
+        try:
+            done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10, check=False)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        if done.returncode:
+            return None
+        found.append(done.stdout.strip())
+    commit, changes = found
+    return f"{commit}-dirty" if changes else commit
 
 
 def _named_versions(folder: Path) -> Iterator[tuple[Path, re.Match[str]]]:

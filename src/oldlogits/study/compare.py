@@ -60,7 +60,7 @@ class Comparison:
     """
 
     def __init__(self, plan: Plan, notes: str, folder: Path, processes: int) -> None:
-        self.plan, self._notes, self._folder = plan, notes, folder
+        self.plan, self._notes, self._folder, self._processes = plan, notes, folder, processes
         found = describe_environment()
         self._machine = {name: found[name] for name in ("python", "machine", "num_cpus", "packages")}
         self._commit = str(found["git_commit"] or "unknown")
@@ -103,7 +103,7 @@ class Comparison:
             cost=tuple(read_as(RouteCost, row) for d in done["cost"] for row in d.rows),
             budget=Budget(
                 cpu_s=sum(d.cpu_s for d in everything),
-                wall_s=sum(d.wall_s / (1 if d.cell.stage == "cost" else self.plan.processes) for d in everything),
+                wall_s=sum(d.wall_s / (1 if d.cell.stage == "cost" else self._processes) for d in everything),
             ),
         )
 
@@ -129,15 +129,15 @@ def _runs(done: Sequence[Done]) -> tuple[LearningRun, ...]:
     return tuple(read_as(LearningRun, row) for d in done for row in d.rows)
 
 
-def read_notes(plan: Plan, recipe: Path) -> str:
-    """The text of ``notes``, beside the recipe; empty if there is none.
+def read_notes(plan: Plan) -> str:
+    """The text of ``notes``; empty if there is none.
 
     Raises:
         ConfigError: The file does not exist.
     """
     if not plan.notes:
         return ""
-    path = recipe.parent / plan.notes
+    path = Path(plan.folder) / plan.notes
     if not path.is_file():
         raise ConfigError("the notes do not exist", got=str(path), allowed="a text file", fix="write it, or leave out `notes`")
     return path.read_text(encoding="utf-8")

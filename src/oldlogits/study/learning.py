@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from oldlogits.config import RunConfig
+from oldlogits.core.errors import NonFiniteError
 from oldlogits.record.events import Event, EventKind, read_events
 from oldlogits.record.jsonl import number
 from oldlogits.runtime.run import run
@@ -24,16 +25,18 @@ def run_learning(config: RunConfig, folder: Path, *, regime: str, method: str, b
         block: Number of the block.
 
     Returns:
-        What was measured. A run that ended with an error counts with the success of its last evaluation.
+        What was measured. A run that diverged counts with the success of its last evaluation, or 0.
 
     Raises:
-        OldLogitsError: The run could not be started.
+        OldLogitsError: The run could not be started, or ended with an error other than divergence: no result.
         KeyboardInterrupt: It was interrupted.
     """
     cpu, wall = time.process_time(), time.perf_counter()
     result = run(config, folder)
     if result.summary.ended == "interrupted":
         raise KeyboardInterrupt
+    if result.error is not None and not isinstance(result.error, NonFiniteError):
+        raise result.error
     cpu_share = (time.process_time() - cpu) / (time.perf_counter() - wall)
     events = list(read_events(folder / "events.jsonl"))
     updates = [event for event in events if event.kind is EventKind.UPDATE]

@@ -15,6 +15,9 @@ from oldlogits.study.results import Knobs, LearningRun, Regime
 REFERENCE: Final = "exact"
 """The method whose rho at the regime's band the others shall have."""
 
+RHO_TOLERANCE: Final = 0.005
+"""How near "equal rho" is."""
+
 Runs = Sequence[LearningRun]
 
 
@@ -36,7 +39,8 @@ def best_knobs(plan: Plan, runs: Runs) -> Mapping[tuple[str, str], Knobs]:
 def rho_bands(plan: Plan, runs: Runs) -> Mapping[tuple[str, str], float]:
     """For each (regime, method with a band) the band at which its pilot rho is that of `REFERENCE` at the regime's band.
 
-    Linear in log band between the pilot's bands; the nearest one where the pilot did not reach that rho.
+    Linear in log band between the pilot's bands, or the nearest of these if its rho is within `RHO_TOLERANCE`. A method
+    that does not reach that rho is left out.
     """
     found: dict[tuple[str, str], float] = {}
     for regime in plan.regimes:
@@ -44,7 +48,9 @@ def rho_bands(plan: Plan, runs: Runs) -> Mapping[tuple[str, str], float]:
         for method in plan.pilot.methods:
             rho = _rho_by_band(runs, regime, method)
             if target is not None and rho and find_method(method).has_band:
-                found[regime.name, method] = regime.band if method == REFERENCE else _band_at(rho, target)
+                band = regime.band if method == REFERENCE else _band_at(rho, target)
+                if band is not None:
+                    found[regime.name, method] = band
     return found
 
 
@@ -79,7 +85,7 @@ def _rho_by_band(runs: Runs, regime: Regime, method: str) -> dict[float, float]:
     return {k[0]: rho for k, rho in sorted(found.items()) if k[1:] == (regime.eps_low, regime.eps_high)}
 
 
-def _band_at(rho_by_band: Mapping[float, float], target: float) -> float:
+def _band_at(rho_by_band: Mapping[float, float], target: float) -> float | None:
     """Where rho, taken as linear in log band between neighbours, first reaches the target."""
     bands = list(rho_by_band)
     for low, high in itertools.pairwise(bands):
@@ -87,7 +93,8 @@ def _band_at(rho_by_band: Mapping[float, float], target: float) -> float:
         if min(a, b) <= target <= max(a, b):
             share = 0.0 if a == b else (target - a) / (b - a)
             return math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
-    return min(bands, key=lambda band: abs(rho_by_band[band] - target))
+    nearest = min(bands, key=lambda band: abs(rho_by_band[band] - target))
+    return nearest if abs(rho_by_band[nearest] - target) <= RHO_TOLERANCE else None
 
 
 def _distance(knobs: Knobs, own: Knobs) -> float:

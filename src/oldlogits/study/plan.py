@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -78,8 +78,8 @@ class DecisionPlan:
 class CostPlan:
     """The system cost of every route, in runtime "local", one run at a time."""
 
-    recipe: str = "recipes/desk.toml"
-    """A run recipe, relative to the working directory."""
+    recipe: str = "desk.toml"
+    """A run recipe, relative to the recipe of the study."""
     routes: tuple[str, ...] = ()
     """Methods, by the routes that feed them."""
     settings: Settings = field(default_factory=dict)
@@ -103,6 +103,8 @@ class Plan:
     learning: LearningPlan = field(default_factory=LearningPlan)
     decision: DecisionPlan = field(default_factory=DecisionPlan)
     cost: CostPlan = field(default_factory=CostPlan)
+    folder: str = "."
+    """Where paths begin; that of the recipe, which `read_plan` sets."""
 
     @property
     def declaration(self) -> Declaration:
@@ -171,7 +173,7 @@ def read_plan(recipe: Path) -> Plan:
     Raises:
         ConfigError: It does not exist, is no TOML, or asks for a run that cannot be.
     """
-    plan = build(Plan, read_toml(recipe))
+    plan = replace(build(Plan, read_toml(recipe)), folder=str(recipe.parent))
     list(cells(plan))
     return plan
 
@@ -209,7 +211,10 @@ def _pilot(plan: Plan, regime: Regime, method: str, knobs: Knobs) -> Iterator[Ce
 
 
 def learning_cells(plan: Plan) -> Iterator[Cell]:
-    """The confirmation runs, those of the declared contrasts first; one that two views share comes once."""
+    """The confirmation runs; one that two views share comes once.
+
+    Those of the declared contrasts come first, and block by block: what else the machine does meets all methods alike.
+    """
     declaration = plan.declaration
     found: dict[str, Cell] = {}
     for view in VIEWS:
@@ -223,7 +228,11 @@ def learning_cells(plan: Plan) -> Iterator[Cell]:
                     found.setdefault(cell.key, cell)
     contrasted = {method for pair in declaration.contrasts for method in pair}
     exploratory = {regime.name for regime in declaration.regimes if regime.exploratory}
-    yield from sorted(found.values(), key=lambda cell: (cell.regime in exploratory, cell.method not in contrasted))
+    order = {regime.name: i for i, regime in enumerate(declaration.regimes)}
+    yield from sorted(
+        found.values(),
+        key=lambda cell: (cell.regime in exploratory, cell.method not in contrasted, order[cell.regime], cell.block),
+    )
 
 
 def decision_cells(plan: Plan) -> Iterator[Cell]:
@@ -256,8 +265,7 @@ def decision_cells(plan: Plan) -> Iterator[Cell]:
 def cost_cells(plan: Plan) -> Iterator[Cell]:
     """One run in runtime "local" for every route."""
     for route in plan.cost.routes:
-        recipe = Path(plan.cost.recipe)
-        config = _config(read_toml(recipe), [plan.cost.settings, find_method(route).settings])
+        config = _config(read_toml(Path(plan.folder) / plan.cost.recipe), [plan.cost.settings, find_method(route).settings])
         yield Cell(stage="cost", config=config, method=route)
 
 
@@ -297,5 +305,6 @@ def _unlike(values: Mapping[str, object], defaults: Mapping[str, object]) -> dic
 
 def resolved(plan: Plan) -> Mapping[str, Json]:
     """The plan as ``study.json`` keeps it."""
-    plain: Mapping[str, Json] = json.loads(encode(asdict(plan)))
+    plain: dict[str, Json] = json.loads(encode(asdict(plan)))
+    del plain["folder"]
     return plain

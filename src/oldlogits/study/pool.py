@@ -13,17 +13,20 @@ import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Final
 
 from oldlogits.core.errors import OldLogitsError, WorkerDiedError
 from oldlogits.record.folder import write_atomic
-from oldlogits.record.jsonl import Json, encode
+from oldlogits.record.jsonl import Json, RecordError, encode
 from oldlogits.study.plan import Cell
 from oldlogits.study.results import Plain
+
+_KEYS: Final = frozenset({"label", "config", "commit", "cpu_s", "wall_s", "rows"})
 
 Work = Callable[[Cell, Path], Sequence[Plain]]
 """Computes a cell in a folder of its own, which is deleted afterwards; returns its rows."""
@@ -65,7 +68,7 @@ class Pool:
 
     def known(self, cells: Iterable[Cell]) -> list[Done]:
         """The results that are there, in the order of the cells."""
-        return [self._read(cell) for cell in cells if self._file(cell).is_file()]
+        return [done for cell in cells if (done := self._read(cell)) is not None]
 
     def run(self, cells: Sequence[Cell], on_done: Callable[[Done], None], on_start: Callable[[Cell], None]) -> list[Done]:
         """Compute the cells that have no result yet.
@@ -81,7 +84,7 @@ class Pool:
         Raises:
             WorkerDiedError: A process was killed; the results so far are kept.
         """
-        waiting = [cell for cell in cells if not self._file(cell).is_file()]
+        waiting = [cell for cell in cells if self._read(cell) is None]
         waiting.reverse()
         failed: list[Done] = []
         context = multiprocessing.get_context("spawn")
@@ -113,8 +116,21 @@ class Pool:
     def _file(self, cell: Cell) -> Path:
         return self._folder / "cells" / cell.stage / f"{cell.key}.json"
 
-    def _read(self, cell: Cell) -> Done:
-        found = json.loads(self._file(cell).read_text(encoding="utf-8"))
+    def _read(self, cell: Cell) -> Done | None:
+        """The result of a cell; None if there is none, or it was computed when a key had another default."""
+        path = self._file(cell)
+        if not path.is_file():
+            return None
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found.keys() != _KEYS:
+            raise RecordError(
+                "a result of the study is not readable",
+                got=str(path),
+                allowed=", ".join(sorted(_KEYS)),
+                fix="delete the file: the cell is computed again",
+            )
+        if _differs(found["config"], json.loads(encode(asdict(cell.config)))):
+            return None
         values = {name: found[name] for name in ("cpu_s", "wall_s", "commit")}
         return Done(cell=cell, rows=tuple(found["rows"]), **values)
 
@@ -131,6 +147,15 @@ class Pool:
             "rows": done.rows,
         }
         write_atomic(path, f"{done.cell.label}\n\n{done.error}\n" if done.error else encode(content) + "\n")
+
+
+def _differs(then: Mapping[str, Json], now: Mapping[str, Json]) -> bool:
+    """Whether a key that both recipes have has another value."""
+    for name in then.keys() & now.keys():
+        a, b = then[name], now[name]
+        if _differs(a, b) if isinstance(a, Mapping) and isinstance(b, Mapping) else a != b:
+            return True
+    return False
 
 
 def _quiet(folder: Path) -> None:
