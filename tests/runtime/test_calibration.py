@@ -6,6 +6,7 @@ import asyncio
 import functools
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +15,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
 
 from oldlogits.config import config_from_table
 from oldlogits.core.errors import MissingLogprobError
 from oldlogits.record.events import EventKind, without_wall_clock
 from oldlogits.record.report_data import read_run
 from oldlogits.rollout.slots import SlotTable
-from oldlogits.runtime.calibration import BANDS, MISMATCH, Calibration, calibrate, doubts, measure
+from oldlogits.runtime import loop
+from oldlogits.runtime.calibration import BANDS, MISMATCH, ROUNDING, Calibration, calibrate, doubts, measure
 from oldlogits.runtime.run import run
 
 from ..builders import batch_of, sampled, trajectory
@@ -191,21 +195,53 @@ class Trainer:
         return self.old[tokens]
 
 
-@pytest.mark.parametrize("numerics, mu, old, refused", [
-    ("fp8", (-1.0, -0.5), (-1.0, -0.5), True),
-    ("fp8", (-1.0, -0.5), (-1.0, -0.500005), True),
-    ("fp8", (-1.0, -0.5), (-1.0, -0.501), False),
-    ("fp8", (-1e-7, -1e-7), (-1e-7, -1e-7), False),  # certain tokens: every engine gives them 1
-    ("fp32", (-1.0, -0.5), (-1.0, -0.5), False),
+@pytest.mark.parametrize("expected_noise, mu, old, refused", [
+    (1e-3, (-1.0, -0.5), (-1.0, -0.5), True),
+    (2e-5, (-1.0, -0.5), (-1.0, -0.500005), True),
+    (1e-3, (-1.0, -0.5), (-1.0, -0.501), False),
+    (1e-3, (-1e-7, -1e-7), (-1e-7, -1e-7), False),  # certain tokens: every engine gives them 1
+    (9e-6, (-1.0, -0.5), (-1.0, -0.5), False),  # fp32, or weights on the engine's grid: no noise to expect
 ])  # fmt: skip
-def test_log_probs_that_cannot_be_the_engines_own_are_refused(numerics, mu, old, refused):
+def test_log_probs_that_cannot_be_the_engines_own_are_refused(expected_noise, mu, old, refused):
     batch = batch_of([trajectory([1], sampled([2, 3], logp=mu))])
-    call = calibrate(config_of(engine={"numerics": numerics}), Trainer(old), batch)
+    call = calibrate(config_of(engine={"numerics": "fp8"}), Trainer(old), batch, expected_noise=expected_noise)
     if refused:
         with pytest.raises(MissingLogprobError, match="r_d is 1 on all 2 tokens, though the engine computes in fp8"):
             asyncio.run(call)
     else:
         assert asyncio.run(call).num_tokens == 2
+
+
+def rounded_to_bf16(folder: Path, to: Path) -> Path:
+    shutil.copytree(folder, to)
+    for file in to.glob("*.safetensors"):
+        weights = {name: values.bfloat16().float().contiguous() for name, values in load_torch(file).items()}
+        save_torch(weights, file, metadata={"format": "pt"})
+    return to
+
+
+def test_a_checkpoint_that_lies_on_the_engines_grid_trains_though_r_d_is_1_at_version_0(tiny_folder, tmp_path):
+    model = rounded_to_bf16(tiny_folder, tmp_path / "model")
+    config = recipe(model, num_updates=2, engine={"numerics": "bf16"})
+    result = run(config, tmp_path / "run")
+    assert (result.error, result.summary.num_updates) == (None, 2)
+    found = fields_of(tmp_path / "run")
+    assert found["log_r_d_abs_max"] <= ROUNDING
+    assert found["num_tokens"] > 0
+    tokens = tokens_of(tmp_path / "run", "log_r_d", "version")
+    assert abs(tokens["log_r_d"]).max() > ROUNDING, "after a step the weights are off the grid"
+
+
+def test_log_probs_of_the_trainer_in_place_of_the_engines_end_the_run(tiny_folder, tmp_path, monkeypatch):
+    async def substituted(config, trainer, batch, *, expected_noise):
+        mu = batch.logp_mu[batch.loss_mask]
+        return await calibrate(config, Trainer(mu), batch, expected_noise=expected_noise)
+
+    monkeypatch.setattr(loop, "calibrate", substituted)
+    result = run(recipe(tiny_folder, engine={"numerics": "bf16"}), tmp_path / "run")
+    assert isinstance(result.error, MissingLogprobError)
+    assert "though the engine computes in bf16" in result.error.what
+    assert events_of(tmp_path / "run", EventKind.UPDATE) == []
 
 
 def test_the_trajectories_measured_are_evenly_spaced_over_the_batch():
@@ -214,7 +250,7 @@ def test_the_trajectories_measured_are_evenly_spaced_over_the_batch():
     old = [-1 + math.log(1 + i / 100) for i in range(9)]
     for num, chosen in ((1, [0]), (2, [0, 8]), (3, [0, 4, 8]), (5, [0, 2, 4, 6, 8]), (100, range(9))):
         config = config_of(eval={"num_calibration": num})
-        found = asyncio.run(calibrate(config, Trainer(old), batch_of(trajectories)))
+        found = asyncio.run(calibrate(config, Trainer(old), batch_of(trajectories), expected_noise=0.0))
         assert found.num_trajectories == len(chosen)
         assert found.r_d_mean == pytest.approx(1 + sum(chosen) / len(chosen) / 100, rel=1e-6)
 

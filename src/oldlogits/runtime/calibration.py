@@ -82,23 +82,24 @@ class Calibration:
         yield "  would mask " + "".join(f"{share:>8.2%}" for share in self.masked)
 
 
-async def calibrate(config: RunConfig, trainer: ScoringHandle, batch: TokenBatch) -> Calibration:
+async def calibrate(config: RunConfig, trainer: ScoringHandle, batch: TokenBatch, *, expected_noise: float) -> Calibration:
     """Measure on `eval.num_calibration` trajectories of the batch in training, evenly spaced.
 
     Args:
         config: The run.
         trainer: Holds the batch; its live weights are those that sampled it.
         batch: The first of a run.
+        expected_noise: Nats; what the engine's numerics change the probe tokens' log-probs by at most, with these weights.
 
     Raises:
-        MissingLogprobError: The engine's log-probs are the trainer's, though their numerics differ.
+        MissingLogprobError: The engine's log-probs are the trainer's, though the engine's numerics give others.
     """
     num = min(config.eval.num_calibration, batch.num_sequences)
     chosen = np.linspace(0, batch.num_sequences - 1, num).astype(np.int64)
     sequence = batch.sequence[batch.loss_mask]
     tokens = np.flatnonzero(np.isin(sequence, chosen))
     old, mu = await trainer.score(tokens, None), batch.logp_mu[batch.loss_mask][tokens]
-    _refuse_substitute(config.engine.numerics, old, mu)
+    _refuse_substitute(config.engine.numerics, expected_noise, old, mu)
     return measure(config, old - mu, sequence[tokens])
 
 
@@ -158,12 +159,15 @@ def doubts(found: Calibration, config: RunConfig) -> Iterator[Caution]:
         )
 
 
-def _refuse_substitute(numerics: str, old: NDArray[np.float32], mu: NDArray[np.float32]) -> None:
-    """Refuse a ratio of 1 where two numerics must differ: on tokens that were in doubt, not certain anyway."""
-    if numerics != "fp32" and float(mu.mean()) < -IN_DOUBT and float(np.abs(old - mu).max()) <= ROUNDING:
+def _refuse_substitute(numerics: str, expected_noise: float, old: NDArray[np.float32], mu: NDArray[np.float32]) -> None:
+    """Refuse a ratio of 1 where the numerics show with these weights: on tokens that were in doubt, not certain anyway.
+
+    They do not show in fp32, nor with weights that lie on the numerics' grid, as those of a checkpoint in bf16 do on bf16's.
+    """
+    if expected_noise > ROUNDING and float(mu.mean()) < -IN_DOUBT and float(np.abs(old - mu).max()) <= ROUNDING:
         raise MissingLogprobError(
             f"r_d is 1 on all {len(mu)} tokens, though the engine computes in {numerics}: its log-probs are not its own",
-            got=f"|log-prob of the trainer - of the engine| <= {ROUNDING:.0e}",
+            got=f"|log-prob of the trainer - of the engine| <= {ROUNDING:.0e}, and {expected_noise:.0e} expected on the probe",
             allowed="the log-probs that the engine sampled with",
             fix="do not recompute them with the trainer; if the engine computes as the trainer does, engine.numerics = 'fp32'",
         )

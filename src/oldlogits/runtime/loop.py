@@ -97,6 +97,7 @@ class Loop:
         self._synchroniser = Synchroniser(config, task.probe_ids, handles, self.source, recorder, totals)
         self._referee = Referee(config, handles.trainer, recorder.events, handles.clock)
         self._last_update_s = 0.0
+        self._expected_noise = 0.0  # of the engine's numerics, on the probe tokens of the live version; nats
         self.version = 0
 
     @property
@@ -221,7 +222,7 @@ class Loop:
         """Once in a run, before its first optimizer step: what the engine's own noise makes of the recipe's band."""
         if self.totals.num_updates or not self._config.eval.num_calibration:
             return
-        found = await calibrate(self._config, self._handles.trainer, batch)
+        found = await calibrate(self._config, self._handles.trainer, batch, expected_noise=self._expected_noise)
         self._recorder.calibrated(found, version=self.version)
         for caution in doubts(found, self._config):
             self._recorder.warned(caution, version=self.version)
@@ -320,6 +321,7 @@ class Loop:
         started = self._handles.clock()
         published = await self._handles.trainer.publish()
         self.version = published.version
+        self._expected_noise = float(abs(published.engine_probe_logps - published.probe_logps).max())
         seconds_s = self._handles.clock() - started
         self._recorder.published(published, seconds_s=seconds_s)
         return published
