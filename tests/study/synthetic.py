@@ -75,7 +75,7 @@ def learning_runs(declared: Declaration) -> tuple[LearningRun, ...]:
         )
         for place in declared.regimes
         for method in METHODS
-        for block in range(declared.blocks_of(place, method))
+        for block in range(declared.blocks_of(place, method, "band"))
     )
 
 

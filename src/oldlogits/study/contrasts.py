@@ -187,7 +187,7 @@ def method_rows(declaration: Declaration, runs: Sequence[LearningRun], regime: R
         MethodRow(
             method=method,
             knobs=knobs[method],
-            num_declared=declaration.blocks_of(regime, method),
+            num_declared=declaration.blocks_of(regime, method, view),
             runs=tuple(blocks.values()),
             num_collapses=sum(run.success < COLLAPSE * best[run.regime, run.block] for run in blocks.values()),
             equal_cpu=tuple(equal[method]),
@@ -245,7 +245,7 @@ def _contrast(
         axis=axis,
         first=pair[0],
         second=pair[1],
-        num_declared=declaration.blocks_of(regime, pair[0]),
+        num_declared=declaration.blocks_of(regime, pair[0], view),
         estimate=estimated(differences),
     )
 

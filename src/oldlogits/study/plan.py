@@ -47,7 +47,7 @@ class LearningPlan:
     contrasts: tuple[tuple[str, str], ...] = ()
     """Declared differences: first minus second."""
     num_blocks: int = 10
-    """Blocks, each with its own warm start and RL seed, of the methods in the contrasts."""
+    """Blocks, each with its own warm start and RL seed, of the methods in the contrasts, at equal band."""
     num_exploratory_blocks: int = 4
     """Blocks of all other runs."""
     first_seed: int = 0
@@ -223,7 +223,7 @@ def learning_cells(plan: Plan) -> Iterator[Cell]:
                 knobs = regime.knobs(view, method)
                 if knobs is None:
                     continue
-                for block in range(declaration.blocks_of(regime, method)):
+                for block in range(declaration.blocks_of(regime, method, view)):
                     cell = _cell(plan, "learning", regime, method, knobs, block, plan.learning.first_seed + block)
                     found.setdefault(cell.key, cell)
     contrasted = {method for pair in declaration.contrasts for method in pair}

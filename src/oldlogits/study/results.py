@@ -148,7 +148,7 @@ class Declaration:
         regimes: In the order of the tables.
         methods: In the order of the tables.
         contrasts: Pairs (first, second); the difference is first - second.
-        num_blocks: Of the methods in the contrasts, in the regimes that are not exploratory.
+        num_blocks: Of the methods in the contrasts in the primary view, in the regimes that are not exploratory.
         num_exploratory_blocks: Of all other runs.
         primary: The view whose contrasts are the declared tests.
         cross: Of the decision errors.
@@ -188,9 +188,9 @@ class Declaration:
                 fix="declare them, or choose another primary view",
             )
 
-    def blocks_of(self, regime: Regime, method: str) -> int:
-        """How many blocks a method is to be run in."""
-        declared = not regime.exploratory and any(method in pair for pair in self.contrasts)
+    def blocks_of(self, regime: Regime, method: str, view: View) -> int:
+        """How many blocks a method is to be run in for a view."""
+        declared = view == self.primary and not regime.exploratory and any(method in pair for pair in self.contrasts)
         return self.num_blocks if declared else self.num_exploratory_blocks
 
 
