@@ -145,7 +145,7 @@ def test_the_page_is_well_formed_and_holds_every_table_and_sentence(tmp_path):
         assert all(" ".join(cell.split()) in text for row in table.rows for cell in row)
     assert all(" ".join(told.split()) in text for part in plain_reading(whole) for told in part.sentences)
     assert "Commentary A person's view." in text
-    assert "runs in tight, each tuned: 10 of 20" in text
+    assert "runs in tight, each tuned: 5 of 10" in text
     assert html.count("<svg") == 2 + 2 * 3 + 1 + 1  # contrasts; three a regime; one engine and lag shape; one engine
     assert "nan" not in re.findall(r'(?:points|d|x|y|cx|cy|x1|y1|height|width)="([^"]*)"', html)
     assert html.count("dot bad") == 10, "one for each collapsed run"

@@ -161,7 +161,7 @@ def test_the_frontier_holds_what_no_other_choice_beats():
 
 
 def test_what_is_missing_is_counted_part_by_part():
-    assert missing(study()) == ["runs in tight, each tuned: 10 of 20; missing: exact blocks 0 to 9."]
+    assert missing(study()) == ["runs in tight, each tuned: 5 of 10; missing: exact blocks 0 to 4."]
     rows = tuple(e for e in decision_rows() if (e.window, e.band, e.trace, e.stand_in) != (16, 1.5, 2, "aged"))
     gaps = missing(study(decision=rows, cost=()))
     assert "decision errors, settings with 5 traces: 3 of 4; missing: fp8, even lags, window 16, band 1.5." in gaps
