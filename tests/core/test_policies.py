@@ -147,6 +147,22 @@ def test_every_remedy_of_a_missing_policy_works(name, source):
                 assert not any(VARIANTS[name].needs <= route.provides for route in SOURCES.values())
 
 
+@pytest.mark.parametrize(
+    "source, variant",
+    [
+        ("snapshot", "decoupled_exact"),
+        ("arrival", "decoupled_async"),
+        ("ewma", "ppo_ewma_train_infer"),
+        ("aged", "aged_train_infer"),
+        ("rescore", "rescore_train_infer"),
+    ],
+)
+def test_a_source_of_another_policy_names_the_variant_that_it_feeds_experimental_ones_included(source, variant):
+    with pytest.raises(MissingPolicyError) as caught:
+        check_source("decoupled_async" if source == "snapshot" else "decoupled_exact", source)
+    assert caught.value.fix.endswith(f", or variant '{variant}'")
+
+
 def test_an_unknown_source_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match=r"unknown source\.type; got: 'snap'; allowed: snapshot, .*, none"):
         check_source("decoupled_exact", "snap")

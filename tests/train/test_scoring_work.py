@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 
 from oldlogits.core.protocols import Piece
+from oldlogits.train import trainer as trainer_module
+from oldlogits.train import window_scorer as window_scorer_module
 from oldlogits.train.trainer import ScoringWork, Trainer
+from oldlogits.train.window_scorer import WindowScorer
 
 from ..builders import batch_of, sampled, trajectory
 
@@ -43,13 +46,55 @@ def test_a_forward_pass_reads_each_sequence_up_to_the_token_before_the_last_that
     assert read(trainer, lambda: trainer.score_pieces([piece, piece], 1)) == 3 + 3
 
 
-def test_the_seconds_of_a_switch_are_part_of_those_of_the_score(trainer):
-    piece = Piece(trajectory_id="g9.0", token_ids=np.array([3, 4]), positions=np.array([1]), temperature=np.ones(1, np.float32))
-    before = trainer.work.switch_s
-    scored = trainer.score_pieces([piece], 0)
-    assert 0 < scored.switch_s < scored.seconds_s
-    assert trainer.work.switch_s - before == pytest.approx(scored.switch_s)
-    assert trainer.work.num_checkouts == 1
+PIECE = Piece(trajectory_id="g9.0", token_ids=np.array([3, 4]), positions=np.array([1]), temperature=np.ones(1, np.float32))
+
+
+def test_what_the_pieces_cost_is_what_the_trainer_worked(trainer):
+    before = trainer.work
+    scored = trainer.score_pieces([PIECE], 0)
+    work = trainer.work - before
+    assert (work.switch_s, work.witness_s) == pytest.approx((scored.switch_s, scored.witness_s))
+    assert work.num_checkouts == 1
+
+
+class Clock:
+    """Stands still, but for what `takes` wraps."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def takes(self, seconds, function):
+        def timed(*args, **kwargs):
+            self.now += seconds
+            return function(*args, **kwargs)
+
+        return timed
+
+
+def test_a_switch_ends_when_the_module_points_at_the_weights_and_the_witness_is_told_apart(
+    trainer, recipe, tiny_folder, monkeypatch
+):
+    scorer = WindowScorer(recipe(source={"type": "dedicated", "window": 2}), tiny_folder, PROBE)
+    published = trainer.publish()
+    scorer.publish(1, published.weights, published.probe_logps)
+    clock = Clock()
+    for module in (trainer_module, window_scorer_module):
+        monkeypatch.setattr(module, "time", clock)
+        monkeypatch.setattr(module, "point_at", clock.takes(1.0, module.point_at))
+        monkeypatch.setattr(module, "score_tokens", clock.takes(10.0, module.score_tokens))
+
+    before = trainer.work
+    trainer.score(np.arange(5), 0)
+    assert ((trainer.work - before).switch_s, (trainer.work - before).witness_s) == (1.0, 10.0)
+    before = trainer.work
+    trainer.score_average(np.arange(5))
+    assert ((trainer.work - before).switch_s, (trainer.work - before).witness_s) == (1.0, 0.0)
+    stored, held = trainer.score_pieces([PIECE], 0), scorer.score_pieces([PIECE], 1)
+    assert (stored.switch_s, stored.witness_s, stored.seconds_s) == (1.0, 10.0, 21.0), "checkout, witness, forward"
+    assert (held.switch_s, held.witness_s, held.seconds_s) == (1.0, 0.0, 11.0), "witnessed when it was received"
 
 
 def test_the_mixed_version_forward_reads_every_token_once_but_the_last(trainer):

@@ -243,7 +243,8 @@ def check_source(variant_name: str, source: str) -> None:
         return ", ".join(sorted(p.name for p in policies)) or "nothing"
 
     fitting_sources = [name for name, route in SOURCES.items() if variant.needs <= route.provides]
-    fitting_variants = [name for name, row in VARIANTS.items() if row.needs and row.needs <= provides]
+    rows = {**EXPERIMENTAL_VARIANTS, **VARIANTS}
+    fitting_variants = [name for name, row in rows.items() if row.needs and row.needs <= provides]
     remedies = [f"source '{name}'" for name in fitting_sources[:1]] + [f"variant '{name}'" for name in fitting_variants[-1:]]
     raise MissingPolicyError(
         f"variant '{variant_name}' needs log-probs of {named(variant.needs)}, but source '{source}' provides {named(provides)}",

@@ -246,12 +246,14 @@ class ScoredPieces:
     Args:
         values: float32 [scored token], natural log, piece after piece.
         seconds_s: The time that the scorer worked.
-        switch_s: The part of it until the version's weights could score.
+        switch_s: The part of it until the model pointed at the version's weights, checkout included.
+        witness_s: The part of it that witnessed them; 0 where they were witnessed when the scorer received them.
     """
 
     values: NDArray[np.float32]
     seconds_s: float
     switch_s: float
+    witness_s: float
 
 
 class PieceScorer(Protocol):

@@ -74,7 +74,7 @@ FIELDS: Final[Mapping[EventKind, frozenset[str]]] = MappingProxyType(
         EventKind.TRAJECTORY_FAILED: frozenset({"trajectory", "reason"}),
         EventKind.BATCH: frozenset({"groups", "num_tokens", "staleness_max", "waited_s"}),
         EventKind.SCORED: frozenset(
-            {"policy", "num_switches", "versions", "read_tokens", "num_checkouts", "switch_s", "seconds_s"}
+            {"policy", "num_switches", "versions", "read_tokens", "num_checkouts", "switch_s", "witness_s", "seconds_s"}
         ),
         EventKind.UPDATE: frozenset({"metrics", "staleness_counts"}),
         EventKind.PUBLISHED: frozenset({"bytes", "store_s", "seconds_s"}),

@@ -42,8 +42,8 @@ class RouteCost:
             scorer; the rounded copy of `rescore`, which every run holds for its probe, is counted there alone.
         resident_copies: Copies of the weights on the trainer's side: ``1 + stored_bytes / weights_bytes``.
         num_switches: Switches of the scoring weights from one version to another, mean per update.
-        switch_s: Seconds until a version's weights can score, mean over all checkouts: checkout, pointing the module at the
-            weights, and the trainer's witness; None: no switch.
+        switch_s: Seconds until the scoring module points at a version's weights, checkout included, mean over all checkouts;
+            the witness that follows is a part of `score_s`; None: no switch.
         forwards: Tokens that the forward passes for the stand-in read / tokens of the batches, context included.
         score_s: The scorer worked.
         wait_s: The update waited for scores.

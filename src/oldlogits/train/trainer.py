@@ -68,12 +68,14 @@ class ScoringWork:
     Args:
         read_tokens: Tokens that forward passes have read, each sequence up to its last scored token.
         num_checkouts: How often weights were asked for, those that scored last included.
-        switch_s: Seconds until they could score: checkout, module pointed at them, witness.
+        switch_s: Seconds until the module pointed at them, checkout included.
+        witness_s: Seconds of the witnesses that followed.
     """
 
     read_tokens: int = 0
     num_checkouts: int = 0
     switch_s: float = 0.0
+    witness_s: float = 0.0
 
     def __add__(self, other: ScoringWork) -> ScoringWork:
         """Both."""
@@ -81,6 +83,7 @@ class ScoringWork:
             read_tokens=self.read_tokens + other.read_tokens,
             num_checkouts=self.num_checkouts + other.num_checkouts,
             switch_s=self.switch_s + other.switch_s,
+            witness_s=self.witness_s + other.witness_s,
         )
 
     def __sub__(self, other: ScoringWork) -> ScoringWork:
@@ -89,6 +92,7 @@ class ScoringWork:
             read_tokens=self.read_tokens - other.read_tokens,
             num_checkouts=self.num_checkouts - other.num_checkouts,
             switch_s=self.switch_s - other.switch_s,
+            witness_s=self.witness_s - other.witness_s,
         )
 
 
@@ -220,8 +224,10 @@ class Trainer:
         started, before = time.perf_counter(), self.work
         with self._scoring_at(at):
             values = self._read(self._scoring, *pack(pieces))
-        switch_s = (self.work - before).switch_s
-        return ScoredPieces(values=values, seconds_s=time.perf_counter() - started, switch_s=switch_s)
+        work = self.work - before
+        return ScoredPieces(
+            values=values, seconds_s=time.perf_counter() - started, switch_s=work.switch_s, witness_s=work.witness_s
+        )
 
     def score_average(self, tokens: NDArray[np.int64]) -> AverageScores:
         """Log-probs of loss tokens of the batch under the weights averaged up to the current version.
@@ -369,9 +375,9 @@ class Trainer:
         held = nullcontext(named_weights(self._model)) if at is None or is_only_live else self._store.checkout(at)
         with held as weights:
             point_at(self._scoring, weights)
+            self.work += ScoringWork(num_checkouts=1, switch_s=time.perf_counter() - started)
             if at is not None:
                 self._witness_version(at)
-            self.work += ScoringWork(num_checkouts=1, switch_s=time.perf_counter() - started)
             yield
 
     def _current_batch(self) -> TokenBatch:
@@ -380,7 +386,9 @@ class Trainer:
 
     def _witness_version(self, version: PolicyVersion) -> None:
         """Witness (a): the weights about to score reproduce what the live ones gave the probe tokens at publish."""
+        started = time.perf_counter()
         error = max_error(self._score_with(self._scoring, *self._probe), self._probe_logps[version])
+        self.work += ScoringWork(witness_s=time.perf_counter() - started)
         worst = np.fmax(self.witnesses.publish_max_abs_error, error)
         self.witnesses = Witnesses(publish_max_abs_error=float(worst), lag0_max_abs_error=self.witnesses.lag0_max_abs_error)
         check_witness(error, f"the checkout of version {version}", "the live weights at its publish")

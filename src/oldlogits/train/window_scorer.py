@@ -64,7 +64,8 @@ class WindowScorer:
             point_at(self._model, weights)
             switched = time.perf_counter()
             values = self._score(*pack(pieces))
-        return ScoredPieces(values=values, seconds_s=time.perf_counter() - started, switch_s=switched - started)
+        seconds_s = time.perf_counter() - started
+        return ScoredPieces(values=values, seconds_s=seconds_s, switch_s=switched - started, witness_s=0.0)
 
     def _score(self, sequences: Sequences, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         t = self._trainer
