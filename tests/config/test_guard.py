@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oldlogits.config import cautions, check, config_from_table, kept_at_lag_0
-from oldlogits.core.bounds import a3po_weight
+from oldlogits.core.bounds import a3po_weight, supremum_r_s
 from oldlogits.core.errors import ConfigError
 from oldlogits.objective import a3po_weight_mu
 
@@ -103,11 +103,54 @@ def test_a_dual_clip_that_is_switched_off_or_out_of_reach_is_neither_refused_nor
 
 
 def test_a_recipe_that_says_that_it_does_not_clip_is_not_told_so():
-    truncated = {"clip": "truncated", "weight_mu": 0.0}
+    truncated = {"clip": "truncated", "truncation": 1.5}
     assert warned("linear_prox", objective=truncated) == {}
+    assert warned("linear_prox", objective={**truncated, "truncation": INF, "weight_mu": 0.0}) == {}
     assert warned("decoupled_async", objective=truncated, trainer={"steps_per_version": 1}) == {}
-    assert warned("linear_train_infer", band=1.05, objective={"clip": "truncated"}) == {}
-    assert "masks nothing" in refusal("linear_train_infer", objective={"clip": "truncated", "weight_mu": 1.0}).what
+    assert warned("linear_train_infer", band=1.05, objective=truncated) == {}
+    assert "masks nothing" in refusal("linear_train_infer", objective={**truncated, "weight_mu": 1.0}).what
+
+
+@pytest.mark.parametrize("variant", LINEAR)
+@pytest.mark.parametrize("weight_mu", [0.25, 0.5, 0.8])
+def test_a_truncation_that_a_linear_stand_ins_ratio_cannot_exceed_is_refused(variant, weight_mu):
+    """``r_s < 1 / (1 - a)``, which it approaches as R grows."""
+    largest = 1 / (1 - weight_mu)
+    assert 1e12 / (weight_mu + (1 - weight_mu) * 1e12) == pytest.approx(largest, rel=1e-6)
+    for truncation in (largest, 1.01 * largest):
+        error = refusal(variant, objective={"clip": "truncated", "weight_mu": weight_mu, "truncation": truncation})
+        assert error.what.startswith(f"variant '{variant}' has nothing to truncate at weight_mu {weight_mu:g}")
+        assert error.allowed == f"a truncation below {largest:.4g}, or inf: none"
+        assert error.fix.endswith(f"variant '{variant.replace('linear', 'loglinear')}', or a smaller objective.truncation")
+    for truncation in (0.99 * largest, INF):
+        check(recipe(variant, objective={"clip": "truncated", "weight_mu": weight_mu, "truncation": truncation}))
+    check(recipe(variant, objective={"weight_mu": weight_mu, "truncation": largest}))  # ppo: truncates nothing
+
+
+def test_a_log_linear_ratio_exceeds_every_truncation_unless_the_stand_in_is_theta():
+    for variant in LOGLINEAR:
+        check(recipe(variant, objective={"clip": "truncated", "weight_mu": 0.01, "truncation": 100.0}))
+    for variant in LINEAR + LOGLINEAR:
+        error = refusal(variant, objective={"clip": "truncated", "weight_mu": 0.0, "truncation": 1.01})
+        assert "nothing to truncate at weight_mu 0: r_s is 1" in error.what
+        assert "smaller objective.truncation" not in error.fix
+
+
+def test_under_a_schedule_every_staleness_of_the_window_needs_its_truncation():
+    """1 / (1 - 1/3) = 1.5 at staleness 3, 4/3 at staleness 4."""
+    scheduled = {"clip": "truncated", "truncation": 1.4, "weight_mu_schedule": "a3po"}
+    check(recipe("linear_prox", max_staleness=3, objective=scheduled))
+    error = refusal("linear_prox", max_staleness=4, objective=scheduled)
+    assert "nothing to truncate at staleness 4: r_s stays below 1 / (1 - weight on mu) = 1.333" in error.what
+    assert "a smaller max_staleness" in error.fix
+    check(recipe("loglinear_prox", max_staleness=32, objective=scheduled))
+
+
+@given(st.sampled_from(["linear", "loglinear"]), st.floats(0, 1), st.floats(-30, 30))
+def test_no_ratio_is_above_its_supremum(kind, weight_mu, log_total):
+    total = math.exp(log_total)
+    r_s = total / (weight_mu + (1 - weight_mu) * total) if kind == "linear" else total**weight_mu
+    assert r_s <= supremum_r_s(kind, weight_mu=weight_mu) * (1 + 1e-12)
 
 
 def test_the_shipped_defaults_give_no_warning():

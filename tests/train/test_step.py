@@ -234,6 +234,9 @@ def test_truncated_importance_sampling_trains_every_token_with_a_capped_total_ra
     assert result.table["active_mask"].all()
     assert result.metrics["mask/rho"] == result.metrics["mask/rho_clip"] == 1
     assert sum(result.metrics[f"mask/num_clipped_{side}"] for side in ("high", "low", "dual")) == 0
+    assert result.metrics["mask/num_truncated"] == int((ratio > cap).sum())
+    ppo = config_of(recipe, "ppo_clip_train_infer", objective={"truncation": cap})
+    assert run(case, ppo, None, batch=one_step(case.batch))[0].metrics["mask/num_truncated"] == 0
 
 
 @pytest.mark.parametrize("denominator", ["token-mean", "token-mean-kept", "sequence-mean"])

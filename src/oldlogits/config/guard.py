@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from oldlogits.config.schema import RunConfig
-from oldlogits.core.bounds import EffectiveBounds, Interpolation, a3po_weight, effective_bounds
+from oldlogits.core.bounds import EffectiveBounds, Interpolation, a3po_weight, effective_bounds, supremum_r_s
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.policies import ASYNC, LINEAR, LOGLINEAR, OLD, find_variant
 
@@ -59,8 +59,11 @@ def refuse_idle(config: RunConfig) -> None:
             fix="set band = 1.5",
         )
     weighted = list(_weighted(config))
-    for one in weighted if config.objective.clip == "ppo" else ():
-        _refuse_missing_clip(config, one)
+    for one in weighted:
+        if config.objective.clip == "ppo":
+            _refuse_missing_clip(config, one)
+        else:
+            _refuse_missing_truncation(config, one)
     if masks and weighted and all(one.weight_mu == 1 or (config.band < math.inf and not one.has_mask) for one in weighted):
         scheduled = config.objective.weight_mu_schedule != "fixed"
         raise ConfigError(
@@ -78,17 +81,37 @@ def _refuse_missing_clip(config: RunConfig, at: _Weighted) -> None:
     missing = [sign for sign, found in exists.items() if not found]
     if not missing:
         return
-    variant, eps_high = find_variant(config.variant), config.objective.eps_high
+    linear, eps_high = _kind(config) == "linear", config.objective.eps_high
     least = eps_high / (1 + eps_high)
-    linear, scheduled = variant.stand_in is LINEAR, config.objective.weight_mu_schedule != "fixed"
-    remedies = ["a smaller max_staleness" if scheduled else "a larger objective.weight_mu"]
-    remedies += [f"variant '{config.variant.replace('linear', 'loglinear')}'", "a smaller objective.eps_high"] if linear else []
+    remedies = _more_weight(config) + (["a smaller objective.eps_high"] if linear else [])
     raise ConfigError(
         f"variant '{config.variant}' has no clip for {' and '.join(missing)} at {at.where}: r_s is 1 or cannot reach the bound",
         got=f"a weight on mu of {at.weight_mu:g}, objective.eps_high = {eps_high:g}",
         allowed=f"a weight on mu above eps_high / (1 + eps_high) = {least:.4g}" if linear else "a weight on mu well above 0",
         fix="use " + ", or ".join(remedies),
     )
+
+
+def _refuse_missing_truncation(config: RunConfig, at: _Weighted) -> None:
+    """Refuse a truncation that r_s of an interpolation cannot exceed; an infinite one truncates nothing on purpose."""
+    truncation, largest = config.objective.truncation, supremum_r_s(_kind(config), weight_mu=at.weight_mu)
+    if not largest <= truncation < math.inf:
+        return
+    remedies = _more_weight(config) + (["a smaller objective.truncation"] if largest > 1 else [])
+    raise ConfigError(
+        f"variant '{config.variant}' has nothing to truncate at {at.where}: r_s "
+        + (f"stays below 1 / (1 - weight on mu) = {largest:.4g}" if largest > 1 else "is 1"),
+        got=f"a weight on mu of {at.weight_mu:g}, objective.clip = 'truncated', objective.truncation = {truncation:g}",
+        allowed=(f"a truncation below {largest:.4g}" if largest > 1 else "a weight on mu above 0") + ", or inf: none",
+        fix="use " + ", or ".join(remedies),
+    )
+
+
+def _more_weight(config: RunConfig) -> list[str]:
+    """What moves a stand-in away from THETA, or lets its r_s grow without bound."""
+    weight = "a larger objective.weight_mu" if config.objective.weight_mu_schedule == "fixed" else "a smaller max_staleness"
+    linear = _kind(config) == "linear"
+    return [weight, f"variant '{config.variant.replace('linear', 'loglinear')}'"] if linear else [weight]
 
 
 def cautions(config: RunConfig) -> tuple[Caution, ...]:
@@ -168,14 +191,13 @@ def _weighted(config: RunConfig) -> Iterator[_Weighted]:
     variant, objective = find_variant(config.variant), config.objective
     if variant.stand_in not in (LINEAR, LOGLINEAR):
         return
-    kind: Interpolation = "linear" if variant.stand_in is LINEAR else "loglinear"
     if objective.weight_mu_schedule == "fixed":
         weights = {f"weight_mu {objective.weight_mu:g}": objective.weight_mu}
     else:
         weights = {f"staleness {lag}": a3po_weight(lag) for lag in range(config.window + 1)}
     for where, weight_mu in weights.items():
         bounds = effective_bounds(
-            kind,
+            _kind(config),
             weight_mu=weight_mu,
             band=math.inf if variant.r_d.is_one else config.band,
             eps_low=objective.eps_low,
@@ -183,3 +205,7 @@ def _weighted(config: RunConfig) -> Iterator[_Weighted]:
             dual_clip=objective.dual_clip,
         )
         yield _Weighted(where=where, weight_mu=weight_mu, bounds=bounds)
+
+
+def _kind(config: RunConfig) -> Interpolation:
+    return "linear" if find_variant(config.variant).stand_in is LINEAR else "loglinear"

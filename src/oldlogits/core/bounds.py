@@ -98,6 +98,22 @@ def effective_bounds(
     )
 
 
+def supremum_r_s(kind: Interpolation, *, weight_mu: float) -> float:
+    """What ``r_s`` stays below whatever R is: linear ``1 / (1 - a)``, log-linear ``inf``; 1, which it is, with ``a = 0``.
+
+    Args:
+        kind: How the stand-in is formed.
+        weight_mu: ``a``, the weight on mu, in [0, 1].
+
+    Example:
+        >>> [supremum_r_s("linear", weight_mu=a) for a in (0.0, 0.5, 1.0)], supremum_r_s("loglinear", weight_mu=0.5)
+        ([1.0, 2.0, inf], inf)
+    """
+    if weight_mu == 0:
+        return 1.0
+    return 1 / (1 - weight_mu) if kind == "linear" and weight_mu < 1 else math.inf
+
+
 def a3po_weight(staleness: int) -> float:
     """A-3PO's weight on mu of a token of that staleness, >= 0: ``1 / s``, and 1 at staleness 0; objective/proximal.py.
 

@@ -162,6 +162,7 @@ def update(
         "grad/norm_max": float(torch.stack(norms).max()),
         **_diagnostics(tokens, seen, config),
         **_band_shares(tokens, seen, config.band),
+        "mask/num_truncated": _num_truncated(seen, config),
     }
     label = _label(variant.stand_in, scored)
     return UpdateResult(
@@ -319,6 +320,12 @@ def _band_shares(tokens: LossTokens, seen: _Seen, band: float) -> dict[str, floa
         return float(kept_mask(logp[first] - mu, all_of_them, band).float().mean())
 
     return {"mask/rho_band_first": share(seen.stand_in), "mask/rho_band_live": share(seen.theta)}
+
+
+def _num_truncated(seen: _Seen, config: RunConfig) -> int:
+    """Finite loss tokens whose r_s exceeds the truncation; 0 where the clip is PPO's."""
+    truncation = config.objective.truncation if config.objective.clip == "truncated" else math.inf
+    return int((seen.clip_mask & (seen.log_r_s > math.log(truncation))).sum())
 
 
 def _counts(values: NDArray[np.int64]) -> dict[int, int]:
