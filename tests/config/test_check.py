@@ -208,6 +208,14 @@ def test_a_schedule_of_weight_mu_is_refused_where_nothing_is_interpolated():
             check(changed("variant", variant, changed("source.type", source, scheduled)))
 
 
+def test_a_referee_is_refused_where_a_truncation_acts_beside_the_active_set():
+    truncated = changed("objective.clip", "truncated")
+    check(truncated)
+    check(changed("referee.share", 0.25))
+    with pytest.raises(ConfigError, match=r"compares active sets.*fix: set referee\.share = 0"):
+        check(changed("referee.share", 0.25, truncated))
+
+
 def test_rows_that_exist_are_accepted(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("{}\n")

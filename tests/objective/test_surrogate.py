@@ -107,6 +107,14 @@ def test_without_the_weight_the_gradient_depends_on_the_stand_in():
     assert gradients == pytest.approx([math.exp(0.1), math.exp(-0.1)])
 
 
+def test_under_a_truncation_the_gradient_of_an_active_token_depends_on_the_stand_in():
+    """R = 2.4 as 1.2 * 2 and as 1.4 * 1.714, c = 1.5: the gradient is r_d c, not R."""
+    r_d = tensor(1.2, 1.4)
+    tokens, gradient = of_ratios(r_d.log(), (2.4 / r_d).log(), tensor(1.0, 1.0), truncation=1.5)
+    assert tokens.active_mask.all()
+    assert gradient.tolist() == pytest.approx([1.2 * 1.5, 1.4 * 1.5])
+
+
 def test_the_documented_example_holds():
     ratios = tensor(1.1, 1.1).log(), tensor(1.2, 1.4).log(), tensor(2.0, 2.0)
     tokens, gradient = of_ratios(*ratios)

@@ -235,9 +235,9 @@ class Store:
         return (self.live if at is None else self.old)[tokens]
 
 
-def referee_of(old, share=1.0, variant="ppo_ewma_train_infer", reset="none", live=(), clip="ppo"):
+def referee_of(old, share=1.0, variant="ppo_ewma_train_infer", reset="none", live=(), eps_high=0.28):
     table = {"variant": variant, "source": {"type": "ewma", "reset": reset}, "referee": {"share": share}}
-    table |= {"band": 1.1, "max_staleness": 2, "objective": {"clip": clip}}
+    table |= {"band": 1.1, "max_staleness": 2, "objective": {"eps_high": eps_high}}
     log, store = Log(), Store(old, live)
     return Referee(config_from_table(table), store, log, lambda: 0.0), log, store
 
@@ -313,11 +313,11 @@ def test_where_r_d_is_one_the_exact_row_has_no_band_either():
 
 
 def test_the_referee_judges_under_the_recipes_clip():
-    """A = 1, theta/old = 1.4: clipped by PPO's clip, kept by a truncation; the route in use says active."""
+    """A = 1, theta/old = 1.4: clipped by 1 + 0.28, kept by 1 + 0.5; the route in use says active."""
     tokens = [(-1.0, -1.0, -1.0 + math.log(1.4), 1.0, True, 0)]
     batch = BatchTokens(versions=np.array([0]), trajectory_ids=("g0.0",), trainer_version=0)
-    for clip, wrongly_kept in (("ppo", 1), ("truncated", 0)):
-        referee, record, _ = referee_of([-1.0], clip=clip)
+    for eps_high, wrongly_kept in ((0.28, 1), (0.5, 0)):
+        referee, record, _ = referee_of([-1.0], eps_high=eps_high)
         referee.judge(asyncio.run(referee.score(batch)), result_of(tokens), version=1)
         assert record.events[0][2]["wrongly_kept"] == [wrongly_kept, 0, 0]
 

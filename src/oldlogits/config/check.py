@@ -25,6 +25,7 @@ def check(config: RunConfig) -> None:
     _check_kv(config)
     _check_average(config)
     _check_schedule(config)
+    _check_referee(config)
     refuse_idle(config)
     _check_rows(config)
     if not config.model.is_tiny:
@@ -196,6 +197,17 @@ def _check_schedule(config: RunConfig) -> None:
             got=f"objective.weight_mu_schedule = '{schedule}'",
             allowed="'fixed', or a variant whose stand-in is LINEAR or LOGLINEAR",
             fix="remove objective.weight_mu_schedule, or use variant 'loglinear_prox'",
+        )
+
+
+def _check_referee(config: RunConfig) -> None:
+    share = config.referee.share
+    if share > 0 and config.objective.clip == "truncated":
+        raise ConfigError(
+            "the referee compares active sets, and a truncation acts on tokens that stay active: it would not see that",
+            got=f"referee.share = {share:g}, objective.clip = 'truncated'",
+            allowed="referee.share = 0, or objective.clip = 'ppo'",
+            fix="set referee.share = 0",
         )
 
 

@@ -1,7 +1,8 @@
 """Where a stand-in decides otherwise than OLD: which tokens are active under one and not under the other.
 
-Where r_d is a weight, the stand-in acts through the active set alone (PAPER, "Identity"), so these are its whole effect
-on one update.
+Where r_d is a weight and r_s is clipped (`clip = "ppo"`), the stand-in acts through the active set alone (PAPER,
+"Identity"), so these are its whole effect on one update. Under a truncation they are not: the capped gradient of an active
+token depends on the stand-in too.
 """
 
 from __future__ import annotations

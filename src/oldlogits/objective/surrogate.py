@@ -56,12 +56,12 @@ def surrogate(
 ) -> Surrogate:
     """``S = sg(r_d) * band * A * h`` per token (PAPER, "The objective, spelled out").
 
-    With ``discrepancy = "mask"`` the factor ``sg(r_d)`` is left out. Where ``r_d = X/MU`` is a weight, a kept
-    token's gradient is ``A * (theta / mu) * grad log theta`` whatever the stand-in X.
+    With ``discrepancy = "mask"`` the factor ``sg(r_d)`` is left out. Where ``r_d = X/MU`` is a weight and there is no
+    truncation, an active token's gradient is ``A * (theta / mu) * grad log theta`` whatever the stand-in X.
 
     With a `truncation` ``c`` (truncated importance sampling) no token is clipped, and ``h`` is the function of ``r_s`` whose
     gradient is ``min(r_s, c) * grad log theta``, whatever the advantage's sign:
-    ``h = r_s`` up to ``c``, and ``h = c (1 + log(r_s / c))`` beyond.
+    ``h = r_s`` up to ``c``, and ``h = c (1 + log(r_s / c))`` beyond, where the gradient ``A r_d c`` does depend on X.
 
     Args:
         split: The two log-ratios; the gradient reaches ``log_r_s``, once (no double backward).
