@@ -12,7 +12,7 @@ from oldlogits.core.policies import EWMA
 from oldlogits.core.protocols import Scored
 from oldlogits.policy.model import load_model, named_weights
 from oldlogits.record.events import without_wall_clock
-from oldlogits.train.average import RECENT, Averaging
+from oldlogits.train.average import RECENT_LAGS, Averaging
 from oldlogits.train.trainer import Trainer
 from oldlogits.versions import best_beta, growth_exponent
 
@@ -48,7 +48,7 @@ HISTORY = [{0: 10}, {0: 5, 1: 5}, {1: 4, 3: 6}, {0: 1, 4: 9}]
 
 
 def pooled(histories):
-    return np.array([sum(counts.get(lag, 0) for counts in histories[-RECENT:]) for lag in range(WINDOW + 1)])
+    return np.array([sum(counts.get(lag, 0) for counts in histories[-RECENT_LAGS:]) for lag in range(WINDOW + 1)])
 
 
 def test_fixed_and_window_betas_do_not_depend_on_the_lags(averaging):
@@ -60,7 +60,7 @@ def test_the_measured_mean_lag_is_that_of_all_tokens_of_recent_updates(averaging
     lags = [[0] * 10, [0] * 15 + [1] * 5, [0] * 15 + [1] * 9 + [3] * 6, [0] * 16 + [1] * 9 + [3] * 6 + [4] * 9]
     means = [sum(found) / len(found) for found in lags]
     assert betas(averaging(decay="mean-lag"), HISTORY) == pytest.approx([m / (1 + m) for m in means])
-    long = [{4: 100}] * 3 + [{1: 10}] * RECENT
+    long = [{4: 100}] * 3 + [{1: 10}] * RECENT_LAGS
     assert betas(averaging(decay="mean-lag"), long)[-1] == pytest.approx(0.5)
 
 

@@ -26,8 +26,10 @@ from oldlogits.versions import WeightAverage, best_beta, growth_exponent, mean_l
 AVERAGING_SOURCES: Final = frozenset({"ewma", "aged"})
 """The routes that need an average."""
 
-RECENT: Final = 16
-"""Updates whose lags, and versions whose probe log-probs, count as recent."""
+RECENT_LAGS: Final = 4
+"""Updates whose lags count: a batch holds thousands of tokens, and where staleness changes, older ones mislead."""
+RECENT_PROBES: Final = 16
+"""Versions, at least, whose probe log-probs count."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,14 +72,14 @@ class Averaging:
     def __init__(self, config: RunConfig, weights: Mapping[str, Tensor]) -> None:
         self._config = config
         self.average = WeightAverage(weights)
-        self._lags: deque[NDArray[np.int64]] = deque(maxlen=RECENT)
+        self._lags: deque[NDArray[np.int64]] = deque(maxlen=RECENT_LAGS)
         self._probes: dict[PolicyVersion, NDArray[np.float32]] = {}
         self._no_reset_before: PolicyVersion = 0
 
     def witness(self, version: PolicyVersion, probe_logps: NDArray[np.float32]) -> None:
         """Take note of what a published version gives the fixed probe tokens."""
         self._probes[version] = probe_logps
-        self._probes = {v: logps for v, logps in self._probes.items() if v > version - max(RECENT, 2 * self._config.window)}
+        self._probes = {v: logps for v, logps in self._probes.items() if v > version - max(RECENT_PROBES, 2 * self._config.window)}
 
     def take_in(
         self,
