@@ -133,6 +133,18 @@ def test_a_run_that_ended_early_keeps_its_last_success_and_does_not_set_the_budg
     assert success_at(whole, "cpu_s", 31.0) is None
 
 
+def test_a_run_that_ended_before_its_first_evaluation_counts_with_its_success():
+    whole = run("tight", "exact", 0, 0.8, cpu_s=30.0)
+    empty = run("tight", "ewma", 0, 0.0, cpu_s=0.0, curve=(), num_updates=0, error="NonFiniteError")
+    early = run("tight", "mu", 0, 0.3, cpu_s=5.0, error="NonFiniteError")
+    assert at_equal([whole, empty], "cpu_s") == pytest.approx([0.8, 0.0])
+    assert at_equal([early, empty], "cpu_s") == pytest.approx([0.3, 0.0]), "each with its last"
+    assert at_equal([empty], "update") == [0.0]
+    assert dict(mean_curve([whole, empty], "update")) == pytest.approx({0.0: 0.1, 30.0: 0.25, 60.0: 0.4})
+    assert mean_curve([whole, empty], "cpu_s")[-1] == pytest.approx((30.0, 0.4))
+    assert mean_curve([empty], "cpu_s")[-1] == (0.0, 0.0)
+
+
 def test_at_equal_cpu_seconds_every_method_is_read_where_the_cheapest_ends():
     found = {row.method: row for row in method_rows(DECLARED, RUNS, TIGHT, "band")}
     for method in METHODS:

@@ -17,6 +17,7 @@ from oldlogits.study.decision_tables import levels
 from oldlogits.study.figures import LOOKS
 from oldlogits.study.layout import Table, figure, interval, p_value, plus_minus
 from oldlogits.study.methods import METHODS as ALL_METHODS
+from oldlogits.study.page import write_page
 from oldlogits.study.results import Cross
 from oldlogits.study.stats import Estimate, mean_interval
 from oldlogits.study.tables import print_tables, tables_of
@@ -92,6 +93,26 @@ def test_a_run_that_ended_early_is_named_and_counted():
     table = found("tight, at equal band", learning=tuple(runs))
     assert "Ended early and counted with the last success: exact, block 2 (NonFiniteError: the loss)." in table.legend
     assert cells(table, "exact")["worst"] == "0.100"
+
+
+def test_a_run_that_ended_before_its_first_evaluation_leaves_page_and_tables_whole(tmp_path):
+    runs = list(learning_runs(declaration()))
+    ewma = next(i for i, r in enumerate(runs) if (r.regime, r.method, r.block) == ("tight", "ewma", 2))
+    runs[ewma] = replace(runs[ewma], error="NonFiniteError", success=0.0, cpu_s=0.0, num_updates=0, curve=())
+    whole = study(learning=tuple(runs))
+    assert cells(found("tight, at equal band", whole), "ewma")["worst"] == "0.000"
+    assert "tight: success by updates" in write_page(whole, tmp_path / "report.html").read_text(encoding="utf-8")
+    nothing = tuple(replace(r, error="NonFiniteError", success=0.0, cpu_s=0.0, num_updates=0, curve=()) for r in runs)
+    assert write_page(study(learning=nothing), tmp_path / "report.html").exists()
+
+
+def test_a_pair_that_leaves_a_contrast_is_counted():
+    runs = list(learning_runs(declaration()))
+    ewma = next(i for i, r in enumerate(runs) if (r.regime, r.method, r.block) == ("tight", "ewma", 2))
+    runs[ewma] = replace(runs[ewma], curve=runs[ewma].curve[-1:])  # first evaluated after the cheaper run ended
+    row = cells(found("Every contrast in every view", learning=tuple(runs)), "tight", "ewma - arrival")
+    assert row["at equal band, equal CPU s"].endswith("(9 of 10)")
+    assert "of" not in row["at equal band"]
 
 
 def test_the_reset_table_pools_the_runs_in_which_it_fired_and_names_the_worst():

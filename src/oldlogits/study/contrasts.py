@@ -129,10 +129,10 @@ def runs_of(runs: Iterable[LearningRun], regime: Regime, view: View, method: str
 def success_at(run: LearningRun, axis: Axis, at: float) -> float | None:
     """Success where `axis` is `at`, linear between evaluations; None outside of the curve.
 
-    A run that ended early keeps the success of its last evaluation from then on.
+    A run that ended early keeps the success of its last evaluation from then on; without an evaluation, `success` from 0 on.
     """
     places = _places(run, axis)
-    if places and (at == places[-1][0] or (run.error and at > places[-1][0])):
+    if at == places[-1][0] or (run.error and at > places[-1][0]):
         return places[-1][1]
     for (left, before), (right, after) in pairwise(places):
         if left <= at < right:
@@ -141,7 +141,7 @@ def success_at(run: LearningRun, axis: Axis, at: float) -> float | None:
 
 
 def at_equal(runs: Sequence[LearningRun], axis: Axis) -> list[float | None]:
-    """Success of each run at the smallest total of those that did not end early (of all, where all did)."""
+    """Success of each run at the smallest total of those that did not end early; the last of each where all did."""
     end = _common_end(runs, axis)
     return [success_at(run, axis, end) for run in runs]
 
@@ -160,12 +160,13 @@ def mean_curve(runs: Sequence[LearningRun], axis: Axis, *, num_points: int = 24)
 
 
 def _places(run: LearningRun, axis: Axis) -> list[tuple[float, float]]:
-    return [(float(point.update) if axis == "update" else point.cpu_s, point.success) for point in run.curve]
+    places = [(float(point.update) if axis == "update" else point.cpu_s, point.success) for point in run.curve]
+    return places or [(0.0, run.success)]
 
 
 def _common_end(runs: Sequence[LearningRun], axis: Axis) -> float:
-    whole = [run for run in runs if not run.error] or runs
-    return min(_places(run, axis)[-1][0] for run in whole)
+    whole = [_places(run, axis)[-1][0] for run in runs if not run.error]
+    return min(whole) if whole else max(_places(run, axis)[-1][0] for run in runs)
 
 
 def best_of(runs: Iterable[LearningRun]) -> Mapping[tuple[str, int], float]:

@@ -202,14 +202,14 @@ def _curves(study: Study, regime: Regime, rows: Sequence[MethodRow], axis: Axis)
         if points:
             shown: Style = style if row.method in compared else "raw"
             lines.append(Line(label=row.method, points=points, colour=colour, style=shown, text="{:.3f}".format))
-    places = [at for line in lines for at, _ in line.points]
+    end = max((at for line in lines for at, _ in line.points), default=0.0) or 1.0
     what = {"update": "updates", "cpu_s": "CPU seconds"}[axis]
     bold = [line for line in lines if line.label in compared]
     return Figure(
         title=f"{regime.name}: success by {what}",
         caption=f"Mean over blocks, {VIEW_NAMES[study.declaration.primary]}. Faint: methods outside of the contrasts; hover to "
         "see them all.",
-        svg=charts.line_chart(charts.x_axis(0.0, max(places)), charts.y_axis(0.0, 1.0), lines, x_label=what),
+        svg=charts.line_chart(charts.x_axis(0.0, end), charts.y_axis(0.0, 1.0), lines, x_label=what),
         legend=tuple((line.colour, line.label) for line in bold),
     )
 

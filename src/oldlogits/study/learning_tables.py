@@ -124,15 +124,17 @@ def _exploratory(contrasts: Sequence[Contrast]) -> Table:
         ),
         caption="Differences with 95% t intervals, not adjusted; at equal updates, or at the CPU seconds of the cheaper run of "
         "each pair, the cost of the route included. Success between evaluations is interpolated, never extrapolated.",
-        legend=("†: a declared test; all others are exploratory.", _BEYOND),
+        legend=("†: a declared test; all others are exploratory.", _BEYOND, "(n of N): of the declared pairs."),
     )
 
 
 def _cell(contrast: Contrast | None) -> str:
     if contrast is None or contrast.estimate is None:
         return DASH
-    marks = ("†" if contrast.adjusted is not None else "") + ("*" if contrast.estimate.sign else "")
-    return f"{interval(contrast.estimate, '+.2f')} {marks}".strip()
+    found, num_declared = contrast.estimate, contrast.num_declared
+    marks = ("†" if contrast.adjusted is not None else "") + ("*" if found.sign else "")
+    pairs = f"({found.n} of {num_declared})" if found.n < num_declared else ""
+    return " ".join(part for part in (interval(found, "+.2f"), marks, pairs) if part)
 
 
 def _methods(declaration: Declaration, runs: Sequence[LearningRun], regime: Regime, view: View) -> Table:
