@@ -184,12 +184,38 @@ def test_a_fixed_decay_needs_its_beta_and_no_other_decay_takes_one():
             check(changed("source.beta", beta, fixed))
 
 
+AVERAGED = [("ppo_ewma", "ewma"), ("ppo_ewma_train_infer", "ewma"), ("aged_train_infer", "aged")]
+
+
 @pytest.mark.parametrize("rule", ["paper", "guarded"])
-def test_a_reset_is_refused_where_there_is_no_average(rule):
-    ewma = changed("variant", "ppo_ewma", changed("source.type", "ewma"))
-    check(changed("source.reset", rule, ewma))
-    with pytest.raises(ConfigError, match="source 'snapshot' has no average to reset"):
-        check(changed("source.reset", rule))
+def test_a_reset_is_refused_where_the_variant_reads_no_average(rule):
+    for variant, source in AVERAGED:
+        check(changed("source.reset", rule, changed("variant", variant, changed("source.type", source))))
+    unread = [("ppo_clip_train_infer", "ewma"), ("linear_prox", "aged"), ("loglinear_train_infer", "ewma")]
+    for variant, source in [("decoupled_exact", "snapshot"), *unread]:
+        fed = changed("variant", variant, changed("source.type", source))
+        check(fed)
+        with pytest.raises(ConfigError, match=f"variant '{variant}' over source '{source}' has no average to reset"):
+            check(changed("source.reset", rule, fed))
+
+
+@pytest.mark.parametrize("variant, source, band, lowered", [
+    ("ppo_ewma", "ewma", 1.5, False),
+    ("ppo_ewma_train_infer", "ewma", INF, False),
+    ("aged_train_infer", "aged", INF, False),
+    ("ppo_ewma_train_infer", "ewma", 1.5, True),
+    ("aged_train_infer", "aged", 1.5, True),
+])  # fmt: skip
+def test_a_reset_is_refused_where_nothing_lowers_rho(variant, source, band, lowered):
+    clipped = changed("variant", variant, changed("source.type", source, changed("band", band)))
+    check(changed("source.reset", "paper", clipped))
+    truncated = changed("objective.clip", "truncated", clipped)
+    check(truncated)
+    if lowered:
+        check(changed("source.reset", "paper", truncated))
+    else:
+        with pytest.raises(ConfigError, match="a reset comes when rho falls, and nothing lowers it"):
+            check(changed("source.reset", "paper", truncated))
 
 
 def test_a_guarded_reset_that_could_never_act_is_refused():

@@ -8,7 +8,7 @@ from pathlib import Path
 from oldlogits.config.guard import refuse_idle
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import ConfigError, ModelFolderError
-from oldlogits.core.policies import LINEAR, LOGLINEAR, OLD, SOURCES, check_source, find_variant
+from oldlogits.core.policies import AGED, EWMA, LINEAR, LOGLINEAR, OLD, SOURCES, check_source, find_variant
 
 
 def check(config: RunConfig) -> None:
@@ -173,12 +173,22 @@ def _check_average(config: RunConfig) -> None:
     allowed = "in (0, 1) with source.decay = 'fixed', 0 otherwise"
     _require(0 < s.beta < 1 if fixed else s.beta == 0, "source.beta", s.beta, allowed, "source.decay = 'fixed', beta = 0.8")
     _require(0 < s.tau <= 1, "source.tau", s.tau, "in (0, 1]", "tau = 0.9")
-    if s.reset != "none" and s.type not in ("ewma", "aged"):
+    if s.reset == "none":
+        return
+    variant = find_variant(config.variant)
+    if not variant.needs & {EWMA, AGED}:
         raise ConfigError(
-            f"source '{s.type}' has no average to reset",
+            f"variant '{config.variant}' over source '{s.type}' has no average to reset: its rho is that of another policy",
             got=f"source.reset = '{s.reset}'",
-            allowed="'none', or source.type = 'ewma' or 'aged'",
-            fix="remove source.reset",
+            allowed="'none', or a variant whose stand-in is EWMA or AGED",
+            fix="remove source.reset, or use source 'ewma' and variant 'ppo_ewma_train_infer'",
+        )
+    if config.objective.clip == "truncated" and (variant.r_d.is_one or config.band == math.inf):
+        raise ConfigError(
+            "a reset comes when rho falls, and nothing lowers it: a truncation masks no token, and there is no band on r_d",
+            got=f"source.reset = '{s.reset}', objective.clip = 'truncated', r_d = {variant.r_d}, band = {config.band:g}",
+            allowed="objective.clip = 'ppo', or a finite band with r_d a ratio, or source.reset = 'none'",
+            fix="remove source.reset, or use variant 'ppo_ewma_train_infer' with band = 1.5",
         )
     if s.reset == "guarded" and config.band == math.inf:
         raise ConfigError(
