@@ -162,7 +162,7 @@ def _update(log: EventLog, rng: np.random.Generator, version: int, success: floa
         },
         staleness_counts={str(lag): int(count) for lag, count in zip(lags, counts, strict=True)},
     )
-    log.emit(EventKind.PROBE, version=version, max_abs_error=3.1e-6, mean_abs_error=4e-7, num_tokens=64)
+    log.emit(EventKind.PROBE, version=version, max_abs_error=3.1e-6, mean_abs_error=4e-7, num_tokens=64, num_above=0)
 
 
 def _episode(rng: np.random.Generator, version: int, reward: float) -> Episode:

@@ -12,6 +12,7 @@ from oldlogits.core.errors import ExactnessError, MissingLogprobError, NonFinite
 from oldlogits.core.policies import AGED, ASYNC, EWMA, OLD, RESCORE, THETA, Provenance
 from oldlogits.core.protocols import Scored
 from oldlogits.policy.model import load_model, named_weights
+from oldlogits.train import step as step_module
 from oldlogits.train.step import update
 
 from ..builders import batch_of, sampled, trajectory
@@ -298,6 +299,26 @@ def test_a_false_old_shows_in_the_lag_0_witness_by_its_size(case, recipe):
     config = config_of(recipe, "decoupled_exact")
     with pytest.raises(ExactnessError, match=r"differ by up to 1\.25e-01"):
         run(case, config, dataclasses.replace(scored, values=values), batch=one_step(case.batch))
+
+
+def test_with_experts_the_lag_0_witness_leaves_out_one_sequence_and_counts_its_tokens(case, recipe, monkeypatch):
+    monkeypatch.setattr(step_module, "is_routed", lambda model: True)
+    scored, mask = case.scored(OLD), case.batch.loss_mask
+    lag0 = case.batch.version[mask] == VERSION
+    sequence = case.batch.sequence[mask]
+    config, batch = config_of(recipe, "decoupled_exact"), one_step(case.batch)
+    assert np.bincount(sequence[lag0]).tolist() == [3, 0, 2, 4]
+
+    def moved(chosen):
+        values = np.where(chosen, scored.values - np.float32(0.125), scored.values)
+        return run(case, config, dataclasses.replace(scored, values=values), batch=batch)[0]
+
+    assert moved(lag0 & False).metrics["witness/num_lag0_above"] == 0
+    result = moved(lag0 & (sequence == 3))
+    assert result.metrics["witness/num_lag0_above"] == 4
+    assert result.lag0_max_abs_error == pytest.approx(0.125, abs=1e-5)
+    with pytest.raises(ExactnessError, match=r"differ by up to 1\.25e-01"):
+        moved(lag0 & (sequence != 2))
 
 
 def test_a_nan_among_lag_0_tokens_does_not_hide_a_false_old(case, recipe):

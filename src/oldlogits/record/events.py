@@ -79,7 +79,7 @@ FIELDS: Final[Mapping[EventKind, frozenset[str]]] = MappingProxyType(
         EventKind.UPDATE: frozenset({"metrics", "staleness_counts"}),
         EventKind.PUBLISHED: frozenset({"bytes", "store_s", "seconds_s"}),
         EventKind.WEIGHTS_UPDATED: frozenset({"pause_s", "load_s", "stall_s"}),
-        EventKind.PROBE: frozenset({"max_abs_error", "mean_abs_error", "num_tokens"}),
+        EventKind.PROBE: frozenset({"max_abs_error", "mean_abs_error", "num_tokens", "num_above"}),
         EventKind.CALIBRATION: frozenset(
             {"num_trajectories", "num_tokens", "log_r_d_abs_mean", "log_r_d_abs_max", "r_d_mean", "r_d_mean_error"}
             | {"bands", "masked", "kept"}

@@ -197,6 +197,7 @@ class Recorder:
             max_abs_error=result.max_abs_error,
             mean_abs_error=result.mean_abs_error,
             num_tokens=result.num_tokens,
+            num_above=result.num_above,
         )
         shown = {"probe/max_abs_error": result.max_abs_error}
         if not math.isnan(witness_error):

@@ -102,7 +102,7 @@ class Synchroniser:
             self._probe_ids,
             published.engine_probe_logps,
             version=published.version,
-            allowed=allowed_error(config.numerics, config.probe_tolerance),
+            allowed=allowed_error(config.numerics, config.probe_tolerance, routed=published.is_routed),
         )
         of_trainer = (await self._handles.trainer.state()).witnesses
         worst = np.fmax(of_trainer.publish_max_abs_error, self._source.witness_max_abs_error)

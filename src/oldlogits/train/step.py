@@ -41,7 +41,7 @@ from oldlogits.objective import (
 )
 from oldlogits.policy.scorer import action_logps
 from oldlogits.train.average import AverageReset
-from oldlogits.train.witness import check_witness
+from oldlogits.train.witness import WITNESS_TOLERANCE, check_witness, is_routed, judged_error, num_excused
 
 Column = NDArray[np.generic]
 
@@ -57,7 +57,8 @@ class UpdateResult:
         staleness_counts: Loss tokens by staleness.
         provenance: Loss tokens by `Provenance`.
         lag0_max_abs_error: Largest ``|log r_s|`` of lag-0 tokens before the first optimizer step, where the stand-in
-            is OLD; NaN where there is no such token. Exactly 0 up to rounding, or OLD is not what it claims to be.
+            is OLD; NaN where there is no such token. Exactly 0 up to rounding, but for ties between experts, or OLD is not
+            what it claims to be.
         table: One row per loss token, for the per-token Parquet table.
         average_reset: Why the weight average was reset after it; None: it was not, or there is none.
     """
@@ -146,13 +147,13 @@ def update(
         )
     seen = _Seen.empty(len(tokens.flat))
     losses, norms, lag0 = [], [], math.nan
+    lag0_above: Mapping[str, float] = {}
     for step in range(config.trainer.steps_per_version):
         optimizer.zero_grad(set_to_none=True)
         losses.append(_accumulate(model, batch, tokens, step, seen, config))
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.trainer.grad_clip))
         if step == 0 and variant.stand_in is OLD:
-            lag0 = _lag0_error(tokens, seen, torch.from_numpy(batch.mixed_kv[tokens.flat]))
-            check_witness(lag0, "OLD of lag-0 tokens", "THETA before the first optimizer step")
+            lag0, lag0_above = _witness_lag0(model, tokens, seen, torch.from_numpy(batch.mixed_kv[tokens.flat]))
         _check_finite(losses[-1], norms[-1], version, step)
         optimizer.step()
         schedule.step()
@@ -162,6 +163,7 @@ def update(
         "grad/norm_max": float(torch.stack(norms).max()),
         **_diagnostics(tokens, seen, config),
         **_band_shares(tokens, seen, config.band),
+        **lag0_above,
         "mask/num_truncated": _num_truncated(seen, config),
     }
     label = _label(variant.stand_in, scored)
@@ -279,11 +281,21 @@ def _interpolate(stand_in: Policy, logp_mu: Tensor, theta: Tensor, staleness: Te
     return INTERPOLATE[stand_in](logp_mu, theta, weight_mu)
 
 
-def _lag0_error(tokens: LossTokens, seen: _Seen, mixed_kv: Tensor) -> float:
-    """Witness (b): before the first optimizer step, THETA equals OLD on tokens of the current version and fresh entries."""
+def _witness_lag0(
+    model: PreTrainedModel, tokens: LossTokens, seen: _Seen, mixed_kv: Tensor
+) -> tuple[float, Mapping[str, float]]:
+    """Witness (b): before the first optimizer step, THETA equals OLD on tokens of the current version and fresh entries.
+
+    Returns:
+        The largest difference in nats, NaN for none, and the metrics of a mixture of experts.
+    """
     witnesses = (tokens.step == 0) & (tokens.staleness == 0) & ~mixed_kv
-    errors = seen.log_r_s[witnesses].abs().nan_to_num(nan=math.inf)  # a NaN is no witness for anything
-    return float(errors.max()) if len(errors) else math.nan
+    errors = seen.log_r_s[witnesses].abs().numpy()
+    routed = is_routed(model)
+    excused = num_excused(tokens.sequence[witnesses].numpy(), routed=routed)
+    check_witness(judged_error(errors, excused), "OLD of lag-0 tokens", "THETA before the first optimizer step")
+    above = {"witness/num_lag0_above": float(np.count_nonzero(errors > WITNESS_TOLERANCE))} if routed else {}
+    return judged_error(errors, 0), above
 
 
 def _check_finite(loss: Tensor, norm: Tensor, version: int, step: int) -> None:

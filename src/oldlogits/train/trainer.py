@@ -36,7 +36,7 @@ from oldlogits.sources import EngineScores
 from oldlogits.train.average import AVERAGING_SOURCES, Averaging
 from oldlogits.train.engine_view import EngineView
 from oldlogits.train.step import UpdateResult, update
-from oldlogits.train.witness import check_witness, max_error, probe_of
+from oldlogits.train.witness import check_witness, is_routed, max_error, probe_of
 from oldlogits.versions import AverageScores, FullCopyStore
 
 
@@ -49,6 +49,7 @@ class Published:
         weights: The live forward weights under their Hugging Face names; views, valid until the next step.
         probe_logps: float32 [probe token]: what the live weights give the fixed probe tokens.
         engine_probe_logps: float32 [probe token]: what they give them with the engine's numerics.
+        is_routed: Whether its layers choose experts.
         store_bytes: Bytes of all versions that the store holds.
         store_s: Seconds that storing this one took.
     """
@@ -57,6 +58,7 @@ class Published:
     weights: Mapping[str, Tensor]
     probe_logps: NDArray[np.float32]
     engine_probe_logps: NDArray[np.float32]
+    is_routed: bool
     store_bytes: int
     store_s: float
 
@@ -174,6 +176,7 @@ class Trainer:
             weights=weights,
             probe_logps=probe_logps,
             engine_probe_logps=engine_probe_logps,
+            is_routed=is_routed(self._model),
             store_bytes=self._store.num_bytes,
             store_s=store_s,
         )
