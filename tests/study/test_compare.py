@@ -119,6 +119,24 @@ def test_an_interrupted_study_says_how_to_go_on_and_keeps_what_it_has(recipe, tm
         assert row["num_updates"] == 4, "a run that was cut short is no result"
 
 
+def test_a_killed_study_leaves_no_process_behind(recipe, tmp_path):
+    words = [sys.executable, "-m", "oldlogits", "compare", str(recipe), "--out", str(tmp_path / "cut")]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list((tmp_path / "cut").glob("cells/learning/*.json")):
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    pytest.fail("its workers live on")
+
+
 def test_a_wrong_study_is_refused_with_what_to_do(tmp_path, capsys):
     path = tmp_path / "wrong.toml"
     path.write_text('title = "x"\nbase = {}\n[learning]\nregimes = ["nowhere"]\n')

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import shutil
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -88,7 +89,7 @@ class Pool:
         waiting.reverse()
         failed: list[Done] = []
         context = multiprocessing.get_context("spawn")
-        executor = ProcessPoolExecutor(self._processes, mp_context=context, initializer=_quiet, initargs=(self._folder,))
+        executor = ProcessPoolExecutor(self._processes, mp_context=context, initializer=_begin, initargs=(self._folder,))
         running: dict[Future[Done], Cell] = {}
         try:
             while waiting or running:
@@ -158,19 +159,24 @@ def _differs(then: Mapping[str, Json], now: Mapping[str, Json]) -> bool:
     return False
 
 
-def _quiet(folder: Path) -> None:
-    """A worker's output goes to a log, and not into the progress display."""
+def _begin(folder: Path) -> None:
+    """A worker's output goes to a log, and not into the progress display; it ends when the study's process does."""
+    threading.Thread(target=_follow_parent, daemon=True).start()
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
 
 
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "workers have one"
+    parent.join()
+    os._exit(1)
+
+
 def _compute(work: Work, cell: Cell, commit: str) -> Done:
     """In a worker: one cell, whatever becomes of it."""
-    import torch
-
-    torch.set_num_threads(1)
     cpu, wall, folder = time.process_time(), time.perf_counter(), Path(tempfile.mkdtemp(prefix="oldlogits-cell-"))
     rows: tuple[Plain, ...] = ()
     error = ""

@@ -79,7 +79,9 @@ class Averaging:
     def witness(self, version: PolicyVersion, probe_logps: NDArray[np.float32]) -> None:
         """Take note of what a published version gives the fixed probe tokens."""
         self._probes[version] = probe_logps
-        self._probes = {v: logps for v, logps in self._probes.items() if v > version - max(RECENT_PROBES, 2 * self._config.window)}
+        self._probes = {
+            v: logps for v, logps in self._probes.items() if v > version - max(RECENT_PROBES, 2 * self._config.window)
+        }
 
     def take_in(
         self,
