@@ -14,11 +14,14 @@ from oldlogits.objective import a3po_weight_mu
 
 INF = math.inf
 LINEAR, LOGLINEAR = ("linear_prox", "linear_train_infer"), ("loglinear_prox", "loglinear_train_infer")
-SOURCES = {"decoupled_exact": "snapshot", "ppo_clip": "snapshot", "decoupled_async": "arrival", "ppo_ewma": "ewma"}
+SOURCES = {
+    "decoupled_exact": "snapshot", "ppo_clip": "snapshot", "decoupled_async": "arrival", "ppo_ewma": "ewma",
+    "ppo_ewma_train_infer": "ewma", "aged_train_infer": "aged", "rescore_train_infer": "rescore",
+}  # fmt: skip
 
 
-def recipe(variant, **table):
-    return config_from_table({"variant": variant, "source": {"type": SOURCES.get(variant, "none")}, **table})
+def recipe(variant, source=None, **table):
+    return config_from_table({"variant": variant, "source": {"type": SOURCES.get(variant, "none"), **(source or {})}, **table})
 
 
 def refusal(variant, **table):
@@ -27,8 +30,8 @@ def refusal(variant, **table):
     return caught.value
 
 
-def warned(variant, **table):
-    config = recipe(variant, **table)
+def warned(variant, source=None, **table):
+    config = recipe(variant, source, **table)
     check(config)
     return {caution.name: caution for caution in cautions(config)}
 
@@ -167,7 +170,16 @@ def test_the_shipped_defaults_give_no_warning():
         ("ppo_clip", 1, 0, "OLD"),
         ("decoupled_exact", 1, 1, None),
         ("decoupled_exact", 2, 0, None),
-        ("ppo_ewma", 1, 0, None),
+        ("ppo_ewma", 1, 0, "EWMA"),
+        ("ppo_ewma_train_infer", 1, 0, "EWMA"),
+        ("ppo_ewma_train_infer", 1, 1, None),
+        ("ppo_ewma", 2, 0, None),
+        ("aged_train_infer", 1, 0, "AGED"),
+        ("aged_train_infer", 1, 1, None),
+        ("rescore_train_infer", 1, 0, "RESCORE"),
+        ("rescore_train_infer", 1, 1, None),
+        ("ppo_clip_train_infer", 1, 0, None),  # THETA / MU
+        ("loglinear_prox", 1, 0, None),
     ],
 )
 def test_one_step_at_the_stand_ins_own_weights_is_warned_of_as_without_a_clip(variant, steps, max_staleness, stand_in):
@@ -176,6 +188,17 @@ def test_one_step_at_the_stand_ins_own_weights_is_warned_of_as_without_a_clip(va
     for caution in found.values():
         assert caution.figures == {"steps_per_version": 1, "clipped": 0}
         assert f"THETA is {stand_in} at the only step" in caution.message
+
+
+def test_at_lag_0_an_average_is_the_live_weights_under_every_decay_but_a_fixed_one():
+    def names(variant, **source):
+        return warned(variant, source, max_staleness=0, trainer={"steps_per_version": 1}).keys()
+
+    fixed = {"decay": "fixed", "beta": 0.5}
+    for decay in ("window", "mean-lag", "auto"):
+        assert names("ppo_ewma", decay=decay) == {"no-clip"}
+    assert names("ppo_ewma", **fixed) == set()
+    assert names("aged_train_infer", **fixed) == {"no-clip"}  # moved by lag / age = 0
 
 
 def test_bounds_of_an_interpolation_that_lie_beyond_its_mask_are_warned_of_with_their_figures():

@@ -72,6 +72,20 @@ def test_every_token_has_the_log_prob_of_an_engine_that_kept_the_entries_of_olde
     assert recomputed[~mixed].max() < 1e-5
 
 
+def test_it_tells_which_version_scored_each_token_and_which_tokens_none_has(world):
+    model, versions, made, _ = world
+    batch = batch_of(made)
+    forward = MixedForward(model, batch, micro_batch_tokens=4096, head_chunk_tokens=16)
+    tags = batch.version[batch.loss_mask]
+    for version in batch.versions:
+        expected = np.where(tags < version, tags, -1)
+        assert forward.computed_at.tolist() == expected.tolist()
+        assert np.isnan(forward.logps).tolist() == (expected < 0).tolist()
+        point_at(model, versions[version])
+        forward.score(version)
+    assert forward.computed_at.tolist() == tags.tolist()
+
+
 def test_nothing_of_one_sequence_reaches_another(world):
     model, versions, made, expected = world
     alone = np.concatenate([mixed_logps(model, versions, batch_of([one])) for one in reversed(made)][::-1])

@@ -74,8 +74,9 @@ def test_snapshot_leaves_a_batch_over_stale_entries_to_the_mixed_version_forward
     class MixingTrainer(FakeTrainer):
         async def score_mixed(self):
             self.calls.append("mixed")
-            return np.arange(len(tags), dtype=np.float32)
+            return np.arange(len(tags), dtype=np.float32), np.array(computed_at)
 
+    computed_at = tags
     trainer, entering_mixed = MixingTrainer(), dataclasses.replace(entering(tags), has_mixed_kv=True)
     scored = asyncio.run(SnapshotSource(trainer).acquire(entering_mixed))
     assert trainer.calls == ["mixed"]
@@ -83,6 +84,10 @@ def test_snapshot_leaves_a_batch_over_stale_entries_to_the_mixed_version_forward
     assert scored.values.tolist() == list(range(len(tags)))
     assert scored.num_switches == len(set(tags.tolist()))
     check_scored(scored, tags)
+    for told, error in ((-1, MissingLogprobError), (tags[-1] + 1, ExactnessError)):
+        computed_at = [*tags[:-1], told]
+        with pytest.raises(error):
+            check_scored(asyncio.run(SnapshotSource(trainer).acquire(entering_mixed)), tags)
 
 
 def test_snapshot_does_not_stand_in_for_a_version_that_is_gone():

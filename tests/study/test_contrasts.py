@@ -14,8 +14,11 @@ from oldlogits.core.errors import ConfigError
 from oldlogits.study.contrasts import (
     all_contrasts,
     at_equal,
+    collapse_bars,
     mean_curve,
     method_rows,
+    noise_floor,
+    on_even_clock,
     reset_effect,
     runs_of,
     success_at,
@@ -86,11 +89,13 @@ def test_a_method_without_a_run_keeps_its_row():
     assert (absent.runs, absent.success, absent.worst, absent.missing) == ((), None, None, tuple(range(10)))
 
 
-def test_collapses_are_counted_against_the_best_run_of_the_block_whatever_its_method_or_knobs():
-    best = run("tight", "exact", 0, 0.9, band=3.0)
-    runs = [best, *(run("tight", "ewma", b, s) for b, s in enumerate((0.449, 0.45, 0.2))), run("tight", "mu", 1, 0.91)]
+def test_one_bar_for_collapses_holds_in_a_regime_half_of_the_best_mean_whatever_its_method_or_knobs():
+    best = [run("tight", "exact", b, s, band=3.0) for b, s in enumerate((0.92, 0.88))]
+    lucky = [run("tight", "mu", b, s, band=1 + b) for b, s in enumerate((0.95, 0.1))]  # no band: one setting
+    runs = [*best, *lucky, *(run("tight", "ewma", b, s) for b, s in enumerate((0.449, 0.45, 0.2))), run("loose", "mu", 0, 1.0)]
+    assert collapse_bars(runs) == pytest.approx({"tight": 0.45, "loose": 0.5})
     found = row("ewma", runs=runs)
-    assert found.num_collapses == 2  # block 0: 0.449 < 0.45; block 1: 0.45 < 0.455; block 2: it is the best itself
+    assert found.num_collapses == 2, "block 2 too, where no other method ran"
     assert found.worst.block == 2
     assert found.success.mean == pytest.approx((0.449 + 0.45 + 0.2) / 3)
 
@@ -165,6 +170,35 @@ def test_a_mean_curve_is_the_mean_of_what_all_runs_have():
     assert [x for x, _ in by_cpu] == [0.0, 5.0, 10.0]
     assert [y for _, y in by_cpu] == pytest.approx([0.2, (0.5 + 0.3) / 2, (0.8 + 0.4) / 2])
     assert mean_curve([], "update") == ()
+
+
+def test_cpu_seconds_are_the_median_pace_of_the_blocks_times_the_updates():
+    """Paces of exact: 30, 36 and 90 seconds for 60 updates, the median 36; its band 3 apart, a run without updates too."""
+    runs = [run("tight", "exact", b, 0.8, cpu_s=s) for b, s in enumerate((30.0, 36.0, 90.0))]
+    runs += [run("tight", "exact", 0, 0.8, cpu_s=12.0, band=3.0), run("tight", "exact", 3, 0.4, cpu_s=18.0, num_updates=30)]
+    runs += [run("tight", "mu", b, 0.8, cpu_s=s, band=1 + b) for b, s in enumerate((20.0, 40.0))]
+    runs += [run("tight", "ewma", 0, 0.0, cpu_s=0.0, num_updates=0, curve=(), error="NonFiniteError")]
+    even = on_even_clock(runs)
+    assert [r.cpu_s for r in even] == pytest.approx([36.0, 36.0, 36.0, 12.0, 18.0, 30.0, 30.0, 0.0])
+    assert [p.cpu_s for p in even[2].curve] == pytest.approx([0.0, 18.0, 36.0])
+    assert [(r.success, r.rho, r.num_updates) for r in even] == [(r.success, r.rho, r.num_updates) for r in runs]
+    rows = method_rows(DECLARED, runs, TIGHT, "band")
+    assert [r.cpu_s for found in rows if found.method == "exact" for r in found.runs] == pytest.approx([36, 36, 36, 18])
+
+
+def test_contrasts_at_equal_cpu_seconds_do_not_follow_the_noise_of_single_runs():
+    noisy = [replace(r, cpu_s=3 * r.cpu_s, curve=tuple(replace(p, cpu_s=3 * p.cpu_s) for p in r.curve)) if r.block == 4 else r
+             for r in RUNS]  # fmt: skip
+    for quiet, loud in zip(all_contrasts(DECLARED, RUNS), all_contrasts(DECLARED, noisy), strict=True):
+        assert (quiet.estimate is None) == (loud.estimate is None)
+        assert quiet.estimate is None or quiet.estimate.mean == pytest.approx(loud.estimate.mean)
+
+
+def test_the_noise_floor_is_the_largest_ratio_of_seconds_of_one_run_under_two_names():
+    runs = [run("tight", "synchronous", 0, 0.8, cpu_s=20.0), run("loose", "synchronous", 0, 0.8, cpu_s=24.0)]
+    other = [run("tight", "mu", 0, 0.8, cpu_s=90.0, rho=0.5), run("tight", "ewma", 0, 0.7, cpu_s=80.0)]
+    assert noise_floor([*runs, *other]) == pytest.approx(1.2)
+    assert noise_floor([runs[0], *other, run("loose", "synchronous", 1, 0.8, cpu_s=24.0)]) is None, "another seed"
 
 
 def test_the_reset_effect_is_over_the_runs_in_which_it_fired_against_the_same_run_without():

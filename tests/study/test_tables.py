@@ -67,8 +67,9 @@ def test_a_method_prints_mean_worst_and_collapses_of_its_runs():
     values = [success_of("tight", "arrival", b) for b in range(10)]
     assert row["success"] == f"{fmean(values):.3f} ± {T_9 * stdev(values) / 10**0.5:.3f}"
     assert row["worst"] == f"{min(values):.3f}"
-    best = [max(success_of("tight", method, b) for method in METHODS if b < 5 or method in METHODS[:3]) for b in range(10)]
-    assert row["collapses"] == str(sum(value < 0.5 * top for value, top in zip(values, best, strict=True))) == "10"
+    bar = 0.5 * max(fmean(success_of("tight", m, b) for b in range(10 if m in METHODS[:3] else 5)) for m in METHODS)
+    assert row["collapses"] == str(sum(value < bar for value in values)) == "10"
+    assert f"A collapse ends below {bar:.3f}, 0.5 of the best mean of the regime in any view." in table.caption
     assert (row["rho"], row["CPU s"], row["runs"]) == ("0.900", "24.0", "10 of 10")
     assert cells(table, "exact")["minus exact [95% interval]"] == "reference"
     assert cells(table, "mu")["band"] == "—", "it has none"
@@ -113,6 +114,13 @@ def test_a_pair_that_leaves_a_contrast_is_counted():
     row = cells(found("Every contrast in every view", learning=tuple(runs)), "tight", "ewma - arrival")
     assert row["at equal band, equal CPU s"].endswith("(9 of 10)")
     assert "of" not in row["at equal band"]
+
+
+def test_equal_cpu_seconds_are_called_rough_and_their_noise_is_printed():
+    same = [run(name, "mu", 7, 0.61, cpu_s=s) for name, s in (("tight", 20.0), ("loose", 26.0))]
+    (rough,) = [text for text in found("Every contrast", learning=tuple(same)).legend if "CPU s" in text]
+    assert "rough comparison" in rough
+    assert "up to 1.30 times as long" in rough
 
 
 def test_the_reset_table_pools_the_runs_in_which_it_fired_and_names_the_worst():

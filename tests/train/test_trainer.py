@@ -171,7 +171,8 @@ def test_a_mixed_forward_witnesses_every_version_and_stands_in_for_none_that_is_
     segments = [sampled([12, 13], 0), sampled([14, 2], 1, kv="mixed"), [9], sampled([15, 2], 1)]
     trainer.put_batch(batch := batch_of([trajectory([3, 9], *segments)]))
     recomputed = old_of(trainer, batch).values
-    mixed = trainer.score_mixed()
+    mixed, computed_at = trainer.score_mixed()
+    assert computed_at.tolist() == [0, 0, 1, 1, 1, 1]
     np.testing.assert_allclose(mixed[[0, 1, 4, 5]], recomputed[[0, 1, 4, 5]], rtol=0, atol=2e-6)
     assert np.abs(mixed - recomputed)[2:4].max() > 1e-3
     assert trainer.witnesses.publish_max_abs_error == 0

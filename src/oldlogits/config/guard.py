@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.bounds import EffectiveBounds, Interpolation, a3po_weight, effective_bounds, supremum_r_s
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.policies import ASYNC, LINEAR, LOGLINEAR, OLD, find_variant
+from oldlogits.core.policies import AGED, ASYNC, EWMA, LINEAR, LOGLINEAR, OLD, RESCORE, Policy, find_variant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,14 +122,24 @@ def cautions(config: RunConfig) -> tuple[Caution, ...]:
 def _without_clip(config: RunConfig) -> Iterator[Caution]:
     """One step, taken where THETA still is the stand-in."""
     stand_in, steps = find_variant(config.variant).stand_in, config.trainer.steps_per_version
-    clips, at_stand_in = config.objective.clip == "ppo", stand_in is ASYNC or (stand_in is OLD and config.window == 0)
-    if clips and steps == 1 and at_stand_in:
+    if config.objective.clip == "ppo" and steps == 1 and _starts_at_theta(stand_in, config):
         yield Caution(
             name="no-clip",
             message=f"no clip acts: with trainer.steps_per_version = 1 THETA is {stand_in.name} at the only step, so r_s = 1 "
             "and the clip masks 0 tokens; two steps or more give it something to do",
             figures={"steps_per_version": steps, "clipped": 0},
         )
+
+
+def _starts_at_theta(stand_in: Policy, config: RunConfig) -> bool:
+    """Whether the stand-in is THETA before the first step: ASYNC always, and others where no token can be stale.
+
+    With a window of 0 AGED moves by a lag of 0, RESCORE takes out the very noise that MU has, and every decay but a fixed one
+    is 0, so that EWMA is the live weights.
+    """
+    if stand_in is EWMA:
+        return config.window == 0 and config.source.decay != "fixed"
+    return stand_in is ASYNC or (config.window == 0 and stand_in in (OLD, RESCORE, AGED))
 
 
 def _without_band(config: RunConfig) -> Iterator[Caution]:

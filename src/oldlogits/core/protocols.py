@@ -295,11 +295,11 @@ class ScoringHandle(PieceScorer, Protocol):
         """
         ...
 
-    async def score_mixed(self) -> NDArray[np.float32]:
+    async def score_mixed(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Log-probs of all loss tokens of the batch in training, over keys and values of the versions that the engine had.
 
         Returns:
-            float32 [loss token], each at the version that sampled it.
+            float32 and int64 [loss token]: the values, and the version that scored each, -1 where none did.
 
         Raises:
             VersionEvictedError: A version is no longer held.

@@ -48,6 +48,7 @@ class MixedForward:
         longest = max((int(chain[-1].tokens[-1]) - chain[0].origin for chain in self._chains), default=0)
         self._entries = _Entries(len(self._chains), longest)
         self._logps = torch.full((batch.num_tokens,), math.nan)
+        self._computed_at = np.full(batch.num_tokens, -1, np.int64)
 
     @property
     def num_entries(self) -> int:
@@ -60,12 +61,19 @@ class MixedForward:
         logps: NDArray[np.float32] = self._logps.numpy()[self._batch.loss_mask]
         return logps
 
+    @property
+    def computed_at(self) -> NDArray[np.int64]:
+        """int64 [loss token]; the version that scored each, -1 where none has."""
+        computed_at: NDArray[np.int64] = self._computed_at[self._batch.loss_mask]
+        return computed_at
+
     def score(self, version: int) -> None:
         """Score the tokens of one version; the model has its weights, and older versions have been scored."""
         plain = [chunk.tokens for chunk in self._plain if chunk.version == version]
         if plain:
             tokens = np.concatenate(plain)
             self._logps[tokens] = torch.from_numpy(score_tokens(self._model, self._batch, tokens, **self._sizes))
+            self._computed_at[tokens] = version
         with torch.no_grad():
             self._go_on(version)
 
@@ -93,9 +101,9 @@ class MixedForward:
                 past_key_values=self._entries,
                 use_cache=True,
             ).last_hidden_state
-            self._logps[sources[micro.flat]] = head_logps(
-                self._model, hidden, micro, head_chunk_tokens=self._sizes["head_chunk_tokens"]
-            )
+            scored = sources[micro.flat]
+            self._logps[scored] = head_logps(self._model, hidden, micro, head_chunk_tokens=self._sizes["head_chunk_tokens"])
+            self._computed_at[scored.numpy()] = version
 
 
 class _Entries:

@@ -102,9 +102,9 @@ class CallingTrainer:
         """Score loss tokens of the batch."""
         return cast("NDArray[np.float32]", await self._call("score", (tokens, at)))
 
-    async def score_mixed(self) -> NDArray[np.float32]:
+    async def score_mixed(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Score all loss tokens of the batch over the engine's keys and values."""
-        return cast("NDArray[np.float32]", await self._call("score_mixed", ()))
+        return cast("tuple[NDArray[np.float32], NDArray[np.int64]]", await self._call("score_mixed", ()))
 
     async def score_average(self, tokens: NDArray[np.int64]) -> AverageScores:
         """Score loss tokens of the batch with the averaged weights."""

@@ -26,8 +26,8 @@ class SnapshotSource(LogprobSource):
         versions = batch.versions
         distinct = np.unique(versions)
         if batch.has_mixed_kv:
-            values = await self._trainer.score_mixed()
-            return Scored(policy=OLD, values=values, computed_at=versions, num_switches=len(distinct))
+            values, computed_at = await self._trainer.score_mixed()
+            return Scored(policy=OLD, values=values, computed_at=computed_at, num_switches=len(distinct))
         values = np.full(len(versions), np.nan, np.float32)
         computed_at = np.full(len(versions), -1, np.int64)
         for version in distinct:

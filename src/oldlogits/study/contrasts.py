@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from statistics import fmean
+from statistics import fmean, median
 from typing import Final, Literal
 
 from oldlogits.study.methods import find_method
@@ -20,7 +20,7 @@ Axis = Literal["update", "cpu_s"]
 """What is equal when two runs are compared: versions made, or CPU seconds, the route's cost included."""
 
 COLLAPSE: Final = 0.5
-"""A run collapsed when its final success is below this share of the best final success of its regime and block."""
+"""A run collapsed when its final success is below this share of the mean that the best setting of its regime reaches."""
 
 RESET_BAR: Final = -0.03
 """What the guarded reset may lose against no reset: the lower end of the 95% interval must lie above it."""
@@ -37,8 +37,8 @@ class MethodRow:
         method: Its name.
         knobs: What it ran with.
         num_declared: Blocks that it was to be run in.
-        runs: By block, ascending.
-        num_collapses: Runs whose final success is below `COLLAPSE` times the best of their regime and block.
+        runs: By block, ascending; on the even clock.
+        num_collapses: Runs whose final success is below the bar of the regime, `collapse_bars`.
         equal_cpu: Success at the CPU seconds of the block's cheapest method, over the blocks that all methods ran in.
         differences: Final success minus that of the declaration's first method, over the blocks that both ran in.
     """
@@ -169,20 +169,61 @@ def _common_end(runs: Sequence[LearningRun], axis: Axis) -> float:
     return min(whole) if whole else max(_places(run, axis)[-1][0] for run in runs)
 
 
-def best_of(runs: Iterable[LearningRun]) -> Mapping[tuple[str, int], float]:
-    """The best final success by regime and block, over all methods and knobs."""
-    best: dict[tuple[str, int], float] = {}
+def collapse_bars(runs: Iterable[LearningRun]) -> Mapping[str, float]:
+    """By regime: `COLLAPSE` times the largest mean final success of a method at its knobs, those of all views."""
+    means = {setting: fmean(run.success for run in own) for setting, own in _by_setting(runs).items()}
+    regimes = dict.fromkeys(setting[0] for setting in means)
+    return {name: COLLAPSE * max(mean for setting, mean in means.items() if setting[0] == name) for name in regimes}
+
+
+def on_even_clock(runs: Sequence[LearningRun]) -> list[LearningRun]:
+    """The runs on the clock of their setting: ``update * median over blocks of (cpu_s / num_updates)``.
+
+    A run's own seconds depend on what else its cores do; the median over the blocks of one method at one knobs less so.
+    """
+    timed = _by_setting(run for run in runs if run.num_updates)
+    pace = {setting: median(run.cpu_s / run.num_updates for run in own) for setting, own in timed.items()}
+
+    def evened(run: LearningRun) -> LearningRun:
+        one_s = pace.get(_setting(run), 0.0)
+        curve = tuple(replace(point, cpu_s=point.update * one_s) for point in run.curve)
+        return replace(run, cpu_s=run.num_updates * one_s, curve=curve)
+
+    return [evened(run) for run in runs]
+
+
+def noise_floor(runs: Sequence[LearningRun]) -> float | None:
+    """The largest ratio of CPU seconds on the even clock between runs that are one run under two names; None: there are none.
+
+    One run: of one seed, with the same rho and the same success at every evaluation.
+    """
+    same: dict[tuple[object, ...], list[float]] = {}
+    for run in on_even_clock(runs):
+        if run.cpu_s:
+            curve = tuple((point.update, point.success) for point in run.curve)
+            same.setdefault((run.seed, run.rho, curve), []).append(run.cpu_s)
+    return max((max(seconds) / min(seconds) for seconds in same.values() if len(seconds) > 1), default=None)
+
+
+def _by_setting(runs: Iterable[LearningRun]) -> Mapping[tuple[str, ...], list[LearningRun]]:
+    found: dict[tuple[str, ...], list[LearningRun]] = {}
     for run in runs:
-        key = run.regime, run.block
-        best[key] = max(run.success, best.get(key, 0.0))
-    return best
+        found.setdefault(_setting(run), []).append(run)
+    return found
+
+
+def _setting(run: LearningRun) -> tuple[str, ...]:
+    """Regime, method and the knobs that act."""
+    band = f"{run.band!r}" if find_method(run.method).has_band else ""
+    return run.regime, run.method, band, f"{run.eps_low!r}", f"{run.eps_high!r}"
 
 
 def method_rows(declaration: Declaration, runs: Sequence[LearningRun], regime: Regime, view: View) -> tuple[MethodRow, ...]:
-    """The methods that the view holds, in the declaration's order; one without a run is there, too."""
+    """The methods that the view holds, in the declaration's order; one without a run is there, too. On the even clock."""
+    runs = on_even_clock(runs)
     knobs = {method: held for method in declaration.methods if (held := regime.knobs(view, method))}
     found = {method: runs_of(runs, regime, view, method) for method in knobs}
-    best, equal = best_of(runs), _at_equal_cpu(found)
+    bar, equal = collapse_bars(runs).get(regime.name, 0.0), _at_equal_cpu(found)
     first = found.get(declaration.methods[0], {})
     return tuple(
         MethodRow(
@@ -190,7 +231,7 @@ def method_rows(declaration: Declaration, runs: Sequence[LearningRun], regime: R
             knobs=knobs[method],
             num_declared=declaration.blocks_of(regime, method, view),
             runs=tuple(blocks.values()),
-            num_collapses=sum(run.success < COLLAPSE * best[run.regime, run.block] for run in blocks.values()),
+            num_collapses=sum(run.success < bar for run in blocks.values()),
             equal_cpu=tuple(equal[method]),
             differences=tuple(run.success - first[block].success for block, run in blocks.items() if block in first),
         )
@@ -212,7 +253,8 @@ def _at_equal_cpu(found: Mapping[str, Blocks]) -> Mapping[str, list[float]]:
 
 
 def all_contrasts(declaration: Declaration, runs: Sequence[LearningRun]) -> tuple[Contrast, ...]:
-    """Every declared pair in every regime, view and axis. The tests: the primary view at equal updates."""
+    """Every declared pair in every regime, view and axis, on the even clock. The tests: the primary view at equal updates."""
+    runs = on_even_clock(runs)
     found = [
         _contrast(declaration, runs, regime, view, axis, pair)
         for view in sorted(VIEWS, key=lambda view: view != declaration.primary)

@@ -11,7 +11,7 @@ from typing import Final, Literal
 from oldlogits.record import charts
 from oldlogits.record.charts import Dot, Line, Mark, Row
 from oldlogits.record.figures import Figure
-from oldlogits.study.contrasts import COLLAPSE, Axis, Contrast, MethodRow, all_contrasts, best_of, mean_curve, method_rows
+from oldlogits.study.contrasts import COLLAPSE, Axis, Contrast, MethodRow, all_contrasts, collapse_bars, mean_curve, method_rows
 from oldlogits.study.cost_tables import choices
 from oldlogits.study.decision import DecisionError
 from oldlogits.study.decision_tables import main_band, stand_ins
@@ -154,7 +154,10 @@ def _forest(study: Study, contrasts: Sequence[Contrast], axis: Axis) -> Figure:
     primary = VIEW_NAMES[study.declaration.primary]
     title, how = {
         "update": ("The declared contrasts", "Final success"),
-        "cpu_s": ("The same at equal CPU seconds (exploratory)", "Success where the cheaper run of each pair ends"),
+        "cpu_s": (
+            "The same at equal CPU seconds (exploratory)",
+            "A rough comparison: success where the cheaper run of each pair ends",
+        ),
     }[axis]
     return Figure(
         title=title,
@@ -164,7 +167,7 @@ def _forest(study: Study, contrasts: Sequence[Contrast], axis: Axis) -> Figure:
 
 
 def _every_run(study: Study, regime: Regime, rows: Sequence[MethodRow]) -> Figure:
-    best = best_of(study.learning)
+    bar = collapse_bars(study.learning)[regime.name]
     shown = []
     for row in rows:
         found = row.success
@@ -174,19 +177,19 @@ def _every_run(study: Study, regime: Regime, rows: Sequence[MethodRow]) -> Figur
         colour = LOOKS[row.method][0]
         ends = [found.mean if math.isinf(end) else end for end in (found.low, found.high)]
         tip = f"{row.method}: {plus_minus(found)}, {found.n} of {row.num_declared} blocks"
-        dots = [_dot(run, best[run.regime, run.block], colour) for run in row.runs]
+        dots = [_dot(run, bar, colour) for run in row.runs]
         shown.append(Row(label=row.method, dots=dots, mean=(ends[0], found.mean, ends[1]), colour=colour, tip=tip))
     return Figure(
         title=f"{regime.name}: every run",
         caption=f"Final success, {VIEW_NAMES[study.declaration.primary]}: each run, and the mean with its 95% interval. "
-        f"Collapsed: below {COLLAPSE:g} of the best of the block.",
+        f"Collapsed: below {bar:.3f}, {COLLAPSE:g} of the best mean of the regime in any view.",
         svg=charts.row_chart(charts.x_axis(0.0, 1.0), shown, x_label="held-out success"),
         legend=((_BAD, "collapsed"),),
     )
 
 
-def _dot(run: LearningRun, best: float, colour: str) -> Dot:
-    collapsed = run.success < COLLAPSE * best
+def _dot(run: LearningRun, bar: float, colour: str) -> Dot:
+    collapsed = run.success < bar
     tip = (
         f"block {run.block}: {run.success:.3f}" + (", collapsed" if collapsed else "") + (f"\n{run.error}" if run.error else "")
     )

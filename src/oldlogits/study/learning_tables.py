@@ -13,8 +13,10 @@ from oldlogits.study.contrasts import (
     Contrast,
     MethodRow,
     all_contrasts,
+    collapse_bars,
     estimated,
     method_rows,
+    noise_floor,
     reset_effect,
 )
 from oldlogits.study.layout import DASH, Table, blocks_named, counted, figure, interval, p_value, plus_minus
@@ -39,7 +41,7 @@ def learning_tables(study: Study) -> list[Table]:
     """All tables of the part, those of the declared tests first."""
     declaration, runs = study.declaration, study.learning
     contrasts = all_contrasts(declaration, runs)
-    tables = [_regimes(declaration), _tests(contrasts), _exploratory(contrasts)]
+    tables = [_regimes(declaration), _tests(contrasts), _exploratory(contrasts, noise_floor(runs))]
     places = [(regime, view) for view in VIEWS for regime in declaration.regimes if view in regime.views]
     tables += [_methods(declaration, runs, regime, view) for regime, view in places]
     tables += [_resets(declaration, runs, rule) for rule in RESET_RULES if rule in declaration.methods]
@@ -107,7 +109,7 @@ def _missing_contrasts(contrasts: Sequence[Contrast]) -> tuple[str, ...]:
     return (f"Incomplete: {names}.",) if short else ()
 
 
-def _exploratory(contrasts: Sequence[Contrast]) -> Table:
+def _exploratory(contrasts: Sequence[Contrast], floor: float | None) -> Table:
     """One row a regime and pair, one column a view and axis."""
     columns = list(dict.fromkeys((c.view, c.axis) for c in contrasts))
     pairs: dict[tuple[str, str, str], dict[tuple[str, str], Contrast]] = {}
@@ -124,8 +126,13 @@ def _exploratory(contrasts: Sequence[Contrast]) -> Table:
         ),
         caption="Differences with 95% t intervals, not adjusted; at equal updates, or at the CPU seconds of the cheaper run of "
         "each pair, the cost of the route included. Success between evaluations is interpolated, never extrapolated.",
-        legend=("†: a declared test; all others are exploratory.", _BEYOND, "(n of N): of the declared pairs."),
+        legend=("†: a declared test; all others are exploratory.", _BEYOND, "(n of N): of the declared pairs.", _rough(floor)),
     )
+
+
+def _rough(floor: float | None) -> str:
+    same = f" The same run under two names takes up to {floor:.2f} times as long." if floor else ""
+    return "CPU s, a rough comparison: updates times the median over blocks of CPU seconds per update, on shared cores." + same
 
 
 def _cell(contrast: Contrast | None) -> str:
@@ -145,6 +152,7 @@ def _methods(declaration: Declaration, runs: Sequence[LearningRun], regime: Regi
     legend = [f"Missing: {'; '.join(short)}."] if short else []
     legend += [f"Not in this view: {', '.join(absent)}."] if absent else []
     num_shared = max((len(row.equal_cpu) for row in rows), default=0)
+    bar = collapse_bars(runs).get(regime.name)
     updates = sorted({run.num_updates for row in rows for run in row.runs if not run.error})
     return Table(
         part=PART,
@@ -152,8 +160,9 @@ def _methods(declaration: Declaration, runs: Sequence[LearningRun], regime: Regi
         header=(*_METHOD_COLUMNS, f"minus {reference} [95% interval]"),
         rows=tuple(_method_cells(row, reference) for row in rows),
         caption=f"Held-out success after {' or '.join(map(str, updates)) or 'no'} updates, mean ± half of the 95% t interval "
-        f"over blocks. A collapse ends below {COLLAPSE:g} of the best of its regime and block. At equal CPU s: where the "
-        f"cheapest method of each block ends, over the {counted(num_shared, 'block')} that all methods ran in.",
+        f"over blocks. A collapse ends below {figure(bar)}, {COLLAPSE:g} of the best mean of the regime in any view. At equal "
+        f"CPU s, a rough comparison: where the cheapest method of each block ends, over the {counted(num_shared, 'block')} "
+        "that all methods ran in.",
         legend=(*legend, _BEYOND, *_early(rows)),
         is_detail=view != declaration.primary,
     )

@@ -14,7 +14,7 @@ from oldlogits.record.figures import Figure
 from oldlogits.record.folder import write_atomic
 from oldlogits.record.report import Card
 from oldlogits.study.completeness import missing
-from oldlogits.study.contrasts import COLLAPSE, all_contrasts, best_of
+from oldlogits.study.contrasts import COLLAPSE, all_contrasts, collapse_bars
 from oldlogits.study.figures import cost_figures, decision_figures, decision_legend, learning_figures
 from oldlogits.study.layout import Table
 from oldlogits.study.reading import plain_reading
@@ -94,8 +94,8 @@ def _parts(study: Study) -> list[Part]:
 def _cards(study: Study) -> list[Card]:
     tests = [c for c in all_contrasts(study.declaration, study.learning) if c.adjusted is not None]
     shown = [c for c in tests if c.estimate and c.estimate.sign and c.adjusted is not None and c.adjusted < 0.05]
-    best = best_of(study.learning)
-    collapsed = sum(run.success < COLLAPSE * best[run.regime, run.block] for run in study.learning)
+    bars = collapse_bars(study.learning)
+    collapsed = sum(run.success < bars[run.regime] for run in study.learning)
     early = sum(bool(run.error) for run in study.learning)
     short = len(missing(study))
     traces = {(e.driver, e.trace, e.seed, e.window, e.lag, e.engine) for e in study.decision}

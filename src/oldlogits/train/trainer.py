@@ -201,8 +201,11 @@ class Trainer:
         with self._scoring_at(at):
             return self._read(self._scoring, batch, flat)
 
-    def score_mixed(self) -> NDArray[np.float32]:
+    def score_mixed(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """OLD of all loss tokens of the batch, over keys and values of the versions that computed them in the engine.
+
+        Returns:
+            float32 and int64 [loss token]: the values, and the version that scored each.
 
         Raises:
             VersionEvictedError: A version is no longer held.
@@ -215,7 +218,7 @@ class Trainer:
         for version in batch.versions:
             with self._scoring_at(version):
                 forward.score(version)
-        return forward.logps
+        return forward.logps, forward.computed_at
 
     def score_pieces(self, pieces: Sequence[Piece], at: PolicyVersion) -> ScoredPieces:
         """Log-probs of pieces of any trajectories at a stored version, or at the live one.
