@@ -238,6 +238,11 @@ class Piece:
     positions: NDArray[np.int64]
     temperature: NDArray[np.float32]
 
+    @property
+    def num_read(self) -> int:
+        """Tokens that a forward pass reads to score it: all but the last, which is predicted only."""
+        return int(self.positions[-1])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredPieces:

@@ -134,7 +134,7 @@ class ScoringAhead(LogprobSource):
                 self._num_checkouts += 1
                 self._switch_s += scored.switch_s
                 self._witness_s += scored.witness_s
-                self._num_read += sum(int(piece.positions[-1]) for piece in pieces)
+                self._num_read += sum(piece.num_read for piece in pieces)
                 self._num_fallback += 0 if is_held else len(scored.values)
                 self._num_switches += version != self._last_version
                 self._last_version = version

@@ -128,8 +128,8 @@ class Ledger:
             one = self._trajectories.get(piece.trajectory_id)
             if one is not None:
                 one.values[version] = part
-                self.num_repeated_tokens += min(one.num_read, len(piece.token_ids))
-                one.num_read = max(one.num_read, len(piece.token_ids))
+                self.num_repeated_tokens += min(one.num_read, piece.num_read)
+                one.num_read = max(one.num_read, piece.num_read)
 
     def values_of(self, trajectory_ids: Iterable[str]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """The values of trajectories that have ended, and the version that each was computed at, in token order."""
