@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oldlogits.config import cautions, check, config_from_table, kept_at_lag_0
-from oldlogits.core.bounds import a3po_weight, supremum_r_s
+from oldlogits.core.bounds import a3po_weight, effective_bounds, supremum_r_s
 from oldlogits.core.errors import ConfigError
 from oldlogits.objective import a3po_weight_mu
 
@@ -209,20 +209,68 @@ def test_bounds_of_an_interpolation_that_lie_beyond_its_mask_are_warned_of_with_
         "mask_low": 2 / 1.05 - 1, "mask_high": 2 * 1.05 - 1, "negative_low": 0.4 / 0.6, "positive_high": 0.64 / 0.36
     }  # fmt: skip
     assert caution.figures == pytest.approx(expected, rel=1e-12)
-    assert "clip of A > 0 (R <= 1.78, the mask ends at 1.1)" in caution.message
-    assert "clip of A < 0 (R >= 0.667, the mask ends at 0.905)" in caution.message
-    assert "mask from" not in caution.message
+    assert caution.message == (
+        "bounds of linear_train_infer that never act, at band 1.05: weight_mu 0.5: clip of A > 0, clip of A < 0 "
+        "(weight_mu 0.5: mask 0.905 <= R <= 1.1, clip 0.667 <= R <= 1.78; oldlogits bounds)"
+    )
     (caution,) = warned("linear_train_infer", band=3.0).values()  # 1/3 <= a: no lower end
     assert caution.figures["mask_low"] == 0
     assert "weight_mu 0.5: mask from below" in caution.message
-    assert "clip" not in caution.message
+    assert "clip of" not in caution.message
     assert warned("linear_prox", band=1.05) == {}
 
 
-def test_under_a_schedule_the_bounds_that_never_act_are_named_by_staleness():
-    (caution,) = warned("loglinear_train_infer", objective={"weight_mu_schedule": "a3po"}, max_staleness=2).values()
-    assert "staleness 0: mask from below, mask from above; staleness 1: mask from below, mask from above (" in caution.message
-    assert caution.figures["mask_high"] == INF
+SCHEDULED = {"weight_mu_schedule": "a3po"}
+
+
+def test_under_a_schedule_the_bounds_that_never_act_are_named_by_ranges_of_staleness():
+    """At lags 0 and 1 X is MU. From lag 2 on the clip is 1.28^(1/a) >= 1.64, the mask 1.05^(1/(1-a)) <= 1.1"""
+    (caution,) = warned("loglinear_train_infer", band=1.05, objective=SCHEDULED, max_staleness=16).values()
+    assert (
+        "staleness 0 to 1: mask from below, mask from above; staleness 2 to 16: clip of A > 0, clip of A < 0 ("
+        in caution.message
+    )
+    assert "(staleness 2: mask 0.907 <= R <= 1.1, clip 0.64 <= R <= 1.64;" in caution.message
+    expected = {"mask_low": 1.05**-2, "mask_high": 1.05**2, "negative_low": 0.8**2, "positive_high": 1.28**2}
+    assert caution.figures == pytest.approx(expected)
+
+
+def test_figures_are_those_of_the_first_staleness_with_a_mask_be_its_bounds_hidden_or_not():
+    (caution,) = warned("loglinear_train_infer", band=1.5, objective=SCHEDULED, max_staleness=2).values()
+    assert "staleness 0 to 1: mask from below, mask from above (staleness 2: mask 0.444 <= R <= 2.25" in caution.message
+    assert caution.figures["mask_high"] == pytest.approx(1.5**2)
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from(["linear_train_infer", "loglinear_train_infer"]),
+    st.floats(1.001, 20),
+    st.floats(0.01, 0.99),
+    st.floats(0.001, 0.066),  # below 1/15: a linear clip exists at a = 1/16
+    st.sampled_from(["ppo", "truncated"]),
+)
+def test_the_warning_of_a_window_of_16_names_every_hidden_bound_in_less_than_300_characters(
+    variant, band, eps_low, eps_high, clip
+):
+    knobs = {**SCHEDULED, "eps_low": eps_low, "eps_high": eps_high, "clip": clip, "truncation": 1 + eps_high}
+    found = warned(variant, band=band, objective=knobs, max_staleness=16)
+    message = found["hidden-bounds"].message
+    assert len(message) < 300
+    listed, _, _ = message.partition(": ")[2].rpartition(" (")
+    named = {}
+    for part in listed.split("; "):
+        where, _, bounds = part.partition(": ")
+        first, _, last = where.removeprefix("staleness ").partition(" to ")
+        named |= dict.fromkeys(range(int(first), int(last or first) + 1), bounds.split(", "))
+    kind = variant.removesuffix("_train_infer")
+    for lag in range(17):
+        b = effective_bounds(kind, weight_mu=1 / max(lag, 1), band=band, eps_low=eps_low, eps_high=eps_high, dual_clip=3.0)
+        expected = ["mask from below"] * (b.mask_low == 0) + ["mask from above"] * (b.mask_high == INF)
+        if clip == "ppo":
+            expected += ["clip of A > 0"] * (b.positive_high >= b.mask_high) + ["clip of A < 0"] * (
+                b.negative_low <= b.mask_low
+            )
+        assert named.get(lag, []) == expected
 
 
 def test_what_the_mask_keeps_at_lag_0_is_the_band_or_the_interpolations_effective_mask():

@@ -137,6 +137,20 @@ def test_warnings_are_events_with_figures_lines_on_the_console_and_notes_in_the_
     assert "1.03 (this run)" in page
 
 
+@pytest.mark.parametrize(
+    "variant, source",
+    [("ppo_ewma_train_infer", "ewma"), ("aged_train_infer", "aged"), ("rescore_train_infer", "rescore")],
+)
+def test_where_nothing_is_stale_one_step_starts_at_the_stand_in_and_the_warning_says_so(variant, source, tiny_folder, tmp_path):
+    more = {"max_staleness": 0, "runtime": {"window": 0}, "trainer": {"steps_per_version": 1}}
+    config = recipe(tiny_folder, variant=variant, source={"type": source}, num_updates=2, engine={"numerics": "int4"}, **more)
+    assert run(config, tmp_path / "run").error is None
+    assert "no-clip" in names_of(tmp_path / "run")
+    tokens = tokens_of(tmp_path / "run", "log_r_s", "log_r_d", "clip_mask")
+    assert abs(tokens["log_r_s"]).max() < 1e-4 < abs(tokens["log_r_d"]).max()
+    assert tokens["clip_mask"].all()
+
+
 @pytest.mark.parametrize("variant, source", [("decoupled_exact", "snapshot"), ("loglinear_prox", "none")])
 def test_training_is_the_same_bit_for_bit_with_and_without_it(variant, source, tiny_folder, tmp_path):
     def train(num: int) -> Path:

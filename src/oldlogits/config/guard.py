@@ -7,8 +7,9 @@ or inf does not exist. Each rule with its figures: docs/guard.md. Imports no tor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.bounds import EffectiveBounds, Interpolation, a3po_weight, effective_bounds, supremum_r_s
@@ -33,11 +34,15 @@ class Caution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Weighted:
-    """An interpolation at one weight on mu: at every staleness, or under a schedule at one."""
+    """An interpolation at one weight on mu: under a schedule at one staleness, else at all of them (None)."""
 
-    where: str
+    staleness: int | None
     weight_mu: float
     bounds: EffectiveBounds
+
+    @property
+    def where(self) -> str:
+        return f"weight_mu {self.weight_mu:g}" if self.staleness is None else f"staleness {self.staleness}"
 
     @property
     def has_mask(self) -> bool:
@@ -155,33 +160,40 @@ def _hidden_bounds(config: RunConfig) -> Iterator[Caution]:
     """Bounds of an interpolation that do not exist on one side, or that lie beyond the mask's."""
     if config.band == math.inf or find_variant(config.variant).r_d.is_one:
         return
-    clips = config.objective.clip == "ppo"
-    hidden = {one: names for one in _weighted(config) if (names := _hidden(one.bounds, clips))}
+    clips, weighted = config.objective.clip == "ppo", list(_weighted(config))
+    hidden = [(names, list(found)) for names, found in groupby(weighted, lambda one: _hidden(one.bounds, clips)) if names]
     if hidden:
-        first = next(iter(hidden)).bounds
+        shown = next((one for one in weighted if one.has_mask), weighted[0])
+        bounds = shown.bounds
+        figures = f"{shown.where}: mask {bounds.mask_low:.3g} <= R <= {bounds.mask_high:.3g}"
+        figures += f", clip {bounds.negative_low:.3g} <= R <= {bounds.positive_high:.3g}" if clips else ""
         yield Caution(
             name="hidden-bounds",
             message=f"bounds of {config.variant} that never act, at band {config.band:g}: "
-            + "; ".join(f"{one.where}: {', '.join(names)}" for one, names in hidden.items())
-            + " (oldlogits bounds)",
+            + "; ".join(f"{_range(found)}: {', '.join(names)}" for names, found in hidden)
+            + f" ({figures}; oldlogits bounds)",
             figures={
-                "mask_low": first.mask_low,
-                "mask_high": first.mask_high,
-                "negative_low": first.negative_low,
-                "positive_high": first.positive_high,
+                "mask_low": bounds.mask_low,
+                "mask_high": bounds.mask_high,
+                "negative_low": bounds.negative_low,
+                "positive_high": bounds.positive_high,
             },
         )
 
 
-def _hidden(bounds: EffectiveBounds, clips: bool) -> list[str]:
-    low, high, negative, positive = bounds.mask_low, bounds.mask_high, bounds.negative_low, bounds.positive_high
+def _range(found: Sequence[_Weighted]) -> str:
+    first, last = found[0], found[-1]
+    return first.where if first is last else f"{first.where} to {last.staleness}"
+
+
+def _hidden(bounds: EffectiveBounds, clips: bool) -> tuple[str, ...]:
     found = {
-        "mask from below": low == 0,
-        "mask from above": high == math.inf,
-        f"clip of A > 0 (R <= {positive:.3g}, the mask ends at {high:.3g})": clips and positive >= high,
-        f"clip of A < 0 (R >= {negative:.3g}, the mask ends at {low:.3g})": clips and negative <= low,
+        "mask from below": bounds.mask_low == 0,
+        "mask from above": bounds.mask_high == math.inf,
+        "clip of A > 0": clips and bounds.positive_high >= bounds.mask_high,
+        "clip of A < 0": clips and bounds.negative_low <= bounds.mask_low,
     }
-    return [name for name, is_hidden in found.items() if is_hidden]
+    return tuple(name for name, is_hidden in found.items() if is_hidden)
 
 
 def kept_at_lag_0(config: RunConfig) -> tuple[float, float]:
@@ -201,11 +213,9 @@ def _weighted(config: RunConfig) -> Iterator[_Weighted]:
     variant, objective = find_variant(config.variant), config.objective
     if variant.stand_in not in (LINEAR, LOGLINEAR):
         return
-    if objective.weight_mu_schedule == "fixed":
-        weights = {f"weight_mu {objective.weight_mu:g}": objective.weight_mu}
-    else:
-        weights = {f"staleness {lag}": a3po_weight(lag) for lag in range(config.window + 1)}
-    for where, weight_mu in weights.items():
+    fixed = objective.weight_mu_schedule == "fixed"
+    for staleness in [None] if fixed else range(config.window + 1):
+        weight_mu = objective.weight_mu if staleness is None else a3po_weight(staleness)
         bounds = effective_bounds(
             _kind(config),
             weight_mu=weight_mu,
@@ -214,7 +224,7 @@ def _weighted(config: RunConfig) -> Iterator[_Weighted]:
             eps_high=objective.eps_high,
             dual_clip=objective.dual_clip,
         )
-        yield _Weighted(where=where, weight_mu=weight_mu, bounds=bounds)
+        yield _Weighted(staleness=staleness, weight_mu=weight_mu, bounds=bounds)
 
 
 def _kind(config: RunConfig) -> Interpolation:
