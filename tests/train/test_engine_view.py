@@ -179,6 +179,20 @@ def test_the_weights_are_rounded_once_per_version(tiny_folder, recipe, monkeypat
     assert len(rounded) == 2
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_the_view_keeps_its_storage_and_shares_none(name):
+    model = make_model(name)
+    view = EngineView(model, "int8")
+    held = [weight.data_ptr() for weight in view.model.parameters()]
+    assert len(set(held)) == len(held)
+    assert not {*held} & {weight.data_ptr() for weight in model.parameters()}
+    weights = perturbed(weights_of(model), seed=1)
+    view.hold(load(model, weights))
+    assert [weight.data_ptr() for weight in view.model.parameters()] == held
+    ids = random_ids(20)
+    assert logp_of(view.model, ids) == logp_of(EngineView(model, "int8").model, ids)
+
+
 def test_scoring_as_the_engine_changes_neither_the_trainers_own_scores_nor_its_training(tiny_folder, recipe):
     ended = []
     for looks in (False, True):

@@ -17,6 +17,9 @@ from oldlogits.train.warm_start import spec_of
 TINY_VOCABULARY = 128
 """About the words of the order desk."""
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+"""Names of parameters; a tied head has none of its own."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
@@ -38,7 +41,9 @@ class Cost:
         scorer_bytes: The model and the versions of a dedicated scorer.
         average_bytes: The fp32 average of a source that has one.
         optimizer_bytes: AdamW's two moments and the gradient.
+        view_bytes: The trainer's copy of the weights in the engine's numerics, fp32 with a head of its own; none for fp32.
         cache_bytes: The engine's keys and values.
+        mixed_bytes: A bound of the keys and values of the mixed-version forward, where OLD is one.
     """
 
     num_parameters: int
@@ -47,7 +52,9 @@ class Cost:
     scorer_bytes: int
     average_bytes: int
     optimizer_bytes: int
+    view_bytes: int
     cache_bytes: int
+    mixed_bytes: int
 
     def lines(self) -> list[str]:
         """One line per part."""
@@ -58,7 +65,9 @@ class Cost:
             f"version store    {_mib(self.store_bytes)}",
             f"dedicated scorer {_mib(self.scorer_bytes)}",
             f"weight average   {_mib(self.average_bytes)}",
+            f"engine's view    {_mib(self.view_bytes)}: the trainer's copy in the engine's numerics",
             f"engine's cache   {_mib(self.cache_bytes)}",
+            f"mixed forward    at most {_mib(self.mixed_bytes)}",
         ]
 
 
@@ -68,8 +77,10 @@ def estimate(config: RunConfig) -> Cost:
     Args:
         config: A checked recipe.
     """
-    shape, num_parameters = _model(config)
+    shape, sizes = _model(config)
+    num_parameters = sum(sizes.values())
     weights = 4 * num_parameters
+    head = 0 if HEAD in sizes else sizes[EMBEDDING]
     per_token = 2 * 4 * shape.layers * shape.kv_heads * shape.head_dim
     return Cost(
         num_parameters=num_parameters,
@@ -78,8 +89,17 @@ def estimate(config: RunConfig) -> Cost:
         scorer_bytes=weights * (config.source.window + 1) if config.source.type == "dedicated" else 0,
         average_bytes=weights if config.source.type in AVERAGING_SOURCES else 0,
         optimizer_bytes=3 * weights,
+        view_bytes=0 if config.engine.numerics == "fp32" else weights + 4 * head,
         cache_bytes=config.engine.num_slots * config.env.max_tokens * per_token,
+        mixed_bytes=_most_chains(config) * config.env.max_tokens * per_token,
     )
+
+
+def _most_chains(config: RunConfig) -> int:
+    """A bound of a batch's chains of several versions: each holds an update, and after the first each begins with a turn."""
+    if config.engine.kv != "stale" or not config.source.accept_mixed_kv:
+        return 0
+    return config.rollout.groups_per_version * config.rollout.group_size * min(config.window, config.env.max_turns)
 
 
 def _stored_versions(config: RunConfig) -> int:
@@ -89,12 +109,13 @@ def _stored_versions(config: RunConfig) -> int:
     return 2 if SOURCES[config.source.type].stores_versions else 0
 
 
-def _model(config: RunConfig) -> tuple[ModelShape, int]:
-    """The shape that the cache depends on, and the number of parameters."""
+def _model(config: RunConfig) -> tuple[ModelShape, dict[str, int]]:
+    """The shape that the cache depends on, and the number of elements of each parameter."""
     if config.model.is_tiny:
         size = spec_of(config).size
         shape = ModelShape(layers=size.layers, kv_heads=size.kv_heads, head_dim=size.hidden // size.heads)
-        return shape, sum(p.numel() for p in tiny_model(size, TINY_VOCABULARY, 0, 0, 0).parameters())
+        model = tiny_model(size, TINY_VOCABULARY, 0, 0, 0)
+        return shape, {name: parameter.numel() for name, parameter in model.named_parameters()}
     folder = Path(config.model.path)
     found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     heads = found["num_attention_heads"]
@@ -103,15 +124,15 @@ def _model(config: RunConfig) -> tuple[ModelShape, int]:
         kv_heads=found.get("num_key_value_heads", heads),
         head_dim=found.get("head_dim") or found["hidden_size"] // heads,
     )
-    return shape, sum(map(_num_elements, folder.glob("*.safetensors")))
+    return shape, {name: num for path in folder.glob("*.safetensors") for name, num in _num_elements(path).items()}
 
 
-def _num_elements(path: Path) -> int:
-    """Elements of all tensors of a safetensors file, read from its header."""
+def _num_elements(path: Path) -> dict[str, int]:
+    """Elements of each tensor of a safetensors file, read from its header."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return {name: math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
 
 
 def _mib(num_bytes: int) -> str:

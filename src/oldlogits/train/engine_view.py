@@ -7,7 +7,7 @@ Hugging Face model must give the engine's log-probs up to fp32 rounding, however
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -15,20 +15,18 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from oldlogits.policy.model import point_at
+from oldlogits.policy.model import named_weights
 from oldlogits.rollout.numerics import Numerics, round_linear, round_other, round_rows_to_e4m3
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def engine_weights(model: nn.Module, numerics: Numerics) -> dict[str, Tensor]:
-    """Rounded fp32 copies of the model's weights, as the engine holds them; a tied head is an entry of its own."""
-    return {
-        f"{path}.{name}": (round_linear if _is_linear(module, name) else round_other)(parameter, numerics)
-        for path, module in model.named_modules()
-        for name, parameter in module.named_parameters(recurse=False)
-    }
+def engine_weights(model: nn.Module, numerics: Numerics) -> Iterator[tuple[str, Tensor]]:
+    """Rounded fp32 copies of the model's weights, one by one, as the engine holds them; a tied head is one of its own."""
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            yield f"{path}.{name}", (round_linear if _is_linear(module, name) else round_other)(parameter, numerics)
 
 
 def _is_linear(module: nn.Module, name: str) -> bool:
@@ -51,15 +49,18 @@ class EngineView:
         self._numerics = numerics
         self.model = copy.deepcopy(model).requires_grad_(False)
         head = self.model.get_output_embeddings()
-        head.weight = nn.Parameter(head.weight.detach(), requires_grad=False)  # a tied head is rounded, its embedding is not
+        own = head.weight.detach().clone()  # a tied head is rounded, its embedding is not
+        head.weight = nn.Parameter(own, requires_grad=False)
         if numerics == "fp8_dynamic":
             for module in (self.model.base_model, head):
                 module.forward = _with_rounded_inputs(module.forward)
         self.hold(model)
 
     def hold(self, model: PreTrainedModel) -> None:
-        """Round the weights that the trainer's model has now, and score with them from here on."""
-        point_at(self.model, engine_weights(model, self._numerics))
+        """Round the weights that the trainer's model has now, and score with them from here on: one copy, in place."""
+        held = named_weights(self.model)
+        for name, weight in engine_weights(model, self._numerics):
+            held[name].copy_(weight)
 
 
 def _with_rounded_inputs(forward: Callable[P, R]) -> Callable[P, R]:
