@@ -225,6 +225,18 @@ def test_the_bar_of_the_reset_is_on_the_lower_end_of_the_interval(loss, holds):
     assert effect.holds is holds
 
 
+def test_the_interval_of_the_reset_effect_is_over_blocks_that_share_a_seed():
+    """Block 0 lost 0.1 and 0.3 in two regimes, block 1 lost 0.1 in one: mean of (-0.2, -0.1), not of three."""
+    runs = []
+    for place, block, loss in (("tight", 0, 0.1), ("loose", 0, 0.3), ("loose", 1, 0.1)):
+        runs += [run(place, "ewma", block, 0.7), run(place, "ewma-reset-guarded", block, 0.7 - loss, num_resets=1)]
+    effect = reset_effect(DECLARED, runs)
+    assert len(effect.cells) == 3
+    assert effect.estimate.n == 2
+    assert effect.estimate.mean == pytest.approx(-0.15)
+    assert effect.estimate.low == pytest.approx(-0.15 - 12.7062 * stdev([0.2, 0.1]) / 2**0.5, rel=1e-4)
+
+
 def test_without_a_firing_or_a_partner_there_is_no_reset_effect():
     idle = [run("tight", "ewma", 0, 0.7), run("tight", "ewma-reset-guarded", 0, 0.7)]
     alone = [run("tight", "ewma", 0, 0.7, band=3.0), run("tight", "ewma-reset-guarded", 0, 0.7, num_resets=1)]

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from oldlogits.core.errors import ConfigError
 from oldlogits.study.decision import DecisionError
 from oldlogits.study.pooling import declared_checks, frontier, pooled
+from oldlogits.study.results import Cross
 
 N = 1000
+CROSS = Cross(windows=(0, 8, 32), lags=("even", "skewed"), engines=("fp8", "int4"), bands=(1.1, 3.0), num_traces=5)
 
 
 def error(
@@ -78,12 +80,35 @@ def test_by_weight_the_errors_by_weight_are_pooled():
     assert (found.median, found.median_arrival) == (0.01, 0.02)
 
 
+def test_traces_of_one_seed_are_averaged_before_the_interval_over_seeds():
+    """Seed 0 has two traces of 20/40 and 80/60 wrong tokens, seed 1 one of 30/50; t(1) at 95% is 12.706."""
+    counts = [(0, 0, 20, 40), (1, 0, 80, 60), (2, 1, 30, 50)]
+    rows = [
+        error(name, count, trace=trace, seed=seed)
+        for trace, seed, ewma, arrival in counts
+        for name, count in (("ewma", ewma), ("arrival", arrival))
+    ]
+    [found] = pooled(rows)
+    first, second = (math.log(20.5 / 40.5) + math.log(80.5 / 60.5)) / 2, math.log(30.5 / 50.5)
+    assert found.ratio.mean == pytest.approx(math.exp((first + second) / 2))
+    assert found.ratio.high == pytest.approx(math.exp((first + second) / 2 + 12.7062 * abs(first - second) / 2), rel=1e-4)
+    assert (found.ratio.n, found.num_traces) == (2, 3)
+    check = declared_checks(rows, CROSS)[0]
+    assert (check.value, check.ratio.n, check.num_traces) == (pytest.approx(found.ratio.mean), 2, 3)
+
+
+def test_a_check_knows_how_many_traces_were_declared_for_it():
+    assert [check.num_declared for check in declared_checks([], CROSS)] == [10, 60, 20]
+    assert [check.num_declared for check in declared_checks([], replace(CROSS, bands=(1.5,)))] == [0, 0, 0]
+    assert [check.num_declared for check in declared_checks([], replace(CROSS, lags=("skewed",)))] == [0, 30, 0]
+
+
 def test_settings_are_kept_apart_and_drivers_are_pooled():
     kinds = [{"band": 1.5}, {"window": 16}, {"lag": "skewed"}, {"engine": "int4"}, {}, {"driver": "mu"}]
     rows = [error(name, count, **kind) for kind in kinds for name, count in (("ewma", 5), ("arrival", 10), ("mu", 1))]
     found = pooled(rows)
     assert [p.stand_in for p in found] == ["ewma", "mu"] * 5
-    assert [p.ratio.n for p in found] == [1] * 8 + [2] * 2
+    assert [p.num_traces for p in found] == [1] * 8 + [2] * 2
     assert [p.ratio.mean for p in found[::2]] == pytest.approx([5.5 / 10.5] * 5)
 
 
@@ -106,30 +131,30 @@ def rows_of(arrival: int, ewma: int, auto: int, beta: float = 0.7, **more) -> li
 def test_the_first_check_is_over_even_lags_windows_8_to_32_fp8_and_band_1_1():
     inside = rows_of(100, 80, 90) + rows_of(100, 90, 90, window=32, trace=1)
     outside = [rows_of(10, 900, 10, **kind) for kind in ({"lag": "skewed"}, {"window": 4}, {"engine": "int4"}, {"band": 1.5})]
-    check, _, _ = declared_checks([*inside, *(row for rows in outside for row in rows)])
+    check, _, _ = declared_checks([*inside, *(row for rows in outside for row in rows)], CROSS)
     assert check.value == pytest.approx(math.sqrt(80.5 / 100.5 * 90.5 / 100.5))
     assert (check.num_traces, check.bar, check.holds) == (2, 0.95, True)
-    assert not declared_checks(rows_of(100, 96, 90))[0].holds
+    assert not declared_checks(rows_of(100, 96, 90), CROSS)[0].holds
 
 
 def test_the_second_check_compares_auto_with_the_better_of_both_on_each_trace():
     """The better one is ewma with 80 on the first trace, and arrival with 40 on the second."""
     rows = rows_of(100, 80, 82) + rows_of(40, 60, 38, trace=1, lag="skewed", engine="int4")
-    _, check, _ = declared_checks(rows + rows_of(1, 1, 500, band=1.5))
+    _, check, _ = declared_checks(rows + rows_of(1, 1, 500, band=1.5), CROSS)
     assert check.value == pytest.approx(math.sqrt(82.5 / 80.5 * 38.5 / 40.5))
     assert (check.num_traces, check.bar, check.holds) == (2, 1.02, True)
-    assert not declared_checks(rows_of(100, 80, 90))[1].holds
+    assert not declared_checks(rows_of(100, 80, 90), CROSS)[1].holds
 
 
 def test_the_third_check_is_the_smallest_beta_over_even_lags():
     rows = rows_of(9, 9, 9, beta=0.4) + rows_of(9, 9, 9, beta=0.0, lag="skewed", trace=1) + rows_of(9, 9, 9, beta=0.6, trace=2)
-    _, _, check = declared_checks(rows)
+    _, _, check = declared_checks(rows, CROSS)
     assert (check.value, check.num_traces, check.holds) == (0.4, 2, True)
-    assert not declared_checks(rows_of(9, 9, 9, beta=0.0))[2].holds
+    assert not declared_checks(rows_of(9, 9, 9, beta=0.0), CROSS)[2].holds
 
 
 def test_what_no_trace_speaks_of_does_not_hold():
-    for check in declared_checks([error("arrival", 3), error("mu", 1)]):
+    for check in declared_checks([error("arrival", 3), error("mu", 1)], CROSS):
         assert (check.value, check.ratio, check.num_traces, check.holds) == (None, None, 0, False)
 
 

@@ -103,9 +103,11 @@ def test_the_guarded_reset_is_a_default_only_above_its_bar():
 
 
 def test_the_declared_checks_hold_or_do_not():
-    assert "against the bar 0.95, 5 traces; it holds." in section("Decision error", study())
+    assert "against the bar 0.95, 5 seeds, 5 of 5 declared traces; it holds." in section("Decision error", study())
     worse = tuple(replace(e, by_count=1.5 * e.by_count) if e.stand_in == "ewma" else e for e in decision_rows())
-    assert "against the bar 0.95, 5 traces; it does not hold." in section("Decision error", study(decision=worse))
+    assert "against the bar 0.95, 5 seeds, 5 of 5 declared traces; it does not hold." in section(
+        "Decision error", study(decision=worse)
+    )
     elsewhere = tuple(replace(e, engine="int4") for e in decision_rows())
     assert "no trace says anything about it" in section("Decision error", study(decision=elsewhere))
 

@@ -130,7 +130,9 @@ def test_the_reset_table_pools_the_runs_in_which_it_fired_and_names_the_worst():
     ]
     row = cells(table, "all")
     assert row["runs in which it fired"] == "4"
-    assert row["difference [95% interval]"] == interval(mean_interval([pair[2] for pair in pairs]))
+    by_block = [fmean(pair[2] for pair in pairs if pair[1] == block) for block in (0, 1)]
+    assert row["difference [95% interval]"] == interval(mean_interval(by_block))
+    assert "over 2 blocks" in table.caption
     worst = min(pairs, key=lambda pair: pair[2])
     assert (row["worst"], row["its difference"]) == (f"{worst[0]}, block {worst[1]}", f"{worst[2]:+.3f}")
     idle = [replace(r, num_resets=0) for r in learning_runs(declaration())]
@@ -156,6 +158,28 @@ def test_the_ratios_to_arrival_are_geometric_means_over_traces():
         assert shown == f"{exp(mean):.2f} [{exp(mean - wide):.2f}, {exp(mean + wide):.2f}]"
     own = median(error_of("arrival", 16, 1.1, t) for t in range(5))
     assert cells(table, "fp8", "even", "arrival")["window 16"] == f"{own:.2%}"
+
+
+def test_a_declared_check_prints_its_seeds_and_how_many_of_the_declared_traces_it_has():
+    few = tuple(e for e in decision_rows() if (e.window, e.trace) != (16, 3))
+    row = cells(found("The declared checks", decision=few), "ewma / arrival: even lags, windows 8 to 32, fp8, band 1.1")
+    assert (row["seeds"], row["declared traces"]) == ("4", "4 of 5")
+    table = found("Error of each stand-in over that of arrival, band 1.1", decision=few)
+    assert table.legend[1].startswith("4 to 5 traces of 4 to 5 seeds a cell.")
+
+
+def test_drivers_that_have_seeds_of_their_own_are_named_and_not_compared():
+    rows = tuple(replace(e, driver="ewma") if e.trace == 4 else e for e in decision_rows())
+    table = found("What moves the error", decision=rows)
+    assert [row[0] for row in table.rows] == ["window", "window", "lags", "engine", "band", "band"]
+    assert "Drivers (exact, ewma) are not compared" in table.caption
+    assert "later stage of training" in table.caption
+
+
+def test_the_form_of_the_stand_ins_is_said_where_their_errors_stand():
+    titles = ("The declared checks", "What moves", "Kinds of", "Error of each stand-in over that of arrival, band 1.1")
+    for title in titles:
+        assert "r_d = X/mu, r_s = theta/X" in found(title).caption
 
 
 def test_the_first_band_is_that_of_the_checks_and_the_others_are_folded():

@@ -14,7 +14,7 @@ from typing import Final, Literal
 
 from oldlogits.study.methods import find_method
 from oldlogits.study.results import VIEWS, Declaration, Knobs, LearningRun, Regime, View
-from oldlogits.study.stats import Estimate, holm, mean_interval
+from oldlogits.study.stats import Estimate, group_means, holm, mean_interval
 
 Axis = Literal["update", "cpu_s"]
 """What is equal when two runs are compared: versions made, or CPU seconds, the route's cost included."""
@@ -98,7 +98,7 @@ class ResetEffect:
 
     Args:
         cells: Regime, block, and the difference in success.
-        estimate: Over all cells.
+        estimate: Over blocks, whose runs share warm start and seed in every regime: of the mean difference of each.
     """
 
     cells: tuple[tuple[str, int, float], ...]
@@ -303,7 +303,10 @@ def reset_effect(
         for block, run in runs_of(runs, regime, declaration.primary, method).items():
             if run.num_resets and block in base:
                 cells.append((regime.name, block, run.success - base[block].success))
-    return ResetEffect(cells=tuple(cells), estimate=mean_interval([cell[2] for cell in cells])) if cells else None
+    if not cells:
+        return None
+    by_block = group_means((block, difference) for _, block, difference in cells)
+    return ResetEffect(cells=tuple(cells), estimate=mean_interval(by_block))
 
 
 def estimated(values: Sequence[float]) -> Estimate | None:

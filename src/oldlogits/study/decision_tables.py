@@ -14,6 +14,10 @@ from oldlogits.study.results import Cross, Study
 
 PART: Final = "Decision error"
 
+FORM: Final = (
+    "Every stand-in X in the form r_d = X/mu, r_s = theta/X; the learning runs of linear and log-linear have r_d = 1 instead."
+)
+
 _NOT_ONE: Final = "*: the 95% interval does not hold 1."
 
 FACTORS: Final[Mapping[str, Callable[[DecisionError], str]]] = {
@@ -21,9 +25,8 @@ FACTORS: Final[Mapping[str, Callable[[DecisionError], str]]] = {
     "lags": lambda e: e.lag,
     "engine": lambda e: e.engine,
     "band": lambda e: f"{e.band:g}",
-    "driver": lambda e: e.driver,
 }
-"""What differs between traces, and its level."""
+"""What differs between the traces of one seed, and its level; drivers do not: each seed has one."""
 
 
 def decision_tables(study: Study) -> list[Table]:
@@ -33,7 +36,7 @@ def decision_tables(study: Study) -> list[Table]:
         return []
     main = main_band(errors)
     cells = pooled(errors)
-    tables = [_checks(declared_checks(errors)), _by_factor(errors), _kinds(errors, main)]
+    tables = [_checks(declared_checks(errors, study.declaration.cross)), _by_factor(errors), _kinds(errors, main)]
     bands = sorted({e.band for e in errors}, key=lambda band: (band != main, band))
     tables += [_settings(cells, band, study.declaration.cross, is_detail=band != main) for band in bands]
     return tables
@@ -92,13 +95,17 @@ def _checks(checks: Sequence[Check]) -> Table:
     def found(check: Check) -> str:
         return interval(check.ratio, ".3f") if check.ratio else figure(check.value)
 
-    rows = [(c.claim, f"{c.bar:g}", found(c), str(c.num_traces), "holds" if c.holds else "does not hold") for c in checks]
+    def row(check: Check) -> tuple[str, ...]:
+        seeds, traces = str(check.ratio.n) if check.ratio else DASH, f"{check.num_traces} of {check.num_declared}"
+        return check.claim, f"{check.bar:g}", found(check), seeds, traces, "holds" if check.holds else "does not hold"
+
     return Table(
         part=PART,
         title="The declared checks",
-        header=("claim", "bar", "found [95% interval]", "traces", "reading"),
-        rows=tuple(rows),
-        caption="Share of tokens decided otherwise than with the old logits; geometric means over traces.",
+        header=("claim", "bar", "found [95% interval]", "seeds", "declared traces", "reading"),
+        rows=tuple(map(row, checks)),
+        caption="Share of tokens decided otherwise than with the old logits. Geometric means, over the traces of each seed "
+        f"first, since these are not independent; intervals over seeds. {FORM}",
     )
 
 
@@ -112,8 +119,14 @@ def _by_factor(errors: Sequence[DecisionError]) -> Table:
             (at.factor, at.level, f"{at.arrival:.2%}", *(figure(at.ratios.get(name), ".2f") for name in names))
             for at in levels(errors)
         ),
-        caption="Error by count. Ratios: geometric mean over all settings of the level, each setting's over its traces.",
+        caption="Error by count. Ratios: geometric mean over all settings of the level, each setting's over its traces. A "
+        f"longer window is a later stage of training: a trace ends soon after its window is full. {_drivers(errors)}{FORM}",
     )
+
+
+def _drivers(errors: Sequence[DecisionError]) -> str:
+    drivers = dict.fromkeys(e.driver for e in errors)
+    return f"Drivers ({', '.join(drivers)}) are not compared: each has seeds of its own. " if len(drivers) > 1 else ""
 
 
 def _kinds(errors: Sequence[DecisionError], band: float) -> Table:
@@ -132,7 +145,8 @@ def _kinds(errors: Sequence[DecisionError], band: float) -> Table:
         ),
         rows=tuple(rows),
         caption="Medians over the traces of all windows and lag shapes. Shares of the loss tokens, of those with A ≠ 0, and by "
-        "weight: the sum of |R A| over the differing tokens over that of the tokens active under the old logits, R = theta/mu.",
+        "weight: the sum of |R A| over the differing tokens over that of the tokens active under the old logits, R = theta/mu. "
+        + FORM,
     )  # fmt: skip
 
 
@@ -162,7 +176,7 @@ def _settings(cells: Sequence[Pooled], band: float, cross: Cross, *, is_detail: 
         own = [f"{cell.median_arrival:.2%}" if cell else DASH for cell in by_window.values()]
         rows.append((engine, lag, "arrival", *own))
         rows += [(engine, lag, name, *(_ratio(found.get((engine, lag, name, w))) for w in windows)) for name in names]
-    traces = sorted({cell.ratio.n for cell in here})
+    traces, seeds = (sorted(found) for found in ({cell.num_traces for cell in here}, {cell.ratio.n for cell in here}))
     zeros = sum(cell.num_zero for cell in here)
     return Table(
         part=PART,
@@ -170,14 +184,18 @@ def _settings(cells: Sequence[Pooled], band: float, cross: Cross, *, is_detail: 
         header=("engine", "lags", "stand-in", *(f"window {w}" for w in windows)),
         rows=tuple(rows),
         caption="Rows of arrival: its own error by count, median over traces. Other rows: geometric mean over traces of the "
-        "ratio to it with the 95% t interval of the logarithm.",
+        f"ratio to it, with the 95% t interval of the logarithm over seeds. {FORM}",
         legend=(
             _NOT_ONE,
-            f"{' to '.join(map(str, sorted({traces[0], traces[-1]})))} traces a cell. Half a token is added to both counts; "
-            f"{counted(zeros, 'ratio')} of {sum(cell.ratio.n for cell in here)} have a count of 0.",
+            f"{_ends(traces)} traces of {_ends(seeds)} seeds a cell. Half a token is added to both counts; "
+            f"{counted(zeros, 'ratio')} of {sum(cell.num_traces for cell in here)} have a count of 0.",
         ),
         is_detail=is_detail,
     )
+
+
+def _ends(ascending: Sequence[int]) -> str:
+    return " to ".join(map(str, sorted({ascending[0], ascending[-1]})))
 
 
 def _ratio(cell: Pooled | None) -> str:

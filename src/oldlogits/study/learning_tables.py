@@ -22,6 +22,7 @@ from oldlogits.study.contrasts import (
 from oldlogits.study.layout import DASH, Table, blocks_named, counted, figure, interval, p_value, plus_minus
 from oldlogits.study.methods import find_method
 from oldlogits.study.results import VIEWS, Declaration, Knobs, LearningRun, Regime, Study, View
+from oldlogits.study.stats import Estimate
 
 PART: Final = "Learning"
 
@@ -208,17 +209,19 @@ def _resets(declaration: Declaration, runs: Sequence[LearningRun], rule: str) ->
         part=PART,
         title=f"{rule} against ewma without resets",
         header=("regime", "runs in which it fired", "difference [95% interval]", "worst", "its difference"),
-        rows=tuple(_reset_row(name, group) for name, group in [*groups, *([("all", cells)] if cells else [])]),
-        caption=f"Final success {VIEW_NAMES[declaration.primary]}, paired with the run of the same regime and block. "
-        + verdict,
+        rows=(
+            *(_reset_row(name, group, estimated([cell[2] for cell in group])) for name, group in groups),
+            *([_reset_row("all", cells, effect.estimate)] if effect else []),
+        ),
+        caption=f"Final success {VIEW_NAMES[declaration.primary]}, paired with the run of the same regime and block. All: the "
+        f"mean of each block first, then over {counted(effect.estimate.n if effect else 0, 'block')}. " + verdict,
         legend=() if cells else ("It fired in no run that can be compared.",),
     )
 
 
-def _reset_row(name: str, cells: Sequence[tuple[str, int, float]]) -> tuple[str, ...]:
+def _reset_row(name: str, cells: Sequence[tuple[str, int, float]], estimate: Estimate | None) -> tuple[str, ...]:
     regime, block, difference = min(cells, key=lambda cell: cell[2])
-    found = interval(estimated([cell[2] for cell in cells]))
-    return name, str(len(cells)), found, f"{regime}, block {block}", f"{difference:+.3f}"
+    return name, str(len(cells)), interval(estimate), f"{regime}, block {block}", f"{difference:+.3f}"
 
 
 def _pilot(study: Study) -> Table:

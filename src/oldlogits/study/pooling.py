@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from statistics import median
 from typing import Final, Literal
 
 from oldlogits.core.errors import ConfigError
 from oldlogits.study.decision import DecisionError
-from oldlogits.study.stats import Estimate, geometric_mean
+from oldlogits.study.results import Cross
+from oldlogits.study.stats import Estimate, geometric_mean, group_means
 
 Measure = Literal["by_count", "by_weight"]
 
@@ -21,6 +23,11 @@ of a few tokens towards 1. By weight: half a token of mean weight."""
 EWMA_BAR: Final = 0.95
 AUTO_BAR: Final = 1.02
 CHECKED_BAND: Final = 1.1
+
+_WIDE: Final = range(8, 33)
+
+SeedRatio = tuple[int, float]
+"""A trace's seed, and a ratio found on it."""
 
 StandIns = Mapping[str, DecisionError]
 """The rows of one trace under one band, by stand-in."""
@@ -36,8 +43,9 @@ class Pooled:
         window: The largest lag, in versions.
         band: The discrepancy band.
         stand_in: Its name.
-        ratio: Geometric mean over traces of ``(error + h) / (arrival's error + h)``, h = `HALF` a token, with the t
-            interval of its logarithm; n is the number of traces. Traces count as independent: each needs a seed of its own.
+        ratio: Geometric mean over seeds, and over the traces of each, of ``(error + h) / (arrival's error + h)``, h = `HALF`
+            a token, with the t interval of the logarithm over seeds; n is the number of seeds.
+        num_traces: That it is over.
         median: Of the error, over traces; a share.
         median_arrival: The same of arrival.
         num_zero: Traces in which this error or arrival's is 0.
@@ -49,6 +57,7 @@ class Pooled:
     band: float
     stand_in: str
     ratio: Estimate
+    num_traces: int
     median: float
     median_arrival: float
     num_zero: int
@@ -62,8 +71,9 @@ class Check:
         claim: The statement.
         bar: What the value is compared with.
         value: What was found; None: no trace says anything about it, and it does not hold.
-        ratio: Of a claim about a ratio: its interval over traces.
+        ratio: Of a claim about a ratio: its interval over seeds.
         num_traces: That say something about it.
+        num_declared: Traces that were to say something about it.
         holds: Whether the value keeps the bar.
     """
 
@@ -72,6 +82,7 @@ class Check:
     value: float | None
     ratio: Estimate | None
     num_traces: int
+    num_declared: int
     holds: bool
 
 
@@ -97,7 +108,8 @@ def pooled(errors: Iterable[DecisionError], measure: Measure = "by_count") -> tu
             window=window,
             band=band,
             stand_in=name,
-            ratio=geometric_mean([_ratio(rows, name, ("arrival",), measure) for rows in traces]),
+            ratio=_over_seeds([_ratio(rows, name, ("arrival",), measure) for rows in traces]),
+            num_traces=len(traces),
             median=median(_error(rows[name], measure) for rows in traces),
             median_arrival=median(_error(rows["arrival"], measure) for rows in traces),
             num_zero=sum(not _error(rows[name], measure) or not _error(rows["arrival"], measure) for rows in traces),
@@ -106,8 +118,10 @@ def pooled(errors: Iterable[DecisionError], measure: Measure = "by_count") -> tu
     )
 
 
-def declared_checks(errors: Iterable[DecisionError], measure: Measure = "by_count") -> tuple[Check, ...]:
+def declared_checks(errors: Iterable[DecisionError], cross: Cross, measure: Measure = "by_count") -> tuple[Check, ...]:
     """The three declared statements about the averages, each over all of its traces at band `CHECKED_BAND`.
+
+    Geometric means are over seeds, and over the traces of each.
 
     1. ``ewma / arrival <= EWMA_BAR``: geometric mean; even lags, windows 8 to 32, engine fp8.
     2. ``ewma-auto / min(arrival, ewma) <= AUTO_BAR``: geometric mean; every engine, lag shape and window. The smaller
@@ -118,21 +132,25 @@ def declared_checks(errors: Iterable[DecisionError], measure: Measure = "by_coun
     of_ewma = [
         _ratio(rows, "ewma", ("arrival",), measure)
         for rows in traces
-        if "ewma" in rows and _is_even_fp8(rows["arrival"]) and 8 <= rows["arrival"].window <= 32
+        if "ewma" in rows and _is_even_fp8(rows["arrival"]) and rows["arrival"].window in _WIDE
     ]
     with_auto = [rows for rows in traces if "ewma-auto" in rows and "ewma" in rows]
     of_auto = [_ratio(rows, "ewma-auto", ("arrival", "ewma"), measure) for rows in with_auto]
     betas = [rows["ewma-auto"].beta for rows in with_auto if rows["arrival"].lag == "even" and rows["arrival"].window]
     known = [beta for beta in betas if beta is not None]
+    settings = [(w, lag, engine) for w, lag, engine in product(cross.windows, cross.lags, cross.engines)]
+    settings *= cross.num_traces * (CHECKED_BAND in cross.bands)
+    num_ewma = sum(w in _WIDE and (lag, engine) == ("even", "fp8") for w, lag, engine in settings)
     return (
-        _bounded("ewma / arrival: even lags, windows 8 to 32, fp8, band 1.1", EWMA_BAR, of_ewma),
-        _bounded("ewma-auto / the better of arrival and ewma: band 1.1", AUTO_BAR, of_auto),
+        _bounded("ewma / arrival: even lags, windows 8 to 32, fp8, band 1.1", EWMA_BAR, of_ewma, num_ewma),
+        _bounded("ewma-auto / the better of arrival and ewma: band 1.1", AUTO_BAR, of_auto, len(settings)),
         Check(
             claim="smallest beta of ewma-auto above 0: even lags",
             bar=0.0,
             value=min(known, default=None),
             ratio=None,
             num_traces=len(known),
+            num_declared=sum(lag == "even" and w > 0 for w, lag, _ in settings),
             holds=bool(known) and min(known) > 0,
         ),
     )
@@ -192,15 +210,26 @@ def _error(e: DecisionError, measure: Measure) -> float:
     return e.by_count if measure == "by_count" else e.by_weight
 
 
-def _ratio(rows: StandIns, name: str, others: Sequence[str], measure: Measure) -> float:
+def _ratio(rows: StandIns, name: str, others: Sequence[str], measure: Measure) -> SeedRatio:
     """A stand-in's error over the smallest of the others', half a token added to both."""
     half = HALF / rows[name].num_tokens
-    return (_error(rows[name], measure) + half) / (min(_error(rows[other], measure) for other in others) + half)
+    ratio = (_error(rows[name], measure) + half) / (min(_error(rows[other], measure) for other in others) + half)
+    return rows[name].seed, ratio
 
 
-def _bounded(claim: str, bar: float, ratios: Sequence[float]) -> Check:
-    found = geometric_mean(ratios) if ratios else None
-    value = found.mean if found else None
+def _over_seeds(ratios: Sequence[SeedRatio]) -> Estimate:
+    """The geometric mean of the seeds' geometric means: traces of one seed are not independent."""
+    return geometric_mean([math.exp(mean) for mean in group_means((seed, math.log(ratio)) for seed, ratio in ratios)])
+
+
+def _bounded(claim: str, bar: float, ratios: Sequence[SeedRatio], num_declared: int) -> Check:
+    found = _over_seeds(ratios) if ratios else None
     return Check(
-        claim=claim, bar=bar, value=value, ratio=found, num_traces=len(ratios), holds=value is not None and value <= bar
+        claim=claim,
+        bar=bar,
+        value=found.mean if found else None,
+        ratio=found,
+        num_traces=len(ratios),
+        num_declared=num_declared,
+        holds=found is not None and found.mean <= bar,
     )

@@ -43,7 +43,7 @@ def plain_reading(study: Study) -> tuple[Section, ...]:
         "Equal rho, tuned, equal CPU seconds": _other_views(contrasts),
         "Collapses, and methods outside of the contrasts": _methods(study),
         "Resets": _resets(study),
-        "Decision error": _decisions(study.decision),
+        "Decision error": _decisions(study),
         "What decides": _what_decides(study.decision),
         "Which route": _routes(study),
     }
@@ -174,7 +174,8 @@ def _resets(study: Study) -> Iterator[str]:
         where = counted(len({cell[0] for cell in effect.cells}), "regime")
         yield (
             f"{rule}: it fired in {counted(len(effect.cells), 'run')} of {where}; against the same run without resets "
-            f"{interval(effect.estimate)}; worst: {regime}, block {block}, {worst:+.3f}."
+            f"{interval(effect.estimate)} over {counted(effect.estimate.n, 'block')}; worst: {regime}, block {block}, "
+            f"{worst:+.3f}."
         )
         if rule == RESET_RULES[0]:
             yield (
@@ -184,16 +185,18 @@ def _resets(study: Study) -> Iterator[str]:
             )
 
 
-def _decisions(errors: Sequence[DecisionError]) -> Iterator[str]:
-    if not errors:
+def _decisions(study: Study) -> Iterator[str]:
+    if not study.decision:
         return
-    for check in declared_checks(errors):
+    for check in declared_checks(study.decision, study.declaration.cross):
         if check.value is None:
             yield f"{check.claim}: no trace says anything about it."
             continue
         found = interval(check.ratio, ".3f") if check.ratio else f"{check.value:.3f}"
         verdict = "holds" if check.holds else "does not hold"
-        yield f"{check.claim}: {found} against the bar {check.bar:g}, {counted(check.num_traces, 'trace')}; it {verdict}."
+        seeds = f"{counted(check.ratio.n, 'seed')}, " if check.ratio else ""
+        traces = f"{check.num_traces} of {counted(check.num_declared, 'declared trace')}"
+        yield f"{check.claim}: {found} against the bar {check.bar:g}, {seeds}{traces}; it {verdict}."
 
 
 def _what_decides(errors: Sequence[DecisionError]) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import fmean, stdev
@@ -81,6 +81,19 @@ def geometric_mean(ratios: Sequence[float]) -> Estimate:
     logs = mean_interval([math.log(ratio) for ratio in ratios])
     high = math.exp(logs.high) if logs.high < 700 else math.inf
     return Estimate(mean=math.exp(logs.mean), low=math.exp(logs.low), high=high, p=logs.p, n=logs.n, null=1.0)
+
+
+def group_means(values: Iterable[tuple[Hashable, float]]) -> list[float]:
+    """The mean of the values of each group, in the order in which groups come up: groups are independent, their values not.
+
+    Example:
+        >>> group_means([("seed 1", 1.0), ("seed 2", 5.0), ("seed 1", 3.0)])
+        [2.0, 5.0]
+    """
+    groups: dict[Hashable, list[float]] = {}
+    for group, value in values:
+        groups.setdefault(group, []).append(value)
+    return [fmean(own) for own in groups.values()]
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:
