@@ -112,16 +112,24 @@ def test_the_environment_names_the_versions_that_run(tmp_path: Path):
     assert found["num_cpus"] >= 1
 
 
-def test_the_commit_is_that_of_the_working_directory_and_absent_outside_of_one(tmp_path: Path, monkeypatch):
+def test_the_commit_is_that_of_the_code_wherever_it_runs_and_says_where_files_differ(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert describe_environment()["git_commit"] is None
+    status = ""
 
-    def answers(*args, **kwargs):
-        return subprocess.CompletedProcess(args, 0, stdout="abc123\n")
+    def answers(words, *, cwd, **kwargs):
+        assert Path(cwd) in Path(folder_module.__file__).parents
+        return subprocess.CompletedProcess(words, 0, stdout="abc123\n" if "rev-parse" in words else status)
 
     monkeypatch.setattr(folder_module.subprocess, "run", answers)
     assert describe_environment()["git_commit"] == "abc123"
+    status = " M src/oldlogits/objective/masks.py\n"
+    assert describe_environment()["git_commit"] == "abc123-dirty"
+
+    def not_a_repository(words, **kwargs):
+        return subprocess.CompletedProcess(words, 128, stdout="")
+
+    monkeypatch.setattr(folder_module.subprocess, "run", not_a_repository)
+    assert describe_environment()["git_commit"] is None
 
     def fails(*args, **kwargs):
         raise FileNotFoundError("git")
