@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoConfig
 
 from oldlogits.batch import TokenBatch
+from oldlogits.config import config_from_table
 from oldlogits.policy.mixed import MixedForward
 from oldlogits.policy.model import load_model
 from oldlogits.runtime.cost import estimate
@@ -21,7 +22,7 @@ from ..runs import recipe
 @pytest.mark.parametrize("numerics", ["fp32", "bf16", "int4"])
 def test_the_view_of_the_engine_is_a_copy_with_a_head_of_its_own_and_none_for_fp32(name, numerics, tmp_path):
     model = make_model(name)
-    cost = estimate(recipe(save(model, tmp_path), engine={"numerics": numerics}))
+    cost = estimate(config_from_table({"model": {"path": str(save(model, tmp_path))}, "engine": {"numerics": numerics}}))
     held = 0 if numerics == "fp32" else sum(p.nbytes for p in EngineView(model, numerics).model.parameters())
     assert cost.view_bytes == held
     assert cost.weights_bytes == sum(p.nbytes for p in model.parameters())
@@ -29,7 +30,7 @@ def test_the_view_of_the_engine_is_a_copy_with_a_head_of_its_own_and_none_for_fp
 
 
 def test_the_tiny_model_has_a_tied_head():
-    cost = estimate(recipe("tiny", engine={"numerics": "fp8"}))
+    cost = estimate(config_from_table({"engine": {"numerics": "fp8"}}))
     assert 0 < cost.view_bytes - cost.weights_bytes < cost.weights_bytes
 
 

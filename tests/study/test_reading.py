@@ -77,6 +77,16 @@ def test_the_papers_order_is_counted_as_shown_reversed_or_neither():
     assert "It is reversed: exact - ewma in tight; ewma - arrival in tight; exact - arrival in tight." in reverse
 
 
+def test_pairs_of_fewer_than_two_blocks_are_missing_and_not_compared():
+    runs = tuple(r for r in learning_runs(declaration()) if (r.regime, r.method) != ("tight", "arrival") or r.block == 0)
+    text = section("The paper's order", study(learning=runs))
+    assert "Of 6 declared tests, 1 shows this order, 0 show the reverse, 3 neither, 2 missing." in text
+    assert "Missing: ewma - arrival in tight; exact - arrival in tight." in text
+    others = section("Equal rho, tuned, equal CPU seconds", study(learning=runs))
+    assert "of 4 exploratory comparisons" in others
+    assert "tight, at equal band at equal CPU seconds: ewma - arrival" not in others
+
+
 def test_a_view_that_says_otherwise_is_told_beside_the_declared_test():
     text = section("Equal rho, tuned, equal CPU seconds", study())
     assert re.search(

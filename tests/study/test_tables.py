@@ -75,6 +75,14 @@ def test_a_method_prints_mean_worst_and_collapses_of_its_runs():
     assert cells(table, "mu")["band"] == "—", "it has none"
 
 
+def test_a_method_that_leaves_the_mismatch_uncorrected_is_marked():
+    table = found("tight, at equal band")
+    corrected = ("exact", "arrival", "ewma", "ewma-reset-guarded", "mu")
+    assert {row[0] for row in table.rows} == {*corrected, "linear (mismatch uncorrected)"}
+    tried = tuple(run("tight", method, 0, 0.4, seed=7) for method in ("exact-r_d-1", "mu"))
+    assert [row[1] for row in found("Pilot runs", pilot=tried).rows] == ["exact-r_d-1 (mismatch uncorrected)", "mu"]
+
+
 def test_missing_blocks_methods_and_views_are_named():
     runs = [r for r in learning_runs(declaration()) if (r.method, r.block) != ("ewma", 3) and r.method != "mu"]
     table = found("tight, at equal band", learning=tuple(runs))
@@ -214,7 +222,13 @@ def test_the_frontier_holds_what_no_other_choice_beats():
 
 
 def test_what_is_missing_is_counted_part_by_part():
-    assert missing(study()) == ["runs in tight, each tuned: 5 of 10; missing: exact blocks 0 to 4."]
+    assert missing(study()) == [
+        "contrasts each tuned: 0 of 3; missing: exact - ewma in tight; ewma - arrival in tight; exact - arrival in tight.",
+        "runs in tight, each tuned: 5 of 10; missing: exact blocks 0 to 4.",
+    ]
+    short = tuple(r for r in learning_runs(declaration()) if (r.regime, r.method, r.block) != ("loose", "arrival", 9))
+    gaps = missing(study(learning=short))
+    assert "contrasts at equal band: 4 of 6; missing: ewma - arrival in loose; exact - arrival in loose." in gaps
     rows = tuple(e for e in decision_rows() if (e.window, e.band, e.trace, e.stand_in) != (16, 1.5, 2, "aged"))
     gaps = missing(study(decision=rows, cost=()))
     assert "decision errors, settings with 5 traces: 3 of 4; missing: fp8, even lags, window 16, band 1.5." in gaps

@@ -20,7 +20,7 @@ _SHOWN = 8
 
 def completeness(study: Study) -> Table:
     """What was declared and what there is, part by part."""
-    parts = [_tests(study), *_runs(study), _cross(study), _routes(study)]
+    parts = [*_contrasts(study), *_runs(study), _cross(study), _routes(study)]
     return Table(
         part="Declared and found",
         title="What the recipe declares",
@@ -45,11 +45,14 @@ class _Part:
     missing: Sequence[str]
 
 
-def _tests(study: Study) -> _Part:
-    tests = [contrast for contrast in all_contrasts(study.declaration, study.learning) if contrast.adjusted is not None]
-    short = [c for c in tests if c.estimate is None or c.estimate.n < c.num_declared]
-    names = [f"{c.first} - {c.second} in {c.regime}" for c in short]
-    return _Part(name="declared contrasts", declared=len(tests), num_missing=len(short), missing=names)
+def _contrasts(study: Study) -> Iterator[_Part]:
+    """The pairs in every regime, a part a view; short of runs, or of a method that the view does not hold."""
+    found = [c for c in all_contrasts(study.declaration, study.learning) if c.axis == "update"]
+    for view in dict.fromkeys(c.view for c in found):
+        own = [c for c in found if c.view == view]
+        short = [c for c in own if c.estimate is None or c.estimate.n < c.num_declared]
+        names = [f"{c.first} - {c.second} in {c.regime}" for c in short]
+        yield _Part(name=f"contrasts {VIEW_NAMES[view]}", declared=len(own), num_missing=len(short), missing=names)
 
 
 def _runs(study: Study) -> Iterator[_Part]:

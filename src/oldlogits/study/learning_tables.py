@@ -7,6 +7,7 @@ from itertools import groupby
 from statistics import fmean
 from typing import Final
 
+from oldlogits.core.policies import find_variant
 from oldlogits.study.contrasts import (
     COLLAPSE,
     RESET_BAR,
@@ -173,7 +174,7 @@ def _method_cells(row: MethodRow, reference: str) -> tuple[str, ...]:
     difference = estimated(row.differences)
     shown = "reference" if row.method == reference else interval(difference)
     return (
-        row.method,
+        shown_name(row.method),
         f"{row.knobs[0]:.4g}" if find_method(row.method).has_band else DASH,
         f"{row.knobs[1]:g}, {row.knobs[2]:g}",
         f"{len(row.runs)} of {row.num_declared}",
@@ -185,6 +186,11 @@ def _method_cells(row: MethodRow, reference: str) -> tuple[str, ...]:
         plus_minus(estimated(row.equal_cpu)),
         shown + (" *" if difference and difference.sign and shown != "reference" else ""),
     )
+
+
+def shown_name(method: str) -> str:
+    """A method's name, with what its variant leaves out."""
+    return method + ("" if find_variant(find_method(method).variant).corrects_mismatch else " (mismatch uncorrected)")
 
 
 def _early(rows: Sequence[MethodRow]) -> Iterator[str]:
@@ -251,4 +257,12 @@ def _pilot_rows(
     for knobs in sorted(means, key=means.__getitem__, reverse=True):
         mark, rho = " ‡" if knobs == tuned else "", fmean(run.rho for run in tried[knobs])
         eps = f"{knobs[1]:g}, {knobs[2]:g}"
-        yield *place, f"{knobs[0]:g}", eps, str(len(tried[knobs])), f"{means[knobs]:.3f}{mark}", f"{rho:.3f}"
+        yield (
+            place[0],
+            shown_name(place[1]),
+            f"{knobs[0]:g}",
+            eps,
+            str(len(tried[knobs])),
+            f"{means[knobs]:.3f}{mark}",
+            f"{rho:.3f}",
+        )

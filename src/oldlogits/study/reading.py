@@ -85,22 +85,26 @@ def sentence(contrast: Contrast) -> str:
 
 
 def _order(contrasts: Sequence[Contrast]) -> Iterator[str]:
-    """How often the order that the paper reports is shown, reversed, or neither."""
+    """How often the order that the paper reports is shown, reversed, neither, or has fewer than two blocks to tell by."""
     tests = [c for c in contrasts if c.adjusted is not None and {c.first, c.second} <= set(PAPER_ORDER)]
     if not tests:
         return
-    missing = sum(contrast.estimate is None for contrast in tests)
-    tests = [contrast for contrast in tests if contrast.estimate is not None]
-    signs = [_as_reported(contrast) for contrast in tests]
-    shown, reversed_, rest = ([c for c, sign in zip(tests, signs, strict=True) if sign == wanted] for wanted in (1, -1, 0))
+    missing = [c for c in tests if not _has_interval(c)]
+    signs = [(c, _as_reported(c)) for c in tests if _has_interval(c)]
+    shown, reversed_, rest = ([c for c, sign in signs if sign == wanted] for wanted in (1, -1, 0))
     yield (
         f"The paper reports {' above '.join(PAPER_ORDER)}. Of {counted(len(tests), 'declared test')}, {len(shown)} "
         f"{_verb('show', len(shown))} this order, {len(reversed_)} {_verb('show', len(reversed_))} the reverse, {len(rest)} "
-        f"neither{f'; {missing} more have no runs' if missing else ''}."
+        f"neither{f', {len(missing)} missing' if missing else ''}."
     )
-    for name, found in (("It reproduces", shown), ("It is reversed", reversed_), ("Not shown either way", rest)):
+    groups = {"It reproduces": shown, "It is reversed": reversed_, "Not shown either way": rest, "Missing": missing}
+    for name, found in groups.items():
         if found:
             yield f"{name}: {'; '.join(f'{c.first} - {c.second} in {c.regime}' for c in found)}."
+
+
+def _has_interval(contrast: Contrast) -> bool:
+    return contrast.estimate is not None and contrast.estimate.n > 1
 
 
 def _verb(verb: str, count: int) -> str:
@@ -123,8 +127,9 @@ def _other_views(contrasts: Sequence[Contrast]) -> Iterator[str]:
     compared = other = 0
     for contrast in contrasts:
         test = tests.get((contrast.regime, contrast.first, contrast.second))
-        if test is None or contrast is test or contrast.estimate is None or test.estimate is None:
+        if test is None or contrast is test or not (_has_interval(contrast) and _has_interval(test)):
             continue
+        assert contrast.estimate and test.estimate
         compared += 1
         if contrast.estimate.sign != test.estimate.sign:
             other += 1
