@@ -129,7 +129,8 @@ def _other_views(contrasts: Sequence[Contrast]) -> Iterator[str]:
         test = tests.get((contrast.regime, contrast.first, contrast.second))
         if test is None or contrast is test or not (_has_interval(contrast) and _has_interval(test)):
             continue
-        assert contrast.estimate and test.estimate
+        assert contrast.estimate
+        assert test.estimate
         compared += 1
         if contrast.estimate.sign != test.estimate.sign:
             other += 1
