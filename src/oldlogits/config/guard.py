@@ -187,9 +187,11 @@ def _range(found: Sequence[_Weighted]) -> str:
 
 
 def _hidden(bounds: EffectiveBounds, clips: bool) -> tuple[str, ...]:
+    low, high = bounds.mask_low > 0, bounds.mask_high < math.inf
     found = {
-        "mask from below": bounds.mask_low == 0,
-        "mask from above": bounds.mask_high == math.inf,
+        "mask": not low and not high,
+        "mask from below": not low and high,
+        "mask from above": low and not high,
         "clip of A > 0": clips and bounds.positive_high >= bounds.mask_high,
         "clip of A < 0": clips and bounds.negative_low <= bounds.mask_low,
     }
