@@ -18,6 +18,8 @@ FORM: Final = (
     "Every stand-in X in the form r_d = X/mu, r_s = theta/X; the learning runs of linear and log-linear have r_d = 1 instead."
 )
 
+STAGE: Final = "A longer window is a later stage of training: a trace ends soon after its window is full."
+
 _NOT_ONE: Final = "*: the 95% interval does not hold 1."
 
 FACTORS: Final[Mapping[str, Callable[[DecisionError], str]]] = {
@@ -119,8 +121,8 @@ def _by_factor(errors: Sequence[DecisionError]) -> Table:
             (at.factor, at.level, f"{at.arrival:.2%}", *(figure(at.ratios.get(name), ".2f") for name in names))
             for at in levels(errors)
         ),
-        caption="Error by count. Ratios: geometric mean over all settings of the level, each setting's over its traces. A "
-        f"longer window is a later stage of training: a trace ends soon after its window is full. {_drivers(errors)}{FORM}",
+        caption="Error by count. Ratios: geometric mean over all settings of the level, each setting's over its traces. "
+        f"{STAGE} {_drivers(errors)}{FORM}",
     )
 
 

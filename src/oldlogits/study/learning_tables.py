@@ -253,16 +253,9 @@ def _pilot(study: Study) -> Table:
 def _pilot_rows(
     place: tuple[str, str], tried: Mapping[Knobs, list[LearningRun]], tuned: Knobs | None
 ) -> Iterator[tuple[str, ...]]:
+    regime, method = place
     means = {knobs: fmean(run.success for run in runs) for knobs, runs in tried.items()}
     for knobs in sorted(means, key=means.__getitem__, reverse=True):
         mark, rho = " ‡" if knobs == tuned else "", fmean(run.rho for run in tried[knobs])
-        eps = f"{knobs[1]:g}, {knobs[2]:g}"
-        yield (
-            place[0],
-            shown_name(place[1]),
-            f"{knobs[0]:g}",
-            eps,
-            str(len(tried[knobs])),
-            f"{means[knobs]:.3f}{mark}",
-            f"{rho:.3f}",
-        )
+        acting = f"{knobs[0]:g}", f"{knobs[1]:g}, {knobs[2]:g}"
+        yield regime, shown_name(method), *acting, str(len(tried[knobs])), f"{means[knobs]:.3f}{mark}", f"{rho:.3f}"

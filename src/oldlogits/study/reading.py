@@ -10,12 +10,12 @@ from typing import Final
 from oldlogits.study.contrasts import RESET_BAR, Contrast, MethodRow, all_contrasts, estimated, method_rows, reset_effect
 from oldlogits.study.cost_tables import ROUTES, choices
 from oldlogits.study.decision import DecisionError
-from oldlogits.study.decision_tables import Level, levels
+from oldlogits.study.decision_tables import STAGE, Level, levels
 from oldlogits.study.layout import counted, interval, p_value
 from oldlogits.study.learning_tables import RESET_RULES, VIEW_NAMES
 from oldlogits.study.pooling import declared_checks
 from oldlogits.study.results import Study
-from oldlogits.study.stats import Estimate
+from oldlogits.study.stats import Estimate, geometric_mean
 
 PAPER_ORDER: Final = ("exact", "ewma", "arrival")
 """Best first, as the paper reports it."""
@@ -89,8 +89,8 @@ def _order(contrasts: Sequence[Contrast]) -> Iterator[str]:
     tests = [c for c in contrasts if c.adjusted is not None and {c.first, c.second} <= set(PAPER_ORDER)]
     if not tests:
         return
-    missing = [c for c in tests if not _has_interval(c)]
-    signs = [(c, _as_reported(c)) for c in tests if _has_interval(c)]
+    missing = [c for c in tests if not _told(c)]
+    signs = [(c, _as_reported(c)) for c in tests if _told(c)]
     shown, reversed_, rest = ([c for c, sign in signs if sign == wanted] for wanted in (1, -1, 0))
     yield (
         f"The paper reports {' above '.join(PAPER_ORDER)}. Of {counted(len(tests), 'declared test')}, {len(shown)} "
@@ -103,8 +103,9 @@ def _order(contrasts: Sequence[Contrast]) -> Iterator[str]:
             yield f"{name}: {'; '.join(f'{c.first} - {c.second} in {c.regime}' for c in found)}."
 
 
-def _has_interval(contrast: Contrast) -> bool:
-    return contrast.estimate is not None and contrast.estimate.n > 1
+def _told(contrast: Contrast | None) -> Estimate | None:
+    """What a contrast shows; None with fewer than two blocks."""
+    return contrast.estimate if contrast and contrast.estimate and contrast.estimate.n > 1 else None
 
 
 def _verb(verb: str, count: int) -> str:
@@ -127,18 +128,17 @@ def _other_views(contrasts: Sequence[Contrast]) -> Iterator[str]:
     compared = other = 0
     for contrast in contrasts:
         test = tests.get((contrast.regime, contrast.first, contrast.second))
-        if test is None or contrast is test or not (_has_interval(contrast) and _has_interval(test)):
+        found, declared = _told(contrast), _told(test)
+        if contrast is test or found is None or declared is None:
             continue
-        assert contrast.estimate
-        assert test.estimate
         compared += 1
-        if contrast.estimate.sign != test.estimate.sign:
+        if found.sign != declared.sign:
             other += 1
             place = f"{contrast.regime}, {VIEW_NAMES[contrast.view]}{axes[contrast.axis]}"
             pair = f"{contrast.first} - {contrast.second}"
             yield (
-                f"{place}: {pair} is {interval(contrast.estimate)} ({_word(contrast.estimate)}), against "
-                f"{interval(test.estimate)} ({_word(test.estimate)}) in the declared test."
+                f"{place}: {pair} is {interval(found)} ({_word(found)}), against {interval(declared)} ({_word(declared)}) in "
+                "the declared test."
             )
     if compared > other:
         yield f"{compared - other} of {counted(compared, 'exploratory comparison')} read as the declared test of the same pair."
@@ -206,30 +206,51 @@ def _decisions(study: Study) -> Iterator[str]:
 
 
 def _what_decides(errors: Sequence[DecisionError]) -> Iterator[str]:
-    """The factor that moves arrival's error most, and the one that moves the gain of others most."""
-    by_factor = {name: [level for level in levels(errors) if level.factor == name] for name in _FACTOR_NAMES}
-    names = [name for name in ("ewma", "linear", "mu") if any(name in x.ratios for own in by_factor.values() for x in own)]
-    measured: dict[str, Callable[[Level], float]] = {"The error of arrival": lambda level: level.arrival}
-    measured |= {f"The error of {name} over that of arrival": partial(_ratio_of, name) for name in names}
-    for what, value in measured.items():
-        spread = {}
-        for factor, own in by_factor.items():
-            values = [value(level) for level in own]
-            if len(values) > 1 and min(values) > 0:
-                spread[factor] = max(values) / min(values)
-        if not spread:
-            continue
-        most = max(spread, key=spread.__getitem__)
-        if spread[most] < _NOTHING:
-            yield f"{what} changes by less than {_NOTHING - 1:.0%} with every factor."
-            continue
-        low, high = min(by_factor[most], key=value), max(by_factor[most], key=value)
-        form = ".2%" if what == "The error of arrival" else ".2f"
-        others = ", ".join(f"{_FACTOR_NAMES[factor]} {spread[factor]:.1f}" for factor in spread if factor != most)
-        yield (
-            f"{what} depends most on {_FACTOR_NAMES[most]}: {value(low):{form}} at {low.level}, {value(high):{form}} at "
-            f"{high.level}, a factor of {spread[most]:.1f}" + (f" ({others})." if others else ".")
-        )
+    """The factor that moves arrival's error most, and the one that moves the gain of others most, where the seeds show it."""
+    found = levels(errors)
+    by_seed = [levels([e for e in errors if e.seed == seed]) for seed in dict.fromkeys(e.seed for e in errors)]
+    yield from _decider("The error of arrival", ".2%", lambda level: level.arrival, found, by_seed)
+    for name in ("ewma", "linear", "mu"):
+        if any(name in level.ratios for level in found):
+            yield from _decider(f"The error of {name} over that of arrival", ".2f", partial(_ratio_of, name), found, by_seed)
+
+
+def _decider(
+    what: str, form: str, value: Callable[[Level], float], found: Sequence[Level], by_seed: Sequence[Sequence[Level]]
+) -> Iterator[str]:
+    by_factor = {name: sorted((x for x in found if x.factor == name), key=value) for name in _FACTOR_NAMES}
+    varied = {factor: own for factor, own in by_factor.items() if len(own) > 1}
+    spread = {factor: value(own[-1]) / value(own[0]) for factor, own in varied.items() if value(own[0]) > 0}
+    for factor in (factor for factor in varied if factor not in spread):
+        none = ", ".join(level.level for level in varied[factor] if value(level) == 0)
+        yield f"{what} is 0 at {none}, so no ratio says how much {_FACTOR_NAMES[factor]} moves it."
+    if not spread:
+        return
+    most = max(spread, key=spread.__getitem__)
+    if spread[most] < _NOTHING:
+        every = "every factor" if len(spread) == len(varied) else "every other factor"
+        yield f"{what} changes by less than {_NOTHING - 1:.0%} with {every}."
+        return
+    low, high = varied[most][0], varied[most][-1]
+    ratio = _ratio_over_seeds(value, low, high, by_seed)
+    is_shown = ratio is not None and ratio.sign > 0
+    others = ", ".join(f"{_FACTOR_NAMES[factor]} {spread[factor]:.1f}" for factor in spread if factor != most)
+    yield (
+        f"{what} {'depends most on' if is_shown else 'is not shown to depend on any factor; it differs most with'} "
+        f"{_FACTOR_NAMES[most]}: {value(low):{form}} at {low.level}, {value(high):{form}} at {high.level}, a factor of "
+        f"{spread[most]:.1f}{f' ({others})' if others else ''}; by seed {interval(ratio, '.1f')}."
+        + (f" {STAGE}" if most == "window" else "")
+    )
+
+
+def _ratio_over_seeds(
+    value: Callable[[Level], float], low: Level, high: Level, by_seed: Sequence[Sequence[Level]]
+) -> Estimate | None:
+    """``value(high) / value(low)`` over the seeds that have both; None with fewer than two, or where one of them is 0."""
+    values = [{(x.factor, x.level): value(x) for x in own} for own in by_seed]
+    ends = (high.factor, high.level), (low.factor, low.level)
+    pairs = [tuple(own[end] for end in ends) for own in values if all(end in own for end in ends)]
+    return geometric_mean([a / b for a, b in pairs]) if len(pairs) > 1 and all(map(all, pairs)) else None
 
 
 def _ratio_of(name: str, level: Level) -> float:
