@@ -123,6 +123,8 @@ def test_a_pair_that_leaves_a_contrast_is_counted():
     row = cells(found("Every contrast in every view", learning=tuple(runs)), "tight", "ewma - arrival")
     assert row["at equal band, equal CPU s"].endswith("(9 of 10)")
     assert "of" not in row["at equal band"]
+    more = tuple(run("tight", "mu", block, 0.7) for block in range(7))
+    assert cells(found("tight, at equal band", learning=more), "mu")["runs"] == "7", "five are declared"
 
 
 def test_equal_cpu_seconds_are_called_rough_and_their_noise_is_printed():
