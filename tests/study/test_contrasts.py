@@ -199,6 +199,7 @@ def test_the_noise_floor_is_the_largest_ratio_of_seconds_of_one_run_under_two_na
     other = [run("tight", "mu", 0, 0.8, cpu_s=90.0, rho=0.5), run("tight", "ewma", 0, 0.7, cpu_s=80.0)]
     assert noise_floor([*runs, *other]) == pytest.approx(1.2)
     assert noise_floor([runs[0], *other, run("loose", "synchronous", 1, 0.8, cpu_s=24.0)]) is None, "another seed"
+    assert noise_floor([runs[0], run("loose", "arrival", 0, 0.8, cpu_s=24.0)]) is None, "another route has its own cost"
 
 
 def test_the_reset_effect_is_over_the_runs_in_which_it_fired_against_the_same_run_without():

@@ -164,6 +164,8 @@ points = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, m
 @given(points)
 def test_the_frontier_is_what_no_route_beats(pairs):
     named = [(str(i), float(error), float(cost)) for i, (error, cost) in enumerate(pairs)]
+    assert frontier(named), "some route is unbeaten"
+    assert frontier(named, tolerance=9.0)
 
     def beats(a, b):
         return a[1] <= b[1] and a[2] <= b[2] and a[1:] != b[1:]
@@ -174,3 +176,10 @@ def test_the_frontier_is_what_no_route_beats(pairs):
     assert set(found) == expected
     costs = {name: cost for name, _, cost in named}
     assert [costs[name] for name in found] == sorted(costs[name] for name in found)
+
+
+def test_costs_within_the_tolerance_are_equal_on_the_frontier():
+    named = [("snapshot", 0.0, 0.30), ("eager", 0.0, 0.22), ("ewma", 0.03, 0.21), ("arrival", 0.05, 0.19), ("mu", 0.02, 0.0)]
+    assert frontier(named) == ("mu", "eager")
+    assert frontier(named, tolerance=0.1) == ("mu", "eager", "snapshot")
+    assert frontier(named, tolerance=0.25) == ("eager", "snapshot"), "both beat mu: no error at a cost that counts as equal"

@@ -30,6 +30,7 @@ from tests.study.synthetic import (
     error_of,
     learning_runs,
     regime,
+    route_costs,
     run,
     study,
     success_of,
@@ -122,6 +123,8 @@ def test_a_pair_that_leaves_a_contrast_is_counted():
     row = cells(found("Every contrast in every view", learning=tuple(runs)), "tight", "ewma - arrival")
     assert row["at equal band, equal CPU s"].endswith("(9 of 10)")
     assert "of" not in row["at equal band"]
+    more = tuple(run("tight", "mu", block, 0.7) for block in range(7))
+    assert cells(found("tight, at equal band", learning=more), "mu")["runs"] == "7", "five are declared"
 
 
 def test_equal_cpu_seconds_are_called_rough_and_their_noise_is_printed():
@@ -217,8 +220,20 @@ def test_the_frontier_holds_what_no_other_choice_beats():
     assert {name for name, choice in own.items() if choice.on_frontier} == {"mu", "snapshot"}
     assert "rescore" not in own, "its route was not measured"
     row = cells(found("Which one is worth its cost"), "mu")
-    assert row == {"exact route or stand-in": "mu", "extra s": "0.000", "fp8": f"{own['mu'].error:.2%} ●"}
+    known = {"exact route or stand-in": "mu", "extra s": "0.000", "update s": "2.00", "copies": "6.0"}
+    assert row == known | {"fp8": f"{own['mu'].error:.2%} ●"}
+    caption = found("Which one is worth its cost").caption
+    assert "Work that overlaps with the update and stalls of the engine are not in the extra seconds" in caption
+    assert "r_d = X/mu, r_s = theta/X" in caption
     assert choices(study(cost=())) == choices(study(decision=())) == {}
+
+
+def test_routes_that_differ_by_less_than_the_noise_of_an_update_cost_the_same():
+    """An update takes 2 s, so costs within 0.1 s are equal; the exact route at 0.09 s beats mu at 0 s."""
+    near = tuple(replace(one, extra_s=0.09) if one.route == "snapshot" else one for one in route_costs())
+    assert [choice.name for choice in choices(study(cost=near))["fp8"] if choice.on_frontier] == ["snapshot"]
+    far = tuple(replace(one, extra_s=0.11) if one.route == "snapshot" else one for one in route_costs())
+    assert [choice.name for choice in choices(study(cost=far))["fp8"] if choice.on_frontier] == ["mu", "snapshot"]
 
 
 def test_what_is_missing_is_counted_part_by_part():

@@ -195,13 +195,13 @@ def on_even_clock(runs: Sequence[LearningRun]) -> list[LearningRun]:
 def noise_floor(runs: Sequence[LearningRun]) -> float | None:
     """The largest ratio of CPU seconds on the even clock between runs that are one run under two names; None: there are none.
 
-    One run: of one seed, with the same rho and the same success at every evaluation.
+    One run: of one route and seed, with the same rho and the same success at every evaluation.
     """
     same: dict[tuple[object, ...], list[float]] = {}
     for run in on_even_clock(runs):
         if run.cpu_s:
             curve = tuple((point.update, point.success) for point in run.curve)
-            same.setdefault((run.seed, run.rho, curve), []).append(run.cpu_s)
+            same.setdefault((find_method(run.method).source, run.seed, run.rho, curve), []).append(run.cpu_s)
     return max((max(seconds) / min(seconds) for seconds in same.values() if len(seconds) > 1), default=None)
 
 

@@ -10,7 +10,7 @@ from typing import Final
 from oldlogits.core.policies import OLD, SOURCES
 from oldlogits.study.cost import RouteCost, cost_table
 from oldlogits.study.decision import DecisionError
-from oldlogits.study.decision_tables import main_band
+from oldlogits.study.decision_tables import FORM, main_band
 from oldlogits.study.layout import DASH, Table
 from oldlogits.study.pooling import frontier
 from oldlogits.study.results import Study
@@ -30,6 +30,9 @@ ROUTES: Final[Mapping[str, str]] = {
 }
 """The route that feeds a stand-in."""
 
+NOISE: Final = 0.05
+"""Costs that differ by no more than this share of the median update are not told apart."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
@@ -38,14 +41,20 @@ class Choice:
     Args:
         name: An exact route, or a stand-in.
         error: Median share of tokens decided otherwise than with the old logits; 0 for exact routes.
-        extra_s: Seconds that its route adds to an update.
-        on_frontier: Whether no other choice has a smaller error at no higher cost, or a lower cost at no larger error.
+        cost: Of its route.
+        on_frontier: Whether no other choice has a smaller error at no higher cost, or a lower cost at an equal error; costs
+            that differ by no more than `NOISE` of an update count as equal.
     """
 
     name: str
     error: float
-    extra_s: float
+    cost: RouteCost
     on_frontier: bool
+
+    @property
+    def extra_s(self) -> float:
+        """Seconds that its route adds to an update."""
+        return self.cost.extra_s
 
 
 def choices(study: Study) -> dict[str, tuple[Choice, ...]]:
@@ -59,15 +68,15 @@ def choices(study: Study) -> dict[str, tuple[Choice, ...]]:
 
 
 def _choices(errors: Sequence[DecisionError], cost: Sequence[RouteCost]) -> tuple[Choice, ...]:
-    extra_s = {one.route: one.extra_s for one in cost}
+    routes = {one.route: one for one in cost}
     by_count: dict[str, list[float]] = {}
     for e in errors:
         by_count.setdefault(e.stand_in, []).append(e.by_count)
-    points = [(route, 0.0, seconds) for route, seconds in extra_s.items() if OLD in SOURCES[route].provides]
-    fed = [name for name in by_count if ROUTES[name] in extra_s]
-    points += [(name, median(by_count[name]), extra_s[ROUTES[name]]) for name in fed]
-    best = frontier(points)
-    found = [Choice(name=name, error=error, extra_s=seconds, on_frontier=name in best) for name, error, seconds in points]
+    points = [(name, 0.0, one) for name, one in routes.items() if OLD in SOURCES[name].provides]
+    points += [(name, median(own), routes[ROUTES[name]]) for name, own in by_count.items() if ROUTES[name] in routes]
+    tolerance = NOISE * median(one.update_s for one in cost)
+    best = frontier([(name, error, one.extra_s) for name, error, one in points], tolerance)
+    found = [Choice(name=name, error=error, cost=one, on_frontier=name in best) for name, error, one in points]
     return tuple(sorted(found, key=lambda choice: (choice.extra_s, choice.error)))
 
 
@@ -95,8 +104,7 @@ def _frontier(study: Study) -> list[Table]:
     if not by_engine:
         return []
     found = {(engine, choice.name): choice for engine, own in by_engine.items() for choice in own}
-    names = dict.fromkeys(choice.name for own in by_engine.values() for choice in own)
-    seconds = {choice.name: choice.extra_s for choice in found.values()}
+    costs = {choice.name: choice.cost for choice in found.values()}
 
     def cell(choice: Choice | None) -> str:
         return DASH if choice is None else f"{choice.error:.2%}" + (" ●" if choice.on_frontier else "")
@@ -105,15 +113,23 @@ def _frontier(study: Study) -> list[Table]:
         Table(
             part=PART,
             title="Which one is worth its cost",
-            header=("exact route or stand-in", "extra s", *by_engine),
+            header=("exact route or stand-in", "extra s", "update s", "copies", *by_engine),
             rows=tuple(
-                (name, f"{seconds[name]:.3f}", *(cell(found.get((engine, name))) for engine in by_engine))
-                for name in sorted(names, key=seconds.__getitem__)
+                (
+                    name,
+                    f"{one.extra_s:.3f}",
+                    f"{one.update_s:.2f}",
+                    f"{one.resident_copies:.1f}",
+                    *(cell(found.get((engine, name))) for engine in by_engine),
+                )
+                for name, one in sorted(costs.items(), key=lambda item: item[1].extra_s)
             ),
-            caption="Seconds that the route adds to an update, and by engine the median share of tokens decided otherwise, "
-            f"over all windows and lag shapes at band {main_band(study.decision):g}.",
+            caption="Seconds that the route adds to an update, the whole update, copies of the weights; by engine the median "
+            f"share of tokens decided otherwise, over all windows and lag shapes at band {main_band(study.decision):g}. Work "
+            f"that overlaps with the update and stalls of the engine are not in the extra seconds. {FORM}",
             legend=(
-                "●: on the frontier: no other one has a smaller error at no higher cost, or a lower cost at no larger error.",
+                "●: on the frontier: no other one has a smaller error at no higher cost, or a lower cost at an equal error; "
+                f"costs that differ by no more than {NOISE:.0%} of the median update count as equal.",
             ),
         )
     ]

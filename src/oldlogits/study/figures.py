@@ -128,7 +128,8 @@ def cost_figures(study: Study) -> list[list[Figure]]:
         shown.append(
             Figure(
                 title=f"{engine}: decision error against cost",
-                caption="Left and low is better. The dashed line joins those that no other one beats in both.",
+                caption="Left and low is better. The dashed line joins those that no other one beats; costs within the "
+                "noise count as equal. Overlapped work and stalls of the engine are not in the seconds.",
                 svg=charts.scatter_chart(x, y, marks, x_label="seconds that the route adds to an update", path=path),
             )
         )

@@ -118,6 +118,8 @@ def _exploratory(contrasts: Sequence[Contrast], floor: float | None) -> Table:
     for contrast in contrasts:
         pairs.setdefault((contrast.regime, contrast.first, contrast.second), {})[contrast.view, contrast.axis] = contrast
     axes = {"update": "", "cpu_s": ", equal CPU s"}
+    is_short = any(c.estimate and c.estimate.n < c.num_declared for c in contrasts)
+    short = ("(n of N): pairs of the declared ones.",) if is_short else ()
     return Table(
         part=PART,
         title="Every contrast in every view",
@@ -128,7 +130,7 @@ def _exploratory(contrasts: Sequence[Contrast], floor: float | None) -> Table:
         ),
         caption="Differences with 95% t intervals, not adjusted; at equal updates, or at the CPU seconds of the cheaper run of "
         "each pair, the cost of the route included. Success between evaluations is interpolated, never extrapolated.",
-        legend=("†: a declared test; all others are exploratory.", _BEYOND, "(n of N): of the declared pairs.", _rough(floor)),
+        legend=("†: a declared test; all others are exploratory.", _BEYOND, *short, _rough(floor)),
     )
 
 
@@ -177,7 +179,7 @@ def _method_cells(row: MethodRow, reference: str) -> tuple[str, ...]:
         shown_name(row.method),
         f"{row.knobs[0]:.4g}" if find_method(row.method).has_band else DASH,
         f"{row.knobs[1]:g}, {row.knobs[2]:g}",
-        f"{len(row.runs)} of {row.num_declared}",
+        f"{len(row.runs)} of {row.num_declared}" if len(row.runs) <= row.num_declared else f"{len(row.runs)}",
         plus_minus(row.success),
         f"{row.worst.success:.3f}" if row.worst else DASH,
         str(row.num_collapses) if row.runs else DASH,

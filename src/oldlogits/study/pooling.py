@@ -156,11 +156,12 @@ def declared_checks(errors: Iterable[DecisionError], cross: Cross, measure: Meas
     )
 
 
-def frontier(points: Sequence[tuple[str, float, float]]) -> tuple[str, ...]:
-    """The routes that no other one beats: none has a smaller error at no higher cost, or a lower cost at no larger error.
+def frontier(points: Sequence[tuple[str, float, float]], tolerance: float = 0.0) -> tuple[str, ...]:
+    """The routes that no other one beats: none has a smaller error at no higher cost, or a lower cost at an equal error.
 
     Args:
         points: Name, decision error and cost of each route, in any units.
+        tolerance: Costs that differ by no more count as equal.
 
     Returns:
         Names by ascending cost, then error; equal points are all on the frontier.
@@ -169,13 +170,12 @@ def frontier(points: Sequence[tuple[str, float, float]]) -> tuple[str, ...]:
         >>> frontier([("exact", 0.0, 9.0), ("ewma", 0.03, 4.0), ("arrival", 0.04, 4.0), ("mu", 0.01, 0.0)])
         ('mu', 'exact')
     """
-    on_it: list[str] = []
-    least, last = math.inf, (math.inf, math.inf)
-    for name, error, cost in sorted(points, key=lambda point: (point[2], point[1])):
-        if error < least or (error, cost) == last:
-            on_it.append(name)
-            least, last = error, (error, cost)
-    return tuple(on_it)
+
+    def is_beaten(error: float, cost: float) -> bool:
+        return any((e < error and c <= cost + tolerance) or (e == error and c < cost - tolerance) for _, e, c in points)
+
+    by_cost = sorted(points, key=lambda point: (point[2], point[1]))
+    return tuple(name for name, error, cost in by_cost if not is_beaten(error, cost))
 
 
 def _traces(errors: Iterable[DecisionError]) -> list[StandIns]:

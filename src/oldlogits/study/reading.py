@@ -8,7 +8,7 @@ from functools import partial
 from typing import Final
 
 from oldlogits.study.contrasts import RESET_BAR, Contrast, MethodRow, all_contrasts, estimated, method_rows, reset_effect
-from oldlogits.study.cost_tables import ROUTES, choices
+from oldlogits.study.cost_tables import NOISE, ROUTES, choices
 from oldlogits.study.decision import DecisionError
 from oldlogits.study.decision_tables import STAGE, Level, levels
 from oldlogits.study.layout import counted, interval, p_value
@@ -263,6 +263,7 @@ def _routes(study: Study) -> Iterator[str]:
         exact = [choice for choice in own if choice.name not in ROUTES]
         if exact and not index:
             ends = " to ".join(f"{choice.extra_s:.3f} s ({choice.name})" for choice in (exact[0], exact[-1]))
-            yield f"Exact routes add {ends} to an update."
+            yield f"Exact routes add {ends} to an update. Overlapped work and stalls of the engine are not in these seconds."
+            yield f"Costs that differ by no more than {NOISE:.0%} of the median update count as equal."
         best = ", ".join(f"{choice.name} ({choice.extra_s:.3f} s, {choice.error:.2%})" for choice in own if choice.on_frontier)
         yield f"On the frontier of cost and decision error with {engine}: {best}."
