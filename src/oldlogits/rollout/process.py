@@ -214,7 +214,8 @@ class EngineProcess:
         future = self._register(self._calls, number)
         self._send(_Call(number=number, action=action))
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), self._control_timeout_s)
+            async with asyncio.timeout(self._control_timeout_s):  # wait_for of Python 3.11 may swallow a cancellation
+                return await asyncio.wrap_future(future)
         except TimeoutError:
             self._die(_died(f"no answer to {action} within {self._control_timeout_s:g} s"))
             self._process.kill()
