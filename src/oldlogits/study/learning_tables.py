@@ -62,7 +62,7 @@ def _regimes(declaration: Declaration) -> Table:
         title="Regimes",
         header=("regime", "settings", "band", "eps low, high", "bands at equal rho"),
         rows=tuple(rows),
-        caption="Declared in the recipe before the confirmation runs; all methods see the same prompts, lags and updates.",
+        caption="As the recipe declares them; all methods see the same prompts, lags and updates.",
     )
 
 
