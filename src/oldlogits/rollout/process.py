@@ -183,9 +183,13 @@ class EngineProcess:
         """Replace the weights; later tokens are tagged with `version`. Blocks while it writes them to shared memory."""
         path = share(update.tensors)
         try:
-            await self._call(_Update(path=path, version=version))
+            await self.load_file(path, version)
         finally:
             path.unlink(missing_ok=True)
+
+    async def load_file(self, path: Path, version: PolicyVersion) -> None:
+        """Replace the weights by those of a safetensors file; later tokens are tagged with `version`."""
+        await self._call(_Update(path=path, version=version))
 
     async def resume(self) -> None:
         """Go on sampling."""
@@ -196,6 +200,20 @@ class EngineProcess:
         value = await self._call("stats")
         assert isinstance(value, EngineStats)
         return value
+
+    async def watch(self) -> None:
+        """Wait until the engine process ends by itself.
+
+        Raises:
+            WorkerDiedError: It did.
+        """
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(self._process.sentinel, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(self._process.sentinel)
+        raise _died(f"exit code {self._process.exitcode}")
 
     def close(self) -> None:
         """End the process; pending calls fail. Leaves no process, thread or file."""

@@ -36,6 +36,12 @@ def share(tensors: Mapping[str, Tensor]) -> Path:
     return path
 
 
+def is_shared(path: Path) -> bool:
+    """Whether a path is one that `share` could have made: what another process may be asked to read."""
+    own = path.name.startswith("oldlogits-") and path.suffix == _SUFFIX
+    return own and path.parent in (_SHARED_MEMORY, Path(tempfile.gettempdir())) and not path.is_symlink()
+
+
 def unshare(pid: int) -> None:
     """Delete the files of a process that was stopped before their reader could."""
     for folder in (_SHARED_MEMORY, Path(tempfile.gettempdir())):
