@@ -7,6 +7,7 @@ from pathlib import Path
 
 from oldlogits.config.guard import refuse_idle
 from oldlogits.config.schema import RunConfig
+from oldlogits.config.servers import check_servers
 from oldlogits.core.errors import ConfigError, ModelFolderError
 from oldlogits.core.policies import AGED, EWMA, LINEAR, LOGLINEAR, OLD, SOURCES, check_source, find_variant
 
@@ -22,6 +23,7 @@ def check(config: RunConfig) -> None:
     check_source(config.variant, config.source.type)
     _check_ranges(config)
     _check_one_distribution(config)
+    check_servers(config)
     _check_kv(config)
     _check_average(config)
     _check_schedule(config)
@@ -82,7 +84,6 @@ def _check_ranges(config: RunConfig) -> None:
     _require(e.timeout_s > 0, "env.timeout_s", e.timeout_s, "> 0 seconds", "20")
     _require(0 <= e.latency_s < math.inf, "env.latency_s", e.latency_s, ">= 0 seconds", "0")
     _require(e.parser in ("plain", "hermes"), "env.parser", e.parser, "plain, hermes", "choose one of these")
-    _require(config.engine.type == "embedded", "engine.type", config.engine.type, "embedded", "engine.type = 'embedded'")
     _require(config.engine.num_slots >= 1, "engine.num_slots", config.engine.num_slots, ">= 1", "128")
     tolerance = config.engine.probe_tolerance
     _require(tolerance == -1 or tolerance >= 0, "engine.probe_tolerance", tolerance, ">= 0 nats, or -1: as known", "-1")

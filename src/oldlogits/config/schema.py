@@ -124,8 +124,8 @@ class SamplingConfig:
 class EngineConfig:
     """The engine that samples."""
 
-    type: str = "embedded"
-    """embedded."""
+    type: Literal["embedded", "vllm"] = "embedded"
+    """embedded: a process of the run. vllm: servers that speak vLLM's HTTP routes, of the run's own or running already."""
     numerics: Literal["fp32", "bf16", "fp8", "int8", "int4", "fp8_dynamic"] = "fp32"
     """The engine's numerics; all but fp32 are emulated and give a real discrepancy."""
     num_slots: int = 128
@@ -134,6 +134,29 @@ class EngineConfig:
     """What happens to keys and values of running sequences when the weights change."""
     probe_tolerance: float = -1.0
     """Largest mean |log-prob difference| of the probe in nats; -1 takes the known value of the numerics."""
+    urls: tuple[str, ...] = ()
+    """vllm only: running servers of this machine, such as "http://127.0.0.1:8000"; empty: the run starts its own."""
+    token_env: str = ""
+    """engine.urls only: the environment variable that holds their bearer token; empty: they want none."""
+    start: Literal["vllm", "embedded"] = "vllm"
+    """vllm without urls: what is started: vLLM, or the embedded engine behind the same routes (`oldlogits serve`)."""
+    num_servers: int = 1
+    """vllm without urls: how many are started."""
+    flags: tuple[str, ...] = ()
+    """vllm without urls: further flags of the server's command line."""
+    python: str = ""
+    """vllm without urls: the Python interpreter that has the server installed; empty: this one."""
+    recover_s: float = 300.0
+    """vllm only: seconds without any server that answers, after which the run ends."""
+    request_timeout_s: float = 600.0
+    """vllm only: seconds that a request may run; then it is sent again with what it has. A server that answers none of its
+    requests for so long counts as hung."""
+    control_timeout_s: float = 60.0
+    """vllm only: seconds that pause, weight update, resume and abort may take."""
+    start_timeout_s: float = 300.0
+    """vllm without urls: seconds that a server may take until it answers."""
+    max_restarts: int = 5
+    """vllm without urls: how often servers that ended are started again, in all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

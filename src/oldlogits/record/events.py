@@ -44,6 +44,10 @@ class EventKind(StrEnum):
     """A version was put into the version store."""
     WEIGHTS_UPDATED = "weights_updated"
     """The engine was paused, took the new weights, and went on."""
+    SERVER_DOWN = "server_down"
+    """A server that samples failed: what ran on it is sent again, with what it had sampled."""
+    SERVER_UP = "server_up"
+    """A server that had failed samples again, with the current weights."""
     PROBE = "probe"
     """Engine and trainer were compared on a fixed prompt."""
     CALIBRATION = "calibration"
@@ -79,6 +83,8 @@ FIELDS: Final[Mapping[EventKind, frozenset[str]]] = MappingProxyType(
         EventKind.UPDATE: frozenset({"metrics", "staleness_counts"}),
         EventKind.PUBLISHED: frozenset({"bytes", "store_s", "seconds_s"}),
         EventKind.WEIGHTS_UPDATED: frozenset({"pause_s", "load_s", "stall_s"}),
+        EventKind.SERVER_DOWN: frozenset({"server", "reason", "num_requests", "num_kept_tokens"}),
+        EventKind.SERVER_UP: frozenset({"server", "reason"}),
         EventKind.PROBE: frozenset({"max_abs_error", "mean_abs_error", "num_tokens", "num_above"}),
         EventKind.CALIBRATION: frozenset(
             {"num_trajectories", "num_tokens", "log_r_d_abs_mean", "log_r_d_abs_max", "r_d_mean", "r_d_mean_error"}

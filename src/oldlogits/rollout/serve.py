@@ -31,13 +31,10 @@ from oldlogits.rollout import wire
 from oldlogits.rollout.process import EngineProcess
 from oldlogits.rollout.shared import is_shared
 from oldlogits.rollout.spec import EngineSpec
-from oldlogits.rollout.wire import Json, typed
+from oldlogits.rollout.wire import LOOPBACK, Json, typed
 
 SPOKEN: Final = "0.32.0"
 """The version of vLLM whose routes these are; /version names it, with this package's own behind."""
-
-LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
-"""Hosts that need no token."""
 
 _CLIENT_LEFT: Final = 499
 

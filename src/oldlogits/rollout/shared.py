@@ -36,6 +36,15 @@ def share(tensors: Mapping[str, Tensor]) -> Path:
     return path
 
 
+def share_text(text: str) -> Path:
+    """Write a text to a new file where weights would go; the writer deletes it."""
+    folder = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
+    handle, name = tempfile.mkstemp(prefix=f"oldlogits-{os.getpid()}-", suffix=_SUFFIX, dir=folder)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+    return Path(name)
+
+
 def is_shared(path: Path) -> bool:
     """Whether a path is one that `share` could have made: what another process may be asked to read."""
     own = path.name.startswith("oldlogits-") and path.suffix == _SUFFIX

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.protocols import EngineCapabilities, PolicyVersion
@@ -79,3 +80,22 @@ class EngineStats:
     num_prefix_hit_tokens: int
     busy_s: float
     idle_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Incident:
+    """Something happened to a server.
+
+    Args:
+        what: It went down, or came back.
+        server: Its address.
+        reason: Why it counts as down, or what was done before it counted as up.
+        num_requests: That ran on it and are sent again.
+        num_kept_tokens: That these have sampled and keep.
+    """
+
+    what: Literal["down", "up"]
+    server: str
+    reason: str
+    num_requests: int = 0
+    num_kept_tokens: int = 0

@@ -28,6 +28,9 @@ STARTING_LABEL: Final = "default"
 ABORT_PREFIX: Final = "generate-tokens-"
 """What a server puts before the id of a request: it is aborted under that name."""
 
+LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
+"""Hosts that need no token and no proxy."""
+
 BACKEND: Final = "oldlogits"
 """The name of the weight transfer that reads a safetensors file of this machine."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from oldlogits.batch import TokenBatch
 from oldlogits.core.protocols import DedicatedScorer, Piece, PolicyVersion, RolloutEngine, Scored, ScoredPieces
-from oldlogits.rollout.spec import EngineStats
+from oldlogits.rollout.spec import EngineStats, Incident
 from oldlogits.rollout.turns import EnvironmentRunner
 from oldlogits.runtime.buffer import Buffer
 from oldlogits.sources import EngineScores
@@ -181,6 +181,7 @@ class Handles:
         real_time: Whether the starts of groups may be spread over time.
         watch: Told of the run's buffer, for a runtime that controls the lags.
         scorer: A second model that only scores, for the route "dedicated".
+        listen: Told who wants to know what happens to servers.
         workers: Tasks of the runtime that must not end while the run goes on; their errors end it.
     """
 
@@ -192,4 +193,5 @@ class Handles:
     real_time: bool
     watch: Callable[[Buffer], None]
     scorer: DedicatedScorer | None = None
+    listen: Callable[[Callable[[Incident], None]], None] = lambda hear: None
     workers: tuple[asyncio.Task[None], ...] = ()

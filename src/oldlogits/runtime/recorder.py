@@ -18,6 +18,7 @@ from oldlogits.record.folder import RunFolder
 from oldlogits.record.live import LiveView
 from oldlogits.record.summary import Interval
 from oldlogits.record.tables import write_tokens
+from oldlogits.rollout.spec import Incident
 from oldlogits.runtime.calibration import Calibration
 from oldlogits.runtime.probe import ProbeResult
 from oldlogits.runtime.referee import ResetEffect
@@ -188,6 +189,22 @@ class Recorder:
     def weights_updated(self, *, version: int, pause_s: float, load_s: float, stall_s: float) -> None:
         """The engine was brought to rest, took new weights, and had stood still for `stall_s` when it went on."""
         self.events.emit(EventKind.WEIGHTS_UPDATED, version=version, pause_s=pause_s, load_s=load_s, stall_s=stall_s)
+
+    def happened(self, incident: Incident, *, version: int) -> None:
+        """A server went down or came back."""
+        server, reason = incident.server, incident.reason
+        if incident.what == "up":
+            self.events.emit(EventKind.SERVER_UP, version=version, server=server, reason=reason)
+        else:
+            self.events.emit(
+                EventKind.SERVER_DOWN,
+                version=version,
+                server=server,
+                reason=reason,
+                num_requests=incident.num_requests,
+                num_kept_tokens=incident.num_kept_tokens,
+            )
+        self.view.note(f"server {server} is {incident.what}: {reason}")
 
     def probed(self, result: ProbeResult, witness_error: float, *, version: int) -> None:
         """Engine and trainer were compared; the witnesses' worst error is shown beside it."""

@@ -7,12 +7,12 @@ import dataclasses
 import math
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import FrameType, MappingProxyType
-from typing import Final
+from types import FrameType
 
 from rich.console import Console
 
@@ -43,9 +43,6 @@ from oldlogits.train.trainer import Witnesses
 from oldlogits.train.warm_start import spec_of, warm_start
 
 Open = Callable[[RunConfig, Path, Sequence[int], int], AbstractAsyncContextManager[Handles]]
-
-RUNTIMES: Final[Mapping[str, Open]] = MappingProxyType({"lockstep": open_lockstep, "local": open_local})
-"""The runtimes by their name in a recipe."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +86,7 @@ def run(
         with LiveView(total_updates=config.num_updates, title=title, console=console) as view:
             start = prepare_model(config, view.note) if checkpoint is None else Start(model=checkpoint / "model")
             view.note(f"starting engine and trainer ({config.runtime.type})")
-            opened = open_runtime or RUNTIMES[config.runtime.type]
+            opened = open_runtime or _runtime(config, folder)
             result = asyncio.run(_run(config, folder, view, start, totals, checkpoint, opened))
     except KeyboardInterrupt:  # before the loop began, or for the second time
         result = RunResult(summary=_interrupted(config, totals), error=None)
@@ -98,6 +95,11 @@ def run(
     if result.defect is not None:
         raise result.defect
     return result
+
+
+def _runtime(config: RunConfig, folder: RunFolder) -> Open:
+    """The recipe's runtime; servers that it starts leave their messages in the run folder."""
+    return open_lockstep if config.runtime.type == "lockstep" else partial(open_local, log_folder=folder.path / "servers")
 
 
 def _check_task(config: RunConfig) -> None:
@@ -134,6 +136,7 @@ async def _run(
             task = Task(environment_class=environment_class, rows=rows, agent=agent, probe_ids=probe_ids)
             loop = Loop(config, task, handles, recorder, totals)
             handles.watch(loop.buffer)
+            handles.listen(lambda incident: recorder.happened(incident, version=loop.version))
             return await _finish(config, loop, handles, recorder)
     finally:
         recorder.close()
