@@ -43,7 +43,8 @@ class Serving:
         self.process.stdout.close()
 
     def get(self, path: str) -> dict:
-        return httpx.get(self.url + path, trust_env=False).json()
+        headers = {"authorization": f"Bearer {self.token}"}
+        return httpx.get(self.url + path, headers=headers, trust_env=False).json()
 
     def wait_for_requests(self, num: int = 1, *, deadline_s: float = 60) -> None:
         """Return when it has so many requests."""

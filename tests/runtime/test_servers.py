@@ -52,25 +52,60 @@ def clean():
     assert shared_files() <= files
 
 
-def test_over_http_every_trained_token_is_exact_and_trajectories_span_versions(tiny_folder, tmp_path):
-    with serving(tiny_folder, "--num-slots", "32") as server:
-        status, run = train(tmp_path, tiny_folder, engine={"urls": [server.url]}, num_updates=6)
-        assert status == 0
-        label = server.get("/weight_info")["weight_version"]
+@pytest.fixture(scope="module")
+def server(tiny_folder):
+    """One that nothing happens to; it wants a token."""
+    with serving(tiny_folder, "--num-slots", "32", "--max-context", "100", token="secret") as server:
+        yield server
+
+
+@pytest.fixture
+def token(monkeypatch):
+    monkeypatch.setenv("THE_TOKEN", "secret")
+
+
+def test_over_http_every_trained_token_is_exact_and_trajectories_span_versions(server, token, tiny_folder, tmp_path):
+    engine = {"urls": [server.url], "token_env": "THE_TOKEN"}
+    status, run = train(tmp_path, tiny_folder, engine=engine, num_updates=6)
+    assert status == 0
+    assert server.get("/weight_info")["weight_version"].endswith("/6")
     tokens = check_exact(run, 6)
     assert tokens["staleness"].max() >= 1
-    assert label.endswith("/6")
     trajectories = tokens_of(run, "trajectory")["trajectory"]
     spans = [len(set(tokens["version"][trajectories == name])) for name in set(trajectories)]
     assert sum(n >= 2 for n in spans) >= 3
     assert not events_of(run, EventKind.SERVER_DOWN)
 
 
-def test_a_route_that_needs_partials_gets_them_by_abort_and_resubmit(tiny_folder, tmp_path):
-    with serving(tiny_folder, "--num-slots", "32") as server:
-        status, run = train(tmp_path, tiny_folder, engine={"urls": [server.url]}, source={"type": "interruption"})
+def test_a_route_that_needs_partials_gets_them_by_abort_and_resubmit(server, token, tiny_folder, tmp_path):
+    engine = {"urls": [server.url], "token_env": "THE_TOKEN"}
+    status, run = train(tmp_path, tiny_folder, engine=engine, source={"type": "interruption"})
     assert status == 0
     check_exact(run, 4)
+
+
+@pytest.mark.parametrize(
+    "engine, env, words",
+    [
+        ({"token_env": "THE_TOKEN", "numerics": "fp8"}, {}, "engine.numerics = 'fp32'"),
+        ({"token_env": "THE_TOKEN"}, {"max_tokens": 110}, "--max-context"),
+        ({}, {}, "engine.token_env"),
+        ({"token_env": "NOT_SET"}, {}, "export NOT_SET"),
+    ],
+)
+def test_a_server_that_does_not_fit_the_run_is_refused_with_the_remedy(
+    engine, env, words, server, token, tiny_folder, tmp_path, capsys
+):
+    sections = {"env": {**LOCAL["env"], **env}}
+    status, _ = train(tmp_path, tiny_folder, engine={"urls": [server.url], **engine}, **sections)
+    assert status == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_server_that_is_not_there_is_named(tiny_folder, tmp_path, capsys):
+    status, _ = train(tmp_path, tiny_folder, engine={"urls": ["http://127.0.0.1:9"]})
+    assert status == 1
+    assert "http://127.0.0.1:9" in capsys.readouterr().err
 
 
 def test_rounded_weights_are_the_servers_and_the_probe_knows_them(tiny_folder, tmp_path):
@@ -154,30 +189,3 @@ def test_servers_of_the_run_share_its_load_and_one_that_is_killed_is_started_aga
     assert len(events_of(run, EventKind.SERVER_DOWN)) == 1
     assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
     assert sorted(path.name for path in (run / "servers").iterdir()) == ["server-0.log", "server-1.log"]
-
-
-@pytest.mark.parametrize(
-    "options, engine, words",
-    [
-        ([], {"numerics": "fp8"}, "engine.numerics = 'fp32'"),
-        (["--max-context", "64"], {}, "--max-context"),
-    ],
-)
-def test_a_server_that_does_not_fit_the_run_is_refused_with_the_remedy(options, engine, words, tiny_folder, tmp_path, capsys):
-    with serving(tiny_folder, *options) as server:
-        status, _ = train(tmp_path, tiny_folder, engine={"urls": [server.url], **engine})
-    assert status == 2
-    assert words in capsys.readouterr().err
-
-
-def test_a_missing_token_and_a_missing_server_are_refused(tiny_folder, tmp_path, capsys, monkeypatch):
-    with serving(tiny_folder, token="secret") as server:
-        assert train(tmp_path, tiny_folder, engine={"urls": [server.url]})[0] == 2
-        assert "engine.token_env" in capsys.readouterr().err
-        monkeypatch.setenv("THE_TOKEN", "secret")
-        (tmp_path / "b").mkdir()
-        with_token = {"urls": [server.url], "token_env": "THE_TOKEN"}
-        assert train(tmp_path / "b", tiny_folder, engine=with_token, num_updates=1)[0] == 0
-    (tmp_path / "c").mkdir()
-    assert train(tmp_path / "c", tiny_folder, engine={"urls": [server.url]})[0] == 1
-    assert "correct engine.urls" in capsys.readouterr().err

@@ -20,6 +20,7 @@ def check_servers(config: RunConfig) -> None:
         ConfigError: What is wrong, what was found, what is allowed, and how to fix it.
     """
     engine = config.engine
+    _check_ranges(engine)
     if engine.type == "embedded":
         _refuse_idle(engine, _OF_VLLM, "engine.type = 'embedded' has no servers", "set engine.type = 'vllm'")
         return
@@ -37,7 +38,6 @@ def check_servers(config: RunConfig) -> None:
             allowed="engine.kv = 'recompute', or engine.type = 'embedded'",
             fix="remove engine.kv = 'stale'",
         )
-    _check_times(engine)
     if engine.urls:
         _refuse_idle(engine, _OF_STARTED, "with engine.urls the run starts no server", "remove it, or remove engine.urls")
         _check_urls(engine)
@@ -53,11 +53,15 @@ def _refuse_idle(engine: EngineConfig, keys: tuple[str, ...], what: str, fix: st
             raise ConfigError(f"{what}: engine.{key} has no effect", got=got, allowed="no such key", fix=fix)
 
 
-def _check_times(engine: EngineConfig) -> None:
+def _check_ranges(engine: EngineConfig) -> None:
     for key in ("recover_s", "request_timeout_s", "control_timeout_s", "start_timeout_s"):
-        value: float = getattr(engine, key)
-        if not 0 < value < math.inf:
-            raise ConfigError(f"engine.{key} is out of range", got=f"{value} s", allowed="> 0 s", fix="60")
+        seconds: float = getattr(engine, key)
+        if not 0 < seconds < math.inf:
+            raise ConfigError(f"engine.{key} is out of range", got=f"{seconds} s", allowed="> 0 s", fix=f"engine.{key} = 60")
+    for key, least in (("num_servers", 1), ("max_restarts", 0)):
+        number: int = getattr(engine, key)
+        if number < least:
+            raise ConfigError(f"engine.{key} is out of range", got=str(number), allowed=f">= {least}", fix=f"{least}")
 
 
 def _check_urls(engine: EngineConfig) -> None:
@@ -79,11 +83,6 @@ def _check_started(engine: EngineConfig) -> None:
             allowed="engine.urls",
             fix="remove engine.token_env",
         )
-    for key in ("num_servers", "max_restarts"):
-        value: int = getattr(engine, key)
-        least = int(key == "num_servers")
-        if value < least:
-            raise ConfigError(f"engine.{key} is out of range", got=str(value), allowed=f">= {least}", fix=f"{least}")
     if engine.start == "vllm" and engine.numerics == "fp8_dynamic":
         raise ConfigError(
             "vLLM takes rounded weights, but does not round activations as the emulated fp8_dynamic does",

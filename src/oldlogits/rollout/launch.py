@@ -69,17 +69,27 @@ class LaunchSpec:
 
     def environment(self, token: str) -> dict[str, str]:
         """Variables of its process: this package importable, the routes of weight updates, no downloads."""
-        package = str(Path(__file__).parents[2])
-        search = [package, *filter(None, [os.environ.get("PYTHONPATH")])] if self.python else [os.environ.get("PYTHONPATH", "")]
         defaults = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
         own = {
-            "PYTHONPATH": os.pathsep.join(filter(None, search)),
+            "PYTHONPATH": os.pathsep.join(self._search_path()),
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_API_KEY": token,
             "OLDLOGITS_TOKEN": token,
             "HF_HUB_OFFLINE": "1",
         }
         return {**defaults, **os.environ, **own}
+
+    def _search_path(self) -> list[str]:
+        """Where its interpreter looks: if it is another one, in a folder that holds this package and nothing beside it."""
+        inherited = list(filter(None, [os.environ.get("PYTHONPATH")]))
+        if not self.python:
+            return inherited
+        folder = self.log_folder / "python"
+        folder.mkdir(parents=True, exist_ok=True)
+        link = folder / "oldlogits"
+        if not link.is_symlink():
+            link.symlink_to(Path(__file__).parents[1], target_is_directory=True)
+        return [str(folder.resolve())]
 
 
 class Launched:

@@ -41,8 +41,8 @@ async def open_local(
             scorer = ScorerProcess(config, model_folder, probe_ids) if config.source.type == "dedicated" else None
             if scorer is not None:
                 stack.callback(scorer.close)
-        await trainer.ready()
         await opened.ready()
+        await trainer.ready()
         workers: list[asyncio.Task[None]] = []
         if scorer is not None:
             await scorer.ready()

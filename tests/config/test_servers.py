@@ -1,0 +1,58 @@
+"""Recipes with servers: what has no effect or cannot work is refused when the recipe is read."""
+
+import pytest
+
+from oldlogits.config import config_from_table
+from oldlogits.config.check import check
+from oldlogits.core.errors import ConfigError
+
+URL = "http://127.0.0.1:8000"
+
+
+def engine(**keys):
+    return config_from_table({"engine": {"type": "vllm", **keys}})
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"numerics": "fp8", "flags": ["--enforce-eager"], "num_servers": 2},
+        {"urls": [URL, "https://host:1"], "token_env": "TOKEN"},
+        {"start": "embedded", "numerics": "fp8_dynamic"},
+    ],
+)
+def test_what_can_work_passes(keys):
+    check(engine(**keys))
+
+
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        ({"urls": [URL], "flags": ["--x"]}, "starts no server"),
+        ({"urls": [URL], "num_servers": 2}, "starts no server"),
+        ({"urls": [URL, URL + "/"]}, "twice"),
+        ({"urls": ["127.0.0.1:8000"]}, "names no server"),
+        ({"urls": [URL + "/v1"]}, "names no server"),
+        ({"token_env": "TOKEN"}, "token of their own"),
+        ({"num_servers": 0}, "num_servers"),
+        ({"recover_s": 0.0}, "recover_s"),
+        ({"numerics": "fp8_dynamic"}, "fp8_dynamic"),
+        ({"kv": "stale"}, "of no version"),
+        ({"type": "embedded", "urls": [URL]}, "has no servers"),
+    ],
+)
+def test_what_cannot_work_is_refused(keys, words):
+    with pytest.raises(ConfigError, match=words):
+        check(engine(**keys))
+
+
+def test_lockstep_is_not_for_servers():
+    config = config_from_table({"engine": {"type": "vllm"}, "runtime": {"type": "lockstep"}})
+    with pytest.raises(ConfigError, match=r"runtime\.type = 'local'"):
+        check(config)
+
+
+def test_an_unknown_type_is_refused_with_its_choices():
+    with pytest.raises(ConfigError, match="embedded, vllm"):
+        config_from_table({"engine": {"type": "sglang"}})
