@@ -2,7 +2,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint types install clean
+CACHE ?= $(or $(OLDLOGITS_CACHE),$(HOME)/.cache/oldlogits)
+VLLM ?= $(CACHE)/vllm-$(shell sha256sum constraints-vllm.txt | cut -c1-12)
+
+.PHONY: demo test test-vllm lint types install clean
 
 install: $(INSTALLED)
 
@@ -17,6 +20,10 @@ demo: install
 
 test: lint types
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-vllm: install
+	PYTHON=$(PYTHON) tests/vllm/install.sh $(VLLM)
+	OLDLOGITS_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest tests/vllm
 
 lint: install
 	$(BIN)/ruff check .

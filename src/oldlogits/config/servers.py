@@ -57,11 +57,15 @@ def _check_ranges(engine: EngineConfig) -> None:
     for key in ("recover_s", "request_timeout_s", "control_timeout_s", "start_timeout_s"):
         seconds: float = getattr(engine, key)
         if not 0 < seconds < math.inf:
-            raise ConfigError(f"engine.{key} is out of range", got=f"{seconds} s", allowed="> 0 s", fix=f"engine.{key} = 60")
+            raise ConfigError(
+                f"engine.{key} is out of range", got=f"engine.{key} = {seconds}", allowed="> 0 s", fix=f"engine.{key} = 60"
+            )
     for key, least in (("num_servers", 1), ("max_restarts", 0)):
         number: int = getattr(engine, key)
         if number < least:
-            raise ConfigError(f"engine.{key} is out of range", got=str(number), allowed=f">= {least}", fix=f"{least}")
+            raise ConfigError(
+                f"engine.{key} is out of range", got=f"engine.{key} = {number}", allowed=f">= {least}", fix=f"{least}"
+            )
 
 
 def _check_urls(engine: EngineConfig) -> None:

@@ -80,7 +80,7 @@ class LaunchSpec:
         return {**defaults, **os.environ, **own}
 
     def _search_path(self) -> list[str]:
-        """Where its interpreter looks: if it is another one, in a folder that holds this package and nothing beside it."""
+        """Where its interpreter looks: if it is another one, first in a folder that holds this package and nothing else."""
         inherited = list(filter(None, [os.environ.get("PYTHONPATH")]))
         if not self.python:
             return inherited
@@ -89,7 +89,7 @@ class LaunchSpec:
         link = folder / "oldlogits"
         if not link.is_symlink():
             link.symlink_to(Path(__file__).parents[1], target_is_directory=True)
-        return [str(folder.resolve())]
+        return [str(folder.resolve()), *inherited]
 
 
 class Launched:

@@ -1,0 +1,66 @@
+"""The real thing: vLLM's CPU build trains the desk agent. `make test-vllm` names the interpreter that has vLLM."""
+
+import os
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from oldlogits.cli.main import run as command
+from oldlogits.record.events import EventKind
+from oldlogits.record.toml import dump_toml
+
+from ..runs import check_accounting, events_of, shared_files, summary_of, tokens_of
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+
+PYTHON = os.environ.get("OLDLOGITS_VLLM_PYTHON", "")
+RECIPE = Path(__file__).parents[2] / "recipes" / "desk.toml"
+NUM_UPDATES = 24
+
+needs_vllm = pytest.mark.skipif(not PYTHON, reason="make test-vllm sets OLDLOGITS_VLLM_PYTHON")
+
+
+def train(folder, *, flags=(), **engine):
+    """The desk recipe over vLLM in eager mode, smaller; returns the exit status."""
+    table = tomllib.loads(RECIPE.read_text())
+    table["engine"] |= {"type": "vllm", "python": PYTHON, "num_slots": 64, "flags": ["--enforce-eager", *flags], **engine}
+    table["rollout"] |= {"groups_per_version": 8, "max_running_groups": 12}
+    table["eval"] |= {"num_episodes": 0, "every": 0}
+    table["num_updates"] = NUM_UPDATES
+    (folder / "recipe.toml").write_text(dump_toml(table))
+    return command(["train", str(folder / "recipe.toml"), "--out", str(folder / "run")])
+
+
+@needs_vllm
+def test_the_desk_agent_trains_on_vllm_with_partial_rollouts_and_exact_old_logits(tmp_path):
+    """Eight-bit weights rounded in the server, a tied head, versions that change in mid-turn."""
+    files = shared_files()
+    assert train(tmp_path) == 0
+    run = tmp_path / "run"
+    names = ("log_r_d", "staleness", "trajectory", "version", "trainer_version", "provenance")
+    tokens = tokens_of(run, *names)
+    assert set(tokens["provenance"]) == {"exact"}
+    assert (tokens["trainer_version"] - tokens["staleness"] == tokens["version"]).all()
+    assert 1 <= tokens["staleness"].max() <= 4
+    spans = [len(set(tokens["version"][tokens["trajectory"] == name])) for name in set(tokens["trajectory"])]
+    assert sum(n >= 2 for n in spans) >= NUM_UPDATES, "trajectories go on over updates"
+    deviation = np.abs(tokens["log_r_d"])
+    assert 1e-3 < deviation.mean() < 0.1, "r_d is real, and small"
+    probes = events_of(run, EventKind.PROBE)
+    assert [event.version for event in probes] == list(range(NUM_UPDATES + 1))
+    assert max(event.fields["max_abs_error"] for event in probes) <= 1e-4, "the server holds what was published"
+    summary = summary_of(run)
+    assert summary["num_updates"] == NUM_UPDATES
+    assert summary["witness_lag0_max_abs_error"] <= 1e-5
+    assert check_accounting(run)["trained"] == NUM_UPDATES * 8 * 8
+    assert not events_of(run, EventKind.SERVER_DOWN)
+    assert shared_files() <= files
+
+
+@needs_vllm
+def test_without_the_repair_the_tied_head_stays_old_and_the_probe_stops_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    assert train(tmp_path, flags=["--worker-extension-cls", "broken_worker.Extension"], numerics="fp32") == 1
+    assert "the engine does not hold version 1" in capsys.readouterr().err
