@@ -56,16 +56,14 @@ def _refuse_idle(engine: EngineConfig, keys: tuple[str, ...], what: str, fix: st
 def _check_ranges(engine: EngineConfig) -> None:
     for key in ("recover_s", "request_timeout_s", "control_timeout_s", "start_timeout_s"):
         seconds: float = getattr(engine, key)
-        if not 0 < seconds < math.inf:
-            raise ConfigError(
-                f"engine.{key} is out of range", got=f"engine.{key} = {seconds}", allowed="> 0 s", fix=f"engine.{key} = 60"
-            )
-    for key, least in (("num_servers", 1), ("max_restarts", 0)):
-        number: int = getattr(engine, key)
-        if number < least:
-            raise ConfigError(
-                f"engine.{key} is out of range", got=f"engine.{key} = {number}", allowed=f">= {least}", fix=f"{least}"
-            )
+        _require(0 < seconds < math.inf, f"engine.{key}", seconds, "> 0 seconds", "60")
+    _require(engine.num_servers >= 1, "engine.num_servers", engine.num_servers, ">= 1", "1")
+    _require(engine.max_restarts >= 0, "engine.max_restarts", engine.max_restarts, ">= 0", "5")
+
+
+def _require(holds: bool, key: str, got: float, allowed: str, fix: str) -> None:
+    if not holds:
+        raise ConfigError(f"{key} is out of range", got=f"{key} = {got}", allowed=allowed, fix=f"{key} = {fix}")
 
 
 def _check_urls(engine: EngineConfig) -> None:
