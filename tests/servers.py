@@ -43,7 +43,7 @@ class Serving:
         self.process.stdout.close()
 
     def get(self, path: str) -> dict:
-        headers = {"authorization": f"Bearer {self.token}"}
+        headers = {"authorization": f"Bearer {self.token}"} if self.token else {}
         return httpx.get(self.url + path, headers=headers, trust_env=False).json()
 
     def wait_for_requests(self, num: int = 1, *, deadline_s: float = 60) -> None:

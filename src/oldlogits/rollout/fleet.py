@@ -260,9 +260,10 @@ class Fleet:
             self._death = error if isinstance(error, WorkerDiedError) else self._died(str(error))
             raise
         finally:
+            self._notify()
             for watch in watches:
                 watch.cancel()
-            self._notify()
+            await asyncio.gather(*watches, return_exceptions=True)  # their connections are closed by then
 
     async def close(self) -> None:
         """Leave no connection and no process."""

@@ -50,7 +50,7 @@ async def open_local(
         if opened.supervise is not None:
             workers.append(asyncio.create_task(opened.supervise()))
         for worker in workers:
-            stack.callback(worker.cancel)
+            stack.push_async_callback(_cancelled, worker)
         yield Handles(
             engine=opened.engine,
             trainer=trainer.handle,
@@ -84,6 +84,12 @@ async def _open_engine(config: RunConfig, model_folder: Path, seed: int, log_fol
         yield OpenEngine(engine=engine, stats=engine.stats, ready=_at_once, supervise=None, listen=lambda hear: None)
     finally:
         engine.close()
+
+
+async def _cancelled(worker: asyncio.Task[None]) -> None:
+    """Cancel a task, and wait until it has put away what it used."""
+    worker.cancel()
+    await asyncio.gather(worker, return_exceptions=True)
 
 
 async def _at_once() -> None:

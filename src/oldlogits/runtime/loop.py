@@ -335,7 +335,12 @@ class Loop:
         every = self._config.record.checkpoint_every
         if done or (every and self.version % every == 0):
             self._remember_rows(rollouts)
-            await self.checkpoint()
+            saving = asyncio.create_task(self.checkpoint())
+            try:
+                await asyncio.shield(saving)
+            except asyncio.CancelledError:  # the trainer goes on writing it: its folder must stay until it is whole
+                await saving
+                raise
 
     def _remember_rows(self, rollouts: Rollouts) -> None:
         self.totals.next_row, self.totals.unfinished_rows = rollouts.next_row, rollouts.unfinished_rows
