@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from oldlogits.rollout import leash
 from oldlogits.rollout.server import Server, ServerFailedError, transfer_flags
 
 _LAST_WORDS: Final = 2000
@@ -151,14 +152,16 @@ class Launched:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)  # its weights are copies: nothing is lost
         self._process.wait()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
 
     def _start(self) -> subprocess.Popen[bytes]:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             return subprocess.Popen(
-                self._spec.command(self.port),
+                [sys.executable, leash.__file__, *self._spec.command(self.port)],
                 env=self._spec.environment(self.token),
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # the leash: it ends with this process, however that ends
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is the controller's to handle; and it ends with all of its children
