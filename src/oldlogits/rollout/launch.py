@@ -19,6 +19,7 @@ from typing import Final, Literal
 
 from oldlogits.rollout import leash
 from oldlogits.rollout.server import Server, ServerFailedError, transfer_flags
+from oldlogits.rollout.wide_heads import widening_of, write_wide
 
 _LAST_WORDS: Final = 2000
 """Characters of a server's messages that an error quotes."""
@@ -59,9 +60,13 @@ class LaunchSpec:
             size = ["--num-slots", str(self.num_slots), "--max-context", str(self.max_context)]
             numerics = ["--numerics", self.numerics]
             return [python, "-m", "oldlogits", "serve", self.model_path, *where, *size, *numerics, *self.flags]
-        own = json.dumps({"oldlogits_numerics": self.numerics})
+        model, widening = self.model_path, widening_of(Path(self.model_path))
+        if widening is not None:
+            model = str(self.log_folder / "model")
+            write_wide(Path(self.model_path), widening, Path(model))
+        own = json.dumps({"oldlogits_numerics": self.numerics, "oldlogits_head_dim": widening.narrow if widening else 0})
         return [
-            *(python, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model_path, *where),
+            *(python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *where),
             *("--max-num-seqs", str(self.num_slots), "--max-model-len", str(self.max_context)),
             *("--dtype", _DTYPES.get(self.numerics, "float32"), "--additional-config", own),
             *("--logprobs-mode", "processed_logprobs", "--enable-scale-out"),

@@ -3,7 +3,8 @@
     python -m vllm.entrypoints.openai.api_server ...
         --worker-extension-cls oldlogits.rollout.vllm_worker.Extension    imports this module in every worker
         --weight-transfer-config '{"backend": "oldlogits"}'               chooses `FileTransfer`
-        --additional-config '{"oldlogits_numerics": "fp8"}'               optional: rounds what it loads
+        --additional-config '{"oldlogits_numerics": "fp8"}'               optional: rounds what it loads;
+                                                                          "oldlogits_head_dim": heads of a narrower model
 
     /start_weight_update -> /update_weights {"update_info": {"path": ...}} -> /finish_weight_update {"weight_version": ...}
 
@@ -29,6 +30,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from oldlogits.rollout.numerics import Numerics, check_numerics, round_linear
 from oldlogits.rollout.shared import is_shared
+from oldlogits.rollout.wide_heads import Widening
 
 _LINEAR: Final = ("_proj.weight", "lm_head.weight")
 _IN_ITS_DTYPE: Final = ("fp32", "bf16")
@@ -82,6 +84,11 @@ class FileTransfer(WeightTransferEngine[FileInit, FileUpdate]):  # type: ignore[
         weights = load_file(path)
         if numerics not in _IN_ITS_DTYPE:
             weights = {n: round_linear(w, numerics) if n.endswith(_LINEAR) else w for n, w in weights.items()}
+        narrow = self.vllm_config.additional_config.get("oldlogits_head_dim", 0)
+        if narrow:
+            shape = self.model_config.hf_config
+            widening = Widening(narrow=narrow, wide=shape.head_dim, qk_norm=shape.model_type.startswith("qwen3"))
+            weights = widening.weights(weights)
         self.model.load_weights(iter(weights.items()))
 
     def finish_weight_update(self) -> None:
