@@ -26,7 +26,7 @@ from oldlogits.rollout.server import Server, ServerFailedError, ServerInfo
 from oldlogits.rollout.spec import Incident
 from oldlogits.rollout.wire import Json
 
-HEALTH_TIMEOUT_S: Final = 5.0
+HEALTH_TIMEOUT_S: Final = 10.0
 """How long a server may take to say that it is well."""
 ABORT_AGAIN_S: Final = 0.25
 """After which an abort is sent again to requests that go on."""
@@ -218,13 +218,14 @@ class Fleet:
             self.fail(host, f"it does not abort a request: {failure or 'no answer'}")
 
     async def suspect(self, host: Host, reason: str) -> None:
-        """A request to a server failed: is it the server's end, or did only a connection break?"""
+        """A request to a server failed: is it the server's end, or did a connection break, or is it only slow?"""
         if not host.is_up:
             return
         try:
             await host.server.check_health(HEALTH_TIMEOUT_S)
-        except ServerFailedError:
-            self.fail(host, reason)
+        except ServerFailedError as failure:
+            if not failure.timed_out:  # else it has as many tries as it has without that request
+                self.fail(host, reason)
 
     def fail(self, host: Host, reason: str) -> None:
         """A server counts as down: what ran on it is sent again, and it is taken back when it is well."""
