@@ -207,4 +207,4 @@ def test_servers_of_the_run_share_its_load_and_one_that_is_killed_is_started_aga
 
 def servers_of_this_process():
     children = [int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
-    return [pid for pid in children if b"\0serve\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [pid for pid in children if b"leash.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
