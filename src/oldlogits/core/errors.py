@@ -9,6 +9,8 @@ OldLogitsError
 ├── TrajectoryError       (ValueError)        segments that contradict each other
 ├── MissingLogprobError   (ValueError)        a token without the log-prob that the objective needs
 ├── VersionEvictedError   (LookupError)       a version that the store no longer holds
+├── LayoutError           (ValueError)        weights or a patch that do not fit the tensors they are meant for
+├── PatchError            (ValueError)        bytes that are no patch, or a damaged one
 ├── StoreUseError         (RuntimeError)      the store was asked for what its order of calls does not allow
 ├── StoreFullError        (MemoryError)       the byte budget has no room for another version
 ├── LogBusyError          (BlockingIOError)   another process owns the folder of versions
@@ -102,6 +104,14 @@ class LogWriteError(OldLogitsError, OSError):
 
 class LogDamagedError(OldLogitsError, ValueError):
     """A record of the log of versions is not what was written."""
+
+
+class LayoutError(OldLogitsError, ValueError):
+    """Weights or a patch do not fit the tensors that they are meant for."""
+
+
+class PatchError(OldLogitsError, ValueError):
+    """Bytes are no patch, were written in another format, or are damaged."""
 
 
 class ExactnessError(OldLogitsError, ArithmeticError):
