@@ -249,6 +249,9 @@ def test_a_log_is_neither_created_twice_nor_opened_from_nothing(tmp_path):
     with pytest.raises(LogDamagedError, match="holds no versions"):
         VersionLog.open(tmp_path)
     VersionLog.create(tmp_path).close()
+    log = VersionLog.create(tmp_path)
+    log.append(Kind.COPY, 0, [b"x"])
+    log.close()
     with pytest.raises(LogWriteError, match="holds versions already"):
         VersionLog.create(tmp_path)
     VersionLog.open(tmp_path).close()

@@ -166,11 +166,44 @@ def trajectory_of(request_id: str) -> str:
     return request_id.rpartition("/")[0]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publication:
+    """What a store did with a version.
+
+    Args:
+        version: Which.
+        stored_bytes: What it takes in memory and is the price of keeping it: its patch, or its copy.
+        full_bytes: A full copy of it.
+        share_changed: Of its values, those with other bits than in the version before; NaN where they were not compared.
+        encode_s: Seconds until it was stored, without waiting.
+        log_bytes: What was written to disk.
+        waited_s: Seconds that it was held back until there was room.
+    """
+
+    version: PolicyVersion
+    stored_bytes: int
+    full_bytes: int
+    share_changed: float
+    encode_s: float
+    log_bytes: int = 0
+    waited_s: float = 0.0
+
+
 class VersionStore(Protocol):
     """Keeps the exact forward weights of every version that tokens in flight still need."""
 
-    def publish(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> None:
-        """Store a copy of `weights` as `version`."""
+    @property
+    def versions(self) -> tuple[PolicyVersion, ...]:
+        """The versions that are there, ascending."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of memory that all of them take."""
+        ...
+
+    def publish(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> Publication:
+        """Store the bits of `weights` as `version`, which is above all others."""
         ...
 
     def checkout(self, version: PolicyVersion) -> AbstractContextManager[Mapping[str, Tensor]]:
@@ -181,8 +214,32 @@ class VersionStore(Protocol):
         """
         ...
 
+    def walk(self) -> AbstractContextManager[None]:
+        """Inside it, checkouts in the order of their versions cost one way down and one way back in all."""
+        ...
+
     def retain(self, oldest_needed: PolicyVersion) -> list[PolicyVersion]:
-        """Drop the versions below `oldest_needed`; returns those dropped."""
+        """Versions below `oldest_needed` are no longer needed, but for the newest and those held; returns those dropped."""
+        ...
+
+    def hold(self, version: PolicyVersion) -> None:
+        """Keep a version until `release`, whatever `retain` says.
+
+        Raises:
+            VersionEvictedError: The version is not there.
+        """
+        ...
+
+    def release(self, version: PolicyVersion) -> list[PolicyVersion]:
+        """Take one `hold` back; returns the versions dropped."""
+        ...
+
+    def rewind(self, version: PolicyVersion) -> None:
+        """Forget all versions above one, which becomes the newest: a run goes on from an older checkpoint.
+
+        Raises:
+            VersionEvictedError: The version is not there.
+        """
         ...
 
 

@@ -8,6 +8,7 @@ from oldlogits.versions.flat import FlatWeights
 from oldlogits.versions.full_copies import FullCopyStore
 from oldlogits.versions.layout import Entry, Layout, Shard
 from oldlogits.versions.patch import Patch, concatenate
+from oldlogits.versions.store import PatchStore
 
 __all__ = [
     "AverageScores",
@@ -16,6 +17,7 @@ __all__ = [
     "FullCopyStore",
     "Layout",
     "Patch",
+    "PatchStore",
     "Shard",
     "WeightAverage",
     "apply",

@@ -78,6 +78,11 @@ class Record:
         """Where the next record begins."""
         return self.start + self.num_bytes
 
+    @property
+    def whole_bytes(self) -> int:
+        """Of header and payload."""
+        return self.end - self.offset
+
     def __str__(self) -> str:
         """How an error names it."""
         return f"record {self.index} ({self.kind.name.lower()} of version {self.version}) at byte {self.offset}"
@@ -118,19 +123,19 @@ class VersionLog:
 
     @classmethod
     def create(cls, folder: Path, *, sync: bool = True) -> Self:
-        """Become the owner of a folder without a log, and make an empty one.
+        """Become the owner of a folder without records, and make an empty log.
 
         Raises:
             LogBusyError: Another owner has the folder open.
-            LogWriteError: There is a log already, or the disk does not take one.
+            LogWriteError: There are records already, or the disk does not take one.
         """
         log = cls(folder, own(folder), sync=sync)
-        if log._path.exists():
+        if log._path.exists() and log._path.stat().st_size > _FILE.size:
             log.close()
             raise LogWriteError(
                 f"{folder} holds versions already",
                 got=log._path.name,
-                allowed="a folder without a log of versions",
+                allowed="a folder without records",
                 fix="open it to go on from what it holds, or give another folder",
             )
         try:
