@@ -22,10 +22,9 @@ def own(folder: Path) -> int:
     lock = os.open(folder / "owner.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, str(os.getpid()).encode(), 0)
+        os.pwrite(lock, f"{os.getpid():<20}\n".encode(), 0)
     except BlockingIOError:
-        owner = os.pread(lock, 32, 0).decode(errors="replace") or "unknown"
+        owner = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
         os.close(lock)
         raise LogBusyError(
             f"the versions in {folder} have an owner",
