@@ -14,6 +14,7 @@ def state(seed=0):
         "embedding": embedding,
         "head": embedding,
         "norm": torch.randn(7, generator=g),
+        "body": torch.randn(30, 50, generator=g).bfloat16(),
         "half": torch.randn(3, 4, generator=g).half().t(),
         "steps": torch.tensor(seed),
         "mask": torch.rand(9, generator=g) > 0.5,
@@ -22,7 +23,7 @@ def state(seed=0):
 
 
 def changed(weights, seed, kind):
-    """The next state: `kind` is "none", "sparse", "dense" or "special"."""
+    """The next state: `kind` is "none", "sparse", "many", "dense" or "special"."""
     g = torch.Generator().manual_seed(seed)
     new = {name: tensor.clone() for name, tensor in weights.items()}
     flat = new["embedding"].view(torch.int16).view(-1)
@@ -30,6 +31,8 @@ def changed(weights, seed, kind):
         flat[torch.randint(60, (2,), generator=g)] += 1
         new["norm"][torch.randint(7, (1,), generator=g)] *= 1.5
         new["steps"] += 1
+    elif kind == "many":
+        new["body"].view(torch.int16)[torch.rand(30, 50, generator=g) < 0.6] += 1
     elif kind == "special":
         flat[torch.randint(60, (7,), generator=g)] = SPECIAL
         new["mask"] = ~new["mask"]

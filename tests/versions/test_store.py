@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oldlogits.core.errors import ExactnessError, LayoutError, PatchError, StoreFullError, StoreUseError, VersionEvictedError
@@ -12,7 +12,7 @@ from oldlogits.core.protocols import VersionStore
 from oldlogits.versions import FlatWeights, FullCopyStore, PatchStore, apply
 from tests.versions.states import assert_bits, assert_holds, changed, history, state
 
-kinds = st.lists(st.sampled_from(["none", "sparse", "dense", "special"]), min_size=1, max_size=5)
+kinds = st.lists(st.sampled_from(["none", "sparse", "many", "dense", "special"]), min_size=1, max_size=5)
 
 
 def filled(store, states, first=0):
@@ -32,6 +32,7 @@ def large_history(num, *, size=4000, num_changed=40):
     return states
 
 
+@settings(max_examples=40)
 @given(kinds, st.lists(st.integers(1, 5), min_size=6, max_size=6), st.integers(0, 3), st.randoms())
 def test_every_version_gives_back_the_published_bits_in_any_order(kinds, gaps, hot, random):
     store, states, version = PatchStore(hot=hot), {}, 0
@@ -237,6 +238,7 @@ def test_rewinding_forgets_what_is_newer():
     assert_holds(store, dict(enumerate([*states[:3], other])))
 
 
+@settings(max_examples=40)
 @given(kinds, st.integers(0, 5), st.integers(0, 5), st.integers(0, 2))
 def test_patches_lead_a_receiver_from_any_version_to_any_later_one(kinds, base, target, hot):
     store = filled(PatchStore(hot=hot), states := history(kinds))

@@ -39,7 +39,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.there, self.held, self.oldest = {}, [], None
         self.publish(gap=first + 1, kind="none")
 
-    @rule(gap=st.integers(1, 3), kind=st.sampled_from(["none", "sparse", "sparse", "dense", "special"]))
+    @rule(gap=st.integers(1, 3), kind=st.sampled_from(["none", "sparse", "many", "dense", "special"]))
     def publish(self, gap, kind):
         self.number += 1
         version, weights = self.newest + gap, changed(self.weights, self.number, kind)

@@ -242,6 +242,10 @@ class VersionStore(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Give up what it has open; a second call does nothing."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:

@@ -16,7 +16,10 @@ from oldlogits.versions.window import Window, check_ascends, check_held, publish
 
 
 class FullCopyStore:
-    """A `VersionStore` of full copies. Any number of versions may be checked out at once, from any thread."""
+    """A `VersionStore` of full copies in memory. Any number of versions may be checked out at once, from any thread.
+
+    Tensors that change wholly are as large in a `PatchStore`, which has the disk and the digests that this one lacks.
+    """
 
     def __init__(self) -> None:
         self._copies: dict[PolicyVersion, Mapping[str, Tensor]] = {}
@@ -109,6 +112,9 @@ class FullCopyStore:
         with self._lock:
             check_held(version, self.versions)
             self._copies = {v: copy for v, copy in self._copies.items() if v <= version}
+
+    def close(self) -> None:
+        """Nothing to give up."""
 
     def _drop(self) -> list[PolicyVersion]:
         needed = set(self._window.needed(self._copies))

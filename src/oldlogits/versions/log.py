@@ -206,7 +206,7 @@ class VersionLog:
         self._records.append(record)
         return record
 
-    def read(self, record: Record) -> bytes:
+    def read(self, record: Record) -> bytearray:
         """The payload of a record.
 
         Raises:
@@ -219,7 +219,7 @@ class VersionLog:
             done += count
         if done < record.num_bytes or zlib.crc32(payload) != record.checksum:
             raise _damaged(self._path, str(record), "its payload has another checksum", record.offset)
-        return bytes(payload)
+        return payload
 
     def rewrite(self, entries: Iterable[tuple[Kind, int, Payload]]) -> tuple[Record, ...]:
         """Replace the log by a new file with these records, wholly or not at all; the old one is readable meanwhile.

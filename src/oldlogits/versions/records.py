@@ -44,7 +44,7 @@ def patch_payload(step: Step, patch: bytes | memoryview) -> Payload:
     return _STEP.pack(step.base, step.base_digest, step.target_digest), patch
 
 
-def read_step(payload: bytes) -> tuple[Step, memoryview]:
+def read_step(payload: bytearray) -> tuple[Step, memoryview]:
     """What `patch_payload` wrote: the head, and the patch."""
     base, base_digest, target_digest = _STEP.unpack_from(payload)
     return Step(base=base, base_digest=base_digest, target_digest=target_digest), memoryview(payload)[_STEP.size :]
@@ -65,7 +65,7 @@ def copy_payload(weights: FlatWeights, frozen: Mapping[str, str]) -> Payload:
 
 
 def read_copy(
-    payload: bytes, frozen: Mapping[str, Tensor], device: torch.device | str | None
+    payload: bytearray, frozen: Mapping[str, Tensor], device: torch.device | str | None
 ) -> tuple[FlatWeights, Mapping[str, str]]:
     """What `copy_payload` wrote: the copy, and the fingerprints.
 
@@ -77,16 +77,17 @@ def read_copy(
     Raises:
         LayoutError: A frozen tensor is missing, or is not the one that the versions were published with.
     """
-    (length,) = _LENGTH.unpack_from(payload)
+    view = memoryview(payload)
+    (length,) = _LENGTH.unpack_from(view)
     start = _LENGTH.size + length
-    head = json.loads(payload[_LENGTH.size : start])
+    head = json.loads(bytes(view[_LENGTH.size : start]))
     layout = Layout.from_json(head["layout"])
     check_fingerprints(head["frozen"], frozen)
     weights = FlatWeights.empty(layout, device=device or "cpu", frozen=frozen)
     for dtype in layout.dtypes:
         words = weights.words(dtype)
         if words.numel():
-            words.copy_(torch.frombuffer(bytearray(payload[start : start + words.nbytes]), dtype=words.dtype))
+            words.copy_(torch.frombuffer(view[start : start + words.nbytes], dtype=words.dtype))
         start += words.nbytes
     weights.digest = int(head["digest"], 16)
     return weights, head["frozen"]
