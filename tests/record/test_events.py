@@ -76,8 +76,8 @@ def test_an_event_is_on_disk_when_emit_returns(tmp_path: Path):
 
 
 def test_an_event_without_a_field_of_its_kind_is_refused_and_names_it():
-    with pytest.raises(RecordError, match="fix: pass seconds_s"):
-        MemoryLog().emit(EventKind.PUBLISHED, version=1, bytes=3)
+    with pytest.raises(RecordError, match="fix: pass num_above, num_tokens"):
+        MemoryLog().emit(EventKind.PROBE, version=1, max_abs_error=0.0, mean_abs_error=0.0)
 
 
 @pytest.mark.parametrize("key", ["seq", "kind"])

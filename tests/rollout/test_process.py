@@ -49,7 +49,7 @@ def own_engine(spec):
 
 def leftovers():
     folders = (Path("/dev/shm"), Path(tempfile.gettempdir()))
-    return [path for folder in folders if folder.is_dir() for path in folder.glob("oldlogits-*.safetensors")]
+    return [path for folder in folders if folder.is_dir() for path in folder.glob("oldlogits-*.weights")]
 
 
 def is_alive(pid):

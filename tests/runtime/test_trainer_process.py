@@ -32,7 +32,7 @@ def batch_at(version):
 async def one_update(handle, version):
     """Publish, score at `version`, train; the published version, the scores and the result."""
     published = await handle.publish()
-    weights = {name: w.clone() for name, w in published.weights.items()}
+    weights = {name: w.clone() for name, w in published.update.tensors.items()}
     await handle.put_batch(batch := batch_at(version))
     tags = batch.version[batch.loss_mask]
     values = await handle.score(np.arange(len(tags)), version)
@@ -99,7 +99,7 @@ def test_a_trainer_process_does_what_a_trainer_does_bit_for_bit_and_leaves_nothi
     assert (state.version, state.num_parameters, state.witnesses) == (2, trainer.num_parameters, trainer.witnesses)
     assert state.busy_s > 0
     saved = named_weights(load_model(tmp_path / "checkpoint" / "model"))
-    assert all(np.array_equal(saved[name], w) for name, w in trainer.publish().weights.items())
+    assert all(np.array_equal(saved[name], w) for name, w in trainer.publish().update.tensors.items())
     assert children() == []
     assert shared_files() <= files
 

@@ -50,7 +50,7 @@ def train(trainer, *versions, offset=0):
 
 
 def weights_of(trainer):
-    return {name: w.clone() for name, w in trainer.publish().weights.items()}
+    return {name: w.clone() for name, w in trainer.publish().update.tensors.items()}
 
 
 def assert_bitwise_equal(left, right):
@@ -203,7 +203,7 @@ def test_a_publication_tells_version_weights_probe_and_bytes(trainer, tiny_folde
     ids = torch.tensor([PROBE])
     logps = torch.log_softmax(model(ids).logits[0].detach(), 1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
     np.testing.assert_allclose(published.probe_logps, logps, rtol=0, atol=2e-6)
-    assert_bitwise_equal(published.weights, named_weights(load_model(tiny_folder)))
+    assert_bitwise_equal(published.update.tensors, named_weights(load_model(tiny_folder)))
     assert published.store_bytes == 4 * trainer.num_parameters
     train(trainer, 0)
     assert trainer.publish().store_bytes == 8 * trainer.num_parameters

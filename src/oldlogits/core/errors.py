@@ -11,6 +11,7 @@ OldLogitsError
 ├── VersionEvictedError   (LookupError)       a version that the store no longer holds
 ├── LayoutError           (ValueError)        weights or a patch that do not fit the tensors they are meant for
 ├── PatchError            (ValueError)        bytes that are no patch, or a damaged one
+├── ReceiverBehindError   (LookupError)       a receiver of weights that cannot go on from the version it holds
 ├── StoreUseError         (RuntimeError)      the store was asked for what its order of calls does not allow
 ├── StoreFullError        (MemoryError)       the byte budget has no room for another version
 ├── LogBusyError          (BlockingIOError)   another process owns the folder of versions
@@ -112,6 +113,10 @@ class LayoutError(OldLogitsError, ValueError):
 
 class PatchError(OldLogitsError, ValueError):
     """Bytes are no patch, were written in another format, or are damaged."""
+
+
+class ReceiverBehindError(OldLogitsError, LookupError):
+    """A receiver of weights cannot take a patch: it holds another version, or the patch is damaged."""
 
 
 class ExactnessError(OldLogitsError, ArithmeticError):

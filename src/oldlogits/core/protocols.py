@@ -108,6 +108,32 @@ class FullWeights:
 
     tensors: Mapping[str, Tensor]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PatchWeights:
+    """What leads a receiver that holds the version `base` to a later one.
+
+    Args:
+        base: The version that the first patch begins at.
+        patches: Serialised `versions.Patch`, oldest first, of the weights under their Hugging Face parameter names.
+    """
+
+    base: PolicyVersion
+    patches: tuple[bytes | memoryview, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(len(patch) for patch in self.patches)
+
+
+WeightUpdate = FullWeights | PatchWeights
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineCapabilities:
@@ -152,8 +178,12 @@ class RolloutEngine(Protocol):
         """While paused: what each running request has sampled so far, by request id."""
         ...
 
-    async def update_weights(self, update: FullWeights, version: PolicyVersion) -> None:
-        """Replace the weights; later tokens are tagged with `version`."""
+    async def update_weights(self, update: WeightUpdate, version: PolicyVersion) -> None:
+        """Replace the weights; later tokens are tagged with `version`.
+
+        Raises:
+            ReceiverBehindError: Patches do not lead on from what the engine's host holds: give it full weights.
+        """
         ...
 
     async def resume(self) -> None:
@@ -382,12 +412,12 @@ class DedicatedScorer(PieceScorer, Protocol):
         """Versions that it holds: the newest ones."""
         ...
 
-    async def publish(self, version: PolicyVersion, weights: Mapping[str, Tensor], probe_logps: NDArray[np.float32]) -> float:
+    async def publish(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> float:
         """Take over a version, and drop the oldest beyond the window.
 
         Args:
             version: Its number.
-            weights: Copied before this returns.
+            update: Its weights, copied before this returns, or what leads to them from the version before.
             probe_logps: float32 [probe token]; what the trainer's live weights give the fixed probe tokens.
 
         Returns:
@@ -441,14 +471,12 @@ class LogprobSource(Protocol):
         """
         return
 
-    async def on_published(
-        self, version: PolicyVersion, weights: Mapping[str, Tensor], probe_logps: NDArray[np.float32]
-    ) -> None:
+    async def on_published(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> None:
         """The engine holds `version` and samples again.
 
         Args:
             version: Its number.
-            weights: The trainer's, valid until its next optimizer step.
+            update: The trainer's weights, valid until its next optimizer step, or what leads to them.
             probe_logps: float32 [probe token]; what they give the fixed probe tokens.
         """
         return

@@ -6,6 +6,7 @@ from oldlogits.versions.ewma import AverageScores, WeightAverage
 from oldlogits.versions.fastpath import fast_path
 from oldlogits.versions.flat import FlatWeights
 from oldlogits.versions.full_copies import FullCopyStore
+from oldlogits.versions.host_copy import HostCopy
 from oldlogits.versions.layout import Entry, Layout, Shard
 from oldlogits.versions.patch import Patch, concatenate
 from oldlogits.versions.store import PatchStore
@@ -15,6 +16,7 @@ __all__ = [
     "Entry",
     "FlatWeights",
     "FullCopyStore",
+    "HostCopy",
     "Layout",
     "Patch",
     "PatchStore",

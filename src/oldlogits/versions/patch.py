@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from oldlogits.core.errors import LayoutError, PatchError
+from oldlogits.core.errors import LayoutError, PatchError, ReceiverBehindError
 from oldlogits.versions.cold import Section, Tier, damaged, pack, unpack
 from oldlogits.versions.digest import MASK
 from oldlogits.versions.layout import Layout
@@ -185,6 +185,16 @@ def foreign(difference: str) -> LayoutError:
         got=difference,
         allowed="the same names, dtypes, shapes and ranges",
         fix="concatenate the patches of all shards, or send the full weights once",
+    )
+
+
+def receiver_behind(got: str, allowed: str) -> ReceiverBehindError:
+    """The error of a receiver that cannot take a patch."""
+    return ReceiverBehindError(
+        "the receiver cannot go on from what it holds",
+        got=got,
+        allowed=allowed,
+        fix="send the full weights of the version once",
     )
 
 

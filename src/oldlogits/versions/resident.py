@@ -12,6 +12,7 @@ from oldlogits.core.protocols import PolicyVersion
 from oldlogits.versions.chain import Chain, Link
 from oldlogits.versions.codec import apply, encode
 from oldlogits.versions.flat import FlatWeights
+from oldlogits.versions.patch import Patch
 from oldlogits.versions.records import Step
 from oldlogits.versions.shield import shielded
 
@@ -38,11 +39,24 @@ class Resident:
             LayoutError: The weights do not fit; nothing has changed.
         """
         with shielded():
-            patch = encode(self.flat, weights)
-            step = Step(base=self.at, base_digest=patch.base, target_digest=patch.target)
-            link = Link(step=step, target=version, raw=patch)
-            self._chain.links.append(link)
-            self.at = version
+            return self._arrived(version, encode(self.flat, weights))
+
+    def follow(self, version: PolicyVersion, patch: Patch) -> Link:
+        """Apply a patch that leads to `version`, and add it to the end of the chain.
+
+        Raises:
+            LayoutError: The patch is of other tensors.
+            ExactnessError: It does not begin where the copy is, or other bits come out. Nothing has changed.
+        """
+        with shielded():
+            apply(self.flat, [patch], 1)
+            return self._arrived(version, patch)
+
+    def _arrived(self, version: PolicyVersion, patch: Patch) -> Link:
+        step = Step(base=self.at, base_digest=patch.base, target_digest=patch.target)
+        link = Link(step=step, target=version, raw=patch)
+        self._chain.links.append(link)
+        self.at = version
         return link
 
     def agrees(self, weights: Mapping[str, Tensor]) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,14 +21,14 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from oldlogits.core.errors import StoreUseError
-from oldlogits.core.protocols import PolicyVersion, Publication
+from oldlogits.core.errors import ExactnessError, LayoutError, PatchError, StoreUseError
+from oldlogits.core.protocols import PatchWeights, PolicyVersion, Publication
 from oldlogits.versions.budget import Budget, StoreCounts
-from oldlogits.versions.chain import Chain
+from oldlogits.versions.chain import Chain, Link
 from oldlogits.versions.disk import Disk
 from oldlogits.versions.flat import FlatWeights
 from oldlogits.versions.log import Cut
-from oldlogits.versions.patch import Patch
+from oldlogits.versions.patch import Patch, receiver_behind
 from oldlogits.versions.resident import Resident
 from oldlogits.versions.shield import shielded
 from oldlogits.versions.window import Window, check_ascends, check_held, published_twice
@@ -172,29 +172,31 @@ class PatchStore:
             newest = self._go(self.versions[-1])
             if version == newest:
                 return self._publish_again(version, weights)
-            started = time.perf_counter()
+            return self._extend(newest, version, lambda resident: resident.absorb(version, weights))
+
+    def take(self, version: PolicyVersion, update: PatchWeights) -> Publication:
+        """Store as `version` what a patch makes of the newest one: this store follows one in another process.
+
+        Raises:
+            ReceiverBehindError: The patch does not begin at the newest version, or is damaged, or what comes out has another
+                digest. The store is as it was before.
+            StoreUseError: The version is below the newest, or the caller is in a checkout.
+            StoreFullError: As for `publish`.
+            LogWriteError: As for `publish`.
+        """
+        with self._publishing, self._lock:
+            self._check_outside("published to")
+            if self._resident is None or self.versions[-1] != update.base or version <= update.base or len(update.patches) != 1:
+                raise receiver_behind(
+                    f"the versions {', '.join(map(str, self.versions)) or 'none'}",
+                    f"one patch from the newest one, not {len(update.patches)} from version {update.base} to {version}",
+                )
+            newest = self._go(update.base)
             try:
-                link = self._resident.absorb(version, weights)
-                encode_s, patch = time.perf_counter() - started, self._chain.patch(link)
-                waited_s = self._wait_for_room(version) if self._disk is None else 0.0
-                with shielded():
-                    log_bytes = self._disk.append(link, self._chain) if self._disk is not None else 0
-                    self._digests[version] = link.step.target_digest
-            except BaseException:
-                if version not in self._digests:
-                    self._resident.give_up(newest)
-                raise
-            self._drop()
-            self._budget.save(self._chain, self._counts)
-            return Publication(
-                version=version,
-                stored_bytes=patch.num_bytes,
-                full_bytes=self._resident.flat.layout.num_bytes,
-                share_changed=patch.share_changed,
-                encode_s=encode_s,
-                log_bytes=log_bytes,
-                waited_s=waited_s,
-            )
+                patch = Patch.from_bytes(update.patches[0], layout=self._resident.flat.layout)
+                return self._extend(newest, version, lambda resident: resident.follow(version, patch))
+            except (PatchError, LayoutError, ExactnessError) as error:
+                raise receiver_behind(str(error), f"a patch from version {newest} to {version}, as it was written") from error
 
     @contextmanager
     def checkout(self, version: PolicyVersion) -> Iterator[Mapping[str, Tensor]]:
@@ -349,6 +351,32 @@ class PatchStore:
             share_changed=1.0,
             encode_s=encode_s,
             log_bytes=log_bytes,
+        )
+
+    def _extend(self, newest: PolicyVersion, version: PolicyVersion, step: Callable[[Resident], Link]) -> Publication:
+        """Bring the copy from the newest version to a new one, and keep the patch; on an error all is as it was."""
+        resident, started = self._copy(), time.perf_counter()
+        try:
+            link = step(resident)
+            encode_s, patch = time.perf_counter() - started, self._chain.patch(link)
+            waited_s = self._wait_for_room(version) if self._disk is None else 0.0
+            with shielded():
+                log_bytes = self._disk.append(link, self._chain) if self._disk is not None else 0
+                self._digests[version] = link.step.target_digest
+        except BaseException:
+            if version not in self._digests:
+                resident.give_up(newest)
+            raise
+        self._drop()
+        self._budget.save(self._chain, self._counts)
+        return Publication(
+            version=version,
+            stored_bytes=patch.num_bytes,
+            full_bytes=resident.flat.layout.num_bytes,
+            share_changed=patch.share_changed,
+            encode_s=encode_s,
+            log_bytes=log_bytes,
+            waited_s=waited_s,
         )
 
     def _publish_again(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> Publication:
