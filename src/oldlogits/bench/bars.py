@@ -54,15 +54,15 @@ def _smollm2(slow: float, fast: float) -> dict[tuple[Model, float], float]:
 
 QUANTITIES: Final = (
     Quantity(name="share.changed", label="values changed", unit="share"),
-    Quantity(name="share.dense", label="  values in dense blocks", unit="share"),
+    Quantity(name="share.dense", label="values in dense blocks", unit="share"),
     Quantity(
         name="bytes.cold",
         label="bytes of a version, cold tier / bf16 copy",
         unit="share",
         bars=_synthetic(0.0070, 0.022, 0.035) | _smollm2(0.0040, 0.013),
     ),
-    Quantity(name="bytes.entropy", label="  entropy of place and size", unit="share"),
-    Quantity(name="bytes.xor", label="  XOR + zstd-1", unit="share"),
+    Quantity(name="bytes.entropy", label="entropy of place and size", unit="share"),
+    Quantity(name="bytes.xor", label="XOR + zstd-1", unit="share"),
     Quantity(name="bytes.of_xor", label="cold tier / XOR + zstd-1", unit="ratio", bars=_smollm2(0.55, 0.55)),
     Quantity(
         name="bytes.memory",
@@ -75,19 +75,19 @@ QUANTITIES: Final = (
     Quantity(name="switch.memory", label="one switch, memory tier / memcpy", unit="ratio", bars=_synthetic(0.8, 0.8, 1.0)),
     Quantity(name="switch.cold", label="one switch, cold tier / memcpy", unit="ratio", bars=_synthetic(1.2, 1.2, 1.2)),
     Quantity(name="walk.pass", label="4 versions in one pass, per version / memcpy", unit="ratio", bars=_synthetic(0.45)),
-    Quantity(name="walk.stops", label="  4 versions, a stop at each, and back, per version / memcpy", unit="ratio"),
+    Quantity(name="walk.stops", label="4 versions, a stop at each, and back, per version / memcpy", unit="ratio"),
     Quantity(name="checkout", label="checkout and back / two load_state_dict", unit="ratio", bars=_synthetic(0.9, 0.9, 0.9)),
-    Quantity(name="load_state_dict", label="  one load_state_dict / memcpy", unit="ratio"),
+    Quantity(name="load_state_dict", label="one load_state_dict / memcpy", unit="ratio"),
     Quantity(name="encode.memory", label="encode net of the cast, memory tier / memcpy", unit="ratio", bars=_synthetic(1.6)),
     Quantity(name="encode.cold", label="encode net of the cast, cold tier / memcpy", unit="ratio", bars=_synthetic(2.2)),
-    Quantity(name="cast", label="  the cast alone / memcpy", unit="ratio"),
-    Quantity(name="publish", label="  publish to the store, with the cast / memcpy", unit="ratio"),
+    Quantity(name="cast", label="the cast alone / memcpy", unit="ratio"),
+    Quantity(name="publish", label="publish to the store, with the cast / memcpy", unit="ratio"),
     Quantity(name="ewma", label="EWMA update / fp32 copy", unit="ratio", bars={("synthetic", ANY): 1.05}),
     Quantity(name="memcpy", label="memcpy of all weights", unit="ms"),
     Quantity(name="ms.switch", label="one switch, memory tier", unit="ms", bars=_gpu(5.0)),
     Quantity(name="ms.encode", label="encode with the cast, memory tier", unit="ms", bars=_gpu(10.0)),
     Quantity(name="ms.ewma", label="EWMA update", unit="ms", bars={("gpu", ANY): 15.0}),
 )
-"""In the order of the table; indented labels are there for comparison."""
+"""In the order of the tables."""
 
 BY_NAME: Final = {quantity.name: quantity for quantity in QUANTITIES}

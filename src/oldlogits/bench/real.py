@@ -1,6 +1,8 @@
-"""A real model under real steps: SmolLM2-135M-Instruct learns conversations of the order desk.
+"""A real model under real steps: SmolLM2-135M-Instruct reads this package.
 
-conversations -> bf16 forward and backward -> fp32 gradients -> AdamW on fp32 masters -> a cast to bf16 is the next version
+    text -> bf16 forward and backward -> fp32 gradients -> AdamW on fp32 masters -> a cast to bf16 is the next version
+
+The masters begin at bf16 values, as those of every run on a published bf16 checkpoint do.
 """
 
 from __future__ import annotations
@@ -14,14 +16,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedTokenizerBase
 
+import oldlogits
 from oldlogits.bench.synthetic import BETAS
-from oldlogits.envs.desk import OrderDesk
-from oldlogits.envs.desk_data import WORDS
-from oldlogits.envs.shape import tool_names
-from oldlogits.policy.chat import ChatFormat
 from oldlogits.policy.model import load_model, load_tokenizer, named_weights
-from oldlogits.policy.tiny import tiny_tokenizer
-from oldlogits.train.warm_start import WarmStartSpec, demonstrations
 
 NUM_SEQUENCES: Final = 2
 LENGTH: Final = 128
@@ -31,7 +28,7 @@ LENGTH: Final = 128
 class RealModel:
     """SmolLM2 with fp32 masters under a bf16 forward, trained on next tokens; 2.7 GB for 135 M parameters.
 
-    The moments begin at zero, as in any run: the first steps change more values than later ones.
+    The moments begin at zero, as in any run.
 
     Args:
         folder: From `policy.smollm2.fetch`.
@@ -39,9 +36,8 @@ class RealModel:
     """
 
     def __init__(self, folder: Path, *, lr: float) -> None:
-        model = load_model(folder)
-        self._masters = {name: Parameter(weight.clone()) for name, weight in named_weights(model).items()}
-        self._model = model.to(torch.bfloat16)
+        self._model = load_model(folder).to(torch.bfloat16)
+        self._masters = {name: Parameter(weight.to(torch.float32)) for name, weight in named_weights(self._model).items()}
         self._batches = _batches(load_tokenizer(folder))
         self._optimizer = torch.optim.AdamW(self._masters.values(), lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
 
@@ -64,12 +60,10 @@ class RealModel:
 
 
 def _batches(tokenizer: PreTrainedTokenizerBase) -> Iterator[Tensor]:
-    """Endless batches int64 [sequence, token] of one stream of conversations; the same ones every time."""
-    words = tiny_tokenizer([*WORDS, *tool_names(OrderDesk)])
-    conversations = demonstrations(WarmStartSpec(), ChatFormat(words))
-    ids: list[int] = []
+    """Endless batches int64 [sequence, token] from random places of this package's source; the same ones every time."""
+    files = sorted(Path(oldlogits.__file__).parent.rglob("*.py"))
+    ids = torch.tensor(tokenizer("\n".join(file.read_text(encoding="utf-8") for file in files))["input_ids"])
+    generator = torch.Generator().manual_seed(0)
     while True:
-        while len(ids) < NUM_SEQUENCES * LENGTH:
-            ids += tokenizer(words.decode(next(conversations).token_ids) + "\n")["input_ids"]
-        batch, ids = ids[: NUM_SEQUENCES * LENGTH], ids[NUM_SEQUENCES * LENGTH :]
-        yield torch.tensor(batch).view(NUM_SEQUENCES, LENGTH)
+        starts = torch.randint(len(ids) - LENGTH, (NUM_SEQUENCES, 1), generator=generator)
+        yield ids[starts + torch.arange(LENGTH)]

@@ -144,6 +144,6 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Write it as JSON; each row also says its unit, its label and whether its bar is met."""
-        rows = [asdict(row) | {"unit": row.of.unit, "label": row.of.label.strip(), "is_met": row.is_met} for row in self.rows]
+        rows = [asdict(row) | {"unit": row.of.unit, "label": row.of.label, "is_met": row.is_met} for row in self.rows]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(self) | {"rows": rows}, indent=1) + "\n", encoding="utf-8")

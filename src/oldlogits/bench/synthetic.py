@@ -30,13 +30,16 @@ _LONG_AGO: Final = 1_000_000.0
 def llama_shapes(num_params: int) -> dict[str, tuple[int, ...]]:
     """Hugging Face names and shapes of a Llama of about so many parameters, its head tied to the embedding.
 
+    Between 24 and 128 million the width stays 576, and there are fewer layers: the tensors have the same sizes.
+
     Args:
         num_params: What is aimed at, at least 100,000; the number of layers is rounded.
 
     Example:
         128,000,000: width 576, 28 layers, a vocabulary of 49,152: 127.4 million.
     """
-    hidden = _HEAD * max(1, round(math.sqrt(num_params) / 20 / _HEAD))
+    root = math.sqrt(num_params)
+    hidden = _HEAD * max(1, min(9, round(root / 540)), round(root / 1280))
     vocabulary = min(_MAX_VOCABULARY, num_params // (4 * hidden))
     kv, mlp = _HEAD * max(1, hidden // (3 * _HEAD)), 8 * hidden // 3
     attention = {"q_proj": (hidden, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, hidden)}

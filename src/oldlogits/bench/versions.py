@@ -141,6 +141,7 @@ class _Bench:
         self._chain(source, subject, self._plan.num_steps, self._plan.num_steps)
 
     def _chain(self, source: Source, subject: Subject, num_rounds: int, num_compared: int) -> None:
+        gc.collect()  # the chain before, whose optimizer and module are cycles
         lab = Lab(source, subject, num_compared=num_compared)
         for _ in range(num_rounds):
             self._advance(f"{subject.model} at lr {subject.lr:g}")
@@ -169,7 +170,6 @@ class _Bench:
     def _advance(self, doing: str) -> None:
         self._progress(doing, self._done, self._plan.total)
         self._done += 1
-        gc.collect()
 
 
 @contextmanager

@@ -55,7 +55,8 @@ def command(arguments: Sequence[str]) -> int:
     console = Console(highlight=False)
     with _shown(console) as progress:
         report = measure(plan, progress)
-    console.print(Text(str(report.machine)), Text(remark(report), style="bold"), table(report), sep="\n", soft_wrap=True)
+    shown = (Text(str(report.machine)), Text(remark(report), style="bold"), compared(report), held(report))
+    console.print(*shown, sep="\n", soft_wrap=True)
     if options.out is not None:
         report.write(options.out)
         console.print(Text(f"figures   {options.out}"))
@@ -69,33 +70,42 @@ def remark(report: Report) -> str:
     return f"{verdict}; a short run: small model, few rounds, no real model" if report.is_smoke else verdict
 
 
-def table(report: Report) -> Table:
-    """One line a figure; the same quantity stands together."""
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    shown.add_column("quantity", no_wrap=True)
-    shown.add_column("model", no_wrap=True)
-    for heading in ("lr", "median", "quartiles", "wall", "n", "bar"):
-        shown.add_column(heading, justify="right", no_wrap=True)
-    shown.add_column("", no_wrap=True)
-    for quantity in QUANTITIES:
-        for row in (row for row in report.rows if row.quantity == quantity.name):
-            shown.add_row(*_cells(row), style="dim" if quantity.label.startswith(" ") else "")
+def held(report: Report) -> Table:
+    """The figures that are held to a bar, one a line."""
+    shown = _table("held to a bar", "bar", "")
+    for row in (row for quantity in QUANTITIES for row in report.rows if row.of is quantity and row.bar is not None):
+        verdict = Text("met", style="green") if row.is_met else Text("missed", style="bold red")
+        shown.add_row(*_cells(row), f"<= {figure(row.median if row.bar is None else row.bar, row.of.unit)}", verdict)
     return shown
 
 
-def _cells(row: Row) -> tuple[str | Text, ...]:
+def compared(report: Report) -> Table:
+    """The other figures, for comparison."""
+    shown = _table("for comparison")
+    for row in (row for quantity in QUANTITIES for row in report.rows if row.of is quantity and row.bar is None):
+        shown.add_row(*_cells(row))
+    return shown
+
+
+def _table(title: str, *more: str) -> Table:
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column(title, no_wrap=True)
+    shown.add_column("model", no_wrap=True)
+    for heading in ("lr", "median", "quartiles", "wall", "n", *more):
+        shown.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    return shown
+
+
+def _cells(row: Row) -> tuple[str, ...]:
     unit = row.of.unit
-    verdict = {None: Text(), True: Text("met", style="green"), False: Text("missed", style="bold red")}[row.is_met]
     return (
         row.of.label,
         f"{row.model} {row.num_params / 1e6:,.0f} M",
         f"{row.lr:.0e}".replace("e-0", "e-") if row.lr else "",
         figure(row.median, unit),
-        f"{figure(row.low, unit)} .. {figure(row.high, unit)}",
+        "" if row.num_samples == 1 else f"{figure(row.low, unit)} .. {figure(row.high, unit)}",
         "" if row.wall is None else figure(row.wall, unit),
         str(row.num_samples),
-        "" if row.bar is None else f"<= {figure(row.bar, unit)}",
-        verdict,
     )
 
 
