@@ -2,7 +2,12 @@
 
 They are written for any CPU: a comparison of 64 values at a time is LLVM's to translate into what the machine has. Machine code
 is kept in numba's cache: beside this file or, where that cannot be written, in the user's cache folder.
+
+numba infers the types of the compiled functions, so they carry none here: `words`, `new`, `block`, `target`, `olds`, `deltas`,
+`wide` and `dense` are arrays of one signed integer type; numbers are int64, what concerns the digest is uint64.
 """
+
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-any-return"
 
 from __future__ import annotations
 
@@ -25,7 +30,7 @@ _M1, _M2 = np.uint64(digest.M1), np.uint64(digest.M2)
 _S30, _S27, _S31 = np.uint64(30), np.uint64(27), np.uint64(31)
 _NONE, _ONE = np.uint64(0), np.uint64(1)
 _LANES = 64
-_FLUSH = 2048
+_at = np.uint64
 
 
 def refusal() -> str:
@@ -60,19 +65,6 @@ def _changed(typing: Any, a: Any, i: Any, b: Any, j: Any) -> Any:
     return types.uint64(a, types.int64, b, types.int64), generate
 
 
-@intrinsic
-def _copy(typing: Any, a: Any, i: Any, b: Any, j: Any) -> Any:
-    """``a[i : i + 64] = b[j : j + 64]``."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        target, _, align = _vector(context, builder, signature.args[0], arguments[0], arguments[1])
-        source, kind, _ = _vector(context, builder, signature.args[2], arguments[2], arguments[3])
-        builder.store(builder.load(source, typ=kind, align=align), target, align=align)
-        return context.get_dummy_value()
-
-    return types.void(a, types.int64, b, types.int64), generate
-
-
 def _vector(context: Any, builder: Any, array_type: Any, array: Any, at: Any) -> Any:
     """A pointer to 64 values of an array from `at` on, their type, and their alignment in bytes."""
     item = context.get_data_type(array_type.dtype)
@@ -90,6 +82,29 @@ def _trailing_zeros(typing: Any, bits: Any) -> Any:
 
 
 @intrinsic
+def _ones(typing: Any, bits: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ctpop(arguments[0])
+
+    return types.int64(types.uint64), generate
+
+
+@intrinsic
+def _prefetch(typing: Any, a: Any, i: Any) -> Any:
+    """Ask for the cache line of ``a[i]``, to be written; anything but a fault if it does not exist."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.gep(context.make_array(signature.args[0])(context, builder, arguments[0]).data, [arguments[1]])
+        number, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(fetch, [builder.bitcast(pointer, byte), number(1), number(3), number(1)])
+        return context.get_dummy_value()
+
+    return types.void(a, types.int64), generate
+
+
+@intrinsic
 def _load(typing: Any, address: Any, at: Any, like: Any) -> Any:
     """Item `at` of the values of the type of the array `like` that begin at `address`."""
 
@@ -102,7 +117,7 @@ def _load(typing: Any, address: Any, at: Any, like: Any) -> Any:
 
 
 @_jit
-def _term(key, index, word):  # type: ignore[no-untyped-def]
+def _term(key, index, word):
     z = index * _G + word * _W + key
     z = (z ^ (z >> _S30)) * _M1
     z = (z ^ (z >> _S27)) * _M2
@@ -110,130 +125,200 @@ def _term(key, index, word):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _moved(key, first, places, olds, news, num, mask):  # type: ignore[no-untyped-def]
+def _moved(key, first, places, olds, deltas, num, mask):
     """By how much `num` changed words move the digest."""
     total = _NONE
     for k in range(num):
         index = first + np.uint64(places[k])
-        total += _term(key, index, np.uint64(news[k]) & mask) - _term(key, index, np.uint64(olds[k]) & mask)
+        old = np.uint64(olds[k])
+        new = (old + np.uint64(deltas[k])) & mask
+        total += _term(key, index, new) - _term(key, index, old & mask)
     return total
 
 
 @_jit
-def _sum(words, offsets, starts, numels, keys, mask):  # type: ignore[no-untyped-def]
+def _sum(words, offsets, starts, numels, keys, mask):
     total = _NONE
     for row in range(len(offsets)):
         key, start, offset = np.uint64(keys[row]), np.uint64(starts[row]), offsets[row]
         for k in range(numels[row]):
-            total += _term(key, start + np.uint64(k), np.uint64(words[offset + k]) & mask)
+            total += _term(key, start + np.uint64(k), np.uint64(words[_at(offset + k)]) & mask)
     return total
 
 
 @_jit
-def _encode(words, new, row, offsets, firsts, counts, keys, table, gaps, values, wide, dense, mask, width):  # type: ignore[no-untyped-def]
+def _encode(words, new, row, offsets, firsts, counts, keys, table, gaps, values, wide, dense, mask, width):
     """Encode blocks from `row` on while every stream has room for one more; returns the next row and the streams' ends."""
-    places = np.empty(BLOCK_SIZE, np.uint32)
-    olds, news = np.empty(BLOCK_SIZE, words.dtype), np.empty(BLOCK_SIZE, words.dtype)
+    places, olds, deltas = _buffers(words)
     num_gaps, num_values, num_wide, num_dense, total = 0, 0, 0, 0, _NONE
     while row < len(offsets):
         offset, count = offsets[row], counts[row]
         room = min(len(gaps) - num_gaps - BLOCK_SIZE // 128, len(values) - num_values, len(wide) - num_wide)
         if min(room, len(dense) - num_dense) < count:
             break
-        changes = _find(words, new, offset, count, places, olds, news)
+        block, target = words[offset : offset + count], new[offset : offset + count]
+        changes = _find(block, target, places)
         if changes > 0:
-            total += _moved(np.uint64(keys[row]), np.uint64(firsts[row]), places, olds, news, changes, mask)
-            gap_end, wide_end, before = num_gaps, num_wide, -1
-            for k in range(changes):
-                place = np.int64(places[k])
-                gap = place - before - 1
-                while gap >= SKIP:
-                    gaps[gap_end] = SKIP
-                    gap_end += 1
-                    gap -= SKIP
-                gaps[gap_end] = gap
-                gap_end += 1
-                before = place
-                wide[wide_end] = np.int64(news[k]) - np.int64(olds[k])
-                delta = np.int64(wide[wide_end])
-                fits = -127 <= delta <= 127
-                values[num_values + k] = delta if fits else WIDE
-                wide_end += 0 if fits else 1
-            sparse = (gap_end - num_gaps) + changes + (wide_end - num_wide) * width
+            _take(block, target, places, changes, olds, deltas)
+            total += _moved(np.uint64(keys[row]), np.uint64(firsts[row]), places, olds, deltas, changes, mask)
+            gap_bytes = _write_gaps(places, changes, gaps[num_gaps:])
+            wide_words = _write_values(deltas, changes, values[num_values:], wide[num_wide:])
             table[row, 2] = changes
-            if 2 * sparse > count * width:
+            if 2 * (gap_bytes + changes + wide_words * width) > count * width:
                 table[row, 0] = 1
-                dense[num_dense : num_dense + count] = 0
-                for k in range(changes):
-                    dense[num_dense + places[k]] = np.int64(news[k]) - np.int64(olds[k])
+                _write_all(places, deltas, changes, dense[num_dense : num_dense + count])
                 num_dense += count
             else:
-                table[row, 1], table[row, 3] = gap_end - num_gaps, wide_end - num_wide
-                num_gaps, num_values, num_wide = gap_end, num_values + changes, wide_end
+                table[row, 1], table[row, 3] = gap_bytes, wide_words
+                num_gaps, num_values, num_wide = num_gaps + gap_bytes, num_values + changes, num_wide + wide_words
         row += 1
     return row, num_gaps, num_values, num_wide, num_dense, total
 
 
 @_jit
-def _find(words, new, offset, count, places, olds, news):  # type: ignore[no-untyped-def]
-    """Write the new words of one block; keep the places, old and new words of what changed. Returns how many."""
-    num, whole = 0, count - count % _LANES
+def _buffers(words):
+    """Of one block: places, words and deltas of what changes; more than a block can have, since places come in sixes."""
+    room = BLOCK_SIZE + 512
+    return np.empty(room, np.uint16), np.empty(room, words.dtype), np.empty(room, words.dtype)
+
+
+@_jit
+def _find(block, target, places):
+    """Where the words of a block differ from their target: the places, ascending. Returns how many.
+
+    Of 64 words at a time: six places are written whether or not there are so many, since that needs no decision.
+    """
+    num, whole = 0, len(block) - len(block) % _LANES
     for at in range(0, whole, _LANES):
-        bits = _changed(words, offset + at, new, offset + at)
-        if bits:
-            while bits:
-                place = at + _trailing_zeros(bits)
-                places[num], olds[num], news[num] = place, words[offset + place], new[offset + place]
-                num += 1
-                bits &= bits - _ONE
-            _copy(words, offset + at, new, offset + at)
-    for place in range(whole, count):
-        if words[offset + place] != new[offset + place]:
-            places[num], olds[num], news[num] = place, words[offset + place], new[offset + place]
-            words[offset + place] = new[offset + place]
+        bits = _changed(block, at, target, at)
+        end = num + _ones(bits)
+        for k in range(6):
+            places[_at(num + k)] = at + _trailing_zeros(bits)
+            bits &= bits - _ONE
+        num += 6
+        while bits:
+            places[_at(num)] = at + _trailing_zeros(bits)
+            bits &= bits - _ONE
+            num += 1
+        num = end
+    for place in range(whole, len(block)):
+        if block[place] != target[place]:
+            places[_at(num)] = place
             num += 1
     return num
 
 
 @_jit
-def _apply(words, order, jobs, direction, mask):  # type: ignore[no-untyped-def]
-    """Take blocks over to the other version in the given order; columns of `jobs` as in `NumbaKernels.apply`."""
-    places = np.empty(_FLUSH, np.uint32)
-    olds, news = np.empty(_FLUSH, words.dtype), np.empty(_FLUSH, words.dtype)
-    bytes_, signed = np.empty(0, np.uint8), np.empty(0, np.int8)
+def _take(block, target, places, num, olds, deltas):
+    """Write what changes; keep the words before and the deltas. The lines of the next block are fetched meanwhile."""
+    step = 64 // block.itemsize
+    for k in range(num):
+        at = _at(places[_at(k)])
+        olds[_at(k)] = block[at]
+        deltas[_at(k)] = target[at] - block[at]
+        block[at] = target[at]
+        _prefetch(block, len(block) + k * step)
+        _prefetch(target, len(block) + k * step)
+
+
+@_jit
+def _write_gaps(places, num, gaps):
+    end, before = 0, np.int64(-1)
+    for k in range(num):
+        place = np.int64(places[_at(k)])
+        gap = place - before - 1
+        before = place
+        while gap >= SKIP:
+            gaps[_at(end)] = SKIP
+            end += 1
+            gap -= SKIP
+        gaps[_at(end)] = gap
+        end += 1
+    return end
+
+
+@_jit
+def _write_values(deltas, num, values, wide):
+    num_wide = 0
+    for k in range(num):
+        fits = (deltas[k] >= -127) & (deltas[k] <= 127)
+        values[k] = deltas[k] if fits else WIDE
+        num_wide += 0 if fits else 1
+    if num_wide:
+        end = 0
+        for k in range(num):
+            if values[_at(k)] == WIDE:
+                wide[_at(end)] = deltas[_at(k)]
+                end += 1
+    return num_wide
+
+
+@_jit
+def _write_all(places, deltas, num, dense):
+    dense[:] = 0
+    for k in range(num):
+        dense[_at(places[_at(k)])] = deltas[_at(k)]
+
+
+@_jit
+def _apply(words, order, jobs, direction, mask):
+    """Take blocks over to the other version in the given order; columns of `jobs` as in `_jobs`."""
+    places, olds, deltas = _buffers(words)
     total = _NONE
     for row in order:
-        offset, first, key, count = jobs[0, row], np.uint64(jobs[1, row]), np.uint64(jobs[2, row]), jobs[3, row]
-        gaps, values, wide, dense = jobs[4, row], jobs[5, row], jobs[6, row], jobs[7, row]
-        num_gaps, num_wide, is_dense = jobs[8, row], jobs[9, row], jobs[10, row]
+        first, key, count, gaps, values, wide, dense = jobs[1:8, row]
+        first, key, block = np.uint64(first), np.uint64(key), words[jobs[0, row] : jobs[0, row] + count]
+        num_gaps, changes, num_wide, is_dense = jobs[8:12, row]
         if is_dense:
-            for k in range(count):
-                old = words[offset + k]
-                words[offset + k] = old + direction * _load(dense, k, words)
-                index = first + np.uint64(k)
-                total += _term(key, index, np.uint64(words[offset + k]) & mask) - _term(key, index, np.uint64(old) & mask)
-        place, num, value, escape = -1, 0, 0, 0
-        for k in range(num_gaps):
-            gap = np.int64(_load(gaps, k, bytes_))
-            place += gap
-            if gap == SKIP:
-                continue
-            place += 1
-            delta = np.int64(_load(values, value, signed))
-            value += 1
-            if delta == WIDE and escape < num_wide:
-                delta = np.int64(_load(wide, escape, words))
-                escape += 1
-            if place >= count:
-                break
-            places[num], olds[num] = place, words[offset + place]
-            words[offset + place] += direction * delta
-            news[num] = words[offset + place]
-            num += 1
-            if num == _FLUSH:
-                total += _moved(key, first, places, olds, news, num, mask)
-                num = 0
-        total += _moved(key, first, places, olds, news, num, mask)
+            total += _add_all(block, dense, direction, key, first, mask)
+        else:
+            num = _read_gaps(gaps, num_gaps, changes, block, places)
+            _read_values(values, num, wide, num_wide, direction, deltas)
+            for k in range(num):
+                at = _at(places[_at(k)])
+                olds[_at(k)] = block[at]
+                block[at] += deltas[_at(k)]
+            total += _moved(key, first, places, olds, deltas, num, mask)
+    return total
+
+
+@_jit
+def _read_gaps(gaps, num_gaps, changes, block, places):
+    """The places of a block's changes, whose words are fetched meanwhile; returns how many, 0 if they cannot be right."""
+    bytes_ = np.empty(0, np.uint8)
+    place, num = np.int64(-1), 0
+    for k in range(num_gaps):
+        gap = np.int64(_load(gaps, k, bytes_))
+        is_change = 1 if gap != SKIP else 0
+        place += gap + is_change
+        places[_at(num)] = place
+        num += is_change
+        _prefetch(block, place)
+    return num if place < len(block) and num == changes else 0
+
+
+@_jit
+def _read_values(values, num, wide, num_wide, direction, deltas):
+    """What to add to each word that changes."""
+    signed, escape = np.empty(0, np.int8), 0
+    for k in range(num):
+        deltas[k] = direction * np.int64(_load(values, k, signed))
+    for k in range(num if num_wide else 0):
+        if _load(values, k, signed) == WIDE and escape < num_wide:
+            deltas[k] = direction * np.int64(_load(wide, escape, deltas))
+            escape += 1
+
+
+@_jit
+def _add_all(block, dense, direction, key, first, mask):
+    """Add the deltas of a dense block, or subtract them; returns by how much the digest moves."""
+    total = _NONE
+    for k in range(len(block)):
+        old = block[k]
+        new = old + direction * np.int64(_load(dense, k, block))
+        block[k] = new
+        index = first + np.uint64(k)
+        total += _term(key, index, np.uint64(new) & mask) - _term(key, index, np.uint64(old) & mask)
     return total
 
 
@@ -283,11 +368,11 @@ def _mask(width: int) -> np.uint64:
 
 
 def _jobs(part: Part, streams: Streams, width: int) -> Ints:
-    """int64 [11, block]: place, first element, key, elements; addresses in the four streams; bytes of gaps, wide words, kind."""
+    """int64 [12, block]: place, first element, key, elements; addresses in the streams; bytes of gaps, changes, wide, kind."""
     blocks, lengths = part.blocks, stream_lengths(part.blocks, width)
-    jobs = np.empty((11, len(blocks)), np.int64)
+    jobs = np.empty((12, len(blocks)), np.int64)
     jobs[0], jobs[1], jobs[2], jobs[3] = part.offsets, blocks["first"], part.keys, blocks["count"]
     starts = np.array([stream.data_ptr() for stream in streams.tensors()], np.int64)
     jobs[4:8] = starts[:, None] + lengths.cumsum(1) - lengths
-    jobs[8], jobs[9], jobs[10] = blocks["gaps"], blocks["wide"], blocks["is_dense"]
+    jobs[8], jobs[9], jobs[10], jobs[11] = blocks["gaps"], blocks["changes"], blocks["wide"], blocks["is_dense"]
     return jobs

@@ -28,7 +28,7 @@ from oldlogits.core.errors import LayoutError, PatchError, ReceiverBehindError
 from oldlogits.versions.cold import Section, Tier, damaged, pack, unpack
 from oldlogits.versions.digest import MASK
 from oldlogits.versions.layout import Layout
-from oldlogits.versions.streams import BLOCK, Blocks, Ints, Streams, stream_lengths
+from oldlogits.versions.streams import BLOCK, BLOCK_SIZE, SKIP, Blocks, Ints, Streams, stream_lengths
 
 FORMAT = 1
 _MAGIC = b"oldpatch"
@@ -238,6 +238,9 @@ def _check_blocks(layout: Layout, blocks: Blocks) -> None:
     starts, stops = (np.array([getattr(e, side) for e in layout.entries], np.uint64)[entries] for side in ("start", "stop"))
     if (blocks["first"] < starts).any() or (blocks["first"] + blocks["count"] > stops).any():
         raise damaged("blocks", "elements outside of their entry")
+    counts = blocks["count"].astype(np.int64)
+    if counts.max() > BLOCK_SIZE or (blocks["changes"] > counts).any() or (blocks["gaps"] > counts + counts // SKIP).any():
+        raise damaged("blocks", "more changes than elements")
 
 
 def _unreadable(what: str, *, got: str, allowed: str) -> PatchError:
