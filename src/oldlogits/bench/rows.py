@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from oldlogits.bench.bars import BY_NAME, Model, Quantity
@@ -147,3 +147,18 @@ class Report:
         rows = [asdict(row) | {"unit": row.of.unit, "label": row.of.label, "is_met": row.is_met} for row in self.rows]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(self) | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """The report that `write` wrote."""
+        content = json.loads(path.read_text(encoding="utf-8"))
+        machine = content["machine"] | {"features": tuple(content["machine"]["features"])}
+        rows = ({field.name: row[field.name] for field in fields(Row)} for row in content["rows"])
+        steps = (step | {"shares": tuple(step["shares"]), "cold": tuple(step["cold"])} for step in content["steps"])
+        return cls(
+            machine=Machine(**machine),
+            is_smoke=content["is_smoke"],
+            took_s=content["took_s"],
+            rows=tuple(Row(**row) for row in rows),
+            steps=tuple(Steps(**step) for step in steps),
+        )
