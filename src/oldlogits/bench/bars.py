@@ -91,3 +91,19 @@ QUANTITIES: Final = (
 """In the order of the tables."""
 
 BY_NAME: Final = {quantity.name: quantity for quantity in QUANTITIES}
+
+
+def figure(value: float, unit: Unit) -> str:
+    """A value of a unit.
+
+    Example:
+        .00673, "share": "0.673%"; .8, "ratio": "0.80"; 14.52, "ms": "14.5 ms".
+    """
+    if unit == "share":
+        return f"{value:.3%}" if value < 0.1 else f"{value:.1%}"
+    return f"{value:.1f} ms" if unit == "ms" else f"{value:.2f}"
+
+
+def rate(lr: float) -> str:
+    """A learning rate: "5e-6"; nothing for `ANY`."""
+    return f"{lr:.0e}".replace("e-0", "e-") if lr else ""

@@ -50,16 +50,19 @@ class Lab:
         source: Makes the versions.
         subject: What the rows are about.
         num_compared: Rounds in which the slow yardsticks are computed as well: entropy, and XOR + zstd-1.
+
+    Attributes:
+        resident: The copy in bf16 that patches are encoded from and applied to; the newest version between rounds.
     """
 
     def __init__(self, source: Source, subject: Subject, *, num_compared: int) -> None:
         self._source, self._subject, self._num_compared = source, subject, num_compared
-        self._resident = FlatWeights.of(source.masters, dtype=BF16)
-        self._old, self._scratch = (FlatWeights.empty(self._resident.layout, device=self._resident.device) for _ in range(2))
-        self._module = module_of(self._resident.weights)
+        self.resident = FlatWeights.of(source.masters, dtype=BF16)
+        self._old, self._scratch = (FlatWeights.empty(self.resident.layout, device=self.resident.device) for _ in range(2))
+        self._module = module_of(self.resident.weights)
         self._store = PatchStore(dtype=BF16)
         self._store.publish(0, source.masters)
-        self._clock = clock_of(str(self._resident.device))
+        self._clock = clock_of(str(self.resident.device))
         self._patches: list[Patch] = []
         self._cold_bytes: list[int] = []
         self._times: dict[str, list[Seconds]] = defaultdict(list)
@@ -84,9 +87,9 @@ class Lab:
             times[name].append(self._clock(work))
 
         def memcpy() -> None:
-            timed("memcpy", lambda: self._scratch.buffers[BF16].copy_(self._resident.buffers[BF16]))
+            timed("memcpy", lambda: self._scratch.buffers[BF16].copy_(self.resident.buffers[BF16]))
 
-        self._old.buffers[BF16].copy_(self._resident.buffers[BF16])
+        self._old.buffers[BF16].copy_(self.resident.buffers[BF16])
         memcpy()
         patch = self._encode(timed)
         memcpy()
@@ -105,9 +108,9 @@ class Lab:
         masters, found = self._source.masters, []
         for _ in range(2):
             timed("cast", lambda: _cast(masters, self._scratch.weights))
-            timed("encode", lambda: found.append(encode(self._resident, masters)))
+            timed("encode", lambda: found.append(encode(self.resident, masters)))
             if len(found) == 1:
-                apply(self._resident, found, -1)
+                apply(self.resident, found, -1)
         self._patches = [*self._patches, found[-1]][-WALK:]
         return found[-1]
 
@@ -115,10 +118,10 @@ class Lab:
         """There and back over one patch, from memory and from the cold tier."""
         packed: list[bytes] = []
         timed("pack", lambda: packed.append(patch.to_bytes("cold")))
-        timed("switch", lambda: apply(self._resident, [patch], -1))
-        timed("switch", lambda: apply(self._resident, [patch], 1))
-        timed("switch.cold", lambda: apply(self._resident, [Patch.from_bytes(packed[0])], -1))
-        timed("switch.cold", lambda: apply(self._resident, [Patch.from_bytes(packed[0])], 1))
+        timed("switch", lambda: apply(self.resident, [patch], -1))
+        timed("switch", lambda: apply(self.resident, [patch], 1))
+        timed("switch.cold", lambda: apply(self.resident, [Patch.from_bytes(packed[0])], -1))
+        timed("switch.cold", lambda: apply(self.resident, [Patch.from_bytes(packed[0])], 1))
         return packed[0]
 
     def _walk(self, timed: Timed) -> None:
@@ -129,11 +132,11 @@ class Lab:
 
         def stops() -> None:
             for patch in reversed(patches):
-                apply(self._resident, [patch], -1)
-            apply(self._resident, patches, 1)
+                apply(self.resident, [patch], -1)
+            apply(self.resident, patches, 1)
 
-        timed("pass", lambda: apply(self._resident, patches, -1))
-        timed("pass", lambda: apply(self._resident, patches, 1))
+        timed("pass", lambda: apply(self.resident, patches, -1))
+        timed("pass", lambda: apply(self.resident, patches, 1))
         timed("stops", stops)
 
     def _checkout(self, timed: Timed) -> None:
@@ -145,14 +148,14 @@ class Lab:
             with self._store.checkout(newest):
                 pass
 
-        self._scratch.buffers[BF16].copy_(self._resident.buffers[BF16])
+        self._scratch.buffers[BF16].copy_(self.resident.buffers[BF16])
         for _ in range(2):
             timed("checkout", checkout)
             timed("load_state_dict", lambda: self._module.load_state_dict(self._old.weights))
             timed("load_state_dict", lambda: self._module.load_state_dict(self._scratch.weights))
 
     def _count(self, patch: Patch, cold_bytes: int) -> None:
-        full = self._resident.layout.num_bytes
+        full = self.resident.layout.num_bytes
         self._cold_bytes.append(cold_bytes)
         found = {
             "share.changed": patch.share_changed,
@@ -161,7 +164,7 @@ class Lab:
             "bytes.memory": patch.num_bytes / full,
         }
         if len(self._cold_bytes) <= self._num_compared:
-            old, new = self._old.buffers[BF16], self._resident.buffers[BF16]
+            old, new = self._old.buffers[BF16], self.resident.buffers[BF16]
             xor_bytes = len(zstd_xor(old, new))
             found["bytes.entropy"] = change(old, new).entropy_share
             found["bytes.xor"] = xor_bytes / full
@@ -169,7 +172,7 @@ class Lab:
         if len(self._cold_bytes) >= WINDOW:
             window = sum(self._cold_bytes[-WINDOW:])
             found["window.copy"] = window / full
-            found["window.ewma"] = window / (4 * self._resident.layout.num_values)
+            found["window.ewma"] = window / (4 * self.resident.layout.num_values)
         for name, value in found.items():
             self._values[name].append(value)
 

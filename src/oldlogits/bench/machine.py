@@ -10,6 +10,7 @@ from typing import Final
 
 import torch
 
+CPUINFO: Final = Path("/proc/cpuinfo")
 FEATURES: Final = ("avx2", "bmi2", "avx512f", "avx512bw", "avx512vl", "avx512_vbmi2", "avx512_bf16", "amx_bf16", "asimd", "sve")
 """Vector instructions that the kernels can profit from, under the names of /proc/cpuinfo."""
 
@@ -43,7 +44,7 @@ class Machine:
 
 def this_machine(device: str, fast_path: str) -> Machine:
     """The machine that this process runs on."""
-    facts = _cpu_facts(Path("/proc/cpuinfo"))
+    facts = _cpu_facts(CPUINFO)
     flags = facts.get("flags", facts.get("Features", "")).split()
     name = facts.get("model name") or platform.processor() or platform.machine()
     affinity = getattr(os, "sched_getaffinity", None)  # not on every system

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
-from oldlogits.bench.bars import QUANTITIES, Unit
+from oldlogits.bench.bars import QUANTITIES, figure, rate
 from oldlogits.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -73,18 +73,24 @@ def remark(report: Report) -> str:
 def held(report: Report) -> Table:
     """The figures that are held to a bar, one a line."""
     shown = _table("held to a bar", "bar", "")
-    for row in (row for quantity in QUANTITIES for row in report.rows if row.of is quantity and row.bar is not None):
-        verdict = Text("met", style="green") if row.is_met else Text("missed", style="bold red")
-        shown.add_row(*_cells(row), f"<= {figure(row.median if row.bar is None else row.bar, row.of.unit)}", verdict)
+    for row in _in_order(report):
+        if row.bar is not None:
+            verdict = Text("met", style="green") if row.is_met else Text("missed", style="bold red")
+            shown.add_row(*_cells(row), f"<= {figure(row.bar, row.of.unit)}", verdict)
     return shown
 
 
 def compared(report: Report) -> Table:
     """The other figures, for comparison."""
     shown = _table("for comparison")
-    for row in (row for quantity in QUANTITIES for row in report.rows if row.of is quantity and row.bar is None):
-        shown.add_row(*_cells(row))
+    for row in _in_order(report):
+        if row.bar is None:
+            shown.add_row(*_cells(row))
     return shown
+
+
+def _in_order(report: Report) -> list[Row]:
+    return sorted(report.rows, key=lambda row: QUANTITIES.index(row.of))
 
 
 def _table(title: str, *more: str) -> Table:
@@ -101,23 +107,12 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.of.label,
         f"{row.model} {row.num_params / 1e6:,.0f} M",
-        f"{row.lr:.0e}".replace("e-0", "e-") if row.lr else "",
+        rate(row.lr),
         figure(row.median, unit),
         "" if row.num_samples == 1 else f"{figure(row.low, unit)} .. {figure(row.high, unit)}",
         "" if row.wall is None else figure(row.wall, unit),
         str(row.num_samples),
     )
-
-
-def figure(value: float, unit: Unit) -> str:
-    """A value of a unit.
-
-    Example:
-        .00673, "share": "0.673%"; .8, "ratio": "0.80"; 14.52, "ms": "14.5 ms".
-    """
-    if unit == "share":
-        return f"{value:.3%}" if value < 0.1 else f"{value:.1%}"
-    return f"{value:.1f} ms" if unit == "ms" else f"{value:.2f}"
 
 
 @contextmanager
