@@ -114,6 +114,13 @@ def test_a_run_belongs_to_every_view_whose_knobs_it_has():
     assert [row.method for row in method_rows(declaration(place), runs, place, "tuned")] == ["exact", "mu"]
 
 
+def test_a_contrast_with_a_method_that_cannot_reach_the_equal_rho_is_none_of_that_view():
+    place = regime("tight", rho_bands={"exact": 1.1, "ewma": 1.3}, rho_unreached=("arrival",))
+    found = [(c.view, c.first, c.second) for c in all_contrasts(declaration(place), ()) if c.axis == "update"]
+    assert [pair for view, *pair in found if view == "rho"] == [["exact", "ewma"]]
+    assert len([pair for view, *pair in found if view == "band"]) == 3
+
+
 @given(
     st.lists(st.tuples(st.floats(0.1, 9), st.floats(0, 1)), min_size=1, max_size=6),
     st.floats(-0.1, 1.1),

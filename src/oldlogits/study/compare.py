@@ -17,6 +17,7 @@ from oldlogits.core.errors import ConfigError, RunFolderError
 from oldlogits.record.folder import describe_environment
 from oldlogits.study.cost import RouteCost
 from oldlogits.study.decision import DecisionError
+from oldlogits.study.declaration import amendments, write_down
 from oldlogits.study.pilot import best_knobs
 from oldlogits.study.plan import (
     Cell,
@@ -78,13 +79,15 @@ class Comparison:
         with _owned(self._folder):
             for stage in STAGES:
                 if stage in stages:
+                    if stage == "learning":
+                        write_down(self._folder, self.plan.declaration, self._num_known("learning"))
                     for cells in self._rounds(stage):
                         failed += self._compute(stage, cells, view)
         return failed
 
     def num_missing(self, stages: Sequence[Stage]) -> dict[Stage, int]:
         """Cells without a result, by stage; those of a pilot's second round are counted once its first has ended."""
-        return {s: sum(len(c) - len(self._pool.known(c)) for c in self._rounds(s)) for s in STAGES if s in stages}
+        return {s: sum(map(len, self._rounds(s))) - self._num_known(s) for s in STAGES if s in stages}
 
     def study(self) -> Study:
         """What the results add up to so far."""
@@ -95,6 +98,7 @@ class Comparison:
             notes=self._notes,
             recipe=resolved(self.plan),
             declaration=self.plan.declaration,
+            amendments=amendments(self._folder, self.plan.declaration),
             code={"version": __version__, "commits": ", ".join(sorted({d.commit for d in everything}))},
             machine=self._machine,
             pilot=_runs(done["pilot"]),
@@ -106,6 +110,9 @@ class Comparison:
                 wall_s=sum(d.wall_s / (1 if d.cell.stage == "cost" else self._processes) for d in everything),
             ),
         )
+
+    def _num_known(self, stage: Stage) -> int:
+        return sum(len(self._pool.known(cells)) for cells in self._rounds(stage))
 
     def _rounds(self, stage: Stage) -> Iterator[list[Cell]]:
         """The cells of a stage; a pilot's second round depends on the results of the first."""

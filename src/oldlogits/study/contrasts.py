@@ -253,7 +253,10 @@ def _at_equal_cpu(found: Mapping[str, Blocks]) -> Mapping[str, list[float]]:
 
 
 def all_contrasts(declaration: Declaration, runs: Sequence[LearningRun]) -> tuple[Contrast, ...]:
-    """Every declared pair in every regime, view and axis, on the even clock. The tests: the primary view at equal updates."""
+    """Every declared pair in every regime, view and axis, on the even clock. The tests: the primary view at equal updates.
+
+    A pair with a method that the regime declares to be out of reach of the equal rho is none of that view.
+    """
     runs = on_even_clock(runs)
     found = [
         _contrast(declaration, runs, regime, view, axis, pair)
@@ -262,6 +265,7 @@ def all_contrasts(declaration: Declaration, runs: Sequence[LearningRun]) -> tupl
         for regime in declaration.regimes
         if view in regime.views
         for pair in declaration.contrasts
+        if not (view == "rho" and set(pair) & set(regime.rho_unreached))
     ]
     exploratory = {regime.name for regime in declaration.regimes if regime.exploratory}
     declared = [

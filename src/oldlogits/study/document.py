@@ -34,7 +34,7 @@ def _blocks(study: Study) -> Iterator[str]:
     if study.notes.strip():
         yield "## Commentary\n\n*Written by a person; not computed.*"
         yield study.notes.strip()
-    yield "## What was declared\n\n" + _list(declared(study.declaration))
+    yield "## What was declared\n\n" + _list([*declared(study.declaration), *amended(study)])
     for part, tables in groupby(tables_of(study), key=lambda table: table.part):
         yield f"## {part}"
         for table in tables:
@@ -65,6 +65,11 @@ def declared(declaration: Declaration) -> Iterator[str]:
         )
     if declaration.routes:
         yield f"System cost: {', '.join(declaration.routes)}."
+
+
+def amended(study: Study) -> Iterator[str]:
+    """What was declared late, or otherwise than at first."""
+    return (f"Changed: {sentence}" for sentence in study.amendments)
 
 
 def _folded(table: Table) -> str:

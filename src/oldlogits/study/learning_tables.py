@@ -54,7 +54,8 @@ def _regimes(declaration: Declaration) -> Table:
     rows = []
     for regime in declaration.regimes:
         settings = ", ".join(f"{key} = {value}" for key, value in regime.settings.items())
-        rho = ", ".join(f"{method} {band:.4g}" for method, band in regime.rho_bands.items())
+        bands = [f"{method} {band:.4g}" for method, band in regime.rho_bands.items()]
+        rho = ", ".join([*bands, *(f"{method} out of reach" for method in regime.rho_unreached)])
         name = regime.name + (" (exploratory)" if regime.exploratory else "")
         rows.append((name, settings or DASH, f"{regime.band:g}", f"{regime.eps_low:g}, {regime.eps_high:g}", rho or DASH))
     return Table(

@@ -40,7 +40,7 @@ class Done:
     Args:
         cell: The cell.
         rows: Its results; empty if it failed.
-        cpu_s: CPU seconds of its process.
+        cpu_s: CPU seconds of its process, and of those that it started.
         wall_s: Seconds from its beginning to its end.
         commit: Of the code that computed it.
         error: Why it failed; empty: it did not.
@@ -175,9 +175,14 @@ def _follow_parent() -> None:
     os._exit(1)
 
 
+def _cpu_s() -> float:
+    """CPU seconds of this process and of those that it started and that have ended."""
+    return sum(os.times()[:4])
+
+
 def _compute(work: Work, cell: Cell, commit: str) -> Done:
     """In a worker: one cell, whatever becomes of it."""
-    cpu, wall, folder = time.process_time(), time.perf_counter(), Path(tempfile.mkdtemp(prefix="oldlogits-cell-"))
+    cpu, wall, folder = _cpu_s(), time.perf_counter(), Path(tempfile.mkdtemp(prefix="oldlogits-cell-"))
     rows: tuple[Plain, ...] = ()
     error = ""
     try:
@@ -189,5 +194,5 @@ def _compute(work: Work, cell: Cell, commit: str) -> Done:
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(folder)
-    cpu_s, wall_s = time.process_time() - cpu, time.perf_counter() - wall
+    cpu_s, wall_s = _cpu_s() - cpu, time.perf_counter() - wall
     return Done(cell=cell, rows=rows, cpu_s=cpu_s, wall_s=wall_s, commit=commit, error=error)

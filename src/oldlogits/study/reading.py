@@ -200,6 +200,7 @@ def _decisions(study: Study) -> Iterator[str]:
             continue
         found = interval(check.ratio, ".3f") if check.ratio else f"{check.value:.3f}"
         verdict = "holds" if check.holds else "does not hold"
+        verdict += "" if check.num_traces == check.num_declared else " so far"
         seeds = f"{counted(check.ratio.n, 'seed')}, " if check.ratio else ""
         traces = f"{check.num_traces} of {counted(check.num_declared, 'declared trace')}"
         yield f"{check.claim}: {found} against the bar {check.bar:g}, {seeds}{traces}; it {verdict}."

@@ -98,6 +98,7 @@ class Regime:
         eps_low: Of the clip, at equal band and at equal rho.
         eps_high: Of the clip, at equal band and at equal rho.
         rho_bands: The band at which a method has the rho that all shall have; methods without a band need none.
+        rho_unreached: Methods that no piloted band brings to that rho: they are not in that view, nor their contrasts.
         tuned: What the pilot found best, by method.
         methods: Those that run in it; empty: all.
         exploratory: Outside the declared tests.
@@ -109,6 +110,7 @@ class Regime:
     eps_low: float
     eps_high: float
     rho_bands: Mapping[str, float] = field(default_factory=dict)
+    rho_unreached: tuple[str, ...] = ()
     tuned: Mapping[str, Knobs] = field(default_factory=dict)
     methods: tuple[str, ...] = ()
     exploratory: bool = False
@@ -211,6 +213,7 @@ class Study:
         notes: Commentary of a person; shown apart from what is computed.
         recipe: As resolved.
         declaration: What had to be shown.
+        amendments: What of it the confirmation runs did not have before them, one sentence each.
         code: Version and commit.
         machine: Platform, CPU count, torch, Python.
         pilot: Runs that the regimes and the knobs were chosen by.
@@ -231,6 +234,7 @@ class Study:
     decision: tuple[DecisionError, ...]
     cost: tuple[RouteCost, ...]
     budget: Budget
+    amendments: tuple[str, ...] = ()
 
     def write(self, path: Path) -> None:
         """Write ``study.json`` atomically, one row a line; non-finite numbers become strings.
