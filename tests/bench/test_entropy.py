@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oldlogits.bench import entropy
 from oldlogits.bench.entropy import binary_entropy, change
 
 WORDS = st.lists(st.tuples(st.integers(-(2**15), 2**15 - 1), st.integers(-(2**15), 2**15 - 1)), min_size=1, max_size=40)
@@ -56,3 +57,10 @@ def test_every_width_is_seen_as_words(dtype: torch.dtype, word: type):
     new[1] = 7
     assert change(old, new).num_changed == 1
     assert change(old, new).num_bytes == 3 * np.dtype(word).itemsize
+
+
+def test_chunks_make_no_difference(monkeypatch: pytest.MonkeyPatch):
+    old, new = (torch.randint(0, 5, (100,), dtype=torch.int16).view(torch.bfloat16) for _ in range(2))
+    whole = change(old, new)
+    monkeypatch.setattr(entropy, "_CHUNK", 7)
+    assert change(old, new) == whole

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Final
 
 from oldlogits.bench.bars import ANY, QUANTITIES, Model, figure, rate
 from oldlogits.bench.rows import Report, Row
+from oldlogits.core.errors import ConfigError
+
+BEGIN: Final = "<!-- figures: oldlogits bench versions --document docs/versions.md -->"
+END: Final = "<!-- end of figures -->"
+"""Between these lines of a document stand the tables."""
 
 _TITLES: Final[dict[Model, str]] = {
     "synthetic": "Synthetic steps",
@@ -22,6 +28,25 @@ def markdown(report: Report) -> str:
         if rows:
             parts.append(_table(f"{title}, {next(iter(rows.values())).num_params / 1e6:,.0f} M parameters", rows))
     return "\n\n".join(parts) + "\n"
+
+
+def write_into(document: Path, report: Report) -> None:
+    """Write the tables between the marks of a document, in place of those there.
+
+    Raises:
+        ConfigError: There is no such document, or it has no marks.
+    """
+    text = document.read_text(encoding="utf-8") if document.is_file() else ""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ConfigError(
+            "the document has no place for the figures",
+            got=str(document),
+            allowed=f"a file with the lines {BEGIN} and {END}",
+            fix="leave --document out, and write the figures with --out",
+        )
+    document.write_text(f"{before}{BEGIN}\n\n{markdown(report)}\n{END}{after}", encoding="utf-8")
 
 
 def _machine(report: Report) -> str:

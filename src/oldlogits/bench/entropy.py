@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 WORDS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The signed integers of each number of bytes."""
+_CHUNK: Final = 1 << 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,15 +55,18 @@ def binary_entropy(p: float) -> float:
 
 
 def change(old: Tensor, new: Tensor) -> Change:
-    """Compare the bits of two contiguous tensors of the same shape and dtype."""
+    """Compare the bits of two contiguous tensors of the same shape and dtype, a chunk at a time."""
     words = WORDS[old.element_size()]
-    before, after = old.view(words), new.view(words)
-    changed = before != after
-    _, counts = torch.unique(after[changed] - before[changed], return_counts=True)
-    shares = counts.double() / counts.sum()
+    found: Counter[int] = Counter()
+    for before, after in zip(old.view(words).split(_CHUNK), new.view(words).split(_CHUNK), strict=True):
+        changed = before != after
+        differences, counts = torch.unique(after[changed] - before[changed], return_counts=True)
+        found.update(dict(zip(differences.tolist(), counts.tolist(), strict=True)))
+    num_changed = found.total()
+    information = sum(count * math.log2(num_changed / count) for count in found.values())
     return Change(
         num_values=old.numel(),
-        num_changed=int(counts.sum()),
-        value_bits=float(-(shares * shares.log2()).sum()),
+        num_changed=num_changed,
+        value_bits=information / max(1, num_changed),
         num_bytes=old.nbytes,
     )

@@ -37,6 +37,8 @@ class VersionsOptions:
     """cpu, or cuda."""
     out: Path | None = None
     """Write the figures to this JSON file."""
+    document: Path | None = None
+    """Write the tables into this Markdown file, between its marks, as into docs/versions.md."""
     params: int | None = None
     """Parameters of the synthetic model. Default: 128 million; 24 million with --smoke; 4 billion on an accelerator."""
 
@@ -49,6 +51,7 @@ def command(arguments: Sequence[str]) -> int:
             "the first word names no bench", got=bench or "no word", allowed=", ".join(BENCHES), fix="oldlogits bench versions"
         )
     options = tyro.cli(VersionsOptions, prog="oldlogits bench versions", args=list(arguments[bench in BENCHES :]))
+    from oldlogits.bench.document import write_into
     from oldlogits.bench.versions import Plan, measure
 
     plan = Plan.of(is_smoke=options.smoke, device=options.device, num_params=options.params)
@@ -60,6 +63,9 @@ def command(arguments: Sequence[str]) -> int:
     if options.out is not None:
         report.write(options.out)
         console.print(Text(f"figures   {options.out}"))
+    if options.document is not None:
+        write_into(options.document, report)
+        console.print(Text(f"document  {options.document}"))
     return 0
 
 
