@@ -21,7 +21,7 @@ def source() -> SyntheticModel:
 
 @pytest.fixture(scope="module")
 def measured() -> Lab:
-    lab = Lab(source(), SUBJECT, num_compared=2)
+    lab = Lab(source(), SUBJECT, compare_every=5)
     for _ in range(WINDOW + 1):
         lab.round()
     return lab
@@ -66,7 +66,7 @@ def test_the_chain_ends_at_the_masters_bits(monkeypatch: pytest.MonkeyPatch):
     encode = lab_module.encode
     monkeypatch.setattr(lab_module, "encode", lambda *args: seen.append(encode(*args)) or seen[-1])
     model = source()
-    lab = Lab(model, SUBJECT, num_compared=0)
+    lab = Lab(model, SUBJECT, compare_every=9)
     for _ in range(WALK):
         lab.round()
     assert len(seen) == 2 * WALK

@@ -58,7 +58,7 @@ def change(old: Tensor, new: Tensor) -> Change:
     """Compare the bits of two contiguous tensors of the same shape and dtype, a chunk at a time."""
     words = WORDS[old.element_size()]
     found: Counter[int] = Counter()
-    for before, after in zip(old.view(words).split(_CHUNK), new.view(words).split(_CHUNK), strict=True):
+    for before, after in zip(torch.split(old.view(words), _CHUNK), torch.split(new.view(words), _CHUNK), strict=True):
         changed = before != after
         differences, counts = torch.unique(after[changed] - before[changed], return_counts=True)
         found.update(dict(zip(differences.tolist(), counts.tolist(), strict=True)))

@@ -49,14 +49,14 @@ class Lab:
     Args:
         source: Makes the versions.
         subject: What the rows are about.
-        num_compared: Rounds in which the slow yardsticks are computed as well: entropy, and XOR + zstd-1.
+        compare_every: The slow yardsticks, entropy and XOR + zstd-1, are computed in one round of so many.
 
     Attributes:
         resident: The copy in bf16 that patches are encoded from and applied to; the newest version between rounds.
     """
 
-    def __init__(self, source: Source, subject: Subject, *, num_compared: int) -> None:
-        self._source, self._subject, self._num_compared = source, subject, num_compared
+    def __init__(self, source: Source, subject: Subject, *, compare_every: int) -> None:
+        self._source, self._subject, self._compare_every = source, subject, compare_every
         self.resident = FlatWeights.of(source.masters, dtype=BF16)
         self._old, self._scratch = (FlatWeights.empty(self.resident.layout, device=self.resident.device) for _ in range(2))
         self._module = module_of(self.resident.weights)
@@ -163,7 +163,7 @@ class Lab:
             "bytes.cold": cold_bytes / full,
             "bytes.memory": patch.num_bytes / full,
         }
-        if len(self._cold_bytes) <= self._num_compared:
+        if len(self._cold_bytes) % self._compare_every == 0:
             old, new = self._old.buffers[BF16], self.resident.buffers[BF16]
             xor_bytes = len(zstd_xor(old, new))
             found["bytes.entropy"] = change(old, new).entropy_share

@@ -43,7 +43,7 @@ class Plan:
         device: "cpu", "cuda" or "cuda:1".
         num_params: Of the synthetic model.
         num_rounds: Versions at each learning rate, >= 4; from 10 on with a window of 10.
-        num_compared: Rounds with the slow yardsticks, entropy and XOR + zstd-1.
+        compare_every: Entropy and XOR + zstd-1 are computed in one round of so many.
         num_steps: Steps of the real model at each learning rate; 0: without it.
         is_smoke: Whether it is the short run.
     """
@@ -51,7 +51,7 @@ class Plan:
     device: str = "cpu"
     num_params: int = 128_000_000
     num_rounds: int = 11
-    num_compared: int = 3
+    compare_every: int = 3
     num_steps: int = 24
     is_smoke: bool = False
 
@@ -82,7 +82,7 @@ class Plan:
             device=device,
             num_params=num_params or usual,
             num_rounds=10 if is_smoke else 11,
-            num_compared=1 if is_smoke or not on_cpu else 3,
+            compare_every=10 if is_smoke or not on_cpu else 3,
             num_steps=0 if is_smoke or not on_cpu else 24,
             is_smoke=is_smoke,
         )
@@ -130,19 +130,19 @@ class _Bench:
         plan = self._plan
         source = SyntheticModel(num_params=plan.num_params, lr=lr, device=plan.device)
         subject = Subject(model=self._model, lr=lr, num_params=source.num_params)
-        self._chain(source, subject, plan.num_rounds, plan.num_compared)
+        self._chain(source, subject, plan.num_rounds)
 
     def real(self, lr: float) -> None:
-        """A chain of the real model; every step is compared."""
+        """A chain of the real model."""
         self._progress(f"SmolLM2 at lr {lr:g}", self._done, self._plan.total)
         source = RealModel(fetch(), lr=lr)
         num_params = sum(master.numel() for master in source.masters.values())
         subject = Subject(model="smollm2", lr=lr, num_params=num_params)
-        self._chain(source, subject, self._plan.num_steps, self._plan.num_steps)
+        self._chain(source, subject, self._plan.num_steps)
 
-    def _chain(self, source: Source, subject: Subject, num_rounds: int, num_compared: int) -> None:
+    def _chain(self, source: Source, subject: Subject, num_rounds: int) -> None:
         gc.collect()  # the chain before, whose optimizer and module are cycles
-        lab = Lab(source, subject, num_compared=num_compared)
+        lab = Lab(source, subject, compare_every=self._plan.compare_every)
         for _ in range(num_rounds):
             self._advance(f"{subject.model} at lr {subject.lr:g}")
             lab.round()
