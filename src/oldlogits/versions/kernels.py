@@ -210,15 +210,12 @@ def _find(block, target, places):
 
 @_jit
 def _take(block, target, places, num, olds, deltas):
-    """Write what changes; keep the words before and the deltas. The lines of the next block are fetched meanwhile."""
-    step = 64 // block.itemsize
+    """Write what changes; keep the words before and the deltas."""
     for k in range(num):
         at = _at(places[_at(k)])
         olds[_at(k)] = block[at]
         deltas[_at(k)] = target[at] - block[at]
         block[at] = target[at]
-        _prefetch(block, len(block) + k * step)
-        _prefetch(target, len(block) + k * step)
 
 
 @_jit
@@ -262,39 +259,57 @@ def _write_all(places, deltas, num, dense):
 
 @_jit
 def _apply(words, order, jobs, direction, mask):
-    """Take blocks over to the other version in the given order; columns of `jobs` as in `_jobs`."""
+    """Take blocks over to the other version in the given order; columns of `jobs` as in `_jobs`.
+
+    While one block is changed, the gaps of the next are read, and both loops fetch lines that come up: that of the gaps those
+    of the second half of the block at hand, that of the changes those of the first half of the next.
+    """
     places, olds, deltas = _buffers(words)
-    total = _NONE
-    for row in order:
-        first, key, count, gaps, values, wide, dense = jobs[1:8, row]
-        first, key, block = np.uint64(first), np.uint64(key), words[jobs[0, row] : jobs[0, row] + count]
-        num_gaps, changes, num_wide, is_dense = jobs[8:12, row]
-        if is_dense:
-            total += _add_all(block, dense, direction, key, first, mask)
-        else:
-            num = _read_gaps(gaps, num_gaps, changes, block, places)
-            _read_values(values, num, wide, num_wide, direction, deltas)
-            for k in range(num):
-                at = _at(places[_at(k)])
-                olds[_at(k)] = block[at]
-                block[at] += deltas[_at(k)]
-            total += _moved(key, first, places, olds, deltas, num, mask)
+    next_places, total = np.empty_like(places), _NONE
+    block, num, row = words[:0], 0, 0
+    for turn in range(len(order) + 1):
+        next_block, next_num, next_row = words[:0], 0, 0
+        if turn < len(order):
+            next_row = order[turn]
+            next_block = words[jobs[0, next_row] : jobs[0, next_row] + jobs[3, next_row]]
+            next_num = _read_gaps(jobs[:, next_row], next_places, block, places, num)
+        if turn > 0:
+            first, key, _, _, values, wide, dense = jobs[1:8, row]
+            first, key, num_wide, is_dense = np.uint64(first), np.uint64(key), jobs[10, row], jobs[11, row]
+            if is_dense:
+                total += _add_all(block, dense, direction, key, first, mask)
+            else:
+                _read_values(values, num, wide, num_wide, direction, deltas)
+                _add(block, places, num, olds, deltas, next_block, next_places)
+                total += _moved(key, first, places, olds, deltas, num, mask)
+        places, next_places = next_places, places
+        block, num, row = next_block, next_num, next_row
     return total
 
 
 @_jit
-def _read_gaps(gaps, num_gaps, changes, block, places):
-    """The places of a block's changes, whose words are fetched meanwhile; returns how many, 0 if they cannot be right."""
-    bytes_ = np.empty(0, np.uint8)
-    place, num = np.int64(-1), 0
+def _read_gaps(job, places, block, fetched, num_fetched):
+    """The places of a block's changes; returns how many, 0 if they cannot be right. Fetches the second half of `fetched`."""
+    count, gaps, num_gaps, changes, like = job[3], job[4], job[8], job[9], np.empty(0, np.uint8)
+    place, num, half = np.int64(-1), 0, num_fetched >> 1
     for k in range(num_gaps):
-        gap = np.int64(_load(gaps, k, bytes_))
+        gap = np.int64(_load(gaps, k, like))
         is_change = 1 if gap != SKIP else 0
         place += gap + is_change
         places[_at(num)] = place
         num += is_change
-        _prefetch(block, place)
-    return num if place < len(block) and num == changes else 0
+        _prefetch(block, np.int64(fetched[_at(half + (k >> 1))]))
+    return num if place < count and num == changes else 0
+
+
+@_jit
+def _add(block, places, num, olds, deltas, next_block, next_places):
+    """Add deltas; keep the words before. Fetches the first half of the next block's places."""
+    for k in range(num):
+        at = _at(places[_at(k)])
+        _prefetch(next_block, np.int64(next_places[_at(k >> 1)]))
+        olds[_at(k)] = block[at]
+        block[at] += deltas[_at(k)]
 
 
 @_jit
