@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from oldlogits.core.errors import ExactnessError
@@ -18,9 +17,9 @@ from oldlogits.versions.flat import FlatWeights, check
 from oldlogits.versions.layout import Entry, words_of
 from oldlogits.versions.patch import Patch, foreign, part_of
 from oldlogits.versions.shield import shielded
-from oldlogits.versions.streams import BLOCK, BLOCK_SIZE, Encoded, Grid, Part, Streams
+from oldlogits.versions.streams import BLOCK_SIZE, Encoded, Encoder, Grid, Part
 
-_SCRATCH = {"cpu": 1 << 17, "cuda": 1 << 26}
+_SCRATCH = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
 @torch.no_grad()
@@ -39,17 +38,17 @@ def encode(resident: FlatWeights, new: Mapping[str, Tensor]) -> Patch:
     """
     check(resident.layout, new)
     base = _held(resident)
-    found: list[Encoded] = []
+    encoders: list[Encoder] = []
     with shielded():
         resident.digest = None
         try:
             for dtype in resident.layout.dtypes:
-                kernels, words = kernels_for(resident.device), resident.words(dtype)
-                for offset, values, grid in _batches(resident, dtype, new):
-                    found.append(kernels.encode(words.narrow(0, offset, len(values)), values, grid))
-            patch = _collected(resident, base, found)
+                grid = _grid(resident, resident.rows(dtype))
+                encoders.append(kernels_for(resident.device).encoder(resident.words(dtype), grid))
+                _feed(encoders[-1], resident, dtype, grid, new)
+            patch = _collected(resident, base, encoders)
         except BaseException:
-            _move(resident, [_collected(resident, base, found)], -1)
+            _move(resident, [_collected(resident, base, encoders)], -1)
             resident.digest = base
             raise
         resident.digest = patch.target
@@ -129,41 +128,49 @@ def _move(resident: FlatWeights, patches: Sequence[Patch], direction: int) -> in
     return change & MASK
 
 
-def _collected(resident: FlatWeights, base: int, found: Sequence[Encoded]) -> Patch:
-    return Patch(
-        layout=resident.layout,
-        base=base,
-        target=(base + sum(part.change for part in found)) & MASK,
-        blocks=np.concatenate([part.blocks for part in found]) if found else np.zeros(0, BLOCK),
-        streams=Streams.cat([part.streams for part in found]),
-    )
+def _collected(resident: FlatWeights, base: int, encoders: Sequence[Encoder]) -> Patch:
+    found = Encoded.cat([encoder.finish() for encoder in encoders])
+    target = (base + found.change) & MASK
+    return Patch(layout=resident.layout, base=base, target=target, blocks=found.blocks, streams=found.streams)
 
 
-def _batches(resident: FlatWeights, dtype: torch.dtype, new: Mapping[str, Tensor]) -> Iterator[tuple[int, Tensor, Grid]]:
-    """The new values of one buffer in its order: where they begin in the buffer, the words, the blocks in them.
+def _feed(encoder: Encoder, resident: FlatWeights, dtype: torch.dtype, grid: Grid, new: Mapping[str, Tensor]) -> None:
+    """Give the new values of one buffer to its encoder.
 
     Large tensors that have the right dtype, device and form are used where they are; everything else is copied (and cast) into
     a scratch buffer that has the form of the resident one, a few blocks at a time, while they are in cache.
     """
-    grid, limit = _grid(resident, resident.rows(dtype)), _SCRATCH.get(resident.device.type, 1 << 17)
-    tensors = {i: new[resident.layout.entries[i].name].detach() for i in np.unique(grid.entries).tolist()}
-    direct = {i: _is_direct(tensor, resident.buffers[dtype], limit) for i, tensor in tensors.items()}
-    is_direct = np.array([direct[i] for i in grid.entries.tolist()], bool)
+    limit = _SCRATCH.get(resident.device.type, _SCRATCH["cpu"])
+    entries, firsts = grid.entries.tolist(), (grid.firsts - resident.table.starts[grid.entries]).tolist()
+    offsets, ends = grid.offsets.tolist(), (grid.offsets + grid.counts).tolist()
+    tensors = {i: new[resident.layout.entries[i].name].detach() for i in dict.fromkeys(entries)}
+    is_direct = {i: _is_direct(tensor, resident.buffers[dtype], limit) for i, tensor in tensors.items()}
     scratch = torch.zeros(min(limit, resident.layout.numel(dtype)), dtype=dtype, device=resident.device)
-    flat: dict[int, Tensor] = {}
-    at = 0
-    while at < len(grid):
-        start, entry = int(grid.offsets[at]), int(grid.entries[at])
-        if direct[entry]:
-            end = int(np.searchsorted(grid.entries, entry, side="right"))
-            yield start, words_of(tensors[entry]), grid.rows(at, end, start)
+    words, flat = words_of(scratch), dict[int, Tensor]()
+    start = 0
+    while start < len(entries):
+        stop, entry, offset = start, entries[start], offsets[start]
+        if is_direct[entry]:
+            while stop < len(entries) and entries[stop] == entry:
+                stop += 1
+            encoder.add(words_of(tensors[entry]), offset, start, stop)
         else:
-            end = at + int(np.searchsorted(grid.offsets[at:] + grid.counts[at:] - start, limit, side="right"))
-            end = min([end, *(at + np.flatnonzero(is_direct[at:end])[:1])])
-            flat = {i: flat.get(i, tensors[i].reshape(-1)) for i in dict.fromkeys(grid.entries[at:end].tolist())}
-            run = grid.rows(at, end, start)
-            yield start, words_of(_filled(scratch, flat, run, resident.table.starts)), run
-        at = end
+            while stop < len(entries) and not is_direct[entries[stop]] and ends[stop] - offset <= limit:
+                stop += 1
+            run = dict.fromkeys(entries[start:stop])
+            flat = {i: flat[i] if i in flat else tensors[i].reshape(-1) for i in run}
+            if len(run) > 1:
+                scratch.zero_()
+            row = start
+            for i in run:
+                last = row
+                while last + 1 < stop and entries[last + 1] == i:
+                    last += 1
+                numel = ends[last] - offsets[row]
+                scratch.narrow(0, offsets[row] - offset, numel).copy_(flat[i].narrow(0, firsts[row], numel))
+                row = last + 1
+            encoder.add(words[: ends[stop - 1] - offset], offset, start, stop)
+        start = stop
 
 
 def _grid(resident: FlatWeights, rows: slice) -> Grid:
@@ -187,15 +194,3 @@ def _edges(entry: Entry) -> list[int]:
 def _is_direct(tensor: Tensor, buffer: Tensor, limit: int) -> bool:
     same = tensor.dtype == buffer.dtype and tensor.device == buffer.device
     return same and tensor.is_contiguous() and tensor.numel() >= limit // 4
-
-
-def _filled(scratch: Tensor, flat: Mapping[int, Tensor], run: Grid, starts: NDArray[np.int64]) -> Tensor:
-    """The new values of a run of blocks, in the form of the resident buffer; 0 between entries."""
-    length = int(run.offsets[-1] + run.counts[-1])
-    if len(flat) > 1:
-        scratch[:length].zero_()
-    for entry, source in flat.items():
-        rows = np.flatnonzero(run.entries == entry)
-        first, offset, numel = int(run.firsts[rows[0]] - starts[entry]), int(run.offsets[rows[0]]), int(run.counts[rows].sum())
-        scratch[offset : offset + numel].copy_(source[first : first + numel])
-    return scratch[:length]

@@ -23,13 +23,27 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from oldlogits.versions import digest
-from oldlogits.versions.streams import BLOCK, BLOCK_SIZE, SKIP, WIDE, Encoded, Grid, Ints, Part, Streams, stream_lengths
+from oldlogits.versions.streams import (
+    BLOCK,
+    BLOCK_SIZE,
+    SKIP,
+    WIDE,
+    Encoded,
+    Encoder,
+    Grid,
+    Ints,
+    Part,
+    Streams,
+    stream_lengths,
+)
 
 _G, _W = np.uint64(digest.G), np.uint64(digest.W)
 _M1, _M2 = np.uint64(digest.M1), np.uint64(digest.M2)
 _S30, _S27, _S31 = np.uint64(30), np.uint64(27), np.uint64(31)
 _NONE, _ONE = np.uint64(0), np.uint64(1)
 _LANES = 64
+_SLACK = 512
+_ROOM = 1 << 22
 _at = np.uint64
 
 
@@ -147,20 +161,25 @@ def _sum(words, offsets, starts, numels, keys, mask):
 
 
 @_jit
-def _encode(words, new, row, offsets, firsts, counts, keys, table, gaps, values, wide, dense, mask, width):
-    """Encode blocks from `row` on while every stream has room for one more; returns the next row and the streams' ends."""
-    places, olds, deltas = _buffers(words)
-    num_gaps, num_values, num_wide, num_dense, total = 0, 0, 0, 0, _NONE
-    while row < len(offsets):
-        offset, count = offsets[row], counts[row]
-        room = min(len(gaps) - num_gaps - BLOCK_SIZE // 128, len(values) - num_values, len(wide) - num_wide)
+def _encode(words, new, offset, row, stop, grid, table, gaps, values, wide, dense, places, olds, deltas, ends, mask):
+    """Encode blocks from `row` on, while every stream has room for one more.
+
+    Rows of `grid` as in `NumbaEncoder`; `table`: kind, gaps, changes, wide words; `ends`: of the four streams, and by how much
+    the digest moved. Returns the next row.
+    """
+    width = words.itemsize
+    num_gaps, num_values, num_wide, num_dense = ends[0], ends[1], ends[2], ends[3]
+    total = np.uint64(ends[4])
+    while row < stop:
+        at, count, key, first = grid[0, row], grid[1, row], np.uint64(grid[2, row]), np.uint64(grid[3, row])
+        room = min(len(gaps) - num_gaps - _SLACK, len(values) - num_values, len(wide) - num_wide)
         if min(room, len(dense) - num_dense) < count:
             break
-        block, target = words[offset : offset + count], new[offset : offset + count]
+        block, target = words[at : at + count], new[at - offset : at - offset + count]
         changes = _find(block, target, places)
         if changes > 0:
             _take(block, target, places, changes, olds, deltas)
-            total += _moved(np.uint64(keys[row]), np.uint64(firsts[row]), places, olds, deltas, changes, mask)
+            total += _moved(key, first, places, olds, deltas, changes, mask)
             gap_bytes = _write_gaps(places, changes, gaps[num_gaps:])
             wide_words = _write_values(deltas, changes, values[num_values:], wide[num_wide:])
             table[row, 2] = changes
@@ -172,13 +191,14 @@ def _encode(words, new, row, offsets, firsts, counts, keys, table, gaps, values,
                 table[row, 1], table[row, 3] = gap_bytes, wide_words
                 num_gaps, num_values, num_wide = num_gaps + gap_bytes, num_values + changes, num_wide + wide_words
         row += 1
-    return row, num_gaps, num_values, num_wide, num_dense, total
+    ends[0], ends[1], ends[2], ends[3], ends[4] = num_gaps, num_values, num_wide, num_dense, np.int64(total)
+    return row
 
 
 @_jit
 def _buffers(words):
     """Of one block: places, words and deltas of what changes; more than a block can have, since places come in sixes."""
-    room = BLOCK_SIZE + 512
+    room = BLOCK_SIZE + _SLACK
     return np.empty(room, np.uint16), np.empty(room, words.dtype), np.empty(room, words.dtype)
 
 
@@ -337,30 +357,54 @@ def _add_all(block, dense, direction, key, first, mask):
     return total
 
 
+class NumbaEncoder:
+    """See `Encoder`."""
+
+    def __init__(self, words: Tensor, grid: Grid) -> None:
+        self._words, self._mask, self._source = words.numpy(), _mask(words.itemsize), grid
+        self._grid = np.stack([grid.offsets, grid.counts, grid.keys, grid.firsts])
+        self._table = np.zeros((len(grid), 4), np.int64)
+        room, item = min(len(words), _ROOM) + BLOCK_SIZE, self._words.dtype
+        self._streams = (
+            np.empty(room + room // 128 + _SLACK, np.uint8), np.empty(room, np.int8), np.empty(room, item), np.empty(room, item)
+        )  # fmt: skip
+        self._buffers = _buffers(self._words)
+        self._ends = np.zeros(5, np.int64)
+        self._full: list[Streams] = []
+
+    def add(self, new: Tensor, offset: int, start: int, stop: int) -> None:
+        """See `Encoder.add`."""
+        while start < stop:
+            start = _encode(
+                self._words, new.numpy(), offset, start, stop, self._grid, self._table,
+                *self._streams, *self._buffers, self._ends, self._mask,
+            )  # fmt: skip
+            if start < stop:
+                self._empty()
+
+    def finish(self) -> Encoded:
+        """See `Encoder.finish`."""
+        self._empty()
+        blocks = np.zeros(len(self._source), BLOCK)
+        blocks["entry"], blocks["first"], blocks["count"] = self._source.entries, self._source.firsts, self._source.counts
+        blocks["is_dense"], blocks["gaps"], blocks["changes"], blocks["wide"] = self._table.T
+        changed = blocks[self._table[:, 2] > 0]
+        return Encoded(blocks=changed, streams=Streams.cat(self._full), change=int(self._ends[4]) & digest.MASK)
+
+    def _empty(self) -> None:
+        """Copy what the streams hold, to go on with empty ones."""
+        used = zip(self._streams, self._ends[:4], strict=True)
+        gaps, values, wide, dense = (torch.from_numpy(stream[:end].view(np.uint8).copy()) for stream, end in used)
+        self._full.append(Streams(gaps=gaps, values=values.view(torch.int8), wide=wide, dense=dense))
+        self._ends[:4] = 0
+
+
 class NumbaKernels:
     """`Kernels` for tensors on the CPU; one thread, without the interpreter's lock."""
 
-    def encode(self, words: Tensor, new: Tensor, grid: Grid) -> Encoded:
-        """See `Kernels.encode`."""
-        width, item = words.itemsize, words.numpy().dtype
-        room = min(int(grid.counts.sum()), 1 << 22) + BLOCK_SIZE
-        gaps, values = np.empty(room + room // 64 + BLOCK_SIZE // 128, np.uint8), np.empty(room, np.int8)
-        wide, dense = np.empty(room, item), np.empty(room, item)
-        table = np.zeros((len(grid), 4), np.int64)
-        parts, row, change = [], 0, 0
-        while row < len(grid):
-            row, *ends, moved = _encode(
-                words.numpy(), new.numpy(), row, grid.offsets, grid.firsts, grid.counts, grid.keys,
-                table, gaps, values, wide, dense, _mask(width), width,
-            )  # fmt: skip
-            full = (gaps, values, wide, dense)
-            kept = [torch.from_numpy(s[:end].view(np.uint8).copy()) for s, end in zip(full, ends, strict=True)]
-            parts.append(Streams(gaps=kept[0], values=kept[1].view(torch.int8), wide=kept[2], dense=kept[3]))
-            change += int(moved)
-        blocks = np.zeros(len(grid), BLOCK)
-        blocks["entry"], blocks["first"], blocks["count"] = grid.entries, grid.firsts, grid.counts
-        blocks["is_dense"], blocks["gaps"], blocks["changes"], blocks["wide"] = table.T
-        return Encoded(blocks=blocks[table[:, 2] > 0], streams=Streams.cat(parts), change=change & digest.MASK)
+    def encoder(self, words: Tensor, grid: Grid) -> Encoder:
+        """See `Kernels.encoder`."""
+        return NumbaEncoder(words, grid)
 
     def apply(self, words: Tensor, parts: Sequence[Part], direction: int) -> int:
         """See `Kernels.apply`. All parts go in one call, ordered by place: memory is passed over once."""

@@ -16,6 +16,7 @@ from oldlogits.versions.streams import (
     SKIP,
     WIDE,
     Encoded,
+    Encoder,
     Grid,
     Ints,
     Part,
@@ -28,17 +29,30 @@ from oldlogits.versions.streams import (
 _GROUP = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
-class TorchKernels:
-    """`Kernels` for tensors on any device; temporaries take about 100 bytes for each element of a group of blocks."""
+class TorchEncoder:
+    """See `Encoder`. Temporaries take about 100 bytes for each element of a group of blocks."""
 
-    def encode(self, words: Tensor, new: Tensor, grid: Grid) -> Encoded:
-        """See `Kernels.encode`."""
-        groups = [_encode(words, new, grid.rows(i, j)) for i, j in _groups(grid.counts, _GROUP.get(words.device.type, 1 << 20))]
-        return Encoded(
-            blocks=np.concatenate([group.blocks for group in groups]),
-            streams=Streams.cat([group.streams for group in groups]),
-            change=sum(group.change for group in groups) & MASK,
-        )
+    def __init__(self, words: Tensor, grid: Grid) -> None:
+        self._words, self._grid = words, grid
+        self._found: list[Encoded] = []
+
+    def add(self, new: Tensor, offset: int, start: int, stop: int) -> None:
+        """See `Encoder.add`."""
+        words = self._words.narrow(0, offset, len(new))
+        for i, j in _groups(self._grid.counts[start:stop], _GROUP.get(words.device.type, 1 << 20)):
+            self._found.append(_encode(words, new, self._grid.rows(start + i, start + j, offset)))
+
+    def finish(self) -> Encoded:
+        """See `Encoder.finish`."""
+        return Encoded.cat(self._found)
+
+
+class TorchKernels:
+    """`Kernels` for tensors on any device."""
+
+    def encoder(self, words: Tensor, grid: Grid) -> Encoder:
+        """See `Kernels.encoder`."""
+        return TorchEncoder(words, grid)
 
     def apply(self, words: Tensor, parts: Sequence[Part], direction: int) -> int:
         """See `Kernels.apply`."""

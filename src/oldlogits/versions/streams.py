@@ -19,6 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from oldlogits.versions.digest import MASK
+
 BLOCK_SIZE = 65_536
 SKIP = 255
 WIDE = -128
@@ -139,18 +141,40 @@ class Encoded:
     streams: Streams
     change: int
 
+    @classmethod
+    def cat(cls, found: Sequence[Encoded]) -> Encoded:
+        """Blocks that follow one another."""
+        return cls(
+            blocks=np.concatenate([part.blocks for part in found]) if found else np.zeros(0, BLOCK),
+            streams=Streams.cat([part.streams for part in found]),
+            change=sum(part.change for part in found) & MASK,
+        )
+
+
+class Encoder(Protocol):
+    """Takes the new values of one buffer, part by part, in its order."""
+
+    def add(self, new: Tensor, offset: int, start: int, stop: int) -> None:
+        """Write new values over the resident words, and keep what changed.
+
+        Args:
+            new: Signed integers [n]: what the words from `offset` on are to be; between blocks they are that already.
+            offset: Place of the first.
+            start: First block of the grid that they hold.
+            stop: One past the last.
+        """
+        ...
+
+    def finish(self) -> Encoded:
+        """What changed in all parts that were added."""
+        ...
+
 
 class Kernels(Protocol):
     """The loops over values. Every implementation writes the same streams, bit for bit."""
 
-    def encode(self, words: Tensor, new: Tensor, grid: Grid) -> Encoded:
-        """Write `new` over `words` and say what changed.
-
-        Args:
-            words: Signed integers [n], the resident ones; changed.
-            new: Signed integers [n].
-            grid: The blocks in them, ascending; what lies between blocks is equal.
-        """
+    def encoder(self, words: Tensor, grid: Grid) -> Encoder:
+        """An encoder of new values for `words`, signed integers [n]; `grid`: the blocks in them, ascending."""
         ...
 
     def apply(self, words: Tensor, parts: Sequence[Part], direction: int) -> int:
