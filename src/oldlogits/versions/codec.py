@@ -44,7 +44,8 @@ def encode(resident: FlatWeights, new: Mapping[str, Tensor]) -> Patch:
         try:
             for dtype in resident.layout.dtypes:
                 grid = _grid(resident, resident.rows(dtype))
-                encoders.append(kernels_for(resident.device).encoder(resident.words(dtype), grid))
+                words = resident.words(dtype)
+                encoders.append(kernels_for(words).encoder(words, grid))
                 _feed(encoders[-1], resident, dtype, grid, new)
             patch = _collected(resident, base, encoders)
         except BaseException:
@@ -115,7 +116,7 @@ def _held(resident: FlatWeights) -> int:
 
 def _move(resident: FlatWeights, patches: Sequence[Patch], direction: int) -> int:
     """Add or subtract all patches, buffer by buffer; returns by how much the digest moved."""
-    change, kernels = 0, kernels_for(resident.device)
+    change = 0
     for dtype in resident.layout.dtypes:
         parts = []
         for patch in patches[::direction]:
@@ -124,7 +125,8 @@ def _move(resident: FlatWeights, patches: Sequence[Patch], direction: int) -> in
             entry = blocks["entry"]
             offsets = resident.table.offsets[entry] + blocks["first"].astype(np.int64) - resident.table.starts[entry]
             parts.append(Part(blocks=blocks, offsets=offsets, keys=resident.table.keys[entry], streams=streams))
-        change += kernels.apply(resident.words(dtype), parts, direction)
+        words = resident.words(dtype)
+        change += kernels_for(words).apply(words, parts, direction)
     return change & MASK
 
 

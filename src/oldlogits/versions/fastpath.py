@@ -5,18 +5,21 @@ from __future__ import annotations
 import functools
 import importlib
 
-import torch
+from torch import Tensor
 
 from oldlogits.versions.kernels_torch import TorchKernels
 from oldlogits.versions.streams import Kernels
 
 _TORCH = TorchKernels()
+_FEW = 1 << 14
+"""Values for which starting numba (half a second; some seconds the first time on a machine) is never worth while."""
 
 
-def kernels_for(device: torch.device) -> Kernels:
-    """The fastest kernels for tensors on `device`."""
-    numba, _ = _numba()
-    return numba if numba is not None and device.type == "cpu" else _TORCH
+def kernels_for(values: Tensor) -> Kernels:
+    """The fastest kernels for a buffer."""
+    if values.device.type != "cpu" or values.numel() < _FEW:
+        return _TORCH
+    return _numba()[0] or _TORCH
 
 
 def fast_path() -> str:

@@ -141,11 +141,12 @@ class FlatWeights:
 
     def full_digest(self) -> int:
         """The digest of the bits in the buffers, from a pass over all of them; unsigned."""
-        kernels, total = kernels_for(self.device), 0
+        total = 0
         for dtype in self.layout.dtypes:
             rows = self.rows(dtype)
             table = (self.table.offsets[rows], self.table.starts[rows], self.table.numels[rows], self.table.keys[rows])
-            total += kernels.digest(self.words(dtype), *table)
+            words = self.words(dtype)
+            total += kernels_for(words).digest(words, *table)
         return total & MASK
 
     def rows(self, dtype: torch.dtype) -> slice:

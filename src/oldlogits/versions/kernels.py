@@ -3,6 +3,9 @@
 They are written for any CPU: a comparison of 64 values at a time is LLVM's to translate into what the machine has. Machine code
 is kept in numba's cache: beside this file or, where that cannot be written, in the user's cache folder.
 
+A function is compiled for an integer type when it is first called with it: about four seconds for each type of a model, once on
+a machine; half a second to start numba in a process.
+
 numba infers the types of the compiled functions, so they carry none here: `words`, `new`, `block`, `target`, `olds`, `deltas`,
 `wide` and `dense` are arrays of one signed integer type; numbers are int64, what concerns the digest is uint64.
 """

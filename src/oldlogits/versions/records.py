@@ -97,7 +97,7 @@ def fingerprint(name: str, tensor: Tensor) -> str:
     """Dtype, shape and digest of a tensor, in one word."""
     whole = tensor.detach().contiguous()
     zero, numel, key = (np.array([n], dtype=np.int64) for n in (0, whole.numel(), signed(key_of(name))))
-    digest = kernels_for(whole.device).digest(words_of(whole), zero, zero, numel, key) & MASK
+    digest = kernels_for(whole).digest(words_of(whole), zero, zero, numel, key) & MASK
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}-{digest:016x}"
 
 
