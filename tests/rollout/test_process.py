@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -44,12 +43,7 @@ def own_engine(spec):
     engine = EngineProcess(spec)
     yield engine
     engine.close()
-    assert leftovers() == []
-
-
-def leftovers():
-    folders = (Path("/dev/shm"), Path(tempfile.gettempdir()))
-    return [path for folder in folders if folder.is_dir() for path in folder.glob("oldlogits-*.weights")]
+    assert shared_files() == set()
 
 
 def is_alive(pid):
@@ -99,7 +93,7 @@ def test_an_update_in_mid_flight_keeps_running_requests_and_tags_their_tokens(sh
         await until_sampling(shared_engine)
         partials = await shared_engine.partials()
         await shared_engine.update_weights(FullWeights(tensors={**new, "lm_head.weight": new["model.embed_tokens.weight"]}), 1)
-        assert leftovers() == []
+        assert shared_files() == set()
         await shared_engine.resume()
         finished = dict(zip(tasks, await asyncio.gather(*tasks.values()), strict=True))
         stats = await shared_engine.stats()
@@ -167,7 +161,7 @@ def test_errors_of_the_engine_come_back_as_what_they_are_and_it_lives_on(shared_
         await shared_engine.pause("keep", "recompute")
         with pytest.raises(ModelFolderError, match=r"model\.embed_tokens\.weight: missing"):
             await shared_engine.update_weights(FullWeights(tensors={"x": torch.zeros(1)}), 1)
-        assert leftovers() == []
+        assert shared_files() == set()
         task = asyncio.create_task(shared_engine.generate([1], Sampling(max_tokens=2), "twice"))
         await asyncio.sleep(0)
         with pytest.raises(ConfigError, match="in use; got: twice"):
@@ -238,7 +232,7 @@ def test_closing_ends_the_process_and_fails_what_is_pending(spec):
     asyncio.run(play())
     engine.close()
     assert not is_alive(pid)
-    assert leftovers() == []
+    assert shared_files() == set()
 
 
 def test_an_engine_does_not_outlive_its_parent(spec):
@@ -246,6 +240,8 @@ def test_an_engine_does_not_outlive_its_parent(spec):
 import asyncio, os
 from oldlogits.rollout.process import EngineProcess
 from oldlogits.rollout.spec import EngineSpec
+
+from ..runs import shared_files
 if __name__ == "__main__":
     engine = EngineProcess({spec!r})
     asyncio.run(engine.ready())

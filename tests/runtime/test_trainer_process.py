@@ -18,6 +18,7 @@ from oldlogits.runtime.trainer_process import TrainerProcess
 from oldlogits.train.trainer import Trainer
 
 from ..builders import batch_of, sampled, trajectory
+from ..runs import shared_files
 
 PROBE = [3, 9, 10, 11]
 CONFIG = config_from_table({"trainer": {"steps_per_version": 1}})
@@ -67,10 +68,6 @@ def in_process(folder, scenario):
 
 def children():
     return [child for child in multiprocessing.active_children() if child.name == "oldlogits-trainer"]
-
-
-def shared_files():
-    return {name for name in os.listdir("/dev/shm") if name.startswith("oldlogits-")} if os.path.isdir("/dev/shm") else set()
 
 
 def test_a_trainer_process_does_what_a_trainer_does_bit_for_bit_and_leaves_nothing_behind(tiny_folder, tmp_path):
