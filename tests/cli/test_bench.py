@@ -99,6 +99,7 @@ def test_the_command_measures_and_writes_every_figure(tmp_path: Path, capsys: py
         (["bench"], "the first word names no bench"),
         (["bench", "speed"], "speed"),
         (["bench", "versions", "--params", "5"], "too little to measure"),
+        (["bench", "versions", "--document", "there/is/none.md"], "no place for the figures"),
     ],
 )
 def test_a_wrong_command_is_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]):

@@ -34,6 +34,16 @@ def write_into(document: Path, report: Report) -> None:
     """Write the tables between the marks of a document, in place of those there.
 
     Raises:
+        ConfigError: See `split_at_marks`.
+    """
+    before, after = split_at_marks(document)
+    document.write_text(f"{before}{BEGIN}\n\n{markdown(report)}\n{END}{after}", encoding="utf-8")
+
+
+def split_at_marks(document: Path) -> tuple[str, str]:
+    """What stands before and after the marks of a document.
+
+    Raises:
         ConfigError: There is no such document, or it has no marks.
     """
     text = document.read_text(encoding="utf-8") if document.is_file() else ""
@@ -46,7 +56,7 @@ def write_into(document: Path, report: Report) -> None:
             allowed=f"a file with the lines {BEGIN} and {END}",
             fix="leave --document out, and write the figures with --out",
         )
-    document.write_text(f"{before}{BEGIN}\n\n{markdown(report)}\n{END}{after}", encoding="utf-8")
+    return before, after
 
 
 def _machine(report: Report) -> str:

@@ -51,10 +51,12 @@ def command(arguments: Sequence[str]) -> int:
             "the first word names no bench", got=bench or "no word", allowed=", ".join(BENCHES), fix="oldlogits bench versions"
         )
     options = tyro.cli(VersionsOptions, prog="oldlogits bench versions", args=list(arguments[bench in BENCHES :]))
-    from oldlogits.bench.document import write_into
+    from oldlogits.bench.document import split_at_marks, write_into
     from oldlogits.bench.versions import Plan, measure
 
     plan = Plan.of(is_smoke=options.smoke, device=options.device, num_params=options.params)
+    if options.document is not None:
+        split_at_marks(options.document)  # refused before the measurement, not after it
     console = Console(highlight=False)
     with _shown(console) as progress:
         report = measure(plan, progress)
