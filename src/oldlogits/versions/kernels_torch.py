@@ -137,6 +137,11 @@ def _encode(words: Tensor, new: Tensor, grid: Grid) -> Encoded:
     return Encoded(blocks=blocks[changes > 0], streams=streams, change=change)
 
 
+def _as_words(stream: Tensor, like: Tensor) -> Tensor:
+    """Bytes as words; an empty stream may have no stride that torch can view anew."""
+    return stream.view(like.dtype) if stream.numel() else like[:0]
+
+
 def _previous(values: Tensor) -> Tensor:
     return torch.nn.functional.pad(values, (1, 0))[:-1]
 
@@ -165,7 +170,7 @@ def _apply_sparse(words: Tensor, part: Part, direction: int) -> int:
     ends = reached[is_change]
     delta = part.streams.values.to(words.dtype)
     is_wide = part.streams.values == WIDE
-    wide = part.streams.wide.view(words.dtype)
+    wide = _as_words(part.streams.wide, words)
     if len(ends) != len(row) or len(delta) != len(row) or int(is_wide.sum()) != len(wide):
         raise _broken("streams of different lengths")
     delta[is_wide] = wide
@@ -184,7 +189,7 @@ def _apply_dense(words: Tensor, part: Part, direction: int) -> int:
     """Dense blocks that follow one another in one entry are taken together."""
     rows = np.flatnonzero(part.blocks["is_dense"])
     change, at = 0, 0
-    dense = part.streams.dense.view(words.dtype)
+    dense = _as_words(part.streams.dense, words)
     if len(dense) != int(part.blocks["count"][rows].astype(np.int64).sum()):
         raise _broken("a dense stream of another length")
     firsts, counts = (part.blocks[name][rows].astype(np.int64) for name in ("first", "count"))
