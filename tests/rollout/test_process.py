@@ -15,6 +15,7 @@ from oldlogits.rollout.embedded import EngineCore
 from oldlogits.rollout.process import EngineProcess
 from oldlogits.rollout.spec import EngineSpec
 
+from ..runs import shared_files
 from .reference import VOCAB, expected_logprobs, make_model, perturbed, save, weights_of
 
 CONTEXT = 1200
@@ -240,8 +241,6 @@ def test_an_engine_does_not_outlive_its_parent(spec):
 import asyncio, os
 from oldlogits.rollout.process import EngineProcess
 from oldlogits.rollout.spec import EngineSpec
-
-from ..runs import shared_files
 if __name__ == "__main__":
     engine = EngineProcess({spec!r})
     asyncio.run(engine.ready())

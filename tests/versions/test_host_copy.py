@@ -117,7 +117,7 @@ def test_a_patch_of_other_tensors_is_refused(tmp_path):
 
 def test_a_reader_of_another_version_is_refused(tmp_path):
     copy = HostCopy.create(tmp_path / "copy", weights(0), 3)
-    with pytest.raises(ReceiverBehindError, match="version 3.*version 4"), copy.read(4):
+    with pytest.raises(ReceiverBehindError, match=r"version 3.*version 4"), copy.read(4):
         pass
 
 
