@@ -200,11 +200,17 @@ class EngineProcess:
                     fix="send the full weights of the version once",
                 )
             self._copy.take(update.patches, update.base, version)
-        elif self._copy is None:
-            self._copy = HostCopy.create(shared_file(update.num_bytes), update.tensors, version)
-        else:
+        elif self._copy is not None and self._copy.fits(update.tensors):
             self._copy.load(update.tensors, version)
+        else:
+            self._remove_copy()
+            self._copy = HostCopy.create(shared_file(update.num_bytes), update.tensors, version)
         return self._copy
+
+    def _remove_copy(self) -> None:
+        if self._copy is not None:
+            self._copy.path.unlink(missing_ok=True)
+            self._copy = None
 
     async def resume(self) -> None:
         """Go on sampling."""
@@ -227,8 +233,7 @@ class EngineProcess:
             self._reader.join()
         self._process.join()
         self._connection.close()
-        if self._copy is not None:
-            self._copy.path.unlink(missing_ok=True)
+        self._remove_copy()
 
     async def _call(self, action: _Action) -> _Value:
         number = next(self._numbers)

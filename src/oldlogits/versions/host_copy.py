@@ -102,6 +102,10 @@ class HostCopy:
         """Bytes of the file."""
         return len(self._map)
 
+    def fits(self, weights: Mapping[str, Tensor]) -> bool:
+        """Whether these have the names, shapes, dtypes and ties of what is held."""
+        return Layout.of(weights) == self._flat.layout
+
     @contextmanager
     def read(self, version: PolicyVersion) -> Iterator[Mapping[str, Tensor]]:
         """The weights of `version` by name, for reading inside the block; the writer waits for its end.
