@@ -13,7 +13,7 @@ from torch import Tensor
 from oldlogits.core.errors import ExactnessError
 from oldlogits.versions.digest import MASK
 from oldlogits.versions.fastpath import kernels_for
-from oldlogits.versions.flat import FlatWeights, check
+from oldlogits.versions.flat import FlatWeights, fit
 from oldlogits.versions.layout import Entry, words_of
 from oldlogits.versions.patch import Patch, foreign, part_of
 from oldlogits.versions.shield import shielded
@@ -28,15 +28,15 @@ def encode(resident: FlatWeights, new: Mapping[str, Tensor]) -> Patch:
 
     Args:
         resident: The version before; changed.
-        new: The version after, by the layout's names; aliases and frozen names may be left out. Tensors of another
-            floating-point dtype than the layout's (float32 masters) are cast, block by block; so are tensors elsewhere or not
-            contiguous brought over.
+        new: The version after, by the layout's names; one name of tied weights is enough, frozen ones may be left out. Tensors
+            of another floating-point dtype than the layout's (float32 masters) are cast, block by block; those that lie
+            elsewhere or are not contiguous are brought over.
 
     Raises:
         LayoutError: `new` does not fit the layout; nothing was changed.
         ExactnessError: The resident copy holds no version.
     """
-    check(resident.layout, new)
+    new = fit(resident.layout, new)
     base = _held(resident)
     encoders: list[Encoder] = []
     with shielded():

@@ -14,7 +14,7 @@ from torch import Tensor
 from oldlogits.core.errors import LayoutError
 from oldlogits.versions.digest import MASK, key_of, signed
 from oldlogits.versions.fastpath import kernels_for
-from oldlogits.versions.layout import WORDS, Layout, Shard, memory_of
+from oldlogits.versions.layout import WORDS, Layout, Shard, memory_of, words_of
 
 Ints = NDArray[np.int64]
 
@@ -132,11 +132,11 @@ class FlatWeights:
         Raises:
             LayoutError: `weights` do not fit the layout; nothing was written.
         """
-        check(self.layout, weights)
+        fitting = fit(self.layout, weights)
         self.digest = None
         for entry in self.layout.entries:
             target = self.buffers[entry.dtype].narrow(0, entry.offset, entry.numel)
-            target.view(weights[entry.name].shape).copy_(weights[entry.name])
+            target.view(fitting[entry.name].shape).copy_(fitting[entry.name])
         self.digest = self.full_digest()
 
     def full_digest(self) -> int:
@@ -155,36 +155,41 @@ class FlatWeights:
         return slice(at[0], at[-1] + 1) if at else slice(0, 0)
 
 
-def check(layout: Layout, weights: Mapping[str, Tensor]) -> None:
-    """Refuse weights that do not fit `layout`; frozen names are not looked at.
+def fit(layout: Layout, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensor of each entry of `layout`, by the entry's name; tied weights may come under any of their names.
 
     Raises:
-        LayoutError: A name is missing or unknown, an element count or dtype differs (floating-point values are cast), or
-            names that the layout ties have values that differ.
+        LayoutError: A name is missing or unknown, a shape or dtype differs (floating-point values are cast), or names that
+            the layout ties have values that differ. Frozen names are not looked at.
     """
+    found: dict[str, Tensor] = {}
+    names: dict[str, list[str]] = {entry.name: [entry.name] for entry in layout.entries}
+    for name, target in layout.aliases.items():
+        names[target].append(name)
     known = {entry.name for entry in layout.entries} | layout.aliases.keys() | layout.frozen
     if unknown := weights.keys() - known:
         raise _unfit(min(unknown), "a name that the layout lacks", f"{len(known)} names")
     for entry in layout.entries:
-        if entry.name not in weights:
+        given = [name for name in names[entry.name] if name in weights]
+        if not given:
             raise _unfit(entry.name, "no such tensor", "every entry of the layout")
-        new = weights[entry.name]
+        new = found[entry.name] = weights[given[0]]
         shape = entry.shape if entry.is_whole else (entry.numel,)
-        fits = tuple(new.shape) == shape or (not entry.is_whole and new.numel() == entry.numel)
+        fits = tuple(new.shape) in (shape, (entry.numel,)) or (not entry.is_whole and new.numel() == entry.numel)
         castable = new.is_floating_point() and entry.dtype.is_floating_point
         if not fits or not (new.dtype == entry.dtype or castable):
             raise _unfit(entry.name, f"{new.dtype} {tuple(new.shape)}", f"{entry.dtype} {shape}, or another float")
-    for name, target in layout.aliases.items():
-        if name in weights and memory_of(weights[name]) != memory_of(weights[target]):
-            tied, first = weights[name], weights[target]
-            if tied.shape != first.shape or tied.dtype != first.dtype or not same_bits(tied, first):
-                raise _unfit(name, f"values that differ from those of {target}", "one value: the layout ties the two")
+        for name in given[1:]:
+            if memory_of(weights[name]) != memory_of(new) and not same_bits(weights[name], new):
+                raise _unfit(name, f"values that differ from those of {given[0]}", "one value: the layout ties the two")
+    return found
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape and dtype hold the same bits."""
-    word = WORDS[a.dtype.itemsize]
-    return bool(torch.equal(a.detach().contiguous().view(-1).view(word), b.detach().contiguous().view(-1).view(word)))
+    """Whether two tensors have the same shape, dtype and bits."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return bool(torch.equal(words_of(a.detach().contiguous()), words_of(b.detach().to(a.device).contiguous())))
 
 
 def _unfit(name: str, got: str, allowed: str) -> LayoutError:

@@ -5,7 +5,7 @@ directions: ``new = old + delta``, ``old = new - delta``, whatever the values ar
 
 The bytes of a patch::
 
-    prefix    magic, format version, byte order, length and crc32 of the header
+    prefix    magic, format version, byte order, length of the header, crc32 of all that and the header
     header    JSON: tier, base and target digest, sections (name, bytes stored, bytes raw, crc32)
     sections  layout (JSON), blocks, gaps, values, wide, dense
 
@@ -32,7 +32,7 @@ from oldlogits.versions.streams import BLOCK, BLOCK_SIZE, SKIP, Blocks, Ints, St
 
 FORMAT = 1
 _MAGIC = b"oldpatch"
-_PREFIX = struct.Struct("<8sHBxII")
+_PREFIX, _CRC = struct.Struct("<8sHHI"), struct.Struct("<I")
 _BYTE_ORDERS = {"little": 1, "big": 2}
 _SECTIONS = ("layout", "blocks", "gaps", "values", "wide", "dense")
 
@@ -45,7 +45,7 @@ class Patch:
         layout: Of both versions.
         base: Digest of the base, unsigned 64 bits.
         target: Digest of the target.
-        blocks: [block] of `streams.BLOCK`: the blocks that changed, in the layout's order.
+        blocks: [block] of `streams.BLOCK`: the blocks that changed; those of a dtype together, in the order of the buffers.
         streams: Gaps, values, wide words and dense words of these blocks, in the same order.
     """
 
@@ -98,8 +98,9 @@ class Patch:
                 "sections": [[s.name, s.stored, s.raw, s.crc] for s, _ in packed],
             }
         ).encode()
-        start = _PREFIX.pack(_MAGIC, FORMAT, _BYTE_ORDERS[sys.byteorder], len(header), zlib.crc32(header))
-        return b"".join([start, header, *(stored for _, stored in packed)])
+        start = _PREFIX.pack(_MAGIC, FORMAT, _BYTE_ORDERS[sys.byteorder], len(header)) + header
+        head = start[: _PREFIX.size] + _CRC.pack(zlib.crc32(start)) + header
+        return b"".join([head, *(stored for _, stored in packed)])
 
     @classmethod
     def from_bytes(cls, content: bytes | bytearray | memoryview, *, layout: Layout | None = None) -> Patch:
@@ -213,27 +214,36 @@ def _runs(layout: Layout, blocks: Blocks) -> list[list[tuple[int, int]]]:
 
 def _read_header(view: memoryview) -> tuple[Tier, int, int, list[Section], int]:
     """Tier, base, target, sections, and where the first section begins."""
-    if len(view) < _PREFIX.size or bytes(view[: len(_MAGIC)]) != _MAGIC:
+    body = _PREFIX.size + _CRC.size
+    if len(view) < body or bytes(view[: len(_MAGIC)]) != _MAGIC:
         raise _unreadable("bytes are no patch", got=repr(bytes(view[: len(_MAGIC)])), allowed=repr(_MAGIC))
-    _, version, order, length, crc = _PREFIX.unpack_from(view)
+    _, version, order, length = _PREFIX.unpack_from(view)
     if version != FORMAT:
         raise _unreadable("a patch of another format", got=f"format {version}", allowed=f"format {FORMAT}")
     if order != _BYTE_ORDERS[sys.byteorder]:
         raise _unreadable("a patch of another byte order", got=f"byte order {order}", allowed=f"{sys.byteorder} endian")
-    header = view[_PREFIX.size : _PREFIX.size + length]
-    if len(header) != length or zlib.crc32(header) != crc:
+    header = bytes(view[body : body + length])
+    if len(header) != length or _CRC.pack(zlib.crc32(bytes(view[: _PREFIX.size]) + header)) != view[_PREFIX.size : body]:
         raise damaged("header", f"{len(header)} of {length} bytes, or another checksum")
-    content = json.loads(bytes(header))
-    sections = [Section(name=name, stored=stored, raw=raw, crc=crc) for name, stored, raw, crc in content["sections"]]
-    return content["tier"], content["base"], content["target"], sections, _PREFIX.size + length
+    try:
+        content = json.loads(header)
+        sections = [Section(name=name, stored=stored, raw=raw, crc=crc) for name, stored, raw, crc in content["sections"]]
+        tier, base, target = (content[key] for key in ("tier", "base", "target"))
+    except (ValueError, TypeError, KeyError) as error:
+        raise damaged("header", f"JSON of another form: {error}") from error
+    if tuple(section.name for section in sections) != _SECTIONS or tier not in ("memory", "cold"):
+        raise damaged("header", f"tier {tier!r}, sections {[section.name for section in sections]}")
+    return tier, base, target, sections, body + length
 
 
 def _check_blocks(layout: Layout, blocks: Blocks) -> None:
-    """Refuse a table that leads out of the layout, or out of the order of entries."""
+    """Refuse a table that leads out of the layout, or in which the blocks of a dtype do not stand together."""
     entries = blocks["entry"]
     if len(blocks) == 0:
         return
-    if entries.max() >= len(layout.entries) or (np.diff(entries.astype(np.int64)) < 0).any():
+    order = {dtype: i for i, dtype in enumerate(layout.dtypes)}
+    groups = np.array([order[entry.dtype] for entry in layout.entries], np.int64)
+    if entries.max() >= len(layout.entries) or (np.diff(groups[entries]) < 0).any():
         raise damaged("blocks", "entries that the layout lacks, or out of order")
     starts, stops = (np.array([getattr(e, side) for e in layout.entries], np.uint64)[entries] for side in ("start", "stop"))
     if (blocks["first"] < starts).any() or (blocks["first"] + blocks["count"] > stops).any():
