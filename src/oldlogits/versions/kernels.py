@@ -45,6 +45,7 @@ _M1, _M2 = np.uint64(digest.M1), np.uint64(digest.M2)
 _S30, _S27, _S31 = np.uint64(30), np.uint64(27), np.uint64(31)
 _NONE, _ONE = np.uint64(0), np.uint64(1)
 _LANES = 64
+_TURN = 1024
 _SLACK = 512
 _ROOM = 1 << 22
 _at = np.uint64
@@ -179,11 +180,9 @@ def _encode(words, new, offset, row, stop, grid, table, gaps, values, wide, dens
         if min(room, len(dense) - num_dense) < count:
             break
         block, target = words[at : at + count], new[at - offset : at - offset + count]
-        changes = _find(block, target, places)
+        changes, gap_bytes = _scan(block, target, places, olds, deltas, gaps[num_gaps:])
         if changes > 0:
-            _take(block, target, places, changes, olds, deltas)
             total += _moved(key, first, places, olds, deltas, changes, mask)
-            gap_bytes = _write_gaps(places, changes, gaps[num_gaps:])
             wide_words = _write_values(deltas, changes, values[num_values:], wide[num_wide:])
             table[row, 2] = changes
             if 2 * (gap_bytes + changes + wide_words * width) > count * width:
@@ -206,13 +205,30 @@ def _buffers(words):
 
 
 @_jit
-def _find(block, target, places):
-    """Where the words of a block differ from their target: the places, ascending. Returns how many.
+def _scan(block, target, places, olds, deltas, gaps):
+    """Write the target over a block, and keep places, words before, deltas and gaps of what changes.
+
+    The search and the writing take turns, so that memory is being read while what was found is written.
+
+    Returns:
+        How many words changed, and how many bytes of gaps that makes.
+    """
+    num, gap_bytes, before = 0, 0, np.int64(-1)
+    for start in range(0, len(block), _TURN):
+        end = _find(block, target, start, min(start + _TURN, len(block)), places, num)
+        gap_bytes, before = _take(block, target, places, num, end, olds, deltas, gaps, gap_bytes, before)
+        num = end
+    return num, gap_bytes
+
+
+@_jit
+def _find(block, target, start, stop, places, num):
+    """Add the places where a block differs from its target to the `num` that are there. Returns how many there are then.
 
     Of 64 words at a time: six places are written whether or not there are so many, since that needs no decision.
     """
-    num, whole = 0, len(block) - len(block) % _LANES
-    for at in range(0, whole, _LANES):
+    whole = stop - (stop - start) % _LANES
+    for at in range(start, whole, _LANES):
         bits = _changed(block, at, target, at)
         end = num + _ones(bits)
         for k in range(6):
@@ -224,7 +240,7 @@ def _find(block, target, places):
             bits &= bits - _ONE
             num += 1
         num = end
-    for place in range(whole, len(block)):
+    for place in range(whole, stop):
         if block[place] != target[place]:
             places[_at(num)] = place
             num += 1
@@ -232,29 +248,22 @@ def _find(block, target, places):
 
 
 @_jit
-def _take(block, target, places, num, olds, deltas):
-    """Write what changes; keep the words before and the deltas."""
-    for k in range(num):
+def _take(block, target, places, start, stop, olds, deltas, gaps, end, before):
+    """Write the changes from `start` to `stop`, and their gaps from byte `end` on; `before`: the place of the one before."""
+    for k in range(start, stop):
         at = _at(places[_at(k)])
         olds[_at(k)] = block[at]
         deltas[_at(k)] = target[at] - block[at]
         block[at] = target[at]
-
-
-@_jit
-def _write_gaps(places, num, gaps):
-    end, before = 0, np.int64(-1)
-    for k in range(num):
-        place = np.int64(places[_at(k)])
-        gap = place - before - 1
-        before = place
+        gap = np.int64(at) - before - 1
+        before = np.int64(at)
         while gap >= SKIP:
             gaps[_at(end)] = SKIP
             end += 1
             gap -= SKIP
         gaps[_at(end)] = gap
         end += 1
-    return end
+    return end, before
 
 
 @_jit
