@@ -14,6 +14,7 @@ In the cold tier every section is compressed apart (`cold.py`).
 
 from __future__ import annotations
 
+import functools
 import json
 import struct
 import sys
@@ -122,9 +123,9 @@ class Patch:
         for section in sections:
             parts.append((section, view[at : at + section.stored]))
             at += section.stored
-        own = Layout.from_json(unpack(*parts[0], tier).tobytes())
-        if layout is not None and (difference := layout.difference(own)):
-            raise foreign(difference)
+        own = _layout_of(unpack(*parts[0], tier).tobytes())
+        if layout is not None and own != layout:
+            raise foreign(layout.difference(own))
         words = unpack(*parts[1], tier, [(parts[1][0].raw, BLOCK.itemsize)])
         if len(words) % BLOCK.itemsize:
             raise damaged("blocks", f"{len(words)} bytes")
@@ -234,6 +235,12 @@ def _read_header(view: memoryview) -> tuple[Tier, int, int, list[Section], int]:
     if tuple(section.name for section in sections) != _SECTIONS or tier not in ("memory", "cold"):
         raise damaged("header", f"tier {tier!r}, sections {[section.name for section in sections]}")
     return tier, base, target, sections, body + length
+
+
+@functools.lru_cache(maxsize=4)
+def _layout_of(text: bytes) -> Layout:
+    """Patches of one store share their layout: it is read once."""
+    return Layout.from_json(text)
 
 
 def _check_blocks(layout: Layout, blocks: Blocks) -> None:
