@@ -142,7 +142,7 @@ class World:
     async def publish(self):
         published = self.trainer.publish()
         self.weights[published.version] = {name: w.clone() for name, w in published.update.tensors.items()}
-        self.most_stored = max(self.most_stored, len(self.trainer._store.versions))
+        self.most_stored = max(self.most_stored, len(self.trainer.stored_versions))
         if not self.source.needs_pause and published.version:
             await self.pause()
         if published.version:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from torch import Tensor
@@ -30,10 +30,8 @@ class HeldVersions:
     def __init__(self, config: VersionsConfig, *, sends_patches: bool) -> None:
         folder = Path(config.folder) if config.budget_bytes else None
         budget = config.budget_bytes or None
-        self.store = PatchStore(folder, hot=config.hot, budget_bytes=budget, wait_s=0.0, sync=False)
+        self.store = PatchStore(folder, hot=config.hot, budget_bytes=budget, wait_s=0.0, sync=False, settles=False)
         self._sends_patches = sends_patches
-        self._walk = ExitStack()
-        self._walk.enter_context(self.store.walk())
         self._sent: PolicyVersion | None = None
 
     def publish(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> tuple[Publication, WeightUpdate]:
@@ -44,7 +42,7 @@ class HeldVersions:
         """
         publication, before = self.store.publish(version, weights), self._sent
         self._sent = version
-        if self._sends_patches and before is not None:
+        if self._sends_patches and before is not None and before != version:
             found = self.store.patch_between(before, version)
             if found is not None and sum(patch.num_bytes for patch in found) <= PATCH_SHARE * publication.full_bytes:
                 patches = tuple(patch.to_bytes("memory") for patch in found)

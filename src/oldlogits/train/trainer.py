@@ -160,6 +160,11 @@ class Trainer:
         """Parameters of the model, tied ones once."""
         return sum(p.numel() for p in self._model.parameters())
 
+    @property
+    def stored_versions(self) -> tuple[PolicyVersion, ...]:
+        """The versions that its store holds, ascending; none where the source needs none."""
+        return self._held.store.versions if self._held is not None else ()
+
     def publish(self) -> Published:
         """Store the live weights as the current version, and let them witness it."""
         weights = named_weights(self._model)
@@ -296,10 +301,9 @@ class Trainer:
 
     def retain(self, oldest_needed: PolicyVersion) -> None:
         """Drop stored versions that no token in flight needs."""
-        held = {self.version}
         if self._held is not None:
             self._held.store.retain(oldest_needed)
-            held |= {*self._held.store.versions}
+        held = {self.version, *self.stored_versions}
         self._probe_logps = {version: logps for version, logps in self._probe_logps.items() if version in held}
 
     def save_batch(self, folder: Path) -> Path:
@@ -390,8 +394,7 @@ class Trainer:
     def _scoring_at(self, at: PolicyVersion | None) -> Iterator[None]:
         """Point the scoring module at a stored version, or at the live weights: None, or their version if it is not stored."""
         started = time.perf_counter()
-        is_stored = self._held is not None and at in self._held.store.versions
-        if at is None or (at == self.version and not is_stored):
+        if at is None or (at == self.version and at not in self.stored_versions):
             held: AbstractContextManager[Mapping[str, Tensor]] = nullcontext(named_weights(self._model))
         else:
             held = self._checkout(at)
@@ -405,7 +408,7 @@ class Trainer:
     def _checkout(self, version: PolicyVersion) -> AbstractContextManager[Mapping[str, Tensor]]:
         if self._held is None:
             raise VersionEvictedError(
-                f"version {version} is not held",
+                f"version {version} is not in the store",
                 got=f"version {version}",
                 allowed=f"the live version {self.version}: the source keeps no others",
                 fix="use a source that stores versions, such as snapshot",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +35,7 @@ class WindowScorer:
         torch.set_num_threads(1)
         self._window, self._trainer = config.source.window, config.trainer
         self._model = load_model(model_folder).requires_grad_(False)
-        self._store, self._walk = PatchStore(hot=config.versions.hot), ExitStack()
-        self._walk.enter_context(self._store.walk())  # without an end: a checkout goes on from where the last one was
+        self._store = PatchStore(hot=config.versions.hot, settles=False)
         self._probe = probe_of(probe_ids)
 
     def publish(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> float:

@@ -47,6 +47,8 @@ class PatchStore:
             disk only; then, without one, `publish` waits for `retain` or `release`. None: no bound.
         wait_s: How long it waits before it raises.
         sync: Whether a version is on the disk itself when `publish` returns, and survives a loss of power.
+        settles: Whether the copy goes back to the newest version at the end of a checkout outside of walks. False: all is one
+            walk without an end, and the next checkout or publication takes the copy on from where it is.
 
     Raises:
         LogBusyError: The folder has an owner.
@@ -64,6 +66,7 @@ class PatchStore:
         budget_bytes: int | None = None,
         wait_s: float = 60.0,
         sync: bool = True,
+        settles: bool = True,
     ) -> None:
         self._frozen, self._dtype, self._device = frozenset(frozen), dtype, device
         self._budget = Budget(hot=hot, budget_bytes=budget_bytes, wait_s=wait_s)
@@ -71,7 +74,7 @@ class PatchStore:
         self._room = threading.Condition(self._lock)
         self._window, self._counts = Window(), StoreCounts()
         self._digests: dict[PolicyVersion, int] = {}  # of the versions that are there, ascending
-        self._depth, self._walks = 0, 0  # checkouts of the thread that has the lock; walks of all threads
+        self._depth, self._walks = 0, int(not settles)  # checkouts of the thread that has the lock; walks of all threads
         self._resident: Resident | None = None
         self._disk = Disk.create(folder, sync=sync) if folder is not None else None
         self._chain = Chain(self._disk.log if self._disk is not None else None)
