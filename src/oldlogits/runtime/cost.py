@@ -60,7 +60,7 @@ class Cost:
         """One line per part."""
         return [
             f"parameters       {self.num_parameters:,}",
-            f"weights          {_mib(self.weights_bytes)} a copy: trainer, engine; the scoring module shares the store's",
+            f"weights          {_mib(self.weights_bytes)} a copy: trainer, engine; the scoring module reads the store's resident one",
             f"optimizer        {_mib(self.optimizer_bytes)}",
             f"version store    {_mib(self.store_bytes)}",
             f"dedicated scorer {_mib(self.scorer_bytes)}",

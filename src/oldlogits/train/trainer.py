@@ -3,7 +3,7 @@
     put_batch -> score(tokens, at=version | live) ... -> train -> publish -> (engine reads the weights)
     score_pieces(pieces, at=version) at any time: tokens of trajectories that are not, or not yet, in the batch
 
-The live weights are never switched: a second module, without gradients, points at the stored copies.
+The live weights are never switched: a second module, without gradients, reads the resident copy of the store.
 """
 
 from __future__ import annotations
