@@ -72,23 +72,53 @@ def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @intrinsic
-def _changed(typing: Any, a: Any, i: Any, b: Any, j: Any) -> Any:
-    """uint64: bit k is set where ``a[i + k] != b[j + k]``, for 64 values."""
+def _changed(typing: Any, words: Any, i: Any, new: Any, j: Any, nan: Any) -> Any:
+    """uint64: bit k is set where ``words[i + k]`` is not what `new` at ``j + k`` is as such a word, for 64 values."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        values = [_vector(context, builder, signature.args[k], arguments[k], arguments[k + 1]) for k in (0, 2)]
-        loaded = [builder.load(pointer, typ=kind, align=align) for pointer, kind, align in values]
-        return builder.bitcast(builder.icmp_unsigned("!=", *loaded), ir.IntType(_LANES))
+        item = context.get_data_type(words.dtype)
+        old = _loaded(context, builder, words, arguments[0], arguments[1], _LANES)
+        now = _loaded(context, builder, new, arguments[2], arguments[3], _LANES)
+        now = _rounded(builder, now, item, arguments[4], _LANES) if new.dtype != words.dtype else now
+        return builder.bitcast(builder.icmp_unsigned("!=", old, now), ir.IntType(_LANES))
 
-    return types.uint64(a, types.int64, b, types.int64), generate
+    return types.uint64(words, types.int64, new, types.int64, words.dtype), generate
 
 
-def _vector(context: Any, builder: Any, array_type: Any, array: Any, at: Any) -> Any:
-    """A pointer to 64 values of an array from `at` on, their type, and their alignment in bytes."""
-    item = context.get_data_type(array_type.dtype)
-    data = context.make_array(array_type)(context, builder, array).data
-    kind = ir.VectorType(item, _LANES)
-    return builder.bitcast(builder.gep(data, [at]), kind.as_pointer()), kind, array_type.dtype.bitwidth // 8
+@intrinsic
+def _word(typing: Any, new: Any, at: Any, nan: Any) -> Any:
+    """Item `at` of new values as a word of the type of `nan`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        now = _loaded(context, builder, new, arguments[0], arguments[1], 1)
+        item = context.get_data_type(nan)
+        now = _rounded(builder, now, item, arguments[2], 1) if new.dtype != nan else now
+        return builder.extract_element(now, ir.IntType(32)(0))
+
+    return nan(new, types.int64, nan), generate
+
+
+def _loaded(context: Any, builder: Any, array_type: Any, array: Any, at: Any, lanes: int) -> Any:
+    """Values of an array from `at` on, as a vector."""
+    kind = ir.VectorType(context.get_data_type(array_type.dtype), lanes)
+    pointer = builder.gep(context.make_array(array_type)(context, builder, array).data, [at])
+    return builder.load(builder.bitcast(pointer, kind.as_pointer()), typ=kind, align=array_type.dtype.bitwidth // 8)
+
+
+def _rounded(builder: Any, bits: Any, item: Any, nan: Any, lanes: int) -> Any:
+    """The bits of float32 as those of bfloat16: to nearest, ties to even; every NaN becomes the one given."""
+    wide, narrow = ir.VectorType(ir.IntType(32), lanes), ir.VectorType(item, lanes)
+
+    def all_of(number: int) -> Any:
+        return ir.Constant(wide, [number] * lanes)
+
+    upper = builder.lshr(bits, all_of(16))
+    half = builder.add(builder.and_(upper, all_of(1)), all_of(0x7FFF))
+    result = builder.trunc(builder.lshr(builder.add(bits, half), all_of(16)), narrow)
+    is_nan = builder.icmp_unsigned(">", builder.and_(bits, all_of(0x7FFFFFFF)), all_of(0x7F800000))
+    empty, zeros = ir.Constant(narrow, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
+    nans = builder.shuffle_vector(builder.insert_element(empty, nan, ir.IntType(32)(0)), empty, zeros)
+    return builder.select(is_nan, nans, result)
 
 
 @intrinsic
@@ -165,7 +195,7 @@ def _sum(words, offsets, starts, numels, keys, mask):
 
 
 @_jit
-def _encode(words, new, offset, row, stop, grid, table, gaps, values, wide, dense, places, olds, deltas, ends, mask):
+def _encode(words, new, nan, offset, row, stop, grid, table, gaps, values, wide, dense, places, olds, deltas, ends, mask):
     """Encode blocks from `row` on, while every stream has room for one more.
 
     Rows of `grid` as in `NumbaEncoder`; `table`: kind, gaps, changes, wide words; `ends`: of the four streams, and by how much
@@ -180,7 +210,7 @@ def _encode(words, new, offset, row, stop, grid, table, gaps, values, wide, dens
         if min(room, len(dense) - num_dense) < count:
             break
         block, target = words[at : at + count], new[at - offset : at - offset + count]
-        changes, gap_bytes = _scan(block, target, places, olds, deltas, gaps[num_gaps:])
+        changes, gap_bytes = _scan(block, target, nan, places, olds, deltas, gaps[num_gaps:])
         if changes > 0:
             total += _moved(key, first, places, olds, deltas, changes, mask)
             wide_words = _write_values(deltas, changes, values[num_values:], wide[num_wide:])
@@ -205,7 +235,7 @@ def _buffers(words):
 
 
 @_jit
-def _scan(block, target, places, olds, deltas, gaps):
+def _scan(block, target, nan, places, olds, deltas, gaps):
     """Write the target over a block, and keep places, words before, deltas and gaps of what changes.
 
     The search and the writing take turns, so that memory is being read while what was found is written.
@@ -215,21 +245,21 @@ def _scan(block, target, places, olds, deltas, gaps):
     """
     num, gap_bytes, before = 0, 0, np.int64(-1)
     for start in range(0, len(block), _TURN):
-        end = _find(block, target, start, min(start + _TURN, len(block)), places, num)
-        gap_bytes, before = _take(block, target, places, num, end, olds, deltas, gaps, gap_bytes, before)
+        end = _find(block, target, nan, start, min(start + _TURN, len(block)), places, num)
+        gap_bytes, before = _take(block, target, nan, places, num, end, olds, deltas, gaps, gap_bytes, before)
         num = end
     return num, gap_bytes
 
 
 @_jit
-def _find(block, target, start, stop, places, num):
+def _find(block, target, nan, start, stop, places, num):
     """Add the places where a block differs from its target to the `num` that are there. Returns how many there are then.
 
     Of 64 words at a time: six places are written whether or not there are so many, since that needs no decision.
     """
     whole = stop - (stop - start) % _LANES
     for at in range(start, whole, _LANES):
-        bits = _changed(block, at, target, at)
+        bits = _changed(block, at, target, at, nan)
         end = num + _ones(bits)
         for k in range(6):
             places[_at(num + k)] = at + _trailing_zeros(bits)
@@ -241,20 +271,21 @@ def _find(block, target, start, stop, places, num):
             num += 1
         num = end
     for place in range(whole, stop):
-        if block[place] != target[place]:
+        if block[place] != _word(target, place, nan):
             places[_at(num)] = place
             num += 1
     return num
 
 
 @_jit
-def _take(block, target, places, start, stop, olds, deltas, gaps, end, before):
+def _take(block, target, nan, places, start, stop, olds, deltas, gaps, end, before):
     """Write the changes from `start` to `stop`, and their gaps from byte `end` on; `before`: the place of the one before."""
     for k in range(start, stop):
         at = _at(places[_at(k)])
+        new = _word(target, np.int64(at), nan)
         olds[_at(k)] = block[at]
-        deltas[_at(k)] = target[at] - block[at]
-        block[at] = target[at]
+        deltas[_at(k)] = new - block[at]
+        block[at] = new
         gap = np.int64(at) - before - 1
         before = np.int64(at)
         while gap >= SKIP:
@@ -382,13 +413,14 @@ class NumbaEncoder:
         )  # fmt: skip
         self._buffers = _buffers(self._words)
         self._ends = np.zeros(5, np.int64)
+        self._nan = item.type(_nan_of_bfloat16() if words.itemsize == 2 else 0)
         self._full: list[Streams] = []
 
     def add(self, new: Tensor, offset: int, start: int, stop: int) -> None:
         """See `Encoder.add`."""
         while start < stop:
             start = _encode(
-                self._words, new.numpy(), offset, start, stop, self._grid, self._table,
+                self._words, new.numpy(), self._nan, offset, start, stop, self._grid, self._table,
                 *self._streams, *self._buffers, self._ends, self._mask,
             )  # fmt: skip
             if start < stop:
@@ -414,6 +446,10 @@ class NumbaEncoder:
 class NumbaKernels:
     """`Kernels` for tensors on the CPU; one thread, without the interpreter's lock."""
 
+    def casts(self, source: torch.dtype, target: torch.dtype) -> bool:
+        """See `Kernels.casts`."""
+        return source == target or (source, target) == (torch.float32, torch.bfloat16)
+
     def encoder(self, words: Tensor, grid: Grid) -> Encoder:
         """See `Kernels.encoder`."""
         return NumbaEncoder(words, grid)
@@ -431,6 +467,11 @@ class NumbaKernels:
         """See `Kernels.digest`."""
         columns = [np.ascontiguousarray(column) for column in (offsets, starts, numels, keys)]
         return int(_sum(words.numpy(), *columns, _mask(words.itemsize)))
+
+
+def _nan_of_bfloat16() -> int:
+    """What torch casts a NaN of float32 to, which depends on the machine, as a signed word."""
+    return int(torch.full((_LANES,), torch.nan).to(torch.bfloat16).view(torch.int16)[0])
 
 
 def _mask(width: int) -> np.uint64:
