@@ -185,11 +185,11 @@ def test_no_damage_of_the_streams_reaches_beyond_the_blocks_and_goes_unnoticed(c
 
 def test_streams_that_fill_up_are_emptied_in_between():
     """More changes than the encoder has room for at once."""
-    from oldlogits.versions import kernels as compiled
+    from oldlogits.versions import kernels as numba_kernels
 
     old = words(2, 5 * BLOCK_SIZE, 0)
     new = next_words(old, 0.4, 1, True)
-    with mock.patch.object(compiled, "_ROOM", BLOCK_SIZE):
+    with mock.patch.object(numba_kernels, "_ROOM", BLOCK_SIZE):
         several = patch_of(old, new)
     assert several.to_bytes("memory") == patch_of(old, new).to_bytes("memory")
 
@@ -221,7 +221,7 @@ def test_without_numba_everything_works_and_says_that_it_is_slow():
 
 @pytest.mark.usefixtures("forgotten")
 def test_with_numba_switched_off_torch_takes_over():
-    with mock.patch("oldlogits.versions.kernels.config.DISABLE_JIT", True):
+    with mock.patch("oldlogits.versions.compiled.config.DISABLE_JIT", True):
         assert "NUMBA_DISABLE_JIT" in fast_path()
         with kernels("numba"):
             assert type(fastpath.kernels_for(torch.zeros(3))).__name__ == "TorchKernels"

@@ -105,6 +105,24 @@ def test_masters_are_cast_as_torch_casts_them(numel):
     assert flat.digest == patch.base == flat.full_digest()
 
 
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("size", [1 << 18, (1 << 18) - 1, 200])
+def test_masters_of_any_bits_are_cast_as_torch_casts_them(choice, size):
+    """Every upper half of a float32 with lower halves around the tie, and any bits at all: NaNs, infinities, subnormals."""
+    lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF]).repeat_interleave(1 << 16)
+    ties = (torch.arange(1 << 16).repeat(6) << 16) + lower
+    drawn = torch.randint(0, 1 << 32, (1 << 17,), generator=torch.Generator().manual_seed(0))
+    bits = torch.cat([ties, drawn])[torch.randperm(len(ties) + len(drawn), generator=torch.Generator().manual_seed(1))]
+    masters = (bits[:size] - (1 << 32) * (bits[:size] >= 1 << 31)).to(torch.int32).view(torch.float32)
+    zeros = torch.zeros(size, dtype=torch.bfloat16)
+    with kernels(choice):
+        flat = FlatWeights.of({"w": zeros})
+        patch = encode(flat, {"w": masters})
+        assert_at(flat, {"w": masters.bfloat16()})
+        apply(flat, [patch], -1)
+        assert_at(flat, {"w": zeros})
+
+
 def test_tensors_need_not_be_contiguous_nor_without_gradient():
     before = torch.randn(300, 200, generator=torch.Generator().manual_seed(0)).bfloat16()
     after = (before.float() * 1.01).bfloat16()

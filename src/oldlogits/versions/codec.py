@@ -19,7 +19,7 @@ from oldlogits.versions.patch import Patch, foreign, part_of
 from oldlogits.versions.shield import shielded
 from oldlogits.versions.streams import BLOCK_SIZE, Encoded, Encoder, Grid, Part
 
-_SCRATCH = {"cpu": 1 << 18, "cuda": 1 << 26}
+_SCRATCH = {"cpu": 1 << 19, "cuda": 1 << 26}
 
 
 @torch.no_grad()
@@ -139,8 +139,8 @@ def _collected(resident: FlatWeights, base: int, encoders: Sequence[Encoder]) ->
 def _feed(encoder: Encoder, resident: FlatWeights, dtype: torch.dtype, grid: Grid, new: Mapping[str, Tensor]) -> None:
     """Give the new values of one buffer to its encoder.
 
-    Large tensors that have the right dtype, device and form are used where they are; everything else is copied (and cast) into
-    a scratch buffer that has the form of the resident one, a few blocks at a time, while they are in cache.
+    Large tensors of a dtype that the kernels take, on the right device and contiguous, are used where they are; everything else
+    is copied (and cast) into a scratch buffer that has the form of the resident one, some blocks at a time.
     """
     limit = _SCRATCH.get(resident.device.type, _SCRATCH["cpu"])
     entries, firsts = grid.entries.tolist(), (grid.firsts - resident.table.starts[grid.entries]).tolist()
@@ -162,7 +162,7 @@ def _feed(encoder: Encoder, resident: FlatWeights, dtype: torch.dtype, grid: Gri
             run = dict.fromkeys(entries[start:stop])
             flat = {i: flat[i] if i in flat else tensors[i].reshape(-1) for i in run}
             if len(run) > 1:
-                scratch.zero_()
+                words[: ends[stop - 1] - offset].zero_()
             row = start
             for i in run:
                 last = row
@@ -194,5 +194,5 @@ def _edges(entry: Entry) -> list[int]:
 
 
 def _is_direct(tensor: Tensor, buffer: Tensor, limit: int) -> bool:
-    same = tensor.dtype == buffer.dtype and tensor.device == buffer.device
-    return same and tensor.is_contiguous() and tensor.numel() >= limit // 4
+    fits = tensor.device == buffer.device and kernels_for(buffer).casts(tensor.dtype, buffer.dtype)
+    return fits and tensor.is_contiguous() and tensor.numel() >= limit // 4

@@ -50,6 +50,10 @@ class TorchEncoder:
 class TorchKernels:
     """`Kernels` for tensors on any device."""
 
+    def casts(self, source: torch.dtype, target: torch.dtype) -> bool:
+        """See `Kernels.casts`."""
+        return source == target
+
     def encoder(self, words: Tensor, grid: Grid) -> Encoder:
         """See `Kernels.encoder`."""
         return TorchEncoder(words, grid)

@@ -158,7 +158,8 @@ class Encoder(Protocol):
         """Write new values over the resident words, and keep what changed.
 
         Args:
-            new: Signed integers [n]: what the words from `offset` on are to be; between blocks they are that already.
+            new: Signed integers [n]: what the words from `offset` on are to be, or the words of values of a dtype that
+                `Kernels.casts`; between blocks they are that already.
             offset: Place of the first.
             start: First block of the grid that they hold.
             stop: One past the last.
@@ -172,6 +173,10 @@ class Encoder(Protocol):
 
 class Kernels(Protocol):
     """The loops over values. Every implementation writes the same streams, bit for bit."""
+
+    def casts(self, source: torch.dtype, target: torch.dtype) -> bool:
+        """Whether encoders take values of `source`, as words, for a buffer of `target`, and cast them as torch does."""
+        ...
 
     def encoder(self, words: Tensor, grid: Grid) -> Encoder:
         """An encoder of new values for `words`, signed integers [n]; `grid`: the blocks in them, ascending."""
