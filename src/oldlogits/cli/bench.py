@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ def command(arguments: Sequence[str]) -> int:
     plan = Plan.of(is_smoke=options.smoke, device=options.device, num_params=options.params)
     if options.document is not None:
         split_at_marks(options.document)  # refused before the measurement, not after it
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)  # a log cuts no column
     with _shown(console) as progress:
         report = measure(plan, progress)
     shown = (Text(str(report.machine)), Text(remark(report), style="bold"), compared(report), held(report))
