@@ -73,7 +73,8 @@ class Streams:
 
     @classmethod
     def cat(cls, parts: Sequence[Streams]) -> Streams:
-        """One after another."""
+        """One after another; empty ones may lie on any device."""
+        parts = [part for part in parts if part.num_bytes] or list(parts[:1])
         if not parts:
             empty = torch.empty(0, dtype=torch.uint8)
             return cls(gaps=empty, values=empty.view(torch.int8), wide=empty, dense=empty)
