@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from oldlogits.policy.tiny import TinySize, save_tiny, tiny_model, tiny_tokenizer
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the tests in the background ignores it
 
 torch.set_num_threads(1)
 settings.register_profile("oldlogits", deadline=None, derandomize=True)

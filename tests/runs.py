@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -102,8 +103,12 @@ def children() -> list[str]:
     return [child.name for child in multiprocessing.active_children()]
 
 
-def shared_files() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.startswith("oldlogits-")} if os.path.isdir("/dev/shm") else set()
+def shared_files() -> set[Path]:
+    """Files with weights on their way, but for those of processes that live and are not of this test."""
+    folders = (Path("/dev/shm"), Path(tempfile.gettempdir()))
+    found = [path for folder in folders if folder.is_dir() for path in folder.glob("oldlogits-*.weights")]
+    own = {os.getpid(), *(child.pid for child in multiprocessing.active_children())}
+    return {path for path in found if (pid := int(path.name.split("-")[1])) in own or not Path(f"/proc/{pid}").exists()}
 
 
 def wait_for_updates(run: Path, num: int, *, deadline_s: float = 60) -> None:

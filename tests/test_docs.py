@@ -85,3 +85,29 @@ def test_the_objective_of_the_readme_computes_a_loss() -> None:
     exec(code, names)
     names["loss"].backward()
     assert torch.equal(theta.grad, torch.tensor([-0.5, 0.5]))
+
+
+def test_the_snippet_that_keeps_versions_in_another_trainer_scores_every_token_at_its_version() -> None:
+    [snippet] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "versions.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(40, 30)
+    published: list[torch.Tensor] = []
+    scored: list[tuple[int, int]] = []
+
+    def train_some_steps(model: torch.nn.Module) -> None:
+        published.append(model.weight.detach().to(torch.bfloat16))
+        model.weight.data += 1e-3 * torch.randn_like(model.weight)
+
+    def score_with(weights, version: int) -> None:
+        assert torch.equal(weights["weight"], published[version])
+        scored.append((len(published) - 1, version))
+
+    class Window:
+        """The versions of a batch are the last three."""
+
+        def __iter__(self):
+            return iter(range(max(0, len(published) - 3), len(published)))
+
+    names = {"torch": torch, "model": model, "num_versions": 6, "versions_in_batch": Window(), "oldest_version_in_flight": 0}
+    exec(snippet, {**names, "train_some_steps": train_some_steps, "score_with": score_with})
+    assert scored == [(n, v) for n in range(6) for v in range(n, max(-1, n - 3), -1)]

@@ -62,6 +62,8 @@ REFUSED = {  # key -> values just outside, and beyond
     "trainer.steps_per_version": [0, 17],
     "trainer.micro_batch_tokens": [0],
     "trainer.head_chunk_tokens": [0],
+    "versions.hot": [-1],
+    "versions.budget_bytes": [-1],
     "eval.num_episodes": [-1],
     "eval.every": [-1],
     "eval.num_episodes_during": [-1],

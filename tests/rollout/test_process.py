@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from oldlogits.rollout.embedded import EngineCore
 from oldlogits.rollout.process import EngineProcess
 from oldlogits.rollout.spec import EngineSpec
 
+from ..runs import shared_files
 from .reference import VOCAB, expected_logprobs, make_model, perturbed, save, weights_of
 
 CONTEXT = 1200
@@ -41,15 +41,11 @@ def shared_engine(spec):
 
 @pytest.fixture
 def own_engine(spec):
+    files = shared_files()
     engine = EngineProcess(spec)
     yield engine
     engine.close()
-    assert leftovers() == []
-
-
-def leftovers():
-    folders = (Path("/dev/shm"), Path(tempfile.gettempdir()))
-    return [path for folder in folders if folder.is_dir() for path in folder.glob("oldlogits-*.safetensors")]
+    assert shared_files() <= files
 
 
 def is_alive(pid):
@@ -99,7 +95,7 @@ def test_an_update_in_mid_flight_keeps_running_requests_and_tags_their_tokens(sh
         await until_sampling(shared_engine)
         partials = await shared_engine.partials()
         await shared_engine.update_weights(FullWeights(tensors={**new, "lm_head.weight": new["model.embed_tokens.weight"]}), 1)
-        assert leftovers() == []
+        assert len(shared_files()) == 1, "the host's copy"
         await shared_engine.resume()
         finished = dict(zip(tasks, await asyncio.gather(*tasks.values()), strict=True))
         stats = await shared_engine.stats()
@@ -167,7 +163,7 @@ def test_errors_of_the_engine_come_back_as_what_they_are_and_it_lives_on(shared_
         await shared_engine.pause("keep", "recompute")
         with pytest.raises(ModelFolderError, match=r"model\.embed_tokens\.weight: missing"):
             await shared_engine.update_weights(FullWeights(tensors={"x": torch.zeros(1)}), 1)
-        assert leftovers() == []
+        assert len(shared_files()) == 1, "the host's copy, written anew"
         task = asyncio.create_task(shared_engine.generate([1], Sampling(max_tokens=2), "twice"))
         await asyncio.sleep(0)
         with pytest.raises(ConfigError, match="in use; got: twice"):
@@ -220,6 +216,7 @@ def test_an_engine_that_stops_answering_is_killed_after_the_time_out(spec):
 
 
 def test_closing_ends_the_process_and_fails_what_is_pending(spec):
+    files = shared_files()
     engine = EngineProcess(spec)
     pid = engine.pid
 
@@ -238,7 +235,7 @@ def test_closing_ends_the_process_and_fails_what_is_pending(spec):
     asyncio.run(play())
     engine.close()
     assert not is_alive(pid)
-    assert leftovers() == []
+    assert shared_files() <= files
 
 
 def test_an_engine_does_not_outlive_its_parent(spec):

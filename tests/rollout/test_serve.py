@@ -16,11 +16,11 @@ import pytest
 
 from oldlogits.cli.main import run as command
 from oldlogits.core.errors import ConfigError, MissingLogprobError
-from oldlogits.core.protocols import Sampling
+from oldlogits.core.protocols import FullWeights, Sampling
 from oldlogits.rollout import wire
+from oldlogits.rollout.host import HostWeights
 from oldlogits.rollout.process import EngineProcess
 from oldlogits.rollout.serve import Served, check_host, make_app
-from oldlogits.rollout.shared import share
 from oldlogits.rollout.spec import EngineSpec
 
 from .reference import VOCAB, load, logp_of, make_model, perturbed, save, weights_of
@@ -75,15 +75,16 @@ async def until_sampling(client, served):
 
 
 async def update(client, weights, label):
-    path = share(weights)
+    host = HostWeights()
+    path = host.take(FullWeights(tensors=weights), 7)
     try:
         await post(client, "/pause?mode=keep&clear_cache=true")
         await post(client, "/start_weight_update")
-        await post(client, "/update_weights", {"update_info": {"path": str(path)}})
+        await post(client, "/update_weights", {"update_info": {"path": str(path), "version": 7}})
         await post(client, "/finish_weight_update", {"weight_version": label})
         await post(client, "/resume")
     finally:
-        path.unlink()
+        host.close()
 
 
 def test_tokens_come_out_with_the_log_probs_of_the_distribution_that_they_were_sampled_from(served, model):
@@ -159,7 +160,7 @@ def test_what_is_out_of_order_or_unknown_is_refused_and_changes_nothing(served, 
         async with client_of(served) as client:
             refusals = [
                 ("/start_weight_update", None, "pause"),
-                ("/update_weights", {"update_info": {"path": "/dev/shm/x"}}, "start"),
+                ("/update_weights", {"update_info": {"path": "/dev/shm/x", "version": 1}}, "start"),
                 ("/finish_weight_update", {}, "start"),
                 ("/pause?mode=wait", None, "keep, abort"),
                 ("/inference/v1/generate", ask(min_p=0.1), "min_p"),
@@ -174,7 +175,7 @@ def test_what_is_out_of_order_or_unknown_is_refused_and_changes_nothing(served, 
             await post(client, "/start_weight_update")
             await post(client, "/start_weight_update", status=400)
             await post(client, "/resume", status=400)
-            await post(client, "/update_weights", {"update_info": {"path": str(foreign)}}, status=400)
+            await post(client, "/update_weights", {"update_info": {"path": str(foreign), "version": 1}}, status=400)
             await post(client, "/finish_weight_update", {})
             await post(client, "/resume")
             return await post(client, "/inference/v1/generate", ask(5))

@@ -133,8 +133,8 @@ def test_in_lockstep_training_is_the_same_run_under_every_exact_route(play):
                 assert table[column] == other[column]
             for column in ("logp_mu", "logp_stand_in", "logp_theta", "log_r_d", "log_r_s"):
                 np.testing.assert_allclose(table[column], other[column], rtol=0, atol=1e-5)
-    one = runs["eager"][3][0]
-    assert runs["eager"][3] == [one] + [2 * one] * 6
+    one, *others = runs["eager"][3]
+    assert all(1.9 * one < num_bytes < 2.1 * one for num_bytes in others), "a resident copy, and the patch of one version"
     assert runs["interruption"][3] == [0] * 7
 
 

@@ -18,6 +18,7 @@ from oldlogits.runtime.trainer_process import TrainerProcess
 from oldlogits.train.trainer import Trainer
 
 from ..builders import batch_of, sampled, trajectory
+from ..runs import shared_files
 
 PROBE = [3, 9, 10, 11]
 CONFIG = config_from_table({"trainer": {"steps_per_version": 1}})
@@ -32,7 +33,7 @@ def batch_at(version):
 async def one_update(handle, version):
     """Publish, score at `version`, train; the published version, the scores and the result."""
     published = await handle.publish()
-    weights = {name: w.clone() for name, w in published.weights.items()}
+    weights = {name: w.clone() for name, w in published.update.tensors.items()}
     await handle.put_batch(batch := batch_at(version))
     tags = batch.version[batch.loss_mask]
     values = await handle.score(np.arange(len(tags)), version)
@@ -69,10 +70,6 @@ def children():
     return [child for child in multiprocessing.active_children() if child.name == "oldlogits-trainer"]
 
 
-def shared_files():
-    return {name for name in os.listdir("/dev/shm") if name.startswith("oldlogits-")} if os.path.isdir("/dev/shm") else set()
-
-
 def test_a_trainer_process_does_what_a_trainer_does_bit_for_bit_and_leaves_nothing_behind(tiny_folder, tmp_path):
     files = shared_files()
 
@@ -99,7 +96,7 @@ def test_a_trainer_process_does_what_a_trainer_does_bit_for_bit_and_leaves_nothi
     assert (state.version, state.num_parameters, state.witnesses) == (2, trainer.num_parameters, trainer.witnesses)
     assert state.busy_s > 0
     saved = named_weights(load_model(tmp_path / "checkpoint" / "model"))
-    assert all(np.array_equal(saved[name], w) for name, w in trainer.publish().weights.items())
+    assert all(np.array_equal(saved[name], w) for name, w in trainer.publish().update.tensors.items())
     assert children() == []
     assert shared_files() <= files
 

@@ -16,7 +16,7 @@ import torch
 from oldlogits.config import config_from_table
 from oldlogits.core.errors import ExactnessError, VersionEvictedError
 from oldlogits.core.policies import OLD
-from oldlogits.core.protocols import BatchTokens
+from oldlogits.core.protocols import BatchTokens, FullWeights
 from oldlogits.core.trajectory import Context, Sampled, Trajectory
 from oldlogits.policy.model import load_model, point_at
 from oldlogits.runtime.handles import InlineScorer, inline_trainer
@@ -141,13 +141,13 @@ class World:
 
     async def publish(self):
         published = self.trainer.publish()
-        self.weights[published.version] = {name: w.clone() for name, w in published.weights.items()}
-        self.most_stored = max(self.most_stored, len(self.trainer._store.versions))
+        self.weights[published.version] = {name: w.clone() for name, w in published.update.tensors.items()}
+        self.most_stored = max(self.most_stored, len(self.trainer.stored_versions))
         if not self.source.needs_pause and published.version:
             await self.pause()
         if published.version:
             await self.play_a_short_one(published.version)
-        await self.source.on_published(published.version, published.weights, published.probe_logps)
+        await self.source.on_published(published.version, published.update, published.probe_logps)
         await asyncio.sleep(0)
 
     async def play_a_short_one(self, version):
@@ -252,7 +252,7 @@ def test_the_dedicated_scorer_refuses_weights_that_are_not_what_the_trainer_publ
     world = World("dedicated", tiny_folder)
     published = world.trainer.publish()
     scorer = world.source._dedicated
-    assert asyncio.run(scorer.publish(0, published.weights, published.probe_logps)) < 1e-6
-    wrong = {name: w + 0.01 for name, w in published.weights.items()}
+    assert asyncio.run(scorer.publish(0, published.update, published.probe_logps)) < 1e-6
+    wrong = {name: w + 0.01 for name, w in published.update.tensors.items()}
     with pytest.raises(ExactnessError, match="the dedicated scorer's version 1 contradicts the live weights at its publish"):
-        asyncio.run(scorer.publish(1, wrong, published.probe_logps))
+        asyncio.run(scorer.publish(1, FullWeights(tensors=wrong), published.probe_logps))

@@ -94,8 +94,10 @@ def test_what_is_stored_is_the_store_the_average_the_window_or_the_rounded_copy(
     published = [fields["bytes"] for fields in of_kind(measured("snapshot")[0], EventKind.PUBLISHED)]
     weights_bytes = published[0]
     assert {measured(route)[1].weights_bytes for route in SOURCES} == {weights_bytes}
-    assert stored["snapshot"] == max(published) / weights_bytes == 4, "window 2, the newest, and the one that is dropped"
-    assert stored["eager"] == 2
+    assert stored["snapshot"] == max(published) / weights_bytes == pytest.approx(4, rel=0.05), (
+        "window 2, the newest, and the one that is dropped: dense patches, each a copy and its table"
+    )
+    assert stored["eager"] == pytest.approx(2, rel=0.05)
     assert (
         stored["dedicated"]
         == 2 + max(f["bytes"] for f in of_kind(measured("dedicated")[0], EventKind.PUBLISHED)) / weights_bytes

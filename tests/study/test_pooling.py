@@ -98,9 +98,9 @@ def test_traces_of_one_seed_are_averaged_before_the_interval_over_seeds():
 
 
 def test_a_check_knows_how_many_traces_were_declared_for_it():
-    assert [check.num_declared for check in declared_checks([], CROSS)] == [10, 60, 20]
-    assert [check.num_declared for check in declared_checks([], replace(CROSS, bands=(1.5,)))] == [0, 0, 0]
-    assert [check.num_declared for check in declared_checks([], replace(CROSS, lags=("skewed",)))] == [0, 30, 0]
+    assert [check.num_declared for check in declared_checks([], CROSS)] == [10, 60, 60, 20]
+    assert [check.num_declared for check in declared_checks([], replace(CROSS, bands=(1.5,)))] == [0, 0, 0, 0]
+    assert [check.num_declared for check in declared_checks([], replace(CROSS, lags=("skewed",)))] == [0, 30, 30, 0]
 
 
 def test_settings_are_kept_apart_and_drivers_are_pooled():
@@ -131,26 +131,35 @@ def rows_of(arrival: int, ewma: int, auto: int, beta: float = 0.7, **more) -> li
 def test_the_first_check_is_over_even_lags_windows_8_to_32_fp8_and_band_1_1():
     inside = rows_of(100, 80, 90) + rows_of(100, 90, 90, window=32, trace=1)
     outside = [rows_of(10, 900, 10, **kind) for kind in ({"lag": "skewed"}, {"window": 4}, {"engine": "int4"}, {"band": 1.5})]
-    check, _, _ = declared_checks([*inside, *(row for rows in outside for row in rows)], CROSS)
+    check, *_ = declared_checks([*inside, *(row for rows in outside for row in rows)], CROSS)
     assert check.value == pytest.approx(math.sqrt(80.5 / 100.5 * 90.5 / 100.5))
     assert (check.num_traces, check.bar, check.holds) == (2, 0.95, True)
     assert not declared_checks(rows_of(100, 96, 90), CROSS)[0].holds
 
 
-def test_the_second_check_compares_auto_with_the_better_of_both_on_each_trace():
-    """The better one is ewma with 80 on the first trace, and arrival with 40 on the second."""
-    rows = rows_of(100, 80, 82) + rows_of(40, 60, 38, trace=1, lag="skewed", engine="int4")
-    _, check, _ = declared_checks(rows + rows_of(1, 1, 500, band=1.5), CROSS)
-    assert check.value == pytest.approx(math.sqrt(82.5 / 80.5 * 38.5 / 40.5))
-    assert (check.num_traces, check.bar, check.holds) == (2, 1.02, True)
+def test_the_second_check_compares_auto_with_the_better_of_both_in_each_setting():
+    """Of the first setting ewma is the better one, sqrt(80.5 * 50.5) < sqrt(100.5 * 45.5), though not on the second trace."""
+    rows = rows_of(100, 80, 82) + rows_of(45, 50, 48, trace=1) + rows_of(40, 60, 38, trace=2, lag="skewed", engine="int4")
+    check = declared_checks(rows + rows_of(1, 1, 500, band=1.5), CROSS)[1]
+    assert check.value == pytest.approx((82.5 / 80.5 * 48.5 / 50.5 * 38.5 / 40.5) ** (1 / 3))
+    assert (check.num_traces, check.bar, check.holds) == (3, 1.02, True)
     assert not declared_checks(rows_of(100, 80, 90), CROSS)[1].holds
 
 
-def test_the_third_check_is_the_smallest_beta_over_even_lags():
+def test_the_third_check_compares_auto_with_the_better_of_both_on_each_trace():
+    """The better one is ewma with 80 on the first trace, and arrival with 40 on the second."""
+    rows = rows_of(100, 80, 82) + rows_of(40, 60, 38, trace=1)
+    check = declared_checks(rows + rows_of(1, 1, 500, band=1.5), CROSS)[2]
+    assert check.value == pytest.approx(math.sqrt(82.5 / 80.5 * 38.5 / 40.5))
+    assert (check.num_traces, check.bar, check.holds) == (2, 1.02, True)
+    assert not declared_checks(rows_of(100, 80, 90), CROSS)[2].holds
+
+
+def test_the_fourth_check_is_the_smallest_beta_over_even_lags():
     rows = rows_of(9, 9, 9, beta=0.4) + rows_of(9, 9, 9, beta=0.0, lag="skewed", trace=1) + rows_of(9, 9, 9, beta=0.6, trace=2)
-    _, _, check = declared_checks(rows, CROSS)
+    check = declared_checks(rows, CROSS)[3]
     assert (check.value, check.num_traces, check.holds) == (0.4, 2, True)
-    assert not declared_checks(rows_of(9, 9, 9, beta=0.0), CROSS)[2].holds
+    assert not declared_checks(rows_of(9, 9, 9, beta=0.0), CROSS)[3].holds
 
 
 def test_what_no_trace_speaks_of_does_not_hold():

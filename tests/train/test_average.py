@@ -175,7 +175,7 @@ def train(trainer, version):
 def test_the_average_scores_as_a_model_with_the_averaged_masters(tiny_folder, recipe):
     trainer, beta, kept = Trainer(config_of(recipe, decay="fixed", beta=0.6), tiny_folder, PROBE), 0.6, []
     for version in range(4):
-        kept.append({name: w.double().clone() for name, w in trainer.publish().weights.items()})
+        kept.append({name: w.double().clone() for name, w in trainer.publish().update.tensors.items()})
         scores, result = train(trainer, version)
         weights = beta ** np.arange(len(kept))[::-1]
         model = load_model(tiny_folder).double()

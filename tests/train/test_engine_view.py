@@ -119,7 +119,7 @@ def test_a_publication_carries_both_views_of_the_probe(numerics, tiny_folder, re
     np.testing.assert_allclose(published.engine_probe_logps, expected, rtol=0, atol=1e-5)
     assert (published.engine_probe_logps.tolist() == published.probe_logps.tolist()) is (numerics == "fp32")
     stored = named_weights(load_model(tiny_folder))
-    assert all(torch.equal(stored[name], weight) for name, weight in published.weights.items())
+    assert all(torch.equal(stored[name], weight) for name, weight in published.update.tensors.items())
 
 
 NO_SOURCE = {"variant": "ppo_clip_train_infer", "source": {"type": "none"}}
@@ -153,7 +153,7 @@ def test_a_batch_is_scored_with_the_published_weights_in_the_engines_numerics(
     trainer = Trainer(recipe(**NO_SOURCE, engine={"numerics": numerics}, trainer=sizes), tiny_folder, PROBE)
     trainer.publish()
     step(trainer, 0)
-    weights = {name: weight.clone() for name, weight in trainer.publish().weights.items()}
+    weights = {name: weight.clone() for name, weight in trainer.publish().update.tensors.items()}
     model = EngineView(load(load_model(tiny_folder), weights), numerics).model
     batch, mu = batch_at(1, 0.7)
     trainer.put_batch(batch)
@@ -205,7 +205,7 @@ def test_scoring_as_the_engine_changes_neither_the_trainers_own_scores_nor_its_t
                 trainer.score_engine(np.arange(10))
             scores = trainer.score(np.arange(10), None)
             trainer.train(None)
-        ended.append((scores.tolist(), {name: w.clone() for name, w in trainer.publish().weights.items()}))
+        ended.append((scores.tolist(), {name: w.clone() for name, w in trainer.publish().update.tensors.items()}))
     assert ended[0][0] == ended[1][0]
     assert all(torch.equal(weight, ended[1][1][name]) for name, weight in ended[0][1].items())
 

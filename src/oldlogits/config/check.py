@@ -93,6 +93,7 @@ def _check_ranges(config: RunConfig) -> None:
     _check_trainer(config)
     _check_runtime(config)
     _check_counts(config)
+    _check_versions(config)
 
 
 def _check_trainer(config: RunConfig) -> None:
@@ -120,6 +121,12 @@ def _check_runtime(config: RunConfig) -> None:
     if r.type == "lockstep":
         _require(0 <= r.window <= longest, "runtime.window", r.window, f"0 .. max_staleness ({longest})", "smaller")
         _require(r.tokens_per_version >= 1, "runtime.tokens_per_version", r.tokens_per_version, ">= 1", "12")
+
+
+def _check_versions(config: RunConfig) -> None:
+    v = config.versions
+    _require(v.hot >= 0, "versions.hot", v.hot, ">= 0", "0 compresses every patch")
+    _require(v.budget_bytes >= 0, "versions.budget_bytes", v.budget_bytes, ">= 0", "0 sets no bound")
 
 
 def _check_counts(config: RunConfig) -> None:

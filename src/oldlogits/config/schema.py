@@ -200,6 +200,20 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VersionsConfig:
+    """How exact versions are kept, where a source needs them, and how they reach the engine."""
+
+    hot: int = 4
+    """Newest patches that stay as they are; older ones are compressed."""
+    budget_bytes: int = 0
+    """Memory for all patches beside the resident copy; over it they are compressed, then left on disk. 0: no bound."""
+    folder: str = ""
+    """Where versions are written if there is a budget; empty: versions/ of the run folder."""
+    sync: Literal["auto", "full"] = "auto"
+    """What the engine is given. auto: a patch where the source keeps versions and it is below half a copy. full: all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeConfig:
     """Who runs where."""
 
@@ -264,6 +278,7 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    versions: VersionsConfig = field(default_factory=VersionsConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     record: RecordConfig = field(default_factory=RecordConfig)

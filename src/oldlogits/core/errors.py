@@ -9,6 +9,14 @@ OldLogitsError
 ├── TrajectoryError       (ValueError)        segments that contradict each other
 ├── MissingLogprobError   (ValueError)        a token without the log-prob that the objective needs
 ├── VersionEvictedError   (LookupError)       a version that the store no longer holds
+├── LayoutError           (ValueError)        weights or a patch that do not fit the tensors they are meant for
+├── PatchError            (ValueError)        bytes that are no patch, or a damaged one
+├── ReceiverBehindError   (LookupError)       a receiver of weights that cannot go on from the version it holds
+├── StoreUseError         (RuntimeError)      the store was asked for what its order of calls does not allow
+├── StoreFullError        (MemoryError)       the byte budget has no room for another version
+├── LogBusyError          (BlockingIOError)   another process owns the folder of versions
+├── LogWriteError         (OSError)           a version could not be written to disk
+├── LogDamagedError       (ValueError)        a record of the log of versions is not what was written
 ├── ExactnessError        (ArithmeticError)   a witness contradicts values that were claimed to be exact
 ├── ProbeError            (ArithmeticError)   engine and trainer disagree right after a weight update
 ├── NonFiniteError        (FloatingPointError) a loss or gradient that is not finite
@@ -77,6 +85,38 @@ class MissingLogprobError(OldLogitsError, ValueError):
 
 class VersionEvictedError(OldLogitsError, LookupError):
     """A version was asked for that the store no longer holds."""
+
+
+class StoreUseError(OldLogitsError, RuntimeError):
+    """The store of versions was asked for what its order of calls does not allow."""
+
+
+class StoreFullError(OldLogitsError, MemoryError):
+    """The byte budget of the store has no room for another version; the store is as it was before."""
+
+
+class LogBusyError(OldLogitsError, BlockingIOError):
+    """Another owner has the folder of versions open."""
+
+
+class LogWriteError(OldLogitsError, OSError):
+    """The log of versions could not be written, such as on a full disk; what it held before is intact."""
+
+
+class LogDamagedError(OldLogitsError, ValueError):
+    """A record of the log of versions is not what was written."""
+
+
+class LayoutError(OldLogitsError, ValueError):
+    """Weights or a patch do not fit the tensors that they are meant for."""
+
+
+class PatchError(OldLogitsError, ValueError):
+    """Bytes are no patch, were written in another format, or are damaged."""
+
+
+class ReceiverBehindError(OldLogitsError, LookupError):
+    """A receiver of weights cannot take a patch: it holds another version, or the patch is damaged."""
 
 
 class ExactnessError(OldLogitsError, ArithmeticError):

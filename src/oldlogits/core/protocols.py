@@ -108,6 +108,32 @@ class FullWeights:
 
     tensors: Mapping[str, Tensor]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PatchWeights:
+    """What leads a receiver that holds the version `base` to a later one.
+
+    Args:
+        base: The version that the first patch begins at.
+        patches: Serialised `versions.Patch`, oldest first, of the weights under their Hugging Face parameter names.
+    """
+
+    base: PolicyVersion
+    patches: tuple[bytes | memoryview, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(len(patch) for patch in self.patches)
+
+
+WeightUpdate = FullWeights | PatchWeights
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineCapabilities:
@@ -157,8 +183,12 @@ class RolloutEngine(Protocol):
         """While paused: what each running request has sampled so far, by request id."""
         ...
 
-    async def update_weights(self, update: FullWeights, version: PolicyVersion) -> None:
-        """Replace the weights; later tokens are tagged with `version`."""
+    async def update_weights(self, update: WeightUpdate, version: PolicyVersion) -> None:
+        """Replace the weights; later tokens are tagged with `version`.
+
+        Raises:
+            ReceiverBehindError: Patches do not lead on from what the engine's host holds: give it full weights.
+        """
         ...
 
     async def resume(self) -> None:
@@ -171,11 +201,44 @@ def trajectory_of(request_id: str) -> str:
     return request_id.rpartition("/")[0]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publication:
+    """What a store did with a version.
+
+    Args:
+        version: Which.
+        stored_bytes: What it takes in memory and is the price of keeping it: its patch, or its copy.
+        full_bytes: A full copy of it.
+        share_changed: Of its values, those with other bits than in the version before; NaN where they were not compared.
+        encode_s: Seconds until it was stored, without waiting.
+        log_bytes: What was written to disk.
+        waited_s: Seconds that it was held back until there was room.
+    """
+
+    version: PolicyVersion
+    stored_bytes: int
+    full_bytes: int
+    share_changed: float
+    encode_s: float
+    log_bytes: int = 0
+    waited_s: float = 0.0
+
+
 class VersionStore(Protocol):
     """Keeps the exact forward weights of every version that tokens in flight still need."""
 
-    def publish(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> None:
-        """Store a copy of `weights` as `version`."""
+    @property
+    def versions(self) -> tuple[PolicyVersion, ...]:
+        """The versions that are there, ascending."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of memory that all of them take."""
+        ...
+
+    def publish(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> Publication:
+        """Store the bits of `weights` as `version`, which is above all others."""
         ...
 
     def checkout(self, version: PolicyVersion) -> AbstractContextManager[Mapping[str, Tensor]]:
@@ -186,8 +249,36 @@ class VersionStore(Protocol):
         """
         ...
 
+    def walk(self) -> AbstractContextManager[None]:
+        """Inside it, checkouts in the order of their versions cost one way down and one way back in all."""
+        ...
+
     def retain(self, oldest_needed: PolicyVersion) -> list[PolicyVersion]:
-        """Drop the versions below `oldest_needed`; returns those dropped."""
+        """Versions below `oldest_needed` are no longer needed, but for the newest and those held; returns those dropped."""
+        ...
+
+    def hold(self, version: PolicyVersion) -> None:
+        """Keep a version until `release`, whatever `retain` says.
+
+        Raises:
+            VersionEvictedError: The version is not there.
+        """
+        ...
+
+    def release(self, version: PolicyVersion) -> list[PolicyVersion]:
+        """Take one `hold` back; returns the versions dropped."""
+        ...
+
+    def rewind(self, version: PolicyVersion) -> None:
+        """Forget all versions above one, which becomes the newest: a run goes on from an older checkpoint.
+
+        Raises:
+            VersionEvictedError: The version is not there.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give up what it has open; a second call does nothing."""
         ...
 
 
@@ -326,12 +417,12 @@ class DedicatedScorer(PieceScorer, Protocol):
         """Versions that it holds: the newest ones."""
         ...
 
-    async def publish(self, version: PolicyVersion, weights: Mapping[str, Tensor], probe_logps: NDArray[np.float32]) -> float:
+    async def publish(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> float:
         """Take over a version, and drop the oldest beyond the window.
 
         Args:
             version: Its number.
-            weights: Copied before this returns.
+            update: Its weights, copied before this returns, or what leads to them from the version before.
             probe_logps: float32 [probe token]; what the trainer's live weights give the fixed probe tokens.
 
         Returns:
@@ -385,14 +476,12 @@ class LogprobSource(Protocol):
         """
         return
 
-    async def on_published(
-        self, version: PolicyVersion, weights: Mapping[str, Tensor], probe_logps: NDArray[np.float32]
-    ) -> None:
+    async def on_published(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> None:
         """The engine holds `version` and samples again.
 
         Args:
             version: Its number.
-            weights: The trainer's, valid until its next optimizer step.
+            update: The trainer's weights, valid until its next optimizer step, or what leads to them.
             probe_logps: float32 [probe token]; what they give the fixed probe tokens.
         """
         return

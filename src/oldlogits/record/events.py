@@ -81,8 +81,8 @@ FIELDS: Final[Mapping[EventKind, frozenset[str]]] = MappingProxyType(
             {"policy", "num_switches", "versions", "read_tokens", "num_checkouts", "switch_s", "witness_s", "seconds_s"}
         ),
         EventKind.UPDATE: frozenset({"metrics", "staleness_counts"}),
-        EventKind.PUBLISHED: frozenset({"bytes", "store_s", "seconds_s"}),
-        EventKind.WEIGHTS_UPDATED: frozenset({"pause_s", "load_s", "stall_s"}),
+        EventKind.PUBLISHED: frozenset({"bytes", "version_bytes", "changed", "store_s", "seconds_s"}),
+        EventKind.WEIGHTS_UPDATED: frozenset({"sent", "bytes", "refused", "pause_s", "load_s", "stall_s"}),
         EventKind.SERVER_DOWN: frozenset({"server", "reason", "num_requests", "num_kept_tokens"}),
         EventKind.SERVER_UP: frozenset({"server", "reason"}),
         EventKind.PROBE: frozenset({"max_abs_error", "mean_abs_error", "num_tokens", "num_above"}),

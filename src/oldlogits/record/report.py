@@ -173,11 +173,32 @@ def _summary_cards(summary: Summary) -> list[Card]:
     cards += [Card(label=label, value=_small(value), detail=detail) for label, value, detail in witnesses if value is not None]
     idle = f"idle: engine {_share(summary.engine_idle_share)}, trainer {_share(summary.trainer_idle_share)}"
     cards.append(Card(label="training time", value=_duration(summary.train_wall_s), detail=idle))
+    cards += _version_cards(summary)
     if summary.num_dropped_nonfinite:
         cards.append(
             Card(label="tokens dropped", value=str(summary.num_dropped_nonfinite), detail="log-prob not finite", tone="bad")
         )
     return cards
+
+
+def _version_cards(summary: Summary) -> list[Card]:
+    """What a version costs to keep, to switch to and to send."""
+    cards = []
+    if summary.version_bytes_mean is not None:
+        shares = f"{_share(summary.version_share_of_copy)} of a copy, {_share(summary.version_share_of_average)} of an average"
+        cards.append(Card(label="a stored version", value=_bytes(summary.version_bytes_mean), detail=shares))
+    if summary.switch_mean_s is not None:
+        cards.append(Card(label="a switch", value=f"{1e3 * summary.switch_mean_s:.2f} ms", detail="to another version, mean"))
+    if summary.sync_bytes_mean is not None:
+        kinds = f"{summary.num_patch_syncs} patches, {summary.num_full_syncs} full"
+        refused = f", {summary.num_refused_patches} refused" if summary.num_refused_patches else ""
+        cards.append(Card(label="sent per version", value=_bytes(summary.sync_bytes_mean), detail=kinds + refused))
+    return cards
+
+
+def _bytes(num: float) -> str:
+    unit = next((unit for unit in (10**9, 10**6, 10**3) if num >= unit), 1)
+    return f"{num / unit:.3g} {({10**9: 'GB', 10**6: 'MB', 10**3: 'kB', 1: 'B'})[unit]}"
 
 
 def _missing(run: RunData) -> list[str]:

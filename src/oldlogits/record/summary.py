@@ -105,6 +105,14 @@ class Summary:
         log_r_d_max_abs: Largest ``|log r_d|`` over loss tokens.
         rho_mean: Mean over updates of the share of loss tokens left active.
         num_dropped_nonfinite: Tokens dropped for a log-prob that is not finite.
+        version_bytes_mean: Bytes that the store keeps for one version beside the resident copy.
+        version_share_of_copy: The same / bytes of a full copy of the forward weights.
+        version_share_of_average: The same / bytes of one fp32 average of the weights.
+        switch_mean_s: Seconds until the scoring module was at a version, checkout included.
+        sync_bytes_mean: Bytes that travelled to the engine per version.
+        num_patch_syncs: Versions that reached the engine as a patch.
+        num_full_syncs: Versions that reached it as a full copy.
+        num_refused_patches: Patches that the engine's host could not take; a full copy followed.
         train_wall_s: Seconds of the training loop.
         engine_idle_share: Share of it in which the engine had nothing to sample.
         trainer_idle_share: Share of it in which the trainer waited.
@@ -134,6 +142,14 @@ class Summary:
     log_r_d_max_abs: float | None
     rho_mean: float | None
     num_dropped_nonfinite: int
+    version_bytes_mean: float | None
+    version_share_of_copy: float | None
+    version_share_of_average: float | None
+    switch_mean_s: float | None
+    sync_bytes_mean: float | None
+    num_patch_syncs: int
+    num_full_syncs: int
+    num_refused_patches: int
     train_wall_s: float
     engine_idle_share: float | None
     trainer_idle_share: float | None

@@ -25,7 +25,7 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from oldlogits.core.errors import ConfigError
+from oldlogits.core.errors import ConfigError, ReceiverBehindError
 from oldlogits.core.protocols import (
     EngineCapabilities,
     FinishReason,
@@ -33,6 +33,7 @@ from oldlogits.core.protocols import (
     Generation,
     PolicyVersion,
     Sampling,
+    WeightUpdate,
     trajectory_of,
 )
 from oldlogits.rollout.decoder import TILE, DecodeAttention, Decoder, PrefillAttention
@@ -391,8 +392,19 @@ class EmbeddedEngine:
         """What each request has sampled so far, by request id."""
         return self.core.partials()
 
-    async def update_weights(self, update: FullWeights, version: PolicyVersion) -> None:
-        """Replace the weights; later tokens are tagged with `version`."""
+    async def update_weights(self, update: WeightUpdate, version: PolicyVersion) -> None:
+        """Replace the weights; later tokens are tagged with `version`.
+
+        Raises:
+            ReceiverBehindError: They are patches: an engine in the trainer's process reads the trainer's weights.
+        """
+        if not isinstance(update, FullWeights):
+            raise ReceiverBehindError(
+                "this engine takes no patches",
+                got=f"patches from version {update.base}",
+                allowed="full weights",
+                fix="send the full weights of the version",
+            )
         self.core.update_weights(update.tensors, version)
 
     async def resume(self) -> None:

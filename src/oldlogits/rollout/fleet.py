@@ -195,9 +195,14 @@ class Fleet:
             self.paused = False
         self._notify()
 
-    async def update(self, update_info: Json, label: str) -> None:
-        """Give all that are up new weights."""
+    async def update(self, take: Callable[[], Awaitable[tuple[Json, str]]]) -> None:
+        """Give all that are up new weights.
+
+        Args:
+            take: Makes them ready, while no server reads any; returns where they are and what they are called.
+        """
         async with self._lock:
+            update_info, label = await take()
             await self._all(lambda server: server.update(update_info, label))
 
     async def abort(self, why: Literal["resubmit", "end"], attempts: Sequence[Attempt]) -> None:

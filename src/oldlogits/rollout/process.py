@@ -3,7 +3,7 @@
     controller process                        engine process
     generate, abort, pause, ... --Add, Call--> drain messages; block on the pipe only when idle
     reader thread, futures <-Finished, Reply-- step; results of one step travel together
-    update_weights: safetensors file in shared memory, its path in a Call, deleted after the reply
+    update_weights: the host's copy in shared memory takes a patch or full weights; a Call says to load from it
 
 The two are one user's processes and talk by pickle over a private pipe. When the engine process ends or stops
 answering, every pending and every later call fails with `WorkerDiedError`.
@@ -27,14 +27,14 @@ from pathlib import Path
 from typing import Final, Literal, TypeVar
 
 import torch
-from safetensors.torch import load_file
 
 from oldlogits.core.errors import ConfigError, OldLogitsError, WorkerDiedError
-from oldlogits.core.protocols import EngineCapabilities, FullWeights, Generation, PolicyVersion, Sampling
+from oldlogits.core.protocols import EngineCapabilities, Generation, PolicyVersion, Sampling, WeightUpdate
 from oldlogits.rollout.embedded import EngineCore
-from oldlogits.rollout.shared import share
+from oldlogits.rollout.host import HostWeights
 from oldlogits.rollout.slots import check_request
 from oldlogits.rollout.spec import EngineSpec, EngineStats
+from oldlogits.versions import HostCopy
 
 _T = TypeVar("_T")
 _Key = TypeVar("_Key")
@@ -63,7 +63,8 @@ class _Pause:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Update:
-    path: Path
+    copy: Path
+    held: PolicyVersion
     version: PolicyVersion
 
 
@@ -125,6 +126,7 @@ class EngineProcess:
         self._generations: dict[str, Future[Generation]] = {}
         self._calls: dict[int, Future[_Value]] = {}
         self._death: OldLogitsError | None = None
+        self._weights = HostWeights()
         self._send_lock = threading.Lock()
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
@@ -179,17 +181,17 @@ class EngineProcess:
         assert isinstance(value, dict)
         return value
 
-    async def update_weights(self, update: FullWeights, version: PolicyVersion) -> None:
-        """Replace the weights; later tokens are tagged with `version`. Blocks while it writes them to shared memory."""
-        path = share(update.tensors)
-        try:
-            await self.load_file(path, version)
-        finally:
-            path.unlink(missing_ok=True)
+    async def update_weights(self, update: WeightUpdate, version: PolicyVersion) -> None:
+        """Replace the weights; later tokens are tagged with `version`. Blocks while the host's copy takes them.
 
-    async def load_file(self, path: Path, version: PolicyVersion) -> None:
-        """Replace the weights by those of a safetensors file; later tokens are tagged with `version`."""
-        await self._call(_Update(path=path, version=version))
+        Raises:
+            ReceiverBehindError: Patches do not lead on from what this host holds: give full weights.
+        """
+        await self.load(self._weights.take(update, version), version, version)
+
+    async def load(self, copy: Path, held: PolicyVersion, version: PolicyVersion) -> None:
+        """Replace the weights by those that a `HostCopy` holds as version `held`; later tokens are tagged with `version`."""
+        await self._call(_Update(copy=copy, held=held, version=version))
 
     async def resume(self) -> None:
         """Go on sampling."""
@@ -226,6 +228,7 @@ class EngineProcess:
             self._reader.join()
         self._process.join()
         self._connection.close()
+        self._weights.close()
 
     async def _call(self, action: _Action) -> _Value:
         number = next(self._numbers)
@@ -335,6 +338,7 @@ class _Server:
 
     def __init__(self, connection: Connection, core: EngineCore) -> None:
         self._connection, self._core = connection, core
+        self._copy: HostCopy | None = None
 
     def run(self) -> None:
         """Serve until told to close."""
@@ -368,8 +372,11 @@ class _Server:
         match action:
             case _Pause(mode=mode, kv=kv):
                 self._finish(self._core.pause(mode, kv))
-            case _Update(path=path, version=version):
-                self._core.update_weights(load_file(path), version)
+            case _Update(copy=path, held=held, version=version):
+                if self._copy is None or self._copy.path != path:
+                    self._copy = HostCopy(path)
+                with self._copy.read(held) as weights:
+                    self._core.update_weights(weights, version)
             case "partials":
                 return self._core.partials()
             case "resume":

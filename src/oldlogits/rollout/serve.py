@@ -119,15 +119,17 @@ class Served:
         self._updating = True
 
     async def load(self, info: Json) -> None:
-        """Take over the weights of a file."""
-        path = Path(typed(typed(info, dict, "update_info").get("path"), str, "update_info.path"))
+        """Take over the weights of a `HostCopy`."""
+        fields = typed(info, dict, "update_info")
+        path = Path(typed(fields.get("path"), str, "update_info.path"))
+        held = typed(fields.get("version"), int, "update_info.version")
         if not self._updating:
             raise _wrong("no update was started", "start_weight_update first", "start the update")
         if not is_shared(path) or not path.is_file():
-            raise _wrong(f"path = {path}", f"a file oldlogits-*.safetensors in /dev/shm or {tempfile.gettempdir()}", "share it")
+            raise _wrong(f"path = {path}", f"a file oldlogits-*.weights in /dev/shm or {tempfile.gettempdir()}", "share it")
         version = max(self._labels) + 1
         self._labels[version] = self._labels[version - 1]
-        await self.engine.load_file(path, version)
+        await self.engine.load(path, held, version)
 
     def finish_update(self, label: str | None) -> None:
         """The update is whole: what it is called from now on."""

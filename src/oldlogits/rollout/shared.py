@@ -1,11 +1,12 @@
-"""Weights on their way to another process of this machine: a safetensors file in shared memory."""
+"""Weights on their way to another process of this machine: files in shared memory."""
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 _SHARED_MEMORY: Final = Path("/dev/shm")
-_SUFFIX: Final = ".safetensors"
+_SUFFIX: Final = ".weights"
 
 
 def share(tensors: Mapping[str, Tensor]) -> Path:
@@ -22,12 +23,7 @@ def share(tensors: Mapping[str, Tensor]) -> Path:
     The reader deletes the file.
     """
     separate = _without_aliases(tensors)
-    num_bytes = sum(tensor.nbytes for tensor in separate.values())
-    fits = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > 1.1 * num_bytes
-    prefix = f"oldlogits-{os.getpid()}-"
-    handle, name = tempfile.mkstemp(prefix=prefix, suffix=_SUFFIX, dir=_SHARED_MEMORY if fits else None)
-    os.close(handle)
-    path = Path(name)
+    path = shared_file(sum(tensor.nbytes for tensor in separate.values()))
     try:
         save_file(separate, path)
     except BaseException:  # no room after all, or interrupted: leave no half file behind
@@ -38,17 +34,44 @@ def share(tensors: Mapping[str, Tensor]) -> Path:
 
 def share_text(text: str) -> Path:
     """Write a text to a new file where weights would go; the writer deletes it."""
-    folder = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
-    handle, name = tempfile.mkstemp(prefix=f"oldlogits-{os.getpid()}-", suffix=_SUFFIX, dir=folder)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    return Path(name)
+    path = shared_file(len(text))
+    path.write_text(text, encoding="utf-8")
+    return path
 
 
 def is_shared(path: Path) -> bool:
     """Whether a path is one that `share` could have made: what another process may be asked to read."""
     own = path.name.startswith("oldlogits-") and path.suffix == _SUFFIX
     return own and path.parent in (_SHARED_MEMORY, Path(tempfile.gettempdir())) and not path.is_symlink()
+
+
+def share_bytes(parts: Sequence[bytes | memoryview]) -> tuple[Path, tuple[int, ...]]:
+    """Write bytes to a new file as `share` does; returns it and the length of each part, for `take_bytes`."""
+    path = shared_file(sum(map(len, parts)))
+    try:
+        with path.open("wb") as file:
+            file.writelines(parts)
+    except BaseException:
+        path.unlink()
+        raise
+    return path, tuple(map(len, parts))
+
+
+def take_bytes(path: Path, lengths: Sequence[int]) -> tuple[memoryview, ...]:
+    """What `share_bytes` wrote, mapped; the file is deleted, the mapping stays valid."""
+    with path.open("r+b") as file:
+        view = memoryview(mmap.mmap(file.fileno(), 0))
+    path.unlink()
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    return tuple(view[end - length : end] for end, length in zip(ends, lengths, strict=True))
+
+
+def shared_file(num_bytes: int) -> Path:
+    """A new, empty file of this process in shared memory if it has room for so many bytes, else in the temporary folder."""
+    fits = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > 1.1 * num_bytes
+    handle, name = tempfile.mkstemp(prefix=f"oldlogits-{os.getpid()}-", suffix=_SUFFIX, dir=_SHARED_MEMORY if fits else None)
+    os.close(handle)
+    return Path(name)
 
 
 def unshare(pid: int) -> None:

@@ -18,6 +18,7 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
@@ -27,45 +28,21 @@ from oldlogits.core.errors import ConfigError
 from oldlogits.core.protocols import (
     EngineCapabilities,
     FinishReason,
-    FullWeights,
     Generation,
     PolicyVersion,
     Sampling,
     Span,
+    WeightUpdate,
 )
 from oldlogits.rollout import wire
 from oldlogits.rollout.fleet import Attempt, Fleet, Host, Patience
+from oldlogits.rollout.host import HostWeights
 from oldlogits.rollout.server import Server, ServerFailedError, ServerInfo
-from oldlogits.rollout.shared import share
 from oldlogits.rollout.spec import EngineStats
 from oldlogits.rollout.wire import Json
 
 SAME_WEIGHTS: Final[Mapping[str, float]] = {"fp32": 1e-3, "bf16": 0.5}
 """Nats, by arithmetic: the largest difference between two servers' log-probs of a prompt under the same weights."""
-
-
-class SharedFile:
-    """Weights on their way to servers of this machine: the newest version in a file, kept for those that come back."""
-
-    def __init__(self) -> None:
-        self._path: Path | None = None
-
-    async def put(self, update: FullWeights) -> None:
-        """Write the newest version; the one before is deleted."""
-        path = await asyncio.to_thread(share, update.tensors)
-        self.close()
-        self._path = path
-
-    @property
-    def info(self) -> Json:
-        """What a server is told: where they are."""
-        return {"path": str(self._path)}
-
-    def close(self) -> None:
-        """Delete the file."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
-        self._path = None
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -131,7 +108,7 @@ class VllmEngine:
         self.fleet = Fleet(hosts, patience=patience, check=self._check, supply=self._supply)
         self._run = secrets.token_hex(4)
         self._version: PolicyVersion = -1
-        self._weights = SharedFile()
+        self._weights, self._where = HostWeights(), Path()
         self._requests: dict[str, _Request] = {}
         self._probes = itertools.count()
         self._probe: tuple[PolicyVersion, wire.Request, tuple[float, ...]] | None = None  # the last one
@@ -273,8 +250,12 @@ class VllmEngine:
         await asyncio.sleep(0)  # those that are over by now have returned
         return {request.id: request.generation("abort") for request in self._requests.values()}
 
-    async def update_weights(self, update: FullWeights, version: PolicyVersion) -> None:
-        """Give every server new weights; one that fails is given them when it comes back."""
+    async def update_weights(self, update: WeightUpdate, version: PolicyVersion) -> None:
+        """Give every server new weights; one that fails is given them when it comes back.
+
+        Raises:
+            ReceiverBehindError: Patches do not lead on from what this host holds: give full weights.
+        """
         if version < self._version or not self.fleet.paused:
             raise ConfigError(
                 "weights change only between pause and resume, to a version that is not older",
@@ -282,9 +263,13 @@ class VllmEngine:
                 allowed="a paused engine and ascending versions",
                 fix="call pause, update_weights and resume in this order",
             )
-        await self._weights.put(update)
+        await self.fleet.update(partial(self._take, update, version))
+
+    async def _take(self, update: WeightUpdate, version: PolicyVersion) -> tuple[Json, str]:
+        """Bring this host's copy to a version: what servers are told of it."""
+        self._where = await asyncio.to_thread(self._weights.take, update, version)
         self._version = version
-        await self.fleet.update(self._weights.info, self._label)
+        return self._told, self._label
 
     async def resume(self) -> None:
         """Go on sampling."""
@@ -303,6 +288,10 @@ class VllmEngine:
             busy_s=self._busy_s,
             idle_s=time.perf_counter() - self._built_at - self._busy_s,
         )
+
+    @property
+    def _told(self) -> Json:
+        return {"path": str(self._where), "version": self._version}
 
     @property
     def _label(self) -> str:
@@ -336,7 +325,7 @@ class VllmEngine:
         label, done = await server.label(), "it kept its weights"
         if label != self._label:
             await server.pause("abort")
-            await server.update(self._weights.info, self._label)
+            await server.update(self._told, self._label)
             await server.resume()
             done = f"it had weights {label} and was given version {self._version}"
         if self._probe is not None and self._probe[0] == self._version:

@@ -1,4 +1,4 @@
-"""What this package adds to a vLLM worker: weights from a safetensors file of its machine. Imported by vLLM only.
+"""What this package adds to a vLLM worker: weights from the trainer's copy on its machine. Imported by vLLM only.
 
     python -m vllm.entrypoints.openai.api_server ...
         --worker-extension-cls oldlogits.rollout.vllm_worker.Extension    imports this module in every worker
@@ -6,7 +6,8 @@
         --additional-config '{"oldlogits_numerics": "fp8"}'               optional: rounds what it loads;
                                                                           "oldlogits_head_dim": heads of a narrower model
 
-    /start_weight_update -> /update_weights {"update_info": {"path": ...}} -> /finish_weight_update {"weight_version": ...}
+    /start_weight_update -> /update_weights {"update_info": {"path": ..., "version": ...}}
+        -> /finish_weight_update {"weight_version": ...}
 
 A tied head needs a repair after each update: on CPU vLLM multiplies with a packed copy of the head that it made when the
 model was loaded, and a reload packs anew what was loaded, which is the embedding and not the head.
@@ -14,12 +15,12 @@ model was loaded, and a reload packs anew what was loaded, which is the embeddin
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, cast
 
 import torch
-from safetensors.torch import load_file
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -31,6 +32,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from oldlogits.rollout.numerics import Numerics, check_numerics, round_linear
 from oldlogits.rollout.shared import is_shared
 from oldlogits.rollout.wide_heads import Widening
+from oldlogits.versions import HostCopy
 
 _LINEAR: Final = ("_proj.weight", "lm_head.weight")
 _IN_ITS_DTYPE: Final = ("fp32", "bf16")
@@ -47,13 +49,14 @@ class FileInit(WeightTransferInitInfo):  # type: ignore[misc] # vLLM is untyped 
 
 @dataclass
 class FileUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """Where the weights are."""
+    """The file of a `HostCopy`, and the version that it holds."""
 
     path: str
+    version: int
 
 
 class FileTransfer(WeightTransferEngine[FileInit, FileUpdate]):  # type: ignore[misc]
-    """Loads all weights from a safetensors file in shared memory."""
+    """Loads all weights from a `HostCopy`."""
 
     init_info_cls = FileInit
     update_info_cls = FileUpdate
@@ -70,18 +73,22 @@ class FileTransfer(WeightTransferEngine[FileInit, FileUpdate]):  # type: ignore[
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, object]) -> None:
-        """Load a file; unlike the base class's, without a synchronisation that only accelerators have."""
+        """Load what the trainer shares; unlike the base class's, without a synchronisation that only accelerators have."""
         self.receive_weights(self.parse_update_info(update_info))
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: FileUpdate) -> None:
-        """Load a file."""
+        """Load what the trainer shares."""
         path = Path(update_info.path)
         if not is_shared(path):
-            raise ValueError(f"{path} is not what a trainer shares: oldlogits-*.safetensors in shared memory")
+            raise ValueError(f"{path} is not what a trainer shares: oldlogits-*.weights in shared memory")
+        with HostCopy(path).read(update_info.version) as weights:
+            self.model.load_weights(self._prepared(weights))
+
+    def _prepared(self, weights: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Rounded and widened as this server was started for."""
         numerics = self._numerics
-        weights = load_file(path)
         if numerics not in _IN_ITS_DTYPE:
             weights = {n: round_linear(w, numerics) if n.endswith(_LINEAR) else w for n, w in weights.items()}
         narrow = self.vllm_config.additional_config.get("oldlogits_head_dim", 0)
@@ -89,7 +96,7 @@ class FileTransfer(WeightTransferEngine[FileInit, FileUpdate]):  # type: ignore[
             shape = self.model_config.hf_config
             widening = Widening(narrow=narrow, wide=shape.head_dim, qk_norm=shape.model_type.startswith("qwen3"))
             weights = widening.weights(weights)
-        self.model.load_weights(iter(weights.items()))
+        return iter(weights.items())
 
     def finish_weight_update(self) -> None:
         """Pack what was loaded, the tied head included."""

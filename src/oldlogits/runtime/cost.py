@@ -60,9 +60,9 @@ class Cost:
         """One line per part."""
         return [
             f"parameters       {self.num_parameters:,}",
-            f"weights          {_mib(self.weights_bytes)} a copy: trainer, engine; the scoring module shares the store's",
+            f"weights          {_mib(self.weights_bytes)} a copy: trainer, engine, and in 'local' the host",
             f"optimizer        {_mib(self.optimizer_bytes)}",
-            f"version store    {_mib(self.store_bytes)}",
+            f"version store    at most {_mib(self.store_bytes)}: one copy, and patches of what changes",
             f"dedicated scorer {_mib(self.scorer_bytes)}",
             f"weight average   {_mib(self.average_bytes)}",
             f"engine's view    {_mib(self.view_bytes)}: the trainer's copy in the engine's numerics",

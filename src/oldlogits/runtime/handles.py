@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from oldlogits.batch import TokenBatch
-from oldlogits.core.protocols import DedicatedScorer, Piece, PolicyVersion, RolloutEngine, Scored, ScoredPieces
+from oldlogits.core.protocols import (
+    DedicatedScorer,
+    FullWeights,
+    Piece,
+    PolicyVersion,
+    RolloutEngine,
+    Scored,
+    ScoredPieces,
+    WeightUpdate,
+)
 from oldlogits.rollout.spec import EngineStats, Incident
 from oldlogits.rollout.turns import EnvironmentRunner
 from oldlogits.runtime.buffer import Buffer
@@ -57,6 +65,7 @@ class TimedTrainer:
 
 METHODS: dict[str, Callable[..., object]] = {
     "publish": Trainer.publish,
+    "full_weights": Trainer.full_weights,
     "put_batch": Trainer.put_batch,
     "score": Trainer.score,
     "score_mixed": Trainer.score_mixed,
@@ -93,6 +102,10 @@ class CallingTrainer:
     async def publish(self) -> Published:
         """Store the live weights as the current version."""
         return cast(Published, await self._call("publish", ()))
+
+    async def full_weights(self) -> FullWeights:
+        """The live weights, valid until the next step."""
+        return cast(FullWeights, await self._call("full_weights", ()))
 
     async def put_batch(self, batch: TokenBatch) -> None:
         """Hand over the next batch."""
@@ -159,9 +172,9 @@ class InlineScorer:
     def __init__(self, scorer: WindowScorer, window: int) -> None:
         self._scorer, self.window = scorer, window
 
-    async def publish(self, version: PolicyVersion, weights: Mapping[str, Tensor], probe_logps: NDArray[np.float32]) -> float:
+    async def publish(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> float:
         """Take over a version."""
-        return self._scorer.publish(version, weights, probe_logps)
+        return self._scorer.publish(version, update, probe_logps)
 
     async def score_pieces(self, pieces: Sequence[Piece], at: PolicyVersion) -> ScoredPieces:
         """Score pieces."""

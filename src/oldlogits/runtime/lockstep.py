@@ -21,7 +21,7 @@ from typing import Literal
 
 from oldlogits.config import RunConfig
 from oldlogits.core.errors import AccountingError
-from oldlogits.core.protocols import EngineCapabilities, FullWeights, Generation, PolicyVersion, Sampling, trajectory_of
+from oldlogits.core.protocols import EngineCapabilities, Generation, PolicyVersion, Sampling, WeightUpdate, trajectory_of
 from oldlogits.rollout.embedded import EmbeddedEngine, EngineCore
 from oldlogits.rollout.spec import EngineSpec, EngineStats
 from oldlogits.runtime.buffer import Buffer
@@ -91,7 +91,7 @@ class LockstepEngine:
         """What each request has sampled so far."""
         return await self._engine.partials()
 
-    async def update_weights(self, update: FullWeights, version: PolicyVersion) -> None:
+    async def update_weights(self, update: WeightUpdate, version: PolicyVersion) -> None:
         """Replace the weights; the plans' next allowances begin."""
         await self._engine.update_weights(update, version)
         self._version = version

@@ -114,6 +114,7 @@ class Loop:
         """
         state = await self._handles.trainer.state()
         self.version = state.version
+        self.totals.average_bytes = 4 * state.num_parameters
         self._recorder.started(version=self.version, num_parameters=state.num_parameters)
         for caution in cautions(self._config):
             self._recorder.warned(caution, version=self.version)
@@ -195,6 +196,8 @@ class Loop:
         trained = clock()
         published = await self._publish()
         stall_s = await self._synchroniser.give(published, paused)
+        if published.publication is not None:  # the first of a run is not counted: it is the resident copy
+            self.totals.add_stored(published.publication)
         self.buffer.confirm_trained()
         self.source.drop(batch.trajectory_ids)
         self.buffer.check()
@@ -305,6 +308,7 @@ class Loop:
         check_scored(scored, tokens.versions)
         seconds_s = self._handles.clock() - started
         work = (await self._handles.trainer.state()).work - before
+        self.totals.add_scoring(work)
         self._recorder.scored(scored, batch.versions, work, version=self.version, seconds_s=seconds_s)
         return scored
 

@@ -22,6 +22,7 @@ from oldlogits.rollout.spec import Incident
 from oldlogits.runtime.calibration import Calibration
 from oldlogits.runtime.probe import ProbeResult
 from oldlogits.runtime.referee import ResetEffect
+from oldlogits.runtime.totals import Sent
 from oldlogits.train.average import AverageReset
 from oldlogits.train.step import UpdateResult
 from oldlogits.train.trainer import Published, ScoringWork
@@ -183,12 +184,29 @@ class Recorder:
 
     def published(self, published: Published, *, seconds_s: float) -> None:
         """A version was stored, which is a part of these seconds."""
-        p = published
-        self.events.emit(EventKind.PUBLISHED, version=p.version, bytes=p.store_bytes, store_s=p.store_s, seconds_s=seconds_s)
+        p, stored = published, published.publication
+        self.events.emit(
+            EventKind.PUBLISHED,
+            version=p.version,
+            bytes=p.store_bytes,
+            version_bytes=stored.stored_bytes if stored is not None else 0,
+            changed=stored.share_changed if stored is not None else None,
+            store_s=p.store_s,
+            seconds_s=seconds_s,
+        )
 
-    def weights_updated(self, *, version: int, pause_s: float, load_s: float, stall_s: float) -> None:
+    def weights_updated(self, sent: Sent, *, version: int, pause_s: float, load_s: float, stall_s: float) -> None:
         """The engine was brought to rest, took new weights, and had stood still for `stall_s` when it went on."""
-        self.events.emit(EventKind.WEIGHTS_UPDATED, version=version, pause_s=pause_s, load_s=load_s, stall_s=stall_s)
+        self.events.emit(
+            EventKind.WEIGHTS_UPDATED,
+            version=version,
+            sent="patch" if sent.is_patch else "full",
+            bytes=sent.num_bytes,
+            refused=sent.refused,
+            pause_s=pause_s,
+            load_s=load_s,
+            stall_s=stall_s,
+        )
 
     def happened(self, incident: Incident, *, version: int) -> None:
         """A server went down or came back."""

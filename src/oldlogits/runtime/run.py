@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
+import shutil
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -80,6 +81,7 @@ def run(
     if checkpoint is not None:
         refuse_another_run(config, folder)
     folder.write_config(dataclasses.asdict(config))
+    config = _with_versions_folder(config, folder)
     totals = Totals() if checkpoint is None else Totals.read(checkpoint / "state" / "totals.json")
     title = f"oldlogits: {config.env.target}, {config.variant}, {config.runtime.type}"
     try:
@@ -100,6 +102,15 @@ def run(
 def _runtime(config: RunConfig, folder: RunFolder) -> Open:
     """The recipe's runtime; servers that it starts leave their messages in the run folder."""
     return open_lockstep if config.runtime.type == "lockstep" else partial(open_local, log_folder=folder.path / "servers")
+
+
+def _with_versions_folder(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """Versions over the budget lie in the run folder; those of a run that this one goes on from are needed by nobody."""
+    if not config.versions.budget_bytes or config.versions.folder:
+        return config
+    path = folder.path / "versions"
+    shutil.rmtree(path, ignore_errors=True)
+    return dataclasses.replace(config, versions=dataclasses.replace(config.versions, folder=str(path)))
 
 
 def _check_task(config: RunConfig) -> None:

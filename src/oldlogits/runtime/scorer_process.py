@@ -1,18 +1,17 @@
-"""The dedicated scorer in a process of its own; versions reach it as safetensors files in shared memory."""
+"""The dedicated scorer in a process of its own; versions reach it as files in shared memory, or as patches."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.torch import load_file
-from torch import Tensor
 
 from oldlogits.config import RunConfig
-from oldlogits.core.protocols import Piece, PolicyVersion, ScoredPieces
+from oldlogits.core.protocols import FullWeights, PatchWeights, Piece, PolicyVersion, ScoredPieces, WeightUpdate
 from oldlogits.rollout.shared import share
 from oldlogits.runtime.worker_process import CarryOut, WorkerProcess
 from oldlogits.train.window_scorer import WindowScorer
@@ -31,9 +30,12 @@ class ScorerProcess(WorkerProcess):
         super().__init__("scorer", _build, (config, model_folder, list(probe_ids)))
         self.window = config.source.window
 
-    async def publish(self, version: PolicyVersion, weights: Mapping[str, Tensor], probe_logps: NDArray[np.float32]) -> float:
-        """Take over a version. Blocks while it writes the weights to shared memory."""
-        path = share(weights)
+    async def publish(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> float:
+        """Take over a version. Blocks while it writes full weights to shared memory."""
+        if isinstance(update, PatchWeights):
+            patches = PatchWeights(base=update.base, patches=tuple(map(bytes, update.patches)))
+            return cast(float, await self.call("publish", (version, patches, probe_logps)))
+        path = share(update.tensors)
         try:
             return cast(float, await self.call("publish", (version, path, probe_logps)))
         finally:
@@ -47,8 +49,9 @@ class ScorerProcess(WorkerProcess):
 def _build(config: RunConfig, model_folder: Path, probe_ids: Sequence[int]) -> CarryOut:
     scorer = WindowScorer(config, model_folder, probe_ids)
 
-    def publish(version: PolicyVersion, path: Path, probe_logps: NDArray[np.float32]) -> float:
-        return scorer.publish(version, load_file(path), probe_logps)
+    def publish(version: PolicyVersion, update: Path | PatchWeights, probe_logps: NDArray[np.float32]) -> float:
+        known = update if isinstance(update, PatchWeights) else FullWeights(tensors=load_file(update))
+        return scorer.publish(version, known, probe_logps)
 
     methods = {"publish": publish, "score_pieces": scorer.score_pieces}
 

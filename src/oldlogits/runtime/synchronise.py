@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from oldlogits.config import RunConfig
-from oldlogits.core.errors import ConfigError
-from oldlogits.core.protocols import FullWeights, LogprobSource, RolloutEngine, trajectory_of
+from oldlogits.core.errors import ConfigError, ReceiverBehindError
+from oldlogits.core.protocols import LogprobSource, PatchWeights, RolloutEngine, trajectory_of
 from oldlogits.rollout.turns import sampled_segments
 from oldlogits.runtime.handles import Handles
 from oldlogits.runtime.probe import allowed_error, probe
 from oldlogits.runtime.recorder import Recorder
-from oldlogits.runtime.totals import Totals
+from oldlogits.runtime.totals import Sent, Totals
 from oldlogits.train.trainer import Published, Witnesses
 
 
@@ -85,14 +85,26 @@ class Synchroniser:
         engine, clock, version = self._handles.engine, self._handles.clock, published.version
         paused = paused or await self.pause()
         started = clock()
-        await engine.update_weights(FullWeights(tensors=published.weights), version)
+        sent = await self._send(published)
         await engine.resume()
         resumed = clock()
         stall_s = resumed - paused.at_s
-        self._recorder.weights_updated(version=version, pause_s=paused.pause_s, load_s=resumed - started, stall_s=stall_s)
+        self._totals.add_sync(sent)
+        self._recorder.weights_updated(sent, version=version, pause_s=paused.pause_s, load_s=resumed - started, stall_s=stall_s)
         await self._check(published)
-        await self._source.on_published(version, published.weights, published.probe_logps)
+        await self._source.on_published(version, published.update, published.probe_logps)
         return stall_s
+
+    async def _send(self, published: Published) -> Sent:
+        """Give the engine the update, or all weights if it cannot go on from what it holds."""
+        engine, update = self._handles.engine, published.update
+        try:
+            await engine.update_weights(update, published.version)
+        except ReceiverBehindError as error:
+            full = await self._handles.trainer.full_weights()
+            await engine.update_weights(full, published.version)
+            return Sent(num_bytes=update.num_bytes + full.num_bytes, is_patch=False, refused=str(error))
+        return Sent(num_bytes=update.num_bytes, is_patch=isinstance(update, PatchWeights))
 
     async def _check(self, published: Published) -> None:
         """Probe the engine, every replica of it, and ask the trainer for its witnesses; the worst of each counts."""

@@ -9,11 +9,27 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from oldlogits.config import RunConfig
+from oldlogits.core.protocols import Publication
 from oldlogits.record.summary import Ended, Interval, Summary, paired_gain, wilson
 from oldlogits.runtime.buffer import Buffer
 from oldlogits.runtime.rollouts import is_success
 from oldlogits.train.step import UpdateResult
-from oldlogits.train.trainer import Witnesses
+from oldlogits.train.trainer import ScoringWork, Witnesses
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sent:
+    """What brought the engine a version.
+
+    Args:
+        num_bytes: That travelled, those that were refused included.
+        is_patch: Whether a patch was enough.
+        refused: Why the engine's host could not take a patch; empty: it could, or none was sent.
+    """
+
+    num_bytes: int
+    is_patch: bool
+    refused: str = ""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -33,6 +49,16 @@ class Totals:
     train_wall_s: float = 0.0
     engine_busy_s: float = 0.0
     trainer_busy_s: float = 0.0
+    num_patch_syncs: int = 0
+    num_full_syncs: int = 0
+    num_refused_patches: int = 0
+    sync_bytes: int = 0
+    num_stored: int = 0
+    stored_bytes: int = 0
+    full_copy_bytes: int = 0
+    average_bytes: int = 0
+    num_switches: int = 0
+    switch_s: float = 0.0
     next_row: int = 0
     unfinished_rows: list[int] = field(default_factory=list)
     account: dict[str, int] = field(default_factory=dict)
@@ -56,6 +82,24 @@ class Totals:
     def add_probe(self, error: float) -> None:
         """Count one probe."""
         self.probe_max_abs_error = _worse(self.probe_max_abs_error, error)
+
+    def add_sync(self, sent: Sent) -> None:
+        """Count one update of the engine's weights."""
+        self.num_patch_syncs += sent.is_patch
+        self.num_full_syncs += not sent.is_patch
+        self.num_refused_patches += bool(sent.refused)
+        self.sync_bytes += sent.num_bytes
+
+    def add_stored(self, publication: Publication) -> None:
+        """Count one version that the store keeps as the difference to the one before."""
+        self.num_stored += 1
+        self.stored_bytes += publication.stored_bytes
+        self.full_copy_bytes = publication.full_bytes
+
+    def add_scoring(self, work: ScoringWork) -> None:
+        """Count what the trainer's scoring module did for an update."""
+        self.num_switches += work.num_checkouts
+        self.switch_s += work.switch_s
 
     def summary(self, config: RunConfig, buffer: Buffer, witnesses: Witnesses, ended: Ended) -> Summary:
         """The summary of the run so far."""
@@ -82,6 +126,14 @@ class Totals:
             log_r_d_max_abs=_known(self.log_r_d_abs_max),
             rho_mean=self.rho_sum / self.num_updates if self.num_updates else None,
             num_dropped_nonfinite=self.num_dropped_nonfinite,
+            version_bytes_mean=_ratio(self.stored_bytes, self.num_stored),
+            version_share_of_copy=_ratio(self.stored_bytes, self.num_stored * self.full_copy_bytes),
+            version_share_of_average=_ratio(self.stored_bytes, self.num_stored * self.average_bytes),
+            switch_mean_s=_ratio(self.switch_s, self.num_switches),
+            sync_bytes_mean=_ratio(self.sync_bytes, self.num_patch_syncs + self.num_full_syncs),
+            num_patch_syncs=self.num_patch_syncs,
+            num_full_syncs=self.num_full_syncs,
+            num_refused_patches=self.num_refused_patches,
             train_wall_s=wall_s,
             engine_idle_share=_idle(self.engine_busy_s, wall_s),
             trainer_idle_share=_idle(self.trainer_busy_s, wall_s),
@@ -108,6 +160,10 @@ class Totals:
 def _worse(a: float, b: float) -> float:
     """The greater of two; NaN counts as absent."""
     return b if math.isnan(a) else a if math.isnan(b) else max(a, b)
+
+
+def _ratio(total: float, number: float) -> float | None:
+    return total / number if number else None
 
 
 def _known(value: float) -> float | None:

@@ -1,6 +1,6 @@
 """The trainer in a process of its own.
 
-Published weights travel as a safetensors file in shared memory; everything else through the worker's pipe.
+Weights and patches travel as files in shared memory; everything else through the worker's pipe.
 """
 
 from __future__ import annotations
@@ -13,18 +13,35 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from oldlogits.config import RunConfig
-from oldlogits.rollout.shared import share
+from oldlogits.core.protocols import FullWeights, PatchWeights, PolicyVersion, WeightUpdate
+from oldlogits.rollout.shared import share, share_bytes, take_bytes
 from oldlogits.runtime.handles import CallingTrainer, TimedTrainer
 from oldlogits.runtime.worker_process import CarryOut, WorkerProcess
 from oldlogits.train.trainer import Published, Trainer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _FullInFile:
+    """All weights, in a safetensors file."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PatchesInFile:
+    """Patches, one after another in a file."""
+
+    base: PolicyVersion
+    path: Path
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _PublishedInFile:
-    """A published version whose weights lie in a file."""
+    """A published version whose update lies in a file."""
 
     published: Published
-    weights: Path
+    update: _FullInFile | _PatchesInFile
 
 
 class TrainerProcess(WorkerProcess):
@@ -41,12 +58,10 @@ class TrainerProcess(WorkerProcess):
         self.handle = CallingTrainer(self.call)
 
     def _arrived(self, value: object) -> object:
-        """A published version with its weights; here, where no cancellation can leave their file behind."""
+        """An update with its weights; here, where no cancellation can leave their file behind."""
         if isinstance(value, _PublishedInFile):
-            weights = load_file(value.weights)
-            value.weights.unlink()  # the mapping stays valid
-            return replace(value.published, weights=weights)
-        return value
+            return replace(value.published, update=_taken(value.update))
+        return _taken(value) if isinstance(value, _FullInFile) else value
 
 
 def _build(config: RunConfig, model_folder: Path, probe_ids: Sequence[int]) -> CarryOut:
@@ -55,7 +70,23 @@ def _build(config: RunConfig, model_folder: Path, probe_ids: Sequence[int]) -> C
     def carry_out(method: str, arguments: tuple[object, ...]) -> object:
         value = timed.call(method, arguments)
         if isinstance(value, Published):
-            return _PublishedInFile(published=replace(value, weights={}), weights=share(value.weights))
-        return value
+            nothing = FullWeights(tensors={})
+            return _PublishedInFile(published=replace(value, update=nothing), update=_shared(value.update))
+        return _shared(value) if isinstance(value, FullWeights) else value
 
     return carry_out
+
+
+def _shared(update: WeightUpdate) -> _FullInFile | _PatchesInFile:
+    if isinstance(update, FullWeights):
+        return _FullInFile(path=share(update.tensors))
+    path, lengths = share_bytes(update.patches)
+    return _PatchesInFile(base=update.base, path=path, lengths=lengths)
+
+
+def _taken(shared: _FullInFile | _PatchesInFile) -> WeightUpdate:
+    if isinstance(shared, _PatchesInFile):
+        return PatchWeights(base=shared.base, patches=take_bytes(shared.path, shared.lengths))
+    tensors = load_file(shared.path)
+    shared.path.unlink()  # the mapping stays valid
+    return FullWeights(tensors=tensors)

@@ -16,10 +16,9 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from oldlogits.core.policies import OLD, Policy
-from oldlogits.core.protocols import BatchTokens, LogprobSource, PieceScorer, PolicyVersion, Scored, ScoringHandle
+from oldlogits.core.protocols import BatchTokens, LogprobSource, PieceScorer, PolicyVersion, Scored, ScoringHandle, WeightUpdate
 from oldlogits.core.trajectory import Sampled, Segment, Trajectory
 from oldlogits.sources.ledger import Ledger
 
@@ -67,9 +66,7 @@ class ScoringAhead(LogprobSource):
         """Every token of the version is known."""
         self.ledger.paused(running)
 
-    async def on_published(
-        self, version: PolicyVersion, weights: Mapping[str, Tensor], probe_logps: NDArray[np.float32]
-    ) -> None:
+    async def on_published(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> None:
         """Tokens of `version` come now."""
         self.ledger.version = version
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from oldlogits.core.protocols import BatchTokens, DedicatedScorer, PolicyVersion, Scored, ScoringHandle
+from oldlogits.core.protocols import BatchTokens, DedicatedScorer, PolicyVersion, Scored, ScoringHandle, WeightUpdate
 from oldlogits.core.trajectory import Trajectory
 from oldlogits.sources.ahead import ScoringAhead
 
@@ -37,12 +36,10 @@ class DedicatedSource(ScoringAhead):
         self.ledger.ended(trajectories)
         await self._score(of=[trajectory.id for trajectory in trajectories], held_only=True)
 
-    async def on_published(
-        self, version: PolicyVersion, weights: Mapping[str, Tensor], probe_logps: NDArray[np.float32]
-    ) -> None:
+    async def on_published(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> None:
         """Hand over the version, then score what the outgoing one sampled; neither is waited for."""
-        await super().on_published(version, weights, probe_logps)
-        self._handover = self._start(self._hand_over(version, weights, probe_logps))
+        await super().on_published(version, update, probe_logps)
+        self._handover = self._start(self._hand_over(version, update, probe_logps))
         self._start(self._score(held_only=True))
 
     async def acquire(self, batch: BatchTokens) -> Scored:
@@ -62,10 +59,10 @@ class DedicatedSource(ScoringAhead):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _hand_over(self, version: PolicyVersion, weights: Mapping[str, Tensor], probe_logps: NDArray[np.float32]) -> None:
+    async def _hand_over(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> None:
         """Calls are carried out in order: from here on the scorer is asked for the new window only."""
         self.hold((*self._held, version)[-self._dedicated.window :])
-        error = await self._dedicated.publish(version, weights, probe_logps)
+        error = await self._dedicated.publish(version, update, probe_logps)
         self.witness_max_abs_error = float(np.fmax(self.witness_max_abs_error, error))
 
     def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:

@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from oldlogits.core.protocols import PolicyVersion, ScoringHandle
+from oldlogits.core.protocols import PolicyVersion, ScoringHandle, WeightUpdate
 from oldlogits.core.trajectory import Sampled
 from oldlogits.sources.ahead import ScoringAhead
 
@@ -37,9 +36,7 @@ class InterruptionSource(ScoringAhead):
         await self._score_now()
         self.hold((self.ledger.version,))
 
-    async def on_published(
-        self, version: PolicyVersion, weights: Mapping[str, Tensor], probe_logps: NDArray[np.float32]
-    ) -> None:
+    async def on_published(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> None:
         """The live weights are the only ones there are."""
-        await super().on_published(version, weights, probe_logps)
+        await super().on_published(version, update, probe_logps)
         self.hold((version,))

@@ -25,7 +25,7 @@ from torch import Tensor
 from oldlogits.batch import TokenBatch
 from oldlogits.config import RunConfig
 from oldlogits.config.schema import RecordConfig, SourceConfig
-from oldlogits.core.protocols import Scored
+from oldlogits.core.protocols import FullWeights, Scored
 from oldlogits.policy.model import load_model, point_at
 from oldlogits.policy.scorer import score_tokens
 from oldlogits.runtime.handles import CallingTrainer, Handles
@@ -157,16 +157,18 @@ class Tracer(CallingTrainer):
         """Publish; the panel takes the version in."""
         published = await super().publish()
         self._version = published.version
-        self._store.publish(published.version, published.weights)
+        assert isinstance(published.update, FullWeights), "a trainer of this process sends no patches"
+        weights = published.update.tensors
+        self._store.publish(published.version, weights)
         self._store.retain(published.version - self._config.window)
         for name, decay in AVERAGES.items():
             if name not in self._averages:
                 source = SourceConfig(type="ewma", decay=decay)
-                self._averages[name] = Averaging(replace(self._config, source=source), published.weights)
+                self._averages[name] = Averaging(replace(self._config, source=source), weights)
                 self._betas[name] = 0.0
             elif self._last is not None:
                 counts, metrics = self._last.staleness_counts, self._last.metrics
-                taken = self._averages[name].take_in(published.weights, published.version, metrics, counts)
+                taken = self._averages[name].take_in(weights, published.version, metrics, counts)
                 self._betas[name] = taken.metrics["average/beta"]
             self._averages[name].witness(published.version, published.probe_logps)
         return published

@@ -3,7 +3,7 @@
     put_batch -> score(tokens, at=version | live) ... -> train -> publish -> (engine reads the weights)
     score_pieces(pieces, at=version) at any time: tokens of trajectories that are not, or not yet, in the batch
 
-The live weights are never switched: a second module, without gradients, points at the stored copies.
+The live weights are never switched: a second module, without gradients, reads the resident copy of the store.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -26,18 +26,19 @@ from transformers import PreTrainedModel
 
 from oldlogits.batch import Sequences, TokenBatch, pack, read_lengths
 from oldlogits.config import RunConfig
-from oldlogits.core.errors import RunFolderError
+from oldlogits.core.errors import RunFolderError, VersionEvictedError
 from oldlogits.core.policies import SOURCES
-from oldlogits.core.protocols import Piece, PolicyVersion, Scored, ScoredPieces
+from oldlogits.core.protocols import FullWeights, Piece, PolicyVersion, Publication, Scored, ScoredPieces, WeightUpdate
 from oldlogits.policy.mixed import MixedForward
 from oldlogits.policy.model import load_model, load_tokenizer, named_weights, point_at
 from oldlogits.policy.scorer import score_tokens
 from oldlogits.sources import EngineScores
 from oldlogits.train.average import AVERAGING_SOURCES, Averaging
 from oldlogits.train.engine_view import EngineView
+from oldlogits.train.held_versions import HeldVersions
 from oldlogits.train.step import UpdateResult, update
 from oldlogits.train.witness import check_witness, is_routed, max_error, probe_of
-from oldlogits.versions import AverageScores, FullCopyStore
+from oldlogits.versions import AverageScores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,21 +47,23 @@ class Published:
 
     Args:
         version: Its number.
-        weights: The live forward weights under their Hugging Face names; views, valid until the next step.
+        update: What a receiver of the version before is to be given; views of the live weights are valid until the next step.
         probe_logps: float32 [probe token]: what the live weights give the fixed probe tokens.
         engine_probe_logps: float32 [probe token]: what they give them with the engine's numerics.
         is_routed: Whether its layers choose experts.
         store_bytes: Bytes of all versions that the store holds.
         store_s: Seconds that storing this one took.
+        publication: What the store did with this one; None: the source needs no stored versions.
     """
 
     version: PolicyVersion
-    weights: Mapping[str, Tensor]
+    update: WeightUpdate
     probe_logps: NDArray[np.float32]
     engine_probe_logps: NDArray[np.float32]
     is_routed: bool
     store_bytes: int
     store_s: float
+    publication: Publication | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,8 +133,9 @@ class Trainer:
         self._model = load_model(model_folder)
         self._tokenizer = load_tokenizer(model_folder)
         self._scoring = copy.deepcopy(self._model).requires_grad_(False)
-        self._store = FullCopyStore()
-        self._stores_versions = SOURCES[config.source.type].stores_versions or config.referee.share > 0
+        stores_versions = SOURCES[config.source.type].stores_versions or config.referee.share > 0
+        sends_patches = config.runtime.type != "lockstep" and config.versions.sync == "auto"
+        self._held = HeldVersions(config.versions, sends_patches=sends_patches) if stores_versions else None
         averages = config.source.type in AVERAGING_SOURCES
         self._averaging = Averaging(config, named_weights(self._model)) if averages else None
         numerics = config.engine.numerics
@@ -156,12 +160,19 @@ class Trainer:
         """Parameters of the model, tied ones once."""
         return sum(p.numel() for p in self._model.parameters())
 
+    @property
+    def stored_versions(self) -> tuple[PolicyVersion, ...]:
+        """The versions that its store holds, ascending; none where the source needs none."""
+        return self._held.store.versions if self._held is not None else ()
+
     def publish(self) -> Published:
         """Store the live weights as the current version, and let them witness it."""
         weights = named_weights(self._model)
         started = time.perf_counter()
-        if self._stores_versions:
-            self._store.publish(self.version, weights)
+        publication: Publication | None = None
+        update: WeightUpdate = FullWeights(tensors=weights)
+        if self._held is not None:
+            publication, update = self._held.publish(self.version, weights)
         store_s = time.perf_counter() - started
         point_at(self._scoring, weights)
         probe_logps = self._probe_logps[self.version] = self._score_with(self._scoring, *self._probe)
@@ -173,13 +184,18 @@ class Trainer:
         self._note_noise(engine_probe_logps - probe_logps)
         return Published(
             version=self.version,
-            weights=weights,
+            update=update,
             probe_logps=probe_logps,
             engine_probe_logps=engine_probe_logps,
             is_routed=is_routed(self._model),
-            store_bytes=self._store.num_bytes,
+            store_bytes=self._held.store.num_bytes if self._held is not None else 0,
             store_s=store_s,
+            publication=publication,
         )
+
+    def full_weights(self) -> FullWeights:
+        """The live weights, for a receiver that cannot take a patch; views, valid until the next step."""
+        return FullWeights(tensors=named_weights(self._model))
 
     def put_batch(self, batch: TokenBatch) -> None:
         """Take the batch that the next calls of `score` and `train` are about."""
@@ -285,8 +301,9 @@ class Trainer:
 
     def retain(self, oldest_needed: PolicyVersion) -> None:
         """Drop stored versions that no token in flight needs."""
-        self._store.retain(oldest_needed)
-        held = {self.version, *self._store.versions}
+        if self._held is not None:
+            self._held.store.retain(oldest_needed)
+        held = {self.version, *self.stored_versions}
         self._probe_logps = {version: logps for version, logps in self._probe_logps.items() if version in held}
 
     def save_batch(self, folder: Path) -> Path:
@@ -377,14 +394,26 @@ class Trainer:
     def _scoring_at(self, at: PolicyVersion | None) -> Iterator[None]:
         """Point the scoring module at a stored version, or at the live weights: None, or their version if it is not stored."""
         started = time.perf_counter()
-        is_only_live = at == self.version and at not in self._store.versions
-        held = nullcontext(named_weights(self._model)) if at is None or is_only_live else self._store.checkout(at)
+        if at is None or (at == self.version and at not in self.stored_versions):
+            held: AbstractContextManager[Mapping[str, Tensor]] = nullcontext(named_weights(self._model))
+        else:
+            held = self._checkout(at)
         with held as weights:
             point_at(self._scoring, weights)
             self.work += ScoringWork(num_checkouts=1, switch_s=time.perf_counter() - started)
             if at is not None:
                 self._witness_version(at)
             yield
+
+    def _checkout(self, version: PolicyVersion) -> AbstractContextManager[Mapping[str, Tensor]]:
+        if self._held is None:
+            raise VersionEvictedError(
+                f"version {version} is not in the store",
+                got=f"version {version}",
+                allowed=f"the live version {self.version}: the source keeps no others",
+                fix="use a source that stores versions, such as snapshot",
+            )
+        return self._held.checkout(version)
 
     def _current_batch(self) -> TokenBatch:
         assert self._batch is not None, "put_batch comes before score and train"

@@ -11,10 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import random
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -32,6 +29,7 @@ from oldlogits.envs.desk_clerk import Clerk, ErrorRates, demonstrator
 from oldlogits.envs.desk_data import WORDS, DeskRow
 from oldlogits.envs.desk_long import LongOrderDesk
 from oldlogits.envs.shape import Malformed, bind, parse_plain, render_result, tool_names, tool_schemas
+from oldlogits.policy.cache import cache_folder, cached
 from oldlogits.policy.chat import ChatFormat, Message
 from oldlogits.policy.tiny import TinyMoeSize, TinySize, save_tiny, tiny_model, tiny_tokenizer
 
@@ -125,27 +123,7 @@ def warm_start(spec: WarmStartSpec, progress: Progress = lambda step, loss: None
     tokenizer = tiny_tokenizer([*WORDS, *tool_names(OrderDesk)])
     chat = ChatFormat(tokenizer)
     folder = cache_folder() / f"tiny-{_key(spec, chat, tokenizer)}"
-    if folder.is_dir():
-        return folder
-    model = train_tiny(spec, chat, tokenizer, progress)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=folder.parent))
-    try:
-        save_tiny(unfinished, model, tokenizer)
-        unfinished.chmod(0o755)
-        try:
-            unfinished.rename(folder)
-        except OSError:  # another process was faster: its folder holds the same
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
-
-
-def cache_folder() -> Path:
-    """``$OLDLOGITS_CACHE``, or ``~/.cache/oldlogits``."""
-    return Path(os.environ.get("OLDLOGITS_CACHE") or Path.home() / ".cache" / "oldlogits")
+    return cached(folder, lambda unfinished: save_tiny(unfinished, train_tiny(spec, chat, tokenizer, progress), tokenizer))
 
 
 def _key(spec: WarmStartSpec, chat: ChatFormat, tokenizer: PreTrainedTokenizerFast) -> str:

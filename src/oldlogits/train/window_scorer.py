@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from oldlogits.batch import Sequences, pack
 from oldlogits.config import RunConfig
-from oldlogits.core.protocols import Piece, PolicyVersion, ScoredPieces
+from oldlogits.core.protocols import FullWeights, Piece, PolicyVersion, ScoredPieces, WeightUpdate
 from oldlogits.policy.model import load_model, point_at
 from oldlogits.policy.scorer import score_tokens
 from oldlogits.train.witness import check_witness, max_error, probe_of
-from oldlogits.versions import FullCopyStore
+from oldlogits.versions import PatchStore
 
 
 class WindowScorer:
@@ -36,20 +35,24 @@ class WindowScorer:
         torch.set_num_threads(1)
         self._window, self._trainer = config.source.window, config.trainer
         self._model = load_model(model_folder).requires_grad_(False)
-        self._store = FullCopyStore()
+        self._store = PatchStore(hot=config.versions.hot, settles=False)
         self._probe = probe_of(probe_ids)
 
-    def publish(self, version: PolicyVersion, weights: Mapping[str, Tensor], probe_logps: NDArray[np.float32]) -> float:
-        """Copy a version, drop the oldest beyond the window, and return the witness's error in nats.
+    def publish(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> float:
+        """Take over a version, drop the oldest beyond the window, and return the witness's error in nats.
 
         Raises:
+            ReceiverBehindError: Patches do not lead on from the newest version.
             ExactnessError: The probe tokens' log-probs are not those of the trainer's live weights.
         """
-        self._store.publish(version, weights)
+        if isinstance(update, FullWeights):
+            self._store.publish(version, update.tensors)
+        else:
+            self._store.take(version, update)
         self._store.retain(version - self._window + 1)
-        with self._store.checkout(version) as copies:
-            point_at(self._model, copies)
-        error = max_error(self._score(*self._probe), probe_logps)
+        with self._store.checkout(version) as weights:
+            point_at(self._model, weights)
+            error = max_error(self._score(*self._probe), probe_logps)
         check_witness(error, f"the dedicated scorer's version {version}", "the live weights at its publish")
         return error
 

@@ -1,14 +1,32 @@
 """Exact versions of the forward weights, and their average."""
 
+from oldlogits.versions.codec import apply, encode
 from oldlogits.versions.decay import best_beta, growth_exponent, mean_lag_beta, window_beta
 from oldlogits.versions.ewma import AverageScores, WeightAverage
-from oldlogits.versions.store import FullCopyStore
+from oldlogits.versions.fastpath import fast_path
+from oldlogits.versions.flat import FlatWeights
+from oldlogits.versions.full_copies import FullCopyStore
+from oldlogits.versions.host_copy import HostCopy
+from oldlogits.versions.layout import Entry, Layout, Shard
+from oldlogits.versions.patch import Patch, concatenate
+from oldlogits.versions.store import PatchStore
 
 __all__ = [
     "AverageScores",
+    "Entry",
+    "FlatWeights",
     "FullCopyStore",
+    "HostCopy",
+    "Layout",
+    "Patch",
+    "PatchStore",
+    "Shard",
     "WeightAverage",
+    "apply",
     "best_beta",
+    "concatenate",
+    "encode",
+    "fast_path",
     "growth_exponent",
     "mean_lag_beta",
     "window_beta",

@@ -1,59 +1,459 @@
-"""Exact versions of the forward weights.
+"""Exact versions of the forward weights: the newest resident, older ones a chain of patches away.
 
-`FullCopyStore` keeps one full copy of every version that is still needed.
+    publish   encode(resident, new) -> patch      the resident copy takes the new bits in the same pass
+    checkout  resident  --patches backwards-->  version  --patches forwards-->  newest, at the end of the block
+    walk      the way back is left to the end of the walk: down once, back once
+
+One lock: a checkout holds it for its block, so a publish or a checkout from another thread waits for the block's end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
 
+import torch
 from torch import Tensor
 
-from oldlogits.core.errors import VersionEvictedError
-from oldlogits.core.protocols import PolicyVersion
+from oldlogits.core.errors import ExactnessError, LayoutError, PatchError, StoreUseError
+from oldlogits.core.protocols import PatchWeights, PolicyVersion, Publication
+from oldlogits.versions.budget import Budget, StoreCounts
+from oldlogits.versions.chain import Chain, Link
+from oldlogits.versions.disk import Disk
+from oldlogits.versions.flat import FlatWeights
+from oldlogits.versions.log import Cut
+from oldlogits.versions.patch import Patch, receiver_behind
+from oldlogits.versions.resident import Resident
+from oldlogits.versions.shield import shielded
+from oldlogits.versions.window import Window, check_ascends, check_held, published_twice
 
 
-class FullCopyStore:
-    """A `VersionStore` of full copies."""
+class PatchStore:
+    """A `VersionStore` of patches, in memory or, with a folder, on disk as well.
 
-    def __init__(self) -> None:
-        self._copies: dict[PolicyVersion, Mapping[str, Tensor]] = {}
+    Args:
+        folder: Where every publication is written before `publish` returns; must hold no versions yet, see `open`.
+        frozen: Names that do not change during training: held by reference, never looked at.
+        dtype: In which floating-point values are kept, such as bfloat16 for float32 masters; None: each in its own.
+        device: Where the resident copy lies; None: where the first weights do.
+        hot: How many of the newest patches stay in the memory tier; older ones are compressed.
+        budget_bytes: For all patches in memory. Over it everything is compressed; then, with a folder, the oldest are left on
+            disk only; then, without one, `publish` waits for `retain` or `release`. None: no bound.
+        wait_s: How long it waits before it raises.
+        sync: Whether a version is on the disk itself when `publish` returns, and survives a loss of power.
+        settles: Whether the copy goes back to the newest version at the end of a checkout outside of walks. False: all is one
+            walk without an end, and the next checkout or publication takes the copy on from where it is.
+
+    Raises:
+        LogBusyError: The folder has an owner.
+        LogWriteError: The folder holds versions, or cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        *,
+        frozen: Iterable[str] = (),
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        hot: int = 4,
+        budget_bytes: int | None = None,
+        wait_s: float = 60.0,
+        sync: bool = True,
+        settles: bool = True,
+    ) -> None:
+        self._frozen, self._dtype, self._device = frozenset(frozen), dtype, device
+        self._budget = Budget(hot=hot, budget_bytes=budget_bytes, wait_s=wait_s)
+        self._lock, self._publishing = threading.RLock(), threading.Lock()
+        self._room = threading.Condition(self._lock)
+        self._window, self._counts = Window(), StoreCounts()
+        self._digests: dict[PolicyVersion, int] = {}  # of the versions that are there, ascending
+        self._depth, self._walks = 0, int(not settles)  # checkouts of the thread that has the lock; walks of all threads
+        self._resident: Resident | None = None
+        self._disk = Disk.create(folder, sync=sync) if folder is not None else None
+        self._chain = Chain(self._disk.log if self._disk is not None else None)
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        *,
+        frozen: Mapping[str, Tensor] | None = None,
+        device: torch.device | str | None = None,
+        hot: int = 4,
+        budget_bytes: int | None = None,
+        sync: bool = True,
+        cut_damage: bool = False,
+    ) -> Self:
+        """Go on from what a folder holds, after a clean end or a kill at any moment.
+
+        Args:
+            folder: Of a store.
+            frozen: The tensors under the names that the store was made with as frozen.
+            device: As for the class.
+            hot: As for the class.
+            budget_bytes: As for the class.
+            sync: As for the class.
+            cut_damage: Give up the first damaged record and all that follow, instead of an error.
+
+        Raises:
+            LogBusyError: The folder has an owner.
+            LogDamagedError: It holds no versions, or a record is not what was written.
+            ExactnessError: The versions that its records lead to are not those that were published.
+        """
+        store = cls(device=device, hot=hot, budget_bytes=budget_bytes)
+        store._disk = disk = Disk.open(folder, sync=sync, cut_damage=cut_damage)
+        try:
+            store._read(disk, frozen or {})
+        except BaseException:
+            disk.close()
+            raise
+        return store
 
     @property
     def versions(self) -> tuple[PolicyVersion, ...]:
-        """The versions that are held, ascending."""
-        return tuple(sorted(self._copies))
+        """The versions that are there, ascending."""
+        return tuple(self._digests)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all copies."""
-        return sum(t.nbytes for copy in self._copies.values() for t in copy.values())
+        """Bytes of memory: the resident copy and all patches."""
+        return self.resident_bytes + self.patch_bytes
 
-    def publish(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> None:
-        """Store a copy of `weights` as `version`."""
-        self._copies[version] = {name: tensor.detach().clone() for name, tensor in weights.items()}
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the resident copy."""
+        return self._resident.flat.num_bytes if self._resident is not None else 0
+
+    @property
+    def patch_bytes(self) -> int:
+        """Bytes of memory beside the resident copy: within the budget whenever no publication is going on."""
+        return self._chain.num_bytes
+
+    @property
+    def log_bytes(self) -> int:
+        """Bytes on disk."""
+        return self._disk.log.num_bytes if self._disk is not None else 0
+
+    @property
+    def cut(self) -> Cut | None:
+        """What was cut off the end of the log when it was opened, such as a record that a kill had torn."""
+        return self._disk.log.cut if self._disk is not None else None
+
+    @property
+    def counts(self) -> StoreCounts:
+        """What it has done so far."""
+        disk = self._disk
+        if disk is None:
+            return replace(self._counts)
+        return replace(self._counts, num_compactions=disk.num_compactions, num_failed_writes=disk.num_failed_writes)
+
+    def publish(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> Publication:
+        """Store the bits of `weights` as `version`; the newest version may be published again.
+
+        Args:
+            version: Above the newest; versions need not be consecutive.
+            weights: The same names and shapes as before; floating-point values are cast to the store's dtype.
+
+        Raises:
+            StoreUseError: The version is below the newest, or is the newest and has other bits, or the caller is in a checkout.
+            LayoutError: The weights do not fit those before.
+            StoreFullError: There is no room, also after waiting. The store is as it was before.
+            LogWriteError: The disk does not take it. The store is as it was before.
+        """
+        with self._publishing, self._lock:
+            self._check_outside("published to")
+            check_ascends(version, self.versions)
+            if self._resident is None:
+                return self._publish_first(version, weights)
+            newest = self._go(self.versions[-1])
+            if version == newest:
+                return self._publish_again(version, weights)
+            return self._extend(newest, version, lambda resident: resident.absorb(version, weights))
+
+    def take(self, version: PolicyVersion, update: PatchWeights) -> Publication:
+        """Store as `version` what a patch makes of the newest one: this store follows one in another process.
+
+        Raises:
+            ReceiverBehindError: The patch does not begin at the newest version, or is damaged, or what comes out has another
+                digest. The store is as it was before.
+            StoreUseError: The version is below the newest, or the caller is in a checkout.
+            StoreFullError: As for `publish`.
+            LogWriteError: As for `publish`.
+        """
+        with self._publishing, self._lock:
+            self._check_outside("published to")
+            if self._resident is None or self.versions[-1] != update.base or version <= update.base or len(update.patches) != 1:
+                raise receiver_behind(
+                    f"the versions {', '.join(map(str, self.versions)) or 'none'}",
+                    f"one patch from the newest one, not {len(update.patches)} from version {update.base} to {version}",
+                )
+            newest = self._go(update.base)
+            try:
+                patch = Patch.from_bytes(update.patches[0], layout=self._resident.flat.layout)
+                return self._extend(newest, version, lambda resident: resident.follow(version, patch))
+            except (PatchError, LayoutError, ExactnessError) as error:
+                raise receiver_behind(str(error), f"a patch from version {newest} to {version}, as it was written") from error
 
     @contextmanager
     def checkout(self, version: PolicyVersion) -> Iterator[Mapping[str, Tensor]]:
-        """The weights of `version`, for reading.
+        """The weights of `version`: views of the resident copy, for reading inside the block only.
 
         Raises:
-            VersionEvictedError: The version is not held.
+            VersionEvictedError: The version is not in the store.
+            StoreUseError: Another version is checked out in this thread.
+            ExactnessError: The bits are not those that were published.
         """
-        if version not in self._copies:
-            held = self.versions
-            raise VersionEvictedError(
-                f"version {version} is not in the store",
-                got=f"version {version}",
-                allowed=f"{held[0]}..{held[-1]}" if held else "nothing was published yet",
-                fix="retain versions as long as tokens of theirs are in flight: call retain(oldest version in flight)",
-            )
-        yield self._copies[version]
+        with self._lock:
+            check_held(version, self.versions)
+            resident = self._copy()
+            if self._depth and version != resident.at:
+                raise StoreUseError(
+                    f"version {version} cannot be checked out while version {resident.at} is",
+                    got="a checkout inside the block of another",
+                    allowed="one version at a time: the store has one copy",
+                    fix="leave the first block before, and read both in a walk; or clone what is needed of the first",
+                )
+            self._depth += 1
+            try:
+                self._go(version)
+                yield resident.flat.weights
+            finally:
+                self._depth -= 1
+                self._settle()
+
+    @contextmanager
+    def walk(self) -> Iterator[None]:
+        """Inside it, the end of a checkout leaves the copy where it is: versions in their order cost one way down and back."""
+        with self._lock:
+            self._walks += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._walks -= 1
+                self._settle()
 
     def retain(self, oldest_needed: PolicyVersion) -> list[PolicyVersion]:
-        """Drop the versions below `oldest_needed`, but never the newest; returns those dropped."""
-        dropped = [v for v in self.versions[:-1] if v < oldest_needed]
-        for version in dropped:
-            del self._copies[version]
+        """Versions below `oldest_needed` are no longer needed, but for the newest, those held, and all above these.
+
+        Returns:
+            Those dropped; a version that is checked out goes when its block ends.
+        """
+        with self._lock:
+            self._window.oldest_needed = oldest_needed
+            return self._drop()
+
+    def hold(self, version: PolicyVersion) -> None:
+        """Keep a version until `release`, whatever `retain` says.
+
+        Raises:
+            VersionEvictedError: The version is not in the store.
+        """
+        with self._lock:
+            check_held(version, self.versions)
+            self._window.hold(version)
+
+    def release(self, version: PolicyVersion) -> list[PolicyVersion]:
+        """Take one `hold` back; returns the versions dropped.
+
+        Raises:
+            StoreUseError: The version is not held.
+        """
+        with self._lock:
+            self._window.release(version)
+            return self._drop()
+
+    def rewind(self, version: PolicyVersion) -> None:
+        """Forget all versions above one, which becomes the newest: a run goes on from an older checkpoint.
+
+        Raises:
+            VersionEvictedError: The version is not in the store.
+            StoreUseError: The caller is in a checkout.
+            LogWriteError: The disk refused; the store is as it was before.
+        """
+        with self._publishing, self._lock:
+            self._check_outside("rewound")
+            check_held(version, self.versions)
+            self._go(version)
+            before = self._chain.links
+            with shielded():
+                self._chain.keep_below(version)
+                try:
+                    if self._disk is not None:
+                        self._disk.rewrite(version, self._copy().flat, self._chain)
+                except BaseException:
+                    self._chain.links = before
+                    raise
+                self._digests = {v: digest for v, digest in self._digests.items() if v <= version}
+
+    def patch_between(self, base: PolicyVersion, target: PolicyVersion) -> list[Patch] | None:
+        """The patches that lead a receiver from one version to a later one, oldest first; None: not both are there."""
+        with self._lock:
+            if base not in self._digests or target not in self._digests or base > target:
+                return None
+            return [self._chain.patch(link) for link in self._chain.between(base, target)]
+
+    def digest(self, version: PolicyVersion) -> int:
+        """That of a version's bits, as they were published.
+
+        Raises:
+            VersionEvictedError: The version is not in the store.
+        """
+        with self._lock:
+            check_held(version, self.versions)
+            return self._digests[version]
+
+    def verify(self, version: PolicyVersion | None = None) -> None:
+        """Compare all bits of a version, or of every one, with its digest: a pass over all weights for each.
+
+        Raises:
+            ExactnessError: They are not those that were published.
+            LayoutError: A frozen tensor is not (with a folder only).
+        """
+        with self._lock, self.walk():
+            for each in reversed(self.versions) if version is None else [version]:
+                with self.checkout(each):
+                    self._copy().check_bits(self._digests[each])
+            if self._disk is not None and self._resident is not None:
+                self._disk.check_frozen(self._resident.flat.frozen)
+
+    def close(self) -> None:
+        """Give the folder up; what was published stays there. A second call does nothing."""
+        with self._lock:
+            if self._disk is not None:
+                self._disk.close()
+
+    def __enter__(self) -> Self:
+        """The store itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Give the folder up."""
+        self.close()
+
+    def _publish_first(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> Publication:
+        started = time.perf_counter()
+        flat = FlatWeights.of(weights, frozen=self._frozen, dtype=self._dtype, device=self._device)
+        assert flat.digest is not None
+        encode_s = time.perf_counter() - started
+        with shielded():
+            log_bytes = self._disk.begin(version, flat) if self._disk is not None else 0
+            self._resident, self._digests = Resident(flat, version, self._chain), {version: flat.digest}
+        full_bytes = flat.layout.num_bytes
+        return Publication(
+            version=version,
+            stored_bytes=full_bytes,
+            full_bytes=full_bytes,
+            share_changed=1.0,
+            encode_s=encode_s,
+            log_bytes=log_bytes,
+        )
+
+    def _extend(self, newest: PolicyVersion, version: PolicyVersion, step: Callable[[Resident], Link]) -> Publication:
+        """Bring the copy from the newest version to a new one, and keep the patch; on an error all is as it was."""
+        resident, started = self._copy(), time.perf_counter()
+        try:
+            link = step(resident)
+            encode_s, patch = time.perf_counter() - started, self._chain.patch(link)
+            waited_s = self._wait_for_room(version) if self._disk is None else 0.0
+            with shielded():
+                log_bytes = self._disk.append(link, self._chain) if self._disk is not None else 0
+                self._digests[version] = link.step.target_digest
+        except BaseException:
+            if version not in self._digests:
+                resident.give_up(newest)
+            raise
+        self._drop()
+        self._budget.save(self._chain, self._counts)
+        return Publication(
+            version=version,
+            stored_bytes=patch.num_bytes,
+            full_bytes=resident.flat.layout.num_bytes,
+            share_changed=patch.share_changed,
+            encode_s=encode_s,
+            log_bytes=log_bytes,
+            waited_s=waited_s,
+        )
+
+    def _publish_again(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> Publication:
+        started, resident = time.perf_counter(), self._copy()
+        if not resident.agrees(weights):
+            raise published_twice(version)
+        return Publication(
+            version=version,
+            stored_bytes=0,
+            full_bytes=resident.flat.layout.num_bytes,
+            share_changed=0.0,
+            encode_s=time.perf_counter() - started,
+        )
+
+    def _wait_for_room(self, version: PolicyVersion) -> float:
+        """Wait until what is needed once `version` is the newest fits the budget; returns the seconds."""
+
+        def needed() -> int:
+            self._budget.save(self._chain, self._counts)
+            return self._chain.bytes_above(self._window.needed([*self.versions, version])[0])
+
+        return self._budget.wait_for_room(self._room, needed, self._counts)
+
+    def _read(self, disk: Disk, frozen: Mapping[str, Tensor]) -> None:
+        """Take over what a folder holds, and bring the copy to the newest version."""
+        version, flat, links, oldest = disk.read(frozen, self._device)
+        self._chain = Chain(disk.log, links)
+        self._resident = Resident(flat, version, self._chain)
+        digests = {version: flat.digest or 0}
+        for link in links:
+            digests |= {link.base: link.step.base_digest, link.target: link.step.target_digest}
+        newest = max(digests)
+        self._resident.move_to(newest)
+        self._resident.check_bits(digests[newest])
+        self._chain.keep_above(oldest)
+        self._digests = {v: digests[v] for v in sorted(digests) if v >= oldest}
+
+    def _copy(self) -> Resident:
+        assert self._resident is not None, "there is a copy once a version was published"
+        return self._resident
+
+    def _go(self, version: PolicyVersion) -> PolicyVersion:
+        """Bring the copy to a version, and compare its digest; returns the version."""
+        num_patches = self._copy().move_to(version)
+        self._counts.num_patches += num_patches
+        self._counts.num_switches += num_patches > 0
+        self._copy().check(self._digests[version])
+        return version
+
+    def _settle(self) -> None:
+        """At the end of checkouts and walks: back to the newest version, and drop what had to wait for that."""
+        if not self._depth and not self._walks and self._resident is not None:
+            self._go(self.versions[-1])
+            self._drop()
+
+    def _drop(self) -> list[PolicyVersion]:
+        """Drop what is not needed; returns the versions dropped."""
+        if self._resident is None:
+            return []
+        oldest = min(self._window.needed(self.versions)[0], self._resident.at)
+        dropped = [version for version in self._digests if version < oldest]
+        if dropped:
+            self._digests = {version: digest for version, digest in self._digests.items() if version >= oldest}
+            self._chain.keep_above(oldest)
+            if self._disk is not None:
+                self._disk.drop(oldest, self._resident.at, self._resident.flat, self._chain)
+        self._room.notify_all()
         return dropped
+
+    def _check_outside(self, what: str) -> None:
+        if self._depth:
+            raise StoreUseError(
+                f"a store cannot be {what} inside a checkout",
+                got=f"version {self._copy().at} checked out in this thread",
+                allowed="outside of checkouts",
+                fix="leave the block before",
+            )

@@ -1,0 +1,225 @@
+"""The newest weights by their Hugging Face names, once a host, in shared memory: what engines load from.
+
+    trainer --patch or full weights--> HostCopy (one writer a host) <--map-- engine, engine, ...
+
+Engines fuse and pad tensors, so a patch cannot be applied to theirs: it is applied here, its digest compared, and they load
+what has changed from here. The file::
+
+    prefix    magic, format version, length of the layout
+    layout    JSON
+    state     version, digest, whether it is whole      at a multiple of 64 bytes, as are
+    buffers   one a dtype, in the layout's order
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import struct
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, Self
+
+import torch
+from torch import Tensor
+
+from oldlogits.core.errors import ExactnessError, LayoutError, PatchError
+from oldlogits.core.protocols import PolicyVersion
+from oldlogits.versions.codec import apply
+from oldlogits.versions.flat import FlatWeights
+from oldlogits.versions.layout import ALIGNMENT, Layout
+from oldlogits.versions.patch import Patch, receiver_behind
+
+LOCK_S: Final = 10.0
+"""How long to wait for the other side: a process that was stopped within a read or a write must not stop the rest."""
+_MAGIC: Final = b"oldhost\0"
+_FORMAT: Final = 1
+_PREFIX: Final = struct.Struct("<8sII")
+_STATE: Final = struct.Struct("<qQ?7x")
+
+
+class HostCopy:
+    """One canonical copy of the weights in a file that processes of one host map; one of them writes.
+
+    Args:
+        path: The file, of `create`, perhaps by another process.
+
+    Raises:
+        LayoutError: The file is no copy of weights.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = os.open(path, os.O_RDWR)
+        weakref.finalize(self, os.close, self._file)
+        self._map = mmap.mmap(self._file, 0)
+        if len(self._map) < _PREFIX.size or self._map[: len(_MAGIC)] != _MAGIC:
+            raise LayoutError("a file is no copy of weights", got=str(path), allowed="a file of HostCopy.create")
+        _, version, length = _PREFIX.unpack_from(self._map)
+        if version != _FORMAT:
+            raise LayoutError("a copy of weights of another format", got=f"format {version}", allowed=f"format {_FORMAT}")
+        layout = Layout.from_json(self._map[_PREFIX.size : _PREFIX.size + length])
+        self._state_at, places, _ = _places(layout, length)
+        buffers = {
+            dtype: torch.frombuffer(self._map, dtype=dtype, count=layout.numel(dtype), offset=at)
+            for dtype, at in places.items()
+            if layout.numel(dtype)
+        }
+        self._flat = FlatWeights(layout, {d: buffers.get(d, torch.empty(0, dtype=d)) for d in layout.dtypes})
+
+    @classmethod
+    def create(cls, path: Path, weights: Mapping[str, Tensor], version: PolicyVersion) -> Self:
+        """A new file that holds `weights` as `version`; this process is its writer.
+
+        Args:
+            path: Of a file that does not exist or is empty, best in shared memory.
+            weights: By name; those that share their memory are kept once.
+            version: Of them.
+        """
+        layout = Layout.of(weights)
+        text = layout.to_json().encode()
+        _, _, size = _places(layout, len(text))
+        with path.open("wb") as file:
+            file.write(_PREFIX.pack(_MAGIC, _FORMAT, len(text)) + text)
+            file.truncate(size)
+        copy = cls(path)
+        copy.load(weights, version)
+        return copy
+
+    @property
+    def version(self) -> PolicyVersion:
+        """What it holds."""
+        return self._state()[0]
+
+    @property
+    def digest(self) -> int:
+        """Of its bits, as recorded by the writer."""
+        return self._state()[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the file."""
+        return len(self._map)
+
+    def fits(self, weights: Mapping[str, Tensor]) -> bool:
+        """Whether these have the names, shapes, dtypes and ties of what is held."""
+        return Layout.of(weights) == self._flat.layout
+
+    @contextmanager
+    def read(self, version: PolicyVersion) -> Iterator[Mapping[str, Tensor]]:
+        """The weights of `version` by name, for reading inside the block; the writer waits for its end.
+
+        Raises:
+            ReceiverBehindError: The copy holds another version, or its writer died while it wrote.
+        """
+        with self._locked(fcntl.LOCK_SH):
+            held, _, is_whole = self._state()
+            if held != version or not is_whole:
+                raise receiver_behind(f"version {held}{'' if is_whole else ', half written'}", f"version {version}")
+            yield self._flat.weights
+
+    def load(self, weights: Mapping[str, Tensor], version: PolicyVersion) -> None:
+        """Take all weights anew: one copy.
+
+        Raises:
+            LayoutError: They have other names, shapes or dtypes; nothing was written.
+            ReceiverBehindError: A reader does not end; nothing was written.
+        """
+        with self._locked(fcntl.LOCK_EX), self._writing(version):
+            self._flat.load(weights)
+
+    def take(self, patches: Sequence[bytes | memoryview], base: PolicyVersion, version: PolicyVersion) -> int:
+        """Apply patches, and compare the digest of what comes out with that of the version that was sent.
+
+        Args:
+            patches: Serialised, oldest first.
+            base: The version that the first begins at.
+            version: The one that the last leads to.
+
+        Returns:
+            The digest.
+
+        Raises:
+            ReceiverBehindError: This copy does not hold `base`, or a patch is damaged, or the digest differs, or a reader does
+                not end: full weights are needed. The copy is as it was.
+        """
+        held, _, is_whole = self._state()
+        if held != base or not is_whole:
+            raise receiver_behind(f"version {held}{'' if is_whole else ', half written'}", f"version {base}")
+        try:
+            read = [Patch.from_bytes(patch, layout=self._flat.layout) for patch in patches]
+            with self._locked(fcntl.LOCK_EX), self._writing(version):
+                return apply(self._flat, read)
+        except (PatchError, LayoutError, ExactnessError) as error:
+            raise receiver_behind(str(error), f"patches from version {base} to {version}, as they were written") from error
+
+    def verify(self) -> None:
+        """Take the digest of all bits, and compare it with the recorded one.
+
+        Raises:
+            ExactnessError: It is another one.
+        """
+        with self._locked(fcntl.LOCK_SH):
+            found = self._flat.full_digest()
+        if found != self.digest:
+            raise ExactnessError(
+                f"the host's copy of version {self.version} has other bits than were written",
+                got=f"digest {found:016x}",
+                allowed=f"digest {self.digest:016x}",
+                fix="send the full weights again; if it happens again, test the memory of this host",
+            )
+
+    def _state(self) -> tuple[PolicyVersion, int, bool]:
+        version, digest, is_whole = _STATE.unpack_from(self._map, self._state_at)
+        return version, digest, is_whole
+
+    def _put_state(self, version: PolicyVersion, digest: int, is_whole: bool) -> None:
+        _STATE.pack_into(self._map, self._state_at, version, digest, is_whole)
+
+    @contextmanager
+    def _writing(self, version: PolicyVersion) -> Iterator[None]:
+        """What happens inside leads to `version`; if it fails and the bits are as they were, so is the state."""
+        before, digest, was_whole = self._state()
+        self._put_state(before, digest, False)
+        try:
+            yield
+        except BaseException:
+            self._put_state(before, digest, was_whole and self._flat.digest == digest)
+            raise
+        assert self._flat.digest is not None
+        self._put_state(version, self._flat.digest, True)
+
+    @contextmanager
+    def _locked(self, kind: int) -> Iterator[None]:
+        deadline = time.monotonic() + LOCK_S
+        while True:
+            try:
+                fcntl.flock(self._file, kind | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise receiver_behind(f"a process that has held it for {LOCK_S:g} s", "nobody else in it") from None
+                time.sleep(0.001)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+
+
+def _places(layout: Layout, length: int) -> tuple[int, dict[torch.dtype, int], int]:
+    """Where the state stands, where each buffer does, and the size of the file."""
+    state_at = _aligned(_PREFIX.size + length)
+    at = _aligned(state_at + _STATE.size)
+    places = {}
+    for dtype in layout.dtypes:
+        places[dtype] = at
+        at = _aligned(at + layout.numel(dtype) * dtype.itemsize)
+    return state_at, places, at
+
+
+def _aligned(at: int) -> int:
+    return -(-at // ALIGNMENT) * ALIGNMENT

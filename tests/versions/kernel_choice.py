@@ -1,0 +1,15 @@
+"""Tests choose the kernels that a block of code runs on."""
+
+from contextlib import contextmanager
+from unittest import mock
+
+from oldlogits.versions import fastpath
+
+CHOICES = ("numba", "torch")
+
+
+@contextmanager
+def kernels(choice):
+    """Within: every buffer on the CPU goes through these kernels, whatever its size."""
+    with mock.patch.object(fastpath, "_FEW", {"numba": 0, "torch": 1 << 62}[choice]):
+        yield

@@ -1,0 +1,174 @@
+"""Any sequence of calls, exceptions, kills and reopenings gives back exactly the published bits."""
+
+import gc
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from oldlogits.core.errors import StoreFullError, StoreUseError, VersionEvictedError
+from oldlogits.versions import PatchStore
+from tests.versions.states import assert_bits, changed, state
+
+
+class Boom(BaseException):
+    """An exception in the middle of a block, such as Ctrl-C."""
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Compares a store with plain copies of what was published."""
+
+    folder = None
+
+    @initialize(
+        on_disk=st.booleans(),
+        hot=st.integers(0, 3),
+        budget_bytes=st.sampled_from([None, 0, 300, 3000]),
+        first=st.integers(0, 5),
+    )
+    def begin(self, on_disk, hot, budget_bytes, first):
+        self.settings = {"hot": hot, "budget_bytes": budget_bytes, "sync": False}
+        self.folder = Path(tempfile.mkdtemp()) if on_disk else None
+        self.store = PatchStore(self.folder, wait_s=0, **self.settings)
+        self.weights, self.number = state(), 0
+        self.there, self.held, self.oldest = {}, [], None
+        self.publish(gap=first + 1, kind="none")
+
+    @rule(gap=st.integers(1, 3), kind=st.sampled_from(["none", "sparse", "many", "dense", "special"]))
+    def publish(self, gap, kind):
+        self.number += 1
+        version, weights = self.newest + gap, changed(self.weights, self.number, kind)
+        try:
+            publication = self.store.publish(version, weights)
+        except StoreFullError:
+            assert self.folder is None
+            assert self.settings["budget_bytes"] is not None
+            return
+        assert publication.version == version
+        self.weights = self.there[version] = weights
+        self.drop()
+
+    @rule(data=st.data())
+    def check_out(self, data):
+        version = data.draw(st.sampled_from(sorted(self.there)))
+        with self.store.checkout(version) as found:
+            assert_bits(found, self.there[version])
+
+    @rule(data=st.data(), breaks=st.booleans(), publishes=st.booleans())
+    def walk(self, data, breaks, publishes):
+        way = data.draw(st.lists(st.sampled_from(sorted(self.there)), max_size=6))
+        with suppress(Boom), self.store.walk():
+            for i, version in enumerate(way):
+                with self.store.checkout(version) as found:
+                    assert_bits(found, self.there[version])
+                    if breaks and i == len(way) - 1:
+                        raise Boom
+                if publishes and i == 1:
+                    self.publish(gap=1, kind="sparse")
+                    if version not in self.there:
+                        return
+
+    @rule(data=st.data())
+    def nest(self, data):
+        outer, inner = (data.draw(st.sampled_from(sorted(self.there))) for _ in range(2))
+        with suppress(Boom), self.store.checkout(outer) as found:
+            with pytest.raises(StoreUseError):
+                self.store.publish(self.newest + 1, self.weights)
+            try:
+                with self.store.checkout(inner) as again:
+                    assert outer == inner
+                    assert_bits(again, self.there[inner])
+                    raise Boom
+            except StoreUseError:
+                assert outer != inner
+            assert_bits(found, self.there[outer])
+
+    @rule(behind=st.integers(-1, 6))
+    def retain(self, behind):
+        self.oldest = self.newest - behind
+        before = set(self.there)
+        dropped = self.store.retain(self.oldest)
+        self.drop()
+        assert set(dropped) == before - set(self.there)
+
+    @rule(behind=st.integers(0, 6), data=st.data())
+    def retain_inside_a_checkout(self, behind, data):
+        version = data.draw(st.sampled_from(sorted(self.there)))
+        with self.store.checkout(version) as found:
+            self.oldest = self.newest - behind
+            self.store.retain(self.oldest)
+            assert_bits(found, self.there[version])
+        self.drop()
+
+    @rule(data=st.data())
+    def hold(self, data):
+        version = data.draw(st.sampled_from(sorted(self.there)))
+        self.store.hold(version)
+        self.held.append(version)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def release(self, data):
+        version = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+        self.store.release(version)
+        self.drop()
+
+    @rule(version=st.integers(0, 30))
+    def ask_for_what_is_gone(self, version):
+        if version not in self.there:
+            with pytest.raises(VersionEvictedError), self.store.checkout(version):
+                pass
+
+    @rule(data=st.data())
+    def rewind(self, data):
+        version = data.draw(st.sampled_from(sorted(self.there)))
+        self.store.rewind(version)
+        self.there = {v: weights for v, weights in self.there.items() if v <= version}
+        self.weights = self.there[version]
+        self.drop()
+
+    @precondition(lambda self: self.folder is not None)
+    @rule(torn=st.binary(max_size=30), cooks=st.booleans())
+    def kill_and_open(self, torn, cooks):
+        self.store = None  # the process is gone, and with it who held or retained what
+        gc.collect(0)
+        torn = b"OLVr" + torn if cooks else bytes(len(torn))
+        with (self.folder / "versions.log").open("ab") as file:
+            file.write(torn[:32])
+        self.store = PatchStore.open(self.folder, **self.settings)
+        assert (self.store.cut.num_bytes if self.store.cut else 0) == len(torn[:32])
+        self.held, self.oldest = [], None
+
+    @rule()
+    def verify(self):
+        self.store.verify()
+
+    @invariant()
+    def exactly_what_is_needed_is_there(self):
+        if getattr(self, "there", None):
+            assert self.store.versions == tuple(sorted(self.there))
+            budget = self.settings["budget_bytes"]
+            assert budget is None or self.store.patch_bytes <= budget
+            assert_bits(self.store._copy().flat.weights, self.there[self.newest])
+
+    @property
+    def newest(self):
+        return max(self.there, default=-1)
+
+    def drop(self):
+        needed = [v for v in self.there if self.oldest is None or v >= self.oldest or v in self.held or v == self.newest]
+        self.there = {v: weights for v, weights in self.there.items() if v >= min(needed)}
+
+    def teardown(self):
+        self.store = None
+        if self.folder is not None:
+            shutil.rmtree(self.folder)
+
+
+StoreMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True)
+TestAnySequenceOfCallsGivesBackThePublishedBits = StoreMachine.TestCase
