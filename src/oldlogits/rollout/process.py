@@ -29,6 +29,7 @@ from typing import Final, Literal, TypeVar
 import torch
 
 from oldlogits.core.errors import ConfigError, OldLogitsError, ReceiverBehindError, WorkerDiedError
+from oldlogits.core.processes import name_process
 from oldlogits.core.protocols import EngineCapabilities, Generation, PatchWeights, PolicyVersion, Sampling, WeightUpdate
 from oldlogits.rollout.embedded import EngineCore
 from oldlogits.rollout.shared import shared_file
@@ -324,6 +325,7 @@ def _died(how: str) -> WorkerDiedError:
 
 def _serve(connection: Connection, spec: EngineSpec) -> None:
     """The engine process. It ignores SIGINT and SIGTERM: the parent decides; it ends when the pipe does."""
+    name_process("engine")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
