@@ -34,12 +34,13 @@ from oldlogits.objective import group_advantages
 from oldlogits.record.episodes import Stage
 from oldlogits.record.summary import wilson
 from oldlogits.rollout.turns import Agent
+from oldlogits.runtime.admission import pace_of
 from oldlogits.runtime.buffer import Account, Buffer
 from oldlogits.runtime.calibration import calibrate, doubts
 from oldlogits.runtime.handles import Handles
 from oldlogits.runtime.recorder import Recorder
 from oldlogits.runtime.referee import Referee
-from oldlogits.runtime.rollouts import PACE, Rollouts, evaluate, is_success
+from oldlogits.runtime.rollouts import Rollouts, evaluate, is_success
 from oldlogits.runtime.rows import Rows
 from oldlogits.runtime.staleness import StalenessBound
 from oldlogits.runtime.synchronise import Synchroniser
@@ -61,18 +62,22 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Busy:
-    """Seconds that engine and trainer have worked, and tokens sampled, since they started."""
+    """Seconds that engine and trainer have worked, and what the engine has done, since they started."""
 
     engine_s: float
     trainer_s: float
+    num_steps: int
     num_sampled: int
+    num_prefilled: int
 
     def __sub__(self, other: Busy) -> Busy:
         """What was done in between."""
         return Busy(
             engine_s=self.engine_s - other.engine_s,
             trainer_s=self.trainer_s - other.trainer_s,
+            num_steps=self.num_steps - other.num_steps,
             num_sampled=self.num_sampled - other.num_sampled,
+            num_prefilled=self.num_prefilled - other.num_prefilled,
         )
 
 
@@ -97,6 +102,7 @@ class Loop:
         self._synchroniser = Synchroniser(config, task.probe_ids, handles, self.source, recorder, totals)
         self._referee = Referee(config, handles.trainer, recorder.events, handles.clock)
         self._last_update_s = 0.0
+        self._last_ended: float | None = None
         self._expected_noise = 0.0  # of the engine's numerics, on the probe tokens of the live version; nats
         self.version = 0
 
@@ -163,7 +169,7 @@ class Loop:
         rollouts.admit(
             self.version,
             num_wanted=(self._config.num_updates - self.version) * per_version,
-            pace_s=self._last_update_s / (PACE * per_version) if self._handles.real_time else 0.0,
+            pace_s=pace_of(self._last_update_s, per_version) if self._handles.real_time else 0.0,
         )
 
     async def _update(self, rollouts: Rollouts) -> None:
@@ -203,6 +209,7 @@ class Loop:
         await trainer.retain(min(self.version, self._oldest_needed()))
         ended = clock()
         times = {
+            "time/between_s": started - (started if self._last_ended is None else self._last_ended),
             "time/update_s": ended - started,
             "time/wait_batch_s": taken - started,
             "time/score_s": scored_at - taken,
@@ -210,9 +217,11 @@ class Loop:
             "time/publish_s": ended - trained,
             "time/stall_s": stall_s,
         }
+        self._last_ended = ended
         used = (await self._busy()) - before
         self._count(groups, result, used, ended - started)
-        metrics = {**result.metrics, **times, **self.source.metrics(), **self._loop_metrics(groups, result, used, times)}
+        of_loop = self._loop_metrics(groups, result, used, times)
+        metrics = {**result.metrics, **times, **self.source.metrics(), **rollouts.gaps.metrics(), **of_loop}
         self._recorder.updated(result, metrics, groups, version=self.version)
         effect = self._referee.judge(refereed_scores, result, version=self.version)
         if result.average_reset is not None:
@@ -229,7 +238,13 @@ class Loop:
 
     async def _busy(self) -> Busy:
         stats, state = await self._handles.engine_stats(), await self._handles.trainer.state()
-        return Busy(engine_s=stats.busy_s, trainer_s=state.busy_s, num_sampled=stats.num_decode_tokens)
+        return Busy(
+            engine_s=stats.busy_s,
+            trainer_s=state.busy_s,
+            num_steps=stats.num_steps,
+            num_sampled=stats.num_decode_tokens,
+            num_prefilled=stats.num_prefill_tokens,
+        )
 
     def _count(self, groups: Sequence[TrajectoryGroup], result: UpdateResult, used: Busy, wall_s: float) -> None:
         """Book the update."""
@@ -264,6 +279,9 @@ class Loop:
             "staleness/max": max(lags),
             "throughput/engine_tokens_per_s": used.num_sampled / wall_s,
             "throughput/trainer_tokens_per_s": sum(t.num_tokens for t in trajectories) / wall_s,
+            "engine/steps": used.num_steps,
+            "engine/decode_tokens": used.num_sampled,
+            "engine/prefill_tokens": used.num_prefilled,
             "idle/engine_share": max(0.0, 1 - used.engine_s / wall_s),
             "idle/trainer_share": max(0.0, 1 - used.trainer_s / wall_s),
             "queue/running": buffer.running,
