@@ -1,0 +1,1 @@
+"""What ``oldlogits bench`` runs."""
