@@ -1,0 +1,355 @@
+"""Step times and workload of a run folder: what a simulation of that run, or of another recipe, starts from.
+
+Everything is a mean over the run's own updates, the first left out: it does what is done only once.
+
+    update, batch, scored, published, weights_updated events -> seconds    tokens/*.parquet -> turns of each episode
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from oldlogits.bench.simulate.forecast import Forecast
+from oldlogits.bench.simulate.scenario import (
+    EngineTimes,
+    Episode,
+    MeasuredWorkload,
+    Scenario,
+    ScorerTimes,
+    TrainerTimes,
+    Turn,
+)
+from oldlogits.config import RunConfig, load_config
+from oldlogits.core.errors import ConfigError
+from oldlogits.record.events import Event, EventKind, read_events
+from oldlogits.record.folder import RunFolder
+
+SKIP = 1
+"""First updates of a run that no mean includes."""
+
+AHEAD = frozenset({"eager", "interruption", "dedicated"})
+"""Routes that score before a batch enters training, and count what they do themselves."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredRun:
+    """A run folder, read.
+
+    Args:
+        config: Its recipe.
+        updates: The metrics of every update.
+        num_tokens: Of every update's batch, context included.
+        num_trajectories: Of every update's batch.
+        events: Of the last start of the run, by kind.
+        workload: Its episodes and the gaps between their turns.
+    """
+
+    config: RunConfig
+    updates: Sequence[Mapping[str, float]]
+    num_tokens: Sequence[int]
+    num_trajectories: Sequence[int]
+    events: Mapping[EventKind, Sequence[Event]]
+    workload: MeasuredWorkload
+
+    @classmethod
+    def read(cls, path: Path) -> MeasuredRun:
+        """Read a run folder of runtime "local".
+
+        Raises:
+            ConfigError: It is none, it has too few updates, or was written without what a simulation needs.
+        """
+        folder = RunFolder(path=path)
+        if not folder.events.is_file():
+            raise ConfigError(
+                "no run folder", got=str(path), allowed="a folder with events.jsonl", fix="oldlogits train RECIPE --out FOLDER"
+            )
+        config = load_config(path / "config.toml")
+        events: dict[EventKind, list[Event]] = defaultdict(list)
+        for event in read_events(folder.events):
+            events[event.kind].append(event)
+        updates = [_mapping(event.fields["metrics"]) for event in events[EventKind.UPDATE]]
+        paths = sorted(folder.tokens.glob("v*.parquet"))
+        usable = config.runtime.type == "local" and len(events[EventKind.RUN_STARTED]) == 1
+        if not usable or len(updates) < SKIP + 3 or "engine/steps" not in updates[-1] or not paths:
+            raise ConfigError(
+                "this run cannot be simulated",
+                got=f"runtime {config.runtime.type}, {len(events[EventKind.RUN_STARTED])} starts, {len(updates)} updates, "
+                f"{len(paths)} token tables",
+                allowed=f"runtime local, one start, at least {SKIP + 3} updates with engine/steps, a token table",
+                fix="train it anew with runtime.type = 'local' and record.tokens_every = 1",
+            )
+        return cls(
+            config=config,
+            updates=updates,
+            num_tokens=[int(str(event.fields["num_tokens"])) for event in events[EventKind.BATCH]],
+            num_trajectories=_trained(updates),
+            events=events,
+            workload=MeasuredWorkload(groups=_groups(paths), gaps_s=_gaps(updates[SKIP:])),
+        )
+
+    def total(self, key: str, *, minus: str = "") -> float:
+        """The sum of a metric over the updates that count, 0 where an update has none."""
+        return sum(update.get(key, 0.0) - update.get(minus, 0.0) for update in self.updates[SKIP:])
+
+    @property
+    def num_counted(self) -> int:
+        """Updates that count."""
+        return len(self.updates) - SKIP
+
+    @property
+    def measured(self) -> Forecast:
+        """What the run did, as the figures of a forecast; those that its events do not hold are NaN."""
+        counted = self.updates[SKIP:]
+        wall_s, wait_s = self.total("time/update_s"), self.total("time/wait_batch_s")
+        total_s = wall_s + self.total("time/between_s")
+        decoded, tokens = self.total("engine/decode_tokens"), sum(self.num_tokens[SKIP:])
+        lags: dict[int, int] = defaultdict(int)
+        for event in self.events[EventKind.UPDATE][SKIP:]:
+            for lag, num in _mapping(event.fields["staleness_counts"]).items():
+                lags[int(lag)] += int(num)
+        return Forecast(
+            trajectories_per_s=sum(self.num_trajectories[SKIP:]) / total_s,
+            tokens_per_s=tokens / total_s,
+            sampled_per_s=decoded / wall_s,
+            engine_idle_share=1 - _busy_s(counted, "engine") / wall_s,
+            trainer_idle_share=1 - _busy_s(counted, "trainer") / wall_s,
+            scorer_idle_share=math.nan,
+            staleness_mean=sum(lag * num for lag, num in lags.items()) / sum(lags.values()),
+            staleness_max=max(lags),
+            score_share=(self.total("time/score_s") + self._score_after_s) / (wall_s - wait_s),
+            stall_s=self.total("time/stall_s") / self.num_counted,
+            update_s=wall_s / self.num_counted,
+            wait_s=wait_s / self.num_counted,
+            reads_per_token=self._num_read / tokens,
+            prefill_per_token=self.total("engine/prefill_tokens") / decoded,
+            num_versions=math.nan,
+        )
+
+    def scenario(self, config: RunConfig | None = None, *, seed: int = 0) -> Scenario:
+        """The run to simulate, from this run's step times.
+
+        Args:
+            config: Another recipe, of the same model and environment; None: its own.
+            seed: Of what is drawn.
+
+        Raises:
+            ConfigError: The other recipe takes a dedicated scorer, whose times this run does not hold.
+        """
+        c = config or self.config
+        n, latency_s = self.num_counted, c.env.latency_s - self.config.env.latency_s
+        closed = self.events[EventKind.GROUP_CLOSED]
+        return Scenario(
+            name=f"{c.source.type}, {c.num_updates} updates",
+            route=c.source.type,
+            workload=self.workload if not latency_s else _slower(self.workload, latency_s),
+            engine=self.engine_times,
+            trainer=self.trainer_times,
+            scorer=self._scorer_times(c) if c.source.type == "dedicated" else None,
+            num_slots=c.engine.num_slots,
+            pause_s=_mean(self.events[EventKind.WEIGHTS_UPDATED][SKIP:], "pause_s"),
+            load_s=_mean(self.events[EventKind.WEIGHTS_UPDATED][SKIP:], "load_s"),
+            group_size=c.rollout.group_size,
+            groups_per_version=c.rollout.groups_per_version,
+            max_running_groups=c.rollout.max_running_groups,
+            max_staleness=c.max_staleness,
+            num_updates=c.num_updates,
+            skip=SKIP,
+            stops=True,
+            recompute=c.engine.kv == "recompute",
+            filtered_share=sum(event.fields["filtered"] is True for event in closed) / len(closed) if n else 0.0,
+            seed=seed,
+        )
+
+    @property
+    def engine_times(self) -> EngineTimes:
+        """Least squares over the updates: busy seconds = steps, sampled tokens and prompt tokens, none below 0."""
+        counted = self.updates[SKIP:]
+        busy_s = np.array([_busy_s([update], "engine") for update in counted])
+        columns = np.array([[u[f"engine/{name}"] for name in ("steps", "decode_tokens", "prefill_tokens")] for u in counted])
+        step_s, sequence_s, prefill_s = nonnegative_least_squares(columns, busy_s)
+        return EngineTimes(step_s=step_s, sequence_s=sequence_s, prefill_s=prefill_s)
+
+    @property
+    def trainer_times(self) -> TrainerTimes:
+        """Means over the updates."""
+        n, num_tokens = self.num_counted, sum(self.num_tokens[SKIP:])
+        read_s, checkout_s = self._score_times
+        token_s = self.total("time/step_s") / num_tokens
+        named = ("time/wait_batch_s", "time/score_s", "time/step_s", "time/publish_s")
+        rest_s = self.total("time/update_s") - sum(map(self.total, named))
+        publish_s = _mean(self.events[EventKind.PUBLISHED][1 + SKIP :], "seconds_s")  # the first is that of version 0
+        updated = self.events[EventKind.WEIGHTS_UPDATED][1 + SKIP :]
+        given_s = publish_s + _mean(updated, "pause_s") + _mean(updated, "load_s")
+        own_s = self.total("time/update_s") - self.total("time/wait_batch_s")
+        hidden_s = self.total("source/score_s", minus="source/wait_s") if self._route in ("eager", "interruption") else 0.0
+        first = self.updates[0]
+        usual_s = own_s / num_tokens * self.num_tokens[0]
+        return TrainerTimes(
+            read_s=read_s,
+            checkout_s=checkout_s,
+            token_s=token_s,
+            rest_s=max(0.0, rest_s / n),
+            publish_s=publish_s,
+            after_s=max(0.0, (self.total("time/publish_s") - self._score_after_s) / n - given_s),
+            between_s=float(np.median([update["time/between_s"] for update in self.updates[SKIP:]])),
+            first_s=max(0.0, first["time/update_s"] - first["time/wait_batch_s"] - usual_s),
+            busy_share=min(1.0, (_busy_s(self.updates[SKIP:], "trainer") - hidden_s) / own_s),
+        )
+
+    @property
+    def _route(self) -> str:
+        return self.config.source.type
+
+    @property
+    def _num_read(self) -> float:
+        if self._route in AHEAD:
+            return self.total("source/read_tokens")
+        return _sum(self.events[EventKind.SCORED][SKIP:], "read_tokens")
+
+    @property
+    def _score_after_s(self) -> float:
+        """Seconds of waits for the route after the publish: those of "eager" that are not before the steps."""
+        return max(0.0, self.total("source/wait_s", minus="time/score_s")) if self._route == "eager" else 0.0
+
+    @property
+    def _score_times(self) -> tuple[float, float]:
+        """Seconds a token that is read, and a checkout."""
+        if self._route in AHEAD:
+            parts = {name: self.total(f"source/{name}") for name in ("score_s", "switch_s", "witness_s", "num_checkouts")}
+        else:
+            scored = self.events[EventKind.SCORED][SKIP:]
+            parts = {name: _sum(scored, name) for name in ("switch_s", "witness_s", "num_checkouts")}
+            parts["score_s"] = _sum(scored, "seconds_s")
+        if not self._num_read:
+            return 0.0, 0.0
+        other_s = parts["switch_s"] + parts["witness_s"]
+        return (parts["score_s"] - other_s) / self._num_read, other_s / max(1.0, parts["num_checkouts"])
+
+    def _scorer_times(self, config: RunConfig) -> ScorerTimes:
+        if self._route != "dedicated":
+            raise ConfigError(
+                "this run does not tell how fast a dedicated scorer is",
+                got=f"source.type = '{self._route}'",
+                allowed="a run with source.type = 'dedicated'",
+                fix="simulate another route, or start from another run",
+            )
+        read_s, checkout_s = self._score_times
+        return ScorerTimes(read_s=read_s, checkout_s=checkout_s, window=config.source.window)
+
+
+def nonnegative_least_squares(columns: NDArray[np.float64], values: NDArray[np.float64]) -> tuple[float, ...]:
+    """The coefficients, none below 0, that fit `values` best; then scaled so that the sums agree.
+
+    Args:
+        columns: float64 [row, column]; few columns: every subset of them is tried.
+        values: float64 [row].
+
+    Example:
+        Rows (1, 0), (0, 1) and values 2, -1: (0.5, 0): the second may not be negative, and the sums are 1 and 1.
+    """
+    num = columns.shape[1]
+    best, found = math.inf, np.zeros(num)
+    for size in range(1, num + 1):
+        for subset in combinations(range(num), size):
+            part, *_ = np.linalg.lstsq(columns[:, subset], values, rcond=None)
+            error = float(np.square(columns[:, subset] @ part - values).sum())
+            if (part >= 0).all() and error < best:
+                best, found = error, np.zeros(num)
+                found[list(subset)] = part
+    fitted = float((columns @ found).sum())
+    return tuple((found * (float(values.sum()) / fitted if fitted > 0 else 1.0)).tolist())
+
+
+def _busy_s(updates: Sequence[Mapping[str, float]], who: str) -> float:
+    return sum((1 - update[f"idle/{who}_share"]) * update["time/update_s"] for update in updates)
+
+
+def _trained(updates: Sequence[Mapping[str, float]]) -> list[int]:
+    """Trajectories of each update."""
+    ends = [0, *(round(update["accounting/trained"]) for update in updates)]
+    return [b - a for a, b in zip(ends, ends[1:], strict=False)]
+
+
+def _groups(paths: Sequence[Path]) -> tuple[tuple[Episode, ...], ...]:
+    """The turns of every trained episode: a stretch of loss tokens without a gap in their positions is a turn."""
+    groups: dict[str, list[Episode]] = defaultdict(list)
+    for path in paths:
+        table = pq.read_table(path, columns=["trajectory", "index"])
+        names, index = np.array(table.column("trajectory").to_pylist()), table.column("index").to_numpy()
+        order = np.lexsort((index, names))
+        names, index = names[order], index[order]
+        starts = np.flatnonzero(np.r_[True, names[1:] != names[:-1]])
+        for start, end in zip(starts, [*starts[1:], len(names)], strict=True):
+            groups[str(names[start]).rpartition(".")[0]].append(_episode(index[start:end]))
+    return tuple(tuple(episodes) for _, episodes in sorted(groups.items()))
+
+
+def _episode(index: NDArray[np.int32]) -> Episode:
+    """From the positions of the sampled tokens of one trajectory.
+
+    Example:
+        Positions 5, 6, 9: a prompt of 5 and a turn of 2, then 2 read and a turn of 1.
+    """
+    breaks = np.flatnonzero(np.diff(index) > 1) + 1
+    turns, end = [], 0
+    for stretch in np.split(index, breaks):
+        turns.append(Turn(num_read=int(stretch[0]) - end, num_sampled=len(stretch)))
+        end = int(stretch[-1]) + 1
+    return tuple(turns)
+
+
+def _gaps(updates: Sequence[Mapping[str, float]]) -> tuple[tuple[float, float], ...]:
+    """Quantiles of all gaps together, about: the weighted means of those of each update, scaled to the mean gap."""
+    counted = [update for update in updates if update.get("turn/num_gaps")]
+    if not counted:
+        return ()
+    weights = np.array([update["turn/num_gaps"] for update in counted])
+
+    def mean(key: str) -> float:
+        return float(np.average([update[f"turn/{key}_s"] for update in counted], weights=weights))
+
+    middle, high = (math.log(2), mean("gap_p50")), (math.log(10), mean("gap_p90"))
+    slope = (high[1] - middle[1]) / (high[0] - middle[0])
+    points = [(0.0, max(0.0, middle[1] - slope * middle[0])), middle, high, (math.log(100), mean("gap_p99"))]
+    longest = (math.log(max(weights.sum(), 101.0)), max(update["turn/gap_max_s"] for update in counted))
+    points.append((longest[0], max(longest[1], points[-1][1])))
+    scale = mean("gap") / _mean_of_quantiles(points)
+    return tuple((x, y * scale) for x, y in points)
+
+
+def _mean_of_quantiles(points: Sequence[tuple[float, float]]) -> float:
+    """Of a distribution with these quantiles at -ln(1 - u), joined by lines: a part from x0 to x1 of slope b adds
+    ``e^-x0 (y0 + b) - e^-x1 (y1 + b)``; beyond the last point it stands still."""  # noqa: D205, D209
+    total = points[-1][1] * math.exp(-points[-1][0])
+    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+        slope = (y1 - y0) / (x1 - x0)
+        total += math.exp(-x0) * (y0 + slope) - math.exp(-x1) * (y1 + slope)
+    return total
+
+
+def _slower(workload: MeasuredWorkload, latency_s: float) -> MeasuredWorkload:
+    """With a simulated, exponentially distributed latency that is this much longer on average."""
+    gaps_s = workload.gaps_s or ((0.0, 0.0), (math.log(1000), 0.0))
+    return MeasuredWorkload(groups=workload.groups, gaps_s=tuple((x, max(0.0, y + latency_s * x)) for x, y in gaps_s))
+
+
+def _mapping(value: object) -> Mapping[str, float]:
+    assert isinstance(value, Mapping), "an event's field of this kind is a table"
+    return value
+
+
+def _sum(events: Sequence[Event], key: str) -> float:
+    return sum(float(str(event.fields[key])) for event in events)
+
+
+def _mean(events: Sequence[Event], key: str) -> float:
+    return _sum(events, key) / max(1, len(events))
