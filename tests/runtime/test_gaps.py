@@ -1,4 +1,4 @@
-"""Gaps between turns: what begins and ends one, and the figures of an update."""
+"""Gaps of a trajectory: what begins and ends one, and the figures of an update."""
 
 import pytest
 
@@ -9,17 +9,26 @@ READ = Context(token_ids=(1,))
 SAID = Sampled(token_ids=(2,), logp_mu=(-1.0,), version=0, kv="fresh", temperature=1.0)
 
 
-def test_a_gap_runs_from_a_sampled_turn_to_the_context_that_follows_it() -> None:
+def test_what_is_not_the_engines_time_is_before_the_first_turn_between_turns_or_after_the_last() -> None:
     now = [0.0]
     gaps = TurnGaps(clock=lambda: now[0])
-    gaps.grew("a", [READ])  # the prompt ends no gap
-    for seconds, segments in ((1.0, [READ, SAID]), (3.5, [READ, SAID, READ]), (4.0, [READ, SAID, READ, SAID])):
+    gaps.started("a")
+    grown = [(0.5, [READ]), (1.0, [READ, SAID]), (3.5, [READ, SAID, READ]), (4.0, [READ, SAID, READ, SAID])]
+    for seconds, segments in grown:
         now[0] = seconds
         gaps.grew("a", segments)
-    gaps.ended("a")
     now[0] = 9.0
-    gaps.grew("a", [READ])
+    gaps.ended("a", well=True)
     found = gaps.metrics()
-    assert found["turn/num_gaps"] == 1
-    assert found["turn/gap_s"] == found["turn/gap_p50_s"] == found["turn/gap_max_s"] == pytest.approx(2.5)
-    assert gaps.metrics() == {"turn/num_gaps": 0}
+    assert [found[f"turn/{kind}_s"] for kind in ("first", "gap", "last")] == pytest.approx([0.5, 2.5, 5.0])
+    assert found["turn/num_gap"] == 1
+    assert found["turn/gap_p50_s"] == found["turn/gap_max_s"] == pytest.approx(2.5)
+    assert gaps.metrics() == {"turn/num_first": 0, "turn/num_gap": 0, "turn/num_last": 0}
+
+
+def test_an_episode_that_failed_has_no_last_gap() -> None:
+    gaps = TurnGaps()
+    gaps.grew("a", [READ, SAID])
+    gaps.ended("a", well=False)
+    gaps.grew("a", [READ])
+    assert gaps.metrics() == {"turn/num_first": 0, "turn/num_gap": 0, "turn/num_last": 0}

@@ -33,6 +33,7 @@ from oldlogits.envs.shape import Environment
 from oldlogits.objective import group_advantages
 from oldlogits.record.episodes import Stage
 from oldlogits.record.summary import wilson
+from oldlogits.rollout.timing import Line
 from oldlogits.rollout.turns import Agent
 from oldlogits.runtime.admission import pace_of
 from oldlogits.runtime.buffer import Account, Buffer
@@ -66,18 +67,22 @@ class Busy:
 
     engine_s: float
     trainer_s: float
-    num_steps: int
     num_sampled: int
-    num_prefilled: int
+    num_requests: int
+    waiting_s: float
+    decode: Line
+    prefill: Line
 
     def __sub__(self, other: Busy) -> Busy:
         """What was done in between."""
         return Busy(
             engine_s=self.engine_s - other.engine_s,
             trainer_s=self.trainer_s - other.trainer_s,
-            num_steps=self.num_steps - other.num_steps,
             num_sampled=self.num_sampled - other.num_sampled,
-            num_prefilled=self.num_prefilled - other.num_prefilled,
+            num_requests=self.num_requests - other.num_requests,
+            waiting_s=self.waiting_s - other.waiting_s,
+            decode=self.decode - other.decode,
+            prefill=self.prefill - other.prefill,
         )
 
 
@@ -241,9 +246,11 @@ class Loop:
         return Busy(
             engine_s=stats.busy_s,
             trainer_s=state.busy_s,
-            num_steps=stats.num_steps,
             num_sampled=stats.num_decode_tokens,
-            num_prefilled=stats.num_prefill_tokens,
+            num_requests=stats.num_requests,
+            waiting_s=stats.waiting_s,
+            decode=stats.decode,
+            prefill=stats.prefill,
         )
 
     def _count(self, groups: Sequence[TrajectoryGroup], result: UpdateResult, used: Busy, wall_s: float) -> None:
@@ -279,9 +286,10 @@ class Loop:
             "staleness/max": max(lags),
             "throughput/engine_tokens_per_s": used.num_sampled / wall_s,
             "throughput/trainer_tokens_per_s": sum(t.num_tokens for t in trajectories) / wall_s,
-            "engine/steps": used.num_steps,
-            "engine/decode_tokens": used.num_sampled,
-            "engine/prefill_tokens": used.num_prefilled,
+            "engine/requests": used.num_requests,
+            "engine/waiting_s": used.waiting_s,
+            **used.decode.metrics("engine/decode"),
+            **used.prefill.metrics("engine/prefill"),
             "idle/engine_share": max(0.0, 1 - used.engine_s / wall_s),
             "idle/trainer_share": max(0.0, 1 - used.trainer_s / wall_s),
             "queue/running": buffer.running,

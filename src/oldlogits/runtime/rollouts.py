@@ -113,13 +113,13 @@ class Rollouts(Admission):
 
     async def _play_member(self, group_id: str, member: int, row: Row) -> None:
         id = f"{group_id}.{member}"
+        self.gaps.started(id)
         try:
             outcome = await run_episode(self._agent, self._class, row, id=id, group_id=group_id)
         except asyncio.CancelledError:
             self._source.drop([id])
             raise
-        finally:
-            self.gaps.ended(id)
+        self.gaps.ended(id, well=isinstance(outcome, Trajectory))
         if isinstance(outcome, Failure):
             self._source.drop([id])
             self._buffer.fail(group_id)

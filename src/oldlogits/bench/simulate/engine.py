@@ -55,15 +55,17 @@ class Engine:
         times: Of its steps.
         num_slots: Sequences in a step.
         recompute: Whether a weight update empties the cache.
+        common_tokens: Tokens at the beginning of every prompt.
     """
 
-    def __init__(self, times: EngineTimes, *, num_slots: int, recompute: bool) -> None:
+    def __init__(self, times: EngineTimes, *, num_slots: int, recompute: bool, common_tokens: int) -> None:
         self._times, self._num_slots, self._recompute = times, num_slots, recompute
         self._loop = asyncio.get_running_loop()
         self._numbers = itertools.count()
         self._waiting: deque[_Request] = deque()
         self._active: list[tuple[int, int, _Request]] = []  # a heap by target
         self._context = 0  # tokens that the active sequences attend to
+        self._common = common_tokens
         self._prompts: set[str] = set()  # groups whose prompt is in the cache
         self._timer: asyncio.TimerHandle | None = None
         self._planned = 0  # steps until the timer
@@ -186,12 +188,13 @@ class Engine:
             self._context += request.attends_to
             heapq.heappush(self._active, (request.target, next(self._numbers), request))
         self.num_prefilled += num_missing
-        return num_missing * self._times.prefill_s, num_new * self._times.message_s
+        t = self._times
+        return (t.wave_s if num_new else 0.0) + num_missing * t.prefill_s, num_new * t.message_s
 
     def _missing(self, cached: Cached) -> int:
         """Tokens to prefill: what was read since, or all after a weight update; a group's prompt once."""
         kept = cached.num_cached if cached.version == self.version or (cached.version >= 0 and not self._recompute) else 0
-        if not kept and cached.group_id in self._prompts:
-            kept = cached.num_prompt
+        if not kept and self._prompts:
+            kept = cached.num_prompt if cached.group_id in self._prompts else min(self._common, cached.num_prompt)
         self._prompts.add(cached.group_id)
         return max(0, cached.num_tokens - kept)

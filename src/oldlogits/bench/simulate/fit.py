@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from oldlogits.bench.simulate.scenario import (
     EngineTimes,
     Episode,
     MeasuredWorkload,
+    Quantiles,
     Scenario,
     ScorerTimes,
     TrainerTimes,
@@ -32,6 +33,8 @@ from oldlogits.config import RunConfig, load_config
 from oldlogits.core.errors import ConfigError
 from oldlogits.record.events import Event, EventKind, read_events
 from oldlogits.record.folder import RunFolder
+from oldlogits.rollout.timing import Line
+from oldlogits.runtime.gaps import KINDS, Kind
 
 SKIP = 1
 """First updates of a run that no mean includes."""
@@ -79,21 +82,22 @@ class MeasuredRun:
         updates = [_mapping(event.fields["metrics"]) for event in events[EventKind.UPDATE]]
         paths = sorted(folder.tokens.glob("v*.parquet"))
         usable = config.runtime.type == "local" and len(events[EventKind.RUN_STARTED]) == 1
-        if not usable or len(updates) < SKIP + 3 or "engine/steps" not in updates[-1] or not paths:
+        if not usable or len(updates) < SKIP + 3 or "engine/requests" not in updates[-1] or not paths:
             raise ConfigError(
                 "this run cannot be simulated",
                 got=f"runtime {config.runtime.type}, {len(events[EventKind.RUN_STARTED])} starts, {len(updates)} updates, "
                 f"{len(paths)} token tables",
-                allowed=f"runtime local, one start, at least {SKIP + 3} updates with engine/steps, a token table",
+                allowed=f"runtime local, one start, at least {SKIP + 3} updates with engine/requests, a token table",
                 fix="train it anew with runtime.type = 'local' and record.tokens_every = 1",
             )
+        common = 1 + int(str(events[EventKind.PROBE][0].fields["num_tokens"]))  # the system prompt; its first token is given
         return cls(
             config=config,
             updates=updates,
             num_tokens=[int(str(event.fields["num_tokens"])) for event in events[EventKind.BATCH]],
             num_trajectories=_trained(updates),
             events=events,
-            workload=MeasuredWorkload(groups=_groups(paths), gaps_s=_gaps(updates[SKIP:])),
+            workload=MeasuredWorkload(groups=_groups(paths), gaps_s=_gaps(updates[SKIP:]), common_tokens=common),
         )
 
     def total(self, key: str, *, minus: str = "") -> float:
@@ -111,7 +115,7 @@ class MeasuredRun:
         counted = self.updates[SKIP:]
         wall_s, wait_s = self.total("time/update_s"), self.total("time/wait_batch_s")
         total_s = wall_s + self.total("time/between_s")
-        decoded, tokens = self.total("engine/decode_tokens"), sum(self.num_tokens[SKIP:])
+        decoded, tokens = self.total("engine/decode_size"), sum(self.num_tokens[SKIP:])
         lags: dict[int, int] = defaultdict(int)
         for event in self.events[EventKind.UPDATE][SKIP:]:
             for lag, num in _mapping(event.fields["staleness_counts"]).items():
@@ -130,7 +134,7 @@ class MeasuredRun:
             update_s=wall_s / self.num_counted,
             wait_s=wait_s / self.num_counted,
             reads_per_token=self._num_read / tokens,
-            prefill_per_token=self.total("engine/prefill_tokens") / decoded,
+            prefill_per_token=self.total("engine/prefill_size") / decoded,
             num_versions=math.nan,
         )
 
@@ -171,12 +175,23 @@ class MeasuredRun:
 
     @property
     def engine_times(self) -> EngineTimes:
-        """Least squares over the updates: busy seconds = steps, sampled tokens and prompt tokens, none below 0."""
-        counted = self.updates[SKIP:]
-        busy_s = np.array([_busy_s([update], "engine") for update in counted])
-        columns = np.array([[u[f"engine/{name}"] for name in ("steps", "decode_tokens", "prefill_tokens")] for u in counted])
-        step_s, sequence_s, prefill_s = nonnegative_least_squares(columns, busy_s)
-        return EngineTimes(step_s=step_s, sequence_s=sequence_s, prefill_s=prefill_s)
+        """Lines through all steps of the updates; what is neither a step nor a wait nor the load is shared by the requests."""
+        step_s, sequence_s = self._line("decode").fit()
+        wave_s, prefill_s = self._line("prefill").fit()
+        wall_s, busy_s = self.total("time/update_s"), _busy_s(self.updates[SKIP:], "engine")
+        load_s = _sum(self.events[EventKind.WEIGHTS_UPDATED][1 + SKIP :], "load_s")
+        message_s = max(0.0, wall_s - busy_s - self.total("engine/waiting_s") - load_s)
+        return EngineTimes(
+            step_s=step_s,
+            sequence_s=sequence_s,
+            wave_s=wave_s,
+            prefill_s=prefill_s,
+            message_s=message_s / self.total("engine/requests"),
+        )
+
+    def _line(self, name: str) -> Line:
+        part = {"num": "_num", "size": "_size", "size_sq": "_size_sq", "seconds_s": "_s", "size_s": "_size_s"}
+        return Line(**{field: self.total(f"engine/{name}{end}") for field, end in part.items()})
 
     @property
     def trainer_times(self) -> TrainerTimes:
@@ -246,29 +261,6 @@ class MeasuredRun:
         return ScorerTimes(read_s=read_s, checkout_s=checkout_s, window=config.source.window)
 
 
-def nonnegative_least_squares(columns: NDArray[np.float64], values: NDArray[np.float64]) -> tuple[float, ...]:
-    """The coefficients, none below 0, that fit `values` best; then scaled so that the sums agree.
-
-    Args:
-        columns: float64 [row, column]; few columns: every subset of them is tried.
-        values: float64 [row].
-
-    Example:
-        Rows (1, 0), (0, 1) and values 2, -1: (0.5, 0): the second may not be negative, and the sums are 1 and 1.
-    """
-    num = columns.shape[1]
-    best, found = math.inf, np.zeros(num)
-    for size in range(1, num + 1):
-        for subset in combinations(range(num), size):
-            part, *_ = np.linalg.lstsq(columns[:, subset], values, rcond=None)
-            error = float(np.square(columns[:, subset] @ part - values).sum())
-            if (part >= 0).all() and error < best:
-                best, found = error, np.zeros(num)
-                found[list(subset)] = part
-    fitted = float((columns @ found).sum())
-    return tuple((found * (float(values.sum()) / fitted if fitted > 0 else 1.0)).tolist())
-
-
 def _busy_s(updates: Sequence[Mapping[str, float]], who: str) -> float:
     return sum((1 - update[f"idle/{who}_share"]) * update["time/update_s"] for update in updates)
 
@@ -276,7 +268,7 @@ def _busy_s(updates: Sequence[Mapping[str, float]], who: str) -> float:
 def _trained(updates: Sequence[Mapping[str, float]]) -> list[int]:
     """Trajectories of each update."""
     ends = [0, *(round(update["accounting/trained"]) for update in updates)]
-    return [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    return [b - a for a, b in pairwise(ends)]
 
 
 def _groups(paths: Sequence[Path]) -> tuple[tuple[Episode, ...], ...]:
@@ -307,22 +299,26 @@ def _episode(index: NDArray[np.int32]) -> Episode:
     return tuple(turns)
 
 
-def _gaps(updates: Sequence[Mapping[str, float]]) -> tuple[tuple[float, float], ...]:
-    """Quantiles of all gaps together, about: the weighted means of those of each update, scaled to the mean gap."""
-    counted = [update for update in updates if update.get("turn/num_gaps")]
+def _gaps(updates: Sequence[Mapping[str, float]]) -> dict[Kind, Quantiles]:
+    return {kind: found for kind in KINDS if (found := _quantiles(updates, kind))}
+
+
+def _quantiles(updates: Sequence[Mapping[str, float]], kind: Kind) -> Quantiles:
+    """Of all gaps of a kind together, about: the weighted means of those of each update, scaled to the mean gap."""
+    counted = [update for update in updates if update.get(f"turn/num_{kind}")]
     if not counted:
         return ()
-    weights = np.array([update["turn/num_gaps"] for update in counted])
+    weights = np.array([update[f"turn/num_{kind}"] for update in counted])
 
     def mean(key: str) -> float:
-        return float(np.average([update[f"turn/{key}_s"] for update in counted], weights=weights))
+        return float(np.average([update[f"turn/{kind}{key}_s"] for update in counted], weights=weights))
 
-    middle, high = (math.log(2), mean("gap_p50")), (math.log(10), mean("gap_p90"))
+    middle, high = (math.log(2), mean("_p50")), (math.log(10), mean("_p90"))
     slope = (high[1] - middle[1]) / (high[0] - middle[0])
-    points = [(0.0, max(0.0, middle[1] - slope * middle[0])), middle, high, (math.log(100), mean("gap_p99"))]
-    longest = (math.log(max(weights.sum(), 101.0)), max(update["turn/gap_max_s"] for update in counted))
+    points = [(0.0, max(0.0, middle[1] - slope * middle[0])), middle, high, (math.log(100), mean("_p99"))]
+    longest = (math.log(max(weights.sum(), 101.0)), max(update[f"turn/{kind}_max_s"] for update in counted))
     points.append((longest[0], max(longest[1], points[-1][1])))
-    scale = mean("gap") / _mean_of_quantiles(points)
+    scale = mean("") / _mean_of_quantiles(points)
     return tuple((x, y * scale) for x, y in points)
 
 
@@ -330,7 +326,7 @@ def _mean_of_quantiles(points: Sequence[tuple[float, float]]) -> float:
     """Of a distribution with these quantiles at -ln(1 - u), joined by lines: a part from x0 to x1 of slope b adds
     ``e^-x0 (y0 + b) - e^-x1 (y1 + b)``; beyond the last point it stands still."""  # noqa: D205, D209
     total = points[-1][1] * math.exp(-points[-1][0])
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         slope = (y1 - y0) / (x1 - x0)
         total += math.exp(-x0) * (y0 + slope) - math.exp(-x1) * (y1 + slope)
     return total
@@ -338,8 +334,9 @@ def _mean_of_quantiles(points: Sequence[tuple[float, float]]) -> float:
 
 def _slower(workload: MeasuredWorkload, latency_s: float) -> MeasuredWorkload:
     """With a simulated, exponentially distributed latency that is this much longer on average."""
-    gaps_s = workload.gaps_s or ((0.0, 0.0), (math.log(1000), 0.0))
-    return MeasuredWorkload(groups=workload.groups, gaps_s=tuple((x, max(0.0, y + latency_s * x)) for x, y in gaps_s))
+    late: tuple[Kind, ...] = ("gap", "last")
+    gaps_s = {kind: tuple((x, max(0.0, y + latency_s * x)) for x, y in workload.gaps_s[kind]) for kind in late}
+    return replace(workload, gaps_s={**workload.gaps_s, **gaps_s})
 
 
 def _mapping(value: object) -> Mapping[str, float]:

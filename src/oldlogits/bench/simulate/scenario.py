@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Protocol
+
+from oldlogits.runtime.gaps import Kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,6 +19,8 @@ class Turn:
     num_read: int
     num_sampled: int
 
+
+Quantiles = tuple[tuple[float, float], ...]
 
 Episode = tuple[Turn, ...]
 """The turns of one trajectory; what is read before the first is the prompt."""
@@ -28,8 +33,13 @@ class Workload(Protocol):
         """The episodes of a group."""
         ...
 
-    def draw_gap_s(self, rng: random.Random) -> float:
-        """Seconds from the end of a turn to the request for the next."""
+    def draw_gap_s(self, kind: Kind, rng: random.Random) -> float:
+        """Seconds that a trajectory waits for what is outside the engine."""
+        ...
+
+    @property
+    def common_tokens(self) -> int:
+        """Tokens at the beginning of every prompt, whatever the task."""
         ...
 
 
@@ -37,10 +47,13 @@ class Workload(Protocol):
 class EngineTimes:
     """A decode step of n sequences that attend to c tokens takes ``step_s + n sequence_s + c context_s``.
 
+    What joins between two steps is prefilled first: ``wave_s``, and ``prefill_s`` for each token.
+
     Args:
         step_s: Seconds of a step, whatever it does.
         sequence_s: Seconds for each sequence that it decodes.
         context_s: Seconds for each token that its sequences attend to.
+        wave_s: Seconds of a prefill, whatever it does.
         prefill_s: Seconds for each token of a prompt that is not in the cache.
         message_s: Seconds for each request, in which the engine does not work on a step: taking and answering it.
     """
@@ -48,6 +61,7 @@ class EngineTimes:
     step_s: float
     sequence_s: float = 0.0
     context_s: float = 0.0
+    wave_s: float = 0.0
     prefill_s: float = 0.0
     message_s: float = 0.0
 
@@ -173,6 +187,8 @@ class DrawnWorkload:
     """Mean seconds between two turns: a tool, a simulated user; log-normal."""
     gap_variation: float = 2.0
     """Their coefficient of variation."""
+    common_tokens: int = 3000
+    """Tokens at the beginning of every prompt, whatever the task: system prompt and tools."""
     max_tokens: int = 32768
     """Tokens of an episode at which it is cut off."""
 
@@ -180,9 +196,9 @@ class DrawnWorkload:
         """Independent episodes over the same prompt."""
         return [self._episode(rng) for _ in range(size)]
 
-    def draw_gap_s(self, rng: random.Random) -> float:
-        """Log-normal."""
-        return _log_normal(self.gap_s, self.gap_variation, rng)
+    def draw_gap_s(self, kind: Kind, rng: random.Random) -> float:
+        """Log-normal between turns and after the last, 0 before the first."""
+        return 0.0 if kind == "first" else _log_normal(self.gap_s, self.gap_variation, rng)
 
     def _episode(self, rng: random.Random) -> Episode:
         num_turns = min(self.max_turns, max(1, round(_log_normal(self.turns, self.turns_variation, rng))))
@@ -209,24 +225,27 @@ class MeasuredWorkload:
 
     Args:
         groups: The episodes of each group.
-        gaps_s: Pairs ``(-ln(1 - u), quantile of u)``, ascending; joined by straight lines, which an exponential
-            distribution is. Empty: there is no gap.
+        gaps_s: Of each kind pairs ``(-ln(1 - u), quantile of u)``, ascending; joined by straight lines, which an
+            exponential distribution is. None: there is no gap.
+        common_tokens: Tokens at the beginning of every prompt, whatever the task.
     """
 
     groups: tuple[tuple[Episode, ...], ...]
-    gaps_s: tuple[tuple[float, float], ...] = field(default=())
+    gaps_s: Mapping[Kind, Quantiles] = field(default_factory=dict)
+    common_tokens: int = 0
 
     def draw_group(self, size: int, rng: random.Random) -> Sequence[Episode]:
         """A group of the run; where it has not `size` members, some are drawn once more, or left out."""
         group = rng.choice(self.groups)
         return group if len(group) == size else [rng.choice(group) for _ in range(size)]
 
-    def draw_gap_s(self, rng: random.Random) -> float:
+    def draw_gap_s(self, kind: Kind, rng: random.Random) -> float:
         """By inversion."""
-        if not self.gaps_s:
+        points = self.gaps_s.get(kind)
+        if not points:
             return 0.0
-        x = min(-math.log(1.0 - rng.random()), self.gaps_s[-1][0])
-        (x0, y0), (x1, y1) = next((a, b) for a, b in zip(self.gaps_s, self.gaps_s[1:], strict=False) if x <= b[0])
+        x = min(-math.log(1.0 - rng.random()), points[-1][0])
+        (x0, y0), (x1, y1) = next((a, b) for a, b in pairwise(points) if x <= b[0])
         return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 
 

@@ -1,6 +1,6 @@
 """One simulated run: the loop of `runtime/loop.py`, with its own buffer, admission and routes, in virtual time.
 
-    SimulatedRollouts (Admission) -> Engine ... -> Buffer.take -> source.acquire -> steps -> publish -> engines -> admit
+SimulatedRollouts (Admission) -> Engine ... -> Buffer.take -> source.acquire -> steps -> publish -> engines -> admit
 """
 
 from __future__ import annotations
@@ -144,7 +144,12 @@ class _World:
         self.buffer = Buffer(bound, filter_uniform=scenario.filtered_share > 0)
         self.flights: dict[str, Flight] = {}
         self.engines = [
-            Engine(scenario.engine, num_slots=scenario.num_slots, recompute=scenario.recompute)
+            Engine(
+                scenario.engine,
+                num_slots=scenario.num_slots,
+                recompute=scenario.recompute,
+                common_tokens=scenario.workload.common_tokens,
+            )
             for _ in range(scenario.num_engines)
         ]
         self.trainer = SimulatedTrainer(scenario.trainer, self.flights)
@@ -174,13 +179,13 @@ class _World:
         engine.num_assigned += 1
         flight = self.flights[id] = Flight(id=id, cached=Cached(group_id=group_id, num_prompt=episode[0].num_read))
         for i, turn in enumerate(episode):
-            if i:
-                await asyncio.sleep(self.scenario.workload.draw_gap_s(self.rng))
+            await asyncio.sleep(self.scenario.workload.draw_gap_s("gap" if i else "first", self.rng))
             flight.read(turn.num_read)
             self.source.on_segment_closed(id, flight.segments)
             flight.sampled(await engine.generate(id, flight.cached, turn.num_sampled))
             self.source.on_segment_closed(id, flight.segments)
         engine.num_assigned -= 1
+        await asyncio.sleep(self.scenario.workload.draw_gap_s("last", self.rng))
         self.buffer.end(flight.trajectory(group_id, reward))
 
     def forget(self, ids: Sequence[str]) -> None:
