@@ -62,8 +62,9 @@ class Hardware:
     """Bandwidth of a GPU's memory."""
     host_bytes_per_s: float = 25e9
     """From host memory to one GPU, all GPUs of a node at the same time."""
-    apply_bytes_per_s: float = 10e9
-    """Weights of a copy in host memory that a patch is applied to, in a second; about a memcpy by one thread."""
+    apply_bytes_per_s: float = 80e9
+    """Weights of a copy in host memory that patches are applied to, in a second: about a memcpy by eight threads, 10 GB/s
+    each; a patch's blocks are independent."""
     node_bytes_per_s: float = 50e9
     """Network of a node, each way."""
     train_utilisation: float = 0.4
@@ -98,7 +99,7 @@ class ClusterRollout:
 
     group_size: int = 8
     """Episodes per group."""
-    groups_per_gpu: float = 1.0
+    groups_per_gpu: float = 0.5
     """Groups that one version consumes, for every GPU of the cluster."""
     max_staleness: int = 4
     """The bound, in versions."""
