@@ -18,11 +18,11 @@ from rich.table import Table
 
 from oldlogits.bench.simulate.cluster import PRESETS, Cluster, load_cluster, with_gpus
 from oldlogits.bench.simulate.fit import MeasuredRun
-from oldlogits.bench.simulate.forecast import forecast
+from oldlogits.bench.simulate.forecast import forecast, mean_of
 from oldlogits.bench.simulate.validate import Comparison, compare
 from oldlogits.config.load import read_toml
 
-WIDTH: Final = 160
+WIDTH: Final = 190
 """Columns of output that is not a terminal's."""
 
 ROUTES: Final = ("snapshot", "eager", "dedicated", "interruption", "arrival", "none")
@@ -54,6 +54,8 @@ class ClusterOptions:
     """Sizes of the cluster; none: that of the key layout.num_gpus."""
     routes: tuple[str, ...] = ROUTES
     """Routes to the old logits."""
+    num_seeds: int = 2
+    """Simulations that each line is the mean of."""
     markdown: bool = False
     """Print Markdown tables."""
 
@@ -101,7 +103,7 @@ def show_cluster(options: ClusterOptions) -> None:
     clusters = [with_gpus(options.cluster, size) for size in options.gpus or (options.cluster.layout.num_gpus,)]
     show = _print_markdown if options.markdown else _print_table
     show(console, BYTES_HEADINGS, [_bytes(cluster, kind) for cluster in clusters for kind in ("full", "patch")])
-    cells = (_cells(cluster, route) for cluster in clusters for route in options.routes)
+    cells = (_cells(cluster, route, options.num_seeds) for cluster in clusters for route in options.routes)
     show(console, HEADINGS, list(cells))
 
 
@@ -123,8 +125,8 @@ HEADINGS: Final = (
 """Of the routes' table."""
 
 
-def _cells(cluster: Cluster, route: str) -> tuple[str, ...]:
-    found = forecast(cluster.scenario(route))
+def _cells(cluster: Cluster, route: str, num_seeds: int) -> tuple[str, ...]:
+    found = mean_of([forecast(replace(cluster, seed=cluster.seed + i).scenario(route)) for i in range(num_seeds)])
     trainer, scorer = cluster.num_learning_gpus(route)
     return (
         str(cluster.layout.num_gpus),

@@ -83,7 +83,7 @@ class Layout:
 
     num_gpus: int = 64
     """All."""
-    engine_share: float = 0.5
+    engine_share: float = 0.75
     """Of them, engines."""
     scorer_share: float = 0.2
     """Of the others, the second model of the route "dedicated"; the trainer has the rest."""

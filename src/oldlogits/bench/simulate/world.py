@@ -121,8 +121,9 @@ class _Rollouts(Admission):
 
     async def _play_group(self, group_id: str) -> None:
         world, scenario = self._world, self._world.scenario
-        is_uniform = world.rng.random() < scenario.filtered_share
-        episodes = scenario.workload.draw_group(scenario.group_size, world.rng)
+        rng = random.Random(f"{scenario.seed}/{group_id}")  # a group is the same whatever becomes of others: routes compare
+        is_uniform = rng.random() < scenario.filtered_share
+        episodes = scenario.workload.draw_group(scenario.group_size, rng)
         async with asyncio.TaskGroup() as members:
             for i, episode in enumerate(episodes):
                 reward = 0.0 if is_uniform else float(i % 2)
@@ -139,7 +140,7 @@ class _World:
     """The state of one simulated run."""
 
     def __init__(self, scenario: Scenario) -> None:
-        self.scenario, self.rng = scenario, random.Random(scenario.seed)
+        self.scenario = scenario
         bound = StalenessBound(max_staleness=scenario.max_staleness, groups_per_version=scenario.groups_per_version)
         self.buffer = Buffer(bound, filter_uniform=scenario.filtered_share > 0)
         self.flights: dict[str, Flight] = {}
@@ -178,14 +179,15 @@ class _World:
         engine = min(self.engines, key=lambda e: e.num_assigned)
         engine.num_assigned += 1
         flight = self.flights[id] = Flight(id=id, cached=Cached(group_id=group_id, num_prompt=episode[0].num_read))
+        rng = random.Random(f"{self.scenario.seed}/{id}")
         for i, turn in enumerate(episode):
-            await asyncio.sleep(self.scenario.workload.draw_gap_s("gap" if i else "first", self.rng))
+            await asyncio.sleep(self.scenario.workload.draw_gap_s("gap" if i else "first", rng))
             flight.read(turn.num_read)
             self.source.on_segment_closed(id, flight.segments)
             flight.sampled(await engine.generate(id, flight.cached, turn.num_sampled))
             self.source.on_segment_closed(id, flight.segments)
         engine.num_assigned -= 1
-        await asyncio.sleep(self.scenario.workload.draw_gap_s("last", self.rng))
+        await asyncio.sleep(self.scenario.workload.draw_gap_s("last", rng))
         self.buffer.end(flight.trajectory(group_id, reward))
 
     def forget(self, ids: Sequence[str]) -> None:
