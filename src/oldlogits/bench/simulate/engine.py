@@ -28,6 +28,7 @@ class Cached:
         num_tokens: Tokens so far.
         num_cached: Of these, with keys and values; those of `version`.
         version: See `num_cached`; -1: none are cached.
+        is_active: Whether one of its turns decodes.
     """
 
     group_id: str
@@ -35,6 +36,7 @@ class Cached:
     num_tokens: int = 0
     num_cached: int = 0
     version: int = -1
+    is_active: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,6 +68,7 @@ class Engine:
         self._active: list[tuple[int, int, _Request]] = []  # a heap by target
         self._context = 0  # tokens that the active sequences attend to
         self._common = common_tokens
+        self._held: dict[str, Cached] = {}  # trajectories that have a slot, or left theirs as it is; least recent first
         self._prompts: set[str] = set()  # groups whose prompt is in the cache
         self._timer: asyncio.TimerHandle | None = None
         self._planned = 0  # steps until the timer
@@ -103,7 +106,10 @@ class Engine:
             self._note(request)
         self.version = version
         if self._recompute:
+            for request in active:
+                request.cached.is_active = False
             self._active.clear()
+            self._held.clear()
             self._context = 0
             self._prompts.clear()
             self._waiting.extendleft(reversed(active))
@@ -172,6 +178,7 @@ class Engine:
         while self._active and self._active[0][0] <= self.num_steps:
             _, _, request = heapq.heappop(self._active)
             self._context -= request.attends_to
+            request.cached.is_active = False
             self._note(request)
             if not request.done.done():
                 request.done.set_result(request.spans)
@@ -183,6 +190,7 @@ class Engine:
             request = self._waiting.popleft()
             num_new += 1
             num_missing += self._missing(request.cached)
+            self._hold(request)
             request.target = self.num_steps + request.num_left
             request.attends_to = request.cached.num_tokens + request.num_left // 2
             self._context += request.attends_to
@@ -190,6 +198,15 @@ class Engine:
         self.num_prefilled += num_missing
         t = self._times
         return (t.wave_s if num_new else 0.0) + num_missing * t.prefill_s, num_new * t.message_s
+
+    def _hold(self, request: _Request) -> None:
+        """Give it a slot; where none is left, the trajectory loses its entries that has not run for longest."""
+        self._held.pop(request.trajectory_id, None)
+        self._held[request.trajectory_id] = request.cached
+        request.cached.is_active = True
+        if len(self._held) > self._num_slots:
+            oldest = next(id for id, cached in self._held.items() if not cached.is_active)
+            self._held.pop(oldest).version = -1
 
     def _missing(self, cached: Cached) -> int:
         """Tokens to prefill: what was read since, or all after a weight update; a group's prompt once."""

@@ -129,7 +129,7 @@ class MeasuredRun:
             scorer_idle_share=math.nan,
             staleness_mean=sum(lag * num for lag, num in lags.items()) / sum(lags.values()),
             staleness_max=max(lags),
-            score_share=(self.total("time/score_s") + self._score_after_s) / (wall_s - wait_s),
+            score_share=(self._acquire_s + self._score_after_s) / (wall_s - wait_s),
             stall_s=self.total("time/stall_s") / self.num_counted,
             update_s=wall_s / self.num_counted,
             wait_s=wait_s / self.num_counted,
@@ -200,12 +200,16 @@ class MeasuredRun:
         read_s, checkout_s = self._score_times
         token_s = self.total("time/step_s") / num_tokens
         named = ("time/wait_batch_s", "time/score_s", "time/step_s", "time/publish_s")
-        rest_s = self.total("time/update_s") - sum(map(self.total, named))
+        rest_s = self.total("time/update_s") - sum(map(self.total, named)) + self.total("time/score_s") - self._acquire_s
+        if self._route == "interruption":  # the pause precedes the scores
+            rest_s -= _sum(self.events[EventKind.WEIGHTS_UPDATED][1 + SKIP :], "pause_s")
         publish_s = _mean(self.events[EventKind.PUBLISHED][1 + SKIP :], "seconds_s")  # the first is that of version 0
         updated = self.events[EventKind.WEIGHTS_UPDATED][1 + SKIP :]
         given_s = publish_s + _mean(updated, "pause_s") + _mean(updated, "load_s")
         own_s = self.total("time/update_s") - self.total("time/wait_batch_s")
         hidden_s = self.total("source/score_s", minus="source/wait_s") if self._route in ("eager", "interruption") else 0.0
+        each_s = [update["time/update_s"] - update["time/wait_batch_s"] for update in self.updates[SKIP:]]
+        factors = np.array(each_s) / self.num_tokens[SKIP:]
         first = self.updates[0]
         usual_s = own_s / num_tokens * self.num_tokens[0]
         return TrainerTimes(
@@ -215,10 +219,19 @@ class MeasuredRun:
             rest_s=max(0.0, rest_s / n),
             publish_s=publish_s,
             after_s=max(0.0, (self.total("time/publish_s") - self._score_after_s) / n - given_s),
-            between_s=float(np.median([update["time/between_s"] for update in self.updates[SKIP:]])),
+            between_s=self._between_s,
             first_s=max(0.0, first["time/update_s"] - first["time/wait_batch_s"] - usual_s),
+            factors=tuple((factors / np.average(factors, weights=self.num_tokens[SKIP:])).tolist()),
             busy_share=min(1.0, (_busy_s(self.updates[SKIP:], "trainer") - hidden_s) / own_s),
         )
+
+    @property
+    def _between_s(self) -> float:
+        """Without evaluations and checkpoints: the mean where the run has none between updates, else the median."""
+        others = [*self.events[EventKind.CHECKPOINT], *self.events[EventKind.EVALUATION]]
+        has_others = any(0 < event.version < len(self.updates) for event in others)
+        between_s = [update["time/between_s"] for update in self.updates[SKIP:]]
+        return float(np.median(between_s) if has_others else np.mean(between_s))
 
     @property
     def _route(self) -> str:
@@ -232,8 +245,14 @@ class MeasuredRun:
 
     @property
     def _score_after_s(self) -> float:
-        """Seconds of waits for the route after the publish: those of "eager" that are not before the steps."""
-        return max(0.0, self.total("source/wait_s", minus="time/score_s")) if self._route == "eager" else 0.0
+        """Seconds of waits for the route after the publish."""
+        return max(0.0, self.total("source/wait_s") - self._acquire_s) if self._route == "eager" else 0.0
+
+    @property
+    def _acquire_s(self) -> float:
+        """Seconds of waits for the route before the steps."""
+        in_all = self.total("source/wait_s") if self._route == "interruption" else 0.0
+        return max(in_all, _sum(self.events[EventKind.SCORED][SKIP:], "seconds_s"))
 
     @property
     def _score_times(self) -> tuple[float, float]:

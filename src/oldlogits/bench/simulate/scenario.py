@@ -77,10 +77,12 @@ class TrainerTimes:
         rest_s: What else precedes the optimizer steps: building and handing over the batch.
         publish_s: Storing the version, and giving its weights away.
         after_s: What follows once the engine goes on: its check, what is not needed any more is dropped.
-        between_s: From the end of an update to the beginning of the next: recording.
+        between_s: From the end of an update to the beginning of the next: recording. No turn that ends meanwhile is seen.
         first_s: Once, in the first update: what is done only then.
         busy_share: Share of all these but `between_s` in which the trainer itself works, in (0, 1]: the controller has
             the rest.
+        factors: How much longer than usual an update takes: one is drawn for each. Starts are paced by the update before,
+            so that uneven updates make the trainer wait where even ones do not.
     """
 
     read_s: float
@@ -92,6 +94,7 @@ class TrainerTimes:
     between_s: float = 0.0
     first_s: float = 0.0
     busy_share: float = 1.0
+    factors: tuple[float, ...] = (1.0,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -84,6 +84,7 @@ class Worker:
 
     def __init__(self, busy_share: float = 1.0) -> None:
         self._lock, self._busy_share = asyncio.Lock(), busy_share
+        self.factor = 1.0  # how much longer than usual everything takes
         self.busy_s = 0.0
 
     @property
@@ -94,6 +95,7 @@ class Worker:
     async def work(self, seconds: float) -> None:
         """Take that long."""
         async with self._lock:
+            seconds *= self.factor
             await asyncio.sleep(seconds)
             self.busy_s += seconds * self._busy_share
 

@@ -159,6 +159,7 @@ class _World:
         self._clock = asyncio.get_running_loop().time
         self.version = 0
         self._last_update_s = 0.0
+        self._controller_free_at = 0.0
 
     async def run(self) -> list[Update]:
         """All updates."""
@@ -169,7 +170,9 @@ class _World:
             self._admit(rollouts)
             while self.version < self.scenario.num_updates:
                 updates.append(await self._update(rollouts))
-                await asyncio.sleep(self.scenario.trainer.between_s)
+                between_s = self.scenario.trainer.between_s
+                self._controller_free_at = self._clock() + between_s
+                await asyncio.sleep(between_s)
             rollouts.stop()
         await self.source.close()
         return updates
@@ -184,7 +187,10 @@ class _World:
             await asyncio.sleep(self.scenario.workload.draw_gap_s("gap" if i else "first", rng))
             flight.read(turn.num_read)
             self.source.on_segment_closed(id, flight.segments)
-            flight.sampled(await engine.generate(id, flight.cached, turn.num_sampled))
+            spans = await engine.generate(id, flight.cached, turn.num_sampled)
+            if self._clock() < self._controller_free_at:
+                await asyncio.sleep(self._controller_free_at - self._clock())
+            flight.sampled(spans)
             self.source.on_segment_closed(id, flight.segments)
         engine.num_assigned -= 1
         await asyncio.sleep(self.scenario.workload.draw_gap_s("last", rng))
@@ -207,6 +213,7 @@ class _World:
         groups = await self.buffer.take(self.version)
         rollouts.fill()
         taken = clock()
+        trainer.factor = random.Random(f"{self.scenario.seed}/update {self.version}").choice(times.factors)
         batch = self._entering(groups)
         trainer.put_batch(batch)
         flights = [self.flights[i] for i in batch.trajectory_ids]
