@@ -69,6 +69,7 @@ class Busy:
     trainer_s: float
     num_sampled: int
     num_requests: int
+    num_found: int
     waiting_s: float
     decode: Line
     prefill: Line
@@ -80,6 +81,7 @@ class Busy:
             trainer_s=self.trainer_s - other.trainer_s,
             num_sampled=self.num_sampled - other.num_sampled,
             num_requests=self.num_requests - other.num_requests,
+            num_found=self.num_found - other.num_found,
             waiting_s=self.waiting_s - other.waiting_s,
             decode=self.decode - other.decode,
             prefill=self.prefill - other.prefill,
@@ -248,6 +250,7 @@ class Loop:
             trainer_s=state.busy_s,
             num_sampled=stats.num_decode_tokens,
             num_requests=stats.num_requests,
+            num_found=stats.num_prefix_hit_tokens,
             waiting_s=stats.waiting_s,
             decode=stats.decode,
             prefill=stats.prefill,
@@ -287,6 +290,7 @@ class Loop:
             "throughput/engine_tokens_per_s": used.num_sampled / wall_s,
             "throughput/trainer_tokens_per_s": sum(t.num_tokens for t in trajectories) / wall_s,
             "engine/requests": used.num_requests,
+            "engine/found_tokens": used.num_found,
             "engine/waiting_s": used.waiting_s,
             **used.decode.metrics("engine/decode"),
             **used.prefill.metrics("engine/prefill"),

@@ -58,16 +58,25 @@ class Engine:
         num_slots: Sequences in a step.
         recompute: Whether a weight update empties the cache.
         common_tokens: Tokens at the beginning of every prompt.
+        found_share: Share of every prompt that the cache holds; None: what it holds is modelled.
     """
 
-    def __init__(self, times: EngineTimes, *, num_slots: int, recompute: bool, common_tokens: int) -> None:
+    def __init__(
+        self,
+        times: EngineTimes,
+        *,
+        num_slots: int,
+        recompute: bool,
+        common_tokens: int = 0,
+        found_share: float | None = None,
+    ) -> None:
         self._times, self._num_slots, self._recompute = times, num_slots, recompute
         self._loop = asyncio.get_running_loop()
         self._numbers = itertools.count()
         self._waiting: deque[_Request] = deque()
         self._active: list[tuple[int, int, _Request]] = []  # a heap by target
         self._context = 0  # tokens that the active sequences attend to
-        self._common = common_tokens
+        self._common, self._found_share = common_tokens, found_share
         self._held: dict[str, Cached] = {}  # trajectories that have a slot, or left theirs as it is; least recent first
         self._prompts: set[str] = set()  # groups whose prompt is in the cache
         self._timer: asyncio.TimerHandle | None = None
@@ -210,6 +219,8 @@ class Engine:
 
     def _missing(self, cached: Cached) -> int:
         """Tokens to prefill: what was read since, or all after a weight update; a group's prompt once."""
+        if self._found_share is not None:
+            return round(cached.num_tokens * (1 - self._found_share))
         kept = cached.num_cached if cached.version == self.version or (cached.version >= 0 and not self._recompute) else 0
         if not kept and self._prompts:
             kept = cached.num_prompt if cached.group_id in self._prompts else min(self._common, cached.num_prompt)

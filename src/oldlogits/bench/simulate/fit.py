@@ -82,12 +82,12 @@ class MeasuredRun:
         updates = [_mapping(event.fields["metrics"]) for event in events[EventKind.UPDATE]]
         paths = sorted(folder.tokens.glob("v*.parquet"))
         usable = config.runtime.type == "local" and len(events[EventKind.RUN_STARTED]) == 1
-        if not usable or len(updates) < SKIP + 3 or "engine/requests" not in updates[-1] or not paths:
+        if not usable or len(updates) < SKIP + 3 or "engine/found_tokens" not in updates[-1] or not paths:
             raise ConfigError(
                 "this run cannot be simulated",
                 got=f"runtime {config.runtime.type}, {len(events[EventKind.RUN_STARTED])} starts, {len(updates)} updates, "
                 f"{len(paths)} token tables",
-                allowed=f"runtime local, one start, at least {SKIP + 3} updates with engine/requests, a token table",
+                allowed=f"runtime local, one start, at least {SKIP + 3} updates with engine/found_tokens, a token table",
                 fix="train it anew with runtime.type = 'local' and record.tokens_every = 1",
             )
         common = 1 + int(str(events[EventKind.PROBE][0].fields["num_tokens"]))  # the system prompt; its first token is given
@@ -100,9 +100,9 @@ class MeasuredRun:
             workload=MeasuredWorkload(groups=_groups(paths), gaps_s=_gaps(updates[SKIP:]), common_tokens=common),
         )
 
-    def total(self, key: str, *, minus: str = "") -> float:
-        """The sum of a metric over the updates that count, 0 where an update has none."""
-        return sum(update.get(key, 0.0) - update.get(minus, 0.0) for update in self.updates[SKIP:])
+    def total(self, *keys: str) -> float:
+        """The sum of metrics over the updates that count; one that an update does not have is 0."""
+        return sum(update.get(key, 0.0) for update in self.updates[SKIP:] for key in keys)
 
     @property
     def num_counted(self) -> int:
@@ -169,6 +169,7 @@ class MeasuredRun:
             skip=SKIP,
             stops=True,
             recompute=c.engine.kv == "recompute",
+            found_share=self.total("engine/found_tokens") / self.total("engine/prefill_size", "engine/found_tokens"),
             filtered_share=sum(event.fields["filtered"] is True for event in closed) / len(closed) if n else 0.0,
             seed=seed,
         )
@@ -207,7 +208,7 @@ class MeasuredRun:
         updated = self.events[EventKind.WEIGHTS_UPDATED][1 + SKIP :]
         given_s = publish_s + _mean(updated, "pause_s") + _mean(updated, "load_s")
         own_s = self.total("time/update_s") - self.total("time/wait_batch_s")
-        hidden_s = self.total("source/score_s", minus="source/wait_s") if self._route in ("eager", "interruption") else 0.0
+        busy_s = _busy_s(self.updates[SKIP:], "trainer") - self._trainer_scores_s
         each_s = [update["time/update_s"] - update["time/wait_batch_s"] for update in self.updates[SKIP:]]
         factors = np.array(each_s) / self.num_tokens[SKIP:]
         first = self.updates[0]
@@ -222,7 +223,7 @@ class MeasuredRun:
             between_s=self._between_s,
             first_s=max(0.0, first["time/update_s"] - first["time/wait_batch_s"] - usual_s),
             factors=tuple((factors / np.average(factors, weights=self.num_tokens[SKIP:])).tolist()),
-            busy_share=min(1.0, (_busy_s(self.updates[SKIP:], "trainer") - hidden_s) / own_s),
+            busy_share=min(1.0, busy_s / (own_s - self._acquire_s - self._score_after_s)),
         )
 
     @property
@@ -247,6 +248,13 @@ class MeasuredRun:
     def _score_after_s(self) -> float:
         """Seconds of waits for the route after the publish."""
         return max(0.0, self.total("source/wait_s") - self._acquire_s) if self._route == "eager" else 0.0
+
+    @property
+    def _trainer_scores_s(self) -> float:
+        """Seconds that the trainer has scored."""
+        if self._route in AHEAD:
+            return 0.0 if self._route == "dedicated" else self.total("source/score_s")
+        return _sum(self.events[EventKind.SCORED][SKIP:], "seconds_s")
 
     @property
     def _acquire_s(self) -> float:

@@ -79,8 +79,8 @@ class TrainerTimes:
         after_s: What follows once the engine goes on: its check, what is not needed any more is dropped.
         between_s: From the end of an update to the beginning of the next: recording. No turn that ends meanwhile is seen.
         first_s: Once, in the first update: what is done only then.
-        busy_share: Share of all these but `between_s` in which the trainer itself works, in (0, 1]: the controller has
-            the rest.
+        busy_share: Share of all these but scoring and `between_s` in which the trainer itself works, in (0, 1]: the
+            controller has the rest.
         factors: How much longer than usual an update takes: one is drawn for each. Starts are paced by the update before,
             so that uneven updates make the trainer wait where even ones do not.
     """
@@ -137,6 +137,8 @@ class Scenario:
         skip: First updates that are left out of the figures.
         stops: Whether no group is started that these updates do not train, as at the end of a run; else it is cut off.
         recompute: Whether keys and values are computed anew after a weight update.
+        found_share: Share of a prompt that the engine's cache holds, as measured; None: by what turns, groups and weight
+            updates leave in it.
         filtered_share: Groups that are left out for rewards that are all equal.
         seed: Of what is drawn.
     """
@@ -159,6 +161,7 @@ class Scenario:
     skip: int = 4
     stops: bool = False
     recompute: bool = True
+    found_share: float | None = None
     filtered_share: float = 0.0
     seed: int = 0
 

@@ -92,12 +92,12 @@ class Worker:
         """Whether nothing is being done."""
         return not self._lock.locked()
 
-    async def work(self, seconds: float) -> None:
+    async def work(self, seconds: float, *, is_scoring: bool = False) -> None:
         """Take that long."""
         async with self._lock:
             seconds *= self.factor
             await asyncio.sleep(seconds)
-            self.busy_s += seconds * self._busy_share
+            self.busy_s += seconds * (1.0 if is_scoring else self._busy_share)
 
 
 class SimulatedTrainer(Worker):
@@ -154,7 +154,7 @@ class SimulatedTrainer(Worker):
     async def _read(self, num_tokens: int, *, num_checkouts: int) -> float:
         self.num_read += num_tokens
         seconds = num_tokens * self._times.read_s + num_checkouts * self._times.checkout_s
-        await self.work(seconds)
+        await self.work(seconds, is_scoring=True)
         return seconds
 
 

@@ -150,6 +150,7 @@ class _World:
                 num_slots=scenario.num_slots,
                 recompute=scenario.recompute,
                 common_tokens=scenario.workload.common_tokens,
+                found_share=scenario.found_share,
             )
             for _ in range(scenario.num_engines)
         ]
