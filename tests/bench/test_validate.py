@@ -84,9 +84,7 @@ def test_a_cluster_is_a_preset_or_the_keys_of_a_file() -> None:
 
 
 def test_the_command_predicts_a_cluster(capsys, tmp_path: Path) -> None:
-    (tmp_path / "small.toml").write_text(
-        "num_updates = 4\nskip = 1\n[layout]\nnum_gpus = 8\n[rollout]\ngroups_per_gpu = 0.25\n"
-    )
+    (tmp_path / "small.toml").write_text("num_updates = 4\n[layout]\nnum_gpus = 8\n[rollout]\ngroups_per_gpu = 0.25\n")
     words = ["bench", "simulate", str(tmp_path / "small.toml"), "--gpus", "8", "16", "--routes", "none", "--num-seeds", "1"]
     assert run([*words, "--markdown"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -125,10 +125,8 @@ class Cluster:
 
     name: str = "4b"
     """Shown."""
-    num_updates: int = 16
-    """Simulated."""
-    skip: int = 5
-    """First updates that the figures leave out."""
+    num_updates: int = 12
+    """That the figures are of."""
     rest_s: float = 0.5
     """An update's own seconds beside scores, gradients and publish: building and recording the batch."""
     seed: int = 0
@@ -156,6 +154,11 @@ class Cluster:
         rest = self.layout.num_gpus - self.num_engines * self.layout.engine_gpus
         scorer = max(1, round(rest * self.layout.scorer_share)) if route == "dedicated" else 0
         return rest - scorer, scorer
+
+    @property
+    def skip(self) -> int:
+        """First updates that the figures leave out: two times what is outstanding at most, of which the first is a stock."""
+        return 2 * (self.rollout.max_staleness + 1)
 
     @property
     def sync_bytes(self) -> float:
@@ -204,7 +207,7 @@ class Cluster:
             group_size=self.rollout.group_size,
             groups_per_version=max(1, round(self.rollout.groups_per_gpu * self.layout.num_gpus)),
             max_staleness=self.rollout.max_staleness,
-            num_updates=self.num_updates,
+            num_updates=self.skip + self.num_updates,
             skip=self.skip,
             recompute=self.rollout.kv == "recompute",
             seed=self.seed,
