@@ -83,6 +83,7 @@ class Engine:
         self._planned = 0  # steps until the timer
         self._from_s = self._one_s = 0.0  # when they began, and what one takes
         self._is_paused = False
+        self.factor = 1.0  # how much longer than usual everything takes
         self.num_assigned = 0
         self.version = 0
         self.busy_s = 0.0
@@ -167,7 +168,7 @@ class Engine:
         self.busy_s += prefill_s
         self._from_s = self._loop.time() + prefill_s + message_s
         t = self._times
-        self._one_s = t.step_s + len(self._active) * t.sequence_s + self._context * t.context_s
+        self._one_s = self.factor * (t.step_s + len(self._active) * t.sequence_s + self._context * t.context_s)
         self._plan(self._active[0][0] - self.num_steps)
 
     def _plan(self, steps: int) -> None:
@@ -206,7 +207,8 @@ class Engine:
             heapq.heappush(self._active, (request.target, next(self._numbers), request))
         self.num_prefilled += num_missing
         t = self._times
-        return (t.wave_s if num_new else 0.0) + num_missing * t.prefill_s, num_new * t.message_s
+        prefill_s = (t.wave_s if num_new else 0.0) + num_missing * t.prefill_s
+        return self.factor * prefill_s, self.factor * num_new * t.message_s
 
     def _hold(self, request: _Request) -> None:
         """Give it a slot; where none is left, the trajectory loses its entries that has not run for longest."""

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from oldlogits.bench.simulate.forecast import Forecast
 from oldlogits.bench.simulate.scenario import (
+    Condition,
     EngineTimes,
     Episode,
     MeasuredWorkload,
@@ -168,6 +169,7 @@ class MeasuredRun:
             num_updates=c.num_updates,
             skip=SKIP,
             stops=True,
+            conditions=self.conditions,
             recompute=c.engine.kv == "recompute",
             found_share=self.total("engine/found_tokens") / self.total("engine/prefill_size", "engine/found_tokens"),
             filtered_share=sum(event.fields["filtered"] is True for event in closed) / len(closed) if n else 0.0,
@@ -190,6 +192,20 @@ class MeasuredRun:
             message_s=message_s / self.total("engine/requests"),
         )
 
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """Of each update: its own seconds a token, and the engine's busy seconds for what it did, against those of all.
+
+        An engine that had next to nothing to do tells nothing: it counts as slow as the trainer.
+        """
+        counted, tokens, times = self.updates[SKIP:], self.num_tokens[SKIP:], self.engine_times
+        own_s = np.array([update["time/update_s"] - update["time/wait_batch_s"] for update in counted])
+        trainer = own_s / tokens * (sum(tokens) / own_s.sum())
+        usual_s, did_s = np.array([_engine_seconds(update, times) for update in counted]).T
+        is_known = usual_s > 0.1 * np.median(usual_s)
+        engine = np.where(is_known, did_s / np.where(is_known, usual_s, 1.0), trainer)
+        return tuple(Condition(trainer=float(t), engine=float(e)) for t, e in zip(trainer, engine, strict=True))
+
     def _line(self, name: str) -> Line:
         part = {"num": "_num", "size": "_size", "size_sq": "_size_sq", "seconds_s": "_s", "size_s": "_size_s"}
         return Line(**{field: self.total(f"engine/{name}{end}") for field, end in part.items()})
@@ -209,8 +225,6 @@ class MeasuredRun:
         given_s = publish_s + _mean(updated, "pause_s") + _mean(updated, "load_s")
         own_s = self.total("time/update_s") - self.total("time/wait_batch_s")
         busy_s = _busy_s(self.updates[SKIP:], "trainer") - self._trainer_scores_s
-        each_s = [update["time/update_s"] - update["time/wait_batch_s"] for update in self.updates[SKIP:]]
-        factors = np.array(each_s) / self.num_tokens[SKIP:]
         first = self.updates[0]
         usual_s = own_s / num_tokens * self.num_tokens[0]
         return TrainerTimes(
@@ -222,7 +236,6 @@ class MeasuredRun:
             after_s=max(0.0, (self.total("time/publish_s") - self._score_after_s) / n - given_s),
             between_s=self._between_s,
             first_s=max(0.0, first["time/update_s"] - first["time/wait_batch_s"] - usual_s),
-            factors=tuple((factors / np.average(factors, weights=self.num_tokens[SKIP:])).tolist()),
             busy_share=min(1.0, busy_s / (own_s - self._acquire_s - self._score_after_s)),
         )
 
@@ -290,6 +303,13 @@ class MeasuredRun:
 
 def _busy_s(updates: Sequence[Mapping[str, float]], who: str) -> float:
     return sum((1 - update[f"idle/{who}_share"]) * update["time/update_s"] for update in updates)
+
+
+def _engine_seconds(update: Mapping[str, float], times: EngineTimes) -> tuple[float, float]:
+    """What the engine's work of an update takes by its step times, and what it took."""
+    decode_s = times.step_s * update["engine/decode_num"] + times.sequence_s * update["engine/decode_size"]
+    prefill_s = times.wave_s * update["engine/prefill_num"] + times.prefill_s * update["engine/prefill_size"]
+    return decode_s + prefill_s, update["engine/decode_s"] + update["engine/prefill_s"]
 
 
 def _trained(updates: Sequence[Mapping[str, float]]) -> list[int]:

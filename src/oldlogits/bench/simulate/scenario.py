@@ -81,8 +81,6 @@ class TrainerTimes:
         first_s: Once, in the first update: what is done only then.
         busy_share: Share of all these but scoring and `between_s` in which the trainer itself works, in (0, 1]: the
             controller has the rest.
-        factors: How much longer than usual an update takes: one is drawn for each. Starts are paced by the update before,
-            so that uneven updates make the trainer wait where even ones do not.
     """
 
     read_s: float
@@ -94,7 +92,14 @@ class TrainerTimes:
     between_s: float = 0.0
     first_s: float = 0.0
     busy_share: float = 1.0
-    factors: tuple[float, ...] = (1.0,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Condition:
+    """How much longer than usual everything takes in one update; what slows a machine slows all that runs on it."""
+
+    trainer: float = 1.0
+    engine: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +141,8 @@ class Scenario:
         num_updates: Updates.
         skip: First updates that are left out of the figures.
         stops: Whether no group is started that these updates do not train, as at the end of a run; else it is cut off.
+        conditions: Of consecutive updates; taken in this order and over again, from one that the seed draws. Starts are paced
+            by the update before, so that uneven updates make the trainer wait where even ones do not.
         recompute: Whether keys and values are computed anew after a weight update.
         found_share: Share of a prompt that the engine's cache holds, as measured; None: by what turns, groups and weight
             updates leave in it.
@@ -160,6 +167,7 @@ class Scenario:
     num_updates: int = 24
     skip: int = 4
     stops: bool = False
+    conditions: tuple[Condition, ...] = (Condition(),)
     recompute: bool = True
     found_share: float | None = None
     filtered_share: float = 0.0

@@ -164,6 +164,7 @@ class _World:
         self.version = 0
         self._last_update_s = 0.0
         self._controller_free_at = 0.0
+        self._first_condition = random.Random(f"{scenario.seed}/conditions").randrange(len(scenario.conditions))
 
     async def run(self) -> list[Update]:
         """All updates."""
@@ -217,7 +218,7 @@ class _World:
         groups = await self.buffer.take(self.version)
         rollouts.fill()
         taken = clock()
-        trainer.factor = random.Random(f"{self.scenario.seed}/update {self.version}").choice(times.factors)
+        self._change_conditions()
         batch = self._entering(groups)
         trainer.put_batch(batch)
         flights = [self.flights[i] for i in batch.trajectory_ids]
@@ -261,6 +262,15 @@ class _World:
             num_versions=self.version - oldest + 1,
             work=self._work() - before,
         )
+
+    def _change_conditions(self) -> None:
+        conditions = self.scenario.conditions
+        condition = conditions[(self._first_condition + self.version) % len(conditions)]
+        self.trainer.factor = condition.trainer
+        if self.scorer is not None:
+            self.scorer.factor = condition.trainer
+        for engine in self.engines:
+            engine.factor = condition.engine
 
     async def _pause(self) -> float:
         """Bring the engines to rest, and tell the route what unfinished turns have sampled; returns when they rested."""
