@@ -17,7 +17,7 @@ VERBS: Final[Mapping[str, str]] = MappingProxyType(
         "compare": "run the same work under every method and route, and show what each gains and costs",
         "report": "write report.html of a run folder again",
         "bounds": "print what a band, a clip and an interpolation mean for the total ratio",
-        "bench": "measure what exact versions cost on this machine",
+        "bench": "measure what exact versions cost; predict a run or a cluster from step times",
         "play": "act as the agent of an environment, or watch the oracle or a checkpoint",
         "serve": "serve a model folder over vLLM's HTTP routes, with the embedded engine",
         "show": "print the variants, every recipe key, or the summary of a run",

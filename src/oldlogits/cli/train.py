@@ -74,6 +74,8 @@ def _conclude(result: RunResult, folder: RunFolder) -> int:
         print_error(result.error)
     if folder.latest_checkpoint() is not None:
         print(f"go on from the last checkpoint: oldlogits train --resume {folder.path}", file=sys.stderr)
+    else:
+        print("there is no checkpoint yet: start again, with another --out; record.checkpoint_every sets when", file=sys.stderr)
     return INTERRUPTED if result.error is None else FAILED
 
 

@@ -42,6 +42,7 @@ from oldlogits.rollout.prefix import BLOCK, NO_MATCH, Match, OwnSlots, PrefixInd
 from oldlogits.rollout.sampling import draw_tokens, restrict_support
 from oldlogits.rollout.slots import Request, SlotTable, check_request
 from oldlogits.rollout.spec import EngineSpec, EngineStats
+from oldlogits.rollout.timing import Line, piece
 
 PREFILL_TOKENS: Final = 4096
 """The most tokens, padding included, of one prefill pass; a longer sequence goes alone."""
@@ -72,6 +73,8 @@ class EngineCore:
         self._version: PolicyVersion = 0
         self._paused: Literal["recompute", "stale"] | None = None
         self._num_steps = self._num_decode = self._num_prefill = self._num_hit = 0
+        self._num_requests = 0
+        self._decodes, self._prefills = Line(), Line()
         self._busy_s, self._built_at = 0.0, time.perf_counter()
 
     @property
@@ -90,6 +93,9 @@ class EngineCore:
             num_prefix_hit_tokens=self._num_hit,
             busy_s=self._busy_s,
             idle_s=time.perf_counter() - self._built_at - self._busy_s,
+            num_requests=self._num_requests,
+            decode=self._decodes,
+            prefill=self._prefills,
         )
 
     def add(self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
@@ -111,6 +117,7 @@ class EngineCore:
             keys=chain_keys(tokens[:-1]),
         )
         self._requests[request_id] = request
+        self._num_requests += 1
         if sampling.prompt_logprobs:  # a probe: the trainer waits for it
             self._waiting = {request_id: request, **self._waiting}
         else:
@@ -191,10 +198,20 @@ class EngineCore:
         started = time.perf_counter()
         self._num_steps += 1
         with torch.inference_mode():
+            before = self._num_prefill
+            is_prefill = False
             while wave := self._admit():
+                is_prefill = True
                 self._prefill(wave)
-            finished = self._decode() if self._decoding else []
-        self._busy_s += time.perf_counter() - started
+            prefilled = time.perf_counter()
+            if is_prefill:
+                self._prefills += piece(self._num_prefill - before, prefilled - started)
+            num_rows = len(self._decoding)
+            finished = self._decode() if num_rows else []
+        ended = time.perf_counter()
+        if num_rows:
+            self._decodes += piece(num_rows, ended - prefilled)
+        self._busy_s += ended - started
         return finished
 
     def _can_admit(self, request: Request) -> bool:

@@ -18,10 +18,11 @@ import itertools
 import multiprocessing
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Final, Literal, TypeVar
@@ -29,6 +30,7 @@ from typing import Final, Literal, TypeVar
 import torch
 
 from oldlogits.core.errors import ConfigError, OldLogitsError, WorkerDiedError
+from oldlogits.core.processes import name_process
 from oldlogits.core.protocols import EngineCapabilities, Generation, PolicyVersion, Sampling, WeightUpdate
 from oldlogits.rollout.embedded import EngineCore
 from oldlogits.rollout.host import HostWeights
@@ -319,6 +321,7 @@ def _died(how: str) -> WorkerDiedError:
 
 def _serve(connection: Connection, spec: EngineSpec) -> None:
     """The engine process. It ignores SIGINT and SIGTERM: the parent decides; it ends when the pipe does."""
+    name_process("engine")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -339,16 +342,25 @@ class _Server:
     def __init__(self, connection: Connection, core: EngineCore) -> None:
         self._connection, self._core = connection, core
         self._copy: HostCopy | None = None
+        self._waiting_s = 0.0
 
     def run(self) -> None:
         """Serve until told to close."""
         while True:
             while self._core.idle or self._connection.poll():
-                message: _ToChild = self._connection.recv()
+                message = self._receive()
                 if message == "close":
                     return
                 self._handle(message)
             self._finish(self._core.step())
+
+    def _receive(self) -> _ToChild:
+        """The next message; counts the time for which an idle engine waits for it."""
+        started = time.perf_counter()
+        message: _ToChild = self._connection.recv()
+        if self._core.idle:
+            self._waiting_s += time.perf_counter() - started
+        return message
 
     def _handle(self, message: _Add | _Abort | _Call) -> None:
         match message:
@@ -382,7 +394,7 @@ class _Server:
             case "resume":
                 self._core.resume()
             case "stats":
-                return self._core.stats
+                return replace(self._core.stats, waiting_s=self._waiting_s)
             case "start":
                 pass
         return None

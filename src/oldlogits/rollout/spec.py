@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +10,7 @@ from oldlogits.core.errors import ConfigError
 from oldlogits.core.protocols import EngineCapabilities, PolicyVersion
 from oldlogits.rollout.folder import DecoderConfig, read_config
 from oldlogits.rollout.numerics import Numerics, check_numerics
+from oldlogits.rollout.timing import Line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +72,10 @@ class EngineStats:
         num_prefix_hit_tokens: Prompt tokens that were found in the cache instead.
         busy_s: Seconds inside `EngineCore.step`.
         idle_s: Seconds outside it.
+        waiting_s: The part of them with nothing to do: paused, or nothing to sample.
+        num_requests: Requests taken.
+        decode: Decode steps; the size of one is the sequences that it decoded.
+        prefill: Prefills between two decode steps; the size of one is the tokens that it computed.
     """
 
     version: PolicyVersion
@@ -80,6 +85,10 @@ class EngineStats:
     num_prefix_hit_tokens: int
     busy_s: float
     idle_s: float
+    waiting_s: float = 0.0
+    num_requests: int = 0
+    decode: Line = field(default_factory=Line)
+    prefill: Line = field(default_factory=Line)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,13 +33,15 @@ from oldlogits.envs.shape import Environment
 from oldlogits.objective import group_advantages
 from oldlogits.record.episodes import Stage
 from oldlogits.record.summary import wilson
+from oldlogits.rollout.timing import Line
 from oldlogits.rollout.turns import Agent
+from oldlogits.runtime.admission import pace_of
 from oldlogits.runtime.buffer import Account, Buffer
 from oldlogits.runtime.calibration import calibrate, doubts
 from oldlogits.runtime.handles import Handles
 from oldlogits.runtime.recorder import Recorder
 from oldlogits.runtime.referee import Referee
-from oldlogits.runtime.rollouts import PACE, Rollouts, evaluate, is_success
+from oldlogits.runtime.rollouts import Rollouts, evaluate, is_success
 from oldlogits.runtime.rows import Rows
 from oldlogits.runtime.staleness import StalenessBound
 from oldlogits.runtime.synchronise import Synchroniser
@@ -61,11 +63,16 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Busy:
-    """Seconds that engine and trainer have worked, and tokens sampled, since they started."""
+    """Seconds that engine and trainer have worked, and what the engine has done, since they started."""
 
     engine_s: float
     trainer_s: float
     num_sampled: int
+    num_requests: int
+    num_found: int
+    waiting_s: float
+    decode: Line
+    prefill: Line
 
     def __sub__(self, other: Busy) -> Busy:
         """What was done in between."""
@@ -73,6 +80,11 @@ class Busy:
             engine_s=self.engine_s - other.engine_s,
             trainer_s=self.trainer_s - other.trainer_s,
             num_sampled=self.num_sampled - other.num_sampled,
+            num_requests=self.num_requests - other.num_requests,
+            num_found=self.num_found - other.num_found,
+            waiting_s=self.waiting_s - other.waiting_s,
+            decode=self.decode - other.decode,
+            prefill=self.prefill - other.prefill,
         )
 
 
@@ -97,6 +109,7 @@ class Loop:
         self._synchroniser = Synchroniser(config, task.probe_ids, handles, self.source, recorder, totals)
         self._referee = Referee(config, handles.trainer, recorder.events, handles.clock)
         self._last_update_s = 0.0
+        self._last_ended: float | None = None
         self._expected_noise = 0.0  # of the engine's numerics, on the probe tokens of the live version; nats
         self.version = 0
 
@@ -164,7 +177,7 @@ class Loop:
         rollouts.admit(
             self.version,
             num_wanted=(self._config.num_updates - self.version) * per_version,
-            pace_s=self._last_update_s / (PACE * per_version) if self._handles.real_time else 0.0,
+            pace_s=pace_of(self._last_update_s, per_version) if self._handles.real_time else 0.0,
         )
 
     async def _update(self, rollouts: Rollouts) -> None:
@@ -206,6 +219,7 @@ class Loop:
         await trainer.retain(min(self.version, self._oldest_needed()))
         ended = clock()
         times = {
+            "time/between_s": started - (started if self._last_ended is None else self._last_ended),
             "time/update_s": ended - started,
             "time/wait_batch_s": taken - started,
             "time/score_s": scored_at - taken,
@@ -213,9 +227,11 @@ class Loop:
             "time/publish_s": ended - trained,
             "time/stall_s": stall_s,
         }
+        self._last_ended = ended
         used = (await self._busy()) - before
         self._count(groups, result, used, ended - started)
-        metrics = {**result.metrics, **times, **self.source.metrics(), **self._loop_metrics(groups, result, used, times)}
+        of_loop = self._loop_metrics(groups, result, used, times)
+        metrics = {**result.metrics, **times, **self.source.metrics(), **rollouts.gaps.metrics(), **of_loop}
         self._recorder.updated(result, metrics, groups, version=self.version)
         effect = self._referee.judge(refereed_scores, result, version=self.version)
         if result.average_reset is not None:
@@ -232,7 +248,16 @@ class Loop:
 
     async def _busy(self) -> Busy:
         stats, state = await self._handles.engine_stats(), await self._handles.trainer.state()
-        return Busy(engine_s=stats.busy_s, trainer_s=state.busy_s, num_sampled=stats.num_decode_tokens)
+        return Busy(
+            engine_s=stats.busy_s,
+            trainer_s=state.busy_s,
+            num_sampled=stats.num_decode_tokens,
+            num_requests=stats.num_requests,
+            num_found=stats.num_prefix_hit_tokens,
+            waiting_s=stats.waiting_s,
+            decode=stats.decode,
+            prefill=stats.prefill,
+        )
 
     def _count(self, groups: Sequence[TrajectoryGroup], result: UpdateResult, used: Busy, wall_s: float) -> None:
         """Book the update."""
@@ -267,6 +292,11 @@ class Loop:
             "staleness/max": max(lags),
             "throughput/engine_tokens_per_s": used.num_sampled / wall_s,
             "throughput/trainer_tokens_per_s": sum(t.num_tokens for t in trajectories) / wall_s,
+            "engine/requests": used.num_requests,
+            "engine/found_tokens": used.num_found,
+            "engine/waiting_s": used.waiting_s,
+            **used.decode.metrics("engine/decode"),
+            **used.prefill.metrics("engine/prefill"),
             "idle/engine_share": max(0.0, 1 - used.engine_s / wall_s),
             "idle/trainer_share": max(0.0, 1 - used.trainer_s / wall_s),
             "queue/running": buffer.running,

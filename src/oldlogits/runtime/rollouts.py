@@ -14,24 +14,20 @@ from typing import Final
 
 from oldlogits.core.errors import EnvironmentShapeError
 from oldlogits.core.protocols import LogprobSource
-from oldlogits.core.trajectory import Trajectory
+from oldlogits.core.trajectory import Segment, Trajectory
 from oldlogits.envs.shape import Environment, Row
 from oldlogits.record.events import EventKind, EventSink
 from oldlogits.rollout.turns import Agent, Failure, run_episode
+from oldlogits.runtime.admission import Admission
 from oldlogits.runtime.buffer import Buffer
+from oldlogits.runtime.gaps import TurnGaps
 from oldlogits.runtime.rows import Rows
 
 FAILURES_IN_A_ROW: Final = 256
 """Failed episodes without one that ended well, after which the run ends: the environment is broken."""
 
-ENOUGH_BATCHES: Final = 1.5
-"""Batches ready to train at which no further group is started, where starts are paced."""
 
-PACE: Final = 1.25
-"""Groups started in the time in which the trainer consumes one: what it gains on a trainer that got faster."""
-
-
-class Rollouts:
+class Rollouts(Admission):
     """Starts groups of episodes within the staleness bound and puts what they yield into the buffer.
 
     Args:
@@ -63,85 +59,37 @@ class Rollouts:
         first_row: int,
         restart_rows: Sequence[int] = (),
     ) -> None:
-        self._agent = replace(agent, report=source.on_segment_closed)
+        super().__init__(buffer, tasks, max_running_groups=max_running_groups)
+        self.gaps = TurnGaps()
+        self._agent = replace(agent, report=self._report)
         self._class, self._rows = environment_class, rows
-        self._buffer, self._source, self._events, self._tasks = buffer, source, events, tasks
+        self._source, self._events = source, events
         self._group_size = group_size
-        self._max_running = max_running_groups or 1 << 30
-        self._running: set[asyncio.Task[None]] = set()
-        self._open = True
         self._failures = _Failures()
         self.next_row = first_row
         self._restart_rows = list(restart_rows)
-        self.version = 0
-        self._num_wanted = 0
-        self._pace_s = 0.0
-        self._pacing: asyncio.Task[None] | None = None
 
-    def admit(self, version: int, *, num_wanted: int, pace_s: float) -> None:
-        """The engine holds `version` now: start what the bound admits.
-
-        Args:
-            version: Of the engine.
-            num_wanted: Groups that the run still trains; no more are started.
-            pace_s: Seconds between two starts unless the trainer waits; 0: always start at once.
-        """
-        self.version, self._num_wanted, self._pace_s = version, num_wanted, pace_s
-        self.fill()
-
-    def fill(self) -> None:
-        """Start groups: all at once while the trainer waits, else at its pace, and none while enough is ready.
-
-        What starts early only waits and grows stale. Started evenly, groups are fresher, the engine's load is even, and
-        weight updates meet episodes in mid-flight.
-        """
-        while self._may_start():
-            if self._pace_s and not self._buffer.is_waited_for:
-                if self._pacing is None and self._buffer.num_batches_ready < ENOUGH_BATCHES:
-                    self._pacing = self._tasks.create_task(self._start_next())
-                return
-            self._start_group()
-
-    async def _start_next(self) -> None:
-        """Wait for the pace, start a group, and go on."""
-        await asyncio.sleep(self._pace_s)
-        self._pacing = None
-        if self._may_start():
-            self._start_group()
-        self.fill()
-
-    def _may_start(self) -> bool:
-        return (
-            self._open
-            and self._buffer.num_admissible() > 0
-            and self._buffer.num_outstanding < self._num_wanted
-            and len(self._running) < self._max_running
-        )
-
-    def _start_group(self) -> None:
+    def start_group(self) -> asyncio.Task[None]:
+        """Start the episodes of the next row."""
         index = self._restart_rows[0] if self._restart_rows else self.next_row
         row = self._rows.train(index)
         group_id = f"g{index:06d}"
         self._buffer.admit(group_id, size=self._group_size, version=self.version)
         self._events.emit(EventKind.GROUP_ADMITTED, version=self.version, group=group_id)
-        self._running.add(self._tasks.create_task(self._play_group(group_id, row)))
         if self._restart_rows:
             self._restart_rows.pop(0)
         else:
             self.next_row += 1
+        return self._tasks.create_task(self._play_group(group_id, row))
 
     @property
     def unfinished_rows(self) -> list[int]:
         """The rows of the groups in flight, and those still to restart: what a resumed run starts with."""
         return [*(int(group_id[1:]) for group_id in self._buffer.group_ids), *self._restart_rows]
 
-    def stop(self) -> None:
-        """Start nothing more and cancel what runs."""
-        self._open = False
-        if self._pacing is not None:
-            self._pacing.cancel()
-        for task in self._running:
-            task.cancel()
+    def _report(self, trajectory_id: str, segments: Sequence[Segment]) -> None:
+        self.gaps.grew(trajectory_id, segments)
+        self._source.on_segment_closed(trajectory_id, segments)
 
     async def _play_group(self, group_id: str, row: Row) -> None:
         async with asyncio.TaskGroup() as members:
@@ -157,10 +105,7 @@ class Rollouts:
             num_failed=closed.num_failed,
             filtered=closed.filtered,
         )
-        task = asyncio.current_task()
-        assert task is not None
-        self._running.discard(task)
-        self.fill()
+        self.group_ended()
         if closed.filtered:
             self._source.drop(t.id for t in closed.trajectories)
         else:
@@ -168,11 +113,13 @@ class Rollouts:
 
     async def _play_member(self, group_id: str, member: int, row: Row) -> None:
         id = f"{group_id}.{member}"
+        self.gaps.started(id)
         try:
             outcome = await run_episode(self._agent, self._class, row, id=id, group_id=group_id)
         except asyncio.CancelledError:
             self._source.drop([id])
             raise
+        self.gaps.ended(id, well=isinstance(outcome, Trajectory))
         if isinstance(outcome, Failure):
             self._source.drop([id])
             self._buffer.fail(group_id)

@@ -18,6 +18,7 @@ from functools import partial
 from multiprocessing.connection import Connection, wait
 
 from oldlogits.core.errors import OldLogitsError, WorkerDiedError
+from oldlogits.core.processes import name_process
 from oldlogits.rollout.shared import unshare
 
 CarryOut = Callable[[str, tuple[object, ...]], object]
@@ -37,7 +38,7 @@ class WorkerProcess:
         self._name = name
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        target = (theirs, build, arguments)
+        target = (name, theirs, build, arguments)
         self._process = context.Process(target=_serve, args=target, name=f"oldlogits-{name}", daemon=True)
         self._process.start()
         theirs.close()
@@ -121,8 +122,9 @@ class WorkerProcess:
         )
 
 
-def _serve(pipe: Connection, build: Callable[..., CarryOut], arguments: tuple[object, ...]) -> None:
+def _serve(name: str, pipe: Connection, build: Callable[..., CarryOut], arguments: tuple[object, ...]) -> None:
     """The worker: carry out calls until the pipe closes. Ctrl-C and SIGTERM are the controller's to handle."""
+    name_process(name)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     built: list[CarryOut] = []

@@ -12,7 +12,7 @@ from oldlogits.bench.document import markdown
 from oldlogits.bench.machine import Machine
 from oldlogits.bench.rows import Report, Row, Steps, Subject
 from oldlogits.bench.versions import Plan
-from oldlogits.cli.bench import compared, held, remark
+from oldlogits.cli.bench_versions import compared, held, remark
 from oldlogits.cli.main import run
 
 MACHINE = Machine(device="a CPU", features=("avx2",), num_cores=2, load=0.5, fast_path="numba", software="Python")
@@ -96,7 +96,6 @@ def test_the_command_measures_and_writes_every_figure(tmp_path: Path, capsys: py
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["bench"], "the first word names no bench"),
         (["bench", "speed"], "speed"),
         (["bench", "versions", "--params", "5"], "too little to measure"),
         (["bench", "versions", "--document", "there/is/none.md"], "no place for the figures"),
