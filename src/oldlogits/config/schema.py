@@ -217,14 +217,37 @@ class VersionsConfig:
 class RuntimeConfig:
     """Who runs where."""
 
-    type: Literal["lockstep", "local"] = "local"
-    """lockstep: one process, virtual time, bit for bit repeatable. local: engine and trainer in processes of their own."""
+    type: Literal["lockstep", "local", "ray"] = "local"
+    """lockstep: one process, virtual time, bit for bit repeatable. local: engine and trainer in processes of their own on
+    this machine. ray: actors of a Ray cluster, one or several nodes."""
     lag: Literal["fresh_first", "even", "skewed", "random"] = "even"
     """lockstep only: how the lags of a trajectory's tokens are spread over the window."""
     window: int = 4
     """lockstep only: the largest lag, in versions; at most max_staleness."""
     tokens_per_version: int = 12
     """lockstep only: mean number of tokens that a trajectory samples with one version before it switches."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayConfig:
+    """runtime.type = "ray" only: who runs on which part of the cluster."""
+
+    address: str = ""
+    """Of a running cluster, "auto" for the one of this machine; empty: the run starts one here that has what it needs."""
+    num_workers: int = 2
+    """Rollout workers: each an engine and a share of the environments. `oldlogits workers` changes it while a run runs."""
+    worker_cpus: float = 1.0
+    """CPUs that a worker reserves."""
+    worker_gpus: float = 0.0
+    """GPUs that a worker reserves for its engine."""
+    trainer_cpus: float = 1.0
+    """CPUs that the trainer reserves, and likewise the dedicated scorer."""
+    trainer_gpus: float = 0.0
+    """GPUs that the trainer reserves, and likewise the dedicated scorer."""
+    placement: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = "SPREAD"
+    """Of the first workers on the nodes. PACK: few nodes. SPREAD: many. STRICT_SPREAD: each worker on a node of its own."""
+    start_timeout_s: float = 300.0
+    """Seconds until the cluster must have given every actor its place."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,6 +303,7 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     versions: VersionsConfig = field(default_factory=VersionsConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     record: RecordConfig = field(default_factory=RecordConfig)
 

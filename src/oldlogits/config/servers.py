@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import Final
 from urllib.parse import urlsplit
 
-from oldlogits.config.schema import EngineConfig, RunConfig
+from oldlogits.config.schema import EngineConfig, RayConfig, RunConfig
 from oldlogits.core.errors import ConfigError
 
 _OF_VLLM: Final = ("urls", "token_env", "start", "num_servers", "flags", "python")
@@ -21,6 +22,7 @@ def check_servers(config: RunConfig) -> None:
     """
     engine = config.engine
     _check_ranges(engine)
+    _check_ray(config)
     if engine.type == "embedded":
         _refuse_idle(engine, _OF_VLLM, "engine.type = 'embedded' has no servers", "set engine.type = 'vllm'")
         return
@@ -43,6 +45,40 @@ def check_servers(config: RunConfig) -> None:
         _check_urls(engine)
     else:
         _check_started(engine)
+
+
+def _check_ray(config: RunConfig) -> None:
+    ray, default = config.ray, RayConfig()
+    if config.runtime.type != "ray":
+        for name in sorted(field.name for field in fields(RayConfig)):
+            if getattr(ray, name) != getattr(default, name):
+                raise ConfigError(
+                    f"ray.{name} has no effect without the runtime ray",
+                    got=f"ray.{name} = {getattr(ray, name)!r}, runtime.type = '{config.runtime.type}'",
+                    allowed="runtime.type = 'ray'",
+                    fix=f"set runtime.type = 'ray', or remove ray.{name}",
+                )
+        return
+    _require(ray.num_workers >= 1, "ray.num_workers", ray.num_workers, ">= 1", "2")
+    for name in ("worker_cpus", "worker_gpus", "trainer_cpus", "trainer_gpus"):
+        amount: float = getattr(ray, name)
+        _require(0 <= amount < math.inf, f"ray.{name}", amount, ">= 0", "1.0")
+    _require(0 < ray.start_timeout_s < math.inf, "ray.start_timeout_s", ray.start_timeout_s, "> 0 seconds", "300")
+    engine = config.engine
+    if engine.urls or engine.num_servers != 1:
+        raise ConfigError(
+            "with the runtime ray every worker has one server of its own",
+            got=f"engine.urls = {list(engine.urls)}, engine.num_servers = {engine.num_servers}",
+            allowed="no engine.urls, engine.num_servers = 1",
+            fix="remove them and set ray.num_workers",
+        )
+    if engine.kv == "stale":
+        raise ConfigError(
+            "a trajectory may go on with another worker, which does not have its keys and values of older versions",
+            got="engine.kv = 'stale', runtime.type = 'ray'",
+            allowed="engine.kv = 'recompute', or runtime.type = 'local'",
+            fix="remove engine.kv = 'stale'",
+        )
 
 
 def _refuse_idle(engine: EngineConfig, keys: tuple[str, ...], what: str, fix: str) -> None:

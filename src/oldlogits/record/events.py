@@ -34,6 +34,8 @@ class EventKind(StrEnum):
     """All episodes of a group have ended."""
     TRAJECTORY_FAILED = "trajectory_failed"
     """An episode ended by an exception or a time-out of its environment."""
+    TRAJECTORY_RESTARTED = "trajectory_restarted"
+    """An episode begins again: its environment was lost with its worker and did not answer as before."""
     BATCH = "batch"
     """A batch was formed, after the trainer waited for it."""
     SCORED = "scored"
@@ -76,6 +78,7 @@ FIELDS: Final[Mapping[EventKind, frozenset[str]]] = MappingProxyType(
         EventKind.GROUP_ADMITTED: frozenset({"group"}),
         EventKind.GROUP_CLOSED: frozenset({"group", "rewards", "oldest_version", "num_failed"}),
         EventKind.TRAJECTORY_FAILED: frozenset({"trajectory", "reason"}),
+        EventKind.TRAJECTORY_RESTARTED: frozenset({"trajectory", "reason", "num_lost_tokens"}),
         EventKind.BATCH: frozenset({"groups", "num_tokens", "staleness_max", "waited_s"}),
         EventKind.SCORED: frozenset(
             {"policy", "num_switches", "versions", "read_tokens", "num_checkouts", "switch_s", "witness_s", "seconds_s"}

@@ -18,10 +18,9 @@ import copy
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
 
 from oldlogits.core.errors import ConfigError, OldLogitsError, WorkerDiedError
-from oldlogits.rollout.launch import Launched
 from oldlogits.rollout.server import Server, ServerFailedError, ServerInfo
 from oldlogits.rollout.spec import Incident
 from oldlogits.rollout.wire import Json
@@ -30,6 +29,8 @@ HEALTH_TIMEOUT_S: Final = 10.0
 """How long a server may take to say that it is well."""
 ABORT_AGAIN_S: Final = 0.25
 """After which an abort is sent again to requests that go on."""
+SLACK: Final = 4
+"""Requests that a server may have above the least busy one and still get the next turns of its trajectories."""
 MISSES: Final = 3
 """Health checks in a row without an answer after which a server counts as hung."""
 
@@ -78,6 +79,36 @@ class Attempt:
     running_s: float = 0.0
 
 
+class Launched(Protocol):
+    """The process of a server that the run starts."""
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it lives."""
+        ...
+
+    @property
+    def where(self) -> str:
+        """Where to look for what it said."""
+        ...
+
+    async def ready(self, server: Server, start_s: float) -> None:
+        """Wait until it answers.
+
+        Raises:
+            ServerFailedError: It ended, or takes longer than `start_s`.
+        """
+        ...
+
+    def restart(self) -> None:
+        """End what is left of it and start it again."""
+        ...
+
+    def close(self) -> None:
+        """End it and whatever it has started."""
+        ...
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Host:
     """A server and what is known of it.
@@ -87,6 +118,7 @@ class Host:
         launched: Its process, if the run started it.
         info: What it said when it was connected last.
         is_up: Whether it gets requests.
+        is_new: Whether it joined a fleet that runs already, and was not up yet.
         attempts: What runs on it.
         answered_at: When it last answered a request; seconds of the monotonic clock.
         num_misses: Health checks in a row without an answer.
@@ -96,6 +128,7 @@ class Host:
     launched: Launched | None = None
     info: ServerInfo | None = None
     is_up: bool = False
+    is_new: bool = False
     attempts: set[Attempt] = field(default_factory=set)
     answered_at: float = 0.0
     num_misses: int = 0
@@ -160,15 +193,17 @@ class Fleet:
                 f"the server {host.server.url} cannot be used",
                 got=str(failure),
                 allowed="a server that answers when the run begins",
-                fix="start it, or correct engine.urls" if host.launched is None else f"see {host.launched.log}",
+                fix="start it, or correct engine.urls" if host.launched is None else f"see {host.launched.where}",
             ) from failure
         host.is_up, host.answered_at = True, time.monotonic()
 
-    async def choose(self, *, spread: int | None = None) -> Host:
+    async def choose(self, *, spread: int | None = None, before: Host | None = None) -> Host:
         """The server for the next request: that with the fewest; waits while none is up or all are paused.
 
         Args:
             spread: Instead: the server of this number, modulo how many are up.
+            before: The one that had the trajectory's last turn, and its keys and values: it goes first unless it has more
+                than `SLACK` requests above the fewest.
 
         Raises:
             WorkerDiedError: There will be none.
@@ -178,9 +213,26 @@ class Fleet:
                 raise copy.copy(self._death)
             up = self.up
             if up and not self.paused:
-                return min(up, key=lambda host: len(host.attempts)) if spread is None else up[spread % len(up)]
+                if spread is not None:
+                    return up[spread % len(up)]
+                idlest = min(up, key=lambda host: len(host.attempts))
+                near = before is not None and before.is_up and len(before.attempts) <= len(idlest.attempts) + SLACK
+                return before if near and before is not None else idlest
             self._waiting.append(asyncio.get_running_loop().create_future())
             await self._waiting[-1]
+
+    def add(self, host: Host) -> None:
+        """A server joins: it gets requests as soon as it is ready and has the current weights."""
+        host.is_new = True
+        self.hosts.append(host)
+
+    async def remove(self, host: Host) -> None:
+        """A server leaves: what runs on it is sent again to others."""
+        self.fail(host, "it was asked to leave")
+        self.hosts.remove(host)
+        if host.launched is not None:
+            host.launched.close()
+        await host.server.close()
 
     async def pause(self, mode: str) -> None:
         """Pause all that are up."""
@@ -251,11 +303,15 @@ class Fleet:
             WorkerDiedError: It is.
             ConfigError: A server came back as one that cannot be used.
         """
-        watches = [asyncio.create_task(self._watch(host)) for host in self.hosts]
+        watches: dict[Host, asyncio.Task[None]] = {}
         try:
             while True:
+                for host in [host for host in self.hosts if host not in watches]:
+                    watches[host] = asyncio.create_task(self._watch(host))
                 await asyncio.sleep(self._patience.poll_s)
-                for watch in watches:
+                for host in [host for host in watches if host not in self.hosts]:
+                    watches.pop(host).cancel()
+                for watch in watches.values():
                     if watch.done():
                         watch.result()
                 if self.up:
@@ -267,9 +323,9 @@ class Fleet:
             raise
         finally:
             self._notify()
-            for watch in watches:
+            for watch in watches.values():
                 watch.cancel()
-            await asyncio.gather(*watches, return_exceptions=True)  # their connections are closed by then
+            await asyncio.gather(*watches.values(), return_exceptions=True)  # their connections are closed by then
 
     async def close(self) -> None:
         """Leave no connection and no process."""
@@ -325,7 +381,11 @@ class Fleet:
             ServerFailedError: Not yet.
         """
         done = []
-        if host.launched is not None:
+        if host.launched is not None and host.is_new:
+            host.is_new = False
+            await host.launched.ready(host.server, self._patience.start_s)
+            done.append("it joined")
+        elif host.launched is not None:
             if self._num_restarts >= self._patience.max_restarts:
                 raise ServerFailedError(f"it was started again {self._num_restarts} times")
             self._num_restarts += 1
@@ -334,7 +394,7 @@ class Fleet:
             done.append("started again")
         await self._connect(host)
         async with self._lock:
-            if self.paused:  # the update that is under way goes first
+            if self.paused or host not in self.hosts:  # the update that is under way goes first; or it has left
                 return
             done.append(await self._supply(host.server))
             host.is_up, host.answered_at = True, time.monotonic()

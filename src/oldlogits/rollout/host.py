@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+from torch import Tensor
 
 from oldlogits.core.errors import ReceiverBehindError
 from oldlogits.core.protocols import FullWeights, PatchWeights, PolicyVersion, WeightUpdate
@@ -49,6 +53,13 @@ class HostWeights:
         except ReceiverBehindError:
             return False
         return True
+
+    @contextmanager
+    def read(self) -> Iterator[Mapping[str, Tensor]]:
+        """The weights that are held, by name."""
+        assert self._copy is not None, "weights were taken before"
+        with self._copy.read(self._copy.version) as weights:
+            yield weights
 
     def close(self) -> None:
         """Delete the file; who has it open keeps it."""

@@ -40,6 +40,7 @@ class LaunchSpec:
         python: The interpreter that has it; empty: this one.
         log_folder: Where its messages go.
         seed: Of the sampler.
+        address: That it listens on.
     """
 
     server: Literal["vllm", "embedded"]
@@ -51,11 +52,12 @@ class LaunchSpec:
     python: str
     log_folder: Path
     seed: int
+    address: str = "127.0.0.1"
 
     def command(self, port: int) -> list[str]:
         """The command line."""
         python = self.python or sys.executable
-        where = ["--host", "127.0.0.1", "--port", str(port), "--seed", str(self.seed)]
+        where = ["--host", self.address, "--port", str(port), "--seed", str(self.seed)]
         if self.server == "embedded":
             size = ["--num-slots", str(self.num_slots), "--max-context", str(self.max_context)]
             numerics = ["--numerics", self.numerics]
@@ -109,13 +111,18 @@ class Launched:
     def __init__(self, spec: LaunchSpec, name: str) -> None:
         self._spec = spec
         self.log = spec.log_folder / f"{name}.log"
-        self.port, self.token = _free_port(), secrets.token_hex(16)
+        self.port, self.token = _free_port(spec.address), secrets.token_hex(16)
         self._process = self._start()
 
     @property
     def url(self) -> str:
         """Where it listens."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self._spec.address}:{self.port}"
+
+    @property
+    def where(self) -> str:
+        """Its log."""
+        return str(self.log)
 
     @property
     def pid(self) -> int:
@@ -176,8 +183,8 @@ class Launched:
         return self.log.read_text(encoding="utf-8", errors="replace")[-_LAST_WORDS:].strip()
 
 
-def _free_port() -> int:
+def _free_port(address: str) -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((address, 0))
         port: int = probe.getsockname()[1]
         return port

@@ -11,6 +11,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -81,6 +82,12 @@ class Server:
             trust_env=not is_local,  # proxies are for other machines
         )
 
+    def move_to(self, url: str, token: str) -> None:
+        """It listens elsewhere from now on."""
+        self.url = url.rstrip("/")
+        self._client.base_url = self.url
+        self._client.headers["authorization"] = f"Bearer {token}"
+
     async def close(self) -> None:
         """Leave no connection."""
         await self._client.aclose()
@@ -146,7 +153,7 @@ class Server:
     async def _check_transfer(self) -> None:
         """Whether it reads this machine's files."""
         nonce = secrets.token_hex(8)
-        path = share_text(nonce)
+        path = await self._share(nonce)
         try:
             await self._post("/init_weight_transfer_engine", {"init_info": {"path": str(path), "nonce": nonce}})
         except (ServerFailedError, ConfigError) as error:
@@ -156,6 +163,10 @@ class Server:
             raise self._refused(f"{error}", "a server that reads the trainer's shared memory", fix) from error
         finally:
             path.unlink(missing_ok=True)
+
+    async def _share(self, text: str) -> Path:
+        """Write a text where the weights for this server will be."""
+        return share_text(text)
 
     async def generate(self, request: wire.Request) -> wire.Answer:
         """Sample a completion; takes as long as it takes.

@@ -19,8 +19,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
 
 import numpy as np
 
@@ -33,6 +32,7 @@ from oldlogits.core.protocols import (
     Sampling,
     Span,
     WeightUpdate,
+    trajectory_of,
 )
 from oldlogits.rollout import wire
 from oldlogits.rollout.fleet import Attempt, Fleet, Host, Patience
@@ -41,8 +41,42 @@ from oldlogits.rollout.server import Server, ServerFailedError, ServerInfo
 from oldlogits.rollout.spec import EngineStats
 from oldlogits.rollout.wire import Json
 
+REMEMBERED: Final = 65_536
+"""Trajectories of which it is known where they were sampled last."""
 SAME_WEIGHTS: Final[Mapping[str, float]] = {"fp32": 1e-3, "bf16": 0.5}
 """Nats, by arithmetic: the largest difference between two servers' log-probs of a prompt under the same weights."""
+
+
+class Carrier(Protocol):
+    """Brings weights to where servers read them."""
+
+    async def take(self, update: WeightUpdate, version: PolicyVersion) -> Json:
+        """Make a version ready; returns what servers are told of it.
+
+        Raises:
+            ReceiverBehindError: Patches do not lead on from what is there: give full weights.
+        """
+        ...
+
+    def close(self) -> None:
+        """Leave no file."""
+        ...
+
+
+class OnThisHost:
+    """A `Carrier` for servers of this machine."""
+
+    def __init__(self) -> None:
+        self._weights = HostWeights()
+
+    async def take(self, update: WeightUpdate, version: PolicyVersion) -> Json:
+        """Bring this host's copy to a version."""
+        path = await asyncio.to_thread(self._weights.take, update, version)
+        return {"path": str(path), "version": version}
+
+    def close(self) -> None:
+        """Delete the copy."""
+        self._weights.close()
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -101,14 +135,25 @@ class VllmEngine:
         max_context: The most tokens of one sequence that the run needs.
         numerics: The engine's, as the recipe says; a server of others is refused.
         patience: How long to wait for what.
+        weights: Brings weights to where the servers read them; by default they run on this machine.
     """
 
-    def __init__(self, hosts: Sequence[Host], *, max_context: int, numerics: str, patience: Patience) -> None:
+    def __init__(
+        self,
+        hosts: Sequence[Host],
+        *,
+        max_context: int,
+        numerics: str,
+        patience: Patience,
+        weights: Carrier | None = None,
+    ) -> None:
         self._max_context, self._numerics = max_context, numerics
         self.fleet = Fleet(hosts, patience=patience, check=self._check, supply=self._supply)
         self._run = secrets.token_hex(4)
         self._version: PolicyVersion = -1
-        self._weights, self._where = HostWeights(), Path()
+        self._weights: Carrier = weights or OnThisHost()
+        self._told: Json = None
+        self._last_hosts: dict[str, Host] = {}  # of trajectories
         self._requests: dict[str, _Request] = {}
         self._probes = itertools.count()
         self._probe: tuple[PolicyVersion, wire.Request, tuple[float, ...]] | None = None  # the last one
@@ -162,12 +207,22 @@ class VllmEngine:
         self._requests[request_id] = request = _Request(id=request_id, prompt_ids=list(prompt_ids), sampling=sampling)
         try:
             while True:
-                host = await self.fleet.choose(spread=next(self._probes) if sampling.prompt_logprobs else None)
+                host = await self._choose(request)
                 reason = "abort" if request.is_aborted else await self._attempt(request, host)
                 if reason is not None:
                     return request.generation(reason)
         finally:
             del self._requests[request_id]
+
+    async def _choose(self, request: _Request) -> Host:
+        """Probes go to one server after the other; turns stay where the trajectory's keys and values are, if they can."""
+        if request.sampling.prompt_logprobs:
+            return await self.fleet.choose(spread=next(self._probes))
+        name = trajectory_of(request.id)
+        host = self._last_hosts[name] = await self.fleet.choose(before=self._last_hosts.pop(name, None))
+        if len(self._last_hosts) > REMEMBERED:
+            del self._last_hosts[next(iter(self._last_hosts))]
+        return host
 
     async def _attempt(self, request: _Request, host: Host) -> FinishReason | None:
         """Send a request to a server; returns why it ended, or None if it is to be sent again."""
@@ -267,7 +322,7 @@ class VllmEngine:
 
     async def _take(self, update: WeightUpdate, version: PolicyVersion) -> tuple[Json, str]:
         """Bring this host's copy to a version: what servers are told of it."""
-        self._where = await asyncio.to_thread(self._weights.take, update, version)
+        self._told = await self._weights.take(update, version)
         self._version = version
         return self._told, self._label
 
@@ -288,10 +343,6 @@ class VllmEngine:
             busy_s=self._busy_s,
             idle_s=time.perf_counter() - self._built_at - self._busy_s,
         )
-
-    @property
-    def _told(self) -> Json:
-        return {"path": str(self._where), "version": self._version}
 
     @property
     def _label(self) -> str:

@@ -22,6 +22,7 @@ from oldlogits.core.protocols import (
     ScoredPieces,
     WeightUpdate,
 )
+from oldlogits.envs.shape import Environment
 from oldlogits.rollout.spec import EngineStats, Incident
 from oldlogits.rollout.turns import EnvironmentRunner
 from oldlogits.runtime.buffer import Buffer
@@ -194,6 +195,7 @@ class Handles:
         real_time: Whether the starts of groups may be spread over time.
         watch: Told of the run's buffer, for a runtime that controls the lags.
         scorer: A second model that only scores, for the route "dedicated".
+        host_environment: Gives the class whose instances the episodes use, for environments that live elsewhere.
         listen: Told who wants to know what happens to servers.
         workers: Tasks of the runtime that must not end while the run goes on; their errors end it.
     """
@@ -207,4 +209,5 @@ class Handles:
     watch: Callable[[Buffer], None]
     scorer: DedicatedScorer | None = None
     listen: Callable[[Callable[[Incident], None]], None] = lambda hear: None
+    host_environment: Callable[[type[Environment]], type[Environment]] = lambda environment_class: environment_class
     workers: tuple[asyncio.Task[None], ...] = ()

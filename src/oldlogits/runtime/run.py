@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import importlib.util
 import math
 import shutil
 import signal
@@ -18,7 +19,7 @@ from types import FrameType
 from rich.console import Console
 
 from oldlogits.config import RunConfig
-from oldlogits.core.errors import OldLogitsError
+from oldlogits.core.errors import ConfigError, OldLogitsError
 from oldlogits.core.protocols import Sampling
 from oldlogits.envs.shape import PARSERS, Environment, load_environment, tool_schemas
 from oldlogits.policy.chat import ChatFormat
@@ -101,7 +102,32 @@ def run(
 
 def _runtime(config: RunConfig, folder: RunFolder) -> Open:
     """The recipe's runtime; servers that it starts leave their messages in the run folder."""
-    return open_lockstep if config.runtime.type == "lockstep" else partial(open_local, log_folder=folder.path / "servers")
+    match config.runtime.type:
+        case "lockstep":
+            return open_lockstep
+        case "local":
+            return partial(open_local, log_folder=folder.path / "servers")
+        case "ray":
+            return partial(_ray(), folder=folder.path)
+
+
+def _ray() -> Callable[..., AbstractAsyncContextManager[Handles]]:
+    """What opens the runtime ray.
+
+    Raises:
+        ConfigError: A package that it needs is not installed.
+    """
+    for package in ("ray", "httpx", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                "runtime.type = 'ray' needs a package that is not installed",
+                got=f"no {package}",
+                allowed="the extra 'ray'",
+                fix="pip install 'oldlogits[ray]'",
+            )
+    from oldlogits.runtime.ray import open_ray
+
+    return open_ray
 
 
 def _with_versions_folder(config: RunConfig, folder: RunFolder) -> RunConfig:
@@ -144,7 +170,8 @@ async def _run(
             if checkpoint is not None:
                 await handles.trainer.restore(checkpoint)
             agent = _agent(config, handles, chat)
-            task = Task(environment_class=environment_class, rows=rows, agent=agent, probe_ids=probe_ids)
+            hosted = handles.host_environment(environment_class)
+            task = Task(environment_class=hosted, rows=rows, agent=agent, probe_ids=probe_ids)
             loop = Loop(config, task, handles, recorder, totals)
             handles.watch(loop.buffer)
             handles.listen(lambda incident: recorder.happened(incident, version=loop.version))
