@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 CACHE ?= $(or $(OLDLOGITS_CACHE),$(HOME)/.cache/oldlogits)
 VLLM ?= $(CACHE)/vllm-$(shell sha256sum constraints-vllm.txt | cut -c1-12)
 
-.PHONY: demo test test-vllm lint types install clean
+.PHONY: demo test test-ray test-vllm lint types install clean
 
 install: $(INSTALLED)
 
@@ -19,7 +19,10 @@ demo: install
 	$(BIN)/oldlogits train recipes/desk.toml
 
 test: lint types
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not ray and not vllm"
+
+test-ray: install
+	$(BIN)/python -m pytest tests/ray
 
 test-vllm: install
 	PYTHON=$(PYTHON) tests/vllm/install.sh $(VLLM)

@@ -119,6 +119,7 @@ class Host:
         info: What it said when it was connected last.
         is_up: Whether it gets requests.
         is_new: Whether it joined a fleet that runs already, and was not up yet.
+        is_broken: Whether its process, if the run started it, must be started again before it can be taken back.
         attempts: What runs on it.
         answered_at: When it last answered a request; seconds of the monotonic clock.
         num_misses: Health checks in a row without an answer.
@@ -129,6 +130,7 @@ class Host:
     info: ServerInfo | None = None
     is_up: bool = False
     is_new: bool = False
+    is_broken: bool = False
     attempts: set[Attempt] = field(default_factory=set)
     answered_at: float = 0.0
     num_misses: int = 0
@@ -289,7 +291,7 @@ class Fleet:
         self._last_failure = f"{host.server.url}: {reason}"
         if not host.is_up:
             return
-        host.is_up, host.num_misses = False, 0
+        host.is_up, host.is_broken, host.num_misses = False, True, 0
         cut = list(host.attempts)
         for attempt in cut:
             attempt.cut.set()
@@ -341,11 +343,11 @@ class Fleet:
         return ended and self._num_restarts >= self._patience.max_restarts
 
     async def _watch(self, host: Host) -> None:
-        while True:
+        while host in self.hosts:
             await asyncio.sleep(self._patience.poll_s)
             if host.is_up:
                 await self._look(host)
-            elif not self.paused:
+            elif not self.paused and host in self.hosts:
                 try:
                     await self._recover(host)
                 except ServerFailedError as failure:
@@ -381,25 +383,37 @@ class Fleet:
             ServerFailedError: Not yet.
         """
         done = []
-        if host.launched is not None and host.is_new:
-            host.is_new = False
-            await host.launched.ready(host.server, self._patience.start_s)
+        if host.launched is not None:
+            if host.is_broken:
+                self._restart(host.launched)
+                host.is_broken = False
+                done.append("started again")
+            try:
+                await host.launched.ready(host.server, self._patience.start_s)
+            except ServerFailedError:
+                host.is_broken = True
+                raise
+        if host.is_new:
             done.append("it joined")
-        elif host.launched is not None:
-            if self._num_restarts >= self._patience.max_restarts:
-                raise ServerFailedError(f"it was started again {self._num_restarts} times")
-            self._num_restarts += 1
-            host.launched.restart()
-            await host.launched.ready(host.server, self._patience.start_s)
-            done.append("started again")
         await self._connect(host)
         async with self._lock:
             if self.paused or host not in self.hosts:  # the update that is under way goes first; or it has left
                 return
             done.append(await self._supply(host.server))
-            host.is_up, host.answered_at = True, time.monotonic()
+            host.is_up, host.is_new, host.answered_at = True, False, time.monotonic()
         self.listen(Incident(what="up", server=host.server.url, reason=", ".join(done)))
         self._notify()
+
+    def _restart(self, launched: Launched) -> None:
+        """Start a server again, if it may be.
+
+        Raises:
+            ServerFailedError: It was done often enough.
+        """
+        if self._num_restarts >= self._patience.max_restarts:
+            raise ServerFailedError(f"servers were started again {self._num_restarts} times")
+        self._num_restarts += 1
+        launched.restart()
 
     async def _connect(self, host: Host) -> None:
         info = await host.server.connect()

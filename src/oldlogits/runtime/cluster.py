@@ -89,8 +89,10 @@ async def fetch(ref: Ref) -> Any:
         return await asyncio.wrap_future(ref.future())
     except ray.exceptions.RayActorError as error:
         raise ActorEndedError(str(error).strip().splitlines()[0]) from error
+    except ray.exceptions.RayTaskError as error:
+        raise ClusterError(str(error).strip().splitlines()[-1]) from error  # the end of a traceback
     except ray.exceptions.RayError as error:
-        raise ClusterError(str(error).strip().splitlines()[-1]) from error
+        raise ClusterError(str(error).strip().splitlines()[0]) from error
 
 
 def wait(refs: Sequence[Ref], timeout_s: float) -> None:

@@ -58,8 +58,14 @@ class RayWorker:
         self._restarts_server = False
         self._watch: asyncio.Task[None] | None = None
         self._dropped: list[int] = []
+        self._open: set[int] = set()  # environments of this actor: those of one before it are gone
+        self._has_left = False
         self.node_id, self.exit_code = "", cast("int | None", None)
-        self.num_environments = 0
+
+    @property
+    def num_environments(self) -> int:
+        """That live there."""
+        return len(self._open)
 
     @property
     def actor(self) -> Actor:
@@ -86,8 +92,10 @@ class RayWorker:
         """Wait until it answers.
 
         Raises:
-            ServerFailedError: It ended, or takes longer than `start_s`.
+            ServerFailedError: It ended, or has left, or takes longer than `start_s`.
         """
+        if self._has_left:
+            raise ServerFailedError("it has left")
         try:
             async with asyncio.timeout(start_s):
                 await self._start(server)
@@ -105,7 +113,8 @@ class RayWorker:
 
     async def _start(self, server: Server) -> None:
         if not self.is_up:
-            self._actor, self.exit_code, self.num_environments = self._make(), None, 0
+            self._actor, self.exit_code = self._make(), None
+            self._open, self._dropped = set(), []
             self._watch = asyncio.create_task(self._live(self._actor))
         elif self._restarts_server:
             await fetch(self.actor.call("restart"))
@@ -121,7 +130,8 @@ class RayWorker:
             self.exit_code = -signal.SIGKILL
 
     def close(self) -> None:
-        """End it and all that it has started."""
+        """End it and all that it has started, for good."""
+        self._has_left, self._open = True, set()
         if self._watch is not None:
             self._watch.cancel()
         if self._actor is not None:
@@ -130,13 +140,16 @@ class RayWorker:
 
     async def open(self, id: int) -> None:
         """Make an environment."""
-        self.num_environments += 1
-        failure = await self._answer(self.actor.call("open", id))
+        actor, here = self.actor, self._open
+        here.add(id)
+        failure = await self._answer(actor.call("open", id))
         if failure is not None:
             raise EnvironmentFailed(str(failure))
 
     async def call(self, id: int, method: str, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
         """Call a method of an environment."""
+        if id not in self._open:
+            raise PlaceLostError
         succeeded, answer = cast("tuple[bool, object]", await self._answer(self.actor.call("call", id, method, args, kwargs)))
         if not succeeded:
             raise EnvironmentFailed(str(answer))
@@ -144,7 +157,9 @@ class RayWorker:
 
     def drop(self, id: int) -> None:
         """Forget an environment; told in batches."""
-        self.num_environments -= 1
+        if id not in self._open:
+            return
+        self._open.remove(id)
         self._dropped.append(id)
         if len(self._dropped) >= 32 and self.is_up:
             self.actor.call("drop", self._dropped)
