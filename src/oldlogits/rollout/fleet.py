@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from oldlogits.core.errors import ConfigError, OldLogitsError, WorkerDiedError
+from oldlogits.core.errors import ConfigError, WorkerDiedError
 from oldlogits.rollout.launch import Launched
 from oldlogits.rollout.server import Server, ServerFailedError, ServerInfo
 from oldlogits.rollout.spec import Incident
@@ -249,7 +249,6 @@ class Fleet:
 
         Raises:
             WorkerDiedError: It is.
-            ConfigError: A server came back as one that cannot be used.
         """
         watches = [asyncio.create_task(self._watch(host)) for host in self.hosts]
         try:
@@ -261,10 +260,8 @@ class Fleet:
                 if self.up:
                     self._seen_up_at = time.monotonic()
                 elif time.monotonic() - self._seen_up_at > self._patience.recover_s or self._is_hopeless():
-                    raise self._died(self._last_failure)
-        except OldLogitsError as error:
-            self._death = error if isinstance(error, WorkerDiedError) else self._died(str(error))
-            raise
+                    self._death = self._died(self._last_failure)
+                    raise self._death
         finally:
             self._notify()
             for watch in watches:
@@ -292,7 +289,7 @@ class Fleet:
             elif not self.paused:
                 try:
                     await self._recover(host)
-                except ServerFailedError as failure:
+                except (ServerFailedError, ConfigError) as failure:  # it may come back as one that can be used
                     self._last_failure = f"{host.server.url}: {failure}"
 
     async def _look(self, host: Host) -> None:
@@ -323,6 +320,7 @@ class Fleet:
 
         Raises:
             ServerFailedError: Not yet.
+            ConfigError: It came back as one that cannot be used.
         """
         done = []
         if host.launched is not None:
