@@ -243,8 +243,9 @@ class Server:
             raise ServerFailedError(f"{method} {path.partition('?')[0]}: {how}", timed_out=timed_out) from error
 
     async def _sent(self, request: httpx.Request) -> httpx.Response:
-        """The answer to a request, which ends when this is cancelled: by way of anyio, since httpx's connection pool loses
-        connections where a task is cancelled while it tidies them.
+        """The answer to a request, which ends when this is cancelled.
+
+        It ends by way of anyio: httpx's pool loses connections where a task is cancelled while it tidies them.
         """
         scope = anyio.CancelScope()
 
