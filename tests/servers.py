@@ -44,7 +44,7 @@ class Serving:
 
     def get(self, path: str) -> dict:
         headers = {"authorization": f"Bearer {self.token}"} if self.token else {}
-        return httpx.get(self.url + path, headers=headers, trust_env=False).json()
+        return httpx.get(self.url + path, headers=headers, timeout=60, trust_env=False).json()
 
     def wait_for_requests(self, num: int = 1, *, deadline_s: float = 60) -> None:
         """Return when it has so many requests."""

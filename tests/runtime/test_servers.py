@@ -39,13 +39,15 @@ def train_until(tmp_path, tiny_folder, act, seen, **arguments):
     run = tmp_path / "run"
 
     def interrupt():
-        act()
-        kind, num = seen
-        ends = time.monotonic() + 150
-        while len(events_of(run, kind)) < num and time.monotonic() < ends:
-            time.sleep(0.02)
-        wait_for_updates(run, len(events_of(run, EventKind.UPDATE)) + 3)
-        os.kill(os.getpid(), signal.SIGINT)
+        try:
+            act()
+            kind, num = seen
+            ends = time.monotonic() + 150
+            while len(events_of(run, kind)) < num and time.monotonic() < ends:
+                time.sleep(0.02)
+            wait_for_updates(run, len(events_of(run, EventKind.UPDATE)) + 3)
+        finally:  # a failure here ends the run, too
+            os.kill(os.getpid(), signal.SIGINT)
 
     thread = after_updates(run, 2, interrupt)
     status, _ = train(tmp_path, tiny_folder, num_updates=5000, **arguments)
@@ -82,7 +84,7 @@ def check_exact(run, num_updates, ended="done"):
 def clean():
     """No file of this process may stay behind in shared memory."""
     yield
-    assert [name for name in shared_files() if name.startswith(f"oldlogits-{os.getpid()}-")] == []
+    assert [path for path in shared_files() if path.name.startswith(f"oldlogits-{os.getpid()}-")] == []
 
 
 @pytest.fixture(scope="module")

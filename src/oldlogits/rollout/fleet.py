@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol
 
-from oldlogits.core.errors import ConfigError, OldLogitsError, WorkerDiedError
+from oldlogits.core.errors import ConfigError, WorkerDiedError
 from oldlogits.rollout.server import Server, ServerFailedError, ServerInfo
 from oldlogits.rollout.spec import Incident
 from oldlogits.rollout.wire import Json
@@ -303,7 +303,6 @@ class Fleet:
 
         Raises:
             WorkerDiedError: It is.
-            ConfigError: A server came back as one that cannot be used.
         """
         watches: dict[Host, asyncio.Task[None]] = {}
         try:
@@ -319,10 +318,8 @@ class Fleet:
                 if self.up:
                     self._seen_up_at = time.monotonic()
                 elif time.monotonic() - self._seen_up_at > self._patience.recover_s or self._is_hopeless():
-                    raise self._died(self._last_failure)
-        except OldLogitsError as error:
-            self._death = error if isinstance(error, WorkerDiedError) else self._died(str(error))
-            raise
+                    self._death = self._died(self._last_failure)
+                    raise self._death
         finally:
             self._notify()
             for watch in watches.values():
@@ -350,7 +347,7 @@ class Fleet:
             elif not self.paused and host in self.hosts:
                 try:
                     await self._recover(host)
-                except ServerFailedError as failure:
+                except (ServerFailedError, ConfigError) as failure:  # it may come back as one that can be used
                     self._last_failure = f"{host.server.url}: {failure}"
 
     async def _look(self, host: Host) -> None:
@@ -381,6 +378,7 @@ class Fleet:
 
         Raises:
             ServerFailedError: Not yet.
+            ConfigError: It came back as one that cannot be used.
         """
         done = []
         if host.launched is not None:

@@ -2,9 +2,9 @@
 
     client --POST /inference/v1/generate-->  routes (this process)  --pipe-->  engine process
            <-- answer, when it has ended --
-    trainer --/pause, /start_weight_update, /update_weights {"update_info": {"path"}}, /finish_weight_update, /resume-->
+    trainer --/pause, /start_weight_update, /update_weights {"update_info"}, /finish_weight_update, /resume-->
 
-Tokens in, tokens out. Weights come as a safetensors file of this machine. Everything but /health wants the bearer token,
+Tokens in, tokens out. Weights come as a `HostCopy` of this machine, named in `update_info`. Everything but /health wants the bearer token,
 where there is one; without one the routes are for this machine only, and not for pages in its browsers.
 """
 

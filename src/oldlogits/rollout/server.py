@@ -6,6 +6,8 @@ another one, or the same one later, may do it) and the errors of this package (w
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import re
 import secrets
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
+import anyio
 import httpx
 
 from oldlogits.core.errors import ConfigError
@@ -72,6 +75,7 @@ class Server:
 
     def __init__(self, url: str, *, token: str, control_timeout_s: float) -> None:
         self.url, self._control_timeout_s = url.rstrip("/"), control_timeout_s
+        self._sending: dict[asyncio.Task[httpx.Response], anyio.CancelScope] = {}
         headers = {"authorization": f"Bearer {token}"} if token else {}
         is_local = urlsplit(url).hostname in LOOPBACK
         self._client = httpx.AsyncClient(
@@ -90,6 +94,9 @@ class Server:
 
     async def close(self) -> None:
         """Leave no connection."""
+        for scope in self._sending.values():
+            scope.cancel()
+        await asyncio.gather(*self._sending, return_exceptions=True)
         await self._client.aclose()
 
     async def connect(self) -> ServerInfo:
@@ -141,7 +148,8 @@ class Server:
     async def _check_generation(self) -> None:
         """One token, to see that the route is there and answers in full; a paused server answers later."""
         if (await self._object("GET", "/is_paused", "be vLLM 0.32 or later")).get("is_paused"):
-            await self.resume()  # left by a trainer that ended in mid-update
+            await self._end_update()
+            await self.resume()
         request = wire.Request(
             request_id=f"connect-{secrets.token_hex(4)}", token_ids=(0,), sampling=Sampling(max_tokens=1, temperature=1.0)
         )
@@ -149,6 +157,11 @@ class Server:
         if answer.status_code in (403, 404):
             raise self._refused("no /inference/v1/generate", "the token-in/token-out route", "start it with --enable-scale-out")
         wire.Answer.from_json(self._parsed(answer), request)
+
+    async def _end_update(self) -> None:
+        """End an update that a trainer left unfinished: weights of no version, until others are given."""
+        with contextlib.suppress(ServerFailedError, ConfigError):  # none was begun
+            await self._post("/finish_weight_update", {"weight_version": wire.UNFINISHED_LABEL})
 
     async def _check_transfer(self) -> None:
         """Whether it reads this machine's files."""
@@ -230,15 +243,41 @@ class Server:
 
     async def _call(self, method: str, path: str, body: Json, timeout_s: float | None) -> httpx.Response:
         timeout = httpx.Timeout(timeout_s, connect=10.0, pool=None)
+        content = None if body is None else json.dumps(body).encode()
+        headers = None if body is None else {"content-type": "application/json"}
+        request = self._client.build_request(method, path, content=content, headers=headers, timeout=timeout)
         try:
-            if body is None:
-                return await self._client.request(method, path, timeout=timeout)
-            content, headers = json.dumps(body), {"content-type": "application/json"}
-            return await self._client.request(method, path, content=content, headers=headers, timeout=timeout)
+            return await self._sent(request)
         except httpx.HTTPError as error:
             timed_out = isinstance(error, httpx.TimeoutException)
             how = f"no answer within {timeout_s:g} s" if timed_out and timeout_s else str(error) or type(error).__name__
             raise ServerFailedError(f"{method} {path.partition('?')[0]}: {how}", timed_out=timed_out) from error
+
+    async def _sent(self, request: httpx.Request) -> httpx.Response:
+        """The answer to a request, which ends when this is cancelled.
+
+        It ends by way of anyio: httpx's pool loses connections where a task is cancelled while it tidies them.
+        """
+        scope = anyio.CancelScope()
+
+        async def send() -> httpx.Response:
+            with scope:
+                return await self._client.send(request)
+            raise ServerFailedError("it was given up")
+
+        sending = asyncio.create_task(send())
+        self._sending[sending] = scope
+        sending.add_done_callback(self._ended)
+        try:
+            return await asyncio.shield(sending)
+        except asyncio.CancelledError:
+            scope.cancel()
+            raise
+
+    def _ended(self, sending: asyncio.Task[httpx.Response]) -> None:
+        del self._sending[sending]
+        if not sending.cancelled():
+            sending.exception()  # seen, even if nobody waits for it any longer
 
     def _parsed(self, answer: httpx.Response) -> Json:
         """The body of an answer.

@@ -73,8 +73,15 @@ class FileTransfer(WeightTransferEngine[FileInit, FileUpdate]):  # type: ignore[
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, object]) -> None:
-        """Load what the trainer shares; unlike the base class's, without a synchronisation that only accelerators have."""
-        self.receive_weights(self.parse_update_info(update_info))
+        """Load what the trainer shares; unlike the base class's, without a synchronisation that only accelerators have.
+
+        If that fails, the model is made whole again, of weights of no version.
+        """
+        try:
+            self.receive_weights(self.parse_update_info(update_info))
+        except BaseException:
+            self.finish_weight_update()
+            raise
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
 

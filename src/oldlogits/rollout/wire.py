@@ -25,6 +25,9 @@ _T = TypeVar("_T", bound="str | int | float | bool | Sequence[object] | Mapping[
 STARTING_LABEL: Final = "default"
 """The label of the weights that a server read from its model folder."""
 
+UNFINISHED_LABEL: Final = "unfinished"
+"""The label of weights whose update was broken off."""
+
 ABORT_PREFIX: Final = "generate-tokens-"
 """What a server puts before the id of a request: it is aborted under that name."""
 
@@ -32,7 +35,7 @@ LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
 """Hosts that need no token and no proxy."""
 
 BACKEND: Final = "oldlogits"
-"""The name of the weight transfer that reads a safetensors file of this machine."""
+"""The name of the weight transfer that reads the trainer's copy in shared memory."""
 
 _NEUTRAL: Final[Mapping[str, Json]] = {
     "n": 1,
