@@ -79,6 +79,12 @@ def until(holds, what, *, seconds=120):
         time.sleep(0.05)
 
 
+def servers(folder):
+    """Processes that serve the model of a folder, whoever started them."""
+    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
+    return [line for line in lines if b"serve" in line and str(folder).encode() in line]
+
+
 def check_exact(run):
     """Every trained token is of a version of this run, is scored at it, and was trained once."""
     names = ("trajectory", "index", "log_r_d", "staleness", "version", "trainer_version", "provenance")
@@ -130,6 +136,7 @@ def test_a_run_outlives_its_workers_and_takes_in_new_ones(tmp_path, tiny_folder,
     assert returned.fields["reason"].startswith("started again")
     assert joined.fields["reason"].startswith("it joined")
     assert pids("ray::Worker") == []
+    until(lambda: not servers(tiny_folder), "no server is left", seconds=20)
     check_exact(run)
 
 
