@@ -4,8 +4,8 @@
            <-- answer, when it has ended --
     trainer --/pause, /start_weight_update, /update_weights {"update_info"}, /finish_weight_update, /resume-->
 
-Tokens in, tokens out. Weights come as a `HostCopy` of this machine, named in `update_info`. Everything but /health wants the bearer token,
-where there is one; without one the routes are for this machine only, and not for pages in its browsers.
+Tokens in, tokens out. Weights come as a `HostCopy` of this machine, named in `update_info`. Everything but /health wants the
+bearer token, where there is one; without one the routes are for this machine only, and not for pages in its browsers.
 """
 
 from __future__ import annotations
