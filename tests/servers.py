@@ -43,8 +43,14 @@ class Serving:
         self.process.stdout.close()
 
     def get(self, path: str) -> dict:
+        return self._call("GET", path)
+
+    def post(self, path: str) -> dict:
+        return self._call("POST", path)
+
+    def _call(self, method: str, path: str) -> dict:
         headers = {"authorization": f"Bearer {self.token}"} if self.token else {}
-        return httpx.get(self.url + path, headers=headers, timeout=60, trust_env=False).json()
+        return httpx.request(method, self.url + path, headers=headers, timeout=60, trust_env=False).raise_for_status().json()
 
     def wait_for_requests(self, num: int = 1, *, deadline_s: float = 60) -> None:
         """Return when it has so many requests."""

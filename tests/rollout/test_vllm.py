@@ -49,6 +49,7 @@ class FakeServer:
         self.url, self.name = url, wire.STARTING_LABEL
         self.running, self.log = {}, []
         self.fails, self.hangs = set(), set()
+        self.max_context = 100
 
     async def _called(self, name):
         self.log.append(name)
@@ -62,7 +63,7 @@ class FakeServer:
 
     async def connect(self):
         await self._called("connect")
-        return ServerInfo(version="0.32", max_context=100, num_slots=8, arithmetic="fp32", numerics="fp32")
+        return ServerInfo(version="0.32", max_context=self.max_context, num_slots=8, arithmetic="fp32", numerics="fp32")
 
     async def generate(self, request):
         await self._called("generate")
@@ -322,6 +323,20 @@ def test_a_server_that_answers_no_request_counts_as_hung():
             second.sample(6)
             check_whole(await asked, (0, 6))
             assert "1 requests hang" in engine.incidents[0].reason
+
+    asyncio.run(play())
+
+
+def test_a_server_that_comes_back_as_one_that_cannot_be_used_is_left_out_until_it_can():
+    async def play():
+        first, second = FakeServer("http://a"), FakeServer("http://b")
+        async with engine_over(first, second) as engine:
+            first.max_context = 10
+            engine.fleet.fail(engine.fleet.hosts[0], "a test says so")
+            await until(lambda: first.log.count("connect") >= 3)
+            assert [host.server for host in engine.fleet.up] == [second]
+            first.max_context = 100
+            await until(lambda: len(engine.fleet.up) == 2)
 
     asyncio.run(play())
 

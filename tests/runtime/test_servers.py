@@ -119,6 +119,14 @@ def test_a_route_that_needs_partials_gets_them_by_abort_and_resubmit(server, tok
     check_exact(run, 4)
 
 
+def test_a_server_that_a_killed_trainer_left_in_mid_update_can_be_used_again(server, token, tiny_folder, tmp_path):
+    server.post("/pause?mode=keep")
+    server.post("/start_weight_update")
+    status, run = train(tmp_path, tiny_folder, engine={"urls": [server.url], "token_env": "THE_TOKEN"}, num_updates=2)
+    assert status == 0
+    check_exact(run, 2)
+
+
 @pytest.mark.parametrize(
     "engine, env, words",
     [
