@@ -175,7 +175,7 @@ def test_a_route_that_scores_version_by_version_is_refused_over_stale_keys_and_v
 
 @pytest.mark.parametrize("model", ["tiny", "tiny-moe"])
 def test_the_tiny_models_play_only_at_the_desks(model):
-    for desk in ("desk", "desk_long"):
+    for desk in ("desk", "desk_long", "desk_slow"):
         check(changed("env.target", desk, changed("model.path", model)))
     with pytest.raises(
         ConfigError, match=f"the tiny model knows only the words of the order desk; got: model.path = '{model}'"

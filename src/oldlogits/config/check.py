@@ -32,7 +32,7 @@ def check(config: RunConfig) -> None:
     _check_rows(config)
     if not config.model.is_tiny:
         check_model_folder(Path(config.model.path))
-    elif config.env.target not in ("desk", "desk_long"):
+    elif config.env.target not in ("desk", "desk_long", "desk_slow"):
         raise ConfigError(
             "the tiny model knows only the words of the order desk",
             got=f"model.path = '{config.model.path}', env.target = '{config.env.target}'",

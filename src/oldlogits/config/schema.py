@@ -89,7 +89,7 @@ class EnvConfig:
     """The environment and the turns with it."""
 
     target: str = "desk"
-    """"desk", "desk_long", or "package.module:Class"."""
+    """desk, desk_long, desk_slow, or package.module:Class."""
     rows: str = ""
     """A JSONL file of tasks for training, one `reset(**row)` a line; empty: the class makes its own rows."""
     heldout_rows: str = ""

@@ -31,7 +31,11 @@ Row: TypeAlias = dict[str, JsonValue]
 Split = Literal["train", "heldout"]
 
 BUILT_IN: Final[Mapping[str, str]] = types.MappingProxyType(
-    {"desk": "oldlogits.envs.desk:OrderDesk", "desk_long": "oldlogits.envs.desk_long:LongOrderDesk"}
+    {
+        "desk": "oldlogits.envs.desk:OrderDesk",
+        "desk_long": "oldlogits.envs.desk_long:LongOrderDesk",
+        "desk_slow": "oldlogits.envs.desk_slow:SlowOrderDesk",
+    }
 )
 """Short names that `env.target` accepts."""
 
