@@ -39,16 +39,23 @@ def check(config: RunConfig) -> None:
         )
 
 
-def check_model_folder(folder: Path) -> None:
+MODEL_FIX = "pass --model.path FOLDER, or --model.path tiny (or tiny-moe) for an embedded model"
+
+
+def check_model_folder(folder: Path, named: str = "model.path", fix: str = MODEL_FIX) -> None:
     """Refuse a model folder without `config.json` or weights.
+
+    Args:
+        folder: The folder.
+        named: The key or flag that names it.
+        fix: What to do if it is none.
 
     Raises:
         ModelFolderError: The folder or a part of it is missing.
     """
     allowed = "a folder with config.json, *.safetensors and a tokenizer with a chat template"
-    fix = "pass --model.path FOLDER, or --model.path tiny (or tiny-moe) for an embedded model"
     if not folder.is_dir():
-        raise ModelFolderError("model.path is no folder", got=str(folder), allowed=allowed, fix=fix)
+        raise ModelFolderError(f"{named} is no folder", got=str(folder), allowed=allowed, fix=fix)
     for what, found in {
         "config.json": (folder / "config.json").is_file(),
         "weights (*.safetensors)": any(folder.glob("*.safetensors")),
