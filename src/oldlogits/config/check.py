@@ -30,12 +30,26 @@ def check(config: RunConfig) -> None:
     _check_rows(config)
     if not config.model.is_tiny:
         check_model_folder(Path(config.model.path))
-    elif config.env.target not in ("desk", "desk_long"):
+    if config.env.target not in ("desk", "desk_long"):
+        _check_other_environment(config)
+
+
+def _check_other_environment(config: RunConfig) -> None:
+    """Embedded models and warm starts know the order desk only."""
+    m, env = config.model, f"env.target = '{config.env.target}'"
+    if m.is_tiny:
         raise ConfigError(
             "the tiny model knows only the words of the order desk",
-            got=f"model.path = '{config.model.path}', env.target = '{config.env.target}'",
+            got=f"model.path = '{m.path}', {env}",
             allowed="model.path = FOLDER with this environment",
             fix="set model.path to a Hugging Face folder whose tokenizer has a chat template",
+        )
+    if m.warm_start_steps > 0:
+        raise ConfigError(
+            "only the order desk has demonstrations",
+            got=f"model.warm_start_steps = {m.warm_start_steps}, {env}",
+            allowed="0 with this environment, or a desk",
+            fix="remove model.warm_start_steps, and begin with a model that was trained on such demonstrations",
         )
 
 

@@ -74,9 +74,10 @@ class ModelConfig:
     """A Hugging Face folder of the Llama/Qwen family, or an embedded model after its warm start: "tiny" or, a mixture of
     experts, "tiny-moe"."""
     seed: int = -1
-    """Seed of the tiny model and its warm start; -1 takes the run's seed."""
+    """Seed of the tiny model and of the warm start; -1 takes the run's seed."""
     warm_start_steps: int = -1
-    """Supervised steps of the tiny model's warm start; -1 takes the built-in number."""
+    """Supervised steps on demonstrations of the order desk before the run, which are cached; -1 takes the built-in number for
+    an embedded model, and none for a folder."""
 
     @property
     def is_tiny(self) -> bool:

@@ -135,7 +135,7 @@ async def _run(
     seed = sampler_seed(config.seed, totals.num_updates)
     probe_ids = _probe_ids(chat, environment_class)
     recorder = Recorder(config, folder, view, lambda ids: str(tokenizer.decode(ids)))
-    if checkpoint is None and config.model.is_tiny:
+    if checkpoint is None and start.is_warm:
         recorder.warm_started(start.steps, start.loss, start.seconds_s)
     try:
         async with open_runtime(config, start.model, probe_ids, seed) as handles:
@@ -238,16 +238,17 @@ class Start:
     """The model folder that a run starts from, and how it came to be."""
 
     model: Path
+    is_warm: bool = False
     steps: int = 0
     loss: float = math.nan
     seconds_s: float = 0.0
 
 
 def prepare_model(config: RunConfig, note: Callable[[str], None]) -> Start:
-    """The recipe's model folder, or the tiny model after its warm start (from the cache, if it is there)."""
-    if not config.model.is_tiny:
-        return Start(model=Path(config.model.path))
+    """The recipe's model folder, or what its warm start makes of it or of a tiny model (from the cache, if it is there)."""
     spec = spec_of(config)
+    if not (config.model.is_tiny or spec.steps):
+        return Start(model=Path(config.model.path))
     done, last = 0, math.nan
     started = time.perf_counter()
 
@@ -255,13 +256,13 @@ def prepare_model(config: RunConfig, note: Callable[[str], None]) -> Start:
         nonlocal done, last
         done, last = step, loss
         if step == 1:
-            note(f"warm start of the tiny model: {spec.steps} supervised steps; cached for the next run")
-        elif step % 100 == 0:
+            note(f"warm start of {config.model.path}: {spec.steps} supervised steps; cached for the next run")
+        elif step % (100 if config.model.is_tiny else 1) == 0:
             note(f"warm start: step {step}/{spec.steps}, loss {loss:.3f} nats/token")
 
     folder = warm_start(spec, progress)
     note(f"model: {folder.name}" + ("" if done else ", warm start taken from the cache"))
-    return Start(model=folder, steps=done, loss=last, seconds_s=time.perf_counter() - started)
+    return Start(model=folder, is_warm=True, steps=done, loss=last, seconds_s=time.perf_counter() - started)
 
 
 def _agent(config: RunConfig, handles: Handles, chat: ChatFormat) -> Agent:
