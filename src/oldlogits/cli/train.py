@@ -41,7 +41,7 @@ class TrainOptions:
     resume: Path | None = None
     """Go on with this run folder from its latest checkpoint; trajectories in flight restart."""
     dry_run: bool = False
-    """Print the resolved recipe and what it costs in bytes, and stop."""
+    """Print the resolved recipe and what it costs in bytes, and stop. Of the model folder its config.json is enough."""
 
 
 def command(arguments: Sequence[str]) -> int:
@@ -50,7 +50,7 @@ def command(arguments: Sequence[str]) -> int:
     words = list(arguments[named is not None :])
     options, overrides = tyro.cli(TrainOptions, prog="oldlogits train RECIPE", args=words, return_unknown_args=True)
     recipe = _recipe(named, options)
-    config = load_config(recipe, overrides)
+    config = load_config(recipe, overrides, needs_model=not options.dry_run)
     Rows(config, load_environment(config.env.target))  # a wrong environment is refused before torch is imported
     if options.dry_run:
         return _dry_run(config)
@@ -117,6 +117,15 @@ def _dry_run(config: RunConfig) -> int:
     print(f"# {config.variant}: r_d = {variant.r_d}, r_s = {variant.r_s}, total ratio {variant.total}")
     for caution in cautions(config):
         print(f"# warning: {caution.message}")
-    for line in estimate(config).lines():
+    cost = estimate(config)
+    for line in cost.lines() if cost is not None else _unknown(config):
         print(f"# {line}")
     return 0
+
+
+def _unknown(config: RunConfig) -> list[str]:
+    folder = config.model.path
+    return [
+        f"bytes            unknown: there is no {folder}/config.json",
+        "                 put the model's config.json there (its weights are not needed), or pass --model.path FOLDER",
+    ]

@@ -11,8 +11,12 @@ from oldlogits.core.errors import ConfigError, ModelFolderError
 from oldlogits.core.policies import AGED, EWMA, LINEAR, LOGLINEAR, OLD, SOURCES, check_source, find_variant
 
 
-def check(config: RunConfig) -> None:
+def check(config: RunConfig, *, needs_model: bool = True) -> None:
     """Refuse a recipe that cannot be run as written.
+
+    Args:
+        config: The recipe.
+        needs_model: Whether the model folder must be there.
 
     Raises:
         ConfigError: What is wrong, what was found, what is allowed, and how to fix it.
@@ -28,7 +32,7 @@ def check(config: RunConfig) -> None:
     _check_referee(config)
     refuse_idle(config)
     _check_rows(config)
-    if not config.model.is_tiny:
+    if needs_model and not config.model.is_tiny:
         check_model_folder(Path(config.model.path))
     if config.env.target not in ("desk", "desk_long"):
         _check_other_environment(config)
