@@ -77,6 +77,9 @@ class ModelConfig:
     """Seed of the tiny model and its warm start; -1 takes the run's seed."""
     warm_start_steps: int = -1
     """Supervised steps of the tiny model's warm start; -1 takes the built-in number."""
+    forward_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of the forward weights, whose bits are a version. bf16: they are rounded from fp32 masters, which the optimizer steps and
+    nothing scores; patches of versions are small. The arithmetic is that of fp32 (docs/sharding.md)."""
 
     @property
     def is_tiny(self) -> bool:
@@ -174,6 +177,8 @@ class TrainerConfig:
     """Largest padded size of one forward, in tokens."""
     head_chunk_tokens: int = 2048
     """Tokens that go through the output head at once."""
+    activation_checkpointing: bool = False
+    """Keep the activations between layers only, and compute those inside of a layer again in the backward pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

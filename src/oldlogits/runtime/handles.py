@@ -26,8 +26,9 @@ from oldlogits.rollout.spec import EngineStats
 from oldlogits.rollout.turns import EnvironmentRunner
 from oldlogits.runtime.buffer import Buffer
 from oldlogits.sources import EngineScores
+from oldlogits.train.reports import Published, ScoringWork, Witnesses
 from oldlogits.train.step import UpdateResult
-from oldlogits.train.trainer import Published, ScoringWork, Trainer, Witnesses
+from oldlogits.train.trainer import Trainer
 from oldlogits.train.window_scorer import WindowScorer
 from oldlogits.versions import AverageScores
 

@@ -17,7 +17,8 @@ from oldlogits.core.protocols import FullWeights, PatchWeights, PolicyVersion, W
 from oldlogits.rollout.shared import share, share_bytes, take_bytes
 from oldlogits.runtime.handles import CallingTrainer, TimedTrainer
 from oldlogits.runtime.worker_process import CarryOut, WorkerProcess
-from oldlogits.train.trainer import Published, Trainer
+from oldlogits.train.reports import Published
+from oldlogits.train.trainer import Trainer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

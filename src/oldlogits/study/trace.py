@@ -33,8 +33,8 @@ from oldlogits.runtime.lockstep import open_lockstep
 from oldlogits.runtime.run import run
 from oldlogits.sources.aged import aged_logp
 from oldlogits.train.average import Averaging
+from oldlogits.train.reports import Published
 from oldlogits.train.step import UpdateResult
-from oldlogits.train.trainer import Published
 from oldlogits.versions import FullCopyStore
 
 Decay = Literal["window", "mean-lag", "auto"]
