@@ -66,7 +66,7 @@ class _ReadRounded(TorchFunctionMode):
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
         kwargs = kwargs or {}
-        if func is nn.functional.embedding:  # look up, then round: only the rows that are read
+        if _is_lookup(func):  # look up, then round: only the rows that are read
             rows = func(*args, **kwargs)
             assert isinstance(rows, Tensor)
             return _round(rows, self._dtype)
@@ -81,8 +81,12 @@ class _ReadRounded(TorchFunctionMode):
 
 
 def _round(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    rounded: Tensor = _StraightThrough.apply(weight, dtype)
+    rounded: Tensor = _StraightThrough.apply(weight, dtype)  # type: ignore[no-untyped-call]
     return rounded
+
+
+def _is_lookup(func: Callable[..., object]) -> bool:
+    return func is nn.functional.embedding
 
 
 class _StraightThrough(torch.autograd.Function):

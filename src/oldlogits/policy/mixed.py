@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from oldlogits.batch import Chain, MicroBatch, TokenBatch, chains_of, cut_out, micro_batches
 from oldlogits.policy.ranks import ALONE, Ranks
-from oldlogits.policy.scorer import head_logps, score_tokens
+from oldlogits.policy.scorer import ForwardSizes, head_logps, score_tokens
 from oldlogits.policy.sharding import in_one_forward
 
 
@@ -53,7 +53,7 @@ class MixedForward:
         ranks: Ranks = ALONE,
     ) -> None:
         self._model, self._batch, self._ranks = model, batch, ranks
-        self._sizes = {"micro_batch_tokens": micro_batch_tokens, "head_chunk_tokens": head_chunk_tokens}
+        self._sizes: ForwardSizes = {"micro_batch_tokens": micro_batch_tokens, "head_chunk_tokens": head_chunk_tokens}
         chains = chains_of(batch)
         self._plain = [chain[0] for chain in chains if len(chain) == 1]
         self._chains: list[Chain] = [chain for chain in chains if len(chain) > 1]

@@ -91,16 +91,16 @@ class Ranks:
             yield
         except OldLogitsError as error:
             own = error
-        for error in self.gather(own):
-            if error is not None:
-                raise error
+        for found in self.gather(own):
+            if found is not None:
+                raise found
 
 
 ALONE: Final = Ranks(rank=0, num_ranks=1, mesh=None)
 """One process with the whole model."""
 
 
-def join(store: dist.Store, *, rank: int, num_ranks: int, timeout_s: float) -> Ranks:
+def join(store: dist.Store, *, rank: int, num_ranks: int, timeout_s: float) -> Ranks:  # type: ignore[name-defined]
     """Meet the other ranks.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -12,9 +12,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from oldlogits.batch import Dealt, MicroBatch, Sequences, deal
+from oldlogits.batch import MicroBatch, Sequences, deal
 from oldlogits.policy.ranks import ALONE, Ranks
 from oldlogits.policy.sharding import in_one_forward
+
+
+class ForwardSizes(TypedDict):
+    """How much a forward pass takes at once.
+
+    Args:
+        micro_batch_tokens: The largest padded size of one forward, in tokens.
+        head_chunk_tokens: Tokens that go through the output head at once.
+    """
+
+    micro_batch_tokens: int
+    head_chunk_tokens: int
 
 
 def action_logps(model: PreTrainedModel, micro: MicroBatch, *, head_chunk_tokens: int) -> Float[Tensor, " action"]:
@@ -56,15 +68,6 @@ def head_logps(
     return torch.cat(pieces)
 
 
-def score(model: PreTrainedModel, dealt: Iterable[Dealt], out: Tensor, *, head_chunk_tokens: int) -> None:
-    """Write the log-probs of this rank's micro-batches into `out` (float32 [token of the flat batch]); no gradients."""
-    with torch.no_grad():
-        for one in dealt:
-            logps = action_logps(model, one.micro, head_chunk_tokens=head_chunk_tokens)
-            if one.counts:
-                out[one.micro.flat] = logps
-
-
 def score_tokens(
     model: PreTrainedModel,
     sequences: Sequences,
@@ -88,8 +91,11 @@ def score_tokens(
         float32 [scored token], on all ranks.
     """
     out = torch.zeros(sequences.num_tokens)
-    dealt = deal(sequences, tokens, micro_batch_tokens, rank=ranks.rank, num_ranks=ranks.num_ranks)
-    score(model, dealt, out, head_chunk_tokens=head_chunk_tokens)
+    with torch.no_grad():
+        for one in deal(sequences, tokens, micro_batch_tokens, rank=ranks.rank, num_ranks=ranks.num_ranks):
+            logps = action_logps(model, one.micro, head_chunk_tokens=head_chunk_tokens)
+            if one.counts:
+                out[one.micro.flat] = logps
     scores: NDArray[np.float32] = ranks.sum(out[torch.from_numpy(tokens)]).numpy()
     return scores
 

@@ -27,7 +27,7 @@ from oldlogits.config import RunConfig
 from oldlogits.config.schema import RecordConfig, SourceConfig
 from oldlogits.core.protocols import FullWeights, Scored
 from oldlogits.policy.model import load_model, point_at
-from oldlogits.policy.scorer import score_tokens
+from oldlogits.policy.scorer import ForwardSizes, score_tokens
 from oldlogits.runtime.handles import CallingTrainer, Handles
 from oldlogits.runtime.lockstep import open_lockstep
 from oldlogits.runtime.run import run
@@ -210,7 +210,7 @@ class Tracer(CallingTrainer):
     def _score_with(self, weights: Mapping[str, Tensor], batch: TokenBatch, flat: NDArray[np.int64]) -> NDArray[np.float32]:
         t = self._config.trainer
         point_at(self._module, weights)
-        sizes = {"micro_batch_tokens": t.micro_batch_tokens, "head_chunk_tokens": t.head_chunk_tokens}
+        sizes: ForwardSizes = {"micro_batch_tokens": t.micro_batch_tokens, "head_chunk_tokens": t.head_chunk_tokens}
         return score_tokens(self._module, batch, flat, **sizes)
 
 

@@ -11,10 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from oldlogits.core.errors import RunFolderError
 from oldlogits.policy.ranks import ALONE, Ranks
@@ -30,7 +32,7 @@ def write_state(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks = ALON
         ranks: That call it.
     """
     with _silent():
-        dcp.save(dict(tensors), checkpoint_id=folder, no_dist=ranks.mesh is None)
+        save(dict(tensors), checkpoint_id=folder, no_dist=ranks.mesh is None)
 
 
 def read_state(folder: Path, model: nn.Module | None = None, ranks: Ranks = ALONE) -> dict[str, Tensor]:
@@ -47,9 +49,9 @@ def read_state(folder: Path, model: nn.Module | None = None, ranks: Ranks = ALON
     parameters = dict(model.named_parameters()) if model is not None else {}
     try:
         with _silent():
-            described = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+            described = FileSystemReader(folder).read_metadata().state_dict_metadata
             found = {key: _empty(entry, parameters.get(key.rpartition("|")[2])) for key, entry in described.items()}
-            dcp.load(found, checkpoint_id=folder, no_dist=ranks.mesh is None)
+            load(found, checkpoint_id=folder, no_dist=ranks.mesh is None)
     except (OSError, CheckpointException) as error:
         raise RunFolderError(
             "the checkpoint's state cannot be read",

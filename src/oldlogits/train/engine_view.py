@@ -37,10 +37,8 @@ def engine_weights(model: nn.Module, numerics: Numerics, dtype: torch.dtype = to
     """
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            yield (
-                f"{path}.{name}",
-                (round_linear if _is_linear(module, name) else round_other)(local(parameter.data).to(dtype), numerics),
-            )
+            rounded = round_linear if _is_linear(module, name) else round_other
+            yield f"{path}.{name}", rounded(local(parameter.data).to(dtype), numerics)
 
 
 def _is_linear(module: nn.Module, name: str) -> bool:

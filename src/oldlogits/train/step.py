@@ -41,9 +41,10 @@ from oldlogits.objective import (
     weighted_loss,
 )
 from oldlogits.policy.ranks import ALONE, Ranks
-from oldlogits.policy.scorer import action_logps, score_tokens
+from oldlogits.policy.scorer import ForwardSizes, action_logps, score_tokens
 from oldlogits.policy.sharding import whole
 from oldlogits.train.average import AverageReset
+from oldlogits.train.optimizer import Optimizer
 from oldlogits.train.witness import WITNESS_TOLERANCE, check_witness, is_routed, judged_error, num_excused
 
 Column = NDArray[np.generic]
@@ -114,8 +115,7 @@ class LossTokens:
 
 def update(
     model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
+    optimizer: Optimizer,
     batch: TokenBatch,
     scored: Scored | None,
     *,
@@ -128,7 +128,6 @@ def update(
     Args:
         model: Holds the live weights THETA.
         optimizer: Over the model's parameters.
-        schedule: Of the learning rate.
         batch: The trajectories.
         scored: The stand-in's log-probs, or None for a variant that needs no source.
         version: The trainer's version before the first step.
@@ -154,14 +153,13 @@ def update(
     losses, norms, lag0 = [], [], math.nan
     lag0_above: Mapping[str, float] = {}
     for step in range(config.trainer.steps_per_version):
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         losses.append(_accumulate(model, batch, tokens, step, seen, config, ranks))
         norms.append(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.trainer.grad_clip)))
         if step == 0 and variant.stand_in is OLD:
             lag0, lag0_above = _witness_lag0(model, tokens, seen, torch.from_numpy(batch.mixed_kv[tokens.flat]))
         _check_finite(losses[-1], norms[-1], version, step)
         optimizer.step()
-        schedule.step()
     metrics = {
         "loss/value": float(torch.stack(losses).mean()),
         "grad/norm": float(torch.stack(norms).mean()),
@@ -303,7 +301,7 @@ def _step_weights(
         if variant.stand_in in INTERPOLATE and not variant.r_d.is_one:
             theta = torch.zeros(len(tokens.flat))
             t = config.trainer
-            sizes = {"micro_batch_tokens": t.micro_batch_tokens, "head_chunk_tokens": t.head_chunk_tokens}
+            sizes: ForwardSizes = {"micro_batch_tokens": t.micro_batch_tokens, "head_chunk_tokens": t.head_chunk_tokens}
             theta[chosen] = torch.from_numpy(score_tokens(model, batch, tokens.flat[chosen.numpy()], **sizes, ranks=ranks))
             logp[variant.stand_in] = _interpolate(variant.stand_in, logp[MU], theta, tokens.staleness, config)
         kept = kept_mask(log_discrepancy(variant, logp), chosen, config.band)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -41,13 +41,14 @@ from oldlogits.policy.model import (
     write_model,
 )
 from oldlogits.policy.ranks import ALONE, Ranks
-from oldlogits.policy.scorer import score_tokens
+from oldlogits.policy.scorer import ForwardSizes, score_tokens
 from oldlogits.policy.sharding import shard_model, whole_weights
 from oldlogits.sources import EngineScores
 from oldlogits.train.average import AVERAGING_SOURCES, Averaging
 from oldlogits.train.checkpoint import of_kind, read_state, sliced, write_state
 from oldlogits.train.engine_view import EngineView
 from oldlogits.train.held_versions import HeldVersions, shards_of
+from oldlogits.train.optimizer import Optimizer
 from oldlogits.train.reports import Published, ScoringWork, Witnesses
 from oldlogits.train.step import UpdateResult, update
 from oldlogits.train.witness import check_witness, is_routed, max_error, probe_of
@@ -87,11 +88,8 @@ class Trainer:
         self._probe = probe_of(probe_ids)
         self._probe_logps: dict[PolicyVersion, NDArray[np.float32]] = {}
         t = config.trainer
-        self._sizes = {"micro_batch_tokens": t.micro_batch_tokens, "head_chunk_tokens": t.head_chunk_tokens}
-        self._optimizer = torch.optim.AdamW(
-            self._model.parameters(), lr=t.lr, betas=(t.beta1, t.beta2), weight_decay=t.weight_decay, fused=True
-        )
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, _schedule(config))
+        self._sizes: ForwardSizes = {"micro_batch_tokens": t.micro_batch_tokens, "head_chunk_tokens": t.head_chunk_tokens}
+        self._optimizer = Optimizer(self._model, config)
         self._batch: TokenBatch | None = None
         self._scored: Scored | None = None
         self.version: PolicyVersion = 0
@@ -241,7 +239,6 @@ class Trainer:
         result = update(
             self._model,
             self._optimizer,
-            self._schedule,
             batch,
             scored,
             version=self.version,
@@ -296,7 +293,7 @@ class Trainer:
             write_model(self._model.config, self._model.generation_config, weights, folder / "model")
             self._tokenizer.save_pretrained(folder / "model")
             state.mkdir(parents=True, exist_ok=True)
-            counters = {"version": self.version, "schedule_steps": self._schedule.last_epoch, **asdict(self.witnesses)}
+            counters = {"version": self.version, "schedule_steps": self._optimizer.num_steps, **asdict(self.witnesses)}
             (state / "trainer.json").write_text(json.dumps(counters, indent=1))
         self._ranks.gather(None)  # the folder is there
         write_state(state, self._state(), self._ranks)
@@ -322,7 +319,7 @@ class Trainer:
         parameters = dict(self._model.named_parameters())
         for name, master in of_kind("master", state).items():
             parameters[name].data.copy_(master)
-        self._restore_optimizer(state, counters.pop("schedule_steps"))
+        self._optimizer.load(state, counters.pop("schedule_steps"))
         self.version = counters.pop("version")
         self.witnesses = Witnesses(**counters)
         if self._averaging is not None:
@@ -331,27 +328,12 @@ class Trainer:
 
     def _state(self) -> dict[str, Tensor]:
         """All that `restore` needs but for counters, by the keys of a state."""
-        names = [name for name, _ in self._model.named_parameters()]
-        moments = self._optimizer.state_dict()["state"]
-        tensors = {f"{key}|{names[i]}": value for i, entry in moments.items() for key, value in entry.items()}
-        tensors |= {"rng": torch.get_rng_state(), **sliced("master", named_weights(self._model), self._model)}
+        tensors = {"rng": torch.get_rng_state(), **self._optimizer.state()}
+        tensors |= sliced("master", named_weights(self._model), self._model)
         if self._averaging is not None:
             tensors |= {f"averaging|{key}": value for key, value in self._averaging.state().items()}
             tensors |= sliced("averaged", self._averaging.average.weights, self._model)
         return tensors
-
-    def _restore_optimizer(self, state: Mapping[str, Tensor], schedule_steps: int) -> None:
-        index = {name: i for i, (name, _) in enumerate(self._model.named_parameters())}
-        moments: dict[int, dict[str, Tensor]] = {}
-        for moment in ("step", "exp_avg", "exp_avg_sq"):
-            for name, value in of_kind(moment, state).items():
-                moments.setdefault(index[name], {})[moment] = value
-        self._schedule.last_epoch = schedule_steps
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        factor = _schedule(self._config)(schedule_steps)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._config.trainer.lr * factor
 
     def _engine_model(self) -> PreTrainedModel:
         """With the live weights in the engine's numerics; an fp32 engine has the trainer's."""
@@ -414,15 +396,3 @@ class Trainer:
     def _witness_lag0(self, error: float) -> None:
         worst = np.fmax(self.witnesses.lag0_max_abs_error, error)
         self.witnesses = Witnesses(publish_max_abs_error=self.witnesses.publish_max_abs_error, lag0_max_abs_error=float(worst))
-
-
-def _schedule(config: RunConfig) -> Callable[[int], float]:
-    """The learning rate as a share of `trainer.lr`, by optimizer steps done: linear warm-up times linear decay."""
-    t = config.trainer
-    total = config.num_updates * t.steps_per_version
-
-    def share(done: int) -> float:
-        decay = 1 - (1 - t.final_lr_share) * min(1.0, done / max(1, total - 1))
-        return min(1.0, (done + 1) / (t.warmup_steps + 1)) * decay
-
-    return share

@@ -15,7 +15,7 @@ from oldlogits.config import RunConfig
 from oldlogits.core.protocols import FullWeights, Piece, PolicyVersion, ScoredPieces, WeightUpdate
 from oldlogits.policy.forward import FORWARD_DTYPES, round_at_use
 from oldlogits.policy.model import load_model, point_at
-from oldlogits.policy.scorer import score_tokens
+from oldlogits.policy.scorer import ForwardSizes, score_tokens
 from oldlogits.train.witness import check_witness, max_error, probe_of
 from oldlogits.versions import PatchStore
 
@@ -74,5 +74,5 @@ class WindowScorer:
 
     def _score(self, sequences: Sequences, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         t = self._trainer
-        sizes = {"micro_batch_tokens": t.micro_batch_tokens, "head_chunk_tokens": t.head_chunk_tokens}
+        sizes: ForwardSizes = {"micro_batch_tokens": t.micro_batch_tokens, "head_chunk_tokens": t.head_chunk_tokens}
         return score_tokens(self._model, sequences, tokens, **sizes)
