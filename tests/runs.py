@@ -14,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 
 from oldlogits.config import RunConfig, config_from_table
 from oldlogits.config.check import check
 from oldlogits.record.events import Event, EventKind, read_events
 from oldlogits.record.toml import dump_toml
+from oldlogits.train.checkpoint import read_state
 
 
 class Words:
@@ -97,6 +99,13 @@ def check_accounting(run: Path) -> dict[str, int]:
     assert account["queued"] == account["running"] == 0
     assert account["submitted"] == sum(account[key] for key in ("trained", "filtered", "failed", "cancelled"))
     return account
+
+
+def assert_same_state(a: Path, b: Path) -> None:
+    """Two states of checkpoints hold the same tensors, bit for bit."""
+    left, right = read_state(a), read_state(b)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[key], right[key]) for key in left)
 
 
 def children() -> list[str]:

@@ -11,6 +11,7 @@ from oldlogits.core.errors import ExactnessError, RunFolderError, VersionEvicted
 from oldlogits.core.policies import OLD
 from oldlogits.core.protocols import Scored
 from oldlogits.policy.model import load_model, load_tokenizer, named_weights
+from oldlogits.train.checkpoint import read_state
 from oldlogits.train.trainer import Trainer
 
 from ..builders import batch_of, sampled, trajectory
@@ -234,7 +235,7 @@ def test_a_restored_trainer_goes_on_bit_for_bit(tiny_folder, recipe, tmp_path):
     assert_bitwise_equal(weights_of(restored), weights_of(straight))
     straight.save(tmp_path / "a")
     restored.save(tmp_path / "b")
-    assert_bitwise_equal(*(load_file(tmp_path / name / "state" / "optimizer.safetensors") for name in "ab"))
+    assert_bitwise_equal(*(read_state(tmp_path / name / "state") for name in "ab"))
     states = [json.loads((tmp_path / name / "state" / "trainer.json").read_text()) for name in "ab"]
     assert states[0]["schedule_steps"] == 4
     assert {k: states[0][k] for k in ("version", "schedule_steps")} == {k: states[1][k] for k in ("version", "schedule_steps")}
@@ -273,7 +274,8 @@ def test_a_checkpoint_holds_a_model_folder_in_the_standard_format(trainer, tmp_p
     "missing",
     [
         "state/trainer.json",
-        "state/optimizer.safetensors",
+        "state/.metadata",
+        "state/__0_0.distcp",
     ],
 )
 def test_an_incomplete_checkpoint_is_refused(trainer, tmp_path, missing):
@@ -297,15 +299,15 @@ def test_the_learning_rate_warms_up_linearly_over_optimizer_steps(trainer):
     rates = []
     for version in range(2):
         train(trainer, version)
-        rates.append(trainer._optimizer.param_groups[0]["lr"])
+        rates.append(trainer._optimizer.lr)
     assert rates == pytest.approx([0.01 * 3 / 4, 0.01])
 
 
 def test_the_learning_rate_falls_linearly_to_its_final_share_by_the_end_of_the_run(tiny_folder, recipe):
     table = {"warmup_steps": 0, "steps_per_version": 2, "final_lr_share": 0.5}
     trainer = Trainer(recipe(trainer=table, num_updates=2), tiny_folder, PROBE)
-    rates = [trainer._optimizer.param_groups[0]["lr"]]
+    rates = [trainer._optimizer.lr]
     for version in range(2):
         train(trainer, version)
-        rates.append(trainer._optimizer.param_groups[0]["lr"])
+        rates.append(trainer._optimizer.lr)
     assert rates == pytest.approx([0.01, 0.01 * 4 / 6, 0.005])  # steps 0..3 run at 6/6, 5/6, 4/6, 3/6

@@ -22,6 +22,7 @@ from oldlogits.core.policies import find_variant
 from oldlogits.envs.shape import load_environment
 from oldlogits.record.folder import RunFolder
 from oldlogits.record.live import print_summary
+from oldlogits.runtime.launch import launched
 from oldlogits.runtime.rows import Rows
 
 if TYPE_CHECKING:
@@ -45,7 +46,23 @@ class TrainOptions:
 
 
 def command(arguments: Sequence[str]) -> int:
-    """Parse, check, train, and say what came out."""
+    """Parse, check, train, and say what came out; a rank of torchrun but the first follows the first one's trainer."""
+    launch = launched()
+    if launch is None:
+        return _train(arguments)
+
+    from oldlogits.runtime.board import Board
+    from oldlogits.runtime.leading import follow
+
+    if launch.rank:
+        return follow(launch)
+    try:
+        return _train(arguments)
+    finally:
+        Board(launch).end()
+
+
+def _train(arguments: Sequence[str]) -> int:
     named = Path(arguments[0]) if arguments and not arguments[0].startswith("-") else None
     words = list(arguments[named is not None :])
     options, overrides = tyro.cli(TrainOptions, prog="oldlogits train RECIPE", args=words, return_unknown_args=True)
@@ -72,8 +89,9 @@ def _conclude(result: RunResult, folder: RunFolder) -> int:
         return 0
     if result.error is not None:
         print_error(result.error)
-    if folder.latest_checkpoint() is not None:
-        print(f"go on from the last checkpoint: oldlogits train --resume {folder.path}", file=sys.stderr)
+    checkpoint = folder.latest_checkpoint()
+    if checkpoint is not None:
+        print(f"go on from the last checkpoint, {checkpoint.name}: oldlogits train --resume {folder.path}", file=sys.stderr)
     return INTERRUPTED if result.error is None else FAILED
 
 

@@ -40,7 +40,7 @@ from oldlogits.runtime.resume import refuse_another_run, sampler_seed
 from oldlogits.runtime.rows import Rows
 from oldlogits.runtime.staleness import StalenessBound
 from oldlogits.runtime.totals import Totals
-from oldlogits.train.trainer import Witnesses
+from oldlogits.train.reports import Witnesses
 from oldlogits.train.warm_start import spec_of, warm_start
 
 Open = Callable[[RunConfig, Path, Sequence[int], int], AbstractAsyncContextManager[Handles]]

@@ -2,15 +2,16 @@
 
 for each optimizer step:
     weights = 1 / N over the whole step                     (token_weights: known before the first micro-batch)
-    for each micro-batch:
+    for each micro-batch of this rank:
         logp[THETA] -> split_ratio -> surrogate -> loss.backward()
-    clip the gradient -> AdamW
+    sum over the ranks: the gradient while it is computed, then the loss and what was seen
+    clip the gradient by its norm over all ranks -> AdamW
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from oldlogits.batch import TokenBatch, micro_batches
+from oldlogits.batch import Dealt, TokenBatch, deal
 from oldlogits.config import RunConfig
 from oldlogits.core.errors import MissingLogprobError, NonFiniteError
 from oldlogits.core.policies import LINEAR, LOGLINEAR, MU, OLD, STAND_IN_PROVENANCE, THETA, Policy, Provenance, find_variant
@@ -39,8 +40,11 @@ from oldlogits.objective import (
     token_weights,
     weighted_loss,
 )
-from oldlogits.policy.scorer import action_logps
+from oldlogits.policy.ranks import ALONE, Ranks
+from oldlogits.policy.scorer import ForwardSizes, action_logps, score_tokens
+from oldlogits.policy.sharding import whole
 from oldlogits.train.average import AverageReset
+from oldlogits.train.optimizer import Optimizer
 from oldlogits.train.witness import WITNESS_TOLERANCE, check_witness, is_routed, judged_error, num_excused
 
 Column = NDArray[np.generic]
@@ -111,24 +115,24 @@ class LossTokens:
 
 def update(
     model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
+    optimizer: Optimizer,
     batch: TokenBatch,
     scored: Scored | None,
     *,
     version: int,
     config: RunConfig,
+    ranks: Ranks = ALONE,
 ) -> UpdateResult:
     """Train one batch in ``trainer.steps_per_version`` optimizer steps.
 
     Args:
         model: Holds the live weights THETA.
         optimizer: Over the model's parameters.
-        schedule: Of the learning rate.
         batch: The trajectories.
         scored: The stand-in's log-probs, or None for a variant that needs no source.
         version: The trainer's version before the first step.
         config: The run.
+        ranks: That hold the model; all make this call with the same batch, and return the same.
 
     Raises:
         MissingLogprobError: The variant needs log-probs that `scored` does not hold.
@@ -149,14 +153,13 @@ def update(
     losses, norms, lag0 = [], [], math.nan
     lag0_above: Mapping[str, float] = {}
     for step in range(config.trainer.steps_per_version):
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(_accumulate(model, batch, tokens, step, seen, config))
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.trainer.grad_clip))
+        optimizer.zero_grad()
+        losses.append(_accumulate(model, batch, tokens, step, seen, config, ranks))
+        norms.append(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.trainer.grad_clip)))
         if step == 0 and variant.stand_in is OLD:
             lag0, lag0_above = _witness_lag0(model, tokens, seen, torch.from_numpy(batch.mixed_kv[tokens.flat]))
         _check_finite(losses[-1], norms[-1], version, step)
         optimizer.step()
-        schedule.step()
     metrics = {
         "loss/value": float(torch.stack(losses).mean()),
         "grad/norm": float(torch.stack(norms).mean()),
@@ -220,16 +223,44 @@ class _Seen:
             active_mask=active_mask,
         )
 
+    @property
+    def _columns(self) -> tuple[Tensor, ...]:
+        masks = (self.band_mask, self.clip_mask, self.active_mask)
+        return (self.theta, self.stand_in, self.log_r_d, self.log_r_s, *masks)
+
+    def begin(self, chosen: Tensor) -> None:
+        """The chosen tokens are about to be seen, each by one rank."""
+        for column in self._columns:
+            column[chosen] = 0
+
+    def share(self, chosen: Tensor, ranks: Ranks) -> None:
+        """Let every rank see what the others have seen of the chosen tokens."""
+        if ranks.num_ranks == 1:
+            return
+        for column in self._columns:
+            column[chosen] = ranks.sum(column[chosen].float()).to(column.dtype)
+
 
 def _accumulate(
-    model: PreTrainedModel, batch: TokenBatch, tokens: LossTokens, step: int, seen: _Seen, config: RunConfig
+    model: PreTrainedModel,
+    batch: TokenBatch,
+    tokens: LossTokens,
+    step: int,
+    seen: _Seen,
+    config: RunConfig,
+    ranks: Ranks,
 ) -> Tensor:
-    """Accumulate the gradient of one optimizer step; returns its loss (0-d, detached)."""
+    """Accumulate the gradient of one optimizer step; returns its loss (0-d, detached).
+
+    Ranks average their gradients: each computes that of its own micro-batches times the number of ranks.
+    """
     variant = find_variant(config.variant)
     chosen = tokens.step == step
-    weights = _step_weights(model, batch, tokens, chosen, config)
+    weights = _step_weights(model, batch, tokens, chosen, config, ranks)
     total = torch.zeros(())
-    for micro in micro_batches(batch, tokens.flat[chosen.numpy()], config.trainer.micro_batch_tokens):
+    seen.begin(chosen)
+    for one in _dealt(batch, tokens, chosen, config, ranks):
+        micro = one.micro
         here = torch.from_numpy(np.searchsorted(tokens.flat, micro.flat.numpy()))
         theta = action_logps(model, micro, head_chunk_tokens=config.trainer.head_chunk_tokens)
         logp = {policy: values[here] for policy, values in tokens.logp.items()} | {THETA: theta}
@@ -237,8 +268,10 @@ def _accumulate(
             logp[variant.stand_in] = _interpolate(variant.stand_in, logp[MU], theta, tokens.staleness[here], config)
         split = split_ratio(variant, logp)
         terms = recipe_surrogate(split, tokens.advantages[here], torch.ones_like(here, dtype=torch.bool), config)
-        loss = weighted_loss(terms.values, weights[here])
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = weighted_loss(terms.values, weights[here] * float(one.counts))
+        (loss * ranks.num_ranks).backward()  # type: ignore[no-untyped-call]
+        if not one.counts:
+            continue
         total += loss.detach()
         seen.theta[here] = theta.detach()
         seen.stand_in[here] = logp[variant.stand_in].detach()
@@ -247,21 +280,29 @@ def _accumulate(
         seen.band_mask[here] = terms.band_mask
         seen.clip_mask[here] = terms.clip_mask
         seen.active_mask[here] = terms.active_mask
-    return total
+    seen.share(chosen, ranks)
+    return ranks.sum(total)
 
 
-def _step_weights(model: PreTrainedModel, batch: TokenBatch, tokens: LossTokens, chosen: Tensor, config: RunConfig) -> Tensor:
+def _dealt(batch: TokenBatch, tokens: LossTokens, chosen: Tensor, config: RunConfig, ranks: Ranks) -> Iterator[Dealt]:
+    """This rank's micro-batches of the chosen tokens."""
+    flat = tokens.flat[chosen.numpy()]
+    return deal(batch, flat, config.trainer.micro_batch_tokens, rank=ranks.rank, num_ranks=ranks.num_ranks)
+
+
+def _step_weights(
+    model: PreTrainedModel, batch: TokenBatch, tokens: LossTokens, chosen: Tensor, config: RunConfig, ranks: Ranks
+) -> Tensor:
     """Each token's share of the loss of its optimizer step; 0 for tokens of other steps."""
     objective, variant = config.objective, find_variant(config.variant)
     kept = chosen
     if objective.denominator == "token-mean-kept":
         logp = dict(tokens.logp)
         if variant.stand_in in INTERPOLATE and not variant.r_d.is_one:
-            theta = torch.empty(len(tokens.flat))
-            with torch.no_grad():
-                for micro in micro_batches(batch, tokens.flat[chosen.numpy()], config.trainer.micro_batch_tokens):
-                    here = np.searchsorted(tokens.flat, micro.flat.numpy())
-                    theta[here] = action_logps(model, micro, head_chunk_tokens=config.trainer.head_chunk_tokens)
+            theta = torch.zeros(len(tokens.flat))
+            t = config.trainer
+            sizes: ForwardSizes = {"micro_batch_tokens": t.micro_batch_tokens, "head_chunk_tokens": t.head_chunk_tokens}
+            theta[chosen] = torch.from_numpy(score_tokens(model, batch, tokens.flat[chosen.numpy()], **sizes, ranks=ranks))
             logp[variant.stand_in] = _interpolate(variant.stand_in, logp[MU], theta, tokens.staleness, config)
         kept = kept_mask(log_discrepancy(variant, logp), chosen, config.band)
     return token_weights(
