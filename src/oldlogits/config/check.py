@@ -99,6 +99,9 @@ def _check_ranges(config: RunConfig) -> None:
     _require(0 <= share <= 1, "referee.share", share, "in [0, 1] (0: no referee)", "0.25")
     n = o.denominator_tokens
     _require(0 < n < math.inf, "objective.denominator_tokens", n, "> 0", "a number of tokens")
+    _require(m.lora_rank >= 0, "model.lora_rank", m.lora_rank, ">= 0 (0: no adapters)", "16")
+    _require(0 < m.lora_alpha < math.inf, "model.lora_alpha", m.lora_alpha, "> 0", "32")
+    _require(len(m.lora_targets) > 0, "model.lora_targets", list(m.lora_targets), "at least one layer", "['q_proj', 'v_proj']")
     _require(m.seed >= -1, "model.seed", m.seed, ">= 0, or -1: the run's seed", "-1")
     _require(m.warm_start_steps >= -1, "model.warm_start_steps", m.warm_start_steps, ">= 0, or -1: the built-in number", "-1")
     _require(e.max_turns >= 1, "env.max_turns", e.max_turns, ">= 1", "max_turns = 16")

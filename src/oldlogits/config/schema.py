@@ -82,10 +82,22 @@ class ModelConfig:
     """Of the forward weights, whose bits are a version. bf16: they are rounded from fp32 masters, which the optimizer steps and
     nothing scores; patches of versions are small. The arithmetic is that of fp32 (docs/sharding.md)."""
 
+    lora_rank: int = 0
+    """Rank of LoRA adapters, which are trained instead of the weights and are all that a version consists of; 0: none."""
+    lora_alpha: float = 32.0
+    """With model.lora_rank: the adapters' product is scaled by lora_alpha / lora_rank."""
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """With model.lora_rank: the linear layers that get an adapter, by the last part of their name."""
+
     @property
     def is_tiny(self) -> bool:
         """Whether the model is an embedded one."""
         return self.path in ("tiny", "tiny-moe")
+
+    @property
+    def adapter_scale(self) -> float:
+        """Of the adapters' product; 0: there are none."""
+        return self.lora_alpha / self.lora_rank if self.lora_rank else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

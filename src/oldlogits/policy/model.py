@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from oldlogits.core.errors import ModelFolderError
+from oldlogits.policy.adapters import is_adapter
 
 transformers_logging.disable_progress_bar()
 
@@ -91,11 +92,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """What a version consists of, under the Hugging Face names, tied ones once; views of the masters, not copies.
+    """What a version consists of, by the names of parameters, tied ones once; views of the masters, not copies.
 
-    Of a sharded model: this rank's slice of each, which may be empty.
+    Of a model with adapters these alone: its base never changes. Of a sharded model: this rank's slice of each, which may be
+    empty.
     """
-    return {name: local(parameter.data) for name, parameter in model.named_parameters()}
+    return {name: local(parameter.data) for name, parameter in version_parameters(model).items()}
+
+
+def version_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters whose values are a version: all of them, or of a model with adapters the adapters'."""
+    parameters = dict(model.named_parameters())
+    return {name: parameter for name, parameter in parameters.items() if is_adapter(name)} or parameters
 
 
 def point_at(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -103,7 +111,7 @@ def point_at(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
     A sharded model takes a copy of this rank's slices, cast to its dtype: it gathers from memory of its own.
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in version_parameters(model).items():
         if isinstance(parameter.data, DTensor):
             own = local(parameter.data)
             own.copy_(weights[name].view_as(own))

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from oldlogits.policy.model import version_parameters
 from oldlogits.policy.ranks import Ranks
 
 R = TypeVar("R")
@@ -57,7 +58,7 @@ def in_one_forward(model: PreTrainedModel, forward: Callable[[], Tensor]) -> Ten
 
 
 def whole_weights(model: PreTrainedModel, dtype: torch.dtype, ranks: Ranks) -> dict[str, Tensor]:
-    """All forward weights by name, on the first rank; nothing on the others. All ranks call it.
+    """All of a version's forward weights by name, on the first rank; nothing on the others. All ranks call it.
 
     Args:
         model: Holds masters.
@@ -68,7 +69,7 @@ def whole_weights(model: PreTrainedModel, dtype: torch.dtype, ranks: Ranks) -> d
         Where one process holds the model and its masters have that dtype: views of them, no copy.
     """
     found = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in version_parameters(model).items():
         weight = whole(parameter.data.to(dtype))
         if ranks.is_first:
             found[name] = weight

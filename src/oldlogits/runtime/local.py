@@ -36,6 +36,7 @@ async def open_local(
         num_slots=config.engine.num_slots,
         max_context=config.env.max_tokens,
         seed=sampler_seed,
+        adapter_scale=config.model.adapter_scale,
     )
     runner = ThreadRunner(timeout_s=config.env.timeout_s, latency_s=config.env.latency_s, seed=sampler_seed)
     with ExitStack() as stack:  # each is closed even if Ctrl-C interrupts the closing of another

@@ -189,6 +189,7 @@ async def open_lockstep(
         num_slots=max(config.engine.num_slots, in_flight + 1),  # held trajectories keep their slots; one for the probe
         max_context=config.env.max_tokens,
         seed=sampler_seed,
+        adapter_scale=config.model.adapter_scale,
     )
     core = EngineCore(spec)
     engine = LockstepEngine(EmbeddedEngine(core), config)

@@ -89,7 +89,8 @@ def run(
     title = f"oldlogits: {config.env.target}, {config.variant}, {config.runtime.type}"
     try:
         with LiveView(total_updates=config.num_updates, title=title, console=console) as view:
-            start = prepare_model(config, view.note) if checkpoint is None else Start(model=checkpoint / "model")
+            whole = checkpoint if not config.model.lora_rank else None  # adapters are restored on top of their base
+            start = Start(model=whole / "model") if whole is not None else prepare_model(config, view.note)
             view.note(f"starting engine and trainer ({config.runtime.type})")
             opened = open_runtime or RUNTIMES[config.runtime.type]
             result = asyncio.run(_run(config, folder, view, start, totals, checkpoint, opened))

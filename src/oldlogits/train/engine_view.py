@@ -6,7 +6,6 @@ Hugging Face model must give the engine's log-probs up to fp32 rounding, however
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import ParamSpec, TypeVar
 
@@ -15,30 +14,33 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from oldlogits.policy.model import local, named_weights
+from oldlogits.policy.model import named_weights
 from oldlogits.policy.ranks import ALONE, Ranks
 from oldlogits.policy.sharding import shard_model
 from oldlogits.rollout.numerics import Numerics, round_linear, round_other, round_rows_to_e4m3
+from oldlogits.train.policy import plain_copy, plain_weights
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def engine_weights(model: nn.Module, numerics: Numerics, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
+def engine_weights(
+    model: nn.Module, numerics: Numerics, dtype: torch.dtype = torch.float32, scale: float = 0.0
+) -> Iterator[tuple[str, Tensor]]:
     """Rounded fp32 copies of the model's forward weights, one by one, as the engine holds them; a tied head is one of its own.
 
     Args:
         model: Holds masters.
         numerics: The engine's.
         dtype: Of the forward weights.
+        scale: Of its adapters' product, if it has adapters; they are added before rounding.
 
     Yields:
         Of a sharded model this rank's slices, which are whole rows, with their scales.
     """
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            rounded = round_linear if _is_linear(module, name) else round_other
-            yield f"{path}.{name}", rounded(local(parameter.data).to(dtype), numerics)
+    for name, module, weight in plain_weights(model, dtype, scale):
+        rounded = round_linear if _is_linear(module, name.rpartition(".")[2]) else round_other
+        yield name, rounded(weight, numerics)
 
 
 def _is_linear(module: nn.Module, name: str) -> bool:
@@ -56,14 +58,20 @@ class EngineView:
         model: The trainer's model, whose weights are taken over; it stays as it is.
         numerics: The engine's.
         dtype: Of the forward weights.
+        scale: Of its adapters' product.
         ranks: Among which the copy is sharded; the model is whole.
     """
 
     def __init__(
-        self, model: PreTrainedModel, numerics: Numerics, dtype: torch.dtype = torch.float32, ranks: Ranks = ALONE
+        self,
+        model: PreTrainedModel,
+        numerics: Numerics,
+        dtype: torch.dtype = torch.float32,
+        scale: float = 0.0,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self._numerics, self._dtype = numerics, dtype
-        self.model = copy.deepcopy(model).requires_grad_(False)
+        self._numerics, self._dtype, self._scale = numerics, dtype, scale
+        self.model = plain_copy(model)
         head = self.model.get_output_embeddings()
         own = head.weight.detach().clone()  # a tied head is rounded, its embedding is not
         head.weight = nn.Parameter(own, requires_grad=False)
@@ -80,7 +88,7 @@ class EngineView:
             model: The trainer's, sharded if the copy is.
         """
         held = named_weights(self.model)
-        for name, weight in engine_weights(model, self._numerics, self._dtype):
+        for name, weight in engine_weights(model, self._numerics, self._dtype, self._scale):
             held[name].copy_(weight)
 
 

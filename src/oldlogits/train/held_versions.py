@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from oldlogits.config import VersionsConfig
 from oldlogits.core.protocols import PatchWeights, PolicyVersion, Publication
+from oldlogits.policy.model import version_parameters
 from oldlogits.policy.ranks import Ranks
 from oldlogits.versions import Patch, PatchStore, Shard, concatenate
 
@@ -93,13 +94,13 @@ class HeldVersions:
 
 
 def shards_of(model: nn.Module, ranks: Ranks) -> dict[str, Shard]:
-    """Which elements of each parameter this rank holds: rows, as many on each as on the first, the last ones perhaps fewer.
+    """Which elements of each parameter of a version this rank holds: rows, as many on each as on the first, or fewer.
 
     Example:
         9 rows of 2 values over 4 ranks, 3 rows each: elements [0, 6), [6, 12), [12, 18), and none.
     """
     found = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in version_parameters(model).items():
         shape = tuple(parameter.shape)
         rows, width = (shape or (1,))[0], math.prod(shape[1:])
         most = -(-rows // ranks.num_ranks)

@@ -30,9 +30,9 @@ from oldlogits.core.errors import RunFolderError, VersionEvictedError
 from oldlogits.core.policies import SOURCES
 from oldlogits.core.protocols import FullWeights, Piece, PolicyVersion, Scored, ScoredPieces
 from oldlogits.policy.forward import FORWARD_DTYPES, round_at_use
+from oldlogits.policy.lora import write_adapters
 from oldlogits.policy.mixed import MixedForward
 from oldlogits.policy.model import (
-    load_model,
     load_tokenizer,
     local,
     named_weights,
@@ -49,6 +49,7 @@ from oldlogits.train.checkpoint import of_kind, read_state, sliced, write_state
 from oldlogits.train.engine_view import EngineView
 from oldlogits.train.held_versions import HeldVersions, shards_of
 from oldlogits.train.optimizer import Optimizer
+from oldlogits.train.policy import folder_weights, load_policy, share_base
 from oldlogits.train.reports import Published, ScoringWork, Witnesses
 from oldlogits.train.step import UpdateResult, update
 from oldlogits.train.witness import check_witness, is_routed, max_error, probe_of
@@ -73,7 +74,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self._config, self._ranks = config, ranks
         with ranks.agreeing():
-            self._model, self._tokenizer = load_model(model_folder), load_tokenizer(model_folder)
+            self._model, self._tokenizer = load_policy(config.model, model_folder), load_tokenizer(model_folder)
         self._dtype = FORWARD_DTYPES[config.model.forward_dtype]
         self._build_modules()
         stores_versions = SOURCES[config.source.type].stores_versions or config.referee.share > 0
@@ -101,12 +102,15 @@ class Trainer:
         config = self._config
         self._scoring = copy.deepcopy(self._model).requires_grad_(False).to(self._dtype)
         numerics = config.engine.numerics
-        self._engine_view = None if numerics == "fp32" else EngineView(self._model, numerics, self._dtype, self._ranks)
+        scale = config.model.adapter_scale
+        self._engine_view = None if numerics == "fp32" else EngineView(self._model, numerics, self._dtype, scale, self._ranks)
         if config.trainer.activation_checkpointing:
             recompute_layers(self._model)
         for model in (self._model, self._scoring):
             round_at_use(model, self._dtype)
             shard_model(model, self._ranks)
+        if self._ranks.mesh is None:
+            share_base(self._scoring, self._model)
 
     @property
     def num_parameters(self) -> int:
@@ -284,16 +288,26 @@ class Trainer:
     def save(self, folder: Path) -> None:
         """Write a checkpoint: ``model/`` in the standard format, ``state/`` to resume from, under any number of ranks.
 
+        With adapters ``model/`` has them added, and ``adapter/`` holds them by themselves, as peft reads them.
+
         Args:
             folder: The same on all ranks.
         """
-        weights = self.full_weights().tensors
+        m = self._config.model
+        weights = folder_weights(self._model, self._dtype, m.adapter_scale, self._ranks)
+        adapters = self.full_weights().tensors if m.lora_rank else {}
         state = folder / "state"
         if self._ranks.is_first:
+            if m.lora_rank:
+                write_adapters(
+                    folder / "adapter", adapters, rank=m.lora_rank, alpha=m.lora_alpha, targets=m.lora_targets, base=m.path
+                )
             write_model(self._model.config, self._model.generation_config, weights, folder / "model")
             self._tokenizer.save_pretrained(folder / "model")
             state.mkdir(parents=True, exist_ok=True)
-            counters = {"version": self.version, "schedule_steps": self._optimizer.num_steps, **asdict(self.witnesses)}
+            logps = self._probe_logps.get(self.version, np.empty(0)).tolist()
+            counters = {"version": self.version, "schedule_steps": self._optimizer.num_steps, "probe_logps": logps}
+            counters |= asdict(self.witnesses)
             (state / "trainer.json").write_text(json.dumps(counters, indent=1))
         self._ranks.gather(None)  # the folder is there
         write_state(state, self._state(), self._ranks)
@@ -321,6 +335,7 @@ class Trainer:
             parameters[name].data.copy_(master)
         self._optimizer.load(state, counters.pop("schedule_steps"))
         self.version = counters.pop("version")
+        self._witness_restored(np.array(counters.pop("probe_logps"), np.float32))
         self.witnesses = Witnesses(**counters)
         if self._averaging is not None:
             weights = {name: local(weight) for name, weight in of_kind("averaged", state).items()}
@@ -392,6 +407,13 @@ class Trainer:
         worst = np.fmax(self.witnesses.publish_max_abs_error, error)
         self.witnesses = Witnesses(publish_max_abs_error=float(worst), lag0_max_abs_error=self.witnesses.lag0_max_abs_error)
         check_witness(error, f"the checkout of version {version}", "the live weights at its publish")
+
+    def _witness_restored(self, published: NDArray[np.float32]) -> None:
+        """Witness (c): what was restored gives the probe tokens what the version gave them: the adapters' base is the same."""
+        if len(published):
+            point_at(self._scoring, named_weights(self._model))
+            error = max_error(self._score_with(self._scoring, *self._probe), published)
+            check_witness(error, f"the restored version {self.version}", "the live weights at its publish")
 
     def _witness_lag0(self, error: float) -> None:
         worst = np.fmax(self.witnesses.lag0_max_abs_error, error)
