@@ -46,11 +46,15 @@ def add_adapters(model: PreTrainedModel, *, rank: int, alpha: float, targets: Se
         )
     try:
         from peft import inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
     except ImportError as error:
         raise ConfigError(
             "model.lora_rank needs peft", got=str(error), allowed="peft 0.17 or newer", fix="pip install 'oldlogits[lora]'"
         ) from error
     inject_adapter_in_model(_lora_config(rank, alpha, targets), model)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False  # bf16 forward weights are read as float32
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_adapter(name))
 
