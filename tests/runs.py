@@ -53,12 +53,12 @@ class Words:
 TARGET = f"{__name__}:Words"
 
 
-def recipe(model: Path, **sections: object) -> RunConfig:
+def recipe(folder: Path, **sections: object) -> RunConfig:
     """A run of four updates that takes a second or two; sections are merged into it."""
     table: dict[str, object] = {
         "num_updates": 4,
         "max_staleness": 2,
-        "model": {"path": str(model)},
+        "model": {"path": str(folder)},
         "env": {"target": TARGET, "max_tokens": 96, "max_tokens_per_turn": 12, "max_turns": 4},
         "engine": {"num_slots": 32},
         "rollout": {"group_size": 4, "groups_per_version": 3},

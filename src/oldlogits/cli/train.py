@@ -56,10 +56,11 @@ def command(arguments: Sequence[str]) -> int:
 
     if launch.rank:
         return follow(launch)
+    board = Board(launch)
     try:
         return _train(arguments)
     finally:
-        Board(launch).end()
+        board.end()
 
 
 def _train(arguments: Sequence[str]) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import Final
 
@@ -37,7 +38,7 @@ class Board:
     """
 
     def __init__(self, launch: Launch) -> None:
-        self._launch = launch
+        self._launch, self._patience_s = launch, GONE_S
         self.store = self._connect()
 
     def begin(self) -> None:
@@ -51,7 +52,8 @@ class Board:
 
     def end(self) -> None:
         """The first rank: the run is over, however it ended."""
-        self.store.set("end", "")
+        with suppress(RuntimeError):  # torchrun is gone: nobody waits for it
+            self.store.set("end", "")
 
     def await_begin(self) -> bool:
         """Wait until the ranks are to meet; False: the run is over."""
@@ -73,19 +75,26 @@ class Board:
             found = self._beat(0)
             if found != beat:
                 beat, since = found, time.monotonic()
-            elif time.monotonic() - since > GONE_S:
+            elif time.monotonic() - since > self._patience_s:
                 raise WorkerDiedError(
                     "rank 0 ended, or no longer answers",
-                    got=f"no sign of life for {GONE_S:g} seconds",
+                    got=f"no sign of life for {self._patience_s:g} seconds",
                     allowed="a first rank that lives until the end of the run",
                     fix="look at its output; go on with --resume from the last checkpoint",
                 )
         return True
 
+    def hurry(self) -> None:
+        """Something is wrong, or the run is to end: wait for a silent first rank no longer than `SILENT_S` seconds."""
+        self._patience_s = SILENT_S
+
     @property
     def has_ended(self) -> bool:
-        """Whether the run is over."""
-        ended: bool = self.store.check(["end"])
+        """Whether the run is over; it is where torchrun is gone."""
+        try:
+            ended: bool = self.store.check(["end"])
+        except RuntimeError:
+            return True
         return ended
 
     def beat(self) -> None:
@@ -93,13 +102,16 @@ class Board:
         threading.Thread(target=self._keep_beating, name="beat", daemon=True).start()
 
     def silent(self) -> list[int]:
-        """The other ranks that give no signs of life; takes up to `SILENT_S` seconds."""
+        """The other ranks that give no signs of life; takes up to `SILENT_S` seconds. None where torchrun is gone."""
         others = [rank for rank in range(self._launch.num_ranks) if rank != self._launch.rank]
-        before = {rank: self._beat(rank) for rank in others}
         ends = time.monotonic() + SILENT_S
-        while others and time.monotonic() < ends:
-            time.sleep(BEAT_S)
-            others = [rank for rank in others if self._beat(rank) == before[rank]]
+        try:
+            before = {rank: self._beat(rank) for rank in others}
+            while others and time.monotonic() < ends:
+                time.sleep(BEAT_S)
+                others = [rank for rank in others if self._beat(rank) == before[rank]]
+        except RuntimeError:
+            return []
         return others
 
     def _keep_beating(self) -> None:

@@ -84,7 +84,7 @@ class _Leader:
             names = ", ".join(map(str, silent)) or "unknown"
             raise WorkerDiedError(
                 f"rank {names} of {self._launch.num_ranks} ended, or no longer answers",
-                got=f"{str(error).splitlines()[0][:200]}; no sign of life from rank {names} within {SILENT_S:g} seconds",
+                got=f"no sign of life within {SILENT_S:g} seconds; {_first_sentence(error)}",
                 allowed="ranks that live until the end of the run",
                 fix="look for a message of that rank, or an out-of-memory kill; go on with --resume from the last checkpoint",
             ) from error
@@ -92,9 +92,9 @@ class _Leader:
 
 def follow(launch: Launch) -> int:
     """A rank but the first: carry out what the trainer of rank 0 does, until the run ends; returns the exit status."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # they are the controller's to handle: it ends the run in order
-        signal.signal(number, signal.SIG_IGN)
     board = Board(launch)
+    for number in (signal.SIGINT, signal.SIGTERM):  # they are the controller's to handle: it ends the run in order
+        signal.signal(number, lambda number, frame: board.hurry())
     try:
         if not board.await_begin():
             return 0
@@ -137,3 +137,7 @@ def _parted(launch: Launch, board: Board, error: RuntimeError) -> int:
         time.sleep(0.1)
     print(f"rank {launch.rank}: an exchange with the other ranks broke off: {error}", file=sys.stderr)
     return 1
+
+
+def _first_sentence(error: RuntimeError) -> str:
+    return str(error).splitlines()[0].partition(". ")[0]

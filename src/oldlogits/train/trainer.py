@@ -100,7 +100,8 @@ class Trainer:
     def _build_modules(self) -> None:
         """From the whole model: one that scores, one that computes as the engine does, and the live one, all sharded."""
         config = self._config
-        self._scoring = copy.deepcopy(self._model).requires_grad_(False).to(self._dtype)
+        self._scoring = copy.deepcopy(self._model).requires_grad_(False)
+        point_at(self._scoring, {name: weight.to(self._dtype) for name, weight in named_weights(self._model).items()})
         numerics = config.engine.numerics
         scale = config.model.adapter_scale
         self._engine_view = None if numerics == "fp32" else EngineView(self._model, numerics, self._dtype, scale, self._ranks)
