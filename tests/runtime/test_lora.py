@@ -139,21 +139,20 @@ def test_another_base_under_the_adapters_is_noticed(tiny_folder, tmp_path):
         trainer_at(other, tmp_path / "checkpoint")
 
 
-def test_only_adapters_have_a_gradient_and_moments_and_the_base_stays(tiny_folder):
+def test_only_adapters_are_trained_and_have_moments_and_the_base_stays(tiny_folder):
     trainer = Trainer(lora_recipe(tiny_folder), tiny_folder, PROBE)
     model = trainer._model
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     stepped(stepped(trainer))  # B is zero before the first step, so that A has no gradient
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != is_adapter(name), name
-        assert (parameter.grad is not None) == is_adapter(name), name
     assert {p for p in model.parameters() if p.requires_grad} == set(trainer._optimizer.adamw.state)
 
 
 def test_the_scoring_module_and_the_live_one_share_the_base(tiny_folder):
     trainer = Trainer(lora_recipe(tiny_folder), tiny_folder, PROBE)
     live, scoring = (dict(model.named_parameters()) for model in (trainer._model, trainer._scoring))
-    assert all((scoring[n].data_ptr() == live[n].data_ptr()) != is_adapter(n) for n in live)
+    assert all(scoring[name].data_ptr() == live[name].data_ptr() for name in live if not is_adapter(name))
 
 
 @pytest.mark.parametrize("numerics", ["fp32", "bf16", "fp8", "int8", "int4"])
@@ -196,5 +195,6 @@ def stepped(trainer: Trainer) -> Trainer:
 
 
 def _batch(version: int) -> TokenBatch:
-    said = [trajectory([8, 9], sampled([10 + i, 11, 12], version), id=f"g0.{i}") for i in range(4)]
+    """What was sampled is as likely as its version says, up to the band: its tokens are not masked."""
+    said = [trajectory([8, 9], sampled([10 + i, 11, 12], version, logp=-3.5), id=f"g0.{i}") for i in range(4)]
     return batch_of([replace(t, reward=float(i % 2)) for i, t in enumerate(said)])

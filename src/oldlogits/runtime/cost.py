@@ -39,7 +39,8 @@ class ModelShape:
     """What bytes depend on.
 
     Args:
-        num_parameters: Of the model, a tied head once.
+        num_parameters: Of the model without adapters, a tied head once.
+        trained_parameters: Of its adapters, or of all of it.
         head_parameters: Of the head, tied or not.
         is_tied: Whether the head is the embedding.
         layer_parameters: Of the largest layer.
@@ -54,6 +55,7 @@ class ModelShape:
     """
 
     num_parameters: int
+    trained_parameters: int
     head_parameters: int
     is_tied: bool
     layer_parameters: int
@@ -73,8 +75,8 @@ class Cost:
 
     Args:
         shape: Of the model.
-        version_bytes: One version: a full copy of the forward weights.
-        masters_bytes: The weights that the optimizer steps, in fp32.
+        version_bytes: One version: a full copy of the forward weights, or of the adapters.
+        masters_bytes: The weights in fp32, those of a frozen base included.
         gradient_bytes: Their gradient.
         optimizer_bytes: AdamW's two moments.
         activation_bytes: A bound of what one micro-batch keeps for its backward pass, on each rank.
@@ -126,7 +128,8 @@ class Cost:
         ranks = ", ".join(f"{_size(self.rank_bytes(n))} on each of {n}" for n in RANKS[1:])
         return [
             f"parameters       {self.shape.num_parameters:,}",
-            f"a version        {_size(self.version_bytes)}: a full copy of the forward weights",
+            f"trained          {self.shape.trained_parameters:,}",
+            f"a version        {_size(self.version_bytes)}: a full copy of what is trained",
             f"masters          {_size(self.masters_bytes)}",
             f"gradient         {_size(self.gradient_bytes)}",
             f"optimizer        {_size(self.optimizer_bytes)}",
@@ -150,12 +153,13 @@ def estimate(config: RunConfig) -> Cost | None:
         config: A checked recipe.
     """
     model = _model(config)
-    return None if model is None else _cost(config, _shape_of(model))
+    return None if model is None else _cost(config, _shape_of(model, config))
 
 
 def _cost(config: RunConfig, shape: ModelShape) -> Cost:
-    num = shape.num_parameters
-    version = _forward_size(config) * num
+    num, trained = shape.num_parameters, shape.trained_parameters
+    masters = 4 * (num + trained if config.model.lora_rank else num)
+    version = _forward_size(config) * trained
     patch = _patch_bytes(config, version)
     own_head = shape.head_parameters if shape.is_tied else 0
     per_token = 2 * 4 * shape.layers * shape.kv_heads * shape.head_dim
@@ -164,17 +168,17 @@ def _cost(config: RunConfig, shape: ModelShape) -> Cost:
     return Cost(
         shape=shape,
         version_bytes=version,
-        masters_bytes=4 * num,
-        gradient_bytes=4 * num,
-        optimizer_bytes=8 * num,
+        masters_bytes=masters,
+        gradient_bytes=4 * trained,
+        optimizer_bytes=8 * trained,
         activation_bytes=activation_bytes(config, shape),
         gathered_bytes=GATHERED_LAYERS * 4 * max(shape.layer_parameters, shape.head_parameters),
         store_bytes=version * stored,
         expected_store_bytes=version + patch * (stored - 1) if stored else 0,
-        scorer_bytes=4 * num + version + patch * config.source.window if config.source.type == "dedicated" else 0,
-        average_bytes=4 * num if config.source.type in AVERAGING_SOURCES else 0,
+        scorer_bytes=masters + version + patch * config.source.window if config.source.type == "dedicated" else 0,
+        average_bytes=4 * trained if config.source.type in AVERAGING_SOURCES else 0,
         view_bytes=0 if config.engine.numerics == "fp32" else 4 * (num + own_head),
-        engine_bytes=4 * (num + own_head) if embedded else (4 if config.engine.numerics == "fp32" else 2) * num,
+        engine_bytes=4 * (num + own_head + (num if config.model.lora_rank else 0)) if embedded else (4 if config.engine.numerics == "fp32" else 2) * num,
         cache_bytes=config.engine.num_slots * config.env.max_tokens * per_token if embedded else 0,
         mixed_bytes=_most_chains(config) * config.env.max_tokens * per_token,
         sync_bytes=patch if _sends_patches(config, version, patch) else version,
@@ -187,12 +191,12 @@ def activation_bytes(config: RunConfig, shape: ModelShape) -> int:
     A layer keeps, of each token: 6 vectors of the hidden width, 2 of queries and of keys (4 where they are normed), 4 of the
     MLP (gate, up, its activation, their product), and 2 numbers of each head and norm. With checkpointing it keeps its input,
     and one layer at a time the rest. The head keeps 3 numbers for each word of one chunk's tokens. With bf16 forward weights
-    the rounded weights are kept as well: of all layers, or with checkpointing of one.
+    the rounded weights are kept as well: of all layers, or with checkpointing of one. An adapter keeps its input and output.
     """
     t, s = config.trainer, shape
     tokens = max(t.micro_batch_tokens, config.env.max_tokens)
     heads = (4 if s.norms_heads else 2) * s.head_dim * (s.heads + s.kv_heads)
-    layer = 6 * s.hidden + heads + 4 * s.mlp + 2 * s.heads + 2
+    layer = 6 * s.hidden + heads + 4 * s.mlp + 2 * s.heads + 2 + config.model.lora_rank * len(config.model.lora_targets)
     kept = s.layers * s.hidden + layer if t.activation_checkpointing else s.layers * layer
     head = min(t.head_chunk_tokens, tokens) * 3 * s.vocabulary
     rounded = 0
@@ -254,11 +258,15 @@ def _model(config: RunConfig) -> PreTrainedModel | None:
         return model
 
 
-def _shape_of(model: PreTrainedModel) -> ModelShape:
+def _shape_of(model: PreTrainedModel, config: RunConfig) -> ModelShape:
     c = model.config
+    num = sum(p.numel() for p in model.parameters())
+    linear = [m for name, m in model.named_modules() if name.rpartition(".")[2] in config.model.lora_targets]
+    adapters = config.model.lora_rank * sum(sum(layer.weight.shape) for layer in linear)
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     return ModelShape(
-        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_parameters=num,
+        trained_parameters=adapters or num,
         head_parameters=head.numel(),
         is_tied=head is embedding,
         layer_parameters=max(sum(p.numel() for p in layer.parameters()) for layer in model.base_model.layers),
