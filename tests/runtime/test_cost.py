@@ -17,8 +17,9 @@ from transformers import AutoConfig
 from oldlogits.batch import TokenBatch, micro_batches
 from oldlogits.config import config_from_table
 from oldlogits.core.errors import ModelFolderError
+from oldlogits.policy.lora import add_adapters
 from oldlogits.policy.mixed import MixedForward
-from oldlogits.policy.model import load_model
+from oldlogits.policy.model import load_model, named_weights
 from oldlogits.policy.scorer import action_logps
 from oldlogits.rollout.embedded import EngineCore
 from oldlogits.rollout.spec import EngineSpec
@@ -111,6 +112,29 @@ def saved_bytes(model, forward) -> int:
         out = forward()
     assert out.requires_grad
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_with_adapters_only_these_cost_gradient_moments_and_versions(name, tmp_path):
+    lora = {"rank": 4, "alpha": 8.0, "targets": ("q_proj", "v_proj", "down_proj")}
+    model = make_model(name)
+    sections = {"micro_batch_tokens": 96, "head_chunk_tokens": 16}
+    folder = save(model, tmp_path)
+    keys = {f"lora_{key}": value for key, value in lora.items()}
+    cost = cost_of(tmp_path, model={"path": folder, **keys}, trainer=sections, env={"max_tokens": 96})
+    plain = cost_of(tmp_path)
+    add_adapters(model, **lora)
+    trained = sum(p.nbytes for p in named_weights(model).values())
+    assert cost.masters_bytes == sum(p.nbytes for p in model.parameters())
+    assert cost.version_bytes == cost.gradient_bytes == cost.sync_bytes == trained
+    assert cost.optimizer_bytes == 2 * trained
+    assert cost.engine_bytes == plain.engine_bytes + plain.masters_bytes, (
+        "the engine keeps its base beside what it computes with"
+    )
+    batch = batch_of([trajectory([3] * 48, sampled([5] * 49, 0))])
+    [micro] = micro_batches(batch, np.flatnonzero(batch.loss_mask), 96)
+    head = 4 * 16 * 3 * cost.shape.vocabulary
+    assert kept_bytes(model, micro, recompute=False) <= cost.activation_bytes - head
 
 
 def test_the_store_holds_at_most_what_is_said(tiny_folder):

@@ -26,6 +26,7 @@ def check(config: RunConfig, *, needs_model: bool = True) -> None:
     check_source(config.variant, config.source.type)
     _check_ranges(config)
     _check_one_distribution(config)
+    _check_adapters(config)
     _check_kv(config)
     _check_average(config)
     _check_schedule(config)
@@ -101,7 +102,9 @@ def _check_ranges(config: RunConfig) -> None:
     _require(0 < n < math.inf, "objective.denominator_tokens", n, "> 0", "a number of tokens")
     _require(m.lora_rank >= 0, "model.lora_rank", m.lora_rank, ">= 0 (0: no adapters)", "16")
     _require(0 < m.lora_alpha < math.inf, "model.lora_alpha", m.lora_alpha, "> 0", "32")
-    _require(len(m.lora_targets) > 0, "model.lora_targets", list(m.lora_targets), "at least one layer", "['q_proj', 'v_proj']")
+    targets = m.lora_targets
+    allowed = "layers by the last part of their name, each once"
+    _require(0 < len(set(targets)) == len(targets), "model.lora_targets", list(targets), allowed, "['q_proj', 'v_proj']")
     _require(m.seed >= -1, "model.seed", m.seed, ">= 0, or -1: the run's seed", "-1")
     _require(m.warm_start_steps >= -1, "model.warm_start_steps", m.warm_start_steps, ">= 0, or -1: the built-in number", "-1")
     _require(e.max_turns >= 1, "env.max_turns", e.max_turns, ">= 1", "max_turns = 16")
@@ -180,6 +183,16 @@ def _check_one_distribution(config: RunConfig) -> None:
     why = ", since mu would have another support than the trained policy"
     _require(s.top_p == 1, "sampling.top_p", s.top_p, "1.0 in training" + why, fix)
     _require(s.top_k == 0, "sampling.top_k", s.top_k, "0 in training" + why, fix)
+
+
+def _check_adapters(config: RunConfig) -> None:
+    if config.model.lora_rank and config.engine.type != "embedded":
+        raise ConfigError(
+            "servers take whole weights, and a version with adapters is these alone",
+            got=f"model.lora_rank = {config.model.lora_rank}, engine.type = '{config.engine.type}'",
+            allowed="engine.type = 'embedded', which adds them to its base, or model.lora_rank = 0",
+            fix="remove model.lora_rank",
+        )
 
 
 def _check_kv(config: RunConfig) -> None:

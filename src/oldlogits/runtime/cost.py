@@ -178,7 +178,7 @@ def _cost(config: RunConfig, shape: ModelShape) -> Cost:
         scorer_bytes=masters + version + patch * config.source.window if config.source.type == "dedicated" else 0,
         average_bytes=4 * trained if config.source.type in AVERAGING_SOURCES else 0,
         view_bytes=0 if config.engine.numerics == "fp32" else 4 * (num + own_head),
-        engine_bytes=4 * (num + own_head + (num if config.model.lora_rank else 0)) if embedded else (4 if config.engine.numerics == "fp32" else 2) * num,
+        engine_bytes=_engine_bytes(config, num, own_head),
         cache_bytes=config.engine.num_slots * config.env.max_tokens * per_token if embedded else 0,
         mixed_bytes=_most_chains(config) * config.env.max_tokens * per_token,
         sync_bytes=patch if _sends_patches(config, version, patch) else version,
@@ -203,6 +203,13 @@ def activation_bytes(config: RunConfig, shape: ModelShape) -> int:
     if config.model.forward_dtype == "bf16":
         rounded = s.layer_parameters + s.head_parameters if t.activation_checkpointing else s.num_parameters
     return 4 * (tokens * (kept + 3 * s.hidden + 2 * s.head_dim + 8) + head + rounded)
+
+
+def _engine_bytes(config: RunConfig, num: int, own_head: int) -> int:
+    """The weights that an engine computes with, and with adapters their base."""
+    if config.engine.type != "embedded":
+        return (4 if config.engine.numerics == "fp32" else 2) * num
+    return 4 * (num + own_head + (num if config.model.lora_rank else 0))
 
 
 def _forward_size(config: RunConfig) -> int:
