@@ -120,7 +120,7 @@ def test_with_adapters_only_these_cost_gradient_moments_and_versions(name, tmp_p
     model = make_model(name)
     sections = {"micro_batch_tokens": 96, "head_chunk_tokens": 16}
     folder = save(model, tmp_path)
-    keys = {f"lora_{key}": value for key, value in lora.items()}
+    keys = {"lora_rank": 4, "lora_alpha": 8.0, "lora_targets": list(lora["targets"])}
     cost = cost_of(tmp_path, model={"path": folder, **keys}, trainer=sections, env={"max_tokens": 96})
     plain = cost_of(tmp_path)
     add_adapters(model, **lora)

@@ -40,7 +40,7 @@ def command(arguments: Sequence[str]) -> int:
     folder = options.out or cache_folder() / NAME
     was_there = folder.exists()
     if was_there:
-        check_model_folder(folder, named="--out", fix="choose a folder that does not exist, or delete this one")
+        check_model_folder(folder, fix="choose a folder that does not exist, or delete this one")
     started = time.perf_counter()
     fetch(folder, lambda said: print(said, flush=True))
     print(f"{'was there' if was_there else f'fetched in {time.perf_counter() - started:.0f} s'}: {folder}")

@@ -61,12 +61,11 @@ def _check_other_environment(config: RunConfig) -> None:
 MODEL_FIX = "pass --model.path FOLDER, or --model.path tiny (or tiny-moe) for an embedded model"
 
 
-def check_model_folder(folder: Path, named: str = "model.path", fix: str = MODEL_FIX) -> None:
+def check_model_folder(folder: Path, fix: str = MODEL_FIX) -> None:
     """Refuse a model folder without `config.json` or weights.
 
     Args:
         folder: The folder.
-        named: The key or flag that names it.
         fix: What to do if it is none.
 
     Raises:
@@ -74,7 +73,7 @@ def check_model_folder(folder: Path, named: str = "model.path", fix: str = MODEL
     """
     allowed = "a folder with config.json, *.safetensors and a tokenizer with a chat template"
     if not folder.is_dir():
-        raise ModelFolderError(f"{named} is no folder", got=str(folder), allowed=allowed, fix=fix)
+        raise ModelFolderError("model.path is no folder", got=str(folder), allowed=allowed, fix=fix)
     for what, found in {
         "config.json": (folder / "config.json").is_file(),
         "weights (*.safetensors)": any(folder.glob("*.safetensors")),
@@ -104,7 +103,7 @@ def _check_ranges(config: RunConfig) -> None:
     _require(0 < m.lora_alpha < math.inf, "model.lora_alpha", m.lora_alpha, "> 0", "32")
     targets = m.lora_targets
     allowed = "layers by the last part of their name, each once"
-    _require(0 < len(set(targets)) == len(targets), "model.lora_targets", list(targets), allowed, "['q_proj', 'v_proj']")
+    _require(0 < len(set(targets)) == len(targets), "model.lora_targets", str(targets), allowed, "['q_proj', 'v_proj']")
     _require(m.seed >= -1, "model.seed", m.seed, ">= 0, or -1: the run's seed", "-1")
     _require(m.warm_start_steps >= -1, "model.warm_start_steps", m.warm_start_steps, ">= 0, or -1: the built-in number", "-1")
     _require(e.max_turns >= 1, "env.max_turns", e.max_turns, ">= 1", "max_turns = 16")
