@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from oldlogits.core.errors import ConfigError
 from oldlogits.record.events import without_wall_clock
 from oldlogits.runtime.run import run
 from oldlogits.study.trace import AVERAGES, TraceInfo, record_trace
@@ -121,3 +122,8 @@ def test_each_average_has_the_beta_of_its_decay(traced):
     names = [f"logp_{name}" for name in AVERAGES]
     assert not np.array_equal(columns[names[0]], columns[names[1]])
     assert not np.array_equal(columns[names[0]], columns[names[2]])
+
+
+def test_traces_of_bf16_forward_weights_are_refused(tiny_folder, tmp_path):
+    with pytest.raises(ConfigError, match="model.forward_dtype = 'bf16'"):
+        record_trace(recipe(tiny_folder, model={"forward_dtype": "bf16"}), tmp_path / "run", 1)

@@ -25,6 +25,7 @@ from torch import Tensor
 from oldlogits.batch import TokenBatch
 from oldlogits.config import RunConfig
 from oldlogits.config.schema import RecordConfig, SourceConfig
+from oldlogits.core.errors import ConfigError
 from oldlogits.core.protocols import FullWeights, Scored
 from oldlogits.policy.model import load_model, point_at
 from oldlogits.policy.scorer import ForwardSizes, score_tokens
@@ -96,9 +97,17 @@ def record_trace(config: RunConfig, out: Path, num_scored: int) -> pa.Table:
         and ``logp_stand_in``, which the run trained with.
 
     Raises:
+        ConfigError: Its forward weights are not fp32.
         OldLogitsError: What ended the run.
         KeyboardInterrupt: It was interrupted.
     """
+    if config.model.forward_dtype != "fp32":
+        raise ConfigError(
+            "the recorder of traces keeps fp32 versions, and averages these in place of masters",
+            got=f"model.forward_dtype = '{config.model.forward_dtype}'",
+            allowed="model.forward_dtype = 'fp32'",
+            fix="remove model.forward_dtype from the recipe of the traces",
+        )
     config = replace(config, record=RecordConfig(tokens_every=0, transcripts_every=0, checkpoint_every=0))
     tracers: list[Tracer] = []
 

@@ -44,6 +44,7 @@ from oldlogits.policy.ranks import ALONE, Ranks
 from oldlogits.policy.scorer import ForwardSizes, action_logps, score_tokens
 from oldlogits.policy.sharding import whole
 from oldlogits.train.average import AverageReset
+from oldlogits.train.loss_tokens import LossTokens, Seen
 from oldlogits.train.optimizer import Optimizer
 from oldlogits.train.witness import WITNESS_TOLERANCE, check_witness, is_routed, judged_error, num_excused
 
@@ -73,44 +74,6 @@ class UpdateResult:
     lag0_max_abs_error: float
     table: Mapping[str, Column]
     average_reset: AverageReset | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LossTokens:
-    """The loss tokens of a batch as tensors, in batch order: what the objective reads.
-
-    Args:
-        flat: int64 [token]; index in the flat batch.
-        advantages: float32 [token].
-        staleness: int64 [token].
-        step: int64 [token]; the optimizer step that trains it.
-        sequence: int64 [token].
-        logp: float32 [token] by policy: MU, and the stand-in where a source provides it.
-    """
-
-    flat: NDArray[np.int64]
-    advantages: Tensor
-    staleness: Tensor
-    step: Tensor
-    sequence: Tensor
-    logp: Mapping[Policy, Tensor]
-
-    @classmethod
-    def of(cls, batch: TokenBatch, scored: Scored | None, version: int) -> LossTokens:
-        """Gather the loss tokens of a batch that enters training at `version`."""
-        flat = np.flatnonzero(batch.loss_mask)
-        sequence = batch.sequence[flat]
-        logp = {MU: torch.from_numpy(batch.logp_mu[flat])}
-        if scored is not None:
-            logp[scored.policy] = torch.from_numpy(scored.values)
-        return cls(
-            flat=flat,
-            advantages=torch.from_numpy(batch.advantages[sequence]),
-            staleness=torch.from_numpy(version - batch.version[flat]),
-            step=torch.from_numpy(batch.step[sequence]),
-            sequence=torch.from_numpy(sequence),
-            logp=logp,
-        )
 
 
 def update(
@@ -149,7 +112,7 @@ def update(
             allowed="one per loss token",
             fix="pass the batch through its source first",
         )
-    seen = _Seen.empty(len(tokens.flat))
+    seen = Seen.empty(len(tokens.flat))
     losses, norms, lag0 = [], [], math.nan
     lag0_above: Mapping[str, float] = {}
     for step in range(config.trainer.steps_per_version):
@@ -195,58 +158,12 @@ def recipe_surrogate(split: SplitRatio, advantages: Tensor, loss_mask: Tensor, c
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Seen:
-    """Detached values of every loss token, at the step that trained it."""
-
-    theta: Tensor
-    stand_in: Tensor
-    log_r_d: Tensor
-    log_r_s: Tensor
-    band_mask: Tensor
-    clip_mask: Tensor
-    active_mask: Tensor
-
-    @classmethod
-    def empty(cls, num_tokens: int) -> _Seen:
-        floats = (torch.full((num_tokens,), math.nan) for _ in range(4))
-        masks = (torch.zeros(num_tokens, dtype=torch.bool) for _ in range(3))
-        theta, stand_in, log_r_d, log_r_s = floats
-        band_mask, clip_mask, active_mask = masks
-        return cls(
-            theta=theta,
-            stand_in=stand_in,
-            log_r_d=log_r_d,
-            log_r_s=log_r_s,
-            band_mask=band_mask,
-            clip_mask=clip_mask,
-            active_mask=active_mask,
-        )
-
-    @property
-    def _columns(self) -> tuple[Tensor, ...]:
-        masks = (self.band_mask, self.clip_mask, self.active_mask)
-        return (self.theta, self.stand_in, self.log_r_d, self.log_r_s, *masks)
-
-    def begin(self, chosen: Tensor) -> None:
-        """The chosen tokens are about to be seen, each by one rank."""
-        for column in self._columns:
-            column[chosen] = 0
-
-    def share(self, chosen: Tensor, ranks: Ranks) -> None:
-        """Let every rank see what the others have seen of the chosen tokens."""
-        if ranks.num_ranks == 1:
-            return
-        for column in self._columns:
-            column[chosen] = ranks.sum(column[chosen].float()).to(column.dtype)
-
-
 def _accumulate(
     model: PreTrainedModel,
     batch: TokenBatch,
     tokens: LossTokens,
     step: int,
-    seen: _Seen,
+    seen: Seen,
     config: RunConfig,
     ranks: Ranks,
 ) -> Tensor:
@@ -323,7 +240,7 @@ def _interpolate(stand_in: Policy, logp_mu: Tensor, theta: Tensor, staleness: Te
 
 
 def _witness_lag0(
-    model: PreTrainedModel, tokens: LossTokens, seen: _Seen, mixed_kv: Tensor
+    model: PreTrainedModel, tokens: LossTokens, seen: Seen, mixed_kv: Tensor
 ) -> tuple[float, Mapping[str, float]]:
     """Witness (b): before the first optimizer step, THETA equals OLD on tokens of the current version and fresh entries.
 
@@ -349,7 +266,7 @@ def _check_finite(loss: Tensor, norm: Tensor, version: int, step: int) -> None:
         )
 
 
-def _diagnostics(tokens: LossTokens, seen: _Seen, config: RunConfig) -> dict[str, float]:
+def _diagnostics(tokens: LossTokens, seen: Seen, config: RunConfig) -> dict[str, float]:
     return to_metrics(
         diagnose(
             seen.log_r_d,
@@ -364,7 +281,7 @@ def _diagnostics(tokens: LossTokens, seen: _Seen, config: RunConfig) -> dict[str
     )
 
 
-def _band_shares(tokens: LossTokens, seen: _Seen, band: float) -> dict[str, float]:
+def _band_shares(tokens: LossTokens, seen: Seen, band: float) -> dict[str, float]:
     """What the band keeps of the first step's tokens: with the stand-in in r_d, and with the weights before that step."""
     first = tokens.step == 0
     all_of_them, mu = first[first], tokens.logp[MU][first]
@@ -375,7 +292,7 @@ def _band_shares(tokens: LossTokens, seen: _Seen, band: float) -> dict[str, floa
     return {"mask/rho_band_first": share(seen.stand_in), "mask/rho_band_live": share(seen.theta)}
 
 
-def _num_truncated(seen: _Seen, config: RunConfig) -> int:
+def _num_truncated(seen: Seen, config: RunConfig) -> int:
     """Finite loss tokens whose r_s exceeds the truncation; 0 where the clip is PPO's."""
     truncation = config.objective.truncation if config.objective.clip == "truncated" else math.inf
     return int((seen.clip_mask & (seen.log_r_s > math.log(truncation))).sum())
@@ -401,7 +318,7 @@ def _provenance(mixed_kv: NDArray[np.bool_], stand_in: Policy, label: Provenance
 
 
 def _table(
-    batch: TokenBatch, tokens: LossTokens, seen: _Seen, stand_in: Policy, label: Provenance, version: int
+    batch: TokenBatch, tokens: LossTokens, seen: Seen, stand_in: Policy, label: Provenance, version: int
 ) -> dict[str, Column]:
     flat = tokens.flat
     sequence = tokens.sequence.numpy()
