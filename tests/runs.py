@@ -14,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 
 from oldlogits.config import RunConfig, config_from_table
 from oldlogits.config.check import check
 from oldlogits.record.events import Event, EventKind, read_events
 from oldlogits.record.toml import dump_toml
+from oldlogits.train.checkpoint import read_state
 
 
 class Words:
@@ -51,12 +53,12 @@ class Words:
 TARGET = f"{__name__}:Words"
 
 
-def recipe(model: Path, **sections: object) -> RunConfig:
+def recipe(folder: Path, **sections: object) -> RunConfig:
     """A run of four updates that takes a second or two; sections are merged into it."""
     table: dict[str, object] = {
         "num_updates": 4,
         "max_staleness": 2,
-        "model": {"path": str(model)},
+        "model": {"path": str(folder)},
         "env": {"target": TARGET, "max_tokens": 96, "max_tokens_per_turn": 12, "max_turns": 4},
         "engine": {"num_slots": 32},
         "rollout": {"group_size": 4, "groups_per_version": 3},
@@ -97,6 +99,13 @@ def check_accounting(run: Path) -> dict[str, int]:
     assert account["queued"] == account["running"] == 0
     assert account["submitted"] == sum(account[key] for key in ("trained", "filtered", "failed", "cancelled"))
     return account
+
+
+def assert_same_state(a: Path, b: Path) -> None:
+    """Two states of checkpoints hold the same tensors, bit for bit."""
+    left, right = read_state(a), read_state(b)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[key], right[key]) for key in left)
 
 
 def children() -> list[str]:

@@ -141,7 +141,7 @@ def test_a_dry_run_prints_a_recipe_that_loads_to_the_same_config_and_its_bytes(t
     num_parameters = sum(p.numel() for p in load_model(tiny_folder).parameters())
     assert f"# parameters       {num_parameters:,}" in said
     mib = 4 * num_parameters / 2**20
-    assert f"# version store    at most {(2 + 2) * mib:,.1f} MiB: one copy, and patches of what changes" in said
+    assert f"# version store    {(2 + 2) * mib:,.1f} MiB, at most {(2 + 2) * mib:,.1f} MiB: one copy, and patches" in said
     assert not (tmp_path / "run").exists()
 
 

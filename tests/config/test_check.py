@@ -30,6 +30,9 @@ REFUSED = {  # key -> values just outside, and beyond
     "objective.denominator_tokens": [0.0, INF, NAN],
     "model.seed": [-2],
     "model.warm_start_steps": [-2],
+    "model.lora_rank": [-1],
+    "model.lora_alpha": [0.0, -1.0, INF, NAN],
+    "model.lora_targets": [(), ("q_proj", "q_proj")],
     "env.max_turns": [0],
     "env.max_tokens_per_turn": [0],
     "env.max_tokens": [1],
@@ -181,6 +184,21 @@ def test_the_tiny_models_play_only_at_the_desks(model):
         ConfigError, match=f"the tiny model knows only the words of the order desk; got: model.path = '{model}'"
     ):
         check(changed("env.target", "my.package:Shop", changed("model.path", model)))
+
+
+def test_only_a_desk_has_demonstrations_for_a_warm_start_of_a_folder(tiny_folder):
+    started = changed("model.warm_start_steps", 3, changed("model.path", str(tiny_folder)))
+    check(started)
+    with pytest.raises(ConfigError, match=r"only the order desk has demonstrations; got: model\.warm_start_steps = 3"):
+        check(changed("env.target", "my.package:Shop", started))
+    check(changed("env.target", "my.package:Shop", changed("model.warm_start_steps", 0, started)))
+
+
+def test_a_folder_that_is_not_there_is_refused_unless_it_is_not_needed():
+    config = changed("model.path", "nowhere")
+    check_function(config, needs_model=False)
+    with pytest.raises(ModelFolderError, match=r"model\.path is no folder"):
+        check(config)
 
 
 def test_a_fixed_decay_needs_its_beta_and_no_other_decay_takes_one():

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import textwrap
 import typing
-from pathlib import Path
 
 import pytest
 
@@ -223,11 +222,3 @@ def test_every_section_of_the_schema_is_frozen_slotted_and_keyword_only():
         assert "__slots__" in vars(cls), cls
         assert all(f.kw_only for f in dataclasses.fields(cls)), cls
     assert {c.__name__ for c in sections()} == {n for n, c in vars(schema).items() if dataclasses.is_dataclass(c)}
-
-
-def test_every_shipped_recipe_is_valid():
-    folder = Path(__file__).parents[2] / "recipes"
-    recipes = sorted(set(folder.glob("*.toml")) - set(folder.glob("study*.toml")))
-    assert recipes
-    for recipe in recipes:
-        load_config(recipe)

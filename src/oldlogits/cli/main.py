@@ -14,6 +14,7 @@ from oldlogits.core.errors import ConfigError, EnvironmentShapeError, ModelFolde
 VERBS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "train": "train an agent from a recipe",
+        "fetch": "fetch a small real model, where no model hub can be reached",
         "compare": "run the same work under every method and route, and show what each gains and costs",
         "report": "write report.html of a run folder again",
         "bounds": "print what a band, a clip and an interpolation mean for the total ratio",

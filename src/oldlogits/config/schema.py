@@ -74,14 +74,30 @@ class ModelConfig:
     """A Hugging Face folder of the Llama/Qwen family, or an embedded model after its warm start: "tiny" or, a mixture of
     experts, "tiny-moe"."""
     seed: int = -1
-    """Seed of the tiny model and its warm start; -1 takes the run's seed."""
+    """Seed of the tiny model and of the warm start; -1 takes the run's seed."""
     warm_start_steps: int = -1
-    """Supervised steps of the tiny model's warm start; -1 takes the built-in number."""
+    """Supervised steps on demonstrations of the order desk before the run, which are cached; -1 takes the built-in number for
+    an embedded model, and none for a folder."""
+    forward_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of the forward weights, whose bits are a version. bf16: they are rounded from fp32 masters, which the optimizer steps and
+    nothing scores; patches of versions are small. The arithmetic is that of fp32 (docs/sharding.md)."""
+
+    lora_rank: int = 0
+    """Rank of LoRA adapters, which are trained instead of the weights and are all that a version consists of; 0: none."""
+    lora_alpha: float = 32.0
+    """With model.lora_rank: the adapters' product is scaled by lora_alpha / lora_rank."""
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """With model.lora_rank: the linear layers that get an adapter, by the last part of their name."""
 
     @property
     def is_tiny(self) -> bool:
         """Whether the model is an embedded one."""
         return self.path in ("tiny", "tiny-moe")
+
+    @property
+    def adapter_scale(self) -> float:
+        """Of the adapters' product; 0: there are none."""
+        return self.lora_alpha / self.lora_rank if self.lora_rank else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,6 +213,8 @@ class TrainerConfig:
     """Largest padded size of one forward, in tokens."""
     head_chunk_tokens: int = 2048
     """Tokens that go through the output head at once."""
+    activation_checkpointing: bool = False
+    """Keep the activations between layers only, and compute those inside of a layer again in the backward pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -329,6 +329,18 @@ def parse_hermes(text: str) -> Parsed:
     return ToolCall(name=call["name"], named=call.get("arguments", {}))
 
 
+def write_hermes(environment: type, call: ToolCall) -> str:
+    """A call as `parse_hermes` reads it, its arguments by their names.
+
+    Example:
+        >>> from oldlogits.envs.desk import OrderDesk
+        >>> write_hermes(OrderDesk, ToolCall(name="cancel", positional=("o17",)))
+        '<tool_call>{"name": "cancel", "arguments": {"order": "o17"}}</tool_call>'
+    """
+    arguments = {**dict(zip(_parameters(environment, call.name), call.positional, strict=False)), **call.named}
+    return f"<tool_call>{json.dumps({'name': call.name, 'arguments': arguments})}</tool_call>"
+
+
 Parser = Callable[[str], Parsed]
 PARSERS: Final[Mapping[str, Parser]] = types.MappingProxyType({"plain": parse_plain, "hermes": parse_hermes})
 """How an assistant turn is read; `env.parser` names one."""

@@ -23,6 +23,8 @@ class EngineSpec:
         num_slots: Sequences decoded at the same time.
         max_context: The most tokens of one sequence.
         seed: Of the sampler.
+        adapter_scale: Updates bring LoRA adapters, whose product, scaled by this, is added to the folder's weights; 0: they
+            bring all weights.
     """
 
     model_path: str
@@ -30,6 +32,7 @@ class EngineSpec:
     num_slots: int = 128
     max_context: int = 512
     seed: int = 0
+    adapter_scale: float = 0.0
 
     @property
     def capabilities(self) -> EngineCapabilities:

@@ -32,7 +32,8 @@ from oldlogits.rollout.shared import share_text, unshare
 from oldlogits.rollout.turns import EnvironmentFailed
 from oldlogits.runtime.environment import ThreadRunner
 from oldlogits.runtime.handles import TimedTrainer
-from oldlogits.train.trainer import Published, Trainer
+from oldlogits.train.reports import Published
+from oldlogits.train.trainer import Trainer
 from oldlogits.train.window_scorer import WindowScorer
 
 Bytes = NDArray[np.uint8]

@@ -27,8 +27,9 @@ from oldlogits.rollout.spec import EngineStats, Incident
 from oldlogits.rollout.turns import EnvironmentRunner
 from oldlogits.runtime.buffer import Buffer
 from oldlogits.sources import EngineScores
+from oldlogits.train.reports import Published, ScoringWork, Witnesses
 from oldlogits.train.step import UpdateResult
-from oldlogits.train.trainer import Published, ScoringWork, Trainer, Witnesses
+from oldlogits.train.trainer import Trainer
 from oldlogits.train.window_scorer import WindowScorer
 from oldlogits.versions import AverageScores
 
@@ -157,12 +158,11 @@ class CallingTrainer:
         return cast(TrainerState, await self._call("state", ()))
 
 
-def inline_trainer(trainer: Trainer, clock: Callable[[], float]) -> CallingTrainer:
+def inline_trainer(carry_out: Callable[[str, tuple[object, ...]], object]) -> CallingTrainer:
     """A trainer of this process: every call is carried out before anything else goes on."""
-    timed = TimedTrainer(trainer, clock)
 
     async def call(method: str, arguments: tuple[object, ...]) -> object:
-        return timed.call(method, arguments)
+        return carry_out(method, arguments)
 
     return CallingTrainer(call)
 

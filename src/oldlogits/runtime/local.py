@@ -78,6 +78,7 @@ async def _open_engine(config: RunConfig, model_folder: Path, seed: int, log_fol
         num_slots=config.engine.num_slots,
         max_context=config.env.max_tokens,
         seed=seed,
+        adapter_scale=config.model.adapter_scale,
     )
     engine = EngineProcess(spec)
     try:

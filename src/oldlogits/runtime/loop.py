@@ -47,8 +47,8 @@ from oldlogits.runtime.staleness import StalenessBound
 from oldlogits.runtime.synchronise import Synchroniser
 from oldlogits.runtime.totals import Totals
 from oldlogits.sources import check_scored, make_source
+from oldlogits.train.reports import Published, Witnesses
 from oldlogits.train.step import UpdateResult
-from oldlogits.train.trainer import Published, Witnesses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

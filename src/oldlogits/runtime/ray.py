@@ -37,7 +37,7 @@ from oldlogits.runtime.cluster_weights import ClusterWeights
 from oldlogits.runtime.handles import CallingTrainer, Handles
 from oldlogits.runtime.ray_workers import Workers
 from oldlogits.runtime.remote_environments import AwaitingRunner, stand_in
-from oldlogits.train.trainer import Published
+from oldlogits.train.reports import Published
 
 
 class CallsActor:

@@ -24,8 +24,8 @@ from oldlogits.runtime.probe import ProbeResult
 from oldlogits.runtime.referee import ResetEffect
 from oldlogits.runtime.totals import Sent
 from oldlogits.train.average import AverageReset
+from oldlogits.train.reports import Published, ScoringWork
 from oldlogits.train.step import UpdateResult
-from oldlogits.train.trainer import Published, ScoringWork
 
 Decode = Callable[[Sequence[int]], str]
 

@@ -41,7 +41,7 @@ from oldlogits.runtime.resume import refuse_another_run, sampler_seed
 from oldlogits.runtime.rows import Rows
 from oldlogits.runtime.staleness import StalenessBound
 from oldlogits.runtime.totals import Totals
-from oldlogits.train.trainer import Witnesses
+from oldlogits.train.reports import Witnesses
 from oldlogits.train.warm_start import spec_of, warm_start
 
 Open = Callable[[RunConfig, Path, Sequence[int], int], AbstractAsyncContextManager[Handles]]
@@ -87,7 +87,8 @@ def run(
     title = f"oldlogits: {config.env.target}, {config.variant}, {config.runtime.type}"
     try:
         with LiveView(total_updates=config.num_updates, title=title, console=console) as view:
-            start = prepare_model(config, view.note) if checkpoint is None else Start(model=checkpoint / "model")
+            whole = checkpoint if not config.model.lora_rank else None  # adapters are restored on top of their base
+            start = Start(model=whole / "model") if whole is not None else prepare_model(config, view.note)
             view.note(f"starting engine and trainer ({config.runtime.type})")
             opened = open_runtime or _runtime(config, folder)
             result = asyncio.run(_run(config, folder, view, start, totals, checkpoint, opened))
@@ -163,7 +164,7 @@ async def _run(
     seed = sampler_seed(config.seed, totals.num_updates)
     probe_ids = _probe_ids(chat, environment_class)
     recorder = Recorder(config, folder, view, lambda ids: str(tokenizer.decode(ids)))
-    if checkpoint is None and config.model.is_tiny:
+    if checkpoint is None and start.is_warm:
         recorder.warm_started(start.steps, start.loss, start.seconds_s)
     try:
         async with open_runtime(config, start.model, probe_ids, seed) as handles:
@@ -268,16 +269,17 @@ class Start:
     """The model folder that a run starts from, and how it came to be."""
 
     model: Path
+    is_warm: bool = False
     steps: int = 0
     loss: float = math.nan
     seconds_s: float = 0.0
 
 
 def prepare_model(config: RunConfig, note: Callable[[str], None]) -> Start:
-    """The recipe's model folder, or the tiny model after its warm start (from the cache, if it is there)."""
-    if not config.model.is_tiny:
-        return Start(model=Path(config.model.path))
+    """The recipe's model folder, or what its warm start makes of it or of a tiny model (from the cache, if it is there)."""
     spec = spec_of(config)
+    if not (config.model.is_tiny or spec.steps):
+        return Start(model=Path(config.model.path))
     done, last = 0, math.nan
     started = time.perf_counter()
 
@@ -285,13 +287,13 @@ def prepare_model(config: RunConfig, note: Callable[[str], None]) -> Start:
         nonlocal done, last
         done, last = step, loss
         if step == 1:
-            note(f"warm start of the tiny model: {spec.steps} supervised steps; cached for the next run")
-        elif step % 100 == 0:
+            note(f"warm start of {config.model.path}: {spec.steps} supervised steps; cached for the next run")
+        elif step % (100 if config.model.is_tiny else 1) == 0:
             note(f"warm start: step {step}/{spec.steps}, loss {loss:.3f} nats/token")
 
     folder = warm_start(spec, progress)
     note(f"model: {folder.name}" + ("" if done else ", warm start taken from the cache"))
-    return Start(model=folder, steps=done, loss=last, seconds_s=time.perf_counter() - started)
+    return Start(model=folder, is_warm=True, steps=done, loss=last, seconds_s=time.perf_counter() - started)
 
 
 def _agent(config: RunConfig, handles: Handles, chat: ChatFormat) -> Agent:

@@ -18,7 +18,7 @@ from oldlogits.runtime.handles import Handles
 from oldlogits.runtime.probe import allowed_error, probe
 from oldlogits.runtime.recorder import Recorder
 from oldlogits.runtime.totals import Sent, Totals
-from oldlogits.train.trainer import Published, Witnesses
+from oldlogits.train.reports import Published, Witnesses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
