@@ -28,6 +28,12 @@ REFUSED = {  # key -> values just outside, and beyond
     "source.window": [0, -1],
     "referee.share": [-0.01, 1.01, NAN],
     "objective.denominator_tokens": [0.0, INF, NAN],
+    "ray.num_workers": [0, -1],  # these with runtime.type = "ray" in test_servers.py
+    "ray.worker_cpus": [-1.0, INF, NAN],
+    "ray.worker_gpus": [-1.0, INF, NAN],
+    "ray.trainer_cpus": [-1.0, INF, NAN],
+    "ray.trainer_gpus": [-1.0, INF, NAN],
+    "ray.start_timeout_s": [0.0, INF, NAN],
     "model.seed": [-2],
     "model.warm_start_steps": [-2],
     "model.lora_rank": [-1],

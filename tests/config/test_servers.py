@@ -56,3 +56,35 @@ def test_lockstep_is_not_for_servers():
 def test_an_unknown_type_is_refused_with_its_choices():
     with pytest.raises(ConfigError, match="embedded, vllm"):
         config_from_table({"engine": {"type": "sglang"}})
+
+
+def ray(**sections):
+    return config_from_table({"runtime": {"type": "ray"}, **sections})
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"num_workers": 8, "placement": "STRICT_SPREAD", "address": "auto"}, {"worker_cpus": 0.0, "worker_gpus": 0.5}],
+)
+def test_a_cluster_that_can_work_passes(keys):
+    check(ray(ray=keys))
+    check(ray(ray=keys, engine={"type": "vllm", "flags": ["--enforce-eager"]}))
+
+
+@pytest.mark.parametrize(
+    "sections, words",
+    [
+        ({"ray": {"num_workers": 0}}, r"ray\.num_workers"),
+        ({"ray": {"worker_cpus": -1.0}}, r"ray\.worker_cpus"),
+        ({"ray": {"trainer_gpus": float("inf")}}, r"ray\.trainer_gpus"),
+        ({"ray": {"start_timeout_s": 0.0}}, r"ray\.start_timeout_s"),
+        ({"engine": {"type": "vllm", "urls": [URL]}}, "one server of its own"),
+        ({"engine": {"type": "vllm", "num_servers": 2}}, "one server of its own"),
+        ({"engine": {"kv": "stale"}}, "another worker"),
+        ({"model": {"lora_rank": 4}}, "adapters"),
+        ({"runtime": {"type": "local"}, "ray": {"num_workers": 3}}, "no effect without the runtime ray"),
+    ],
+)
+def test_a_cluster_that_cannot_work_is_refused(sections, words):
+    with pytest.raises(ConfigError, match=words):
+        check(ray(**sections))

@@ -187,9 +187,10 @@ def _check_one_distribution(config: RunConfig) -> None:
 
 def _check_adapters(config: RunConfig) -> None:
     if config.model.lora_rank and (config.engine.type != "embedded" or config.runtime.type == "ray"):
+        engine = f"engine.type = '{config.engine.type}', runtime.type = '{config.runtime.type}'"
         raise ConfigError(
             "servers take whole weights, and a version with adapters is these alone",
-            got=f"model.lora_rank = {config.model.lora_rank}, engine.type = '{config.engine.type}', runtime.type = '{config.runtime.type}'",
+            got=f"model.lora_rank = {config.model.lora_rank}, {engine}",
             allowed="engine.type = 'embedded' in the runtimes local and lockstep, which adds them to its base; or no adapters",
             fix="remove model.lora_rank",
         )
