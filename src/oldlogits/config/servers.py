@@ -49,6 +49,11 @@ def check_servers(config: RunConfig) -> None:
 
 def _check_ray(config: RunConfig) -> None:
     ray, default = config.ray, RayConfig()
+    _require(ray.num_workers >= 1, "ray.num_workers", ray.num_workers, ">= 1", "2")
+    for name in ("worker_cpus", "worker_gpus", "trainer_cpus", "trainer_gpus"):
+        amount: float = getattr(ray, name)
+        _require(0 <= amount < math.inf, f"ray.{name}", amount, ">= 0", "1.0")
+    _require(0 < ray.start_timeout_s < math.inf, "ray.start_timeout_s", ray.start_timeout_s, "> 0 seconds", "300")
     if config.runtime.type != "ray":
         for name in sorted(field.name for field in fields(RayConfig)):
             if getattr(ray, name) != getattr(default, name):
@@ -59,11 +64,6 @@ def _check_ray(config: RunConfig) -> None:
                     fix=f"set runtime.type = 'ray', or remove ray.{name}",
                 )
         return
-    _require(ray.num_workers >= 1, "ray.num_workers", ray.num_workers, ">= 1", "2")
-    for name in ("worker_cpus", "worker_gpus", "trainer_cpus", "trainer_gpus"):
-        amount: float = getattr(ray, name)
-        _require(0 <= amount < math.inf, f"ray.{name}", amount, ">= 0", "1.0")
-    _require(0 < ray.start_timeout_s < math.inf, "ray.start_timeout_s", ray.start_timeout_s, "> 0 seconds", "300")
     engine = config.engine
     if engine.urls or engine.num_servers != 1:
         raise ConfigError(
