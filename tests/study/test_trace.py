@@ -125,5 +125,5 @@ def test_each_average_has_the_beta_of_its_decay(traced):
 
 
 def test_traces_of_bf16_forward_weights_are_refused(tiny_folder, tmp_path):
-    with pytest.raises(ConfigError, match="model.forward_dtype = 'bf16'"):
+    with pytest.raises(ConfigError, match=r"model\.forward_dtype = 'bf16'"):
         record_trace(recipe(tiny_folder, model={"forward_dtype": "bf16"}), tmp_path / "run", 1)
