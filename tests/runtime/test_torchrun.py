@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from oldlogits.train.checkpoint import of_kind, read_state
 
 from ..runs import check_accounting, events_of, recipe, summary_of, wait_for_updates, write_recipe
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 BF16 = {"model": {"forward_dtype": "bf16"}, "trainer": {"lr": 1e-5}}
@@ -33,10 +34,11 @@ CASES = {
 }
 
 
-def launch(recipe_file, out, *options, num_ranks=2):
-    words = ["-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks), "-m", "oldlogits", "train"]
+def launch(*arguments):
+    """`oldlogits train` with these arguments, over two ranks."""
+    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "oldlogits", "train"]
     return subprocess.Popen(
-        [sys.executable, *words, str(recipe_file), "--out", str(out), *options],
+        [sys.executable, *words, *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -79,7 +81,7 @@ def largest_difference(left, right, kind):
 def test_two_ranks_give_the_losses_the_old_logits_and_the_weights_of_one_process(tiny_folder, tmp_path, case):
     config = recipe(tiny_folder, num_updates=3, **CASES[case])
     assert run(config, tmp_path / "one").error is None
-    status, said = finish(launch(write_recipe(tmp_path / "r.toml", config), tmp_path / "two"))
+    status, said = finish(launch(write_recipe(tmp_path / "r.toml", config), "--out", tmp_path / "two"))
     assert status == 0, said
     one, two = table_of(tmp_path / "one", 1), table_of(tmp_path / "two", 1)
     assert one["token_id"] == two["token_id"]
@@ -114,7 +116,7 @@ def state_of_start(folder):
 
 def test_patches_of_the_slices_bring_the_engine_from_version_to_version_without_a_gather(tiny_folder, tmp_path):
     config = recipe(tiny_folder, runtime={"type": "local"}, **BF16)
-    status, said = finish(launch(write_recipe(tmp_path / "r.toml", config), tmp_path / "run"))
+    status, said = finish(launch(write_recipe(tmp_path / "r.toml", config), "--out", tmp_path / "run"))
     assert status == 0, said
     summary = summary_of(tmp_path / "run")
     assert (summary["num_patch_syncs"], summary["num_full_syncs"], summary["num_refused_patches"]) == (4, 1, 0)
@@ -124,10 +126,11 @@ def test_patches_of_the_slices_bring_the_engine_from_version_to_version_without_
     assert summary["probe_max_abs_error"] <= 1e-4, "the engine holds the bits of all slices"
 
 
-def test_a_checkpoint_of_two_ranks_goes_on_in_one_process_and_the_other_way(tiny_folder, tmp_path):
+def test_a_checkpoint_of_two_ranks_goes_on_in_one_process(tiny_folder, tmp_path):
     config = recipe(tiny_folder, num_updates=2, model={"forward_dtype": "bf16"})
     file = write_recipe(tmp_path / "r.toml", config)
-    assert finish(launch(file, tmp_path / "two"))[0] == 0
+    status, said = finish(launch(file, "--out", tmp_path / "two"))
+    assert status == 0, said
     files = {path.name for path in (tmp_path / "two/checkpoints/v000002/state").iterdir()}
     assert {"__0_0.distcp", "__1_0.distcp", ".metadata"} <= files, "each rank writes what it holds"
     before = state_of(tmp_path / "two")
@@ -137,19 +140,17 @@ def test_a_checkpoint_of_two_ranks_goes_on_in_one_process_and_the_other_way(tiny
     assert {value.item() for value in of_kind("step", state_of(tmp_path / "two")).values()} == {8.0}
     assert {value.item() for value in of_kind("step", before).values()} == {4.0}
 
+
+def test_a_checkpoint_of_one_process_goes_on_over_two_ranks_as_it_does_in_one(tiny_folder, tmp_path):
+    config = recipe(tiny_folder, num_updates=2, model={"forward_dtype": "bf16"})
     assert run(config, tmp_path / "one").error is None
-    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "oldlogits", "train", "--resume"]
-    done = subprocess.run(
-        [sys.executable, *words, str(tmp_path / "one"), "--num-updates", "4"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    status, said = finish(launch("--resume", tmp_path / "two", "--num-updates", "3"))
+    assert status == 0, said
+    longer = recipe(tiny_folder, num_updates=3, model={"forward_dtype": "bf16"})
+    assert run(longer, tmp_path / "one", resume=True).error is None
     assert largest_difference(state_of(tmp_path / "one"), state_of(tmp_path / "two"), "master") <= 1e-4
+    assert largest_difference(state_of(tmp_path / "one"), state_of(tmp_path / "two"), "exp_avg") <= 1e-4
 
 
 def ranks_of(process):
@@ -171,7 +172,7 @@ def ranks_of(process):
 @pytest.mark.parametrize("killed, status", [(1, "error"), (0, None)])
 def test_a_rank_that_is_killed_ends_the_run_soon_and_is_named_with_the_last_checkpoint(tiny_folder, tmp_path, killed, status):
     config = recipe(tiny_folder, num_updates=500, runtime={"type": "local"}, record={"checkpoint_every": 2}, **BF16)
-    process = launch(write_recipe(tmp_path / "r.toml", config), tmp_path / "run")
+    process = launch(write_recipe(tmp_path / "r.toml", config), "--out", tmp_path / "run")
     try:
         wait_for_updates(tmp_path / "run", 3, deadline_s=120)
     except BaseException:
@@ -181,7 +182,7 @@ def test_a_rank_that_is_killed_ends_the_run_soon_and_is_named_with_the_last_chec
     started = time.monotonic()
     os.kill(ranks[killed], signal.SIGKILL)
     code, said = finish(process, deadline_s=120)
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 90, "on a machine that others use, too"
     assert code != 0
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
     if status is None:

@@ -55,7 +55,7 @@ def command(arguments: Sequence[str]) -> int:
     from oldlogits.runtime.leading import follow
 
     if launch.rank:
-        return follow(launch)
+        follow(launch)
     board = Board(launch)
     try:
         return _train(arguments)

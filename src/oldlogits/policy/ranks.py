@@ -113,12 +113,6 @@ def join(store: dist.Store, *, rank: int, num_ranks: int, timeout_s: float) -> R
     return Ranks(rank=rank, num_ranks=num_ranks, mesh=init_device_mesh("cpu", (num_ranks,)))
 
 
-def leave() -> None:
-    """Part from the other ranks."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def is_lost(error: RuntimeError) -> bool:
     """Whether an error says that another rank did not answer."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)

@@ -10,17 +10,18 @@ controller hears of it from rank 0. A rank that dies breaks the exchange that it
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 from oldlogits.config import RunConfig
 from oldlogits.core.errors import OldLogitsError, WorkerDiedError
-from oldlogits.policy.ranks import Ranks, is_lost, join, leave
+from oldlogits.policy.ranks import Ranks, is_lost, join
 from oldlogits.runtime.board import SILENT_S, Board
 from oldlogits.runtime.handles import METHODS, TimedTrainer
 from oldlogits.runtime.launch import Launch, launched
@@ -90,8 +91,15 @@ class _Leader:
             ) from error
 
 
-def follow(launch: Launch) -> int:
-    """A rank but the first: carry out what the trainer of rank 0 does, until the run ends; returns the exit status."""
+def follow(launch: Launch) -> NoReturn:
+    """A rank but the first: carry out what the trainer of rank 0 does, until the run ends, then end the process."""
+    status = _status(launch)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # the usual way out waits for exchanges with ranks that may be gone
+
+
+def _status(launch: Launch) -> int:
     board = Board(launch)
     for number in (signal.SIGINT, signal.SIGTERM):  # they are the controller's to handle: it ends the run in order
         signal.signal(number, lambda number, frame: board.hurry())
@@ -107,7 +115,6 @@ def follow(launch: Launch) -> int:
         if not is_lost(error):
             raise
         return _parted(launch, board, error)
-    leave()
     return 0
 
 

@@ -5,6 +5,8 @@ Weights and patches travel as files in shared memory; everything else through th
 
 from __future__ import annotations
 
+import atexit
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +18,7 @@ from oldlogits.config import RunConfig
 from oldlogits.core.protocols import FullWeights, PatchWeights, PolicyVersion, WeightUpdate
 from oldlogits.rollout.shared import share, share_bytes, take_bytes
 from oldlogits.runtime.handles import CallingTrainer
+from oldlogits.runtime.launch import launched
 from oldlogits.runtime.leading import open_trainer
 from oldlogits.runtime.worker_process import CarryOut, WorkerProcess
 from oldlogits.train.reports import Published
@@ -66,6 +69,8 @@ class TrainerProcess(WorkerProcess):
 
 
 def _build(config: RunConfig, model_folder: Path, probe_ids: Sequence[int]) -> CarryOut:
+    if launched() is not None:
+        atexit.register(os._exit, 0)  # the usual way out waits for exchanges with ranks that may be gone
     trainer = open_trainer(config, model_folder, probe_ids, time.perf_counter)
 
     def carry_out(method: str, arguments: tuple[object, ...]) -> object:
