@@ -21,6 +21,7 @@ VERBS: Final[Mapping[str, str]] = MappingProxyType(
         "bench": "measure what exact versions cost; predict a run or a cluster from step times",
         "play": "act as the agent of an environment, or watch the oracle or a checkpoint",
         "serve": "serve a model folder over vLLM's HTTP routes, with the embedded engine",
+        "workers": "change how many rollout workers a run on a cluster has",
         "show": "print the variants, every recipe key, or the summary of a run",
     }
 )

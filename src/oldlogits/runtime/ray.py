@@ -171,7 +171,7 @@ async def open_ray(
         await trainer.ready(r.start_timeout_s)
         if scorer is not None:
             await scorer.ready(r.start_timeout_s)
-        workers = Workers(config, await _maker(config, spec), folder / "workers.json", weights)
+        workers = Workers(config, await _maker(config, spec), folder, weights)
         engine = VllmEngine(
             workers.hosts, max_context=config.env.max_tokens, numerics=e.numerics, patience=patience, weights=weights
         )

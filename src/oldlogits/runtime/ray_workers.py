@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,14 +11,17 @@ from pathlib import Path
 from typing import Final, cast
 
 from oldlogits.config import RunConfig
+from oldlogits.core.errors import ConfigError
 from oldlogits.rollout.fleet import Fleet, Host
 from oldlogits.rollout.server import Server, ServerFailedError
+from oldlogits.rollout.spec import Incident
 from oldlogits.rollout.turns import EnvironmentFailed
 from oldlogits.rollout.wire import Json
 from oldlogits.runtime import cluster
 from oldlogits.runtime.cluster import Actor, ActorEndedError, ClusterError, Ref, fetch
 from oldlogits.runtime.cluster_weights import ClusterWeights
 from oldlogits.runtime.remote_environments import Place, PlaceLostError
+from oldlogits.runtime.wanted import read_wanted
 
 CALL_S: Final = 30.0
 """Beyond the environments' own time-out: how long a worker may take to answer a call."""
@@ -182,13 +184,13 @@ class Workers:
 
     Args:
         config: The run.
-        make: Makes the actor of a worker: its number, and whether it is of the first ones.
-        wanted: The file by which `oldlogits workers` says how many there are to be.
+        make: Makes the actor of a worker, given its number.
+        folder: Of the run, where `oldlogits workers` says how many there are to be.
         weights: Of the cluster.
     """
 
-    def __init__(self, config: RunConfig, make: Callable[[int], Actor], wanted: Path, weights: ClusterWeights) -> None:
-        self._config, self._make, self._wanted, self._weights = config, make, wanted, weights
+    def __init__(self, config: RunConfig, make: Callable[[int], Actor], folder: Path, weights: ClusterWeights) -> None:
+        self._config, self._make, self._folder, self._weights = config, make, folder, weights
         self._num_made = 0
         self._workers: dict[Host, RayWorker] = {}
         self.fleet: Fleet | None = None
@@ -213,13 +215,18 @@ class Workers:
             await asyncio.sleep(0.1)
 
     async def follow(self) -> None:
-        """Have as many workers as the file says."""
+        """Have as many workers as are wanted."""
         assert self.fleet is not None
         while True:
             await asyncio.sleep(POLL_S)
-            if not self._wanted.exists():
+            try:
+                num = read_wanted(self._folder)
+            except ConfigError as error:  # a run does not end of it
+                self.fleet.listen(Incident(what="down", server="workers.json", reason=str(error)))
+                num = None
+                (self._folder / "workers.json").unlink(missing_ok=True)
+            if num is None:
                 continue
-            num = int(cast(int, json.loads(self._wanted.read_text(encoding="utf-8"))["num_workers"]))
             while len(self.fleet.hosts) < num:
                 self.fleet.add(self._host())
             while len(self.fleet.hosts) > num:

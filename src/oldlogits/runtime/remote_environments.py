@@ -105,9 +105,7 @@ class _Remote:
             try:
                 answer = await place.call(self._id, call.method, call.args, call.kwargs)
             except EnvironmentFailed as failure:
-                raise EnvironmentLost(
-                    f"its worker ended, and {call.method} failed when it was called again: {failure}"
-                ) from None
+                raise EnvironmentLost(f"its worker ended, and {call.method}, called again, failed: {failure}") from None
             if answer != call.answer:
                 raise EnvironmentLost(f"its worker ended, and {call.method}, called again, answered otherwise")
         self._place = place
