@@ -48,7 +48,7 @@ def launch(*arguments):
     )
 
 
-def finish(process, *, deadline_s=200):
+def finish(process, *, deadline_s=500):
     """Its exit status and what it said; no process of it stays behind."""
     try:
         said, _ = process.communicate(timeout=deadline_s)
