@@ -120,8 +120,8 @@ def shared_files() -> set[Path]:
     return {path for path in found if (pid := int(path.name.split("-")[1])) in own or not Path(f"/proc/{pid}").exists()}
 
 
-def wait_for_updates(run: Path, num: int, *, deadline_s: float = 60) -> None:
-    """Return when the run has made `num` updates."""
+def wait_for_updates(run: Path, num: int, *, deadline_s: float = 200) -> None:
+    """Return when the run has made `num` updates, or is too slow."""
     ends = time.monotonic() + deadline_s
     while time.monotonic() < ends:
         if (run / "events.jsonl").exists() and len(events_of(run, EventKind.UPDATE)) >= num:
@@ -129,11 +129,11 @@ def wait_for_updates(run: Path, num: int, *, deadline_s: float = 60) -> None:
         time.sleep(0.02)
 
 
-def after_updates(run: Path, num: int, act: Callable[[], None]) -> threading.Thread:
-    """Do something in a thread when the run has made `num` updates."""
+def after_updates(run: Path, num: int, act: Callable[[], None], *, deadline_s: float = 200) -> threading.Thread:
+    """Do something in a thread when the run has made `num` updates, or is too slow."""
 
     def watch() -> None:
-        wait_for_updates(run, num)
+        wait_for_updates(run, num, deadline_s=deadline_s)
         act()
 
     thread = threading.Thread(target=watch, daemon=True)

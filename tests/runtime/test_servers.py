@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from ..runs import (
 )
 from ..servers import serving
 
+pytestmark = pytest.mark.timeout(600)
+
 LOCAL = {"runtime": {"type": "local"}, "env": {"latency_s": 0.25}}
 """A reply takes longer than an update, so that episodes meet new versions."""
 
@@ -36,7 +39,7 @@ def train(tmp_path, tiny_folder, *, engine, **sections):
 
 def train_until(tmp_path, tiny_folder, act, seen, **arguments):
     """Train; after two updates `act`; three updates after `seen` events of some kind have come, Ctrl-C. The run folder."""
-    run = tmp_path / "run"
+    run, over = tmp_path / "run", threading.Event()
 
     def interrupt():
         try:
@@ -46,11 +49,15 @@ def train_until(tmp_path, tiny_folder, act, seen, **arguments):
             while len(events_of(run, kind)) < num and time.monotonic() < ends:
                 time.sleep(0.02)
             wait_for_updates(run, len(events_of(run, EventKind.UPDATE)) + 3)
-        finally:  # a failure here ends the run, too
-            os.kill(os.getpid(), signal.SIGINT)
+        finally:  # a failure here ends the run, too, but not what comes after it
+            if not over.is_set():
+                os.kill(os.getpid(), signal.SIGINT)
 
     thread = after_updates(run, 2, interrupt)
-    status, _ = train(tmp_path, tiny_folder, num_updates=5000, **arguments)
+    try:
+        status, _ = train(tmp_path, tiny_folder, num_updates=5000, **arguments)
+    finally:
+        over.set()
     thread.join()
     assert status == 130
     check_exact(run, len(events_of(run, EventKind.UPDATE)), "interrupted")

@@ -80,7 +80,7 @@ def test_patches_reach_vllm_also_after_it_was_killed_and_it_keeps_no_memory_of_t
         kept.extend(always_mapped(group))
         os.killpg(group, signal.SIGKILL)
 
-    thread = after_updates(run, 3, look_and_kill)
+    thread = after_updates(run, 3, look_and_kill, deadline_s=600)
     assert train(tmp_path, num_updates=8, trainer={"lr": 3e-10, "warmup_steps": 0}, numerics="fp32") == 0
     thread.join()
     assert kept == []
