@@ -1,7 +1,7 @@
 """Trajectories per second of k rollout workers, where what takes time is the environments.
 
     recipe (k workers, k times the groups) --> oldlogits train, a process group of its own
-    events.jsonl  <-- read as it grows: the first update .. the last one, by this process's clock
+    events.jsonl  <-- read as it grows: the end of the second update .. that of the last, by this process's clock
     /proc/stat    <-- at both: the share of all cores that were busy
 
 Every run has the same work for each worker: groups of episodes at the desk with slow tools, a batch of as many groups as run
@@ -37,6 +37,8 @@ LEAST_OF_LOCAL: Final = 0.9
 """Bar: of the trajectories per second of runtime "local", for Ray with one worker."""
 MOST_CPU_SHARE: Final = 0.8
 """Of all cores; where more is busy the bars do not hold, since the latency is no longer what counts."""
+NUM_WARM_UP: Final = 2
+"""First updates of a run, which are not measured: they compile, and fill what runs."""
 NUM_ROWS: Final = 512
 """Tasks, the same for every run."""
 POLL_S: Final = 0.2
@@ -51,7 +53,7 @@ class Workload:
         latency_s: Mean seconds of a tool call.
         groups: Groups of episodes that run at the same time, for each worker.
         group_size: Episodes of a group.
-        num_updates: Updates that are measured; one before them is not.
+        num_updates: Updates that are measured.
         timeout_s: Seconds that a whole run may take.
     """
 
@@ -76,7 +78,7 @@ class Workload:
         groups = self.groups * setting.workers
         recipe: dict[str, Toml] = {
             "seed": seed,
-            "num_updates": 1 + self.num_updates,
+            "num_updates": NUM_WARM_UP + self.num_updates,
             "model": {"path": "tiny", "seed": 0},
             "env": {"target": "desk_slow", "rows": str(rows), "timeout_s": max(20.0, 20 * self.latency_s)},
             "rollout": {"group_size": self.group_size, "groups_per_version": groups, "max_running_groups": groups},
@@ -106,7 +108,7 @@ class Measured:
 
     Args:
         setting: Who did the work.
-        trajectories_per_s: Trained, between the first update and the last.
+        trajectories_per_s: Trajectories that ended while it was measured, trained or not yet, by its seconds.
         cpu_share: Of all cores of the machine that were busy in that time, with whatever; nan where the system does not tell.
         staleness_mean: Of the trained tokens in that time, in versions.
         seconds_s: That time.
@@ -233,7 +235,7 @@ def measure(workload: Workload, order: Sequence[Setting], folder: Path, on_start
 
 
 def _watch(setting: Setting, recipe: Path, workload: Workload) -> Measured:
-    """Run a recipe to its end, and read the clocks at its first update and at its last."""
+    """Run a recipe to its end, and read the clocks when the warm-up is done and at the last update."""
     out, log = recipe.with_suffix(""), recipe.with_suffix(".log")
     command = [sys.executable, "-m", "oldlogits", "train", str(recipe), "--out", str(out)]
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -241,8 +243,8 @@ def _watch(setting: Setting, recipe: Path, workload: Workload) -> Measured:
         run = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, **threads}, start_new_session=True)
         try:
             ends = time.monotonic() + workload.timeout_s
-            first = _reading_at(1, run, out, ends)
-            last = _reading_at(1 + workload.num_updates, run, out, ends)
+            first = _reading_at(NUM_WARM_UP, run, out, ends)
+            last = _reading_at(NUM_WARM_UP + workload.num_updates, run, out, ends)
             status = run.wait(max(1.0, ends - time.monotonic()))
         except (TimeoutError, subprocess.TimeoutExpired) as error:
             raise _failed(setting, f"no end after {workload.timeout_s:g} s", log) from error
@@ -250,13 +252,13 @@ def _watch(setting: Setting, recipe: Path, workload: Workload) -> Measured:
             _end(run)
     if first is None or last is None or status != 0:
         raise _failed(setting, f"exit status {run.returncode}", log)
-    events = [event for event in read_events(out / "events.jsonl") if event.kind == EventKind.UPDATE]
+    updates = [event for event in read_events(out / "events.jsonl") if event.kind == EventKind.UPDATE][NUM_WARM_UP - 1 :]
     seconds_s = last.at_s - first.at_s
     return Measured(
         setting=setting,
-        trajectories_per_s=(_trained(events[-1]) - _trained(events[0])) / seconds_s,
+        trajectories_per_s=(_num_ended(updates[-1]) - _num_ended(updates[0])) / seconds_s,
         cpu_share=last.cpu.share_since(first.cpu),
-        staleness_mean=statistics.fmean(_metric(event, "staleness/mean") for event in events[1:]),
+        staleness_mean=statistics.fmean(_metric(event, "staleness/mean") for event in updates[1:]),
         seconds_s=seconds_s,
     )
 
@@ -337,5 +339,6 @@ def _metric(update: Event, name: str) -> float:
     return float(value)
 
 
-def _trained(update: Event) -> float:
-    return _metric(update, "accounting/trained")
+def _num_ended(update: Event) -> float:
+    """Trajectories that have ended: a batch that waits for the trainer was made, too."""
+    return _metric(update, "accounting/submitted") - _metric(update, "queue/running")
