@@ -9,7 +9,7 @@ import torch
 from oldlogits.core.errors import ConfigError, WorkerDiedError
 from oldlogits.core.protocols import FullWeights, RolloutEngine, Sampling, Span
 from oldlogits.rollout import wire
-from oldlogits.rollout.fleet import Host, Patience
+from oldlogits.rollout.fleet import SLACK, Host, Patience
 from oldlogits.rollout.server import ServerFailedError, ServerInfo
 from oldlogits.rollout.vllm import VllmEngine
 
@@ -196,11 +196,11 @@ def test_requests_go_to_the_server_with_the_fewest_and_probes_to_one_after_the_o
     async def play():
         first, second = FakeServer("http://a"), FakeServer("http://b")
         async with engine_over(first, second) as engine:
-            asked = [ask(engine, f"t/{i}") for i in range(4)]
+            asked = [ask(engine, f"t{i}/0") for i in range(4)]
             await until(lambda: len(first.running) == len(second.running) == 2)
             second.sample(6)
             await until(lambda: not second.running)
-            asked += [ask(engine, "t/4")]
+            asked += [ask(engine, "t4/0")]
             await until(lambda: len(second.running) == 1)
             probes = Sampling(max_tokens=1, prompt_logprobs=True)
             probed = [asyncio.create_task(engine.generate([0, 1, 2], probes, f"probe/{i}")) for i in range(2)]
@@ -209,6 +209,30 @@ def test_requests_go_to_the_server_with_the_fewest_and_probes_to_one_after_the_o
                 server.sample(6)
             assert [(await probe).prompt_logprobs for probe in probed] == [(-1.0, -2.0)] * 2
             for request in asked:
+                check_whole(await request, (0, 6))
+
+    asyncio.run(play())
+
+
+def test_the_next_turn_goes_where_the_last_one_was_unless_that_server_is_much_busier():
+    async def play():
+        first, second = FakeServer("http://a"), FakeServer("http://b")
+        async with engine_over(first, second) as engine:
+            asked = [ask(engine, "t/0")]
+            await until(lambda: len(first.running) == 1)
+            first.sample(6)
+            check_whole(await asked.pop(), (0, 6))
+            others = [ask(engine, f"o{i}/0") for i in range(2 * SLACK)]
+            await until(lambda: len(first.running) == len(second.running) == SLACK)
+            second.sample(6)
+            await until(lambda: not second.running)
+            asked = [ask(engine, "t/1")]
+            await until(lambda: len(first.running) == SLACK + 1)
+            asked += [ask(engine, "t/2")]
+            await until(lambda: len(second.running) == 1)
+            for server in (first, second):
+                server.sample(6)
+            for request in [*asked, *others]:
                 check_whole(await request, (0, 6))
 
     asyncio.run(play())
