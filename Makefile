@@ -2,7 +2,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint types install clean
+CACHE ?= $(or $(OLDLOGITS_CACHE),$(HOME)/.cache/oldlogits)
+VLLM ?= $(CACHE)/vllm-$(shell sha256sum constraints-vllm.txt | cut -c1-12)
+
+.PHONY: demo test test-ray test-vllm lint types install clean
 
 install: $(INSTALLED)
 
@@ -16,7 +19,14 @@ demo: install
 	$(BIN)/oldlogits train recipes/desk.toml
 
 test: lint types
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not ray and not vllm"
+
+test-ray: install
+	$(BIN)/python -m pytest tests/ray
+
+test-vllm: install
+	PYTHON=$(PYTHON) tests/vllm/install.sh $(VLLM)
+	OLDLOGITS_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest tests/vllm
 
 lint: install
 	$(BIN)/ruff check .

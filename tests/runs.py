@@ -14,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 
 from oldlogits.config import RunConfig, config_from_table
 from oldlogits.config.check import check
 from oldlogits.record.events import Event, EventKind, read_events
 from oldlogits.record.toml import dump_toml
+from oldlogits.train.checkpoint import read_state
 
 
 class Words:
@@ -51,12 +53,12 @@ class Words:
 TARGET = f"{__name__}:Words"
 
 
-def recipe(model: Path, **sections: object) -> RunConfig:
+def recipe(folder: Path, **sections: object) -> RunConfig:
     """A run of four updates that takes a second or two; sections are merged into it."""
     table: dict[str, object] = {
         "num_updates": 4,
         "max_staleness": 2,
-        "model": {"path": str(model)},
+        "model": {"path": str(folder)},
         "env": {"target": TARGET, "max_tokens": 96, "max_tokens_per_turn": 12, "max_turns": 4},
         "engine": {"num_slots": 32},
         "rollout": {"group_size": 4, "groups_per_version": 3},
@@ -99,6 +101,13 @@ def check_accounting(run: Path) -> dict[str, int]:
     return account
 
 
+def assert_same_state(a: Path, b: Path) -> None:
+    """Two states of checkpoints hold the same tensors, bit for bit."""
+    left, right = read_state(a), read_state(b)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
 def children() -> list[str]:
     return [child.name for child in multiprocessing.active_children()]
 
@@ -111,8 +120,8 @@ def shared_files() -> set[Path]:
     return {path for path in found if (pid := int(path.name.split("-")[1])) in own or not Path(f"/proc/{pid}").exists()}
 
 
-def wait_for_updates(run: Path, num: int, *, deadline_s: float = 60) -> None:
-    """Return when the run has made `num` updates."""
+def wait_for_updates(run: Path, num: int, *, deadline_s: float = 200) -> None:
+    """Return when the run has made `num` updates, or is too slow."""
     ends = time.monotonic() + deadline_s
     while time.monotonic() < ends:
         if (run / "events.jsonl").exists() and len(events_of(run, EventKind.UPDATE)) >= num:
@@ -120,11 +129,11 @@ def wait_for_updates(run: Path, num: int, *, deadline_s: float = 60) -> None:
         time.sleep(0.02)
 
 
-def after_updates(run: Path, num: int, act: Callable[[], None]) -> threading.Thread:
-    """Do something in a thread when the run has made `num` updates."""
+def after_updates(run: Path, num: int, act: Callable[[], None], *, deadline_s: float = 200) -> threading.Thread:
+    """Do something in a thread when the run has made `num` updates, or is too slow."""
 
     def watch() -> None:
-        wait_for_updates(run, num)
+        wait_for_updates(run, num, deadline_s=deadline_s)
         act()
 
     thread = threading.Thread(target=watch, daemon=True)

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from oldlogits.bench.simulate.cluster import PRESETS, Cluster, load_cluster, with_gpus
+from oldlogits.bench.simulate.document import BEGIN, END, marked
 from oldlogits.bench.simulate.fit import MeasuredRun, _episode, _mean_of_quantiles
 from oldlogits.bench.simulate.scenario import MeasuredWorkload, Turn
 from oldlogits.bench.simulate.validate import BARS, Bar, Comparison, compare
+from oldlogits.cli.bench_simulate import cluster_tables, markdown
 from oldlogits.cli.main import REFUSED, run
 from oldlogits.core.errors import ConfigError
 from oldlogits.runtime.run import run as run_recipe
@@ -67,7 +69,9 @@ def test_step_times_of_a_cluster_are_the_arithmetic_of_the_page() -> None:
     assert scenario.engine.step_s == pytest.approx(0.004 + 8.04e9 / (3.35e12 * 0.6))
     assert scenario.engine.context_s == pytest.approx(2 * 2 * 36 * 8 * 128 / (3.35e12 * 0.6))
     assert scenario.load_s == pytest.approx(0.01 * 8.04e9 / 50e9 + 8.04e9 / 80e9 + 8.04e9 / 25e9)
-    assert cluster.store_bytes(5, patches=True) == pytest.approx(0.05 * 8.04e9)
+    assert cluster.store_bytes == pytest.approx((1 + 5 * 0.01) * 8.04e9)  # staleness 4: the new version and 5 older ones
+    assert scenario.trainer.checkout_s == pytest.approx(8.04e9 / (16 * 25e9) + 8.04e9 / (2 * 80e9))
+    assert scenario.trainer.publish_s == pytest.approx(8.04e9 / (16 * 25e9) + 2.4 * 8.04e9 / (2 * 80e9))
 
 
 def test_a_cluster_is_a_preset_or_the_keys_of_a_file() -> None:
@@ -83,13 +87,29 @@ def test_a_cluster_is_a_preset_or_the_keys_of_a_file() -> None:
         Cluster().scenario("nothing")
 
 
-def test_the_command_predicts_a_cluster(capsys, tmp_path: Path) -> None:
+def test_the_command_makes_the_tables_of_a_document_anew(capsys, tmp_path: Path) -> None:
     (tmp_path / "small.toml").write_text("num_updates = 4\n[layout]\nnum_gpus = 8\n[rollout]\ngroups_per_gpu = 0.25\n")
-    words = ["bench", "simulate", str(tmp_path / "small.toml"), "--gpus", "8", "16", "--routes", "none", "--num-seeds", "1"]
-    assert run([*words, "--markdown"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "| 8 | a copy | 8.04 GB | 8.04 GB | 0.48 | 5 | 40.20 GB | 20.10 GB |" in lines
+    words = [str(tmp_path / "small.toml"), "--gpus", "8", "16", "--routes", "none", "--num-seeds", "1"]
+    document = tmp_path / "page.md"
+    document.write_text(f"before\n\n{BEGIN}{' '.join(words)} -->\nold figures\n{END}\n\nafter\n")
+    assert run(["bench", "simulate", str(document)]) == 0
+    text = document.read_text()
+    assert (text[:7], text[-7:]) == ("before\n", "\nafter\n")
+    assert "old figures" not in text
+    lines = text.splitlines()
+    assert "| 8 | a copy | 8.04 GB | 8.04 GB | 0.48 | 6 | 48.24 GB | 24.12 GB |" in lines
     assert sum(line.startswith(("| 8 | none | 6, 2, 0", "| 16 | none | 12, 4, 0")) for line in lines) == 2
+    assert run(["bench", "simulate", *words]) == 0
+    assert "6, 2, 0" in capsys.readouterr().out
+    document.write_text("no marks")
+    assert run(["bench", "simulate", str(document)]) == REFUSED
+
+
+def test_the_bytes_in_the_page_are_those_that_the_command_gives() -> None:
+    blocks = marked((Path(__file__).parents[2] / "docs" / "scale.md").read_text(encoding="utf-8"))
+    assert blocks
+    for words, block in blocks:
+        assert block.strip().startswith(markdown(next(cluster_tables(words))))
 
 
 def test_what_is_no_run_folder_is_refused(capsys, tmp_path: Path) -> None:
@@ -106,6 +126,8 @@ def test_a_run_is_predicted_from_its_own_step_times(tmp_path: Path, tiny_folder:
     config = recipe(tiny_folder, num_updates=24, runtime={"type": "local"}, **RECIPES[name])
     assert run_recipe(config, tmp_path / "run").error is None
     rows = compare(MeasuredRun.read(tmp_path / "run"))
-    judged = {row.name: (row.predicted, row.measured, row.error) for row in rows if row.passes is not None}
+    judged = {row.name: row for row in rows if row.passes is not None}
     assert judged.keys() == BARS.keys()
-    assert {row.name: judged[row.name] for row in rows if row.passes is False} == {}
+    speed, staleness = judged["trajectories_per_s"], judged["staleness_mean"]
+    assert 0.5 < speed.predicted / speed.measured < 2, "the bars are for quiet machines: docs/scale.md"
+    assert 0.5 < staleness.predicted / staleness.measured < 2

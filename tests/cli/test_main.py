@@ -48,7 +48,7 @@ WRONG_RECIPES = {  # content -> what is wrong, got, allowed, fix
     "variant = 'ppo_ewma'": ("needs log-probs of EWMA", "variant = 'ppo_ewma'", "provides EWMA", "use "),
     "[sampling]\ntop_p = 0.95": ("sampling.top_p is out of range", "sampling.top_p = 0.95", "1.0 in training", "remove it"),
     "[model]\npath = 'nowhere'": ("model.path is no folder", "nowhere", "a folder with config.json", "--model.path tiny"),
-    "[runtime]\ntype = 'ray'": ("runtime.type has no such choice", "'ray'", "lockstep, local", "choose one of these"),
+    "[runtime]\ntype = 'slurm'": ("runtime.type has no such choice", "'slurm'", "lockstep, local, ray", "choose one of these"),
     "[env]\ntarget = 'nope:Shop'\n[model]\npath = 'model'": (
         "env.target cannot be loaded",
         "'nope:Shop'",
@@ -87,7 +87,7 @@ def test_a_missing_recipe_names_those_that_are_there(tmp_path):
         (["--bandd", "2"], ["--bandd", "Perhaps you meant", "--band"]),
         (["--trainer.lrr", "3"], ["--trainer.lrr", "--trainer.lr"]),
         (["--num-updates", "six"], ["--num-updates", "'six'", "Versions to publish"]),
-        (["--runtime.type", "ray"], ["--runtime.type", "lockstep", "local"]),
+        (["--runtime.type", "slurm"], ["--runtime.type", "lockstep", "local", "ray"]),
         (["--band", "1"], ["band is out of range", "a number > 1"]),
     ],
 )

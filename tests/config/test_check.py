@@ -28,8 +28,17 @@ REFUSED = {  # key -> values just outside, and beyond
     "source.window": [0, -1],
     "referee.share": [-0.01, 1.01, NAN],
     "objective.denominator_tokens": [0.0, INF, NAN],
+    "ray.num_workers": [0, -1],  # these with runtime.type = "ray" in test_servers.py
+    "ray.worker_cpus": [-1.0, INF, NAN],
+    "ray.worker_gpus": [-1.0, INF, NAN],
+    "ray.trainer_cpus": [-1.0, INF, NAN],
+    "ray.trainer_gpus": [-1.0, INF, NAN],
+    "ray.start_timeout_s": [0.0, INF, NAN],
     "model.seed": [-2],
     "model.warm_start_steps": [-2],
+    "model.lora_rank": [-1],
+    "model.lora_alpha": [0.0, -1.0, INF, NAN],
+    "model.lora_targets": [(), ("q_proj", "q_proj")],
     "env.max_turns": [0],
     "env.max_tokens_per_turn": [0],
     "env.max_tokens": [1],
@@ -41,9 +50,14 @@ REFUSED = {  # key -> values just outside, and beyond
     "sampling.temperature": [0.0, -1.0, INF, NAN],
     "sampling.top_p": [0.99, NAN],
     "sampling.top_k": [1, -1],
-    "engine.type": ["vllm"],
     "engine.num_slots": [0],
     "engine.probe_tolerance": [-0.5, NAN],
+    "engine.num_servers": [0],
+    "engine.max_restarts": [-1],
+    "engine.recover_s": [0.0, INF, NAN],
+    "engine.request_timeout_s": [0.0, INF, NAN],
+    "engine.control_timeout_s": [0.0, INF, NAN],
+    "engine.start_timeout_s": [0.0, INF, NAN],
     "rollout.group_size": [1],
     "rollout.groups_per_version": [0],
     "rollout.max_running_groups": [-1],
@@ -170,12 +184,27 @@ def test_a_route_that_scores_version_by_version_is_refused_over_stale_keys_and_v
 
 @pytest.mark.parametrize("model", ["tiny", "tiny-moe"])
 def test_the_tiny_models_play_only_at_the_desks(model):
-    for desk in ("desk", "desk_long"):
+    for desk in ("desk", "desk_long", "desk_slow"):
         check(changed("env.target", desk, changed("model.path", model)))
     with pytest.raises(
         ConfigError, match=f"the tiny model knows only the words of the order desk; got: model.path = '{model}'"
     ):
         check(changed("env.target", "my.package:Shop", changed("model.path", model)))
+
+
+def test_only_a_desk_has_demonstrations_for_a_warm_start_of_a_folder(tiny_folder):
+    started = changed("model.warm_start_steps", 3, changed("model.path", str(tiny_folder)))
+    check(started)
+    with pytest.raises(ConfigError, match=r"only the order desk has demonstrations; got: model\.warm_start_steps = 3"):
+        check(changed("env.target", "my.package:Shop", started))
+    check(changed("env.target", "my.package:Shop", changed("model.warm_start_steps", 0, started)))
+
+
+def test_a_folder_that_is_not_there_is_refused_unless_it_is_not_needed():
+    config = changed("model.path", "nowhere")
+    check_function(config, needs_model=False)
+    with pytest.raises(ModelFolderError, match=r"model\.path is no folder"):
+        check(config)
 
 
 def test_a_fixed_decay_needs_its_beta_and_no_other_decay_takes_one():

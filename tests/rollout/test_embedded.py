@@ -580,7 +580,7 @@ def test_any_schedule_gives_each_request_one_result_whose_every_token_belongs_to
     finished |= run(core)
     assert finished.keys() == prompts.keys()
     spans = [span for generation in finished.values() for span in generation.spans]
-    assert {span.kv for span in spans} == ({"fresh"} if kv == ["recompute"] else {"fresh", "mixed"})
+    assert {span.kv for span in spans} <= ({"fresh"} if kv == ["recompute"] else {"fresh", "mixed"})
     assert all(generation.spans[0].kv == "fresh" for generation in finished.values() if generation.spans)
     assert core.stats.num_decode_tokens == sum(len(generation.output_ids) for generation in finished.values())
     check = assert_exact if kv == ["recompute"] else assert_kept

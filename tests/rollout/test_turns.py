@@ -298,7 +298,10 @@ def broken(name, result=None):
 @pytest.mark.parametrize("name", ["__init__", "reset", "add", "reply", "get_reward"])
 def test_an_exception_of_the_environment_ends_its_episode_as_a_failure_with_the_reason(name):
     outcome = play(ScriptedEngine(CALL, "bye", "bye", "bye"), environment=broken(name))
-    assert outcome == Failure(id="g000007.2", group_id="g000007", reason=f"LookupError: {name} broke")
+    assert isinstance(outcome, Failure)
+    assert (outcome.id, outcome.group_id, outcome.reason) == ("g000007.2", "g000007", f"LookupError: {name} broke")
+    assert not outcome.begins_again
+    assert (outcome.num_tokens > 0) == (name not in ("__init__", "reset")), "what it had sampled"
 
 
 @pytest.mark.parametrize("row", [{}, {"start": 1, "unknown": 2}])

@@ -6,7 +6,6 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from safetensors.torch import load_file
 
 from oldlogits.cli.main import run as command
 from oldlogits.core.policies import SOURCES
@@ -15,6 +14,7 @@ from oldlogits.record.report_data import read_run
 from oldlogits.rollout.embedded import EngineCore
 from oldlogits.runtime import lockstep
 from oldlogits.runtime.resume import sampler_seed
+from oldlogits.train.checkpoint import read_state
 
 from ..runs import check_accounting, events_of, recipe, summary_of, tokens_of, write_recipe
 
@@ -34,8 +34,8 @@ def copied(finished, tmp_path):
 
 
 def steps_of(checkpoint):
-    state = load_file(checkpoint / "state/optimizer.safetensors")
-    return {value.item() for name, value in state.items() if name.endswith("|step")}
+    state = read_state(checkpoint / "state")
+    return {value.item() for name, value in state.items() if name.startswith("step|")}
 
 
 def test_a_finished_run_goes_on_to_more_updates_and_its_summary_counts_them_all(copied, capsys):

@@ -8,8 +8,8 @@ from oldlogits.config import RunConfig, config_from_table
 from oldlogits.runtime.buffer import Account, Buffer
 from oldlogits.runtime.staleness import StalenessBound
 from oldlogits.runtime.totals import Totals
+from oldlogits.train.reports import Witnesses
 from oldlogits.train.step import UpdateResult
-from oldlogits.train.trainer import Witnesses
 
 
 def result(lags, *, rho=1.0, nonfinite=0, abs_mean=0.0, abs_max=0.0, provenance="exact"):

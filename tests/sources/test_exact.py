@@ -19,7 +19,7 @@ from oldlogits.core.policies import OLD
 from oldlogits.core.protocols import BatchTokens, FullWeights
 from oldlogits.core.trajectory import Context, Sampled, Trajectory
 from oldlogits.policy.model import load_model, point_at
-from oldlogits.runtime.handles import InlineScorer, inline_trainer
+from oldlogits.runtime.handles import InlineScorer, TimedTrainer, inline_trainer
 from oldlogits.sources import check_scored, make_source
 from oldlogits.train.trainer import Trainer
 from oldlogits.train.window_scorer import WindowScorer
@@ -72,7 +72,7 @@ class World:
             {"variant": "ppo_clip", "trainer": {"lr": 0.02, "steps_per_version": 1, "warmup_steps": 0}, "source": table}
         )
         self.trainer = Trainer(config, folder, PROBE)
-        handle = inline_trainer(self.trainer, time.perf_counter)
+        handle = inline_trainer(TimedTrainer(self.trainer, time.perf_counter).call)
         scorer = InlineScorer(WindowScorer(config, folder, PROBE), window) if name == "dedicated" else None
         self.source = make_source(name, handle, scorer)
         self.oracle = load_model(folder)
@@ -242,7 +242,7 @@ def test_pieces_of_whole_trajectories_have_the_bits_of_the_same_tokens_scored_as
     trainer.publish()
     whole = [trajectory([3, 9 + i], sampled([12, 13 + i, 2], 0, temperature=0.7), id=f"g0.{i}") for i in range(4)]
     trainer.put_batch(batch_of(whole))
-    source = make_source("eager", inline_trainer(trainer, time.perf_counter), None)
+    source = make_source("eager", inline_trainer(TimedTrainer(trainer, time.perf_counter).call), None)
     source.ledger.ended(whole)
     version, pieces = source.ledger.next_pieces(9)
     assert trainer.score_pieces(pieces, version).values.tolist() == trainer.score(np.arange(12), 0).tolist()

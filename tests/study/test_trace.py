@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from oldlogits.core.errors import ConfigError
 from oldlogits.record.events import without_wall_clock
 from oldlogits.runtime.run import run
 from oldlogits.study.trace import AVERAGES, TraceInfo, record_trace
 
-from ..runs import recipe, tokens_of
+from ..runs import assert_same_state, recipe, tokens_of
 
 WINDOW, UPDATES, SCORED = 3, 6, 3
 
@@ -70,9 +71,9 @@ def test_the_drivers_run_is_the_same_bit_for_bit_without_the_panel(traced, tiny_
     beside, columns, _ = traced(driver)
     result = run(config_of(tiny_folder, driver), tmp_path / "alone")
     assert result.error is None
-    for name in ("model/model.safetensors", "state/optimizer.safetensors"):
-        saved = f"checkpoints/v{UPDATES:06d}/{name}"
-        assert (beside / saved).read_bytes() == (tmp_path / "alone" / saved).read_bytes()
+    saved, again = (run / f"checkpoints/v{UPDATES:06d}" for run in (beside, tmp_path / "alone"))
+    assert (saved / "model/model.safetensors").read_bytes() == (again / "model/model.safetensors").read_bytes()
+    assert_same_state(saved / "state", again / "state")
     assert events_of(beside) == events_of(tmp_path / "alone")
     alone = tokens_of(tmp_path / "alone", "trainer_version", "staleness", "advantage", "logp_mu", "logp_theta", "logp_stand_in")
     last = alone.pop("trainer_version") >= UPDATES - SCORED
@@ -121,3 +122,8 @@ def test_each_average_has_the_beta_of_its_decay(traced):
     names = [f"logp_{name}" for name in AVERAGES]
     assert not np.array_equal(columns[names[0]], columns[names[1]])
     assert not np.array_equal(columns[names[0]], columns[names[2]])
+
+
+def test_traces_of_bf16_forward_weights_are_refused(tiny_folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.forward_dtype = 'bf16'"):
+        record_trace(recipe(tiny_folder, model={"forward_dtype": "bf16"}), tmp_path / "run", 1)

@@ -6,7 +6,8 @@ import pytest
 from oldlogits.core.protocols import Piece
 from oldlogits.train import trainer as trainer_module
 from oldlogits.train import window_scorer as window_scorer_module
-from oldlogits.train.trainer import ScoringWork, Trainer
+from oldlogits.train.reports import ScoringWork
+from oldlogits.train.trainer import Trainer
 from oldlogits.train.window_scorer import WindowScorer
 
 from ..builders import batch_of, sampled, trajectory

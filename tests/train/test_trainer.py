@@ -11,6 +11,7 @@ from oldlogits.core.errors import ExactnessError, RunFolderError, VersionEvicted
 from oldlogits.core.policies import OLD
 from oldlogits.core.protocols import Scored
 from oldlogits.policy.model import load_model, load_tokenizer, named_weights
+from oldlogits.train.checkpoint import read_state
 from oldlogits.train.trainer import Trainer
 
 from ..builders import batch_of, sampled, trajectory
@@ -234,7 +235,7 @@ def test_a_restored_trainer_goes_on_bit_for_bit(tiny_folder, recipe, tmp_path):
     assert_bitwise_equal(weights_of(restored), weights_of(straight))
     straight.save(tmp_path / "a")
     restored.save(tmp_path / "b")
-    assert_bitwise_equal(*(load_file(tmp_path / name / "state" / "optimizer.safetensors") for name in "ab"))
+    assert_bitwise_equal(*(read_state(tmp_path / name / "state") for name in "ab"))
     states = [json.loads((tmp_path / name / "state" / "trainer.json").read_text()) for name in "ab"]
     assert states[0]["schedule_steps"] == 4
     assert {k: states[0][k] for k in ("version", "schedule_steps")} == {k: states[1][k] for k in ("version", "schedule_steps")}
@@ -273,7 +274,8 @@ def test_a_checkpoint_holds_a_model_folder_in_the_standard_format(trainer, tmp_p
     "missing",
     [
         "state/trainer.json",
-        "state/optimizer.safetensors",
+        "state/.metadata",
+        "state/__0_0.distcp",
     ],
 )
 def test_an_incomplete_checkpoint_is_refused(trainer, tmp_path, missing):
@@ -297,15 +299,88 @@ def test_the_learning_rate_warms_up_linearly_over_optimizer_steps(trainer):
     rates = []
     for version in range(2):
         train(trainer, version)
-        rates.append(trainer._optimizer.param_groups[0]["lr"])
+        rates.append(trainer._optimizer.lr)
     assert rates == pytest.approx([0.01 * 3 / 4, 0.01])
 
 
 def test_the_learning_rate_falls_linearly_to_its_final_share_by_the_end_of_the_run(tiny_folder, recipe):
     table = {"warmup_steps": 0, "steps_per_version": 2, "final_lr_share": 0.5}
     trainer = Trainer(recipe(trainer=table, num_updates=2), tiny_folder, PROBE)
-    rates = [trainer._optimizer.param_groups[0]["lr"]]
+    rates = [trainer._optimizer.lr]
     for version in range(2):
         train(trainer, version)
-        rates.append(trainer._optimizer.param_groups[0]["lr"])
+        rates.append(trainer._optimizer.lr)
     assert rates == pytest.approx([0.01, 0.01 * 4 / 6, 0.005])  # steps 0..3 run at 6/6, 5/6, 4/6, 3/6
+
+
+@pytest.fixture
+def bf16_trainer(tiny_folder, recipe):
+    trainer = {"warmup_steps": 0, "steps_per_version": 2, "lr": 1e-4}
+    return Trainer(recipe(trainer=trainer, model={"forward_dtype": "bf16"}), tiny_folder, PROBE)
+
+
+def test_bf16_versions_are_the_rounded_masters_and_score_to_the_last_bit(bf16_trainer):
+    trainer = bf16_trainer
+    thens = {}
+    for version in range(3):
+        masters = {name: weight.clone() for name, weight in named_weights(trainer._model).items()}
+        published = trainer.publish()
+        assert_bitwise_equal(published.update.tensors, {name: w.to(torch.bfloat16) for name, w in masters.items()})
+        trainer.put_batch(batch := batch_at(0))
+        thens[version] = trainer.score(all_tokens(batch), None)
+        assert train(trainer, version).lag0_max_abs_error <= 1e-6
+    trainer.put_batch(batch := batch_at(0))
+    for version, then in thens.items():
+        assert trainer.score(all_tokens(batch), version).tolist() == then.tolist()
+    assert float(np.abs(thens[2] - thens[0]).max()) > 1e-4
+    assert trainer.witnesses.publish_max_abs_error == 0
+
+
+def test_steps_below_a_bf16_unit_add_up_in_the_masters(tiny_folder, recipe):
+    trainer = Trainer(recipe(trainer={"lr": 1e-6, "warmup_steps": 0}, model={"forward_dtype": "bf16"}), tiny_folder, PROBE)
+    start = {name: weight.clone() for name, weight in named_weights(trainer._model).items()}
+    trainer.publish()
+    train(trainer, 0)
+    masters = named_weights(trainer._model)
+    moved = sum(int((masters[name] != start[name]).sum()) for name in masters) / trainer.num_parameters
+    publication = trainer.publish().publication
+    assert moved > 0.3
+    assert 0 < publication.share_changed < 0.05 * moved
+    assert publication.full_bytes == 2 * trainer.num_parameters
+    assert publication.stored_bytes < 0.1 * publication.full_bytes
+
+
+def test_a_restored_bf16_trainer_goes_on_bit_for_bit_from_masters_that_its_model_folder_does_not_hold(
+    tiny_folder, recipe, tmp_path
+):
+    config = recipe(trainer={"lr": 1e-4, "steps_per_version": 2}, model={"forward_dtype": "bf16"})
+    straight = Trainer(config, tiny_folder, PROBE)
+    train(straight, 0)
+    straight.save(tmp_path)
+    rounded, masters = named_weights(load_model(tmp_path / "model")), named_weights(straight._model)
+    assert_bitwise_equal(rounded, {name: w.to(torch.bfloat16).float() for name, w in masters.items()})
+    assert any(not torch.equal(rounded[name], master) for name, master in masters.items())
+    restored = Trainer(config, tmp_path / "model", PROBE)
+    restored.restore(tmp_path)
+    for trainer in (straight, restored):
+        train(trainer, 1, offset=1)
+    assert_bitwise_equal(named_weights(restored._model), named_weights(straight._model))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_activation_checkpointing_trains_the_same_weights_bit_for_bit(tiny_folder, recipe, dtype):
+    ended = []
+    for recomputes in (False, True):
+        trainer = {"activation_checkpointing": recomputes, "steps_per_version": 2}
+        trained = Trainer(recipe(trainer=trainer, model={"forward_dtype": dtype}), tiny_folder, PROBE)
+        train(trained, 0)
+        ended.append(named_weights(trained._model))
+    assert_bitwise_equal(*ended)
+
+
+@pytest.mark.parametrize("numerics", ["bf16", "int8"])
+def test_the_engines_view_rounds_the_bf16_weights_again(tiny_folder, recipe, numerics):
+    trainer = Trainer(recipe(engine={"numerics": numerics}, model={"forward_dtype": "bf16"}), tiny_folder, PROBE)
+    published = trainer.publish()
+    noise = np.abs(published.engine_probe_logps - published.probe_logps).max()
+    assert noise <= 1e-6 if numerics == "bf16" else noise > 1e-3

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import re
+import shutil
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -19,8 +22,18 @@ from oldlogits.envs.desk_data import WORDS
 from oldlogits.envs.desk_long import LongOrderDesk
 from oldlogits.envs.shape import tool_names
 from oldlogits.policy.chat import ChatFormat
+from oldlogits.policy.model import load_model, load_tokenizer
 from oldlogits.policy.tiny import TinyMoeSize, TinySize, tiny_model, tiny_tokenizer
-from oldlogits.train.warm_start import MIXTURE, WarmStartSpec, demonstrate, demonstrations, imitation_loss, spec_of, warm_start
+from oldlogits.train.warm_start import (
+    FOLDER,
+    MIXTURE,
+    WarmStartSpec,
+    demonstrate,
+    demonstrations,
+    imitation_loss,
+    spec_of,
+    warm_start,
+)
 
 TOKENIZER = tiny_tokenizer([*WORDS, *tool_names(OrderDesk)])
 CHAT = ChatFormat(TOKENIZER)
@@ -79,6 +92,41 @@ def test_demonstrators_of_long_episodes_are_right_in_a_tenth_to_a_third_of_them(
     shown = list(islice(demonstrations(spec, CHAT), 300))
     assert 0.1 < sum(one.reward for one in shown) / 300 < 0.3
     assert max(len(one.token_ids) for one in shown) < 448  # env.max_tokens of recipes/desk_long.toml
+
+
+def test_a_folder_begins_where_it_is_and_keeps_its_tokenizer_and_template(tmp_path: Path):
+    begun = warm_start(QUICK)
+    spec = spec_of(config_from_table({"model": {"path": str(begun), "warm_start_steps": 2}}))
+    assert (spec.steps, spec.folder, spec.parser, spec.lr) == (2, str(begun), "plain", FOLDER.lr)
+    steps: list[int] = []
+    folder = warm_start(replace(spec, batch_size=2), lambda step, loss: steps.append(step))
+    assert steps == [1, 2]
+    assert folder.name.startswith(begun.name)
+    kept, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    assert (kept.get_vocab(), kept.chat_template) == (TOKENIZER.get_vocab(), TOKENIZER.chat_template)
+    moved = [(a - b).abs().max().item() for a, b in zip(model.parameters(), load_model(begun).parameters(), strict=True)]
+    assert 0 < max(moved) <= 2.01 * FOLDER.lr  # AdamW moves a weight by its learning rate at most
+    assert spec_of(config_from_table({"model": {"path": str(begun)}})).steps == 0
+
+
+def test_another_file_of_weights_in_the_folder_is_another_warm_start(tmp_path: Path):
+    begun = Path(shutil.copytree(warm_start(QUICK), tmp_path / "mine"))
+    spec = replace(QUICK, folder=str(begun))
+    first = warm_start(spec)
+    assert warm_start(spec) == first
+    (begun / "model.safetensors").touch()
+    assert warm_start(spec) != first
+
+
+def test_hermes_demonstrations_differ_in_the_writing_of_calls_alone(chatml_llama: Path):
+    chat, row = ChatFormat(load_tokenizer(chatml_llama)), OrderDesk.make_row("train", -1)
+    plain, hermes = (demonstrate(copy.deepcopy(row), oracle(), chat, parser=parser) for parser in ("plain", "hermes"))
+    texts = [chat.decode(shown.token_ids) for shown in (plain, hermes)]
+    assert plain.reward == hermes.reward == 1.0
+    as_plain = re.sub(
+        r'<tool_call>{"name": "(\w+)", "arguments": {"order": "(\w+)"}}</tool_call>', r"<call> \1 \2 </call>", texts[1]
+    )
+    assert as_plain == texts[0] != texts[1]
 
 
 def test_another_desk_gives_another_folder(monkeypatch: pytest.MonkeyPatch):

@@ -2,18 +2,21 @@
 
 from oldlogits.batch.chains import Chain, Chunk, chains_of, cut_out
 from oldlogits.batch.collate import TokenBatch, collate
+from oldlogits.batch.deal import Dealt, deal
 from oldlogits.batch.pad import MicroBatch, micro_batches, plan, read_lengths
 from oldlogits.batch.sequences import Sequences, pack
 
 __all__ = [
     "Chain",
     "Chunk",
+    "Dealt",
     "MicroBatch",
     "Sequences",
     "TokenBatch",
     "chains_of",
     "collate",
     "cut_out",
+    "deal",
     "micro_batches",
     "pack",
     "plan",

@@ -12,6 +12,7 @@ from oldlogits.core.errors import ConfigError
 BENCHES: Final[Mapping[str, str]] = MappingProxyType(
     {
         "versions": "measure what exact versions cost on this machine",
+        "scaling": "measure how trajectories per second grow with rollout workers, and Ray beside local",
         "simulate": "predict throughput, idle shares and staleness of a run or a cluster from step times",
     }
 )

@@ -1,12 +1,13 @@
 """``oldlogits bench simulate RUN_FOLDER | FILE.toml | PRESET``: a run predicted from its step times, a cluster from given ones.
 
-A run folder is simulated and compared with what it did; its exit status says whether every bar is met.
+A run folder is simulated and compared with what it did; its exit status says whether every bar is met. The tables of a Markdown
+file are made anew, each by the command in the mark above it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -17,10 +18,14 @@ from rich.console import Console
 from rich.table import Table
 
 from oldlogits.bench.simulate.cluster import PRESETS, Cluster, load_cluster, with_gpus
+from oldlogits.bench.simulate.document import rewrite
 from oldlogits.bench.simulate.fit import MeasuredRun
 from oldlogits.bench.simulate.forecast import forecast, mean_of
 from oldlogits.bench.simulate.validate import Comparison, compare
 from oldlogits.config.load import read_toml
+
+Shown = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""A table: headings and rows."""
 
 WIDTH: Final = 190
 """Columns of output that is not a terminal's."""
@@ -29,10 +34,12 @@ ROUTES: Final = ("snapshot", "eager", "dedicated", "interruption", "arrival", "n
 """The routes of a cluster's table, unless others are asked for."""
 
 USAGE: Final = f"""usage: oldlogits bench simulate RUN_FOLDER [--against RUN_FOLDER] [--num-seeds N]
-       oldlogits bench simulate FILE.toml|PRESET [--gpus N ...] [--routes ROUTE ...] [--markdown] [--KEY VALUE ...]
+       oldlogits bench simulate FILE.toml|PRESET [--gpus N ...] [--routes ROUTE ...] [--KEY VALUE ...]
+       oldlogits bench simulate FILE.md
 
 A run folder: step times and workload of its own updates; its recipe, or that of --against, is simulated.
-A TOML file or a preset ({", ".join(PRESETS)}): a model on a cluster; its keys: PRESET --help."""
+A TOML file or a preset ({", ".join(PRESETS)}): a model on a cluster; its keys: PRESET --help.
+A Markdown file: the tables of the second kind that stand between its marks are made anew."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +63,6 @@ class ClusterOptions:
     """Routes to the old logits."""
     num_seeds: int = 2
     """Simulations that each line is the mean of."""
-    markdown: bool = False
-    """Print Markdown tables."""
 
 
 def command(arguments: Sequence[str]) -> int:
@@ -65,15 +70,16 @@ def command(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0
-    target, rest = Path(arguments[0]), list(arguments[1:])
-    prog = f"oldlogits bench simulate {arguments[0]}"
-    if target.is_dir():
-        options = tyro.cli(RunOptions, prog=prog, args=rest)
+    target = Path(arguments[0])
+    if target.suffix == ".md":
+        rewrite(target, lambda words: "\n".join(map(markdown, cluster_tables(words))))
+    elif target.is_dir():
+        options = tyro.cli(RunOptions, prog=f"oldlogits bench simulate {target}", args=list(arguments[1:]))
         against = None if options.against is None else MeasuredRun.read(options.against)
         return show_comparison(compare(MeasuredRun.read(target), against=against, num_seeds=options.num_seeds))
-    cluster = load_cluster(arguments[0], read_toml(target) if target.suffix == ".toml" else None)
-    of_cluster = tyro.cli(ClusterOptions, prog=prog, args=rest, default=ClusterOptions(cluster=cluster))
-    show_cluster(of_cluster)
+    else:
+        for shown in cluster_tables(arguments):
+            print_table(shown)
     return 0
 
 
@@ -97,14 +103,24 @@ def show_comparison(rows: Sequence[Comparison]) -> int:
     return int(any(row.passes is False for row in rows))
 
 
-def show_cluster(options: ClusterOptions) -> None:
-    """What one version costs in bytes, and what each route makes of the cluster, size by size."""
-    console = _console()
+def cluster_tables(words: Sequence[str]) -> Iterator[Shown]:
+    """What a version costs in bytes, and what each route makes of the cluster, size by size.
+
+    Args:
+        words: Of the command: a TOML file or a preset, and options.
+    """
+    target = Path(words[0])
+    cluster = load_cluster(words[0], read_toml(target) if target.suffix == ".toml" else None)
+    options = tyro.cli(
+        ClusterOptions,
+        prog=f"oldlogits bench simulate {target}",
+        args=list(words[1:]),
+        default=ClusterOptions(cluster=cluster),
+    )
     clusters = [with_gpus(options.cluster, size) for size in options.gpus or (options.cluster.layout.num_gpus,)]
-    show = _print_markdown if options.markdown else _print_table
-    show(console, BYTES_HEADINGS, [_bytes(cluster, kind) for cluster in clusters for kind in ("full", "patch")])
-    cells = (_cells(cluster, route, options.num_seeds) for cluster in clusters for route in options.routes)
-    show(console, HEADINGS, list(cells))
+    yield BYTES_HEADINGS, [_bytes(cluster, kind) for cluster in clusters for kind in ("full", "patch")]
+    if options.routes:
+        yield HEADINGS, [_cells(cluster, route, options.num_seeds) for cluster in clusters for route in options.routes]
 
 
 HEADINGS: Final = (
@@ -159,11 +175,10 @@ BYTES_HEADINGS: Final = (
 
 
 def _bytes(cluster: Cluster, kind: Literal["full", "patch"]) -> tuple[str, ...]:
-    """By arithmetic: what a version weighs on the wire and in the store, which holds the bound's versions and the new one."""
+    """By arithmetic: what a version weighs on the wire and in the store."""
     cluster = replace(cluster, sync=replace(cluster.sync, weights=kind))
-    layout, window = cluster.layout, cluster.rollout.max_staleness + 1
+    layout = cluster.layout
     num_nodes = math.ceil(cluster.num_engines * layout.engine_gpus / cluster.hardware.gpus_per_node)
-    stored = cluster.store_bytes(window, patches=kind == "patch")
     trainer, _ = cluster.num_learning_gpus("snapshot")
     return (
         str(layout.num_gpus),
@@ -171,9 +186,9 @@ def _bytes(cluster: Cluster, kind: Literal["full", "patch"]) -> tuple[str, ...]:
         _giga(cluster.sync_bytes),
         _giga(cluster.sync_bytes * num_nodes),
         f"{cluster.load_s:.2f}",
-        str(window),
-        _giga(stored),
-        _giga(stored / trainer),
+        str(cluster.num_versions),
+        _giga(cluster.store_bytes),
+        _giga(cluster.store_bytes / trainer),
     )
 
 
@@ -187,16 +202,19 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=WIDTH)
 
 
-def _print_table(console: Console, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def print_table(shown: Shown) -> None:
+    """On the terminal."""
+    headings, rows = shown
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="left" if i == 1 else "right")
     for row in rows:
         table.add_row(*row)
-    console.print(table)
+    _console().print(table)
 
 
-def _print_markdown(console: Console, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def markdown(shown: Shown) -> str:
+    """As a Markdown table."""
+    headings, rows = shown
     lines = [headings, ["---"] * len(headings), *rows]
-    text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    console.print(text + "\n", markup=False, soft_wrap=True)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

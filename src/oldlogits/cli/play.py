@@ -50,7 +50,7 @@ class PlayOptions:
     """Act as the agent of an environment, or watch the desk's oracle or a checkpoint."""
 
     target: Annotated[str, tyro.conf.Positional] = "desk"
-    """desk, desk_long, or package.module:Class."""
+    """desk, desk_long, desk_slow, or package.module:Class."""
     mode: Mode = "human"
     """Who acts."""
     model: Path | None = None
@@ -122,7 +122,7 @@ def play(
     """Play one episode and print it.
 
     Args:
-        target: The environment: "desk", "desk_long", or "package.module:Class".
+        target: The environment: "desk", "desk_long", "desk_slow", or "package.module:Class".
         mode: Who acts: "human" (calls such as ``status o17``, or messages, one a line), "oracle" (the desk's), or
             "checkpoint" (a trained agent).
         split: Of the row, where the environment makes its own.

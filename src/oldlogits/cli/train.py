@@ -22,6 +22,7 @@ from oldlogits.core.policies import find_variant
 from oldlogits.envs.shape import load_environment
 from oldlogits.record.folder import RunFolder
 from oldlogits.record.live import print_summary
+from oldlogits.runtime.launch import launched
 from oldlogits.runtime.rows import Rows
 
 if TYPE_CHECKING:
@@ -41,16 +42,33 @@ class TrainOptions:
     resume: Path | None = None
     """Go on with this run folder from its latest checkpoint; trajectories in flight restart."""
     dry_run: bool = False
-    """Print the resolved recipe and what it costs in bytes, and stop."""
+    """Print the resolved recipe and what it costs in bytes, and stop. Of the model folder its config.json is enough."""
 
 
 def command(arguments: Sequence[str]) -> int:
-    """Parse, check, train, and say what came out."""
+    """Parse, check, train, and say what came out; a rank of torchrun but the first follows the first one's trainer."""
+    launch = launched()
+    if launch is None:
+        return _train(arguments)
+
+    from oldlogits.runtime.board import Board
+    from oldlogits.runtime.leading import follow
+
+    if launch.rank:
+        follow(launch)
+    board = Board(launch)
+    try:
+        return _train(arguments)
+    finally:
+        board.end()
+
+
+def _train(arguments: Sequence[str]) -> int:
     named = Path(arguments[0]) if arguments and not arguments[0].startswith("-") else None
     words = list(arguments[named is not None :])
     options, overrides = tyro.cli(TrainOptions, prog="oldlogits train RECIPE", args=words, return_unknown_args=True)
     recipe = _recipe(named, options)
-    config = load_config(recipe, overrides)
+    config = load_config(recipe, overrides, needs_model=not options.dry_run)
     Rows(config, load_environment(config.env.target))  # a wrong environment is refused before torch is imported
     if options.dry_run:
         return _dry_run(config)
@@ -72,8 +90,9 @@ def _conclude(result: RunResult, folder: RunFolder) -> int:
         return 0
     if result.error is not None:
         print_error(result.error)
-    if folder.latest_checkpoint() is not None:
-        print(f"go on from the last checkpoint: oldlogits train --resume {folder.path}", file=sys.stderr)
+    checkpoint = folder.latest_checkpoint()
+    if checkpoint is not None:
+        print(f"go on from the last checkpoint, {checkpoint.name}: oldlogits train --resume {folder.path}", file=sys.stderr)
     else:
         print("there is no checkpoint yet: start again, with another --out; record.checkpoint_every sets when", file=sys.stderr)
     return INTERRUPTED if result.error is None else FAILED
@@ -119,6 +138,15 @@ def _dry_run(config: RunConfig) -> int:
     print(f"# {config.variant}: r_d = {variant.r_d}, r_s = {variant.r_s}, total ratio {variant.total}")
     for caution in cautions(config):
         print(f"# warning: {caution.message}")
-    for line in estimate(config).lines():
+    cost = estimate(config)
+    for line in cost.lines() if cost is not None else _unknown(config):
         print(f"# {line}")
     return 0
+
+
+def _unknown(config: RunConfig) -> list[str]:
+    folder = config.model.path
+    return [
+        f"bytes            unknown: there is no {folder}/config.json",
+        "                 put the model's config.json there (its weights are not needed), or pass --model.path FOLDER",
+    ]

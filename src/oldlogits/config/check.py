@@ -7,12 +7,17 @@ from pathlib import Path
 
 from oldlogits.config.guard import refuse_idle
 from oldlogits.config.schema import RunConfig
+from oldlogits.config.servers import check_servers
 from oldlogits.core.errors import ConfigError, ModelFolderError
 from oldlogits.core.policies import AGED, EWMA, LINEAR, LOGLINEAR, OLD, SOURCES, check_source, find_variant
 
 
-def check(config: RunConfig) -> None:
+def check(config: RunConfig, *, needs_model: bool = True) -> None:
     """Refuse a recipe that cannot be run as written.
+
+    Args:
+        config: The recipe.
+        needs_model: Whether the model folder must be there.
 
     Raises:
         ConfigError: What is wrong, what was found, what is allowed, and how to fix it.
@@ -22,31 +27,53 @@ def check(config: RunConfig) -> None:
     check_source(config.variant, config.source.type)
     _check_ranges(config)
     _check_one_distribution(config)
+    check_servers(config)
+    _check_adapters(config)
     _check_kv(config)
     _check_average(config)
     _check_schedule(config)
     _check_referee(config)
     refuse_idle(config)
     _check_rows(config)
-    if not config.model.is_tiny:
+    if needs_model and not config.model.is_tiny:
         check_model_folder(Path(config.model.path))
-    elif config.env.target not in ("desk", "desk_long"):
+    if config.env.target not in ("desk", "desk_long", "desk_slow"):
+        _check_other_environment(config)
+
+
+def _check_other_environment(config: RunConfig) -> None:
+    """Embedded models and warm starts know the order desk only."""
+    m, env = config.model, f"env.target = '{config.env.target}'"
+    if m.is_tiny:
         raise ConfigError(
             "the tiny model knows only the words of the order desk",
-            got=f"model.path = '{config.model.path}', env.target = '{config.env.target}'",
+            got=f"model.path = '{m.path}', {env}",
             allowed="model.path = FOLDER with this environment",
             fix="set model.path to a Hugging Face folder whose tokenizer has a chat template",
         )
+    if m.warm_start_steps > 0:
+        raise ConfigError(
+            "only the order desk has demonstrations",
+            got=f"model.warm_start_steps = {m.warm_start_steps}, {env}",
+            allowed="0 with this environment, or a desk",
+            fix="remove model.warm_start_steps, and begin with a model that was trained on such demonstrations",
+        )
 
 
-def check_model_folder(folder: Path) -> None:
+MODEL_FIX = "pass --model.path FOLDER, or --model.path tiny (or tiny-moe) for an embedded model"
+
+
+def check_model_folder(folder: Path, fix: str = MODEL_FIX) -> None:
     """Refuse a model folder without `config.json` or weights.
+
+    Args:
+        folder: The folder.
+        fix: What to do if it is none.
 
     Raises:
         ModelFolderError: The folder or a part of it is missing.
     """
     allowed = "a folder with config.json, *.safetensors and a tokenizer with a chat template"
-    fix = "pass --model.path FOLDER, or --model.path tiny (or tiny-moe) for an embedded model"
     if not folder.is_dir():
         raise ModelFolderError("model.path is no folder", got=str(folder), allowed=allowed, fix=fix)
     for what, found in {
@@ -74,6 +101,11 @@ def _check_ranges(config: RunConfig) -> None:
     _require(0 <= share <= 1, "referee.share", share, "in [0, 1] (0: no referee)", "0.25")
     n = o.denominator_tokens
     _require(0 < n < math.inf, "objective.denominator_tokens", n, "> 0", "a number of tokens")
+    _require(m.lora_rank >= 0, "model.lora_rank", m.lora_rank, ">= 0 (0: no adapters)", "16")
+    _require(0 < m.lora_alpha < math.inf, "model.lora_alpha", m.lora_alpha, "> 0", "32")
+    targets = m.lora_targets
+    allowed = "layers by the last part of their name, each once"
+    _require(0 < len(set(targets)) == len(targets), "model.lora_targets", str(targets), allowed, "['q_proj', 'v_proj']")
     _require(m.seed >= -1, "model.seed", m.seed, ">= 0, or -1: the run's seed", "-1")
     _require(m.warm_start_steps >= -1, "model.warm_start_steps", m.warm_start_steps, ">= 0, or -1: the built-in number", "-1")
     _require(e.max_turns >= 1, "env.max_turns", e.max_turns, ">= 1", "max_turns = 16")
@@ -82,7 +114,6 @@ def _check_ranges(config: RunConfig) -> None:
     _require(e.timeout_s > 0, "env.timeout_s", e.timeout_s, "> 0 seconds", "20")
     _require(0 <= e.latency_s < math.inf, "env.latency_s", e.latency_s, ">= 0 seconds", "0")
     _require(e.parser in ("plain", "hermes"), "env.parser", e.parser, "plain, hermes", "choose one of these")
-    _require(config.engine.type == "embedded", "engine.type", config.engine.type, "embedded", "engine.type = 'embedded'")
     _require(config.engine.num_slots >= 1, "engine.num_slots", config.engine.num_slots, ">= 1", "128")
     tolerance = config.engine.probe_tolerance
     _require(tolerance == -1 or tolerance >= 0, "engine.probe_tolerance", tolerance, ">= 0 nats, or -1: as known", "-1")
@@ -152,6 +183,17 @@ def _check_one_distribution(config: RunConfig) -> None:
     why = ", since mu would have another support than the trained policy"
     _require(s.top_p == 1, "sampling.top_p", s.top_p, "1.0 in training" + why, fix)
     _require(s.top_k == 0, "sampling.top_k", s.top_k, "0 in training" + why, fix)
+
+
+def _check_adapters(config: RunConfig) -> None:
+    if config.model.lora_rank and (config.engine.type != "embedded" or config.runtime.type == "ray"):
+        engine = f"engine.type = '{config.engine.type}', runtime.type = '{config.runtime.type}'"
+        raise ConfigError(
+            "servers take whole weights, and a version with adapters is these alone",
+            got=f"model.lora_rank = {config.model.lora_rank}, {engine}",
+            allowed="engine.type = 'embedded' in the runtimes local and lockstep, which adds them to its base; or no adapters",
+            fix="remove model.lora_rank",
+        )
 
 
 def _check_kv(config: RunConfig) -> None:

@@ -20,14 +20,20 @@ T = TypeVar("T")
 Table = Mapping[str, object]
 
 
-def load_config(recipe: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(recipe: Path, overrides: Sequence[str] = (), *, needs_model: bool = True) -> RunConfig:
     """Read a recipe, apply ``--dotted.key value`` overrides, and check the result.
+
+    Args:
+        recipe: A TOML file.
+        overrides: Words of a command line.
+        needs_model: Whether the model folder must be there.
 
     Raises:
         ConfigError: The recipe does not exist, is no TOML, has unknown keys, wrong types or values out of range.
+        ModelFolderError: The model folder is needed and incomplete.
     """
     config = override(config_from_table(read_toml(recipe)), overrides)
-    check(config)
+    check(config, needs_model=needs_model)
     return config
 
 

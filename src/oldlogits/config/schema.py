@@ -74,14 +74,30 @@ class ModelConfig:
     """A Hugging Face folder of the Llama/Qwen family, or an embedded model after its warm start: "tiny" or, a mixture of
     experts, "tiny-moe"."""
     seed: int = -1
-    """Seed of the tiny model and its warm start; -1 takes the run's seed."""
+    """Seed of the tiny model and of the warm start; -1 takes the run's seed."""
     warm_start_steps: int = -1
-    """Supervised steps of the tiny model's warm start; -1 takes the built-in number."""
+    """Supervised steps on demonstrations of the order desk before the run, which are cached; -1 takes the built-in number for
+    an embedded model, and none for a folder."""
+    forward_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of the forward weights, whose bits are a version. bf16: they are rounded from fp32 masters, which the optimizer steps and
+    nothing scores; patches of versions are small. The arithmetic is that of fp32 (docs/sharding.md)."""
+
+    lora_rank: int = 0
+    """Rank of LoRA adapters, which are trained instead of the weights and are all that a version consists of; 0: none."""
+    lora_alpha: float = 32.0
+    """With model.lora_rank: the adapters' product is scaled by lora_alpha / lora_rank."""
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """With model.lora_rank: the linear layers that get an adapter, by the last part of their name."""
 
     @property
     def is_tiny(self) -> bool:
         """Whether the model is an embedded one."""
         return self.path in ("tiny", "tiny-moe")
+
+    @property
+    def adapter_scale(self) -> float:
+        """Of the adapters' product; 0: there are none."""
+        return self.lora_alpha / self.lora_rank if self.lora_rank else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +105,7 @@ class EnvConfig:
     """The environment and the turns with it."""
 
     target: str = "desk"
-    """"desk", "desk_long", or "package.module:Class"."""
+    """desk, desk_long, desk_slow, or package.module:Class."""
     rows: str = ""
     """A JSONL file of tasks for training, one `reset(**row)` a line; empty: the class makes its own rows."""
     heldout_rows: str = ""
@@ -124,8 +140,8 @@ class SamplingConfig:
 class EngineConfig:
     """The engine that samples."""
 
-    type: str = "embedded"
-    """embedded."""
+    type: Literal["embedded", "vllm"] = "embedded"
+    """embedded: a process of the run. vllm: servers that speak vLLM's HTTP routes, of the run's own or running already."""
     numerics: Literal["fp32", "bf16", "fp8", "int8", "int4", "fp8_dynamic"] = "fp32"
     """The engine's numerics; all but fp32 are emulated and give a real discrepancy."""
     num_slots: int = 128
@@ -134,6 +150,29 @@ class EngineConfig:
     """What happens to keys and values of running sequences when the weights change."""
     probe_tolerance: float = -1.0
     """Largest mean |log-prob difference| of the probe in nats; -1 takes the known value of the numerics."""
+    urls: tuple[str, ...] = ()
+    """vllm only: running servers of this machine, such as "http://127.0.0.1:8000"; empty: the run starts its own."""
+    token_env: str = ""
+    """engine.urls only: the environment variable that holds their bearer token; empty: they want none."""
+    start: Literal["vllm", "embedded"] = "vllm"
+    """vllm without urls: what is started: vLLM, or the embedded engine behind the same routes (`oldlogits serve`)."""
+    num_servers: int = 1
+    """vllm without urls: how many are started."""
+    flags: tuple[str, ...] = ()
+    """vllm without urls: further flags of the server's command line."""
+    python: str = ""
+    """vllm without urls: the Python interpreter that has the server installed; empty: this one."""
+    recover_s: float = 300.0
+    """vllm only: seconds without any server that answers, after which the run ends."""
+    request_timeout_s: float = 600.0
+    """vllm only: seconds that a request may run; then it is sent again with what it has. A server that answers none of its
+    requests for so long counts as hung."""
+    control_timeout_s: float = 60.0
+    """vllm only: seconds that pause, weight update, resume and abort may take."""
+    start_timeout_s: float = 300.0
+    """vllm without urls: seconds that a server may take until it answers."""
+    max_restarts: int = 5
+    """vllm without urls: how often servers that ended are started again, in all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +213,8 @@ class TrainerConfig:
     """Largest padded size of one forward, in tokens."""
     head_chunk_tokens: int = 2048
     """Tokens that go through the output head at once."""
+    activation_checkpointing: bool = False
+    """Keep the activations between layers only, and compute those inside of a layer again in the backward pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,14 +235,37 @@ class VersionsConfig:
 class RuntimeConfig:
     """Who runs where."""
 
-    type: Literal["lockstep", "local"] = "local"
-    """lockstep: one process, virtual time, bit for bit repeatable. local: engine and trainer in processes of their own."""
+    type: Literal["lockstep", "local", "ray"] = "local"
+    """lockstep: one process, virtual time, bit for bit repeatable. local: engine and trainer in processes of their own on
+    this machine. ray: actors of a Ray cluster, one or several nodes."""
     lag: Literal["fresh_first", "even", "skewed", "random"] = "even"
     """lockstep only: how the lags of a trajectory's tokens are spread over the window."""
     window: int = 4
     """lockstep only: the largest lag, in versions; at most max_staleness."""
     tokens_per_version: int = 12
     """lockstep only: mean number of tokens that a trajectory samples with one version before it switches."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayConfig:
+    """runtime.type = "ray" only: who runs on which part of the cluster."""
+
+    address: str = ""
+    """Of a running cluster, "auto" for the one of this machine; empty: the run starts one here that has what it needs."""
+    num_workers: int = 2
+    """Rollout workers: each an engine and a share of the environments. `oldlogits workers` changes it while a run runs."""
+    worker_cpus: float = 1.0
+    """CPUs that a worker reserves."""
+    worker_gpus: float = 0.0
+    """GPUs that a worker reserves for its engine."""
+    trainer_cpus: float = 1.0
+    """CPUs that the trainer reserves, and likewise the dedicated scorer."""
+    trainer_gpus: float = 0.0
+    """GPUs that the trainer reserves, and likewise the dedicated scorer."""
+    placement: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = "SPREAD"
+    """Of the first workers on the nodes. PACK: few nodes. SPREAD: many. STRICT_SPREAD: each worker on a node of its own."""
+    start_timeout_s: float = 300.0
+    """Seconds until the cluster must have given every actor its place."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,6 +321,7 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     versions: VersionsConfig = field(default_factory=VersionsConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     record: RecordConfig = field(default_factory=RecordConfig)
 

@@ -145,12 +145,17 @@ class EngineCapabilities:
         kv_modes: What `pause` can promise about keys and values after the update. "stale": a trajectory keeps its own, and
             shares none of older versions with others.
         numerics: The engine's numerics, such as "fp32" or "int8".
+        arithmetic: What it computes in; all but fp32 adds to the differences that its numerics make.
+        num_replicas: Engines behind this one, each with a copy of the weights; requests for a prompt's log-probs go to one
+            after the other.
     """
 
     max_context: int
     partials: bool
     kv_modes: frozenset[Literal["recompute", "stale"]]
     numerics: str
+    arithmetic: Literal["fp32", "bf16"] = "fp32"
+    num_replicas: int = 1
 
 
 @runtime_checkable

@@ -31,7 +31,11 @@ Row: TypeAlias = dict[str, JsonValue]
 Split = Literal["train", "heldout"]
 
 BUILT_IN: Final[Mapping[str, str]] = types.MappingProxyType(
-    {"desk": "oldlogits.envs.desk:OrderDesk", "desk_long": "oldlogits.envs.desk_long:LongOrderDesk"}
+    {
+        "desk": "oldlogits.envs.desk:OrderDesk",
+        "desk_long": "oldlogits.envs.desk_long:LongOrderDesk",
+        "desk_slow": "oldlogits.envs.desk_slow:SlowOrderDesk",
+    }
 )
 """Short names that `env.target` accepts."""
 
@@ -323,6 +327,18 @@ def parse_hermes(text: str) -> Parsed:
     if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not isinstance(call.get("arguments", {}), dict):
         return Malformed(reason='error : write {"name": tool, "arguments": {...}}')
     return ToolCall(name=call["name"], named=call.get("arguments", {}))
+
+
+def write_hermes(environment: type, call: ToolCall) -> str:
+    """A call as `parse_hermes` reads it, its arguments by their names.
+
+    Example:
+        >>> from oldlogits.envs.desk import OrderDesk
+        >>> write_hermes(OrderDesk, ToolCall(name="cancel", positional=("o17",)))
+        '<tool_call>{"name": "cancel", "arguments": {"order": "o17"}}</tool_call>'
+    """
+    arguments = {**dict(zip(_parameters(environment, call.name), call.positional, strict=False)), **call.named}
+    return f"<tool_call>{json.dumps({'name': call.name, 'arguments': arguments})}</tool_call>"
 
 
 Parser = Callable[[str], Parsed]

@@ -11,6 +11,7 @@ and gives the log-probs of the tokens that it sampled: each entry is computed on
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,8 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from oldlogits.batch import Chain, TokenBatch, chains_of, cut_out, micro_batches
-from oldlogits.policy.scorer import head_logps, score_tokens
+from oldlogits.batch import Chain, MicroBatch, TokenBatch, chains_of, cut_out, micro_batches
+from oldlogits.policy.ranks import ALONE, Ranks
+from oldlogits.policy.scorer import ForwardSizes, head_logps, score_tokens
+from oldlogits.policy.sharding import in_one_forward
 
 
 class MixedForward:
@@ -34,14 +37,23 @@ class MixedForward:
         batch: The trajectories.
         micro_batch_tokens: The largest padded size of one forward, in tokens.
         head_chunk_tokens: Tokens that go through the output head at once.
+        ranks: That hold the model; what is of one version is dealt out among them, chains are computed by each.
 
     Raises:
         TrajectoryError: Nothing says which versions computed what some token attended to.
     """
 
-    def __init__(self, model: PreTrainedModel, batch: TokenBatch, *, micro_batch_tokens: int, head_chunk_tokens: int) -> None:
-        self._model, self._batch = model, batch
-        self._sizes = {"micro_batch_tokens": micro_batch_tokens, "head_chunk_tokens": head_chunk_tokens}
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batch: TokenBatch,
+        *,
+        micro_batch_tokens: int,
+        head_chunk_tokens: int,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self._model, self._batch, self._ranks = model, batch, ranks
+        self._sizes: ForwardSizes = {"micro_batch_tokens": micro_batch_tokens, "head_chunk_tokens": head_chunk_tokens}
         chains = chains_of(batch)
         self._plain = [chain[0] for chain in chains if len(chain) == 1]
         self._chains: list[Chain] = [chain for chain in chains if len(chain) > 1]
@@ -72,7 +84,9 @@ class MixedForward:
         plain = [chunk.tokens for chunk in self._plain if chunk.version == version]
         if plain:
             tokens = np.concatenate(plain)
-            self._logps[tokens] = torch.from_numpy(score_tokens(self._model, self._batch, tokens, **self._sizes))
+            self._logps[tokens] = torch.from_numpy(
+                score_tokens(self._model, self._batch, tokens, **self._sizes, ranks=self._ranks)
+            )
             self._computed_at[tokens] = version
         with torch.no_grad():
             self._go_on(version)
@@ -94,16 +108,20 @@ class MixedForward:
             offsets = torch.arange(micro.input_ids.shape[1])
             positions = starts[here, None] + offsets
             self._entries.open(rows[here], positions, offsets < counts[here, None])
-            hidden = self._model.base_model(
-                input_ids=micro.input_ids,
-                position_ids=positions,
-                attention_mask=self._entries.seen,
-                past_key_values=self._entries,
-                use_cache=True,
-            ).last_hidden_state
             scored = sources[micro.flat]
-            self._logps[scored] = head_logps(self._model, hidden, micro, head_chunk_tokens=self._sizes["head_chunk_tokens"])
+            self._logps[scored] = in_one_forward(self._model, partial(self._forward, micro, positions))
             self._computed_at[scored.numpy()] = version
+
+    def _forward(self, micro: MicroBatch, positions: Int[Tensor, "row column"]) -> Float[Tensor, " action"]:
+        """The log-probs of chunks, over the entries that their chains may see; theirs are added."""
+        hidden = self._model.base_model(
+            input_ids=micro.input_ids,
+            position_ids=positions,
+            attention_mask=self._entries.seen,
+            past_key_values=self._entries,
+            use_cache=True,
+        ).last_hidden_state
+        return head_logps(self._model, hidden, micro, head_chunk_tokens=self._sizes["head_chunk_tokens"])
 
 
 class _Entries:

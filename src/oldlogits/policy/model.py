@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from oldlogits.core.errors import ModelFolderError
+from oldlogits.policy.adapters import is_adapter
 
 transformers_logging.disable_progress_bar()
 
@@ -81,11 +92,59 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The forward weights under their Hugging Face names, tied ones once; views, not copies."""
-    return {name: parameter.data for name, parameter in model.named_parameters()}
+    """What a version consists of, by the names of parameters, tied ones once; views of the masters, not copies.
+
+    Of a model with adapters these alone: its base never changes. Of a sharded model: this rank's slice of each, which may be
+    empty.
+    """
+    return {name: local(parameter.data) for name, parameter in version_parameters(model).items()}
+
+
+def version_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters whose values are a version: all of them, or of a model with adapters the adapters'."""
+    parameters = dict(model.named_parameters())
+    return {name: parameter for name, parameter in parameters.items() if is_adapter(name)} or parameters
 
 
 def point_at(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Let the model's parameters share the storage of `weights`: a switch of versions without a copy."""
-    for name, parameter in model.named_parameters():
-        parameter.data = weights[name]
+    """Let the model's parameters share the storage of `weights`: a switch of versions without a copy.
+
+    A sharded model takes a copy of this rank's slices, cast to its dtype: it gathers from memory of its own.
+    """
+    for name, parameter in version_parameters(model).items():
+        if isinstance(parameter.data, DTensor):
+            own = local(parameter.data)
+            own.copy_(weights[name].view_as(own))
+        else:
+            parameter.data = weights[name]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's slice of a tensor; a tensor that is not sharded as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    own: Tensor = tensor.to_local()
+    return own
+
+
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Activation checkpointing: only what enters a layer is kept, the rest is computed again in the backward pass."""
+    for layer in model.base_model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
+
+
+def write_model(config: PretrainedConfig, generation: GenerationConfig, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write a standard model folder, without a tokenizer.
+
+    Args:
+        config: Of the model; its dtype becomes that of the weights.
+        generation: What engines take as their defaults.
+        weights: All of `named_weights`, of one dtype.
+        folder: Where.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=next(iter(weights.values())).dtype)
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    model.generation_config = generation
+    model.save_pretrained(folder)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -13,7 +12,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from oldlogits.batch import MicroBatch, Sequences, micro_batches
+from oldlogits.batch import MicroBatch, Sequences, deal
+from oldlogits.policy.ranks import ALONE, Ranks
+from oldlogits.policy.sharding import in_one_forward
+
+
+class ForwardSizes(TypedDict):
+    """How much a forward pass takes at once.
+
+    Args:
+        micro_batch_tokens: The largest padded size of one forward, in tokens.
+        head_chunk_tokens: Tokens that go through the output head at once.
+    """
+
+    micro_batch_tokens: int
+    head_chunk_tokens: int
 
 
 def action_logps(model: PreTrainedModel, micro: MicroBatch, *, head_chunk_tokens: int) -> Float[Tensor, " action"]:
@@ -31,8 +44,12 @@ def action_logps(model: PreTrainedModel, micro: MicroBatch, *, head_chunk_tokens
     Returns:
         float32 [action], in the order of ``micro.flat``.
     """
-    hidden = model.base_model(input_ids=micro.input_ids, use_cache=False).last_hidden_state
-    return head_logps(model, hidden, micro, head_chunk_tokens=head_chunk_tokens)
+
+    def forward() -> Tensor:
+        hidden = model.base_model(input_ids=micro.input_ids, use_cache=False).last_hidden_state
+        return head_logps(model, hidden, micro, head_chunk_tokens=head_chunk_tokens)
+
+    return in_one_forward(model, forward)
 
 
 def head_logps(
@@ -51,13 +68,6 @@ def head_logps(
     return torch.cat(pieces)
 
 
-def score(model: PreTrainedModel, micros: Iterable[MicroBatch], out: Tensor, *, head_chunk_tokens: int) -> None:
-    """Write the log-probs of all micro-batches into `out` (float32 [token of the flat batch]); no gradients."""
-    with torch.no_grad():
-        for micro in micros:
-            out[micro.flat] = action_logps(model, micro, head_chunk_tokens=head_chunk_tokens)
-
-
 def score_tokens(
     model: PreTrainedModel,
     sequences: Sequences,
@@ -65,6 +75,7 @@ def score_tokens(
     *,
     micro_batch_tokens: int,
     head_chunk_tokens: int,
+    ranks: Ranks = ALONE,
 ) -> NDArray[np.float32]:
     """Natural-log probs of tokens of sequences, without gradients.
 
@@ -74,13 +85,18 @@ def score_tokens(
         tokens: int64 [scored token], ascending flat indices; none begins a sequence.
         micro_batch_tokens: The largest padded size of one forward, in tokens.
         head_chunk_tokens: Tokens that go through the output head at once.
+        ranks: That hold the model; each computes some of the sequences, and all make this call.
 
     Returns:
-        float32 [scored token].
+        float32 [scored token], on all ranks.
     """
-    out = torch.full((sequences.num_tokens,), math.nan)
-    score(model, micro_batches(sequences, tokens, micro_batch_tokens), out, head_chunk_tokens=head_chunk_tokens)
-    scores: NDArray[np.float32] = out.numpy()[tokens]
+    out = torch.zeros(sequences.num_tokens)
+    with torch.no_grad():
+        for one in deal(sequences, tokens, micro_batch_tokens, rank=ranks.rank, num_ranks=ranks.num_ranks):
+            logps = action_logps(model, one.micro, head_chunk_tokens=head_chunk_tokens)
+            if one.counts:
+                out[one.micro.flat] = logps
+    scores: NDArray[np.float32] = ranks.sum(out[torch.from_numpy(tokens)]).numpy()
     return scores
 
 

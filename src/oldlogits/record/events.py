@@ -34,6 +34,8 @@ class EventKind(StrEnum):
     """All episodes of a group have ended."""
     TRAJECTORY_FAILED = "trajectory_failed"
     """An episode ended by an exception or a time-out of its environment."""
+    TRAJECTORY_RESTARTED = "trajectory_restarted"
+    """An episode begins again: its environment was lost with its worker and did not answer as before."""
     BATCH = "batch"
     """A batch was formed, after the trainer waited for it."""
     SCORED = "scored"
@@ -44,6 +46,10 @@ class EventKind(StrEnum):
     """A version was put into the version store."""
     WEIGHTS_UPDATED = "weights_updated"
     """The engine was paused, took the new weights, and went on."""
+    SERVER_DOWN = "server_down"
+    """A server that samples failed: what ran on it is sent again, with what it had sampled."""
+    SERVER_UP = "server_up"
+    """A server that had failed samples again, with the current weights."""
     PROBE = "probe"
     """Engine and trainer were compared on a fixed prompt."""
     CALIBRATION = "calibration"
@@ -72,6 +78,7 @@ FIELDS: Final[Mapping[EventKind, frozenset[str]]] = MappingProxyType(
         EventKind.GROUP_ADMITTED: frozenset({"group"}),
         EventKind.GROUP_CLOSED: frozenset({"group", "rewards", "oldest_version", "num_failed"}),
         EventKind.TRAJECTORY_FAILED: frozenset({"trajectory", "reason"}),
+        EventKind.TRAJECTORY_RESTARTED: frozenset({"trajectory", "reason", "num_lost_tokens"}),
         EventKind.BATCH: frozenset({"groups", "num_tokens", "staleness_max", "waited_s"}),
         EventKind.SCORED: frozenset(
             {"policy", "num_switches", "versions", "read_tokens", "num_checkouts", "switch_s", "witness_s", "seconds_s"}
@@ -79,6 +86,8 @@ FIELDS: Final[Mapping[EventKind, frozenset[str]]] = MappingProxyType(
         EventKind.UPDATE: frozenset({"metrics", "staleness_counts"}),
         EventKind.PUBLISHED: frozenset({"bytes", "version_bytes", "changed", "store_s", "seconds_s"}),
         EventKind.WEIGHTS_UPDATED: frozenset({"sent", "bytes", "refused", "pause_s", "load_s", "stall_s"}),
+        EventKind.SERVER_DOWN: frozenset({"server", "reason", "num_requests", "num_kept_tokens"}),
+        EventKind.SERVER_UP: frozenset({"server", "reason"}),
         EventKind.PROBE: frozenset({"max_abs_error", "mean_abs_error", "num_tokens", "num_above"}),
         EventKind.CALIBRATION: frozenset(
             {"num_trajectories", "num_tokens", "log_r_d_abs_mean", "log_r_d_abs_max", "r_d_mean", "r_d_mean_error"}

@@ -36,6 +36,7 @@ from oldlogits.core.protocols import (
     WeightUpdate,
     trajectory_of,
 )
+from oldlogits.policy.adapters import merge
 from oldlogits.rollout.decoder import TILE, DecodeAttention, Decoder, PrefillAttention
 from oldlogits.rollout.folder import read_weights
 from oldlogits.rollout.prefix import BLOCK, NO_MATCH, Match, OwnSlots, PrefixIndex, chain_keys
@@ -61,7 +62,9 @@ class EngineCore:
     def __init__(self, spec: EngineSpec) -> None:
         config = spec.read_config()
         self.spec, self.config = spec, config
-        self._decoder = Decoder(config, read_weights(Path(spec.model_path)), spec.numerics, spec.max_context)
+        weights = read_weights(Path(spec.model_path))
+        self._base = weights if spec.adapter_scale else None
+        self._decoder = Decoder(config, weights, spec.numerics, spec.max_context)
         self._cache = self._decoder.new_cache(spec.num_slots)
         self._generator = torch.Generator().manual_seed(spec.seed)
         self._table = SlotTable(spec.num_slots, spec.max_context)
@@ -156,7 +159,7 @@ class EngineCore:
         return {request.id: request.generation(self._table.output_logprobs(request), "abort") for request in requests}
 
     def update_weights(self, tensors: Mapping[str, Tensor], version: PolicyVersion) -> None:
-        """Take over new weights; with kv = "recompute" all cached keys and values are dropped.
+        """Take over new weights, or adapters of the base; with kv = "recompute" all cached keys and values are dropped.
 
         Raises:
             ConfigError: The engine is not paused, or the version goes back.
@@ -169,7 +172,7 @@ class EngineCore:
                 allowed=f"a paused engine and a version >= {self._version}",
                 fix="call pause, update_weights and resume in this order, with ascending versions",
             )
-        self._decoder.load(tensors)
+        self._decoder.load(tensors if self._base is None else merge(self._base, tensors, self.spec.adapter_scale))
         self._version = version
         running = [request for request in self._requests.values() if request.slot >= 0]
         self._table.sync(running)

@@ -29,11 +29,11 @@ from typing import Final, Literal, TypeVar
 
 import torch
 
-from oldlogits.core.errors import ConfigError, OldLogitsError, ReceiverBehindError, WorkerDiedError
+from oldlogits.core.errors import ConfigError, OldLogitsError, WorkerDiedError
 from oldlogits.core.processes import name_process
-from oldlogits.core.protocols import EngineCapabilities, Generation, PatchWeights, PolicyVersion, Sampling, WeightUpdate
+from oldlogits.core.protocols import EngineCapabilities, Generation, PolicyVersion, Sampling, WeightUpdate
 from oldlogits.rollout.embedded import EngineCore
-from oldlogits.rollout.shared import shared_file
+from oldlogits.rollout.host import HostWeights
 from oldlogits.rollout.slots import check_request
 from oldlogits.rollout.spec import EngineSpec, EngineStats
 from oldlogits.versions import HostCopy
@@ -66,6 +66,7 @@ class _Pause:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Update:
     copy: Path
+    held: PolicyVersion
     version: PolicyVersion
 
 
@@ -127,7 +128,7 @@ class EngineProcess:
         self._generations: dict[str, Future[Generation]] = {}
         self._calls: dict[int, Future[_Value]] = {}
         self._death: OldLogitsError | None = None
-        self._copy: HostCopy | None = None
+        self._weights = HostWeights()
         self._send_lock = threading.Lock()
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
@@ -188,31 +189,11 @@ class EngineProcess:
         Raises:
             ReceiverBehindError: Patches do not lead on from what this host holds: give full weights.
         """
-        copy = self._receive(update, version)
-        await self._call(_Update(copy=copy.path, version=version))
+        await self.load(self._weights.take(update, version), version, version)
 
-    def _receive(self, update: WeightUpdate, version: PolicyVersion) -> HostCopy:
-        """The host's copy, once it holds the version."""
-        if isinstance(update, PatchWeights):
-            if self._copy is None:
-                raise ReceiverBehindError(
-                    "the receiver has no weights yet",
-                    got=f"patches from version {update.base}",
-                    allowed="full weights first",
-                    fix="send the full weights of the version once",
-                )
-            self._copy.take(update.patches, update.base, version)
-        elif self._copy is not None and self._copy.fits(update.tensors):
-            self._copy.load(update.tensors, version)
-        else:
-            self._remove_copy()
-            self._copy = HostCopy.create(shared_file(update.num_bytes), update.tensors, version)
-        return self._copy
-
-    def _remove_copy(self) -> None:
-        if self._copy is not None:
-            self._copy.path.unlink(missing_ok=True)
-            self._copy = None
+    async def load(self, copy: Path, held: PolicyVersion, version: PolicyVersion) -> None:
+        """Replace the weights by those that a `HostCopy` holds as version `held`; later tokens are tagged with `version`."""
+        await self._call(_Update(copy=copy, held=held, version=version))
 
     async def resume(self) -> None:
         """Go on sampling."""
@@ -223,6 +204,20 @@ class EngineProcess:
         value = await self._call("stats")
         assert isinstance(value, EngineStats)
         return value
+
+    async def watch(self) -> None:
+        """Wait until the engine process ends by itself.
+
+        Raises:
+            WorkerDiedError: It did.
+        """
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(self._process.sentinel, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(self._process.sentinel)
+        raise _died(f"exit code {self._process.exitcode}")
 
     def close(self) -> None:
         """End the process; pending calls fail. Leaves no process, thread or file."""
@@ -235,7 +230,7 @@ class EngineProcess:
             self._reader.join()
         self._process.join()
         self._connection.close()
-        self._remove_copy()
+        self._weights.close()
 
     async def _call(self, action: _Action) -> _Value:
         number = next(self._numbers)
@@ -389,10 +384,10 @@ class _Server:
         match action:
             case _Pause(mode=mode, kv=kv):
                 self._finish(self._core.pause(mode, kv))
-            case _Update(copy=path, version=version):
+            case _Update(copy=path, held=held, version=version):
                 if self._copy is None or self._copy.path != path:
                     self._copy = HostCopy(path)
-                with self._copy.read(version) as weights:
+                with self._copy.read(held) as weights:
                     self._core.update_weights(weights, version)
             case "partials":
                 return self._core.partials()

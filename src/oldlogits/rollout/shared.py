@@ -32,6 +32,19 @@ def share(tensors: Mapping[str, Tensor]) -> Path:
     return path
 
 
+def share_text(text: str) -> Path:
+    """Write a text to a new file where weights would go; the writer deletes it."""
+    path = shared_file(len(text))
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def is_shared(path: Path) -> bool:
+    """Whether a path is one that `share` could have made: what another process may be asked to read."""
+    own = path.name.startswith("oldlogits-") and path.suffix == _SUFFIX
+    return own and path.parent in (_SHARED_MEMORY, Path(tempfile.gettempdir())) and not path.is_symlink()
+
+
 def share_bytes(parts: Sequence[bytes | memoryview]) -> tuple[Path, tuple[int, ...]]:
     """Write bytes to a new file as `share` does; returns it and the length of each part, for `take_bytes`."""
     path = shared_file(sum(map(len, parts)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.protocols import EngineCapabilities, PolicyVersion
@@ -22,6 +23,8 @@ class EngineSpec:
         num_slots: Sequences decoded at the same time.
         max_context: The most tokens of one sequence.
         seed: Of the sampler.
+        adapter_scale: Updates bring LoRA adapters, whose product, scaled by this, is added to the folder's weights; 0: they
+            bring all weights.
     """
 
     model_path: str
@@ -29,6 +32,7 @@ class EngineSpec:
     num_slots: int = 128
     max_context: int = 512
     seed: int = 0
+    adapter_scale: float = 0.0
 
     @property
     def capabilities(self) -> EngineCapabilities:
@@ -88,3 +92,22 @@ class EngineStats:
     num_requests: int = 0
     decode: Line = field(default_factory=Line)
     prefill: Line = field(default_factory=Line)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Incident:
+    """Something happened to a server.
+
+    Args:
+        what: It went down, or came back.
+        server: Its address.
+        reason: Why it counts as down, or what was done before it counted as up.
+        num_requests: That ran on it and are sent again.
+        num_kept_tokens: That these have sampled and keep.
+    """
+
+    what: Literal["down", "up"]
+    server: str
+    reason: str
+    num_requests: int = 0
+    num_kept_tokens: int = 0

@@ -57,6 +57,10 @@ class EnvironmentFailed(Exception):  # noqa: N818 - an outcome of an episode, no
     """Environment code raised or timed out; the text says what and where."""
 
 
+class EnvironmentLost(EnvironmentFailed):
+    """An environment ended through no fault of its own: its episode begins again."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnLimits:
     """Where an episode is cut off.
@@ -87,11 +91,21 @@ class Agent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """An episode that the environment ended: an exception or a time-out."""
+    """An episode that the environment ended: an exception or a time-out.
+
+    Args:
+        id: Of the trajectory.
+        group_id: Of its group.
+        reason: What happened.
+        begins_again: Whether the environment was lost with its worker: the episode is played once more.
+        num_tokens: That it had sampled.
+    """
 
     id: str
     group_id: str
     reason: str
+    begins_again: bool = False
+    num_tokens: int = 0
 
 
 async def run_episode(
@@ -114,6 +128,7 @@ async def run_episode(
         MissingLogprobError: The engine returned tokens without log-probs.
     """
     run = agent.run_environment
+    episode: _Episode | None = None
     try:
         environment = await run(environment_class)
         own_row = copy.deepcopy(row)  # an environment may change its arguments; its group shares the row
@@ -122,7 +137,9 @@ async def run_episode(
         stop_reason = await episode.play(_text_of("reset", opening) or "")
         reward = _reward_of(await run(environment.get_reward))
     except EnvironmentFailed as failure:
-        return Failure(id=id, group_id=group_id, reason=str(failure))
+        num_tokens = sum(len(s.token_ids) for s in episode.segments if isinstance(s, Sampled)) if episode else 0
+        again = isinstance(failure, EnvironmentLost)
+        return Failure(id=id, group_id=group_id, reason=str(failure), begins_again=again, num_tokens=num_tokens)
     return Trajectory(id=id, group_id=group_id, segments=tuple(episode.segments), reward=reward, stop_reason=stop_reason)
 
 

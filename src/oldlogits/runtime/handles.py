@@ -22,12 +22,14 @@ from oldlogits.core.protocols import (
     ScoredPieces,
     WeightUpdate,
 )
-from oldlogits.rollout.spec import EngineStats
+from oldlogits.envs.shape import Environment
+from oldlogits.rollout.spec import EngineStats, Incident
 from oldlogits.rollout.turns import EnvironmentRunner
 from oldlogits.runtime.buffer import Buffer
 from oldlogits.sources import EngineScores
+from oldlogits.train.reports import Published, ScoringWork, Witnesses
 from oldlogits.train.step import UpdateResult
-from oldlogits.train.trainer import Published, ScoringWork, Trainer, Witnesses
+from oldlogits.train.trainer import Trainer
 from oldlogits.train.window_scorer import WindowScorer
 from oldlogits.versions import AverageScores
 
@@ -156,12 +158,11 @@ class CallingTrainer:
         return cast(TrainerState, await self._call("state", ()))
 
 
-def inline_trainer(trainer: Trainer, clock: Callable[[], float]) -> CallingTrainer:
+def inline_trainer(carry_out: Callable[[str, tuple[object, ...]], object]) -> CallingTrainer:
     """A trainer of this process: every call is carried out before anything else goes on."""
-    timed = TimedTrainer(trainer, clock)
 
     async def call(method: str, arguments: tuple[object, ...]) -> object:
-        return timed.call(method, arguments)
+        return carry_out(method, arguments)
 
     return CallingTrainer(call)
 
@@ -194,6 +195,8 @@ class Handles:
         real_time: Whether the starts of groups may be spread over time.
         watch: Told of the run's buffer, for a runtime that controls the lags.
         scorer: A second model that only scores, for the route "dedicated".
+        host_environment: Gives the class whose instances the episodes use, for environments that live elsewhere.
+        listen: Told who wants to know what happens to servers.
         workers: Tasks of the runtime that must not end while the run goes on; their errors end it.
     """
 
@@ -205,4 +208,6 @@ class Handles:
     real_time: bool
     watch: Callable[[Buffer], None]
     scorer: DedicatedScorer | None = None
+    listen: Callable[[Callable[[Incident], None]], None] = lambda hear: None
+    host_environment: Callable[[type[Environment]], type[Environment]] = lambda environment_class: environment_class
     workers: tuple[asyncio.Task[None], ...] = ()

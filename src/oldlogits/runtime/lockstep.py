@@ -28,7 +28,7 @@ from oldlogits.runtime.buffer import Buffer
 from oldlogits.runtime.environment import run_inline
 from oldlogits.runtime.handles import Handles, InlineScorer, inline_trainer
 from oldlogits.runtime.lag import Plan, draw_plan
-from oldlogits.train.trainer import Trainer
+from oldlogits.runtime.leading import open_trainer
 from oldlogits.train.window_scorer import WindowScorer
 
 STALLED_ROUNDS = 100_000
@@ -189,10 +189,11 @@ async def open_lockstep(
         num_slots=max(config.engine.num_slots, in_flight + 1),  # held trajectories keep their slots; one for the probe
         max_context=config.env.max_tokens,
         seed=sampler_seed,
+        adapter_scale=config.model.adapter_scale,
     )
     core = EngineCore(spec)
     engine = LockstepEngine(EmbeddedEngine(core), config)
-    trainer = inline_trainer(Trainer(config, model_folder, probe_ids), clock)
+    trainer = inline_trainer(open_trainer(config, model_folder, probe_ids, clock))
 
     async def stats() -> EngineStats:
         return core.stats

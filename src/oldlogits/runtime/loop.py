@@ -33,10 +33,10 @@ from oldlogits.envs.shape import Environment
 from oldlogits.objective import group_advantages
 from oldlogits.record.episodes import Stage
 from oldlogits.record.summary import wilson
-from oldlogits.rollout.timing import Line
 from oldlogits.rollout.turns import Agent
 from oldlogits.runtime.admission import pace_of
 from oldlogits.runtime.buffer import Account, Buffer
+from oldlogits.runtime.busy import Busy, busy_of
 from oldlogits.runtime.calibration import calibrate, doubts
 from oldlogits.runtime.handles import Handles
 from oldlogits.runtime.recorder import Recorder
@@ -47,8 +47,8 @@ from oldlogits.runtime.staleness import StalenessBound
 from oldlogits.runtime.synchronise import Synchroniser
 from oldlogits.runtime.totals import Totals
 from oldlogits.sources import check_scored, make_source
+from oldlogits.train.reports import Published, Witnesses
 from oldlogits.train.step import UpdateResult
-from oldlogits.train.trainer import Published, Witnesses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,33 +59,6 @@ class Task:
     rows: Rows
     agent: Agent
     probe_ids: Sequence[int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Busy:
-    """Seconds that engine and trainer have worked, and what the engine has done, since they started."""
-
-    engine_s: float
-    trainer_s: float
-    num_sampled: int
-    num_requests: int
-    num_found: int
-    waiting_s: float
-    decode: Line
-    prefill: Line
-
-    def __sub__(self, other: Busy) -> Busy:
-        """What was done in between."""
-        return Busy(
-            engine_s=self.engine_s - other.engine_s,
-            trainer_s=self.trainer_s - other.trainer_s,
-            num_sampled=self.num_sampled - other.num_sampled,
-            num_requests=self.num_requests - other.num_requests,
-            num_found=self.num_found - other.num_found,
-            waiting_s=self.waiting_s - other.waiting_s,
-            decode=self.decode - other.decode,
-            prefill=self.prefill - other.prefill,
-        )
 
 
 class Loop:
@@ -247,17 +220,7 @@ class Loop:
             self._recorder.warned(caution, version=self.version)
 
     async def _busy(self) -> Busy:
-        stats, state = await self._handles.engine_stats(), await self._handles.trainer.state()
-        return Busy(
-            engine_s=stats.busy_s,
-            trainer_s=state.busy_s,
-            num_sampled=stats.num_decode_tokens,
-            num_requests=stats.num_requests,
-            num_found=stats.num_prefix_hit_tokens,
-            waiting_s=stats.waiting_s,
-            decode=stats.decode,
-            prefill=stats.prefill,
-        )
+        return busy_of(await self._handles.engine_stats(), await self._handles.trainer.state())
 
     def _count(self, groups: Sequence[TrajectoryGroup], result: UpdateResult, used: Busy, wall_s: float) -> None:
         """Book the update."""
@@ -290,15 +253,8 @@ class Loop:
             "episode/multi_version": sum(len(t.versions) > 1 for t in trajectories) / len(trajectories),
             "staleness/mean": sum(lag * n for lag, n in lags.items()) / num_loss_tokens,
             "staleness/max": max(lags),
-            "throughput/engine_tokens_per_s": used.num_sampled / wall_s,
             "throughput/trainer_tokens_per_s": sum(t.num_tokens for t in trajectories) / wall_s,
-            "engine/requests": used.num_requests,
-            "engine/found_tokens": used.num_found,
-            "engine/waiting_s": used.waiting_s,
-            **used.decode.metrics("engine/decode"),
-            **used.prefill.metrics("engine/prefill"),
-            "idle/engine_share": max(0.0, 1 - used.engine_s / wall_s),
-            "idle/trainer_share": max(0.0, 1 - used.trainer_s / wall_s),
+            **used.metrics(wall_s),
             "queue/running": buffer.running,
             "queue/queued": buffer.queued,
             "queue/admission_open": float(buffer.num_admissible() > 0),
@@ -369,7 +325,12 @@ class Loop:
         every = self._config.record.checkpoint_every
         if done or (every and self.version % every == 0):
             self._remember_rows(rollouts)
-            await self.checkpoint()
+            saving = asyncio.create_task(self.checkpoint())
+            try:
+                await asyncio.shield(saving)
+            except asyncio.CancelledError:  # the trainer goes on writing it: its folder must stay until it is whole
+                await saving
+                raise
 
     def _remember_rows(self, rollouts: Rollouts) -> None:
         self.totals.next_row, self.totals.unfinished_rows = rollouts.next_row, rollouts.unfinished_rows

@@ -22,6 +22,9 @@ EXACT: Final = 1e-4
 DYNAMIC: Final = 0.1
 """Nats, mean: what activations rounded to the neighbouring e4m3 code explain; measured in docs/metrics.md."""
 
+COMPUTED_IN_BF16: Final = 0.1
+"""Nats, mean: what an engine that computes in bf16, where the trainer computes in fp32, explains."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AllowedError:
@@ -55,18 +58,21 @@ class ProbeResult:
     num_above: int
 
 
-def allowed_error(numerics: str, tolerance: float, *, routed: bool) -> AllowedError:
+def allowed_error(numerics: str, tolerance: float, *, routed: bool, arithmetic: str = "fp32") -> AllowedError:
     """The error that the probe allows.
 
     Args:
         numerics: The engine's.
         tolerance: Largest mean |difference| in nats; -1: as known of the numerics.
         routed: Whether the model chooses experts.
+        arithmetic: What the engine computes in.
     """
     if tolerance >= 0:
         return AllowedError(statistic="mean", nats=tolerance)
     if numerics == "fp8_dynamic":
         return AllowedError(statistic="mean", nats=DYNAMIC)
+    if arithmetic == "bf16":
+        return AllowedError(statistic="mean", nats=COMPUTED_IN_BF16)
     return AllowedError(statistic="max", nats=EXACT, routed=routed)
 
 

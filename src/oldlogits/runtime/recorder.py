@@ -18,13 +18,14 @@ from oldlogits.record.folder import RunFolder
 from oldlogits.record.live import LiveView
 from oldlogits.record.summary import Interval
 from oldlogits.record.tables import write_tokens
+from oldlogits.rollout.spec import Incident
 from oldlogits.runtime.calibration import Calibration
 from oldlogits.runtime.probe import ProbeResult
 from oldlogits.runtime.referee import ResetEffect
 from oldlogits.runtime.totals import Sent
 from oldlogits.train.average import AverageReset
+from oldlogits.train.reports import Published, ScoringWork
 from oldlogits.train.step import UpdateResult
-from oldlogits.train.trainer import Published, ScoringWork
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -206,6 +207,22 @@ class Recorder:
             load_s=load_s,
             stall_s=stall_s,
         )
+
+    def happened(self, incident: Incident, *, version: int) -> None:
+        """A server went down or came back."""
+        server, reason = incident.server, incident.reason
+        if incident.what == "up":
+            self.events.emit(EventKind.SERVER_UP, version=version, server=server, reason=reason)
+        else:
+            self.events.emit(
+                EventKind.SERVER_DOWN,
+                version=version,
+                server=server,
+                reason=reason,
+                num_requests=incident.num_requests,
+                num_kept_tokens=incident.num_kept_tokens,
+            )
+        self.view.note(f"server {server} is {incident.what}: {reason}")
 
     def probed(self, result: ProbeResult, witness_error: float, *, version: int) -> None:
         """Engine and trainer were compared; the witnesses' worst error is shown beside it."""

@@ -111,15 +111,25 @@ class Rollouts(Admission):
         else:
             await self._source.on_arrival(closed.trajectories)
 
+    async def _play(self, id: str, group_id: str, row: Row) -> Trajectory | Failure:
+        return await run_episode(self._agent, self._class, row, id=id, group_id=group_id)
+
     async def _play_member(self, group_id: str, member: int, row: Row) -> None:
         id = f"{group_id}.{member}"
         self.gaps.started(id)
         try:
-            outcome = await run_episode(self._agent, self._class, row, id=id, group_id=group_id)
+            while isinstance(outcome := await self._play(id, group_id, row), Failure) and outcome.begins_again:
+                self._source.drop([id])
+                self._events.emit(
+                    EventKind.TRAJECTORY_RESTARTED,
+                    version=self.version,
+                    trajectory=id,
+                    reason=outcome.reason,
+                    num_lost_tokens=outcome.num_tokens,
+                )
         except asyncio.CancelledError:
             self._source.drop([id])
             raise
-        self.gaps.ended(id, well=isinstance(outcome, Trajectory))
         if isinstance(outcome, Failure):
             self._source.drop([id])
             self._buffer.fail(group_id)
@@ -201,7 +211,10 @@ async def evaluate(
     async def work() -> None:
         nonlocal num_ended
         for i in waiting:
-            outcomes[i] = outcome = await run_episode(player, environment_class, rows[i], id=f"{name}.{i}", group_id=name)
+            outcome = await run_episode(player, environment_class, rows[i], id=f"{name}.{i}", group_id=name)
+            while isinstance(outcome, Failure) and outcome.begins_again:
+                outcome = await run_episode(player, environment_class, rows[i], id=f"{name}.{i}", group_id=name)
+            outcomes[i] = outcome
             failures.count(outcome)
             num_ended += 1
             on_progress(num_ended)

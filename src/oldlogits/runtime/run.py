@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import importlib.util
 import math
 import shutil
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import FrameType, MappingProxyType
-from typing import Final
+from types import FrameType
 
 from rich.console import Console
 
 from oldlogits.config import RunConfig
-from oldlogits.core.errors import OldLogitsError
+from oldlogits.core.errors import ConfigError, OldLogitsError
 from oldlogits.core.protocols import Sampling
 from oldlogits.envs.shape import PARSERS, Environment, load_environment, tool_schemas
 from oldlogits.policy.chat import ChatFormat
@@ -40,13 +41,10 @@ from oldlogits.runtime.resume import refuse_another_run, sampler_seed
 from oldlogits.runtime.rows import Rows
 from oldlogits.runtime.staleness import StalenessBound
 from oldlogits.runtime.totals import Totals
-from oldlogits.train.trainer import Witnesses
+from oldlogits.train.reports import Witnesses
 from oldlogits.train.warm_start import spec_of, warm_start
 
 Open = Callable[[RunConfig, Path, Sequence[int], int], AbstractAsyncContextManager[Handles]]
-
-RUNTIMES: Final[Mapping[str, Open]] = MappingProxyType({"lockstep": open_lockstep, "local": open_local})
-"""The runtimes by their name in a recipe."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,9 +87,10 @@ def run(
     title = f"oldlogits: {config.env.target}, {config.variant}, {config.runtime.type}"
     try:
         with LiveView(total_updates=config.num_updates, title=title, console=console) as view:
-            start = prepare_model(config, view.note) if checkpoint is None else Start(model=checkpoint / "model")
+            whole = checkpoint if not config.model.lora_rank else None  # adapters are restored on top of their base
+            start = Start(model=whole / "model") if whole is not None else prepare_model(config, view.note)
             view.note(f"starting engine and trainer ({config.runtime.type})")
-            opened = open_runtime or RUNTIMES[config.runtime.type]
+            opened = open_runtime or _runtime(config, folder)
             result = asyncio.run(_run(config, folder, view, start, totals, checkpoint, opened))
     except KeyboardInterrupt:  # before the loop began, or for the second time
         result = RunResult(summary=_interrupted(config, totals), error=None)
@@ -100,6 +99,36 @@ def run(
     if result.defect is not None:
         raise result.defect
     return result
+
+
+def _runtime(config: RunConfig, folder: RunFolder) -> Open:
+    """The recipe's runtime; servers that it starts leave their messages in the run folder."""
+    match config.runtime.type:
+        case "lockstep":
+            return open_lockstep
+        case "local":
+            return partial(open_local, log_folder=folder.path / "servers")
+        case "ray":
+            return partial(_ray(), folder=folder.path)
+
+
+def _ray() -> Callable[..., AbstractAsyncContextManager[Handles]]:
+    """What opens the runtime ray.
+
+    Raises:
+        ConfigError: A package that it needs is not installed.
+    """
+    for package in ("ray", "httpx", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                "runtime.type = 'ray' needs a package that is not installed",
+                got=f"no {package}",
+                allowed="the extra 'ray'",
+                fix="pip install 'oldlogits[ray]'",
+            )
+    from oldlogits.runtime.ray import open_ray
+
+    return open_ray
 
 
 def _with_versions_folder(config: RunConfig, folder: RunFolder) -> RunConfig:
@@ -135,16 +164,18 @@ async def _run(
     seed = sampler_seed(config.seed, totals.num_updates)
     probe_ids = _probe_ids(chat, environment_class)
     recorder = Recorder(config, folder, view, lambda ids: str(tokenizer.decode(ids)))
-    if checkpoint is None and config.model.is_tiny:
+    if checkpoint is None and start.is_warm:
         recorder.warm_started(start.steps, start.loss, start.seconds_s)
     try:
         async with open_runtime(config, start.model, probe_ids, seed) as handles:
             if checkpoint is not None:
                 await handles.trainer.restore(checkpoint)
             agent = _agent(config, handles, chat)
-            task = Task(environment_class=environment_class, rows=rows, agent=agent, probe_ids=probe_ids)
+            hosted = handles.host_environment(environment_class)
+            task = Task(environment_class=hosted, rows=rows, agent=agent, probe_ids=probe_ids)
             loop = Loop(config, task, handles, recorder, totals)
             handles.watch(loop.buffer)
+            handles.listen(lambda incident: recorder.happened(incident, version=loop.version))
             return await _finish(config, loop, handles, recorder)
     finally:
         recorder.close()
@@ -238,16 +269,17 @@ class Start:
     """The model folder that a run starts from, and how it came to be."""
 
     model: Path
+    is_warm: bool = False
     steps: int = 0
     loss: float = math.nan
     seconds_s: float = 0.0
 
 
 def prepare_model(config: RunConfig, note: Callable[[str], None]) -> Start:
-    """The recipe's model folder, or the tiny model after its warm start (from the cache, if it is there)."""
-    if not config.model.is_tiny:
-        return Start(model=Path(config.model.path))
+    """The recipe's model folder, or what its warm start makes of it or of a tiny model (from the cache, if it is there)."""
     spec = spec_of(config)
+    if not (config.model.is_tiny or spec.steps):
+        return Start(model=Path(config.model.path))
     done, last = 0, math.nan
     started = time.perf_counter()
 
@@ -255,13 +287,13 @@ def prepare_model(config: RunConfig, note: Callable[[str], None]) -> Start:
         nonlocal done, last
         done, last = step, loss
         if step == 1:
-            note(f"warm start of the tiny model: {spec.steps} supervised steps; cached for the next run")
-        elif step % 100 == 0:
+            note(f"warm start of {config.model.path}: {spec.steps} supervised steps; cached for the next run")
+        elif step % (100 if config.model.is_tiny else 1) == 0:
             note(f"warm start: step {step}/{spec.steps}, loss {loss:.3f} nats/token")
 
     folder = warm_start(spec, progress)
     note(f"model: {folder.name}" + ("" if done else ", warm start taken from the cache"))
-    return Start(model=folder, steps=done, loss=last, seconds_s=time.perf_counter() - started)
+    return Start(model=folder, is_warm=True, steps=done, loss=last, seconds_s=time.perf_counter() - started)
 
 
 def _agent(config: RunConfig, handles: Handles, chat: ChatFormat) -> Agent:

@@ -18,7 +18,7 @@ from oldlogits.runtime.handles import Handles
 from oldlogits.runtime.probe import allowed_error, probe
 from oldlogits.runtime.recorder import Recorder
 from oldlogits.runtime.totals import Sent, Totals
-from oldlogits.train.trainer import Published, Witnesses
+from oldlogits.train.reports import Published, Witnesses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,15 +107,15 @@ class Synchroniser:
         return Sent(num_bytes=update.num_bytes, is_patch=isinstance(update, PatchWeights))
 
     async def _check(self, published: Published) -> None:
-        """Probe the engine, and ask the trainer for its witnesses."""
-        config = self._config.engine
-        result = await probe(
-            self._handles.engine,
-            self._probe_ids,
-            published.engine_probe_logps,
-            version=published.version,
-            allowed=allowed_error(config.numerics, config.probe_tolerance, routed=published.is_routed),
-        )
+        """Probe the engine, every replica of it, and ask the trainer for its witnesses; the worst of each counts."""
+        config, can = self._config.engine, self._handles.engine.capabilities
+        allowed = allowed_error(config.numerics, config.probe_tolerance, routed=published.is_routed, arithmetic=can.arithmetic)
+        expected, version = published.engine_probe_logps, published.version
+        results = [
+            await probe(self._handles.engine, self._probe_ids, expected, version=version, allowed=allowed)
+            for _ in range(can.num_replicas)
+        ]
+        result = max(results, key=lambda result: result.max_abs_error)
         of_trainer = (await self._handles.trainer.state()).witnesses
         worst = np.fmax(of_trainer.publish_max_abs_error, self._source.witness_max_abs_error)
         self.witnesses = replace(of_trainer, publish_max_abs_error=float(worst))

@@ -13,8 +13,8 @@ from oldlogits.core.protocols import Publication
 from oldlogits.record.summary import Ended, Interval, Summary, paired_gain, wilson
 from oldlogits.runtime.buffer import Buffer
 from oldlogits.runtime.rollouts import is_success
+from oldlogits.train.reports import ScoringWork, Witnesses
 from oldlogits.train.step import UpdateResult
-from oldlogits.train.trainer import ScoringWork, Witnesses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

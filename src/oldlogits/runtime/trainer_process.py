@@ -5,6 +5,8 @@ Weights and patches travel as files in shared memory; everything else through th
 
 from __future__ import annotations
 
+import atexit
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,9 +17,11 @@ from safetensors.torch import load_file
 from oldlogits.config import RunConfig
 from oldlogits.core.protocols import FullWeights, PatchWeights, PolicyVersion, WeightUpdate
 from oldlogits.rollout.shared import share, share_bytes, take_bytes
-from oldlogits.runtime.handles import CallingTrainer, TimedTrainer
+from oldlogits.runtime.handles import CallingTrainer
+from oldlogits.runtime.launch import launched
+from oldlogits.runtime.leading import open_trainer
 from oldlogits.runtime.worker_process import CarryOut, WorkerProcess
-from oldlogits.train.trainer import Published, Trainer
+from oldlogits.train.reports import Published
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,10 +69,12 @@ class TrainerProcess(WorkerProcess):
 
 
 def _build(config: RunConfig, model_folder: Path, probe_ids: Sequence[int]) -> CarryOut:
-    timed = TimedTrainer(Trainer(config, model_folder, probe_ids), time.perf_counter)
+    if launched() is not None:
+        atexit.register(os._exit, 0)  # the usual way out waits for exchanges with ranks that may be gone
+    trainer = open_trainer(config, model_folder, probe_ids, time.perf_counter)
 
     def carry_out(method: str, arguments: tuple[object, ...]) -> object:
-        value = timed.call(method, arguments)
+        value = trainer(method, arguments)
         if isinstance(value, Published):
             nothing = FullWeights(tensors={})
             return _PublishedInFile(published=replace(value, update=nothing), update=_shared(value.update))

@@ -25,16 +25,17 @@ from torch import Tensor
 from oldlogits.batch import TokenBatch
 from oldlogits.config import RunConfig
 from oldlogits.config.schema import RecordConfig, SourceConfig
+from oldlogits.core.errors import ConfigError
 from oldlogits.core.protocols import FullWeights, Scored
 from oldlogits.policy.model import load_model, point_at
-from oldlogits.policy.scorer import score_tokens
+from oldlogits.policy.scorer import ForwardSizes, score_tokens
 from oldlogits.runtime.handles import CallingTrainer, Handles
 from oldlogits.runtime.lockstep import open_lockstep
 from oldlogits.runtime.run import run
 from oldlogits.sources.aged import aged_logp
 from oldlogits.train.average import Averaging
+from oldlogits.train.reports import Published
 from oldlogits.train.step import UpdateResult
-from oldlogits.train.trainer import Published
 from oldlogits.versions import FullCopyStore
 
 Decay = Literal["window", "mean-lag", "auto"]
@@ -96,9 +97,17 @@ def record_trace(config: RunConfig, out: Path, num_scored: int) -> pa.Table:
         and ``logp_stand_in``, which the run trained with.
 
     Raises:
+        ConfigError: Its forward weights are not fp32.
         OldLogitsError: What ended the run.
         KeyboardInterrupt: It was interrupted.
     """
+    if config.model.forward_dtype != "fp32":
+        raise ConfigError(
+            "the recorder of traces keeps fp32 versions, and averages these in place of masters",
+            got=f"model.forward_dtype = '{config.model.forward_dtype}'",
+            allowed="model.forward_dtype = 'fp32'",
+            fix="remove model.forward_dtype from the recipe of the traces",
+        )
     config = replace(config, record=RecordConfig(tokens_every=0, transcripts_every=0, checkpoint_every=0))
     tracers: list[Tracer] = []
 
@@ -210,7 +219,7 @@ class Tracer(CallingTrainer):
     def _score_with(self, weights: Mapping[str, Tensor], batch: TokenBatch, flat: NDArray[np.int64]) -> NDArray[np.float32]:
         t = self._config.trainer
         point_at(self._module, weights)
-        sizes = {"micro_batch_tokens": t.micro_batch_tokens, "head_chunk_tokens": t.head_chunk_tokens}
+        sizes: ForwardSizes = {"micro_batch_tokens": t.micro_batch_tokens, "head_chunk_tokens": t.head_chunk_tokens}
         return score_tokens(self._module, batch, flat, **sizes)
 
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from oldlogits.config import RunConfig
@@ -142,32 +140,30 @@ class Averaging:
         guard_holds = found.kept_live > found.kept_average and version >= self._no_reset_before
         return found if found.rho < found.tau and (source.reset == "paper" or guard_holds) else None
 
-    def save(self, path: Path) -> None:
-        """Write everything that `restore` needs as safetensors."""
-        versions = list(self._probes)
-        state = self.average.state() | {
+    def state(self) -> dict[str, Tensor]:
+        """Everything that `load` needs, but for the averaged weights themselves."""
+        return {
+            "counters": self.average.counters,
             "lags": torch.from_numpy(np.array(list(self._lags), np.int64)),
-            "probe_versions": torch.tensor(versions, dtype=torch.int64),
+            "probe_versions": torch.tensor(list(self._probes), dtype=torch.int64),
             "probe_logps": torch.from_numpy(np.array(list(self._probes.values()), np.float32)),
             "no_reset_before": torch.tensor(self._no_reset_before),
         }
-        save_file(state, path)
 
-    def restore(self, path: Path) -> None:
-        """Go on from what `save` wrote; lags that were measured under another window are left out.
+    def load(self, state: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+        """Go on from a `state` and averaged weights; lags that were measured under another window are left out.
 
         Raises:
             RunFolderError: The run that wrote the checkpoint kept no average.
         """
-        if not path.is_file():
+        if not state:
             raise RunFolderError(
                 "the checkpoint has no weight average",
-                got=f"no {path.name} in {path.parent}",
+                got="a state without one",
                 allowed=f"a checkpoint of a run with source.type = {' or '.join(sorted(AVERAGING_SOURCES))}",
                 fix="resume with the recipe that the run was started with",
             )
-        state = load_file(path)
-        self.average.load(state)
+        self.average.load(weights, state["counters"])
         lags = state["lags"].numpy()
         self._lags.extend(lags if lags.ndim == 2 and lags.shape[1] == self._config.window + 1 else [])
         versions, logps = state["probe_versions"].tolist(), state["probe_logps"].numpy()

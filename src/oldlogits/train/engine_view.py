@@ -6,7 +6,6 @@ Hugging Face model must give the engine's log-probs up to fp32 rounding, however
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import ParamSpec, TypeVar
 
@@ -16,17 +15,32 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from oldlogits.policy.model import named_weights
+from oldlogits.policy.ranks import ALONE, Ranks
+from oldlogits.policy.sharding import shard_model
 from oldlogits.rollout.numerics import Numerics, round_linear, round_other, round_rows_to_e4m3
+from oldlogits.train.policy import plain_copy, plain_weights
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def engine_weights(model: nn.Module, numerics: Numerics) -> Iterator[tuple[str, Tensor]]:
-    """Rounded fp32 copies of the model's weights, one by one, as the engine holds them; a tied head is one of its own."""
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            yield f"{path}.{name}", (round_linear if _is_linear(module, name) else round_other)(parameter, numerics)
+def engine_weights(
+    model: nn.Module, numerics: Numerics, dtype: torch.dtype = torch.float32, scale: float = 0.0
+) -> Iterator[tuple[str, Tensor]]:
+    """Rounded fp32 copies of the model's forward weights, one by one, as the engine holds them; a tied head is one of its own.
+
+    Args:
+        model: Holds masters.
+        numerics: The engine's.
+        dtype: Of the forward weights.
+        scale: Of its adapters' product, if it has adapters; they are added before rounding.
+
+    Yields:
+        Of a sharded model this rank's slices, which are whole rows, with their scales.
+    """
+    for name, module, weight in plain_weights(model, dtype, scale):
+        rounded = round_linear if _is_linear(module, name.rpartition(".")[2]) else round_other
+        yield name, rounded(weight, numerics)
 
 
 def _is_linear(module: nn.Module, name: str) -> bool:
@@ -43,11 +57,21 @@ class EngineView:
     Args:
         model: The trainer's model, whose weights are taken over; it stays as it is.
         numerics: The engine's.
+        dtype: Of the forward weights.
+        scale: Of its adapters' product.
+        ranks: Among which the copy is sharded; the model is whole.
     """
 
-    def __init__(self, model: PreTrainedModel, numerics: Numerics) -> None:
-        self._numerics = numerics
-        self.model = copy.deepcopy(model).requires_grad_(False)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        numerics: Numerics,
+        dtype: torch.dtype = torch.float32,
+        scale: float = 0.0,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self._numerics, self._dtype, self._scale = numerics, dtype, scale
+        self.model = plain_copy(model)
         head = self.model.get_output_embeddings()
         own = head.weight.detach().clone()  # a tied head is rounded, its embedding is not
         head.weight = nn.Parameter(own, requires_grad=False)
@@ -55,11 +79,16 @@ class EngineView:
             for module in (self.model.base_model, head):
                 module.forward = _with_rounded_inputs(module.forward)
         self.hold(model)
+        shard_model(self.model, ranks)
 
     def hold(self, model: PreTrainedModel) -> None:
-        """Round the weights that the trainer's model has now, and score with them from here on: one copy, in place."""
+        """Round the weights that the trainer's model has now, and score with them from here on: one copy, in place.
+
+        Args:
+            model: The trainer's, sharded if the copy is.
+        """
         held = named_weights(self.model)
-        for name, weight in engine_weights(model, self._numerics):
+        for name, weight in engine_weights(model, self._numerics, self._dtype, self._scale):
             held[name].copy_(weight)
 
 

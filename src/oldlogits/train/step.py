@@ -2,15 +2,16 @@
 
 for each optimizer step:
     weights = 1 / N over the whole step                     (token_weights: known before the first micro-batch)
-    for each micro-batch:
+    for each micro-batch of this rank:
         logp[THETA] -> split_ratio -> surrogate -> loss.backward()
-    clip the gradient -> AdamW
+    sum over the ranks: the gradient while it is computed, then the loss and what was seen
+    clip the gradient by its norm over all ranks -> AdamW
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from oldlogits.batch import TokenBatch, micro_batches
+from oldlogits.batch import Dealt, TokenBatch, deal
 from oldlogits.config import RunConfig
 from oldlogits.core.errors import MissingLogprobError, NonFiniteError
 from oldlogits.core.policies import LINEAR, LOGLINEAR, MU, OLD, STAND_IN_PROVENANCE, THETA, Policy, Provenance, find_variant
@@ -39,8 +40,12 @@ from oldlogits.objective import (
     token_weights,
     weighted_loss,
 )
-from oldlogits.policy.scorer import action_logps
+from oldlogits.policy.ranks import ALONE, Ranks
+from oldlogits.policy.scorer import ForwardSizes, action_logps, score_tokens
+from oldlogits.policy.sharding import whole
 from oldlogits.train.average import AverageReset
+from oldlogits.train.loss_tokens import LossTokens, Seen
+from oldlogits.train.optimizer import Optimizer
 from oldlogits.train.witness import WITNESS_TOLERANCE, check_witness, is_routed, judged_error, num_excused
 
 Column = NDArray[np.generic]
@@ -71,64 +76,26 @@ class UpdateResult:
     average_reset: AverageReset | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LossTokens:
-    """The loss tokens of a batch as tensors, in batch order: what the objective reads.
-
-    Args:
-        flat: int64 [token]; index in the flat batch.
-        advantages: float32 [token].
-        staleness: int64 [token].
-        step: int64 [token]; the optimizer step that trains it.
-        sequence: int64 [token].
-        logp: float32 [token] by policy: MU, and the stand-in where a source provides it.
-    """
-
-    flat: NDArray[np.int64]
-    advantages: Tensor
-    staleness: Tensor
-    step: Tensor
-    sequence: Tensor
-    logp: Mapping[Policy, Tensor]
-
-    @classmethod
-    def of(cls, batch: TokenBatch, scored: Scored | None, version: int) -> LossTokens:
-        """Gather the loss tokens of a batch that enters training at `version`."""
-        flat = np.flatnonzero(batch.loss_mask)
-        sequence = batch.sequence[flat]
-        logp = {MU: torch.from_numpy(batch.logp_mu[flat])}
-        if scored is not None:
-            logp[scored.policy] = torch.from_numpy(scored.values)
-        return cls(
-            flat=flat,
-            advantages=torch.from_numpy(batch.advantages[sequence]),
-            staleness=torch.from_numpy(version - batch.version[flat]),
-            step=torch.from_numpy(batch.step[sequence]),
-            sequence=torch.from_numpy(sequence),
-            logp=logp,
-        )
-
-
 def update(
     model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
+    optimizer: Optimizer,
     batch: TokenBatch,
     scored: Scored | None,
     *,
     version: int,
     config: RunConfig,
+    ranks: Ranks = ALONE,
 ) -> UpdateResult:
     """Train one batch in ``trainer.steps_per_version`` optimizer steps.
 
     Args:
         model: Holds the live weights THETA.
         optimizer: Over the model's parameters.
-        schedule: Of the learning rate.
         batch: The trajectories.
         scored: The stand-in's log-probs, or None for a variant that needs no source.
         version: The trainer's version before the first step.
         config: The run.
+        ranks: That hold the model; all make this call with the same batch, and return the same.
 
     Raises:
         MissingLogprobError: The variant needs log-probs that `scored` does not hold.
@@ -145,18 +112,17 @@ def update(
             allowed="one per loss token",
             fix="pass the batch through its source first",
         )
-    seen = _Seen.empty(len(tokens.flat))
+    seen = Seen.empty(len(tokens.flat))
     losses, norms, lag0 = [], [], math.nan
     lag0_above: Mapping[str, float] = {}
     for step in range(config.trainer.steps_per_version):
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(_accumulate(model, batch, tokens, step, seen, config))
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.trainer.grad_clip))
+        optimizer.zero_grad()
+        losses.append(_accumulate(model, batch, tokens, step, seen, config, ranks))
+        norms.append(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.trainer.grad_clip)))
         if step == 0 and variant.stand_in is OLD:
             lag0, lag0_above = _witness_lag0(model, tokens, seen, torch.from_numpy(batch.mixed_kv[tokens.flat]))
         _check_finite(losses[-1], norms[-1], version, step)
         optimizer.step()
-        schedule.step()
     metrics = {
         "loss/value": float(torch.stack(losses).mean()),
         "grad/norm": float(torch.stack(norms).mean()),
@@ -192,44 +158,26 @@ def recipe_surrogate(split: SplitRatio, advantages: Tensor, loss_mask: Tensor, c
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Seen:
-    """Detached values of every loss token, at the step that trained it."""
-
-    theta: Tensor
-    stand_in: Tensor
-    log_r_d: Tensor
-    log_r_s: Tensor
-    band_mask: Tensor
-    clip_mask: Tensor
-    active_mask: Tensor
-
-    @classmethod
-    def empty(cls, num_tokens: int) -> _Seen:
-        floats = (torch.full((num_tokens,), math.nan) for _ in range(4))
-        masks = (torch.zeros(num_tokens, dtype=torch.bool) for _ in range(3))
-        theta, stand_in, log_r_d, log_r_s = floats
-        band_mask, clip_mask, active_mask = masks
-        return cls(
-            theta=theta,
-            stand_in=stand_in,
-            log_r_d=log_r_d,
-            log_r_s=log_r_s,
-            band_mask=band_mask,
-            clip_mask=clip_mask,
-            active_mask=active_mask,
-        )
-
-
 def _accumulate(
-    model: PreTrainedModel, batch: TokenBatch, tokens: LossTokens, step: int, seen: _Seen, config: RunConfig
+    model: PreTrainedModel,
+    batch: TokenBatch,
+    tokens: LossTokens,
+    step: int,
+    seen: Seen,
+    config: RunConfig,
+    ranks: Ranks,
 ) -> Tensor:
-    """Accumulate the gradient of one optimizer step; returns its loss (0-d, detached)."""
+    """Accumulate the gradient of one optimizer step; returns its loss (0-d, detached).
+
+    Ranks average their gradients: each computes that of its own micro-batches times the number of ranks.
+    """
     variant = find_variant(config.variant)
     chosen = tokens.step == step
-    weights = _step_weights(model, batch, tokens, chosen, config)
+    weights = _step_weights(model, batch, tokens, chosen, config, ranks)
     total = torch.zeros(())
-    for micro in micro_batches(batch, tokens.flat[chosen.numpy()], config.trainer.micro_batch_tokens):
+    seen.begin(chosen)
+    for one in _dealt(batch, tokens, chosen, config, ranks):
+        micro = one.micro
         here = torch.from_numpy(np.searchsorted(tokens.flat, micro.flat.numpy()))
         theta = action_logps(model, micro, head_chunk_tokens=config.trainer.head_chunk_tokens)
         logp = {policy: values[here] for policy, values in tokens.logp.items()} | {THETA: theta}
@@ -237,8 +185,10 @@ def _accumulate(
             logp[variant.stand_in] = _interpolate(variant.stand_in, logp[MU], theta, tokens.staleness[here], config)
         split = split_ratio(variant, logp)
         terms = recipe_surrogate(split, tokens.advantages[here], torch.ones_like(here, dtype=torch.bool), config)
-        loss = weighted_loss(terms.values, weights[here])
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = weighted_loss(terms.values, weights[here] * float(one.counts))
+        (loss * ranks.num_ranks).backward()  # type: ignore[no-untyped-call]
+        if not one.counts:
+            continue
         total += loss.detach()
         seen.theta[here] = theta.detach()
         seen.stand_in[here] = logp[variant.stand_in].detach()
@@ -247,21 +197,29 @@ def _accumulate(
         seen.band_mask[here] = terms.band_mask
         seen.clip_mask[here] = terms.clip_mask
         seen.active_mask[here] = terms.active_mask
-    return total
+    seen.share(chosen, ranks)
+    return ranks.sum(total)
 
 
-def _step_weights(model: PreTrainedModel, batch: TokenBatch, tokens: LossTokens, chosen: Tensor, config: RunConfig) -> Tensor:
+def _dealt(batch: TokenBatch, tokens: LossTokens, chosen: Tensor, config: RunConfig, ranks: Ranks) -> Iterator[Dealt]:
+    """This rank's micro-batches of the chosen tokens."""
+    flat = tokens.flat[chosen.numpy()]
+    return deal(batch, flat, config.trainer.micro_batch_tokens, rank=ranks.rank, num_ranks=ranks.num_ranks)
+
+
+def _step_weights(
+    model: PreTrainedModel, batch: TokenBatch, tokens: LossTokens, chosen: Tensor, config: RunConfig, ranks: Ranks
+) -> Tensor:
     """Each token's share of the loss of its optimizer step; 0 for tokens of other steps."""
     objective, variant = config.objective, find_variant(config.variant)
     kept = chosen
     if objective.denominator == "token-mean-kept":
         logp = dict(tokens.logp)
         if variant.stand_in in INTERPOLATE and not variant.r_d.is_one:
-            theta = torch.empty(len(tokens.flat))
-            with torch.no_grad():
-                for micro in micro_batches(batch, tokens.flat[chosen.numpy()], config.trainer.micro_batch_tokens):
-                    here = np.searchsorted(tokens.flat, micro.flat.numpy())
-                    theta[here] = action_logps(model, micro, head_chunk_tokens=config.trainer.head_chunk_tokens)
+            theta = torch.zeros(len(tokens.flat))
+            t = config.trainer
+            sizes: ForwardSizes = {"micro_batch_tokens": t.micro_batch_tokens, "head_chunk_tokens": t.head_chunk_tokens}
+            theta[chosen] = torch.from_numpy(score_tokens(model, batch, tokens.flat[chosen.numpy()], **sizes, ranks=ranks))
             logp[variant.stand_in] = _interpolate(variant.stand_in, logp[MU], theta, tokens.staleness, config)
         kept = kept_mask(log_discrepancy(variant, logp), chosen, config.band)
     return token_weights(
@@ -282,7 +240,7 @@ def _interpolate(stand_in: Policy, logp_mu: Tensor, theta: Tensor, staleness: Te
 
 
 def _witness_lag0(
-    model: PreTrainedModel, tokens: LossTokens, seen: _Seen, mixed_kv: Tensor
+    model: PreTrainedModel, tokens: LossTokens, seen: Seen, mixed_kv: Tensor
 ) -> tuple[float, Mapping[str, float]]:
     """Witness (b): before the first optimizer step, THETA equals OLD on tokens of the current version and fresh entries.
 
@@ -308,7 +266,7 @@ def _check_finite(loss: Tensor, norm: Tensor, version: int, step: int) -> None:
         )
 
 
-def _diagnostics(tokens: LossTokens, seen: _Seen, config: RunConfig) -> dict[str, float]:
+def _diagnostics(tokens: LossTokens, seen: Seen, config: RunConfig) -> dict[str, float]:
     return to_metrics(
         diagnose(
             seen.log_r_d,
@@ -323,7 +281,7 @@ def _diagnostics(tokens: LossTokens, seen: _Seen, config: RunConfig) -> dict[str
     )
 
 
-def _band_shares(tokens: LossTokens, seen: _Seen, band: float) -> dict[str, float]:
+def _band_shares(tokens: LossTokens, seen: Seen, band: float) -> dict[str, float]:
     """What the band keeps of the first step's tokens: with the stand-in in r_d, and with the weights before that step."""
     first = tokens.step == 0
     all_of_them, mu = first[first], tokens.logp[MU][first]
@@ -334,7 +292,7 @@ def _band_shares(tokens: LossTokens, seen: _Seen, band: float) -> dict[str, floa
     return {"mask/rho_band_first": share(seen.stand_in), "mask/rho_band_live": share(seen.theta)}
 
 
-def _num_truncated(seen: _Seen, config: RunConfig) -> int:
+def _num_truncated(seen: Seen, config: RunConfig) -> int:
     """Finite loss tokens whose r_s exceeds the truncation; 0 where the clip is PPO's."""
     truncation = config.objective.truncation if config.objective.clip == "truncated" else math.inf
     return int((seen.clip_mask & (seen.log_r_s > math.log(truncation))).sum())
@@ -360,7 +318,7 @@ def _provenance(mixed_kv: NDArray[np.bool_], stand_in: Policy, label: Provenance
 
 
 def _table(
-    batch: TokenBatch, tokens: LossTokens, seen: _Seen, stand_in: Policy, label: Provenance, version: int
+    batch: TokenBatch, tokens: LossTokens, seen: Seen, stand_in: Policy, label: Provenance, version: int
 ) -> dict[str, Column]:
     flat = tokens.flat
     sequence = tokens.sequence.numpy()

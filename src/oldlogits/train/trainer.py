@@ -1,26 +1,26 @@
-"""The trainer: live weights, optimizer, version store and scoring module of one process.
+"""The trainer: live weights, optimizer, version store and scoring module, of one process or sharded over several ranks.
 
     put_batch -> score(tokens, at=version | live) ... -> train -> publish -> (engine reads the weights)
     score_pieces(pieces, at=version) at any time: tokens of trajectories that are not, or not yet, in the batch
 
-The live weights are never switched: a second module, without gradients, reads the resident copy of the store.
+The live weights are never switched: a second module, without gradients, reads the resident copy of the store. Over several
+ranks every one makes the same calls, each holds its slices of everything, and all return the same but for weights and patches.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -28,90 +28,32 @@ from oldlogits.batch import Sequences, TokenBatch, pack, read_lengths
 from oldlogits.config import RunConfig
 from oldlogits.core.errors import RunFolderError, VersionEvictedError
 from oldlogits.core.policies import SOURCES
-from oldlogits.core.protocols import FullWeights, Piece, PolicyVersion, Publication, Scored, ScoredPieces, WeightUpdate
+from oldlogits.core.protocols import FullWeights, Piece, PolicyVersion, Scored, ScoredPieces
+from oldlogits.policy.forward import FORWARD_DTYPES, round_at_use
+from oldlogits.policy.lora import write_adapters
 from oldlogits.policy.mixed import MixedForward
-from oldlogits.policy.model import load_model, load_tokenizer, named_weights, point_at
-from oldlogits.policy.scorer import score_tokens
+from oldlogits.policy.model import (
+    load_tokenizer,
+    local,
+    named_weights,
+    point_at,
+    recompute_layers,
+    write_model,
+)
+from oldlogits.policy.ranks import ALONE, Ranks
+from oldlogits.policy.scorer import ForwardSizes, score_tokens
+from oldlogits.policy.sharding import shard_model, whole_weights
 from oldlogits.sources import EngineScores
 from oldlogits.train.average import AVERAGING_SOURCES, Averaging
+from oldlogits.train.checkpoint import of_kind, read_state, sliced, write_state
 from oldlogits.train.engine_view import EngineView
-from oldlogits.train.held_versions import HeldVersions
+from oldlogits.train.held_versions import HeldVersions, shards_of
+from oldlogits.train.optimizer import Optimizer
+from oldlogits.train.policy import folder_weights, load_policy, share_base
+from oldlogits.train.reports import Published, ScoringWork, Witnesses
 from oldlogits.train.step import UpdateResult, update
 from oldlogits.train.witness import check_witness, is_routed, max_error, probe_of
 from oldlogits.versions import AverageScores
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Published:
-    """A version that was just published.
-
-    Args:
-        version: Its number.
-        update: What a receiver of the version before is to be given; views of the live weights are valid until the next step.
-        probe_logps: float32 [probe token]: what the live weights give the fixed probe tokens.
-        engine_probe_logps: float32 [probe token]: what they give them with the engine's numerics.
-        is_routed: Whether its layers choose experts.
-        store_bytes: Bytes of all versions that the store holds.
-        store_s: Seconds that storing this one took.
-        publication: What the store did with this one; None: the source needs no stored versions.
-    """
-
-    version: PolicyVersion
-    update: WeightUpdate
-    probe_logps: NDArray[np.float32]
-    engine_probe_logps: NDArray[np.float32]
-    is_routed: bool
-    store_bytes: int
-    store_s: float
-    publication: Publication | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoringWork:
-    """What scoring batches and pieces has cost the trainer since it started; its own checks are not in it.
-
-    Args:
-        read_tokens: Tokens that forward passes have read, each sequence up to its last scored token.
-        num_checkouts: How often weights were asked for, those that scored last included.
-        switch_s: Seconds until the module pointed at them, checkout included.
-        witness_s: Seconds of the witnesses that followed.
-    """
-
-    read_tokens: int = 0
-    num_checkouts: int = 0
-    switch_s: float = 0.0
-    witness_s: float = 0.0
-
-    def __add__(self, other: ScoringWork) -> ScoringWork:
-        """Both."""
-        return ScoringWork(
-            read_tokens=self.read_tokens + other.read_tokens,
-            num_checkouts=self.num_checkouts + other.num_checkouts,
-            switch_s=self.switch_s + other.switch_s,
-            witness_s=self.witness_s + other.witness_s,
-        )
-
-    def __sub__(self, other: ScoringWork) -> ScoringWork:
-        """What was done in between."""
-        return ScoringWork(
-            read_tokens=self.read_tokens - other.read_tokens,
-            num_checkouts=self.num_checkouts - other.num_checkouts,
-            switch_s=self.switch_s - other.switch_s,
-            witness_s=self.witness_s - other.witness_s,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Witnesses:
-    """Largest errors of the witnesses of exactness so far, in nats; NaN before the first.
-
-    Args:
-        publish_max_abs_error: A checkout against what the live weights gave the probe tokens at publish.
-        lag0_max_abs_error: OLD against THETA on lag-0 tokens before the first optimizer step.
-    """
-
-    publish_max_abs_error: float = math.nan
-    lag0_max_abs_error: float = math.nan
 
 
 class Trainer:
@@ -121,39 +63,55 @@ class Trainer:
         config: The run.
         model_folder: A Hugging Face folder.
         probe_ids: Fixed tokens, at least two, that witness every published version.
+        ranks: That hold the model; each has such a trainer.
 
     Raises:
         ModelFolderError: The folder cannot be loaded.
     """
 
-    def __init__(self, config: RunConfig, model_folder: Path, probe_ids: Sequence[int]) -> None:
+    def __init__(self, config: RunConfig, model_folder: Path, probe_ids: Sequence[int], ranks: Ranks = ALONE) -> None:
         torch.set_num_threads(1)
         torch.manual_seed(config.seed)
-        self._config = config
-        self._model = load_model(model_folder)
-        self._tokenizer = load_tokenizer(model_folder)
-        self._scoring = copy.deepcopy(self._model).requires_grad_(False)
+        self._config, self._ranks = config, ranks
+        with ranks.agreeing():
+            self._model, self._tokenizer = load_policy(config.model, model_folder), load_tokenizer(model_folder)
+        self._dtype = FORWARD_DTYPES[config.model.forward_dtype]
+        self._build_modules()
         stores_versions = SOURCES[config.source.type].stores_versions or config.referee.share > 0
         sends_patches = config.runtime.type != "lockstep" and config.versions.sync == "auto"
-        self._held = HeldVersions(config.versions, sends_patches=sends_patches) if stores_versions else None
+        shards = shards_of(self._model, ranks)
+        self._held = (
+            HeldVersions(config.versions, self._dtype, shards, ranks, sends_patches=sends_patches) if stores_versions else None
+        )
         averages = config.source.type in AVERAGING_SOURCES
         self._averaging = Averaging(config, named_weights(self._model)) if averages else None
-        numerics = config.engine.numerics
-        self._engine_view = None if numerics == "fp32" else EngineView(self._model, numerics)
         self._engine_noise: dict[PolicyVersion, NDArray[np.float32]] = {}
         self._probe = probe_of(probe_ids)
         self._probe_logps: dict[PolicyVersion, NDArray[np.float32]] = {}
         t = config.trainer
-        self._sizes = {"micro_batch_tokens": t.micro_batch_tokens, "head_chunk_tokens": t.head_chunk_tokens}
-        self._optimizer = torch.optim.AdamW(
-            self._model.parameters(), lr=t.lr, betas=(t.beta1, t.beta2), weight_decay=t.weight_decay, fused=True
-        )
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, _schedule(config))
+        self._sizes: ForwardSizes = {"micro_batch_tokens": t.micro_batch_tokens, "head_chunk_tokens": t.head_chunk_tokens}
+        self._optimizer = Optimizer(self._model, config)
         self._batch: TokenBatch | None = None
         self._scored: Scored | None = None
         self.version: PolicyVersion = 0
         self.witnesses = Witnesses()
         self.work = ScoringWork()
+
+    def _build_modules(self) -> None:
+        """From the whole model: one that scores, one that computes as the engine does, and the live one, all sharded."""
+        config = self._config
+        self._scoring = copy.deepcopy(self._model).requires_grad_(False)
+        point_at(self._scoring, {name: weight.to(self._dtype) for name, weight in named_weights(self._model).items()})
+        numerics = config.engine.numerics
+        scale = config.model.adapter_scale
+        self._engine_view = None if numerics == "fp32" else EngineView(self._model, numerics, self._dtype, scale, self._ranks)
+        if config.trainer.activation_checkpointing:
+            recompute_layers(self._model)
+        for model in (self._model, self._scoring):
+            round_at_use(model, self._dtype)
+            shard_model(model, self._ranks)
+        if self._ranks.mesh is None:
+            share_base(self._scoring, self._model)
 
     @property
     def num_parameters(self) -> int:
@@ -169,11 +127,9 @@ class Trainer:
         """Store the live weights as the current version, and let them witness it."""
         weights = named_weights(self._model)
         started = time.perf_counter()
-        publication: Publication | None = None
-        update: WeightUpdate = FullWeights(tensors=weights)
-        if self._held is not None:
-            publication, update = self._held.publish(self.version, weights)
+        publication, patches = self._held.publish(self.version, weights) if self._held is not None else (None, None)
         store_s = time.perf_counter() - started
+        update = patches or self.full_weights()
         point_at(self._scoring, weights)
         probe_logps = self._probe_logps[self.version] = self._score_with(self._scoring, *self._probe)
         if self._averaging is not None:
@@ -188,14 +144,14 @@ class Trainer:
             probe_logps=probe_logps,
             engine_probe_logps=engine_probe_logps,
             is_routed=is_routed(self._model),
-            store_bytes=self._held.store.num_bytes if self._held is not None else 0,
+            store_bytes=sum(self._ranks.gather(self._held.store.num_bytes)) if self._held is not None else 0,
             store_s=store_s,
             publication=publication,
         )
 
     def full_weights(self) -> FullWeights:
-        """The live weights, for a receiver that cannot take a patch; views, valid until the next step."""
-        return FullWeights(tensors=named_weights(self._model))
+        """The live forward weights, for a receiver that cannot take a patch; valid until the next step, on the first rank."""
+        return FullWeights(tensors=whole_weights(self._model, self._dtype, self._ranks))
 
     def put_batch(self, batch: TokenBatch) -> None:
         """Take the batch that the next calls of `score` and `train` are about."""
@@ -229,7 +185,7 @@ class Trainer:
             TrajectoryError: The batch does not say which versions computed them.
         """
         batch = self._current_batch()
-        forward = MixedForward(self._scoring, batch, **self._sizes)
+        forward = MixedForward(self._scoring, batch, **self._sizes, ranks=self._ranks)
         self.work += ScoringWork(read_tokens=forward.num_entries)
         for version in batch.versions:
             with self._scoring_at(version):
@@ -285,7 +241,15 @@ class Trainer:
         """
         batch = self._current_batch()
         self._scored = scored
-        result = update(self._model, self._optimizer, self._schedule, batch, scored, version=self.version, config=self._config)
+        result = update(
+            self._model,
+            self._optimizer,
+            batch,
+            scored,
+            version=self.version,
+            config=self._config,
+            ranks=self._ranks,
+        )
         self._witness_lag0(result.lag0_max_abs_error)
         self._batch = None
         self.version += 1
@@ -308,6 +272,8 @@ class Trainer:
 
     def save_batch(self, folder: Path) -> Path:
         """Write the batch in training, and the stand-in's log-probs of it, to a folder for a post-mortem."""
+        if not self._ranks.is_first:
+            return folder
         batch = asdict(self._current_batch())
         folder.mkdir(parents=True, exist_ok=True)
         ids = batch.pop("trajectory_ids")
@@ -321,54 +287,69 @@ class Trainer:
         return folder
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint: ``model/`` in the standard format, ``state/`` to resume from."""
-        self._model.save_pretrained(folder / "model")
-        self._tokenizer.save_pretrained(folder / "model")
+        """Write a checkpoint: ``model/`` in the standard format, ``state/`` to resume from, under any number of ranks.
+
+        With adapters ``model/`` has them added, and ``adapter/`` holds them by themselves, as peft reads them.
+
+        Args:
+            folder: The same on all ranks.
+        """
+        m = self._config.model
+        weights = folder_weights(self._model, self._dtype, m.adapter_scale, self._ranks)
+        adapters = self.full_weights().tensors if m.lora_rank else {}
         state = folder / "state"
-        state.mkdir(parents=True, exist_ok=True)
-        names = [name for name, _ in self._model.named_parameters()]
-        moments = self._optimizer.state_dict()["state"]
-        tensors = {f"{names[i]}|{key}": value for i, entry in moments.items() for key, value in entry.items()}
-        save_file(tensors | {"rng": torch.get_rng_state()}, state / "optimizer.safetensors")
-        counters = {"version": self.version, "schedule_steps": self._schedule.last_epoch, **asdict(self.witnesses)}
-        (state / "trainer.json").write_text(json.dumps(counters, indent=1))
-        if self._averaging is not None:
-            self._averaging.save(state / "average.safetensors")
+        if self._ranks.is_first:
+            if m.lora_rank:
+                write_adapters(
+                    folder / "adapter", adapters, rank=m.lora_rank, alpha=m.lora_alpha, targets=m.lora_targets, base=m.path
+                )
+            write_model(self._model.config, self._model.generation_config, weights, folder / "model")
+            self._tokenizer.save_pretrained(folder / "model")
+            state.mkdir(parents=True, exist_ok=True)
+            logps = self._probe_logps.get(self.version, np.empty(0)).tolist()
+            counters = {"version": self.version, "schedule_steps": self._optimizer.num_steps, "probe_logps": logps}
+            counters |= asdict(self.witnesses)
+            (state / "trainer.json").write_text(json.dumps(counters, indent=1))
+        self._ranks.gather(None)  # the folder is there
+        write_state(state, self._state(), self._ranks)
 
     def restore(self, folder: Path) -> None:
-        """Go on from a checkpoint of `save`; the model's weights are loaded too.
+        """Go on from a checkpoint of `save`, written by any number of ranks; the model's weights are loaded too.
 
         Raises:
             RunFolderError: The checkpoint is incomplete.
         """
-        state = folder / "state"
-        missing = [name for name in ("trainer.json", "optimizer.safetensors") if not (state / name).is_file()]
-        if missing:
-            raise RunFolderError(
-                f"the checkpoint lacks {' and '.join(missing)}",
-                got=str(folder),
-                allowed="a folder with model/ and state/",
-                fix="resume from another run folder",
-            )
-        counters = json.loads((state / "trainer.json").read_text())
-        tensors = load_file(state / "optimizer.safetensors")
-        torch.set_rng_state(tensors.pop("rng"))
-        self._model.load_state_dict(load_model(folder / "model").state_dict())
-        index = {name: i for i, (name, _) in enumerate(self._model.named_parameters())}
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            name, _, moment = key.rpartition("|")
-            moments.setdefault(index[name], {})[moment] = value
-        self._schedule.last_epoch = counters.pop("schedule_steps")
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        factor = _schedule(self._config)(self._schedule.last_epoch)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._config.trainer.lr * factor
+        counters_file = folder / "state" / "trainer.json"
+        with self._ranks.agreeing():
+            if not counters_file.is_file():
+                raise RunFolderError(
+                    f"the checkpoint lacks {counters_file.name}",
+                    got=str(folder),
+                    allowed="a folder with model/ and state/, which every rank reads",
+                    fix="resume from another run folder",
+                )
+        counters = json.loads(counters_file.read_text())
+        state = read_state(folder / "state", self._model, self._ranks)
+        torch.set_rng_state(state["rng"])
+        parameters = dict(self._model.named_parameters())
+        for name, master in of_kind("master", state).items():
+            parameters[name].data.copy_(master)
+        self._optimizer.load(state, counters.pop("schedule_steps"))
         self.version = counters.pop("version")
+        self._witness_restored(np.array(counters.pop("probe_logps"), np.float32))
         self.witnesses = Witnesses(**counters)
         if self._averaging is not None:
-            self._averaging.restore(state / "average.safetensors")
+            weights = {name: local(weight) for name, weight in of_kind("averaged", state).items()}
+            self._averaging.load(of_kind("averaging", state), weights)
+
+    def _state(self) -> dict[str, Tensor]:
+        """All that `restore` needs but for counters, by the keys of a state."""
+        tensors = {"rng": torch.get_rng_state(), **self._optimizer.state()}
+        tensors |= sliced("master", named_weights(self._model), self._model)
+        if self._averaging is not None:
+            tensors |= {f"averaging|{key}": value for key, value in self._averaging.state().items()}
+            tensors |= sliced("averaged", self._averaging.average.weights, self._model)
+        return tensors
 
     def _engine_model(self) -> PreTrainedModel:
         """With the live weights in the engine's numerics; an fp32 engine has the trainer's."""
@@ -383,7 +364,7 @@ class Trainer:
         return self._score_with(model, sequences, flat)
 
     def _score_with(self, model: PreTrainedModel, sequences: Sequences, flat: NDArray[np.int64]) -> NDArray[np.float32]:
-        return score_tokens(model, sequences, flat, **self._sizes)
+        return score_tokens(model, sequences, flat, **self._sizes, ranks=self._ranks)
 
     def _note_noise(self, noise: NDArray[np.float32]) -> None:
         """Keep what the engine's numerics do to the probe tokens, for the versions within the staleness bound."""
@@ -428,18 +409,13 @@ class Trainer:
         self.witnesses = Witnesses(publish_max_abs_error=float(worst), lag0_max_abs_error=self.witnesses.lag0_max_abs_error)
         check_witness(error, f"the checkout of version {version}", "the live weights at its publish")
 
+    def _witness_restored(self, published: NDArray[np.float32]) -> None:
+        """Witness (c): what was restored gives the probe tokens what the version gave them: the adapters' base is the same."""
+        if len(published):
+            point_at(self._scoring, named_weights(self._model))
+            error = max_error(self._score_with(self._scoring, *self._probe), published)
+            check_witness(error, f"the restored version {self.version}", "the live weights at its publish")
+
     def _witness_lag0(self, error: float) -> None:
         worst = np.fmax(self.witnesses.lag0_max_abs_error, error)
         self.witnesses = Witnesses(publish_max_abs_error=self.witnesses.publish_max_abs_error, lag0_max_abs_error=float(worst))
-
-
-def _schedule(config: RunConfig) -> Callable[[int], float]:
-    """The learning rate as a share of `trainer.lr`, by optimizer steps done: linear warm-up times linear decay."""
-    t = config.trainer
-    total = config.num_updates * t.steps_per_version
-
-    def share(done: int) -> float:
-        decay = 1 - (1 - t.final_lr_share) * min(1.0, done / max(1, total - 1))
-        return min(1.0, (done + 1) / (t.warmup_steps + 1)) * decay
-
-    return share

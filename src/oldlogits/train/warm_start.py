@@ -1,4 +1,4 @@
-"""The embedded model's warm start: a short supervised training on demonstrators that copy well and decide badly.
+"""The warm start of an embedded model or a folder: a short training on demonstrators that copy well and decide badly.
 
     row -> desk <-> demonstrator -> tokens, loss mask -> AdamW on the demonstrator's tokens -> model folder
 
@@ -20,7 +20,7 @@ from typing import Final
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oldlogits.config import RunConfig
 from oldlogits.core.errors import ConfigError
@@ -28,9 +28,10 @@ from oldlogits.envs.desk import OrderDesk
 from oldlogits.envs.desk_clerk import Clerk, ErrorRates, demonstrator
 from oldlogits.envs.desk_data import WORDS, DeskRow
 from oldlogits.envs.desk_long import LongOrderDesk
-from oldlogits.envs.shape import Malformed, bind, parse_plain, render_result, tool_names, tool_schemas
+from oldlogits.envs.shape import Malformed, ToolCall, bind, parse_plain, render_result, tool_names, tool_schemas, write_hermes
 from oldlogits.policy.cache import cache_folder, cached
 from oldlogits.policy.chat import ChatFormat, Message
+from oldlogits.policy.model import load_model, load_tokenizer
 from oldlogits.policy.tiny import TinyMoeSize, TinySize, save_tiny, tiny_model, tiny_tokenizer
 
 _NUM_HASHED: Final = 64
@@ -71,6 +72,8 @@ class WarmStartSpec:
         size: The model's size.
         errors: How the demonstrators err.
         desk: Makes the rows that they serve.
+        parser: How they write their calls: a name of `PARSERS`.
+        folder: Of the model that is trained instead of a fresh one of `size`; its tokenizer and template are kept. Empty: none.
     """
 
     seed: int = 0
@@ -84,6 +87,8 @@ class WarmStartSpec:
     size: TinySize = field(default_factory=TinySize)
     errors: ErrorRates = MIXTURE
     desk: type[OrderDesk] = OrderDesk
+    parser: str = "plain"
+    folder: str = ""
 
     def __post_init__(self) -> None:
         """Refuse counts and learning rates out of range."""
@@ -96,9 +101,16 @@ class WarmStartSpec:
             )
 
 
+FOLDER: Final = WarmStartSpec(steps=0, batch_size=8, lr=1e-4, warmup_steps=5)
+"""For a model that can speak: it learns the form of calls and messages."""
+
+
 def spec_of(config: RunConfig) -> WarmStartSpec:
-    """The warm start of a recipe that names an embedded model."""
-    spec = WarmStartSpec(seed=config.model_seed, size=TinyMoeSize() if config.model.path == "tiny-moe" else TinySize())
+    """The warm start of a recipe; that of a folder has no steps unless the recipe says so."""
+    if config.model.is_tiny:
+        spec = WarmStartSpec(seed=config.model_seed, size=TinyMoeSize() if config.model.path == "tiny-moe" else TinySize())
+    else:
+        spec = replace(FOLDER, seed=config.model_seed, parser=config.env.parser, folder=config.model.path)
     if config.env.target == "desk_long":
         spec = replace(spec, desk=LongOrderDesk, errors=LONG_MIXTURE, batch_size=8)
     steps = config.model.warm_start_steps
@@ -120,18 +132,34 @@ Progress = Callable[[int, float], None]
 
 def warm_start(spec: WarmStartSpec, progress: Progress = lambda step, loss: None) -> Path:
     """The folder of the warm-started model, trained now unless it is in the cache."""
-    tokenizer = tiny_tokenizer([*WORDS, *tool_names(OrderDesk)])
+    begun = Path(spec.folder)
+    tokenizer = load_tokenizer(begun) if spec.folder else tiny_tokenizer([*WORDS, *tool_names(OrderDesk)])
     chat = ChatFormat(tokenizer)
-    folder = cache_folder() / f"tiny-{_key(spec, chat, tokenizer)}"
-    return cached(folder, lambda unfinished: save_tiny(unfinished, train_tiny(spec, chat, tokenizer, progress), tokenizer))
+    key = _key(spec, chat, tokenizer)
+
+    def fill(unfinished: Path) -> None:
+        if not spec.folder:
+            model = tiny_model(spec.size, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, spec.seed)
+            save_tiny(unfinished, imitate(model, spec, chat, progress), tokenizer)
+        else:
+            imitate(load_model(begun), spec, chat, progress).save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+
+    return cached(cache_folder() / f"{begun.name if spec.folder else 'tiny'}-{key}", fill)
 
 
-def _key(spec: WarmStartSpec, chat: ChatFormat, tokenizer: PreTrainedTokenizerFast) -> str:
-    """The content hash: specification, vocabulary, template and the first demonstrations, in which the desk shows."""
+def _key(spec: WarmStartSpec, chat: ChatFormat, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The content hash: specification, vocabulary, template and the first demonstrations, in which the desk shows.
+
+    A folder enters with the sizes and times of its weights.
+    """
     shown = [demonstration.token_ids for demonstration, _ in zip(demonstrations(spec, chat), range(_NUM_HASHED), strict=False)]
     vocabulary: Mapping[str, int] = tokenizer.get_vocab()
     numbers = {name: value for name, value in asdict(spec).items() if name != "desk"}
-    content = [numbers, sorted(vocabulary.items()), tokenizer.chat_template, shown]
+    begun = [
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(Path(spec.folder).glob("*.safetensors"))
+    ]
+    content = [numbers, sorted(vocabulary.items()), tokenizer.chat_template, shown, begun if spec.folder else []]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
@@ -140,12 +168,12 @@ def demonstrations(spec: WarmStartSpec, chat: ChatFormat) -> Iterator[Demonstrat
     rng = random.Random(f"demonstrator {spec.seed}")
     index = -1 - spec.seed * spec.steps * spec.batch_size
     while True:
-        yield demonstrate(spec.desk.make_row("train", index), demonstrator(spec.errors, rng), chat)
+        yield demonstrate(spec.desk.make_row("train", index), demonstrator(spec.errors, rng), chat, spec.parser)
         index -= 1
 
 
-def demonstrate(row: DeskRow, clerk: Clerk, chat: ChatFormat) -> Demonstration:
-    """Let a clerk serve one row; the tokens are those that the turn loop would produce."""
+def demonstrate(row: DeskRow, clerk: Clerk, chat: ChatFormat, parser: str = "plain") -> Demonstration:
+    """Let a clerk serve one row; the tokens are those that the turn loop would produce under that parser."""
     desk = OrderDesk()
     seen: str | None = desk.reset(**row)
     messages: list[Message] = [{"role": "system", "content": OrderDesk.system_prompt}, {"role": "user", "content": seen or ""}]
@@ -154,9 +182,11 @@ def demonstrate(row: DeskRow, clerk: Clerk, chat: ChatFormat) -> Demonstration:
     next(clerk)
     while seen is not None:
         text = clerk.send(seen)
+        call = parse_plain(text)
+        if parser == "hermes" and isinstance(call, ToolCall):
+            text = write_hermes(OrderDesk, call)
         turn = chat.turn_ids(text)
         ids, mask = ids + turn, mask + [True] * len(turn)
-        call = parse_plain(text)
         if call is None:
             role, seen = "user", desk.reply(text)
         else:
@@ -168,11 +198,8 @@ def demonstrate(row: DeskRow, clerk: Clerk, chat: ChatFormat) -> Demonstration:
     return Demonstration(token_ids=tuple(ids), loss_mask=tuple(mask), reward=desk.get_reward())
 
 
-def train_tiny(
-    spec: WarmStartSpec, chat: ChatFormat, tokenizer: PreTrainedTokenizerFast, progress: Progress
-) -> PreTrainedModel:
-    """Train a fresh model on demonstrations, on one thread: the same specification gives the same weights."""
-    model = tiny_model(spec.size, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, spec.seed)
+def imitate(model: PreTrainedModel, spec: WarmStartSpec, chat: ChatFormat, progress: Progress) -> PreTrainedModel:
+    """Train a model on demonstrations, on one thread: the same specification gives the same weights."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=spec.lr, betas=(0.9, spec.beta2), weight_decay=0.0, fused=True)
     shown = demonstrations(spec, chat)
     num_threads = torch.get_num_threads()

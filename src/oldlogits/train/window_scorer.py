@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from oldlogits.batch import Sequences, pack
 from oldlogits.config import RunConfig
 from oldlogits.core.protocols import FullWeights, Piece, PolicyVersion, ScoredPieces, WeightUpdate
-from oldlogits.policy.model import load_model, point_at
-from oldlogits.policy.scorer import score_tokens
+from oldlogits.policy.forward import FORWARD_DTYPES, round_at_use
+from oldlogits.policy.model import point_at
+from oldlogits.policy.scorer import ForwardSizes, score_tokens
+from oldlogits.train.policy import load_policy
 from oldlogits.train.witness import check_witness, max_error, probe_of
 from oldlogits.versions import PatchStore
 
@@ -34,7 +36,8 @@ class WindowScorer:
     def __init__(self, config: RunConfig, model_folder: Path, probe_ids: Sequence[int]) -> None:
         torch.set_num_threads(1)
         self._window, self._trainer = config.source.window, config.trainer
-        self._model = load_model(model_folder).requires_grad_(False)
+        self._model = load_policy(config.model, model_folder).requires_grad_(False)
+        round_at_use(self._model, FORWARD_DTYPES[config.model.forward_dtype])
         self._store = PatchStore(hot=config.versions.hot, settles=False)
         self._probe = probe_of(probe_ids)
 
@@ -72,5 +75,5 @@ class WindowScorer:
 
     def _score(self, sequences: Sequences, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         t = self._trainer
-        sizes = {"micro_batch_tokens": t.micro_batch_tokens, "head_chunk_tokens": t.head_chunk_tokens}
+        sizes: ForwardSizes = {"micro_batch_tokens": t.micro_batch_tokens, "head_chunk_tokens": t.head_chunk_tokens}
         return score_tokens(self._model, sequences, tokens, **sizes)

@@ -15,9 +15,6 @@ from torch import Tensor
 
 from oldlogits.core.errors import ConfigError
 
-_WEIGHT = "weight|"
-_COUNTERS = "counters"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AverageScores:
@@ -107,15 +104,15 @@ class WeightAverage:
             view.copy_(to[name])
         self._weight_sum, self._age, self._num_versions = 1.0, 0.0, 1
 
-    def state(self) -> dict[str, Tensor]:
-        """Everything that `load` needs, as tensors for a safetensors file."""
-        counters = torch.tensor([self._weight_sum, self._age, self._num_versions], dtype=torch.float64)
-        return {_WEIGHT + name: view for name, view in self._views.items()} | {_COUNTERS: counters}
+    @property
+    def counters(self) -> Tensor:
+        """What `load` needs beside the weights: float64 [3]."""
+        return torch.tensor([self._weight_sum, self._age, self._num_versions], dtype=torch.float64)
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a `state` of the same model."""
-        self.reset({name: state[_WEIGHT + name] for name in self._views})
-        self._weight_sum, self._age, num_versions = state[_COUNTERS].tolist()
+    def load(self, weights: Mapping[str, Tensor], counters: Tensor) -> None:
+        """Go on from the averaged weights and `counters` of an average of the same model."""
+        self.reset(weights)
+        self._weight_sum, self._age, num_versions = counters.tolist()
         self._num_versions = int(num_versions)
 
 

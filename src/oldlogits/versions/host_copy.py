@@ -17,6 +17,7 @@ import fcntl
 import mmap
 import os
 import struct
+import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ from oldlogits.versions.flat import FlatWeights
 from oldlogits.versions.layout import ALIGNMENT, Layout
 from oldlogits.versions.patch import Patch, receiver_behind
 
+LOCK_S: Final = 10.0
+"""How long to wait for the other side: a process that was stopped within a read or a write must not stop the rest."""
 _MAGIC: Final = b"oldhost\0"
 _FORMAT: Final = 1
 _PREFIX: Final = struct.Struct("<8sII")
@@ -124,6 +127,7 @@ class HostCopy:
 
         Raises:
             LayoutError: They have other names, shapes or dtypes; nothing was written.
+            ReceiverBehindError: A reader does not end; nothing was written.
         """
         with self._locked(fcntl.LOCK_EX), self._writing(version):
             self._flat.load(weights)
@@ -140,8 +144,8 @@ class HostCopy:
             The digest.
 
         Raises:
-            ReceiverBehindError: This copy does not hold `base`, or a patch is damaged, or the digest differs: full weights
-                are needed. The copy is as it was.
+            ReceiverBehindError: This copy does not hold `base`, or a patch is damaged, or the digest differs, or a reader does
+                not end: full weights are needed. The copy is as it was.
         """
         held, _, is_whole = self._state()
         if held != base or not is_whole:
@@ -191,7 +195,15 @@ class HostCopy:
 
     @contextmanager
     def _locked(self, kind: int) -> Iterator[None]:
-        fcntl.flock(self._file, kind)
+        deadline = time.monotonic() + LOCK_S
+        while True:
+            try:
+                fcntl.flock(self._file, kind | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise receiver_behind(f"a process that has held it for {LOCK_S:g} s", "nobody else in it") from None
+                time.sleep(0.001)
         try:
             yield
         finally:

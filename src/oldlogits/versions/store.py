@@ -27,6 +27,7 @@ from oldlogits.versions.budget import Budget, StoreCounts
 from oldlogits.versions.chain import Chain, Link
 from oldlogits.versions.disk import Disk
 from oldlogits.versions.flat import FlatWeights
+from oldlogits.versions.layout import Shard
 from oldlogits.versions.log import Cut
 from oldlogits.versions.patch import Patch, receiver_behind
 from oldlogits.versions.resident import Resident
@@ -41,6 +42,7 @@ class PatchStore:
         folder: Where every publication is written before `publish` returns; must hold no versions yet, see `open`.
         frozen: Names that do not change during training: held by reference, never looked at.
         dtype: In which floating-point values are kept, such as bfloat16 for float32 masters; None: each in its own.
+        shards: By name, the part of each parameter that is published here; others are whole.
         device: Where the resident copy lies; None: where the first weights do.
         hot: How many of the newest patches stay in the memory tier; older ones are compressed.
         budget_bytes: For all patches in memory. Over it everything is compressed; then, with a folder, the oldest are left on
@@ -61,6 +63,7 @@ class PatchStore:
         *,
         frozen: Iterable[str] = (),
         dtype: torch.dtype | None = None,
+        shards: Mapping[str, Shard] | None = None,
         device: torch.device | str | None = None,
         hot: int = 4,
         budget_bytes: int | None = None,
@@ -68,7 +71,7 @@ class PatchStore:
         sync: bool = True,
         settles: bool = True,
     ) -> None:
-        self._frozen, self._dtype, self._device = frozenset(frozen), dtype, device
+        self._frozen, self._dtype, self._shards, self._device = frozenset(frozen), dtype, shards, device
         self._budget = Budget(hot=hot, budget_bytes=budget_bytes, wait_s=wait_s)
         self._lock, self._publishing = threading.RLock(), threading.Lock()
         self._room = threading.Condition(self._lock)
@@ -340,7 +343,7 @@ class PatchStore:
 
     def _publish_first(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> Publication:
         started = time.perf_counter()
-        flat = FlatWeights.of(weights, frozen=self._frozen, dtype=self._dtype, device=self._device)
+        flat = FlatWeights.of(weights, frozen=self._frozen, dtype=self._dtype, shards=self._shards, device=self._device)
         assert flat.digest is not None
         encode_s = time.perf_counter() - started
         with shielded():

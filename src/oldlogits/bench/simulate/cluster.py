@@ -3,14 +3,16 @@
     forward of t tokens        2 P t / (peak FLOP/s * utilisation), P the parameters that are active for a token
     gradients of t tokens      8 P t: forward, backward, and the forward again (activation checkpointing)
     decode step                weights and the keys and values in use are read once / memory bandwidth
-    weights to the engines     bytes on the wire / bandwidth of a node, then every GPU loads its part from host memory
-    another version to score   every GPU of the trainer loads its part from host memory
+    weights to the engines     bytes on the wire / bandwidth of a node, patches applied, every GPU loads its part
+    another version to score   patches applied, every GPU of the trainer loads its part
+    publish                    every GPU of the trainer gives its part to its host, the patch is encoded
 
 Every key can be set in a TOML file; the defaults are those of the preset "4b".
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -20,6 +22,9 @@ from oldlogits.bench.simulate.scenario import DrawnWorkload, EngineTimes, Scenar
 from oldlogits.config.load import Table, build
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.policies import SOURCES
+
+ENCODE_COPIES: Final = 2.4
+"""Seconds of encoding a patch, in those of a memcpy of all weights: docs/versions.md, at a learning rate of 1e-6."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,13 +173,19 @@ class Cluster:
     @property
     def load_s(self) -> float:
         """Seconds from the first byte on the wire until every engine holds the version."""
-        h, weights = self.hardware, self.model.weights_bytes
-        apply_s = weights / h.apply_bytes_per_s if self.sync.weights == "patch" else 0.0
-        return self.sync_bytes / h.node_bytes_per_s + apply_s + weights / self.layout.engine_gpus / h.host_bytes_per_s
+        h = self.hardware
+        load_s = self.model.weights_bytes / self.layout.engine_gpus / h.host_bytes_per_s
+        return self.sync_bytes / h.node_bytes_per_s + self._copy_s(1) + load_s
 
-    def store_bytes(self, num_versions: int, *, patches: bool) -> float:
-        """Of the exact versions behind the live one, over all hosts of the trainer."""
-        return num_versions * self.model.weights_bytes * (self.sync.patch_share if patches else 1.0)
+    @property
+    def num_versions(self) -> int:
+        """In the store at a publish: that of the oldest token in flight, the new one, and those between."""
+        return self.rollout.max_staleness + 2
+
+    @property
+    def store_bytes(self) -> float:
+        """Of the store, over all hosts of the trainer: the newest version as a copy, the others as patches or as copies."""
+        return self.model.weights_bytes + (self.num_versions - 1) * self.sync_bytes
 
     def scenario(self, route: str) -> Scenario:
         """What to simulate.
@@ -217,8 +228,14 @@ class Cluster:
         """A token of a forward pass."""
         return 2 * self.model.active_parameters / (self.hardware.peak_flops * self.hardware.forward_utilisation * num_gpus)
 
-    def _switch_s(self, num_gpus: int) -> float:
-        return self.model.weights_bytes / (num_gpus * self.hardware.host_bytes_per_s)
+    def _copy_s(self, num_hosts: int) -> float:
+        """Going over a copy on so many hosts, where versions are patches: a memcpy."""
+        return self.model.weights_bytes / (num_hosts * self.hardware.apply_bytes_per_s) * (self.sync.weights == "patch")
+
+    def _switch_s(self, num_gpus: int, copies: float) -> float:
+        """From host memory to the GPUs or back, and so many times over the hosts' copy."""
+        num_hosts = math.ceil(num_gpus / self.hardware.gpus_per_node)
+        return self.model.weights_bytes / (num_gpus * self.hardware.host_bytes_per_s) + copies * self._copy_s(num_hosts)
 
     def _engine_times(self) -> EngineTimes:
         h, m, num_gpus = self.hardware, self.model, self.layout.engine_gpus
@@ -234,14 +251,14 @@ class Cluster:
         h = self.hardware
         return TrainerTimes(
             read_s=self._forward_s(num_gpus),
-            checkout_s=self._switch_s(num_gpus),
+            checkout_s=self._switch_s(num_gpus, 1),
             token_s=8 * self.model.active_parameters / (h.peak_flops * h.train_utilisation * num_gpus),
             rest_s=self.rest_s,
-            publish_s=self._switch_s(num_gpus),
+            publish_s=self._switch_s(num_gpus, ENCODE_COPIES),
         )
 
     def _scorer_times(self, num_gpus: int) -> ScorerTimes:
-        switch_s = self._switch_s(num_gpus)
+        switch_s = self._switch_s(num_gpus, 1)
         arrives_s = self.sync_bytes / self.hardware.node_bytes_per_s
         return ScorerTimes(read_s=self._forward_s(num_gpus), checkout_s=switch_s, publish_s=arrives_s + switch_s)
 

@@ -82,14 +82,14 @@ class MeasuredRun:
             events[event.kind].append(event)
         updates = [_mapping(event.fields["metrics"]) for event in events[EventKind.UPDATE]]
         paths = sorted(folder.tokens.glob("v*.parquet"))
-        usable = config.runtime.type == "local" and len(events[EventKind.RUN_STARTED]) == 1
-        if not usable or len(updates) < SKIP + 3 or "engine/found_tokens" not in updates[-1] or not paths:
+        usable = config.runtime.type == "local" and len(events[EventKind.RUN_STARTED]) == 1 and len(updates) >= SKIP + 3
+        if not usable or not any(update.get("engine/decode_num") for update in updates[SKIP:]) or not paths:
             raise ConfigError(
                 "this run cannot be simulated",
                 got=f"runtime {config.runtime.type}, {len(events[EventKind.RUN_STARTED])} starts, {len(updates)} updates, "
                 f"{len(paths)} token tables",
-                allowed=f"runtime local, one start, at least {SKIP + 3} updates with engine/found_tokens, a token table",
-                fix="train it anew with runtime.type = 'local' and record.tokens_every = 1",
+                allowed=f"runtime local, one start, at least {SKIP + 3} updates with engine/decode_num above 0, a token table",
+                fix="train it anew with runtime.type = 'local', engine.type = 'embedded' and record.tokens_every = 1",
             )
         common = 1 + int(str(events[EventKind.PROBE][0].fields["num_tokens"]))  # the system prompt; its first token is given
         return cls(

@@ -1,0 +1,124 @@
+"""``oldlogits serve MODEL``: the embedded engine behind vLLM's HTTP routes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, Literal
+
+import tyro
+
+from oldlogits.config import RunConfig
+from oldlogits.config.schema import ModelConfig
+from oldlogits.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from oldlogits.rollout.process import EngineProcess
+    from oldlogits.rollout.serve import Served
+
+TOKEN_VARIABLE: Final = "OLDLOGITS_TOKEN"
+"""The environment variable that a token is read from, where it stays out of process lists."""
+
+_GRACE_S: Final = 2
+"""How long open requests may go on after Ctrl-C."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions:
+    """Serve a model folder over the token-in/token-out and weight-update routes of vLLM 0.32."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """A Hugging Face folder of the Llama/Qwen family, or "tiny" or "tiny-moe" after their warm start."""
+    host: str = "127.0.0.1"
+    """Where to listen; any but a loopback host needs a token."""
+    port: int = 8000
+    """Where to listen; 0: a free one, which is printed."""
+    token: str = ""
+    """Bearer token that requests must carry; empty: of the environment variable OLDLOGITS_TOKEN, or none."""
+    numerics: Literal["fp32", "bf16", "fp8", "int8", "int4", "fp8_dynamic"] = "fp32"
+    """The engine's numerics; all but fp32 are emulated."""
+    num_slots: int = 128
+    """Sequences decoded at the same time."""
+    max_context: int = 0
+    """The most tokens of one sequence; 0: the model's, at most 4096."""
+    seed: int = 0
+    """Of the sampler."""
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Serve until interrupted."""
+    options = tyro.cli(ServeOptions, prog="oldlogits serve", args=list(arguments))
+    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            "serving needs packages that are not installed",
+            got=f"no {', '.join(missing)}",
+            allowed="the extra 'serve'",
+            fix="pip install 'oldlogits[serve]'",
+        )
+    from oldlogits.rollout.folder import read_config
+    from oldlogits.rollout.process import EngineProcess
+    from oldlogits.rollout.serve import Served, check_host
+    from oldlogits.rollout.spec import EngineSpec
+
+    token = options.token or os.environ.get(TOKEN_VARIABLE, "")
+    check_host(options.host, token)
+    folder = _folder(options.model)
+    spec = EngineSpec(
+        model_path=str(folder),
+        numerics=options.numerics,
+        num_slots=options.num_slots,
+        max_context=options.max_context or min(4096, read_config(folder).max_positions),
+        seed=options.seed,
+    )
+    engine = EngineProcess(spec)
+    try:
+        asyncio.run(_serve(engine, Served(engine, spec, folder.name), options, token))
+    finally:
+        engine.close()
+    return 0
+
+
+def _folder(model: str) -> Path:
+    """The model's folder; that of an embedded model is made first, if it is not cached."""
+    config = RunConfig(model=ModelConfig(path=model))
+    if not config.model.is_tiny:
+        return Path(model)
+    from oldlogits.runtime.run import prepare_model
+
+    return prepare_model(config, lambda note: print(note, flush=True)).model
+
+
+async def _serve(engine: EngineProcess, served: Served, options: ServeOptions, token: str) -> None:
+    """Serve until interrupted, or until the engine process ends.
+
+    Raises:
+        WorkerDiedError: It did.
+    """
+    import uvicorn
+
+    from oldlogits.rollout.serve import make_app
+
+    await engine.ready()
+    app = make_app(served, token=token)
+    config = uvicorn.Config(
+        app, host=options.host, port=options.port, log_level="warning", timeout_graceful_shutdown=_GRACE_S, access_log=False
+    )
+    server = uvicorn.Server(config)
+    listening = config.bind_socket()
+    port = listening.getsockname()[1]
+    print(f"serving {options.model} on http://{options.host}:{port} ({'with' if token else 'without'} a token)", flush=True)
+    watching = asyncio.create_task(engine.watch())
+    watching.add_done_callback(lambda _: setattr(server, "should_exit", True))
+    try:
+        await server.serve(sockets=[listening])
+    finally:
+        watching.cancel()
+        listening.close()
+    with contextlib.suppress(asyncio.CancelledError):
+        await watching

@@ -1,0 +1,194 @@
+"""The part of Ray that the runtime uses: a connection, actors, values, places. The one file that imports ray."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any, Final
+
+import ray
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from oldlogits.config.schema import RayConfig
+from oldlogits.core.errors import ConfigError
+
+SETTINGS: Final = MappingProxyType(
+    {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # else the trainer gives way to everything else on its machine
+    }
+)
+"""Environment variables of a cluster that a run starts, unless they are set."""
+
+Ref = Any
+"""A reference to a value that an actor returns, or that was put into the object store."""
+
+
+class ClusterError(Exception):
+    """What a reference stands for is lost, or cannot be sent."""
+
+
+class ActorEndedError(ClusterError):
+    """An actor has ended."""
+
+
+class Actor:
+    """An actor.
+
+    Args:
+        cls: Its class.
+        arguments: Of the class.
+        place: On the cluster, of `on_node`, `in_bundle` or `anywhere`.
+        watched: Whether a second call, `live`, may be carried out beside the others; classes with asynchronous methods
+            carry out all calls beside each other anyway.
+        num_calls: Calls of a class with asynchronous methods that may run beside each other; 0: the default.
+    """
+
+    def __init__(
+        self, cls: type, arguments: Sequence[object], *, place: Mapping[str, Any], watched: bool = False, num_calls: int = 0
+    ) -> None:
+        made = ray.remote(concurrency_groups={"watch": 1})(cls) if watched else ray.remote(cls)
+        options = {**place, **({"max_concurrency": num_calls} if num_calls else {})}
+        self._watched = watched
+        self._handle = made.options(**options).remote(*arguments)
+
+    def call(self, method: str, *arguments: object, num_returns: int = 1) -> Ref:
+        """Call a method; arguments that are references arrive as their values."""
+        return getattr(self._handle, method).options(num_returns=num_returns).remote(*arguments)
+
+    async def live(self) -> None:
+        """Wait until it ends.
+
+        Raises:
+            ActorEndedError: It did.
+        """
+        options = {"concurrency_group": "watch"} if self._watched else {}
+        await fetch(self._handle.live.options(**options).remote())
+
+    def kill(self) -> None:
+        """End it at once."""
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.kill(self._handle)
+
+
+async def fetch(ref: Ref) -> Any:
+    """The value of a reference; a cancellation of the wait does not cancel the call.
+
+    Raises:
+        ActorEndedError: The actor that makes it has ended.
+        ClusterError: It is lost, or cannot be sent.
+    """
+    try:
+        return await asyncio.wrap_future(ref.future())
+    except ray.exceptions.RayActorError as error:
+        raise ActorEndedError(str(error).strip().splitlines()[0]) from error
+    except ray.exceptions.RayTaskError as error:
+        raise ClusterError(str(error).strip().splitlines()[-1]) from error  # the end of a traceback
+    except ray.exceptions.RayError as error:
+        raise ClusterError(str(error).strip().splitlines()[0]) from error
+
+
+def wait(refs: Sequence[Ref], timeout_s: float) -> None:
+    """Wait for values, whatever they are."""
+    ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s)
+
+
+def put(something: object) -> Ref:
+    """Into the object store."""
+    return ray.put(something)
+
+
+def node_id() -> str:
+    """Of the node that this is called on."""
+    found: str = ray.get_runtime_context().get_node_id()
+    return found
+
+
+def node_address() -> str:
+    """Of the node that this is called on."""
+    found: str = ray.util.get_node_ip_address()
+    return found
+
+
+def anywhere(*, cpus: float, gpus: float) -> Mapping[str, Any]:
+    """A place on whatever node has room, nodes with few actors first."""
+    return {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": "SPREAD"}
+
+
+def on_node(node: str) -> Mapping[str, Any]:
+    """A place on a node, for what reserves nothing."""
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+
+
+async def reserve(num: int, *, cpus: float, gpus: float, strategy: str, timeout_s: float) -> list[Mapping[str, Any]]:
+    """Places that are reserved together.
+
+    Raises:
+        ConfigError: The cluster has no room for them.
+    """
+    bundle = {"CPU": max(cpus, 1e-3), **({"GPU": gpus} if gpus else {})}
+    group = placement_group([bundle] * num, strategy=strategy)
+    try:
+        async with asyncio.timeout(timeout_s):
+            await fetch(group.ready())
+    except TimeoutError:
+        raise no_place(f"{num} workers ({strategy})", timeout_s) from None
+    strategies = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(num)]
+    return [{"num_cpus": bundle["CPU"], "num_gpus": gpus, "scheduling_strategy": place} for place in strategies]
+
+
+def no_place(what: str, waited_s: float) -> ConfigError:
+    """The cluster has no room."""
+    free = ", ".join(f"{amount:g} {name}" for name, amount in ray.available_resources().items() if name in ("CPU", "GPU"))
+    return ConfigError(
+        f"the cluster gives no place to {what}",
+        got=f"{free or 'nothing'} free after {waited_s:g} s",
+        allowed="what ray.num_workers, worker_cpus, worker_gpus, trainer_cpus and trainer_gpus ask for",
+        fix="lower them, add nodes, or look for other users of the cluster with `ray status`",
+    )
+
+
+@contextmanager
+def connected(config: RayConfig, *, num_cpus: int) -> Iterator[None]:
+    """A connection to the cluster of the recipe, or to one on this machine that lives as long as the connection.
+
+    Args:
+        config: Says which.
+        num_cpus: That a cluster of its own is said to have.
+
+    Raises:
+        ConfigError: It is not there.
+    """
+    for name, setting in SETTINGS.items():
+        os.environ.setdefault(name, setting)
+    variables = {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "OMP_NUM_THREADS": "1"}
+    own = {} if config.address else {"num_cpus": num_cpus, "include_dashboard": False}
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the controller's to handle
+    try:
+        ray.init(
+            address=config.address or "local",
+            runtime_env={"env_vars": variables},
+            log_to_driver=False,
+            configure_logging=False,
+            **own,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            "there is no cluster to run on",
+            got=f"ray.address = '{config.address}': {str(error).strip().splitlines()[0]}",
+            allowed="the address of a running cluster, or none",
+            fix="start it with `ray start --head`, or remove ray.address",
+        ) from error
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    try:
+        yield
+    finally:
+        ray.shutdown()

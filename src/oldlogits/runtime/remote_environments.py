@@ -1,0 +1,168 @@
+"""Environments that live elsewhere: here is a stand-in for each, whose calls are carried out in its place.
+
+    run_episode --reset, tool, reply, get_reward--> stand-in --> place (a worker process)
+                                                       |  the place is lost
+                                                       '--> another place: a new environment, the same calls again
+
+An environment that answers the recorded calls as before goes on as if nothing had happened. One that answers otherwise is
+not the one that the trajectory knows: the trajectory begins again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import itertools
+import random
+import weakref
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar, cast
+
+from oldlogits.envs.shape import Environment
+from oldlogits.rollout.turns import EnvironmentFailed, EnvironmentLost
+
+T = TypeVar("T")
+
+
+class PlaceLostError(Exception):
+    """A place ended, with all its environments."""
+
+
+class Place(Protocol):
+    """Where environments live."""
+
+    async def open(self, id: int) -> None:
+        """Make a new environment.
+
+        Raises:
+            EnvironmentFailed: It cannot be made.
+            PlaceLostError: The place is gone.
+        """
+        ...
+
+    async def call(self, id: int, method: str, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+        """Call a method of an environment.
+
+        Raises:
+            EnvironmentFailed: It raised, or took too long.
+            PlaceLostError: The place is gone.
+        """
+        ...
+
+    def drop(self, id: int) -> None:
+        """Nobody needs it any more."""
+        ...
+
+
+class Places(Protocol):
+    """The places there are."""
+
+    async def choose(self) -> Place:
+        """The one with the fewest environments; waits while there is none.
+
+        Raises:
+            WorkerDiedError: There will be none.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Call:
+    """A call that was answered."""
+
+    method: str
+    args: Sequence[object]
+    kwargs: Mapping[str, object]
+    answer: object
+
+
+class _Remote:
+    """One environment, wherever it lives now."""
+
+    def __init__(self, places: Places, id: int) -> None:
+        self._places, self._id = places, id
+        self._place: Place | None = None
+        self._answered: list[_Call] = []
+
+    async def call(self, method: str, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+        while True:
+            try:
+                place = self._place or await self._move()
+                answer = await place.call(self._id, method, args, kwargs)
+            except PlaceLostError:
+                self._place = None
+                continue
+            self._answered.append(_Call(method=method, args=args, kwargs=kwargs, answer=answer))
+            return answer
+
+    async def _move(self) -> Place:
+        """A new environment in another place, brought to where the old one was."""
+        place = await self._places.choose()
+        await place.open(self._id)
+        for call in self._answered:
+            try:
+                answer = await place.call(self._id, call.method, call.args, call.kwargs)
+            except EnvironmentFailed as failure:
+                raise EnvironmentLost(f"its worker ended, and {call.method}, called again, failed: {failure}") from None
+            if answer != call.answer:
+                raise EnvironmentLost(f"its worker ended, and {call.method}, called again, answered otherwise")
+        self._place = place
+        return place
+
+    def drop(self) -> None:
+        if self._place is not None:
+            self._place.drop(self._id)
+
+
+_numbers = itertools.count()
+
+
+def stand_in(environment_class: type[Environment], places: Places) -> type[Environment]:
+    """A class of the same methods, tools and prompts whose instances live in `places`."""
+
+    def init(self: Environment) -> None:
+        remote = _Remote(places, next(_numbers))
+        self._remote = remote  # type: ignore[attr-defined]
+        weakref.finalize(self, remote.drop)
+
+    body: dict[str, object] = {"__init__": init}
+    for name in dir(environment_class):
+        method = inspect.getattr_static(environment_class, name)
+        if not name.startswith("_") and inspect.isfunction(method):
+            body[name] = _forwarded(name, method)
+    made = type(environment_class.__name__, (environment_class,), body)
+    return cast("type[Environment]", made)
+
+
+def _forwarded(name: str, method: Callable[..., object]) -> Callable[..., Awaitable[object]]:
+    @functools.wraps(method)
+    async def call(self: Environment, *args: object, **kwargs: object) -> object:
+        remote: _Remote = self._remote  # type: ignore[attr-defined]
+        return await remote.call(name, args, kwargs)
+
+    return call
+
+
+class AwaitingRunner:
+    """Runs stand-ins' calls: their places have the deadlines.
+
+    Args:
+        latency_s: Mean of a simulated, exponentially distributed latency before a tool answers; 0: none.
+        seed: Of the latency.
+    """
+
+    def __init__(self, *, latency_s: float, seed: int) -> None:
+        self._latency_s, self._rng = latency_s, random.Random(seed)
+
+    async def __call__(self, call: Callable[[], T | Awaitable[T]], *, is_tool: bool = False) -> T:
+        """Wait for a call.
+
+        Raises:
+            EnvironmentFailed: It raised or took too long.
+        """
+        if is_tool and self._latency_s:
+            await asyncio.sleep(self._rng.expovariate(1 / self._latency_s))
+        result = call()
+        return await result if inspect.isawaitable(result) else result

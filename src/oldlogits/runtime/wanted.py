@@ -1,0 +1,41 @@
+"""How many rollout workers a run is to have, as a file of its folder: who can write there can change it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from oldlogits.core.errors import ConfigError
+
+
+def write_wanted(folder: Path, num_workers: int) -> None:
+    """Want so many workers from now on."""
+    path = _path(folder)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"num_workers": num_workers}), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_wanted(folder: Path) -> int | None:
+    """The wish; None: there was none.
+
+    Raises:
+        ConfigError: The file says something else.
+    """
+    try:
+        text = _path(folder).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    try:
+        num = json.loads(text)["num_workers"]
+    except (ValueError, TypeError, KeyError):
+        num = None
+    if not isinstance(num, int) or isinstance(num, bool) or num < 1:
+        allowed, fix = '{"num_workers": N} with N >= 1', "use `oldlogits workers RUN_FOLDER --num N`"
+        raise ConfigError("workers.json is no wish for workers", got=text[:80], allowed=allowed, fix=fix)
+    return num
+
+
+def _path(folder: Path) -> Path:
+    return folder / "workers.json"

@@ -1,0 +1,89 @@
+"""The state of a checkpoint: torch's distributed format, written and read by any number of ranks.
+
+Every rank writes the slices that it holds; a reader takes from the files the slices that it needs. Keys are ``kind|name``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from oldlogits.core.errors import RunFolderError
+from oldlogits.policy.ranks import ALONE, Ranks
+from oldlogits.policy.sharding import as_slice_of
+
+
+def write_state(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks = ALONE) -> None:
+    """Write tensors; all ranks call it.
+
+    Args:
+        folder: Of the state; the same on all ranks.
+        tensors: By key: those of which each rank holds a slice as `as_slice_of` gives them, others equal on all ranks.
+        ranks: That call it.
+    """
+    with _silent():
+        save(dict(tensors), checkpoint_id=folder, no_dist=ranks.mesh is None)
+
+
+def read_state(folder: Path, model: nn.Module | None = None, ranks: Ranks = ALONE) -> dict[str, Tensor]:
+    """Everything that `write_state` wrote, by any number of ranks; all ranks call it.
+
+    Args:
+        folder: Of the state.
+        model: Tensors under the names of its parameters are sliced as these are; None: all are whole.
+        ranks: That call it.
+
+    Raises:
+        RunFolderError: A file is missing or damaged.
+    """
+    parameters = dict(model.named_parameters()) if model is not None else {}
+    try:
+        with _silent():
+            described = FileSystemReader(folder).read_metadata().state_dict_metadata
+            found = {key: _empty(entry, parameters.get(key.rpartition("|")[2])) for key, entry in described.items()}
+            load(found, checkpoint_id=folder, no_dist=ranks.mesh is None)
+    except (OSError, CheckpointException) as error:
+        raise RunFolderError(
+            "the checkpoint's state cannot be read",
+            got=f"{folder}: {error}",
+            allowed="a folder with .metadata and the files that it names, readable by every rank",
+            fix="resume from another checkpoint",
+        ) from error
+    return found
+
+
+def sliced(kind: str, values: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """One value for each parameter of a model, of which the ranks hold slices, under the keys of a state."""
+    parameters = dict(model.named_parameters())
+    return {f"{kind}|{name}": as_slice_of(parameters[name], value) for name, value in values.items()}
+
+
+def of_kind(kind: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one kind, by name."""
+    return {key.removeprefix(f"{kind}|"): value for key, value in state.items() if key.startswith(f"{kind}|")}
+
+
+def _empty(entry: object, parameter: Tensor | None) -> Tensor:
+    """Room for a tensor that is described so."""
+    assert isinstance(entry, TensorStorageMetadata), "a state holds tensors only"
+    if parameter is not None and entry.size == parameter.shape:
+        return torch.empty_like(parameter, dtype=entry.properties.dtype, requires_grad=False)
+    return torch.empty(entry.size, dtype=entry.properties.dtype)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without torch's remark that one process writes by itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield

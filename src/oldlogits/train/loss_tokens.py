@@ -1,0 +1,102 @@
+"""The loss tokens of a batch: what the objective reads of them, and what an update has seen of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from oldlogits.batch import TokenBatch
+from oldlogits.core.policies import MU, Policy
+from oldlogits.core.protocols import Scored
+from oldlogits.policy.ranks import Ranks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossTokens:
+    """The loss tokens of a batch as tensors, in batch order: what the objective reads.
+
+    Args:
+        flat: int64 [token]; index in the flat batch.
+        advantages: float32 [token].
+        staleness: int64 [token].
+        step: int64 [token]; the optimizer step that trains it.
+        sequence: int64 [token].
+        logp: float32 [token] by policy: MU, and the stand-in where a source provides it.
+    """
+
+    flat: NDArray[np.int64]
+    advantages: Tensor
+    staleness: Tensor
+    step: Tensor
+    sequence: Tensor
+    logp: Mapping[Policy, Tensor]
+
+    @classmethod
+    def of(cls, batch: TokenBatch, scored: Scored | None, version: int) -> LossTokens:
+        """Gather the loss tokens of a batch that enters training at `version`."""
+        flat = np.flatnonzero(batch.loss_mask)
+        sequence = batch.sequence[flat]
+        logp = {MU: torch.from_numpy(batch.logp_mu[flat])}
+        if scored is not None:
+            logp[scored.policy] = torch.from_numpy(scored.values)
+        return cls(
+            flat=flat,
+            advantages=torch.from_numpy(batch.advantages[sequence]),
+            staleness=torch.from_numpy(version - batch.version[flat]),
+            step=torch.from_numpy(batch.step[sequence]),
+            sequence=torch.from_numpy(sequence),
+            logp=logp,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """Detached values of every loss token, at the step that trained it."""
+
+    theta: Tensor
+    stand_in: Tensor
+    log_r_d: Tensor
+    log_r_s: Tensor
+    band_mask: Tensor
+    clip_mask: Tensor
+    active_mask: Tensor
+
+    @classmethod
+    def empty(cls, num_tokens: int) -> Seen:
+        """Of so many tokens, none of them seen."""
+        floats = (torch.full((num_tokens,), math.nan) for _ in range(4))
+        masks = (torch.zeros(num_tokens, dtype=torch.bool) for _ in range(3))
+        theta, stand_in, log_r_d, log_r_s = floats
+        band_mask, clip_mask, active_mask = masks
+        return cls(
+            theta=theta,
+            stand_in=stand_in,
+            log_r_d=log_r_d,
+            log_r_s=log_r_s,
+            band_mask=band_mask,
+            clip_mask=clip_mask,
+            active_mask=active_mask,
+        )
+
+    @property
+    def _columns(self) -> tuple[Tensor, ...]:
+        masks = (self.band_mask, self.clip_mask, self.active_mask)
+        return (self.theta, self.stand_in, self.log_r_d, self.log_r_s, *masks)
+
+    def begin(self, chosen: Tensor) -> None:
+        """The chosen tokens are about to be seen, each by one rank."""
+        for column in self._columns:
+            column[chosen] = 0
+
+    def share(self, chosen: Tensor, ranks: Ranks) -> None:
+        """Let every rank see what the others have seen of the chosen tokens."""
+        if ranks.num_ranks == 1:
+            return
+        for column in self._columns:
+            column[chosen] = ranks.sum(column[chosen].float()).to(column.dtype)

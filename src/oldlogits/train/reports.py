@@ -1,0 +1,84 @@
+"""What the trainer tells of its work: published versions, what scoring has cost, and the witnesses of exactness."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oldlogits.core.protocols import PolicyVersion, Publication, WeightUpdate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """A version that was just published.
+
+    Args:
+        version: Its number.
+        update: What a receiver of the version before is to be given; views of the live weights are valid until the next step.
+        probe_logps: float32 [probe token]: what the live weights give the fixed probe tokens.
+        engine_probe_logps: float32 [probe token]: what they give them with the engine's numerics.
+        is_routed: Whether its layers choose experts.
+        store_bytes: Bytes of all versions that the store holds.
+        store_s: Seconds that storing this one took.
+        publication: What the store did with this one; None: the source needs no stored versions.
+    """
+
+    version: PolicyVersion
+    update: WeightUpdate
+    probe_logps: NDArray[np.float32]
+    engine_probe_logps: NDArray[np.float32]
+    is_routed: bool
+    store_bytes: int
+    store_s: float
+    publication: Publication | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoringWork:
+    """What scoring batches and pieces has cost the trainer since it started; its own checks are not in it.
+
+    Args:
+        read_tokens: Tokens that forward passes have read, each sequence up to its last scored token.
+        num_checkouts: How often weights were asked for, those that scored last included.
+        switch_s: Seconds until the module pointed at them, checkout included.
+        witness_s: Seconds of the witnesses that followed.
+    """
+
+    read_tokens: int = 0
+    num_checkouts: int = 0
+    switch_s: float = 0.0
+    witness_s: float = 0.0
+
+    def __add__(self, other: ScoringWork) -> ScoringWork:
+        """Both."""
+        return ScoringWork(
+            read_tokens=self.read_tokens + other.read_tokens,
+            num_checkouts=self.num_checkouts + other.num_checkouts,
+            switch_s=self.switch_s + other.switch_s,
+            witness_s=self.witness_s + other.witness_s,
+        )
+
+    def __sub__(self, other: ScoringWork) -> ScoringWork:
+        """What was done in between."""
+        return ScoringWork(
+            read_tokens=self.read_tokens - other.read_tokens,
+            num_checkouts=self.num_checkouts - other.num_checkouts,
+            switch_s=self.switch_s - other.switch_s,
+            witness_s=self.witness_s - other.witness_s,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Witnesses:
+    """Largest errors of the witnesses of exactness so far, in nats; NaN before the first.
+
+    Args:
+        publish_max_abs_error: A checkout against what the live weights gave the probe tokens at publish.
+        lag0_max_abs_error: OLD against THETA on lag-0 tokens before the first optimizer step.
+    """
+
+    publish_max_abs_error: float = math.nan
+    lag0_max_abs_error: float = math.nan

@@ -1,0 +1,227 @@
+"""Whole runs whose engine is one or several servers over HTTP: exactness, and every way in which a server can fail."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from oldlogits.cli.main import run as command
+from oldlogits.record.events import EventKind
+
+from ..runs import (
+    after_updates,
+    check_accounting,
+    events_of,
+    recipe,
+    shared_files,
+    summary_of,
+    tokens_of,
+    wait_for_updates,
+    write_recipe,
+)
+from ..servers import serving
+
+pytestmark = pytest.mark.timeout(600)
+
+LOCAL = {"runtime": {"type": "local"}, "env": {"latency_s": 0.25}}
+"""A reply takes longer than an update, so that episodes meet new versions."""
+
+
+def train(tmp_path, tiny_folder, *, engine, **sections):
+    config = recipe(tiny_folder, **{**LOCAL, **sections}, engine={"type": "vllm", **engine})
+    status = command(["train", str(write_recipe(tmp_path / "r.toml", config)), "--out", str(tmp_path / "run")])
+    return status, tmp_path / "run"
+
+
+def train_until(tmp_path, tiny_folder, act, seen, **arguments):
+    """Train; after two updates `act`; three updates after `seen` events of some kind have come, Ctrl-C. The run folder."""
+    run, over = tmp_path / "run", threading.Event()
+
+    def interrupt():
+        try:
+            act()
+            kind, num = seen
+            ends = time.monotonic() + 150
+            while len(events_of(run, kind)) < num and time.monotonic() < ends:
+                time.sleep(0.02)
+            wait_for_updates(run, len(events_of(run, EventKind.UPDATE)) + 3)
+        finally:  # a failure here ends the run, too, but not what comes after it
+            if not over.is_set():
+                os.kill(os.getpid(), signal.SIGINT)
+
+    thread = after_updates(run, 2, interrupt)
+    try:
+        status, _ = train(tmp_path, tiny_folder, num_updates=5000, **arguments)
+    finally:
+        over.set()
+    thread.join()
+    assert status == 130
+    check_exact(run, len(events_of(run, EventKind.UPDATE)), "interrupted")
+    return run
+
+
+def check_exact(run, num_updates, ended="done"):
+    """Every trained token belongs to a version of this run, and OLD is what its version gives it."""
+    columns = ("log_r_d", "staleness", "version", "trainer_version", "provenance")
+    tokens = tokens_of(run, *columns)
+    assert np.abs(tokens["log_r_d"]).max() <= 1e-4
+    assert set(tokens["provenance"]) == {"exact"}
+    assert tokens["staleness"].min() >= 0
+    assert tokens["staleness"].max() <= 2
+    assert (tokens["trainer_version"] - tokens["staleness"] == tokens["version"]).all()
+    summary = summary_of(run)
+    assert summary["ended"] == ended
+    assert summary["num_updates"] == num_updates
+    account = check_accounting(run)
+    assert account["failed"] == 0
+    assert account["trained"] == num_updates * 3 * 4
+    groups = [group for event in events_of(run, EventKind.BATCH) for group in event.fields["groups"]]
+    assert len(set(groups)) == len(groups), "no group is trained twice"
+    probes = events_of(run, EventKind.PROBE)
+    assert [event.version for event in probes] == list(range(num_updates + 1))
+    assert max(event.fields["max_abs_error"] for event in probes) <= 1e-4
+    return tokens
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    """No file of this process may stay behind in shared memory."""
+    yield
+    assert [path for path in shared_files() if path.name.startswith(f"oldlogits-{os.getpid()}-")] == []
+
+
+@pytest.fixture(scope="module")
+def server(tiny_folder):
+    """One that nothing happens to; it wants a token."""
+    with serving(tiny_folder, "--num-slots", "32", "--max-context", "100", token="secret") as server:
+        yield server
+
+
+@pytest.fixture
+def token(monkeypatch):
+    monkeypatch.setenv("THE_TOKEN", "secret")
+
+
+def test_over_http_every_trained_token_is_exact_and_trajectories_span_versions(server, token, tiny_folder, tmp_path):
+    engine = {"urls": [server.url], "token_env": "THE_TOKEN"}
+    status, run = train(tmp_path, tiny_folder, engine=engine, num_updates=6)
+    assert status == 0
+    assert server.get("/weight_info")["weight_version"].endswith("/6")
+    tokens = check_exact(run, 6)
+    assert tokens["staleness"].max() >= 1
+    trajectories = tokens_of(run, "trajectory")["trajectory"]
+    spans = [len(set(tokens["version"][trajectories == name])) for name in set(trajectories)]
+    assert sum(n >= 2 for n in spans) >= 3
+    assert not events_of(run, EventKind.SERVER_DOWN)
+
+
+def test_a_route_that_needs_partials_gets_them_by_abort_and_resubmit(server, token, tiny_folder, tmp_path):
+    engine = {"urls": [server.url], "token_env": "THE_TOKEN"}
+    status, run = train(tmp_path, tiny_folder, engine=engine, source={"type": "interruption"})
+    assert status == 0
+    check_exact(run, 4)
+
+
+def test_a_server_that_a_killed_trainer_left_in_mid_update_can_be_used_again(server, token, tiny_folder, tmp_path):
+    server.post("/pause?mode=keep")
+    server.post("/start_weight_update")
+    status, run = train(tmp_path, tiny_folder, engine={"urls": [server.url], "token_env": "THE_TOKEN"}, num_updates=2)
+    assert status == 0
+    check_exact(run, 2)
+
+
+@pytest.mark.parametrize(
+    "engine, env, words",
+    [
+        ({"token_env": "THE_TOKEN", "numerics": "fp8"}, {}, "engine.numerics = 'fp32'"),
+        ({"token_env": "THE_TOKEN"}, {"max_tokens": 110}, "--max-context"),
+        ({}, {}, "engine.token_env"),
+        ({"token_env": "NOT_SET"}, {}, "export NOT_SET"),
+    ],
+)
+def test_a_server_that_does_not_fit_the_run_is_refused_with_the_remedy(
+    engine, env, words, server, token, tiny_folder, tmp_path, capsys
+):
+    sections = {"env": {**LOCAL["env"], **env}}
+    status, _ = train(tmp_path, tiny_folder, engine={"urls": [server.url], **engine}, **sections)
+    assert status == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_server_that_is_not_there_is_named(tiny_folder, tmp_path, capsys):
+    status, _ = train(tmp_path, tiny_folder, engine={"urls": ["http://127.0.0.1:9"]})
+    assert status == 1
+    assert "http://127.0.0.1:9" in capsys.readouterr().err
+
+
+def test_rounded_weights_are_the_servers_and_the_probe_knows_them(tiny_folder, tmp_path):
+    with serving(tiny_folder, "--numerics", "fp8") as server:
+        status, run = train(tmp_path, tiny_folder, engine={"urls": [server.url], "numerics": "fp8"})
+    assert status == 0
+    assert np.abs(tokens_of(run, "log_r_d")["log_r_d"]).max() > 1e-3, "the discrepancy is real"
+    assert max(event.fields["max_abs_error"] for event in events_of(run, EventKind.PROBE)) <= 1e-4
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_of_two_servers_one_dies_or_hangs_and_the_run_goes_on_with_the_other(number, tiny_folder, tmp_path):
+    with serving(tiny_folder) as first, serving(tiny_folder) as second:
+        engine = {"urls": [first.url, second.url], "control_timeout_s": 3.0}
+        act = lambda: second.signal(number)  # noqa: E731
+        run = train_until(tmp_path, tiny_folder, act, (EventKind.SERVER_DOWN, 1), engine=engine)
+    [down] = events_of(run, EventKind.SERVER_DOWN)
+    assert down.fields["server"] == second.url
+    assert not events_of(run, EventKind.SERVER_UP)
+
+
+def test_a_server_that_comes_back_with_old_weights_is_given_the_current_ones(tiny_folder, tmp_path):
+    with serving(tiny_folder) as server:
+
+        def die_and_return():
+            server.wait_for_requests()
+            server.kill()
+            server.start()
+
+        run = train_until(tmp_path, tiny_folder, die_and_return, (EventKind.SERVER_UP, 1), engine={"urls": [server.url]})
+    [down] = events_of(run, EventKind.SERVER_DOWN)
+    assert down.fields["num_requests"] >= 1
+    [up] = events_of(run, EventKind.SERVER_UP)
+    assert "it had weights default and was given version" in up.fields["reason"]
+
+
+def test_when_no_server_comes_back_the_run_ends_and_says_so(tiny_folder, tmp_path, capsys):
+    with serving(tiny_folder) as server:
+        thread = after_updates(tmp_path / "run", 2, server.kill)
+        status, run = train(tmp_path, tiny_folder, engine={"urls": [server.url], "recover_s": 3.0}, num_updates=5000)
+        thread.join()
+    assert status == 1
+    error = capsys.readouterr().err
+    assert "no server is left that samples" in error
+    assert server.url in error
+    assert "engine.recover_s = 3 s" in error
+    assert "Traceback" not in error
+    assert summary_of(run)["ended"] == "error"
+    check_accounting(run)
+
+
+def test_servers_of_the_run_share_its_load_and_one_that_is_killed_is_started_again(tiny_folder, tmp_path):
+    pids = []
+
+    def kill():
+        pids.extend(servers_of_this_process())
+        os.killpg(pids[0], signal.SIGKILL)
+
+    engine = {"start": "embedded", "num_servers": 2, "num_slots": 16}
+    run = train_until(tmp_path, tiny_folder, kill, (EventKind.SERVER_UP, 1), engine=engine)
+    assert len(pids) == 2
+    assert len(events_of(run, EventKind.SERVER_DOWN)) == 1
+    assert not servers_of_this_process()
+    assert sorted(path.name for path in (run / "servers").iterdir()) == ["server-0.log", "server-1.log"]
+
+
+def servers_of_this_process():
+    children = [int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
+    return [pid for pid in children if b"leash.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]

@@ -1,0 +1,194 @@
+"""Real launches: `torchrun --nproc-per-node 2 -m oldlogits train ...` against one process."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from oldlogits.record.events import EventKind
+from oldlogits.runtime.run import run
+from oldlogits.train.checkpoint import of_kind, read_state
+
+from ..runs import check_accounting, events_of, recipe, summary_of, wait_for_updates, write_recipe
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).parents[2]
+BF16 = {"model": {"forward_dtype": "bf16"}, "trainer": {"lr": 1e-5}}
+CASES = {
+    "fp32": {},
+    "bf16": {**BF16, "trainer": {"lr": 1e-3, "activation_checkpointing": True}},
+    "int8 engine": {"engine": {"numerics": "int8"}},
+    "ewma": {"variant": "ppo_ewma_train_infer", "source": {"type": "ewma", "decay": "mean-lag"}},
+    "adapters": {"model": {"lora_rank": 4}, "engine": {"numerics": "int8"}},
+    "adapters, bf16": {"model": {"lora_rank": 4, "forward_dtype": "bf16"}, "trainer": {"activation_checkpointing": True}},
+    "token-mean-kept": {"objective": {"denominator": "token-mean-kept"}, "band": 1.2},
+}
+
+
+def launch(*arguments):
+    """`oldlogits train` with these arguments, over two ranks."""
+    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "oldlogits", "train"]
+    return subprocess.Popen(
+        [sys.executable, *words, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process, *, deadline_s=500):
+    """Its exit status and what it said; no process of it stays behind."""
+    try:
+        said, _ = process.communicate(timeout=deadline_s)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, said
+
+
+def table_of(out, version):
+    return pq.read_table(out / f"tokens/v{version:06d}.parquet").to_pydict()
+
+
+def state_of(out):
+    [*_, latest] = sorted((out / "checkpoints").iterdir())
+    return read_state(latest / "state")
+
+
+def gap(left, right, name):
+    return float(np.abs(np.array(left[name]) - np.array(right[name])).max())
+
+
+def largest_difference(left, right, kind):
+    left, right = of_kind(kind, left), of_kind(kind, right)
+    assert left.keys() == right.keys() != set()
+    return max(float((left[name] - right[name]).abs().max()) for name in left)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_give_the_losses_the_old_logits_and_the_weights_of_one_process(tiny_folder, tmp_path, case):
+    config = recipe(tiny_folder, num_updates=3, **CASES[case])
+    assert run(config, tmp_path / "one").error is None
+    status, said = finish(launch(write_recipe(tmp_path / "r.toml", config), "--out", tmp_path / "two"))
+    assert status == 0, said
+    one, two = table_of(tmp_path / "one", 1), table_of(tmp_path / "two", 1)
+    assert one["token_id"] == two["token_id"]
+    for name in ("logp_stand_in", "logp_theta", "log_r_d", "log_r_s"):
+        assert gap(one, two, name) <= 1e-5
+    first, again = (events_of(tmp_path / name, EventKind.UPDATE)[0].fields["metrics"] for name in ("one", "two"))
+    assert first["loss/value"] == pytest.approx(again["loss/value"], abs=1e-5)
+    assert first["grad/norm"] == pytest.approx(again["grad/norm"], rel=1e-5)
+    assert first["grad/norm"] > 1e-3
+    left, right = state_of(tmp_path / "one"), state_of(tmp_path / "two")
+    assert largest_difference(left, right, "master") <= 1e-4
+    if "adapters" in case:
+        trained = of_kind("master", left)
+        assert all(name.endswith(".default.weight") for name in trained), "a version is its adapters"
+        assert max(float(w.abs().max()) for name, w in trained.items() if "lora_B" in name) > 1e-3, "they were zero"
+    else:
+        assert largest_difference(left, state_of_start(tiny_folder), "master") > 1e-3, "the weights moved"
+    if case == "ewma":
+        assert largest_difference(left, right, "averaged") <= 1e-4
+    summary = summary_of(tmp_path / "two")
+    assert summary["witness_lag0_max_abs_error"] is None or summary["witness_lag0_max_abs_error"] <= 1e-6
+    assert summary["witness_publish_max_abs_error"] in (0, None)
+    assert summary["probe_max_abs_error"] <= 1e-4
+    check_accounting(tmp_path / "two")
+
+
+def state_of_start(folder):
+    from oldlogits.policy.model import load_model, named_weights
+
+    return {f"master|{name}": weight for name, weight in named_weights(load_model(folder)).items()}
+
+
+def test_patches_of_the_slices_bring_the_engine_from_version_to_version_without_a_gather(tiny_folder, tmp_path):
+    config = recipe(tiny_folder, runtime={"type": "local"}, **BF16)
+    status, said = finish(launch(write_recipe(tmp_path / "r.toml", config), "--out", tmp_path / "run"))
+    assert status == 0, said
+    summary = summary_of(tmp_path / "run")
+    assert (summary["num_patch_syncs"], summary["num_full_syncs"], summary["num_refused_patches"]) == (4, 1, 0)
+    assert summary["version_share_of_copy"] < 0.3
+    assert summary["provenance"].keys() == {"exact"}
+    assert summary["witness_publish_max_abs_error"] in (0, None)
+    assert summary["probe_max_abs_error"] <= 1e-4, "the engine holds the bits of all slices"
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_in_one_process(tiny_folder, tmp_path):
+    config = recipe(tiny_folder, num_updates=2, model={"forward_dtype": "bf16"})
+    file = write_recipe(tmp_path / "r.toml", config)
+    status, said = finish(launch(file, "--out", tmp_path / "two"))
+    assert status == 0, said
+    files = {path.name for path in (tmp_path / "two/checkpoints/v000002/state").iterdir()}
+    assert {"__0_0.distcp", "__1_0.distcp", ".metadata"} <= files, "each rank writes what it holds"
+    before = state_of(tmp_path / "two")
+    longer = recipe(tiny_folder, num_updates=4, model={"forward_dtype": "bf16"})
+    assert run(longer, tmp_path / "two", resume=True).error is None
+    assert [e.version for e in events_of(tmp_path / "two", EventKind.UPDATE)] == [1, 2, 3, 4]
+    assert {value.item() for value in of_kind("step", state_of(tmp_path / "two")).values()} == {8.0}
+    assert {value.item() for value in of_kind("step", before).values()} == {4.0}
+
+
+def test_a_checkpoint_of_one_process_goes_on_over_two_ranks_as_it_does_in_one(tiny_folder, tmp_path):
+    config = recipe(tiny_folder, num_updates=2, model={"forward_dtype": "bf16"})
+    assert run(config, tmp_path / "one").error is None
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    status, said = finish(launch("--resume", tmp_path / "two", "--num-updates", "3"))
+    assert status == 0, said
+    longer = recipe(tiny_folder, num_updates=3, model={"forward_dtype": "bf16"})
+    assert run(longer, tmp_path / "one", resume=True).error is None
+    assert largest_difference(state_of(tmp_path / "one"), state_of(tmp_path / "two"), "master") <= 1e-4
+    assert largest_difference(state_of(tmp_path / "one"), state_of(tmp_path / "two"), "exp_avg") <= 1e-4
+
+
+def ranks_of(process):
+    """The process ids of the launch's ranks, by rank."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        try:
+            stat = (folder / "stat").read_text().rpartition(")")[2].split()
+            if stat[1] != str(process.pid):
+                continue
+            environment = (folder / "environ").read_text().split("\0")
+            found[next(int(word[5:]) for word in environment if word.startswith("RANK="))] = int(folder.name)
+        except (OSError, StopIteration, IndexError):
+            continue
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks in /proc")
+@pytest.mark.parametrize("killed, status", [(1, "error"), (0, None)])
+def test_a_rank_that_is_killed_ends_the_run_soon_and_is_named_with_the_last_checkpoint(tiny_folder, tmp_path, killed, status):
+    config = recipe(tiny_folder, num_updates=500, runtime={"type": "local"}, record={"checkpoint_every": 2}, **BF16)
+    process = launch(write_recipe(tmp_path / "r.toml", config), "--out", tmp_path / "run")
+    try:
+        wait_for_updates(tmp_path / "run", 3, deadline_s=120)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    ranks = ranks_of(process)
+    started = time.monotonic()
+    os.kill(ranks[killed], signal.SIGKILL)
+    code, said = finish(process, deadline_s=120)
+    assert time.monotonic() - started < 90, "on a machine that others use, too"
+    assert code != 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
+    if status is None:
+        return
+    assert "error: rank 1 of 2 ended, or no longer answers" in said
+    assert "go on from the last checkpoint, v0000" in said
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["ended"] == status
+    check_accounting(tmp_path / "run")
