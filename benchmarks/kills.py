@@ -55,6 +55,7 @@ class Kind:
 
 
 SERVERS = ["--engine.type", "vllm", "--engine.start", "embedded", "--engine.num-servers", "2"]
+RAY = ["--runtime.type", "ray"]
 KINDS = {
     "controller": Kind(flags=[], title="", goes_on=False),
     "engine": Kind(flags=[], title=f"{PREFIX}engin", goes_on=False),
@@ -62,6 +63,9 @@ KINDS = {
     "dedicated": Kind(flags=["--source.type", "dedicated"], title=f"{PREFIX}score", goes_on=False),
     "server": Kind(flags=SERVERS, title=f"{PREFIX}serve", goes_on=True),
     "engine of a server": Kind(flags=SERVERS, title=f"{PREFIX}engin", goes_on=True),
+    "worker of a cluster": Kind(flags=RAY, title="ray::Worker", goes_on=True),
+    "server of a worker": Kind(flags=RAY, title=f"{PREFIX}serve", goes_on=True),
+    "trainer of a cluster": Kind(flags=RAY, title="ray::Calls", goes_on=False),
 }
 
 

@@ -16,6 +16,7 @@ import tyro
 from oldlogits.config import RunConfig
 from oldlogits.config.schema import ModelConfig
 from oldlogits.core.errors import ConfigError
+from oldlogits.core.processes import name_process
 
 if TYPE_CHECKING:
     from oldlogits.rollout.process import EngineProcess
@@ -52,6 +53,7 @@ class ServeOptions:
 
 def command(arguments: Sequence[str]) -> int:
     """Serve until interrupted."""
+    name_process("server")
     options = tyro.cli(ServeOptions, prog="oldlogits serve", args=list(arguments))
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:

@@ -120,6 +120,7 @@ class Host:
         is_up: Whether it gets requests.
         is_new: Whether it joined a fleet that runs already, and was not up yet.
         is_broken: Whether its process, if the run started it, must be started again before it can be taken back.
+        done: What was done to take it back, since it went down.
         attempts: What runs on it.
         answered_at: When it last answered a request; seconds of the monotonic clock.
         num_misses: Health checks in a row without an answer.
@@ -131,6 +132,7 @@ class Host:
     is_up: bool = False
     is_new: bool = False
     is_broken: bool = False
+    done: list[str] = field(default_factory=list)
     attempts: set[Attempt] = field(default_factory=set)
     answered_at: float = 0.0
     num_misses: int = 0
@@ -380,26 +382,26 @@ class Fleet:
             ServerFailedError: Not yet.
             ConfigError: It came back as one that cannot be used.
         """
-        done = []
         if host.launched is not None:
             if host.is_broken:
                 self._restart(host.launched)
                 host.is_broken = False
-                done.append("started again")
+                host.done.append("started again")
             try:
                 await host.launched.ready(host.server, self._patience.start_s)
             except ServerFailedError:
                 host.is_broken = True
                 raise
-        if host.is_new:
-            done.append("it joined")
+        if host.is_new and "it joined" not in host.done:
+            host.done.append("it joined")
         await self._connect(host)
         async with self._lock:
             if self.paused or host not in self.hosts:  # the update that is under way goes first; or it has left
                 return
-            done.append(await self._supply(host.server))
+            host.done.append(await self._supply(host.server))
             host.is_up, host.is_new, host.answered_at = True, False, time.monotonic()
-        self.listen(Incident(what="up", server=host.server.url, reason=", ".join(done)))
+        self.listen(Incident(what="up", server=host.server.url, reason=", ".join(host.done)))
+        host.done = []
         self._notify()
 
     def _restart(self, launched: Launched) -> None:
