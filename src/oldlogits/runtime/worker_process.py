@@ -113,7 +113,7 @@ class WorkerProcess:
         raise value
 
     def _died(self) -> WorkerDiedError:
-        self._process.join(timeout=1)
+        self._process.join(timeout=10)
         return WorkerDiedError(
             f"the {self._name} process ended",
             got=f"exit code {self._process.exitcode}",
