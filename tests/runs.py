@@ -112,10 +112,15 @@ def children() -> list[str]:
     return [child.name for child in multiprocessing.active_children()]
 
 
+def files_of(process: int | str) -> set[Path]:
+    """The files with weights on their way that a process has."""
+    folders = (Path("/dev/shm"), Path(tempfile.gettempdir()))
+    return {path for folder in folders for path in folder.glob(f"oldlogits-{process}-*.weights")}
+
+
 def shared_files() -> set[Path]:
     """Files with weights on their way, but for those of processes that live and are not of this test."""
-    folders = (Path("/dev/shm"), Path(tempfile.gettempdir()))
-    found = [path for folder in folders if folder.is_dir() for path in folder.glob("oldlogits-*.weights")]
+    found = files_of("*")
     own = {os.getpid(), *(child.pid for child in multiprocessing.active_children())}
     return {path for path in found if (pid := int(path.name.split("-")[1])) in own or not Path(f"/proc/{pid}").exists()}
 

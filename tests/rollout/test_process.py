@@ -15,7 +15,7 @@ from oldlogits.rollout.embedded import EngineCore
 from oldlogits.rollout.process import EngineProcess
 from oldlogits.rollout.spec import EngineSpec
 
-from ..runs import shared_files
+from ..runs import files_of, shared_files
 from .reference import VOCAB, expected_logprobs, make_model, perturbed, save, weights_of
 
 CONTEXT = 1200
@@ -95,7 +95,7 @@ def test_an_update_in_mid_flight_keeps_running_requests_and_tags_their_tokens(sh
         await until_sampling(shared_engine)
         partials = await shared_engine.partials()
         await shared_engine.update_weights(FullWeights(tensors={**new, "lm_head.weight": new["model.embed_tokens.weight"]}), 1)
-        assert len(shared_files()) == 1, "the host's copy"
+        assert len(files_of(os.getpid())) == 1, "the host's copy"
         await shared_engine.resume()
         finished = dict(zip(tasks, await asyncio.gather(*tasks.values()), strict=True))
         stats = await shared_engine.stats()
@@ -163,7 +163,7 @@ def test_errors_of_the_engine_come_back_as_what_they_are_and_it_lives_on(shared_
         await shared_engine.pause("keep", "recompute")
         with pytest.raises(ModelFolderError, match=r"model\.embed_tokens\.weight: missing"):
             await shared_engine.update_weights(FullWeights(tensors={"x": torch.zeros(1)}), 1)
-        assert len(shared_files()) == 1, "the host's copy, written anew"
+        assert len(files_of(os.getpid())) == 1, "the host's copy, written anew"
         task = asyncio.create_task(shared_engine.generate([1], Sampling(max_tokens=2), "twice"))
         await asyncio.sleep(0)
         with pytest.raises(ConfigError, match="in use; got: twice"):

@@ -16,8 +16,8 @@ from ..runs import (
     after_updates,
     check_accounting,
     events_of,
+    files_of,
     recipe,
-    shared_files,
     summary_of,
     tokens_of,
     wait_for_updates,
@@ -91,7 +91,7 @@ def check_exact(run, num_updates, ended="done"):
 def clean():
     """No file of this process may stay behind in shared memory."""
     yield
-    assert [path for path in shared_files() if path.name.startswith(f"oldlogits-{os.getpid()}-")] == []
+    assert files_of(os.getpid()) == set()
 
 
 @pytest.fixture(scope="module")

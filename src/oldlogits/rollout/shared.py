@@ -6,7 +6,7 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -69,16 +69,50 @@ def take_bytes(path: Path, lengths: Sequence[int]) -> tuple[memoryview, ...]:
 def shared_file(num_bytes: int) -> Path:
     """A new, empty file of this process in shared memory if it has room for so many bytes, else in the temporary folder."""
     fits = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > 1.1 * num_bytes
-    handle, name = tempfile.mkstemp(prefix=f"oldlogits-{os.getpid()}-", suffix=_SUFFIX, dir=_SHARED_MEMORY if fits else None)
+    prefix = f"oldlogits-{os.getpid()}-{_pid_namespace()}-"
+    handle, name = tempfile.mkstemp(prefix=prefix, suffix=_SUFFIX, dir=_SHARED_MEMORY if fits else None)
     os.close(handle)
     return Path(name)
 
 
 def unshare(pid: int) -> None:
     """Delete the files of a process that was stopped before their reader could."""
-    for folder in (_SHARED_MEMORY, Path(tempfile.gettempdir())):
-        for path in folder.glob(f"oldlogits-{pid}-*{_SUFFIX}"):
+    for path in _shared_files(f"oldlogits-{pid}-*{_SUFFIX}"):
+        path.unlink(missing_ok=True)
+
+
+def unshare_ended() -> None:
+    """Delete the files of processes that were killed before they could: each is memory of this machine, as large as a model.
+
+    Only of processes that this one would see if they lived: containers may share the memory and not the process numbers.
+    """
+    for path in _shared_files(f"oldlogits-*-{_pid_namespace()}-*{_SUFFIX}"):
+        pid = path.name.split("-")[1]
+        if pid.isdecimal() and not _is_alive(int(pid)):
             path.unlink(missing_ok=True)
+
+
+def _shared_files(pattern: str) -> Iterator[Path]:
+    for folder in (_SHARED_MEMORY, Path(tempfile.gettempdir())):
+        yield from folder.glob(pattern)
+
+
+def _pid_namespace() -> int:
+    """What tells process numbers of one container from those of another; 0 where there are none."""
+    try:
+        return Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        return 0
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def _without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

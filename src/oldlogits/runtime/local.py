@@ -17,7 +17,7 @@ from pathlib import Path
 
 from oldlogits.config import RunConfig
 from oldlogits.rollout.process import EngineProcess
-from oldlogits.rollout.shared import unshare
+from oldlogits.rollout.shared import unshare, unshare_ended
 from oldlogits.rollout.spec import EngineSpec
 from oldlogits.runtime.engines import OpenEngine, open_servers
 from oldlogits.runtime.environment import ThreadRunner
@@ -33,6 +33,7 @@ async def open_local(
     """Start the processes; on leaving none of them stays behind, whatever happened."""
     runner = ThreadRunner(timeout_s=config.env.timeout_s, latency_s=config.env.latency_s, seed=sampler_seed)
     async with AsyncExitStack() as stack:  # each is closed even if Ctrl-C interrupts the closing of another
+        unshare_ended()
         stack.callback(unshare, os.getpid())
         with _ignoring_interrupts():
             opened = await stack.enter_async_context(_open_engine(config, model_folder, sampler_seed, log_folder))
