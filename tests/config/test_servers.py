@@ -81,7 +81,6 @@ def test_a_cluster_that_can_work_passes(keys):
         ({"engine": {"type": "vllm", "urls": [URL]}}, "one server of its own"),
         ({"engine": {"type": "vllm", "num_servers": 2}}, "one server of its own"),
         ({"engine": {"kv": "stale"}}, "another worker"),
-        ({"model": {"lora_rank": 4}}, "adapters"),
         ({"runtime": {"type": "local"}, "ray": {"num_workers": 3}}, "no effect without the runtime ray"),
     ],
 )

@@ -181,6 +181,15 @@ def test_a_second_model_scores_exactly_and_the_death_of_a_model_ends_the_run(tmp
     assert re.search(r"the (trainer|scorer) actor ended", capsys.readouterr().err)
 
 
+def test_adapters_reach_every_worker(tmp_path, tiny_folder, cluster):
+    model, trainer = {"lora_rank": 4}, {"lr": 3e-2, "warmup_steps": 0}
+    status, run = train(tmp_path, tiny_folder, cluster, num_updates=3, model=model, trainer=trainer)
+    assert status == 0
+    check_exact(run)
+    sent = max(event.fields["bytes"] for event in events_of(run, EventKind.WEIGHTS_UPDATED))
+    assert sent < 0.5 * (tiny_folder / "model.safetensors").stat().st_size, "adapters alone travel"
+
+
 def test_a_cluster_without_room_is_refused_with_what_is_free(tmp_path, tiny_folder, cluster, capsys):
     asked = {"address": cluster.address, "num_workers": 4, "placement": "STRICT_SPREAD", "start_timeout_s": 8.0}
     status, _ = train(tmp_path, tiny_folder, cluster, num_updates=2, ray=asked)

@@ -27,6 +27,7 @@ from oldlogits.train.trainer import Trainer
 
 from ..builders import batch_of, sampled, trajectory
 from ..runs import check_accounting, events_of, recipe, summary_of, tokens_of, write_recipe
+from ..servers import serving
 
 RANK, ALPHA = 4, 8.0
 LORA = {"lora_rank": RANK, "lora_alpha": ALPHA}
@@ -77,6 +78,29 @@ def test_the_laws_hold_under_every_route_and_a_version_is_its_adapters(sections,
     sent = [event.fields["bytes"] for event in events_of(out, EventKind.WEIGHTS_UPDATED)]
     size = 2 if sections.get("model", {}).get("forward_dtype") == "bf16" else 4
     assert max(sent) == size * num_adapter_parameters(tiny_folder)
+
+
+@pytest.mark.parametrize("numerics", ["fp32", "fp8"])
+def test_a_server_adds_the_adapters_to_its_own_folder(numerics, tiny_folder, tmp_path):
+    with serving(tiny_folder, "--adapter-scale", str(ALPHA / RANK), "--numerics", numerics) as server:
+        engine = {"type": "vllm", "urls": [server.url], "numerics": numerics}
+        out = trained(tiny_folder, tmp_path, runtime={"type": "local"}, engine=engine)
+    check_accounting(out)
+    assert max(event.fields["max_abs_error"] for event in events_of(out, EventKind.PROBE)) <= 1e-4
+    tokens = tokens_of(out, "log_r_d", "provenance")
+    assert set(tokens["provenance"]) == {"exact"}
+    assert (np.abs(tokens["log_r_d"]).max() <= 1e-4) == (numerics == "fp32")
+    sent = [event.fields["bytes"] for event in events_of(out, EventKind.WEIGHTS_UPDATED)]
+    assert max(sent) == 4 * num_adapter_parameters(tiny_folder), "adapters alone travel"
+
+
+@pytest.mark.parametrize("options", [[], ["--adapter-scale", "3"]])
+def test_a_server_that_takes_other_weights_is_refused_with_the_remedy(options, tiny_folder, tmp_path, capsys):
+    with serving(tiny_folder, *options) as server:
+        config = lora_recipe(tiny_folder, runtime={"type": "local"}, engine={"type": "vllm", "urls": [server.url]})
+        path = write_recipe(tmp_path / "r.toml", config)
+        assert command(["train", str(path), "--out", str(tmp_path / "run")]) == 2
+    assert f"--adapter-scale {ALPHA / RANK:g}" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

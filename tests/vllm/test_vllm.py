@@ -24,13 +24,14 @@ NUM_UPDATES = 24
 needs_vllm = pytest.mark.skipif(not PYTHON, reason="make test-vllm sets OLDLOGITS_VLLM_PYTHON")
 
 
-def train(folder, *, flags=(), num_updates=NUM_UPDATES, trainer=None, **engine):
+def train(folder, *, flags=(), num_updates=NUM_UPDATES, trainer=None, model=None, **engine):
     """The desk recipe over vLLM in eager mode, smaller; returns the exit status."""
     table = tomllib.loads(RECIPE.read_text())
     table["engine"] |= {"type": "vllm", "python": PYTHON, "num_slots": 64, "flags": ["--enforce-eager", *flags], **engine}
     table["rollout"] |= {"groups_per_version": 8, "max_running_groups": 12}
     table["eval"] |= {"num_episodes": 0, "every": 0}
     table["trainer"] |= trainer or {}
+    table["model"] = model or {}
     table["num_updates"] = num_updates
     (folder / "recipe.toml").write_text(dump_toml(table))
     return command(["train", str(folder / "recipe.toml"), "--out", str(folder / "run")])
@@ -99,6 +100,21 @@ def test_patches_reach_vllm_also_after_it_was_killed_and_it_keeps_no_memory_of_t
     assert np.abs(tokens["log_r_d"]).max() <= 1e-3, "vLLM and the trainer both compute in fp32"
     assert check_accounting(run)["trained"] == 8 * 8 * 8
     assert not groups_of_servers()
+
+
+@needs_vllm
+def test_vllm_gets_adapters_and_adds_them_to_its_own_folder(tmp_path):
+    model = {"lora_rank": 4, "lora_alpha": 8.0}
+    assert train(tmp_path, num_updates=3, trainer={"lr": 3e-2, "warmup_steps": 0}, numerics="fp32", model=model) == 0
+    run = tmp_path / "run"
+    probes = events_of(run, EventKind.PROBE)
+    assert [event.version for event in probes] == list(range(4))
+    assert max(event.fields["max_abs_error"] for event in probes) <= 1e-4
+    tokens = tokens_of(run, "log_r_d", "log_r_s", "provenance")
+    assert set(tokens["provenance"]) == {"exact"}
+    assert np.abs(tokens["log_r_d"]).max() <= 1e-3, "vLLM and the trainer both compute in fp32"
+    assert np.abs(tokens["log_r_s"]).max() > 1e-2, "the adapters do something"
+    check_accounting(run)
 
 
 def groups_of_servers():

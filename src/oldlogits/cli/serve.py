@@ -49,6 +49,8 @@ class ServeOptions:
     """The most tokens of one sequence; 0: the model's, at most 4096."""
     seed: int = 0
     """Of the sampler."""
+    adapter_scale: float = 0.0
+    """For a run with model.lora_rank, whose updates bring adapters: its lora_alpha / lora_rank; 0: they bring all weights."""
 
 
 def command(arguments: Sequence[str]) -> int:
@@ -77,6 +79,7 @@ def command(arguments: Sequence[str]) -> int:
         num_slots=options.num_slots,
         max_context=options.max_context or min(4096, read_config(folder).max_positions),
         seed=options.seed,
+        adapter_scale=options.adapter_scale,
     )
     engine = EngineProcess(spec)
     try:
@@ -113,6 +116,7 @@ async def _serve(engine: EngineProcess, served: Served, options: ServeOptions, t
     )
     server = uvicorn.Server(config)
     listening = config.bind_socket()
+    listening.listen()  # who reads the line below may connect at once
     port = listening.getsockname()[1]
     print(f"serving {options.model} on http://{options.host}:{port} ({'with' if token else 'without'} a token)", flush=True)
     watching = asyncio.create_task(engine.watch())

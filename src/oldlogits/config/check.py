@@ -28,7 +28,6 @@ def check(config: RunConfig, *, needs_model: bool = True) -> None:
     _check_ranges(config)
     _check_one_distribution(config)
     check_servers(config)
-    _check_adapters(config)
     _check_kv(config)
     _check_average(config)
     _check_schedule(config)
@@ -183,17 +182,6 @@ def _check_one_distribution(config: RunConfig) -> None:
     why = ", since mu would have another support than the trained policy"
     _require(s.top_p == 1, "sampling.top_p", s.top_p, "1.0 in training" + why, fix)
     _require(s.top_k == 0, "sampling.top_k", s.top_k, "0 in training" + why, fix)
-
-
-def _check_adapters(config: RunConfig) -> None:
-    if config.model.lora_rank and (config.engine.type != "embedded" or config.runtime.type == "ray"):
-        engine = f"engine.type = '{config.engine.type}', runtime.type = '{config.runtime.type}'"
-        raise ConfigError(
-            "servers take whole weights, and a version with adapters is these alone",
-            got=f"model.lora_rank = {config.model.lora_rank}, {engine}",
-            allowed="engine.type = 'embedded' in the runtimes local and lockstep, which adds them to its base; or no adapters",
-            fix="remove model.lora_rank",
-        )
 
 
 def _check_kv(config: RunConfig) -> None:

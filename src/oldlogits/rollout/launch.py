@@ -40,6 +40,7 @@ class LaunchSpec:
         python: The interpreter that has it; empty: this one.
         log_folder: Where its messages go.
         seed: Of the sampler.
+        adapter_scale: As in `EngineSpec`.
         address: That it listens on.
     """
 
@@ -52,6 +53,7 @@ class LaunchSpec:
     python: str
     log_folder: Path
     seed: int
+    adapter_scale: float = 0.0
     address: str = "127.0.0.1"
 
     def command(self, port: int) -> list[str]:
@@ -60,17 +62,19 @@ class LaunchSpec:
         where = ["--host", self.address, "--port", str(port), "--seed", str(self.seed)]
         if self.server == "embedded":
             size = ["--num-slots", str(self.num_slots), "--max-context", str(self.max_context)]
-            numerics = ["--numerics", self.numerics]
-            return [python, "-m", "oldlogits", "serve", self.model_path, *where, *size, *numerics, *self.flags]
+            weights = ["--numerics", self.numerics, "--adapter-scale", str(self.adapter_scale)]
+            return [python, "-m", "oldlogits", "serve", self.model_path, *where, *size, *weights, *self.flags]
         model, widening = self.model_path, widening_of(Path(self.model_path))
         if widening is not None:
             model = str(self.log_folder / "model")
             write_wide(Path(self.model_path), widening, Path(model))
-        own = json.dumps({"oldlogits_numerics": self.numerics, "oldlogits_head_dim": widening.narrow if widening else 0})
+        own = {"oldlogits_numerics": self.numerics, "oldlogits_head_dim": widening.narrow if widening else 0}
+        if self.adapter_scale:
+            own |= {"oldlogits_adapter_scale": self.adapter_scale, "oldlogits_base": self.model_path}
         return [
             *(python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *where),
             *("--max-num-seqs", str(self.num_slots), "--max-model-len", str(self.max_context)),
-            *("--dtype", _DTYPES.get(self.numerics, "float32"), "--additional-config", own),
+            *("--dtype", _DTYPES.get(self.numerics, "float32"), "--additional-config", json.dumps(own)),
             *("--logprobs-mode", "processed_logprobs", "--enable-scale-out"),
             *(*transfer_flags(), *self.flags),
         ]

@@ -161,7 +161,10 @@ class Served:
                 },
                 "scheduler_config": {"max_num_seqs": self.spec.num_slots},
                 "weight_transfer_config": {"backend": wire.BACKEND},
-                "additional_config": {"oldlogits_numerics": self.spec.numerics},
+                "additional_config": {
+                    "oldlogits_numerics": self.spec.numerics,
+                    "oldlogits_adapter_scale": self.spec.adapter_scale,
+                },
             }
         }
 

@@ -55,6 +55,7 @@ class ServerInfo:
         num_slots: Sequences decoded at the same time.
         arithmetic: What it computes in: "fp32" or "bf16".
         numerics: How it rounds weights; that of its arithmetic unless it emulates another.
+        adapter_scale: As in `EngineSpec`: 0 where it takes whole weights.
     """
 
     version: str
@@ -62,6 +63,7 @@ class ServerInfo:
     num_slots: int
     arithmetic: str
     numerics: str
+    adapter_scale: float
 
 
 class Server:
@@ -134,8 +136,9 @@ class Server:
         dtype = str(model.get("dtype")).removeprefix("torch.")
         if dtype not in _ARITHMETIC:
             raise self._refused(f"dtype {dtype}", ", ".join(_ARITHMETIC), "start it with --dtype float32 or bfloat16")
-        own = config.get("additional_config")
-        emulated = own.get("oldlogits_numerics") if isinstance(own, dict) else None
+        said = config.get("additional_config")
+        own = said if isinstance(said, dict) else {}
+        emulated, scale = own.get("oldlogits_numerics"), own.get("oldlogits_adapter_scale", 0)
         scheduler = typed(config.get("scheduler_config"), dict, "scheduler_config")
         return ServerInfo(
             version=version,
@@ -143,6 +146,7 @@ class Server:
             num_slots=typed(scheduler.get("max_num_seqs"), int, "max_num_seqs"),
             arithmetic=_ARITHMETIC[dtype],
             numerics=str(emulated) if emulated else _ARITHMETIC[dtype],
+            adapter_scale=typed(float(scale) if isinstance(scale, int) else scale, float, "oldlogits_adapter_scale"),
         )
 
     async def _check_generation(self) -> None:

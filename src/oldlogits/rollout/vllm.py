@@ -134,6 +134,7 @@ class VllmEngine:
         hosts: The servers.
         max_context: The most tokens of one sequence that the run needs.
         numerics: The engine's, as the recipe says; a server of others is refused.
+        adapter_scale: As in `EngineSpec`; a server of another is refused.
         patience: How long to wait for what.
         weights: Brings weights to where the servers read them; by default they run on this machine.
     """
@@ -145,9 +146,10 @@ class VllmEngine:
         max_context: int,
         numerics: str,
         patience: Patience,
+        adapter_scale: float = 0.0,
         weights: Carrier | None = None,
     ) -> None:
-        self._max_context, self._numerics = max_context, numerics
+        self._max_context, self._numerics, self._adapter_scale = max_context, numerics, adapter_scale
         self.fleet = Fleet(hosts, patience=patience, check=self._check, supply=self._supply)
         self._run = secrets.token_hex(4)
         self._version: PolicyVersion = -1
@@ -356,6 +358,15 @@ class VllmEngine:
                 got=f"{info.numerics}, engine.numerics = '{self._numerics}'",
                 allowed="the same",
                 fix=f"set engine.numerics = '{info.numerics}', or start the server with others",
+            )
+        if info.adapter_scale != self._adapter_scale:
+            scale = f"{self._adapter_scale:g}"
+            raise ConfigError(
+                f"the server {host.server.url} takes other weights than this run sends",
+                got=f"adapters scaled by {info.adapter_scale:g}, here {scale} (lora_alpha / lora_rank; 0: whole weights)",
+                allowed="the same",
+                fix=f"start it with --adapter-scale {scale} (`oldlogits serve`), "
+                f"""--additional-config '{{"oldlogits_adapter_scale": {scale}}}' (vLLM)""",
             )
         if info.max_context < self._max_context:
             raise ConfigError(

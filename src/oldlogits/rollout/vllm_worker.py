@@ -4,7 +4,10 @@
         --worker-extension-cls oldlogits.rollout.vllm_worker.Extension    imports this module in every worker
         --weight-transfer-config '{"backend": "oldlogits"}'               chooses `FileTransfer`
         --additional-config '{"oldlogits_numerics": "fp8"}'               optional: rounds what it loads;
-                                                                          "oldlogits_head_dim": heads of a narrower model
+                                                                          "oldlogits_head_dim": heads of a narrower model;
+                                                                          "oldlogits_adapter_scale": the trainer sends LoRA
+                                                                          adapters of the model ("oldlogits_base", if the
+                                                                          server's folder is a widened one)
 
     /start_weight_update -> /update_weights {"update_info": {"path": ..., "version": ...}}
         -> /finish_weight_update {"weight_version": ...}
@@ -29,6 +32,8 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from oldlogits.policy.adapters import merge
+from oldlogits.rollout.folder import read_weights
 from oldlogits.rollout.numerics import Numerics, check_numerics, round_linear
 from oldlogits.rollout.shared import is_shared
 from oldlogits.rollout.wide_heads import Widening
@@ -91,7 +96,15 @@ class FileTransfer(WeightTransferEngine[FileInit, FileUpdate]):  # type: ignore[
         if not is_shared(path):
             raise ValueError(f"{path} is not what a trainer shares: oldlogits-*.weights in shared memory")
         with HostCopy(path).read(update_info.version) as weights:
-            self.model.load_weights(self._prepared(weights))
+            self.model.load_weights(self._prepared(self._whole(weights)))
+
+    def _whole(self, weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """All weights: the base's with the adapters added, where it is these that the trainer sends."""
+        own = self.vllm_config.additional_config
+        scale = own.get("oldlogits_adapter_scale", 0)
+        if not scale:
+            return weights
+        return merge(read_weights(Path(own.get("oldlogits_base") or self.model_config.model)), weights, scale)
 
     def _prepared(self, weights: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """Rounded and widened as this server was started for."""

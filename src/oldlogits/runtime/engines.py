@@ -65,7 +65,13 @@ async def open_servers(config: RunConfig, model_folder: Path, seed: int, log_fol
         max_restarts=e.max_restarts,
     )
     hosts = _attached(config) if e.urls else _started(config, model_folder, seed, log_folder)
-    engine = VllmEngine(hosts, max_context=config.env.max_tokens, numerics=e.numerics, patience=patience)
+    engine = VllmEngine(
+        hosts,
+        max_context=config.env.max_tokens,
+        numerics=e.numerics,
+        adapter_scale=config.model.adapter_scale,
+        patience=patience,
+    )
 
     def listen(hear: Callable[[Incident], None]) -> None:
         engine.fleet.listen = hear
@@ -116,6 +122,7 @@ def _started(config: RunConfig, model_folder: Path, seed: int, log_folder: Path)
                 python=e.python,
                 log_folder=log_folder,
                 seed=seed + number,
+                adapter_scale=config.model.adapter_scale,
             )
             launched = Launched(spec, f"server-{number}")
             server = Server(launched.url, token=launched.token, control_timeout_s=e.control_timeout_s)

@@ -167,13 +167,19 @@ async def open_ray(
             python=e.python,
             log_folder=(folder / "servers").resolve(),
             seed=sampler_seed,
+            adapter_scale=config.model.adapter_scale,
         )
         await trainer.ready(r.start_timeout_s)
         if scorer is not None:
             await scorer.ready(r.start_timeout_s)
         workers = Workers(config, await _maker(config, spec), folder, weights)
         engine = VllmEngine(
-            workers.hosts, max_context=config.env.max_tokens, numerics=e.numerics, patience=patience, weights=weights
+            workers.hosts,
+            max_context=config.env.max_tokens,
+            numerics=e.numerics,
+            adapter_scale=config.model.adapter_scale,
+            patience=patience,
+            weights=weights,
         )
         workers.fleet = engine.fleet
         stack.push_async_callback(engine.close)
