@@ -18,7 +18,7 @@ from oldlogits.cli.main import run as command
 from oldlogits.core.errors import ConfigError, MissingLogprobError
 from oldlogits.core.protocols import FullWeights, Sampling
 from oldlogits.rollout import wire
-from oldlogits.rollout.host import HostWeights
+from oldlogits.rollout.host_weights import HostWeights
 from oldlogits.rollout.process import EngineProcess
 from oldlogits.rollout.serve import Served, check_host, make_app
 from oldlogits.rollout.spec import EngineSpec
@@ -239,6 +239,7 @@ def test_the_command_serves_and_ends_with_its_engine(tiny_folder):
             assert client.get("/health").status_code == 200
             assert client.get("/version").json()["version"].startswith("0.32")
             assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 128
+            assert client.get("/metrics").text.splitlines()[-1] == "vllm:generation_tokens_total 0"
             info = client.get("/server_info?config_format=json").json()["vllm_config"]
             assert info["model_config"]["logprobs_mode"] == "processed_logprobs"
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

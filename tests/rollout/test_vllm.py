@@ -9,7 +9,8 @@ import torch
 from oldlogits.core.errors import ConfigError, WorkerDiedError
 from oldlogits.core.protocols import FullWeights, RolloutEngine, Sampling, Span
 from oldlogits.rollout import wire
-from oldlogits.rollout.fleet import SLACK, Host, Patience
+from oldlogits.rollout.fleet import SLACK
+from oldlogits.rollout.hosts import Host, Patience
 from oldlogits.rollout.server import ServerFailedError, ServerInfo
 from oldlogits.rollout.vllm import VllmEngine
 
@@ -50,6 +51,7 @@ class FakeServer:
         self.running, self.log = {}, []
         self.fails, self.hangs = set(), set()
         self.max_context = 100
+        self.num_tokens = 7  # of somebody before
 
     async def _called(self, name):
         self.log.append(name)
@@ -63,7 +65,8 @@ class FakeServer:
 
     async def connect(self):
         await self._called("connect")
-        return ServerInfo(version="0.32", max_context=self.max_context, num_slots=8, arithmetic="fp32", numerics="fp32")
+        kind = {"version": "0.32", "arithmetic": "fp32", "numerics": "fp32", "adapter_scale": 0.0}
+        return ServerInfo(max_context=self.max_context, num_slots=8, **kind)
 
     async def generate(self, request):
         await self._called("generate")
@@ -79,6 +82,7 @@ class FakeServer:
                 if len(running.tokens) < running.request.sampling.max_tokens:
                     running.tokens.append(len(running.request.token_ids) + len(running.tokens))
                     running.labels.append(self.name)
+                    self.num_tokens += 1
             if len(running.tokens) == running.request.sampling.max_tokens:
                 running.end("length")
 
@@ -106,6 +110,9 @@ class FakeServer:
 
     async def check_health(self, timeout_s):
         await self._called("health")
+
+    async def num_sampled(self, timeout_s):
+        return self.num_tokens
 
 
 @asynccontextmanager
@@ -248,6 +255,7 @@ def test_of_a_server_that_dies_the_requests_go_on_elsewhere_with_what_they_kept(
             await update(engine, 1, engine.partials)
             await until(lambda: first.running)
             first.sample(1)  # never reaches the run
+            await until(lambda: engine.fleet.hosts[0].num_sampled == first.num_tokens)
             first.fails |= {"health", "generate", "connect"}
             await until(lambda: second.running)
             [running] = second.running.values()
@@ -256,6 +264,7 @@ def test_of_a_server_that_dies_the_requests_go_on_elsewhere_with_what_they_kept(
             check_whole(await asked, (0, 2), (1, 4))
             [down] = engine.incidents
             assert (down.what, down.server, down.num_requests, down.num_kept_tokens) == ("down", "http://a", 1, 2)
+            assert down.num_lost_tokens == 1
 
     asyncio.run(play())
 

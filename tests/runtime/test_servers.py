@@ -174,6 +174,8 @@ def test_of_two_servers_one_dies_or_hangs_and_the_run_goes_on_with_the_other(num
         run = train_until(tmp_path, tiny_folder, act, (EventKind.SERVER_DOWN, 1), engine=engine)
     [down] = events_of(run, EventKind.SERVER_DOWN)
     assert down.fields["server"] == second.url
+    summary = summary_of(run)
+    assert (summary["num_servers_down"], summary["num_lost_tokens"]) == (1, down.fields["num_lost_tokens"])
     assert not events_of(run, EventKind.SERVER_UP)
 
 

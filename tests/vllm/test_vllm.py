@@ -85,7 +85,8 @@ def test_patches_reach_vllm_also_after_it_was_killed_and_it_keeps_no_memory_of_t
     assert train(tmp_path, num_updates=8, trainer={"lr": 3e-10, "warmup_steps": 0}, numerics="fp32") == 0
     thread.join()
     assert kept == []
-    assert len(events_of(run, EventKind.SERVER_DOWN)) == 1
+    [down] = events_of(run, EventKind.SERVER_DOWN)
+    assert down.fields["num_lost_tokens"] is not None, "vLLM counts what it samples"
     [up] = events_of(run, EventKind.SERVER_UP)
     assert "started again" in up.fields["reason"]
     assert "was given version" in up.fields["reason"]

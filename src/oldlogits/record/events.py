@@ -86,7 +86,7 @@ FIELDS: Final[Mapping[EventKind, frozenset[str]]] = MappingProxyType(
         EventKind.UPDATE: frozenset({"metrics", "staleness_counts"}),
         EventKind.PUBLISHED: frozenset({"bytes", "version_bytes", "changed", "store_s", "seconds_s"}),
         EventKind.WEIGHTS_UPDATED: frozenset({"sent", "bytes", "refused", "pause_s", "load_s", "stall_s"}),
-        EventKind.SERVER_DOWN: frozenset({"server", "reason", "num_requests", "num_kept_tokens"}),
+        EventKind.SERVER_DOWN: frozenset({"server", "reason", "num_requests", "num_kept_tokens", "num_lost_tokens"}),
         EventKind.SERVER_UP: frozenset({"server", "reason"}),
         EventKind.PROBE: frozenset({"max_abs_error", "mean_abs_error", "num_tokens", "num_above"}),
         EventKind.CALIBRATION: frozenset(

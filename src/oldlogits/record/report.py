@@ -174,6 +174,9 @@ def _summary_cards(summary: Summary) -> list[Card]:
     idle = f"idle: engine {_share(summary.engine_idle_share)}, trainer {_share(summary.trainer_idle_share)}"
     cards.append(Card(label="training time", value=_duration(summary.train_wall_s), detail=idle))
     cards += _version_cards(summary)
+    if summary.num_servers_down:
+        lost = f"{summary.num_lost_tokens:,} sampled tokens lost, sampled anew"
+        cards.append(Card(label="servers went down", value=str(summary.num_servers_down), detail=lost))
     if summary.num_dropped_nonfinite:
         cards.append(
             Card(label="tokens dropped", value=str(summary.num_dropped_nonfinite), detail="log-prob not finite", tone="bad")

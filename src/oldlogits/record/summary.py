@@ -113,6 +113,9 @@ class Summary:
         num_patch_syncs: Versions that reached the engine as a patch.
         num_full_syncs: Versions that reached it as a full copy.
         num_refused_patches: Patches that the engine's host could not take; a full copy followed.
+        num_servers_down: Times that a server of the engine went down.
+        num_lost_tokens: Tokens that these had sampled and that did not arrive, by their own counts: a lower bound. They are
+            sampled anew.
         train_wall_s: Seconds of the training loop.
         engine_idle_share: Share of it in which the engine had nothing to sample.
         trainer_idle_share: Share of it in which the trainer waited.
@@ -150,6 +153,8 @@ class Summary:
     num_patch_syncs: int
     num_full_syncs: int
     num_refused_patches: int
+    num_servers_down: int
+    num_lost_tokens: int
     train_wall_s: float
     engine_idle_share: float | None
     trainer_idle_share: float | None

@@ -17,10 +17,10 @@ import contextlib
 import copy
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Final, Literal, Protocol
+from typing import Final, Literal
 
 from oldlogits.core.errors import ConfigError, WorkerDiedError
+from oldlogits.rollout.hosts import Attempt, Host, Launched, Patience
 from oldlogits.rollout.server import Server, ServerFailedError, ServerInfo
 from oldlogits.rollout.spec import Incident
 from oldlogits.rollout.wire import Json
@@ -33,109 +33,6 @@ SLACK: Final = 4
 """Requests that a server may have above the least busy one and still get the next turns of its trajectories."""
 MISSES: Final = 3
 """Health checks in a row without an answer after which a server counts as hung."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
-    """How long to wait for what.
-
-    Args:
-        recover_s: Without any server.
-        request_s: For one answer; then the request is cut and sent again with what it has.
-        control_s: For a control call.
-        start_s: For a server that was started.
-        poll_s: Between two looks at a server.
-        max_restarts: Of the servers that the run starts, in all.
-    """
-
-    recover_s: float = 300.0
-    request_s: float = 600.0
-    control_s: float = 60.0
-    start_s: float = 300.0
-    poll_s: float = 1.0
-    max_restarts: int = 5
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Attempt:
-    """A request as one server has it.
-
-    Args:
-        id: The server's name for it.
-        version: That the server had when it was sent.
-        num_kept: Output tokens that earlier attempts sampled.
-        cut: Set when its server counts as down.
-        ended: Set when it is over.
-        why: Why it was aborted, if it was: to be sent again, or for good.
-        running_s: How long it has run, pauses not counted.
-    """
-
-    id: str
-    version: int
-    num_kept: int
-    cut: asyncio.Event = field(default_factory=asyncio.Event)
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-    why: Literal["", "resubmit", "end"] = ""
-    running_s: float = 0.0
-
-
-class Launched(Protocol):
-    """The process of a server that the run starts."""
-
-    @property
-    def exit_code(self) -> int | None:
-        """None while it lives."""
-        ...
-
-    @property
-    def where(self) -> str:
-        """Where to look for what it said."""
-        ...
-
-    async def ready(self, server: Server, start_s: float) -> None:
-        """Wait until it answers.
-
-        Raises:
-            ServerFailedError: It ended, or takes longer than `start_s`.
-        """
-        ...
-
-    def restart(self) -> None:
-        """End what is left of it and start it again."""
-        ...
-
-    def close(self) -> None:
-        """End it and whatever it has started."""
-        ...
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Host:
-    """A server and what is known of it.
-
-    Args:
-        server: Speaks to it.
-        launched: Its process, if the run started it.
-        info: What it said when it was connected last.
-        is_up: Whether it gets requests.
-        is_new: Whether it joined a fleet that runs already, and was not up yet.
-        is_broken: Whether its process, if the run started it, must be started again before it can be taken back.
-        done: What was done to take it back, since it went down.
-        attempts: What runs on it.
-        answered_at: When it last answered a request; seconds of the monotonic clock.
-        num_misses: Health checks in a row without an answer.
-    """
-
-    server: Server
-    launched: Launched | None = None
-    info: ServerInfo | None = None
-    is_up: bool = False
-    is_new: bool = False
-    is_broken: bool = False
-    done: list[str] = field(default_factory=list)
-    attempts: set[Attempt] = field(default_factory=set)
-    answered_at: float = 0.0
-    num_misses: int = 0
 
 
 class Fleet:
@@ -192,6 +89,7 @@ class Fleet:
             if host.launched is not None:
                 await host.launched.ready(host.server, self._patience.start_s)
             await self._connect(host)
+            host.num_sampled = host.num_received = await host.server.num_sampled(HEALTH_TIMEOUT_S)
         except ServerFailedError as failure:
             raise WorkerDiedError(
                 f"the server {host.server.url} cannot be used",
@@ -294,11 +192,10 @@ class Fleet:
         if not host.is_up:
             return
         host.is_up, host.is_broken, host.num_misses = False, True, 0
-        cut = list(host.attempts)
-        for attempt in cut:
+        incident = host.goes_down(reason)
+        for attempt in host.attempts:
             attempt.cut.set()
-        kept = sum(attempt.num_kept for attempt in cut)
-        self.listen(Incident(what="down", server=host.server.url, reason=reason, num_requests=len(cut), num_kept_tokens=kept))
+        self.listen(incident)
 
     async def supervise(self) -> None:
         """Watch the servers until the rule of the end says that it is over.
@@ -359,6 +256,7 @@ class Fleet:
             return
         try:
             await host.server.check_health(HEALTH_TIMEOUT_S)
+            host.num_sampled = await host.server.num_sampled(HEALTH_TIMEOUT_S)
             host.num_misses = 0
         except ServerFailedError as failure:
             host.num_misses += 1
@@ -399,6 +297,7 @@ class Fleet:
             if self.paused or host not in self.hosts:  # the update that is under way goes first; or it has left
                 return
             host.done.append(await self._supply(host.server))
+            host.num_sampled = host.num_received = await host.server.num_sampled(HEALTH_TIMEOUT_S)
             host.is_up, host.is_new, host.answered_at = True, False, time.monotonic()
         self.listen(Incident(what="up", server=host.server.url, reason=", ".join(host.done)))
         host.done = []

@@ -33,7 +33,7 @@ from oldlogits.core.errors import ConfigError, OldLogitsError, WorkerDiedError
 from oldlogits.core.processes import name_process
 from oldlogits.core.protocols import EngineCapabilities, Generation, PolicyVersion, Sampling, WeightUpdate
 from oldlogits.rollout.embedded import EngineCore
-from oldlogits.rollout.host import HostWeights
+from oldlogits.rollout.host_weights import HostWeights
 from oldlogits.rollout.slots import check_request
 from oldlogits.rollout.spec import EngineSpec, EngineStats
 from oldlogits.versions import HostCopy

@@ -225,6 +225,10 @@ def make_app(served: Served, *, token: str = "") -> FastAPI:
         card: Json = {"id": served.name, "object": "model", "owned_by": "oldlogits", "max_model_len": served.spec.max_context}
         return _json({"object": "list", "data": [card]})
 
+    async def metrics(request: Request) -> Response:
+        num = (await served.engine.stats()).num_decode_tokens
+        return Response(f"# TYPE {wire.SAMPLED} counter\n{wire.SAMPLED} {num}\n", media_type="text/plain; version=0.0.4")
+
     post("/inference/v1/generate", generate)
     for path in ("/inference/v1/abort_requests", "/abort_requests"):
         post(path, abort)
@@ -238,6 +242,7 @@ def make_app(served: Served, *, token: str = "") -> FastAPI:
     }.items():
         post(path, route)
     get("/health", health)
+    get("/metrics", metrics)
     get("/v1/models", models)
     for path, say in _statements(served).items():
         get(path, say)

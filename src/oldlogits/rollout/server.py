@@ -233,6 +233,16 @@ class Server:
         if answer.status_code != 200:
             raise ServerFailedError(f"/health answers {answer.status_code}")
 
+    async def num_sampled(self, timeout_s: float) -> int | None:
+        """Tokens that it has sampled since it started; None: it does not say.
+
+        Raises:
+            ServerFailedError: It does not answer.
+        """
+        answer = await self._call("GET", "/metrics", None, timeout_s)
+        counts = re.findall(rf"^{wire.SAMPLED}.* (\S+)$", answer.text, re.MULTILINE)
+        return round(sum(map(float, counts))) if counts else None
+
     async def _object(self, method: str, path: str, remedy: str) -> Mapping[str, object]:
         answer = await self._call(method, path, None, self._control_timeout_s)
         if answer.status_code in (401, 403):

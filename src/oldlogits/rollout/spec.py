@@ -104,6 +104,8 @@ class Incident:
         reason: Why it counts as down, or what was done before it counted as up.
         num_requests: That ran on it and are sent again.
         num_kept_tokens: That these have sampled and keep.
+        num_lost_tokens: That the server had sampled, by its own count at the last look, and that did not arrive: a lower bound;
+            None: it does not count.
     """
 
     what: Literal["down", "up"]
@@ -111,3 +113,4 @@ class Incident:
     reason: str
     num_requests: int = 0
     num_kept_tokens: int = 0
+    num_lost_tokens: int | None = None

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Final, Literal, Protocol
+from typing import Final, Literal
 
 import numpy as np
 
@@ -35,8 +35,9 @@ from oldlogits.core.protocols import (
     trajectory_of,
 )
 from oldlogits.rollout import wire
-from oldlogits.rollout.fleet import Attempt, Fleet, Host, Patience
-from oldlogits.rollout.host import HostWeights
+from oldlogits.rollout.fleet import Fleet
+from oldlogits.rollout.host_weights import Carrier, OnThisHost
+from oldlogits.rollout.hosts import Attempt, Host, Patience
 from oldlogits.rollout.server import Server, ServerFailedError, ServerInfo
 from oldlogits.rollout.spec import EngineStats
 from oldlogits.rollout.wire import Json
@@ -45,38 +46,6 @@ REMEMBERED: Final = 65_536
 """Trajectories of which it is known where they were sampled last."""
 SAME_WEIGHTS: Final[Mapping[str, float]] = {"fp32": 1e-3, "bf16": 0.5}
 """Nats, by arithmetic: the largest difference between two servers' log-probs of a prompt under the same weights."""
-
-
-class Carrier(Protocol):
-    """Brings weights to where servers read them."""
-
-    async def take(self, update: WeightUpdate, version: PolicyVersion) -> Json:
-        """Make a version ready; returns what servers are told of it.
-
-        Raises:
-            ReceiverBehindError: Patches do not lead on from what is there: give full weights.
-        """
-        ...
-
-    def close(self) -> None:
-        """Leave no file."""
-        ...
-
-
-class OnThisHost:
-    """A `Carrier` for servers of this machine."""
-
-    def __init__(self) -> None:
-        self._weights = HostWeights()
-
-    async def take(self, update: WeightUpdate, version: PolicyVersion) -> Json:
-        """Bring this host's copy to a version."""
-        path = await asyncio.to_thread(self._weights.take, update, version)
-        return {"path": str(path), "version": version}
-
-    def close(self) -> None:
-        """Delete the copy."""
-        self._weights.close()
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -252,6 +221,7 @@ class VllmEngine:
             self.fleet.fail(host, f"it sampled with weights {labels}, not with those of this run's version {self._version}")
             return None
         request.keep(answer, spans)
+        host.receive(len(answer.token_ids))
         self._num_sampled += len(answer.token_ids)
         self._num_prompt += len(asked.token_ids)
         self._num_answers += 1

@@ -37,6 +37,9 @@ LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
 BACKEND: Final = "oldlogits"
 """The name of the weight transfer that reads the trainer's copy in shared memory."""
 
+SAMPLED: Final = "vllm:generation_tokens_total"
+"""The counter among a server's metrics (Prometheus' text format) of all tokens that it has sampled."""
+
 _NEUTRAL: Final[Mapping[str, Json]] = {
     "n": 1,
     "min_p": 0.0,

@@ -26,7 +26,7 @@ from oldlogits.core.errors import OldLogitsError
 from oldlogits.core.processes import name_process
 from oldlogits.core.protocols import FullWeights, PatchWeights, PolicyVersion, WeightUpdate
 from oldlogits.envs.shape import load_environment
-from oldlogits.rollout.host import HostWeights
+from oldlogits.rollout.host_weights import HostWeights
 from oldlogits.rollout.launch import Launched, LaunchSpec
 from oldlogits.rollout.shared import share_text, unshare
 from oldlogits.rollout.turns import EnvironmentFailed

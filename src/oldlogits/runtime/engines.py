@@ -17,7 +17,7 @@ from oldlogits.core.protocols import RolloutEngine
 from oldlogits.rollout.spec import EngineStats, Incident
 
 if TYPE_CHECKING:
-    from oldlogits.rollout.fleet import Host
+    from oldlogits.rollout.hosts import Host
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ async def open_servers(config: RunConfig, model_folder: Path, seed: int, log_fol
             allowed="the extra 'vllm'",
             fix="pip install 'oldlogits[vllm]'",
         )
-    from oldlogits.rollout.fleet import Patience
+    from oldlogits.rollout.hosts import Patience
     from oldlogits.rollout.vllm import VllmEngine
 
     e = config.engine
@@ -83,7 +83,7 @@ async def open_servers(config: RunConfig, model_folder: Path, seed: int, log_fol
 
 
 def _attached(config: RunConfig) -> list[Host]:
-    from oldlogits.rollout.fleet import Host
+    from oldlogits.rollout.hosts import Host
     from oldlogits.rollout.server import Server
 
     name = config.engine.token_env
@@ -96,7 +96,7 @@ def _attached(config: RunConfig) -> list[Host]:
 
 
 def _started(config: RunConfig, model_folder: Path, seed: int, log_folder: Path) -> list[Host]:
-    from oldlogits.rollout.fleet import Host
+    from oldlogits.rollout.hosts import Host
     from oldlogits.rollout.launch import Launched, LaunchSpec
     from oldlogits.rollout.server import Server
 

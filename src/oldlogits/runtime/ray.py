@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from oldlogits.config import RunConfig
 from oldlogits.core.errors import WorkerDiedError
 from oldlogits.core.protocols import Piece, PolicyVersion, ScoredPieces, WeightUpdate
-from oldlogits.rollout.fleet import Patience
+from oldlogits.rollout.hosts import Patience
 from oldlogits.rollout.launch import LaunchSpec
 from oldlogits.rollout.vllm import VllmEngine
 from oldlogits.runtime import actors, cluster

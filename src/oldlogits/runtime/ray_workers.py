@@ -12,7 +12,8 @@ from typing import Final, cast
 
 from oldlogits.config import RunConfig
 from oldlogits.core.errors import ConfigError
-from oldlogits.rollout.fleet import Fleet, Host
+from oldlogits.rollout.fleet import Fleet
+from oldlogits.rollout.hosts import Host
 from oldlogits.rollout.server import Server, ServerFailedError
 from oldlogits.rollout.spec import Incident
 from oldlogits.rollout.turns import EnvironmentFailed

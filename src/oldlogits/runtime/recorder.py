@@ -22,7 +22,7 @@ from oldlogits.rollout.spec import Incident
 from oldlogits.runtime.calibration import Calibration
 from oldlogits.runtime.probe import ProbeResult
 from oldlogits.runtime.referee import ResetEffect
-from oldlogits.runtime.totals import Sent
+from oldlogits.runtime.totals import Sent, Totals
 from oldlogits.train.average import AverageReset
 from oldlogits.train.reports import Published, ScoringWork
 from oldlogits.train.step import UpdateResult
@@ -208,8 +208,9 @@ class Recorder:
             stall_s=stall_s,
         )
 
-    def happened(self, incident: Incident, *, version: int) -> None:
+    def happened(self, incident: Incident, totals: Totals, *, version: int) -> None:
         """A server went down or came back."""
+        totals.add_incident(incident)
         server, reason = incident.server, incident.reason
         if incident.what == "up":
             self.events.emit(EventKind.SERVER_UP, version=version, server=server, reason=reason)
@@ -221,6 +222,7 @@ class Recorder:
                 reason=reason,
                 num_requests=incident.num_requests,
                 num_kept_tokens=incident.num_kept_tokens,
+                num_lost_tokens=incident.num_lost_tokens,
             )
         self.view.note(f"server {server} is {incident.what}: {reason}")
 

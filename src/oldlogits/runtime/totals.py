@@ -11,6 +11,7 @@ from pathlib import Path
 from oldlogits.config import RunConfig
 from oldlogits.core.protocols import Publication
 from oldlogits.record.summary import Ended, Interval, Summary, paired_gain, wilson
+from oldlogits.rollout.spec import Incident
 from oldlogits.runtime.buffer import Buffer
 from oldlogits.runtime.rollouts import is_success
 from oldlogits.train.reports import ScoringWork, Witnesses
@@ -52,6 +53,8 @@ class Totals:
     num_patch_syncs: int = 0
     num_full_syncs: int = 0
     num_refused_patches: int = 0
+    num_servers_down: int = 0
+    num_lost_tokens: int = 0
     sync_bytes: int = 0
     num_stored: int = 0
     stored_bytes: int = 0
@@ -89,6 +92,12 @@ class Totals:
         self.num_full_syncs += not sent.is_patch
         self.num_refused_patches += bool(sent.refused)
         self.sync_bytes += sent.num_bytes
+
+    def add_incident(self, incident: Incident) -> None:
+        """Count what happened to a server."""
+        if incident.what == "down":
+            self.num_servers_down += 1
+            self.num_lost_tokens += incident.num_lost_tokens or 0
 
     def add_stored(self, publication: Publication) -> None:
         """Count one version that the store keeps as the difference to the one before."""
@@ -134,6 +143,8 @@ class Totals:
             num_patch_syncs=self.num_patch_syncs,
             num_full_syncs=self.num_full_syncs,
             num_refused_patches=self.num_refused_patches,
+            num_servers_down=self.num_servers_down,
+            num_lost_tokens=self.num_lost_tokens,
             train_wall_s=wall_s,
             engine_idle_share=_idle(self.engine_busy_s, wall_s),
             trainer_idle_share=_idle(self.trainer_busy_s, wall_s),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
 from oldlogits.core.errors import ReceiverBehindError
 from oldlogits.core.protocols import FullWeights, PatchWeights, PolicyVersion, WeightUpdate
 from oldlogits.rollout.shared import shared_file
+from oldlogits.rollout.wire import Json
 from oldlogits.versions import HostCopy
 
 
@@ -66,3 +69,35 @@ class HostWeights:
         if self._copy is not None:
             self._copy.path.unlink(missing_ok=True)
             self._copy = None
+
+
+class Carrier(Protocol):
+    """Brings weights to where servers read them."""
+
+    async def take(self, update: WeightUpdate, version: PolicyVersion) -> Json:
+        """Make a version ready; returns what servers are told of it.
+
+        Raises:
+            ReceiverBehindError: Patches do not lead on from what is there: give full weights.
+        """
+        ...
+
+    def close(self) -> None:
+        """Leave no file."""
+        ...
+
+
+class OnThisHost:
+    """A `Carrier` for servers of this machine."""
+
+    def __init__(self) -> None:
+        self._weights = HostWeights()
+
+    async def take(self, update: WeightUpdate, version: PolicyVersion) -> Json:
+        """Bring this host's copy to a version."""
+        path = await asyncio.to_thread(self._weights.take, update, version)
+        return {"path": str(path), "version": version}
+
+    def close(self) -> None:
+        """Delete the copy."""
+        self._weights.close()
