@@ -6,7 +6,8 @@ Padding is on the right, so that causal attention alone keeps it away from real 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -34,6 +35,13 @@ class MicroBatch:
     targets: Tensor
     temperature: Tensor
     flat: Tensor
+
+    def to(self, device: torch.device) -> Self:
+        """What a forward pass reads on a device; `flat` stays on the CPU."""
+        if device.type == "cpu":
+            return self
+        moved = ("input_ids", "row", "column", "targets", "temperature")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in moved})
 
 
 def plan(lengths: Ints, token_budget: int) -> list[Ints]:

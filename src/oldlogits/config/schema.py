@@ -213,6 +213,9 @@ class TrainerConfig:
     """Largest padded size of one forward, in tokens."""
     head_chunk_tokens: int = 2048
     """Tokens that go through the output head at once."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the trainer and the dedicated scorer keep their models. auto: on a GPU if torch finds one. The embedded engine
+    always computes on the CPU."""
     activation_checkpointing: bool = False
     """Keep the activations between layers only, and compute those inside of a layer again in the backward pass."""
 

@@ -97,6 +97,7 @@ class MixedForward:
         if not found:
             return
         chunks = [chunk for _, chunk in found]
+        device = self._model.device
         rows = torch.tensor([row for row, _ in found])
         starts = torch.tensor([chunk.begin - chunk.origin for chunk in chunks])
         counts = torch.tensor([chunk.num_entries for chunk in chunks])
@@ -107,9 +108,10 @@ class MixedForward:
             here[micro.row] = owners[micro.flat]  # every row has a token to score
             offsets = torch.arange(micro.input_ids.shape[1])
             positions = starts[here, None] + offsets
-            self._entries.open(rows[here], positions, offsets < counts[here, None])
+            self._entries.open(rows[here], positions, offsets < counts[here, None], device)
             scored = sources[micro.flat]
-            self._logps[scored] = in_one_forward(self._model, partial(self._forward, micro, positions))
+            forward = partial(self._forward, micro.to(device), positions.to(device))
+            self._logps[scored] = in_one_forward(self._model, forward).cpu()
             self._computed_at[scored.numpy()] = version
 
     def _forward(self, micro: MicroBatch, positions: Int[Tensor, "row column"]) -> Float[Tensor, " action"]:
@@ -138,18 +140,25 @@ class _Entries:
         self._shape = (num_chains, longest)
         self._layers: list[tuple[Tensor, Tensor]] = []  # keys and values [chain, position, kv_head, head_dim]
 
-    def open(self, rows: Int[Tensor, " row"], positions: Int[Tensor, "row column"], real: Bool[Tensor, "row column"]) -> None:
+    def open(
+        self,
+        rows: Int[Tensor, " row"],
+        positions: Int[Tensor, "row column"],
+        real: Bool[Tensor, "row column"],
+        device: torch.device,
+    ) -> None:
         """The next forward reads tokens of these chains.
 
         Args:
             rows: Each row's chain.
             positions: Each token's place in its sequence.
             real: False for padding.
+            device: Of the forward; the arguments are on the CPU.
         """
-        self._rows, self._real = rows, real
-        self._at = (rows[:, None].expand_as(positions)[real], positions[real])
+        self._rows, self._real = rows.to(device), real.to(device)
+        self._at = (rows[:, None].expand_as(positions)[real].to(device), positions[real].to(device))
         self._length = int(positions[real].max()) + 1
-        self.seen = (torch.arange(self._length) <= positions[..., None])[:, None]
+        self.seen = (torch.arange(self._length) <= positions[..., None])[:, None].to(device)
 
     def update(
         self, keys: Float[Tensor, "row head column dim"], values: Float[Tensor, "row head column dim"], layer: int

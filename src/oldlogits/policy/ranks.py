@@ -1,22 +1,24 @@
 """Ranks: the processes that hold one model together, each a shard of its weights, and that compute a batch together.
 
-All of them make the same calls in the same order; what they exchange beside weights goes over gloo, as same-user processes of
-one cluster that trust each other.
+All of them make the same calls in the same order; what they exchange beside weights and gradients goes over gloo, as same-user
+processes of one cluster that trust each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Final, TypeVar
+from typing import Final, Self, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from oldlogits.core.errors import OldLogitsError
+from oldlogits.policy.device import CPU
 
 T = TypeVar("T")
 
@@ -29,11 +31,13 @@ class Ranks:
         rank: From 0.
         num_ranks: How many.
         mesh: Over all of them; None: this process holds the whole model.
+        device: On which it holds its part.
     """
 
     rank: int
     num_ranks: int
     mesh: DeviceMesh | None
+    device: torch.device = CPU
 
     @property
     def is_first(self) -> bool:
@@ -44,12 +48,19 @@ class Ranks:
         """The sum over the ranks, on all of them; a copy.
 
         Args:
-            values: On the CPU, of the same shape everywhere.
+            values: Of the same shape everywhere, on the CPU or on the ranks' devices.
         """
         total = values.detach().clone()
         if self.mesh is not None:
             dist.all_reduce(total)
         return total
+
+    def on(self, device: torch.device) -> Self:
+        """The same ranks, holding the model on a device of this kind; all of them make this call."""
+        mesh = self.mesh
+        if mesh is not None and mesh.device_type != device.type:
+            mesh = init_device_mesh(device.type, (self.num_ranks,))
+        return replace(self, mesh=mesh, device=device)
 
     def gather(self, value: T) -> list[T]:
         """What each rank has, by rank, on all of them."""
@@ -109,10 +120,11 @@ def join(store: dist.Store, *, rank: int, num_ranks: int, timeout_s: float) -> R
         num_ranks: How many there are.
         timeout_s: After so many seconds in one exchange the others count as lost.
     """
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=timeout_s))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=timeout_s))
     return Ranks(rank=rank, num_ranks=num_ranks, mesh=init_device_mesh("cpu", (num_ranks,)))
 
 
 def is_lost(error: RuntimeError) -> bool:
     """Whether an error says that another rank did not answer."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    return isinstance(error, dist.DistError) or any(name in str(error).lower() for name in ("gloo", "nccl"))

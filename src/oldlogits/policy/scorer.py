@@ -42,8 +42,9 @@ def action_logps(model: PreTrainedModel, micro: MicroBatch, *, head_chunk_tokens
         head_chunk_tokens: Tokens per chunk, >= 1.
 
     Returns:
-        float32 [action], in the order of ``micro.flat``.
+        float32 [action], in the order of ``micro.flat``, on the model's device.
     """
+    micro = micro.to(model.device)
 
     def forward() -> Tensor:
         hidden = model.base_model(input_ids=micro.input_ids, use_cache=False).last_hidden_state
@@ -55,7 +56,7 @@ def action_logps(model: PreTrainedModel, micro: MicroBatch, *, head_chunk_tokens
 def head_logps(
     model: PreTrainedModel, hidden: Float[Tensor, "row column width"], micro: MicroBatch, *, head_chunk_tokens: int
 ) -> Float[Tensor, " action"]:
-    """The log-probs of the micro-batch's tokens, given its final hidden states; see `action_logps`."""
+    """The log-probs of the micro-batch's tokens, given its final hidden states on its device; see `action_logps`."""
     hidden = hidden[micro.row, micro.column]
     head = model.get_output_embeddings()
     chunks = range(0, len(hidden), head_chunk_tokens)
@@ -90,13 +91,13 @@ def score_tokens(
     Returns:
         float32 [scored token], on all ranks.
     """
-    out = torch.zeros(sequences.num_tokens)
+    out = torch.zeros(sequences.num_tokens, device=model.device)
     with torch.no_grad():
         for one in deal(sequences, tokens, micro_batch_tokens, rank=ranks.rank, num_ranks=ranks.num_ranks):
             logps = action_logps(model, one.micro, head_chunk_tokens=head_chunk_tokens)
             if one.counts:
-                out[one.micro.flat] = logps
-    scores: NDArray[np.float32] = ranks.sum(out[torch.from_numpy(tokens)]).numpy()
+                out[one.micro.flat.to(out.device)] = logps
+    scores: NDArray[np.float32] = ranks.sum(out.cpu()[torch.from_numpy(tokens)]).numpy()
     return scores
 
 

@@ -25,14 +25,15 @@ R = TypeVar("R")
 _COMPUTE = "compute"
 
 
-def shard_model(model: PreTrainedModel, ranks: Ranks) -> None:
-    """Keep this rank's slice of every parameter; nothing happens where one process holds the model.
+def place_model(model: PreTrainedModel, ranks: Ranks) -> None:
+    """Bring a model to the ranks' devices: of several ranks each keeps its slice of every parameter.
 
     Args:
-        model: Whole, and the same on all ranks; changed in place.
+        model: Whole, and the same on all ranks; changed in place. On the CPU: then no device ever holds all of it.
         ranks: That hold it from here on.
     """
     if ranks.mesh is None:
+        model.to(ranks.device)
         return
     for layer in model.base_model.layers:
         fully_shard(layer, mesh=ranks.mesh)
@@ -45,7 +46,7 @@ def in_one_forward(model: PreTrainedModel, forward: Callable[[], Tensor]) -> Ten
     """A forward pass that calls parts of the model, such as its base and its head: as one pass of a sharded model.
 
     Args:
-        model: Of `shard_model`, or any other.
+        model: Of `place_model`, or any other.
         forward: The pass; all ranks make it at the same time.
 
     Returns:
@@ -58,7 +59,7 @@ def in_one_forward(model: PreTrainedModel, forward: Callable[[], Tensor]) -> Ten
 
 
 def whole_weights(model: PreTrainedModel, dtype: torch.dtype, ranks: Ranks) -> dict[str, Tensor]:
-    """All of a version's forward weights by name, on the first rank; nothing on the others. All ranks call it.
+    """All of a version's forward weights by name, on the CPU of the first rank; nothing on the others. All ranks call it.
 
     Args:
         model: Holds masters.
@@ -66,13 +67,13 @@ def whole_weights(model: PreTrainedModel, dtype: torch.dtype, ranks: Ranks) -> d
         ranks: That hold it.
 
     Returns:
-        Where one process holds the model and its masters have that dtype: views of them, no copy.
+        Where one process holds the model on the CPU and its masters have that dtype: views of them, no copy.
     """
     found = {}
     for name, parameter in version_parameters(model).items():
         weight = whole(parameter.data.to(dtype))
         if ranks.is_first:
-            found[name] = weight
+            found[name] = weight.cpu()
     return found
 
 

@@ -6,7 +6,6 @@ another one, or the same one later, may do it) and the errors of this package (w
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import re
@@ -17,8 +16,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-import anyio
-import httpx
+import aiohttp
 
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.protocols import Sampling
@@ -66,6 +64,19 @@ class ServerInfo:
     adapter_scale: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answer:
+    """What a server answered, whole."""
+
+    path: str
+    status: int
+    content: bytes
+
+    @property
+    def text(self) -> str:
+        return self.content.decode(errors="replace")
+
+
 class Server:
     """One server.
 
@@ -77,29 +88,28 @@ class Server:
 
     def __init__(self, url: str, *, token: str, control_timeout_s: float) -> None:
         self.url, self._control_timeout_s = url.rstrip("/"), control_timeout_s
-        self._sending: dict[asyncio.Task[httpx.Response], anyio.CancelScope] = {}
-        headers = {"authorization": f"Bearer {token}"} if token else {}
-        is_local = urlsplit(url).hostname in LOOPBACK
-        self._client = httpx.AsyncClient(
-            base_url=self.url,
-            headers=headers,
-            timeout=httpx.Timeout(control_timeout_s, connect=10.0, pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0),  # servers: 5 s
-            trust_env=not is_local,  # proxies are for other machines
-        )
+        self._token = token
+        self._opened: aiohttp.ClientSession | None = None  # with the first call: a session belongs to a running loop
+        self._is_closed = False
 
     def move_to(self, url: str, token: str) -> None:
         """It listens elsewhere from now on."""
-        self.url = url.rstrip("/")
-        self._client.base_url = self.url
-        self._client.headers["authorization"] = f"Bearer {token}"
+        self.url, self._token = url.rstrip("/"), token
 
     async def close(self) -> None:
-        """Leave no connection."""
-        for scope in self._sending.values():
-            scope.cancel()
-        await asyncio.gather(*self._sending, return_exceptions=True)
-        await self._client.aclose()
+        """Leave no connection; what waits for an answer fails."""
+        self._is_closed = True
+        if self._opened is not None:
+            await self._opened.close()
+
+    @property
+    def _session(self) -> aiohttp.ClientSession:
+        if self._opened is None:
+            self._opened = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0),  # servers close idle connections after 5 s
+                trust_env=urlsplit(self.url).hostname not in LOOPBACK,  # proxies are for other machines
+            )
+        return self._opened
 
     async def connect(self) -> ServerInfo:
         """Ask what it can do, and refuse what cannot work.
@@ -158,7 +168,7 @@ class Server:
             request_id=f"connect-{secrets.token_hex(4)}", token_ids=(0,), sampling=Sampling(max_tokens=1, temperature=1.0)
         )
         answer = await self._call("POST", "/inference/v1/generate", request.to_json(), self._control_timeout_s)
-        if answer.status_code in (403, 404):
+        if answer.status in (403, 404):
             raise self._refused("no /inference/v1/generate", "the token-in/token-out route", "start it with --enable-scale-out")
         wire.Answer.from_json(self._parsed(answer), request)
 
@@ -174,7 +184,7 @@ class Server:
         try:
             await self._post("/init_weight_transfer_engine", {"init_info": {"path": str(path), "nonce": nonce}})
         except (ServerFailedError, ConfigError) as error:
-            if isinstance(error.__cause__, httpx.HTTPError):
+            if isinstance(error.__cause__, (aiohttp.ClientError, OSError)):  # it did not answer at all
                 raise
             fix = "run server and trainer on one machine, as one user"
             raise self._refused(f"{error}", "a server that reads the trainer's shared memory", fix) from error
@@ -230,8 +240,8 @@ class Server:
             ServerFailedError: It does not.
         """
         answer = await self._call("GET", "/health", None, timeout_s)
-        if answer.status_code != 200:
-            raise ServerFailedError(f"/health answers {answer.status_code}")
+        if answer.status != 200:
+            raise ServerFailedError(f"/health answers {answer.status}")
 
     async def num_sampled(self, timeout_s: float) -> int | None:
         """Tokens that it has sampled since it started; None: it does not say.
@@ -245,67 +255,45 @@ class Server:
 
     async def _object(self, method: str, path: str, remedy: str) -> Mapping[str, object]:
         answer = await self._call(method, path, None, self._control_timeout_s)
-        if answer.status_code in (401, 403):
+        if answer.status in (401, 403):
             fix = "name the environment variable that holds the token: engine.token_env"
-            raise self._refused(f"{path} answers {answer.status_code}", "a token that the server accepts", fix)
-        if answer.status_code == 404:
+            raise self._refused(f"{path} answers {answer.status}", "a token that the server accepts", fix)
+        if answer.status == 404:
             raise self._refused(f"no {path}", "the routes of vLLM 0.32", remedy)
         return typed(self._parsed(answer), dict, path)
 
     async def _post(self, path: str, body: Json) -> None:
         self._parsed(await self._call("POST", path, body, self._control_timeout_s))
 
-    async def _call(self, method: str, path: str, body: Json, timeout_s: float | None) -> httpx.Response:
-        timeout = httpx.Timeout(timeout_s, connect=10.0, pool=None)
-        content = None if body is None else json.dumps(body).encode()
-        headers = None if body is None else {"content-type": "application/json"}
-        request = self._client.build_request(method, path, content=content, headers=headers, timeout=timeout)
+    async def _call(self, method: str, path: str, body: Json, timeout_s: float | None) -> _Answer:
+        """The answer to a request; a cancellation closes the connection, which ends the request there too."""
+        headers = {"content-type": "application/json"} if body is not None else {}
+        if self._token:
+            headers["authorization"] = f"Bearer {self._token}"
+        data = None if body is None else json.dumps(body).encode()
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=10.0)
         try:
-            return await self._sent(request)
-        except httpx.HTTPError as error:
-            timed_out = isinstance(error, httpx.TimeoutException)
+            async with self._session.request(method, self.url + path, data=data, headers=headers, timeout=timeout) as answer:
+                return _Answer(path=path.partition("?")[0], status=answer.status, content=await answer.read())
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            timed_out = isinstance(error, TimeoutError)
             how = f"no answer within {timeout_s:g} s" if timed_out and timeout_s else str(error) or type(error).__name__
+            how = "it was given up" if self._is_closed else how
             raise ServerFailedError(f"{method} {path.partition('?')[0]}: {how}", timed_out=timed_out) from error
 
-    async def _sent(self, request: httpx.Request) -> httpx.Response:
-        """The answer to a request, which ends when this is cancelled.
-
-        It ends by way of anyio: httpx's pool loses connections where a task is cancelled while it tidies them.
-        """
-        scope = anyio.CancelScope()
-
-        async def send() -> httpx.Response:
-            with scope:
-                return await self._client.send(request)
-            raise ServerFailedError("it was given up")
-
-        sending = asyncio.create_task(send())
-        self._sending[sending] = scope
-        sending.add_done_callback(self._ended)
-        try:
-            return await asyncio.shield(sending)
-        except asyncio.CancelledError:
-            scope.cancel()
-            raise
-
-    def _ended(self, sending: asyncio.Task[httpx.Response]) -> None:
-        del self._sending[sending]
-        if not sending.cancelled():
-            sending.exception()  # seen, even if nobody waits for it any longer
-
-    def _parsed(self, answer: httpx.Response) -> Json:
+    def _parsed(self, answer: _Answer) -> Json:
         """The body of an answer.
 
         Raises:
             ServerFailedError: The server is broken.
             ConfigError: It refused the request.
         """
-        path = answer.request.url.path
-        if answer.status_code in (400, 401, 403, 404, 413, 422):
-            got = f"{path} answers {answer.status_code}: {answer.text[:300]}"
+        path = answer.path
+        if answer.status in (400, 401, 403, 404, 413, 422):
+            got = f"{path} answers {answer.status}: {answer.text[:300]}"
             raise self._refused(got, "a request that it serves", "correct what it names")
-        if answer.status_code != 200:
-            raise ServerFailedError(f"{path} answers {answer.status_code}: {answer.text[:300]}")
+        if answer.status != 200:
+            raise ServerFailedError(f"{path} answers {answer.status}: {answer.text[:300]}")
         try:
             body: Json = json.loads(answer.content or b"{}")
         except ValueError as error:

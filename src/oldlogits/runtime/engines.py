@@ -46,10 +46,10 @@ async def open_servers(config: RunConfig, model_folder: Path, seed: int, log_fol
     Raises:
         ConfigError: What it needs is not installed, or not set.
     """
-    if importlib.util.find_spec("httpx") is None:
+    if importlib.util.find_spec("aiohttp") is None:
         raise ConfigError(
             "engine.type = 'vllm' needs a package that is not installed",
-            got="no httpx",
+            got="no aiohttp",
             allowed="the extra 'vllm'",
             fix="pip install 'oldlogits[vllm]'",
         )

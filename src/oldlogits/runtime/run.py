@@ -118,7 +118,7 @@ def _ray() -> Callable[..., AbstractAsyncContextManager[Handles]]:
     Raises:
         ConfigError: A package that it needs is not installed.
     """
-    for package in ("ray", "httpx", "uvicorn"):
+    for package in ("ray", "aiohttp", "uvicorn"):
         if importlib.util.find_spec(package) is None:
             raise ConfigError(
                 "runtime.type = 'ray' needs a package that is not installed",

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from oldlogits.policy.model import named_weights
 from oldlogits.policy.ranks import ALONE, Ranks
-from oldlogits.policy.sharding import shard_model
+from oldlogits.policy.sharding import place_model
 from oldlogits.rollout.numerics import Numerics, round_linear, round_other, round_rows_to_e4m3
 from oldlogits.train.policy import plain_copy, plain_weights
 
@@ -79,7 +79,7 @@ class EngineView:
             for module in (self.model.base_model, head):
                 module.forward = _with_rounded_inputs(module.forward)
         self.hold(model)
-        shard_model(self.model, ranks)
+        place_model(self.model, ranks)
 
     def hold(self, model: PreTrainedModel) -> None:
         """Round the weights that the trainer's model has now, and score with them from here on: one copy, in place.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ class LossTokens:
 
     @classmethod
     def of(cls, batch: TokenBatch, scored: Scored | None, version: int) -> LossTokens:
-        """Gather the loss tokens of a batch that enters training at `version`."""
+        """Gather the loss tokens of a batch that enters training at `version`, on the CPU."""
         flat = np.flatnonzero(batch.loss_mask)
         sequence = batch.sequence[flat]
         logp = {MU: torch.from_numpy(batch.logp_mu[flat])}
@@ -52,6 +52,17 @@ class LossTokens:
             step=torch.from_numpy(batch.step[sequence]),
             sequence=torch.from_numpy(sequence),
             logp=logp,
+        )
+
+    def to(self, device: torch.device) -> LossTokens:
+        """The same on a device."""
+        return LossTokens(
+            flat=self.flat,
+            advantages=self.advantages.to(device),
+            staleness=self.staleness.to(device),
+            step=self.step.to(device),
+            sequence=self.sequence.to(device),
+            logp={policy: values.to(device) for policy, values in self.logp.items()},
         )
 
 
@@ -68,10 +79,10 @@ class Seen:
     active_mask: Tensor
 
     @classmethod
-    def empty(cls, num_tokens: int) -> Seen:
+    def empty(cls, num_tokens: int, device: torch.device) -> Seen:
         """Of so many tokens, none of them seen."""
-        floats = (torch.full((num_tokens,), math.nan) for _ in range(4))
-        masks = (torch.zeros(num_tokens, dtype=torch.bool) for _ in range(3))
+        floats = (torch.full((num_tokens,), math.nan, device=device) for _ in range(4))
+        masks = (torch.zeros(num_tokens, dtype=torch.bool, device=device) for _ in range(3))
         theta, stand_in, log_r_d, log_r_s = floats
         band_mask, clip_mask, active_mask = masks
         return cls(
@@ -88,6 +99,10 @@ class Seen:
     def _columns(self) -> tuple[Tensor, ...]:
         masks = (self.band_mask, self.clip_mask, self.active_mask)
         return (self.theta, self.stand_in, self.log_r_d, self.log_r_s, *masks)
+
+    def cpu(self) -> Seen:
+        """The same on the CPU."""
+        return Seen(**{field.name: getattr(self, field.name).cpu() for field in fields(self)})
 
     def begin(self, chosen: Tensor) -> None:
         """The chosen tokens are about to be seen, each by one rank."""

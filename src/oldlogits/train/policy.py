@@ -54,7 +54,7 @@ def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def folder_weights(model: PreTrainedModel, dtype: torch.dtype, scale: float, ranks: Ranks) -> dict[str, Tensor]:
-    """What a standard folder of the policy holds, on the first rank; nothing on the others. All ranks call it.
+    """What a standard folder of the policy holds, on the CPU of the first rank; nothing on the others. All ranks call it.
 
     Returns:
         The forward weights by their Hugging Face names, tied ones once; with adapters in float32, these added.
@@ -70,7 +70,7 @@ def folder_weights(model: PreTrainedModel, dtype: torch.dtype, scale: float, ran
         seen.add(id(parameter))
         all_rows = whole(as_slice_of(parameter.data, weight))
         if ranks.is_first:
-            found[name] = all_rows
+            found[name] = all_rows.cpu()
     return found
 
 

@@ -112,17 +112,18 @@ def update(
             allowed="one per loss token",
             fix="pass the batch through its source first",
         )
-    seen = Seen.empty(len(tokens.flat))
+    there, seen = tokens.to(model.device), Seen.empty(len(tokens.flat), model.device)
     losses, norms, lag0 = [], [], math.nan
     lag0_above: Mapping[str, float] = {}
     for step in range(config.trainer.steps_per_version):
         optimizer.zero_grad()
-        losses.append(_accumulate(model, batch, tokens, step, seen, config, ranks))
+        losses.append(_accumulate(model, batch, there, step, seen, config, ranks))
         norms.append(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.trainer.grad_clip)))
         if step == 0 and variant.stand_in is OLD:
-            lag0, lag0_above = _witness_lag0(model, tokens, seen, torch.from_numpy(batch.mixed_kv[tokens.flat]))
+            lag0, lag0_above = _witness_lag0(model, tokens, seen.cpu(), torch.from_numpy(batch.mixed_kv[tokens.flat]))
         _check_finite(losses[-1], norms[-1], version, step)
         optimizer.step()
+    seen = seen.cpu()
     metrics = {
         "loss/value": float(torch.stack(losses).mean()),
         "grad/norm": float(torch.stack(norms).mean()),
@@ -174,11 +175,11 @@ def _accumulate(
     variant = find_variant(config.variant)
     chosen = tokens.step == step
     weights = _step_weights(model, batch, tokens, chosen, config, ranks)
-    total = torch.zeros(())
+    total = torch.zeros((), device=weights.device)
     seen.begin(chosen)
     for one in _dealt(batch, tokens, chosen, config, ranks):
         micro = one.micro
-        here = torch.from_numpy(np.searchsorted(tokens.flat, micro.flat.numpy()))
+        here = torch.from_numpy(np.searchsorted(tokens.flat, micro.flat.numpy())).to(weights.device)
         theta = action_logps(model, micro, head_chunk_tokens=config.trainer.head_chunk_tokens)
         logp = {policy: values[here] for policy, values in tokens.logp.items()} | {THETA: theta}
         if variant.stand_in in INTERPOLATE:
@@ -203,7 +204,7 @@ def _accumulate(
 
 def _dealt(batch: TokenBatch, tokens: LossTokens, chosen: Tensor, config: RunConfig, ranks: Ranks) -> Iterator[Dealt]:
     """This rank's micro-batches of the chosen tokens."""
-    flat = tokens.flat[chosen.numpy()]
+    flat = tokens.flat[chosen.cpu().numpy()]
     return deal(batch, flat, config.trainer.micro_batch_tokens, rank=ranks.rank, num_ranks=ranks.num_ranks)
 
 
@@ -216,10 +217,11 @@ def _step_weights(
     if objective.denominator == "token-mean-kept":
         logp = dict(tokens.logp)
         if variant.stand_in in INTERPOLATE and not variant.r_d.is_one:
-            theta = torch.zeros(len(tokens.flat))
+            theta = torch.zeros(len(tokens.flat), device=chosen.device)
             t = config.trainer
             sizes: ForwardSizes = {"micro_batch_tokens": t.micro_batch_tokens, "head_chunk_tokens": t.head_chunk_tokens}
-            theta[chosen] = torch.from_numpy(score_tokens(model, batch, tokens.flat[chosen.numpy()], **sizes, ranks=ranks))
+            scores = score_tokens(model, batch, tokens.flat[chosen.cpu().numpy()], **sizes, ranks=ranks)
+            theta[chosen] = torch.from_numpy(scores).to(chosen.device)
             logp[variant.stand_in] = _interpolate(variant.stand_in, logp[MU], theta, tokens.staleness, config)
         kept = kept_mask(log_discrepancy(variant, logp), chosen, config.band)
     return token_weights(

@@ -29,6 +29,7 @@ from oldlogits.config import RunConfig
 from oldlogits.core.errors import RunFolderError, VersionEvictedError
 from oldlogits.core.policies import SOURCES
 from oldlogits.core.protocols import FullWeights, Piece, PolicyVersion, Scored, ScoredPieces
+from oldlogits.policy.device import find_device
 from oldlogits.policy.forward import FORWARD_DTYPES, round_at_use
 from oldlogits.policy.lora import write_adapters
 from oldlogits.policy.mixed import MixedForward
@@ -42,7 +43,7 @@ from oldlogits.policy.model import (
 )
 from oldlogits.policy.ranks import ALONE, Ranks
 from oldlogits.policy.scorer import ForwardSizes, score_tokens
-from oldlogits.policy.sharding import shard_model, whole_weights
+from oldlogits.policy.sharding import place_model, whole_weights
 from oldlogits.sources import EngineScores
 from oldlogits.train.average import AVERAGING_SOURCES, Averaging
 from oldlogits.train.checkpoint import of_kind, read_state, sliced, write_state
@@ -72,9 +73,11 @@ class Trainer:
     def __init__(self, config: RunConfig, model_folder: Path, probe_ids: Sequence[int], ranks: Ranks = ALONE) -> None:
         torch.set_num_threads(1)
         torch.manual_seed(config.seed)
-        self._config, self._ranks = config, ranks
+        self._config = config
         with ranks.agreeing():
+            device = find_device(config.trainer.device)
             self._model, self._tokenizer = load_policy(config.model, model_folder), load_tokenizer(model_folder)
+        self._ranks = ranks = ranks.on(device)
         self._dtype = FORWARD_DTYPES[config.model.forward_dtype]
         self._build_modules()
         stores_versions = SOURCES[config.source.type].stores_versions or config.referee.share > 0
@@ -98,7 +101,7 @@ class Trainer:
         self.work = ScoringWork()
 
     def _build_modules(self) -> None:
-        """From the whole model: one that scores, one that computes as the engine does, and the live one, all sharded."""
+        """From the whole model: one that scores, one that computes as the engine does, and the live one, each in its place."""
         config = self._config
         self._scoring = copy.deepcopy(self._model).requires_grad_(False)
         point_at(self._scoring, {name: weight.to(self._dtype) for name, weight in named_weights(self._model).items()})
@@ -109,7 +112,7 @@ class Trainer:
             recompute_layers(self._model)
         for model in (self._model, self._scoring):
             round_at_use(model, self._dtype)
-            shard_model(model, self._ranks)
+            place_model(model, self._ranks)
         if self._ranks.mesh is None:
             share_base(self._scoring, self._model)
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from oldlogits.batch import Sequences, pack
 from oldlogits.config import RunConfig
 from oldlogits.core.protocols import FullWeights, Piece, PolicyVersion, ScoredPieces, WeightUpdate
+from oldlogits.policy.device import find_device
 from oldlogits.policy.forward import FORWARD_DTYPES, round_at_use
 from oldlogits.policy.model import point_at
 from oldlogits.policy.scorer import ForwardSizes, score_tokens
@@ -36,7 +37,8 @@ class WindowScorer:
     def __init__(self, config: RunConfig, model_folder: Path, probe_ids: Sequence[int]) -> None:
         torch.set_num_threads(1)
         self._window, self._trainer = config.source.window, config.trainer
-        self._model = load_policy(config.model, model_folder).requires_grad_(False)
+        self._device = find_device(config.trainer.device)
+        self._model = load_policy(config.model, model_folder).requires_grad_(False).to(self._device)
         round_at_use(self._model, FORWARD_DTYPES[config.model.forward_dtype])
         self._store = PatchStore(hot=config.versions.hot, settles=False)
         self._probe = probe_of(probe_ids)
@@ -49,7 +51,7 @@ class WindowScorer:
             ExactnessError: The probe tokens' log-probs are not those of the trainer's live weights.
         """
         if isinstance(update, FullWeights):
-            self._store.publish(version, update.tensors)
+            self._store.publish(version, {name: weight.to(self._device) for name, weight in update.tensors.items()})
         else:
             self._store.take(version, update)
         self._store.retain(version - self._window + 1)

@@ -1,0 +1,33 @@
+"""Where a process keeps its model: the CPU or a GPU."""
+
+from __future__ import annotations
+
+import os
+from typing import Final, Literal
+
+import torch
+
+from oldlogits.core.errors import ConfigError
+
+CPU: Final = torch.device("cpu")
+
+
+def find_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The device of `trainer.device`: of several GPUs that of this process's number on its machine, which torchrun gives.
+
+    Raises:
+        ConfigError: There is no such GPU.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return CPU
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    if number >= torch.cuda.device_count():
+        raise ConfigError(
+            "there is no GPU for this process",
+            got=f"{torch.cuda.device_count()} visible to torch {torch.__version__}, local rank {number}",
+            allowed="one for each rank of a machine",
+            fix="set trainer.device = 'cpu', start fewer ranks, or install a torch with CUDA and look at CUDA_VISIBLE_DEVICES",
+        )
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
+    return device
