@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,12 +50,6 @@ class Serving:
     def _call(self, method: str, path: str) -> dict:
         headers = {"authorization": f"Bearer {self.token}"} if self.token else {}
         return httpx.request(method, self.url + path, headers=headers, timeout=60, trust_env=False).raise_for_status().json()
-
-    def wait_for_requests(self, num: int = 1, *, deadline_s: float = 60) -> None:
-        """Return when it has so many requests."""
-        ends = time.monotonic() + deadline_s
-        while time.monotonic() < ends and self.get("/load")["server_load"] < num:
-            time.sleep(0.01)
 
 
 @contextmanager

@@ -12,7 +12,9 @@ from oldlogits.core.errors import ExactnessError, MissingLogprobError, NonFinite
 from oldlogits.core.policies import AGED, ASYNC, EWMA, OLD, RESCORE, THETA, Provenance
 from oldlogits.core.protocols import Scored
 from oldlogits.policy.model import load_model, named_weights
+from oldlogits.policy.ranks import ALONE
 from oldlogits.train import step as step_module
+from oldlogits.train.loss_tokens import LossTokens, Seen
 from oldlogits.train.step import update
 
 from ..builders import batch_of, sampled, trajectory
@@ -429,3 +431,17 @@ def test_tokens_are_counted_by_staleness_and_by_provenance(case, recipe):
 
 def test_policies_of_the_oracle_are_those_of_the_package():
     assert {name for row in ROWS.values() for name in row if name} <= {p.value for p in type(THETA)}
+
+
+@pytest.mark.parametrize("variant, policy", [("decoupled_exact", OLD), ("loglinear_train_infer", None)])
+@pytest.mark.parametrize("denominator", ["token-mean", "token-mean-kept", "sequence-mean", "constant"])
+def test_a_step_computes_on_the_device_of_the_model(variant, policy, denominator, case, recipe, monkeypatch):
+    """ "meta" stands for a GPU: like one it refuses to be mixed with the CPU. What is read back from it is made up."""
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: torch.ones_like(self, device="cpu"))
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
+    model, there = copy.deepcopy(case.model).to("meta"), torch.device("meta")
+    config = recipe(variant=variant, band=BAND, objective={"denominator": denominator}, trainer={"head_chunk_tokens": 3})
+    tokens = LossTokens.of(case.batch, case.scored(policy) if policy else None, VERSION).to(there)
+    seen = Seen.empty(len(tokens.flat), there)
+    loss = step_module._accumulate(model, case.batch, tokens, 0, seen, config, ALONE)
+    assert {loss.device, *(p.grad.device for p in model.parameters())} == {there}

@@ -107,7 +107,7 @@ class Seen:
     def begin(self, chosen: Tensor) -> None:
         """The chosen tokens are about to be seen, each by one rank."""
         for column in self._columns:
-            column[chosen] = 0
+            column.masked_fill_(chosen, 0)
 
     def share(self, chosen: Tensor, ranks: Ranks) -> None:
         """Let every rank see what the others have seen of the chosen tokens."""
