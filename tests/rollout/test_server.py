@@ -68,5 +68,7 @@ def test_closing_the_client_ends_what_it_waits_for():
             await client.close()
             with pytest.raises(ServerFailedError, match="given up"):
                 await waiting
+            with pytest.raises(ServerFailedError, match="given up"):
+                await client.check_health(5)
 
     asyncio.run(play())

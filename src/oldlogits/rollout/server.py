@@ -89,6 +89,7 @@ class Server:
     def __init__(self, url: str, *, token: str, control_timeout_s: float) -> None:
         self.url, self._control_timeout_s = url.rstrip("/"), control_timeout_s
         self._token = token
+        self._asks_proxies = urlsplit(url).hostname not in LOOPBACK  # they are for other machines
         self._opened: aiohttp.ClientSession | None = None  # with the first call: a session belongs to a running loop
         self._is_closed = False
 
@@ -107,7 +108,7 @@ class Server:
         if self._opened is None:
             self._opened = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0),  # servers close idle connections after 5 s
-                trust_env=urlsplit(self.url).hostname not in LOOPBACK,  # proxies are for other machines
+                trust_env=self._asks_proxies,
             )
         return self._opened
 
@@ -267,6 +268,8 @@ class Server:
 
     async def _call(self, method: str, path: str, body: Json, timeout_s: float | None) -> _Answer:
         """The answer to a request; a cancellation closes the connection, which ends the request there too."""
+        if self._is_closed:
+            raise ServerFailedError(f"{method} {path}: it was given up")
         headers = {"content-type": "application/json"} if body is not None else {}
         if self._token:
             headers["authorization"] = f"Bearer {self._token}"
