@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from oldlogits.core.processes import PREFIX
 from oldlogits.record.events import EventKind, read_events
 
-NUM_UPDATES = 14
+NUM_UPDATES = 40  # so many that none is over before its kill, at most 6 s after the first
 HANG_S = 300.0  # a run that takes longer hangs
 GONE_S = 20.0  # how long its processes may take to go after it
 RECIPE = Path(__file__).parents[1] / "recipes" / "desk.toml"
