@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from oldlogits.config import RunConfig, check, check_model_folder, known_keys
+from oldlogits.config import RunConfig, check, check_model_folder, config_from_table, known_keys
 from oldlogits.config import check as check_function
 from oldlogits.core.errors import ConfigError, MissingPolicyError, ModelFolderError
 
@@ -294,3 +294,19 @@ def test_a_model_folder_that_lacks_a_part_is_refused_by_the_part(missing, tmp_pa
 def test_a_model_folder_that_is_none_is_refused(tmp_path):
     with pytest.raises(ModelFolderError, match=r"model\.path is no folder; got: .*gone"):
         check_model_folder(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    "sections, device",
+    [
+        ({}, "auto"),
+        ({"trainer": {"device": "cuda"}}, "cuda"),
+        ({"runtime": {"type": "lockstep"}}, "cpu"),
+        ({"runtime": {"type": "ray"}}, "cpu"),
+        ({"runtime": {"type": "ray"}, "ray": {"trainer_gpus": 1.0}}, "auto"),
+        ({"engine": {"type": "vllm"}}, "cpu"),
+        ({"engine": {"type": "vllm", "urls": ["http://127.0.0.1:8000"]}}, "auto"),
+    ],
+)
+def test_auto_leaves_gpus_to_those_that_have_them(sections, device):
+    assert config_from_table(sections).trainer_device == device

@@ -34,6 +34,7 @@ def test_what_can_work_passes(keys):
         ({"urls": [URL, URL + "/"]}, "twice"),
         ({"urls": ["127.0.0.1:8000"]}, "names no server"),
         ({"urls": [URL + "/v1"]}, "names no server"),
+        ({"urls": ["http://me:secret@127.0.0.1:8000"]}, "names no server"),
         ({"token_env": "TOKEN"}, "token of their own"),
         ({"num_servers": 0}, "num_servers"),
         ({"recover_s": 0.0}, "recover_s"),
@@ -81,6 +82,7 @@ def test_a_cluster_that_can_work_passes(keys):
         ({"engine": {"type": "vllm", "urls": [URL]}}, "one server of its own"),
         ({"engine": {"type": "vllm", "num_servers": 2}}, "one server of its own"),
         ({"engine": {"kv": "stale"}}, "another worker"),
+        ({"trainer": {"device": "cuda"}}, r"ray\.trainer_gpus > 0"),
         ({"runtime": {"type": "local"}, "ray": {"num_workers": 3}}, "no effect without the runtime ray"),
     ],
 )

@@ -100,7 +100,7 @@ def test_a_server_that_takes_other_weights_is_refused_with_the_remedy(options, t
         config = lora_recipe(tiny_folder, runtime={"type": "local"}, engine={"type": "vllm", "urls": [server.url]})
         path = write_recipe(tmp_path / "r.toml", config)
         assert command(["train", str(path), "--out", str(tmp_path / "run")]) == 2
-    assert f"--adapter-scale {ALPHA / RANK:g}" in capsys.readouterr().err
+    assert f"--adapter-scale {ALPHA / RANK!r}" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from dataclasses import asdict
 import pytest
 
 from oldlogits.config import RunConfig, config_from_table
+from oldlogits.rollout.spec import Incident
 from oldlogits.runtime.buffer import Account, Buffer
 from oldlogits.runtime.staleness import StalenessBound
 from oldlogits.runtime.totals import Totals
@@ -113,3 +114,12 @@ def test_totals_that_were_written_are_read_as_they_were(tmp_path):
     assert {k: v for k, v in asdict(found).items() if k not in nan} == {k: v for k, v in asdict(totals).items() if k not in nan}
     found.add_update(result({2: 1}), num_trajectories=1, num_multi_version=0)
     assert found.staleness_counts == {0: 3, 1: 12, 2: 2}
+
+
+def test_servers_that_fail_are_counted_and_tokens_of_those_that_leave_too():
+    totals = Totals()
+    totals.add_incident(Incident(what="down", server="a", reason="it died", num_lost_tokens=3))
+    totals.add_incident(Incident(what="up", server="a", reason="started again"))
+    totals.add_incident(Incident(what="down", server="a", reason="it was asked to leave", num_lost_tokens=4, is_failure=False))
+    totals.add_incident(Incident(what="down", server="b", reason="it does not count"))
+    assert (totals.num_servers_down, totals.num_lost_tokens) == (2, 7)

@@ -214,8 +214,9 @@ class TrainerConfig:
     head_chunk_tokens: int = 2048
     """Tokens that go through the output head at once."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the trainer and the dedicated scorer keep their models. auto: on a GPU if torch finds one. The embedded engine
-    always computes on the CPU."""
+    """Where the trainer and the dedicated scorer keep their models. auto: on a GPU if torch finds one and nobody else has it:
+    not in lockstep, which repeats bit for bit, on Ray only with ray.trainer_gpus, and not beside a vLLM that the run starts.
+    The embedded engine always computes on the CPU."""
     activation_checkpointing: bool = False
     """Keep the activations between layers only, and compute those inside of a layer again in the backward pass."""
 
@@ -332,6 +333,13 @@ class RunConfig:
     def model_seed(self) -> int:
         """The seed of the tiny model and its warm start."""
         return self.seed if self.model.seed < 0 else self.model.seed
+
+    @property
+    def trainer_device(self) -> Literal["auto", "cpu", "cuda"]:
+        """`trainer.device`, where "auto" is decided by the recipe alone."""
+        starts_vllm = self.engine.type == "vllm" and not self.engine.urls and self.engine.start == "vllm"
+        has_no_gpu = {"lockstep": True, "ray": not self.ray.trainer_gpus, "local": starts_vllm}[self.runtime.type]
+        return "cpu" if self.trainer.device == "auto" and has_no_gpu else self.trainer.device
 
     @property
     def window(self) -> int:

@@ -64,6 +64,13 @@ def _check_ray(config: RunConfig) -> None:
                     fix=f"set runtime.type = 'ray', or remove ray.{name}",
                 )
         return
+    if config.trainer.device == "cuda" and not ray.trainer_gpus:
+        raise ConfigError(
+            "the trainer is to use a GPU that the cluster does not reserve for it",
+            got="trainer.device = 'cuda', ray.trainer_gpus = 0",
+            allowed="ray.trainer_gpus > 0",
+            fix="ray.trainer_gpus = 1",
+        )
     engine = config.engine
     if engine.urls or engine.num_servers != 1:
         raise ConfigError(
@@ -106,7 +113,8 @@ def _check_urls(engine: EngineConfig) -> None:
     allowed, fix = "http://HOST:PORT or https://HOST:PORT, each once", "engine.urls = ['http://127.0.0.1:8000']"
     for url in engine.urls:
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
+        beside = parts.path.strip("/") or parts.query or parts.username is not None
+        if parts.scheme not in ("http", "https") or not parts.hostname or beside:
             raise ConfigError("engine.urls names no server", got=url, allowed=allowed, fix=fix)
     if len({url.rstrip("/") for url in engine.urls}) < len(engine.urls):
         raise ConfigError("engine.urls names a server twice", got=", ".join(engine.urls), allowed=allowed, fix=fix)

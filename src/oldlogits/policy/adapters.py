@@ -8,7 +8,7 @@ their product to the weights of its base. They differ by rounding: that is r_d, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 import torch
@@ -57,8 +57,8 @@ def merged(base: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     return (base.to(a.dtype).double() + scale * (b.double() @ a.double())).to(torch.float32)
 
 
-def merge(base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """All weights of the base with the adapters added, in float32 under their Hugging Face names.
+def merge(base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], scale: float) -> Mapping[str, Tensor]:
+    """All weights of the base with the adapters added, in float32 under their Hugging Face names; each is formed when read.
 
     Args:
         base: Under their Hugging Face names.
@@ -77,9 +77,25 @@ def merge(base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], scale: flo
             allowed="adapters of the layers of the engine's model",
             fix="give engine and trainer the same model folder",
         )
-    dtype = adapters[layers[0] + A_SUFFIX].dtype
-    weights = {name: weight.to(dtype).to(torch.float32) for name, weight in base.items()}
-    for layer in layers:
-        a, b = adapters[layer + A_SUFFIX], adapters[layer + B_SUFFIX]
-        weights[f"{layer}.weight"] = merged(base[f"{layer}.weight"], a, b, scale)
-    return weights
+    return _Merged(base, adapters, scale)
+
+
+class _Merged(Mapping[str, Tensor]):
+    def __init__(self, base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], scale: float) -> None:
+        self._base, self._adapters, self._scale = base, adapters, scale
+        self._dtype = next(iter(adapters.values())).dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        layer = name.removesuffix(".weight")
+        if layer + A_SUFFIX not in self._adapters:
+            return self._base[name].to(self._dtype).to(torch.float32)
+        return merged(self._base[name], self._adapters[layer + A_SUFFIX], self._adapters[layer + B_SUFFIX], self._scale)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._base  # without forming it
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base)
+
+    def __len__(self) -> int:
+        return len(self._base)

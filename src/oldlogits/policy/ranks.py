@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from oldlogits.core.errors import OldLogitsError
+from oldlogits.core.errors import ConfigError, OldLogitsError
 from oldlogits.policy.device import CPU
 
 T = TypeVar("T")
@@ -56,7 +56,19 @@ class Ranks:
         return total
 
     def on(self, device: torch.device) -> Self:
-        """The same ranks, holding the model on a device of this kind; all of them make this call."""
+        """The same ranks, holding the model on a device of this kind; all of them make this call.
+
+        Raises:
+            ConfigError: They have devices of different kinds.
+        """
+        kinds = self.gather(device.type)
+        if len(set(kinds)) > 1:
+            raise ConfigError(
+                "the ranks find devices of different kinds",
+                got=", ".join(f"rank {rank}: {kind}" for rank, kind in enumerate(kinds)),
+                allowed="a GPU for every rank, or for none",
+                fix="set trainer.device = 'cpu', or look at the drivers and CUDA_VISIBLE_DEVICES of each machine",
+            )
         mesh = self.mesh
         if mesh is not None and mesh.device_type != device.type:
             mesh = init_device_mesh(device.type, (self.num_ranks,))

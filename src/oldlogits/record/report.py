@@ -176,7 +176,7 @@ def _summary_cards(summary: Summary) -> list[Card]:
     cards += _version_cards(summary)
     if summary.num_servers_down:
         lost = f"{summary.num_lost_tokens:,} sampled tokens lost, sampled anew"
-        cards.append(Card(label="servers went down", value=str(summary.num_servers_down), detail=lost))
+        cards.append(Card(label="server failures", value=str(summary.num_servers_down), detail=lost))
     if summary.num_dropped_nonfinite:
         cards.append(
             Card(label="tokens dropped", value=str(summary.num_dropped_nonfinite), detail="log-prob not finite", tone="bad")

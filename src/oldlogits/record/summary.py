@@ -113,9 +113,9 @@ class Summary:
         num_patch_syncs: Versions that reached the engine as a patch.
         num_full_syncs: Versions that reached it as a full copy.
         num_refused_patches: Patches that the engine's host could not take; a full copy followed.
-        num_servers_down: Times that a server of the engine went down.
-        num_lost_tokens: Tokens that these had sampled and that did not arrive, by their own counts: a lower bound. They are
-            sampled anew.
+        num_servers_down: Times that a server of the engine failed.
+        num_lost_tokens: Tokens that servers had sampled when they failed or left and that did not arrive, by their own
+            counts: a lower bound. They are sampled anew.
         train_wall_s: Seconds of the training loop.
         engine_idle_share: Share of it in which the engine had nothing to sample.
         trainer_idle_share: Share of it in which the trainer waited.

@@ -130,7 +130,7 @@ class Fleet:
 
     async def remove(self, host: Host) -> None:
         """A server leaves: what runs on it is sent again to others."""
-        self.fail(host, "it was asked to leave")
+        self.fail(host, "it was asked to leave", is_failure=False)
         self.hosts.remove(host)
         if host.launched is not None:
             host.launched.close()
@@ -186,13 +186,13 @@ class Fleet:
             if not failure.timed_out:  # else it has as many tries as it has without that request
                 self.fail(host, reason)
 
-    def fail(self, host: Host, reason: str) -> None:
+    def fail(self, host: Host, reason: str, *, is_failure: bool = True) -> None:
         """A server counts as down: what ran on it is sent again, and it is taken back when it is well."""
         self._last_failure = f"{host.server.url}: {reason}"
         if not host.is_up:
             return
         host.is_up, host.is_broken, host.num_misses = False, True, 0
-        incident = host.goes_down(reason)
+        incident = host.goes_down(reason, is_failure=is_failure)
         for attempt in host.attempts:
             attempt.cut.set()
         self.listen(incident)

@@ -121,13 +121,14 @@ class Host:
         if self.num_received is not None:
             self.num_received += num_tokens
 
-    def goes_down(self, reason: str) -> Incident:
+    def goes_down(self, reason: str, *, is_failure: bool) -> Incident:
         """What its end interrupts."""
         sampled, received = self.num_sampled, self.num_received
         return Incident(
             what="down",
             server=self.server.url,
             reason=reason,
+            is_failure=is_failure,
             num_requests=len(self.attempts),
             num_kept_tokens=sum(attempt.num_kept for attempt in self.attempts),
             num_lost_tokens=None if sampled is None or received is None else max(0, sampled - received),

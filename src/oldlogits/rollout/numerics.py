@@ -80,7 +80,8 @@ def round_rows_to_e4m3(rows: Float32[Tensor, "*row feature"]) -> Float32[Tensor,
 
 def _scale(rows: Float32[Tensor, "*row feature"], largest: float) -> Float32[Tensor, "*row 1"]:
     """``amax(|row|) / largest``; 1 for a row of zeros."""
-    scale = rows.abs().amax(dim=-1, keepdim=True) / largest
+    amax = rows.abs().amax(dim=-1, keepdim=True)
+    scale = amax / amax.new_tensor(largest)  # by a number, GPUs multiply with its reciprocal: another last bit
     return scale.masked_fill_(scale == 0, 1.0)
 
 

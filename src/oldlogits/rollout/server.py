@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
@@ -89,7 +90,9 @@ class Server:
     def __init__(self, url: str, *, token: str, control_timeout_s: float) -> None:
         self.url, self._control_timeout_s = url.rstrip("/"), control_timeout_s
         self._token = token
-        self._asks_proxies = urlsplit(url).hostname not in LOOPBACK  # they are for other machines
+        parts = urlsplit(url)
+        asks_proxy = parts.hostname not in LOOPBACK and not proxy_bypass(parts.hostname or "")  # it is for other machines
+        self._proxy = getproxies().get(parts.scheme) if asks_proxy else None
         self._opened: aiohttp.ClientSession | None = None  # with the first call: a session belongs to a running loop
         self._is_closed = False
 
@@ -106,10 +109,8 @@ class Server:
     @property
     def _session(self) -> aiohttp.ClientSession:
         if self._opened is None:
-            self._opened = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0),  # servers close idle connections after 5 s
-                trust_env=self._asks_proxies,
-            )
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)  # servers close idle connections after 5 s
+            self._opened = aiohttp.ClientSession(connector=connector)
         return self._opened
 
     async def connect(self) -> ServerInfo:
@@ -276,7 +277,10 @@ class Server:
         data = None if body is None else json.dumps(body).encode()
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=10.0)
         try:
-            async with self._session.request(method, self.url + path, data=data, headers=headers, timeout=timeout) as answer:
+            asking = self._session.request(
+                method, self.url + path, data=data, headers=headers, timeout=timeout, proxy=self._proxy
+            )
+            async with asking as answer:
                 return _Answer(path=path.partition("?")[0], status=answer.status, content=await answer.read())
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             timed_out = isinstance(error, TimeoutError)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Final
+from zlib import crc32
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -69,7 +72,7 @@ def take_bytes(path: Path, lengths: Sequence[int]) -> tuple[memoryview, ...]:
 def shared_file(num_bytes: int) -> Path:
     """A new, empty file of this process in shared memory if it has room for so many bytes, else in the temporary folder."""
     fits = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > 1.1 * num_bytes
-    prefix = f"oldlogits-{os.getpid()}-{_pid_namespace()}-"
+    prefix = f"oldlogits-{os.getpid()}-{_machine()}-"
     handle, name = tempfile.mkstemp(prefix=prefix, suffix=_SUFFIX, dir=_SHARED_MEMORY if fits else None)
     os.close(handle)
     return Path(name)
@@ -84,12 +87,14 @@ def unshare(pid: int) -> None:
 def unshare_ended() -> None:
     """Delete the files of processes that were killed before they could: each is memory of this machine, as large as a model.
 
-    Only of processes that this one would see if they lived: containers may share the memory and not the process numbers.
+    Only of processes that this one would see if they lived: machines and containers may share a folder and not the process
+    numbers.
     """
-    for path in _shared_files(f"oldlogits-*-{_pid_namespace()}-*{_SUFFIX}"):
+    for path in _shared_files(f"oldlogits-*-{_machine()}-*{_SUFFIX}"):
         pid = path.name.split("-")[1]
         if pid.isdecimal() and not _is_alive(int(pid)):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it may be somebody else's
+                path.unlink()
 
 
 def _shared_files(pattern: str) -> Iterator[Path]:
@@ -97,12 +102,14 @@ def _shared_files(pattern: str) -> Iterator[Path]:
         yield from folder.glob(pattern)
 
 
-def _pid_namespace() -> int:
-    """What tells process numbers of one container from those of another; 0 where there are none."""
+@cache
+def _machine() -> int:
+    """What tells process numbers of one machine or container from those of another; 0 where the system does not say."""
     try:
-        return Path("/proc/self/ns/pid").stat().st_ino
+        boot, container = Path("/proc/sys/kernel/random/boot_id").read_bytes(), Path("/proc/self/ns/pid").stat().st_ino
     except OSError:
         return 0
+    return crc32(boot + str(container).encode())
 
 
 def _is_alive(pid: int) -> bool:

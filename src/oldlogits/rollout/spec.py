@@ -106,6 +106,7 @@ class Incident:
         num_kept_tokens: That these have sampled and keep.
         num_lost_tokens: That the server had sampled, by its own count at the last look, and that did not arrive: a lower bound;
             None: it does not count.
+        is_failure: Not if it was asked to leave.
     """
 
     what: Literal["down", "up"]
@@ -114,3 +115,4 @@ class Incident:
     num_requests: int = 0
     num_kept_tokens: int = 0
     num_lost_tokens: int | None = None
+    is_failure: bool = True

@@ -330,10 +330,10 @@ class VllmEngine:
                 fix=f"set engine.numerics = '{info.numerics}', or start the server with others",
             )
         if info.adapter_scale != self._adapter_scale:
-            scale = f"{self._adapter_scale:g}"
+            scale = repr(self._adapter_scale)
             raise ConfigError(
                 f"the server {host.server.url} takes other weights than this run sends",
-                got=f"adapters scaled by {info.adapter_scale:g}, here {scale} (lora_alpha / lora_rank; 0: whole weights)",
+                got=f"adapters scaled by {info.adapter_scale!r}, here {scale} (lora_alpha / lora_rank; 0: whole weights)",
                 allowed="the same",
                 fix=f"start it with --adapter-scale {scale} (`oldlogits serve`), "
                 f"""--additional-config '{{"oldlogits_adapter_scale": {scale}}}' (vLLM)""",

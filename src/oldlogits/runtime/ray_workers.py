@@ -223,7 +223,7 @@ class Workers:
             try:
                 num = read_wanted(self._folder)
             except ConfigError as error:  # a run does not end of it
-                self.fleet.listen(Incident(what="down", server="workers.json", reason=str(error)))
+                self.fleet.listen(Incident(what="down", server="workers.json", reason=str(error), is_failure=False))
                 num = None
                 (self._folder / "workers.json").unlink(missing_ok=True)
             if num is None:

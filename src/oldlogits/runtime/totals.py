@@ -96,7 +96,7 @@ class Totals:
     def add_incident(self, incident: Incident) -> None:
         """Count what happened to a server."""
         if incident.what == "down":
-            self.num_servers_down += 1
+            self.num_servers_down += incident.is_failure
             self.num_lost_tokens += incident.num_lost_tokens or 0
 
     def add_stored(self, publication: Publication) -> None:

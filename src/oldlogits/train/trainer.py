@@ -53,7 +53,7 @@ from oldlogits.train.optimizer import Optimizer
 from oldlogits.train.policy import folder_weights, load_policy, share_base
 from oldlogits.train.reports import Published, ScoringWork, Witnesses
 from oldlogits.train.step import UpdateResult, update
-from oldlogits.train.witness import check_witness, is_routed, max_error, probe_of
+from oldlogits.train.witness import OTHER_DEVICE_TOLERANCE, WITNESS_TOLERANCE, check_witness, is_routed, max_error, probe_of
 from oldlogits.versions import AverageScores
 
 
@@ -75,9 +75,11 @@ class Trainer:
         torch.manual_seed(config.seed)
         self._config = config
         with ranks.agreeing():
-            device = find_device(config.trainer.device)
+            device = find_device(config.trainer_device)
+        ranks = ranks.on(device)
+        with ranks.agreeing():
             self._model, self._tokenizer = load_policy(config.model, model_folder), load_tokenizer(model_folder)
-        self._ranks = ranks = ranks.on(device)
+        self._ranks = ranks
         self._dtype = FORWARD_DTYPES[config.model.forward_dtype]
         self._build_modules()
         stores_versions = SOURCES[config.source.type].stores_versions or config.referee.share > 0
@@ -311,7 +313,7 @@ class Trainer:
             state.mkdir(parents=True, exist_ok=True)
             logps = self._probe_logps.get(self.version, np.empty(0)).tolist()
             counters = {"version": self.version, "schedule_steps": self._optimizer.num_steps, "probe_logps": logps}
-            counters |= asdict(self.witnesses)
+            counters |= asdict(self.witnesses) | {"device": self._ranks.device.type}
             (state / "trainer.json").write_text(json.dumps(counters, indent=1))
         self._ranks.gather(None)  # the folder is there
         write_state(state, self._state(), self._ranks)
@@ -339,7 +341,9 @@ class Trainer:
             parameters[name].data.copy_(master)
         self._optimizer.load(state, counters.pop("schedule_steps"))
         self.version = counters.pop("version")
-        self._witness_restored(np.array(counters.pop("probe_logps"), np.float32))
+        same_device = counters.pop("device", self._ranks.device.type) == self._ranks.device.type
+        tolerance = WITNESS_TOLERANCE if same_device else OTHER_DEVICE_TOLERANCE
+        self._witness_restored(np.array(counters.pop("probe_logps"), np.float32), tolerance)
         self.witnesses = Witnesses(**counters)
         if self._averaging is not None:
             weights = {name: local(weight) for name, weight in of_kind("averaged", state).items()}
@@ -412,12 +416,12 @@ class Trainer:
         self.witnesses = Witnesses(publish_max_abs_error=float(worst), lag0_max_abs_error=self.witnesses.lag0_max_abs_error)
         check_witness(error, f"the checkout of version {version}", "the live weights at its publish")
 
-    def _witness_restored(self, published: NDArray[np.float32]) -> None:
+    def _witness_restored(self, published: NDArray[np.float32], tolerance: float) -> None:
         """Witness (c): what was restored gives the probe tokens what the version gave them: the adapters' base is the same."""
         if len(published):
             point_at(self._scoring, named_weights(self._model))
             error = max_error(self._score_with(self._scoring, *self._probe), published)
-            check_witness(error, f"the restored version {self.version}", "the live weights at its publish")
+            check_witness(error, f"the restored version {self.version}", "the live weights at its publish", tolerance)
 
     def _witness_lag0(self, error: float) -> None:
         worst = np.fmax(self.witnesses.lag0_max_abs_error, error)

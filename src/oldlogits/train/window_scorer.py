@@ -37,7 +37,7 @@ class WindowScorer:
     def __init__(self, config: RunConfig, model_folder: Path, probe_ids: Sequence[int]) -> None:
         torch.set_num_threads(1)
         self._window, self._trainer = config.source.window, config.trainer
-        self._device = find_device(config.trainer.device)
+        self._device = find_device(config.trainer_device)
         self._model = load_policy(config.model, model_folder).requires_grad_(False).to(self._device)
         round_at_use(self._model, FORWARD_DTYPES[config.model.forward_dtype])
         self._store = PatchStore(hot=config.versions.hot, settles=False)

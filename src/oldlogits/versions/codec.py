@@ -19,7 +19,7 @@ from oldlogits.versions.patch import Patch, foreign, part_of
 from oldlogits.versions.shield import shielded
 from oldlogits.versions.streams import BLOCK_SIZE, Encoded, Encoder, Grid, Part
 
-_SCRATCH = {"cpu": 1 << 19, "cuda": 1 << 26}
+_SCRATCH = {"cpu": 1 << 19, "cuda": 1 << 23}
 
 
 @torch.no_grad()

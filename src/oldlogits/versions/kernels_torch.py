@@ -26,7 +26,7 @@ from oldlogits.versions.streams import (
     stream_lengths,
 )
 
-_GROUP = {"cpu": 1 << 20, "cuda": 1 << 26}
+_GROUP = {"cpu": 1 << 20, "cuda": 1 << 23}
 
 
 class TorchEncoder:
