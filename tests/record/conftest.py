@@ -245,6 +245,8 @@ def _summary(num_updates: int, seed: int) -> Summary:
         num_patch_syncs=0,
         num_full_syncs=num_updates,
         num_refused_patches=0,
+        trainer_copies_max=6.2,
+        engine_copies_max=2,
         num_servers_down=0,
         num_lost_tokens=0,
         train_wall_s=1.7 * num_updates,

@@ -34,6 +34,10 @@ def test_versions_reach_the_engine_as_patches_and_old_logits_stay_exact(tiny_fol
     assert (summary["num_patch_syncs"], summary["num_full_syncs"], summary["num_refused_patches"]) == (5, 1, 0)
     assert summary["version_bytes_mean"] == pytest.approx(np.mean([fields["version_bytes"] for fields in stored[1:]]))
     assert summary["version_share_of_copy"] == summary["version_share_of_average"] < 0.5
+    copies = max(fields["bytes"] for fields in stored) / stored[0]["version_bytes"]
+    assert summary["trainer_copies_max"] == pytest.approx(1 + copies)  # the live weights and the store
+    assert 1 <= copies < 2
+    assert summary["engine_copies_max"] == 2  # the host's and the engine's
     assert summary["witness_publish_max_abs_error"] <= 1e-5
     assert summary["witness_lag0_max_abs_error"] <= 1e-5
     assert summary["probe_max_abs_error"] <= 1e-5

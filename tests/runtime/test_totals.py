@@ -57,12 +57,21 @@ def test_updates_add_up_tokens_weighing_means_and_updates_weighing_shares():
     assert summary.rho_mean == pytest.approx(0.75)
 
 
+def test_copies_of_the_weights_are_the_most_on_each_side():
+    totals = two_updates()
+    for trainer, engine in ((2.5, 2), (3.25, 5), (3.0, 3)):
+        totals.add_copies(trainer, engine)
+    summary = summary_of(totals)
+    assert (summary.trainer_copies_max, summary.engine_copies_max) == (3.25, 5)
+
+
 def test_what_was_never_measured_is_none_not_zero():
     summary = summary_of(Totals())
     for name in (
         *("staleness_mean", "staleness_max", "log_r_d_mean_abs", "log_r_d_max_abs", "rho_mean", "probe_max_abs_error"),
         *("witness_publish_max_abs_error", "witness_lag0_max_abs_error", "engine_idle_share", "trainer_idle_share"),
         *("success_before", "success_after", "greedy_before", "greedy_after", "gain"),
+        *("trainer_copies_max", "engine_copies_max"),
     ):
         assert getattr(summary, name) is None, name
 

@@ -148,6 +148,7 @@ class EngineCapabilities:
         arithmetic: What it computes in; all but fp32 adds to the differences that its numerics make.
         num_replicas: Engines behind this one, each with a copy of the weights; requests for a prompt's log-probs go to one
             after the other.
+        num_host_copies: Further copies, from which they load.
     """
 
     max_context: int
@@ -156,6 +157,7 @@ class EngineCapabilities:
     numerics: str
     arithmetic: Literal["fp32", "bf16"] = "fp32"
     num_replicas: int = 1
+    num_host_copies: int = 0
 
 
 @runtime_checkable

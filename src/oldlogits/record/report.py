@@ -196,6 +196,9 @@ def _version_cards(summary: Summary) -> list[Card]:
         kinds = f"{summary.num_patch_syncs} patches, {summary.num_full_syncs} full"
         refused = f", {summary.num_refused_patches} refused" if summary.num_refused_patches else ""
         cards.append(Card(label="sent per version", value=_bytes(summary.sync_bytes_mean), detail=kinds + refused))
+    if summary.trainer_copies_max is not None:
+        copies = f"{summary.trainer_copies_max:.2f} + {summary.engine_copies_max}"
+        cards.append(Card(label="copies of the weights", value=copies, detail="trainer + engine, at most"))
     return cards
 
 

@@ -113,6 +113,9 @@ class Summary:
         num_patch_syncs: Versions that reached the engine as a patch.
         num_full_syncs: Versions that reached it as a full copy.
         num_refused_patches: Patches that the engine's host could not take; a full copy followed.
+        trainer_copies_max: Most copies of what is trained that the trainer kept: the live weights, all that its store holds, an
+            average. A dedicated scorer's process has its own.
+        engine_copies_max: Most copies on the engine's side: those of its replicas, and those that these load from.
         num_servers_down: Times that a server of the engine failed.
         num_lost_tokens: Tokens that servers had sampled when they failed or left and that did not arrive, by their own
             counts: a lower bound. They are sampled anew.
@@ -153,6 +156,8 @@ class Summary:
     num_patch_syncs: int
     num_full_syncs: int
     num_refused_patches: int
+    trainer_copies_max: float | None
+    engine_copies_max: int | None
     num_servers_down: int
     num_lost_tokens: int
     train_wall_s: float

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from torch import Tensor
 
@@ -74,6 +74,11 @@ class HostWeights:
 class Carrier(Protocol):
     """Brings weights to where servers read them."""
 
+    @property
+    def num_copies(self) -> int:
+        """That it keeps."""
+        ...
+
     async def take(self, update: WeightUpdate, version: PolicyVersion) -> Json:
         """Make a version ready; returns what servers are told of it.
 
@@ -89,6 +94,8 @@ class Carrier(Protocol):
 
 class OnThisHost:
     """A `Carrier` for servers of this machine."""
+
+    num_copies: Final = 1
 
     def __init__(self) -> None:
         self._weights = HostWeights()

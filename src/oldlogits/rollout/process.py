@@ -141,7 +141,7 @@ class EngineProcess:
     @property
     def capabilities(self) -> EngineCapabilities:
         """What this engine can do."""
-        return self._spec.capabilities
+        return replace(self._spec.capabilities, num_host_copies=1)
 
     @property
     def pid(self) -> int | None:

@@ -157,6 +157,7 @@ class VllmEngine:
             numerics=self._numerics,
             arithmetic="bf16" if any(info.arithmetic == "bf16" for info in infos) else "fp32",
             num_replicas=len(self.fleet.hosts),
+            num_host_copies=self._weights.num_copies,
         )
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str) -> Generation:

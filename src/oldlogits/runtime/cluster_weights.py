@@ -28,6 +28,11 @@ class ClusterWeights:
         self._version: PolicyVersion = -1
         self._last: tuple[WeightUpdate, Ref] | None = None
 
+    @property
+    def num_copies(self) -> int:
+        """The store's, and one a node."""
+        return 1 + len(self._nodes)
+
     async def sent(self, weights: Ref) -> WeightUpdate:
         """The update behind a reference, over the memory of the object store."""
         try:

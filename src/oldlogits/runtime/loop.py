@@ -205,6 +205,7 @@ class Loop:
         self._count(groups, result, used, ended - started)
         of_loop = self._loop_metrics(groups, result, used, times)
         metrics = {**result.metrics, **times, **self.source.metrics(), **rollouts.gaps.metrics(), **of_loop}
+        self._count_copies(published.store_bytes + metrics.get("average/stored_bytes", 0.0))
         self._recorder.updated(result, metrics, groups, version=self.version)
         effect = self._referee.judge(refereed_scores, result, version=self.version)
         if result.average_reset is not None:
@@ -235,6 +236,13 @@ class Loop:
         totals.engine_busy_s += used.engine_s
         totals.trainer_busy_s += used.trainer_s
         totals.account = asdict(self.buffer.account)
+
+    def _count_copies(self, stored_bytes: float) -> None:
+        """Book the copies of the weights, given what the trainer keeps beside the live ones."""
+        can, live_bytes = self._handles.engine.capabilities, self.totals.average_bytes
+        if self._config.model.forward_dtype == "bf16":
+            live_bytes //= 2
+        self.totals.add_copies(1 + stored_bytes / live_bytes, can.num_replicas + can.num_host_copies)
 
     def _loop_metrics(
         self, groups: Sequence[TrajectoryGroup], result: UpdateResult, used: Busy, times: Mapping[str, float]

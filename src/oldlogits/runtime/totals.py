@@ -60,6 +60,8 @@ class Totals:
     stored_bytes: int = 0
     full_copy_bytes: int = 0
     average_bytes: int = 0
+    trainer_copies: float = 0.0
+    engine_copies: int = 0
     num_switches: int = 0
     switch_s: float = 0.0
     next_row: int = 0
@@ -92,6 +94,11 @@ class Totals:
         self.num_full_syncs += not sent.is_patch
         self.num_refused_patches += bool(sent.refused)
         self.sync_bytes += sent.num_bytes
+
+    def add_copies(self, trainer: float, engine: int) -> None:
+        """Count the copies of the weights that are kept on both sides."""
+        self.trainer_copies = max(self.trainer_copies, trainer)
+        self.engine_copies = max(self.engine_copies, engine)
 
     def add_incident(self, incident: Incident) -> None:
         """Count what happened to a server."""
@@ -143,6 +150,8 @@ class Totals:
             num_patch_syncs=self.num_patch_syncs,
             num_full_syncs=self.num_full_syncs,
             num_refused_patches=self.num_refused_patches,
+            trainer_copies_max=self.trainer_copies or None,
+            engine_copies_max=self.engine_copies or None,
             num_servers_down=self.num_servers_down,
             num_lost_tokens=self.num_lost_tokens,
             train_wall_s=wall_s,
