@@ -136,6 +136,7 @@ def test_a_run_outlives_its_workers_and_takes_in_new_ones(tmp_path, tiny_folder,
     assert returned.fields["reason"].startswith("started again")
     assert joined.fields["reason"].startswith("it joined")
     assert pids("ray::Worker") == []
+    assert summary_of(run)["engine_copies_max"] == 4 + 3 + 1  # four engines, one copy a node, the one that nodes fetch
     until(lambda: not servers(tiny_folder), "no server is left", seconds=20)
     check_exact(run)
 

@@ -221,6 +221,7 @@ def test_servers_of_the_run_share_its_load_and_one_that_is_killed_is_started_aga
     run = train_until(tmp_path, tiny_folder, kill, (EventKind.SERVER_UP, 1), engine=engine)
     assert len(pids) == 2
     assert len(events_of(run, EventKind.SERVER_DOWN)) == 1
+    assert summary_of(run)["engine_copies_max"] == 2 + 1  # one each, and the one that both load from
     assert not servers_of_this_process()
     assert sorted(path.name for path in (run / "servers").iterdir()) == ["server-0.log", "server-1.log"]
 
