@@ -1,6 +1,5 @@
 """The runtime "ray" on a real cluster of simulated nodes: workers are killed, join and leave; the trainer is killed."""
 
-import json
 import os
 import re
 import signal
@@ -116,10 +115,10 @@ def test_a_run_outlives_its_workers_and_takes_in_new_ones(tmp_path, tiny_folder,
             os.kill(pids("ray::Worker")[0], signal.SIGKILL)
             until(lambda: events_of(run, EventKind.SERVER_UP), "the worker comes back")
             wait_for_updates(run, len(events_of(run, EventKind.UPDATE)) + 2)
-            (run / "workers.json").write_text(json.dumps({"num_workers": 4}))
+            assert command(["workers", str(run), "--num", "4"]) == 0
             until(lambda: len(events_of(run, EventKind.SERVER_UP)) == 2, "a fourth worker joins")
             wait_for_updates(run, len(events_of(run, EventKind.UPDATE)) + 2)
-            (run / "workers.json").write_text(json.dumps({"num_workers": 2}))
+            assert command(["workers", str(run), "--num", "2"]) == 0
             until(lambda: len(events_of(run, EventKind.SERVER_DOWN)) == 3, "two leave")
             wait_for_updates(run, len(events_of(run, EventKind.UPDATE)) + 2)
         finally:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oldlogits.batch import TokenBatch
+from oldlogits.config import Caution
 from oldlogits.core.protocols import (
     DedicatedScorer,
     FullWeights,
@@ -196,7 +197,7 @@ class Handles:
         watch: Told of the run's buffer, for a runtime that controls the lags.
         scorer: A second model that only scores, for the route "dedicated".
         host_environment: Gives the class whose instances the episodes use, for environments that live elsewhere.
-        listen: Told who wants to know what happens to servers.
+        listen: Told who wants to know what happens to servers, and what a reader of the results should know.
         workers: Tasks of the runtime that must not end while the run goes on; their errors end it.
     """
 
@@ -208,6 +209,6 @@ class Handles:
     real_time: bool
     watch: Callable[[Buffer], None]
     scorer: DedicatedScorer | None = None
-    listen: Callable[[Callable[[Incident], None]], None] = lambda hear: None
+    listen: Callable[[Callable[[Incident | Caution], None]], None] = lambda hear: None
     host_environment: Callable[[type[Environment]], type[Environment]] = lambda environment_class: environment_class
     workers: tuple[asyncio.Task[None], ...] = ()

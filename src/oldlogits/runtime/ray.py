@@ -25,11 +25,12 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from oldlogits.config import RunConfig
+from oldlogits.config import Caution, RunConfig
 from oldlogits.core.errors import WorkerDiedError
 from oldlogits.core.protocols import Piece, PolicyVersion, ScoredPieces, WeightUpdate
 from oldlogits.rollout.hosts import Patience
 from oldlogits.rollout.launch import LaunchSpec
+from oldlogits.rollout.spec import Incident
 from oldlogits.rollout.vllm import VllmEngine
 from oldlogits.runtime import actors, cluster
 from oldlogits.runtime.cluster import Actor, ActorEndedError, Ref, fetch
@@ -188,6 +189,10 @@ async def open_ray(
         watched += [scorer.watch()] if scorer is not None else []
         tasks = tuple(map(asyncio.create_task, watched))
         stack.push_async_callback(_cancelled, tasks)
+
+        def listen(hear: Callable[[Incident | Caution], None]) -> None:
+            engine.fleet.listen = workers.warn = hear
+
         yield Handles(
             engine=engine,
             trainer=trainer.handle,
@@ -197,7 +202,7 @@ async def open_ray(
             real_time=True,
             watch=lambda buffer: None,
             scorer=scorer,
-            listen=lambda hear: setattr(engine.fleet, "listen", hear),
+            listen=listen,
             host_environment=lambda environment_class: stand_in(environment_class, workers),
             workers=tasks,
         )

@@ -10,12 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Final, cast
 
-from oldlogits.config import RunConfig
+from oldlogits.config import Caution, RunConfig
 from oldlogits.core.errors import ConfigError
 from oldlogits.rollout.fleet import Fleet
 from oldlogits.rollout.hosts import Host
 from oldlogits.rollout.server import Server, ServerFailedError
-from oldlogits.rollout.spec import Incident
 from oldlogits.rollout.turns import EnvironmentFailed
 from oldlogits.rollout.wire import Json
 from oldlogits.runtime import cluster
@@ -195,6 +194,7 @@ class Workers:
         self._num_made = 0
         self._workers: dict[Host, RayWorker] = {}
         self.fleet: Fleet | None = None
+        self.warn: Callable[[Caution], None] = lambda caution: None
         self.hosts = [self._host() for _ in range(config.ray.num_workers)]
 
     def _host(self) -> Host:
@@ -218,14 +218,18 @@ class Workers:
     async def follow(self) -> None:
         """Have as many workers as are wanted."""
         assert self.fleet is not None
+        unread = told = ""
         while True:
             await asyncio.sleep(POLL_S)
             try:
                 num = read_wanted(self._folder)
-            except ConfigError as error:  # a run does not end of it
-                self.fleet.listen(Incident(what="down", server="workers.json", reason=str(error), is_failure=False))
-                num = None
-                (self._folder / "workers.json").unlink(missing_ok=True)
+            except ConfigError as error:  # half written, or wrong: said once when it is there at a second look; the run goes on
+                if str(error) == unread and unread != told:
+                    self.warn(Caution(name="workers_wanted", message=str(error), figures={}))
+                    told = unread
+                unread = str(error)
+                continue
+            unread = told = ""
             if num is None:
                 continue
             while len(self.fleet.hosts) < num:

@@ -208,7 +208,14 @@ class Recorder:
             stall_s=stall_s,
         )
 
-    def happened(self, incident: Incident, totals: Totals, *, version: int) -> None:
+    def heard(self, news: Incident | Caution, totals: Totals, *, version: int) -> None:
+        """The runtime says something by itself."""
+        if isinstance(news, Caution):
+            self.warned(news, version=version)
+        else:
+            self._happened(news, totals, version=version)
+
+    def _happened(self, incident: Incident, totals: Totals, *, version: int) -> None:
         """A server went down or came back."""
         totals.add_incident(incident)
         server, reason = incident.server, incident.reason

@@ -175,7 +175,7 @@ async def _run(
             task = Task(environment_class=hosted, rows=rows, agent=agent, probe_ids=probe_ids)
             loop = Loop(config, task, handles, recorder, totals)
             handles.watch(loop.buffer)
-            handles.listen(lambda incident: recorder.happened(incident, totals, version=loop.version))
+            handles.listen(lambda news: recorder.heard(news, totals, version=loop.version))
             return await _finish(config, loop, handles, recorder)
     finally:
         recorder.close()
