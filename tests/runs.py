@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -118,11 +119,27 @@ def files_of(process: int | str) -> set[Path]:
     return {path for folder in folders for path in folder.glob(f"oldlogits-{process}-*.weights")}
 
 
+_started = {os.getpid()}
+
+
+def _noting(start: Callable[[BaseProcess], None]) -> Callable[[BaseProcess], None]:
+    def noting(process: BaseProcess) -> None:
+        start(process)
+        assert process.pid is not None
+        _started.add(process.pid)
+
+    return noting
+
+
+BaseProcess.start = _noting(BaseProcess.start)  # type: ignore[method-assign]
+
+
 def shared_files() -> set[Path]:
-    """Files with weights on their way, but for those of processes that live and are not of this test."""
-    found = files_of("*")
-    own = {os.getpid(), *(child.pid for child in multiprocessing.active_children())}
-    return {path for path in found if (pid := int(path.name.split("-")[1])) in own or not Path(f"/proc/{pid}").exists()}
+    """Files with weights on their way of this process and of those that it has started, living or not.
+
+    Tests that run at the same time in other processes kill theirs, which leave files until the next run removes them.
+    """
+    return set().union(*map(files_of, _started))
 
 
 def wait_for_updates(run: Path, num: int, *, deadline_s: float = 200) -> None:

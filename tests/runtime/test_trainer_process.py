@@ -120,6 +120,18 @@ def test_a_trainer_that_is_killed_fails_the_pending_call_and_later_ones_promptly
     assert children() == []
 
 
+def test_closing_removes_weights_that_nobody_took(tiny_folder):
+    files = shared_files()
+
+    async def scenario(process):
+        process._pipe.send(("publish", ()))
+        assert process._pipe.poll(30), "it has answered"
+        assert len(shared_files() - files) == 1
+
+    in_process(tiny_folder, scenario)
+    assert shared_files() <= files
+
+
 def test_an_error_at_the_start_is_raised_by_ready_with_its_type(tmp_path):
     with pytest.raises(ModelFolderError, match="the model folder cannot be loaded"):
         in_process(tmp_path / "gone", None)
