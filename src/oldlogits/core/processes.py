@@ -1,8 +1,10 @@
-"""What the processes of a run are called where the system lists them (`ps`, `top`, `pkill`)."""
+"""The processes of a run: what they are called where the system lists them (`ps`, `top`, `pkill`), and how they ended."""
 
 from __future__ import annotations
 
 import contextlib
+import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 PREFIX = "oldlogits-"
@@ -13,3 +15,16 @@ def name_process(kind: str) -> None:
     """Name this process after what it does; where the system has no such names, nothing happens."""
     with contextlib.suppress(OSError):
         Path("/proc/self/comm").write_text(f"{PREFIX}{kind}"[:15], encoding="ascii")
+
+
+def exit_code(process: BaseProcess, patience_s: float = 10.0) -> int | None:
+    """The exit code of a child that is ending; None if it does not end.
+
+    Several threads may ask at the same time. The system tells one of them, and `multiprocessing` tells the others that there is
+    none until that one has kept it.
+    """
+    ends = time.monotonic() + patience_s
+    process.join(patience_s)
+    while process.exitcode is None and time.monotonic() < ends:
+        time.sleep(0.001)
+    return process.exitcode

@@ -30,7 +30,7 @@ from typing import Final, Literal, TypeVar
 import torch
 
 from oldlogits.core.errors import ConfigError, OldLogitsError, WorkerDiedError
-from oldlogits.core.processes import name_process
+from oldlogits.core.processes import exit_code, name_process
 from oldlogits.core.protocols import EngineCapabilities, Generation, PolicyVersion, Sampling, WeightUpdate
 from oldlogits.rollout.embedded import EngineCore
 from oldlogits.rollout.host_weights import HostWeights
@@ -217,7 +217,7 @@ class EngineProcess:
             await ended.wait()
         finally:
             loop.remove_reader(self._process.sentinel)
-        raise _died(f"exit code {self._process.exitcode}")
+        raise _died(f"exit code {exit_code(self._process)}")
 
     def close(self) -> None:
         """End the process; pending calls fail. Leaves no process, thread or file."""
@@ -272,8 +272,7 @@ class EngineProcess:
             while True:
                 self._dispatch(self._connection.recv())
         except (EOFError, OSError):
-            self._process.join(_EXIT_S)
-            self._die(_died(f"exit code {self._process.exitcode}"))
+            self._die(_died(f"exit code {exit_code(self._process)}"))
 
     def _dispatch(self, message: _FromChild) -> None:
         match message:

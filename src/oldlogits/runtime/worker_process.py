@@ -18,7 +18,7 @@ from functools import partial
 from multiprocessing.connection import Connection, wait
 
 from oldlogits.core.errors import OldLogitsError, WorkerDiedError
-from oldlogits.core.processes import name_process
+from oldlogits.core.processes import exit_code, name_process
 from oldlogits.rollout.shared import unshare
 
 CarryOut = Callable[[str, tuple[object, ...]], object]
@@ -113,10 +113,9 @@ class WorkerProcess:
         raise value
 
     def _died(self) -> WorkerDiedError:
-        self._process.join(timeout=10)
         return WorkerDiedError(
             f"the {self._name} process ended",
-            got=f"exit code {self._process.exitcode}",
+            got=f"exit code {exit_code(self._process)}",
             allowed=f"a {self._name} that runs until the end of the run",
             fix="look for an out-of-memory kill or a message above; go on with --resume from the last checkpoint",
         )
