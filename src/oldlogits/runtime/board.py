@@ -8,6 +8,7 @@ end           the run is over
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 from contextlib import suppress
@@ -99,7 +100,15 @@ class Board:
 
     def beat(self) -> None:
         """Give signs of life from here on, as long as this process lives."""
-        threading.Thread(target=self._keep_beating, name="beat", daemon=True).start()
+        done = threading.Event()
+        beating = threading.Thread(target=self._keep_beating, args=(done,), name="beat", daemon=True)
+        beating.start()
+
+        def end() -> None:  # a thread that comes back from the store when the interpreter is gone aborts the process
+            done.set()
+            beating.join(SILENT_S)
+
+        atexit.register(end)
 
     def silent(self) -> list[int]:
         """The other ranks that give no signs of life; takes up to `SILENT_S` seconds. None where torchrun is gone."""
@@ -114,15 +123,14 @@ class Board:
             return []
         return others
 
-    def _keep_beating(self) -> None:
+    def _keep_beating(self, done: threading.Event) -> None:
         store, number = self._connect(), 0  # of its own: the other one may be waiting
-        while True:
+        while not done.wait(BEAT_S if number else 0):
             number += 1
             try:
                 store.set(f"beat/{self._launch.rank}", str(number))
             except RuntimeError:  # torchrun is gone, and with it everybody who would look
                 return
-            time.sleep(BEAT_S)
 
     def _beat(self, rank: int) -> int:
         key = f"beat/{rank}"
