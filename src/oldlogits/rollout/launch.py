@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -165,8 +163,7 @@ class Launched:
 
     def close(self) -> None:
         """End it and whatever it has started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # its weights are copies: nothing is lost
+        leash.end_group(self._process.pid)  # its weights are copies: nothing is lost
         self._process.wait()
         assert self._process.stdin is not None
         self._process.stdin.close()

@@ -3,6 +3,9 @@
 python leash.py COMMAND ...      whoever holds the other end of standard input holds the leash, even if killed
 
 The command ends with this process, too, however that ends: some supervisors kill children, and not what these have started.
+
+What a group has in shared memory under the names of Python's `multiprocessing` (such as vLLM's message queues) is removed with
+it: the process that would do so is killed with the others.
 """
 
 from __future__ import annotations
@@ -13,9 +16,13 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 _PR_SET_PDEATHSIG: Final = 1
+_SHARED_MEMORY: Final = Path("/dev/shm")
 
 
 def main(command: list[str]) -> int:
@@ -35,7 +42,35 @@ def _die_with_parent() -> None:
 def _wait_for_the_end_of_input() -> None:
     while os.read(0, 1024):
         pass
-    os.killpg(0, signal.SIGKILL)
+    end_group(os.getpgrp())
+
+
+def end_group(group: int) -> None:
+    """End all processes of a group at once, whatever they do, and remove what they leave in shared memory."""
+    for path in mapped(group):
+        path.unlink(missing_ok=True)
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def mapped(group: int) -> list[Path]:
+    """Files of `multiprocessing` that processes of a group have mapped; none where the system does not list them."""
+    inodes = set(_mapped_inodes(group))  # a semaphore is mapped under the name that it had first
+    found = []
+    for path in (path for pattern in ("psm_*", "sem.mp-*") for path in _SHARED_MEMORY.glob(pattern)):
+        with suppress(OSError):  # somebody else's, and gone by now
+            if path.stat().st_ino in inodes:
+                found.append(path)
+    return found
+
+
+def _mapped_inodes(group: int) -> Iterator[int]:
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or is somebody else's
+            if os.getpgid(int(folder.name)) == group:
+                for line in (folder / "maps").read_text().splitlines():
+                    if f" {_SHARED_MEMORY}/" in line:
+                        yield int(line.split()[4])
 
 
 if __name__ == "__main__":
