@@ -48,7 +48,8 @@ def _wait_for_the_end_of_input() -> None:
 def end_group(group: int) -> None:
     """End all processes of a group at once, whatever they do, and remove what they leave in shared memory."""
     for path in mapped(group):
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
     with suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
 
