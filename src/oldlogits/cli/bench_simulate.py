@@ -15,6 +15,7 @@ from typing import Annotated, Final, Literal
 import tyro
 from rich import box
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from oldlogits.bench.simulate.cluster import PRESETS, Cluster, load_cluster, with_gpus
@@ -29,6 +30,8 @@ Shown = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 WIDTH: Final = 190
 """Columns of output that is not a terminal's."""
+NARROWEST: Final = 150
+"""Columns that the figures of the widest table need; a narrower terminal breaks the lines."""
 
 ROUTES: Final = ("snapshot", "eager", "dedicated", "interruption", "arrival", "none")
 """The routes of a cluster's table, unless others are asked for."""
@@ -120,7 +123,10 @@ def cluster_tables(words: Sequence[str]) -> Iterator[Shown]:
     clusters = [with_gpus(options.cluster, size) for size in options.gpus or (options.cluster.layout.num_gpus,)]
     yield BYTES_HEADINGS, [_bytes(cluster, kind) for cluster in clusters for kind in ("full", "patch")]
     if options.routes:
-        yield HEADINGS, [_cells(cluster, route, options.num_seeds) for cluster in clusters for route in options.routes]
+        lines = [(cluster, route) for cluster in clusters for route in options.routes]
+        console = Console(stderr=True)
+        shown = track(lines, "lines of the table", console=console, disable=not console.is_terminal, transient=True)
+        yield HEADINGS, [_cells(cluster, route, options.num_seeds) for cluster, route in shown]
 
 
 HEADINGS: Final = (
@@ -197,9 +203,9 @@ def _giga(num_bytes: float) -> str:
 
 
 def _console() -> Console:
-    """As wide as the terminal; elsewhere as the tables need."""
+    """As wide as the terminal, but wide enough for all figures; elsewhere as the tables need."""
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=WIDTH)
+    return Console(highlight=False, width=max(console.width, NARROWEST) if console.is_terminal else WIDTH)
 
 
 def print_table(shown: Shown) -> None:
@@ -207,7 +213,7 @@ def print_table(shown: Shown) -> None:
     headings, rows = shown
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if i == 1 else "right")
+        table.add_column(heading.replace(" ", "\n"), justify="left" if i == 1 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     _console().print(table)
