@@ -24,9 +24,9 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 from transformers.generation import ContinuousBatchingConfig
 from transformers.utils import logging
 
-from oldlogits.core.protocols import Generation, Sampling
-from oldlogits.rollout.embedded import EngineCore
-from oldlogits.rollout.spec import EngineSpec
+from oldlogits.core.engine import Generation, Sampling
+from oldlogits.engines.embedded.engine import EngineCore
+from oldlogits.engines.spec import EngineSpec
 
 VOCAB, CONTEXT = 2048, 256
 
@@ -81,7 +81,7 @@ def largest_difference(model: Qwen3ForCausalLM, prompt: Sequence[int], generatio
 
 def measure_agreement(model: Qwen3ForCausalLM, folder: str, size: Size) -> float:
     """Groups of 8 that share a prompt; the weights change half-way."""
-    core = EngineCore(EngineSpec(model_path=folder, num_slots=size.sequences, max_context=CONTEXT))
+    core = EngineCore(EngineSpec(model_path=folder, max_num_seqs=size.sequences, max_context=CONTEXT))
     rng = random.Random(1)
     group_prompts = [[rng.randrange(VOCAB) for _ in range(40)] for _ in range(size.sequences // 8)]
     prompts = {f"{g}.{i}": prompt for g, prompt in enumerate(group_prompts) for i in range(8)}
@@ -133,7 +133,7 @@ def main() -> None:
         print(f"model: Qwen3, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, fp32, one thread")
         worst = measure_agreement(model, folder, size)
         print(f"agreement with transformers' forward, across an update: largest |difference| {worst:.1e} (target 1e-5)")
-        core = EngineCore(EngineSpec(model_path=folder, num_slots=size.sequences, max_context=CONTEXT))
+        core = EngineCore(EngineSpec(model_path=folder, max_num_seqs=size.sequences, max_context=CONTEXT))
         model.set_attn_implementation("sdpa")
         ratios = []
         for round_number in range(size.rounds):

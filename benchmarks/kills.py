@@ -35,7 +35,7 @@ GONE_S = 20.0  # how long its processes may take to go after it
 RECIPE = Path(__file__).parents[1] / "recipes" / "desk.toml"
 SMALL = [
     *("--num-updates", str(NUM_UPDATES), "--eval.num-episodes", "0", "--eval.every", "0", "--record.checkpoint-every", "3"),
-    *("--rollout.groups-per-version", "4", "--rollout.group-size", "4", "--engine.num-slots", "16"),
+    *("--rollout.prompts-per-update", "4", "--rollout.group-size", "4", "--engine.max-num-seqs", "16"),
 ]
 
 
@@ -54,13 +54,13 @@ class Kind:
     goes_on: bool
 
 
-SERVERS = ["--engine.type", "vllm", "--engine.start", "embedded", "--engine.num-servers", "2"]
+SERVERS = ["--engine.type", "vllm", "--engine.server", "embedded", "--engine.num-servers", "2"]
 RAY = ["--runtime.type", "ray"]
 KINDS = {
     "controller": Kind(flags=[], title="", goes_on=False),
     "engine": Kind(flags=[], title=f"{PREFIX}engin", goes_on=False),
     "trainer": Kind(flags=[], title=f"{PREFIX}train", goes_on=False),
-    "dedicated": Kind(flags=["--source.type", "dedicated"], title=f"{PREFIX}score", goes_on=False),
+    "dedicated": Kind(flags=["--proximal.source", "dedicated"], title=f"{PREFIX}score", goes_on=False),
     "server": Kind(flags=SERVERS, title=f"{PREFIX}serve", goes_on=True),
     "engine of a server": Kind(flags=SERVERS, title=f"{PREFIX}engin", goes_on=True),
     "worker of a cluster": Kind(flags=RAY, title="ray::Worker", goes_on=True),

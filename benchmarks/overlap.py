@@ -19,15 +19,15 @@ import time
 from pathlib import Path
 from statistics import median
 
+from oldlogits.backends.scorer_process import ScorerProcess
+from oldlogits.backends.trainer_process import TrainerProcess
 from oldlogits.batch import collate
 from oldlogits.config import RunConfig, config_from_table, load_config
-from oldlogits.core.protocols import BatchTokens
+from oldlogits.core.scoring import BatchTokens
 from oldlogits.core.trajectory import Context, Sampled, Segment, Trajectory, TrajectoryGroup
-from oldlogits.policy.tiny import TinySize, save_tiny, tiny_model, tiny_tokenizer
+from oldlogits.models.tiny import TinySize, save_tiny, tiny_model, tiny_tokenizer
 from oldlogits.record.events import EventKind, read_events
-from oldlogits.runtime.run import run
-from oldlogits.runtime.scorer_process import ScorerProcess
-from oldlogits.runtime.trainer_process import TrainerProcess
+from oldlogits.run.run import run
 from oldlogits.sources import check_scored, make_source
 
 WINDOW = 4  # versions that a trajectory spans
@@ -70,7 +70,7 @@ class Replay:
     """One route with a trainer process, and a scorer process if it has one."""
 
     def __init__(self, route: str, folder: Path) -> None:
-        table = {"variant": "ppo_clip", "source": {"type": route}, "trainer": {"steps_per_version": 2, "lr": 1e-5}}
+        table = {"variant": "ppo_clip", "proximal": {"source": route}, "trainer": {"minibatches_per_update": 2, "lr": 1e-5}}
         self.config: RunConfig = config_from_table(table)
         probe = list(range(5, 37))
         self.trainer = TrainerProcess(self.config, folder, probe)
@@ -202,7 +202,7 @@ def pauses(recipe: Path, overrides: list[str]) -> None:
         for turn in range(2):
             for route in stalls:
                 out = Path(name) / f"{route}{turn}"
-                result = run(load_config(recipe, [*overrides, "--source.type", route]), out)
+                result = run(load_config(recipe, [*overrides, "--proximal.source", route]), out)
                 if result.error is not None:
                     raise result.error
                 events = [e for e in read_events(out / "events.jsonl") if e.kind is EventKind.WEIGHTS_UPDATED]

@@ -11,7 +11,7 @@ from statistics import fmean
 
 from oldlogits.config import load_config
 from oldlogits.record.summary import Interval, Summary
-from oldlogits.runtime.run import run
+from oldlogits.run.run import run
 
 COLUMNS = ("seed", "sampled before", "sampled after", "greedy before", "greedy after", "gain", "several versions", "train s")
 

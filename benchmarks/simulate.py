@@ -15,14 +15,14 @@ from pathlib import Path
 from oldlogits.bench.simulate.fit import MeasuredRun
 from oldlogits.bench.simulate.validate import BARS, Comparison, compare
 from oldlogits.config import load_config
-from oldlogits.runtime.run import run
+from oldlogits.run.run import run
 
 RECIPE = Path("recipes/desk.toml")
 COMMON = "--eval.num-episodes 0 --eval.every 0 --record.checkpoint-every 0 --num-updates"
 CHANGES = {
-    "d40": "40 --trainer.steps-per-version 1 --rollout.groups-per-version 16 --source.type interruption",
-    "f40": "40 --source.type dedicated --engine.num-slots 64",
-    "b20": "20 --trainer.steps-per-version 1 --rollout.max-running-groups 6 --env.latency-s 0.5",
+    "d40": "40 --trainer.minibatches-per-update 1 --rollout.prompts-per-update 16 --proximal.source interruption",
+    "f40": "40 --proximal.source dedicated --engine.max-num-seqs 64",
+    "b20": "20 --trainer.minibatches-per-update 1 --rollout.max-running-groups 6 --env.latency-s 0.5",
 }
 
 

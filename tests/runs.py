@@ -60,11 +60,12 @@ def recipe(folder: Path, **sections: object) -> RunConfig:
         "num_updates": 4,
         "max_staleness": 2,
         "model": {"path": str(folder)},
-        "env": {"target": TARGET, "max_tokens": 96, "max_tokens_per_turn": 12, "max_turns": 4},
-        "engine": {"num_slots": 32},
-        "rollout": {"group_size": 4, "groups_per_version": 3},
+        "env": {"target": TARGET, "max_episode_tokens": 96, "max_tokens_per_turn": 12, "max_turns": 4},
+        "engine": {"max_num_seqs": 32},
+        "rollout": {"group_size": 4, "prompts_per_update": 3},
         "trainer": {"lr": 1e-2, "warmup_steps": 0},
-        "runtime": {"type": "lockstep", "window": 2, "tokens_per_version": 6},
+        "runtime": {"type": "lockstep"},
+        "lockstep": {"max_lag": 2, "tokens_per_version": 6},
         "eval": {"num_episodes": 0},
     }
     for key, value in sections.items():

@@ -56,7 +56,7 @@ def test_the_environment_of_the_documents_trains(tmp_path: Path, monkeypatch: py
     overrides = ["--model.path", str(chatml_llama), "--runtime.type", "lockstep", "--num-updates", "1"]
     config = load_config(tmp_path / "guess.toml", overrides)
     assert isinstance(config, RunConfig)
-    small = ["--eval.num-episodes", "2", "--rollout.groups-per-version", "2", "--runtime.window", "1", "--out", "run"]
+    small = ["--eval.num-episodes", "2", "--rollout.prompts-per-update", "2", "--lockstep.max_lag", "1", "--out", "run"]
     done = subprocess.run(
         [sys.executable, "-m", "oldlogits", "train", "guess.toml", *overrides, *small],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},

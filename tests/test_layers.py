@@ -14,16 +14,19 @@ LEVELS = (
     {"core"},
     {"objective"},
     {"batch"},
-    {"policy", "versions", "envs"},
+    {"models", "versions", "envs"},
+    {"engines"},
     {"sources", "rollout"},
     {"train"},
-    {"runtime"},
+    {"loop"},
+    {"backends"},
+    {"run"},
     {"study", "bench"},
     {"cli"},
     {"__main__"},
 )
 LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
-CONFIG_FROM, RECORD_FROM = LEVEL["train"], LEVEL["runtime"]
+CONFIG_FROM, RECORD_FROM = LEVEL["train"], LEVEL["loop"]
 EVENTS = {"oldlogits.record.events"}
 HEAVY = ("ray", "vllm", "peft", "deepspeed", "bitsandbytes", "flash_attn", "triton", "accelerate", "wandb", "trackio", "trl")
 
@@ -88,7 +91,7 @@ def test_imports_point_down(module):
     [
         ("oldlogits.batch.pad", "oldlogits.objective", True),
         ("oldlogits.objective.masks", "oldlogits.batch", False),
-        ("oldlogits.policy.scorer", "oldlogits.versions", False),
+        ("oldlogits.models.scorer", "oldlogits.versions", False),
         ("oldlogits.sources.eager", "oldlogits.rollout.turns", False),
         ("oldlogits.rollout.turns", "oldlogits.record.events", True),
         ("oldlogits.rollout.turns", "oldlogits.record.summary", False),
@@ -96,8 +99,8 @@ def test_imports_point_down(module):
         ("oldlogits.rollout.turns", "oldlogits.config", False),
         ("oldlogits.config.check", "oldlogits.core.errors", True),
         ("oldlogits.config.check", "oldlogits.objective", False),
-        ("oldlogits.record.report", "oldlogits.config", False),
-        ("oldlogits.cli.main", "oldlogits.runtime.run", True),
+        ("oldlogits.record.report.page", "oldlogits.config", False),
+        ("oldlogits.cli.main", "oldlogits.run.run", True),
         ("oldlogits.study.compare", "oldlogits.bench", False),
         ("oldlogits.core.errors", "oldlogits.record.events", True),
     ],
@@ -137,7 +140,7 @@ def reachable(start):
     return inside, outside
 
 
-@pytest.mark.parametrize("module", ["oldlogits.record.report", "oldlogits.record.events"])
+@pytest.mark.parametrize("module", ["oldlogits.record.report.page", "oldlogits.record.events"])
 def test_what_reads_recorded_files_needs_nothing_but_records(module):
     inside, outside = reachable(module)
     assert {package_of(name) for name in inside} <= {"record", "core", ""}

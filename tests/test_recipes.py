@@ -9,7 +9,7 @@ import pytest
 
 from oldlogits.cli.main import run
 from oldlogits.config import known_keys, load_config
-from oldlogits.runtime.cost import estimate
+from oldlogits.run.cost import estimate
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 RUNS = sorted(path.name for path in RECIPES.glob("*.toml") if not path.name.startswith("study"))

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oldlogits.batch import pack
-from oldlogits.core.protocols import Piece
+from oldlogits.core.scoring import ScoringSpan
 
 
 @st.composite
@@ -11,7 +11,7 @@ def pieces(draw):
     """A piece whose last token is to be scored."""
     length = draw(st.integers(2, 8))
     positions = sorted({*draw(st.sets(st.integers(1, length - 1))), length - 1})
-    return Piece(
+    return ScoringSpan(
         trajectory_id="a",
         token_ids=np.array(draw(st.lists(st.integers(0, 99), min_size=length, max_size=length)), np.int64),
         positions=np.array(positions, np.int64),

@@ -62,10 +62,10 @@ def test_a_recipe_has_the_same_work_for_each_worker(tmp_path: Path):
     workload = Workload(groups=3, group_size=2, num_updates=5)
     config = config_from_table(workload.recipe(LOCAL, rows, seed=4))
     check(config)
-    assert (config.num_updates, config.seed, config.env.rows) == (7, 4, str(rows))
-    assert (config.rollout.groups_per_version, config.rollout.max_running_groups) == (3, 3)
+    assert (config.num_updates, config.seed, config.env.train_data) == (7, 4, str(rows))
+    assert (config.rollout.prompts_per_update, config.rollout.max_running_groups) == (3, 3)
     of_four = workload.recipe(ray(4), rows, seed=4)
-    assert of_four["rollout"] == {"group_size": 2, "groups_per_version": 12, "max_running_groups": 12}
+    assert of_four["rollout"] == {"group_size": 2, "prompts_per_update": 12, "max_running_groups": 12}
     assert (of_four["runtime"], of_four["ray"]) == ({"type": "ray"}, {"num_workers": 4})
 
 

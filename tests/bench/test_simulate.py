@@ -28,7 +28,7 @@ from oldlogits.bench.simulate.scenario import (
 from oldlogits.bench.simulate.world import simulate
 from oldlogits.core.errors import AccountingError
 from oldlogits.core.policies import SOURCES
-from oldlogits.runtime.admission import pace_of
+from oldlogits.rollout.admission import pace_of
 
 EPISODE: Episode = (Turn(num_read=100, num_sampled=20), Turn(num_read=30, num_sampled=10))
 SCENARIO = Scenario(
@@ -38,10 +38,10 @@ SCENARIO = Scenario(
     engine=EngineTimes(step_s=0.01, sequence_s=0.001, prefill_s=0.0001),
     trainer=TrainerTimes(read_s=1e-4, token_s=1e-3, publish_s=0.1, checkout_s=0.01),
     scorer=ScorerTimes(read_s=1e-4),
-    num_slots=16,
+    max_num_seqs=16,
     load_s=0.2,
     group_size=2,
-    groups_per_version=4,
+    prompts_per_update=4,
     max_staleness=2,
     num_updates=12,
     skip=3,
@@ -55,8 +55,8 @@ def cached(num_tokens: int = 10) -> Cached:
     return Cached(group_id="g", num_prompt=num_tokens, num_tokens=num_tokens)
 
 
-def engine(times: EngineTimes, *, num_slots: int = 4, recompute: bool = True) -> Engine:
-    return Engine(times, num_slots=num_slots, recompute=recompute, common_tokens=0)
+def engine(times: EngineTimes, *, max_num_seqs: int = 4, recompute: bool = True) -> Engine:
+    return Engine(times, max_num_seqs=max_num_seqs, recompute=recompute, common_tokens=0)
 
 
 def test_virtual_time_jumps_and_nothing_waits() -> None:
@@ -82,7 +82,7 @@ def test_sequences_decode_side_by_side_in_steps_that_grow_with_them() -> None:
 
     async def main() -> list[float]:
         one, clock = (
-            engine(EngineTimes(step_s=0.01, sequence_s=0.002, prefill_s=0.001), num_slots=2),
+            engine(EngineTimes(step_s=0.01, sequence_s=0.002, prefill_s=0.001), max_num_seqs=2),
             asyncio.get_running_loop(),
         )
         ends: list[float] = []
@@ -150,7 +150,7 @@ def test_a_group_reads_its_prompt_once_and_a_later_turn_only_what_is_new() -> No
 
 def test_a_synchronous_run_takes_what_its_parts_take() -> None:
     """W = 0: 8 episodes decode side by side, then the trainer works; nothing overlaps."""
-    scenario = replace(SCENARIO, max_staleness=0, stops=True, recompute=True, groups_per_version=4)
+    scenario = replace(SCENARIO, max_staleness=0, stops=True, recompute=True, prompts_per_update=4)
     updates = simulate(scenario)
     update = updates[5]
     num_tokens = 8 * 160
@@ -195,10 +195,10 @@ def test_no_token_is_beyond_the_bound_however_fast_engine_and_trainer_are(
         route=route,
         workload=HEAVY,
         max_staleness=max_staleness,
-        groups_per_version=groups,
+        prompts_per_update=groups,
         max_running_groups=running,
         num_engines=engines,
-        num_slots=slots,
+        max_num_seqs=slots,
         engine=EngineTimes(step_s=0.002 * speed),
         num_updates=6,
     )

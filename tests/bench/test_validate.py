@@ -17,19 +17,19 @@ from oldlogits.bench.simulate.validate import BARS, Bar, Comparison, compare
 from oldlogits.cli.bench_simulate import cluster_tables, markdown
 from oldlogits.cli.main import REFUSED, run
 from oldlogits.core.errors import ConfigError
-from oldlogits.runtime.run import run as run_recipe
+from oldlogits.run.run import run as run_recipe
 from tests.runs import recipe
 
 RECIPES = {
     "the trainer is the bottleneck": {
-        "trainer": {"steps_per_version": 2},
-        "rollout": {"group_size": 8, "groups_per_version": 12},
+        "trainer": {"minibatches_per_update": 2},
+        "rollout": {"group_size": 8, "prompts_per_update": 12},
         "env": {"latency_s": 0.02},
-        "source": {"type": "eager"},
+        "proximal": {"source": "eager"},
     },
     "the environments are": {
-        "trainer": {"steps_per_version": 1},
-        "rollout": {"group_size": 4, "groups_per_version": 6, "max_running_groups": 4},
+        "trainer": {"minibatches_per_update": 1},
+        "rollout": {"group_size": 4, "prompts_per_update": 6, "max_running_groups": 4},
         "env": {"latency_s": 0.3},
     },
 }

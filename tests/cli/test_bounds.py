@@ -58,7 +58,7 @@ def test_without_options_the_setting_is_the_recipes_default(capsys):
     assert run(["bounds"]) == 0
     default = RunConfig()
     expected = (
-        f"weight_mu {default.objective.weight_mu:g}, band {default.band:g}, eps {default.objective.eps_low:g} / "
+        f"weight_mu {default.objective.interpolation_mu:g}, band {default.band:g}, eps {default.objective.eps_low:g} / "
         f"{default.objective.eps_high:g}, dual clip {default.objective.dual_clip:g};"
     )
     assert capsys.readouterr().out.startswith(expected)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from oldlogits.cli.main import run
-from oldlogits.policy import smollm2
+from oldlogits.models import smollm2
 
 
 @pytest.fixture

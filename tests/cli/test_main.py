@@ -41,7 +41,7 @@ WRONG_RECIPES = {  # content -> what is wrong, got, allowed, fix
     "band = 1": ("band is out of range", "band = 1.0", "a number > 1", "band = 1.5"),
     "variant = 'decoupled_async'": (
         "variant 'decoupled_async' needs log-probs of ASYNC, but source 'snapshot' provides OLD",
-        "source.type = 'snapshot'",
+        "proximal.source = 'snapshot'",
         "a source that provides ASYNC: arrival",
         "use source 'arrival', or variant 'decoupled_exact'",
     ),

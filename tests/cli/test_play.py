@@ -17,7 +17,7 @@ from oldlogits.core.errors import ConfigError, ModelFolderError
 from oldlogits.envs.desk import OrderDesk
 from oldlogits.envs.desk_data import WORDS
 from oldlogits.envs.shape import tool_names
-from oldlogits.policy.tiny import TinySize, save_tiny, tiny_model, tiny_tokenizer
+from oldlogits.models.tiny import TinySize, save_tiny, tiny_model, tiny_tokenizer
 from oldlogits.record.folder import RunFolder
 
 from ..runs import recipe

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from oldlogits.cli.main import run
 from oldlogits.config import config_from_table, load_config
-from oldlogits.policy.model import load_model
+from oldlogits.models.load import load_model
 from oldlogits.record.events import EventKind
 from oldlogits.record.toml import dump_toml
 
@@ -104,8 +104,8 @@ def test_an_environment_and_a_model_of_ones_own_train_and_trouble_ends_only_its_
         max_staleness = 1
         model.path = "{llama}"
         env = {{ target = "my_shop:Shop", parser = "hermes", rows = "{tmp_path}/rows.jsonl",
-                 heldout_rows = "{tmp_path}/heldout.jsonl", max_tokens = 400, timeout_s = 0.3 }}
-        rollout = {{ group_size = 4, groups_per_version = 2 }}
+                 eval_data = "{tmp_path}/heldout.jsonl", max_tokens = 400, timeout_s = 0.3 }}
+        rollout = {{ group_size = 4, prompts_per_update = 2 }}
         eval.num_episodes = 4
         runtime.type = "local"
     """.replace("\n                 ", " ")

@@ -2,10 +2,10 @@
 
 from dataclasses import asdict
 
+from oldlogits.backends.ray.desired_workers import read_wanted
 from oldlogits.cli.main import run
 from oldlogits.config import config_from_table
 from oldlogits.record.toml import dump_toml
-from oldlogits.runtime.wanted import read_wanted
 
 
 def folder(tmp_path, runtime):

@@ -21,13 +21,13 @@ REFUSED = {  # key -> values just outside, and beyond
     "objective.eps_low": [0.0, 1.0, 1.01, NAN],
     "objective.eps_high": [0.0, INF, NAN],
     "objective.dual_clip": [1.0, NAN],
-    "objective.truncation": [1.0, 0.5, NAN],
-    "objective.weight_mu": [-0.01, 1.01, NAN],
-    "source.beta": [0.8, -0.1, 1.0, NAN],  # but with decay = "fixed"
-    "source.tau": [0.0, 1.01, NAN],
-    "source.window": [0, -1],
-    "referee.share": [-0.01, 1.01, NAN],
-    "objective.denominator_tokens": [0.0, INF, NAN],
+    "objective.is_cap": [1.0, 0.5, NAN],
+    "objective.interpolation_mu": [-0.01, 1.01, NAN],
+    "proximal.beta": [0.8, -0.1, 1.0, NAN],  # but with decay = "fixed"
+    "proximal.reset_below": [0.0, 1.01, NAN],
+    "proximal.scorer_versions": [0, -1],
+    "audit.share": [-0.01, 1.01, NAN],
+    "objective.loss_aggregation_tokens": [0.0, INF, NAN],
     "ray.num_workers": [0, -1],  # these with runtime.type = "ray" in test_servers.py
     "ray.worker_cpus": [-1.0, INF, NAN],
     "ray.worker_gpus": [-1.0, INF, NAN],
@@ -41,16 +41,16 @@ REFUSED = {  # key -> values just outside, and beyond
     "model.lora_targets": [(), ("q_proj", "q_proj")],
     "env.max_turns": [0],
     "env.max_tokens_per_turn": [0],
-    "env.max_tokens": [1],
+    "env.max_episode_tokens": [1],
     "env.timeout_s": [0.0, NAN],
     "env.latency_s": [-0.1, INF, NAN],
     "env.parser": ["xml"],
-    "env.rows": ["no_such_file.jsonl"],
-    "env.heldout_rows": ["no_such_file.jsonl"],
+    "env.train_data": ["no_such_file.jsonl"],
+    "env.eval_data": ["no_such_file.jsonl"],
     "sampling.temperature": [0.0, -1.0, INF, NAN],
     "sampling.top_p": [0.99, NAN],
     "sampling.top_k": [1, -1],
-    "engine.num_slots": [0],
+    "engine.max_num_seqs": [0],
     "engine.probe_tolerance": [-0.5, NAN],
     "engine.num_servers": [0],
     "engine.max_restarts": [-1],
@@ -59,51 +59,51 @@ REFUSED = {  # key -> values just outside, and beyond
     "engine.control_timeout_s": [0.0, INF, NAN],
     "engine.start_timeout_s": [0.0, INF, NAN],
     "rollout.group_size": [1],
-    "rollout.groups_per_version": [0],
+    "rollout.prompts_per_update": [0],
     "rollout.max_running_groups": [-1],
     "trainer.lr": [0.0, INF, NAN],
     "trainer.warmup_steps": [-1],
-    "trainer.final_lr_share": [-0.1, 1.1, NAN],
+    "trainer.min_lr_ratio": [-0.1, 1.1, NAN],
     "trainer.weight_decay": [-0.1, INF, NAN],
     "trainer.beta1": [-0.1, 1.0, NAN],
     "trainer.beta2": [-0.1, 1.0, NAN],
-    "trainer.grad_clip": [0.0, NAN],
-    "trainer.steps_per_version": [0, 17],
+    "trainer.max_grad_norm": [0.0, NAN],
+    "trainer.minibatches_per_update": [0, 17],
     "trainer.micro_batch_tokens": [0],
     "trainer.head_chunk_tokens": [0],
-    "versions.hot": [-1],
+    "versions.uncompressed": [-1],
     "versions.budget_bytes": [-1],
     "eval.num_episodes": [-1],
     "eval.every": [-1],
     "eval.num_episodes_during": [-1],
     "eval.num_calibration": [-1],
-    "eval.num_running": [0],
+    "eval.max_concurrent": [0],
     "record.tokens_every": [-1],
     "record.transcripts_every": [-1],
     "record.checkpoint_every": [-1],
 }
-LOCKSTEP_ONLY = {"runtime.window": [-1, 5], "runtime.tokens_per_version": [0]}
+LOCKSTEP_ONLY = {"lockstep.max_lag": [-1, 5], "lockstep.tokens_per_version": [0]}
 
 ACCEPTED = {  # the ends of the ranges
     "band": [1.0001, INF],
     "max_staleness": [0],
     "objective.eps_low": [0.001, 0.999],
     "objective.dual_clip": [1.01, INF],
-    "objective.truncation": [1.01, INF],
-    "objective.weight_mu": [0.0, 1.0],
-    "source.tau": [0.01, 1.0],
-    "source.window": [1, 100],
-    "referee.share": [0.0, 1.0],
-    "env.max_tokens": [2],
+    "objective.is_cap": [1.01, INF],
+    "objective.interpolation_mu": [0.0, 1.0],
+    "proximal.reset_below": [0.01, 1.0],
+    "proximal.scorer_versions": [1, 100],
+    "audit.share": [0.0, 1.0],
+    "env.max_episode_tokens": [2],
     "env.timeout_s": [0.001],
     "engine.probe_tolerance": [-1.0, 0.0],
     "rollout.group_size": [2],
-    "trainer.final_lr_share": [0.0, 1.0],
+    "trainer.min_lr_ratio": [0.0, 1.0],
     "trainer.weight_decay": [0.0],
     "trainer.beta1": [0.0],
-    "trainer.grad_clip": [INF],
-    "trainer.steps_per_version": [1, 16],
-    "runtime.window": [-1, 99],  # local does not read it
+    "trainer.max_grad_norm": [INF],
+    "trainer.minibatches_per_update": [1, 16],
+    "lockstep.max_lag": [-1, 99],  # local does not read it
 }
 
 
@@ -157,10 +157,10 @@ def test_every_key_that_a_check_names_is_tested():
 )
 def test_a_variant_that_its_source_cannot_feed_is_refused_when_the_recipe_is_read(variant, source):
     with pytest.raises(MissingPolicyError):
-        check(changed("variant", variant, changed("source.type", source)))
+        check(changed("variant", variant, changed("proximal.source", source)))
 
 
-@pytest.mark.parametrize("key, value", [("variant", "ppo"), ("source.type", "disk")])
+@pytest.mark.parametrize("key, value", [("variant", "ppo"), ("proximal.source", "disk")])
 def test_unknown_names_are_refused(key, value):
     with pytest.raises(ConfigError, match="unknown"):
         check(changed(key, value))
@@ -170,13 +170,13 @@ def test_stale_keys_and_values_are_refused_where_old_is_needed_unless_mixed_is_a
     stale = changed("engine.kv", "stale")
     with pytest.raises(ConfigError, match="stale keys and values belong to no version"):
         check(stale)
-    check(changed("source.accept_mixed_kv", True, stale))
-    check(changed("variant", "decoupled_async", changed("source.type", "arrival", stale)))
+    check(changed("proximal.accept_mixed_kv", True, stale))
+    check(changed("variant", "decoupled_async", changed("proximal.source", "arrival", stale)))
 
 
 @pytest.mark.parametrize("source", ["dedicated", "interruption", "eager"])
 def test_a_route_that_scores_version_by_version_is_refused_over_stale_keys_and_values(source):
-    routed = changed("source.accept_mixed_kv", True, changed("source.type", source))
+    routed = changed("proximal.accept_mixed_kv", True, changed("proximal.source", source))
     check(routed)
     with pytest.raises(ConfigError, match=f"source '{source}' scores each version by itself.*fix: use source 'snapshot'"):
         check(changed("engine.kv", "stale", routed))
@@ -208,11 +208,11 @@ def test_a_folder_that_is_not_there_is_refused_unless_it_is_not_needed():
 
 
 def test_a_fixed_decay_needs_its_beta_and_no_other_decay_takes_one():
-    fixed = changed("source.decay", "fixed")
-    check(changed("source.beta", 0.8, fixed))
+    fixed = changed("proximal.decay", "fixed")
+    check(changed("proximal.beta", 0.8, fixed))
     for beta in (0.0, 1.0, -0.5, NAN):
         with pytest.raises(ConfigError, match=r"^source\.beta is out of range"):
-            check(changed("source.beta", beta, fixed))
+            check(changed("proximal.beta", beta, fixed))
 
 
 AVERAGED = [("ppo_ewma", "ewma"), ("ppo_ewma_train_infer", "ewma"), ("aged_train_infer", "aged")]
@@ -221,13 +221,13 @@ AVERAGED = [("ppo_ewma", "ewma"), ("ppo_ewma_train_infer", "ewma"), ("aged_train
 @pytest.mark.parametrize("rule", ["paper", "guarded"])
 def test_a_reset_is_refused_where_the_variant_reads_no_average(rule):
     for variant, source in AVERAGED:
-        check(changed("source.reset", rule, changed("variant", variant, changed("source.type", source))))
+        check(changed("proximal.reset", rule, changed("variant", variant, changed("proximal.source", source))))
     unread = [("ppo_clip_train_infer", "ewma"), ("linear_prox", "aged"), ("loglinear_train_infer", "ewma")]
     for variant, source in [("decoupled_exact", "snapshot"), *unread]:
-        fed = changed("variant", variant, changed("source.type", source))
+        fed = changed("variant", variant, changed("proximal.source", source))
         check(fed)
         with pytest.raises(ConfigError, match=f"variant '{variant}' over source '{source}' has no average to reset"):
-            check(changed("source.reset", rule, fed))
+            check(changed("proximal.reset", rule, fed))
 
 
 @pytest.mark.parametrize("variant, source, band, lowered", [
@@ -238,45 +238,45 @@ def test_a_reset_is_refused_where_the_variant_reads_no_average(rule):
     ("aged_train_infer", "aged", 1.5, True),
 ])  # fmt: skip
 def test_a_reset_is_refused_where_nothing_lowers_rho(variant, source, band, lowered):
-    clipped = changed("variant", variant, changed("source.type", source, changed("band", band)))
-    check(changed("source.reset", "paper", clipped))
+    clipped = changed("variant", variant, changed("proximal.source", source, changed("band", band)))
+    check(changed("proximal.reset", "paper", clipped))
     truncated = changed("objective.clip", "truncated", clipped)
     check(truncated)
     if lowered:
-        check(changed("source.reset", "paper", truncated))
+        check(changed("proximal.reset", "paper", truncated))
     else:
         with pytest.raises(ConfigError, match="a reset comes when rho falls, and nothing lowers it"):
-            check(changed("source.reset", "paper", truncated))
+            check(changed("proximal.reset", "paper", truncated))
 
 
 def test_a_guarded_reset_that_could_never_act_is_refused():
-    ewma = changed("variant", "ppo_ewma", changed("source.type", "ewma", changed("band", INF)))
-    check(changed("source.reset", "paper", ewma))
+    ewma = changed("variant", "ppo_ewma", changed("proximal.source", "ewma", changed("band", INF)))
+    check(changed("proximal.reset", "paper", ewma))
     with pytest.raises(ConfigError, match="there is no band: it would never act"):
-        check(changed("source.reset", "guarded", ewma))
+        check(changed("proximal.reset", "guarded", ewma))
 
 
 def test_a_schedule_of_weight_mu_is_refused_where_nothing_is_interpolated():
-    scheduled = changed("objective.weight_mu_schedule", "a3po")
+    scheduled = changed("objective.interpolation_schedule", "a3po")
     for variant in ("linear_prox", "loglinear_prox", "linear_train_infer", "loglinear_train_infer"):
-        check(changed("variant", variant, changed("source.type", "none", scheduled)))
+        check(changed("variant", variant, changed("proximal.source", "none", scheduled)))
     for variant, source in (("decoupled_exact", "snapshot"), ("ppo_clip_train_infer", "none")):
         with pytest.raises(ConfigError, match="interpolates nothing"):
-            check(changed("variant", variant, changed("source.type", source, scheduled)))
+            check(changed("variant", variant, changed("proximal.source", source, scheduled)))
 
 
 def test_a_referee_is_refused_where_a_truncation_acts_beside_the_active_set():
     truncated = changed("objective.clip", "truncated")
     check(truncated)
-    check(changed("referee.share", 0.25))
+    check(changed("audit.share", 0.25))
     with pytest.raises(ConfigError, match=r"compares active sets.*fix: set referee\.share = 0"):
-        check(changed("referee.share", 0.25, truncated))
+        check(changed("audit.share", 0.25, truncated))
 
 
 def test_rows_that_exist_are_accepted(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("{}\n")
-    check(changed("env.rows", str(rows), changed("env.heldout_rows", str(rows))))
+    check(changed("env.train_data", str(rows), changed("env.eval_data", str(rows))))
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])

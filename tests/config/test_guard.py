@@ -42,33 +42,33 @@ def test_a_linear_stand_in_whose_ratio_cannot_reach_the_upper_clip_is_refused(va
     """``r_s < 1 / (1 - a)``: the clip at ``1 + eps_high`` exists where ``1 / (1 - a)`` is above it."""
     edge = 1 - 1 / (1 + eps_high)
     for weight_mu in (0.5 * edge, edge - 1e-9):
-        error = refusal(variant, objective={"weight_mu": weight_mu, "eps_high": eps_high})
+        error = refusal(variant, objective={"interpolation_mu": weight_mu, "eps_high": eps_high})
         assert error.what.startswith(f"variant '{variant}' has no clip for A > 0 at weight_mu")
         assert f"{edge:.4g}" in error.allowed
         assert f"variant '{variant.replace('linear', 'loglinear')}'" in error.fix
-    check(recipe(variant, objective={"weight_mu": edge + 1e-9, "eps_high": eps_high}))
+    check(recipe(variant, objective={"interpolation_mu": edge + 1e-9, "eps_high": eps_high}))
 
 
 @pytest.mark.parametrize("variant", LINEAR + LOGLINEAR)
 def test_a_stand_in_that_is_theta_itself_has_no_clip_and_is_refused(variant):
-    assert "no clip for A > 0 and A < 0 at weight_mu 0" in refusal(variant, objective={"weight_mu": 0.0}).what
+    assert "no clip for A > 0 and A < 0 at weight_mu 0" in refusal(variant, objective={"interpolation_mu": 0.0}).what
 
 
 @pytest.mark.parametrize("variant", LOGLINEAR)
 def test_a_log_linear_clip_exists_at_every_weight_until_its_bound_leaves_the_floats(variant):
-    check(recipe(variant, objective={"weight_mu": 0.01}))  # 1.28^100 = 5e10
-    assert "no clip" in refusal(variant, objective={"weight_mu": 1e-4}).what  # 1.28^10000
+    check(recipe(variant, objective={"interpolation_mu": 0.01}))  # 1.28^100 = 5e10
+    assert "no clip" in refusal(variant, objective={"interpolation_mu": 1e-4}).what  # 1.28^10000
 
 
 def test_a_stand_in_that_is_mu_itself_is_refused_where_it_is_to_mask_and_kept_where_it_is_to_clip():
     for variant in ("linear_train_infer", "loglinear_train_infer"):
         for band in (1.5, INF):
-            error = refusal(variant, band=band, objective={"weight_mu": 1.0})
+            error = refusal(variant, band=band, objective={"interpolation_mu": 1.0})
             assert "its stand-in is MU and r_d is 1" in error.what
             assert "ppo_clip_train_infer" in error.fix
-        check(recipe(variant, objective={"weight_mu": 0.99}))
+        check(recipe(variant, objective={"interpolation_mu": 0.99}))
     for variant in ("linear_prox", "loglinear_prox"):
-        check(recipe(variant, objective={"weight_mu": 1.0}))
+        check(recipe(variant, objective={"interpolation_mu": 1.0}))
 
 
 def test_under_a_schedule_every_staleness_of_the_window_needs_its_clip():
@@ -87,17 +87,17 @@ def test_under_a_schedule_every_staleness_of_the_window_needs_its_clip():
 
 @pytest.mark.parametrize("variant", ["linear_train_infer", "loglinear_train_infer"])
 def test_a_schedule_that_never_leaves_mu_masks_nothing_and_is_refused(variant):
-    error = refusal(variant, max_staleness=1, objective={"weight_mu_schedule": "a3po"})
+    error = refusal(variant, max_staleness=1, objective={"interpolation_schedule": "a3po"})
     assert (error.got, "masks nothing" in error.what) == ("staleness 0, staleness 1", True)
-    check(recipe(variant, max_staleness=2, objective={"weight_mu_schedule": "a3po"}))
+    check(recipe(variant, max_staleness=2, objective={"interpolation_schedule": "a3po"}))
 
 
 def test_no_band_is_refused_where_r_d_only_masks_and_warned_of_where_it_weights():
-    error = refusal("decoupled_exact", band=INF, objective={"discrepancy": "mask"})
+    error = refusal("decoupled_exact", band=INF, objective={"mismatch_correction": "mask"})
     assert "without a band it does neither" in error.what
     assert warned("decoupled_exact", band=INF)["no-band"].figures == {"band": INF}
     for variant in ("ppo_clip", "ppo_ewma", "linear_prox", "ppo_clip_train_infer"):  # no r_d, so no band to miss
-        assert warned(variant, band=INF, objective={"discrepancy": "mask"}) == {}
+        assert warned(variant, band=INF, objective={"mismatch_correction": "mask"}) == {}
 
 
 def test_a_dual_clip_that_is_switched_off_or_out_of_reach_is_neither_refused_nor_warned_of():
@@ -108,10 +108,10 @@ def test_a_dual_clip_that_is_switched_off_or_out_of_reach_is_neither_refused_nor
 def test_a_recipe_that_says_that_it_does_not_clip_is_not_told_so():
     truncated = {"clip": "truncated", "truncation": 1.5}
     assert warned("linear_prox", objective=truncated) == {}
-    assert warned("linear_prox", objective={**truncated, "truncation": INF, "weight_mu": 0.0}) == {}
-    assert warned("decoupled_async", objective=truncated, trainer={"steps_per_version": 1}) == {}
+    assert warned("linear_prox", objective={**truncated, "is_cap": INF, "interpolation_mu": 0.0}) == {}
+    assert warned("decoupled_async", objective=truncated, trainer={"minibatches_per_update": 1}) == {}
     assert warned("linear_train_infer", band=1.05, objective=truncated) == {}
-    assert "masks nothing" in refusal("linear_train_infer", objective={**truncated, "weight_mu": 1.0}).what
+    assert "masks nothing" in refusal("linear_train_infer", objective={**truncated, "interpolation_mu": 1.0}).what
 
 
 @pytest.mark.parametrize("variant", LINEAR)
@@ -121,22 +121,22 @@ def test_a_truncation_that_a_linear_stand_ins_ratio_cannot_exceed_is_refused(var
     largest = 1 / (1 - weight_mu)
     assert 1e12 / (weight_mu + (1 - weight_mu) * 1e12) == pytest.approx(largest, rel=1e-6)
     for truncation in (largest, 1.01 * largest):
-        error = refusal(variant, objective={"clip": "truncated", "weight_mu": weight_mu, "truncation": truncation})
+        error = refusal(variant, objective={"clip": "truncated", "interpolation_mu": weight_mu, "is_cap": truncation})
         assert error.what.startswith(f"variant '{variant}' has nothing to truncate at weight_mu {weight_mu:g}")
         assert error.allowed == f"a truncation below {largest:.4g}, or inf: none"
-        assert error.fix.endswith(f"variant '{variant.replace('linear', 'loglinear')}', or a smaller objective.truncation")
+        assert error.fix.endswith(f"variant '{variant.replace('linear', 'loglinear')}', or a smaller objective.is_cap")
     for truncation in (0.99 * largest, INF):
-        check(recipe(variant, objective={"clip": "truncated", "weight_mu": weight_mu, "truncation": truncation}))
-    check(recipe(variant, objective={"weight_mu": weight_mu, "truncation": largest}))  # ppo: truncates nothing
+        check(recipe(variant, objective={"clip": "truncated", "interpolation_mu": weight_mu, "is_cap": truncation}))
+    check(recipe(variant, objective={"interpolation_mu": weight_mu, "is_cap": largest}))  # ppo: truncates nothing
 
 
 def test_a_log_linear_ratio_exceeds_every_truncation_unless_the_stand_in_is_theta():
     for variant in LOGLINEAR:
-        check(recipe(variant, objective={"clip": "truncated", "weight_mu": 0.01, "truncation": 100.0}))
+        check(recipe(variant, objective={"clip": "truncated", "interpolation_mu": 0.01, "is_cap": 100.0}))
     for variant in LINEAR + LOGLINEAR:
-        error = refusal(variant, objective={"clip": "truncated", "weight_mu": 0.0, "truncation": 1.01})
+        error = refusal(variant, objective={"clip": "truncated", "interpolation_mu": 0.0, "is_cap": 1.01})
         assert "nothing to truncate at weight_mu 0: r_s is 1" in error.what
-        assert "smaller objective.truncation" not in error.fix
+        assert "smaller objective.is_cap" not in error.fix
 
 
 def test_under_a_schedule_every_staleness_of_the_window_needs_its_truncation():
@@ -183,16 +183,16 @@ def test_the_shipped_defaults_give_no_warning():
     ],
 )
 def test_one_step_at_the_stand_ins_own_weights_is_warned_of_as_without_a_clip(variant, steps, max_staleness, stand_in):
-    found = warned(variant, max_staleness=max_staleness, trainer={"steps_per_version": steps})
+    found = warned(variant, max_staleness=max_staleness, trainer={"minibatches_per_update": steps})
     assert found.keys() == ({"no-clip"} if stand_in else set())
     for caution in found.values():
-        assert caution.figures == {"steps_per_version": 1, "clipped": 0}
+        assert caution.figures == {"minibatches_per_update": 1, "clipped": 0}
         assert f"THETA is {stand_in} at the only step" in caution.message
 
 
 def test_at_lag_0_an_average_is_the_live_weights_under_every_decay_but_a_fixed_one():
     def names(variant, **source):
-        return warned(variant, source, max_staleness=0, trainer={"steps_per_version": 1}).keys()
+        return warned(variant, source, max_staleness=0, trainer={"minibatches_per_update": 1}).keys()
 
     fixed = {"decay": "fixed", "beta": 0.5}
     for decay in ("window", "mean-lag", "auto"):
@@ -282,7 +282,7 @@ def test_what_the_mask_keeps_at_lag_0_is_the_band_or_the_interpolations_effectiv
         assert kept_at_lag_0(recipe(variant, band=1.25)) == (0, INF)
     assert kept_at_lag_0(recipe("linear_train_infer", band=1.25)) == pytest.approx((0.6, 1.5))
     assert kept_at_lag_0(recipe("loglinear_train_infer", band=1.25)) == pytest.approx((0.64, 1.5625))
-    scheduled = recipe("loglinear_train_infer", band=1.25, objective={"weight_mu_schedule": "a3po"})
+    scheduled = recipe("loglinear_train_infer", band=1.25, objective={"interpolation_schedule": "a3po"})
     assert kept_at_lag_0(scheduled) == (0, INF)  # fresh tokens: X is MU
 
 

@@ -51,12 +51,12 @@ def test_the_known_keys_are_the_fields_of_the_schema_in_dotted_form():
     keys = known_keys()
     assert len(keys) == len(set(keys)) == sum(len(dataclasses.fields(c)) for c in sections()) - (len(sections()) - 1)
     assert {k for k in keys if "." not in k} == {"variant", "band", "seed", "num_updates", "max_staleness"}
-    assert {"trainer.lr", "runtime.lag", "source.type"} <= set(keys)
+    assert {"trainer.lr", "lockstep.lag", "proximal.source"} <= set(keys)
 
 
 def test_the_keys_that_the_command_line_promises_exist():
-    promised = "variant band seed num_updates max_staleness source.type model.path engine.type engine.numerics"
-    promised += " runtime.type runtime.lag runtime.window trainer.lr trainer.steps_per_version"
+    promised = "variant band seed num_updates max_staleness proximal.source model.path engine.type engine.precision"
+    promised += " runtime.type lockstep.lag lockstep.max_lag trainer.lr trainer.minibatches_per_update"
     assert set(promised.split()) <= set(known_keys())
 
 
@@ -86,7 +86,7 @@ def section_of(key):
         ({"bnad": 2.0}, "band"),
         ({"max_stalenes": 2}, "max_staleness"),
         ({"trainer": {"learning_rate": 1.0}}, "trainer.lr"),
-        ({"trainer": {"step_per_version": 1}}, "trainer.steps_per_version"),
+        ({"trainer": {"step_per_version": 1}}, "trainer.minibatches_per_update"),
         ({"lr": 1.0}, "trainer.lr"),
         ({"trainr": {"lr": 1.0}}, "trainer.lr"),
     ],
@@ -112,8 +112,8 @@ def test_an_unknown_key_that_resembles_nothing_points_to_the_list_of_keys():
         ({"seed": True}, "seed takes a whole number; got: True"),
         ({"variant": 3}, "variant takes a string; got: 3"),
         ({"rollout": {"filter_uniform": 1}}, "rollout.filter_uniform takes true or false; got: 1"),
-        ({"engine": {"numerics": "fp4"}}, "engine.numerics has no such choice; got: 'fp4'; allowed: fp32, bf16, fp8, "),
-        ({"engine": {"numerics": ["fp8"]}}, r"engine.numerics has no such choice; got: \['fp8'\]"),
+        ({"engine": {"precision": "fp4"}}, "engine.precision has no such choice; got: 'fp4'; allowed: fp32, bf16, fp8, "),
+        ({"engine": {"precision": ["fp8"]}}, r"engine.precision has no such choice; got: \['fp8'\]"),
         ({"trainer": 3}, r"\[trainer\] is a table; got: 3"),
         ({"band": {"low": 1.0}}, "band takes a number"),
     ],
@@ -132,12 +132,12 @@ def test_a_whole_number_serves_as_a_number_and_becomes_one():
 def test_overrides_win_over_the_recipe_and_leave_the_rest(tmp_path):
     recipe = tmp_path / "r.toml"
     recipe.write_text('band = 2.0\nseed = 5\n[trainer]\nlr = 1e-3\nsteps_per_version = 4\n[engine]\nnumerics = "fp8"\n')
-    config = load_config(recipe, ["--band", "inf", "--trainer.steps-per-version", "1", "--rollout.filter-uniform"])
+    config = load_config(recipe, ["--band", "inf", "--trainer.minibatches-per-update", "1", "--rollout.filter-uniform"])
     assert (config.band, config.seed) == (float("inf"), 5)
-    assert (config.trainer.lr, config.trainer.steps_per_version) == (1e-3, 1)
-    assert (config.engine.numerics, config.rollout.filter_uniform) == ("fp8", True)
-    unchanged = set(known_keys()) - {"band", "seed", "trainer.lr", "trainer.steps_per_version"}
-    unchanged -= {"engine.numerics", "rollout.filter_uniform"}
+    assert (config.trainer.lr, config.trainer.minibatches_per_update) == (1e-3, 1)
+    assert (config.engine.precision, config.rollout.filter_uniform) == ("fp8", True)
+    unchanged = set(known_keys()) - {"band", "seed", "trainer.lr", "trainer.minibatches_per_update"}
+    unchanged -= {"engine.precision", "rollout.filter_uniform"}
     assert all(value_at(config, key) == default_of(key) for key in unchanged)
 
 
@@ -156,7 +156,7 @@ def test_every_key_can_be_overridden_by_its_dotted_name(key):
         assert str(value_at(override(RunConfig(), arguments), key)) == other
 
 
-@pytest.mark.parametrize("arguments", [["--bnad", "2"], ["--band", "wide"], ["--engine.numerics", "fp4"], ["--band"]])
+@pytest.mark.parametrize("arguments", [["--bnad", "2"], ["--band", "wide"], ["--engine.precision", "fp4"], ["--band"]])
 def test_a_wrong_override_exits_with_status_2_and_says_what_is_wrong(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         override(RunConfig(), arguments)
@@ -211,9 +211,9 @@ def test_the_model_seed_is_the_runs_unless_it_is_given():
 
 
 def test_the_largest_lag_is_the_window_in_lockstep_and_the_bound_elsewhere():
-    table = {"max_staleness": 6, "runtime": {"window": 2, "type": "lockstep"}}
+    table = {"max_staleness": 6, "runtime": {"type": "lockstep"}, "lockstep": {"max_lag": 2}}
     assert config_from_table(table).window == 2
-    assert config_from_table({**table, "runtime": {"window": 2, "type": "local"}}).window == 6
+    assert config_from_table({**table, "runtime": {"type": "local"}, "lockstep": {"max_lag": 2}}).window == 6
 
 
 def test_every_section_of_the_schema_is_frozen_slotted_and_keyword_only():

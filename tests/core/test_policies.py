@@ -125,7 +125,7 @@ def test_a_missing_policy_is_told_with_what_got_allowed_and_fix():
     with pytest.raises(MissingPolicyError) as caught:
         check_source("decoupled_exact", "arrival")
     assert caught.value.what == "variant 'decoupled_exact' needs log-probs of OLD, but source 'arrival' provides ASYNC"
-    assert caught.value.got == "variant = 'decoupled_exact', source.type = 'arrival'"
+    assert caught.value.got == "variant = 'decoupled_exact', proximal.source = 'arrival'"
     assert caught.value.allowed == "a source that provides OLD: snapshot, dedicated, interruption, eager"
     assert caught.value.fix == "use source 'snapshot', or variant 'decoupled_async'"
 

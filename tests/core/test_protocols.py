@@ -2,8 +2,8 @@ import math
 
 import pytest
 
+from oldlogits.core.engine import Generation, Sampling, Span
 from oldlogits.core.errors import ConfigError, MissingLogprobError, TrajectoryError
-from oldlogits.core.protocols import Generation, Sampling, Span
 
 NAN, INF = math.nan, math.inf
 

@@ -39,7 +39,7 @@ def train(tmp_path, tiny_folder, cluster, *, num_updates, **sections):
         "runtime": {"type": "ray"},
         "ray": {"address": cluster.address, "num_workers": 3, "placement": "STRICT_SPREAD"},
         "env": {"latency_s": 0.2},
-        "engine": {"num_slots": 8},
+        "engine": {"max_num_seqs": 8},
         "num_updates": num_updates,
     }
     config = recipe(tiny_folder, **{**table, **sections})
@@ -165,7 +165,7 @@ def test_the_death_of_the_trainer_ends_the_run_and_names_the_checkpoint_to_go_on
 
 
 def test_a_second_model_scores_exactly_and_the_death_of_a_model_ends_the_run(tmp_path, tiny_folder, cluster, capsys):
-    status, run = train(tmp_path, tiny_folder, cluster, num_updates=4, source={"type": "dedicated"})
+    status, run = train(tmp_path, tiny_folder, cluster, num_updates=4, proximal={"source": "dedicated"})
     assert status == 0
     check_exact(run)
     other = tmp_path / "other"
@@ -175,7 +175,7 @@ def test_a_second_model_scores_exactly_and_the_death_of_a_model_ends_the_run(tmp
         os.kill(pids("ray::Calls")[-1], signal.SIGKILL)
 
     thread = after_updates(other / "run", 2, act)
-    status, run = train(other, tiny_folder, cluster, num_updates=5000, source={"type": "dedicated"})
+    status, run = train(other, tiny_folder, cluster, num_updates=5000, proximal={"source": "dedicated"})
     thread.join()
     assert status == 1
     assert re.search(r"the (trainer|scorer) actor ended", capsys.readouterr().err)

@@ -32,7 +32,7 @@ def fake_run(tmp_path: Path) -> Callable[..., Path]:
 def write_fake_run(path: Path, *, num_updates: int, seed: int = 0) -> Path:
     rng = np.random.default_rng(seed)
     folder = RunFolder.create(path)
-    folder.write_config({"variant": "decoupled_exact", "seed": seed, "trainer": {"lr": 5e-4, "steps_per_version": 2}})
+    folder.write_config({"variant": "decoupled_exact", "seed": seed, "trainer": {"lr": 5e-4, "minibatches_per_update": 2}})
     with EventLog(folder.events) as log, EpisodeLog(folder.episodes) as episodes:
         _start(log, seed)
         _evaluate(log, "before", 0, 0.24)
@@ -71,7 +71,7 @@ def _start(log: EventLog, seed: int) -> None:
         truncation=None,
         max_staleness=MAX_STALENESS,
         group_size=8,
-        groups_per_version=16,
+        prompts_per_update=16,
         model="tiny desk model",
         num_parameters=157_312,
         numerics="fp8",

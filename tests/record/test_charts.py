@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oldlogits.record.charts import Dot, Mark, Row, row_chart, scatter_chart, x_axis, y_axis
+from oldlogits.record.report.charts import Dot, Mark, Row, row_chart, scatter_chart, x_axis, y_axis
 
 shares = st.floats(0, 1).map(lambda share: round(share, 3))
 

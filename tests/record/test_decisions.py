@@ -5,10 +5,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from oldlogits.record.decisions import decisions, pooled
 from oldlogits.record.events import EventKind, EventLog
-from oldlogits.record.report import write_report
-from oldlogits.record.report_data import read_run
+from oldlogits.record.report.data import read_run
+from oldlogits.record.report.decisions import decisions, pooled
+from oldlogits.record.report.page import write_report
 
 FIRST = {
     "num_tokens": [10, 20, 0], "num_nonzero": [5, 10, 0], "num_compared": [10, 20, 0], "logp_error": [0.0, 1.0, 0.0],

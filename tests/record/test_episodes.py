@@ -6,7 +6,7 @@ import pytest
 
 from oldlogits.record.episodes import Episode, EpisodeLog, EpisodeSegment, read_episodes
 from oldlogits.record.jsonl import LineFile, RecordError
-from oldlogits.record.transcripts import chosen_transcripts
+from oldlogits.record.report.transcripts import chosen_transcripts
 
 
 def episode(name: str, *, version: int = 1, reward: float = 0.0, versions=(0, 1), stage="train", segments=()) -> Episode:

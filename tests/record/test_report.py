@@ -14,11 +14,11 @@ import pytest
 
 from oldlogits.cli.report import report
 from oldlogits.core.errors import ConfigError
-from oldlogits.record.charts import Bar, Bound, Line, bar_chart, line_chart, log_ticks, nice_ticks, x_axis, y_axis
 from oldlogits.record.episodes import Episode, EpisodeLog, EpisodeSegment
 from oldlogits.record.events import EventKind, EventLog
-from oldlogits.record.report import write_report
-from oldlogits.record.report_data import Update, binned, read_run
+from oldlogits.record.report.charts import Bar, Bound, Line, bar_chart, line_chart, log_ticks, nice_ticks, x_axis, y_axis
+from oldlogits.record.report.data import Update, binned, read_run
+from oldlogits.record.report.page import write_report
 
 EVIL = "<script>alert('x')</script>\"&{{ 7 * 7 }}"
 

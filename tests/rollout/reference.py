@@ -18,7 +18,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from oldlogits.core.protocols import Generation
+from oldlogits.core.engine import Generation
 from oldlogits.core.trajectory import Sampled, Segment
 
 VOCAB = 61

@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from oldlogits.core.engine import Sampling, Span
 from oldlogits.core.errors import ModelFolderError
-from oldlogits.core.protocols import Sampling, Span
-from oldlogits.rollout.decoder import Decoder, PrefillAttention
-from oldlogits.rollout.embedded import EngineCore
-from oldlogits.rollout.folder import Routing, read_config, read_weights
-from oldlogits.rollout.numerics import round_linear
-from oldlogits.rollout.spec import EngineSpec
+from oldlogits.engines.embedded.decoder import Decoder, PrefillAttention
+from oldlogits.engines.embedded.engine import EngineCore
+from oldlogits.engines.embedded.model_folder import Routing, read_config, read_weights
+from oldlogits.engines.embedded.numerics import round_linear
+from oldlogits.engines.spec import EngineSpec
 
 from .reference import MODELS, VOCAB, expected_logprobs, make_model, perturbed, save, weights_of
 
@@ -31,7 +31,7 @@ def hidden_of(decoder):
 @pytest.mark.parametrize("name", MIXTURES)
 def test_after_an_update_in_mid_flight_every_token_belongs_to_its_version(name, tmp_path):
     model = make_model(name)
-    core = EngineCore(EngineSpec(model_path=save(model, tmp_path), num_slots=5, max_context=96))
+    core = EngineCore(EngineSpec(model_path=save(model, tmp_path), max_num_seqs=5, max_context=96))
     versions = {0: weights_of(model), 1: perturbed(weights_of(model), 1, 0.05)}
     prompts = {str(i): IDS[: 3 + 4 * i].tolist() for i in range(5)}
     for request, prompt in prompts.items():

@@ -7,21 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from oldlogits.core.engine import Generation, Sampling, Span, trajectory_of
 from oldlogits.core.errors import WorkerDiedError
-from oldlogits.core.protocols import Generation, Sampling, Span, trajectory_of
 from oldlogits.core.trajectory import Context, Sampled, Trajectory
 from oldlogits.envs.shape import parse_plain
-from oldlogits.policy.chat import ChatFormat
-from oldlogits.policy.tiny import tiny_tokenizer
-from oldlogits.rollout.turns import (
-    Agent,
-    EnvironmentFailed,
-    Failure,
-    TurnLimits,
-    run_episode,
-    sampled_segments,
-    unreported,
-)
+from oldlogits.models.chat import ChatFormat
+from oldlogits.models.tiny import tiny_tokenizer
+from oldlogits.rollout.turns import Agent, EnvironmentFailed, Failure, TurnLimits, run_episode, sampled_segments, unreported
 
 WORDS = (
     "add take show hello bye more 1 2 3 now total is ; takes amount but got "
@@ -257,7 +249,7 @@ def test_a_prompt_that_fills_the_episode_ends_that_episode_only():
     limits = dataclasses.replace(DEFAULT, max_tokens=len(first.segments[0].token_ids))
     outcome = play(ScriptedEngine("bye"), limits=limits)
     assert isinstance(outcome, Failure)
-    assert "fills the episode: raise env.max_tokens" in outcome.reason
+    assert "fills the episode: raise env.max_episode_tokens" in outcome.reason
 
 
 def test_a_switch_of_versions_in_mid_turn_begins_a_new_segment():

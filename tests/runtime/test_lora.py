@@ -15,14 +15,16 @@ from transformers import AutoModelForCausalLM
 
 from oldlogits.batch import TokenBatch
 from oldlogits.cli.main import run as command
+from oldlogits.core.engine import Sampling
 from oldlogits.core.errors import ExactnessError
 from oldlogits.core.policies import OLD
-from oldlogits.core.protocols import FullWeights, Sampling, Scored
-from oldlogits.policy.adapters import is_adapter
-from oldlogits.policy.model import load_model
+from oldlogits.core.scoring import Scored
+from oldlogits.core.weights import FullWeights
+from oldlogits.engines.embedded.engine import EngineCore
+from oldlogits.engines.spec import EngineSpec
+from oldlogits.models.adapters import is_adapter
+from oldlogits.models.load import load_model
 from oldlogits.record.events import EventKind
-from oldlogits.rollout.embedded import EngineCore
-from oldlogits.rollout.spec import EngineSpec
 from oldlogits.train.trainer import Trainer
 
 from ..builders import batch_of, sampled, trajectory
@@ -56,11 +58,11 @@ def num_adapter_parameters(folder: Path) -> int:
     [
         {},
         {"model": {"forward_dtype": "bf16"}},
-        {"runtime": {"type": "local"}, "engine": {"numerics": "fp8"}},
-        {"runtime": {"type": "local"}, "model": {"forward_dtype": "bf16"}, "source": {"type": "dedicated"}},
-        {"source": {"type": "eager"}},
-        {"variant": "ppo_ewma_train_infer", "source": {"type": "ewma"}},
-        {"variant": "rescore_train_infer", "source": {"type": "rescore"}, "engine": {"numerics": "int8"}},
+        {"runtime": {"type": "local"}, "engine": {"precision": "fp8"}},
+        {"runtime": {"type": "local"}, "model": {"forward_dtype": "bf16"}, "proximal": {"source": "dedicated"}},
+        {"proximal": {"source": "eager"}},
+        {"variant": "ppo_ewma_train_infer", "proximal": {"source": "ewma"}},
+        {"variant": "rescore_train_infer", "proximal": {"source": "rescore"}, "engine": {"precision": "int8"}},
         {"trainer": {"lr": 3e-2, "warmup_steps": 0, "activation_checkpointing": True}},
     ],
     ids=["fp32", "bf16", "local, fp8", "local, bf16, dedicated", "eager", "ewma", "rescore, int8", "checkpointing"],
@@ -182,8 +184,10 @@ def test_the_scoring_module_and_the_live_one_share_the_base(tiny_folder):
 @pytest.mark.parametrize("numerics", ["fp32", "bf16", "fp8", "int8", "int4"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_engine_adds_the_adapters_and_the_trainer_knows_what_it_then_holds(numerics, dtype, tiny_folder):
-    config = lora_recipe(tiny_folder, model={"forward_dtype": dtype}, engine={"numerics": numerics})
-    spec = EngineSpec(model_path=str(tiny_folder), numerics=numerics, num_slots=2, max_context=64, adapter_scale=ALPHA / RANK)
+    config = lora_recipe(tiny_folder, model={"forward_dtype": dtype}, engine={"precision": numerics})
+    spec = EngineSpec(
+        model_path=str(tiny_folder), numerics=numerics, max_num_seqs=2, max_context=64, adapter_scale=ALPHA / RANK
+    )
     core, trainer = EngineCore(spec), stepped(Trainer(config, tiny_folder, PROBE))
     published = trainer.publish()
     assert isinstance(published.update, FullWeights)

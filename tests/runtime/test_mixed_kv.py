@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from oldlogits.record.events import EventKind
-from oldlogits.runtime.run import run
+from oldlogits.run.run import run
 
 from ..runs import check_accounting, events_of, recipe, summary_of, tokens_of
 
-STALE = {"engine": {"kv": "stale", "num_slots": 48}, "source": {"accept_mixed_kv": True}}
+STALE = {"engine": {"kv": "stale", "max_num_seqs": 48}, "proximal": {"accept_mixed_kv": True}}
 COLUMNS = ("logp_mu", "logp_stand_in", "log_r_s", "staleness", "provenance", "trajectory", "version")
 
 
@@ -34,7 +34,7 @@ def played(tiny_folder, tmp_path):
 
 @pytest.mark.parametrize("lag", ["even", "random"])
 def test_old_is_what_the_engine_gave_over_entries_of_several_versions(lag, played):
-    tokens, is_mixed = played(num_updates=8, trainer={"steps_per_version": 1}, runtime={"lag": lag})
+    tokens, is_mixed = played(num_updates=8, trainer={"minibatches_per_update": 1}, lockstep={"lag": lag})
     assert np.abs(tokens["logp_stand_in"] - tokens["logp_mu"]).max() <= 1e-5
     assert is_mixed.sum() > 100
     assert len(set(zip(tokens["trajectory"], tokens["version"], strict=True))) > len(set(tokens["trajectory"]))
@@ -44,7 +44,7 @@ def test_old_is_what_the_engine_gave_over_entries_of_several_versions(lag, playe
 
 
 def test_the_referees_old_is_that_of_the_engines_own_entries(tiny_folder, tmp_path):
-    sections = {"variant": "ppo_clip_train_infer", "source": {"type": "none"}, "referee": {"share": 1.0}}
+    sections = {"variant": "ppo_clip_train_infer", "proximal": {"source": "none"}, "audit": {"share": 1.0}}
     assert run(recipe(tiny_folder, engine=STALE["engine"], **sections), tmp_path / "run").error is None
     refereed = [event.fields for event in events_of(tmp_path / "run", EventKind.REFEREE)]
     assert sum(sum(fields["num_compared"]) for fields in refereed) > 500

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from oldlogits.policy.tiny import TinyMoeSize, save_tiny, tiny_model, tiny_tokenizer
+from oldlogits.models.tiny import TinyMoeSize, save_tiny, tiny_model, tiny_tokenizer
 from oldlogits.record.events import EventKind
-from oldlogits.runtime.run import run
+from oldlogits.run.run import run
 
 from ..conftest import WORDS
 from ..runs import check_accounting, events_of, recipe, tokens_of
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("numerics", ["fp32", "fp8"])
 def test_every_version_is_what_was_published_and_in_fp32_the_engines_agree_across_updates(folder, numerics, tmp_path):
-    config = recipe(folder, engine={"numerics": numerics}, num_updates=3)
+    config = recipe(folder, engine={"precision": numerics}, num_updates=3)
     assert run(config, tmp_path / "run").error is None  # the probe, and the witness at lag 0, stop a run that is not exact
     check_accounting(tmp_path / "run")
     assert len(events_of(tmp_path / "run", EventKind.PROBE)) == 1 + config.num_updates

@@ -23,7 +23,7 @@ def trained(tiny_folder, tmp_path, **more):
 @pytest.mark.parametrize("route", ["snapshot", "dedicated"])
 def test_versions_reach_the_engine_as_patches_and_old_logits_stay_exact(tiny_folder, tmp_path, route):
     files = shared_files()
-    out = trained(tiny_folder, tmp_path, source={"type": route})
+    out = trained(tiny_folder, tmp_path, proximal={"source": route})
     sent = [event.fields for event in events_of(out, EventKind.WEIGHTS_UPDATED)]
     assert [fields["sent"] for fields in sent] == ["full"] + ["patch"] * 5
     assert all(0 < fields["bytes"] < 0.5 * sent[0]["bytes"] and not fields["refused"] for fields in sent[1:])

@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 
 from oldlogits.record.events import EventKind
-from oldlogits.runtime.run import run
+from oldlogits.run.run import run
 
 from ..runs import check_accounting, events_of, recipe, summary_of, tokens_of
 
-RESCORE = {"variant": "rescore_train_infer", "source": {"type": "rescore"}}
+RESCORE = {"variant": "rescore_train_infer", "proximal": {"source": "rescore"}}
 COLUMNS = ("staleness", "provenance", "logp_mu", "logp_theta", "logp_stand_in")
 
 
 def rescored(out: Path, folder: Path, numerics: str, *, window: int = 2, **sections: object) -> dict[str, np.ndarray]:
     """Run, and return the trained tokens; with one step per version THETA is the trainer before that step."""
     runtime = {"window": window, **sections.pop("runtime", {})}
-    trainer = {"steps_per_version": 1}
-    config = recipe(folder, **RESCORE, engine={"numerics": numerics}, runtime=runtime, trainer=trainer, **sections)
+    trainer = {"minibatches_per_update": 1}
+    config = recipe(folder, **RESCORE, engine={"precision": numerics}, runtime=runtime, trainer=trainer, **sections)
     assert run(config, out).error is None
     check_accounting(out)
     tokens = tokens_of(out, *COLUMNS)

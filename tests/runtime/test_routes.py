@@ -14,9 +14,9 @@ from safetensors.numpy import load_file
 
 from oldlogits.config import check, config_from_table
 from oldlogits.core.errors import ConfigError, WorkerDiedError
-from oldlogits.runtime import loop
-from oldlogits.runtime.run import run
-from oldlogits.runtime.synchronise import check_partials
+from oldlogits.loop import loop
+from oldlogits.loop.weight_sync import check_partials
+from oldlogits.run.run import run
 from oldlogits.sources import NoSource
 
 EXACT = ("snapshot", "eager", "interruption", "dedicated")
@@ -68,13 +68,14 @@ def play(tmp_path, monkeypatch, chatml_llama):
         table = {
             "num_updates": 6,
             "max_staleness": 3,
-            "source": {"type": route},
+            "proximal": {"source": route},
             "model": {"path": str(chatml_llama)},
-            "env": {"target": "route_game:Game", "rows": str(rows), "heldout_rows": str(rows)}
+            "env": {"target": "route_game:Game", "train_data": str(rows), "eval_data": str(rows)}
             | {"max_tokens_per_turn": 12, "max_tokens": 160, **more.pop("env", {})},
-            "rollout": {"group_size": 4, "groups_per_version": 3, "filter_uniform": True},
+            "rollout": {"group_size": 4, "prompts_per_update": 3, "filter_uniform": True},
             "trainer": {"lr": 1e-3, "warmup_steps": 0},
-            "runtime": {"type": runtime, "lag": "random", "window": 3, "tokens_per_version": 8},
+            "runtime": {"type": runtime},
+            "lockstep": {"lag": "random", "max_lag": 3, "tokens_per_version": 8},
             "eval": {"num_episodes": 0},
             **more,
         }

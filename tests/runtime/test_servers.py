@@ -97,7 +97,7 @@ def clean():
 @pytest.fixture(scope="module")
 def server(tiny_folder):
     """One that nothing happens to; it wants a token."""
-    with serving(tiny_folder, "--num-slots", "32", "--max-context", "100", token="secret") as server:
+    with serving(tiny_folder, "--max-num-seqs", "32", "--max-context", "100", token="secret") as server:
         yield server
 
 
@@ -121,7 +121,7 @@ def test_over_http_every_trained_token_is_exact_and_trajectories_span_versions(s
 
 def test_a_route_that_needs_partials_gets_them_by_abort_and_resubmit(server, token, tiny_folder, tmp_path):
     engine = {"urls": [server.url], "token_env": "THE_TOKEN"}
-    status, run = train(tmp_path, tiny_folder, engine=engine, source={"type": "interruption"})
+    status, run = train(tmp_path, tiny_folder, engine=engine, proximal={"source": "interruption"})
     assert status == 0
     check_exact(run, 4)
 
@@ -137,7 +137,7 @@ def test_a_server_that_a_killed_trainer_left_in_mid_update_can_be_used_again(ser
 @pytest.mark.parametrize(
     "engine, env, words",
     [
-        ({"token_env": "THE_TOKEN", "numerics": "fp8"}, {}, "engine.numerics = 'fp32'"),
+        ({"token_env": "THE_TOKEN", "numerics": "fp8"}, {}, "engine.precision = 'fp32'"),
         ({"token_env": "THE_TOKEN"}, {"max_tokens": 110}, "--max-context"),
         ({}, {}, "engine.token_env"),
         ({"token_env": "NOT_SET"}, {}, "export NOT_SET"),
@@ -160,7 +160,7 @@ def test_a_server_that_is_not_there_is_named(tiny_folder, tmp_path, capsys):
 
 def test_rounded_weights_are_the_servers_and_the_probe_knows_them(tiny_folder, tmp_path):
     with serving(tiny_folder, "--numerics", "fp8") as server:
-        status, run = train(tmp_path, tiny_folder, engine={"urls": [server.url], "numerics": "fp8"})
+        status, run = train(tmp_path, tiny_folder, engine={"urls": [server.url], "precision": "fp8"})
     assert status == 0
     assert np.abs(tokens_of(run, "log_r_d")["log_r_d"]).max() > 1e-3, "the discrepancy is real"
     assert max(event.fields["max_abs_error"] for event in events_of(run, EventKind.PROBE)) <= 1e-4
@@ -217,7 +217,7 @@ def test_servers_of_the_run_share_its_load_and_one_that_is_killed_is_started_aga
         pids.extend(servers_of_this_process())
         os.killpg(pids[0], signal.SIGKILL)
 
-    engine = {"start": "embedded", "num_servers": 2, "num_slots": 16}
+    engine = {"start": "embedded", "num_servers": 2, "max_num_seqs": 16}
     run = train_until(tmp_path, tiny_folder, kill, (EventKind.SERVER_UP, 1), engine=engine)
     assert len(pids) == 2
     assert len(events_of(run, EventKind.SERVER_DOWN)) == 1

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from oldlogits.record.events import EventKind
-from oldlogits.runtime.run import run
+from oldlogits.run.run import run
 from oldlogits.train.checkpoint import of_kind, read_state
 
 from ..runs import check_accounting, events_of, recipe, summary_of, wait_for_updates, write_recipe
@@ -26,11 +26,11 @@ BF16 = {"model": {"forward_dtype": "bf16"}, "trainer": {"lr": 1e-5}}
 CASES = {
     "fp32": {},
     "bf16": {**BF16, "trainer": {"lr": 1e-3, "activation_checkpointing": True}},
-    "int8 engine": {"engine": {"numerics": "int8"}},
-    "ewma": {"variant": "ppo_ewma_train_infer", "source": {"type": "ewma", "decay": "mean-lag"}},
-    "adapters": {"model": {"lora_rank": 4}, "engine": {"numerics": "int8"}},
+    "int8 engine": {"engine": {"precision": "int8"}},
+    "ewma": {"variant": "ppo_ewma_train_infer", "proximal": {"source": "ewma", "decay": "mean-lag"}},
+    "adapters": {"model": {"lora_rank": 4}, "engine": {"precision": "int8"}},
     "adapters, bf16": {"model": {"lora_rank": 4, "forward_dtype": "bf16"}, "trainer": {"activation_checkpointing": True}},
-    "token-mean-kept": {"objective": {"denominator": "token-mean-kept"}, "band": 1.2},
+    "token-mean-kept": {"objective": {"loss_aggregation": "token-mean-kept"}, "band": 1.2},
 }
 
 
@@ -109,7 +109,7 @@ def test_two_ranks_give_the_losses_the_old_logits_and_the_weights_of_one_process
 
 
 def state_of_start(folder):
-    from oldlogits.policy.model import load_model, named_weights
+    from oldlogits.models.load import load_model, named_weights
 
     return {f"master|{name}": weight for name, weight in named_weights(load_model(folder)).items()}
 

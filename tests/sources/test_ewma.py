@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oldlogits.core.policies import AGED, EWMA, Provenance
-from oldlogits.core.protocols import BatchTokens
+from oldlogits.core.scoring import BatchTokens
 from oldlogits.sources import AgedSource, EwmaSource, check_scored
 from oldlogits.versions import AverageScores
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oldlogits.core.policies import OLD, RESCORE, STAND_IN_PROVENANCE, Provenance
-from oldlogits.core.protocols import BatchTokens
+from oldlogits.core.policies import OLD, PROXIMAL_PROVENANCE, RESCORE, Provenance
+from oldlogits.core.scoring import BatchTokens
 from oldlogits.sources import EngineScores, RescoreSource, check_scored
 
 TRAINER_VERSION = 6
@@ -79,7 +79,7 @@ def test_without_noise_it_is_mu_and_there_is_no_correlation_to_report(found):
 def test_it_is_never_labelled_exact():
     scored, _, _ = acquire([(0, -1.0, -1.5, -1.5)])
     assert scored.policy is not OLD
-    assert (scored.provenance, STAND_IN_PROVENANCE[scored.policy]) == (None, Provenance.RESCORE)
+    assert (scored.provenance, PROXIMAL_PROVENANCE[scored.policy]) == (None, Provenance.RESCORE)
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(0, 1000))

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from oldlogits.core.errors import ExactnessError, MissingLogprobError, VersionEvictedError
 from oldlogits.core.policies import ASYNC, MU, OLD, SOURCES
-from oldlogits.core.protocols import BatchTokens, LogprobSource, Scored
+from oldlogits.core.scoring import BatchTokens, Scored
+from oldlogits.core.source import LogprobSource
 from oldlogits.sources import SOURCE_TYPES, ArrivalSource, EngineScores, SnapshotSource, check_scored, make_source
 from oldlogits.versions import AverageScores
 

@@ -12,7 +12,7 @@ from oldlogits.study.plan import Cell
 
 REGIME = {
     "name": "even-2",
-    "settings": {"runtime.window": 2, "max_staleness": 2},
+    "settings": {"lockstep.max_lag": 2, "max_staleness": 2},
     "band": 1.1,
     "eps_low": 0.2,
     "eps_high": 0.28,

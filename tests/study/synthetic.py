@@ -46,7 +46,7 @@ def success_of(regime: str, method: str, block: int) -> float:
 
 def regime(name: str, **changes: object) -> Regime:
     band, eps_low, eps_high = KNOBS
-    settings = {"engine.numerics": "fp8", "runtime.window": 16}
+    settings = {"engine.precision": "fp8", "lockstep.max_lag": 16}
     return Regime(**({"name": name, "settings": settings, "band": band, "eps_low": eps_low, "eps_high": eps_high} | changes))
 
 

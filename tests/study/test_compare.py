@@ -24,11 +24,12 @@ def recipe(tiny_folder, tmp_path_factory):
     base = {
         "num_updates": 4,
         "model": {"path": str(tiny_folder)},
-        "env": {"target": TARGET, "max_tokens": 96, "max_tokens_per_turn": 12, "max_turns": 4},
-        "engine": {"num_slots": 32, "numerics": "int4"},
-        "rollout": {"group_size": 4, "groups_per_version": 2},
+        "env": {"target": TARGET, "max_episode_tokens": 96, "max_tokens_per_turn": 12, "max_turns": 4},
+        "engine": {"max_num_seqs": 32, "precision": "int4"},
+        "rollout": {"group_size": 4, "prompts_per_update": 2},
         "trainer": {"lr": 1e-2, "warmup_steps": 0},
-        "runtime": {"type": "lockstep", "tokens_per_version": 6},
+        "runtime": {"type": "lockstep"},
+        "lockstep": {"tokens_per_version": 6},
         "eval": {"num_episodes": 0, "every": 2, "num_episodes_during": 8},
         "record": {"tokens_every": 0, "transcripts_every": 0, "checkpoint_every": 0},
     }
@@ -55,7 +56,7 @@ def recipe(tiny_folder, tmp_path_factory):
         },
     }
     folder = tmp_path_factory.mktemp("study")
-    settings = '\n[[regimes]]\nsettings = {"runtime.window" = 2, max_staleness = 2}\n'
+    settings = '\n[[regimes]]\nsettings = {"lockstep.max_lag" = 2, max_staleness = 2}\n'
     (folder / "small.toml").write_text(dump_toml(plan) + settings + dump_toml(regime))
     (folder / "notes.txt").write_text("What a person adds.")
     return folder / "small.toml"

@@ -10,7 +10,7 @@ from oldlogits.core.errors import ConfigError, WorkerDiedError
 from oldlogits.core.policies import SOURCES
 from oldlogits.record.events import EventKind
 from oldlogits.record.jsonl import RecordError
-from oldlogits.runtime.run import run
+from oldlogits.run.run import run
 from oldlogits.study.cost import HEADER, PRINTED, RouteCost, cost_table, measure_route, read_cost, route_config
 
 from ..runs import events_of, recipe
@@ -26,7 +26,7 @@ def measured(tiny_folder, tmp_path_factory):
 
     def of(route):
         if route not in done:
-            config = route_config(recipe(tiny_folder, num_updates=UPDATES, engine={"numerics": "int8"}), route)
+            config = route_config(recipe(tiny_folder, num_updates=UPDATES, engine={"precision": "int8"}), route)
             done[route] = (root / route, measure_route(config, root / route))
         return done[route]
 
@@ -129,7 +129,7 @@ def test_switches_are_those_that_the_source_tells_and_the_seconds_of_one_are_tho
 
 def test_a_route_gets_the_variant_that_it_is_for_and_nothing_that_would_be_measured_with_it(tiny_folder):
     base = recipe(
-        tiny_folder, variant="ppo_ewma", source={"type": "ewma", "reset": "paper"}, referee={"share": 0.5}, eval={"every": 2}
+        tiny_folder, variant="ppo_ewma", proximal={"source": "ewma", "reset": "paper"}, audit={"share": 0.5}, eval={"every": 2}
     )
     variants = {route: route_config(base, route).variant for route in SOURCES}
     exact = dict.fromkeys(("snapshot", *AHEAD), "decoupled_exact")
@@ -138,11 +138,11 @@ def test_a_route_gets_the_variant_that_it_is_for_and_nothing_that_would_be_measu
         "rescore": "rescore_train_infer", "none": "ppo_clip_train_infer",
     }  # fmt: skip
     made = route_config(base, "ewma")
-    assert (made.source.reset, made.referee.share, made.eval.num_episodes, made.eval.every) == ("none", 0, 0, 0)
+    assert (made.proximal.reset, made.audit.share, made.eval.num_episodes, made.eval.every) == ("none", 0, 0, 0)
     assert made.trainer == base.trainer
 
 
-@pytest.mark.parametrize("more", [{"num_updates": 2}, {"num_updates": 9, "referee": {"share": 0.1}}])
+@pytest.mark.parametrize("more", [{"num_updates": 2}, {"num_updates": 9, "audit": {"share": 0.1}}])
 def test_what_cannot_be_measured_is_refused_before_it_runs(more, tiny_folder, tmp_path):
     with pytest.raises(ConfigError, match="measured over the updates after the first two, without a referee"):
         measure_route(recipe(tiny_folder, **more), tmp_path / "run")

@@ -92,7 +92,7 @@ def test_the_traces_are_the_full_cross():
         "first_seed": 40,
     }
     found = list(decision_cells(plan(decision=decision)))
-    cross = Counter((c.config.window, c.config.runtime.lag, c.config.engine.numerics, c.method) for c in found)
+    cross = Counter((c.config.window, c.config.lockstep.lag, c.config.engine.precision, c.method) for c in found)
     assert len(found) == 2 * 2 * 3 * 3
     assert len(cross) == 2 * 2 * 3 * 2
     assert set(cross.values()) == {1, 2}
@@ -127,4 +127,7 @@ def test_paths_in_a_study_begin_at_its_recipe(tmp_path, monkeypatch):
     (tmp_path / "study.toml").write_text('title = "x"\nbase = {}\n[cost]\nrecipe = "run.toml"\nroutes = ["mu", "eager"]\n')
     monkeypatch.chdir("/")
     found = list(cost_cells(read_plan(tmp_path / "study.toml")))
-    assert [(c.method, c.config.band, c.config.source.type) for c in found] == [("mu", 1.7, "none"), ("eager", 1.7, "eager")]
+    assert [(c.method, c.config.band, c.config.proximal.source) for c in found] == [
+        ("mu", 1.7, "none"),
+        ("eager", 1.7, "eager"),
+    ]

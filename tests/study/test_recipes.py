@@ -32,7 +32,7 @@ def test_the_study_declares_three_regimes_three_contrasts_ten_blocks_and_every_m
     assert set(declaration.methods) == METHODS.keys() - {"dedicated", "interruption", "eager"}, "they train as exact does"
     confirmed = {cell.config.seed for cell in learning_cells(plan)}
     assert not confirmed & set(plan.pilot.seeds), "fresh seeds confirm"
-    traces = {(c.config.window, c.config.runtime.lag, c.config.engine.numerics, c.block) for c in decision_cells(plan)}
+    traces = {(c.config.window, c.config.lockstep.lag, c.config.engine.precision, c.block) for c in decision_cells(plan)}
     assert len(traces) == 5 * 3 * 4 * len(plan.decision.drivers)
     assert len(plan.decision.drivers) >= 5
     assert set(plan.decision.bands) == {1.05, 1.1, 1.5, 3.0}

@@ -9,7 +9,7 @@ import pytest
 
 from oldlogits.core.errors import ConfigError
 from oldlogits.record.events import without_wall_clock
-from oldlogits.runtime.run import run
+from oldlogits.run.run import run
 from oldlogits.study.trace import AVERAGES, TraceInfo, record_trace
 
 from ..runs import assert_same_state, recipe, tokens_of
@@ -17,17 +17,17 @@ from ..runs import assert_same_state, recipe, tokens_of
 WINDOW, UPDATES, SCORED = 3, 6, 3
 
 DRIVERS = {  # driver: the recipe keys that it sets, and the column of the panel that it is
-    "exact": ({"variant": "decoupled_exact", "source": {"type": "snapshot"}}, "logp_old"),
-    "arrival": ({"variant": "decoupled_async", "source": {"type": "arrival"}}, "logp_async"),
-    "ewma": ({"variant": "ppo_ewma_train_infer", "source": {"type": "ewma"}}, "logp_ewma"),
+    "exact": ({"variant": "decoupled_exact", "proximal": {"source": "snapshot"}}, "logp_old"),
+    "arrival": ({"variant": "decoupled_async", "proximal": {"source": "arrival"}}, "logp_async"),
+    "ewma": ({"variant": "ppo_ewma_train_infer", "proximal": {"source": "ewma"}}, "logp_ewma"),
     "ewma-mean-lag": (
-        {"variant": "ppo_ewma_train_infer", "source": {"type": "ewma", "decay": "mean-lag"}},
+        {"variant": "ppo_ewma_train_infer", "proximal": {"source": "ewma", "decay": "mean-lag"}},
         "logp_ewma-mean-lag",
     ),
-    "ewma-auto": ({"variant": "ppo_ewma_train_infer", "source": {"type": "ewma", "decay": "auto"}}, "logp_ewma-auto"),
-    "aged": ({"variant": "aged_train_infer", "source": {"type": "aged"}}, "logp_aged"),
-    "rescore": ({"variant": "rescore_train_infer", "source": {"type": "rescore"}}, "logp_rescore"),
-    "mu": ({"variant": "ppo_clip_train_infer", "source": {"type": "none"}}, "logp_mu"),
+    "ewma-auto": ({"variant": "ppo_ewma_train_infer", "proximal": {"source": "ewma", "decay": "auto"}}, "logp_ewma-auto"),
+    "aged": ({"variant": "aged_train_infer", "proximal": {"source": "aged"}}, "logp_aged"),
+    "rescore": ({"variant": "rescore_train_infer", "proximal": {"source": "rescore"}}, "logp_rescore"),
+    "mu": ({"variant": "ppo_clip_train_infer", "proximal": {"source": "none"}}, "logp_mu"),
 }
 
 
@@ -36,8 +36,8 @@ def config_of(folder: Path, driver: str, window: int = WINDOW, numerics: str = "
         folder,
         num_updates=UPDATES,
         max_staleness=WINDOW,
-        runtime={"window": window},
-        engine={"numerics": numerics},
+        lockstep={"max_lag": window},
+        engine={"precision": numerics},
         **DRIVERS[driver][0],
     )
 

@@ -14,7 +14,7 @@ def recipe() -> Callable[..., RunConfig]:
     """``recipe(section={key: value}, key=value)``: a recipe without clipping of the gradient."""
 
     def make(**table: object) -> RunConfig:
-        trainer = {"grad_clip": 1e9, "steps_per_version": 1, "lr": 0.01} | dict(table.pop("trainer", {}))  # type: ignore[call-overload]
+        trainer = {"max_grad_norm": 1e9, "minibatches_per_update": 1, "lr": 0.01} | dict(table.pop("trainer", {}))  # type: ignore[call-overload]
         return config_from_table({"trainer": trainer, **table})
 
     return make

@@ -9,8 +9,8 @@ import torch
 
 from oldlogits.core.errors import RunFolderError
 from oldlogits.core.policies import EWMA
-from oldlogits.core.protocols import Scored
-from oldlogits.policy.model import load_model, named_weights
+from oldlogits.core.scoring import Scored
+from oldlogits.models.load import load_model, named_weights
 from oldlogits.record.events import without_wall_clock
 from oldlogits.train.average import RECENT_LAGS, Averaging
 from oldlogits.train.checkpoint import read_state
@@ -31,7 +31,7 @@ def weights_at(version):
 @pytest.fixture
 def averaging(recipe):
     def make(**source):
-        config = recipe(variant="ppo_ewma_train_infer", source={"type": "ewma", **source}, max_staleness=WINDOW)
+        config = recipe(variant="ppo_ewma_train_infer", proximal={"source": "ewma", **source}, max_staleness=WINDOW)
         return Averaging(config, weights_at(0))
 
     return make
@@ -141,7 +141,7 @@ def test_a_restored_average_chooses_and_resets_as_if_there_had_been_no_break(ave
 def test_lags_of_another_window_are_forgotten_on_resume_and_the_average_is_kept(averaging, recipe):
     old = averaging(decay="mean-lag")
     betas(old, [{4: 10}] * 3)
-    new = Averaging(recipe(source={"type": "ewma", "decay": "mean-lag"}, max_staleness=2), weights_at(0))
+    new = Averaging(recipe(proximal={"source": "ewma", "decay": "mean-lag"}, max_staleness=2), weights_at(0))
     new.load(old.state(), old.average.weights)
     assert torch.equal(new.average.weights["x"], old.average.weights["x"])
     assert betas(new, [{1: 10}]) == [0.5]
@@ -151,7 +151,7 @@ def test_lags_of_another_window_are_forgotten_on_resume_and_the_average_is_kept(
 
 
 def config_of(recipe, **source):
-    return recipe(variant="ppo_ewma_train_infer", source={"type": "ewma", **source}, trainer={"steps_per_version": 2})
+    return recipe(variant="ppo_ewma_train_infer", proximal={"source": "ewma", **source}, trainer={"minibatches_per_update": 2})
 
 
 def batch_at(version):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from oldlogits.core.protocols import Sampling
-from oldlogits.policy.model import load_model, named_weights
-from oldlogits.rollout.embedded import EngineCore
-from oldlogits.rollout.numerics import Numerics
-from oldlogits.rollout.spec import EngineSpec
+from oldlogits.core.engine import Sampling
+from oldlogits.engines.embedded.engine import EngineCore
+from oldlogits.engines.embedded.numerics import Numerics
+from oldlogits.engines.spec import EngineSpec
+from oldlogits.models.load import load_model, named_weights
 from oldlogits.train import engine_view
 from oldlogits.train.engine_view import EngineView, engine_weights
 from oldlogits.train.trainer import Trainer
@@ -33,7 +33,7 @@ def view_logps(model, ids: list[int], numerics: Numerics) -> np.ndarray:
 
 
 def engine_of(folder, numerics) -> EngineCore:
-    return EngineCore(EngineSpec(model_path=str(folder), numerics=numerics, num_slots=2, max_context=128))
+    return EngineCore(EngineSpec(model_path=str(folder), numerics=numerics, max_num_seqs=2, max_context=128))
 
 
 def logps_of(core: EngineCore, ids: list[int]) -> np.ndarray:
@@ -112,7 +112,7 @@ def test_looking_leaves_the_model_as_it_was(numerics):
 @pytest.mark.parametrize("numerics", EXACT)
 def test_a_publication_carries_both_views_of_the_probe(numerics, tiny_folder, recipe):
     probe_ids = [3, 9, 10, 11, 12, 2, 4, 13]
-    trainer = Trainer(recipe(engine={"numerics": numerics}), tiny_folder, probe_ids)
+    trainer = Trainer(recipe(engine={"precision": numerics}), tiny_folder, probe_ids)
     published = trainer.publish()
     np.testing.assert_allclose(published.probe_logps, logp_of(load_model(tiny_folder), probe_ids), rtol=0, atol=2e-6)
     expected = logps_of(engine_of(tiny_folder, numerics), probe_ids)
@@ -122,7 +122,7 @@ def test_a_publication_carries_both_views_of_the_probe(numerics, tiny_folder, re
     assert all(torch.equal(stored[name], weight) for name, weight in published.update.tensors.items())
 
 
-NO_SOURCE = {"variant": "ppo_clip_train_infer", "source": {"type": "none"}}
+NO_SOURCE = {"variant": "ppo_clip_train_infer", "proximal": {"source": "none"}}
 PROBE = [3, 9, 10, 11, 12, 2, 4, 13]
 SAID = [[14, 15, 16, 17, 2], [18, 2], [19, 20, 21]]
 
@@ -150,7 +150,7 @@ def test_a_batch_is_scored_with_the_published_weights_in_the_engines_numerics(
     numerics, micro_batch_tokens, tiny_folder, recipe
 ):
     sizes = {"micro_batch_tokens": micro_batch_tokens, "head_chunk_tokens": 2}
-    trainer = Trainer(recipe(**NO_SOURCE, engine={"numerics": numerics}, trainer=sizes), tiny_folder, PROBE)
+    trainer = Trainer(recipe(**NO_SOURCE, engine={"precision": numerics}, trainer=sizes), tiny_folder, PROBE)
     trainer.publish()
     step(trainer, 0)
     weights = {name: weight.clone() for name, weight in trainer.publish().update.tensors.items()}
@@ -167,7 +167,7 @@ def test_a_batch_is_scored_with_the_published_weights_in_the_engines_numerics(
 
 
 def test_the_weights_are_rounded_once_per_version(tiny_folder, recipe, monkeypatch):
-    trainer, rounded = Trainer(recipe(**NO_SOURCE, engine={"numerics": "fp8"}), tiny_folder, PROBE), []
+    trainer, rounded = Trainer(recipe(**NO_SOURCE, engine={"precision": "fp8"}), tiny_folder, PROBE), []
     monkeypatch.setattr(engine_view, "engine_weights", lambda *args: rounded.append(1) or engine_weights(*args))
     for version in range(2):
         trainer.publish()
@@ -196,7 +196,7 @@ def test_the_view_keeps_its_storage_and_shares_none(name):
 def test_scoring_as_the_engine_changes_neither_the_trainers_own_scores_nor_its_training(tiny_folder, recipe):
     ended = []
     for looks in (False, True):
-        trainer = Trainer(recipe(**NO_SOURCE, engine={"numerics": "fp8_dynamic"}), tiny_folder, PROBE)
+        trainer = Trainer(recipe(**NO_SOURCE, engine={"precision": "fp8_dynamic"}), tiny_folder, PROBE)
         for version in range(2):
             trainer.publish()
             batch, _ = batch_at(version, 0.7)
@@ -212,7 +212,7 @@ def test_scoring_as_the_engine_changes_neither_the_trainers_own_scores_nor_its_t
 
 @pytest.mark.parametrize("window", [0, 2])
 def test_the_noise_of_the_probe_is_kept_for_the_versions_within_the_bound(window, tiny_folder, recipe):
-    trainer = Trainer(recipe(**NO_SOURCE, engine={"numerics": "int4"}, max_staleness=window), tiny_folder, PROBE)
+    trainer = Trainer(recipe(**NO_SOURCE, engine={"precision": "int4"}, max_staleness=window), tiny_folder, PROBE)
     expected = {}
     for version in range(5):
         published = trainer.publish()

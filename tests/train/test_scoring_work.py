@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from oldlogits.core.protocols import Piece
+from oldlogits.core.scoring import ScoringSpan
+from oldlogits.train import scorer_model as window_scorer_module
 from oldlogits.train import trainer as trainer_module
-from oldlogits.train import window_scorer as window_scorer_module
 from oldlogits.train.reports import ScoringWork
+from oldlogits.train.scorer_model import ScorerModel
 from oldlogits.train.trainer import Trainer
-from oldlogits.train.window_scorer import WindowScorer
 
 from ..builders import batch_of, sampled, trajectory
 
@@ -18,7 +18,9 @@ PROBE = [3, 9, 10, 11]
 @pytest.fixture
 def trainer(tiny_folder, recipe):
     """Its batch: 3 context, 2 of version 0, 1 context, 2 of version 1; and 2 context, 1 of version 1, 4 context."""
-    made = Trainer(recipe(variant="ppo_ewma_train_infer", source={"type": "ewma"}, referee={"share": 1.0}), tiny_folder, PROBE)
+    made = Trainer(
+        recipe(variant="ppo_ewma_train_infer", proximal={"source": "ewma"}, audit={"share": 1.0}), tiny_folder, PROBE
+    )
     made.publish()
     made.version = 1
     made.publish()
@@ -41,18 +43,20 @@ def test_a_forward_pass_reads_each_sequence_up_to_the_token_before_the_last_that
     assert read(trainer, lambda: trainer.score(np.arange(5), None)) == 7 + 2
     assert read(trainer, lambda: trainer.score_average(np.array([1]))) == 4
     assert read(trainer, lambda: trainer.score_engine(np.arange(5))) == 7 + 2
-    piece = Piece(
+    piece = ScoringSpan(
         trajectory_id="g9.0", token_ids=np.array([3, 4, 5, 6]), positions=np.array([2, 3]), temperature=np.ones(2, np.float32)
     )
-    assert read(trainer, lambda: trainer.score_pieces([piece, piece], 1)) == 3 + 3
+    assert read(trainer, lambda: trainer.score_spans([piece, piece], 1)) == 3 + 3
 
 
-PIECE = Piece(trajectory_id="g9.0", token_ids=np.array([3, 4]), positions=np.array([1]), temperature=np.ones(1, np.float32))
+PIECE = ScoringSpan(
+    trajectory_id="g9.0", token_ids=np.array([3, 4]), positions=np.array([1]), temperature=np.ones(1, np.float32)
+)
 
 
 def test_what_the_pieces_cost_is_what_the_trainer_worked(trainer):
     before = trainer.work
-    scored = trainer.score_pieces([PIECE], 0)
+    scored = trainer.score_spans([PIECE], 0)
     work = trainer.work - before
     assert (work.switch_s, work.witness_s) == pytest.approx((scored.switch_s, scored.witness_s))
     assert work.num_checkouts == 1
@@ -78,7 +82,7 @@ class Clock:
 def test_a_switch_ends_when_the_module_points_at_the_weights_and_the_witness_is_told_apart(
     trainer, recipe, tiny_folder, monkeypatch
 ):
-    scorer = WindowScorer(recipe(source={"type": "dedicated", "window": 2}), tiny_folder, PROBE)
+    scorer = ScorerModel(recipe(proximal={"source": "dedicated", "scorer_versions": 2}), tiny_folder, PROBE)
     published = trainer.publish()
     scorer.publish(1, published.update, published.probe_logps)
     clock = Clock()
@@ -93,7 +97,7 @@ def test_a_switch_ends_when_the_module_points_at_the_weights_and_the_witness_is_
     before = trainer.work
     trainer.score_average(np.arange(5))
     assert ((trainer.work - before).switch_s, (trainer.work - before).witness_s) == (1.0, 0.0)
-    stored, held = trainer.score_pieces([PIECE], 0), scorer.score_pieces([PIECE], 1)
+    stored, held = trainer.score_spans([PIECE], 0), scorer.score_spans([PIECE], 1)
     assert (stored.switch_s, stored.witness_s, stored.seconds_s) == (1.0, 10.0, 21.0), "checkout, witness, forward"
     assert (held.switch_s, held.witness_s, held.seconds_s) == (1.0, 0.0, 11.0), "witnessed when it was received"
 

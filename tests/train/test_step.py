@@ -10,9 +10,9 @@ import torch
 
 from oldlogits.core.errors import ExactnessError, MissingLogprobError, NonFiniteError
 from oldlogits.core.policies import AGED, ASYNC, EWMA, OLD, RESCORE, THETA, Provenance
-from oldlogits.core.protocols import Scored
-from oldlogits.policy.model import load_model, named_weights
-from oldlogits.policy.ranks import ALONE
+from oldlogits.core.scoring import Scored
+from oldlogits.models.load import load_model, named_weights
+from oldlogits.models.ranks import ALONE
 from oldlogits.train import step as step_module
 from oldlogits.train.loss_tokens import LossTokens, Seen
 from oldlogits.train.step import update
@@ -170,7 +170,7 @@ def assert_same_gradient(found, expected, tolerance=1e-5):
 
 
 def config_of(recipe, variant, **table):
-    objective = {"weight_mu": WEIGHT_MU, "denominator_tokens": 7.0} | table.pop("objective", {})
+    objective = {"weight_mu": WEIGHT_MU, "loss_aggregation_tokens": 7.0} | table.pop("objective", {})
     return recipe(variant=variant, band=BAND, objective=objective, **table)
 
 
@@ -204,7 +204,7 @@ def one_step(batch):
 @pytest.mark.parametrize("variant", ["decoupled_exact", "linear_train_infer"])
 @pytest.mark.parametrize("denominator", ["token-mean", "token-mean-kept", "sequence-mean", "constant"])
 def test_each_optimizer_step_trains_its_groups_under_its_own_denominator(case, recipe, variant, denominator):
-    config = config_of(recipe, variant, trainer={"steps_per_version": 2}, objective={"denominator": denominator})
+    config = config_of(recipe, variant, trainer={"minibatches_per_update": 2}, objective={"loss_aggregation": denominator})
     result, found = run(case, config, scored_for(case, variant))
     losses = []
     for step in (0, 1):
@@ -215,7 +215,7 @@ def test_each_optimizer_step_trains_its_groups_under_its_own_denominator(case, r
 
 
 def test_the_discrepancy_ratio_may_mask_without_weighting(case, recipe):
-    config = config_of(recipe, "decoupled_exact", objective={"discrepancy": "mask"})
+    config = config_of(recipe, "decoupled_exact", objective={"mismatch_correction": "mask"})
     _, (found,) = run(case, config, case.scored(OLD), batch=one_step(case.batch))
     _, grads, _, _ = oracle(case, "decoupled_exact", discrepancy="mask")
     assert_same_gradient(found, grads)
@@ -223,7 +223,7 @@ def test_the_discrepancy_ratio_may_mask_without_weighting(case, recipe):
 
 def test_truncated_importance_sampling_trains_every_token_with_a_capped_total_ratio(case, recipe):
     cap = 1.1
-    config = config_of(recipe, "ppo_clip_train_infer", objective={"clip": "truncated", "truncation": cap})
+    config = config_of(recipe, "ppo_clip_train_infer", objective={"clip": "truncated", "is_cap": cap})
     result, (found,) = run(case, config, None, batch=one_step(case.batch))
     theta = logps(case.double, case.batch)[case.batch.loss_mask]
     ratio = (theta.detach() - case.logp["mu"]).exp()
@@ -238,7 +238,7 @@ def test_truncated_importance_sampling_trains_every_token_with_a_capped_total_ra
     assert result.metrics["mask/rho"] == result.metrics["mask/rho_clip"] == 1
     assert sum(result.metrics[f"mask/num_clipped_{side}"] for side in ("high", "low", "dual")) == 0
     assert result.metrics["mask/num_truncated"] == int((ratio > cap).sum())
-    ppo = config_of(recipe, "ppo_clip_train_infer", objective={"truncation": cap})
+    ppo = config_of(recipe, "ppo_clip_train_infer", objective={"is_cap": cap})
     assert run(case, ppo, None, batch=one_step(case.batch))[0].metrics["mask/num_truncated"] == 0
 
 
@@ -246,7 +246,7 @@ def test_truncated_importance_sampling_trains_every_token_with_a_capped_total_ra
 def test_loss_and_gradient_do_not_depend_on_the_size_of_micro_batches_and_head_chunks(case, recipe, denominator):
     def of(micro, chunk):
         trainer = {"micro_batch_tokens": micro, "head_chunk_tokens": chunk}
-        config = config_of(recipe, "linear_train_infer", trainer=trainer, objective={"denominator": denominator})
+        config = config_of(recipe, "linear_train_infer", trainer=trainer, objective={"loss_aggregation": denominator})
         result, (grads,) = run(case, config, None, batch=one_step(case.batch))
         return result.metrics["loss/value"], grads
 
@@ -289,7 +289,7 @@ def test_a_route_that_fell_back_labels_its_tokens_by_what_they_are(case, recipe)
 
 
 def test_old_of_lag_0_tokens_equals_theta_before_the_first_step(case, recipe):
-    result, _ = run(case, config_of(recipe, "decoupled_exact", trainer={"steps_per_version": 2}), case.scored(OLD))
+    result, _ = run(case, config_of(recipe, "decoupled_exact", trainer={"minibatches_per_update": 2}), case.scored(OLD))
     assert 0 <= result.lag0_max_abs_error < 2e-6
 
 
@@ -375,7 +375,7 @@ def test_a_non_finite_log_prob_drops_its_token_and_is_counted(case, recipe, bad)
 def test_a_gradient_that_is_not_finite_ends_the_update_before_the_step_with_version_and_step(case, recipe):
     batch = dataclasses.replace(case.batch, advantages=np.float32([1, 1, -3e38, 3e38]))  # the second step's
     before = {name: w.clone() for name, w in named_weights(case.model).items()}
-    config = config_of(recipe, "decoupled_exact", trainer={"steps_per_version": 2})
+    config = config_of(recipe, "decoupled_exact", trainer={"minibatches_per_update": 2})
     optimizer = Recording(case.model)
     with pytest.raises(NonFiniteError, match=f"not finite at version {VERSION}, optimizer step 1"):
         update(case.model, optimizer, batch, case.scored(OLD), version=VERSION, config=config)
@@ -394,7 +394,7 @@ def test_the_gradient_is_clipped_to_its_norm_and_the_norm_before_is_reported(cas
     free, (grads,) = run(case, config_of(recipe, "decoupled_exact"), case.scored(OLD), batch=one_step(case.batch))
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
     assert free.metrics["grad/norm"] == pytest.approx(norm, rel=1e-5)
-    config = config_of(recipe, "decoupled_exact", trainer={"grad_clip": norm / 4})
+    config = config_of(recipe, "decoupled_exact", trainer={"max_grad_norm": norm / 4})
     clipped, (found,) = run(case, config, case.scored(OLD), batch=one_step(case.batch))
     assert clipped.metrics["grad/norm"] == pytest.approx(norm, rel=1e-5)
     assert_same_gradient({name: 4 * g for name, g in found.items()}, grads)
@@ -440,7 +440,7 @@ def test_a_step_computes_on_the_device_of_the_model(variant, policy, denominator
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: torch.ones_like(self, device="cpu"))
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
     model, there = copy.deepcopy(case.model).to("meta"), torch.device("meta")
-    config = recipe(variant=variant, band=BAND, objective={"denominator": denominator}, trainer={"head_chunk_tokens": 3})
+    config = recipe(variant=variant, band=BAND, objective={"loss_aggregation": denominator}, trainer={"head_chunk_tokens": 3})
     tokens = LossTokens.of(case.batch, case.scored(policy) if policy else None, VERSION).to(there)
     seen = Seen.empty(len(tokens.flat), there)
     loss = step_module._accumulate(model, case.batch, tokens, 0, seen, config, ALONE)

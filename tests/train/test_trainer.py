@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from oldlogits.core.errors import ExactnessError, RunFolderError, VersionEvictedError
 from oldlogits.core.policies import OLD
-from oldlogits.core.protocols import Scored
-from oldlogits.policy.model import load_model, load_tokenizer, named_weights
+from oldlogits.core.scoring import Scored
+from oldlogits.models.load import load_model, load_tokenizer, named_weights
 from oldlogits.train.checkpoint import read_state
 from oldlogits.train.trainer import Trainer
 
@@ -21,7 +21,7 @@ PROBE = [3, 9, 10, 11, 12, 2, 4, 13]
 
 @pytest.fixture
 def trainer(tiny_folder, recipe):
-    return Trainer(recipe(trainer={"warmup_steps": 3, "steps_per_version": 2}), tiny_folder, PROBE)
+    return Trainer(recipe(trainer={"warmup_steps": 3, "minibatches_per_update": 2}), tiny_folder, PROBE)
 
 
 def batch_at(*versions, offset=0):
@@ -128,7 +128,7 @@ def test_training_moves_the_tokens_of_good_trajectories_up_and_of_bad_ones_down(
 def test_old_equals_theta_to_1e_6_at_lag_0_at_every_version(trainer):
     errors = [train(trainer, version).lag0_max_abs_error for version in range(3)]
     assert max(errors) <= 1e-6
-    assert trainer.witnesses.lag0_max_abs_error == max(errors)
+    assert trainer.consistency.lag0_max_abs_error == max(errors)
 
 
 def test_a_false_old_at_lag_0_ends_the_run(trainer):
@@ -158,13 +158,13 @@ def test_a_stored_copy_that_was_tampered_with_is_noticed_when_it_scores(trainer,
         train(trainer, version)
     trainer.put_batch(batch := batch_at(0))
     trainer.score(all_tokens(batch), 0)
-    assert trainer.witnesses.publish_max_abs_error == 0
+    assert trainer.consistency.publish_max_abs_error == 0
     tamper(trainer, 0, value)
     with pytest.raises(ExactnessError, match="the checkout of version 0 contradicts the live weights at its publish"):
         trainer.score(all_tokens(batch), 0)
     with pytest.raises(ExactnessError, match=r"version 1 .*not those that were published"):
         trainer.score(all_tokens(batch), 1)
-    assert trainer.witnesses.publish_max_abs_error > 1e-5
+    assert trainer.consistency.publish_max_abs_error > 1e-5
 
 
 def test_a_mixed_forward_witnesses_every_version_and_stands_in_for_none_that_is_gone(trainer):
@@ -177,7 +177,7 @@ def test_a_mixed_forward_witnesses_every_version_and_stands_in_for_none_that_is_
     assert computed_at.tolist() == [0, 0, 1, 1, 1, 1]
     np.testing.assert_allclose(mixed[[0, 1, 4, 5]], recomputed[[0, 1, 4, 5]], rtol=0, atol=2e-6)
     assert np.abs(mixed - recomputed)[2:4].max() > 1e-3
-    assert trainer.witnesses.publish_max_abs_error == 0
+    assert trainer.consistency.publish_max_abs_error == 0
     trainer.retain(1)
     with pytest.raises(VersionEvictedError, match="version 0 is not in the store"):
         trainer.score_mixed()
@@ -221,7 +221,7 @@ def test_a_publication_tells_version_weights_probe_and_bytes(trainer, tiny_folde
 
 
 def test_a_restored_trainer_goes_on_bit_for_bit(tiny_folder, recipe, tmp_path):
-    config = recipe(trainer={"warmup_steps": 3, "steps_per_version": 2, "weight_decay": 0.1})
+    config = recipe(trainer={"warmup_steps": 3, "minibatches_per_update": 2, "weight_decay": 0.1})
     straight = Trainer(config, tiny_folder, PROBE)
     train(straight, 0)
     straight.save(tmp_path)
@@ -258,8 +258,8 @@ def test_restoring_brings_back_the_weights_of_the_checkpoint_and_its_witnesses(t
     other = Trainer(recipe(), tiny_folder, PROBE)
     other.restore(tmp_path)
     assert_bitwise_equal(weights_of(other), weights_of(trainer))
-    assert asdict(other.witnesses) == asdict(trainer.witnesses)
-    assert other.witnesses.publish_max_abs_error == 0
+    assert asdict(other.consistency) == asdict(trainer.consistency)
+    assert other.consistency.publish_max_abs_error == 0
 
 
 def test_a_checkpoint_holds_a_model_folder_in_the_standard_format(trainer, tmp_path):
@@ -304,7 +304,7 @@ def test_the_learning_rate_warms_up_linearly_over_optimizer_steps(trainer):
 
 
 def test_the_learning_rate_falls_linearly_to_its_final_share_by_the_end_of_the_run(tiny_folder, recipe):
-    table = {"warmup_steps": 0, "steps_per_version": 2, "final_lr_share": 0.5}
+    table = {"warmup_steps": 0, "minibatches_per_update": 2, "min_lr_ratio": 0.5}
     trainer = Trainer(recipe(trainer=table, num_updates=2), tiny_folder, PROBE)
     rates = [trainer._optimizer.lr]
     for version in range(2):
@@ -315,7 +315,7 @@ def test_the_learning_rate_falls_linearly_to_its_final_share_by_the_end_of_the_r
 
 @pytest.fixture
 def bf16_trainer(tiny_folder, recipe):
-    trainer = {"warmup_steps": 0, "steps_per_version": 2, "lr": 1e-4}
+    trainer = {"warmup_steps": 0, "minibatches_per_update": 2, "lr": 1e-4}
     return Trainer(recipe(trainer=trainer, model={"forward_dtype": "bf16"}), tiny_folder, PROBE)
 
 
@@ -333,7 +333,7 @@ def test_bf16_versions_are_the_rounded_masters_and_score_to_the_last_bit(bf16_tr
     for version, then in thens.items():
         assert trainer.score(all_tokens(batch), version).tolist() == then.tolist()
     assert float(np.abs(thens[2] - thens[0]).max()) > 1e-4
-    assert trainer.witnesses.publish_max_abs_error == 0
+    assert trainer.consistency.publish_max_abs_error == 0
 
 
 def test_steps_below_a_bf16_unit_add_up_in_the_masters(tiny_folder, recipe):
@@ -353,7 +353,7 @@ def test_steps_below_a_bf16_unit_add_up_in_the_masters(tiny_folder, recipe):
 def test_a_restored_bf16_trainer_goes_on_bit_for_bit_from_masters_that_its_model_folder_does_not_hold(
     tiny_folder, recipe, tmp_path
 ):
-    config = recipe(trainer={"lr": 1e-4, "steps_per_version": 2}, model={"forward_dtype": "bf16"})
+    config = recipe(trainer={"lr": 1e-4, "minibatches_per_update": 2}, model={"forward_dtype": "bf16"})
     straight = Trainer(config, tiny_folder, PROBE)
     train(straight, 0)
     straight.save(tmp_path)
@@ -371,7 +371,7 @@ def test_a_restored_bf16_trainer_goes_on_bit_for_bit_from_masters_that_its_model
 def test_activation_checkpointing_trains_the_same_weights_bit_for_bit(tiny_folder, recipe, dtype):
     ended = []
     for recomputes in (False, True):
-        trainer = {"activation_checkpointing": recomputes, "steps_per_version": 2}
+        trainer = {"activation_checkpointing": recomputes, "minibatches_per_update": 2}
         trained = Trainer(recipe(trainer=trainer, model={"forward_dtype": dtype}), tiny_folder, PROBE)
         train(trained, 0)
         ended.append(named_weights(trained._model))
@@ -380,7 +380,7 @@ def test_activation_checkpointing_trains_the_same_weights_bit_for_bit(tiny_folde
 
 @pytest.mark.parametrize("numerics", ["bf16", "int8"])
 def test_the_engines_view_rounds_the_bf16_weights_again(tiny_folder, recipe, numerics):
-    trainer = Trainer(recipe(engine={"numerics": numerics}, model={"forward_dtype": "bf16"}), tiny_folder, PROBE)
+    trainer = Trainer(recipe(engine={"precision": numerics}, model={"forward_dtype": "bf16"}), tiny_folder, PROBE)
     published = trainer.publish()
     noise = np.abs(published.engine_probe_logps - published.probe_logps).max()
     assert noise <= 1e-6 if numerics == "bf16" else noise > 1e-3

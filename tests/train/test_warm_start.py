@@ -21,9 +21,9 @@ from oldlogits.envs.desk_clerk import ErrorRates, oracle
 from oldlogits.envs.desk_data import WORDS
 from oldlogits.envs.desk_long import LongOrderDesk
 from oldlogits.envs.shape import tool_names
-from oldlogits.policy.chat import ChatFormat
-from oldlogits.policy.model import load_model, load_tokenizer
-from oldlogits.policy.tiny import TinyMoeSize, TinySize, tiny_model, tiny_tokenizer
+from oldlogits.models.chat import ChatFormat
+from oldlogits.models.load import load_model, load_tokenizer
+from oldlogits.models.tiny import TinyMoeSize, TinySize, tiny_model, tiny_tokenizer
 from oldlogits.train.warm_start import (
     FOLDER,
     MIXTURE,
@@ -91,7 +91,7 @@ def test_demonstrators_of_long_episodes_are_right_in_a_tenth_to_a_third_of_them(
     spec = spec_of(config_from_table({"env": {"target": "desk_long"}}))
     shown = list(islice(demonstrations(spec, CHAT), 300))
     assert 0.1 < sum(one.reward for one in shown) / 300 < 0.3
-    assert max(len(one.token_ids) for one in shown) < 448  # env.max_tokens of recipes/desk_long.toml
+    assert max(len(one.token_ids) for one in shown) < 448  # env.max_episode_tokens of recipes/desk_long.toml
 
 
 def test_a_folder_begins_where_it_is_and_keeps_its_tokenizer_and_template(tmp_path: Path):

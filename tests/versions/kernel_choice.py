@@ -3,7 +3,7 @@
 from contextlib import contextmanager
 from unittest import mock
 
-from oldlogits.versions import fastpath
+from oldlogits.versions.patches import kernel_choice as fastpath
 
 CHOICES = ("numba", "torch")
 

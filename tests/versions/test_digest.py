@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oldlogits.versions import FlatWeights, Shard, encode
-from oldlogits.versions.digest import key_of, signed, terms
-from oldlogits.versions.layout import WORDS
+from oldlogits.versions.patches.digest import key_of, signed, terms
+from oldlogits.versions.patches.layout import WORDS
 from tests.versions.kernel_choice import CHOICES, kernels
 
 MODULUS = 1 << 64

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oldlogits.core.errors import ExactnessError, PatchError
-from oldlogits.versions import FlatWeights, Patch, apply, encode, fast_path, fastpath
-from oldlogits.versions.layout import WORDS
-from oldlogits.versions.streams import BLOCK_SIZE
+from oldlogits.versions import FlatWeights, Patch, apply, encode, fast_path
+from oldlogits.versions.patches import kernel_choice as fastpath
+from oldlogits.versions.patches.layout import WORDS
+from oldlogits.versions.patches.streams import BLOCK_SIZE
 from tests.versions.kernel_choice import CHOICES, kernels
 
 FLOATS = {1: torch.float8_e4m3fn, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
@@ -185,7 +186,7 @@ def test_no_damage_of_the_streams_reaches_beyond_the_blocks_and_goes_unnoticed(c
 
 def test_streams_that_fill_up_are_emptied_in_between():
     """More changes than the encoder has room for at once."""
-    from oldlogits.versions import kernels as numba_kernels
+    from oldlogits.versions.patches import kernels as numba_kernels
 
     old = words(2, 5 * BLOCK_SIZE, 0)
     new = next_words(old, 0.4, 1, True)
@@ -221,7 +222,7 @@ def test_without_numba_everything_works_and_says_that_it_is_slow():
 
 @pytest.mark.usefixtures("forgotten")
 def test_with_numba_switched_off_torch_takes_over():
-    with mock.patch("oldlogits.versions.compiled.config.DISABLE_JIT", True):
+    with mock.patch("oldlogits.versions.patches.compiled.config.DISABLE_JIT", True):
         assert "NUMBA_DISABLE_JIT" in fast_path()
         with kernels("numba"):
             assert type(fastpath.kernels_for(torch.zeros(3))).__name__ == "TorchKernels"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from oldlogits.core.errors import ExactnessError, LayoutError
 from oldlogits.versions import Entry, FlatWeights, Layout, Shard, encode
-from oldlogits.versions.layout import ALIGNMENT
+from oldlogits.versions.patches.layout import ALIGNMENT
 from tests.versions.states import assert_bits, state
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.int32, torch.bool, torch.float8_e5m2)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oldlogits.core.errors import LogBusyError, LogDamagedError, LogWriteError, StoreUseError
-from oldlogits.versions import log as log_module
-from oldlogits.versions.log import Cut, Kind, VersionLog
+from oldlogits.versions.disk.files import log as log_module
+from oldlogits.versions.disk.log import Cut, Kind, VersionLog
 
 payloads = st.lists(st.binary(max_size=40), max_size=3)
 entries = st.lists(st.tuples(st.sampled_from(Kind), st.integers(-(2**63), 2**63 - 1), payloads), max_size=6)
@@ -232,7 +232,7 @@ def test_a_second_owner_is_refused_in_one_process_and_told_who_the_first_is(tmp_
 def test_a_second_process_is_refused_and_served_once_the_first_has_died(tmp_path):
     VersionLog.create(tmp_path).close()
     program = (
-        "import pathlib, sys; from oldlogits.versions.log import VersionLog; "
+        "import pathlib, sys; from oldlogits.versions.disk.log import VersionLog; "
         f"log = VersionLog.open(pathlib.Path({str(tmp_path)!r})); print('open', flush=True); sys.stdin.read()"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(log_module.__file__).parents[2])}

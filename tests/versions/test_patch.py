@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from oldlogits.core.errors import ExactnessError, LayoutError, PatchError
 from oldlogits.versions import FlatWeights, Layout, Patch, Shard, apply, concatenate, encode
-from oldlogits.versions.kernels_torch import TorchKernels
+from oldlogits.versions.patches.kernels_torch import TorchKernels
 from tests.versions.kernel_choice import CHOICES, kernels
 from tests.versions.states import assert_bits, history, state
 
@@ -279,7 +279,7 @@ def test_a_table_that_contradicts_the_layout_or_the_streams_is_refused_though_it
     blocks = patch.blocks.copy()
     blocks[column][0] = value
     wrong = Patch(layout=patch.layout, base=patch.base, target=patch.target, blocks=blocks, streams=patch.streams)
-    with mock.patch("oldlogits.versions.patch._runs", lambda layout, blocks: [[], [(blocks.nbytes, 32)], *[[]] * 4]):
+    with mock.patch("oldlogits.versions.patches.patch._runs", lambda layout, blocks: [[], [(blocks.nbytes, 32)], *[[]] * 4]):
         content = wrong.to_bytes("memory")
     with pytest.raises(PatchError, match=words):
         Patch.from_bytes(content)
@@ -353,7 +353,7 @@ def test_ctrl_c_waits_until_the_weights_are_whole(step):
             signal.raise_signal(signal.SIGINT)
             return super().apply(words, parts, direction)
 
-    interrupted = mock.patch("oldlogits.versions.codec.kernels_for", return_value=Interrupted())
+    interrupted = mock.patch("oldlogits.versions.patches.codec.kernels_for", return_value=Interrupted())
     with interrupted, pytest.raises(KeyboardInterrupt):
         encode(flat, states[0]) if step == "encode" else apply(flat, patches, -1)
     assert_at(flat, states[0])

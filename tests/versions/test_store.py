@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oldlogits.core.errors import ExactnessError, LayoutError, PatchError, StoreFullError, StoreUseError, VersionEvictedError
-from oldlogits.core.protocols import VersionStore
+from oldlogits.core.weights import VersionStore
 from oldlogits.versions import FlatWeights, FullCopyStore, PatchStore, apply
 from tests.versions.states import assert_bits, assert_holds, changed, history, state
 

@@ -13,8 +13,8 @@ import torch
 import oldlogits
 from oldlogits.core.errors import ExactnessError, LayoutError, LogBusyError, LogDamagedError, LogWriteError
 from oldlogits.versions import PatchStore
-from oldlogits.versions import codec as codec_module
-from oldlogits.versions import log as log_module
+from oldlogits.versions.disk.files import log as log_module
+from oldlogits.versions.patches import codec as codec_module
 from tests.versions.states import assert_bits, assert_holds, changed, history
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(oldlogits.__file__).parents[1]), str(Path.cwd())])}

@@ -1,6 +1,6 @@
 """The transfer without its repair of the tied head: what vLLM does by itself. Imported by vLLM only."""
 
-from oldlogits.rollout.vllm_worker import Extension, FileTransfer  # noqa: F401
+from oldlogits.engines.protocols.vllm_worker import Extension, FileTransfer  # noqa: F401
 
 
 def leave_it(transfer):

@@ -27,8 +27,8 @@ needs_vllm = pytest.mark.skipif(not PYTHON, reason="make test-vllm sets OLDLOGIT
 def train(folder, *, flags=(), num_updates=NUM_UPDATES, trainer=None, model=None, **engine):
     """The desk recipe over vLLM in eager mode, smaller; returns the exit status."""
     table = tomllib.loads(RECIPE.read_text())
-    table["engine"] |= {"type": "vllm", "python": PYTHON, "num_slots": 64, "flags": ["--enforce-eager", *flags], **engine}
-    table["rollout"] |= {"groups_per_version": 8, "max_running_groups": 12}
+    table["engine"] |= {"type": "vllm", "python": PYTHON, "max_num_seqs": 64, "flags": ["--enforce-eager", *flags], **engine}
+    table["rollout"] |= {"prompts_per_update": 8, "max_running_groups": 12}
     table["eval"] |= {"num_episodes": 0, "every": 0}
     table["trainer"] |= trainer or {}
     table["model"] = model or {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from oldlogits.core.protocols import Piece
+from oldlogits.core.scoring import ScoringSpan
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -50,7 +50,7 @@ class Sequences:
         return np.repeat(np.arange(self.num_sequences), self.lengths)
 
 
-def pack(pieces: Sequence[Piece]) -> tuple[Sequences, Ints]:
+def pack(pieces: Sequence[ScoringSpan]) -> tuple[Sequences, Ints]:
     """Pieces side by side.
 
     Args:

@@ -20,7 +20,7 @@ from oldlogits.bench.clock import Seconds, clock_of
 from oldlogits.bench.entropy import change
 from oldlogits.bench.rows import Row, Subject
 from oldlogits.versions import FlatWeights, Patch, PatchStore, apply, encode
-from oldlogits.versions.cold import pack
+from oldlogits.versions.patches.cold import pack
 
 WINDOW: Final = 10
 """Versions of the window whose bytes are shown."""

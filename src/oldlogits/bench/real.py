@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 import oldlogits
 from oldlogits.bench.synthetic import BETAS
-from oldlogits.policy.model import load_model, load_tokenizer, named_weights
+from oldlogits.models.load import load_model, load_tokenizer, named_weights
 
 NUM_SEQUENCES: Final = 2
 LENGTH: Final = 128

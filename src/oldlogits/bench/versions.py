@@ -25,7 +25,7 @@ from oldlogits.bench.real import RealModel
 from oldlogits.bench.rows import Report, Row, Steps, Subject
 from oldlogits.bench.synthetic import SyntheticModel
 from oldlogits.core.errors import ConfigError
-from oldlogits.policy.smollm2 import fetch
+from oldlogits.models.smollm2 import fetch
 from oldlogits.versions import WeightAverage, fast_path
 
 SYNTHETIC_LRS: Final = (SLOW, MIDDLE, FAST, DEMO)

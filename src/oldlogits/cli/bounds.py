@@ -28,7 +28,7 @@ class BoundsOptions:
     What a band masks of an engine's own noise is measured when a run starts, and printed by `oldlogits train`.
     """
 
-    weight_mu: float = _DEFAULT.objective.weight_mu
+    weight_mu: float = _DEFAULT.objective.interpolation_mu
     """The weight on MU of the linear and the log-linear stand-in, in [0, 1]."""
     band: float = _DEFAULT.band
     """The discrepancy band [1/band, band], > 1; inf: no band."""

@@ -11,7 +11,7 @@ import tyro
 
 from oldlogits.config.check import check_model_folder
 from oldlogits.core.errors import ConfigError
-from oldlogits.policy.cache import cache_folder
+from oldlogits.models.cache import cache_folder
 
 MODELS = ("smollm2",)
 
@@ -35,7 +35,7 @@ def command(arguments: Sequence[str]) -> int:
             "the first word names no model", got=model or "no word", allowed=", ".join(MODELS), fix="oldlogits fetch smollm2"
         )
     options = tyro.cli(FetchOptions, prog="oldlogits fetch smollm2", args=list(arguments[model in MODELS :]))
-    from oldlogits.policy.smollm2 import NAME, fetch
+    from oldlogits.models.smollm2 import NAME, fetch
 
     folder = options.out or cache_folder() / NAME
     was_there = folder.exists()

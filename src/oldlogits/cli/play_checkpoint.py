@@ -15,17 +15,17 @@ from typing import Final, TypeVar, cast
 from oldlogits.config import config_from_table
 from oldlogits.config.check import check_model_folder
 from oldlogits.config.schema import EnvConfig
+from oldlogits.core.engine import Generation, Sampling
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.protocols import Generation, Sampling
+from oldlogits.engines.embedded.engine import EmbeddedEngine, EngineCore
+from oldlogits.engines.embedded.model_folder import read_config
+from oldlogits.engines.spec import EngineSpec
 from oldlogits.envs.shape import PARSERS, Environment, Malformed, Parsed, Row, bind, render_result
-from oldlogits.policy.chat import ChatFormat
-from oldlogits.policy.model import load_tokenizer
+from oldlogits.models.chat import ChatFormat
+from oldlogits.models.load import load_tokenizer
 from oldlogits.record.folder import RunFolder
-from oldlogits.rollout.embedded import EmbeddedEngine, EngineCore
-from oldlogits.rollout.folder import read_config
-from oldlogits.rollout.spec import EngineSpec
+from oldlogits.rollout.environment_runner import run_inline
 from oldlogits.rollout.turns import Agent, Failure, TurnLimits, run_episode
-from oldlogits.runtime.environment import run_inline
 
 T = TypeVar("T")
 
@@ -71,7 +71,7 @@ def find_player(path: Path, *, greedy: bool, seed: int) -> Player:
     run = RunFolder(path=path)
     if not run.config.is_file():
         check_model_folder(path)
-        model, env = path, EnvConfig(max_tokens=min(LONGEST, read_config(path).max_positions))
+        model, env = path, EnvConfig(max_episode_tokens=min(LONGEST, read_config(path).max_positions))
     else:
         env = config_from_table(tomllib.loads(run.config.read_text(encoding="utf-8"))).env
         checkpoint = run.latest_checkpoint()
@@ -90,7 +90,7 @@ def watch(player: Player, environment_class: type[Environment], row: Row, say: S
     """Let the agent play one episode."""
     chat = ChatFormat(load_tokenizer(player.model))
     core = EngineCore(
-        EngineSpec(model_path=str(player.model), num_slots=1, max_context=player.env.max_tokens, seed=player.seed)
+        EngineSpec(model_path=str(player.model), max_num_seqs=1, max_context=player.env.max_episode_tokens, seed=player.seed)
     )
     stage = _Stage(player, say)
     agent = Agent(
@@ -100,7 +100,7 @@ def watch(player: Player, environment_class: type[Environment], row: Row, say: S
         limits=TurnLimits(
             max_turns=player.env.max_turns,
             max_tokens_per_turn=player.env.max_tokens_per_turn,
-            max_tokens=player.env.max_tokens,
+            max_tokens=player.env.max_episode_tokens,
         ),
         sampling=Sampling(max_tokens=player.env.max_tokens_per_turn, temperature=player.temperature),
         run_environment=stage.run,

@@ -11,7 +11,7 @@ import tyro
 
 from oldlogits.core.errors import ConfigError
 from oldlogits.record.folder import RunFolder
-from oldlogits.record.report import write_report
+from oldlogits.record.report.page import write_report
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,8 +19,8 @@ from oldlogits.core.errors import ConfigError
 from oldlogits.core.processes import name_process
 
 if TYPE_CHECKING:
-    from oldlogits.rollout.process import EngineProcess
-    from oldlogits.rollout.serve import Served
+    from oldlogits.engines.embedded.process import EngineProcess
+    from oldlogits.engines.server.app import Served
 
 TOKEN_VARIABLE: Final = "OLDLOGITS_TOKEN"
 """The environment variable that a token is read from, where it stays out of process lists."""
@@ -43,7 +43,7 @@ class ServeOptions:
     """Bearer token that requests must carry; empty: of the environment variable OLDLOGITS_TOKEN, or none."""
     numerics: Literal["fp32", "bf16", "fp8", "int8", "int4", "fp8_dynamic"] = "fp32"
     """The engine's numerics; all but fp32 are emulated."""
-    num_slots: int = 128
+    max_num_seqs: int = 128
     """Sequences decoded at the same time."""
     max_context: int = 0
     """The most tokens of one sequence; 0: the model's, at most 4096."""
@@ -65,10 +65,10 @@ def command(arguments: Sequence[str]) -> int:
             allowed="the extra 'serve'",
             fix="pip install 'oldlogits[serve]'",
         )
-    from oldlogits.rollout.folder import read_config
-    from oldlogits.rollout.process import EngineProcess
-    from oldlogits.rollout.serve import Served, check_host
-    from oldlogits.rollout.spec import EngineSpec
+    from oldlogits.engines.embedded.model_folder import read_config
+    from oldlogits.engines.embedded.process import EngineProcess
+    from oldlogits.engines.server.app import Served, check_host
+    from oldlogits.engines.spec import EngineSpec
 
     token = options.token or os.environ.get(TOKEN_VARIABLE, "")
     check_host(options.host, token)
@@ -76,7 +76,7 @@ def command(arguments: Sequence[str]) -> int:
     spec = EngineSpec(
         model_path=str(folder),
         numerics=options.numerics,
-        num_slots=options.num_slots,
+        max_num_seqs=options.max_num_seqs,
         max_context=options.max_context or min(4096, read_config(folder).max_positions),
         seed=options.seed,
         adapter_scale=options.adapter_scale,
@@ -94,7 +94,7 @@ def _folder(model: str) -> Path:
     config = RunConfig(model=ModelConfig(path=model))
     if not config.model.is_tiny:
         return Path(model)
-    from oldlogits.runtime.run import prepare_model
+    from oldlogits.run.run import prepare_model
 
     return prepare_model(config, lambda note: print(note, flush=True)).model
 
@@ -107,7 +107,7 @@ async def _serve(engine: EngineProcess, served: Served, options: ServeOptions, t
     """
     import uvicorn
 
-    from oldlogits.rollout.serve import make_app
+    from oldlogits.engines.server.app import make_app
 
     await engine.ready()
     app = make_app(served, token=token)

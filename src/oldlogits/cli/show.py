@@ -127,7 +127,7 @@ TABLES: Final[Mapping[str, Rows]] = MappingProxyType(
     {
         "variants": Rows(
             title="variants: r_d multiplies and masks, r_s is clipped",
-            columns=("variant", "r_d", "r_s", "total ratio", "source.type", "remark"),
+            columns=("variant", "r_d", "r_s", "total ratio", "proximal.source", "remark"),
             rows=variant_rows,
         ),
         "recipe": Rows(

@@ -15,18 +15,17 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from oldlogits.backends.torchrun.launch import launched
 from oldlogits.cli.main import FAILED, INTERRUPTED, print_error
 from oldlogits.config import RunConfig, cautions, load_config
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.policies import find_variant
-from oldlogits.envs.shape import load_environment
 from oldlogits.record.folder import RunFolder
 from oldlogits.record.live import print_summary
-from oldlogits.runtime.launch import launched
-from oldlogits.runtime.rows import Rows
+from oldlogits.run.tasks import load_tasks
 
 if TYPE_CHECKING:
-    from oldlogits.runtime.run import RunResult
+    from oldlogits.run.run import RunResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +33,7 @@ class TrainOptions:
     """Train an agent from RECIPE, a TOML file. With --resume it is the run's own config.toml unless given.
 
     Any recipe key is overridden by its dotted name, for example
-    `--variant decoupled_async --source.type arrival --trainer.lr 3e-4`. `oldlogits show recipe` lists all keys.
+    `--variant decoupled_async --proximal.source arrival --trainer.lr 3e-4`. `oldlogits show recipe` lists all keys.
     """
 
     out: Path | None = None
@@ -51,12 +50,12 @@ def command(arguments: Sequence[str]) -> int:
     if launch is None:
         return _train(arguments)
 
-    from oldlogits.runtime.board import Board
-    from oldlogits.runtime.leading import follow
+    from oldlogits.backends.torchrun.dispatch import follow
+    from oldlogits.backends.torchrun.rendezvous import Rendezvous
 
     if launch.rank:
         follow(launch)
-    board = Board(launch)
+    board = Rendezvous(launch)
     try:
         return _train(arguments)
     finally:
@@ -69,14 +68,14 @@ def _train(arguments: Sequence[str]) -> int:
     options, overrides = tyro.cli(TrainOptions, prog="oldlogits train RECIPE", args=words, return_unknown_args=True)
     recipe = _recipe(named, options)
     config = load_config(recipe, overrides, needs_model=not options.dry_run)
-    Rows(config, load_environment(config.env.target))  # a wrong environment is refused before torch is imported
+    load_tasks(config)  # a wrong environment is refused before torch is imported
     if options.dry_run:
         return _dry_run(config)
     out = options.resume or options.out or Path("runs") / f"{recipe.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     print(f"run folder: {out}", flush=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-    from oldlogits.runtime.run import run
+    from oldlogits.run.run import run
 
     with _without_echo_of_control_keys():
         result = run(config, out, resume=options.resume is not None)
@@ -131,7 +130,7 @@ def _recipe(named: Path | None, options: TrainOptions) -> Path:
 def _dry_run(config: RunConfig) -> int:
     """Print the resolved recipe and its cost."""
     from oldlogits.record.toml import dump_toml
-    from oldlogits.runtime.cost import estimate
+    from oldlogits.run.cost import estimate
 
     print(dump_toml(dataclasses.asdict(config)))
     variant = find_variant(config.variant)

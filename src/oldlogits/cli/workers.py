@@ -11,9 +11,9 @@ from typing import Annotated
 
 import tyro
 
+from oldlogits.backends.ray.desired_workers import read_wanted, write_wanted
 from oldlogits.core.errors import ConfigError
 from oldlogits.record.folder import RunFolder
-from oldlogits.runtime.wanted import read_wanted, write_wanted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

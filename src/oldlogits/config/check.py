@@ -24,7 +24,7 @@ def check(config: RunConfig, *, needs_model: bool = True) -> None:
         ModelFolderError: The model folder does not exist or lacks its config.
     """
     find_variant(config.variant)
-    check_source(config.variant, config.source.type)
+    check_source(config.variant, config.proximal.source)
     _check_ranges(config)
     _check_one_distribution(config)
     check_servers(config)
@@ -93,13 +93,13 @@ def _check_ranges(config: RunConfig) -> None:
     _require(0 < o.eps_low < 1, "objective.eps_low", o.eps_low, "in (0, 1): at 1 nothing is below 1 - eps_low", "eps_low = 0.2")
     _require(0 < o.eps_high < math.inf, "objective.eps_high", o.eps_high, "> 0", "eps_high = 0.28")
     _require(o.dual_clip > 1, "objective.dual_clip", o.dual_clip, "> 1 (inf: off)", "dual_clip = 3.0")
-    _require(o.truncation > 1, "objective.truncation", o.truncation, "> 1 (inf: no bound)", "truncation = 2.0")
-    _require(config.source.window >= 1, "source.window", config.source.window, ">= 1", "2")
-    _require(0 <= o.weight_mu <= 1, "objective.weight_mu", o.weight_mu, "in [0, 1]", "weight_mu = 0.5")
-    share = config.referee.share
-    _require(0 <= share <= 1, "referee.share", share, "in [0, 1] (0: no referee)", "0.25")
-    n = o.denominator_tokens
-    _require(0 < n < math.inf, "objective.denominator_tokens", n, "> 0", "a number of tokens")
+    _require(o.is_cap > 1, "objective.is_cap", o.is_cap, "> 1 (inf: no bound)", "truncation = 2.0")
+    _require(config.proximal.scorer_versions >= 1, "proximal.scorer_versions", config.proximal.scorer_versions, ">= 1", "2")
+    _require(0 <= o.interpolation_mu <= 1, "objective.interpolation_mu", o.interpolation_mu, "in [0, 1]", "weight_mu = 0.5")
+    share = config.audit.share
+    _require(0 <= share <= 1, "audit.share", share, "in [0, 1] (0: no referee)", "0.25")
+    n = o.loss_aggregation_tokens
+    _require(0 < n < math.inf, "objective.loss_aggregation_tokens", n, "> 0", "a number of tokens")
     _require(m.lora_rank >= 0, "model.lora_rank", m.lora_rank, ">= 0 (0: no adapters)", "16")
     _require(0 < m.lora_alpha < math.inf, "model.lora_alpha", m.lora_alpha, "> 0", "32")
     targets = m.lora_targets
@@ -109,15 +109,15 @@ def _check_ranges(config: RunConfig) -> None:
     _require(m.warm_start_steps >= -1, "model.warm_start_steps", m.warm_start_steps, ">= 0, or -1: the built-in number", "-1")
     _require(e.max_turns >= 1, "env.max_turns", e.max_turns, ">= 1", "max_turns = 16")
     _require(e.max_tokens_per_turn >= 1, "env.max_tokens_per_turn", e.max_tokens_per_turn, ">= 1", "32")
-    _require(e.max_tokens >= 2, "env.max_tokens", e.max_tokens, ">= 2", "256")
+    _require(e.max_episode_tokens >= 2, "env.max_episode_tokens", e.max_episode_tokens, ">= 2", "256")
     _require(e.timeout_s > 0, "env.timeout_s", e.timeout_s, "> 0 seconds", "20")
     _require(0 <= e.latency_s < math.inf, "env.latency_s", e.latency_s, ">= 0 seconds", "0")
     _require(e.parser in ("plain", "hermes"), "env.parser", e.parser, "plain, hermes", "choose one of these")
-    _require(config.engine.num_slots >= 1, "engine.num_slots", config.engine.num_slots, ">= 1", "128")
+    _require(config.engine.max_num_seqs >= 1, "engine.max_num_seqs", config.engine.max_num_seqs, ">= 1", "128")
     tolerance = config.engine.probe_tolerance
     _require(tolerance == -1 or tolerance >= 0, "engine.probe_tolerance", tolerance, ">= 0 nats, or -1: as known", "-1")
     _require(r.group_size >= 2, "rollout.group_size", r.group_size, ">= 2: rewards of a group are compared", "8")
-    _require(r.groups_per_version >= 1, "rollout.groups_per_version", r.groups_per_version, ">= 1", "16")
+    _require(r.prompts_per_update >= 1, "rollout.prompts_per_update", r.prompts_per_update, ">= 1", "16")
     _require(r.max_running_groups >= 0, "rollout.max_running_groups", r.max_running_groups, ">= 0", "0")
     _check_trainer(config)
     _check_runtime(config)
@@ -126,35 +126,36 @@ def _check_ranges(config: RunConfig) -> None:
 
 
 def _check_trainer(config: RunConfig) -> None:
-    t, num_groups = config.trainer, config.rollout.groups_per_version
+    t, num_groups = config.trainer, config.rollout.prompts_per_update
     _require(0 < t.lr < math.inf, "trainer.lr", t.lr, "> 0", "5e-4")
     _require(0 <= t.weight_decay < math.inf, "trainer.weight_decay", t.weight_decay, ">= 0", "0")
     _require(0 <= t.beta1 < 1, "trainer.beta1", t.beta1, "in [0, 1)", "0.9")
     _require(0 <= t.beta2 < 1, "trainer.beta2", t.beta2, "in [0, 1)", "0.99")
     _require(t.warmup_steps >= 0, "trainer.warmup_steps", t.warmup_steps, ">= 0", "4")
-    _require(0 <= t.final_lr_share <= 1, "trainer.final_lr_share", t.final_lr_share, "in [0, 1]", "1.0: constant")
-    _require(t.grad_clip > 0, "trainer.grad_clip", t.grad_clip, "> 0", "1.0")
+    _require(0 <= t.min_lr_ratio <= 1, "trainer.min_lr_ratio", t.min_lr_ratio, "in [0, 1]", "1.0: constant")
+    _require(t.max_grad_norm > 0, "trainer.max_grad_norm", t.max_grad_norm, "> 0", "1.0")
     _require(t.micro_batch_tokens >= 1, "trainer.micro_batch_tokens", t.micro_batch_tokens, ">= 1", "8192")
     _require(t.head_chunk_tokens >= 1, "trainer.head_chunk_tokens", t.head_chunk_tokens, ">= 1", "2048")
     _require(
-        1 <= t.steps_per_version <= num_groups,
-        "trainer.steps_per_version",
-        t.steps_per_version,
-        f"1 .. rollout.groups_per_version ({num_groups}): each step needs a group",
+        1 <= t.minibatches_per_update <= num_groups,
+        "trainer.minibatches_per_update",
+        t.minibatches_per_update,
+        f"1 .. rollout.prompts_per_update ({num_groups}): each step needs a group",
         "2",
     )
 
 
 def _check_runtime(config: RunConfig) -> None:
-    r, longest = config.runtime, config.max_staleness
-    if r.type == "lockstep":
-        _require(0 <= r.window <= longest, "runtime.window", r.window, f"0 .. max_staleness ({longest})", "smaller")
-        _require(r.tokens_per_version >= 1, "runtime.tokens_per_version", r.tokens_per_version, ">= 1", "12")
+    longest = config.max_staleness
+    if config.runtime.type == "lockstep":
+        r = config.lockstep
+        _require(0 <= r.max_lag <= longest, "lockstep.max_lag", r.max_lag, f"0 .. max_staleness ({longest})", "smaller")
+        _require(r.tokens_per_version >= 1, "lockstep.tokens_per_version", r.tokens_per_version, ">= 1", "12")
 
 
 def _check_versions(config: RunConfig) -> None:
     v = config.versions
-    _require(v.hot >= 0, "versions.hot", v.hot, ">= 0", "0 compresses every patch")
+    _require(v.uncompressed >= 0, "versions.uncompressed", v.uncompressed, ">= 0", "0 compresses every patch")
     _require(v.budget_bytes >= 0, "versions.budget_bytes", v.budget_bytes, ">= 0", "0 sets no bound")
 
 
@@ -171,7 +172,7 @@ def _check_counts(config: RunConfig) -> None:
     }
     for name, value in counts.items():
         _require(value >= 0, name, value, ">= 0", "0 switches it off")
-    _require(e.num_running >= 1, "eval.num_running", e.num_running, ">= 1", "256")
+    _require(e.max_concurrent >= 1, "eval.max_concurrent", e.max_concurrent, ">= 1", "256")
 
 
 def _check_one_distribution(config: RunConfig) -> None:
@@ -187,79 +188,79 @@ def _check_one_distribution(config: RunConfig) -> None:
 def _check_kv(config: RunConfig) -> None:
     if config.engine.kv == "recompute" or OLD not in find_variant(config.variant).needs:
         return
-    if not config.source.accept_mixed_kv:
+    if not config.proximal.accept_mixed_kv:
         raise ConfigError(
             f"variant '{config.variant}' needs exact log-probs of OLD, but stale keys and values belong to no version",
             got="engine.kv = 'stale'",
-            allowed="engine.kv = 'recompute', or source.accept_mixed_kv = true (tokens are labelled mixed_kv)",
+            allowed="engine.kv = 'recompute', or proximal.accept_mixed_kv = true (tokens are labelled mixed_kv)",
             fix="remove engine.kv = 'stale'",
         )
     mixing = [name for name, route in SOURCES.items() if route.mixes_versions]
-    if config.source.type not in mixing:
+    if config.proximal.source not in mixing:
         raise ConfigError(
-            f"source '{config.source.type}' scores each version by itself, but stale keys and values are of several",
-            got=f"engine.kv = 'stale', source.type = '{config.source.type}'",
+            f"source '{config.proximal.source}' scores each version by itself, but stale keys and values are of several",
+            got=f"engine.kv = 'stale', proximal.source = '{config.proximal.source}'",
             allowed=f"engine.kv = 'recompute', or one of the sources {', '.join(mixing)}",
             fix=f"use source '{mixing[0]}', or remove engine.kv = 'stale'",
         )
 
 
 def _check_average(config: RunConfig) -> None:
-    s = config.source
+    s = config.proximal
     fixed = s.decay == "fixed"
-    allowed = "in (0, 1) with source.decay = 'fixed', 0 otherwise"
-    _require(0 < s.beta < 1 if fixed else s.beta == 0, "source.beta", s.beta, allowed, "source.decay = 'fixed', beta = 0.8")
-    _require(0 < s.tau <= 1, "source.tau", s.tau, "in (0, 1]", "tau = 0.9")
+    allowed = "in (0, 1) with proximal.decay = 'fixed', 0 otherwise"
+    _require(0 < s.beta < 1 if fixed else s.beta == 0, "proximal.beta", s.beta, allowed, "proximal.decay = 'fixed', beta = 0.8")
+    _require(0 < s.reset_below <= 1, "proximal.reset_below", s.reset_below, "in (0, 1]", "0.9")
     if s.reset == "none":
         return
     variant = find_variant(config.variant)
     if not variant.needs & {EWMA, AGED}:
         raise ConfigError(
-            f"variant '{config.variant}' over source '{s.type}' has no average to reset: its rho is that of another policy",
-            got=f"source.reset = '{s.reset}'",
+            f"variant '{config.variant}' over source '{s.source}' has no average to reset: its rho is that of another policy",
+            got=f"proximal.reset = '{s.reset}'",
             allowed="'none', or a variant whose stand-in is EWMA or AGED",
-            fix="remove source.reset, or use source 'ewma' and variant 'ppo_ewma_train_infer'",
+            fix="remove proximal.reset, or use source 'ewma' and variant 'ppo_ewma_train_infer'",
         )
     if config.objective.clip == "truncated" and (variant.r_d.is_one or config.band == math.inf):
         raise ConfigError(
             "a reset comes when rho falls, and nothing lowers it: a truncation masks no token, and there is no band on r_d",
-            got=f"source.reset = '{s.reset}', objective.clip = 'truncated', r_d = {variant.r_d}, band = {config.band:g}",
-            allowed="objective.clip = 'ppo', or a finite band with r_d a ratio, or source.reset = 'none'",
-            fix="remove source.reset, or use variant 'ppo_ewma_train_infer' with band = 1.5",
+            got=f"proximal.reset = '{s.reset}', objective.clip = 'truncated', r_d = {variant.r_d}, band = {config.band:g}",
+            allowed="objective.clip = 'ppo', or a finite band with r_d a ratio, or proximal.reset = 'none'",
+            fix="remove proximal.reset, or use variant 'ppo_ewma_train_infer' with band = 1.5",
         )
     if s.reset == "guarded" and config.band == math.inf:
         raise ConfigError(
             "the guarded reset compares what the band keeps, and there is no band: it would never act",
-            got="source.reset = 'guarded', band = inf",
-            allowed="a finite band, or source.reset = 'none' or 'paper'",
-            fix="set band = 1.5, or remove source.reset",
+            got="proximal.reset = 'guarded', band = inf",
+            allowed="a finite band, or proximal.reset = 'none' or 'paper'",
+            fix="set band = 1.5, or remove proximal.reset",
         )
 
 
 def _check_schedule(config: RunConfig) -> None:
-    schedule = config.objective.weight_mu_schedule
+    schedule = config.objective.interpolation_schedule
     if schedule != "fixed" and find_variant(config.variant).stand_in not in (LINEAR, LOGLINEAR):
         raise ConfigError(
             f"variant '{config.variant}' interpolates nothing: weight_mu has no effect",
-            got=f"objective.weight_mu_schedule = '{schedule}'",
+            got=f"objective.interpolation_schedule = '{schedule}'",
             allowed="'fixed', or a variant whose stand-in is LINEAR or LOGLINEAR",
-            fix="remove objective.weight_mu_schedule, or use variant 'loglinear_prox'",
+            fix="remove objective.interpolation_schedule, or use variant 'loglinear_prox'",
         )
 
 
 def _check_referee(config: RunConfig) -> None:
-    share = config.referee.share
+    share = config.audit.share
     if share > 0 and config.objective.clip == "truncated":
         raise ConfigError(
             "the referee compares active sets, and a truncation acts on tokens that stay active: it would not see that",
-            got=f"referee.share = {share:g}, objective.clip = 'truncated'",
-            allowed="referee.share = 0, or objective.clip = 'ppo'",
-            fix="set referee.share = 0",
+            got=f"audit.share = {share:g}, objective.clip = 'truncated'",
+            allowed="audit.share = 0, or objective.clip = 'ppo'",
+            fix="set audit.share = 0",
         )
 
 
 def _check_rows(config: RunConfig) -> None:
-    for name, value in {"env.rows": config.env.rows, "env.heldout_rows": config.env.heldout_rows}.items():
+    for name, value in {"env.train_data": config.env.train_data, "env.eval_data": config.env.eval_data}.items():
         _require(not value or Path(value).is_file(), name, value, "a JSONL file, or empty", "check the path")
 
 

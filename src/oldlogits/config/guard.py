@@ -56,11 +56,11 @@ def refuse_idle(config: RunConfig) -> None:
         ConfigError: A clip or the mask has no bound, though the recipe does not switch it off.
     """
     masks = not find_variant(config.variant).r_d.is_one
-    if masks and config.band == math.inf and config.objective.discrepancy == "mask":
+    if masks and config.band == math.inf and config.objective.mismatch_correction == "mask":
         raise ConfigError(
             "r_d is to mask and not to weight, and without a band it does neither",
-            got="band = inf, objective.discrepancy = 'mask'",
-            allowed="a finite band, or objective.discrepancy = 'weight_and_mask': importance weights without a mask",
+            got="band = inf, objective.mismatch_correction = 'mask'",
+            allowed="a finite band, or objective.mismatch_correction = 'weight_and_mask': importance weights without a mask",
             fix="set band = 1.5",
         )
     weighted = list(_weighted(config))
@@ -70,13 +70,15 @@ def refuse_idle(config: RunConfig) -> None:
         else:
             _refuse_missing_truncation(config, one)
     if masks and weighted and all(one.weight_mu == 1 or (config.band < math.inf and not one.has_mask) for one in weighted):
-        scheduled = config.objective.weight_mu_schedule != "fixed"
+        scheduled = config.objective.interpolation_schedule != "fixed"
         raise ConfigError(
             f"variant '{config.variant}' masks nothing at any weight of this recipe: its stand-in is MU and r_d is 1",
             got=", ".join(one.where for one in weighted),
-            allowed="a max_staleness (lockstep: runtime.window) of 2 or more" if scheduled else "objective.weight_mu < 1",
+            allowed="a max_staleness (lockstep: lockstep.max_lag) of 2 or more"
+            if scheduled
+            else "objective.interpolation_mu < 1",
             fix="use variant 'ppo_clip_train_infer', which claims no mask, or "
-            + ("a larger max_staleness" if scheduled else "objective.weight_mu = 0.5"),
+            + ("a larger max_staleness" if scheduled else "objective.interpolation_mu = 0.5"),
         )
 
 
@@ -99,14 +101,14 @@ def _refuse_missing_clip(config: RunConfig, at: _Weighted) -> None:
 
 def _refuse_missing_truncation(config: RunConfig, at: _Weighted) -> None:
     """Refuse a truncation that r_s of an interpolation cannot exceed; an infinite one truncates nothing on purpose."""
-    truncation, largest = config.objective.truncation, supremum_r_s(_kind(config), weight_mu=at.weight_mu)
+    truncation, largest = config.objective.is_cap, supremum_r_s(_kind(config), weight_mu=at.weight_mu)
     if not largest <= truncation < math.inf:
         return
-    remedies = _more_weight(config) + (["a smaller objective.truncation"] if largest > 1 else [])
+    remedies = _more_weight(config) + (["a smaller objective.is_cap"] if largest > 1 else [])
     raise ConfigError(
         f"variant '{config.variant}' has nothing to truncate at {at.where}: r_s "
         + (f"stays below 1 / (1 - weight on mu) = {largest:.4g}" if largest > 1 else "is 1"),
-        got=f"a weight on mu of {at.weight_mu:g}, objective.clip = 'truncated', objective.truncation = {truncation:g}",
+        got=f"a weight on mu of {at.weight_mu:g}, objective.clip = 'truncated', objective.is_cap = {truncation:g}",
         allowed=(f"a truncation below {largest:.4g}" if largest > 1 else "a weight on mu above 0") + ", or inf: none",
         fix="use " + ", or ".join(remedies),
     )
@@ -114,7 +116,11 @@ def _refuse_missing_truncation(config: RunConfig, at: _Weighted) -> None:
 
 def _more_weight(config: RunConfig) -> list[str]:
     """What moves a stand-in away from THETA, or lets its r_s grow without bound."""
-    weight = "a larger objective.weight_mu" if config.objective.weight_mu_schedule == "fixed" else "a smaller max_staleness"
+    weight = (
+        "a larger objective.interpolation_mu"
+        if config.objective.interpolation_schedule == "fixed"
+        else "a smaller max_staleness"
+    )
     linear = _kind(config) == "linear"
     return [weight, f"variant '{config.variant.replace('linear', 'loglinear')}'"] if linear else [weight]
 
@@ -126,13 +132,13 @@ def cautions(config: RunConfig) -> tuple[Caution, ...]:
 
 def _without_clip(config: RunConfig) -> Iterator[Caution]:
     """One step, taken where THETA still is the stand-in."""
-    stand_in, steps = find_variant(config.variant).stand_in, config.trainer.steps_per_version
+    stand_in, steps = find_variant(config.variant).stand_in, config.trainer.minibatches_per_update
     if config.objective.clip == "ppo" and steps == 1 and _starts_at_theta(stand_in, config):
         yield Caution(
             name="no-clip",
-            message=f"no clip acts: with trainer.steps_per_version = 1 THETA is {stand_in.name} at the only step, so r_s = 1 "
-            "and the clip masks 0 tokens; two steps or more give it something to do",
-            figures={"steps_per_version": steps, "clipped": 0},
+            message=f"no clip acts: with trainer.minibatches_per_update = 1 THETA is {stand_in.name} at the only step, "
+            "so r_s = 1 and the clip masks 0 tokens; two steps or more give it something to do",
+            figures={"minibatches_per_update": steps, "clipped": 0},
         )
 
 
@@ -143,7 +149,7 @@ def _starts_at_theta(stand_in: Policy, config: RunConfig) -> bool:
     is 0, so that EWMA is the live weights.
     """
     if stand_in is EWMA:
-        return config.window == 0 and config.source.decay != "fixed"
+        return config.window == 0 and config.proximal.decay != "fixed"
     return stand_in is ASYNC or (config.window == 0 and stand_in in (OLD, RESCORE, AGED))
 
 
@@ -215,9 +221,9 @@ def _weighted(config: RunConfig) -> Iterator[_Weighted]:
     variant, objective = find_variant(config.variant), config.objective
     if variant.stand_in not in (LINEAR, LOGLINEAR):
         return
-    fixed = objective.weight_mu_schedule == "fixed"
+    fixed = objective.interpolation_schedule == "fixed"
     for staleness in [None] if fixed else range(config.window + 1):
-        weight_mu = objective.weight_mu if staleness is None else a3po_weight(staleness)
+        weight_mu = objective.interpolation_mu if staleness is None else a3po_weight(staleness)
         bounds = effective_bounds(
             _kind(config),
             weight_mu=weight_mu,

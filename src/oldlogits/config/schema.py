@@ -18,48 +18,49 @@ class ObjectiveConfig:
     """Upper bound of r_s for negative advantages, > 1; inf switches it off."""
     clip: Literal["ppo", "truncated"] = "ppo"
     """ppo: a token beyond eps_low, eps_high or dual_clip is masked. truncated: none is; the weight r_s of a token's gradient
-    is capped at objective.truncation (truncated importance sampling, with variant = "ppo_clip_train_infer")."""
-    truncation: float = 2.0
+    is capped at objective.is_cap (truncated importance sampling, with variant = "ppo_clip_train_infer")."""
+    is_cap: float = 2.0
     """clip = "truncated" only: the largest weight r_s, > 1; inf: no bound."""
-    discrepancy: Literal["weight_and_mask", "mask"] = "weight_and_mask"
+    mismatch_correction: Literal["weight_and_mask", "mask"] = "weight_and_mask"
     """What r_d does: weights and masks, or masks only."""
-    weight_mu: float = 0.5
-    """The weight on MU of a linear or log-linear stand-in, in [0, 1]."""
-    weight_mu_schedule: Literal["fixed", "a3po"] = "fixed"
-    """fixed: weight_mu for every token. a3po: 1 / s at staleness s (1 at staleness 0), whatever weight_mu is."""
-    denominator: Literal["token-mean", "token-mean-kept", "sequence-mean", "constant"] = "token-mean"
+    interpolation_mu: float = 0.5
+    """The weight on MU of a linear or log-linear interpolation, in [0, 1]."""
+    interpolation_schedule: Literal["fixed", "a3po"] = "fixed"
+    """fixed: interpolation_mu for every token. a3po: 1 / s at staleness s (1 at staleness 0), whatever interpolation_mu is."""
+    loss_aggregation: Literal["token-mean", "token-mean-kept", "sequence-mean", "constant"] = "token-mean"
     """What the loss is divided by; peers differ by N / N_kept on the same data."""
-    denominator_tokens: float = 1.0
-    """The divisor of denominator = "constant", in tokens per optimizer step."""
+    loss_aggregation_tokens: float = 1.0
+    """The divisor of loss_aggregation = "constant", in tokens per optimizer step."""
     advantage: Literal["group-normalised", "mean-only", "leave-one-out"] = "group-normalised"
     """How rewards of a group become advantages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SourceConfig:
-    """The route to the stand-in's log-probs."""
+class ProximalConfig:
+    """The source of the proximal policy's log-probs: of OLD, or of the policy that the variant uses in its place."""
 
-    type: str = "snapshot"
+    source: str = "snapshot"
     """snapshot | dedicated | interruption | eager | arrival | ewma | aged | rescore | none."""
     accept_mixed_kv: bool = False
     """engine.kv = "stale" only: accept that OLD of tokens that were sampled over keys and values of older versions is that
     of their own version over keys and values of those versions; they are labelled mixed_kv. Source snapshot."""
-    window: int = 2
+    scorer_versions: int = 2
     """dedicated only: the newest versions that the scorer holds; tokens of older ones are scored from the trainer's store."""
-    decay: Literal["fixed", "window", "mean-lag", "auto"] = "window"
-    """ewma and aged: how beta is chosen. fixed: source.beta. window: W / (W + 2). mean-lag: m / (1 + m), m the measured
-    token-weighted mean lag. auto: the smallest expected error over the measured lags (docs/ewma.md)."""
+    decay: Literal["fixed", "max-lag", "mean-lag", "auto"] = "max-lag"
+    """ewma and aged: how beta is chosen. fixed: proximal.beta. max-lag: W / (W + 2), W the largest lag. mean-lag:
+    m / (1 + m), m the measured token-weighted mean lag. auto: the smallest expected error over the measured lags
+    (docs/ewma.md)."""
     beta: float = 0.0
     """decay = "fixed" only: the decay of the average from one version to the next, in (0, 1)."""
     reset: Literal["none", "paper", "guarded"] = "none"
-    """ewma and aged: when the average is reset to the live weights. paper: rho < source.tau. guarded: and the band would
-    keep more tokens with the live weights, and none of the last W versions was a reset."""
-    tau: float = 0.9
-    """The rho below which source.reset asks for a reset, in (0, 1]."""
+    """ewma and aged: when the average is reset to the live weights. paper: rho < proximal.reset_below. guarded: and the
+    band would keep more tokens with the live weights, and none of the last W versions was a reset."""
+    reset_below: float = 0.9
+    """The rho below which proximal.reset asks for a reset, in (0, 1]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RefereeConfig:
+class AuditConfig:
     """Exact log-probs beside those of the route in use: how often does the stand-in decide otherwise than OLD?"""
 
     share: float = 0.0
@@ -106,9 +107,9 @@ class EnvConfig:
 
     target: str = "desk"
     """desk, desk_long, desk_slow, or package.module:Class."""
-    rows: str = ""
+    train_data: str = ""
     """A JSONL file of tasks for training, one `reset(**row)` a line; empty: the class makes its own rows."""
-    heldout_rows: str = ""
+    eval_data: str = ""
     """A JSONL file of tasks for evaluation."""
     parser: str = "plain"
     """How tool calls are written: plain | hermes."""
@@ -116,7 +117,7 @@ class EnvConfig:
     """Assistant turns per episode."""
     max_tokens_per_turn: int = 32
     """Sampled tokens per assistant turn."""
-    max_tokens: int = 256
+    max_episode_tokens: int = 256
     """Tokens per episode, context included."""
     timeout_s: float = 20.0
     """Seconds that one tool call, reply, reset or reward may take."""
@@ -142,19 +143,21 @@ class EngineConfig:
 
     type: Literal["embedded", "vllm"] = "embedded"
     """embedded: a process of the run. vllm: servers that speak vLLM's HTTP routes, of the run's own or running already."""
-    numerics: Literal["fp32", "bf16", "fp8", "int8", "int4", "fp8_dynamic"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp8", "int8", "int4", "fp8_dynamic"] = "fp32"
     """The engine's numerics; all but fp32 are emulated and give a real discrepancy."""
-    num_slots: int = 128
+    max_num_seqs: int = 128
     """Sequences decoded at the same time."""
     kv: Literal["recompute", "stale"] = "recompute"
     """What happens to keys and values of running sequences when the weights change."""
+    weight_sync: Literal["auto", "full"] = "auto"
+    """What the engine is given. auto: a patch where the source keeps versions and it is below half a copy. full: all."""
     probe_tolerance: float = -1.0
     """Largest mean |log-prob difference| of the probe in nats; -1 takes the known value of the numerics."""
     urls: tuple[str, ...] = ()
     """vllm only: running servers of this machine, such as "http://127.0.0.1:8000"; empty: the run starts its own."""
     token_env: str = ""
     """engine.urls only: the environment variable that holds their bearer token; empty: they want none."""
-    start: Literal["vllm", "embedded"] = "vllm"
+    server: Literal["vllm", "embedded"] = "vllm"
     """vllm without urls: what is started: vLLM, or the embedded engine behind the same routes (`oldlogits serve`)."""
     num_servers: int = 1
     """vllm without urls: how many are started."""
@@ -181,7 +184,7 @@ class RolloutConfig:
 
     group_size: int = 8
     """Episodes of one task, compared with each other."""
-    groups_per_version: int = 16
+    prompts_per_update: int = 16
     """Groups that one version of the trainer consumes."""
     max_running_groups: int = 0
     """Groups sampled at the same time; 0: as many as the staleness bound admits."""
@@ -197,7 +200,7 @@ class TrainerConfig:
     """Learning rate of AdamW after the warm-up."""
     warmup_steps: int = 4
     """Optimizer steps over which the learning rate rises linearly."""
-    final_lr_share: float = 1.0
+    min_lr_ratio: float = 1.0
     """Learning rate at the last update as a share of `lr`; it falls linearly from update 0 on; 1: constant."""
     weight_decay: float = 0.0
     """AdamW's weight decay."""
@@ -205,9 +208,9 @@ class TrainerConfig:
     """AdamW's first-moment decay."""
     beta2: float = 0.99
     """AdamW's second-moment decay."""
-    grad_clip: float = 1.0
+    max_grad_norm: float = 1.0
     """Largest norm of the gradient."""
-    steps_per_version: int = 2
+    minibatches_per_update: int = 2
     """Optimizer steps between two published versions; the groups of a version are dealt out among them."""
     micro_batch_tokens: int = 8192
     """Largest padded size of one forward, in tokens."""
@@ -225,14 +228,12 @@ class TrainerConfig:
 class VersionsConfig:
     """How exact versions are kept, where a source needs them, and how they reach the engine."""
 
-    hot: int = 4
+    uncompressed: int = 4
     """Newest patches that stay as they are; older ones are compressed."""
     budget_bytes: int = 0
     """Memory for all patches beside the resident copy; over it they are compressed, then left on disk. 0: no bound."""
     folder: str = ""
     """Where versions are written if there is a budget; empty: versions/ of the run folder."""
-    sync: Literal["auto", "full"] = "auto"
-    """What the engine is given. auto: a patch where the source keeps versions and it is below half a copy. full: all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,12 +243,18 @@ class RuntimeConfig:
     type: Literal["lockstep", "local", "ray"] = "local"
     """lockstep: one process, virtual time, bit for bit repeatable. local: engine and trainer in processes of their own on
     this machine. ray: actors of a Ray cluster, one or several nodes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LockstepConfig:
+    """Read by runtime.type = "lockstep" only: how stale every token is."""
+
     lag: Literal["fresh_first", "even", "skewed", "random"] = "even"
-    """lockstep only: how the lags of a trajectory's tokens are spread over the window."""
-    window: int = 4
-    """lockstep only: the largest lag, in versions; at most max_staleness."""
+    """How the lags of a trajectory's tokens are spread over 0 .. max_lag."""
+    max_lag: int = 4
+    """The largest lag, in versions; at most max_staleness."""
     tokens_per_version: int = 12
-    """lockstep only: mean number of tokens that a trajectory samples with one version before it switches."""
+    """Mean number of tokens that a trajectory samples with one version before it switches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,7 +291,7 @@ class EvalConfig:
     """Sampled episodes of each such point."""
     num_calibration: int = 32
     """Trajectories of the first batch on which the engine's own noise is measured, before the first step; 0: none."""
-    num_running: int = 256
+    max_concurrent: int = 256
     """Episodes evaluated at the same time."""
 
 
@@ -315,8 +322,8 @@ class RunConfig:
     max_staleness: int = 4
     """No token is trained when the trainer is more than this many versions ahead of it."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    source: SourceConfig = field(default_factory=SourceConfig)
-    referee: RefereeConfig = field(default_factory=RefereeConfig)
+    proximal: ProximalConfig = field(default_factory=ProximalConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -325,6 +332,7 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     versions: VersionsConfig = field(default_factory=VersionsConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    lockstep: LockstepConfig = field(default_factory=LockstepConfig)
     ray: RayConfig = field(default_factory=RayConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     record: RecordConfig = field(default_factory=RecordConfig)
@@ -337,11 +345,11 @@ class RunConfig:
     @property
     def trainer_device(self) -> Literal["auto", "cpu", "cuda"]:
         """`trainer.device`, where "auto" is decided by the recipe alone."""
-        starts_vllm = self.engine.type == "vllm" and not self.engine.urls and self.engine.start == "vllm"
+        starts_vllm = self.engine.type == "vllm" and not self.engine.urls and self.engine.server == "vllm"
         has_no_gpu = {"lockstep": True, "ray": not self.ray.trainer_gpus, "local": starts_vllm}[self.runtime.type]
         return "cpu" if self.trainer.device == "auto" and has_no_gpu else self.trainer.device
 
     @property
     def window(self) -> int:
         """The largest lag that this runtime can produce, in versions."""
-        return self.runtime.window if self.runtime.type == "lockstep" else self.max_staleness
+        return self.lockstep.max_lag if self.runtime.type == "lockstep" else self.max_staleness

@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 from oldlogits.config.schema import EngineConfig, RayConfig, RunConfig
 from oldlogits.core.errors import ConfigError
 
-_OF_VLLM: Final = ("urls", "token_env", "start", "num_servers", "flags", "python")
-_OF_STARTED: Final = ("start", "num_servers", "flags", "python")
+_OF_VLLM: Final = ("urls", "token_env", "server", "num_servers", "flags", "python")
+_OF_STARTED: Final = ("server", "num_servers", "flags", "python")
 
 
 def check_servers(config: RunConfig) -> None:
@@ -129,10 +129,10 @@ def _check_started(engine: EngineConfig) -> None:
             allowed="engine.urls",
             fix="remove engine.token_env",
         )
-    if engine.start == "vllm" and engine.numerics == "fp8_dynamic":
+    if engine.server == "vllm" and engine.precision == "fp8_dynamic":
         raise ConfigError(
             "vLLM takes rounded weights, but does not round activations as the emulated fp8_dynamic does",
-            got="engine.numerics = 'fp8_dynamic'",
-            allowed="fp32, bf16, fp8, int8, int4, or engine.start = 'embedded'",
-            fix="set engine.numerics = 'fp8'",
+            got="engine.precision = 'fp8_dynamic'",
+            allowed="fp32, bf16, fp8, int8, int4, or engine.server = 'embedded'",
+            fix="set engine.precision = 'fp8'",
         )

@@ -162,7 +162,7 @@ class Provenance(StrEnum):
     MU = "mu"
 
 
-STAND_IN_PROVENANCE: Final[Mapping[Policy, Provenance]] = MappingProxyType(
+PROXIMAL_PROVENANCE: Final[Mapping[Policy, Provenance]] = MappingProxyType(
     {
         OLD: Provenance.EXACT,
         ASYNC: Provenance.ASYNC,
@@ -234,7 +234,7 @@ def check_source(variant_name: str, source: str) -> None:
     """
     variant = find_variant(variant_name)
     if source not in SOURCES:
-        raise ConfigError("unknown source.type", got=repr(source), allowed=", ".join(SOURCES), fix="choose one of these")
+        raise ConfigError("unknown proximal.source", got=repr(source), allowed=", ".join(SOURCES), fix="choose one of these")
     provides = SOURCES[source].provides
     if variant.needs <= provides:
         return
@@ -248,7 +248,7 @@ def check_source(variant_name: str, source: str) -> None:
     remedies = [f"source '{name}'" for name in fitting_sources[:1]] + [f"variant '{name}'" for name in fitting_variants[-1:]]
     raise MissingPolicyError(
         f"variant '{variant_name}' needs log-probs of {named(variant.needs)}, but source '{source}' provides {named(provides)}",
-        got=f"variant = '{variant_name}', source.type = '{source}'",
+        got=f"variant = '{variant_name}', proximal.source = '{source}'",
         allowed=f"a source that provides {named(variant.needs)}: {', '.join(fitting_sources) or 'none is built in'}",
         fix="use " + (", or ".join(remedies) or "another variant"),
     )

@@ -18,7 +18,7 @@ KV = Literal["fresh", "mixed"]
 """Whether every attended key and value was computed with the token's own version.
 
 "mixed": over the entries that the trajectory's sampled tokens before it attended to and added, and those of the tokens read
-since, which its own version computed (batch/chains.py)."""
+since, which its own version computed (batch/kv_segments.py)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -70,7 +70,7 @@ FIELDS: Final[Mapping[EventKind, frozenset[str]]] = MappingProxyType(
     {
         EventKind.RUN_STARTED: frozenset(
             {"variant", "r_d", "r_s", "corrects_mismatch", "source", "runtime", "seed", "denominator"}
-            | {"band", "eps_low", "eps_high", "truncation", "max_staleness", "group_size", "groups_per_version"}
+            | {"band", "eps_low", "eps_high", "truncation", "max_staleness", "group_size", "prompts_per_update"}
             | {"model", "num_parameters", "numerics"}
         ),
         EventKind.WARM_START: frozenset({"steps", "loss", "cached", "seconds_s"}),

@@ -16,19 +16,10 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Literal, Protocol, TypeVar, cast
 
-from oldlogits.core.protocols import Generation, RolloutEngine, Sampling
+from oldlogits.core.engine import Generation, RolloutEngine, Sampling
 from oldlogits.core.trajectory import Context, Sampled, Segment, Trajectory
-from oldlogits.envs.shape import (
-    ConversingEnvironment,
-    Environment,
-    Malformed,
-    Parser,
-    Row,
-    bind,
-    render_result,
-    tool_schemas,
-)
-from oldlogits.policy.chat import ChatFormat
+from oldlogits.envs.shape import ConversingEnvironment, Environment, Malformed, Parser, Row, bind, render_result, tool_schemas
+from oldlogits.models.chat import ChatFormat
 
 T = TypeVar("T")
 
@@ -182,7 +173,8 @@ class _Episode:
         self._read(agent.chat.prompt_ids(messages, tool_schemas(type(self._environment))))
         if len(self._tokens) >= agent.limits.max_tokens:
             raise EnvironmentFailed(
-                f"a prompt of {len(self._tokens)} tokens fills the episode: raise env.max_tokens ({agent.limits.max_tokens})"
+                f"a prompt of {len(self._tokens)} tokens fills the episode: "
+                f"raise env.max_episode_tokens ({agent.limits.max_tokens})"
             )
         for turn in range(agent.limits.max_turns):
             room = agent.limits.max_tokens - len(self._tokens)

@@ -11,14 +11,15 @@ from numpy.typing import NDArray
 
 from oldlogits.core.errors import ExactnessError, MissingLogprobError
 from oldlogits.core.policies import OLD
-from oldlogits.core.protocols import DedicatedScorer, LogprobSource, Scored
+from oldlogits.core.scoring import DedicatedScorer, Scored
+from oldlogits.core.source import LogprobSource
 from oldlogits.sources.aged import AgedSource
 from oldlogits.sources.arrival import ArrivalSource
 from oldlogits.sources.dedicated import DedicatedSource
 from oldlogits.sources.eager import EagerSource
 from oldlogits.sources.ewma import AveragingHandle, EwmaSource
 from oldlogits.sources.interruption import InterruptionSource
-from oldlogits.sources.nothing import NoSource
+from oldlogits.sources.none import NoSource
 from oldlogits.sources.rescore import EngineScores, RescoreSource, RescoringHandle
 from oldlogits.sources.snapshot import SnapshotSource
 

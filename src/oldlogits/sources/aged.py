@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oldlogits.core.policies import AGED, Policy, Provenance
-from oldlogits.core.protocols import BatchTokens, LogprobSource, Scored
+from oldlogits.core.scoring import BatchTokens, Scored
+from oldlogits.core.source import LogprobSource
 from oldlogits.sources.ewma import AveragingHandle
 
 MIN_AGE: Final = 0.5

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from oldlogits.core.policies import ASYNC, Policy
-from oldlogits.core.protocols import BatchTokens, LogprobSource, Scored, ScoringHandle
+from oldlogits.core.scoring import BatchTokens, Scored, ScoringHandle
+from oldlogits.core.source import LogprobSource
 
 
 class ArrivalSource(LogprobSource):

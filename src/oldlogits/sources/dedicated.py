@@ -14,12 +14,13 @@ from collections.abc import Coroutine, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from oldlogits.core.protocols import BatchTokens, DedicatedScorer, PolicyVersion, Scored, ScoringHandle, WeightUpdate
+from oldlogits.core.scoring import BatchTokens, DedicatedScorer, Scored, ScoringHandle
 from oldlogits.core.trajectory import Trajectory
-from oldlogits.sources.ahead import ScoringAhead
+from oldlogits.core.weights import PolicyVersion, WeightUpdate
+from oldlogits.sources.incremental import IncrementalSource
 
 
-class DedicatedSource(ScoringAhead):
+class DedicatedSource(IncrementalSource):
     """The scorer receives every version and keeps a window of them; a token of an older one goes to the trainer's store.
 
     Paper: "dedicated old-logit model" (three exact ways to get pi_old).

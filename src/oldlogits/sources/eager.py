@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from oldlogits.core.protocols import PolicyVersion, ScoringHandle, WeightUpdate
+from oldlogits.core.scoring import ScoringHandle
 from oldlogits.core.trajectory import Sampled
-from oldlogits.sources.ahead import ScoringAhead
+from oldlogits.core.weights import PolicyVersion, WeightUpdate
+from oldlogits.sources.incremental import IncrementalSource
 
 
-class EagerSource(ScoringAhead):
+class EagerSource(IncrementalSource):
     """The trainer scores between its calls, with one extra resident version, and the engine is never made to wait.
 
     At the version change every token of the outgoing version is known, closed turns and running ones. They are scored

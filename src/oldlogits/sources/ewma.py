@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oldlogits.core.policies import EWMA, Policy
-from oldlogits.core.protocols import BatchTokens, LogprobSource, Scored, ScoringHandle
+from oldlogits.core.scoring import BatchTokens, Scored, ScoringHandle
+from oldlogits.core.source import LogprobSource
 from oldlogits.versions import AverageScores
 
 

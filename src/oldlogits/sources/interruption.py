@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from oldlogits.core.protocols import PolicyVersion, ScoringHandle, WeightUpdate
+from oldlogits.core.scoring import ScoringHandle
 from oldlogits.core.trajectory import Sampled
-from oldlogits.sources.ahead import ScoringAhead
+from oldlogits.core.weights import PolicyVersion, WeightUpdate
+from oldlogits.sources.incremental import IncrementalSource
 
 
-class InterruptionSource(ScoringAhead):
+class InterruptionSource(IncrementalSource):
     """The engine is paused before the first optimizer step; every token of the version is scored while it is live.
 
     Paper: "partial-rollout interruption" (three exact ways to get pi_old).

@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oldlogits.core.policies import RESCORE, Policy
-from oldlogits.core.protocols import BatchTokens, LogprobSource, PolicyVersion, Scored, ScoringHandle
+from oldlogits.core.scoring import BatchTokens, Scored, ScoringHandle
+from oldlogits.core.source import LogprobSource
+from oldlogits.core.weights import PolicyVersion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

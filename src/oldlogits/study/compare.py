@@ -19,17 +19,7 @@ from oldlogits.study.cost import RouteCost
 from oldlogits.study.decision import DecisionError
 from oldlogits.study.declaration import amendments, write_down
 from oldlogits.study.pilot import best_knobs
-from oldlogits.study.plan import (
-    Cell,
-    Plan,
-    Stage,
-    cost_cells,
-    decision_cells,
-    learning_cells,
-    pilot_bands,
-    pilot_eps,
-    resolved,
-)
+from oldlogits.study.plan import Cell, Plan, Stage, cost_cells, decision_cells, learning_cells, pilot_bands, pilot_eps, resolved
 from oldlogits.study.pool import Done, Pool
 from oldlogits.study.results import Budget, LearningRun, Study, read_as
 from oldlogits.study.work import compute

@@ -18,7 +18,7 @@ from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, SOURCES, VARIANTS
 from oldlogits.record.events import Event, EventKind, read_events
 from oldlogits.record.folder import RunFolder
 from oldlogits.record.jsonl import RecordError, number
-from oldlogits.runtime.run import run
+from oldlogits.run.run import run
 from oldlogits.study.layout import DASH
 
 WARM_UP: Final = 2
@@ -117,8 +117,8 @@ def route_config(config: RunConfig, route: str) -> RunConfig:
     changed = replace(
         config,
         variant=variant,
-        source=replace(config.source, type=route, reset="none"),
-        referee=replace(config.referee, share=0.0),
+        proximal=replace(config.proximal, source=route, reset="none"),
+        audit=replace(config.audit, share=0.0),
         eval=replace(config.eval, num_episodes=0, every=0),
     )
     check(changed)
@@ -137,19 +137,19 @@ def measure_route(config: RunConfig, out: Path) -> RouteCost:
         RecordError: The run was interrupted.
         OldLogitsError: The run failed.
     """
-    if config.num_updates <= WARM_UP or config.referee.share > 0:
+    if config.num_updates <= WARM_UP or config.audit.share > 0:
         raise ConfigError(
             "the cost of a route is measured over the updates after the first two, without a referee",
-            got=f"num_updates = {config.num_updates}, referee.share = {config.referee.share}",
-            allowed=f"num_updates > {WARM_UP}, referee.share = 0",
-            fix="num_updates = 12, and remove referee.share",
+            got=f"num_updates = {config.num_updates}, audit.share = {config.audit.share}",
+            allowed=f"num_updates > {WARM_UP}, audit.share = 0",
+            fix="num_updates = 12, and remove audit.share",
         )
     result = run(config, out)
     if result.error is not None:
         raise result.error
     if result.summary.ended != "done":
         raise RecordError(
-            f"the cost of route '{config.source.type}' was not measured: its run was {result.summary.ended}",
+            f"the cost of route '{config.proximal.source}' was not measured: its run was {result.summary.ended}",
             got=f"{result.summary.num_updates} updates in {out}",
             allowed=f"{config.num_updates} updates",
             fix="measure it again in another folder",

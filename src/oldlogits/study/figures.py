@@ -8,9 +8,9 @@ from dataclasses import replace
 from statistics import median
 from typing import Final, Literal
 
-from oldlogits.record import charts
-from oldlogits.record.charts import Dot, Line, Mark, Row
-from oldlogits.record.figures import Figure
+from oldlogits.record.report import charts
+from oldlogits.record.report.charts import Dot, Line, Mark, Row
+from oldlogits.record.report.figures import Figure
 from oldlogits.study.contrasts import COLLAPSE, Axis, Contrast, MethodRow, all_contrasts, collapse_bars, mean_curve, method_rows
 from oldlogits.study.cost_tables import choices
 from oldlogits.study.decision import DecisionError

@@ -10,7 +10,7 @@ from oldlogits.config import RunConfig
 from oldlogits.core.errors import NonFiniteError
 from oldlogits.record.events import Event, EventKind, read_events
 from oldlogits.record.jsonl import number
-from oldlogits.runtime.run import run
+from oldlogits.run.run import run
 from oldlogits.study.results import LearningRun, Point
 
 

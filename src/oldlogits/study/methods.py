@@ -32,7 +32,7 @@ class Method:
     @property
     def settings(self) -> Settings:
         """All that it sets in a recipe."""
-        return {"variant": self.variant, "source.type": self.source, **self.more}
+        return {"variant": self.variant, "proximal.source": self.source, **self.more}
 
     @property
     def has_band(self) -> bool:
@@ -48,9 +48,9 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         "eager": Method(variant="decoupled_exact", source="eager"),
         "arrival": Method(variant="decoupled_async", source="arrival"),
         "ewma": Method(variant="ppo_ewma_train_infer", source="ewma"),
-        "ewma-auto": Method(variant="ppo_ewma_train_infer", source="ewma", more={"source.decay": "auto"}),
-        "ewma-reset-paper": Method(variant="ppo_ewma_train_infer", source="ewma", more={"source.reset": "paper"}),
-        "ewma-reset-guarded": Method(variant="ppo_ewma_train_infer", source="ewma", more={"source.reset": "guarded"}),
+        "ewma-auto": Method(variant="ppo_ewma_train_infer", source="ewma", more={"proximal.decay": "auto"}),
+        "ewma-reset-paper": Method(variant="ppo_ewma_train_infer", source="ewma", more={"proximal.reset": "paper"}),
+        "ewma-reset-guarded": Method(variant="ppo_ewma_train_infer", source="ewma", more={"proximal.reset": "guarded"}),
         "aged": Method(variant="aged_train_infer", source="aged"),
         "rescore": Method(variant="rescore_train_infer", source="rescore"),
         "linear": Method(variant="linear_prox", source="none"),
@@ -58,7 +58,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         "mu": Method(variant="ppo_clip_train_infer", source="none"),
         "exact-r_d-1": Method(variant="ppo_clip", source="snapshot"),
         "truncated-is": Method(variant="ppo_clip_train_infer", source="none", more={"objective.clip": "truncated"}),
-        "synchronous": Method(variant="decoupled_exact", source="snapshot", more={"runtime.window": 0, "max_staleness": 0}),
+        "synchronous": Method(variant="decoupled_exact", source="snapshot", more={"lockstep.max_lag": 0, "max_staleness": 0}),
     }
 )
 """Method by name. The exact routes train alike and differ in cost; the last two are baselines: no clip, no staleness."""

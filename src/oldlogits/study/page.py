@@ -10,9 +10,9 @@ from pathlib import Path
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
-from oldlogits.record.figures import Figure
 from oldlogits.record.folder import write_atomic
-from oldlogits.record.report import Card
+from oldlogits.record.report.figures import Figure
+from oldlogits.record.report.page import Card
 from oldlogits.study.completeness import missing
 from oldlogits.study.contrasts import COLLAPSE, all_contrasts, collapse_bars
 from oldlogits.study.figures import cost_figures, decision_figures, decision_legend, learning_figures
@@ -64,7 +64,7 @@ def origin(study: Study) -> str:
 
 def _environment() -> Environment:
     return Environment(
-        loader=ChoiceLoader([PackageLoader("oldlogits.study"), PackageLoader("oldlogits.record")]),
+        loader=ChoiceLoader([PackageLoader("oldlogits.study"), PackageLoader("oldlogits.record.report")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -163,7 +163,7 @@ class Cell:
     def label(self) -> str:
         """For a person who waits for it."""
         c = self.config
-        words = [self.regime or f"{c.engine.numerics} {c.runtime.lag} W {c.window}", self.method, f"band {c.band:g}"]
+        words = [self.regime or f"{c.engine.precision} {c.lockstep.lag} W {c.window}", self.method, f"band {c.band:g}"]
         return f"{self.stage}: " + ", ".join([*words, f"seed {c.seed}"])
 
 
@@ -243,12 +243,12 @@ def decision_cells(plan: Plan) -> Iterator[Cell]:
             for lag in d.lags:
                 for engine in d.engines:
                     settings: dict[str, object] = {
-                        "runtime.lag": lag,
-                        "runtime.window": window,
+                        "lockstep.lag": lag,
+                        "lockstep.max_lag": window,
                         "max_staleness": window,
-                        "engine.numerics": engine,
+                        "engine.precision": engine,
                         "num_updates": window + d.num_updates_beyond_window,
-                        "referee.share": 1.0,
+                        "audit.share": 1.0,
                         "seed": d.first_seed + trace,
                     }
                     config = _config(plan.base, [d.settings, find_method(driver).settings, settings])

@@ -22,25 +22,26 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
+from oldlogits.backends.lockstep import open_lockstep
 from oldlogits.batch import TokenBatch
 from oldlogits.config import RunConfig
-from oldlogits.config.schema import RecordConfig, SourceConfig
+from oldlogits.config.schema import ProximalConfig, RecordConfig
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.protocols import FullWeights, Scored
-from oldlogits.policy.model import load_model, point_at
-from oldlogits.policy.scorer import ForwardSizes, score_tokens
-from oldlogits.runtime.handles import CallingTrainer, Handles
-from oldlogits.runtime.lockstep import open_lockstep
-from oldlogits.runtime.run import run
+from oldlogits.core.scoring import Scored
+from oldlogits.core.weights import FullWeights
+from oldlogits.loop.backend import Backend, TrainerClient
+from oldlogits.models.load import load_model, point_at
+from oldlogits.models.scorer import ForwardSizes, score_tokens
+from oldlogits.run.run import run
 from oldlogits.sources.aged import aged_logp
 from oldlogits.train.average import Averaging
-from oldlogits.train.reports import Published
+from oldlogits.train.reports import PublishedVersion
 from oldlogits.train.step import UpdateResult
 from oldlogits.versions import FullCopyStore
 
-Decay = Literal["window", "mean-lag", "auto"]
+Decay = Literal["max-lag", "mean-lag", "auto"]
 
-AVERAGES: Final[Mapping[str, Decay]] = {"ewma": "window", "ewma-mean-lag": "mean-lag", "ewma-auto": "auto"}
+AVERAGES: Final[Mapping[str, Decay]] = {"ewma": "max-lag", "ewma-mean-lag": "mean-lag", "ewma-auto": "auto"}
 """The averages of the panel by the stand-in that they are, and how each chooses its beta; none is ever reset."""
 
 _KEY: Final = b"oldlogits.trace"
@@ -93,7 +94,7 @@ def record_trace(config: RunConfig, out: Path, num_scored: int) -> pa.Table:
         One row per loss token, with a `TraceInfo` in the metadata: ``update`` (the trainer's version before its steps),
         ``staleness``, ``step`` (the optimizer step that trained it), ``advantage``, and float32 log-probs: ``logp_mu``,
         ``logp_old``, ``logp_async``, ``logp_theta`` (in the forward pass that trained it), ``logp_ewma``,
-        ``logp_ewma-mean-lag``, ``logp_ewma-auto``, ``logp_aged`` (from the average of decay "window"), ``logp_rescore``,
+        ``logp_ewma-mean-lag``, ``logp_ewma-auto``, ``logp_aged`` (from the average of decay "max-lag"), ``logp_rescore``,
         and ``logp_stand_in``, which the run trained with.
 
     Raises:
@@ -112,7 +113,7 @@ def record_trace(config: RunConfig, out: Path, num_scored: int) -> pa.Table:
     tracers: list[Tracer] = []
 
     @asynccontextmanager
-    async def open_traced(config: RunConfig, folder: Path, probe_ids: Sequence[int], seed: int) -> AsyncIterator[Handles]:
+    async def open_traced(config: RunConfig, folder: Path, probe_ids: Sequence[int], seed: int) -> AsyncIterator[Backend]:
         async with open_lockstep(config, folder, probe_ids, seed) as handles:
             tracers.append(Tracer(handles.trainer, config, folder, num_scored))
             yield replace(handles, trainer=tracers[0])
@@ -125,7 +126,7 @@ def record_trace(config: RunConfig, out: Path, num_scored: int) -> pa.Table:
     return tracers[0].table()
 
 
-class Tracer(CallingTrainer):
+class Tracer(TrainerClient):
     """The driver's trainer, and beside it the panel that scores what it trains.
 
     Args:
@@ -135,7 +136,7 @@ class Tracer(CallingTrainer):
         num_scored: The last updates to record.
     """
 
-    def __init__(self, trainer: CallingTrainer, config: RunConfig, model_folder: Path, num_scored: int) -> None:
+    def __init__(self, trainer: TrainerClient, config: RunConfig, model_folder: Path, num_scored: int) -> None:
         super().__init__(trainer.carry_out)
         self._config, self._first = config, config.num_updates - num_scored
         self._module = load_model(model_folder).requires_grad_(False)
@@ -153,16 +154,16 @@ class Tracer(CallingTrainer):
         config = self._config
         info = TraceInfo(
             variant=config.variant,
-            source=config.source.type,
+            source=config.proximal.source,
             window=config.window,
-            lag=config.runtime.lag,
-            engine=config.engine.numerics,
+            lag=config.lockstep.lag,
+            engine=config.engine.precision,
             seed=config.seed,
             beta={name: float(np.mean([betas[name] for betas in self._scored_betas])) for name in AVERAGES},
         )
         return info.on(pa.concat_tables(self._tables))
 
-    async def publish(self) -> Published:
+    async def publish(self) -> PublishedVersion:
         """Publish; the panel takes the version in."""
         published = await super().publish()
         self._version = published.version
@@ -172,8 +173,8 @@ class Tracer(CallingTrainer):
         self._store.retain(published.version - self._config.window)
         for name, decay in AVERAGES.items():
             if name not in self._averages:
-                source = SourceConfig(type="ewma", decay=decay)
-                self._averages[name] = Averaging(replace(self._config, source=source), weights)
+                proximal = ProximalConfig(source="ewma", decay=decay)
+                self._averages[name] = Averaging(replace(self._config, proximal=proximal), weights)
                 self._betas[name] = 0.0
             elif self._last is not None:
                 counts, metrics = self._last.staleness_counts, self._last.metrics

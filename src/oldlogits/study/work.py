@@ -45,7 +45,7 @@ def _decide(cell: Cell, folder: Path) -> Sequence[Plain]:
         eps_low=o.eps_low,
         eps_high=o.eps_high,
         dual_clip=None if math.isinf(o.dual_clip) else o.dual_clip,
-        weight_mu=o.weight_mu,
+        weight_mu=o.interpolation_mu,
     )
     return [_plain(error) for error in errors]
 

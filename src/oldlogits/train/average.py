@@ -18,7 +18,7 @@ from torch import Tensor
 
 from oldlogits.config import RunConfig
 from oldlogits.core.errors import RunFolderError
-from oldlogits.core.protocols import PolicyVersion
+from oldlogits.core.weights import PolicyVersion
 from oldlogits.versions import WeightAverage, best_beta, growth_exponent, mean_lag_beta, window_beta
 
 AVERAGING_SOURCES: Final = frozenset({"ewma", "aged"})
@@ -114,31 +114,31 @@ class Averaging:
 
     def _choose_beta(self) -> dict[str, float]:
         """The beta for the next version, and what it was chosen from, as metrics."""
-        source, lags = self._config.source, np.sum(self._lags, axis=0)
-        if source.decay == "fixed":
-            return {"average/beta": source.beta}
-        if source.decay == "window":
+        proximal, lags = self._config.proximal, np.sum(self._lags, axis=0)
+        if proximal.decay == "fixed":
+            return {"average/beta": proximal.beta}
+        if proximal.decay == "max-lag":
             return {"average/beta": window_beta(self._config.window)}
-        if source.decay == "mean-lag":
+        if proximal.decay == "mean-lag":
             return {"average/beta": mean_lag_beta(lags)}
         exponent = growth_exponent(np.array(list(self._probes.values()), np.float64), max(2, self._config.window))
         return {"average/beta": best_beta(lags, exponent), "average/exponent": exponent}
 
     def _reset(self, version: PolicyVersion, metrics: Mapping[str, float]) -> AverageReset | None:
         """The paper's rule, ``rho < tau``; guarded: and the live weights would keep more, and none came of late."""
-        source = self._config.source
-        if source.reset == "none":
+        proximal = self._config.proximal
+        if proximal.reset == "none":
             return None
         found = AverageReset(
-            rule=source.reset,
+            rule=proximal.reset,
             rho=metrics["mask/rho"],
-            tau=source.tau,
+            tau=proximal.reset_below,
             kept_average=metrics["mask/rho_band_first"],
             kept_live=metrics["mask/rho_band_live"],
             age=self.average.age,
         )
         guard_holds = found.kept_live > found.kept_average and version >= self._no_reset_before
-        return found if found.rho < found.tau and (source.reset == "paper" or guard_holds) else None
+        return found if found.rho < found.tau and (proximal.reset == "paper" or guard_holds) else None
 
     def state(self) -> dict[str, Tensor]:
         """Everything that `load` needs, but for the averaged weights themselves."""
@@ -160,7 +160,7 @@ class Averaging:
             raise RunFolderError(
                 "the checkpoint has no weight average",
                 got="a state without one",
-                allowed=f"a checkpoint of a run with source.type = {' or '.join(sorted(AVERAGING_SOURCES))}",
+                allowed=f"a checkpoint of a run with proximal.source = {' or '.join(sorted(AVERAGING_SOURCES))}",
                 fix="resume with the recipe that the run was started with",
             )
         self.average.load(weights, state["counters"])

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from oldlogits.core.errors import RunFolderError
-from oldlogits.policy.ranks import ALONE, Ranks
-from oldlogits.policy.sharding import as_slice_of
+from oldlogits.models.ranks import ALONE, Ranks
+from oldlogits.models.sharding import as_slice_of
 
 
 def write_state(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks = ALONE) -> None:

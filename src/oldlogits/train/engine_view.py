@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from oldlogits.policy.model import named_weights
-from oldlogits.policy.ranks import ALONE, Ranks
-from oldlogits.policy.sharding import place_model
-from oldlogits.rollout.numerics import Numerics, round_linear, round_other, round_rows_to_e4m3
-from oldlogits.train.policy import plain_copy, plain_weights
+from oldlogits.engines.embedded.numerics import Numerics, round_linear, round_other, round_rows_to_e4m3
+from oldlogits.models.load import named_weights
+from oldlogits.models.ranks import ALONE, Ranks
+from oldlogits.models.sharding import place_model
+from oldlogits.train.load import plain_copy, plain_weights
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from oldlogits.batch import TokenBatch
 from oldlogits.core.policies import MU, Policy
-from oldlogits.core.protocols import Scored
-from oldlogits.policy.ranks import Ranks
+from oldlogits.core.scoring import Scored
+from oldlogits.models.ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

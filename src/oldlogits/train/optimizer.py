@@ -78,10 +78,10 @@ class Optimizer:
 def _schedule(config: RunConfig) -> Callable[[int], float]:
     """The learning rate as a share of `trainer.lr`, by optimizer steps done: linear warm-up times linear decay."""
     t = config.trainer
-    total = config.num_updates * t.steps_per_version
+    total = config.num_updates * t.minibatches_per_update
 
     def share(done: int) -> float:
-        decay = 1 - (1 - t.final_lr_share) * min(1.0, done / max(1, total - 1))
+        decay = 1 - (1 - t.min_lr_ratio) * min(1.0, done / max(1, total - 1))
         return min(1.0, (done + 1) / (t.warmup_steps + 1)) * decay
 
     return share

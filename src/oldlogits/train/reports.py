@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from oldlogits.core.protocols import PolicyVersion, Publication, WeightUpdate
+from oldlogits.core.weights import PolicyVersion, StoreReceipt, WeightUpdate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Published:
+class PublishedVersion:
     """A version that was just published.
 
     Args:
@@ -33,7 +33,7 @@ class Published:
     is_routed: bool
     store_bytes: int
     store_s: float
-    publication: Publication | None
+    publication: StoreReceipt | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +72,7 @@ class ScoringWork:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Witnesses:
+class ConsistencyErrors:
     """Largest errors of the witnesses of exactness so far, in nats; NaN before the first.
 
     Args:

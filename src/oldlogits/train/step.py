@@ -23,8 +23,11 @@ from transformers import PreTrainedModel
 from oldlogits.batch import Dealt, TokenBatch, deal
 from oldlogits.config import RunConfig
 from oldlogits.core.errors import MissingLogprobError, NonFiniteError
-from oldlogits.core.policies import LINEAR, LOGLINEAR, MU, OLD, STAND_IN_PROVENANCE, THETA, Policy, Provenance, find_variant
-from oldlogits.core.protocols import Scored
+from oldlogits.core.policies import LINEAR, LOGLINEAR, MU, OLD, PROXIMAL_PROVENANCE, THETA, Policy, Provenance, find_variant
+from oldlogits.core.scoring import Scored
+from oldlogits.models.ranks import ALONE, Ranks
+from oldlogits.models.scorer import ForwardSizes, action_logps, score_tokens
+from oldlogits.models.sharding import whole
 from oldlogits.objective import (
     SplitRatio,
     Surrogate,
@@ -40,13 +43,10 @@ from oldlogits.objective import (
     token_weights,
     weighted_loss,
 )
-from oldlogits.policy.ranks import ALONE, Ranks
-from oldlogits.policy.scorer import ForwardSizes, action_logps, score_tokens
-from oldlogits.policy.sharding import whole
 from oldlogits.train.average import AverageReset
+from oldlogits.train.consistency import CONSISTENCY_TOLERANCE, check_consistency, is_routed, judged_error, num_excused
 from oldlogits.train.loss_tokens import LossTokens, Seen
 from oldlogits.train.optimizer import Optimizer
-from oldlogits.train.witness import WITNESS_TOLERANCE, check_witness, is_routed, judged_error, num_excused
 
 Column = NDArray[np.generic]
 
@@ -86,7 +86,7 @@ def update(
     config: RunConfig,
     ranks: Ranks = ALONE,
 ) -> UpdateResult:
-    """Train one batch in ``trainer.steps_per_version`` optimizer steps.
+    """Train one batch in ``trainer.minibatches_per_update`` optimizer steps.
 
     Args:
         model: Holds the live weights THETA.
@@ -115,10 +115,10 @@ def update(
     there, seen = tokens.to(model.device), Seen.empty(len(tokens.flat), model.device)
     losses, norms, lag0 = [], [], math.nan
     lag0_above: Mapping[str, float] = {}
-    for step in range(config.trainer.steps_per_version):
+    for step in range(config.trainer.minibatches_per_update):
         optimizer.zero_grad()
         losses.append(_accumulate(model, batch, there, step, seen, config, ranks))
-        norms.append(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.trainer.grad_clip)))
+        norms.append(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.trainer.max_grad_norm)))
         if step == 0 and variant.stand_in is OLD:
             lag0, lag0_above = _witness_lag0(model, tokens, seen.cpu(), torch.from_numpy(batch.mixed_kv[tokens.flat]))
         _check_finite(losses[-1], norms[-1], version, step)
@@ -154,8 +154,8 @@ def recipe_surrogate(split: SplitRatio, advantages: Tensor, loss_mask: Tensor, c
         eps_low=objective.eps_low,
         eps_high=objective.eps_high,
         dual_clip=None if math.isinf(objective.dual_clip) else objective.dual_clip,
-        discrepancy=objective.discrepancy,
-        truncation=objective.truncation if objective.clip == "truncated" else None,
+        discrepancy=objective.mismatch_correction,
+        truncation=objective.is_cap if objective.clip == "truncated" else None,
     )
 
 
@@ -214,7 +214,7 @@ def _step_weights(
     """Each token's share of the loss of its optimizer step; 0 for tokens of other steps."""
     objective, variant = config.objective, find_variant(config.variant)
     kept = chosen
-    if objective.denominator == "token-mean-kept":
+    if objective.loss_aggregation == "token-mean-kept":
         logp = dict(tokens.logp)
         if variant.stand_in in INTERPOLATE and not variant.r_d.is_one:
             theta = torch.zeros(len(tokens.flat), device=chosen.device)
@@ -226,18 +226,18 @@ def _step_weights(
         kept = kept_mask(log_discrepancy(variant, logp), chosen, config.band)
     return token_weights(
         chosen,
-        mode=objective.denominator,
+        mode=objective.loss_aggregation,
         sequence_index=tokens.sequence,
         num_sequences=batch.num_sequences,
         kept_mask=kept,
-        constant=objective.denominator_tokens,
+        constant=objective.loss_aggregation_tokens,
     )
 
 
 def _interpolate(stand_in: Policy, logp_mu: Tensor, theta: Tensor, staleness: Tensor, config: RunConfig) -> Tensor:
     """The interpolated stand-in, under the recipe's weight on MU or that of each token's staleness."""
     objective = config.objective
-    weight_mu = a3po_weight_mu(staleness) if objective.weight_mu_schedule == "a3po" else objective.weight_mu
+    weight_mu = a3po_weight_mu(staleness) if objective.interpolation_schedule == "a3po" else objective.interpolation_mu
     return INTERPOLATE[stand_in](logp_mu, theta, weight_mu)
 
 
@@ -249,12 +249,12 @@ def _witness_lag0(
     Returns:
         The largest difference in nats, NaN for none, and the metrics of a mixture of experts.
     """
-    witnesses = (tokens.step == 0) & (tokens.staleness == 0) & ~mixed_kv
-    errors = seen.log_r_s[witnesses].abs().numpy()
+    consistency = (tokens.step == 0) & (tokens.staleness == 0) & ~mixed_kv
+    errors = seen.log_r_s[consistency].abs().numpy()
     routed = is_routed(model)
-    excused = num_excused(tokens.sequence[witnesses].numpy(), routed=routed)
-    check_witness(judged_error(errors, excused), "OLD of lag-0 tokens", "THETA before the first optimizer step")
-    above = {"witness/num_lag0_above": float(np.count_nonzero(errors > WITNESS_TOLERANCE))} if routed else {}
+    excused = num_excused(tokens.sequence[consistency].numpy(), routed=routed)
+    check_consistency(judged_error(errors, excused), "OLD of lag-0 tokens", "THETA before the first optimizer step")
+    above = {"witness/num_lag0_above": float(np.count_nonzero(errors > CONSISTENCY_TOLERANCE))} if routed else {}
     return judged_error(errors, 0), above
 
 
@@ -296,7 +296,7 @@ def _band_shares(tokens: LossTokens, seen: Seen, band: float) -> dict[str, float
 
 def _num_truncated(seen: Seen, config: RunConfig) -> int:
     """Finite loss tokens whose r_s exceeds the truncation; 0 where the clip is PPO's."""
-    truncation = config.objective.truncation if config.objective.clip == "truncated" else math.inf
+    truncation = config.objective.is_cap if config.objective.clip == "truncated" else math.inf
     return int((seen.clip_mask & (seen.log_r_s > math.log(truncation))).sum())
 
 
@@ -309,7 +309,7 @@ def _label(stand_in: Policy, scored: Scored | None) -> Provenance:
     """How the stand-in's values were obtained, where keys and values were fresh."""
     if scored is not None and scored.policy is stand_in and scored.provenance is not None:
         return scored.provenance
-    return STAND_IN_PROVENANCE[stand_in]
+    return PROXIMAL_PROVENANCE[stand_in]
 
 
 def _provenance(mixed_kv: NDArray[np.bool_], stand_in: Policy, label: Provenance) -> dict[str, int]:

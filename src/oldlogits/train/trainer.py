@@ -28,32 +28,33 @@ from oldlogits.batch import Sequences, TokenBatch, pack, read_lengths
 from oldlogits.config import RunConfig
 from oldlogits.core.errors import RunFolderError, VersionEvictedError
 from oldlogits.core.policies import SOURCES
-from oldlogits.core.protocols import FullWeights, Piece, PolicyVersion, Scored, ScoredPieces
-from oldlogits.policy.device import find_device
-from oldlogits.policy.forward import FORWARD_DTYPES, round_at_use
-from oldlogits.policy.lora import write_adapters
-from oldlogits.policy.mixed import MixedForward
-from oldlogits.policy.model import (
-    load_tokenizer,
-    local,
-    named_weights,
-    point_at,
-    recompute_layers,
-    write_model,
-)
-from oldlogits.policy.ranks import ALONE, Ranks
-from oldlogits.policy.scorer import ForwardSizes, score_tokens
-from oldlogits.policy.sharding import place_model, whole_weights
+from oldlogits.core.scoring import Scored, ScoredSpans, ScoringSpan
+from oldlogits.core.weights import FullWeights, PolicyVersion
+from oldlogits.models.device import find_device
+from oldlogits.models.forward import FORWARD_DTYPES, round_at_use
+from oldlogits.models.load import load_tokenizer, local, named_weights, point_at, recompute_layers, write_model
+from oldlogits.models.lora import write_adapters
+from oldlogits.models.mixed_kv import MixedForward
+from oldlogits.models.ranks import ALONE, Ranks
+from oldlogits.models.scorer import ForwardSizes, score_tokens
+from oldlogits.models.sharding import place_model, whole_weights
 from oldlogits.sources import EngineScores
 from oldlogits.train.average import AVERAGING_SOURCES, Averaging
 from oldlogits.train.checkpoint import of_kind, read_state, sliced, write_state
+from oldlogits.train.consistency import (
+    CONSISTENCY_TOLERANCE,
+    OTHER_DEVICE_TOLERANCE,
+    check_consistency,
+    is_routed,
+    max_error,
+    probe_of,
+)
 from oldlogits.train.engine_view import EngineView
-from oldlogits.train.held_versions import HeldVersions, shards_of
+from oldlogits.train.load import folder_weights, load_policy, share_base
 from oldlogits.train.optimizer import Optimizer
-from oldlogits.train.policy import folder_weights, load_policy, share_base
-from oldlogits.train.reports import Published, ScoringWork, Witnesses
+from oldlogits.train.reports import ConsistencyErrors, PublishedVersion, ScoringWork
 from oldlogits.train.step import UpdateResult, update
-from oldlogits.train.witness import OTHER_DEVICE_TOLERANCE, WITNESS_TOLERANCE, check_witness, is_routed, max_error, probe_of
+from oldlogits.train.trainer_store import TrainerVersionStore, shards_of
 from oldlogits.versions import AverageScores
 
 
@@ -82,13 +83,15 @@ class Trainer:
         self._ranks = ranks
         self._dtype = FORWARD_DTYPES[config.model.forward_dtype]
         self._build_modules()
-        stores_versions = SOURCES[config.source.type].stores_versions or config.referee.share > 0
-        sends_patches = config.runtime.type != "lockstep" and config.versions.sync == "auto"
+        stores_versions = SOURCES[config.proximal.source].stores_versions or config.audit.share > 0
+        sends_patches = config.runtime.type != "lockstep" and config.engine.weight_sync == "auto"
         shards = shards_of(self._model, ranks)
         self._held = (
-            HeldVersions(config.versions, self._dtype, shards, ranks, sends_patches=sends_patches) if stores_versions else None
+            TrainerVersionStore(config.versions, self._dtype, shards, ranks, sends_patches=sends_patches)
+            if stores_versions
+            else None
         )
-        averages = config.source.type in AVERAGING_SOURCES
+        averages = config.proximal.source in AVERAGING_SOURCES
         self._averaging = Averaging(config, named_weights(self._model)) if averages else None
         self._engine_noise: dict[PolicyVersion, NDArray[np.float32]] = {}
         self._probe = probe_of(probe_ids)
@@ -99,7 +102,7 @@ class Trainer:
         self._batch: TokenBatch | None = None
         self._scored: Scored | None = None
         self.version: PolicyVersion = 0
-        self.witnesses = Witnesses()
+        self.consistency = ConsistencyErrors()
         self.work = ScoringWork()
 
     def _build_modules(self) -> None:
@@ -107,7 +110,7 @@ class Trainer:
         config = self._config
         self._scoring = copy.deepcopy(self._model).requires_grad_(False)
         point_at(self._scoring, {name: weight.to(self._dtype) for name, weight in named_weights(self._model).items()})
-        numerics = config.engine.numerics
+        numerics = config.engine.precision
         scale = config.model.adapter_scale
         self._engine_view = None if numerics == "fp32" else EngineView(self._model, numerics, self._dtype, scale, self._ranks)
         if config.trainer.activation_checkpointing:
@@ -128,7 +131,7 @@ class Trainer:
         """The versions that its store holds, ascending; none where the source needs none."""
         return self._held.store.versions if self._held is not None else ()
 
-    def publish(self) -> Published:
+    def publish(self) -> PublishedVersion:
         """Store the live weights as the current version, and let them witness it."""
         weights = named_weights(self._model)
         started = time.perf_counter()
@@ -143,7 +146,7 @@ class Trainer:
             self._engine_view.hold(self._model)
         engine_probe_logps = self._score_with(self._engine_model(), *self._probe)
         self._note_noise(engine_probe_logps - probe_logps)
-        return Published(
+        return PublishedVersion(
             version=self.version,
             update=update,
             probe_logps=probe_logps,
@@ -197,7 +200,7 @@ class Trainer:
                 forward.score(version)
         return forward.logps, forward.computed_at
 
-    def score_pieces(self, pieces: Sequence[Piece], at: PolicyVersion) -> ScoredPieces:
+    def score_spans(self, pieces: Sequence[ScoringSpan], at: PolicyVersion) -> ScoredSpans:
         """Log-probs of pieces of any trajectories at a stored version, or at the live one.
 
         Raises:
@@ -208,7 +211,7 @@ class Trainer:
         with self._scoring_at(at):
             values = self._read(self._scoring, *pack(pieces))
         work = self.work - before
-        return ScoredPieces(
+        return ScoredSpans(
             values=values, seconds_s=time.perf_counter() - started, switch_s=work.switch_s, witness_s=work.witness_s
         )
 
@@ -313,7 +316,7 @@ class Trainer:
             state.mkdir(parents=True, exist_ok=True)
             logps = self._probe_logps.get(self.version, np.empty(0)).tolist()
             counters = {"version": self.version, "schedule_steps": self._optimizer.num_steps, "probe_logps": logps}
-            counters |= asdict(self.witnesses) | {"device": self._ranks.device.type}
+            counters |= asdict(self.consistency) | {"device": self._ranks.device.type}
             (state / "trainer.json").write_text(json.dumps(counters, indent=1))
         self._ranks.gather(None)  # the folder is there
         write_state(state, self._state(), self._ranks)
@@ -342,9 +345,9 @@ class Trainer:
         self._optimizer.load(state, counters.pop("schedule_steps"))
         self.version = counters.pop("version")
         same_device = counters.pop("device", self._ranks.device.type) == self._ranks.device.type
-        tolerance = WITNESS_TOLERANCE if same_device else OTHER_DEVICE_TOLERANCE
+        tolerance = CONSISTENCY_TOLERANCE if same_device else OTHER_DEVICE_TOLERANCE
         self._witness_restored(np.array(counters.pop("probe_logps"), np.float32), tolerance)
-        self.witnesses = Witnesses(**counters)
+        self.consistency = ConsistencyErrors(**counters)
         if self._averaging is not None:
             weights = {name: local(weight) for name, weight in of_kind("averaged", state).items()}
             self._averaging.load(of_kind("averaging", state), weights)
@@ -412,17 +415,21 @@ class Trainer:
         started = time.perf_counter()
         error = max_error(self._score_with(self._scoring, *self._probe), self._probe_logps[version])
         self.work += ScoringWork(witness_s=time.perf_counter() - started)
-        worst = np.fmax(self.witnesses.publish_max_abs_error, error)
-        self.witnesses = Witnesses(publish_max_abs_error=float(worst), lag0_max_abs_error=self.witnesses.lag0_max_abs_error)
-        check_witness(error, f"the checkout of version {version}", "the live weights at its publish")
+        worst = np.fmax(self.consistency.publish_max_abs_error, error)
+        self.consistency = ConsistencyErrors(
+            publish_max_abs_error=float(worst), lag0_max_abs_error=self.consistency.lag0_max_abs_error
+        )
+        check_consistency(error, f"the checkout of version {version}", "the live weights at its publish")
 
     def _witness_restored(self, published: NDArray[np.float32], tolerance: float) -> None:
         """Witness (c): what was restored gives the probe tokens what the version gave them: the adapters' base is the same."""
         if len(published):
             point_at(self._scoring, named_weights(self._model))
             error = max_error(self._score_with(self._scoring, *self._probe), published)
-            check_witness(error, f"the restored version {self.version}", "the live weights at its publish", tolerance)
+            check_consistency(error, f"the restored version {self.version}", "the live weights at its publish", tolerance)
 
     def _witness_lag0(self, error: float) -> None:
-        worst = np.fmax(self.witnesses.lag0_max_abs_error, error)
-        self.witnesses = Witnesses(publish_max_abs_error=self.witnesses.publish_max_abs_error, lag0_max_abs_error=float(worst))
+        worst = np.fmax(self.consistency.lag0_max_abs_error, error)
+        self.consistency = ConsistencyErrors(
+            publish_max_abs_error=self.consistency.publish_max_abs_error, lag0_max_abs_error=float(worst)
+        )

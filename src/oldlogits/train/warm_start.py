@@ -29,10 +29,10 @@ from oldlogits.envs.desk_clerk import Clerk, ErrorRates, demonstrator
 from oldlogits.envs.desk_data import WORDS, DeskRow
 from oldlogits.envs.desk_long import LongOrderDesk
 from oldlogits.envs.shape import Malformed, ToolCall, bind, parse_plain, render_result, tool_names, tool_schemas, write_hermes
-from oldlogits.policy.cache import cache_folder, cached
-from oldlogits.policy.chat import ChatFormat, Message
-from oldlogits.policy.model import load_model, load_tokenizer
-from oldlogits.policy.tiny import TinyMoeSize, TinySize, save_tiny, tiny_model, tiny_tokenizer
+from oldlogits.models.cache import cache_folder, cached
+from oldlogits.models.chat import ChatFormat, Message
+from oldlogits.models.load import load_model, load_tokenizer
+from oldlogits.models.tiny import TinyMoeSize, TinySize, save_tiny, tiny_model, tiny_tokenizer
 
 _NUM_HASHED: Final = 64
 """Demonstrations that enter the cache key: a change of desk, demonstrators, tokenizer or template changes them."""
@@ -65,10 +65,10 @@ class WarmStartSpec:
         steps: Optimizer steps; 0 leaves the weights as they are initialised.
         batch_size: Demonstrations a step; none is used twice.
         lr: Peak learning rate of AdamW.
-        final_lr_share: Learning rate at the end of the cosine, as a share of the peak.
+        min_lr_ratio: Learning rate at the end of the cosine, as a share of the peak.
         warmup_steps: Steps over which the learning rate rises.
         beta2: AdamW's second-moment decay.
-        grad_clip: Largest norm of the gradient.
+        max_grad_norm: Largest norm of the gradient.
         size: The model's size.
         errors: How the demonstrators err.
         desk: Makes the rows that they serve.
@@ -80,10 +80,10 @@ class WarmStartSpec:
     steps: int = 600
     batch_size: int = 16
     lr: float = 3e-3
-    final_lr_share: float = 0.1
+    min_lr_ratio: float = 0.1
     warmup_steps: int = 40
     beta2: float = 0.98
-    grad_clip: float = 1.0
+    max_grad_norm: float = 1.0
     size: TinySize = field(default_factory=TinySize)
     errors: ErrorRates = MIXTURE
     desk: type[OrderDesk] = OrderDesk
@@ -211,7 +211,7 @@ def imitate(model: PreTrainedModel, spec: WarmStartSpec, chat: ChatFormat, progr
             loss = imitation_loss(model, batch)
             optimizer.zero_grad()
             torch.autograd.backward(loss)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), spec.grad_clip)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), spec.max_grad_norm)
             optimizer.step()
             progress(step + 1, loss.item())
     finally:
@@ -222,7 +222,7 @@ def imitate(model: PreTrainedModel, spec: WarmStartSpec, chat: ChatFormat, progr
 def _learning_rate(spec: WarmStartSpec, step: int) -> float:
     """Linear warm-up times a cosine from the peak to its final share."""
     cosine = (1 + math.cos(math.pi * step / spec.steps)) / 2
-    return spec.lr * min(1.0, (step + 1) / spec.warmup_steps) * (spec.final_lr_share + (1 - spec.final_lr_share) * cosine)
+    return spec.lr * min(1.0, (step + 1) / spec.warmup_steps) * (spec.min_lr_ratio + (1 - spec.min_lr_ratio) * cosine)
 
 
 def imitation_loss(model: PreTrainedModel, batch: list[Demonstration]) -> Tensor:

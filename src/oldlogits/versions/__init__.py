@@ -1,14 +1,14 @@
 """Exact versions of the forward weights, and their average."""
 
-from oldlogits.versions.codec import apply, encode
 from oldlogits.versions.decay import best_beta, growth_exponent, mean_lag_beta, window_beta
 from oldlogits.versions.ewma import AverageScores, WeightAverage
-from oldlogits.versions.fastpath import fast_path
-from oldlogits.versions.flat import FlatWeights
 from oldlogits.versions.full_copies import FullCopyStore
 from oldlogits.versions.host_copy import HostCopy
-from oldlogits.versions.layout import Entry, Layout, Shard
-from oldlogits.versions.patch import Patch, concatenate
+from oldlogits.versions.patches.codec import apply, encode
+from oldlogits.versions.patches.flat import FlatWeights
+from oldlogits.versions.patches.kernel_choice import fast_path
+from oldlogits.versions.patches.layout import Entry, Layout, Shard
+from oldlogits.versions.patches.patch import Patch, concatenate
 from oldlogits.versions.store import PatchStore
 
 __all__ = [

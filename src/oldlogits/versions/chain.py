@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from oldlogits.core.errors import PatchError
-from oldlogits.core.protocols import PolicyVersion
-from oldlogits.versions.log import Record, VersionLog
-from oldlogits.versions.patch import Patch
-from oldlogits.versions.records import Step, read_step
+from oldlogits.core.weights import PolicyVersion
+from oldlogits.versions.disk.log import Record, VersionLog
+from oldlogits.versions.disk.records import Step, read_step
+from oldlogits.versions.patches.patch import Patch
 
 
 @dataclass(slots=True, kw_only=True)

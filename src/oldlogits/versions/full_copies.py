@@ -10,9 +10,9 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from oldlogits.core.protocols import PolicyVersion, Publication
-from oldlogits.versions.flat import same_bits
-from oldlogits.versions.window import Window, check_ascends, check_held, published_twice
+from oldlogits.core.weights import PolicyVersion, StoreReceipt
+from oldlogits.versions.patches.flat import same_bits
+from oldlogits.versions.retention import Window, check_ascends, check_held, published_twice
 
 
 class FullCopyStore:
@@ -37,7 +37,7 @@ class FullCopyStore:
         with self._lock:
             return sum(t.nbytes for copy in self._copies.values() for t in copy.values())
 
-    def publish(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> Publication:
+    def publish(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> StoreReceipt:
         """Store a copy of `weights` as `version`; the newest version may be published again.
 
         Raises:
@@ -52,7 +52,7 @@ class FullCopyStore:
                 raise published_twice(version)
             self._copies[version] = copy
             self._drop()
-            return Publication(
+            return StoreReceipt(
                 version=version,
                 stored_bytes=num_bytes,
                 full_bytes=num_bytes,

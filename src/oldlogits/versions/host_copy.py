@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from oldlogits.core.errors import ExactnessError, LayoutError, PatchError
-from oldlogits.core.protocols import PolicyVersion
-from oldlogits.versions.codec import apply
-from oldlogits.versions.flat import FlatWeights
-from oldlogits.versions.layout import ALIGNMENT, Layout
-from oldlogits.versions.patch import Patch, receiver_behind
+from oldlogits.core.weights import PolicyVersion
+from oldlogits.versions.patches.codec import apply
+from oldlogits.versions.patches.flat import FlatWeights
+from oldlogits.versions.patches.layout import ALIGNMENT, Layout
+from oldlogits.versions.patches.patch import Patch, receiver_behind
 
 LOCK_S: Final = 10.0
 """How long to wait for the other side: a process that was stopped within a read or a write must not stop the rest."""

@@ -22,17 +22,17 @@ import torch
 from torch import Tensor
 
 from oldlogits.core.errors import ExactnessError, LayoutError, PatchError, StoreUseError
-from oldlogits.core.protocols import PatchWeights, PolicyVersion, Publication
+from oldlogits.core.weights import PatchWeights, PolicyVersion, StoreReceipt
 from oldlogits.versions.budget import Budget, StoreCounts
 from oldlogits.versions.chain import Chain, Link
-from oldlogits.versions.disk import Disk
-from oldlogits.versions.flat import FlatWeights
-from oldlogits.versions.layout import Shard
-from oldlogits.versions.log import Cut
-from oldlogits.versions.patch import Patch, receiver_behind
+from oldlogits.versions.defer_sigint import sigint_deferred
+from oldlogits.versions.disk.files import Disk
+from oldlogits.versions.disk.log import Cut
+from oldlogits.versions.patches.flat import FlatWeights
+from oldlogits.versions.patches.layout import Shard
+from oldlogits.versions.patches.patch import Patch, receiver_behind
 from oldlogits.versions.resident import Resident
-from oldlogits.versions.shield import shielded
-from oldlogits.versions.window import Window, check_ascends, check_held, published_twice
+from oldlogits.versions.retention import Window, check_ascends, check_held, published_twice
 
 
 class PatchStore:
@@ -157,7 +157,7 @@ class PatchStore:
             return replace(self._counts)
         return replace(self._counts, num_compactions=disk.num_compactions, num_failed_writes=disk.num_failed_writes)
 
-    def publish(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> Publication:
+    def publish(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> StoreReceipt:
         """Store the bits of `weights` as `version`; the newest version may be published again.
 
         Args:
@@ -180,7 +180,7 @@ class PatchStore:
                 return self._publish_again(version, weights)
             return self._extend(newest, version, lambda resident: resident.absorb(version, weights))
 
-    def take(self, version: PolicyVersion, update: PatchWeights) -> Publication:
+    def take(self, version: PolicyVersion, update: PatchWeights) -> StoreReceipt:
         """Store as `version` what a patch makes of the newest one: this store follows one in another process.
 
         Raises:
@@ -286,7 +286,7 @@ class PatchStore:
             check_held(version, self.versions)
             self._go(version)
             before = self._chain.links
-            with shielded():
+            with sigint_deferred():
                 self._chain.keep_below(version)
                 try:
                     if self._disk is not None:
@@ -341,16 +341,16 @@ class PatchStore:
         """Give the folder up."""
         self.close()
 
-    def _publish_first(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> Publication:
+    def _publish_first(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> StoreReceipt:
         started = time.perf_counter()
         flat = FlatWeights.of(weights, frozen=self._frozen, dtype=self._dtype, shards=self._shards, device=self._device)
         assert flat.digest is not None
         encode_s = time.perf_counter() - started
-        with shielded():
+        with sigint_deferred():
             log_bytes = self._disk.begin(version, flat) if self._disk is not None else 0
             self._resident, self._digests = Resident(flat, version, self._chain), {version: flat.digest}
         full_bytes = flat.layout.num_bytes
-        return Publication(
+        return StoreReceipt(
             version=version,
             stored_bytes=full_bytes,
             full_bytes=full_bytes,
@@ -359,14 +359,14 @@ class PatchStore:
             log_bytes=log_bytes,
         )
 
-    def _extend(self, newest: PolicyVersion, version: PolicyVersion, step: Callable[[Resident], Link]) -> Publication:
+    def _extend(self, newest: PolicyVersion, version: PolicyVersion, step: Callable[[Resident], Link]) -> StoreReceipt:
         """Bring the copy from the newest version to a new one, and keep the patch; on an error all is as it was."""
         resident, started = self._copy(), time.perf_counter()
         try:
             link = step(resident)
             encode_s, patch = time.perf_counter() - started, self._chain.patch(link)
             waited_s = self._wait_for_room(version) if self._disk is None else 0.0
-            with shielded():
+            with sigint_deferred():
                 log_bytes = self._disk.append(link, self._chain) if self._disk is not None else 0
                 self._digests[version] = link.step.target_digest
         except BaseException:
@@ -375,7 +375,7 @@ class PatchStore:
             raise
         self._drop()
         self._budget.save(self._chain, self._counts)
-        return Publication(
+        return StoreReceipt(
             version=version,
             stored_bytes=patch.num_bytes,
             full_bytes=resident.flat.layout.num_bytes,
@@ -385,11 +385,11 @@ class PatchStore:
             waited_s=waited_s,
         )
 
-    def _publish_again(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> Publication:
+    def _publish_again(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> StoreReceipt:
         started, resident = time.perf_counter(), self._copy()
         if not resident.agrees(weights):
             raise published_twice(version)
-        return Publication(
+        return StoreReceipt(
             version=version,
             stored_bytes=0,
             full_bytes=resident.flat.layout.num_bytes,

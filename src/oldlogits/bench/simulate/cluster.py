@@ -94,7 +94,7 @@ class Layout:
     """Of the others, the second model of the route "dedicated"; the trainer has the rest."""
     engine_gpus: int = 1
     """GPUs of one engine."""
-    num_slots: int = 96
+    max_num_seqs: int = 96
     """Sequences that an engine decodes at the same time, if its memory holds them."""
 
 
@@ -149,10 +149,10 @@ class Cluster:
         return max(1, round(self.layout.num_gpus * self.layout.engine_share / self.layout.engine_gpus))
 
     @property
-    def num_slots(self) -> int:
+    def max_num_seqs(self) -> int:
         """Sequences of an engine: as asked for, and as many as fit beside the weights."""
         free = 0.9 * self.hardware.memory_bytes * self.layout.engine_gpus - self.model.weights_bytes
-        return min(self.layout.num_slots, int(free / (self.workload.mean_context * self.model.token_bytes)))
+        return min(self.layout.max_num_seqs, int(free / (self.workload.mean_context * self.model.token_bytes)))
 
     def num_learning_gpus(self, route: str) -> tuple[int, int]:
         """GPUs of the trainer, and of the dedicated scorer."""
@@ -196,11 +196,11 @@ class Cluster:
         if route not in SOURCES:
             raise ConfigError("unknown route", got=route, allowed=", ".join(SOURCES), fix="choose some of these")
         trainer_gpus, scorer_gpus = self.num_learning_gpus(route)
-        if trainer_gpus < 1 or self.num_slots < 1:
+        if trainer_gpus < 1 or self.max_num_seqs < 1:
             raise ConfigError(
                 "the cluster is too small",
                 got=f"{self.layout.num_gpus} GPUs, {self.num_engines} engines of {self.layout.engine_gpus}, "
-                f"{trainer_gpus} to train, {self.num_slots} sequences to an engine",
+                f"{trainer_gpus} to train, {self.max_num_seqs} sequences to an engine",
                 allowed="at least one of each",
                 fix="raise layout.num_gpus or layout.engine_gpus, or lower layout.engine_share",
             )
@@ -212,11 +212,11 @@ class Cluster:
             trainer=self._trainer_times(trainer_gpus),
             scorer=self._scorer_times(scorer_gpus) if scorer_gpus else None,
             num_engines=self.num_engines,
-            num_slots=self.num_slots,
+            max_num_seqs=self.max_num_seqs,
             pause_s=self.sync.pause_s,
             load_s=self.load_s,
             group_size=self.rollout.group_size,
-            groups_per_version=max(1, round(self.rollout.groups_per_gpu * self.layout.num_gpus)),
+            prompts_per_update=max(1, round(self.rollout.groups_per_gpu * self.layout.num_gpus)),
             max_staleness=self.rollout.max_staleness,
             num_updates=self.skip + self.num_updates,
             skip=self.skip,

@@ -55,7 +55,7 @@ class Engine:
 
     Args:
         times: Of its steps.
-        num_slots: Sequences in a step.
+        max_num_seqs: Sequences in a step.
         recompute: Whether a weight update empties the cache.
         common_tokens: Tokens at the beginning of every prompt.
         found_share: Share of every prompt that the cache holds; None: what it holds is modelled.
@@ -65,12 +65,12 @@ class Engine:
         self,
         times: EngineTimes,
         *,
-        num_slots: int,
+        max_num_seqs: int,
         recompute: bool,
         common_tokens: int = 0,
         found_share: float | None = None,
     ) -> None:
-        self._times, self._num_slots, self._recompute = times, num_slots, recompute
+        self._times, self._num_slots, self._recompute = times, max_num_seqs, recompute
         self._loop = asyncio.get_running_loop()
         self._numbers = itertools.count()
         self._waiting: deque[_Request] = deque()

@@ -32,10 +32,10 @@ from oldlogits.bench.simulate.scenario import (
 )
 from oldlogits.config import RunConfig, load_config
 from oldlogits.core.errors import ConfigError
+from oldlogits.engines.timing import Line
 from oldlogits.record.events import Event, EventKind, read_events
 from oldlogits.record.folder import RunFolder
-from oldlogits.rollout.timing import Line
-from oldlogits.runtime.gaps import KINDS, Kind
+from oldlogits.rollout.turn_latency import KINDS, Kind
 
 SKIP = 1
 """First updates of a run that no mean includes."""
@@ -153,17 +153,17 @@ class MeasuredRun:
         n, latency_s = self.num_counted, c.env.latency_s - self.config.env.latency_s
         closed = self.events[EventKind.GROUP_CLOSED]
         return Scenario(
-            name=f"{c.source.type}, {c.num_updates} updates",
-            route=c.source.type,
+            name=f"{c.proximal.source}, {c.num_updates} updates",
+            route=c.proximal.source,
             workload=self.workload if not latency_s else _slower(self.workload, latency_s),
             engine=self.engine_times,
             trainer=self.trainer_times,
-            scorer=self._scorer_times(c) if c.source.type == "dedicated" else None,
-            num_slots=c.engine.num_slots,
+            scorer=self._scorer_times(c) if c.proximal.source == "dedicated" else None,
+            max_num_seqs=c.engine.max_num_seqs,
             pause_s=_mean(self.events[EventKind.WEIGHTS_UPDATED][SKIP:], "pause_s"),
             load_s=_mean(self.events[EventKind.WEIGHTS_UPDATED][SKIP:], "load_s"),
             group_size=c.rollout.group_size,
-            groups_per_version=c.rollout.groups_per_version,
+            prompts_per_update=c.rollout.prompts_per_update,
             max_running_groups=c.rollout.max_running_groups,
             max_staleness=c.max_staleness,
             num_updates=c.num_updates,
@@ -249,7 +249,7 @@ class MeasuredRun:
 
     @property
     def _route(self) -> str:
-        return self.config.source.type
+        return self.config.proximal.source
 
     @property
     def _num_read(self) -> float:
@@ -293,12 +293,12 @@ class MeasuredRun:
         if self._route != "dedicated":
             raise ConfigError(
                 "this run does not tell how fast a dedicated scorer is",
-                got=f"source.type = '{self._route}'",
-                allowed="a run with source.type = 'dedicated'",
+                got=f"proximal.source = '{self._route}'",
+                allowed="a run with proximal.source = 'dedicated'",
                 fix="simulate another route, or start from another run",
             )
         read_s, checkout_s = self._score_times
-        return ScorerTimes(read_s=read_s, checkout_s=checkout_s, window=config.source.window)
+        return ScorerTimes(read_s=read_s, checkout_s=checkout_s, window=config.proximal.scorer_versions)
 
 
 def _busy_s(updates: Sequence[Mapping[str, float]], who: str) -> float:

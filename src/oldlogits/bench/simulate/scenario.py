@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
 
-from oldlogits.runtime.gaps import Kind
+from oldlogits.rollout.turn_latency import Kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,11 +131,11 @@ class Scenario:
         trainer: Step times of the trainer.
         scorer: Of the route "dedicated".
         num_engines: Engines; a trajectory stays with one.
-        num_slots: Sequences that one engine decodes at the same time.
+        max_num_seqs: Sequences that one engine decodes at the same time.
         pause_s: Until the engines rest, once asked to; they work on meanwhile.
         load_s: Giving them new weights; they rest.
         group_size: Episodes per group.
-        groups_per_version: Groups that one update trains.
+        prompts_per_update: Groups that one update trains.
         max_running_groups: As in a recipe; 0: as many as the bound admits.
         max_staleness: As in a recipe.
         num_updates: Updates.
@@ -157,11 +157,11 @@ class Scenario:
     trainer: TrainerTimes
     scorer: ScorerTimes | None = None
     num_engines: int = 1
-    num_slots: int = 128
+    max_num_seqs: int = 128
     pause_s: float = 0.0
     load_s: float = 0.0
     group_size: int = 8
-    groups_per_version: int = 16
+    prompts_per_update: int = 16
     max_running_groups: int = 0
     max_staleness: int = 4
     num_updates: int = 24

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from oldlogits.bench.simulate.engine import Cached
 from oldlogits.bench.simulate.scenario import ScorerTimes, TrainerTimes
-from oldlogits.core.protocols import BatchTokens, Piece, PolicyVersion, ScoredPieces, WeightUpdate
+from oldlogits.core.scoring import BatchTokens, ScoredSpans, ScoringSpan
 from oldlogits.core.trajectory import Context, Sampled, Segment, Trajectory
+from oldlogits.core.weights import PolicyVersion, WeightUpdate
 from oldlogits.sources import EngineScores
 from oldlogits.versions import AverageScores
 
@@ -134,7 +135,7 @@ class SimulatedTrainer(Worker):
         await self.score(np.arange(len(self._end)), None)
         return np.zeros(len(self._end), np.float32), np.full(len(self._end), self._version)
 
-    async def score_pieces(self, pieces: Sequence[Piece], at: PolicyVersion) -> ScoredPieces:
+    async def score_spans(self, pieces: Sequence[ScoringSpan], at: PolicyVersion) -> ScoredSpans:
         """Each piece is read up to its last token."""
         num = sum(self._flights[piece.trajectory_id].end_of(at) for piece in pieces)
         seconds = await self._read(num, num_checkouts=1)
@@ -175,7 +176,7 @@ class SimulatedScorer(Worker):
         await self.work(self._times.publish_s)
         return 0.0
 
-    async def score_pieces(self, pieces: Sequence[Piece], at: PolicyVersion) -> ScoredPieces:
+    async def score_spans(self, pieces: Sequence[ScoringSpan], at: PolicyVersion) -> ScoredSpans:
         """Each piece is read up to its last token."""
         num = sum(self._flights[piece.trajectory_id].end_of(at) for piece in pieces)
         self.num_read += num
@@ -184,6 +185,6 @@ class SimulatedScorer(Worker):
         return _scored(pieces, seconds)
 
 
-def _scored(pieces: Sequence[Piece], seconds: float) -> ScoredPieces:
+def _scored(pieces: Sequence[ScoringSpan], seconds: float) -> ScoredSpans:
     num_values = sum(len(piece.positions) for piece in pieces)
-    return ScoredPieces(values=np.zeros(num_values, np.float32), seconds_s=seconds, switch_s=0.0, witness_s=0.0)
+    return ScoredSpans(values=np.zeros(num_values, np.float32), seconds_s=seconds, switch_s=0.0, witness_s=0.0)

@@ -1,4 +1,4 @@
-"""One simulated run: the loop of `runtime/loop.py`, with its own buffer, admission and routes, in virtual time.
+"""One simulated run: the loop of `loop/loop.py`, with its own buffer, admission and routes, in virtual time.
 
 SimulatedRollouts (Admission) -> Engine ... -> Buffer.take -> source.acquire -> steps -> publish -> engines -> admit
 """
@@ -16,11 +16,13 @@ from oldlogits.bench.simulate.clock import run_virtually
 from oldlogits.bench.simulate.engine import Cached, Engine
 from oldlogits.bench.simulate.scenario import Episode, Scenario
 from oldlogits.bench.simulate.scoring import Flight, SimulatedScorer, SimulatedTrainer, stand_in
-from oldlogits.core.protocols import BatchTokens, FullWeights, LogprobSource
+from oldlogits.core.scoring import BatchTokens
+from oldlogits.core.source import LogprobSource
 from oldlogits.core.trajectory import Sampled, TrajectoryGroup
-from oldlogits.runtime.admission import Admission, pace_of
-from oldlogits.runtime.buffer import Buffer
-from oldlogits.runtime.staleness import StalenessBound
+from oldlogits.core.weights import FullWeights
+from oldlogits.rollout.admission import Admission, pace_of
+from oldlogits.rollout.buffer import Buffer
+from oldlogits.rollout.staleness import StalenessBound
 from oldlogits.sources import make_source
 
 NO_WEIGHTS, NO_PROBE = FullWeights(tensors={}), np.zeros(0, np.float32)
@@ -144,13 +146,13 @@ class _World:
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
-        bound = StalenessBound(max_staleness=scenario.max_staleness, groups_per_version=scenario.groups_per_version)
+        bound = StalenessBound(max_staleness=scenario.max_staleness, prompts_per_update=scenario.prompts_per_update)
         self.buffer = Buffer(bound, filter_uniform=scenario.filtered_share > 0)
         self.flights: dict[str, Flight] = {}
         self.engines = [
             Engine(
                 scenario.engine,
-                num_slots=scenario.num_slots,
+                max_num_seqs=scenario.max_num_seqs,
                 recompute=scenario.recompute,
                 common_tokens=scenario.workload.common_tokens,
                 found_share=scenario.found_share,
@@ -208,7 +210,7 @@ class _World:
             del self.flights[id]
 
     def _admit(self, rollouts: _Rollouts) -> None:
-        per_version = self.scenario.groups_per_version
+        per_version = self.scenario.prompts_per_update
         num_wanted = (self.scenario.num_updates - self.version) * per_version if self.scenario.stops else 1 << 30
         rollouts.admit(self.version, num_wanted=num_wanted, pace_s=pace_of(self._last_update_s, per_version))
 

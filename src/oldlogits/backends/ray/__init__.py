@@ -1,0 +1,1 @@
+"""The backend "ray": actors of a Ray cluster."""

@@ -1,0 +1,257 @@
+"""What the actors of a cluster do, as plain classes: `backends/ray/backend.py` makes actors of them.
+
+Calls      the trainer, or the dedicated scorer: carries out calls, one at a time
+Worker     a server that samples, and a share of the environments
+Keeper     once a node: the newest weights in its shared memory, from which its servers load; one of them, beside the
+controller, is the store from which those that are behind or join are supplied
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from oldlogits.config import RunConfig
+from oldlogits.core.errors import OldLogitsError
+from oldlogits.core.processes import name_process
+from oldlogits.core.weights import FullWeights, PatchWeights, PolicyVersion, WeightUpdate
+from oldlogits.engines.host_weights import HostWeights
+from oldlogits.engines.http.launch import Launched, LaunchSpec
+from oldlogits.engines.shared_memory import share_text, unshare
+from oldlogits.envs.shape import load_environment
+from oldlogits.loop.backend import TrainerServer
+from oldlogits.rollout.environment_runner import ThreadRunner
+from oldlogits.rollout.turns import EnvironmentFailed
+from oldlogits.train.reports import PublishedVersion
+from oldlogits.train.scorer_model import ScorerModel
+from oldlogits.train.trainer import Trainer
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packed:
+    """An update as arrays of bytes, which a cluster's object store shares without copying.
+
+    Args:
+        base: The version that patches begin at; None: all weights.
+        parts: uint8; patches, or weights: each tensor that has memory of its own once.
+        tensors: Of all weights: part, dtype and shape by name.
+    """
+
+    base: PolicyVersion | None
+    parts: tuple[Bytes, ...]
+    tensors: Mapping[str, tuple[int, torch.dtype, tuple[int, ...]]]
+
+
+def pack(update: WeightUpdate) -> Packed:
+    """Views of an update."""
+    if isinstance(update, PatchWeights):
+        return Packed(base=update.base, parts=tuple(np.frombuffer(patch, np.uint8) for patch in update.patches), tensors={})
+    parts: list[Bytes] = []
+    places: dict[tuple[int, torch.dtype, tuple[int, ...]], int] = {}
+    tensors = {}
+    for name, tensor in update.tensors.items():
+        whole = tensor.detach().contiguous()
+        key = (whole.data_ptr(), whole.dtype, tuple(whole.shape))
+        if key not in places:
+            places[key] = len(parts)
+            parts.append(whole.reshape(-1).view(torch.uint8).numpy())
+        tensors[name] = (places[key], whole.dtype, tuple(whole.shape))
+    return Packed(base=None, parts=tuple(parts), tensors=tensors)
+
+
+def unpack(packed: Packed) -> WeightUpdate:
+    """The update, over the same memory; it is for reading only."""
+    if packed.base is not None:
+        return PatchWeights(base=packed.base, patches=tuple(memoryview(part.data) for part in packed.parts))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable.*")  # nobody writes
+        parts = [torch.from_numpy(part) for part in packed.parts]
+    return FullWeights(tensors={name: parts[i].view(dtype).view(shape) for name, (i, dtype, shape) in packed.tensors.items()})
+
+
+class Calls:
+    """Carries out calls.
+
+    Args:
+        name: Of the process.
+        build: Makes what carries them out.
+        arguments: Of `build`.
+    """
+
+    def __init__(self, name: str, build: Callable[..., Callable[..., object]], arguments: tuple[object, ...]) -> None:
+        name_process(name)
+        self._failure: OldLogitsError | None = None
+        try:
+            self._carry_out = build(*arguments)
+        except OldLogitsError as error:
+            self._failure = error
+
+    def call(
+        self, method: str, arguments: tuple[object, ...], payload: Packed | None = None
+    ) -> tuple[tuple[bool, object], Packed | None]:
+        """Carry out a call: its value or error of this package; and, apart, the weights that come with the value.
+
+        Args:
+            method: Its name.
+            arguments: Without weights.
+            payload: Weights, which become the last argument.
+        """
+        if self._failure is not None or method == "start":
+            return (self._failure is None, self._failure), None
+        more = () if payload is None else (unpack(payload),)
+        try:
+            value = self._carry_out(method, (*arguments, *more))
+        except OldLogitsError as error:
+            return (False, error), None
+        if isinstance(value, PublishedVersion):
+            return (True, replace(value, update=FullWeights(tensors={}))), pack(value.update)
+        if isinstance(value, FullWeights):
+            return (True, None), pack(value)
+        return (True, value), None
+
+    def live(self) -> None:
+        """Return never: who waits for it learns of the end of this process."""
+        threading.Event().wait()
+
+
+def build_trainer(config: RunConfig, model_folder: Path, probe_ids: Sequence[int]) -> Callable[..., object]:
+    """The trainer's calls."""
+    return TrainerServer(Trainer(config, model_folder, probe_ids), time.perf_counter).call
+
+
+def build_scorer(config: RunConfig, model_folder: Path, probe_ids: Sequence[int]) -> Callable[..., object]:
+    """The dedicated scorer's calls."""
+    scorer = ScorerModel(config, model_folder, probe_ids)
+
+    def publish(version: PolicyVersion, probe_logps: NDArray[np.float32], update: WeightUpdate) -> float:
+        return scorer.publish(version, update, probe_logps)
+
+    methods: dict[str, Callable[..., object]] = {"publish": publish, "score_spans": scorer.score_spans}
+
+    def carry_out(method: str, arguments: tuple[object, ...]) -> object:
+        return methods[method](*arguments)
+
+    return carry_out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """The node that an actor runs on, and the address on which its servers listen."""
+
+    id: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampler:
+    """Where a worker's server listens."""
+
+    url: str
+    token: str
+    node_id: str
+
+
+class Worker:
+    """A server that samples, and environments.
+
+    Args:
+        spec: Of the server.
+        name: Of its log.
+        target: Of the environments.
+        timeout_s: Of one call of theirs.
+        node: Its id, and its address unless it is the controller's, too.
+    """
+
+    def __init__(self, spec: LaunchSpec, name: str, target: str, timeout_s: float, node: Callable[[], Node]) -> None:
+        name_process("worker")
+        self._node = node()
+        self._server = Launched(replace(spec, address=self._node.address), name)
+        self._class = load_environment(target)
+        self._runner = ThreadRunner(timeout_s=timeout_s, latency_s=0.0, seed=0)
+        self._environments: dict[int, object] = {}
+
+    async def sampler(self) -> Sampler:
+        """Where its server listens."""
+        return Sampler(url=self._server.url, token=self._server.token, node_id=self._node.id)
+
+    async def exit_code(self) -> int | None:
+        """Of its server; None while that lives."""
+        return self._server.exit_code
+
+    async def restart(self) -> None:
+        """Start the server again; the environments live on."""
+        await asyncio.to_thread(self._server.restart)
+
+    async def pid(self) -> int:
+        """Its process id."""
+        return os.getpid()
+
+    async def open(self, id: int) -> str | None:
+        """Make an environment; returns what went wrong."""
+        try:
+            self._environments[id] = await self._runner(self._class)
+        except EnvironmentFailed as failure:
+            return str(failure)
+        return None
+
+    async def call(self, id: int, method: str, args: Sequence[object], kwargs: Mapping[str, object]) -> tuple[bool, object]:
+        """Call a method of an environment: its answer, or what went wrong."""
+        environment = self._environments[id]
+        try:
+            return True, await self._runner(lambda: getattr(environment, method)(*args, **kwargs))
+        except EnvironmentFailed as failure:
+            return False, str(failure)
+
+    async def drop(self, ids: Sequence[int]) -> None:
+        """Forget environments."""
+        for id in ids:
+            self._environments.pop(id, None)
+
+    async def close(self) -> None:
+        """End the server."""
+        self._server.close()
+
+    async def live(self) -> None:
+        """Return never: who waits for it learns of the end of this process."""
+        await asyncio.Event().wait()
+
+
+class NodeWeightCache:
+    """The newest weights of a node."""
+
+    def __init__(self) -> None:
+        name_process("keeper")
+        self._weights = HostWeights()
+
+    def take(self, packed: Packed, version: PolicyVersion) -> Path | OldLogitsError:
+        """Bring the node's copy to a version; returns its file, or why it cannot."""
+        try:
+            return self._weights.take(unpack(packed), version)
+        except OldLogitsError as error:
+            return error
+
+    def full(self) -> Packed:
+        """All weights of the version that it holds."""
+        with self._weights.read() as weights:
+            return pack(FullWeights(tensors={name: tensor.clone() for name, tensor in weights.items()}))
+
+    def share(self, text: str) -> Path:
+        """Write a text where weights would be."""
+        return share_text(text)
+
+    def close(self) -> None:
+        """Leave no file."""
+        self._weights.close()
+        unshare(os.getpid())

@@ -1,0 +1,240 @@
+"""Rollout workers as the fleet and the episodes see them: each the process of a server, and a place for environments."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Final, cast
+
+from oldlogits.backends.ray import cluster
+from oldlogits.backends.ray.cluster import Actor, ActorEndedError, ClusterError, Ref, fetch
+from oldlogits.backends.ray.desired_workers import read_wanted
+from oldlogits.backends.ray.remote_environments import Place, PlaceLostError
+from oldlogits.backends.ray.weights import ClusterWeights
+from oldlogits.config import Caution, RunConfig
+from oldlogits.core.errors import ConfigError
+from oldlogits.engines.http.client import Server, ServerFailedError
+from oldlogits.engines.http.fleet import Fleet
+from oldlogits.engines.http.messages import Json
+from oldlogits.engines.http.servers import Host
+from oldlogits.rollout.turns import EnvironmentFailed
+
+CALL_S: Final = 30.0
+"""Beyond the environments' own time-out: how long a worker may take to answer a call."""
+POLL_S: Final = 1.0
+"""Between two looks at how many workers are wanted."""
+
+
+class RayServer(Server):
+    """The server of a worker, wherever it runs."""
+
+    def __init__(self, worker: RayWorker, weights: ClusterWeights, *, control_timeout_s: float) -> None:
+        super().__init__("http://127.0.0.1", token="", control_timeout_s=control_timeout_s)
+        self._worker, self._weights = worker, weights
+
+    async def update(self, update_info: Json, label: str) -> None:
+        """Take over weights from its node's copy."""
+        assert isinstance(update_info, dict)
+        await super().update({**update_info, "path": await self._weights.path(self._worker.node_id)}, label)
+
+    async def _share(self, text: str) -> Path:
+        return await self._weights.share(self._worker.node_id, text)
+
+
+class RayWorker:
+    """A worker: the process of a server to the fleet, a place to environments.
+
+    Args:
+        name: Of it.
+        make: Makes its actor.
+        timeout_s: Of one call of an environment.
+    """
+
+    def __init__(self, name: str, make: Callable[[], Actor], timeout_s: float) -> None:
+        self.name, self._make, self._timeout_s = name, make, timeout_s
+        self._actor: Actor | None = None
+        self._restarts_server = False
+        self._watch: asyncio.Task[None] | None = None
+        self._dropped: list[int] = []
+        self._open: set[int] = set()  # environments of this actor: those of one before it are gone
+        self._has_left = False
+        self.node_id, self.exit_code = "", cast("int | None", None)
+
+    @property
+    def num_environments(self) -> int:
+        """That live there."""
+        return len(self._open)
+
+    @property
+    def actor(self) -> Actor:
+        """It, once it was made."""
+        if self._actor is None:
+            raise PlaceLostError
+        return self._actor
+
+    @property
+    def is_up(self) -> bool:
+        """Whether environments can live there."""
+        return self._actor is not None and self.exit_code is None
+
+    @property
+    def where(self) -> str:
+        """Where to look for what it said."""
+        return f"servers/{self.name}.log of the run folder, on its node"
+
+    def restart(self) -> None:
+        """Start the server again, and the worker if it has ended; done by `ready`."""
+        self._restarts_server = self.is_up
+
+    async def ready(self, server: Server, start_s: float) -> None:
+        """Wait until it answers.
+
+        Raises:
+            ServerFailedError: It ended, or has left, or takes longer than `start_s`.
+        """
+        if self._has_left:
+            raise ServerFailedError("it has left")
+        try:
+            async with asyncio.timeout(start_s):
+                await self._start(server)
+                while True:
+                    with contextlib.suppress(ServerFailedError):
+                        await server.check_health(2.0)
+                        return
+                    if (code := await fetch(self.actor.call("exit_code"))) is not None:
+                        raise ServerFailedError(f"its server ended with exit code {code}; see {self.where}")
+                    await asyncio.sleep(0.2)
+        except TimeoutError:
+            raise ServerFailedError(f"it is not ready after {start_s:g} s: {cluster.no_place(self.name, start_s)}") from None
+        except ClusterError as error:
+            raise ServerFailedError(f"it ended: {str(error).strip().splitlines()[0]}") from error
+
+    async def _start(self, server: Server) -> None:
+        if not self.is_up:
+            self._actor, self.exit_code = self._make(), None
+            self._open, self._dropped = set(), []
+            self._watch = asyncio.create_task(self._live(self._actor))
+        elif self._restarts_server:
+            await fetch(self.actor.call("restart"))
+        self._restarts_server = False
+        sampler = await fetch(self.actor.call("sampler"))
+        self.node_id = sampler.node_id
+        server.move_to(sampler.url, sampler.token)
+
+    async def _live(self, actor: Actor) -> None:
+        try:
+            await actor.live()
+        except ClusterError:
+            self.exit_code = -signal.SIGKILL
+
+    def close(self) -> None:
+        """End it and all that it has started, for good."""
+        self._has_left, self._open = True, set()
+        if self._watch is not None:
+            self._watch.cancel()
+        if self._actor is not None:
+            self._actor.kill()  # its server is on a leash
+        self.exit_code = -signal.SIGKILL
+
+    async def open(self, id: int) -> None:
+        """Make an environment."""
+        actor, here = self.actor, self._open
+        here.add(id)
+        failure = await self._answer(actor.call("open", id))
+        if failure is not None:
+            raise EnvironmentFailed(str(failure))
+
+    async def call(self, id: int, method: str, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+        """Call a method of an environment."""
+        if id not in self._open:
+            raise PlaceLostError
+        succeeded, answer = cast("tuple[bool, object]", await self._answer(self.actor.call("call", id, method, args, kwargs)))
+        if not succeeded:
+            raise EnvironmentFailed(str(answer))
+        return answer
+
+    def drop(self, id: int) -> None:
+        """Forget an environment; told in batches."""
+        if id not in self._open:
+            return
+        self._open.remove(id)
+        self._dropped.append(id)
+        if len(self._dropped) >= 32 and self.is_up:
+            self.actor.call("drop", self._dropped)
+            self._dropped = []
+
+    async def _answer(self, ref: Ref) -> object:
+        try:
+            async with asyncio.timeout(self._timeout_s + CALL_S):
+                return await fetch(ref)
+        except TimeoutError:
+            raise EnvironmentFailed(f"its worker did not answer within {self._timeout_s + CALL_S:g} s") from None
+        except ActorEndedError as error:
+            raise PlaceLostError from error
+        except ClusterError as error:  # such as an answer that cannot be sent
+            raise EnvironmentFailed(str(error).strip().splitlines()[-1]) from error
+
+
+class Workers:
+    """The rollout workers of a run: as many as are wanted, and where environments are placed.
+
+    Args:
+        config: The run.
+        make: Makes the actor of a worker, given its number.
+        folder: Of the run, where `oldlogits workers` says how many there are to be.
+        weights: Of the cluster.
+    """
+
+    def __init__(self, config: RunConfig, make: Callable[[int], Actor], folder: Path, weights: ClusterWeights) -> None:
+        self._config, self._make, self._folder, self._weights = config, make, folder, weights
+        self._num_made = 0
+        self._workers: dict[Host, RayWorker] = {}
+        self.fleet: Fleet | None = None
+        self.warn: Callable[[Caution], None] = lambda caution: None
+        self.hosts = [self._host() for _ in range(config.ray.num_workers)]
+
+    def _host(self) -> Host:
+        number, self._num_made = self._num_made, self._num_made + 1
+        worker = RayWorker(f"worker-{number}", partial(self._make, number), self._config.env.timeout_s)
+        server = RayServer(worker, self._weights, control_timeout_s=self._config.engine.control_timeout_s)
+        host = Host(server=server, launched=worker)
+        self._workers[host] = worker
+        return host
+
+    async def choose(self) -> Place:
+        """The worker with the fewest environments."""
+        assert self.fleet is not None
+        while True:
+            up = [worker for host, worker in self._workers.items() if worker.is_up and host in self.fleet.hosts]
+            if up:
+                return min(up, key=lambda worker: worker.num_environments)
+            await self.fleet.choose()  # waits, and raises when there will be none
+            await asyncio.sleep(0.1)
+
+    async def follow(self) -> None:
+        """Have as many workers as are wanted."""
+        assert self.fleet is not None
+        unread = told = ""
+        while True:
+            await asyncio.sleep(POLL_S)
+            try:
+                num = read_wanted(self._folder)
+            except ConfigError as error:  # half written, or wrong: said once when it is there at a second look; the run goes on
+                if str(error) == unread and unread != told:
+                    self.warn(Caution(name="workers_wanted", message=str(error), figures={}))
+                    told = unread
+                unread = str(error)
+                continue
+            unread = told = ""
+            if num is None:
+                continue
+            while len(self.fleet.hosts) < num:
+                self.fleet.add(self._host())
+            while len(self.fleet.hosts) > num:
+                host = self.fleet.hosts[-1]
+                await self.fleet.remove(host)
+                del self._workers[host]

@@ -1,0 +1,1 @@
+"""A trainer that is sharded over the ranks of torchrun."""

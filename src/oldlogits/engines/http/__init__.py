@@ -1,0 +1,1 @@
+"""Inference servers over HTTP as one `RolloutEngine`: client, pool, health and launch."""

@@ -1,0 +1,383 @@
+"""vLLM as a `RolloutEngine`, over HTTP: one or several servers, attached or started by the run.
+
+    generate -> choose the server with the fewest requests -> POST /inference/v1/generate -> spans -> Generation
+                  ^                                                 | aborted, cut or overdue
+                  '--- again, with prompt + what was kept ----------'
+
+Versions travel as labels ``RUN/VERSION`` that no other run uses: tokens under any other label (a server that was started
+again, or that another trainer updates) are thrown away, and the server is given the current weights. A request that is
+cut keeps what was sampled under versions of this run and reached us; what did not reach us is sampled anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Final, Literal
+
+import numpy as np
+
+from oldlogits.core.engine import EngineCapabilities, FinishReason, Generation, Sampling, Span, trajectory_of
+from oldlogits.core.errors import ConfigError
+from oldlogits.core.weights import PolicyVersion, WeightUpdate
+from oldlogits.engines.host_weights import OnThisHost, WeightTransport
+from oldlogits.engines.http import messages as wire
+from oldlogits.engines.http.client import Server, ServerFailedError, ServerInfo
+from oldlogits.engines.http.fleet import Fleet
+from oldlogits.engines.http.messages import Json
+from oldlogits.engines.http.servers import Attempt, Host, Timeouts
+from oldlogits.engines.spec import EngineStats
+
+REMEMBERED: Final = 65_536
+"""Trajectories of which it is known where they were sampled last."""
+SAME_WEIGHTS: Final[Mapping[str, float]] = {"fp32": 1e-3, "bf16": 0.5}
+"""Nats, by arithmetic: the largest difference between two servers' log-probs of a prompt under the same weights."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Request:
+    """A request, and what was kept of its attempts."""
+
+    id: str
+    prompt_ids: list[int]
+    sampling: Sampling
+    numbers: Iterator[int] = field(default_factory=itertools.count)
+    output_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    prompt_logprobs: tuple[float, ...] = ()
+    attempt: Attempt | None = None
+    is_aborted: bool = False
+
+    def keep(self, answer: wire.Answer, spans: Sequence[Span]) -> None:
+        """Add what an attempt sampled; it goes on a span of the same version."""
+        offset = len(self.output_ids)
+        self.output_ids += answer.token_ids
+        self.logprobs += answer.logprobs
+        self.prompt_logprobs = self.prompt_logprobs or answer.prompt_logprobs
+        for span in spans:
+            start, end = offset + span.start, offset + span.end
+            if self.spans and self.spans[-1].version == span.version:
+                self.spans[-1] = replace(self.spans[-1], end=end)
+            else:
+                self.spans.append(Span(version=span.version, start=start, end=end))
+
+    def ended_by(self, reason: FinishReason, max_context: int) -> FinishReason | None:
+        """Why it is over, given how its last attempt ended; None: it is not."""
+        if reason != "abort" or self.is_aborted:
+            return reason
+        if self.output_ids and self.output_ids[-1] in self.sampling.stop_token_ids:
+            return "stop"
+        used = len(self.prompt_ids) + len(self.output_ids)
+        return "length" if len(self.output_ids) >= self.sampling.max_tokens or used >= max_context else None
+
+    def generation(self, reason: FinishReason) -> Generation:
+        """What it has sampled."""
+        return Generation(
+            output_ids=tuple(self.output_ids),
+            logprobs=tuple(self.logprobs),
+            spans=tuple(self.spans),
+            finish_reason=reason,
+            prompt_logprobs=self.prompt_logprobs,
+        )
+
+
+class HttpEngine:
+    """Servers behind `RolloutEngine`. `start` it, run `fleet.supervise` beside it, and `close` it.
+
+    Args:
+        hosts: The servers.
+        max_context: The most tokens of one sequence that the run needs.
+        numerics: The engine's, as the recipe says; a server of others is refused.
+        adapter_scale: As in `EngineSpec`; a server of another is refused.
+        patience: How long to wait for what.
+        weights: Brings weights to where the servers read them; by default they run on this machine.
+    """
+
+    def __init__(
+        self,
+        hosts: Sequence[Host],
+        *,
+        max_context: int,
+        numerics: str,
+        patience: Timeouts,
+        adapter_scale: float = 0.0,
+        weights: WeightTransport | None = None,
+    ) -> None:
+        self._max_context, self._numerics, self._adapter_scale = max_context, numerics, adapter_scale
+        self.fleet = Fleet(hosts, patience=patience, check=self._check, supply=self._supply)
+        self._run = secrets.token_hex(4)
+        self._version: PolicyVersion = -1
+        self._weights: WeightTransport = weights or OnThisHost()
+        self._told: Json = None
+        self._last_hosts: dict[str, Host] = {}  # of trajectories
+        self._requests: dict[str, _Request] = {}
+        self._probes = itertools.count()
+        self._probe: tuple[PolicyVersion, wire.Request, tuple[float, ...]] | None = None  # the last one
+        self._num_sampled = self._num_prompt = self._num_answers = 0
+        self._busy_s, self._looked_at, self._built_at = 0.0, time.perf_counter(), time.perf_counter()
+        self._was_busy = False
+
+    async def start(self) -> None:
+        """Connect.
+
+        Raises:
+            ConfigError: A server cannot do what training needs.
+            WorkerDiedError: A server does not answer.
+        """
+        await self.fleet.start()
+
+    async def close(self) -> None:
+        """Leave no process, connection or file."""
+        self._weights.close()
+        await self.fleet.close()
+
+    @property
+    def capabilities(self) -> EngineCapabilities:
+        """What these servers can do: recomputed keys and values only, since vLLM shares those of older versions."""
+        infos = [host.info for host in self.fleet.hosts if host.info is not None]
+        return EngineCapabilities(
+            max_context=self._max_context,
+            partials=True,
+            kv_modes=frozenset({"recompute"}),
+            numerics=self._numerics,
+            arithmetic="bf16" if any(info.arithmetic == "bf16" for info in infos) else "fp32",
+            num_replicas=len(self.fleet.hosts),
+            num_host_copies=self._weights.num_copies,
+        )
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str) -> Generation:
+        """Sample a completion; waits through pauses, weight updates and servers that come back.
+
+        Raises:
+            ConfigError: The prompt does not fit, or the id is in use.
+            WorkerDiedError: No server is left.
+        """
+        if request_id in self._requests:
+            raise ConfigError("a request id is in use", got=request_id, allowed="unique ids", fix="number the turns")
+        if not 0 < len(prompt_ids) < self._max_context:
+            allowed = f"1 to {self._max_context - 1} tokens"
+            raise ConfigError("the prompt does not fit", got=f"{len(prompt_ids)} tokens", allowed=allowed, fix="shorten it")
+        if self._version < 0:
+            raise ConfigError(
+                "no weights were given", got=request_id, allowed="update_weights first", fix="pause, update, resume"
+            )
+        self._requests[request_id] = request = _Request(id=request_id, prompt_ids=list(prompt_ids), sampling=sampling)
+        try:
+            while True:
+                host = await self._choose(request)
+                reason = "abort" if request.is_aborted else await self._attempt(request, host)
+                if reason is not None:
+                    return request.generation(reason)
+        finally:
+            del self._requests[request_id]
+
+    async def _choose(self, request: _Request) -> Host:
+        """Probes go to one server after the other; turns stay where the trajectory's keys and values are, if they can."""
+        if request.sampling.prompt_logprobs:
+            return await self.fleet.choose(spread=next(self._probes))
+        name = trajectory_of(request.id)
+        host = self._last_hosts[name] = await self.fleet.choose(before=self._last_hosts.pop(name, None))
+        if len(self._last_hosts) > REMEMBERED:
+            del self._last_hosts[next(iter(self._last_hosts))]
+        return host
+
+    async def _attempt(self, request: _Request, host: Host) -> FinishReason | None:
+        """Send a request to a server; returns why it ended, or None if it is to be sent again."""
+        asked = self._asked(request)
+        attempt = Attempt(id=asked.request_id, version=self._version, num_kept=len(request.output_ids))
+        request.attempt = attempt
+        host.attempts.add(attempt)
+        self._look_at_clock()
+        try:
+            answer = await _unless_cut(host.server, asked, attempt)
+        except ServerFailedError as failure:
+            await self.fleet.suspect(host, str(failure))
+            return None
+        finally:
+            request.attempt = None
+            host.attempts.discard(attempt)
+            attempt.ended.set()
+            self._look_at_clock()
+        if answer is None:
+            return None
+        host.answered_at = time.monotonic()
+        spans = self._spans(answer, attempt)
+        if spans is None:
+            labels = [span.label for span in answer.spans]
+            self.fleet.fail(host, f"it sampled with weights {labels}, not with those of this run's version {self._version}")
+            return None
+        request.keep(answer, spans)
+        host.receive(len(answer.token_ids))
+        self._num_sampled += len(answer.token_ids)
+        self._num_prompt += len(asked.token_ids)
+        self._num_answers += 1
+        if asked.sampling.prompt_logprobs:
+            self._probe = (self._version, asked, answer.prompt_logprobs)
+        if answer.finish_reason == "abort" and not attempt.why:
+            await asyncio.sleep(0.1)  # somebody else aborted it, such as a server that ends: do not press
+        return request.ended_by(answer.finish_reason, self._max_context)
+
+    def _asked(self, request: _Request) -> wire.Request:
+        """The prompt and what was kept of it, under an id that no server knows."""
+        tokens = (*request.prompt_ids, *request.output_ids)
+        room = min(request.sampling.max_tokens - len(request.output_ids), self._max_context - len(tokens))
+        return wire.Request(
+            request_id=f"{self._run}-{request.id}-{next(request.numbers)}",
+            token_ids=tokens,
+            sampling=replace(request.sampling, max_tokens=room),
+        )
+
+    def _spans(self, answer: wire.Answer, attempt: Attempt) -> list[Span] | None:
+        """The versions of an answer; None where a label is not one that its server had while it ran."""
+        spans = []
+        for span in answer.spans:
+            run, _, version = span.label.partition("/")
+            if run != self._run or not attempt.version <= int(version) <= self._version:
+                return None
+            spans.append(Span(version=int(version), start=span.start, end=span.end))
+        return spans
+
+    async def abort(self, request_id: str) -> None:
+        """End a request; its `generate` returns what was sampled so far with finish reason "abort"."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        request.is_aborted = True
+        if request.attempt is not None:
+            await self.fleet.abort("end", [request.attempt])
+
+    async def pause(self, mode: Literal["keep", "abort"], kv: Literal["recompute", "stale"]) -> None:
+        """Stop sampling; the servers are idle on return."""
+        if kv != "recompute":
+            raise ConfigError("vLLM shares stale keys and values", got=kv, allowed="recompute", fix="engine.kv = 'recompute'")
+        if mode == "abort":
+            for request in self._requests.values():
+                request.is_aborted = True
+        await self.fleet.pause(mode)
+        self._look_at_clock()
+
+    async def partials(self) -> Mapping[str, Generation]:
+        """While paused: what each running request has sampled so far. It is aborted, and sent again on `resume`."""
+        attempts = [request.attempt for request in self._requests.values() if request.attempt is not None]
+        await self.fleet.abort("resubmit", attempts)
+        await asyncio.sleep(0)  # those that are over by now have returned
+        return {request.id: request.generation("abort") for request in self._requests.values()}
+
+    async def update_weights(self, update: WeightUpdate, version: PolicyVersion) -> None:
+        """Give every server new weights; one that fails is given them when it comes back.
+
+        Raises:
+            ReceiverBehindError: Patches do not lead on from what this host holds: give full weights.
+        """
+        if version < self._version or not self.fleet.paused:
+            raise ConfigError(
+                "weights change only between pause and resume, to a version that is not older",
+                got=f"version {version} over {self._version}, {'paused' if self.fleet.paused else 'running'}",
+                allowed="a paused engine and ascending versions",
+                fix="call pause, update_weights and resume in this order",
+            )
+        await self.fleet.update(partial(self._take, update, version))
+
+    async def _take(self, update: WeightUpdate, version: PolicyVersion) -> tuple[Json, str]:
+        """Bring this host's copy to a version: what servers are told of it."""
+        self._told = await self._weights.take(update, version)
+        self._version = version
+        return self._told, self._label
+
+    async def resume(self) -> None:
+        """Go on sampling."""
+        await self.fleet.resume()
+        self._look_at_clock()
+
+    async def stats(self) -> EngineStats:
+        """Counters, as far as they are seen from here: a step is an answer."""
+        self._look_at_clock()
+        return EngineStats(
+            version=self._version,
+            num_steps=self._num_answers,
+            num_decode_tokens=self._num_sampled,
+            num_prefill_tokens=self._num_prompt,
+            num_prefix_hit_tokens=0,
+            busy_s=self._busy_s,
+            idle_s=time.perf_counter() - self._built_at - self._busy_s,
+        )
+
+    @property
+    def _label(self) -> str:
+        return f"{self._run}/{self._version}"
+
+    def _check(self, host: Host, info: ServerInfo) -> None:
+        """Refuse a server that does not fit the run."""
+        if info.numerics != self._numerics:
+            raise ConfigError(
+                f"the server {host.server.url} has other numerics than the recipe",
+                got=f"{info.numerics}, engine.precision = '{self._numerics}'",
+                allowed="the same",
+                fix=f"set engine.precision = '{info.numerics}', or start the server with others",
+            )
+        if info.adapter_scale != self._adapter_scale:
+            scale = repr(self._adapter_scale)
+            raise ConfigError(
+                f"the server {host.server.url} takes other weights than this run sends",
+                got=f"adapters scaled by {info.adapter_scale!r}, here {scale} (lora_alpha / lora_rank; 0: whole weights)",
+                allowed="the same",
+                fix=f"start it with --adapter-scale {scale} (`oldlogits serve`), "
+                f"""--additional-config '{{"oldlogits_adapter_scale": {scale}}}' (vLLM)""",
+            )
+        if info.max_context < self._max_context:
+            raise ConfigError(
+                f"the server {host.server.url} has too short a context",
+                got=f"{info.max_context} tokens",
+                allowed=f">= env.max_episode_tokens = {self._max_context}",
+                fix=f"start it with --max-model-len {self._max_context} (`oldlogits serve`: --max-context)",
+            )
+
+    async def _supply(self, server: Server) -> str:
+        """Give a server that came back the current weights, if it has others, and ask it the last probe again.
+
+        Raises:
+            ServerFailedError: It fails, or its log-probs are not those of the current weights.
+        """
+        if self._version < 0:
+            return "connected"
+        label, done = await server.label(), "it kept its weights"
+        if label != self._label:
+            await server.pause("abort")
+            await server.update(self._told, self._label)
+            await server.resume()
+            done = f"it had weights {label} and was given version {self._version}"
+        if self._probe is not None and self._probe[0] == self._version:
+            _, asked, expected = self._probe
+            answer = await server.generate(replace(asked, request_id=f"{asked.request_id}-{secrets.token_hex(4)}"))
+            error = float(np.abs(np.subtract(answer.prompt_logprobs, expected)).max())
+            if not error <= SAME_WEIGHTS[self.capabilities.arithmetic]:
+                raise ServerFailedError(f"its log-probs are not those of version {self._version}: off by {error:.1e} nats")
+        return done
+
+    def _look_at_clock(self) -> None:
+        """Count the seconds in which a server had something to do."""
+        now = time.perf_counter()
+        self._busy_s += (now - self._looked_at) * self._was_busy
+        self._looked_at, self._was_busy = now, self.fleet.num_running > 0 and not self.fleet.paused
+
+
+async def _unless_cut(server: Server, asked: wire.Request, attempt: Attempt) -> wire.Answer | None:
+    """The server's answer; None if the attempt was cut before. Leaving closes the connection, which ends it there too."""
+    answering = asyncio.ensure_future(server.generate(asked))
+    cutting = asyncio.ensure_future(attempt.cut.wait())
+    try:
+        await asyncio.wait({answering, cutting}, return_when=asyncio.FIRST_COMPLETED)
+        return await answering if answering.done() else None
+    finally:
+        cutting.cancel()
+        if not answering.done():
+            answering.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await answering

@@ -1,0 +1,1 @@
+"""What each kind of inference server needs beyond HTTP."""

@@ -1,0 +1,187 @@
+"""Calibration: the engine's own noise, where nothing is stale yet and nothing learned.
+
+    first batch of a run: all its tokens are of the version that enters training
+    -> trainer.score with the live weights: OLD -> log r_d = log old - log mu, on tokens that mu sampled
+    -> what each band would mask, and what is doubtful about the recipe's
+
+It samples nothing and only scores, before the first optimizer step: nothing that training reads depends on it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oldlogits.batch import TokenBatch
+from oldlogits.config import Caution, RunConfig, kept_at_lag_0
+from oldlogits.core.errors import MissingLogprobError
+from oldlogits.core.policies import find_variant
+from oldlogits.core.scoring import ScoringHandle
+
+BANDS: Final = (1.01, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0, 3.0)
+"""The bands that are tried, besides the recipe's."""
+
+MISMATCH: Final = 0.01
+"""Nats of mean ``|log r_d|`` above which rows with ``r_d = 1`` are warned of; what engines have: docs/guard.md."""
+
+MEAN_ERRORS: Final = 4.0
+"""Standard errors that the mean of r_d may be off 1."""
+
+MEAN_FLOOR: Final = 1e-3
+"""What it may be off in any case: rounding has no standard error."""
+
+ROUNDING: Final = 1e-5
+"""Nats: what two fp32 forwards differ by."""
+
+IN_DOUBT: Final = 0.01
+"""Nats of mean ``-log mu`` above which tokens are not certain, so that numerics must show."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """``r_d = old / mu`` of tokens that mu sampled at lag 0; a token whose r_d is not finite counts as masked.
+
+    Args:
+        num_trajectories: Measured.
+        num_tokens: Their sampled tokens.
+        log_r_d_abs_mean: Mean ``|log r_d|``, nats, of the finite ones.
+        log_r_d_abs_max: The largest.
+        r_d_mean: Mean r_d of the finite ones; its expectation is 1.
+        r_d_mean_error: Its standard error, clustered by trajectory; inf with fewer than two.
+        bands: Ascending.
+        masked: The share of tokens outside each band.
+        kept: The share that the recipe's own mask keeps: rho at lag 0, before the first step. 1 where it has no mask.
+    """
+
+    num_trajectories: int
+    num_tokens: int
+    log_r_d_abs_mean: float
+    log_r_d_abs_max: float
+    r_d_mean: float
+    r_d_mean_error: float
+    bands: tuple[float, ...]
+    masked: tuple[float, ...]
+    kept: float
+
+    def lines(self, config: RunConfig) -> Iterator[str]:
+        """The figures as a small table, for a terminal."""
+        yield (
+            f"engine noise at lag 0: mean |log r_d| {self.log_r_d_abs_mean:.2g} nats, largest {self.log_r_d_abs_max:.2g}; "
+            f"mean r_d - 1: {self.r_d_mean - 1:+.1e} +- {self.r_d_mean_error:.1e}; "
+            f"{self.num_tokens:,} tokens of {self.num_trajectories} trajectories"
+        )
+        has_band = not find_variant(config.variant).r_d.is_one
+        names = [f"{'*' if has_band and band == config.band else ''}{band:g}" for band in self.bands]
+        of_recipe = f"   (*: this recipe, which keeps {self.kept:.1%})" if has_band else "   (this recipe has no band: r_d = 1)"
+        yield "  a band of  " + "".join(f"{name:>8}" for name in names) + of_recipe
+        yield "  would mask " + "".join(f"{share:>8.2%}" for share in self.masked)
+
+
+async def calibrate(config: RunConfig, trainer: ScoringHandle, batch: TokenBatch, *, expected_noise: float) -> Calibration:
+    """Measure on `eval.num_calibration` trajectories of the batch in training, evenly spaced.
+
+    Args:
+        config: The run.
+        trainer: Holds the batch; its live weights are those that sampled it.
+        batch: The first of a run.
+        expected_noise: Nats; what the engine's numerics change the probe tokens' log-probs by at most, with these weights.
+
+    Raises:
+        MissingLogprobError: The engine's log-probs are the trainer's, though the engine's numerics give others.
+    """
+    num = min(config.eval.num_calibration, batch.num_sequences)
+    chosen = np.linspace(0, batch.num_sequences - 1, num).astype(np.int64)
+    sequence = batch.sequence[batch.loss_mask]
+    tokens = np.flatnonzero(np.isin(sequence, chosen))
+    old, mu = await trainer.score(tokens, None), batch.logp_mu[batch.loss_mask][tokens]
+    _refuse_substitute(config.engine.precision, expected_noise, old, mu)
+    return measure(config, old - mu, sequence[tokens])
+
+
+def measure(config: RunConfig, log_r_d: NDArray[np.float32], sequence: NDArray[np.int64]) -> Calibration:
+    """The figures of a calibration.
+
+    Args:
+        config: The run.
+        log_r_d: float32 [token], natural log of ``old / mu``.
+        sequence: int64 [token]; the trajectory of each.
+    """
+    has_band = math.isfinite(config.band) and not find_variant(config.variant).r_d.is_one
+    bands = sorted({*BANDS, config.band} if has_band else BANDS)
+    low, high = kept_at_lag_0(config)
+    finite = np.isfinite(log_r_d)
+    size = np.abs(log_r_d[finite])
+    r_d = np.exp(log_r_d[finite].astype(np.float64))
+    mean = float(r_d.mean()) if len(r_d) else math.nan
+    return Calibration(
+        num_trajectories=len(np.unique(sequence)),
+        num_tokens=len(log_r_d),
+        log_r_d_abs_mean=float(size.mean()) if len(size) else math.nan,
+        log_r_d_abs_max=float(size.max()) if len(size) else math.nan,
+        r_d_mean=mean,
+        r_d_mean_error=_clustered_error(r_d - mean, sequence[finite]),
+        bands=tuple(bands),
+        masked=tuple(_outside(log_r_d, 1 / band, band) for band in bands),
+        kept=1 - _outside(log_r_d, low, high),
+    )
+
+
+def doubts(found: Calibration, config: RunConfig) -> Iterator[Caution]:
+    """What the figures say about the recipe."""
+    variant, tau = find_variant(config.variant), config.proximal.reset_below
+    if not variant.r_d.is_one and found.kept < tau:
+        enough = next((band for band, share in zip(found.bands, found.masked, strict=True) if 1 - share >= tau), None)
+        yield Caution(
+            name="tight-band",
+            message=f"band {config.band:g} keeps {found.kept:.1%} of the tokens at lag 0, less than proximal.reset_below = "
+            f"{tau:g}: it masks the engine's own noise" + (f"; band = {enough:g} would keep enough" if enough else ""),
+            figures={"band": config.band, "kept": found.kept, "tau": tau},
+        )
+    if variant.r_d.is_one and found.log_r_d_abs_mean > MISMATCH:
+        where = "the clipped ratio" if variant.corrects_mismatch else "the gradient, uncorrected"
+        yield Caution(
+            name="mismatch",
+            message=f"r_d = 1 leaves the difference between the engines in {where}: mean |log r_d| = "
+            f"{found.log_r_d_abs_mean:.3f} nats at lag 0, above {MISMATCH:g}; variant 'decoupled_exact' takes it out",
+            figures={"log_r_d_abs_mean": found.log_r_d_abs_mean, "threshold": MISMATCH},
+        )
+    if abs(found.r_d_mean - 1) > max(MEAN_ERRORS * found.r_d_mean_error, MEAN_FLOOR):
+        yield Caution(
+            name="two-distributions",
+            message=f"the mean of r_d over tokens that mu sampled is {found.r_d_mean:.4f} +- {found.r_d_mean_error:.4f}, not 1:"
+            " the engine's log-probs are not those of the distribution that it samples from (temperature, support)",
+            figures={"r_d_mean": found.r_d_mean, "r_d_mean_error": found.r_d_mean_error},
+        )
+
+
+def _refuse_substitute(numerics: str, expected_noise: float, old: NDArray[np.float32], mu: NDArray[np.float32]) -> None:
+    """Refuse a ratio of 1 where the numerics show with these weights: on tokens that were in doubt, not certain anyway.
+
+    They do not show in fp32, nor with weights that lie on the numerics' grid, as those of a checkpoint in bf16 do on bf16's.
+    """
+    if expected_noise > ROUNDING and float(mu.mean()) < -IN_DOUBT and float(np.abs(old - mu).max()) <= ROUNDING:
+        raise MissingLogprobError(
+            f"r_d is 1 on all {len(mu)} tokens, though the engine computes in {numerics}: its log-probs are not its own",
+            got=f"|log-prob of the trainer - of the engine| <= {ROUNDING:.0e}, and {expected_noise:.0e} expected on the probe",
+            allowed="the log-probs that the engine sampled with",
+            fix="do not recompute them with the trainer; if the engine computes as the trainer does, engine.precision = 'fp32'",
+        )
+
+
+def _outside(log_r_d: NDArray[np.float32], low: float, high: float) -> float:
+    """The share of tokens whose r_d is not in ``[low, high]``, compared in log space as the objective's band is."""
+    log_low = math.log(low) if low > 0 else -math.inf
+    kept = np.isfinite(log_r_d) & (log_r_d >= log_low) & (log_r_d <= math.log(high))
+    return 1 - float(kept.mean())
+
+
+def _clustered_error(deviation: NDArray[np.float64], cluster: NDArray[np.int64]) -> float:
+    """The standard error of a mean of clustered values: ``sqrt(C / (C - 1) * sum over clusters of (sum of d)^2) / N``."""
+    sums = np.bincount(np.unique(cluster, return_inverse=True)[1], weights=deviation)
+    num = len(sums)
+    return math.sqrt(num / (num - 1) * float(sums @ sums)) / len(deviation) if num > 1 else math.inf

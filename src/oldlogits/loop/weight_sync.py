@@ -1,0 +1,136 @@
+"""The change of versions: pause the engine, give it the new weights, let it go on, and check what it holds.
+
+pause -> source.on_paused -> update_weights -> resume -> probe, witnesses -> source.on_published
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from oldlogits.config import RunConfig
+from oldlogits.core.engine import RolloutEngine, trajectory_of
+from oldlogits.core.errors import ConfigError, ReceiverBehindError
+from oldlogits.core.source import LogprobSource
+from oldlogits.core.weights import PatchWeights
+from oldlogits.loop.backend import Backend
+from oldlogits.loop.probe import allowed_error, probe
+from oldlogits.loop.run_logger import RunLogger
+from oldlogits.loop.totals import SyncResult, Totals
+from oldlogits.rollout.turns import sampled_segments
+from oldlogits.train.reports import ConsistencyErrors, PublishedVersion
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paused:
+    """Since when the engine stands still, and how long it took to come to rest."""
+
+    at_s: float
+    pause_s: float
+
+
+class WeightSync:
+    """Brings the engine from one version to the next.
+
+    Args:
+        config: The run.
+        probe_ids: The fixed prompt on which engine and trainer are compared.
+        handles: Of the runtime.
+        source: Told of every pause and every published version.
+        recorder: Told of every update, probe and witness.
+        totals: Keeps the worst probe.
+
+    Raises:
+        ConfigError: The source needs to know what running turns have sampled, and the engine does not tell.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        probe_ids: Sequence[int],
+        handles: Backend,
+        source: LogprobSource,
+        recorder: RunLogger,
+        totals: Totals,
+    ) -> None:
+        check_partials(source, handles.engine, config.proximal.source)
+        self._config, self._probe_ids, self._handles = config, probe_ids, handles
+        self._source, self._recorder, self._totals = source, recorder, totals
+        self.consistency = ConsistencyErrors()
+
+    async def pause(self) -> Paused:
+        """Bring the engine to rest, and tell the source what unfinished turns have sampled so far."""
+        engine, clock, started = self._handles.engine, self._handles.clock, self._handles.clock()
+        await engine.pause("keep", self._config.engine.kv)
+        paused = Paused(at_s=clock(), pause_s=clock() - started)
+        if self._source.needs_partials and engine.capabilities.partials:
+            temperature = self._config.sampling.temperature
+            partials = await engine.partials()
+            await self._source.on_paused({trajectory_of(i): sampled_segments(g, temperature) for i, g in partials.items()})
+        return paused
+
+    async def give(self, published: PublishedVersion, paused: Paused | None) -> float:
+        """Give the engine the new weights, let it go on, and check it.
+
+        Args:
+            published: The version.
+            paused: What `pause` returned; None: pause now.
+
+        Returns:
+            The seconds that the engine stood still.
+
+        Raises:
+            ProbeError: The engine does not hold the version as the trainer published it.
+        """
+        engine, clock, version = self._handles.engine, self._handles.clock, published.version
+        paused = paused or await self.pause()
+        started = clock()
+        sent = await self._send(published)
+        await engine.resume()
+        resumed = clock()
+        stall_s = resumed - paused.at_s
+        self._totals.add_sync(sent)
+        self._recorder.weights_updated(sent, version=version, pause_s=paused.pause_s, load_s=resumed - started, stall_s=stall_s)
+        await self._check(published)
+        await self._source.on_published(version, published.update, published.probe_logps)
+        return stall_s
+
+    async def _send(self, published: PublishedVersion) -> SyncResult:
+        """Give the engine the update, or all weights if it cannot go on from what it holds."""
+        engine, update = self._handles.engine, published.update
+        try:
+            await engine.update_weights(update, published.version)
+        except ReceiverBehindError as error:
+            full = await self._handles.trainer.full_weights()
+            await engine.update_weights(full, published.version)
+            return SyncResult(num_bytes=update.num_bytes + full.num_bytes, is_patch=False, refused=str(error))
+        return SyncResult(num_bytes=update.num_bytes, is_patch=isinstance(update, PatchWeights))
+
+    async def _check(self, published: PublishedVersion) -> None:
+        """Probe the engine, every replica of it, and ask the trainer for its witnesses; the worst of each counts."""
+        config, can = self._config.engine, self._handles.engine.capabilities
+        allowed = allowed_error(config.precision, config.probe_tolerance, routed=published.is_routed, arithmetic=can.arithmetic)
+        expected, version = published.engine_probe_logps, published.version
+        results = [
+            await probe(self._handles.engine, self._probe_ids, expected, version=version, allowed=allowed)
+            for _ in range(can.num_replicas)
+        ]
+        result = max(results, key=lambda result: result.max_abs_error)
+        of_trainer = (await self._handles.trainer.state()).consistency
+        worst = np.fmax(of_trainer.publish_max_abs_error, self._source.witness_max_abs_error)
+        self.consistency = replace(of_trainer, publish_max_abs_error=float(worst))
+        self._totals.add_probe(result.max_abs_error)
+        self._recorder.probed(result, self.consistency.publish_max_abs_error, version=published.version)
+
+
+def check_partials(source: LogprobSource, engine: RolloutEngine, name: str) -> None:
+    """Refuse a route that scores before the step, where the engine does not tell what it has sampled by then."""
+    if source.needs_pause and not engine.capabilities.partials:
+        raise ConfigError(
+            f"source '{name}' scores what running turns have sampled, and this engine does not tell",
+            got="an engine without partials",
+            allowed="an engine with partials, or another source",
+            fix="use source 'snapshot'",
+        )

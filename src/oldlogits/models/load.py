@@ -1,0 +1,150 @@
+"""Loading and saving the trainer's model: a Hugging Face class, in the standard folder format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from oldlogits.core.errors import ModelFolderError
+from oldlogits.models.adapters import is_adapter
+
+transformers_logging.disable_progress_bar()
+
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+"""Model types that both the trainer and the embedded engine implement."""
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """The model of a folder, fp32, dropout off.
+
+    Raises:
+        ModelFolderError: The folder holds no causal language model of a supported family, or not all of its weights.
+    """
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelFolderError(
+            "the model folder cannot be loaded",
+            got=f"{folder}: {error}",
+            allowed=f"a Hugging Face folder of the families {', '.join(FAMILIES)}",
+            fix="check the folder with transformers' AutoModelForCausalLM.from_pretrained",
+        ) from error
+    if model.config.model_type not in FAMILIES:
+        raise ModelFolderError(
+            "the model's family is not supported",
+            got=f"model_type '{model.config.model_type}' in {folder}",
+            allowed=", ".join(FAMILIES),
+            fix="choose a model of one of these families",
+        )
+    if info["missing_keys"]:
+        raise ModelFolderError(
+            "the model folder lacks weights, which would be drawn at random",
+            got=f"{folder} without {', '.join(sorted(info['missing_keys']))}",
+            allowed="every weight of the model",
+            fix="copy the folder again",
+        )
+    return model.eval()
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder; it must have a chat template.
+
+    Raises:
+        ModelFolderError: There is no tokenizer or it has no chat template.
+    """
+    try:
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+            raise FileNotFoundError("no tokenizer file")  # transformers would make up an empty tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelFolderError(
+            "the tokenizer cannot be loaded",
+            got=f"{folder}: {error}",
+            allowed="a folder with tokenizer.json and tokenizer_config.json",
+            fix="save the tokenizer into the model folder",
+        ) from error
+    if not tokenizer.chat_template:
+        raise ModelFolderError(
+            "the tokenizer has no chat template",
+            got=str(folder),
+            allowed="a tokenizer whose chat template renders system, user, assistant and tool messages",
+            fix="add chat_template.jinja to the folder",
+        )
+    return tokenizer
+
+
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """What a version consists of, by the names of parameters, tied ones once; views of the masters, not copies.
+
+    Of a model with adapters these alone: its base never changes. Of a sharded model: this rank's slice of each, which may be
+    empty.
+    """
+    return {name: local(parameter.data) for name, parameter in version_parameters(model).items()}
+
+
+def version_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters whose values are a version: all of them, or of a model with adapters the adapters'."""
+    parameters = dict(model.named_parameters())
+    return {name: parameter for name, parameter in parameters.items() if is_adapter(name)} or parameters
+
+
+def point_at(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Let the model's parameters share the storage of `weights`: a switch of versions without a copy.
+
+    A sharded model takes a copy of this rank's slices, cast to its dtype: it gathers from memory of its own.
+    """
+    for name, parameter in version_parameters(model).items():
+        if isinstance(parameter.data, DTensor):
+            own = local(parameter.data)
+            own.copy_(weights[name].view_as(own))
+        else:
+            parameter.data = weights[name]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's slice of a tensor; a tensor that is not sharded as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    own: Tensor = tensor.to_local()
+    return own
+
+
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Activation checkpointing: only what enters a layer is kept, the rest is computed again in the backward pass."""
+    for layer in model.base_model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
+
+
+def write_model(config: PretrainedConfig, generation: GenerationConfig, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write a standard model folder, without a tokenizer.
+
+    Args:
+        config: Of the model; its dtype becomes that of the weights.
+        generation: What engines take as their defaults.
+        weights: All of `named_weights`, of one dtype.
+        folder: Where.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=next(iter(weights.values())).dtype)
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    model.generation_config = generation
+    model.save_pretrained(folder)

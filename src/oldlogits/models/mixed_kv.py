@@ -1,0 +1,175 @@
+"""The mixed-version forward: OLD where the engine kept keys and values over weight updates.
+
+Every version, the oldest first, computes the entries that it computed in the engine, over those that older versions left,
+and gives the log-probs of the tokens that it sampled: each entry is computed once.
+
+    version a   |==== a ====|                     chunks of all sequences side by side, in padded micro-batches
+    version b               |== b ==|             attends to a's entries and its own
+    version c                       |c|
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from oldlogits.batch import Chain, MicroBatch, TokenBatch, chains_of, cut_out, micro_batches
+from oldlogits.models.ranks import ALONE, Ranks
+from oldlogits.models.scorer import ForwardSizes, head_logps, score_tokens
+from oldlogits.models.sharding import in_one_forward
+
+
+class MixedForward:
+    """Scores the loss tokens of a batch, version by version.
+
+    Holds the keys and values of all chains of several versions until the last one has been scored:
+    ``2 * layers * kv_heads * head_dim * longest chain`` numbers for each.
+
+    Args:
+        model: A causal language model; whoever calls `score` gives it the weights of the version.
+        batch: The trajectories.
+        micro_batch_tokens: The largest padded size of one forward, in tokens.
+        head_chunk_tokens: Tokens that go through the output head at once.
+        ranks: That hold the model; what is of one version is dealt out among them, chains are computed by each.
+
+    Raises:
+        TrajectoryError: Nothing says which versions computed what some token attended to.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batch: TokenBatch,
+        *,
+        micro_batch_tokens: int,
+        head_chunk_tokens: int,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self._model, self._batch, self._ranks = model, batch, ranks
+        self._sizes: ForwardSizes = {"micro_batch_tokens": micro_batch_tokens, "head_chunk_tokens": head_chunk_tokens}
+        chains = chains_of(batch)
+        self._plain = [chain[0] for chain in chains if len(chain) == 1]
+        self._chains: list[Chain] = [chain for chain in chains if len(chain) > 1]
+        longest = max((int(chain[-1].tokens[-1]) - chain[0].origin for chain in self._chains), default=0)
+        self._entries = _Entries(len(self._chains), longest)
+        self._logps = torch.full((batch.num_tokens,), math.nan)
+        self._computed_at = np.full(batch.num_tokens, -1, np.int64)
+
+    @property
+    def num_entries(self) -> int:
+        """Tokens that all forward passes together read."""
+        return sum(chunk.num_entries for chunk in self._plain + [chunk for chain in self._chains for chunk in chain])
+
+    @property
+    def logps(self) -> NDArray[np.float32]:
+        """float32 [loss token], natural log; NaN where the token's version has not been scored."""
+        logps: NDArray[np.float32] = self._logps.numpy()[self._batch.loss_mask]
+        return logps
+
+    @property
+    def computed_at(self) -> NDArray[np.int64]:
+        """int64 [loss token]; the version that scored each, -1 where none has."""
+        computed_at: NDArray[np.int64] = self._computed_at[self._batch.loss_mask]
+        return computed_at
+
+    def score(self, version: int) -> None:
+        """Score the tokens of one version; the model has its weights, and older versions have been scored."""
+        plain = [chunk.tokens for chunk in self._plain if chunk.version == version]
+        if plain:
+            tokens = np.concatenate(plain)
+            self._logps[tokens] = torch.from_numpy(
+                score_tokens(self._model, self._batch, tokens, **self._sizes, ranks=self._ranks)
+            )
+            self._computed_at[tokens] = version
+        with torch.no_grad():
+            self._go_on(version)
+
+    def _go_on(self, version: int) -> None:
+        """Score the chunks of this version that older ones precede or newer ones follow."""
+        found = [(row, chunk) for row, chain in enumerate(self._chains) for chunk in chain if chunk.version == version]
+        if not found:
+            return
+        chunks = [chunk for _, chunk in found]
+        device = self._model.device
+        rows = torch.tensor([row for row, _ in found])
+        starts = torch.tensor([chunk.begin - chunk.origin for chunk in chunks])
+        counts = torch.tensor([chunk.num_entries for chunk in chunks])
+        cut, tokens, flat = cut_out(self._batch, chunks)
+        owners, sources = torch.from_numpy(cut.sequence), torch.from_numpy(flat)
+        for micro in micro_batches(cut, tokens, self._sizes["micro_batch_tokens"]):
+            here = torch.empty(len(micro.input_ids), dtype=torch.int64)
+            here[micro.row] = owners[micro.flat]  # every row has a token to score
+            offsets = torch.arange(micro.input_ids.shape[1])
+            positions = starts[here, None] + offsets
+            self._entries.open(rows[here], positions, offsets < counts[here, None], device)
+            scored = sources[micro.flat]
+            forward = partial(self._forward, micro.to(device), positions.to(device))
+            self._logps[scored] = in_one_forward(self._model, forward).cpu()
+            self._computed_at[scored.numpy()] = version
+
+    def _forward(self, micro: MicroBatch, positions: Int[Tensor, "row column"]) -> Float[Tensor, " action"]:
+        """The log-probs of chunks, over the entries that their chains may see; theirs are added."""
+        hidden = self._model.base_model(
+            input_ids=micro.input_ids,
+            position_ids=positions,
+            attention_mask=self._entries.seen,
+            past_key_values=self._entries,
+            use_cache=True,
+        ).last_hidden_state
+        return head_logps(self._model, hidden, micro, head_chunk_tokens=self._sizes["head_chunk_tokens"])
+
+
+class _Entries:
+    """Keys and values of chains, each entry at its token's position: the cache that a Hugging Face model is given.
+
+    Of such a cache a model asks nothing but `update` where it is given positions and a mask.
+
+    Args:
+        num_chains: Chains.
+        longest: Entries of the longest.
+    """
+
+    def __init__(self, num_chains: int, longest: int) -> None:
+        self._shape = (num_chains, longest)
+        self._layers: list[tuple[Tensor, Tensor]] = []  # keys and values [chain, position, kv_head, head_dim]
+
+    def open(
+        self,
+        rows: Int[Tensor, " row"],
+        positions: Int[Tensor, "row column"],
+        real: Bool[Tensor, "row column"],
+        device: torch.device,
+    ) -> None:
+        """The next forward reads tokens of these chains.
+
+        Args:
+            rows: Each row's chain.
+            positions: Each token's place in its sequence.
+            real: False for padding.
+            device: Of the forward; the arguments are on the CPU.
+        """
+        self._rows, self._real = rows.to(device), real.to(device)
+        self._at = (rows[:, None].expand_as(positions)[real].to(device), positions[real].to(device))
+        self._length = int(positions[real].max()) + 1
+        self.seen = (torch.arange(self._length) <= positions[..., None])[:, None].to(device)
+
+    def update(
+        self, keys: Float[Tensor, "row head column dim"], values: Float[Tensor, "row head column dim"], layer: int
+    ) -> tuple[Float[Tensor, "row head position dim"], Float[Tensor, "row head position dim"]]:
+        """Take over a layer's new entries; returns those that the rows may see, up to the newest."""
+        if layer == len(self._layers):
+            shape = (*self._shape, keys.shape[1], keys.shape[3])
+            self._layers.append((keys.new_zeros(shape), values.new_zeros(shape)))
+        kept_keys, kept_values = self._layers[layer]
+        return self._merge(kept_keys, keys), self._merge(kept_values, values)
+
+    def _merge(self, kept: Tensor, new: Tensor) -> Tensor:
+        kept[self._at] = new.transpose(1, 2)[self._real]
+        return kept[self._rows, : self._length].transpose(1, 2)

@@ -1,0 +1,106 @@
+"""Forward pass -> log-probs of given tokens, with the output head on those tokens only."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from oldlogits.batch import MicroBatch, Sequences, deal
+from oldlogits.models.ranks import ALONE, Ranks
+from oldlogits.models.sharding import in_one_forward
+
+
+class ForwardSizes(TypedDict):
+    """How much a forward pass takes at once.
+
+    Args:
+        micro_batch_tokens: The largest padded size of one forward, in tokens.
+        head_chunk_tokens: Tokens that go through the output head at once.
+    """
+
+    micro_batch_tokens: int
+    head_chunk_tokens: int
+
+
+def action_logps(model: PreTrainedModel, micro: MicroBatch, *, head_chunk_tokens: int) -> Float[Tensor, " action"]:
+    """Natural-log probs of the micro-batch's tokens: ``log_softmax(logits / T)[token]``.
+
+    Hidden states are gathered before the head; the head sees `head_chunk_tokens` at once, and where gradients are
+    needed and there are several chunks, a chunk's logits are formed again in the backward pass, so that memory does
+    not grow with the number of tokens times the vocabulary.
+
+    Args:
+        model: A causal language model.
+        micro: The tokens to score.
+        head_chunk_tokens: Tokens per chunk, >= 1.
+
+    Returns:
+        float32 [action], in the order of ``micro.flat``, on the model's device.
+    """
+    micro = micro.to(model.device)
+
+    def forward() -> Tensor:
+        hidden = model.base_model(input_ids=micro.input_ids, use_cache=False).last_hidden_state
+        return head_logps(model, hidden, micro, head_chunk_tokens=head_chunk_tokens)
+
+    return in_one_forward(model, forward)
+
+
+def head_logps(
+    model: PreTrainedModel, hidden: Float[Tensor, "row column width"], micro: MicroBatch, *, head_chunk_tokens: int
+) -> Float[Tensor, " action"]:
+    """The log-probs of the micro-batch's tokens, given its final hidden states on its device; see `action_logps`."""
+    hidden = hidden[micro.row, micro.column]
+    head = model.get_output_embeddings()
+    chunks = range(0, len(hidden), head_chunk_tokens)
+    recompute = torch.is_grad_enabled() and len(chunks) > 1
+    pieces = []
+    for start in chunks:
+        part = slice(start, start + head_chunk_tokens)
+        arguments = (head, hidden[part], micro.targets[part], micro.temperature[part])
+        pieces.append(checkpoint(_head_logps, *arguments, use_reentrant=False) if recompute else _head_logps(*arguments))
+    return torch.cat(pieces)
+
+
+def score_tokens(
+    model: PreTrainedModel,
+    sequences: Sequences,
+    tokens: NDArray[np.int64],
+    *,
+    micro_batch_tokens: int,
+    head_chunk_tokens: int,
+    ranks: Ranks = ALONE,
+) -> NDArray[np.float32]:
+    """Natural-log probs of tokens of sequences, without gradients.
+
+    Args:
+        model: A causal language model.
+        sequences: What it reads.
+        tokens: int64 [scored token], ascending flat indices; none begins a sequence.
+        micro_batch_tokens: The largest padded size of one forward, in tokens.
+        head_chunk_tokens: Tokens that go through the output head at once.
+        ranks: That hold the model; each computes some of the sequences, and all make this call.
+
+    Returns:
+        float32 [scored token], on all ranks.
+    """
+    out = torch.zeros(sequences.num_tokens, device=model.device)
+    with torch.no_grad():
+        for one in deal(sequences, tokens, micro_batch_tokens, rank=ranks.rank, num_ranks=ranks.num_ranks):
+            logps = action_logps(model, one.micro, head_chunk_tokens=head_chunk_tokens)
+            if one.counts:
+                out[one.micro.flat.to(out.device)] = logps
+    scores: NDArray[np.float32] = ranks.sum(out.cpu()[torch.from_numpy(tokens)]).numpy()
+    return scores
+
+
+def _head_logps(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: Tensor) -> Tensor:
+    logits = head(hidden).float() / temperature.unsqueeze(1)
+    return -nn.functional.cross_entropy(logits, targets, reduction="none")

@@ -1,0 +1,109 @@
+"""One model over several ranks: FSDP2. Each rank holds a slice of the rows of every parameter, of its gradient and its moments.
+
+    layer forward:   all-gather its weights -> compute -> free them         backward: again, then reduce-scatter the gradient
+
+Embedding, final norm and head are gathered with the model itself, since a tied head is the embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from oldlogits.models.load import version_parameters
+from oldlogits.models.ranks import Ranks
+
+R = TypeVar("R")
+
+_COMPUTE = "compute"
+
+
+def place_model(model: PreTrainedModel, ranks: Ranks) -> None:
+    """Bring a model to the ranks' devices: of several ranks each keeps its slice of every parameter.
+
+    Args:
+        model: Whole, and the same on all ranks; changed in place. On the CPU: then no device ever holds all of it.
+        ranks: That hold it from here on.
+    """
+    if ranks.mesh is None:
+        model.to(ranks.device)
+        return
+    for layer in model.base_model.layers:
+        fully_shard(layer, mesh=ranks.mesh)
+    fully_shard(model, mesh=ranks.mesh, reshard_after_forward=True)
+    setattr(model, _COMPUTE, MethodType(_computed, model))
+    register_fsdp_forward_method(model, _COMPUTE)
+
+
+def in_one_forward(model: PreTrainedModel, forward: Callable[[], Tensor]) -> Tensor:
+    """A forward pass that calls parts of the model, such as its base and its head: as one pass of a sharded model.
+
+    Args:
+        model: Of `place_model`, or any other.
+        forward: The pass; all ranks make it at the same time.
+
+    Returns:
+        What `forward` returns, which is no view.
+    """
+    if not isinstance(model, FSDPModule):
+        return forward()
+    result: Tensor = getattr(model, _COMPUTE)(forward)
+    return result
+
+
+def whole_weights(model: PreTrainedModel, dtype: torch.dtype, ranks: Ranks) -> dict[str, Tensor]:
+    """All of a version's forward weights by name, on the CPU of the first rank; nothing on the others. All ranks call it.
+
+    Args:
+        model: Holds masters.
+        dtype: Of the forward weights.
+        ranks: That hold it.
+
+    Returns:
+        Where one process holds the model on the CPU and its masters have that dtype: views of them, no copy.
+    """
+    found = {}
+    for name, parameter in version_parameters(model).items():
+        weight = whole(parameter.data.to(dtype))
+        if ranks.is_first:
+            found[name] = weight.cpu()
+    return found
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which the ranks hold slices, on each of them; another tensor as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    full: Tensor = tensor.full_tensor()
+    return full
+
+
+def as_slice_of(parameter: Tensor, values: Tensor) -> Tensor:
+    """Values of this rank's slice of a parameter, as the tensor of which the ranks hold slices.
+
+    Args:
+        parameter: Of the model.
+        values: Of the shape of the slice; used, not copied.
+    """
+    if not isinstance(parameter, DTensor):
+        return values
+    sliced: Tensor = DTensor.from_local(
+        values,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+    return sliced
+
+
+def _computed(model: PreTrainedModel, forward: Callable[[], R]) -> R:
+    return forward()

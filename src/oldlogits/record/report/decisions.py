@@ -1,0 +1,156 @@
+"""The report's section of the referee: where the stand-in decided otherwise than OLD; and that of the average's resets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Final
+
+from markupsafe import Markup
+
+from oldlogits.record.events import FIELDS, Event, EventKind
+from oldlogits.record.jsonl import number
+from oldlogits.record.report import charts
+from oldlogits.record.report.charts import Bar
+from oldlogits.record.report.data import RunData
+from oldlogits.record.report.figures import Figure
+
+Sums = Mapping[str, float]
+"""The sums of a `referee` event at one staleness, or over several."""
+
+_NAMES = tuple(sorted(FIELDS[EventKind.REFEREE] - {"policy", "seconds_s"}))
+
+_COLUMNS = (
+    "staleness",
+    "tokens",
+    "mean |log-prob error|",
+    "kept wrongly",
+    "masked wrongly",
+    "kept, A ≠ 0",
+    "masked, A ≠ 0",
+    "kept, by weight",
+    "masked, by weight",
+)
+
+
+_ERRORS: Final = ("error_before", "error_after", "weight_error_before", "weight_error_after")
+
+_RESET_COLUMNS: Final = (
+    "version",
+    "rule",
+    "rho",
+    "age given up",
+    "band keeps: average",
+    "band keeps: live",
+    "decision error before",
+    "after",
+    "by weight, before",
+    "after",
+)
+
+_MAX_RESETS: Final = 50
+
+
+def decisions(run: RunData) -> dict[str, list[Figure]]:
+    """The sections by their names; none without a referee and resets."""
+    sections = {}
+    if run.referee:
+        sections["The referee"] = [_referee(run)]
+    if run.resets:
+        sections["Resets of the average"] = [_resets(run.resets)]
+    return sections
+
+
+def _referee(run: RunData) -> Figure:
+    by_staleness = pooled(run.referee)
+    policy = str(run.referee[-1].fields["policy"])
+    caption = (
+        f"Over {len(run.referee)} batches whose exact log-probs were computed beside the route. Shares are of the loss tokens, "
+        "of those with A ≠ 0, and by weight: the sum of |R A| over the differing tokens over that of the tokens active under "
+        "OLD, R = theta/mu."
+    )
+    everything = {name: sum(sums[name] for sums in by_staleness.values()) for name in _NAMES}
+    rows = [_row(str(lag), sums) for lag, sums in by_staleness.items()] + [_row("all", everything)]
+    return Figure(
+        title=f"Tokens that {policy} decides otherwise than old",
+        caption=caption,
+        svg=_chart(by_staleness),
+        legend=(("c0", "masked wrongly"), ("c1", "kept wrongly")),
+        table=(_COLUMNS, *rows),
+    )
+
+
+def _resets(events: Sequence[Event]) -> Figure:
+    """One row a reset, the newest ones, and the mean over all that were refereed."""
+    errors = [found for event in events if (found := _errors(event)) is not None]
+    means = tuple(f"{fmean(column):.2%}" for column in zip(*errors, strict=True)) or ("—",) * len(_ERRORS)
+    shown = events[-_MAX_RESETS:]
+    caption = (
+        f"The rule reset the average to the live weights {len(events)} times"
+        + (f"; the last {len(shown)} are listed. " if len(shown) < len(events) else ". ")
+        + "The decision error is that of the batch whose update asked for the reset, which a referee must have seen: before, "
+        "with the average as it was used; after, with the live weights in its place, under the same theta."
+    )
+    mean = (f"mean of {len(errors)}", *("",) * (len(_RESET_COLUMNS) - len(_ERRORS) - 1), *means)
+    table = (_RESET_COLUMNS, *map(_reset_row, shown), mean)
+    return Figure(title="What each reset was worth", caption=caption, svg=Markup(), table=table)
+
+
+def _reset_row(event: Event) -> tuple[str, ...]:
+    rho, tau, average, live = (number(event.fields[name]) or 0.0 for name in ("rho", "tau", "kept_average", "kept_live"))
+    errors = _errors(event)
+    return (
+        str(event.version),
+        str(event.fields["rule"]),
+        f"{rho:.2%} < {tau:.0%}",
+        f"{number(event.fields['age']) or 0.0:.1f}",
+        f"{average:.2%}",
+        f"{live:.2%}",
+        *([f"{error:.2%}" for error in errors] if errors else ["—"] * len(_ERRORS)),
+    )
+
+
+def _errors(event: Event) -> tuple[float, ...] | None:
+    """The four decision errors of a reset; None without a referee."""
+    errors = [number(event.fields.get(name)) for name in _ERRORS]
+    return tuple(error for error in errors if error is not None) if None not in errors else None
+
+
+def pooled(events: Iterable[Event]) -> dict[int, Sums]:
+    """The sums of all events by staleness, ascending; only where there are tokens."""
+    total: dict[int, dict[str, float]] = {}
+    for event in events:
+        for name in _NAMES:
+            values = event.fields[name]
+            for lag, value in enumerate(values if isinstance(values, list) else []):
+                sums = total.setdefault(lag, dict.fromkeys(_NAMES, 0.0))
+                sums[name] += number(value) or 0.0
+    return {lag: sums for lag, sums in sorted(total.items()) if sums["num_tokens"]}
+
+
+def _row(label: str, sums: Sums) -> tuple[str, ...]:
+    error = sums["logp_error"] / sums["num_compared"] if sums["num_compared"] else float("nan")
+    shares = (
+        ("wrongly_kept", "num_tokens"),
+        ("wrongly_masked", "num_tokens"),
+        ("wrongly_kept_nonzero", "num_nonzero"),
+        ("wrongly_masked_nonzero", "num_nonzero"),
+        ("weight_wrongly_kept", "weight"),
+        ("weight_wrongly_masked", "weight"),
+    )
+    return label, f"{sums['num_tokens']:,.0f}", f"{error:.2g}", *(_share(sums, top, bottom) for top, bottom in shares)
+
+
+def _share(sums: Sums, top: str, bottom: str) -> str:
+    return f"{sums[top] / sums[bottom]:.2%}" if sums[bottom] else "—"
+
+
+def _chart(by_staleness: Mapping[int, Sums]) -> Markup:
+    bars = []
+    for lag, sums in by_staleness.items():
+        kept, masked = (sums[name] / sums["num_tokens"] for name in ("wrongly_kept", "wrongly_masked"))
+        tip = f"staleness {lag}: {sums['num_tokens']:,.0f} tokens\n{kept:.2%} kept wrongly, {masked:.2%} masked wrongly"
+        bars.append(Bar(low=lag - 0.4, high=lag + 0.4, value=kept + masked, marked=kept, tip=tip))
+    x = charts.x_axis(min(by_staleness) - 0.5, max(by_staleness) + 0.5, whole=True)
+    y = charts.y_axis(0, max(bar.value for bar in bars), percent=True)
+    return charts.bar_chart(x, y, bars, x_label="staleness in versions")

@@ -1,0 +1,250 @@
+"""``report.html``: one self-contained page that shows what a run folder has recorded, and says what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from oldlogits.record.folder import RunFolder, write_atomic
+from oldlogits.record.report.calibration import calibration
+from oldlogits.record.report.data import Evaluation, RunData, read_run
+from oldlogits.record.report.decisions import decisions
+from oldlogits.record.report.figures import figures
+from oldlogits.record.report.transcripts import chosen_transcripts
+from oldlogits.record.summary import Summary
+
+Tone = Literal["plain", "good", "bad"]
+
+_DETAILS: Final = (
+    ("source", "source"),
+    ("runtime", "runtime"),
+    ("engine numerics", "numerics"),
+    ("model", "model"),
+    ("parameters", "num_parameters"),
+    ("max. staleness", "max_staleness"),
+    ("band", "band"),
+    ("eps low", "eps_low"),
+    ("eps high", "eps_high"),
+    ("truncation", "truncation"),
+    ("denominator", "denominator"),
+    ("groups x size", "prompts_per_update"),
+    ("seed", "seed"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """One figure of the run in large type."""
+
+    label: str
+    value: str
+    detail: str = ""
+    tone: Tone = "plain"
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write ``report.html`` from the files of a run folder, complete or not.
+
+    Raises:
+        RecordError: A file is damaged other than by a kill.
+    """
+    run = read_run(run_folder)
+    page = _environment().get_template("report.html")
+    folder = RunFolder(path=run_folder)
+    text = page.render(
+        run=run,
+        formula=_formula(run),
+        verdict=_verdict(run),
+        cards=_cards(run),
+        missing=_missing(run),
+        details=_details(run),
+        sections=figures(run) | calibration(run) | decisions(run),
+        transcripts=chosen_transcripts(run.episodes),
+        provenance=sorted(run.summary.provenance.items()) if run.summary else [],
+        accounting=list(run.summary.accounting.items()) if run.summary else [],
+    )
+    write_atomic(folder.report, text)
+    return folder.report
+
+
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("oldlogits.record.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _formula(run: RunData) -> Markup:
+    """The variant's row: r_d = OLD / MU, r_s = THETA / OLD."""
+    ratios = [(name, run.setting(name)) for name in ("r_d", "r_s") if run.setting(name)]
+    parts = [
+        Markup("<var>r</var><sub>{}</sub> = {}").format(name[-1], ratio.upper().replace("/", " / ")) for name, ratio in ratios
+    ]
+    return Markup(" \u00a0 ").join(parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What was learned: a headline and the evidence."""
+
+    headline: str
+    evidence: str
+    tone: Tone = "plain"
+
+
+def _verdict(run: RunData) -> Verdict:
+    summary = run.summary
+    before = _found(run.evaluations, "before")
+    after = _found(run.evaluations, "after")
+    if before is None or after is None:
+        latest = run.evaluations[-1] if run.evaluations else None
+        measured = f"Latest evaluation ({latest.mode}, version {latest.version}): {_rate(latest)}." if latest else ""
+        return Verdict(headline="No comparison of before and after", evidence=measured or "No evaluation was recorded.")
+    evidence = f"Sampled on held-out episodes: {_rate(before)} before, {_rate(after)} after."
+    headline = f"{before.mean:.1%} → {after.mean:.1%}"
+    if summary is None or summary.gain is None:
+        return Verdict(headline=headline, evidence=evidence)
+    gain = summary.gain
+    points = f"{100 * gain.mean:+.1f} points, 95% interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f}"
+    evidence += f" Paired over the same {gain.num_episodes} episodes: {points}."
+    if gain.low > 0:
+        return Verdict(headline=headline + ": better", evidence=evidence, tone="good")
+    if gain.high < 0:
+        return Verdict(headline=headline + ": worse", evidence=evidence, tone="bad")
+    return Verdict(headline=headline + ": no difference beyond chance", evidence=evidence)
+
+
+def _found(evaluations: Sequence[Evaluation], stage: str) -> Evaluation | None:
+    return next((e for e in reversed(evaluations) if e.stage == stage and e.mode == "sampled"), None)
+
+
+def _rate(evaluation: Evaluation) -> str:
+    return f"{evaluation.mean:.1%} [{evaluation.low:.1%}, {evaluation.high:.1%}]"
+
+
+def _cards(run: RunData) -> list[Card]:
+    ended = run.ended or "killed or running"
+    cards = [
+        Card(
+            label="updates", value=f"{len(run.updates)}", detail=f"ended: {ended}", tone="bad" if ended == "error" else "plain"
+        )
+    ]
+    lags = [lag for update in run.updates for lag in update.staleness_counts]
+    bound = run.bound("max_staleness")
+    if lags and bound is not None:
+        holds = max(lags) <= bound
+        detail = f"bound {bound:g}: {'kept' if holds else 'broken'}"
+        cards.append(Card(label="largest staleness", value=str(max(lags)), detail=detail, tone="good" if holds else "bad"))
+    if run.probe_max_abs_error is not None:
+        detail = "engine against trainer, after each publish"
+        cards.append(Card(label="probe, largest error", value=f"{run.probe_max_abs_error:.1e}", detail=detail))
+    return cards + (_summary_cards(run.summary) if run.summary else [])
+
+
+def _summary_cards(summary: Summary) -> list[Card]:
+    trained, several = summary.num_trajectories, summary.num_multi_version_trajectories
+    cards = [
+        Card(label="trajectories", value=f"{trained:,}", detail="trained on"),
+        Card(
+            label="of several versions",
+            value=_share(several / trained if trained else None),
+            detail=f"{several:,} trajectories",
+        ),
+    ]
+    tokens = sum(summary.provenance.values())
+    if tokens:
+        exact = summary.provenance.get("exact", 0) / tokens
+        others = ", ".join(kind for kind, count in sorted(summary.provenance.items()) if count and kind != "exact")
+        detail = f"of {tokens:,} tokens" + (f"; others: {others}" if others else "")
+        cards.append(Card(label="exact old logits", value=_share(exact), detail=detail, tone="good" if exact == 1 else "plain"))
+    consistency = (
+        ("witness at publish", summary.witness_publish_max_abs_error, "store against live weights"),
+        ("witness at lag 0", summary.witness_lag0_max_abs_error, "theta against old, before the step"),
+        ("mean |log r_d|", summary.log_r_d_mean_abs, f"largest {_small(summary.log_r_d_max_abs)}"),
+    )
+    cards += [
+        Card(label=label, value=_small(value), detail=detail) for label, value, detail in consistency if value is not None
+    ]
+    idle = f"idle: engine {_share(summary.engine_idle_share)}, trainer {_share(summary.trainer_idle_share)}"
+    cards.append(Card(label="training time", value=_duration(summary.train_wall_s), detail=idle))
+    cards += _version_cards(summary)
+    if summary.num_servers_down:
+        lost = f"{summary.num_lost_tokens:,} sampled tokens lost, sampled anew"
+        cards.append(Card(label="server failures", value=str(summary.num_servers_down), detail=lost))
+    if summary.num_dropped_nonfinite:
+        cards.append(
+            Card(label="tokens dropped", value=str(summary.num_dropped_nonfinite), detail="log-prob not finite", tone="bad")
+        )
+    return cards
+
+
+def _version_cards(summary: Summary) -> list[Card]:
+    """What a version costs to keep, to switch to and to send."""
+    cards = []
+    if summary.version_bytes_mean is not None:
+        shares = f"{_share(summary.version_share_of_copy)} of a copy, {_share(summary.version_share_of_average)} of an average"
+        cards.append(Card(label="a stored version", value=_bytes(summary.version_bytes_mean), detail=shares))
+    if summary.switch_mean_s is not None:
+        cards.append(Card(label="a switch", value=f"{1e3 * summary.switch_mean_s:.2f} ms", detail="to another version, mean"))
+    if summary.sync_bytes_mean is not None:
+        kinds = f"{summary.num_patch_syncs} patches, {summary.num_full_syncs} full"
+        refused = f", {summary.num_refused_patches} refused" if summary.num_refused_patches else ""
+        cards.append(Card(label="sent per version", value=_bytes(summary.sync_bytes_mean), detail=kinds + refused))
+    if summary.trainer_copies_max is not None:
+        copies = f"{summary.trainer_copies_max:.2f} + {summary.engine_copies_max}"
+        cards.append(Card(label="copies of the weights", value=copies, detail="trainer + engine, at most"))
+    return cards
+
+
+def _bytes(num: float) -> str:
+    unit = next((unit for unit in (10**9, 10**6, 10**3) if num >= unit), 1)
+    return f"{num / unit:.3g} {({10**9: 'GB', 10**6: 'MB', 10**3: 'kB', 1: 'B'})[unit]}"
+
+
+def _missing(run: RunData) -> list[str]:
+    """What a complete run would have recorded and this one has not."""
+    absent = {
+        "The run never started: there is no run_started event.": not run.started,
+        "No end was recorded: the process was killed, or is still running.": run.ended is None,
+        f"The run ended with an error: {run.error}": run.error is not None,
+        "The run was interrupted before its last update.": run.ended == "interrupted",
+        "No update was recorded.": not run.updates,
+        "No evaluation was recorded.": not run.evaluations,
+        "There is no summary.json: provenance, accounting, witnesses and idle shares are unknown.": run.summary is None,
+        "There are no token tables: the distributions of the ratios are not shown.": not len(run.tokens["log_r_s"]),
+        "No episode was recorded with its text.": not run.episodes,
+    }
+    return [text for text, is_absent in absent.items() if is_absent]
+
+
+def _details(run: RunData) -> list[tuple[str, str]]:
+    found = [(label, run.setting(name), name) for label, name in _DETAILS]
+    return [(label, _detail(run, name, value)) for label, value, name in found if value]
+
+
+def _detail(run: RunData, name: str, value: str) -> str:
+    if name == "num_parameters" and value.isdigit():
+        return f"{int(value):,}"
+    return f"{value} x {run.setting('group_size')}" if name == "prompts_per_update" else value
+
+
+def _share(value: float | None) -> str:
+    return "—" if value is None else f"{value:.1%}" if value < 1 else "100%"
+
+
+def _small(value: float | None) -> str:
+    return "—" if value is None else "0" if value == 0 else f"{value:.1e}" if abs(value) < 0.001 else f"{value:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

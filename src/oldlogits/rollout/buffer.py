@@ -1,0 +1,218 @@
+r"""Groups between admission and training, and the account of every trajectory.
+
+admit -> [running] -> close -> [queued] -> take -> confirm_trained
+             |            \-> filtered (uniform rewards, or too few members)
+             \-> failed (environment)         cancelled (the run ended)
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from oldlogits.core.errors import AccountingError
+from oldlogits.core.trajectory import Trajectory, TrajectoryGroup
+from oldlogits.rollout.staleness import Outstanding, StalenessBound
+
+
+@dataclass(slots=True, kw_only=True)
+class TrajectoryCounts:
+    """Trajectories by what became of them."""
+
+    submitted: int = 0
+    trained: int = 0
+    filtered: int = 0
+    failed: int = 0
+    cancelled: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class _Entry:
+    """A group that was admitted: its members as they end."""
+
+    admitted_version: int
+    size: int
+    ended: list[Trajectory] = field(default_factory=list)
+    num_failed: int = 0
+    group: TrajectoryGroup | None = None
+
+    @property
+    def num_running(self) -> int:
+        return self.size - len(self.ended) - self.num_failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Closed:
+    """A group whose episodes have all ended: its members, those that failed, and whether it was filtered."""
+
+    trajectories: tuple[Trajectory, ...]
+    num_failed: int
+    filtered: bool
+
+
+class Buffer:
+    """Admits groups within the staleness bound, collects their trajectories, and hands out batches.
+
+    Args:
+        bound: The staleness bound.
+        filter_uniform: Leave out groups whose rewards are all equal.
+    """
+
+    def __init__(self, bound: StalenessBound, *, filter_uniform: bool) -> None:
+        self._bound, self._filter_uniform = bound, filter_uniform
+        self._entries: dict[str, _Entry] = {}
+        self._changed = asyncio.Event()
+        self._in_training: list[TrajectoryGroup] = []
+        self.account = TrajectoryCounts()
+        self.is_waited_for = False  # whether the trainer waits for a batch
+
+    @property
+    def num_outstanding(self) -> int:
+        """Groups admitted and not yet trained; those in training count until `confirm_trained`."""
+        return len(self._entries) + len(self._in_training)
+
+    @property
+    def group_ids(self) -> tuple[str, ...]:
+        """The outstanding groups in the order of admission, but for those in training."""
+        return tuple(self._entries)
+
+    @property
+    def num_batches_ready(self) -> float:
+        """Groups that are ready to train, in batches; a batch is what one version trains."""
+        return sum(entry.group is not None for entry in self._entries.values()) / self._bound.prompts_per_update
+
+    @property
+    def running(self) -> int:
+        """Trajectories whose episode goes on."""
+        return sum(entry.num_running for entry in self._entries.values())
+
+    @property
+    def queued(self) -> int:
+        """Trajectories that ended and are not trained yet: their group runs, waits, or is in training."""
+        return self._num_in_training + sum(len(entry.ended) for entry in self._entries.values())
+
+    @property
+    def oldest_needed(self) -> int | None:
+        """The oldest version that an outstanding group may hold tokens of; None when there is none."""
+        return min((entry.admitted_version for entry in self._entries.values()), default=None)
+
+    def rank(self, group_id: str) -> int:
+        """How many outstanding groups come before this one in deadline order; those in training are the first."""
+        return len(self._in_training) + list(self._entries).index(group_id)  # admitted versions never decrease
+
+    def admit(self, group_id: str, *, size: int, version: int) -> None:
+        """Account for a group that starts now.
+
+        Raises:
+            AccountingError: The staleness bound does not admit it, or the id is taken.
+        """
+        if self.num_outstanding >= self._bound.capacity or group_id in self._entries:
+            raise AccountingError(
+                f"group {group_id} cannot be admitted",
+                got=f"{self.num_outstanding} groups outstanding",
+                allowed=f"fewer than {self._bound.capacity}, each id once",
+                fix="ask num_admissible first",
+            )
+        self._entries[group_id] = _Entry(admitted_version=version, size=size)
+        self.account.submitted += size
+
+    def num_admissible(self) -> int:
+        """How many groups the bound admits now."""
+        return self._bound.capacity - self.num_outstanding
+
+    def end(self, trajectory: Trajectory) -> None:
+        """A trajectory ended well."""
+        self._entries[trajectory.group_id].ended.append(trajectory)
+
+    def fail(self, group_id: str) -> None:
+        """A trajectory was ended by its environment."""
+        self._entries[group_id].num_failed += 1
+        self.account.failed += 1
+
+    def close(self, group_id: str) -> Closed:
+        """All members ended: queue the group, or filter it."""
+        entry = self._entries[group_id]
+        members = sorted(entry.ended, key=lambda t: t.id)
+        uniform = len({t.reward for t in members}) < 2
+        if len(members) < 2 or (uniform and self._filter_uniform):
+            del self._entries[group_id]
+            self.account.filtered += len(members)
+        else:
+            entry.group = TrajectoryGroup(id=group_id, trajectories=tuple(members))
+        self._changed.set()
+        return Closed(trajectories=tuple(members), num_failed=entry.num_failed, filtered=entry.group is None)
+
+    def cancel_all(self) -> list[str]:
+        """The run ends: count what is outstanding as cancelled; returns the trajectories that had ended."""
+        self.account.cancelled += self.running + self.queued
+        ended = [t.id for entry in self._entries.values() for t in entry.ended]
+        ended += [t.id for group in self._in_training for t in group.trajectories]
+        self._entries.clear()
+        self._in_training = []
+        return ended
+
+    async def take(self, version: int) -> list[TrajectoryGroup]:
+        """Wait for the groups to train at `version`, and hand them out.
+
+        Raises:
+            AccountingError: A token would be trained beyond the bound.
+        """
+        while (chosen := self._choose(version)) is None:
+            self.is_waited_for = True
+            self._changed.clear()
+            await self._changed.wait()
+        self.is_waited_for = False
+        groups: list[TrajectoryGroup] = []
+        for name in chosen:
+            group = self._entries.pop(name).group
+            assert group is not None, "only ready groups are chosen"
+            groups.append(group)
+        self._check_staleness(groups, version)
+        self._in_training = groups
+        return groups
+
+    def confirm_trained(self) -> None:
+        """The groups last taken were trained and the engine holds the version that came of it: make room for others."""
+        self.account.trained += self._num_in_training
+        self._in_training = []
+
+    @property
+    def _num_in_training(self) -> int:
+        return sum(len(group.trajectories) for group in self._in_training)
+
+    def check(self) -> None:
+        """The invariant: no trajectory is lost or counted twice.
+
+        Raises:
+            AccountingError: It does not hold.
+        """
+        a = self.account
+        counted = a.trained + a.filtered + a.failed + a.cancelled + self.queued + self.running
+        if a.submitted != counted:
+            raise AccountingError(
+                "trajectories were lost or counted twice",
+                got=f"submitted {a.submitted}, accounted for {counted}: {a}, queued {self.queued}, running {self.running}",
+                allowed="submitted == trained + filtered + failed + cancelled + queued + running",
+                fix="this is a defect, please report it with the run folder",
+            )
+
+    def _choose(self, version: int) -> list[str] | None:
+        names = list(self._entries)
+        outstanding = [
+            Outstanding(deadline=entry.admitted_version + self._bound.max_staleness, ready=entry.group is not None)
+            for entry in self._entries.values()
+        ]
+        chosen = self._bound.choose(version, outstanding)
+        return None if chosen is None else [names[i] for i in chosen]
+
+    def _check_staleness(self, groups: Sequence[TrajectoryGroup], version: int) -> None:
+        for group in groups:
+            staleness = version - group.oldest_version
+            if not 0 <= staleness <= self._bound.max_staleness:
+                raise AccountingError(
+                    f"group {group.id} would be trained beyond the staleness bound",
+                    got=f"staleness {staleness} at version {version}",
+                    allowed=f"0 .. {self._bound.max_staleness}",
+                    fix="this is a defect, please report it with the run folder",
+                )

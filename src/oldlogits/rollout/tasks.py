@@ -1,0 +1,106 @@
+"""The tasks of a run: rows of a file, or rows that the environment class makes."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import cast
+
+from oldlogits.core.errors import ConfigError, EnvironmentShapeError
+from oldlogits.envs.shape import Environment, Row, RowSource, Split
+
+ROWS_PER_SEED = 1_000_000
+"""Training rows that a class makes are numbered from seed * ROWS_PER_SEED, so that runs of other seeds see others."""
+
+
+class TaskDataset:
+    """Training rows in a fixed order, and held-out rows that are the same for every seed.
+
+    Args:
+        environment_class: The class that plays the rows; it makes them as well where no file is named.
+        seed: The run's seed, on which the order of the training rows depends.
+        train_data: A JSONL file of training rows; empty: the class makes them.
+        eval_data: A JSONL file of held-out rows; empty: the class makes them.
+        needs_heldout: Whether the run evaluates, so that held-out rows must be there.
+
+    Raises:
+        ConfigError: There are no rows, or a file holds something else than JSON objects.
+    """
+
+    def __init__(
+        self,
+        environment_class: type[Environment],
+        *,
+        seed: int,
+        train_data: str = "",
+        eval_data: str = "",
+        needs_heldout: bool = True,
+    ) -> None:
+        self._seed, self._class = seed, environment_class
+        self._files: dict[Split, list[Row]] = {}
+        self._order: tuple[int, list[int]] = (-1, [])  # of the file's rows, in one pass
+        for split, name in (("train", train_data), ("heldout", eval_data)):
+            if name:
+                self._files[cast(Split, split)] = _read(Path(name))
+            elif split == "train" or needs_heldout:
+                self._require_own_rows(split)
+
+    def train(self, index: int) -> Row:
+        """Training row `index`, from 0; rows of a file are shuffled anew in every pass."""
+        if "train" not in self._files:
+            return self._own("train", self._seed * ROWS_PER_SEED + index)
+        rows = self._files["train"]
+        epoch, place = divmod(index, len(rows))
+        if self._order[0] != epoch:
+            self._order = (epoch, random.Random(f"{self._seed}/{epoch}").sample(range(len(rows)), len(rows)))
+        return rows[self._order[1][place]]
+
+    def heldout(self, num: int) -> list[Row]:
+        """The first `num` held-out rows; fewer where a file holds fewer: a row that is played twice is no second task."""
+        rows = self._files.get("heldout")
+        return rows[:num] if rows else [self._own("heldout", i) for i in range(num)]
+
+    def _own(self, split: Split, index: int) -> Row:
+        try:
+            return cast(type[RowSource], self._class).make_row(split, index)
+        except Exception as error:  # the user's code: what it raises is told as such
+            raise EnvironmentShapeError(
+                f"{self._class.__name__}.make_row('{split}', {index}) raised",
+                got=f"{type(error).__name__}: {error}",
+                allowed="a row for every index >= 0: training begins at seed * 1,000,000 and has no end",
+                fix="take the index modulo the number of tasks",
+            ) from error
+
+    def _require_own_rows(self, split: str) -> None:
+        if not hasattr(self._class, "make_row"):
+            key = "env.train_data" if split == "train" else "env.eval_data"
+            raise ConfigError(
+                f"{self._class.__name__} makes no rows and the recipe names none",
+                got=f"{key} = ''",
+                allowed=f"{key} = FILE.jsonl, or a static method make_row(split, index) -> dict",
+                fix=f"write a JSONL file of reset(**row) arguments and set {key}, or eval.num_episodes = 0 and eval.every = 0"
+                if split == "heldout"
+                else f"write a JSONL file of reset(**row) arguments and set {key}",
+            )
+
+
+def _read(path: Path) -> list[Row]:
+    rows: list[Row] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(
+                "a row is no JSON", got=f"{path}:{number}: {error}", allowed="one JSON object a line", fix="correct it"
+            ) from error
+        if not isinstance(row, dict):
+            raise ConfigError(
+                "a row is no object", got=f"{path}:{number}: {line}", allowed="one JSON object a line", fix="correct it"
+            )
+        rows.append(row)
+    if not rows:
+        raise ConfigError("a file of rows is empty", got=str(path), allowed="at least one row", fix="add rows")
+    return rows

@@ -1,0 +1,1 @@
+"""A whole run, from a checked recipe to its summary and report."""

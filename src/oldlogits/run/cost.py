@@ -1,0 +1,299 @@
+"""What a recipe costs in bytes, before it runs; the formulas are in docs/cost.md.
+
+config.json -> the model without storage -> its parameters -> masters, optimizer, store, activations ... -> a rank, a sync
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from oldlogits.config import RunConfig
+from oldlogits.core.policies import SOURCES
+from oldlogits.engines.embedded.model_folder import read_config
+from oldlogits.models.tiny import tiny_model
+from oldlogits.train.average import AVERAGING_SOURCES
+from oldlogits.train.warm_start import spec_of
+
+TINY_VOCABULARY: Final = 128
+"""About the words of the order desk."""
+
+RANKS: Final = (1, 2, 4, 8)
+"""Numbers of ranks that share a trainer, for which its bytes are said."""
+
+GATHERED_LAYERS: Final = 2
+"""Whole layers that a sharded rank holds at a time: the one that computes, and the next."""
+
+PATCH_SHARES: Final[Mapping[float, float]] = {1e-6: 0.011, 1e-5: 0.065}
+"""Of a bf16 copy: the patch of a version in memory, by learning rate, as measured on random models (docs/versions.md)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """What bytes depend on.
+
+    Args:
+        num_parameters: Of the model without adapters, a tied head once.
+        trained_parameters: Of its adapters, or of all of it.
+        head_parameters: Of the head, tied or not.
+        is_tied: Whether the head is the embedding.
+        layer_parameters: Of the largest layer.
+        layers: Decoder layers.
+        hidden: Width of the residual stream.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        head_dim: Width of a head.
+        mlp: Width of what serves a token: of the MLP, or of its experts together.
+        vocabulary: Rows of the head.
+        norms_heads: Whether query and key heads are normed.
+    """
+
+    num_parameters: int
+    trained_parameters: int
+    head_parameters: int
+    is_tied: bool
+    layer_parameters: int
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    vocabulary: int
+    norms_heads: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Bytes of the parts of a run; those of the trainer over all of its ranks, but for activations and gathered layers.
+
+    Args:
+        shape: Of the model.
+        version_bytes: One version: a full copy of the forward weights, or of the adapters.
+        masters_bytes: The weights in fp32, those of a frozen base included.
+        gradient_bytes: Their gradient.
+        optimizer_bytes: AdamW's two moments.
+        activation_bytes: A bound of what one micro-batch keeps for its backward pass, on each rank.
+        gathered_bytes: Whole layers on each rank of several.
+        store_bytes: A bound of what the store holds; 0 where neither the source nor the referee needs it.
+        expected_store_bytes: The same with patches as they were measured.
+        scorer_bytes: The model and the versions of a dedicated scorer.
+        average_bytes: The fp32 average of a source that has one.
+        view_bytes: The trainer's copy of the weights in the engine's numerics, fp32 with a head of its own; none for fp32.
+        engine_bytes: The weights of one engine.
+        cache_bytes: The embedded engine's keys and values.
+        mixed_bytes: A bound of the keys and values of the mixed-version forward, where OLD is one.
+        sync_bytes: What a weight update sends: a patch as measured, or a full copy.
+    """
+
+    shape: ModelShape
+    version_bytes: int
+    masters_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+    gathered_bytes: int
+    store_bytes: int
+    expected_store_bytes: int
+    scorer_bytes: int
+    average_bytes: int
+    view_bytes: int
+    engine_bytes: int
+    cache_bytes: int
+    mixed_bytes: int
+    sync_bytes: int
+
+    def rank_bytes(self, num_ranks: int) -> int:
+        """What each rank of a trainer holds at most, at the widest moment."""
+        shared = (
+            self.masters_bytes
+            + self.gradient_bytes
+            + self.optimizer_bytes
+            + self.expected_store_bytes
+            + self.average_bytes
+            + self.view_bytes
+        )
+        return (
+            -(-shared // num_ranks) + self.activation_bytes + self.mixed_bytes + (self.gathered_bytes if num_ranks > 1 else 0)
+        )
+
+    def lines(self) -> list[str]:
+        """One line per part."""
+        ranks = ", ".join(f"{_size(self.rank_bytes(n))} on each of {n}" for n in RANKS[1:])
+        return [
+            f"parameters       {self.shape.num_parameters:,}",
+            f"trained          {self.shape.trained_parameters:,}",
+            f"a version        {_size(self.version_bytes)}: a full copy of what is trained",
+            f"masters          {_size(self.masters_bytes)}",
+            f"gradient         {_size(self.gradient_bytes)}",
+            f"optimizer        {_size(self.optimizer_bytes)}",
+            f"activations      at most {_size(self.activation_bytes)}: of one micro-batch, on each rank",
+            f"version store    {_size(self.expected_store_bytes)}, at most {_size(self.store_bytes)}: one copy, and patches",
+            f"dedicated scorer {_size(self.scorer_bytes)}",
+            f"weight average   {_size(self.average_bytes)}",
+            f"engine's view    {_size(self.view_bytes)}: the trainer's copy in the engine's numerics",
+            f"mixed forward    at most {_size(self.mixed_bytes)}",
+            f"trainer in all   {_size(self.rank_bytes(1))} on one rank; {ranks}",
+            f"engine's weights {_size(self.engine_bytes)} each",
+            f"engine's cache   {_size(self.cache_bytes)}",
+            f"weight update    {_size(self.sync_bytes)} sent for each version",
+        ]
+
+
+def estimate(config: RunConfig) -> Cost | None:
+    """The bytes that a recipe will take; None: there is no ``config.json`` in its model folder.
+
+    Args:
+        config: A checked recipe.
+    """
+    model = _model(config)
+    return None if model is None else _cost(config, _shape_of(model, config))
+
+
+def _cost(config: RunConfig, shape: ModelShape) -> Cost:
+    num, trained = shape.num_parameters, shape.trained_parameters
+    masters = 4 * (num + trained if config.model.lora_rank else num)
+    version = _forward_size(config) * trained
+    patch = _patch_bytes(config, version)
+    own_head = shape.head_parameters if shape.is_tied else 0
+    per_token = 2 * 4 * shape.layers * shape.kv_heads * shape.head_dim
+    embedded = config.engine.type == "embedded"
+    stored = _stored_versions(config)
+    return Cost(
+        shape=shape,
+        version_bytes=version,
+        masters_bytes=masters,
+        gradient_bytes=4 * trained,
+        optimizer_bytes=8 * trained,
+        activation_bytes=activation_bytes(config, shape),
+        gathered_bytes=GATHERED_LAYERS * 4 * max(shape.layer_parameters, shape.head_parameters),
+        store_bytes=version * stored,
+        expected_store_bytes=version + patch * (stored - 1) if stored else 0,
+        scorer_bytes=masters + version + patch * config.proximal.scorer_versions
+        if config.proximal.source == "dedicated"
+        else 0,
+        average_bytes=4 * trained if config.proximal.source in AVERAGING_SOURCES else 0,
+        view_bytes=0 if config.engine.precision == "fp32" else 4 * (num + own_head),
+        engine_bytes=_engine_bytes(config, num, own_head),
+        cache_bytes=config.engine.max_num_seqs * config.env.max_episode_tokens * per_token if embedded else 0,
+        mixed_bytes=_most_chains(config) * config.env.max_episode_tokens * per_token,
+        sync_bytes=patch if _sends_patches(config, version, patch) else version,
+    )
+
+
+def activation_bytes(config: RunConfig, shape: ModelShape) -> int:
+    """A bound of what one micro-batch keeps in float32 until its backward pass, the parameters left out.
+
+    A layer keeps, of each token: 6 vectors of the hidden width, 2 of queries and of keys (4 where they are normed), 4 of the
+    MLP (gate, up, its activation, their product), and 2 numbers of each head and norm. With checkpointing it keeps its input,
+    and one layer at a time the rest. The head keeps 3 numbers for each word of one chunk's tokens. With bf16 forward weights
+    the rounded weights are kept as well: of all layers, or with checkpointing of one. An adapter keeps its input and output.
+    """
+    t, s = config.trainer, shape
+    tokens = max(t.micro_batch_tokens, config.env.max_episode_tokens)
+    heads = (4 if s.norms_heads else 2) * s.head_dim * (s.heads + s.kv_heads)
+    layer = 6 * s.hidden + heads + 4 * s.mlp + 2 * s.heads + 2 + config.model.lora_rank * len(config.model.lora_targets)
+    kept = s.layers * s.hidden + layer if t.activation_checkpointing else s.layers * layer
+    head = min(t.head_chunk_tokens, tokens) * 3 * s.vocabulary
+    rounded = 0
+    if config.model.forward_dtype == "bf16":
+        rounded = s.layer_parameters + s.head_parameters if t.activation_checkpointing else s.num_parameters
+    return 4 * (tokens * (kept + 3 * s.hidden + 2 * s.head_dim + 8) + head + rounded)
+
+
+def _engine_bytes(config: RunConfig, num: int, own_head: int) -> int:
+    """The weights that an engine computes with, and with adapters their base."""
+    if config.engine.type != "embedded":
+        return (4 if config.engine.precision == "fp32" else 2) * num
+    return 4 * (num + own_head + (num if config.model.lora_rank else 0))
+
+
+def _forward_size(config: RunConfig) -> int:
+    """Bytes of one forward weight."""
+    return 2 if config.model.forward_dtype == "bf16" else 4
+
+
+def _patch_bytes(config: RunConfig, version_bytes: int) -> int:
+    """What a version takes beside the newest: by the learning rate, on a line through the logarithms of what was measured."""
+    if config.model.forward_dtype != "bf16":
+        return version_bytes  # every fp32 value changes
+    (slow, low), (fast, high) = sorted(PATCH_SHARES.items())
+    slope = math.log(high / low) / math.log(fast / slow)
+    share = low * math.exp(slope * math.log(config.trainer.lr / slow))
+    return math.ceil(version_bytes * min(1.0, share))
+
+
+def _sends_patches(config: RunConfig, version_bytes: int, patch_bytes: int) -> bool:
+    stores = _stored_versions(config) > 0
+    return (
+        config.runtime.type != "lockstep"
+        and config.engine.weight_sync == "auto"
+        and stores
+        and 2 * patch_bytes <= version_bytes
+    )
+
+
+def _most_chains(config: RunConfig) -> int:
+    """A bound of a batch's chains of several versions: each holds an update, and after the first each begins with a turn."""
+    if config.engine.kv != "stale" or not config.proximal.accept_mixed_kv:
+        return 0
+    return config.rollout.prompts_per_update * config.rollout.group_size * min(config.window, config.env.max_turns)
+
+
+def _stored_versions(config: RunConfig) -> int:
+    """The most versions in the trainer's store, at the moment of a publish."""
+    if config.audit.share > 0 or config.proximal.source in ("snapshot", "dedicated"):
+        return config.window + 2
+    return 2 if SOURCES[config.proximal.source].stores_versions else 0
+
+
+def _model(config: RunConfig) -> PreTrainedModel | None:
+    """The recipe's model without storage; None: there is no such config.
+
+    Raises:
+        ModelFolderError: The model is of another family.
+    """
+    folder = Path(config.model.path)
+    if not config.model.is_tiny:
+        if not (folder / "config.json").is_file():
+            return None
+        read_config(folder)
+    with torch.device("meta"):
+        if config.model.is_tiny:
+            return tiny_model(spec_of(config).size, TINY_VOCABULARY, 0, 0, 0)
+        found = AutoConfig.from_pretrained(folder, local_files_only=True)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(found)
+        return model
+
+
+def _shape_of(model: PreTrainedModel, config: RunConfig) -> ModelShape:
+    c = model.config
+    num = sum(p.numel() for p in model.parameters())
+    linear = [m for name, m in model.named_modules() if name.rpartition(".")[2] in config.model.lora_targets]
+    adapters = config.model.lora_rank * sum(sum(layer.weight.shape) for layer in linear)
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    return ModelShape(
+        num_parameters=num,
+        trained_parameters=adapters or num,
+        head_parameters=head.numel(),
+        is_tied=head is embedding,
+        layer_parameters=max(sum(p.numel() for p in layer.parameters()) for layer in model.base_model.layers),
+        layers=c.num_hidden_layers,
+        hidden=c.hidden_size,
+        heads=c.num_attention_heads,
+        kv_heads=c.num_key_value_heads,
+        head_dim=getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,  # Qwen2 has none
+        mlp=c.moe_intermediate_size * c.num_experts_per_tok if c.model_type == "qwen3_moe" else c.intermediate_size,
+        vocabulary=c.vocab_size,
+        norms_heads=c.model_type in ("qwen3", "qwen3_moe"),
+    )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 10 * 2**30 else f"{num_bytes / 2**20:,.1f} MiB"

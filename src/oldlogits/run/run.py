@@ -1,0 +1,315 @@
+"""A whole run: prepare the model and the task, open the runtime, loop, and write down what came out, whatever happened."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import importlib.util
+import math
+import shutil
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from oldlogits.backends.local import open_local
+from oldlogits.backends.lockstep import open_lockstep
+from oldlogits.config import RunConfig
+from oldlogits.core.engine import Sampling
+from oldlogits.core.errors import ConfigError, OldLogitsError
+from oldlogits.engines.spec import EngineSpec
+from oldlogits.envs.shape import PARSERS, Environment, tool_schemas
+from oldlogits.loop.backend import Backend
+from oldlogits.loop.loop import Loop, Task
+from oldlogits.loop.probe import PROBE_TOKENS
+from oldlogits.loop.resume import refuse_another_run, sampler_seed
+from oldlogits.loop.run_logger import RunLogger
+from oldlogits.loop.totals import Totals
+from oldlogits.models.chat import ChatFormat
+from oldlogits.models.load import load_tokenizer
+from oldlogits.record.folder import RunFolder
+from oldlogits.record.live import LiveView
+from oldlogits.record.report.page import write_report
+from oldlogits.record.summary import Ended, Summary
+from oldlogits.rollout.buffer import Buffer, TrajectoryCounts
+from oldlogits.rollout.staleness import StalenessBound
+from oldlogits.rollout.turns import Agent, TurnLimits, system_prompt_of
+from oldlogits.run.tasks import load_tasks
+from oldlogits.train.reports import ConsistencyErrors
+from oldlogits.train.warm_start import spec_of, warm_start
+
+Open = Callable[[RunConfig, Path, Sequence[int], int], AbstractAsyncContextManager[Backend]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """How a run ended: its summary, and what stopped it: an error of this package, or a defect, to be raised as it is."""
+
+    summary: Summary
+    error: OldLogitsError | None
+    defect: Exception | None = None
+
+
+def run(
+    config: RunConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    open_runtime: Open | None = None,
+    console: Console | None = None,
+) -> RunResult:
+    """Run a recipe to its end, and write summary and report even when it is interrupted or fails.
+
+    Args:
+        config: A checked recipe.
+        out: The run folder; absent or empty, or to resume.
+        resume: Go on from the latest checkpoint in `out`.
+        open_runtime: What supplies engine and trainer; the recipe's runtime by default.
+        console: Where to show progress; standard output by default.
+
+    Raises:
+        OldLogitsError: It could not be started.
+    """
+    _check_task(config)
+    folder = RunFolder.create(out, resume=resume)
+    checkpoint = folder.latest_checkpoint() if resume else None
+    if checkpoint is not None:
+        refuse_another_run(config, folder)
+    folder.write_config(dataclasses.asdict(config))
+    config = _with_versions_folder(config, folder)
+    totals = Totals() if checkpoint is None else Totals.read(checkpoint / "state" / "totals.json")
+    title = f"oldlogits: {config.env.target}, {config.variant}, {config.runtime.type}"
+    try:
+        with LiveView(total_updates=config.num_updates, title=title, console=console) as view:
+            whole = checkpoint if not config.model.lora_rank else None  # adapters are restored on top of their base
+            start = Start(model=whole / "model") if whole is not None else prepare_model(config, view.note)
+            view.note(f"starting engine and trainer ({config.runtime.type})")
+            opened = open_runtime or _runtime(config, folder)
+            result = asyncio.run(_run(config, folder, view, start, totals, checkpoint, opened))
+    except KeyboardInterrupt:  # before the loop began, or for the second time
+        result = RunResult(summary=_interrupted(config, totals), error=None)
+    result.summary.write(folder.summary)
+    write_report(folder.path)
+    if result.defect is not None:
+        raise result.defect
+    return result
+
+
+def _runtime(config: RunConfig, folder: RunFolder) -> Open:
+    """The recipe's runtime; servers that it starts leave their messages in the run folder."""
+    match config.runtime.type:
+        case "lockstep":
+            return open_lockstep
+        case "local":
+            return partial(open_local, log_folder=folder.path / "servers")
+        case "ray":
+            return partial(_ray(), folder=folder.path)
+
+
+def _ray() -> Callable[..., AbstractAsyncContextManager[Backend]]:
+    """What opens the runtime ray.
+
+    Raises:
+        ConfigError: A package that it needs is not installed.
+    """
+    for package in ("ray", "aiohttp", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                "runtime.type = 'ray' needs a package that is not installed",
+                got=f"no {package}",
+                allowed="the extra 'ray'",
+                fix="pip install 'oldlogits[ray]'",
+            )
+    from oldlogits.backends.ray.backend import open_ray
+
+    return open_ray
+
+
+def _with_versions_folder(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """Versions over the budget lie in the run folder; those of a run that this one goes on from are needed by nobody."""
+    if not config.versions.budget_bytes or config.versions.folder:
+        return config
+    path = folder.path / "versions"
+    shutil.rmtree(path, ignore_errors=True)
+    return dataclasses.replace(config, versions=dataclasses.replace(config.versions, folder=str(path)))
+
+
+def _check_task(config: RunConfig) -> None:
+    """Refuse an environment, rows or a model folder that cannot be used, before anything is written."""
+    load_tasks(config)
+    if not config.model.is_tiny:
+        EngineSpec(model_path=config.model.path, max_context=config.env.max_episode_tokens).read_config()
+        ChatFormat(load_tokenizer(Path(config.model.path)))
+
+
+async def _run(
+    config: RunConfig,
+    folder: RunFolder,
+    view: LiveView,
+    start: Start,
+    totals: Totals,
+    checkpoint: Path | None,
+    open_runtime: Open,
+) -> RunResult:
+    tokenizer = load_tokenizer(start.model)
+    chat = ChatFormat(tokenizer)
+    environment_class, rows = load_tasks(config)
+    seed = sampler_seed(config.seed, totals.num_updates)
+    probe_ids = _probe_ids(chat, environment_class)
+    recorder = RunLogger(config, folder, view, lambda ids: str(tokenizer.decode(ids)))
+    if checkpoint is None and start.is_warm:
+        recorder.warm_started(start.steps, start.loss, start.seconds_s)
+    try:
+        async with open_runtime(config, start.model, probe_ids, seed) as handles:
+            if checkpoint is not None:
+                await handles.trainer.restore(checkpoint)
+            agent = _agent(config, handles, chat)
+            hosted = handles.host_environment(environment_class)
+            task = Task(environment_class=hosted, rows=rows, agent=agent, probe_ids=probe_ids)
+            loop = Loop(config, task, handles, recorder, totals)
+            handles.watch(loop.buffer)
+            handles.listen(lambda news: recorder.heard(news, totals, version=loop.version))
+            return await _finish(config, loop, handles, recorder)
+    finally:
+        recorder.close()
+
+
+async def _finish(config: RunConfig, loop: Loop, handles: Backend, recorder: RunLogger) -> RunResult:
+    """Run the loop to its end, by itself, by Ctrl-C or by an error, and sum up."""
+    ended: Ended = "done"
+    error: OldLogitsError | None = None
+    defect: Exception | None = None
+    async with _interruptible(recorder.view.note) as interruption:
+        try:
+            if not await _supervise(loop, handles, interruption):
+                ended = "interrupted"
+                await loop.checkpoint()
+        except OldLogitsError as raised:
+            ended, error = "error", raised
+        except ExceptionGroup as group:
+            ended, error = "error", _own_error(group)
+            defect = None if error else group
+        except Exception as raised:  # a defect: everything is written down before it is raised
+            ended, defect = "error", raised
+    loop.cancel_all()
+    recorder.ended(ended, str(error or defect or ""), version=loop.version)
+    summary = loop.totals.summary(config, loop.buffer, loop.consistency, ended)
+    return RunResult(summary=summary, error=error, defect=defect)
+
+
+async def _supervise(loop: Loop, handles: Backend, interruption: asyncio.Event) -> bool:
+    """Wait for the loop; an interruption or the end of one of the runtime's workers stops it. False: it was interrupted."""
+    main = asyncio.create_task(loop.run())
+    stop = asyncio.create_task(interruption.wait())
+    await asyncio.wait({main, stop, *handles.workers}, return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    main.cancel()
+    await asyncio.gather(main, return_exceptions=True)  # its error counts as seen, whatever is raised below
+    for worker in handles.workers:
+        if worker.done():
+            worker.result()
+    if main.cancelled():
+        return False
+    main.result()
+    return True
+
+
+@asynccontextmanager
+async def _interruptible(note: Callable[[str], None]) -> AsyncIterator[asyncio.Event]:
+    """An event that Ctrl-C or SIGTERM sets; a second signal stops at once."""
+    loop, interruption = asyncio.get_running_loop(), asyncio.Event()
+    num_signals = 0
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal num_signals
+        num_signals += 1
+        if num_signals > 1:  # whatever runs, environment code that hangs in this process included
+            raise KeyboardInterrupt
+        loop.call_soon_threadsafe(note, "interrupted: finishing the update, then a checkpoint (again to stop at once)")
+        loop.call_soon_threadsafe(interruption.set)
+
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interruption
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _interrupted(config: RunConfig, totals: Totals) -> Summary:
+    """The summary as of the last update; trajectories that were outstanding then count as cancelled."""
+    bound = StalenessBound(max_staleness=config.window, prompts_per_update=config.rollout.prompts_per_update)
+    buffer = Buffer(bound, filter_uniform=False)
+    buffer.account = account = TrajectoryCounts(**totals.account)
+    account.cancelled = account.submitted - account.trained - account.filtered - account.failed
+    return totals.summary(config, buffer, ConsistencyErrors(), "interrupted")
+
+
+def _own_error(group: ExceptionGroup[Exception]) -> OldLogitsError | None:
+    """The first error of this package in a group of nothing else; None: there is a defect among them."""
+    own, other = group.split(OldLogitsError)
+    if other is not None or own is None:
+        return None
+    leaf: BaseException = own
+    while isinstance(leaf, BaseExceptionGroup):
+        leaf = leaf.exceptions[0]
+    assert isinstance(leaf, OldLogitsError)
+    return leaf
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """The model folder that a run starts from, and how it came to be."""
+
+    model: Path
+    is_warm: bool = False
+    steps: int = 0
+    loss: float = math.nan
+    seconds_s: float = 0.0
+
+
+def prepare_model(config: RunConfig, note: Callable[[str], None]) -> Start:
+    """The recipe's model folder, or what its warm start makes of it or of a tiny model (from the cache, if it is there)."""
+    spec = spec_of(config)
+    if not (config.model.is_tiny or spec.steps):
+        return Start(model=Path(config.model.path))
+    done, last = 0, math.nan
+    started = time.perf_counter()
+
+    def progress(step: int, loss: float) -> None:
+        nonlocal done, last
+        done, last = step, loss
+        if step == 1:
+            note(f"warm start of {config.model.path}: {spec.steps} supervised steps; cached for the next run")
+        elif step % (100 if config.model.is_tiny else 1) == 0:
+            note(f"warm start: step {step}/{spec.steps}, loss {loss:.3f} nats/token")
+
+    folder = warm_start(spec, progress)
+    note(f"model: {folder.name}" + ("" if done else ", warm start taken from the cache"))
+    return Start(model=folder, is_warm=True, steps=done, loss=last, seconds_s=time.perf_counter() - started)
+
+
+def _agent(config: RunConfig, handles: Backend, chat: ChatFormat) -> Agent:
+    env = config.env
+    return Agent(
+        engine=handles.engine,
+        chat=chat,
+        parser=PARSERS[env.parser],
+        limits=TurnLimits(
+            max_turns=env.max_turns, max_tokens_per_turn=env.max_tokens_per_turn, max_tokens=env.max_episode_tokens
+        ),
+        sampling=Sampling(max_tokens=env.max_tokens_per_turn, temperature=config.sampling.temperature),
+        run_environment=handles.run_environment,
+    )
+
+
+def _probe_ids(chat: ChatFormat, environment_class: type[Environment]) -> list[int]:
+    """A fixed prompt of the environment: its system prompt and tools."""
+    messages = [{"role": "system", "content": system_prompt_of(environment_class)}, {"role": "user", "content": "hello"}]
+    return chat.prompt_ids(messages, tool_schemas(environment_class))[-PROBE_TOKENS:]

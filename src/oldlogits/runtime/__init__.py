@@ -1,1 +1,0 @@
-"""The one training loop, and the runtimes that drive it."""

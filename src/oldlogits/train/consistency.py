@@ -1,0 +1,94 @@
+"""Witnesses of exactness: fixed tokens whose log-probs say whether weights are what they are taken for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from oldlogits.batch import Sequences
+from oldlogits.core.errors import ExactnessError
+
+CONSISTENCY_TOLERANCE: Final = 1e-5
+"""Nats. Two fp32 forwards of the same weights differ by rounding only."""
+OTHER_DEVICE_TOLERANCE: Final = 1e-4
+"""Nats: of a CPU and a GPU, which sum in other orders, as two engines do."""
+
+
+def probe_of(probe_ids: Sequence[int]) -> tuple[Sequences, NDArray[np.int64]]:
+    """The probe tokens as one sequence at temperature 1, and which of them are scored: all but the first."""
+    n = len(probe_ids)
+    sequences = Sequences(
+        token_ids=np.asarray(probe_ids, np.int64), temperature=np.ones(n, np.float32), starts=np.array([0, n], np.int64)
+    )
+    return sequences, np.arange(1, n)
+
+
+def max_error(again: NDArray[np.float32], published: NDArray[np.float32]) -> float:
+    """The largest difference in nats, as `judged_error` without excuses."""
+    return judged_error(np.abs(again - published), 0)
+
+
+def is_routed(model: nn.Module) -> bool:
+    """Whether layers of the model choose experts for each token."""
+    return any(name.endswith(".experts") for name, _ in model.named_modules())
+
+
+def num_excused(sequence: NDArray[np.int64], *, routed: bool) -> int:
+    """How many tokens may differ by more than rounding: with experts those that one tie can move, else none.
+
+    Where two experts are chosen for equal scores up to rounding, another composition of the micro-batch may choose the other.
+    That moves the token, and what attends to it: at most its sequence. Thus ``min(n / 2, max(longest, n / 100))`` of n tokens,
+    rounded down, where `longest` is the number of tokens of the longest sequence; other weights move nearly all.
+
+    Args:
+        sequence: int64 [token]; the sequence of each token that is compared.
+        routed: From `is_routed`.
+
+    Example:
+        >>> num_excused(np.array([0, 0, 0, 0]), routed=True), num_excused(np.array([0, 0, 1, 2, 2, 3]), routed=True)
+        (2, 2)
+    """
+    if not routed or not len(sequence):
+        return 0
+    n = len(sequence)
+    return min(n // 2, max(int(np.unique(sequence, return_counts=True)[1].max()), n // 100))
+
+
+def judged_error(errors: NDArray[np.float32], num_excused: int) -> float:
+    """The largest error but for those that are excused; NaN: there was nothing to compare.
+
+    An error that is not finite is never excused, and a NaN is an infinite one, since it reproduces nothing.
+
+    Args:
+        errors: float32 [token]; in nats, at least 0.
+        num_excused: From `num_excused`.
+    """
+    if not len(errors):
+        return math.nan
+    return float(np.sort(errors)[-1 - num_excused]) if np.isfinite(errors).all() else math.inf
+
+
+def check_consistency(error: float, what: str, against: str, tolerance: float = CONSISTENCY_TOLERANCE) -> None:
+    """Refuse log-probs that differ by more than rounding; NaN: there was nothing to compare.
+
+    Args:
+        error: The largest difference in nats, but for those that are excused.
+        what: What was compared.
+        against: With what.
+        tolerance: In nats.
+
+    Raises:
+        ExactnessError: They differ.
+    """
+    if error > tolerance:
+        raise ExactnessError(
+            f"{what} contradicts {against}",
+            got=f"log-probs differ by up to {error:.2e}",
+            allowed=f"<= {tolerance:.0e}",
+            fix="the store or the version tags are wrong; this is a defect, please report it with the run folder",
+        )

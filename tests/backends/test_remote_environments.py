@@ -1,0 +1,131 @@
+"""Environments that live elsewhere: a lost place costs a trajectory nothing, unless the environment answers otherwise."""
+
+import asyncio
+import gc
+
+import pytest
+
+from oldlogits.backends.ray.remote_environments import AwaitingRunner, PlaceLostError, stand_in
+from oldlogits.envs.shape import tool_schemas
+from oldlogits.rollout.turns import EnvironmentFailed, EnvironmentLost, system_prompt_of
+
+
+class Counter:
+    """Counts."""
+
+    system_prompt = "count"
+
+    def reset(self, start):
+        self.count = start
+        return f"at {start}"
+
+    def add(self, number: int) -> int:
+        """Add a number.
+
+        Args:
+            number: What is added.
+        """
+        self.count += number
+        if self.count > 100:
+            raise ValueError("too much")
+        return self.count
+
+    def get_reward(self):
+        return float(self.count)
+
+
+class Place:
+    """A place in this process."""
+
+    def __init__(self, make=Counter):
+        self.make, self.living, self.calls, self.is_lost = make, {}, [], False
+
+    async def open(self, id):
+        if self.is_lost:
+            raise PlaceLostError
+        self.living[id] = self.make()
+
+    async def call(self, id, method, args, kwargs):
+        if self.is_lost:
+            raise PlaceLostError
+        self.calls.append(method)
+        try:
+            return getattr(self.living[id], method)(*args, **kwargs)
+        except ValueError as error:
+            raise EnvironmentFailed(str(error)) from error
+
+    def drop(self, id):
+        del self.living[id]
+
+
+class Places:
+    def __init__(self, *places):
+        self.places = places
+
+    async def choose(self):
+        return next(place for place in self.places if not place.is_lost)
+
+
+def play(places, *, lose_before=None, numbers=(1, 2, 3)):
+    """Reset, add numbers, take the reward; the first place is lost before the addition of that number."""
+
+    async def run():
+        environment, runner = stand_in(Counter, places)(), AwaitingRunner(latency_s=0.0, seed=0)
+        heard = [await runner(lambda: environment.reset(start=10))]
+        for i, number in enumerate(numbers):
+            if i == lose_before:
+                places.places[0].is_lost = True
+            heard.append(await runner(lambda number=number: environment.add(number), is_tool=True))
+        return [*heard, await runner(environment.get_reward)]
+
+    return asyncio.run(run())
+
+
+def test_a_stand_in_has_the_tools_and_the_prompt_of_its_class():
+    made = stand_in(Counter, Places(Place()))
+    assert tool_schemas(made) == tool_schemas(Counter)
+    assert system_prompt_of(made) == "count"
+
+
+def test_calls_are_carried_out_in_the_place():
+    place = Place()
+    assert play(Places(place)) == ["at 10", 11, 13, 16, 16.0]
+    assert place.calls == ["reset", "add", "add", "add", "get_reward"]
+
+
+@pytest.mark.parametrize("lose_before", [0, 1, 2])
+def test_after_a_place_is_lost_another_answers_as_if_nothing_had_happened(lose_before):
+    first, second = Place(), Place()
+    assert play(Places(first, second), lose_before=lose_before) == ["at 10", 11, 13, 16, 16.0]
+    assert second.calls == ["reset", "add", "add", "add", "get_reward"], "the recorded calls, then those that follow"
+
+
+def test_an_environment_that_answers_otherwise_is_not_the_one_that_the_trajectory_knows():
+    class Other(Counter):
+        def add(self, number):
+            return super().add(number) + 1
+
+    with pytest.raises(EnvironmentLost, match="add, called again, answered otherwise"):
+        play(Places(Place(), Place(Other)), lose_before=1)
+
+
+def test_an_environment_that_fails_when_called_again_is_lost_and_not_to_blame():
+    class Broken(Counter):
+        def reset(self, start):
+            raise ValueError("no more")
+
+    with pytest.raises(EnvironmentLost, match="reset, called again, failed: no more"):
+        play(Places(Place(), Place(Broken)), lose_before=1)
+
+
+def test_its_own_failure_ends_the_episode():
+    with pytest.raises(EnvironmentFailed, match="too much") as caught:
+        play(Places(Place()), numbers=(1, 200))
+    assert not isinstance(caught.value, EnvironmentLost)
+
+
+def test_what_nobody_needs_any_more_is_dropped():
+    place = Place()
+    play(Places(place))
+    gc.collect()
+    assert place.living == {}

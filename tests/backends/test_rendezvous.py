@@ -1,0 +1,27 @@
+"""Signs of life of a rank, as long as it lives and no longer."""
+
+import subprocess
+import sys
+
+BEAT_AND_END = """
+import time
+import torch.distributed as dist
+from oldlogits.runtime import board
+from oldlogits.backends.torchrun.launch import Launch
+
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+board.BEAT_S = 0.0  # at every moment a sign of life is on its way, also at the last
+launch = Launch(rank=0, num_ranks=2, host="127.0.0.1", port=store.port, attempt=0)
+mine, other = board.Board(launch), board.Board(launch)
+mine.beat()
+ends = time.monotonic() + 30
+while other._beat(0) < 10 and time.monotonic() < ends:
+    time.sleep(0.01)
+print(other._beat(0) >= 10)
+"""
+
+
+def test_a_process_that_gives_signs_of_life_ends_in_order():
+    for _ in range(3):
+        ended = subprocess.run([sys.executable, "-c", BEAT_AND_END], capture_output=True, text=True, timeout=120, check=False)
+        assert (ended.returncode, ended.stdout.strip()) == (0, "True"), ended.stderr

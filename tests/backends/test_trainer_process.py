@@ -1,0 +1,148 @@
+"""One trainer in a process of its own; every test leaves it ready for the next one."""
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from oldlogits.backends.trainer_process import TrainerProcess
+from oldlogits.config import config_from_table
+from oldlogits.core.errors import ModelFolderError, VersionEvictedError, WorkerDiedError
+from oldlogits.core.policies import OLD
+from oldlogits.core.scoring import Scored
+from oldlogits.models.load import load_model, named_weights
+from oldlogits.train.trainer import Trainer
+
+from ..builders import batch_of, sampled, trajectory
+from ..runs import shared_files
+
+PROBE = [3, 9, 10, 11]
+CONFIG = config_from_table({"trainer": {"minibatches_per_update": 1}})
+
+
+def batch_at(version):
+    return batch_of(
+        [trajectory([3, 9], sampled([12, 13 + i, 2], version, logp=-3.0), id=f"g0.{i}") for i in range(2)], [1.0, -1.0]
+    )
+
+
+async def one_update(handle, version):
+    """Publish, score at `version`, train; the published version, the scores and the result."""
+    published = await handle.publish()
+    weights = {name: w.clone() for name, w in published.update.tensors.items()}
+    await handle.put_batch(batch := batch_at(version))
+    tags = batch.version[batch.loss_mask]
+    values = await handle.score(np.arange(len(tags)), version)
+    result = await handle.train(Scored(policy=OLD, values=values, computed_at=tags, num_switches=1))
+    return published, weights, values, result
+
+
+class Inline:
+    """The same trainer in this process, as a handle."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def __getattr__(self, name):
+        async def call(*arguments):
+            return getattr(self.trainer, name)(*arguments)
+
+        return call
+
+
+def in_process(folder, scenario):
+    async def main():
+        process = TrainerProcess(CONFIG, folder, PROBE)
+        try:
+            await process.ready()
+            return await scenario(process)
+        finally:
+            process.close()
+
+    return asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def children():
+    return [child for child in multiprocessing.active_children() if child.name == "oldlogits-trainer"]
+
+
+def test_a_trainer_process_does_what_a_trainer_does_bit_for_bit_and_leaves_nothing_behind(tiny_folder, tmp_path):
+    files = shared_files()
+
+    async def scenario(process):
+        updates = [await one_update(process.handle, version) for version in range(2)]
+        await process.handle.put_batch(batch_at(7))
+        with pytest.raises(VersionEvictedError, match="version 7 is not in the store") as caught:
+            await process.handle.score(np.arange(6), 7)
+        assert caught.value.allowed == "0..1", "an error crosses with its parts"
+        state = await process.handle.state()  # and the process lives on
+        await process.handle.save(tmp_path / "checkpoint")
+        return updates, state
+
+    updates, state = in_process(tiny_folder, scenario)
+    here = Inline(trainer := Trainer(CONFIG, tiny_folder, PROBE))
+    for (published, weights, values, result), version in zip(updates, range(2), strict=True):
+        expected, expected_weights, expected_values, expected_result = asyncio.run(one_update(here, version))
+        assert published.version == expected.version == version
+        assert set(weights) == set(expected_weights)
+        assert all(np.array_equal(weights[name], w) for name, w in expected_weights.items())
+        assert published.probe_logps.tolist() == expected.probe_logps.tolist()
+        assert values.tolist() == expected_values.tolist()
+        assert result.metrics == expected_result.metrics
+    assert (state.version, state.num_parameters, state.consistency) == (2, trainer.num_parameters, trainer.consistency)
+    assert state.busy_s > 0
+    saved = named_weights(load_model(tmp_path / "checkpoint" / "model"))
+    assert all(np.array_equal(saved[name], w) for name, w in trainer.publish().update.tensors.items())
+    assert children() == []
+    assert shared_files() <= files
+
+
+def test_a_trainer_that_is_killed_fails_the_pending_call_and_later_ones_promptly(tiny_folder):
+    async def scenario(process):
+        pid = process._process.pid
+        os.kill(pid, signal.SIGSTOP)  # so that the call is pending when it dies
+        pending = asyncio.create_task(process.handle.publish())
+        await asyncio.sleep(0.05)
+        assert not pending.done()
+        os.kill(pid, signal.SIGKILL)
+        started = time.monotonic()
+        with pytest.raises(WorkerDiedError, match="the trainer process ended; got: exit code -9"):
+            await pending
+        with pytest.raises(WorkerDiedError, match="exit code -9"):
+            await process.handle.state()
+        return time.monotonic() - started
+
+    assert in_process(tiny_folder, scenario) < 2
+    assert children() == []
+
+
+def test_closing_removes_weights_that_nobody_took(tiny_folder):
+    files = shared_files()
+
+    async def scenario(process):
+        process._pipe.send(("publish", ()))
+        assert process._pipe.poll(30), "it has answered"
+        assert len(shared_files() - files) == 1
+
+    in_process(tiny_folder, scenario)
+    assert shared_files() <= files
+
+
+def test_an_error_at_the_start_is_raised_by_ready_with_its_type(tmp_path):
+    with pytest.raises(ModelFolderError, match="the model folder cannot be loaded"):
+        in_process(tmp_path / "gone", None)
+    assert children() == []
+
+
+def test_closing_ends_a_trainer_in_mid_call_and_one_that_does_not_listen(tiny_folder):
+
+    async def scenario(process):
+        os.kill(process._process.pid, signal.SIGSTOP)
+        return asyncio.create_task(process.handle.state())
+
+    in_process(tiny_folder, scenario)
+    assert children() == []

@@ -1,0 +1,274 @@
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from oldlogits.core.engine import RolloutEngine, Sampling, Span
+from oldlogits.core.errors import ConfigError, ModelFolderError, WorkerDiedError
+from oldlogits.core.weights import FullWeights
+from oldlogits.engines.embedded.engine import EngineCore
+from oldlogits.engines.embedded.process import EngineProcess
+from oldlogits.engines.spec import EngineSpec
+
+from ..runs import files_of, shared_files
+from .reference import VOCAB, expected_logprobs, make_model, perturbed, save, weights_of
+
+CONTEXT = 1200
+LONG = Sampling(max_tokens=CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model("qwen3")
+
+
+@pytest.fixture(scope="module")
+def spec(model, tmp_path_factory):
+    return EngineSpec(model_path=save(model, tmp_path_factory.mktemp("model")), max_num_seqs=8, max_context=CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def shared_engine(spec):
+    engine = EngineProcess(spec)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def own_engine(spec):
+    files = shared_files()
+    engine = EngineProcess(spec)
+    yield engine
+    engine.close()
+    assert shared_files() <= files
+
+
+def is_alive(pid):
+    """Whether the process exists and is not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def start(engine, *names, sampling=LONG):
+    return {name: asyncio.create_task(engine.generate([3, 1, 4], sampling, name)) for name in names}
+
+
+async def until_sampling(engine):
+    """Wait until every request has some tokens; leaves the engine paused."""
+    while True:
+        await engine.pause("keep", "recompute")
+        if all(partial.output_ids for partial in (await engine.partials()).values()):
+            return
+        await engine.resume()
+
+
+def test_the_process_samples_what_the_core_samples(own_engine, spec):
+    core = EngineCore(spec)
+    core.add("a", [3, 1, 4], Sampling(max_tokens=40))
+    expected = None
+    while not core.idle:
+        expected = dict(core.step()).get("a")
+
+    async def play():
+        await own_engine.ready()
+        return await own_engine.generate([3, 1, 4], Sampling(max_tokens=40), "a")
+
+    assert isinstance(own_engine, RolloutEngine)
+    assert asyncio.run(play()) == expected
+    assert own_engine.capabilities == replace(spec.capabilities, num_host_copies=1)
+
+
+def test_an_update_in_mid_flight_keeps_running_requests_and_tags_their_tokens(shared_engine, model):
+    first = weights_of(model)
+    new = perturbed(first, 1, 0.05)
+
+    async def play():
+        tasks = start(shared_engine, "a", "b", "c")
+        await asyncio.sleep(0)
+        await until_sampling(shared_engine)
+        partials = await shared_engine.partials()
+        await shared_engine.update_weights(FullWeights(tensors={**new, "lm_head.weight": new["model.embed_tokens.weight"]}), 1)
+        assert len(files_of(os.getpid())) == 1, "the host's copy"
+        await shared_engine.resume()
+        finished = dict(zip(tasks, await asyncio.gather(*tasks.values()), strict=True))
+        stats = await shared_engine.stats()
+        await shared_engine.pause("keep", "recompute")
+        await shared_engine.update_weights(FullWeights(tensors=first), 1)
+        await shared_engine.resume()
+        return partials, finished, stats
+
+    partials, finished, stats = asyncio.run(play())
+    assert partials.keys() == finished.keys() == {"a", "b", "c"}
+    for name, generation in finished.items():
+        switch = len(partials[name].output_ids)
+        assert generation.output_ids[:switch] == partials[name].output_ids
+        assert generation.spans == (Span(version=0, start=0, end=switch), Span(version=1, start=switch, end=CONTEXT - 3))
+        expected = expected_logprobs(model, {0: first, 1: new}, [3, 1, 4], generation)
+        assert list(generation.logprobs) == pytest.approx(expected, abs=2e-5)
+    assert stats.version == 1
+    assert stats.num_decode_tokens >= 3 * (CONTEXT - 3)
+    assert stats.busy_s > 0
+    assert stats.idle_s > 0
+
+
+def test_abort_and_cancel_free_the_engine_and_abort_returns_the_partial(shared_engine):
+    async def play():
+        tasks = start(shared_engine, "aborted", "cancelled")
+        await asyncio.sleep(0)
+        await until_sampling(shared_engine)
+        expected = (await shared_engine.partials())["aborted"]
+        await shared_engine.abort("aborted")
+        await shared_engine.abort("never heard of")
+        tasks["cancelled"].cancel()
+        assert await tasks["aborted"] == expected
+        assert expected.finish_reason == "abort"
+        assert await shared_engine.partials() == {}
+        with pytest.raises(asyncio.CancelledError):
+            await tasks["cancelled"]
+        await shared_engine.resume()
+
+    asyncio.run(play())
+
+
+def test_pause_with_abort_ends_every_request_before_it_returns(shared_engine):
+    async def play():
+        tasks = start(shared_engine, *map(str, range(10)))  # more than slots
+        await asyncio.sleep(0)
+        await shared_engine.pause("abort", "recompute")
+        generations = await asyncio.gather(*tasks.values())
+        assert {generation.finish_reason for generation in generations} == {"abort"}
+        late = asyncio.create_task(shared_engine.generate([1], Sampling(max_tokens=2), "late"))
+        await asyncio.sleep(0.05)
+        assert not late.done()
+        await shared_engine.resume()
+        assert len((await late).output_ids) == 2
+
+    asyncio.run(play())
+
+
+def test_errors_of_the_engine_come_back_as_what_they_are_and_it_lives_on(shared_engine):
+    async def play():
+        for ids in ([], [VOCAB], [1] * CONTEXT):
+            with pytest.raises(ConfigError):
+                await shared_engine.generate(ids, LONG, "a")
+        with pytest.raises(ConfigError, match="only between pause and resume"):
+            await shared_engine.update_weights(FullWeights(tensors={"x": torch.zeros(1)}), 1)
+        await shared_engine.pause("keep", "recompute")
+        with pytest.raises(ModelFolderError, match=r"model\.embed_tokens\.weight: missing"):
+            await shared_engine.update_weights(FullWeights(tensors={"x": torch.zeros(1)}), 1)
+        assert len(files_of(os.getpid())) == 1, "the host's copy, written anew"
+        task = asyncio.create_task(shared_engine.generate([1], Sampling(max_tokens=2), "twice"))
+        await asyncio.sleep(0)
+        with pytest.raises(ConfigError, match="in use; got: twice"):
+            await shared_engine.generate([1], LONG, "twice")
+        await shared_engine.resume()
+        assert len((await task).output_ids) == 2
+
+    asyncio.run(play())
+
+
+def test_a_killed_engine_fails_pending_and_later_calls_promptly(own_engine):
+    async def play():
+        tasks = start(own_engine, *map(str, range(5)))
+        await own_engine.ready()
+        os.kill(own_engine.pid, signal.SIGSTOP)  # in the middle of its work
+        paused = asyncio.create_task(own_engine.pause("keep", "recompute"))
+        await asyncio.sleep(0)
+        killed_at = time.monotonic()
+        os.kill(own_engine.pid, signal.SIGKILL)
+        for result in await asyncio.gather(*tasks.values(), paused, return_exceptions=True):
+            assert isinstance(result, WorkerDiedError)
+            assert "exit code -9" in str(result)
+        with pytest.raises(WorkerDiedError, match="exit code -9"):
+            await own_engine.generate([1], LONG, "later")
+        with pytest.raises(WorkerDiedError, match="exit code -9"):
+            await own_engine.resume()
+        assert time.monotonic() - killed_at < 5
+
+    asyncio.run(play())
+
+
+def test_an_engine_that_stops_answering_is_killed_after_the_time_out(spec):
+    engine = EngineProcess(spec, control_timeout_s=30)
+    pid = engine.pid
+
+    async def play():
+        await engine.ready()
+        engine._control_timeout_s = 0.2
+        os.kill(pid, signal.SIGSTOP)
+        task = asyncio.create_task(engine.generate([1], LONG, "a"))
+        await asyncio.sleep(0)
+        with pytest.raises(WorkerDiedError, match=r"no answer to stats within 0\.2 s"):
+            await engine.stats()
+        with pytest.raises(WorkerDiedError, match="no answer to stats"):
+            await task
+
+    asyncio.run(play())
+    engine.close()
+    assert not is_alive(pid)
+
+
+def test_closing_ends_the_process_and_fails_what_is_pending(spec):
+    files = shared_files()
+    engine = EngineProcess(spec)
+    pid = engine.pid
+
+    async def play():
+        await engine.ready()
+        os.kill(pid, signal.SIGINT)  # Ctrl-C reaches the whole group: the parent decides
+        tasks = start(engine, "a")
+        await asyncio.sleep(0)
+        await engine.stats()
+        engine.close()
+        with pytest.raises(WorkerDiedError, match="it was closed"):
+            await tasks["a"]
+        with pytest.raises(WorkerDiedError, match="it was closed"):
+            await engine.stats()
+
+    asyncio.run(play())
+    engine.close()
+    assert not is_alive(pid)
+    assert shared_files() <= files
+
+
+def test_an_engine_does_not_outlive_its_parent(spec):
+    script = f"""
+import asyncio, os
+from oldlogits.engines.embedded.process import EngineProcess
+from oldlogits.engines.spec import EngineSpec
+if __name__ == "__main__":
+    engine = EngineProcess({spec!r})
+    asyncio.run(engine.ready())
+    print(engine.pid, flush=True)
+    os.kill(os.getpid(), 9)
+"""
+    path = Path(spec.model_path) / "parent.py"
+    path.write_text(script)
+    result = subprocess.run([sys.executable, str(path)], stdout=subprocess.PIPE, timeout=60, check=False)
+    assert result.returncode == -signal.SIGKILL
+    pid, deadline = int(result.stdout), time.monotonic() + 10
+    while is_alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not is_alive(pid)
+
+
+def test_a_folder_without_a_model_is_refused_before_a_process_starts(tmp_path):
+    with pytest.raises(ModelFolderError, match=r"no config\.json"):
+        EngineProcess(EngineSpec(model_path=str(tmp_path)))
+
+
+def test_a_folder_without_weights_fails_the_first_call_with_its_own_error(spec, tmp_path):
+    (tmp_path / "config.json").write_bytes((Path(spec.model_path) / "config.json").read_bytes())
+    engine = EngineProcess(EngineSpec(model_path=str(tmp_path), max_context=CONTEXT))
+    with pytest.raises(ModelFolderError, match=r"no model\.safetensors in"):
+        asyncio.run(engine.ready())
+    engine.close()

@@ -1,0 +1,64 @@
+"""A command on a leash ends with who holds it, and leaves nothing in shared memory."""
+
+import signal
+import subprocess
+import sys
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+
+import pytest
+
+from oldlogits.engines.http import reaper as leash
+
+WORK = """
+import multiprocessing, time
+from multiprocessing.shared_memory import SharedMemory
+
+def hold(name):
+    other = SharedMemory(name)
+    print(name, flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    own = SharedMemory(create=True, size=1 << 16)
+    lock = multiprocessing.get_context("spawn").Lock()
+    child = multiprocessing.get_context("spawn").Process(target=hold, args=(own.name,))
+    child.start()
+    time.sleep(600)
+"""
+
+
+def named():
+    folder = Path("/dev/shm")
+    return {path.name for path in folder.iterdir() if path.name.startswith(("psm_", "sem.mp-"))} if folder.exists() else set()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not list what a process has mapped")
+@pytest.mark.parametrize("how", ["let go", "end"])
+def test_a_group_leaves_nothing_in_shared_memory(tmp_path, how):
+    (tmp_path / "work.py").write_text(WORK)
+    other = SharedMemory(create=True, size=16)  # of a process outside
+    process = subprocess.Popen(
+        [sys.executable, leash.__file__, sys.executable, str(tmp_path / "work.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        name = process.stdout.readline().strip()
+        assert name in named()
+        names = {path.name for path in leash.mapped(process.pid)}
+        assert {name[:4] for name in names} == {"psm_", "sem."}
+        if how == "end":
+            leash.end_group(process.pid)
+        process.stdin.close()
+        assert process.wait(timeout=30) == -signal.SIGKILL
+        assert not names & named()
+        assert other.name in named()
+    finally:
+        leash.end_group(process.pid)
+        process.wait()
+        process.stdout.close()
+        other.close()
+        other.unlink()

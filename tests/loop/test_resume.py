@@ -1,0 +1,173 @@
+"""Going on with a run: everything that was counted goes on, and it stays the same experiment."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from oldlogits.backends import lockstep
+from oldlogits.cli.main import run as command
+from oldlogits.core.policies import SOURCES
+from oldlogits.engines.embedded.engine import EngineCore
+from oldlogits.loop.resume import sampler_seed
+from oldlogits.record.events import EventKind
+from oldlogits.record.report.data import read_run
+from oldlogits.train.checkpoint import read_state
+
+from ..runs import check_accounting, events_of, recipe, summary_of, tokens_of, write_recipe
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder, tmp_path_factory):
+    """A run of two updates, with evaluations. Read it only."""
+    root = tmp_path_factory.mktemp("resume")
+    config = recipe(tiny_folder, num_updates=2, eval={"num_episodes": 8})
+    assert command(["train", str(write_recipe(root / "r.toml", config)), "--out", str(root / "run")]) == 0
+    return root / "run"
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def steps_of(checkpoint):
+    state = read_state(checkpoint / "state")
+    return {value.item() for name, value in state.items() if name.startswith("step|")}
+
+
+def test_a_finished_run_goes_on_to_more_updates_and_its_summary_counts_them_all(copied, capsys):
+    before = summary_of(copied)
+    assert command(["train", "--resume", str(copied), "--num-updates", "5"]) == 0
+    summary = summary_of(copied)
+    assert (summary["num_updates"], summary["ended"]) == (5, "done")
+    assert summary["num_trajectories"] == check_accounting(copied)["trained"] == 5 * 3 * 4
+    assert sum(summary["provenance"].values()) == len(tokens_of(copied, "log_r_d")["log_r_d"])
+    assert summary["success_before"] == before["success_before"], "the first evaluation is not repeated"
+    assert summary["train_wall_s"] > before["train_wall_s"]
+    events = events_of(copied)
+    assert [event.seq for event in events] == list(range(len(events)))
+    assert [event.version for event in events if event.kind is EventKind.UPDATE] == [1, 2, 3, 4, 5]
+    assert [event.version for event in events if event.kind is EventKind.RUN_STARTED] == [0, 2]
+    assert [e.fields["stage"] for e in events if e.kind is EventKind.EVALUATION] == ["before"] * 2 + ["after"] * 4
+
+
+ROUTES = {
+    "snapshot": ("decoupled_exact", {"exact"}),
+    "dedicated": ("decoupled_exact", {"exact"}),
+    "interruption": ("decoupled_exact", {"exact"}),
+    "eager": ("decoupled_exact", {"exact"}),
+    "arrival": ("decoupled_async", {"async"}),
+    "ewma": ("ppo_ewma_train_infer", {"ewma"}),
+    "aged": ("aged_train_infer", {"aged", "async"}),
+    "rescore": ("rescore_train_infer", {"rescore"}),
+    "none": ("ppo_clip_train_infer", {"mu"}),
+}
+"""A variant that the route feeds, and how its tokens are labelled."""
+
+
+@pytest.mark.parametrize("route", SOURCES)
+def test_a_killed_run_goes_on_from_its_last_checkpoint_under_every_route(route, tiny_folder, tmp_path, capsys):
+    out, (variant, provenance) = tmp_path / "run", ROUTES[route]
+    more = {"num_updates": 4, "record": {"checkpoint_every": 2}, "lockstep": {"lag": "random"}}
+    config = recipe(tiny_folder, variant=variant, proximal={"source": route}, **more)
+    assert command(["train", str(write_recipe(tmp_path / "r.toml", config)), "--out", str(out)]) == 0
+    shutil.rmtree(out / "checkpoints/v000004")  # as if it had been killed before it wrote the last one
+    in_flight = json.loads((out / "checkpoints/v000002/state/totals.json").read_text())["unfinished_rows"]
+    assert len(in_flight) == 2 * 3, "groups of the two updates to come"
+
+    assert command(["train", "--resume", str(out), "--num-updates", "6"]) == 0
+    run = read_run(out)
+    assert [update.version for update in run.updates] == [1, 2, 3, 4, 5, 6], "the line of history that went on"
+    account = check_accounting(out)
+    assert account["trained"] == run.summary.num_trajectories == 6 * 3 * 4
+    assert account["cancelled"] == len(in_flight) * 4
+    tables = [pq.read_table(out / f"tokens/v{version:06d}.parquet").to_pydict() for version in range(1, 7)]
+    trained = [set(table["trajectory"]) for table in tables]
+    assert len(set.union(*trained)) == sum(map(len, trained)) == 6 * 3 * 4, "no trajectory is trained twice"
+    groups = [{name.partition(".")[0] for name in names} for names in trained]
+    assert {f"g{row:06d}" for row in in_flight} == groups[2] | groups[3], "rows that were in flight are played anew"
+    assert groups[4] | groups[5] == {f"g{row:06d}" for row in range(12, 18)}
+
+    resumed = {name: np.concatenate([table[name] for table in tables[2:]]) for name in tables[0]}
+    assert 1 <= resumed["staleness"].max() <= 2
+    assert set(run.summary.provenance) == provenance
+    if provenance == {"exact"}:  # an fp32 engine gives a token what the trainer gives it at that version
+        assert np.abs(resumed["logp_stand_in"] - resumed["logp_mu"]).max() <= 5e-5
+        assert np.abs(resumed["log_r_s"][resumed["staleness"] > 0]).max() > 1e-3, "the versions differ, or nothing was tested"
+    if route in ("ewma", "aged"):
+        assert [update.metrics["average/num_versions"] for update in run.updates] == [1, 2, 3, 4, 5, 6]
+
+
+def test_optimizer_schedule_and_rows_go_on(copied, finished):
+    assert command(["train", "--resume", str(copied), "--num-updates", "3"]) == 0
+    assert steps_of(finished / "checkpoints/v000002") == {2 * 2.0}
+    assert steps_of(copied / "checkpoints/v000003") == {3 * 2.0}
+    state = json.loads((copied / "checkpoints/v000003/state/trainer.json").read_text())
+    assert (state["version"], state["schedule_steps"]) == (3, 6)
+    admitted = [event.fields["group"] for event in events_of(copied, EventKind.GROUP_ADMITTED)]
+    assert admitted == [f"g{row:06d}" for row in range(3 * 3)], "no row is played twice"
+
+
+def test_a_resumed_run_draws_numbers_that_it_has_not_drawn_and_always_the_same(finished, tmp_path, monkeypatch):
+    seeds = []
+
+    class Watched(EngineCore):
+        def __init__(self, spec):
+            seeds.append(spec.seed)
+            super().__init__(spec)
+
+    monkeypatch.setattr(lockstep, "EngineCore", Watched)
+    weights = []
+    for name in ("a", "b"):
+        run = shutil.copytree(finished, tmp_path / name)
+        assert command(["train", "--resume", str(run), "--num-updates", "3"]) == 0
+        weights.append((run / "checkpoints/v000003/model/model.safetensors").read_bytes())
+    assert seeds[0] == seeds[1] == sampler_seed(0, 2)
+    assert weights[0] == weights[1]
+    drawn = [sampler_seed(seed, num_updates) for seed in (0, 1) for num_updates in range(50)]
+    assert len(set(drawn)) == len(drawn)
+    assert drawn[0] == 0, "a run that starts is drawn from its own seed"
+
+
+@pytest.mark.parametrize(
+    "key, value, says",
+    [
+        ("model.path", "OTHER", "model.path = "),
+        ("seed", "7", "seed = 7; allowed: seed = 0"),
+        ("variant", "ppo_clip", "variant = 'ppo_clip'"),
+        ("env.target", "desk", "env.target = 'desk'"),
+    ],
+)
+def test_a_recipe_that_contradicts_the_run_is_refused_and_changes_nothing(copied, key, value, says, tmp_path, capsys):
+    other = shutil.copytree(copied / "checkpoints/v000002/model", tmp_path / "other")
+    files = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file() and path.name != "environment.json"}
+    status = command(["train", "--resume", str(copied), f"--{key}", str(other) if value == "OTHER" else value])
+    assert status == 2
+    error = " ".join(capsys.readouterr().err.replace("\n", "; ").split())
+    assert f"the recipe contradicts the run in {copied}" in error
+    assert says in error.replace("; ;", ";").replace(" ; ", "; ")
+    assert "fix: leave these keys as they are" in error
+    assert {path: path.read_bytes() for path in files} == files
+
+
+def test_a_folder_that_is_not_empty_is_never_written_to(tiny_folder, tmp_path, capsys):
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "thesis.txt").write_text("dear")
+    assert command(["train", str(write_recipe(tmp_path / "r.toml", recipe(tiny_folder))), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert f"error: {out} is not an empty folder" in error
+    assert "got: thesis.txt" in error
+    assert "fix: choose another --out, or go on with --resume" in error
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+
+
+def test_what_cannot_be_resumed_says_so(tiny_folder, copied, tmp_path, capsys):
+    assert command(["train", "--resume", str(tmp_path / "nothing")]) == 2
+    assert "the recipe does not exist" in capsys.readouterr().err
+    shutil.rmtree(copied / "checkpoints")
+    assert command(["train", "--resume", str(copied)]) == 2
+    assert "got: no complete checkpoint" in capsys.readouterr().err

@@ -1,0 +1,175 @@
+import asyncio
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+
+from oldlogits.rollout import environment_runner as environment
+from oldlogits.rollout.environment_runner import ThreadRunner, run_inline
+from oldlogits.rollout.turns import EnvironmentFailed
+
+
+def runners():
+    return [run_inline, ThreadRunner(timeout_s=5, latency_s=0, seed=0)]
+
+
+def in_both(call):
+    async def both():
+        return [await runner(call) for runner in runners()]
+
+    return asyncio.run(both())
+
+
+async def later(value):
+    await asyncio.sleep(0)
+    return value
+
+
+def fails(error):
+    def call():
+        raise error
+
+    return call
+
+
+async def fails_later(error):
+    await asyncio.sleep(0)
+    raise error
+
+
+def test_a_result_is_returned_whether_it_is_there_or_awaited():
+    assert in_both(lambda: 7) == [7, 7]
+    assert in_both(lambda: later(8)) == [8, 8]
+
+
+@pytest.mark.parametrize("call", [fails(KeyError("order")), lambda: fails_later(KeyError("order"))])
+@pytest.mark.parametrize("which", [0, 1])
+def test_whatever_an_environment_raises_fails_its_episode_with_type_and_text(which, call):
+    with pytest.raises(EnvironmentFailed, match=r"^KeyError: 'order'$") as caught:
+        asyncio.run(runners()[which](call))
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_inline_code_runs_in_the_calling_thread_and_threaded_code_does_not():
+    here, there = in_both(threading.get_ident)
+    assert here == threading.get_ident() != there
+
+
+@pytest.mark.parametrize("call", [lambda: time.sleep(0.5), lambda: asyncio.sleep(60)])
+def test_a_call_that_takes_too_long_fails_with_the_deadline(call):
+    async def timed():
+        started = time.monotonic()
+        with pytest.raises(EnvironmentFailed, match=r"^timed out after 0\.05 s$"):
+            await ThreadRunner(timeout_s=0.05, latency_s=0, seed=0)(call)
+        return time.monotonic() - started
+
+    assert asyncio.run(timed()) < 0.4
+
+
+def test_a_time_out_inside_the_environment_is_not_taken_for_the_deadline():
+    with pytest.raises(EnvironmentFailed, match=r"^TimeoutError: the shop did not answer$"):
+        asyncio.run(ThreadRunner(timeout_s=5, latency_s=0, seed=0)(fails(TimeoutError("the shop did not answer"))))
+
+
+def test_a_slow_call_does_not_hold_up_others():
+    async def race():
+        runner = ThreadRunner(timeout_s=5, latency_s=0, seed=0)
+        slow = asyncio.create_task(runner(lambda: time.sleep(0.3)))
+        await asyncio.sleep(0.01)
+        started = time.monotonic()
+        assert await runner(lambda: 1) == 1
+        waited = time.monotonic() - started
+        assert not slow.done()
+        await slow
+        return waited
+
+    assert asyncio.run(race()) < 0.25
+
+
+def test_a_simulated_latency_is_exponential_repeatable_and_for_tools_only(monkeypatch):
+    slept = []
+
+    async def sleep(seconds):
+        slept.append(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+
+    async def play(seed):
+        slept.clear()
+        runner = ThreadRunner(timeout_s=5, latency_s=0.2, seed=seed)
+        await runner(lambda: 0)
+        assert slept == []
+        for _ in range(400):
+            await runner(lambda: 0, is_tool=True)
+        return list(slept)
+
+    first = asyncio.run(play(1))
+    assert asyncio.run(play(1)) == first != asyncio.run(play(2))
+    mean = sum(first) / 400
+    assert abs(mean - 0.2) < 4 * 0.2 / 400**0.5
+    assert abs(sum(s > 0.2 for s in first) / 400 - 0.3679) < 4 * (0.3679 * 0.6321 / 400) ** 0.5
+
+
+def test_latency_does_not_count_towards_the_deadline():
+    runner = ThreadRunner(timeout_s=0.2, latency_s=0.3, seed=3)
+    assert asyncio.run(runner(lambda: 1, is_tool=True)) == 1
+
+
+def test_a_tool_that_hangs_does_not_keep_the_interpreter_from_exiting():
+    code = """
+        import asyncio, threading
+        from oldlogits.rollout.turns import EnvironmentFailed
+        from oldlogits.rollout.environment_runner import ThreadRunner
+
+        async def main():
+            try:
+                await ThreadRunner(timeout_s=0.05, latency_s=0, seed=0)(threading.Event().wait)
+            except EnvironmentFailed as failed:
+                print(failed, flush=True)
+
+        asyncio.run(main())
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "timed out after 0.05 s\n"
+        assert process.wait(timeout=2) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_an_environment_that_exits_ends_its_episode_not_the_program(which):
+    with pytest.raises(EnvironmentFailed, match=r"^SystemExit: 3$"):
+        asyncio.run(runners()[which](lambda: sys.exit(3)))
+
+
+def test_waiting_for_a_thread_does_not_count_towards_the_deadline(monkeypatch):
+    monkeypatch.setattr(environment, "NUM_THREADS", 1)
+
+    async def queue():
+        runner = ThreadRunner(timeout_s=0.3, latency_s=0, seed=0)
+        return await asyncio.gather(*(runner(lambda i=i: time.sleep(0.1) or i) for i in range(5)))
+
+    assert asyncio.run(queue()) == [0, 1, 2, 3, 4]
+
+
+def test_a_call_that_never_returns_leaves_room_for_others(monkeypatch):
+    monkeypatch.setattr(environment, "NUM_THREADS", 1)
+    release = threading.Event()
+
+    async def main():
+        runner = ThreadRunner(timeout_s=0.05, latency_s=0, seed=0)
+        for _ in range(3):
+            with pytest.raises(EnvironmentFailed):
+                await runner(release.wait)
+        return await runner(lambda: 1)
+
+    try:
+        assert asyncio.run(main()) == 1
+    finally:
+        release.set()

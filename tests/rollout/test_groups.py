@@ -1,0 +1,371 @@
+"""Groups and evaluations with an engine that answers when it is told to."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from oldlogits.core.engine import Generation, Sampling, Span
+from oldlogits.core.errors import EnvironmentShapeError, WorkerDiedError
+from oldlogits.envs.shape import parse_plain
+from oldlogits.models.chat import ChatFormat
+from oldlogits.models.tiny import tiny_tokenizer
+from oldlogits.record.events import EventKind
+from oldlogits.rollout.buffer import Buffer
+from oldlogits.rollout.environment_runner import run_inline
+from oldlogits.rollout.groups import FAILURES_IN_A_ROW, Rollouts, evaluate
+from oldlogits.rollout.staleness import StalenessBound
+from oldlogits.rollout.turns import Agent, TurnLimits
+from oldlogits.sources import NoSource
+
+CHAT = ChatFormat(tiny_tokenizer(["hello"]))
+
+
+class Task:
+    """The reward is the member's turn to be created: 0, 1, 2, ...; a row may make it fail."""
+
+    num_made = 0
+
+    def reset(self, *, fails=False, reward=None):
+        if fails:
+            raise RuntimeError("no shop")
+        self.reward = Task.num_made if reward is None else reward
+        Task.num_made += 1
+
+    def get_reward(self):
+        return float(self.reward)
+
+    def look(self):
+        """Look."""
+
+
+class GatedEngine:
+    """One end-of-turn token for each request, once `gate` is open; counts what runs at the same time."""
+
+    def __init__(self):
+        self.gate, self.version = asyncio.Event(), 0
+        self.running, self.most_running, self.requests, self.temperatures, self.dead = 0, 0, [], set(), False
+
+    async def generate(self, prompt_ids, sampling, request_id):
+        self.requests.append(request_id)
+        self.temperatures.add(sampling.temperature)
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            await self.gate.wait()
+            await asyncio.sleep(0)
+        finally:
+            self.running -= 1
+        if self.dead:
+            raise WorkerDiedError("the engine is gone")
+        span = Span(version=self.version, start=0, end=1)
+        return Generation(output_ids=(CHAT.end_of_turn_id,), logprobs=(-0.5,), spans=(span,), finish_reason="stop")
+
+
+class Events:
+    def __init__(self):
+        self.all = []
+
+    def emit(self, kind, *, version, **fields):
+        self.all.append(SimpleNamespace(kind=kind, version=version, **fields))
+
+    def of(self, kind):
+        return [event for event in self.all if event.kind is kind]
+
+
+def agent_of(engine):
+    limits = TurnLimits(max_turns=1, max_tokens_per_turn=4, max_tokens=40)
+    sampling = Sampling(max_tokens=4)
+    return Agent(engine=engine, chat=CHAT, parser=parse_plain, limits=limits, sampling=sampling, run_environment=run_inline)
+
+
+class WatchfulSource(NoSource):
+    """Remembers what it was told."""
+
+    def __init__(self):
+        self.grown, self.arrived, self.dropped = {}, [], []
+
+    def on_segment_closed(self, trajectory_id, segments):
+        self.grown.setdefault(trajectory_id, []).append(len(segments))
+
+    async def on_arrival(self, trajectories):
+        self.arrived.append([t.id for t in trajectories])
+
+    def drop(self, trajectory_ids):
+        self.dropped += trajectory_ids
+
+
+class World:
+    """Rollouts with everything that they need, W = 1, B = 2, two members a group."""
+
+    def __init__(self, tasks, *, rows=lambda index: {}, max_running_groups=0, first_row=0, filter_uniform=False):
+        Task.num_made = 0
+        self.engine, self.events = GatedEngine(), Events()
+        bound = StalenessBound(max_staleness=1, prompts_per_update=2)
+        self.buffer = Buffer(bound, filter_uniform=filter_uniform)
+        self.source = WatchfulSource()
+        self.rollouts = Rollouts(
+            agent=agent_of(self.engine),
+            environment_class=Task,
+            rows=SimpleNamespace(train=rows),
+            buffer=self.buffer,
+            source=self.source,
+            events=self.events,
+            tasks=tasks,
+            group_size=2,
+            max_running_groups=max_running_groups,
+            first_row=first_row,
+        )
+
+    async def admit(self, version=0, num_wanted=100):
+        self.rollouts.admit(version, num_wanted=num_wanted, pace_s=0.0)
+        await self.settle()
+
+    async def settle(self, rounds=50):
+        for _ in range(rounds):
+            await asyncio.sleep(0)
+
+    def admitted(self):
+        return [event.group for event in self.events.of(EventKind.GROUP_ADMITTED)]
+
+
+def in_world(scenario, **settings):
+    async def main():
+        async with asyncio.TaskGroup() as tasks:
+            world = World(tasks, **settings)
+            await scenario(world)
+            world.rollouts.stop()
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_as_many_groups_start_as_the_bound_admits_from_the_first_row_on():
+    seen = []
+
+    async def scenario(world):
+        await world.admit(version=3)
+        assert world.admitted() == ["g000005", "g000006", "g000007", "g000008"]
+        assert seen == [5, 6, 7, 8]
+        assert world.rollouts.next_row == 9
+        assert sorted(world.engine.requests) == sorted(f"g00000{i}.{m}/0" for i in (5, 6, 7, 8) for m in (0, 1))
+        assert {event.version for event in world.events.all} == {3}
+
+    in_world(scenario, rows=lambda index: seen.append(index) or {}, first_row=5)
+
+
+@pytest.mark.parametrize("num_wanted", [0, 1, 3])
+def test_no_more_groups_start_than_the_run_still_trains(num_wanted):
+    async def scenario(world):
+        await world.admit(num_wanted=num_wanted)
+        assert len(world.admitted()) == num_wanted
+        world.engine.gate.set()
+        await world.settle()
+        assert len(world.admitted()) == num_wanted
+
+    in_world(scenario)
+
+
+def test_a_limit_on_running_groups_starts_the_next_when_one_ends():
+    async def scenario(world):
+        await world.admit()
+        assert len(world.admitted()) == 1
+        world.engine.gate.set()
+        await world.settle()
+        assert len(world.admitted()) == 4
+        assert world.engine.most_running == 2
+
+    in_world(scenario, max_running_groups=1)
+
+
+def test_groups_that_ended_keep_their_room_until_they_are_trained():
+    async def scenario(world):
+        world.engine.gate.set()
+        await world.admit()
+        assert len(world.admitted()) == 4
+        groups = await world.buffer.take(0)
+        assert [group.id for group in groups] == ["g000000", "g000001"]
+        await world.settle()
+        assert len(world.admitted()) == 4
+        world.buffer.confirm_trained()
+        await world.admit(version=1)
+        assert world.admitted()[4:] == ["g000004", "g000005"]
+        world.buffer.check()
+
+    in_world(scenario)
+
+
+def test_a_closed_group_tells_rewards_oldest_version_and_failures():
+    async def scenario(world):
+        world.engine.version = 2
+        world.engine.gate.set()
+        await world.admit(version=2, num_wanted=1)
+        (closed,) = world.events.of(EventKind.GROUP_CLOSED)
+        assert (closed.group, closed.rewards, closed.oldest_version) == ("g000000", [0.0, 1.0], 2)
+        assert (closed.num_failed, closed.filtered) == (0, False)
+
+    in_world(scenario)
+
+
+def test_a_group_that_fails_is_counted_told_and_replaced():
+    async def scenario(world):
+        world.engine.gate.set()
+        await world.admit(num_wanted=2)
+        assert world.admitted() == ["g000000", "g000001", "g000002"]
+        account = world.buffer.account
+        assert (account.submitted, account.failed, account.filtered, world.buffer.queued) == (6, 2, 0, 4)
+        failed = world.events.of(EventKind.TRAJECTORY_FAILED)
+        assert [(event.trajectory, event.reason) for event in failed] == [
+            ("g000000.0", "RuntimeError: no shop"),
+            ("g000000.1", "RuntimeError: no shop"),
+        ]
+        assert {group.id for group in await world.buffer.take(0)} == {"g000001", "g000002"}
+        world.buffer.check()
+
+    in_world(scenario, rows=lambda index: {"fails": index == 0})
+
+
+def test_uniform_groups_are_filtered_told_and_replaced():
+    async def scenario(world):
+        world.engine.gate.set()
+        await world.admit(num_wanted=2)
+        closed = {event.group: event.filtered for event in world.events.of(EventKind.GROUP_CLOSED)}
+        assert closed == {"g000000": True, "g000001": False, "g000002": False}
+        assert world.buffer.account.filtered == 2
+
+    in_world(scenario, rows=lambda index: {"reward": 1.0} if index == 0 else {}, filter_uniform=True)
+
+
+def test_the_source_is_told_of_growth_of_groups_that_wait_for_training_and_of_those_that_never_will():
+    async def scenario(world):
+        world.engine.gate.set()
+        await world.admit(num_wanted=2)
+        source = world.source
+        assert source.arrived == [["g000002.0", "g000002.1"], ["g000003.0", "g000003.1"]]
+        assert sorted(source.dropped) == ["g000000.0", "g000000.1", "g000001.0", "g000001.1"], "failed, filtered"
+        assert {name: source.grown.get(name) for name in source.dropped[:2]} == {"g000000.0": None, "g000000.1": None}
+        assert source.grown["g000002.0"] == [1, 2], "the prompt, then the turn"
+
+    def rows(index):
+        return {0: {"fails": True}, 1: {"reward": 1.0}}.get(index, {})
+
+    in_world(scenario, rows=rows, filter_uniform=True)
+
+
+def test_what_is_cancelled_is_told_to_the_source():
+    worlds = []
+
+    async def scenario(world):
+        worlds.append(world)
+        await world.admit(num_wanted=1)
+
+    in_world(scenario)
+    assert sorted(worlds[0].source.dropped) == ["g000000.0", "g000000.1"]
+
+
+def test_stopping_cancels_what_runs_and_every_trajectory_stays_accounted_for():
+    worlds = []
+
+    async def scenario(world):
+        worlds.append(world)
+        await world.admit()
+
+    in_world(scenario)
+    (world,) = worlds
+    assert world.engine.running == 0
+    world.buffer.check()
+    world.buffer.cancel_all()
+    world.buffer.check()
+    assert world.buffer.account.cancelled == world.buffer.account.submitted == 8
+
+
+async def play_on(world):
+    world.engine.gate.set()
+    await world.admit()
+    await world.settle(rounds=1000)
+
+
+def errors_of(scenario, **settings):
+    """The errors that ended a run, out of their groups."""
+    with pytest.raises(ExceptionGroup) as caught:
+        in_world(scenario, **settings)
+
+    def leaves(group):
+        return [leaf for e in group.exceptions for leaf in (leaves(e) if isinstance(e, ExceptionGroup) else [e])]
+
+    return leaves(caught.value)
+
+
+def test_an_environment_that_only_fails_ends_the_run_with_its_last_reason():
+    errors = errors_of(play_on, rows=lambda index: {"fails": True})
+    assert {type(error) for error in errors} == {EnvironmentShapeError}
+    assert errors[0].what == f"{FAILURES_IN_A_ROW} episodes in a row were ended by the environment"
+    assert errors[0].got == "the last: RuntimeError: no shop"
+
+
+def test_failures_between_successes_do_not_end_the_run():
+    async def scenario(world):
+        world.engine.gate.set()
+        await world.admit(num_wanted=4)
+        for version in range(FAILURES_IN_A_ROW // 4):
+            await world.buffer.take(version)
+            world.buffer.confirm_trained()
+            world.engine.version = version + 1
+            await world.admit(version=version + 1, num_wanted=4)
+        assert world.buffer.account.failed > FAILURES_IN_A_ROW
+
+    in_world(scenario, rows=lambda index: {"fails": index % 2 == 0})
+
+
+def test_an_engine_that_dies_ends_the_run():
+    async def scenario(world):
+        world.engine.dead = True
+        await play_on(world)
+
+    assert {str(error) for error in errors_of(scenario)} == {"the engine is gone"}
+
+
+def evaluate_rows(rows, *, num_running, temperature=1.0):
+    engine, progress = None, []
+
+    async def main():
+        nonlocal engine
+        engine = GatedEngine()
+        engine.gate.set()
+        return await evaluate(
+            agent_of(engine),
+            Task,
+            rows,
+            name="ebefore",
+            temperature=temperature,
+            num_running=num_running,
+            on_progress=progress.append,
+        )
+
+    return asyncio.run(main()), engine, progress
+
+
+@pytest.mark.parametrize("num_running", [1, 3, 100])
+def test_an_evaluation_plays_every_row_once_and_keeps_their_order(num_running):
+    rows = [{"reward": i / 10} for i in range(10)]
+    found, engine, progress = evaluate_rows(rows, num_running=num_running)
+    assert found.rewards == tuple(i / 10 for i in range(10))
+    assert [t.id for t in found.trajectories] == [f"ebefore.{i}" for i in range(10)]
+    assert engine.most_running == min(num_running, 10)
+    assert progress == list(range(1, 11))
+
+
+def test_an_episode_that_fails_counts_as_reward_0_in_its_place():
+    found, _, _ = evaluate_rows([{"reward": 1.0}, {"fails": True}, {"reward": 2.0}, {"reward": 0.99}], num_running=2)
+    assert found.rewards == (1.0, 0.0, 2.0, 0.99)
+    assert found.num_successes == 2
+    assert [t.id for t in found.trajectories] == ["ebefore.0", "ebefore.2", "ebefore.3"]
+
+
+def test_an_evaluation_samples_at_its_own_temperature():
+    _, engine, _ = evaluate_rows([{}], num_running=1, temperature=0.0)
+    assert engine.temperatures == {0.0}
+
+
+def test_an_evaluation_of_nothing_is_empty():
+    found, _, progress = evaluate_rows([], num_running=4)
+    assert (found.rewards, found.trajectories, found.num_successes, progress) == ((), (), 0, [])
