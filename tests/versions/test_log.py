@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oldlogits.core.errors import LogBusyError, LogDamagedError, LogWriteError, StoreUseError
-from oldlogits.versions.disk.files import log as log_module
+from oldlogits.versions.disk import log as log_module
 from oldlogits.versions.disk.log import Cut, Kind, VersionLog
 
 payloads = st.lists(st.binary(max_size=40), max_size=3)

@@ -13,7 +13,7 @@ import torch
 import oldlogits
 from oldlogits.core.errors import ExactnessError, LayoutError, LogBusyError, LogDamagedError, LogWriteError
 from oldlogits.versions import PatchStore
-from oldlogits.versions.disk.files import log as log_module
+from oldlogits.versions.disk import log as log_module
 from oldlogits.versions.patches import codec as codec_module
 from tests.versions.states import assert_bits, assert_holds, changed, history
 
