@@ -26,7 +26,7 @@ from oldlogits.run.run import run
 from oldlogits.train.consistency import is_routed
 from oldlogits.train.engine_view import EngineView
 
-from ..rollout.reference import logp_of
+from ..engines.reference import logp_of
 from ..runs import events_of, recipe, summary_of
 
 ALL = get_args(Numerics)

@@ -16,7 +16,7 @@ from oldlogits.models.adapters import A_SUFFIX, B_SUFFIX, is_adapter, merge, mer
 from oldlogits.models.lora import add_adapters, write_adapters
 from oldlogits.models.load import load_model, named_weights, point_at
 
-from ..rollout.reference import make_model
+from ..engines.reference import make_model
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 LORA = {"rank": 3, "alpha": 6.0, "targets": TARGETS}

@@ -10,7 +10,7 @@ from oldlogits.models.load import point_at
 from oldlogits.models.scorer import score_tokens
 
 from ..builders import batch_of, sampled, trajectory
-from ..rollout.reference import VOCAB, kept_logprobs, make_model, perturbed, weights_of
+from ..engines.reference import VOCAB, kept_logprobs, make_model, perturbed, weights_of
 
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3 top-2 of 4 experts")
 

@@ -28,7 +28,7 @@ from oldlogits.train.engine_view import EngineView
 from oldlogits.versions import PatchStore
 
 from ..builders import batch_of, sampled, trajectory
-from ..rollout.reference import make_model, save
+from ..engines.reference import make_model, save
 from ..runs import recipe
 
 FAMILIES = ["llama", "qwen2", "qwen3", "qwen3 top-1 of 4 experts"]

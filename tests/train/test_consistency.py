@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from oldlogits.train.consistency import is_routed, judged_error, num_excused
 
-from ..rollout.reference import MODELS, make_model
+from ..engines.reference import MODELS, make_model
 
 
 @pytest.mark.parametrize("name", MODELS)

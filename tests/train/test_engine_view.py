@@ -18,7 +18,7 @@ from oldlogits.train.engine_view import EngineView, engine_weights
 from oldlogits.train.trainer import Trainer
 
 from ..builders import batch_of, sampled, trajectory
-from ..rollout.reference import MODELS, VOCAB, load, logp_of, make_model, perturbed, save, weights_of
+from ..engines.reference import MODELS, VOCAB, load, logp_of, make_model, perturbed, save, weights_of
 
 ALL = get_args(Numerics)
 EXACT = [name for name in ALL if name != "fp8_dynamic"]
