@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from oldlogits.core.engine import Generation, Sampling
 from oldlogits.engines.embedded.engine import EngineCore
-from oldlogits.engines.spec import EngineSpec
+from oldlogits.core.engine_spec import EngineSpec
 
 VOCAB, CONTEXT = 2048, 256
 

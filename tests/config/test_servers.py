@@ -17,9 +17,10 @@ def engine(**keys):
     "keys",
     [
         {},
-        {"numerics": "fp8", "flags": ["--enforce-eager"], "num_servers": 2},
+        {"precision": "fp8", "flags": ["--enforce-eager"], "num_servers": 2},
         {"urls": [URL, "https://host:1"], "token_env": "TOKEN"},
-        {"start": "embedded", "numerics": "fp8_dynamic"},
+        {"server": "embedded", "precision": "fp8_dynamic"},
+        {"server": "embedded", "urls": [URL]},
     ],
 )
 def test_what_can_work_passes(keys):
@@ -38,8 +39,9 @@ def test_what_can_work_passes(keys):
         ({"token_env": "TOKEN"}, "token of their own"),
         ({"num_servers": 0}, "num_servers"),
         ({"recover_s": 0.0}, "recover_s"),
-        ({"numerics": "fp8_dynamic"}, "fp8_dynamic"),
+        ({"precision": "fp8_dynamic"}, "fp8_dynamic"),
         ({"kv": "stale"}, "of no version"),
+        ({"server": "sglang"}, "vllm, embedded"),
         ({"type": "embedded", "urls": [URL]}, "has no servers"),
     ],
 )
@@ -56,7 +58,7 @@ def test_lockstep_is_not_for_servers():
 
 def test_an_unknown_type_is_refused_with_its_choices():
     with pytest.raises(ConfigError, match="embedded, vllm"):
-        config_from_table({"engine": {"type": "sglang"}})
+        check(config_from_table({"engine": {"type": "sglang"}}))
 
 
 def ray(**sections):

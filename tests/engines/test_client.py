@@ -7,7 +7,9 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from oldlogits.engines.http.client import Server, ServerFailedError
+from oldlogits.core.server import ServerFailedError
+from oldlogits.engines.http.client import HttpClient
+from oldlogits.engines.protocols.vllm import VllmProtocol
 
 NUM_IDLE = 4
 KEPT_S = 2.0
@@ -30,7 +32,7 @@ async def answering():
     listening = await asyncio.start_server(answer, "127.0.0.1", 0)
     port = listening.sockets[0].getsockname()[1]
     async with listening:
-        client = Server(f"http://127.0.0.1:{port}", token="", control_timeout_s=5)
+        client = VllmProtocol(HttpClient(f"http://127.0.0.1:{port}", token="", control_timeout_s=5))
         yield client
         await client.close()
         await asyncio.sleep(0.2)  # the other ends close, too

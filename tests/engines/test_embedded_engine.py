@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from oldlogits.core.engine import RolloutEngine, Sampling, Span
+from oldlogits.core.engine_spec import EngineSpec
 from oldlogits.core.errors import ConfigError, ModelFolderError
 from oldlogits.core.trajectory import Context
 from oldlogits.core.weights import FullWeights
-from oldlogits.engines.embedded.engine import WARM_STEPS, EmbeddedEngine, EngineCore
-from oldlogits.engines.spec import EngineSpec
+from oldlogits.engines.embedded.engine import WARM_STEPS, EngineCore
+from oldlogits.engines.embedded.stepwise import EmbeddedEngine
 from oldlogits.rollout.turns import sampled_segments
 
 from .reference import VOCAB, expected_logprobs, kept_logprobs, load, logp_of, make_model, perturbed, save, weights_of

@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file
 
 from oldlogits.core.engine import Sampling, Span
+from oldlogits.core.engine_spec import EngineSpec
 from oldlogits.core.errors import ModelFolderError
 from oldlogits.engines.embedded.decoder import Decoder, PrefillAttention
 from oldlogits.engines.embedded.engine import EngineCore
 from oldlogits.engines.embedded.model_folder import Routing, read_config, read_weights
 from oldlogits.engines.embedded.numerics import round_linear
-from oldlogits.engines.spec import EngineSpec
 
 from .reference import MODELS, VOCAB, expected_logprobs, make_model, perturbed, save, weights_of
 

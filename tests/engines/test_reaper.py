@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from oldlogits.engines.http import reaper as leash
+from oldlogits.engines.http import reaper
 
 WORK = """
 import multiprocessing, time
@@ -39,7 +39,7 @@ def test_a_group_leaves_nothing_in_shared_memory(tmp_path, how):
     (tmp_path / "work.py").write_text(WORK)
     other = SharedMemory(create=True, size=16)  # of a process outside
     process = subprocess.Popen(
-        [sys.executable, leash.__file__, sys.executable, str(tmp_path / "work.py")],
+        [sys.executable, reaper.__file__, sys.executable, str(tmp_path / "work.py")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -48,16 +48,16 @@ def test_a_group_leaves_nothing_in_shared_memory(tmp_path, how):
     try:
         name = process.stdout.readline().strip()
         assert name in named()
-        names = {path.name for path in leash.mapped(process.pid)}
+        names = {path.name for path in reaper.mapped(process.pid)}
         assert {name[:4] for name in names} == {"psm_", "sem."}
         if how == "end":
-            leash.end_group(process.pid)
+            reaper.end_group(process.pid)
         process.stdin.close()
         assert process.wait(timeout=30) == -signal.SIGKILL
         assert not names & named()
         assert other.name in named()
     finally:
-        leash.end_group(process.pid)
+        reaper.end_group(process.pid)
         process.wait()
         process.stdout.close()
         other.close()

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 from oldlogits.batch import TokenBatch
 from oldlogits.cli.main import run as command
 from oldlogits.core.engine import Sampling
+from oldlogits.core.engine_spec import EngineSpec
 from oldlogits.core.errors import ExactnessError
 from oldlogits.core.policies import OLD
 from oldlogits.core.scoring import Scored
 from oldlogits.core.weights import FullWeights
 from oldlogits.engines.embedded.engine import EngineCore
-from oldlogits.engines.spec import EngineSpec
 from oldlogits.models.adapters import is_adapter
 from oldlogits.models.load import load_model
 from oldlogits.record.events import EventKind

@@ -1,6 +1,6 @@
 """Runtime "local": engine and trainer in processes of their own on this machine, environments in threads.
 
-controller (this process, no model)  ---pipe---> engine process   samples while ... (engine.type "vllm": HTTP, servers)
+controller (this process, no model)  ---pipe---> engine process   samples while ... (or servers over HTTP)
                                      ---pipe---> trainer process  ... this one scores and steps
                      ---pipe---> scorer process   source "dedicated" only
 """
@@ -15,13 +15,12 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 
-from oldlogits.backends.open_engine import OpenEngine, open_servers
 from oldlogits.backends.scorer_process import ScorerProcess
 from oldlogits.backends.trainer_process import TrainerProcess
 from oldlogits.config import RunConfig
-from oldlogits.engines.embedded.process import EngineProcess
+from oldlogits.config.engine import engine_spec, server_options
+from oldlogits.core.engine import ENGINES
 from oldlogits.engines.shared_memory import unshare, unshare_ended
-from oldlogits.engines.spec import EngineSpec
 from oldlogits.loop.backend import Backend
 from oldlogits.rollout.environment_runner import ThreadRunner
 
@@ -36,7 +35,8 @@ async def open_local(
         unshare_ended()
         stack.callback(unshare, os.getpid())
         with _ignoring_interrupts():
-            opened = await stack.enter_async_context(_open_engine(config, model_folder, sampler_seed, log_folder))
+            spec, servers = engine_spec(config, model_folder.resolve(), seed=sampler_seed), server_options(config, log_folder)
+            opened = await stack.enter_async_context(ENGINES.find(config.engine.type)().open(spec, servers))
             trainer = TrainerProcess(config, model_folder, probe_ids)
             stack.callback(trainer.close)
             scorer = ScorerProcess(config, model_folder, probe_ids) if config.proximal.source == "dedicated" else None
@@ -66,36 +66,10 @@ async def open_local(
         )
 
 
-@asynccontextmanager
-async def _open_engine(config: RunConfig, model_folder: Path, seed: int, log_folder: Path) -> AsyncIterator[OpenEngine]:
-    """The engine of the recipe, as a process of this run or as servers."""
-    if config.engine.type == "vllm":
-        async with open_servers(config, model_folder, seed, log_folder) as opened:
-            yield opened
-        return
-    spec = EngineSpec(
-        model_path=str(model_folder),
-        numerics=config.engine.precision,
-        max_num_seqs=config.engine.max_num_seqs,
-        max_context=config.env.max_episode_tokens,
-        seed=seed,
-        adapter_scale=config.model.adapter_scale,
-    )
-    engine = EngineProcess(spec)
-    try:
-        yield OpenEngine(engine=engine, stats=engine.stats, ready=_at_once, supervise=None, listen=lambda hear: None)
-    finally:
-        engine.close()
-
-
 async def _cancelled(worker: asyncio.Task[None]) -> None:
     """Cancel a task, and wait until it has put away what it used."""
     worker.cancel()
     await asyncio.gather(worker, return_exceptions=True)
-
-
-async def _at_once() -> None:
-    """Its calls wait until it is ready."""
 
 
 @contextmanager

@@ -16,17 +16,17 @@ import random
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from oldlogits.backends.lag import Plan, draw_plan
 from oldlogits.backends.torchrun.dispatch import open_trainer
 from oldlogits.config import RunConfig
-from oldlogits.core.engine import EngineCapabilities, Generation, Sampling, trajectory_of
+from oldlogits.config.engine import engine_spec
+from oldlogits.core.engine import ENGINES, EngineCapabilities, Generation, Sampling, StepwiseEngine, trajectory_of
 from oldlogits.core.errors import AccountingError
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
-from oldlogits.engines.embedded.engine import EmbeddedEngine, EngineCore
-from oldlogits.engines.spec import EngineSpec, EngineStats
 from oldlogits.loop.backend import Backend, InlineScorer, inline_trainer
 from oldlogits.rollout.buffer import Buffer
 from oldlogits.rollout.environment_runner import run_inline
@@ -40,14 +40,14 @@ SETTLE_ROUNDS = 8
 
 
 class LockstepEngine:
-    """The embedded engine under lag plans; a `RolloutEngine`.
+    """An engine under lag plans; a `RolloutEngine`.
 
     Args:
         engine: Samples.
         config: The lag distribution and the seed.
     """
 
-    def __init__(self, engine: EmbeddedEngine, config: RunConfig) -> None:
+    def __init__(self, engine: StepwiseEngine, config: RunConfig) -> None:
         self._engine, self._config = engine, config
         self._plans: dict[str, Plan] = {}
         self._sampled: dict[str, int] = {}  # tokens at the current version, by trajectory
@@ -131,7 +131,7 @@ class LockstepEngine:
     def _release(self) -> None:
         """Apply the current allowances, and let held trajectories look at theirs again."""
         for request in self._running:
-            self._engine.core.set_quota(request, self._quota(request))
+            self._engine.set_quota(request, self._quota(request))
         held, self._held = self._held, []
         for future in held:
             if not future.done():
@@ -141,7 +141,7 @@ class LockstepEngine:
         """Wait until nothing can sample at this version any more."""
         idle_rounds = 0
         while idle_rounds < 3:
-            idle_rounds = idle_rounds + 1 if self._engine.core.idle else 0
+            idle_rounds = idle_rounds + 1 if self._engine.idle else 0
             await self._yield()
 
     @staticmethod
@@ -184,20 +184,11 @@ async def open_lockstep(
     """Engine and trainer in this process."""
     clock = time.perf_counter
     in_flight = (config.window + 1) * config.rollout.prompts_per_update * config.rollout.group_size
-    spec = EngineSpec(
-        model_path=str(model_folder),
-        numerics=config.engine.precision,
-        max_num_seqs=max(config.engine.max_num_seqs, in_flight + 1),  # held trajectories keep their slots; one for the probe
-        max_context=config.env.max_episode_tokens,
-        seed=sampler_seed,
-        adapter_scale=config.model.adapter_scale,
-    )
-    core = EngineCore(spec)
-    engine = LockstepEngine(EmbeddedEngine(core), config)
+    spec = engine_spec(config, model_folder, seed=sampler_seed)
+    num_slots = max(spec.max_num_seqs, in_flight + 1)  # held trajectories keep their slots; one for the probe
+    sampler = ENGINES.find(config.engine.type)().build(replace(spec, max_num_seqs=num_slots))
+    engine = LockstepEngine(sampler, config)
     trainer = inline_trainer(open_trainer(config, model_folder, probe_ids, clock))
-
-    async def stats() -> EngineStats:
-        return core.stats
 
     driver = asyncio.create_task(engine.drive())
     try:
@@ -205,7 +196,7 @@ async def open_lockstep(
             engine=engine,
             trainer=trainer,
             run_environment=run_inline,
-            engine_stats=stats,
+            engine_stats=sampler.stats,
             clock=clock,
             real_time=False,
             watch=engine.watch,

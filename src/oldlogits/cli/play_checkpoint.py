@@ -16,10 +16,11 @@ from oldlogits.config import config_from_table
 from oldlogits.config.check import check_model_folder
 from oldlogits.config.schema import EnvConfig
 from oldlogits.core.engine import Generation, Sampling
+from oldlogits.core.engine_spec import EngineSpec
 from oldlogits.core.errors import ConfigError
-from oldlogits.engines.embedded.engine import EmbeddedEngine, EngineCore
+from oldlogits.engines.embedded.engine import EngineCore
 from oldlogits.engines.embedded.model_folder import read_config
-from oldlogits.engines.spec import EngineSpec
+from oldlogits.engines.embedded.stepwise import EmbeddedEngine
 from oldlogits.envs.shape import PARSERS, Environment, Malformed, Parsed, Row, bind, render_result
 from oldlogits.models.chat import ChatFormat
 from oldlogits.models.load import load_tokenizer

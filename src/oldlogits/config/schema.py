@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from oldlogits.core.engine import ENGINES
+from oldlogits.core.server import SERVER_PROTOCOLS
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectiveConfig:
@@ -141,8 +144,8 @@ class SamplingConfig:
 class EngineConfig:
     """The engine that samples."""
 
-    type: Literal["embedded", "vllm"] = "embedded"
-    """embedded: a process of the run. vllm: servers that speak vLLM's HTTP routes, of the run's own or running already."""
+    type: str = "embedded"
+    """embedded: a process of the run. vllm: servers over HTTP, the run's own or running already. Or "package.module:Name"."""
     precision: Literal["fp32", "bf16", "fp8", "int8", "int4", "fp8_dynamic"] = "fp32"
     """The engine's numerics; all but fp32 are emulated and give a real discrepancy."""
     max_num_seqs: int = 128
@@ -157,8 +160,9 @@ class EngineConfig:
     """vllm only: running servers of this machine, such as "http://127.0.0.1:8000"; empty: the run starts its own."""
     token_env: str = ""
     """engine.urls only: the environment variable that holds their bearer token; empty: they want none."""
-    server: Literal["vllm", "embedded"] = "vllm"
-    """vllm without urls: what is started: vLLM, or the embedded engine behind the same routes (`oldlogits serve`)."""
+    server: str = "vllm"
+    """vllm only: what the servers are: vllm, embedded (`oldlogits serve`, which speaks the same routes) or
+    "package.module:Name"."""
     num_servers: int = 1
     """vllm without urls: how many are started."""
     flags: tuple[str, ...] = ()
@@ -345,8 +349,9 @@ class RunConfig:
     @property
     def trainer_device(self) -> Literal["auto", "cpu", "cuda"]:
         """`trainer.device`, where "auto" is decided by the recipe alone."""
-        starts_vllm = self.engine.type == "vllm" and not self.engine.urls and self.engine.server == "vllm"
-        has_no_gpu = {"lockstep": True, "ray": not self.ray.trainer_gpus, "local": starts_vllm}[self.runtime.type]
+        starts_servers = ENGINES.find(self.engine.type)().has_servers and not self.engine.urls
+        servers_take_it = starts_servers and SERVER_PROTOCOLS.find(self.engine.server).uses_gpu
+        has_no_gpu = {"lockstep": True, "ray": not self.ray.trainer_gpus, "local": servers_take_it}[self.runtime.type]
         return "cpu" if self.trainer.device == "auto" and has_no_gpu else self.trainer.device
 
     @property

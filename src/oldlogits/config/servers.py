@@ -8,10 +8,12 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from oldlogits.config.schema import EngineConfig, RayConfig, RunConfig
+from oldlogits.core.engine import ENGINES
 from oldlogits.core.errors import ConfigError
+from oldlogits.core.server import SERVER_PROTOCOLS
 
-_OF_VLLM: Final = ("urls", "token_env", "server", "num_servers", "flags", "python")
-_OF_STARTED: Final = ("server", "num_servers", "flags", "python")
+_OF_SERVERS: Final = ("urls", "token_env", "server", "num_servers", "flags", "python")
+_OF_STARTED: Final = ("num_servers", "flags", "python")
 
 
 def check_servers(config: RunConfig) -> None:
@@ -23,28 +25,42 @@ def check_servers(config: RunConfig) -> None:
     engine = config.engine
     _check_ranges(engine)
     _check_ray(config)
-    if engine.type == "embedded":
-        _refuse_idle(engine, _OF_VLLM, "engine.type = 'embedded' has no servers", "set engine.type = 'vllm'")
-        return
-    if config.runtime.type == "lockstep":
+    kind = ENGINES.find(engine.type)()
+    if config.runtime.type == "lockstep" and not kind.is_stepwise:
         raise ConfigError(
-            "lockstep decides how many tokens each version samples, and a server does not let it",
-            got="engine.type = 'vllm', runtime.type = 'lockstep'",
+            "lockstep decides how many tokens each version samples, and this engine does not let it",
+            got=f"engine.type = '{engine.type}', runtime.type = 'lockstep'",
             allowed="runtime.type = 'local', or engine.type = 'embedded'",
             fix="set runtime.type = 'local'",
         )
-    if engine.kv == "stale":
+    if engine.kv not in kind.kv_modes:
         raise ConfigError(
-            "vLLM shares keys and values of older versions among trajectories: what it samples over them is of no version",
-            got="engine.kv = 'stale', engine.type = 'vllm'",
+            "this engine shares older keys and values among trajectories: what it samples over them is of no version",
+            got=f"engine.kv = '{engine.kv}', engine.type = '{engine.type}'",
             allowed="engine.kv = 'recompute', or engine.type = 'embedded'",
-            fix="remove engine.kv = 'stale'",
+            fix=f"remove engine.kv = '{engine.kv}'",
         )
+    if not kind.has_servers:
+        _refuse_idle(engine, _OF_SERVERS, f"engine.type = '{engine.type}' has no servers", "set engine.type = 'vllm'")
+        return
+    SERVER_PROTOCOLS.find(engine.server)
     if engine.urls:
         _refuse_idle(engine, _OF_STARTED, "with engine.urls the run starts no server", "remove it, or remove engine.urls")
         _check_urls(engine)
     else:
         _check_started(engine)
+
+
+def _check_served(config: RunConfig) -> None:
+    """Runtime ray starts servers: the engine must have some, or be offered by some."""
+    kind = ENGINES.find(config.engine.type)()
+    if not kind.has_servers and not kind.served_by:
+        raise ConfigError(
+            "workers of the runtime ray sample on servers, and no server offers this engine",
+            got=f"engine.type = '{config.engine.type}', runtime.type = 'ray'",
+            allowed="engine.type = 'vllm' or 'embedded', or an engine whose `served_by` names a server protocol",
+            fix="set engine.type = 'vllm' and engine.server, or runtime.type = 'local'",
+        )
 
 
 def _check_ray(config: RunConfig) -> None:
@@ -71,6 +87,7 @@ def _check_ray(config: RunConfig) -> None:
             allowed="ray.trainer_gpus > 0",
             fix="ray.trainer_gpus = 1",
         )
+    _check_served(config)
     engine = config.engine
     if engine.urls or engine.num_servers != 1:
         raise ConfigError(
@@ -129,10 +146,11 @@ def _check_started(engine: EngineConfig) -> None:
             allowed="engine.urls",
             fix="remove engine.token_env",
         )
-    if engine.server == "vllm" and engine.precision == "fp8_dynamic":
+    numerics = SERVER_PROTOCOLS.find(engine.server).numerics
+    if engine.precision not in numerics:
         raise ConfigError(
-            "vLLM takes rounded weights, but does not round activations as the emulated fp8_dynamic does",
-            got="engine.precision = 'fp8_dynamic'",
-            allowed="fp32, bf16, fp8, int8, int4, or engine.server = 'embedded'",
-            fix="set engine.precision = 'fp8'",
+            f"servers '{engine.server}' are not started with these numerics; no server but the embedded one rounds activations",
+            got=f"engine.precision = '{engine.precision}'",
+            allowed=f"{', '.join(sorted(numerics))}, or engine.server = 'embedded'",
+            fix=f"set engine.precision = '{'fp8' if 'fp8' in numerics else 'fp32'}'",
         )

@@ -58,13 +58,12 @@ def head_logps(
 ) -> Float[Tensor, " action"]:
     """The log-probs of the micro-batch's tokens, given its final hidden states on its device; see `action_logps`."""
     hidden = hidden[micro.row, micro.column]
-    head = model.get_output_embeddings()
     chunks = range(0, len(hidden), head_chunk_tokens)
     recompute = torch.is_grad_enabled() and len(chunks) > 1
     pieces = []
     for start in chunks:
         part = slice(start, start + head_chunk_tokens)
-        arguments = (head, hidden[part], micro.targets[part], micro.temperature[part])
+        arguments = (model, hidden[part], micro.targets[part], micro.temperature[part])
         pieces.append(checkpoint(_head_logps, *arguments, use_reentrant=False) if recompute else _head_logps(*arguments))
     return torch.cat(pieces)
 
@@ -101,6 +100,30 @@ def score_tokens(
     return scores
 
 
-def _head_logps(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: Tensor) -> Tensor:
-    logits = head(hidden).float() / temperature.unsqueeze(1)
+def logits_of(model: PreTrainedModel, hidden: Float[Tensor, "row width"]) -> Float[Tensor, "row vocab"]:
+    """The logits of final hidden states, with what some families do to them behind the head.
+
+    Granite divides by ``logits_scaling``, Cohere multiplies by ``logit_scale``, Gemma bounds them by
+    ``final_logit_softcapping``: ``c tanh(logits / c)``.
+
+    Args:
+        model: A causal language model.
+        hidden: Its final hidden states, normed.
+
+    Returns:
+        float32.
+    """
+    config = model.config.get_text_config()
+    logits: Tensor = model.get_output_embeddings()(hidden).float()
+    if scaling := getattr(config, "logits_scaling", None):
+        logits = logits / scaling
+    if scale := getattr(config, "logit_scale", None):
+        logits = logits * scale
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+def _head_logps(model: PreTrainedModel, hidden: Tensor, targets: Tensor, temperature: Tensor) -> Tensor:
+    logits = logits_of(model, hidden) / temperature.unsqueeze(1)
     return -nn.functional.cross_entropy(logits, targets, reduction="none")

@@ -21,9 +21,9 @@ from rich.console import Console
 from oldlogits.backends.local import open_local
 from oldlogits.backends.lockstep import open_lockstep
 from oldlogits.config import RunConfig
-from oldlogits.core.engine import Sampling
+from oldlogits.config.engine import engine_spec, server_options
+from oldlogits.core.engine import ENGINES, Sampling
 from oldlogits.core.errors import ConfigError, OldLogitsError
-from oldlogits.engines.spec import EngineSpec
 from oldlogits.envs.shape import PARSERS, Environment, tool_schemas
 from oldlogits.loop.backend import Backend
 from oldlogits.loop.loop import Loop, Task
@@ -144,7 +144,7 @@ def _check_task(config: RunConfig) -> None:
     """Refuse an environment, rows or a model folder that cannot be used, before anything is written."""
     load_tasks(config)
     if not config.model.is_tiny:
-        EngineSpec(model_path=config.model.path, max_context=config.env.max_episode_tokens).read_config()
+        ENGINES.find(config.engine.type)().check(engine_spec(config, Path(config.model.path)), server_options(config))
         ChatFormat(load_tokenizer(Path(config.model.path)))
 
 

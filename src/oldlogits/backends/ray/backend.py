@@ -31,13 +31,15 @@ from oldlogits.backends.ray.remote_environments import AwaitingRunner, stand_in
 from oldlogits.backends.ray.weights import ClusterWeights
 from oldlogits.backends.ray.workers import Workers
 from oldlogits.config import Caution, RunConfig
+from oldlogits.config.engine import engine_spec, server_options
+from oldlogits.core.engine import ENGINES
+from oldlogits.core.engine_stats import Incident
 from oldlogits.core.errors import WorkerDiedError
 from oldlogits.core.scoring import ScoredSpans, ScoringSpan
+from oldlogits.core.server import SERVER_PROTOCOLS, LaunchSpec
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
 from oldlogits.engines.http.engine import HttpEngine
-from oldlogits.engines.http.launch import LaunchSpec
-from oldlogits.engines.http.servers import Timeouts
-from oldlogits.engines.spec import Incident
+from oldlogits.engines.http.kind import launch_spec
 from oldlogits.loop.backend import Backend, TrainerClient
 from oldlogits.train.reports import PublishedVersion
 
@@ -146,14 +148,11 @@ async def open_ray(
     config: RunConfig, model_folder: Path, probe_ids: Sequence[int], sampler_seed: int, *, folder: Path
 ) -> AsyncIterator[Backend]:
     """Join or start a cluster and its actors; on leaving none of them stays behind, whatever happened."""
-    e, r = config.engine, config.ray
-    patience = Timeouts(
-        recover_s=e.recover_s,
-        request_s=e.request_timeout_s,
-        control_s=e.control_timeout_s,
-        start_s=r.start_timeout_s,
-        max_restarts=e.max_restarts,
-    )
+    r, kind = config.ray, ENGINES.find(config.engine.type)()
+    options = server_options(config, (folder / "servers").resolve())
+    timeouts = replace(options.timeouts, start_s=r.start_timeout_s)
+    servers = replace(options, protocol=options.protocol if kind.has_servers else kind.served_by)
+    spec = engine_spec(config, model_folder.resolve(), seed=sampler_seed)
     async with AsyncExitStack() as stack:
         stack.enter_context(cluster.connected(r, num_cpus=_needed_cpus(config)))
         weights = ClusterWeights()
@@ -161,34 +160,16 @@ async def open_ray(
         scorer = (
             RayScorer(config, model_folder.resolve(), probe_ids, weights) if config.proximal.source == "dedicated" else None
         )
-        spec = LaunchSpec(
-            server=e.server if e.type == "vllm" else "embedded",
-            model_path=str(model_folder.resolve()),
-            numerics=e.precision,
-            max_num_seqs=e.max_num_seqs,
-            max_context=config.env.max_episode_tokens,
-            flags=e.flags,
-            python=e.python,
-            log_folder=(folder / "servers").resolve(),
-            seed=sampler_seed,
-            adapter_scale=config.model.adapter_scale,
-        )
         await trainer.ready(r.start_timeout_s)
         if scorer is not None:
             await scorer.ready(r.start_timeout_s)
-        workers = Workers(config, await _maker(config, spec), folder, weights)
-        engine = HttpEngine(
-            workers.hosts,
-            max_context=config.env.max_episode_tokens,
-            numerics=e.precision,
-            adapter_scale=config.model.adapter_scale,
-            patience=patience,
-            weights=weights,
-        )
+        launch = launch_spec(spec, servers, seed=spec.seed)
+        workers = Workers(config, await _maker(config, launch), folder, weights, SERVER_PROTOCOLS.find(servers.protocol))
+        engine = HttpEngine(workers.replicas, spec, timeouts, weights)
         workers.fleet = engine.fleet
         stack.push_async_callback(engine.close)
         await engine.start()
-        watched: list[Coroutine[None, None, None]] = [engine.fleet.supervise(), workers.follow(), trainer.watch()]
+        watched: list[Coroutine[None, None, None]] = [engine.supervise(), workers.follow(), trainer.watch()]
         watched += [scorer.watch()] if scorer is not None else []
         tasks = tuple(map(asyncio.create_task, watched))
         stack.push_async_callback(_cancelled, tasks)

@@ -30,13 +30,15 @@ from typing import Final, Literal, TypeVar
 import torch
 
 from oldlogits.core.engine import EngineCapabilities, Generation, Sampling
+from oldlogits.core.engine_spec import EngineSpec
+from oldlogits.core.engine_stats import EngineStats
 from oldlogits.core.errors import ConfigError, OldLogitsError, WorkerDiedError
 from oldlogits.core.processes import exit_code, name_process
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
-from oldlogits.engines.embedded.engine import EngineCore
+from oldlogits.engines.embedded.engine import EngineCore, capabilities_of
+from oldlogits.engines.embedded.model_folder import decoder_config
 from oldlogits.engines.embedded.slots import check_request
-from oldlogits.engines.host_weights import HostWeights
-from oldlogits.engines.spec import EngineSpec, EngineStats
+from oldlogits.engines.shared_memory import HostWeights
 from oldlogits.versions import HostCopy
 
 _T = TypeVar("_T")
@@ -122,7 +124,7 @@ class EngineProcess:
     """
 
     def __init__(self, spec: EngineSpec, *, control_timeout_s: float = 300.0) -> None:
-        self._vocab_size = spec.read_config().vocab_size
+        self._vocab_size = decoder_config(spec).vocab_size
         self._spec, self._control_timeout_s = spec, control_timeout_s
         self._numbers = itertools.count()
         self._lock = threading.Lock()  # guards the next three; futures are resolved by the reader thread
@@ -142,7 +144,7 @@ class EngineProcess:
     @property
     def capabilities(self) -> EngineCapabilities:
         """What this engine can do."""
-        return replace(self._spec.capabilities, num_host_copies=1)
+        return replace(capabilities_of(self._spec), num_host_copies=1)
 
     @property
     def pid(self) -> int | None:
