@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from oldlogits.core.errors import ModelFolderError
 from oldlogits.models.adapters import is_adapter
+from oldlogits.models.head import check_head
 
 transformers_logging.disable_progress_bar()
 
@@ -76,7 +77,9 @@ def load_model(folder: Path) -> PreTrainedModel:
             allowed="every weight of the model",
             fix="copy the folder again",
         )
-    return model.eval()
+    model.eval()
+    check_head(model, folder)
+    return model
 
 
 def check_trainable(model: PreTrainedModel, folder: Path) -> None:

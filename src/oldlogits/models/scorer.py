@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from oldlogits.batch import MicroBatch, Sequences, deal
+from oldlogits.models.head import logits_of
 from oldlogits.models.ranks import ALONE, Ranks
 from oldlogits.models.sharding import in_one_forward
 
@@ -98,30 +99,6 @@ def score_tokens(
                 out[one.micro.flat.to(out.device)] = logps
     scores: NDArray[np.float32] = ranks.sum(out.cpu()[torch.from_numpy(tokens)]).numpy()
     return scores
-
-
-def logits_of(model: PreTrainedModel, hidden: Float[Tensor, "row width"]) -> Float[Tensor, "row vocab"]:
-    """The logits of final hidden states, with what some families do to them behind the head.
-
-    Granite divides by ``logits_scaling``, Cohere multiplies by ``logit_scale``, Gemma bounds them by
-    ``final_logit_softcapping``: ``c tanh(logits / c)``.
-
-    Args:
-        model: A causal language model.
-        hidden: Its final hidden states, normed.
-
-    Returns:
-        float32.
-    """
-    config = model.config.get_text_config()
-    logits: Tensor = model.get_output_embeddings()(hidden).float()
-    if scaling := getattr(config, "logits_scaling", None):
-        logits = logits / scaling
-    if scale := getattr(config, "logit_scale", None):
-        logits = logits * scale
-    if cap := getattr(config, "final_logit_softcapping", None):
-        logits = cap * torch.tanh(logits / cap)
-    return logits
 
 
 def _head_logps(model: PreTrainedModel, hidden: Tensor, targets: Tensor, temperature: Tensor) -> Tensor:

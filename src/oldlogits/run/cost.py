@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -260,7 +260,8 @@ def _model(config: RunConfig) -> PreTrainedModel | None:
     folder = Path(config.model.path)
     if not (folder / "config.json").is_file():
         return None
-    ENGINES.find(config.engine.type)().check(engine_spec(config, folder), server_options(config))
+    spec = replace(engine_spec(config, folder), max_context=2)  # whether it is long enough is asked when it runs
+    ENGINES.find(config.engine.type)().check(spec, server_options(config))
     return meta_model(read_model_config(folder), folder)
 
 
