@@ -277,7 +277,7 @@ class EngineKind(Protocol):
         return 0
 
 
-ENGINES: Final = Registry[Callable[[], EngineKind]](
+ENGINES: Final = Registry[type[EngineKind]](
     "engine",
     key="engine.type",
     builtin={
