@@ -4,10 +4,12 @@ import random
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from oldlogits.core.errors import ConfigError, ModelFolderError
 from oldlogits.core.protocols import FullWeights, RolloutEngine, Sampling, Span
 from oldlogits.core.trajectory import Context
+from oldlogits.policy.mixed import cache_keyword
 from oldlogits.rollout.embedded import WARM_STEPS, EmbeddedEngine, EngineCore
 from oldlogits.rollout.spec import EngineSpec
 from oldlogits.rollout.turns import sampled_segments
@@ -211,8 +213,9 @@ def test_the_slot_freed_longest_ago_is_taken_until_they_cool_down_then_the_lowes
 @torch.no_grad()
 def stale_logp(model, old, new, ids, num_old):
     """Of the tokens after the first `num_old + 1`: entries before that index are of the old weights."""
-    cache = load(model, old)(torch.tensor([ids[:num_old]]), use_cache=True).past_key_values
-    logits = load(model, new)(torch.tensor([ids[num_old:]]), past_key_values=cache).logits[0, :-1]
+    cached = {cache_keyword(model): DynamicCache()}
+    load(model, old)(torch.tensor([ids[:num_old]]), **cached)
+    logits = load(model, new)(torch.tensor([ids[num_old:]]), **cached).logits[0, :-1]
     return torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(ids[num_old + 1 :])[:, None]).squeeze(1).tolist()
 
 
