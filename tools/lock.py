@@ -64,7 +64,7 @@ def check(lock: Path) -> str | None:
     wrong = [f"{n}=={v}" for n, v in sorted(found.items()) if n not in UNLOCKED and v not in locked.get(n, ())]
     if not wrong:
         return None
-    return f"{sys.prefix} has what {lock} does not name: {' '.join(wrong)}\nRun `make clean install`, or renew the lock with `make lock`."
+    return f"{sys.prefix} has what {lock} does not name: {' '.join(wrong)}\nStart afresh with `make clean install`."
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,9 @@ from oldlogits.cli.main import run as command
 from oldlogits.record.events import EventKind
 
 from ..runs import after_updates, check_accounting, events_of, recipe, summary_of, tokens_of, wait_for_updates, write_recipe
+from ..waiting import wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
 ray = pytest.importorskip("ray")
 
@@ -71,13 +71,6 @@ def ancestors(pid):
     return found
 
 
-def until(holds, what, *, seconds=120):
-    ends = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < ends, what
-        time.sleep(0.05)
-
-
 def servers(folder):
     """Processes that serve the model of a folder, whoever started them."""
     lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
@@ -113,13 +106,13 @@ def test_a_run_outlives_its_workers_and_takes_in_new_ones(tmp_path, tiny_folder,
         try:
             assert len(pids("ray::Worker")) == 3
             os.kill(pids("ray::Worker")[0], signal.SIGKILL)
-            until(lambda: events_of(run, EventKind.SERVER_UP), "the worker comes back")
+            wait_until(lambda: events_of(run, EventKind.SERVER_UP), "the worker comes back")
             wait_for_updates(run, len(events_of(run, EventKind.UPDATE)) + 2)
             assert command(["workers", str(run), "--num", "4"]) == 0
-            until(lambda: len(events_of(run, EventKind.SERVER_UP)) == 2, "a fourth worker joins")
+            wait_until(lambda: len(events_of(run, EventKind.SERVER_UP)) == 2, "a fourth worker joins")
             wait_for_updates(run, len(events_of(run, EventKind.UPDATE)) + 2)
             assert command(["workers", str(run), "--num", "2"]) == 0
-            until(lambda: len(events_of(run, EventKind.SERVER_DOWN)) == 3, "two leave")
+            wait_until(lambda: len(events_of(run, EventKind.SERVER_DOWN)) == 3, "two leave")
             wait_for_updates(run, len(events_of(run, EventKind.UPDATE)) + 2)
         finally:
             os.kill(os.getpid(), signal.SIGINT)
@@ -136,7 +129,7 @@ def test_a_run_outlives_its_workers_and_takes_in_new_ones(tmp_path, tiny_folder,
     assert joined.fields["reason"].startswith("it joined")
     assert pids("ray::Worker") == []
     assert summary_of(run)["engine_copies_max"] == 4 + 3 + 1  # four engines, one copy a node, the one that nodes fetch
-    until(lambda: not servers(tiny_folder), "no server is left", seconds=20)
+    wait_until(lambda: not servers(tiny_folder), "no server is left")
     check_exact(run)
 
 

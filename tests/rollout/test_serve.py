@@ -23,6 +23,7 @@ from oldlogits.rollout.process import EngineProcess
 from oldlogits.rollout.serve import Served, check_host, make_app
 from oldlogits.rollout.spec import EngineSpec
 
+from ..waiting import HUNG_S
 from .reference import VOCAB, load, logp_of, make_model, perturbed, save, weights_of
 
 CONTEXT = 600
@@ -50,7 +51,8 @@ async def client_of(served, *, token="", host="127.0.0.1", **headers):
     await served.engine.ready()
     app = make_app(served, token=token)
     transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url=f"http://{host}:8000", headers=headers, timeout=30) as client:
+    url = f"http://{host}:8000"
+    async with httpx.AsyncClient(transport=transport, base_url=url, headers=headers, timeout=HUNG_S) as client:
         yield client
 
 
@@ -245,7 +247,7 @@ def test_the_command_serves_and_ends_with_its_engine(tiny_folder):
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         engine = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         os.kill(int(engine[0]), signal.SIGKILL)
-        _, error = process.communicate(timeout=20)
+        _, error = process.communicate(timeout=HUNG_S)
     except BaseException:
         process.kill()
         process.communicate()

@@ -14,6 +14,8 @@ from oldlogits.rollout.hosts import Host, Patience
 from oldlogits.rollout.server import ServerFailedError, ServerInfo
 from oldlogits.rollout.vllm import VllmEngine
 
+from ..waiting import HUNG_S
+
 PATIENCE = Patience(recover_s=60, request_s=60, control_s=0.5, poll_s=0.01)
 HASTY = Patience(recover_s=0.3, request_s=0.2, control_s=0.5, poll_s=0.01)
 
@@ -146,7 +148,7 @@ def ask(engine, name="t/0", max_tokens=6, prompt=(0, 1, 2)):
 
 
 async def until(condition):
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HUNG_S):
         while not condition():
             await asyncio.sleep(0.002)
 
@@ -394,7 +396,7 @@ def test_without_any_server_the_run_waits_so_long_and_then_every_request_fails()
         async with engine_over(server, patience=HASTY) as engine:
             server.fails |= {"health", "connect", "generate"}
             asked = [ask(engine, f"t/{i}") for i in range(3)]
-            outcomes = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 5)
+            outcomes = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), HUNG_S)
             assert {type(outcome) for outcome in outcomes} == {WorkerDiedError}
             with pytest.raises(WorkerDiedError, match=r"http://fake: connect failed.*engine\.recover_s = 0\.3 s"):
                 await ask(engine, "t/9")

@@ -12,6 +12,8 @@ from oldlogits.runtime.cluster_weights import ClusterWeights
 from oldlogits.runtime.ray_workers import Workers
 from oldlogits.runtime.wanted import write_wanted
 
+from ..waiting import HUNG_S
+
 POLL_S = 0.01
 
 
@@ -35,7 +37,7 @@ def followed(tmp_path, monkeypatch):
             for host in workers.fleet.hosts:
                 await host.server.close()
 
-    return lambda scenario: asyncio.run(asyncio.wait_for(follow(scenario), 10))
+    return lambda scenario: asyncio.run(asyncio.wait_for(follow(scenario), HUNG_S))
 
 
 async def until(holds):

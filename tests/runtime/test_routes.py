@@ -4,8 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import threading
-import time
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,6 +16,8 @@ from oldlogits.runtime import loop
 from oldlogits.runtime.run import run
 from oldlogits.runtime.synchronise import check_partials
 from oldlogits.sources import NoSource
+
+from ..runs import after_updates
 
 EXACT = ("snapshot", "eager", "interruption", "dedicated")
 
@@ -160,14 +160,10 @@ def assert_exact(out):
 
 def test_a_dedicated_scorer_is_exact_until_it_is_killed_and_the_run_then_ends_cleanly(play, tmp_path):
     def kill():
-        events, deadline = tmp_path / "dedicated" / "events.jsonl", time.monotonic() + 60
-        while time.monotonic() < deadline and not (events.is_file() and events.read_text().count('"update"') >= 3):
-            time.sleep(0.05)
         (scorer,) = [child for child in multiprocessing.active_children() if child.name == "oldlogits-scorer"]
         os.kill(scorer.pid, signal.SIGKILL)
 
-    killer = threading.Thread(target=kill)
-    killer.start()
+    killer = after_updates(tmp_path / "dedicated", 3, kill)
     result, source, out = play("dedicated", "local", num_updates=500, env={"latency_s": 0.01})
     killer.join()
     assert isinstance(result.error, WorkerDiedError)

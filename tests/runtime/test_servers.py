@@ -24,8 +24,9 @@ from ..runs import (
     write_recipe,
 )
 from ..servers import serving
+from ..waiting import wait_until
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 LOCAL = {"runtime": {"type": "local"}, "env": {"latency_s": 0.25}}
 """A reply takes longer than an update, so that episodes meet new versions."""
@@ -45,9 +46,7 @@ def train_until(tmp_path, tiny_folder, act, seen, **arguments):
         try:
             act()
             kind, num = seen
-            ends = time.monotonic() + 150
-            while len(events_of(run, kind)) < num and time.monotonic() < ends:
-                time.sleep(0.02)
+            wait_until(lambda: len(events_of(run, kind)) >= num, f"{num} events {kind}")
             wait_for_updates(run, len(events_of(run, EventKind.UPDATE)) + 3)
         finally:  # a failure here ends the run, too, but not what comes after it
             if not over.is_set():
