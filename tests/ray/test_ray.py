@@ -1,22 +1,29 @@
 """The runtime "ray" on a real cluster of simulated nodes: workers are killed, join and leave; the trainer is killed."""
 
+import asyncio
 import os
 import re
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from oldlogits.cli.main import run as command
+from oldlogits.config.schema import RayConfig
+from oldlogits.core.errors import ConfigError
 from oldlogits.record.events import EventKind
 
 from ..runs import after_updates, check_accounting, events_of, recipe, summary_of, tokens_of, wait_for_updates, write_recipe
-from ..waiting import wait_until
+from ..waiting import HUNG_S, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
 ray = pytest.importorskip("ray")
+
+from oldlogits.runtime.cluster import connected, reserve  # noqa: E402
+from oldlogits.runtime.ray import CallsActor  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +190,18 @@ def test_adapters_reach_every_worker(tmp_path, tiny_folder, cluster):
     assert sent < 0.5 * (tiny_folder / "model.safetensors").stat().st_size, "adapters alone travel"
 
 
-def test_a_cluster_without_room_is_refused_with_what_is_free(tmp_path, tiny_folder, cluster, capsys):
+def test_a_trainer_that_has_a_place_and_is_slow_to_start_is_not_said_to_have_none(cluster):
+    async def start():
+        [place] = await reserve("the trainer", 1, cpus=1, gpus=0, strategy="PACK", timeout_s=HUNG_S)
+        await CallsActor("trainer", time.sleep, (2 * HUNG_S,), place).ready(3.0)
+
+    with connected(RayConfig(address=cluster.address), num_cpus=1), pytest.raises(ConfigError) as refused:
+        asyncio.run(start())
+    assert "the trainer has its place on the cluster and is still starting" in str(refused.value)
+    assert "no place" not in str(refused.value)
+
+
+def test_a_cluster_without_room_is_refused_with_what_is_free_before_a_model_is_loaded(tmp_path, tiny_folder, cluster, capsys):
     asked = {"address": cluster.address, "num_workers": 4, "placement": "STRICT_SPREAD", "start_timeout_s": 8.0}
     status, _ = train(tmp_path, tiny_folder, cluster, num_updates=2, ray=asked)
     assert status == 2
