@@ -2,6 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 TESTS := tests $(wildcard studies) $(wildcard benchmarks)
+FAST := $(TESTS) --ignore tests/ray --ignore tests/vllm --numprocesses 2 --dist loadfile --durations 5 -m "not slow and not ray and not vllm"
 
 # Of what is built from its sources, pip reads the build tools' versions here, too (under the second name from pip 25.3 on).
 LOCKED = PIP_CONSTRAINT=$(1) PIP_BUILD_CONSTRAINT=$(1)
@@ -23,9 +24,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/oldlogits train recipes/desk.toml
 
-# What a contributor runs before each commit: no whole run, nothing that takes seconds.
+# What a contributor runs before each commit, in 90 seconds: nothing that is marked slow. Mark what shows up here as slow.
 test-fast: install
-	$(BIN)/python -m pytest $(TESTS) --numprocesses 2 --dist loadfile -m "not slow and not ray and not vllm"
+	$(BIN)/python -m pytest $(FAST)
 
 test: lint types
 	$(BIN)/python -m pytest $(TESTS) --numprocesses 2 --dist loadfile -m "not ray and not vllm"
@@ -47,7 +48,7 @@ test-lowest test-newest: test-%: install
 	  --constraint constraints.in --no-header --no-annotate --output-file .venv-$*/constraints.txt pyproject.toml
 	$(call LOCKED,.venv-$*/constraints.txt) .venv-$*/bin/python -m pip install --quiet --editable '.[dev]'
 	.venv-$*/bin/python tools/lock.py check .venv-$*/constraints.txt
-	.venv-$*/bin/python -m pytest $(TESTS) --numprocesses 2 --dist loadfile -m "not slow and not ray and not vllm"
+	.venv-$*/bin/python -m pytest $(FAST)
 
 # Renews both locks and prints the versions that changed.
 lock: install

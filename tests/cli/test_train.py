@@ -85,6 +85,7 @@ def llama(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_an_environment_and_a_model_of_ones_own_train_and_trouble_ends_only_its_episodes(llama, tmp_path, monkeypatch, capfd):
     (tmp_path / "my_shop.py").write_text(textwrap.dedent(SHOP))
     monkeypatch.syspath_prepend(tmp_path)

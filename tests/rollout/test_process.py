@@ -70,6 +70,7 @@ async def until_sampling(engine):
         await engine.resume()
 
 
+@pytest.mark.slow
 def test_the_process_samples_what_the_core_samples(own_engine, spec):
     core = EngineCore(spec)
     core.add("a", [3, 1, 4], Sampling(max_tokens=40))
@@ -194,6 +195,7 @@ def test_a_killed_engine_fails_pending_and_later_calls(own_engine):
     asyncio.run(play())
 
 
+@pytest.mark.slow
 def test_an_engine_that_stops_answering_is_killed_after_the_time_out(spec):
     engine = EngineProcess(spec, control_timeout_s=HUNG_S)
     pid = engine.pid
@@ -214,6 +216,7 @@ def test_an_engine_that_stops_answering_is_killed_after_the_time_out(spec):
     assert not is_alive(pid)
 
 
+@pytest.mark.slow
 def test_closing_ends_the_process_and_fails_what_is_pending(spec, shared_files):
     files = shared_files()
     engine = EngineProcess(spec)
@@ -237,6 +240,7 @@ def test_closing_ends_the_process_and_fails_what_is_pending(spec, shared_files):
     assert shared_files() <= files
 
 
+@pytest.mark.slow
 def test_an_engine_does_not_outlive_its_parent(spec):
     script = f"""
 import asyncio, os
@@ -261,6 +265,7 @@ def test_a_folder_without_a_model_is_refused_before_a_process_starts(tmp_path):
         EngineProcess(EngineSpec(model_path=str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_a_folder_without_weights_fails_the_first_call_with_its_own_error(spec, tmp_path):
     (tmp_path / "config.json").write_bytes((Path(spec.model_path) / "config.json").read_bytes())
     engine = EngineProcess(EngineSpec(model_path=str(tmp_path), max_context=CONTEXT))

@@ -226,6 +226,7 @@ def test_the_command_refuses_another_host_before_it_loads_anything(tmp_path, cap
     assert "need a token" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_serves_and_ends_with_its_engine(tiny_folder):
     process = subprocess.Popen(
         [sys.executable, "-m", "oldlogits", "serve", str(tiny_folder), "--port", "0"],
@@ -302,6 +303,7 @@ def test_tokens_without_log_probs_or_versions_are_refused():
         wire.Answer.from_json(vllm_answer(finish_reason="error"), REQUEST)
 
 
+@pytest.mark.slow
 def test_requests_and_answers_survive_their_json():
     asked = json.loads(json.dumps(REQUEST.to_json()))
     assert wire.Request.from_json(asked, default_id="x", default_max_tokens=1) == REQUEST

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from ..waiting import HUNG_S
 
 BEAT_AND_END = """
@@ -23,6 +25,7 @@ print(other._beat(0) >= 10)
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_gives_signs_of_life_ends_in_order():
     for _ in range(3):
         words = [sys.executable, "-c", BEAT_AND_END]

@@ -70,6 +70,7 @@ def check_whole(out: Path, ended: str) -> int:
     return len(updates)
 
 
+@pytest.mark.slow
 def test_in_fp32_every_trained_token_is_exact_over_processes_and_the_bound_holds(tiny_folder, tmp_path, capsys, clean):
     config = recipe(tiny_folder, **LOCAL, num_updates=6, eval={"num_episodes": 16}, record={"checkpoint_every": 4})
     assert command(["train", str(write_recipe(tmp_path / "r.toml", config)), "--out", str(tmp_path / "run")]) == 0
@@ -100,6 +101,7 @@ def test_in_fp32_every_trained_token_is_exact_over_processes_and_the_bound_holds
     assert shown.err == "", "no warning clutters the screen"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("worker", ["engine", "trainer"])
 def test_a_killed_process_ends_the_run_with_a_clear_error(worker, endless, tmp_path, capsys, clean):
     out = tmp_path / "run"
@@ -120,6 +122,7 @@ def test_a_killed_process_ends_the_run_with_a_clear_error(worker, endless, tmp_p
     assert f"the {worker} process ended" in ended.fields["error"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_stopped(tiny_folder, tmp_path, capsys, clean):
     """Ctrl-C that reaches the parent only; then --resume to the end. The route is the one with the most processes."""
     out = tmp_path / "run"
@@ -139,6 +142,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tiny_folder, tmp_path, caps
     assert np.abs(tokens_of(out, "log_r_d")["log_r_d"]).max() <= 1e-4
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once_and_leaves_whole_records(endless, tmp_path, capsys, clean):
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -151,6 +155,7 @@ def test_a_second_ctrl_c_stops_at_once_and_leaves_whole_records(endless, tmp_pat
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal_reaches_all_processes_and_none_stays_behind(endless, tmp_path):
     out = tmp_path / "run"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -20,6 +20,7 @@ def trained(tiny_folder, tmp_path, **more):
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ["snapshot", "dedicated"])
 def test_versions_reach_the_engine_as_patches_and_old_logits_stay_exact(tiny_folder, tmp_path, route, shared_files):
     files = shared_files()

@@ -109,6 +109,7 @@ def assert_settled(result, source):
     assert len(source.ledger) == 0
 
 
+@pytest.mark.slow
 def test_in_lockstep_training_is_the_same_run_under_every_exact_route(play):
     runs = {}
     for route in EXACT:
@@ -138,6 +139,7 @@ def test_in_lockstep_training_is_the_same_run_under_every_exact_route(play):
     assert runs["interruption"][3] == [0] * 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ["eager", "interruption"])
 def test_a_route_is_exact_with_processes_of_its_own(route, play):
     result, source, out = play(route, "local", env={"latency_s": 0.01})
@@ -158,6 +160,7 @@ def assert_exact(out):
     assert max(stale) > 1e-3, "the versions differ, or nothing was tested"
 
 
+@pytest.mark.slow
 def test_a_dedicated_scorer_is_exact_until_it_is_killed_and_the_run_then_ends_cleanly(play, tmp_path):
     def kill():
         (scorer,) = [child for child in multiprocessing.active_children() if child.name == "oldlogits-scorer"]

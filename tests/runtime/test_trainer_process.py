@@ -19,6 +19,8 @@ from oldlogits.train.trainer import Trainer
 from ..builders import batch_of, sampled, trajectory
 from ..waiting import HUNG_S
 
+pytestmark = pytest.mark.slow
+
 PROBE = [3, 9, 10, 11]
 CONFIG = config_from_table({"trainer": {"steps_per_version": 1}})
 

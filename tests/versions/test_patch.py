@@ -40,6 +40,7 @@ def changed_share(before, after):
     return float((before.view(torch.int16) != after.view(torch.int16)).double().mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("tier", TIERS)
 @given(histories, st.integers(0, 9))
@@ -57,6 +58,7 @@ def test_any_history_comes_back_bit_by_bit_in_both_directions(choice, tier, kind
             assert_at(flat, states[i + 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES)
 @given(histories, st.data())
 def test_one_jump_over_many_patches_is_as_many_jumps_over_one(choice, kinds, data):
