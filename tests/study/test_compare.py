@@ -15,6 +15,8 @@ from oldlogits.study.results import Study
 from ..runs import TARGET
 from ..waiting import HUNG_S, wait_until
 
+pytestmark = pytest.mark.slow
+
 METHODS = ["exact", "arrival", "mu"]
 
 

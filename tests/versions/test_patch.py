@@ -96,6 +96,7 @@ def test_all_bit_patterns_of_float32_come_back(pairs):
     assert_at(flat, {"w": old})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numel", [1, 63, 64, 65, 65_535, 65_536, 65_537, 200_000])
 def test_masters_are_cast_as_torch_casts_them(numel):
     masters = torch.randn(numel, generator=torch.Generator().manual_seed(0))
@@ -134,6 +135,7 @@ def test_tensors_need_not_be_contiguous_nor_without_gradient():
     assert_at(flat, {"w": after, "cut": after[:, ::3]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES)
 @given(histories, st.lists(st.integers(0, 1500), max_size=5), st.randoms())
 def test_patches_of_shards_concatenate_to_one_that_does_what_that_of_the_whole_does(choice, kinds, cuts, random):
