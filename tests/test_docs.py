@@ -16,6 +16,8 @@ from oldlogits.envs.desk_data import ruling
 from oldlogits.envs.shape import load_environment
 from oldlogits.record.events import EventKind, read_events
 
+from .waiting import HUNG_S
+
 ROOT = Path(__file__).parents[1]
 ENVIRONMENTS = (ROOT / "docs" / "environments.md").read_text(encoding="utf-8")
 
@@ -62,7 +64,7 @@ def test_the_environment_of_the_documents_trains(tmp_path: Path, monkeypatch: py
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HUNG_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr

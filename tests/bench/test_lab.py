@@ -27,6 +27,7 @@ def measured() -> Lab:
     return lab
 
 
+@pytest.mark.slow
 def test_every_round_gives_a_sample_and_walks_begin_when_there_are_versions_to_walk(measured: Lab):
     num = {row.quantity: row.num_samples for row in measured.rows()}
     rounds = WINDOW + 1

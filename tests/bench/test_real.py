@@ -14,6 +14,7 @@ def model(chatml_llama: Path) -> RealModel:
     return RealModel(chatml_llama, lr=1e-3)
 
 
+@pytest.mark.slow
 def test_the_masters_begin_at_bf16_values_and_leave_them(model: RealModel):
     before = {name: master.clone() for name, master in model.masters.items()}
     assert all(torch.equal(master, master.bfloat16().float()) for master in before.values())
@@ -24,6 +25,7 @@ def test_the_masters_begin_at_bf16_values_and_leave_them(model: RealModel):
     assert not all(torch.equal(master, master.bfloat16().float()) for master in model.masters.values())
 
 
+@pytest.mark.slow
 def test_the_first_step_is_adams_of_size_lr(model: RealModel):
     """With moments at zero, m / sqrt(v) is the gradient's sign; where it is zero nothing moves."""
     before = {name: master.clone() for name, master in model.masters.items()}
@@ -33,6 +35,7 @@ def test_the_first_step_is_adams_of_size_lr(model: RealModel):
     assert (moved[moved > 0].median().item()) == pytest.approx(1e-3, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_the_same_steps_give_the_same_masters(chatml_llama: Path):
     first, second = RealModel(chatml_llama, lr=1e-3), RealModel(chatml_llama, lr=1e-3)
     for _ in range(2):
@@ -41,12 +44,14 @@ def test_the_same_steps_give_the_same_masters(chatml_llama: Path):
     assert all(torch.equal(first.masters[name], second.masters[name]) for name in first.masters)
 
 
+@pytest.mark.slow
 def test_the_forward_reads_the_masters_in_bf16(model: RealModel):
     model.step()
     for name, parameter in model._model.named_parameters():
         assert torch.equal(parameter.data, model.masters[name].bfloat16())
 
 
+@pytest.mark.slow
 def test_batches_are_of_the_packages_text(chatml_llama: Path):
     tokenizer = real.load_tokenizer(chatml_llama)
     batch = next(real._batches(tokenizer))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-import time
 from dataclasses import replace
 
 import pytest
@@ -64,9 +63,7 @@ def test_virtual_time_jumps_and_nothing_waits() -> None:
         await asyncio.gather(asyncio.sleep(3600), asyncio.sleep(7200))
         return asyncio.get_running_loop().time()
 
-    started = time.perf_counter()
     assert run_virtually(main()) == pytest.approx(7200)
-    assert time.perf_counter() - started < 5
 
 
 def test_a_simulation_that_stands_still_says_so() -> None:

@@ -77,6 +77,7 @@ def test_the_document_has_a_table_a_model_and_a_column_a_learning_rate():
     assert "| SmolLM2-135M-Instruct, real AdamW steps, 135 M parameters | 1e-6 |" in text
 
 
+@pytest.mark.slow
 def test_the_command_measures_and_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "figures.json"
     assert run(["bench", "versions", "--smoke", "--params", "200000", "--out", str(out)]) == 0

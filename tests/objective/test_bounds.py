@@ -79,6 +79,7 @@ def ratios_for(bounds, generator):
     return torch.cat([common, extreme, torch.tensor([0.0, -25.0, 25.0, *beside], dtype=torch.float64)])
 
 
+@pytest.mark.slow
 def test_no_tokens_active_state_differs_from_the_full_objectives():
     generator = torch.Generator().manual_seed(0)
     num_checks = num_active = num_beside = 0

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -14,6 +13,9 @@ from oldlogits.record.toml import dump_toml
 from oldlogits.study.results import Study
 
 from ..runs import TARGET
+from ..waiting import HUNG_S, wait_until
+
+pytestmark = pytest.mark.slow
 
 METHODS = ["exact", "arrival", "mu"]
 
@@ -106,11 +108,9 @@ def test_a_study_is_shown_again_from_its_file_alone(study, tmp_path):
 def test_an_interrupted_study_says_how_to_go_on_and_keeps_what_it_has(recipe, tmp_path):
     words = [sys.executable, "-m", "oldlogits", "compare", str(recipe), "--out", str(tmp_path / "cut"), "--processes", "1"]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not list((tmp_path / "cut").glob("cells/learning/*.json")):
-        time.sleep(0.05)
+    wait_until(lambda: list((tmp_path / "cut").glob("cells/learning/*.json")), "the first cell is there")
     os.killpg(process.pid, signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate(timeout=HUNG_S)
     assert process.returncode == 130
     assert "the same command goes on: oldlogits compare" in told
     kept = list((tmp_path / "cut").glob("cells/*/*.json"))
@@ -123,19 +123,22 @@ def test_an_interrupted_study_says_how_to_go_on_and_keeps_what_it_has(recipe, tm
 def test_a_killed_study_leaves_no_process_behind(recipe, tmp_path):
     words = [sys.executable, "-m", "oldlogits", "compare", str(recipe), "--out", str(tmp_path / "cut")]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not list((tmp_path / "cut").glob("cells/learning/*.json")):
-        time.sleep(0.05)
+    wait_until(lambda: list((tmp_path / "cut").glob("cells/learning/*.json")), "the first cell is there")
     process.kill()
     process.communicate()
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    pytest.fail("its workers live on")
+    try:
+        wait_until(lambda: not lives(process.pid), "its workers have ended")
+    except TimeoutError:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+
+
+def lives(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_a_wrong_study_is_refused_with_what_to_do(tmp_path, capsys):
