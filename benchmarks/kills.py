@@ -169,7 +169,8 @@ def judge(kind: Kind, run: Path, folder: Path, status: int, members: Sequence[in
 def check_tokens(run: Path, *, num_updates: int) -> list[str]:
     """Whether every token of every update was trained once, by a version that may train it."""
     paths = sorted((run / "tokens").glob("*.parquet"))
-    names, seen = ["trajectory", "index", "staleness", "provenance"], set()
+    names = ["trajectory", "index", "staleness", "provenance"]
+    seen: set[tuple[str, int]] = set()
     wrong = [] if len(paths) == num_updates else [f"{len(paths)} of {num_updates} updates are there"]
     for path in paths:
         columns = pq.read_table(path, columns=names).to_pydict()

@@ -135,7 +135,7 @@ class Replay:
         self.version = published.version
         if not self.source.needs_pause and self.source.needs_partials:
             await self.source.on_paused({})
-        await self.source.on_published(published.version, published.weights, published.probe_logps)
+        await self.source.on_published(published.version, published.update, published.probe_logps)
 
     def _grow(self) -> None:
         """What the engine samples at this version, of the batches to come."""
