@@ -1,13 +1,14 @@
-"""Intervals and tests of a study: Student's t over few pairs, Holm's adjustment, geometric means of ratios."""
+"""Intervals and tests of a study: Student's t (scipy) over few pairs, Holm's adjustment, geometric means of ratios."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from statistics import fmean, stdev
 from typing import Final
+
+from scipy.stats import t
 
 from oldlogits.core.errors import ConfigError
 
@@ -62,8 +63,8 @@ def mean_interval(values: Sequence[float]) -> Estimate:
     error = stdev(values) / math.sqrt(n)
     if error == 0:
         return Estimate(mean=mean, low=mean, high=mean, p=float(mean == 0), n=n)
-    half = t_quantile(n - 1) * error
-    return Estimate(mean=mean, low=mean - half, high=mean + half, p=t_two_sided(mean / error, n - 1), n=n)
+    half = float(t.ppf((1 + LEVEL) / 2, n - 1)) * error
+    return Estimate(mean=mean, low=mean - half, high=mean + half, p=float(2 * t.sf(abs(mean) / error, n - 1)), n=n)
 
 
 def geometric_mean(ratios: Sequence[float]) -> Estimate:
@@ -109,45 +110,3 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = largest
     return tuple(adjusted)
-
-
-def t_two_sided(t: float, dof: int) -> float:
-    """``P(|T| > |t|)`` of Student's distribution: ``I_x(dof/2, 1/2)`` at ``x = dof / (dof + t^2)``."""
-    return _incomplete_beta(dof / 2, 0.5, dof / (dof + t * t))
-
-
-@cache
-def t_quantile(dof: int, level: float = LEVEL) -> float:
-    """The t that ``|T|`` stays below with probability `level`, by bisection."""
-    low, high = 0.0, 1.0
-    while t_two_sided(high, dof) > 1 - level:
-        low, high = high, 2 * high
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_two_sided(middle, dof) > 1 - level else (low, middle)
-    return high
-
-
-def _incomplete_beta(a: float, b: float, x: float) -> float:
-    """The regularised incomplete beta function ``I_x(a, b)``, by its continued fraction (DLMF 8.17.22)."""
-    if x in (0.0, 1.0):
-        return x
-    if x > (a + 1) / (a + b + 2):
-        return 1 - _incomplete_beta(b, a, 1 - x)
-    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
-    # Lentz: the fraction 1 / (1 + d1 / (1 + d2 / (1 + ...))), from the front.
-    value, c, d = 1.0, 1.0, 0.0
-    for step in range(500):
-        m = step // 2
-        if step == 0:
-            term = 1.0
-        elif step % 2:
-            term = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        else:
-            term = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        d = 1 / (1 + term * d or 1e-300)
-        c = 1 + term / c or 1e-300
-        value *= c * d
-        if abs(1 - c * d) < 1e-15:
-            break
-    return math.exp(log_front) / a * (value - 1)

@@ -1,27 +1,19 @@
-"""Runs cells over processes: each result is one file, written when the cell ends, and never computed twice.
+"""Computes cells with the product's job pool: each result is one file, written when the cell ends, and never computed twice.
 
 cells without a file -> worker processes -> cells/STAGE/KEY.json -> rows
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import multiprocessing
-import os
-import shutil
 import tempfile
-import threading
-import time
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
-from oldlogits.core.errors import OldLogitsError, WorkerDiedError
+from oldlogits.compare.pool import Outcome, run_jobs
 from oldlogits.record.folder import write_atomic
 from oldlogits.record.jsonl import Json, RecordError, encode
 from studies.old_logits.declare.plan import Cell
@@ -85,33 +77,25 @@ class Pool:
         Raises:
             WorkerDiedError: A process was killed; the results so far are kept.
         """
-        waiting = [cell for cell in cells if self._read(cell) is None]
-        waiting.reverse()
         failed: list[Done] = []
-        context = multiprocessing.get_context("spawn")
-        executor = ProcessPoolExecutor(self._processes, mp_context=context, initializer=_begin, initargs=(self._folder,))
-        running: dict[Future[Done], Cell] = {}
-        try:
-            while waiting or running:
-                while waiting and len(running) < self._processes:
-                    cell = waiting.pop()
-                    on_start(cell)
-                    running[executor.submit(_compute, self._work, cell, self._commit)] = cell
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    done = future.result()
-                    del running[future]
-                    self._write(done)
-                    failed += [done] if done.error else []
-                    on_done(done)
-        except BrokenProcessPool as error:
-            raise WorkerDiedError(
-                "a process of the study was killed",
-                got=", ".join(cell.label for cell in running.values()),
-                allowed="processes that live as long as the study",
-                fix="often too little memory: lower --processes; the same command goes on with what is left",
-            ) from error
-        finally:
-            executor.shutdown(wait=False, cancel_futures=True)
+
+        def ended(outcome: Outcome[Cell, tuple[Plain, ...]]) -> None:
+            done = Done(
+                cell=outcome.job,
+                rows=outcome.value or (),
+                cpu_s=outcome.cpu_s,
+                wall_s=outcome.wall_s,
+                commit=self._commit,
+                error=outcome.error,
+            )
+            self._write(done)
+            failed.extend([done] if done.error else [])
+            on_done(done)
+
+        waiting = [cell for cell in cells if self._read(cell) is None]
+        work = partial(_compute, self._work)
+        log = self._folder / "log.txt"
+        run_jobs(waiting, work, processes=self._processes, log=log, on_start=on_start, on_done=ended)
         return failed
 
     def _file(self, cell: Cell) -> Path:
@@ -159,40 +143,7 @@ def _differs(then: Mapping[str, Json], now: Mapping[str, Json]) -> bool:
     return False
 
 
-def _begin(folder: Path) -> None:
-    """A worker's output goes to a log, and not into the progress display; it ends when the study's process does."""
-    threading.Thread(target=_follow_parent, daemon=True).start()
-    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
-
-
-def _follow_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "workers have one"
-    parent.join()
-    os._exit(1)
-
-
-def _cpu_s() -> float:
-    """CPU seconds of this process and of those that it started and that have ended."""
-    return sum(os.times()[:4])
-
-
-def _compute(work: Work, cell: Cell, commit: str) -> Done:
-    """In a worker: one cell, whatever becomes of it."""
-    cpu, wall, folder = _cpu_s(), time.perf_counter(), Path(tempfile.mkdtemp(prefix="oldlogits-cell-"))
-    rows: tuple[Plain, ...] = ()
-    error = ""
-    try:
-        rows = tuple(work(cell, folder / "run"))
-    except OldLogitsError as raised:
-        error = str(raised)
-    except Exception:  # supervision: one broken cell must not end the study; it is reported and tried again next time
-        error = traceback.format_exc()
-    finally:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(folder)
-    cpu_s, wall_s = _cpu_s() - cpu, time.perf_counter() - wall
-    return Done(cell=cell, rows=rows, cpu_s=cpu_s, wall_s=wall_s, commit=commit, error=error)
+def _compute(work: Work, cell: Cell) -> tuple[Plain, ...]:
+    """Compute one cell in a worker, in a folder of its own that is deleted afterwards."""
+    with tempfile.TemporaryDirectory(prefix="oldlogits-cell-", ignore_cleanup_errors=True) as folder:
+        return tuple(work(cell, Path(folder) / "run"))

@@ -66,7 +66,7 @@ def test_a_result_from_when_a_key_had_another_default_is_computed_anew(tmp_path)
 
 
 def test_a_killed_process_ends_the_study_and_what_was_computed_is_kept(tmp_path):
-    with pytest.raises(WorkerDiedError, match="a process of the study was killed") as raised:
+    with pytest.raises(WorkerDiedError, match="a worker process was killed") as raised:
         run(tmp_path, [cell(1), cell(15), cell(2)], processes=1)
     assert "seed 15" in raised.value.got
     assert "the same command goes on" in raised.value.fix
