@@ -1,6 +1,6 @@
 """Kill -9 of every kind of process of a run at random times: does each run go on or end clearly, and train nothing twice?
 
-python benchmarks/kills.py [--times 20] [--seed 0] [--kinds trainer engine ...] [--out FOLDER]
+python -m benchmarks.kills [--times 20] [--seed 0] [--kinds trainer engine ...] [--out FOLDER]
 
 Each trial trains a small desk agent, kills one process of one kind at a random time after the first update, and waits. What
 goes on must come to its end; what ends must say what happened and how to go on, and is then resumed from its last
