@@ -98,7 +98,7 @@ def test_imports_point_down(module):
         ("oldlogits.config.check", "oldlogits.objective", False),
         ("oldlogits.record.report", "oldlogits.config", False),
         ("oldlogits.cli.main", "oldlogits.runtime.run", True),
-        ("studies.old_logits.study", "oldlogits.bench", False),
+        ("oldlogits.compare.pool", "oldlogits.bench", False),
         ("oldlogits.core.errors", "oldlogits.record.events", True),
     ],
 )

@@ -105,11 +105,11 @@ def test_a_study_is_shown_again_from_its_file_alone(study, tmp_path):
 def test_an_interrupted_study_says_how_to_go_on_and_keeps_what_it_has(recipe, tmp_path):
     words = [sys.executable, "-m", "studies.old_logits", str(recipe), "--out", str(tmp_path / "cut"), "--processes", "1"]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while time.monotonic() < deadline and not list((tmp_path / "cut").glob("cells/learning/*.json")):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate(timeout=200)
     assert process.returncode == 130
     assert "the same command goes on: python -m studies.old_logits" in told
     kept = list((tmp_path / "cut").glob("cells/*/*.json"))
@@ -122,7 +122,7 @@ def test_an_interrupted_study_says_how_to_go_on_and_keeps_what_it_has(recipe, tm
 def test_a_killed_study_leaves_no_process_behind(recipe, tmp_path):
     words = [sys.executable, "-m", "studies.old_logits", str(recipe), "--out", str(tmp_path / "cut")]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while time.monotonic() < deadline and not list((tmp_path / "cut").glob("cells/learning/*.json")):
         time.sleep(0.05)
     process.kill()

@@ -1,4 +1,4 @@
-"""Proposition 1 on tensors: which tokens the effective bounds of core/bounds.py keep. Proofs: docs/bounds.md."""
+"""Proposition 1 on tensors: which tokens the effective bounds of core/bounds.py keep, from the total ratio alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from oldlogits.core.bounds import EffectiveBounds, Interpolation, effective_bounds
+from oldlogits.core.bounds import EffectiveBounds
 
 
 def active(
@@ -35,6 +35,3 @@ def active(
     unclipped_positive = (advantages <= 0) | within(0.0, bounds.positive_high)
     unclipped_negative = (advantages >= 0) | within(bounds.negative_low, bounds.negative_high)
     return finite & unmasked & unclipped_positive & unclipped_negative
-
-
-__all__ = ["EffectiveBounds", "Interpolation", "active", "effective_bounds"]
