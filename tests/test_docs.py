@@ -33,7 +33,8 @@ def test_the_variant_table_of_a_document_is_the_one_in_code(document: str) -> No
 
 
 def test_every_relative_link_of_the_documents_leads_to_a_file() -> None:
-    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    beside = [path for folder in ("studies", "benchmarks") for path in (ROOT / folder).rglob("*.md")]
+    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *beside]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
 

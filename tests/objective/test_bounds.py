@@ -8,13 +8,13 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from oldlogits.core.bounds import EffectiveBounds, effective_bounds
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, MU, THETA, VARIANTS, Policy
 from oldlogits.objective import linear_logp, loglinear_logp, split_ratio, surrogate
-from oldlogits.objective.bounds import EffectiveBounds, effective_bounds
-from oldlogits.objective.bounds import active as unchecked_active
 
 from . import oracle
+from .tensor_bounds import active as unchecked_active
 from .typed import checked
 
 active = checked(unchecked_active)
