@@ -26,6 +26,7 @@ CHATML = (
 
 SHOP = '''
 """A shop, written by somebody else."""
+import time
 
 class Shop:
     """Sell tea."""
