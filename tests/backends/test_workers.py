@@ -13,6 +13,8 @@ from oldlogits.core.engine_spec import Timeouts
 from oldlogits.engines.http.fleet import Fleet
 from oldlogits.engines.protocols.vllm import VllmProtocol
 
+from ..waiting import HUNG_S
+
 POLL_S = 0.01
 
 
@@ -37,7 +39,7 @@ def followed(tmp_path, monkeypatch):
             for replica in workers.fleet.replicas:
                 await replica.server.close()
 
-    return lambda scenario: asyncio.run(asyncio.wait_for(follow(scenario), 10))
+    return lambda scenario: asyncio.run(asyncio.wait_for(follow(scenario), HUNG_S))
 
 
 async def until(holds):

@@ -1,4 +1,4 @@
-"""A command on a leash ends with who holds it, and leaves nothing in shared memory."""
+"""A command that a reaper holds ends with who holds the reaper, and leaves nothing in shared memory."""
 
 import signal
 import subprocess
@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from oldlogits.engines.http import reaper
+
+from ..waiting import HUNG_S
 
 WORK = """
 import multiprocessing, time
@@ -53,7 +55,7 @@ def test_a_group_leaves_nothing_in_shared_memory(tmp_path, how):
         if how == "end":
             reaper.end_group(process.pid)
         process.stdin.close()
-        assert process.wait(timeout=30) == -signal.SIGKILL
+        assert process.wait(timeout=HUNG_S) == -signal.SIGKILL
         assert not names & named()
         assert other.name in named()
     finally:
