@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from typing import Annotated, Final
 from urllib.parse import urlsplit
 
@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from oldlogits import __version__
 from oldlogits.core.errors import ConfigError, OldLogitsError, WorkerDiedError
-from oldlogits.core.server import GenerateAnswer, Json
+from oldlogits.core.server import GenerateAnswer
 from oldlogits.engines.protocols import vllm_messages as wire
 from oldlogits.engines.server.served import Served
 
@@ -43,6 +43,7 @@ def _served(request: Request) -> Served:
 
 
 Engine = Annotated[Served, Depends(_served)]
+Said = Mapping[str, object]
 
 
 def make_app(served: Served, *, token: str = "") -> FastAPI:
@@ -73,42 +74,42 @@ async def _generate(body: wire.GenerateBody, request: Request, served: Engine) -
 
 @routes.post("/inference/v1/abort_requests")
 @routes.post("/abort_requests")
-async def _abort(served: Engine, body: wire.AbortBody | None = None) -> Json:
+async def _abort(served: Engine, body: wire.AbortBody | None = None) -> Said:
     return {"status": "aborted", "aborted": await served.abort((body and body.request_ids) or [])}
 
 
 @routes.post("/pause")
-async def _pause(served: Engine, mode: str = "abort", clear_cache: bool = True) -> Json:
+async def _pause(served: Engine, mode: str = "abort", clear_cache: bool = True) -> Said:
     await served.pause(mode, clear_cache)
     return {"status": "paused"}
 
 
 @routes.post("/resume")
-async def _resume(served: Engine) -> Json:
+async def _resume(served: Engine) -> Said:
     await served.resume()
     return {"status": "resumed"}
 
 
 @routes.post("/init_weight_transfer_engine")
-async def _init(body: wire.InitBody, served: Engine) -> Json:
+async def _init(body: wire.InitBody, served: Engine) -> Said:
     served.check_transfer(body.init_info)
     return {"message": "Weight transfer initialized"}
 
 
 @routes.post("/start_weight_update")
-async def _start(served: Engine) -> Json:
+async def _start(served: Engine) -> Said:
     served.start_update()
     return {"message": "Weight update started"}
 
 
 @routes.post("/update_weights")
-async def _update(body: wire.UpdateBody, served: Engine) -> Json:
+async def _update(body: wire.UpdateBody, served: Engine) -> Said:
     await served.load(body.update_info)
     return {"message": "Weights updated"}
 
 
 @routes.post("/finish_weight_update")
-async def _finish(served: Engine, body: wire.LabelBody | None = None) -> Json:
+async def _finish(served: Engine, body: wire.LabelBody | None = None) -> Said:
     served.finish_update(body.weight_version if body is not None else None)
     return {"message": "Weight update finished"}
 
@@ -126,38 +127,38 @@ async def _metrics(served: Engine) -> Response:
 
 
 @routes.get("/v1/models")
-async def _models(served: Engine) -> Json:
-    card: Json = {"id": served.name, "object": "model", "owned_by": "oldlogits", "max_model_len": served.spec.max_context}
+async def _models(served: Engine) -> Said:
+    card = {"id": served.name, "object": "model", "owned_by": "oldlogits", "max_model_len": served.spec.max_context}
     return {"object": "list", "data": [card]}
 
 
 @routes.get("/version")
-async def _version() -> Json:
+async def _version() -> Said:
     return {"version": f"{SPOKEN}+oldlogits.{__version__}"}
 
 
 @routes.get("/load")
-async def _load(served: Engine) -> Json:
+async def _load(served: Engine) -> Said:
     return {"server_load": served.num_running}
 
 
 @routes.get("/is_paused")
-async def _is_paused(served: Engine) -> Json:
+async def _is_paused(served: Engine) -> Said:
     return {"is_paused": served.is_paused}
 
 
 @routes.get("/weight_info")
-async def _weight_info(served: Engine) -> Json:
+async def _weight_info(served: Engine) -> Said:
     return {"weight_version": served.label}
 
 
 @routes.get("/get_world_size")
-async def _world_size() -> Json:
+async def _world_size() -> Said:
     return {"world_size": 1}
 
 
 @routes.get("/server_info")
-async def _server_info(served: Engine) -> Json:
+async def _server_info(served: Engine) -> Said:
     """The parts of vLLM's configuration that a client reads; `additional_config` is where ours stand."""
     spec = served.spec
     return {
