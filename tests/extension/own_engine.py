@@ -1,6 +1,7 @@
 """An engine of one's own in one file: the embedded engine, with a log of what it was asked."""
 
 from contextlib import asynccontextmanager
+from typing import ClassVar
 
 from oldlogits.core.engine import EngineKind, OpenEngine
 from oldlogits.engines.embedded.engine import EngineCore
@@ -10,7 +11,7 @@ from oldlogits.engines.embedded.stepwise import EmbeddedEngine
 class LoggingEngine(EmbeddedEngine):
     """Samples as the embedded engine does, and keeps the ids of requests and the versions that it was given."""
 
-    built = []
+    built: ClassVar[list] = []
 
     def __init__(self, spec):
         super().__init__(EngineCore(spec))

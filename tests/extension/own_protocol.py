@@ -1,7 +1,7 @@
 """A kind of server of one's own in one file: its protocol, and here also the server, which samples with the embedded engine.
 
-    POST /complete {"id", "ids", "num", "heat", "stops", "scored"} -> {"ids", "logps", "spans": [[label, start, end]], "why", ...}
-    POST /cancel {"ids"}    POST /hold    POST /go    POST /load {"path", "version", "label"}    GET /state
+POST /complete {"id", "ids", "num", "heat", "stops", "scored"} -> {"ids", "logps", "spans": [[label, start, end]], "why"}
+POST /cancel {"ids"}    POST /hold    POST /go    POST /load {"path", "version", "label"}    GET /state
 """
 
 import argparse
@@ -22,8 +22,9 @@ class OwnProtocol(ServerProtocol):
 
     @classmethod
     def command(cls, spec, port):
-        size = ["--slots", str(spec.max_num_seqs), "--context", str(spec.max_context), "--seed", str(spec.seed)]
-        return [sys.executable, "-m", __name__, spec.model_path, "--port", str(port), *size]
+        e = spec.engine
+        size = ["--slots", str(e.max_num_seqs), "--context", str(e.max_context), "--seed", str(e.seed)]
+        return [sys.executable, "-m", __name__, e.model_path, "--port", str(port), *size]
 
     async def connect(self):
         state = await self._ask("GET", "/state")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import ClassVar, Final, Literal, Protocol, TypeAlias
 
 from oldlogits.core.engine import FinishReason, Sampling
-from oldlogits.core.engine_spec import EngineSpec
+from oldlogits.core.engine_spec import EngineSpec, ServerOptions
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.registry import Registry
 from oldlogits.core.weights import PolicyVersion
@@ -43,29 +43,13 @@ class LaunchSpec:
     """What a server is started with; its command line is `ServerProtocol.command`.
 
     Args:
-        protocol: The name of its protocol.
-        model_path: A Hugging Face folder.
-        numerics: The engine's numerics.
-        max_num_seqs: Sequences decoded at the same time.
-        max_context: The most tokens of one sequence.
-        flags: Further flags of its command line.
-        python: The interpreter that has it; empty: this one.
-        log_folder: Where its messages go.
-        seed: The seed of the sampler.
-        adapter_scale: As in `EngineSpec`.
+        engine: The model, the numerics and the size, with a seed of its own.
+        servers: The protocol, further flags, the interpreter and the folder of its messages.
         address: The address that it listens on.
     """
 
-    protocol: str
-    model_path: str
-    numerics: str
-    max_num_seqs: int
-    max_context: int
-    flags: Sequence[str]
-    python: str
-    log_folder: Path
-    seed: int
-    adapter_scale: float = 0.0
+    engine: EngineSpec
+    servers: ServerOptions
     address: str = "127.0.0.1"
 
 

@@ -39,7 +39,6 @@ from oldlogits.core.scoring import ScoredSpans, ScoringSpan
 from oldlogits.core.server import SERVER_PROTOCOLS, LaunchSpec
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
 from oldlogits.engines.http.engine import HttpEngine
-from oldlogits.engines.http.kind import launch_spec
 from oldlogits.loop.backend import Backend, TrainerClient
 from oldlogits.train.reports import PublishedVersion
 
@@ -180,7 +179,7 @@ async def open_ray(
         await trainer.ready(r.start_timeout_s)
         if scorer is not None:
             await scorer.ready(r.start_timeout_s)
-        launch = launch_spec(spec, servers, seed=spec.seed)
+        launch = LaunchSpec(engine=spec, servers=servers)
         workers = Workers(config, _maker(config, launch, at_workers), folder, weights, SERVER_PROTOCOLS.find(servers.protocol))
         engine = HttpEngine(workers.replicas, spec, timeouts, weights)
         workers.fleet = engine.fleet
@@ -256,7 +255,7 @@ def _maker(config: RunConfig, spec: LaunchSpec, places: Sequence[Place]) -> Call
 
     def make(number: int) -> Actor:
         place = places[number] if number < len(places) else cluster.anywhere(**amounts)
-        own = replace(spec, seed=spec.seed + number)
+        own = replace(spec, engine=replace(spec.engine, seed=spec.engine.seed + number))
         arguments = (own, f"worker-{number}", env.target, env.timeout_s, node)
         return Actor(actors.Worker, arguments, place=place, num_calls=1000)
 

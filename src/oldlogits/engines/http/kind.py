@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from oldlogits.core.engine import EngineKind, OpenEngine
@@ -60,22 +61,6 @@ class HttpKind(EngineKind):
         return (4 if spec.numerics == "fp32" else 2) * num_parameters
 
 
-def launch_spec(spec: EngineSpec, servers: ServerOptions, *, seed: int) -> LaunchSpec:
-    """What a server of a run is started with."""
-    return LaunchSpec(
-        protocol=servers.protocol,
-        model_path=spec.model_path,
-        numerics=spec.numerics,
-        max_num_seqs=spec.max_num_seqs,
-        max_context=spec.max_context,
-        flags=servers.flags,
-        python=servers.python,
-        log_folder=servers.log_folder,
-        seed=seed,
-        adapter_scale=spec.adapter_scale,
-    )
-
-
 def attach(servers: ServerOptions) -> list[Replica]:
     """The servers that run already.
 
@@ -117,7 +102,8 @@ def start(spec: EngineSpec, servers: ServerOptions) -> list[Replica]:
     replicas: list[Replica] = []
     try:
         for number in range(servers.num_servers):
-            launched = ServerProcess(launch_spec(spec, servers, seed=spec.seed + number), f"server-{number}")
+            own = replace(spec, seed=spec.seed + number)
+            launched = ServerProcess(LaunchSpec(engine=own, servers=servers), f"server-{number}")
             http = HttpClient(launched.url, token=launched.token, control_timeout_s=servers.timeouts.control_s)
             replicas.append(Replica(server=protocol(http), launched=launched))
     except BaseException:

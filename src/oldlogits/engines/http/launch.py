@@ -29,8 +29,8 @@ class ServerProcess:
     """
 
     def __init__(self, spec: LaunchSpec, name: str) -> None:
-        self._spec, self._protocol = spec, SERVER_PROTOCOLS.find(spec.protocol)
-        self.log = spec.log_folder / f"{name}.log"
+        self._spec, self._protocol = spec, SERVER_PROTOCOLS.find(spec.servers.protocol)
+        self.log = spec.servers.log_folder / f"{name}.log"
         self.port, self.token = _free_port(spec.address), secrets.token_hex(16)
         self._process = self._start()
 
@@ -106,9 +106,9 @@ class ServerProcess:
     def _search_path(self) -> list[str]:
         """Where its interpreter looks: if it is another one, first in a folder that holds this package and nothing else."""
         inherited = list(filter(None, [os.environ.get("PYTHONPATH")]))
-        if not self._spec.python:
+        if not self._spec.servers.python:
             return inherited
-        folder = self._spec.log_folder / "python"
+        folder = self._spec.servers.log_folder / "python"
         folder.mkdir(parents=True, exist_ok=True)
         link = folder / "oldlogits"
         if not link.is_symlink():

@@ -28,11 +28,12 @@ class EmbeddedProtocol(VllmProtocol):
     @classmethod
     def command(cls, spec: LaunchSpec, port: int) -> list[str]:
         """The command line of `oldlogits serve`."""
+        e = spec.engine
         return [
-            *(spec.python or sys.executable, "-m", "oldlogits", "serve", spec.model_path),
-            *("--host", spec.address, "--port", str(port), "--seed", str(spec.seed)),
-            *("--max-num-seqs", str(spec.max_num_seqs), "--max-context", str(spec.max_context)),
-            *("--numerics", spec.numerics, "--adapter-scale", str(spec.adapter_scale), *spec.flags),
+            *(spec.servers.python or sys.executable, "-m", "oldlogits", "serve", e.model_path),
+            *("--host", spec.address, "--port", str(port), "--seed", str(e.seed)),
+            *("--max-num-seqs", str(e.max_num_seqs), "--max-context", str(e.max_context)),
+            *("--numerics", e.numerics, "--adapter-scale", str(e.adapter_scale), *spec.servers.flags),
         ]
 
     @classmethod

@@ -51,20 +51,21 @@ class VllmProtocol(ServerProtocol):
         """The command line of vLLM's server; heads that its CPU kernels refuse are served as wider ones."""
         from oldlogits.engines.protocols.wide_heads import widening_of, write_wide
 
-        model, widening = spec.model_path, widening_of(Path(spec.model_path))
+        e, model = spec.engine, spec.engine.model_path
+        widening = widening_of(Path(model))
         if widening is not None:
-            model = str(spec.log_folder / "model")
-            write_wide(Path(spec.model_path), widening, Path(model))
-        own = {"oldlogits_numerics": spec.numerics, "oldlogits_head_dim": widening.narrow if widening else 0}
-        if spec.adapter_scale:
-            own |= {"oldlogits_adapter_scale": spec.adapter_scale, "oldlogits_base": spec.model_path}
+            model = str(spec.servers.log_folder / "model")
+            write_wide(Path(e.model_path), widening, Path(model))
+        own = {"oldlogits_numerics": e.numerics, "oldlogits_head_dim": widening.narrow if widening else 0}
+        if e.adapter_scale:
+            own |= {"oldlogits_adapter_scale": e.adapter_scale, "oldlogits_base": e.model_path}
         return [
-            *(spec.python or sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model),
-            *("--host", spec.address, "--port", str(port), "--seed", str(spec.seed)),
-            *("--max-num-seqs", str(spec.max_num_seqs), "--max-model-len", str(spec.max_context)),
-            *("--dtype", _DTYPES.get(spec.numerics, "float32"), "--additional-config", json.dumps(own)),
+            *(spec.servers.python or sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model),
+            *("--host", spec.address, "--port", str(port), "--seed", str(e.seed)),
+            *("--max-num-seqs", str(e.max_num_seqs), "--max-model-len", str(e.max_context)),
+            *("--dtype", _DTYPES.get(e.numerics, "float32"), "--additional-config", json.dumps(own)),
             *("--logprobs-mode", "processed_logprobs", "--enable-scale-out"),
-            *(*transfer_flags(), *spec.flags),
+            *(*transfer_flags(), *spec.servers.flags),
         ]
 
     @classmethod
@@ -84,15 +85,15 @@ class VllmProtocol(ServerProtocol):
     async def connect(self) -> ServerInfo:
         """Ask what the server can do; a refusal says how to start it so that it can."""
         later = "be vLLM 0.32 or later"
-        version = (await self._ask(wire.VersionBody, "/version", later)).version
+        version = str((await self._ask(wire.StateBody, "/version", later)).version)
         numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
         if numbers < OLDEST:
             refused = "vLLM 0.32 or later, which tags tokens with weight versions"
             raise self.http.refused(f"vLLM {version}", refused, "upgrade vLLM")
         said = await self._ask(wire.ServerInfoBody, "/server_info?config_format=json", _DEV_MODE)
-        await self._ask(wire.LabelBody, "/weight_info", _DEV_MODE)
+        await self._ask(wire.StateBody, "/weight_info", _DEV_MODE)
         info = self._checked(version, said.vllm_config)
-        if (await self._ask(wire.PausedBody, "/is_paused", later)).is_paused:
+        if (await self._ask(wire.StateBody, "/is_paused", later)).is_paused:
             with contextlib.suppress(ServerFailedError, ConfigError):  # none was begun; else: weights of no version
                 await self.http.control("POST", "/finish_weight_update", {"weight_version": UNFINISHED_LABEL})
             await self.resume()
@@ -177,7 +178,7 @@ class VllmProtocol(ServerProtocol):
 
     async def label(self) -> str:
         """What the server's weights are called."""
-        return str(wire.read(wire.LabelBody, (await self.http.control("GET", "/weight_info")).content).weight_version)
+        return str(wire.read(wire.StateBody, (await self.http.control("GET", "/weight_info")).content).weight_version)
 
     async def check_health(self, timeout_s: float) -> None:
         """Return if the server answers that it is well."""

@@ -121,12 +121,6 @@ class TokenLogprob(Message):
     top_logprobs: list[object] = []
 
 
-class TokenLogprobs(Message):
-    """All sampled tokens."""
-
-    content: list[TokenLogprob] | None = None
-
-
 class WeightSpan(Message):
     """Output tokens ``[start, end)`` were sampled with the weights of one label."""
 
@@ -140,14 +134,14 @@ class Choice(Message):
 
     index: int = 0
     token_ids: list[int] | None = None
-    logprobs: TokenLogprobs | None = None
+    logprobs: dict[str, list[TokenLogprob] | None] | None = None
     finish_reason: FinishReason
     stop_reason: int | str | None = None
     weight_versions: list[WeightSpan] | None = None
 
     def logprobs_of(self, token_ids: tuple[int, ...]) -> tuple[float, ...]:
         """The log-probs of the sampled tokens, each checked to be of its token."""
-        entries = (self.logprobs and self.logprobs.content) or []
+        entries = (self.logprobs or {}).get("content") or []
         if tuple(entry.token_id for entry in entries) != token_ids:
             raise MissingLogprobError(
                 "a server returned tokens without log-probs",
@@ -193,7 +187,7 @@ class AnswerBody(Message):
         content = [TokenLogprob(token_id=token, logprob=logp) for token, logp in zip(ids, answer.logprobs, strict=True)]
         choice = Choice(
             token_ids=ids,
-            logprobs=TokenLogprobs(content=content),
+            logprobs={"content": content},
             finish_reason=answer.finish_reason,
             stop_reason=ids[-1] if answer.finish_reason == "stop" else None,
             weight_versions=[WeightSpan(version=span.label, start=span.start, end=span.end) for span in answer.spans],
@@ -260,21 +254,11 @@ class ServerInfoBody(Message):
     vllm_config: ServerConfig
 
 
-class VersionBody(Message):
-    """What /version answers."""
+class StateBody(Message):
+    """What /version, /is_paused or /weight_info answers, and what /finish_weight_update is told, where null keeps the label."""
 
-    version: str
-
-
-class PausedBody(Message):
-    """What /is_paused answers."""
-
-    is_paused: bool
-
-
-class LabelBody(Message):
-    """The label of weights: what /weight_info answers, and what /finish_weight_update is told, where null keeps the old one."""
-
+    version: str | None = None
+    is_paused: bool = False
     weight_version: str | None = None
 
 

@@ -109,7 +109,7 @@ async def _update(body: wire.UpdateBody, served: Engine) -> Said:
 
 
 @routes.post("/finish_weight_update")
-async def _finish(served: Engine, body: wire.LabelBody | None = None) -> Said:
+async def _finish(served: Engine, body: wire.StateBody | None = None) -> Said:
     served.finish_update(body.weight_version if body is not None else None)
     return {"message": "Weight update finished"}
 
