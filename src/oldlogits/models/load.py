@@ -86,23 +86,15 @@ def check_trainable(model: PreTrainedModel, folder: Path) -> None:
     """Refuse a model that the scorer and the sharding could not take apart.
 
     Raises:
-        ModelFolderError: It is an encoder and decoder, or its head is no single linear layer over a stack of decoder layers.
+        ModelFolderError: It is no linear output head over a stack of decoder layers.
     """
-    head = model.get_output_embeddings()
-    lacking = {
-        "one stack of layers (it has an encoder as well)": model.config.is_encoder_decoder,
-        "a linear output head": not isinstance(head, nn.Linear),
-        "a base model beside its head": model.base_model is model,
-        "a list of num_hidden_layers decoder layers": not _stacks(model),
-    }
-    for part, is_lacking in lacking.items():
-        if is_lacking:
-            raise ModelFolderError(
-                "the trainer cannot train this model",
-                got=f"a {type(model).__name__} (model_type '{model.config.model_type}') in {folder} without {part}",
-                allowed="a decoder with one stack of layers and a linear output head, as AutoModelForCausalLM has most",
-                fix="choose another model",
-            )
+    if not isinstance(model.get_output_embeddings(), nn.Linear) or model.base_model is model or not _stacks(model):
+        raise ModelFolderError(
+            "the trainer cannot train this model",
+            got=f"a {type(model).__name__} (model_type '{model.config.model_type}') in {folder}",
+            allowed="one stack of num_hidden_layers decoder layers, and a linear output head beside it",
+            fix="choose another model",
+        )
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

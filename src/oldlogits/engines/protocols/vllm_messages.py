@@ -222,7 +222,7 @@ class AnswerBody(Message):
         entries = (self.prompt_logprobs or [])[1:]
         found = [(entry or {}).get(str(token)) for token, entry in zip(token_ids[1:], entries, strict=False)]
         if len(entries) != len(token_ids) - 1 or None in found:
-            raise refused(f"prompt_logprobs of {len(entries)} tokens", f"those of all {len(token_ids) - 1} but the first")
+            raise refusal(("prompt_logprobs",), f"{len(entries)} tokens", f"all {len(token_ids) - 1} tokens but the first")
         return tuple(token.logprob for token in found if token is not None)
 
 
@@ -255,7 +255,7 @@ class ServerInfoBody(Message):
 
 
 class StateBody(Message):
-    """What /version, /is_paused or /weight_info answers, and what /finish_weight_update is told, where null keeps the label."""
+    """What /version, /is_paused or /weight_info answers."""
 
     version: str | None = None
     is_paused: bool = False
@@ -274,24 +274,6 @@ class WeightsFile(Message):
 
     path: str
     version: int
-
-
-class InitBody(Message):
-    """What /init_weight_transfer_engine is told."""
-
-    init_info: NonceFile
-
-
-class UpdateBody(Message):
-    """What /update_weights is told."""
-
-    update_info: WeightsFile
-
-
-class AbortBody(Message):
-    """What /inference/v1/abort_requests is told; no id: all requests."""
-
-    request_ids: list[str] | None = None
 
 
 def read(kind: type[M], content: bytes) -> M:
@@ -313,14 +295,9 @@ def read(kind: type[M], content: bytes) -> M:
 def refusal(place: Sequence[int | str], got: object, message: str) -> ConfigError:
     """The error of a value that is not what pydantic wants at its place in a body."""
     where = ".".join(map(str, place)) or "the body"
-    return refused(f"{where} = {got!r}"[:200], f"{where}: {message}")
-
-
-def refused(got: str, allowed: str) -> ConfigError:
-    """The error of a body that is not what its route takes."""
     return ConfigError(
         "a message over HTTP is not what its route takes",
-        got=got,
-        allowed=allowed,
+        got=f"{where} = {got!r}"[:200],
+        allowed=f"{where}: {message}",
         fix="use the routes of vLLM 0.32 or later, or those of `oldlogits serve`",
     )

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Mapping
 from typing import Annotated, Final
 from urllib.parse import urlsplit
 
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi import APIRouter, Body, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -74,8 +74,8 @@ async def _generate(body: wire.GenerateBody, request: Request, served: Engine) -
 
 @routes.post("/inference/v1/abort_requests")
 @routes.post("/abort_requests")
-async def _abort(served: Engine, body: wire.AbortBody | None = None) -> Said:
-    return {"status": "aborted", "aborted": await served.abort((body and body.request_ids) or [])}
+async def _abort(served: Engine, request_ids: Annotated[list[str] | None, Body(embed=True)] = None) -> Said:
+    return {"status": "aborted", "aborted": await served.abort(request_ids or [])}
 
 
 @routes.post("/pause")
@@ -91,8 +91,8 @@ async def _resume(served: Engine) -> Said:
 
 
 @routes.post("/init_weight_transfer_engine")
-async def _init(body: wire.InitBody, served: Engine) -> Said:
-    served.check_transfer(body.init_info)
+async def _init(init_info: Annotated[wire.NonceFile, Body(embed=True)], served: Engine) -> Said:
+    served.check_transfer(init_info)
     return {"message": "Weight transfer initialized"}
 
 
@@ -103,14 +103,14 @@ async def _start(served: Engine) -> Said:
 
 
 @routes.post("/update_weights")
-async def _update(body: wire.UpdateBody, served: Engine) -> Said:
-    await served.load(body.update_info)
+async def _update(update_info: Annotated[wire.WeightsFile, Body(embed=True)], served: Engine) -> Said:
+    await served.load(update_info)
     return {"message": "Weights updated"}
 
 
 @routes.post("/finish_weight_update")
-async def _finish(served: Engine, body: wire.StateBody | None = None) -> Said:
-    served.finish_update(body.weight_version if body is not None else None)
+async def _finish(served: Engine, weight_version: Annotated[str | None, Body(embed=True)] = None) -> Said:
+    served.finish_update(weight_version)
     return {"message": "Weight update finished"}
 
 
