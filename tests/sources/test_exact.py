@@ -68,9 +68,9 @@ class World:
     """Plays, and drives a source in the order of the loop's hooks."""
 
     def __init__(self, name, folder, *, seed=0, tells_partials=True, window=2):
-        table = {"type": name, "window": window}
+        table = {"source": name, "scorer_versions": window}
         config = config_from_table(
-            {"variant": "ppo_clip", "trainer": {"lr": 0.02, "minibatches_per_update": 1, "warmup_steps": 0}, "source": table}
+            {"variant": "ppo_clip", "trainer": {"lr": 0.02, "minibatches_per_update": 1, "warmup_steps": 0}, "proximal": table}
         )
         self.trainer = Trainer(config, folder, PROBE)
         handle = inline_trainer(TrainerServer(self.trainer, time.perf_counter).call)

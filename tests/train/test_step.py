@@ -170,7 +170,7 @@ def assert_same_gradient(found, expected, tolerance=1e-5):
 
 
 def config_of(recipe, variant, **table):
-    objective = {"weight_mu": WEIGHT_MU, "loss_aggregation_tokens": 7.0} | table.pop("objective", {})
+    objective = {"interpolation_mu": WEIGHT_MU, "loss_aggregation_tokens": 7.0} | table.pop("objective", {})
     return recipe(variant=variant, band=BAND, objective=objective, **table)
 
 
@@ -261,7 +261,7 @@ def test_loss_and_gradient_do_not_depend_on_the_size_of_micro_batches_and_head_c
 @pytest.mark.parametrize("denominator", ["token-mean", "token-mean-kept"])
 def test_under_a3pos_schedule_each_token_has_the_weight_of_its_own_staleness(case, recipe, variant, denominator):
     version = VERSION + 2  # staleness 2 and 3
-    objective = {"weight_mu_schedule": "a3po", "denominator": denominator}
+    objective = {"interpolation_schedule": "a3po", "loss_aggregation": denominator}
     config = config_of(recipe, variant, objective=objective)
     result, _ = run(case, config, None, batch=one_step(case.batch), version=version)
     table = result.table
