@@ -56,7 +56,7 @@ def test_needs_total_and_correction_follow_from_the_row(name):
     variant = find_variant(name)
     assert variant.needs == needs
     assert variant.corrects_mismatch is corrects
-    assert variant.stand_in.value == r_s.removeprefix("theta/")
+    assert variant.proximal.value == r_s.removeprefix("theta/")
     assert str(variant.total) == ("theta/mu" if corrects else r_s)
 
 

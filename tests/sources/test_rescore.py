@@ -1,4 +1,4 @@
-"""Rescore on its own: the stand-in and the measured condition, against scalar oracles."""
+"""Rescore on its own: the proximal policy and the measured condition, against scalar oracles."""
 
 import asyncio
 import math
@@ -51,7 +51,7 @@ tokens = st.lists(st.tuples(st.integers(0, TRAINER_VERSION), logp, logp, logp), 
 
 
 @given(tokens)
-def test_the_stand_in_is_mu_less_the_engines_noise_at_the_live_weights(found):
+def test_the_proximal_policy_is_mu_less_the_engines_noise_at_the_live_weights(found):
     scored, _, trainer = acquire(found)
     assert scored.policy is RESCORE
     expected = [mu + pi - q for _, pi, q, mu in found]

@@ -202,7 +202,7 @@ def test_band_shares_of_the_first_step_compare_the_average_with_the_weights_befo
         inside = [abs(a - b) <= math.log(1.05) for a, b in zip(table[column][first], table["logp_mu"][first], strict=True)]
         return sum(inside) / len(inside)
 
-    assert result.metrics["mask/rho_band_first"] == pytest.approx(share("logp_stand_in"))
+    assert result.metrics["mask/rho_band_first"] == pytest.approx(share("logp_proximal"))
     assert result.metrics["mask/rho_band_live"] == pytest.approx(share("logp_theta"))
     assert 0 < first.sum() < len(first)
 

@@ -113,13 +113,13 @@ def oracle(case, variant, *, step=None, denominator="token-mean", discrepancy="w
     mu_p, theta_p = logp["mu"].exp(), logp["theta"].exp()
     logp["linear"] = (WEIGHT_MU * mu_p + (1 - WEIGHT_MU) * theta_p).log()
     logp["loglinear"] = WEIGHT_MU * logp["mu"] + (1 - WEIGHT_MU) * logp["theta"]
-    numerator, stand_in = ROWS[variant]
+    numerator, proximal = ROWS[variant]
     sequence = batch.sequence[batch.loss_mask]
     here = [i for i in range(len(theta)) if step is None or batch.step[sequence[i]] == step]
     values, kept, active = {}, [], []
     for i in here:
         r_d = 1.0 if numerator is None else math.exp(logp[numerator][i] - logp["mu"][i])
-        r_s = (theta[i] - logp[stand_in][i]).exp()
+        r_s = (theta[i] - logp[proximal][i]).exp()
         a = float(batch.advantages[sequence[i]])
         inside = 1 / BAND <= r_d <= BAND
         h = r_s.clamp(max=1 + EPS_HIGH) if a > 0 else r_s.clamp(1 - EPS_LOW, DUAL)
@@ -268,7 +268,7 @@ def test_under_a3pos_schedule_each_token_has_the_weight_of_its_own_staleness(cas
     alpha = (table["staleness"] - 1) / table["staleness"]
     expected = table["logp_mu"] + alpha * (table["logp_theta"] - table["logp_mu"])
     assert set(table["staleness"].tolist()) == {2, 3}
-    np.testing.assert_allclose(table["logp_stand_in"], expected, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(table["logp_proximal"], expected, rtol=0, atol=2e-6)
     if denominator == "token-mean-kept" and variant == "loglinear_train_infer":
         kept = np.abs(table["log_r_d"]) <= math.log(BAND)
         h = np.exp(table["log_r_s"].astype(float))
@@ -345,7 +345,7 @@ def test_lag_0_tokens_over_entries_of_older_versions_are_no_witness(case, recipe
 
 
 @pytest.mark.parametrize("variant", ["decoupled_async", "linear_prox"])
-def test_there_is_no_lag_0_witness_where_the_stand_in_is_not_old(case, recipe, variant):
+def test_there_is_no_lag_0_witness_where_the_proximal_policy_is_not_old(case, recipe, variant):
     result, _ = run(case, config_of(recipe, variant), scored_for(case, variant))
     assert math.isnan(result.lag0_max_abs_error)
 
@@ -409,8 +409,8 @@ def test_the_table_has_one_row_per_loss_token_with_what_the_objective_saw(case, 
     assert table["index"].tolist() == [int(i - batch.starts[batch.sequence[i]]) for i in np.flatnonzero(mask)]
     assert table["staleness"].tolist() == (VERSION - batch.version[mask]).tolist()
     np.testing.assert_allclose(table["log_r_d"], case.logp["old"] - case.logp["mu"], atol=1e-6)
-    np.testing.assert_allclose(table["log_r_s"], table["logp_theta"] - table["logp_stand_in"], atol=1e-6)
-    np.testing.assert_array_equal(table["logp_stand_in"], case.scored(OLD).values)
+    np.testing.assert_allclose(table["log_r_s"], table["logp_theta"] - table["logp_proximal"], atol=1e-6)
+    np.testing.assert_array_equal(table["logp_proximal"], case.scored(OLD).values)
     np.testing.assert_array_equal(table["active_mask"], table["band_mask"] & table["clip_mask"])
     assert {len(column) for column in table.values()} == {int(mask.sum())}
     assert set(table["provenance"]) == {"exact"}

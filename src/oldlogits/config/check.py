@@ -239,7 +239,7 @@ def _check_average(config: RunConfig) -> None:
 
 def _check_schedule(config: RunConfig) -> None:
     schedule = config.objective.interpolation_schedule
-    if schedule != "fixed" and find_variant(config.variant).stand_in not in (LINEAR, LOGLINEAR):
+    if schedule != "fixed" and find_variant(config.variant).proximal not in (LINEAR, LOGLINEAR):
         raise ConfigError(
             f"variant '{config.variant}' interpolates nothing: weight_mu has no effect",
             got=f"objective.interpolation_schedule = '{schedule}'",

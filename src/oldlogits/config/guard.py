@@ -132,7 +132,7 @@ def cautions(config: RunConfig) -> tuple[Caution, ...]:
 
 def _without_clip(config: RunConfig) -> Iterator[Caution]:
     """One step, taken where THETA still is the stand-in."""
-    stand_in, steps = find_variant(config.variant).stand_in, config.trainer.minibatches_per_update
+    stand_in, steps = find_variant(config.variant).proximal, config.trainer.minibatches_per_update
     if config.objective.clip == "ppo" and steps == 1 and _starts_at_theta(stand_in, config):
         yield Caution(
             name="no-clip",
@@ -219,7 +219,7 @@ def kept_at_lag_0(config: RunConfig) -> tuple[float, float]:
 def _weighted(config: RunConfig) -> Iterator[_Weighted]:
     """The bounds on R by the weight on mu, staleness ascending; nothing where the stand-in is no interpolation."""
     variant, objective = find_variant(config.variant), config.objective
-    if variant.stand_in not in (LINEAR, LOGLINEAR):
+    if variant.proximal not in (LINEAR, LOGLINEAR):
         return
     fixed = objective.interpolation_schedule == "fixed"
     for staleness in [None] if fixed else range(config.window + 1):
@@ -236,4 +236,4 @@ def _weighted(config: RunConfig) -> Iterator[_Weighted]:
 
 
 def _kind(config: RunConfig) -> Interpolation:
-    return "linear" if find_variant(config.variant).stand_in is LINEAR else "loglinear"
+    return "linear" if find_variant(config.variant).proximal is LINEAR else "loglinear"

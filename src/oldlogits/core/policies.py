@@ -62,7 +62,7 @@ class Ratio:
             f"the ratios {self} and {other} do not telescope",
             got=f"numerator {self.numerator} over denominator {other.denominator}",
             allowed="r_d = X/MU with r_s = THETA/X, or r_d = 1",
-            fix="use one stand-in X in both ratios",
+            fix="use one proximal policy X in both ratios",
         )
 
     def __str__(self) -> str:
@@ -100,8 +100,8 @@ class Variant:
             )
 
     @property
-    def stand_in(self) -> Policy:
-        """The policy that ``r_s`` is taken over: OLD itself, or what stands in for it."""
+    def proximal(self) -> Policy:
+        """The policy that ``r_s`` is taken over: OLD itself, or another policy in its place."""
         return self.r_s.denominator
 
     @property
@@ -145,11 +145,11 @@ EXPERIMENTAL_VARIANTS: Final[Mapping[str, Variant]] = MappingProxyType(
         "rescore_train_infer": Variant(r_d=RESCORE / MU, r_s=THETA / RESCORE),
     }
 )
-"""Rows that the paper's table does not list: those that its Proposition 1 speaks of, and stand-ins of our own."""
+"""Rows that the paper's table does not list: those that its Proposition 1 speaks of, and proximal policies of our own."""
 
 
 class Provenance(StrEnum):
-    """How the stand-in's log-prob of one token was obtained."""
+    """How the proximal policy's log-prob of one token was obtained."""
 
     EXACT = "exact"  # the training engine's forward at the token's own version, fresh keys and values
     MIXED_KV = "mixed_kv"  # likewise, over entries of the older versions that computed them in the engine
@@ -174,7 +174,7 @@ PROXIMAL_PROVENANCE: Final[Mapping[Policy, Provenance]] = MappingProxyType(
         MU: Provenance.MU,
     }
 )
-"""The provenance of tokens of fresh keys and values, by the variant's stand-in."""
+"""The provenance of tokens of fresh keys and values, by the variant's proximal policy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,7 +226,7 @@ def find_variant(name: str) -> Variant:
 
 
 def check_source(variant_name: str, source: str) -> None:
-    """Refuse a variant whose stand-in the source does not provide.
+    """Refuse a variant whose proximal policy the source does not provide.
 
     Raises:
         MissingPolicyError: The source provides another policy, or none.

@@ -16,7 +16,7 @@ from oldlogits.core.weights import PolicyVersion, WeightUpdate
 
 
 class LogprobSource(Protocol):
-    """A route to the log-probs of a stand-in: one seam for every route. The runtime pauses, a source only scores.
+    """A route to the log-probs of a proximal policy: one seam for every route. The runtime pauses, a source only scores.
 
     A route inherits from this class; hooks that it does not need do nothing. In the order of a run::
 

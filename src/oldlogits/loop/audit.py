@@ -26,7 +26,7 @@ from oldlogits.record.events import EventKind, EventSink
 from oldlogits.sources import SnapshotSource, check_scored
 from oldlogits.train.step import UpdateResult, recipe_surrogate
 
-_COLUMNS: Final = ("logp_mu", "logp_theta", "logp_stand_in", "advantage", "loss_mask", "active_mask", "staleness")
+_COLUMNS: Final = ("logp_mu", "logp_theta", "logp_proximal", "advantage", "loss_mask", "active_mask", "staleness")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,9 +121,9 @@ class ExactAudit:
         if scores is None:
             return None
         column = {name: torch.from_numpy(np.ascontiguousarray(result.table[name])) for name in _COLUMNS}
-        old, stand_in = torch.from_numpy(scores.old), self._variant.stand_in
+        old, stand_in = torch.from_numpy(scores.old), self._variant.proximal
         exact_active = self._active(exact_variant(self._variant), OLD, old, column)
-        sums = self._sums(column["logp_stand_in"], old, column["active_mask"], exact_active, column)
+        sums = self._sums(column["logp_proximal"], old, column["active_mask"], exact_active, column)
         self._events.emit(
             EventKind.REFEREE,
             version=version,

@@ -12,7 +12,7 @@ from oldlogits.core.source import LogprobSource
 class ArrivalSource(LogprobSource):
     """Scores the whole batch once with the live weights, before the first optimizer step on it.
 
-    Paper: "Decoupled PPO & async": ``pi_async`` stands in for ``pi_old``.
+    Paper: "Decoupled PPO & async": ``pi_async`` in place of ``pi_old``.
     """
 
     provides: Policy = ASYNC

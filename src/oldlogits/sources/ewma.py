@@ -28,7 +28,7 @@ class AveragingHandle(ScoringHandle, Protocol):
 class EwmaSource(LogprobSource):
     """Scores the whole batch once with the averaged weights, before the first optimizer step on it.
 
-    Paper: "Revised PPO-EWMA": one stand-in for the tokens of all versions; docs/ewma.md says how old it is.
+    Paper: "Revised PPO-EWMA": one proximal policy for the tokens of all versions; docs/ewma.md says how old it is.
     """
 
     provides: Policy = EWMA

@@ -38,7 +38,7 @@ class AverageReset:
         rule: "paper" or "guarded".
         rho: Share of loss tokens that were active in the update before it.
         tau: The share below which the rule asks for a reset.
-        kept_average: Share of the first step's tokens that the band kept with the stand-in in r_d.
+        kept_average: Share of the first step's tokens that the band kept with the proximal policy in r_d.
         kept_live: The same with the weights before that step.
         age: Of the average that was given up, in versions.
     """

@@ -27,7 +27,7 @@ class LossTokens:
         staleness: int64 [token].
         step: int64 [token]; the optimizer step that trains it.
         sequence: int64 [token].
-        logp: float32 [token] by policy: MU, and the stand-in where a source provides it.
+        logp: float32 [token] by policy: MU, and the proximal policy where a source provides it.
     """
 
     flat: NDArray[np.int64]
@@ -71,7 +71,7 @@ class Seen:
     """Detached values of every loss token, at the step that trained it."""
 
     theta: Tensor
-    stand_in: Tensor
+    proximal: Tensor
     log_r_d: Tensor
     log_r_s: Tensor
     band_mask: Tensor
@@ -83,11 +83,11 @@ class Seen:
         """Of so many tokens, none of them seen."""
         floats = (torch.full((num_tokens,), math.nan, device=device) for _ in range(4))
         masks = (torch.zeros(num_tokens, dtype=torch.bool, device=device) for _ in range(3))
-        theta, stand_in, log_r_d, log_r_s = floats
+        theta, proximal, log_r_d, log_r_s = floats
         band_mask, clip_mask, active_mask = masks
         return cls(
             theta=theta,
-            stand_in=stand_in,
+            proximal=proximal,
             log_r_d=log_r_d,
             log_r_s=log_r_s,
             band_mask=band_mask,
@@ -98,7 +98,7 @@ class Seen:
     @property
     def _columns(self) -> tuple[Tensor, ...]:
         masks = (self.band_mask, self.clip_mask, self.active_mask)
-        return (self.theta, self.stand_in, self.log_r_d, self.log_r_s, *masks)
+        return (self.theta, self.proximal, self.log_r_d, self.log_r_s, *masks)
 
     def cpu(self) -> Seen:
         """The same on the CPU."""

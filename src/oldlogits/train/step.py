@@ -61,7 +61,7 @@ class UpdateResult:
         metrics: ``area/name`` to number; see docs/metrics.md.
         staleness_counts: Loss tokens by staleness.
         provenance: Loss tokens by `Provenance`.
-        lag0_max_abs_error: Largest ``|log r_s|`` of lag-0 tokens before the first optimizer step, where the stand-in
+        lag0_max_abs_error: Largest ``|log r_s|`` of lag-0 tokens before the first optimizer step, where the proximal policy
             is OLD; NaN where there is no such token. Exactly 0 up to rounding, but for ties between experts, or OLD is not
             what it claims to be.
         table: One row per loss token, for the per-token Parquet table.
@@ -92,7 +92,7 @@ def update(
         model: Holds the live weights THETA.
         optimizer: Over the model's parameters.
         batch: The trajectories.
-        scored: The stand-in's log-probs, or None for a variant that needs no source.
+        scored: The proximal policy's log-probs, or None for a variant that needs no source.
         version: The trainer's version before the first step.
         config: The run.
         ranks: That hold the model; all make this call with the same batch, and return the same.
@@ -119,7 +119,7 @@ def update(
         optimizer.zero_grad()
         losses.append(_accumulate(model, batch, there, step, seen, config, ranks))
         norms.append(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.trainer.max_grad_norm)))
-        if step == 0 and variant.stand_in is OLD:
+        if step == 0 and variant.proximal is OLD:
             lag0, lag0_above = _witness_lag0(model, tokens, seen.cpu(), torch.from_numpy(batch.mixed_kv[tokens.flat]))
         _check_finite(losses[-1], norms[-1], version, step)
         optimizer.step()
@@ -133,13 +133,13 @@ def update(
         **lag0_above,
         "mask/num_truncated": _num_truncated(seen, config),
     }
-    label = _label(variant.stand_in, scored)
+    label = _label(variant.proximal, scored)
     return UpdateResult(
         metrics=metrics,
         staleness_counts=_counts(tokens.staleness.numpy()),
-        provenance=_provenance(batch.mixed_kv[tokens.flat], variant.stand_in, label),
+        provenance=_provenance(batch.mixed_kv[tokens.flat], variant.proximal, label),
         lag0_max_abs_error=lag0,
-        table=_table(batch, tokens, seen, variant.stand_in, label, version),
+        table=_table(batch, tokens, seen, variant.proximal, label, version),
     )
 
 
@@ -182,8 +182,8 @@ def _accumulate(
         here = torch.from_numpy(np.searchsorted(tokens.flat, micro.flat.numpy())).to(weights.device)
         theta = action_logps(model, micro, head_chunk_tokens=config.trainer.head_chunk_tokens)
         logp = {policy: values[here] for policy, values in tokens.logp.items()} | {THETA: theta}
-        if variant.stand_in in INTERPOLATE:
-            logp[variant.stand_in] = _interpolate(variant.stand_in, logp[MU], theta, tokens.staleness[here], config)
+        if variant.proximal in INTERPOLATE:
+            logp[variant.proximal] = _interpolate(variant.proximal, logp[MU], theta, tokens.staleness[here], config)
         split = split_ratio(variant, logp)
         terms = recipe_surrogate(split, tokens.advantages[here], torch.ones_like(here, dtype=torch.bool), config)
         loss = weighted_loss(terms.values, weights[here] * float(one.counts))
@@ -192,7 +192,7 @@ def _accumulate(
             continue
         total += loss.detach()
         seen.theta[here] = theta.detach()
-        seen.stand_in[here] = logp[variant.stand_in].detach()
+        seen.proximal[here] = logp[variant.proximal].detach()
         seen.log_r_d[here] = split.log_r_d
         seen.log_r_s[here] = split.log_r_s.detach()
         seen.band_mask[here] = terms.band_mask
@@ -216,13 +216,13 @@ def _step_weights(
     kept = chosen
     if objective.loss_aggregation == "token-mean-kept":
         logp = dict(tokens.logp)
-        if variant.stand_in in INTERPOLATE and not variant.r_d.is_one:
+        if variant.proximal in INTERPOLATE and not variant.r_d.is_one:
             theta = torch.zeros(len(tokens.flat), device=chosen.device)
             t = config.trainer
             sizes: ForwardSizes = {"micro_batch_tokens": t.micro_batch_tokens, "head_chunk_tokens": t.head_chunk_tokens}
             scores = score_tokens(model, batch, tokens.flat[chosen.cpu().numpy()], **sizes, ranks=ranks)
             theta[chosen] = torch.from_numpy(scores).to(chosen.device)
-            logp[variant.stand_in] = _interpolate(variant.stand_in, logp[MU], theta, tokens.staleness, config)
+            logp[variant.proximal] = _interpolate(variant.proximal, logp[MU], theta, tokens.staleness, config)
         kept = kept_mask(log_discrepancy(variant, logp), chosen, config.band)
     return token_weights(
         chosen,
@@ -234,11 +234,11 @@ def _step_weights(
     )
 
 
-def _interpolate(stand_in: Policy, logp_mu: Tensor, theta: Tensor, staleness: Tensor, config: RunConfig) -> Tensor:
-    """The interpolated stand-in, under the recipe's weight on MU or that of each token's staleness."""
+def _interpolate(proximal: Policy, logp_mu: Tensor, theta: Tensor, staleness: Tensor, config: RunConfig) -> Tensor:
+    """The interpolated proximal policy, under the recipe's weight on MU or that of each token's staleness."""
     objective = config.objective
     weight_mu = a3po_weight_mu(staleness) if objective.interpolation_schedule == "a3po" else objective.interpolation_mu
-    return INTERPOLATE[stand_in](logp_mu, theta, weight_mu)
+    return INTERPOLATE[proximal](logp_mu, theta, weight_mu)
 
 
 def _witness_lag0(
@@ -284,14 +284,14 @@ def _diagnostics(tokens: LossTokens, seen: Seen, config: RunConfig) -> dict[str,
 
 
 def _band_shares(tokens: LossTokens, seen: Seen, band: float) -> dict[str, float]:
-    """What the band keeps of the first step's tokens: with the stand-in in r_d, and with the weights before that step."""
+    """What the band keeps of the first step's tokens: with the proximal policy in r_d, and with the weights before that step."""
     first = tokens.step == 0
     all_of_them, mu = first[first], tokens.logp[MU][first]
 
     def share(logp: Tensor) -> float:
         return float(kept_mask(logp[first] - mu, all_of_them, band).float().mean())
 
-    return {"mask/rho_band_first": share(seen.stand_in), "mask/rho_band_live": share(seen.theta)}
+    return {"mask/rho_band_first": share(seen.proximal), "mask/rho_band_live": share(seen.theta)}
 
 
 def _num_truncated(seen: Seen, config: RunConfig) -> int:
@@ -305,26 +305,26 @@ def _counts(values: NDArray[np.int64]) -> dict[int, int]:
     return {int(kind): int(count) for kind, count in zip(kinds, counts, strict=True)}
 
 
-def _label(stand_in: Policy, scored: Scored | None) -> Provenance:
-    """How the stand-in's values were obtained, where keys and values were fresh."""
-    if scored is not None and scored.policy is stand_in and scored.provenance is not None:
+def _label(proximal: Policy, scored: Scored | None) -> Provenance:
+    """How the proximal policy's values were obtained, where keys and values were fresh."""
+    if scored is not None and scored.policy is proximal and scored.provenance is not None:
         return scored.provenance
-    return PROXIMAL_PROVENANCE[stand_in]
+    return PROXIMAL_PROVENANCE[proximal]
 
 
-def _provenance(mixed_kv: NDArray[np.bool_], stand_in: Policy, label: Provenance) -> dict[str, int]:
-    """OLD over stale keys and values is labelled so; other stand-ins keep their own label."""
-    mixed = int(mixed_kv.sum()) if stand_in is OLD else 0
+def _provenance(mixed_kv: NDArray[np.bool_], proximal: Policy, label: Provenance) -> dict[str, int]:
+    """OLD over stale keys and values is labelled so; other proximal policies keep their own label."""
+    mixed = int(mixed_kv.sum()) if proximal is OLD else 0
     counts = {label.value: len(mixed_kv) - mixed, Provenance.MIXED_KV.value: mixed}
     return {name: count for name, count in counts.items() if count}
 
 
 def _table(
-    batch: TokenBatch, tokens: LossTokens, seen: Seen, stand_in: Policy, label: Provenance, version: int
+    batch: TokenBatch, tokens: LossTokens, seen: Seen, proximal: Policy, label: Provenance, version: int
 ) -> dict[str, Column]:
     flat = tokens.flat
     sequence = tokens.sequence.numpy()
-    mixed = batch.mixed_kv[flat] & (stand_in is OLD)
+    mixed = batch.mixed_kv[flat] & (proximal is OLD)
     return {
         "trajectory": np.array(batch.trajectory_ids)[sequence],
         "index": (flat - batch.starts[sequence]).astype(np.int32),
@@ -336,7 +336,7 @@ def _table(
         "reward": batch.rewards[sequence],
         "advantage": tokens.advantages.numpy(),
         "logp_mu": batch.logp_mu[flat],
-        "logp_stand_in": seen.stand_in.numpy(),
+        "logp_proximal": seen.proximal.numpy(),
         "logp_theta": seen.theta.numpy(),
         "log_r_d": seen.log_r_d.numpy(),
         "log_r_s": seen.log_r_s.numpy(),
