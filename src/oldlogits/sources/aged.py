@@ -13,7 +13,7 @@ from oldlogits.core.source import LogprobSource
 from oldlogits.sources.ewma import AveragingHandle
 
 MIN_AGE: Final = 0.5
-"""Below this age of the average, in versions, the drift cannot be told from its noise: the arrival weights are taken instead."""
+"""Below this age of the average, in versions, the drift cannot be told from its noise: the arrival weights are used."""
 
 MAX_REACH: Final = 2.0
 """How far beyond the average's own age the drift is followed at most, in units of that age."""

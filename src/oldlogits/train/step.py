@@ -284,7 +284,7 @@ def _diagnostics(tokens: LossTokens, seen: Seen, config: RunConfig) -> dict[str,
 
 
 def _band_shares(tokens: LossTokens, seen: Seen, band: float) -> dict[str, float]:
-    """What the band keeps of the first step's tokens: with the proximal policy in r_d, and with the weights before that step."""
+    """What the band keeps of the first step's tokens: with the proximal policy in r_d, and with the weights before it."""
     first = tokens.step == 0
     all_of_them, mu = first[first], tokens.logp[MU][first]
 
