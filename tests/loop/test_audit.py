@@ -267,6 +267,7 @@ def result_of(tokens, reset=None):
     columns = zip(*tokens, strict=True) if tokens else [()] * 6
     table = {name: np.array(column, kind) for name, kind, column in zip(names, kinds, columns, strict=True)}
     table["loss_mask"] = np.ones(len(tokens), np.bool_)
+    table["trajectory"] = np.array(["g0.0"] * len(tokens))
     return UpdateResult(
         metrics={}, staleness_counts={}, provenance={}, lag0_max_abs_error=math.nan, table=table, average_reset=reset
     )

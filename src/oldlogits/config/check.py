@@ -9,6 +9,7 @@ from oldlogits.config.guard import refuse_idle
 from oldlogits.config.schema import RunConfig
 from oldlogits.config.servers import check_servers
 from oldlogits.core.errors import ConfigError, ModelFolderError
+from oldlogits.core.loss import LOSSES
 from oldlogits.core.policies import AGED, EWMA, LINEAR, LOGLINEAR, OLD, SOURCES, check_source, find_variant
 
 
@@ -24,6 +25,8 @@ def check(config: RunConfig, *, needs_model: bool = True) -> None:
         ModelFolderError: The model folder does not exist or lacks its config.
     """
     find_variant(config.variant)
+    if config.objective.loss not in LOSSES.names:
+        LOSSES.find(config.objective.loss)
     check_source(config.variant, config.proximal.source)
     _check_ranges(config)
     _check_one_distribution(config)

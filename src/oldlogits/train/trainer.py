@@ -55,6 +55,7 @@ from oldlogits.train.optimizer import Optimizer
 from oldlogits.train.reports import ConsistencyErrors, PublishedVersion, ScoringWork
 from oldlogits.train.step import UpdateResult, update
 from oldlogits.train.trainer_store import TrainerVersionStore, shards_of
+from oldlogits.train.update_config import UpdateConfig
 from oldlogits.versions import AverageScores
 
 
@@ -96,6 +97,7 @@ class Trainer:
         self._engine_noise: dict[PolicyVersion, NDArray[np.float32]] = {}
         self._probe = probe_of(probe_ids)
         self._probe_logps: dict[PolicyVersion, NDArray[np.float32]] = {}
+        self._update_config = UpdateConfig.of(config)
         t = config.trainer
         self._sizes: ForwardSizes = {"micro_batch_tokens": t.micro_batch_tokens, "head_chunk_tokens": t.head_chunk_tokens}
         self._optimizer = Optimizer(self._model, config)
@@ -255,7 +257,7 @@ class Trainer:
             batch,
             scored,
             version=self.version,
-            config=self._config,
+            config=self._update_config,
             ranks=self._ranks,
         )
         self._witness_lag0(result.lag0_max_abs_error)
