@@ -9,7 +9,7 @@ import pytest
 
 from oldlogits.backends import lockstep
 from oldlogits.cli.main import run as command
-from oldlogits.core.policies import SOURCES
+from oldlogits.core.source import SOURCES
 from oldlogits.engines.embedded.engine import EngineCore
 from oldlogits.loop.resume import sampler_seed
 from oldlogits.record.events import EventKind
@@ -68,7 +68,7 @@ ROUTES = {
 """A variant that the route feeds, and how its tokens are labelled."""
 
 
-@pytest.mark.parametrize("route", SOURCES)
+@pytest.mark.parametrize("route", SOURCES.names)
 def test_a_killed_run_goes_on_from_its_last_checkpoint_under_every_route(route, tiny_folder, tmp_path, capsys):
     out, (variant, provenance) = tmp_path / "run", ROUTES[route]
     more = {"num_updates": 4, "record": {"checkpoint_every": 2}, "lockstep": {"lag": "random"}}

@@ -107,7 +107,7 @@ def assert_settled(result, source):
     account = result.summary.accounting
     assert account["submitted"] == sum(n for name, n in account.items() if name != "submitted")
     assert account["queued"] == account["running"] == 0
-    assert len(source.ledger) == 0
+    assert len(source.in_flight) == 0
 
 
 def test_in_lockstep_training_is_the_same_run_under_every_exact_route(play):

@@ -220,9 +220,9 @@ def test_a_scorer_with_a_window_of_one_leaves_older_tokens_to_the_store(tiny_fol
 @pytest.mark.parametrize("name", ["eager", "interruption", "dedicated"])
 def test_a_source_holds_nothing_but_what_is_in_flight(name, tiny_folder):
     world = played(name, tiny_folder)
-    assert set(world.source.ledger._trajectories) == {p.id for p in (*world.players, *world.waiting)}
+    assert set(world.source.in_flight._trajectories) == {p.id for p in (*world.players, *world.waiting)}
     world.source.drop([p.id for p in (*world.players, *world.waiting)])
-    assert len(world.source.ledger) == 0
+    assert len(world.source.in_flight) == 0
 
 
 def test_interruption_refuses_a_version_that_is_no_longer_live(tiny_folder):
@@ -231,22 +231,22 @@ def test_interruption_refuses_a_version_that_is_no_longer_live(tiny_folder):
     tokens = BatchTokens(versions=np.full(2, NUM_VERSIONS - 1), trajectory_ids=("late",), trainer_version=NUM_VERSIONS)
 
     async def scenario():
-        world.source.ledger.ended([late])
+        world.source.in_flight.end([late])
         await world.source.acquire(tokens)
 
     with pytest.raises(VersionEvictedError, match=f"version {NUM_VERSIONS - 1} is not in the store"):
         asyncio.run(scenario())
 
 
-def test_pieces_of_whole_trajectories_have_the_bits_of_the_same_tokens_scored_as_a_batch(tiny_folder):
+def test_spans_of_whole_trajectories_have_the_bits_of_the_same_tokens_scored_as_a_batch(tiny_folder):
     trainer = World("snapshot", tiny_folder).trainer
     trainer.publish()
     whole = [trajectory([3, 9 + i], sampled([12, 13 + i, 2], 0, temperature=0.7), id=f"g0.{i}") for i in range(4)]
     trainer.put_batch(batch_of(whole))
     source = make_source("eager", inline_trainer(TrainerServer(trainer, time.perf_counter).call), None)
-    source.ledger.ended(whole)
-    version, pieces = source.ledger.next_pieces(9)
-    assert trainer.score_spans(pieces, version).values.tolist() == trainer.score(np.arange(12), 0).tolist()
+    source.in_flight.end(whole)
+    version, spans = source.in_flight.next_spans(9)
+    assert trainer.score_spans(spans, version).values.tolist() == trainer.score(np.arange(12), 0).tolist()
 
 
 def test_the_dedicated_scorer_refuses_weights_that_are_not_what_the_trainer_published(tiny_folder):

@@ -10,7 +10,8 @@ from oldlogits.config.schema import RunConfig
 from oldlogits.config.servers import check_servers
 from oldlogits.core.errors import ConfigError, ModelFolderError
 from oldlogits.core.loss import LOSSES
-from oldlogits.core.policies import AGED, EWMA, LINEAR, LOGLINEAR, OLD, SOURCES, check_source, find_variant
+from oldlogits.core.policies import AGED, EWMA, LINEAR, LOGLINEAR, OLD, find_variant
+from oldlogits.core.source import SOURCES, check_source
 
 
 def check(config: RunConfig, *, needs_model: bool = True) -> None:
@@ -198,8 +199,8 @@ def _check_kv(config: RunConfig) -> None:
             allowed="engine.kv = 'recompute', or proximal.accept_mixed_kv = true (tokens are labelled mixed_kv)",
             fix="remove engine.kv = 'stale'",
         )
-    mixing = [name for name, route in SOURCES.items() if route.mixes_versions]
-    if config.proximal.source not in mixing:
+    if not SOURCES.find(config.proximal.source).mixes_versions:
+        mixing = [name for name in SOURCES.names if SOURCES.find(name).mixes_versions]
         raise ConfigError(
             f"source '{config.proximal.source}' scores each version by itself, but stale keys and values are of several",
             got=f"engine.kv = 'stale', proximal.source = '{config.proximal.source}'",

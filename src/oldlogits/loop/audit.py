@@ -21,6 +21,7 @@ from oldlogits.config import RunConfig
 from oldlogits.core.loss import LOSSES, LossInputs
 from oldlogits.core.policies import MU, OLD, THETA, Policy, Variant, find_variant
 from oldlogits.core.scoring import BatchTokens, ScoringHandle
+from oldlogits.core.source import SourceHandles
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.objective import DecisionSums, decision_sums, exact_variant
 from oldlogits.record.events import EventKind, EventSink
@@ -88,7 +89,7 @@ class ExactAudit:
 
     def __init__(self, config: RunConfig, trainer: ScoringHandle, events: EventSink, clock: Callable[[], float]) -> None:
         self._config, self._events, self._clock = config, events, clock
-        self._trainer, self._source = trainer, SnapshotSource(trainer)
+        self._trainer, self._source = trainer, SnapshotSource(SourceHandles(trainer=trainer))
         self._variant, self._loss = find_variant(config.variant), LOSSES.find(config.objective.loss)
         self._watches_resets = config.proximal.reset != "none" and bool(self._variant.needs)
         self._seconds_s = 0.0
