@@ -1,4 +1,4 @@
-"""The two routes over an average: what they ask the trainer for, and what they make of it."""
+"""The two sources over an average: what they ask the trainer for, and what they make of it."""
 
 import asyncio
 

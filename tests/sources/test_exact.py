@@ -1,4 +1,4 @@
-"""The exact routes against a forward pass of each version's own weights, one trajectory at a time.
+"""The exact sources against a forward pass of each version's own weights, one trajectory at a time.
 
 A small world of players that sample a few tokens at each version, in turns that weight updates cut in two, and end when
 they like; batches take them in any order. The trainer is real and trains, so that every version has other weights.
@@ -186,7 +186,7 @@ def played(name, folder, **settings):
 
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_every_exact_route_gives_what_the_weights_of_each_tokens_own_version_gave(name, seed, tiny_folder):
+def test_every_exact_source_gives_what_the_weights_of_each_tokens_own_version_gave(name, seed, tiny_folder):
     world = played(name, tiny_folder, seed=seed)
     assert max(world.errors) < 1e-5
     assert len(set(world.lags)) > 2
@@ -196,7 +196,7 @@ def test_every_exact_route_gives_what_the_weights_of_each_tokens_own_version_gav
 
 
 @pytest.mark.parametrize("name, most", [("eager", 2), ("interruption", 0)])
-def test_a_route_stores_no_more_versions_than_it_says(name, most, tiny_folder):
+def test_a_source_stores_no_more_versions_than_it_says(name, most, tiny_folder):
     world = played(name, tiny_folder)
     assert world.most_stored == most
     assert world.fallback_tokens == 0

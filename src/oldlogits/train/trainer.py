@@ -369,7 +369,7 @@ class Trainer:
         return self._scoring
 
     def _read(self, model: PreTrainedModel, sequences: Sequences, flat: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Score what a route asks for: it is counted."""
+        """Score what a source asks for, and count it."""
         self.work += ScoringWork(read_tokens=int(read_lengths(sequences, flat).sum()))
         return self._score_with(model, sequences, flat)
 
