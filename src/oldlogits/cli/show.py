@@ -17,7 +17,8 @@ from rich.table import Table
 
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, SOURCES, VARIANTS
+from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, VARIANTS
+from oldlogits.core.source import sources_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,11 +83,16 @@ class Rows:
 def variant_rows() -> Iterator[tuple[str, ...]]:
     """Name, r_d, r_s, total ratio, sources, remark of every variant."""
     for name, variant in {**VARIANTS, **EXPERIMENTAL_VARIANTS}.items():
-        sources = [source for source, route in SOURCES.items() if variant.needs <= route.provides]
-        fitting = ["none"] if not variant.needs else sources
         remarks = [] if variant.corrects_mismatch else ["mismatch uncorrected"]
         remarks += ["experimental"] if name in EXPERIMENTAL_VARIANTS else []
-        yield name, str(variant.r_d), str(variant.r_s), str(variant.total), ", ".join(fitting) or "-", ", ".join(remarks)
+        yield (
+            name,
+            str(variant.r_d),
+            str(variant.r_s),
+            str(variant.total),
+            ", ".join(sources_for(name)) or "-",
+            ", ".join(remarks),
+        )
 
 
 def recipe_rows() -> Iterator[tuple[str, ...]]:

@@ -9,7 +9,9 @@ from oldlogits.config.guard import refuse_idle
 from oldlogits.config.schema import RunConfig
 from oldlogits.config.servers import check_servers
 from oldlogits.core.errors import ConfigError, ModelFolderError
-from oldlogits.core.policies import AGED, EWMA, LINEAR, LOGLINEAR, OLD, SOURCES, check_source, find_variant
+from oldlogits.core.loss import LOSSES
+from oldlogits.core.policies import AGED, EWMA, LINEAR, LOGLINEAR, OLD, find_variant
+from oldlogits.core.source import SOURCES, check_source
 
 
 def check(config: RunConfig, *, needs_model: bool = True) -> None:
@@ -24,6 +26,8 @@ def check(config: RunConfig, *, needs_model: bool = True) -> None:
         ModelFolderError: The model folder does not exist or lacks its config.
     """
     find_variant(config.variant)
+    if config.objective.loss not in LOSSES.names:
+        LOSSES.find(config.objective.loss)
     check_source(config.variant, config.proximal.source)
     _check_ranges(config)
     _check_one_distribution(config)
@@ -195,8 +199,8 @@ def _check_kv(config: RunConfig) -> None:
             allowed="engine.kv = 'recompute', or proximal.accept_mixed_kv = true (tokens are labelled mixed_kv)",
             fix="remove engine.kv = 'stale'",
         )
-    mixing = [name for name, route in SOURCES.items() if route.mixes_versions]
-    if config.proximal.source not in mixing:
+    if not SOURCES.find(config.proximal.source).mixes_versions:
+        mixing = [name for name in SOURCES.names if SOURCES.find(name).mixes_versions]
         raise ConfigError(
             f"source '{config.proximal.source}' scores each version by itself, but stale keys and values are of several",
             got=f"engine.kv = 'stale', proximal.source = '{config.proximal.source}'",
@@ -239,7 +243,7 @@ def _check_average(config: RunConfig) -> None:
 
 def _check_schedule(config: RunConfig) -> None:
     schedule = config.objective.interpolation_schedule
-    if schedule != "fixed" and find_variant(config.variant).stand_in not in (LINEAR, LOGLINEAR):
+    if schedule != "fixed" and find_variant(config.variant).proximal not in (LINEAR, LOGLINEAR):
         raise ConfigError(
             f"variant '{config.variant}' interpolates nothing: weight_mu has no effect",
             got=f"objective.interpolation_schedule = '{schedule}'",

@@ -8,8 +8,10 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectiveConfig:
-    """The masked importance-sampling objective."""
+    """The loss, its bounds, and what it is divided by."""
 
+    loss: str = "masked_is"
+    """masked_is, or package.module:function: what is made of the log-probs of a micro-batch (core/loss.py)."""
     eps_low: float = 0.2
     """Clip of r_s from below, for negative advantages: 1 - eps_low."""
     eps_high: float = 0.28

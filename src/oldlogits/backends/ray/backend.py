@@ -33,6 +33,7 @@ from oldlogits.backends.ray.workers import Workers
 from oldlogits.config import Caution, RunConfig
 from oldlogits.core.errors import ConfigError, WorkerDiedError
 from oldlogits.core.scoring import ScoredSpans, ScoringSpan
+from oldlogits.core.source import SOURCES
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
 from oldlogits.engines.http.engine import HttpEngine
 from oldlogits.engines.http.launch import LaunchSpec
@@ -237,7 +238,7 @@ async def _cancelled(tasks: Sequence[asyncio.Task[None]]) -> None:
 def _needed_cpus(config: RunConfig) -> int:
     """CPUs that a cluster of this run alone is said to have: its actors share those that there are."""
     r = config.ray
-    models = r.trainer_cpus * (2 if config.proximal.source == "dedicated" else 1)
+    models = r.trainer_cpus * (1 + SOURCES.find(config.proximal.source).needs_scorer)
     return int(np.ceil(models + 4 * max(r.num_workers, 2) * r.worker_cpus)) + 1
 
 
