@@ -211,7 +211,7 @@ def test_a_fixed_decay_needs_its_beta_and_no_other_decay_takes_one():
     fixed = changed("proximal.decay", "fixed")
     check(changed("proximal.beta", 0.8, fixed))
     for beta in (0.0, 1.0, -0.5, NAN):
-        with pytest.raises(ConfigError, match=r"^source\.beta is out of range"):
+        with pytest.raises(ConfigError, match=r"^proximal\.beta is out of range"):
             check(changed("proximal.beta", beta, fixed))
 
 
@@ -269,7 +269,7 @@ def test_a_referee_is_refused_where_a_truncation_acts_beside_the_active_set():
     truncated = changed("objective.clip", "truncated")
     check(truncated)
     check(changed("audit.share", 0.25))
-    with pytest.raises(ConfigError, match=r"compares active sets.*fix: set referee\.share = 0"):
+    with pytest.raises(ConfigError, match=r"compares active sets.*fix: set audit\.share = 0"):
         check(changed("audit.share", 0.25, truncated))
 
 

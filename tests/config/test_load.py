@@ -131,7 +131,7 @@ def test_a_whole_number_serves_as_a_number_and_becomes_one():
 
 def test_overrides_win_over_the_recipe_and_leave_the_rest(tmp_path):
     recipe = tmp_path / "r.toml"
-    recipe.write_text('band = 2.0\nseed = 5\n[trainer]\nlr = 1e-3\nsteps_per_version = 4\n[engine]\nnumerics = "fp8"\n')
+    recipe.write_text('band = 2.0\nseed = 5\n[trainer]\nlr = 1e-3\nminibatches_per_update = 4\n[engine]\nprecision = "fp8"\n')
     config = load_config(recipe, ["--band", "inf", "--trainer.minibatches-per-update", "1", "--rollout.filter-uniform"])
     assert (config.band, config.seed) == (float("inf"), 5)
     assert (config.trainer.lr, config.trainer.minibatches_per_update) == (1e-3, 1)
@@ -195,7 +195,7 @@ def test_the_default_recipe_is_valid_and_an_empty_recipe_is_the_default(tmp_path
 
 
 def test_config_loads_a_recipe_without_torch(tmp_path):
-    (tmp_path / "r.toml").write_text('variant = "decoupled_async"\n[source]\ntype = "arrival"\n')
+    (tmp_path / "r.toml").write_text('variant = "decoupled_async"\n[proximal]\nsource = "arrival"\n')
     code = (
         "import sys; from pathlib import Path; from oldlogits.config import load_config;"
         f"c = load_config(Path({str(tmp_path / 'r.toml')!r}), ['--band', '2']); assert c.band == 2;"

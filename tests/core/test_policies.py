@@ -164,7 +164,7 @@ def test_a_source_of_another_policy_names_the_variant_that_it_feeds_experimental
 
 
 def test_an_unknown_source_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match=r"unknown source\.type; got: 'snap'; allowed: snapshot, .*, none"):
+    with pytest.raises(ConfigError, match=r"unknown proximal\.source; got: 'snap'; allowed: snapshot, .*, none"):
         check_source("decoupled_exact", "snap")
 
 
