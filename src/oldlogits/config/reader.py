@@ -172,6 +172,9 @@ def _allowed(hint: Any) -> str:
     if get_origin(hint) is not Annotated:
         return _type_in_words(hint)
     kind, notes = hint.__origin__, hint.__metadata__
+    names = next((note for note in notes if isinstance(note, tuple)), None)
+    if names is not None:
+        return ", ".join(names)
     low = next(
         (("(" if isinstance(n, Gt) else "[", n.gt if isinstance(n, Gt) else n.ge) for n in notes if isinstance(n, Gt | Ge)),
         None,

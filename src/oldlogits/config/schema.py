@@ -13,6 +13,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from oldlogits.config.kinds import BACKENDS, ENGINES, PARSERS, SERVER_PROTOCOLS, SOURCES
 from oldlogits.config.ranges import AboveOne, AboveZero, Auto, Count, Decay, NotNegative, Positive, Share
 from oldlogits.config.systems import EngineConfig, LockstepConfig, RayConfig, RuntimeConfig, VersionsConfig
+from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, VARIANTS
 
 __all__ = [
     "AuditConfig",
@@ -248,8 +249,8 @@ class RecordConfig:
 class RunConfig:
     """A run: everything that `oldlogits train` needs to know."""
 
-    variant: str = "decoupled_exact"
-    """A row of the paper's table: `oldlogits show variants` lists them."""
+    variant: Annotated[str, (*VARIANTS, *EXPERIMENTAL_VARIANTS)] = "decoupled_exact"
+    """A row of the paper's table, which says what r_d and r_s are: `oldlogits show variants`."""
     band: AboveOne = 1.5
     """Tokens whose mismatch ratio r_d is outside of [1/band, band] are masked; inf: none is."""
     seed: Count = 0
@@ -286,7 +287,7 @@ class RunConfig:
         if runtime.section == "ray":
             has_no_gpu = not self.ray.trainer_gpus
         else:
-            starts_servers = ENGINES.find(engine.type).has_servers and not engine.urls
+            starts_servers = ENGINES.find(engine.type)().has_servers and not engine.urls
             has_no_gpu = runtime.steps_engine or (starts_servers and SERVER_PROTOCOLS.find(engine.server).uses_gpu)
         return "cpu" if self.trainer.device == "auto" and has_no_gpu else self.trainer.device
 

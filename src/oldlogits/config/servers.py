@@ -21,7 +21,7 @@ def check_servers(config: RunConfig) -> None:
         ConfigError: What is wrong, what was found, what is allowed, and how to fix it.
     """
     engine = config.engine
-    kind, runtime = ENGINES.find(engine.type), BACKENDS.find(config.runtime.type)
+    kind, runtime = ENGINES.find(engine.type)(), BACKENDS.find(config.runtime.type)
     _check_ray(config)
     if runtime.steps_engine and not kind.is_stepwise:
         raise ConfigError(
