@@ -12,6 +12,7 @@ import json
 import math
 import types
 from collections.abc import Callable, Iterator, Mapping
+from operator import attrgetter
 from typing import Annotated, Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -113,11 +114,18 @@ def _refusal(kind: type, problem: str, where: tuple[int | str, ...], value: obje
         return ConfigError(f"[{key}] is a table", got=repr(value), allowed=f"[{key}] with keys", fix=f"write [{key}]")
     allowed = allowed_values(hint)
     if problem in _BOUNDS:
-        fix = f"choose {key} within these bounds"
-        return ConfigError(f"{key} is out of range", got=f"{key} = {value}", allowed=allowed, fix=fix)
+        return ConfigError(f"{key} is out of range", got=f"{key} = {value}", allowed=allowed, fix=_example(kind, key))
     if get_origin(hint) is Literal:
         return ConfigError(f"{key} has no such choice", got=repr(value), allowed=allowed, fix="choose one of these")
     return ConfigError(f"{key} takes {_type_in_words(hint)}", got=repr(value), allowed=allowed, fix="correct the value")
+
+
+def _example(kind: type, key: str) -> str:
+    """What a key may be set to: its default, where the dataclass has one."""
+    try:
+        return f"{key} = {attrgetter(key)(kind())}, for example"
+    except (TypeError, AttributeError):
+        return "choose a value within these bounds"
 
 
 def _located(kind: type, where: tuple[int | str, ...]) -> tuple[str, Any]:
