@@ -104,4 +104,4 @@ class RayConfig:
     placement: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = "SPREAD"
     """How the first workers are placed. PACK: on few nodes. SPREAD: on many. STRICT_SPREAD: each on a node of its own."""
     start_timeout_s: AboveZero = 300.0
-    """Seconds until the cluster must have given every actor its place."""
+    """Seconds until the cluster must have given every actor its place, and again until each must have started there."""
