@@ -14,7 +14,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from oldlogits.models.tiny import TinySize, save_tiny, tiny_model, tiny_tokenizer
+from order_desk.tiny import TinySize, save_tiny, tiny_model, tiny_tokenizer
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the tests in the background ignores it
 

@@ -12,9 +12,9 @@ import torch
 
 from oldlogits.cli.show import TABLES
 from oldlogits.config import RunConfig, load_config
-from oldlogits.envs.desk_data import ruling
-from oldlogits.envs.shape import load_environment
+from oldlogits.envs.base import load_environment
 from oldlogits.record.events import EventKind, read_events
+from order_desk.data import ruling
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENTS = (ROOT / "docs" / "environments.md").read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ import gc
 import pytest
 
 from oldlogits.backends.ray.remote_environments import AwaitingRunner, PlaceLostError, stand_in
-from oldlogits.envs.shape import tool_schemas
+from oldlogits.envs.tools import tool_schemas
 from oldlogits.rollout.turns import EnvironmentFailed, EnvironmentLost, system_prompt_of
 
 

@@ -14,11 +14,11 @@ from rich.console import Console
 from oldlogits.cli.main import run as command
 from oldlogits.cli.play import play
 from oldlogits.core.errors import ConfigError, ModelFolderError
-from oldlogits.envs.desk import OrderDesk
-from oldlogits.envs.desk_data import WORDS
-from oldlogits.envs.shape import tool_names
-from oldlogits.models.tiny import TinySize, save_tiny, tiny_model, tiny_tokenizer
+from oldlogits.envs.tools import tool_names
 from oldlogits.record.folder import RunFolder
+from order_desk.data import WORDS
+from order_desk.environment import OrderDesk
+from order_desk.tiny import TinySize, save_tiny, tiny_model, tiny_tokenizer
 
 from ..runs import recipe
 

