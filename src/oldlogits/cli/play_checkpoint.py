@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from oldlogits.cli.play import EndedEarlyError, Role
+from oldlogits.cli.player import EndedEarlyError, Role
 from oldlogits.config import check_model_folder, config_from_table
 from oldlogits.config.schema import EnvConfig
 from oldlogits.core.engine import Sampling
