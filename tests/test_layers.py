@@ -126,6 +126,11 @@ def test_each_heavy_optional_package_is_imported_in_one_file_at_most():
     assert {name: users[name] for name in HEAVY if len(users[name]) > 1} == {}
 
 
+def test_the_product_imports_no_example_and_nothing_that_measures_it():
+    outside = {target.split(".")[0] for targets in IMPORTS.values() for target in targets}
+    assert outside & {"order_desk", "number_guess", "examples", "studies", "benchmarks", "tests"} == set()
+
+
 def reachable(start):
     """The modules of this package that importing `start` imports, and what they import from elsewhere."""
     inside, outside, todo = set(), set(), [start]
