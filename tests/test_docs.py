@@ -16,6 +16,8 @@ from oldlogits.envs.base import load_environment
 from oldlogits.record.events import EventKind, read_events
 from order_desk.data import ruling
 
+from .waiting import HUNG_S
+
 ROOT = Path(__file__).parents[1]
 ENVIRONMENTS = (ROOT / "docs" / "environments.md").read_text(encoding="utf-8")
 NUMBER_GUESS = ROOT / "examples" / "number_guess"
@@ -32,7 +34,8 @@ def test_the_variant_table_of_a_document_is_the_one_in_code(document: str) -> No
 
 
 def test_every_relative_link_of_the_documents_leads_to_a_file() -> None:
-    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")]:
+    beside = [path for folder in ("examples", "studies", "benchmarks") for path in (ROOT / folder).rglob("*.md")]
+    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *beside]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
 
@@ -67,7 +70,7 @@ def test_the_environment_of_the_documents_trains(tmp_path: Path, monkeypatch: py
         [sys.executable, "-m", "oldlogits", "train", "guess.toml", *overrides, *small],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HUNG_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -19,6 +19,7 @@ plain, hermes = PlainParser(), HermesParser()
 WORD = st.from_regex(r"[a-z0-9.,]{1,8}", fullmatch=True)
 
 
+@pytest.mark.slow
 @given(name=WORD, words=st.lists(WORD, max_size=4))
 def test_a_plain_call_reads_back_as_it_was_written(name, words):
     call = ToolCall(name=name, positional=tuple(words))

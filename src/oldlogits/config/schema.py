@@ -273,7 +273,7 @@ class RayConfig:
     placement: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = "SPREAD"
     """Of the first workers on the nodes. PACK: few nodes. SPREAD: many. STRICT_SPREAD: each worker on a node of its own."""
     start_timeout_s: float = 300.0
-    """Seconds until the cluster must have given every actor its place."""
+    """Seconds until the cluster must have given every actor its place, and again until each must have started there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
