@@ -25,10 +25,10 @@ from oldlogits.batch import collate
 from oldlogits.config import RunConfig, config_from_table, load_config
 from oldlogits.core.scoring import BatchTokens
 from oldlogits.core.trajectory import Context, Sampled, Segment, Trajectory, TrajectoryGroup
-from oldlogits.models.tiny import TinySize, save_tiny, tiny_model, tiny_tokenizer
 from oldlogits.record.events import EventKind, read_events
 from oldlogits.run.run import run
 from oldlogits.sources import check_scored, make_source
+from order_desk.tiny import TinySize, save_tiny, tiny_model, tiny_tokenizer
 
 WINDOW = 4  # versions that a trajectory spans
 GROUPS, MEMBERS = 16, 8

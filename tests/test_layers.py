@@ -147,6 +147,11 @@ def executed(path):
 EXECUTED = {module_name(path): executed(path) for path in FILES}
 
 
+def test_the_product_imports_no_example_and_nothing_that_measures_it():
+    outside = {target.split(".")[0] for targets in IMPORTS.values() for target in targets}
+    assert outside & {"order_desk", "number_guess", "examples", "studies", "benchmarks", "tests"} == set()
+
+
 def reachable(start):
     """The modules of this package that importing `start` imports, and what they import from elsewhere."""
     inside, outside, todo = set(), set(), [start]

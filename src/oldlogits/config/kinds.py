@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
 from oldlogits.core.registry import Registry
 
@@ -72,9 +72,4 @@ BACKENDS: Final = Registry[type[LocalTraits]](
     "runtime",
     key="runtime.type",
     builtin={"lockstep": f"{_HERE}:LockstepTraits", "local": f"{_HERE}:LocalTraits", "ray": f"{_HERE}:RayTraits"},
-)
-PARSERS: Final = Registry[Any](
-    "parser",
-    key="env.parser",
-    builtin={"plain": "oldlogits.envs.shape:parse_plain", "hermes": "oldlogits.envs.shape:parse_hermes"},
 )

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from oldlogits.batch import TokenBatch
 from oldlogits.config import Caution
 from oldlogits.core.engine import RolloutEngine
+from oldlogits.core.environment import Environment
 from oldlogits.core.scoring import DedicatedScorer, Scored, ScoredSpans, ScoringSpan
 from oldlogits.core.weights import FullWeights, PolicyVersion, WeightUpdate
 from oldlogits.engines.spec import EngineStats, Incident
-from oldlogits.envs.shape import Environment
 from oldlogits.rollout.buffer import Buffer
 from oldlogits.rollout.turns import EnvironmentRunner
 from oldlogits.sources import EngineScores

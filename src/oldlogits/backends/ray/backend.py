@@ -277,7 +277,7 @@ def _maker(config: RunConfig, spec: LaunchSpec, places: Sequence[Place]) -> Call
     def make(number: int) -> Actor:
         place = places[number] if number < len(places) else cluster.anywhere(**amounts)
         own = replace(spec, seed=spec.seed + number)
-        arguments = (own, f"worker-{number}", env.target, env.timeout_s, node)
+        arguments = (own, f"worker-{number}", env, node)
         return Actor(actors.Worker, arguments, place=place, num_calls=1000)
 
     return make
