@@ -134,6 +134,7 @@ def _check_trainer(config: RunConfig) -> None:
     _require(t.warmup_steps >= 0, "trainer.warmup_steps", t.warmup_steps, ">= 0", "4")
     _require(0 <= t.min_lr_ratio <= 1, "trainer.min_lr_ratio", t.min_lr_ratio, "in [0, 1]", "1.0: constant")
     _require(t.max_grad_norm > 0, "trainer.max_grad_norm", t.max_grad_norm, "> 0", "1.0")
+    _require(t.num_threads >= 1, "trainer.num_threads", t.num_threads, ">= 1", "1")
     _require(t.micro_batch_tokens >= 1, "trainer.micro_batch_tokens", t.micro_batch_tokens, ">= 1", "8192")
     _require(t.head_chunk_tokens >= 1, "trainer.head_chunk_tokens", t.head_chunk_tokens, ">= 1", "2048")
     _require(

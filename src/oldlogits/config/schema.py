@@ -220,6 +220,9 @@ class TrainerConfig:
     """Where the trainer and the dedicated scorer keep their models. auto: on a GPU if torch finds one and nobody else has it:
     not in lockstep, which repeats bit for bit, on Ray only with ray.trainer_gpus, and not beside a vLLM that the run starts.
     The embedded engine always computes on the CPU."""
+    num_threads: int = 1
+    """Threads of one operation on the CPU, in the process of the trainer and in that of the dedicated scorer. Sums depend on
+    it: a run with another number gives other numbers."""
     activation_checkpointing: bool = False
     """Keep the activations between layers only, and compute those inside of a layer again in the backward pass."""
 
@@ -276,7 +279,7 @@ class RayConfig:
     placement: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = "SPREAD"
     """Of the first workers on the nodes. PACK: few nodes. SPREAD: many. STRICT_SPREAD: each worker on a node of its own."""
     start_timeout_s: float = 300.0
-    """Seconds until the cluster must have given every actor its place."""
+    """Seconds until the cluster must have given every actor its place, and again until each must have started there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

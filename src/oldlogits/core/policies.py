@@ -186,25 +186,31 @@ class Route:
         cost: What it costs, in one phrase.
         stores_versions: Whether the trainer stores versions for it.
         mixes_versions: Whether it gives OLD of tokens that were sampled over keys and values of older versions.
+        needs_scorer: Whether it asks a second model that only scores.
+        needs_average: Whether it asks the trainer for averaged weights.
     """
 
     provides: frozenset[Policy]
     cost: str
     stores_versions: bool = True
     mixes_versions: bool = False
+    needs_scorer: bool = False
+    needs_average: bool = False
 
 
 SOURCES: Final[Mapping[str, Route]] = MappingProxyType(
     {
         "snapshot": Route(provides=frozenset({OLD}), cost="stores every version that is still needed", mixes_versions=True),
-        "dedicated": Route(provides=frozenset({OLD}), cost="a second model, and its window of versions"),
+        "dedicated": Route(provides=frozenset({OLD}), cost="a second model, and its window of versions", needs_scorer=True),
         "interruption": Route(
             provides=frozenset({OLD}), cost="the engine waits while the trainer scores and steps", stores_versions=False
         ),
         "eager": Route(provides=frozenset({OLD}), cost="one extra version while the outgoing one is scored"),
         "arrival": Route(provides=frozenset({ASYNC}), cost="one forward, no storage", stores_versions=False),
-        "ewma": Route(provides=frozenset({EWMA}), cost="one forward, one fp32 copy", stores_versions=False),
-        "aged": Route(provides=frozenset({AGED}), cost="two forwards, one fp32 copy", stores_versions=False),
+        "ewma": Route(provides=frozenset({EWMA}), cost="one forward, one fp32 copy", stores_versions=False, needs_average=True),
+        "aged": Route(
+            provides=frozenset({AGED}), cost="two forwards, one fp32 copy", stores_versions=False, needs_average=True
+        ),
         "rescore": Route(provides=frozenset({RESCORE}), cost="two forwards, no storage", stores_versions=False),
         "none": Route(provides=frozenset(), cost="nothing", stores_versions=False),
     }

@@ -94,7 +94,6 @@ def client(protocol: type[T], transport: Transport, **attributes: object) -> T:
     return cast(T, _client_class(protocol)(transport, **attributes))
 
 
-@functools.cache
 def calls_of(protocol: type) -> frozenset[str]:
     """The names of a Protocol's coroutine methods: what a client may call."""
     return frozenset(name for name in _members(protocol) if inspect.iscoroutinefunction(getattr(protocol, name)))
@@ -133,7 +132,6 @@ def _members(protocol: type) -> frozenset[str]:
     return frozenset(name for name in dir(protocol) if not name.startswith("_"))
 
 
-@functools.cache
 def _client_class(protocol: type) -> type[Client]:
     methods = {name: _forwarder(name, getattr(protocol, name)) for name in calls_of(protocol)}
     return type(f"{protocol.__name__}Client", (Client,), {"__doc__": protocol.__doc__, **methods})

@@ -185,14 +185,22 @@ class ChildProcess:
     def _read(self) -> None:
         """The reader thread: resolve futures until the child ends, then fail those that are left."""
         try:
-            while self._pipe in wait([self._pipe, self._process.sentinel]):
-                for reply in self._pipe.recv():
+            while (replies := self._receive()) is not None:
+                for reply in replies:
                     self._resolve(reply)
-            self._die(died(self.name, self._exit(), self._fix))
-        except (EOFError, OSError):
             self._die(died(self.name, self._exit(), self._fix))
         except Exception as error:  # supervision: whatever makes an answer unreadable, there will be no other one
             self.give_up(f"an answer that cannot be read: {type(error).__name__}: {error}")
+
+    def _receive(self) -> list[Reply] | None:
+        """The next replies; None: the child has ended."""
+        if self._pipe not in wait([self._pipe, self._process.sentinel]):
+            return None
+        try:
+            replies: list[Reply] = self._pipe.recv()
+        except (EOFError, OSError):
+            return None
+        return replies
 
     def _resolve(self, reply: Reply) -> None:
         value = self._codec.decode(reply.value)  # here, where no cancellation can leave behind what was put aside
