@@ -6,7 +6,7 @@ import pytest
 from oldlogits.core.scoring import ScoringSpan
 from oldlogits.run.specs import scorer_spec, trainer_spec
 from oldlogits.train import scorer_model as window_scorer_module
-from oldlogits.train import trainer as trainer_module
+from oldlogits.train import scorer as scorer_module
 from oldlogits.train.reports import ScoringWork
 from oldlogits.train.scorer_model import ScorerModel
 from oldlogits.train.trainer import Trainer
@@ -89,7 +89,7 @@ def test_a_switch_ends_when_the_module_points_at_the_weights_and_the_witness_is_
     published = trainer.publish()
     scorer.publish(1, published.update, published.probe_logps)
     clock = Clock()
-    for module in (trainer_module, window_scorer_module):
+    for module in (scorer_module, window_scorer_module):
         monkeypatch.setattr(module, "time", clock)
         monkeypatch.setattr(module, "point_at", clock.takes(1.0, module.point_at))
         monkeypatch.setattr(module, "score_tokens", clock.takes(10.0, module.score_tokens))
