@@ -69,6 +69,7 @@ ROUTES = {
 
 
 @pytest.mark.parametrize("route", SOURCES)
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_checkpoint_under_every_route(route, tiny_folder, tmp_path, capsys):
     out, (variant, provenance) = tmp_path / "run", ROUTES[route]
     more = {"num_updates": 4, "record": {"checkpoint_every": 2}, "lockstep": {"lag": "random"}}

@@ -5,8 +5,8 @@ import pytest
 
 from oldlogits.core.scoring import ScoringSpan
 from oldlogits.run.specs import scorer_spec, trainer_spec
-from oldlogits.train import scorer_model as window_scorer_module
 from oldlogits.train import scorer as scorer_module
+from oldlogits.train import scorer_model as window_scorer_module
 from oldlogits.train.reports import ScoringWork
 from oldlogits.train.scorer_model import ScorerModel
 from oldlogits.train.trainer import Trainer

@@ -94,11 +94,13 @@ class Models:
 
     def __init__(self, spec: BackendSpec, weights: ClusterWeights, places: Places) -> None:
         self._spec = spec
-        start = partial(ActorCalls, model_folder=spec.model_folder.resolve(), probe_ids=spec.probe_ids, weights=weights)
-        self.trainer = start("trainer", actors.build_trainer, spec.trainer, place=places.trainer)
+        where = (spec.model_folder.resolve(), spec.probe_ids)
+        arguments = (spec.trainer, *where)
+        self.trainer = ActorCalls("trainer", actors.build_trainer, arguments, weights=weights, place=places.trainer)
         self._scorer: ActorCalls | None = None
         if spec.scorer is not None and places.scorer is not None:
-            self._scorer = start("scorer", actors.build_scorer, spec.scorer, place=places.scorer)
+            told = (spec.scorer, *where)
+            self._scorer = ActorCalls("scorer", actors.build_scorer, told, weights=weights, place=places.scorer)
 
     def scorer_client(self) -> DedicatedScorer | None:
         """The dedicated scorer; None: there is none."""

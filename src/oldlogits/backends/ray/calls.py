@@ -6,9 +6,8 @@ Weights stay in the object store: those of an argument are passed by reference, 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from oldlogits.backends.ray import actors
@@ -20,7 +19,6 @@ from oldlogits.core.weights import FullWeights, PatchWeights
 from oldlogits.rpc.child import READY, Reply
 from oldlogits.rpc.client import CarryOut
 from oldlogits.train.reports import PublishedVersion
-from oldlogits.train.spec import ScorerSpec, TrainerSpec
 
 
 class ActorCalls:
@@ -29,9 +27,7 @@ class ActorCalls:
     Args:
         name: What the actor is: "trainer", "scorer".
         build: Called in the actor: builds what carries out the calls.
-        spec: What the actor is told.
-        model_folder: A Hugging Face folder that every node sees.
-        probe_ids: Fixed tokens that check every published version.
+        arguments: The arguments of `build`.
         weights: What brings weights to the nodes.
         place: The actor's place on the cluster.
     """
@@ -40,16 +36,13 @@ class ActorCalls:
         self,
         name: str,
         build: Callable[..., CarryOut],
-        spec: TrainerSpec | ScorerSpec,
-        model_folder: Path,
-        probe_ids: Sequence[int],
+        arguments: tuple[object, ...],
         *,
         weights: ClusterWeights,
         place: Mapping[str, Any],
     ) -> None:
         self._name, self._weights = name, weights
-        arguments = (name, build, (spec, model_folder, tuple(probe_ids)))
-        self._actor = Actor(actors.Calls, arguments, place=place, watched=True)
+        self._actor = Actor(actors.Calls, (name, build, arguments), place=place, watched=True)
 
     async def ready(self, start_s: float) -> None:
         """Wait until it is built.
