@@ -12,7 +12,7 @@ import oldlogits
 ROOT = Path(oldlogits.__file__).parent
 LEVELS = (
     {"core"},
-    {"objective"},
+    {"objective", "rpc"},
     {"batch"},
     {"models", "versions", "envs"},
     {"engines"},

@@ -68,6 +68,7 @@ REFUSED = {  # key -> values just outside, and beyond
     "trainer.beta2": [-0.1, 1.0, NAN],
     "trainer.max_grad_norm": [0.0, NAN],
     "trainer.minibatches_per_update": [0, 17],
+    "trainer.num_threads": [0],
     "trainer.micro_batch_tokens": [0],
     "trainer.head_chunk_tokens": [0],
     "lockstep.max_lag": [-1],

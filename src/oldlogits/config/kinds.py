@@ -37,28 +37,6 @@ class EmbeddedServerTraits:
     uses_gpu: ClassVar[bool] = False
 
 
-class LocalTraits:
-    """Processes of one machine."""
-
-    section: ClassVar[str] = ""
-    steps_engine: ClassVar[bool] = False
-    moves_trajectories: ClassVar[bool] = False
-
-
-class LockstepTraits(LocalTraits):
-    """One process in virtual time: it steps the engine itself, and controls every lag."""
-
-    section: ClassVar[str] = "lockstep"
-    steps_engine: ClassVar[bool] = True
-
-
-class RayTraits(LocalTraits):
-    """Actors of a cluster: each worker has one server of its own, and a trajectory may go on with another worker."""
-
-    section: ClassVar[str] = "ray"
-    moves_trajectories: ClassVar[bool] = True
-
-
 _HERE: Final = __name__
 ENGINES: Final = Registry[type[EmbeddedTraits] | type[VllmTraits]](
     "engine", key="engine.type", builtin={"embedded": f"{_HERE}:EmbeddedTraits", "vllm": f"{_HERE}:VllmTraits"}
@@ -67,9 +45,4 @@ SERVER_PROTOCOLS: Final = Registry[type[VllmServerTraits] | type[EmbeddedServerT
     "server protocol",
     key="engine.server",
     builtin={"vllm": f"{_HERE}:VllmServerTraits", "embedded": f"{_HERE}:EmbeddedServerTraits"},
-)
-BACKENDS: Final = Registry[type[LocalTraits]](
-    "runtime",
-    key="runtime.type",
-    builtin={"lockstep": f"{_HERE}:LockstepTraits", "local": f"{_HERE}:LocalTraits", "ray": f"{_HERE}:RayTraits"},
 )

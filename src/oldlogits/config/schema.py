@@ -10,9 +10,11 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from oldlogits.config.kinds import BACKENDS, ENGINES, SERVER_PROTOCOLS
+from oldlogits.config.kinds import ENGINES, SERVER_PROTOCOLS
 from oldlogits.config.ranges import AboveOne, AboveZero, Auto, Count, Decay, NotNegative, Positive, Share
 from oldlogits.config.systems import EngineConfig, LockstepConfig, RayConfig, RuntimeConfig, VersionsConfig
+from oldlogits.core.backend import BACKENDS
+from oldlogits.core.environment import ADAPTERS
 from oldlogits.core.loss import LOSSES
 from oldlogits.core.parser import PARSERS
 from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, VARIANTS
@@ -214,6 +216,9 @@ class TrainerConfig:
     """Where the trainer and the dedicated scorer keep their models. auto: on a GPU if torch finds one and nobody else has it:
     not in lockstep, which repeats bit for bit, on Ray only with ray.trainer_gpus, and not beside a vLLM that the run starts.
     The embedded engine always computes on the CPU."""
+    num_threads: int = 1
+    """Threads of one operation on the CPU, in the process of the trainer and in that of the dedicated scorer. Sums depend on
+    it: a run with another number gives other numbers."""
     activation_checkpointing: bool = False
     """Keep the activations between layers only, and compute those inside of a layer again in the backward pass."""
 

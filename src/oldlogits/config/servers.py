@@ -6,8 +6,9 @@ from dataclasses import fields
 from typing import Final
 from urllib.parse import urlsplit
 
-from oldlogits.config.kinds import BACKENDS, ENGINES, SERVER_PROTOCOLS
+from oldlogits.config.kinds import ENGINES, SERVER_PROTOCOLS
 from oldlogits.config.schema import EngineConfig, RayConfig, RunConfig
+from oldlogits.core.backend import BACKENDS
 from oldlogits.core.errors import ConfigError
 
 _OF_SERVERS: Final = ("urls", "token_env", "server", "num_servers", "flags", "python")

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
-from oldlogits.config.kinds import BACKENDS, ENGINES, SERVER_PROTOCOLS
+from oldlogits.config.kinds import ENGINES, SERVER_PROTOCOLS
 from oldlogits.config.ranges import AboveZero, Auto, Count, NotNegative, Positive
+from oldlogits.core.backend import BACKENDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,7 +36,7 @@ class ModelOrder:
     """
 
     seed: int
-    steps: int | Literal[auto]
+    steps: int | Literal["auto"]
     environment: type
     parser: str
     folder: str = ""
