@@ -14,7 +14,7 @@ import oldlogits
 ROOT = Path(oldlogits.__file__).parent
 LEVELS = (
     {"core"},
-    {"objective"},
+    {"objective", "rpc"},
     {"batch"},
     {"models", "versions", "envs"},
     {"engines"},
@@ -33,24 +33,18 @@ EVENTS = {"oldlogits.record.events"}
 HEAVY = ("ray", "vllm", "peft", "deepspeed", "bitsandbytes", "flash_attn", "triton", "accelerate", "wandb", "trackio", "trl")
 
 
-class _WithoutTypeChecking(ast.NodeTransformer):
-    def visit_If(self, node):
-        return None if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING" else self.generic_visit(node)
-
-
 def module_name(path):
     parts = path.relative_to(ROOT.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported(path, *, at_run_time=False):
-    """Every module that a file imports, wherever in the file; `from package import module` counts as the module.
+def imported(path):
+    """Every module that a file imports, wherever in the file; `from package import module` counts as the module."""
+    return imported_by(ast.parse(path.read_text(encoding="utf-8")), path)
 
-    `at_run_time`: without what only type checkers import.
-    """
-    found, tree = set(), ast.parse(path.read_text(encoding="utf-8"))
-    if at_run_time:
-        tree = _WithoutTypeChecking().visit(tree)
+
+def imported_by(tree, path):
+    found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -65,7 +59,6 @@ def imported(path, *, at_run_time=False):
 FILES = sorted(ROOT.rglob("*.py"))
 NAMES = {module_name(path) for path in FILES}
 IMPORTS = {module_name(path): imported(path) for path in FILES}
-LOADED = {module_name(path): imported(path, at_run_time=True) for path in FILES}
 INTERNAL = {name: {i for i in imports if i.split(".")[0] == "oldlogits"} for name, imports in IMPORTS.items()}
 
 
@@ -144,8 +137,25 @@ def test_each_heavy_optional_package_is_imported_in_one_file_at_most():
     assert {name: users[name] for name in HEAVY if len(users[name]) > 1} == {}
 
 
+def executed(path):
+    """What importing a file imports: all but what stands under ``if TYPE_CHECKING:``."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
+    return imported_by(tree, path)
+
+
+EXECUTED = {module_name(path): executed(path) for path in FILES}
+
+
+def test_the_product_imports_no_example_and_nothing_that_measures_it():
+    outside = {target.split(".")[0] for targets in IMPORTS.values() for target in targets}
+    assert outside & {"order_desk", "number_guess", "examples", "studies", "benchmarks", "tests"} == set()
+
+
 def reachable(start):
-    """The modules of this package that importing `start` imports at run time, and what they import from elsewhere."""
+    """The modules of this package that importing `start` imports, and what they import from elsewhere."""
     inside, outside, todo = set(), set(), [start]
     while todo:
         module = todo.pop()
@@ -153,8 +163,9 @@ def reachable(start):
             continue
         inside.add(module)
         parent = module.rpartition(".")[0]
-        outside |= {t.split(".")[0] for t in LOADED[module] if t not in NAMES}
-        todo += [t for t in (*LOADED[module], parent) if t in NAMES]
+        imports = EXECUTED[module]
+        outside |= {t.split(".")[0] for t in imports if t not in NAMES}
+        todo += [t for t in (*imports, parent) if t in NAMES]
     return inside, outside
 
 
@@ -170,18 +181,14 @@ def test_events_stand_on_their_lines_alone():
     assert modules == {"oldlogits.record", "oldlogits.record.events", "oldlogits.record.jsonl"}
 
 
-ASKED_FOR_A_RECIPE = ("embedded.kind", "http.kind", "protocols.vllm", "protocols.embedded")
-"""What a registry of engines or servers imports when a recipe names one; these import heavy packages in functions only."""
+@pytest.mark.parametrize("module", ["embedded.kind", "http.kind", "protocols.vllm", "protocols.embedded"])
+def test_an_engine_or_a_protocol_that_a_recipe_names_is_imported_without_heavy_packages(module):
+    code = f"import sys, oldlogits.engines.{module}; print(sorted({{'torch', 'transformers', 'aiohttp'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_config_does_not_need_torch():
     assert not reachable("oldlogits.config")[1] & {"torch", "transformers", "safetensors"}
-
-
-@pytest.mark.parametrize("module", ASKED_FOR_A_RECIPE)
-def test_what_a_recipe_names_is_imported_without_torch(module):
-    code = f"import sys, oldlogits.engines.{module}; print(sorted({{'torch', 'transformers', 'aiohttp'}} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_there_is_no_drawer_for_odds_and_ends():

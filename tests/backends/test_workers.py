@@ -8,10 +8,8 @@ from oldlogits.backends.ray import workers as ray_workers
 from oldlogits.backends.ray.desired_workers import write_wanted
 from oldlogits.backends.ray.weights import ClusterWeights
 from oldlogits.backends.ray.workers import Workers
-from oldlogits.config import config_from_table
-from oldlogits.core.engine_spec import Timeouts
+from oldlogits.core.engine_spec import ServerOptions, Timeouts
 from oldlogits.engines.http.fleet import Fleet
-from oldlogits.engines.protocols.vllm import VllmProtocol
 
 from ..waiting import HUNG_S
 
@@ -24,8 +22,14 @@ def followed(tmp_path, monkeypatch):
     monkeypatch.setattr(ray_workers, "POLL_S", POLL_S)
 
     async def follow(scenario):
-        config = config_from_table({"runtime": {"type": "ray"}})
-        workers = Workers(config, lambda number: None, tmp_path, ClusterWeights(), VllmProtocol)
+        workers = Workers(
+            lambda number: None,
+            tmp_path,
+            ClusterWeights(),
+            num_workers=2,
+            environment_timeout_s=20.0,
+            servers=ServerOptions(protocol="vllm"),
+        )
         workers.fleet = Fleet(workers.replicas, Timeouts())
         warned = []
         workers.warn = lambda caution: warned.append(caution.message)

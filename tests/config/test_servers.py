@@ -40,7 +40,7 @@ def test_what_can_work_passes(keys):
         ({"num_servers": 0}, "num_servers"),
         ({"recover_s": 0.0}, "recover_s"),
         ({"precision": "fp8_dynamic"}, "fp8_dynamic"),
-        ({"kv": "stale"}, "of no version"),
+        ({"kv": "stale"}, "are of no version"),
         ({"server": "sglang"}, "vllm, embedded"),
         ({"type": "embedded", "urls": [URL]}, "has no servers"),
     ],
@@ -58,7 +58,7 @@ def test_lockstep_is_not_for_servers():
 
 def test_an_unknown_type_is_refused_with_its_choices():
     with pytest.raises(ConfigError, match="embedded, vllm"):
-        check(config_from_table({"engine": {"type": "sglang"}}))
+        check(engine(type="sglang"))
 
 
 def ray(**sections):

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM as AnyModel
 from transformers import (
     CohereConfig,
     Gemma2Config,
@@ -16,7 +17,6 @@ from transformers import (
     MistralConfig,
     Phi3Config,
 )
-from transformers import AutoModelForCausalLM as AnyModel
 
 from oldlogits.config import check, config_from_table
 from oldlogits.core.errors import ModelFolderError

@@ -1,8 +1,8 @@
-"""Runtime "local": engine and trainer in processes of their own on this machine, environments in threads.
+"""The backend "local": engine and trainer in processes of their own on this machine, environments in threads.
 
-controller (this process, no model)  ---pipe---> engine process   samples while ... (or servers over HTTP)
+controller (this process, no model)  ---pipe---> engine process   samples while ... (servers: HTTP)
                                      ---pipe---> trainer process  ... this one scores and steps
-                     ---pipe---> scorer process   source "dedicated" only
+                                     ---pipe---> scorer process   where the source asks a second model
 """
 
 from __future__ import annotations
@@ -10,66 +10,80 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from pathlib import Path
 
-from oldlogits.backends.scorer_process import ScorerProcess
-from oldlogits.backends.trainer_process import TrainerProcess
-from oldlogits.config import RunConfig
-from oldlogits.config.engine import engine_spec, server_options
-from oldlogits.core.engine import ENGINES
+from oldlogits.backends.processes import ModelProcess, start_scorer, start_trainer
+from oldlogits.config import Caution
+from oldlogits.core.engine import OpenEngine
+from oldlogits.core.engine_stats import EngineStats, Incident
+from oldlogits.core.scoring import DedicatedScorer
 from oldlogits.engines.shared_memory import unshare, unshare_ended
-from oldlogits.loop.backend import Backend
+from oldlogits.loop.backend import Backend, BackendSpec
 from oldlogits.rollout.environment_runner import ThreadRunner
+from oldlogits.rpc.client import client
+from oldlogits.train.calls import TrainerCalls
+
+
+class LocalBackend(Backend):
+    """Processes of this machine."""
+
+    def __init__(self, opened: OpenEngine, spec: BackendSpec, trainer: ModelProcess, scorer: ModelProcess | None) -> None:
+        super().__init__(
+            engine=opened.engine,
+            trainer=client(TrainerCalls, trainer),  # type: ignore[type-abstract]
+            run_environment=ThreadRunner(timeout_s=spec.env.timeout_s, latency_s=spec.env.latency_s, seed=spec.sampler.seed),
+            scorer=_scorer(spec, scorer),
+        )
+        self._opened = opened
+
+    async def engine_stats(self) -> EngineStats:
+        """The engine's counters."""
+        return await self._opened.stats()
+
+    def listen(self, hear: Callable[[Incident | Caution], None]) -> None:
+        """Tell `hear` what happens to servers."""
+        self._opened.listen(hear)
 
 
 @asynccontextmanager
-async def open_local(
-    config: RunConfig, model_folder: Path, probe_ids: Sequence[int], sampler_seed: int, *, log_folder: Path
-) -> AsyncIterator[Backend]:
+async def open_local(spec: BackendSpec) -> AsyncIterator[LocalBackend]:
     """Start the processes; on leaving none of them stays behind, whatever happened."""
-    runner = ThreadRunner(timeout_s=config.env.timeout_s, latency_s=config.env.latency_s, seed=sampler_seed)
     async with AsyncExitStack() as stack:  # each is closed even if Ctrl-C interrupts the closing of another
         unshare_ended()
         stack.callback(unshare, os.getpid())
         with _ignoring_interrupts():
-            spec, servers = engine_spec(config, model_folder.resolve(), seed=sampler_seed), server_options(config, log_folder)
-            opened = await stack.enter_async_context(ENGINES.find(config.engine.type)().open(spec, servers))
-            trainer = TrainerProcess(config, model_folder, probe_ids)
+            opened = await stack.enter_async_context(spec.engine.open(spec.sampler, spec.servers))
+            trainer = start_trainer(spec.trainer, spec.model_folder, spec.probe_ids)
             stack.callback(trainer.close)
-            scorer = ScorerProcess(config, model_folder, probe_ids) if config.proximal.source == "dedicated" else None
+            scorer = start_scorer(spec.scorer, spec.model_folder, spec.probe_ids) if spec.scorer is not None else None
             if scorer is not None:
                 stack.callback(scorer.close)
         await opened.ready()
         await trainer.ready()
-        workers: list[asyncio.Task[None]] = []
+        watched: list[Coroutine[None, None, None]] = []
         if scorer is not None:
             await scorer.ready()
-            workers.append(asyncio.create_task(scorer.watch()))  # most of its calls are nobody's to wait for
+            watched.append(scorer.watch())  # most of its calls are nobody's to wait for
         if opened.supervise is not None:
-            workers.append(asyncio.create_task(opened.supervise()))
-        for worker in workers:
-            stack.push_async_callback(_cancelled, worker)
-        yield Backend(
-            engine=opened.engine,
-            trainer=trainer.handle,
-            run_environment=runner,
-            engine_stats=opened.stats,
-            clock=time.perf_counter,
-            real_time=True,
-            watch=lambda buffer: None,
-            scorer=scorer,
-            listen=opened.listen,
-            workers=tuple(workers),
-        )
+            watched.append(opened.supervise())
+        backend = LocalBackend(opened, spec, trainer, scorer)
+        backend.workers = tuple(map(asyncio.create_task, watched))
+        stack.push_async_callback(cancel, backend.workers)
+        yield backend
 
 
-async def _cancelled(worker: asyncio.Task[None]) -> None:
-    """Cancel a task, and wait until it has put away what it used."""
-    worker.cancel()
-    await asyncio.gather(worker, return_exceptions=True)
+def _scorer(spec: BackendSpec, process: ModelProcess | None) -> DedicatedScorer | None:
+    if process is None or spec.scorer is None:
+        return None
+    return client(DedicatedScorer, process, window=spec.scorer.window)  # type: ignore[type-abstract]
+
+
+async def cancel(tasks: tuple[asyncio.Task[None], ...]) -> None:
+    """Cancel tasks, and wait until they have put away what they used."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from oldlogits.core.engine_stats import EngineStats, Line
-from oldlogits.loop.backend import TrainerState
+from oldlogits.train.reports import TrainerState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

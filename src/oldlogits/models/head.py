@@ -49,7 +49,7 @@ def check_head(model: PreTrainedModel, folder: Path) -> None:
     if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4, equal_nan=True):
         raise ModelFolderError(
             "the trainer cannot train this model: between its decoder and its logits is more than a linear head",
-            got=f"model_type '{model.config.model_type}' in {folder}: logits differ by up to {(found - expected).abs().max():.2g}",
+            got=f"model_type '{model.config.model_type}' in {folder}: logits off by {(found - expected).abs().max():.2g}",
             allowed="logits that are a linear layer of the final hidden states, scaled or soft-capped",
             fix="choose another model",
         )

@@ -11,20 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from oldlogits.config import RunConfig
 from oldlogits.config.engine import engine_spec, server_options
+from oldlogits.core.backend import BACKENDS
 from oldlogits.core.engine import ENGINES
-from oldlogits.core.policies import SOURCES
+from oldlogits.core.source import SOURCES
+from oldlogits.core.starting_model import MODELS, DescribedModel, is_model_folder
 from oldlogits.models.load import decoder_layers, meta_model, read_model_config
-from oldlogits.models.tiny import tiny_model
-from oldlogits.train.average import AVERAGING_SOURCES
-from oldlogits.train.warm_start import spec_of
-
-TINY_VOCABULARY: Final = 128
-"""About the words of the order desk."""
 
 RANKS: Final = (1, 2, 4, 8)
 """Numbers of ranks that share a trainer, for which its bytes are said."""
@@ -166,7 +161,7 @@ def _cost(config: RunConfig, shape: ModelShape) -> Cost:
     own_head = shape.head_parameters if shape.is_tied else 0
     per_token = 2 * 4 * shape.layers * shape.kv_heads * shape.head_dim
     kind, spec = ENGINES.find(config.engine.type)(), engine_spec(config, Path(config.model.path))
-    stored = _stored_versions(config)
+    stored, source = _stored_versions(config), SOURCES.find(config.proximal.source)
     return Cost(
         shape=shape,
         version_bytes=version,
@@ -177,10 +172,8 @@ def _cost(config: RunConfig, shape: ModelShape) -> Cost:
         gathered_bytes=GATHERED_LAYERS * 4 * max(shape.layer_parameters, shape.head_parameters),
         store_bytes=version * stored,
         expected_store_bytes=version + patch * (stored - 1) if stored else 0,
-        scorer_bytes=masters + version + patch * config.proximal.scorer_versions
-        if config.proximal.source == "dedicated"
-        else 0,
-        average_bytes=4 * trained if config.proximal.source in AVERAGING_SOURCES else 0,
+        scorer_bytes=masters + version + patch * config.proximal.scorer_versions if source.needs_scorer else 0,
+        average_bytes=4 * trained if source.keeps_average else 0,
         view_bytes=0 if config.engine.precision == "fp32" else 4 * (num + own_head),
         engine_bytes=kind.weight_bytes(spec, num_parameters=num, head_parameters=own_head),
         cache_bytes=kind.cache_bytes(spec, token_bytes=per_token),
@@ -227,7 +220,7 @@ def _patch_bytes(config: RunConfig, version_bytes: int) -> int:
 def _sends_patches(config: RunConfig, version_bytes: int, patch_bytes: int) -> bool:
     stores = _stored_versions(config) > 0
     return (
-        config.runtime.type != "lockstep"
+        not BACKENDS.find(config.runtime.type).steps_engine
         and config.engine.weight_sync == "auto"
         and stores
         and 2 * patch_bytes <= version_bytes
@@ -243,21 +236,19 @@ def _most_chains(config: RunConfig) -> int:
 
 def _stored_versions(config: RunConfig) -> int:
     """The most versions in the trainer's store, at the moment of a publish."""
-    if config.audit.share > 0 or config.proximal.source in ("snapshot", "dedicated"):
-        return config.window + 2
-    return 2 if SOURCES[config.proximal.source].stores_versions else 0
+    return config.window + 2 if config.audit.share > 0 else SOURCES.find(config.proximal.source).most_stored(config.window)
 
 
 def _model(config: RunConfig) -> PreTrainedModel | None:
-    """The recipe's model without storage; None: there is no such config.
+    """The recipe's model without storage; None: its config is not known yet.
 
     Raises:
         ModelFolderError: Its engine or the trainer cannot run the model.
     """
-    if config.model.is_tiny:
-        with torch.device("meta"):
-            return tiny_model(spec_of(config).size, TINY_VOCABULARY, 0, 0, 0)
     folder = Path(config.model.path)
+    if not is_model_folder(config.model.path):
+        starting = MODELS.find(config.model.path)
+        return meta_model(starting.architecture(), folder) if isinstance(starting, DescribedModel) else None
     if not (folder / "config.json").is_file():
         return None
     spec = replace(engine_spec(config, folder), max_context=2)  # whether it is long enough is asked when it runs

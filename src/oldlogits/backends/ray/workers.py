@@ -16,9 +16,10 @@ from oldlogits.backends.ray.cluster import Actor, ActorEndedError, ClusterError,
 from oldlogits.backends.ray.desired_workers import read_wanted
 from oldlogits.backends.ray.remote_environments import Place, PlaceLostError
 from oldlogits.backends.ray.weights import ClusterWeights
-from oldlogits.config import Caution, RunConfig
+from oldlogits.config import Caution
+from oldlogits.core.engine_spec import ServerOptions
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.server import ServerFailedError, ServerProtocol, SharedWeights
+from oldlogits.core.server import SERVER_PROTOCOLS, ServerFailedError, ServerProtocol, SharedWeights
 from oldlogits.engines.http.client import HttpClient
 from oldlogits.engines.http.fleet import Fleet
 from oldlogits.engines.http.replica import Replica
@@ -186,34 +187,37 @@ class Workers:
     """The rollout workers of a run: as many as are wanted, and where environments are placed.
 
     Args:
-        config: The run.
         make: Makes the actor of a worker, given its number.
-        folder: Of the run, where `oldlogits workers` says how many there are to be.
-        weights: Of the cluster.
-        protocol: Of the workers' servers.
+        folder: The run folder, where `oldlogits workers` says how many there are to be.
+        weights: What brings weights to the nodes.
+        num_workers: How many there are at first.
+        environment_timeout_s: How long one call of an environment may take.
+        servers: What their servers are, and how long calls to them may take.
     """
 
     def __init__(
         self,
-        config: RunConfig,
         make: Callable[[int], Actor],
         folder: Path,
         weights: ClusterWeights,
-        protocol: type[ServerProtocol],
+        *,
+        num_workers: int,
+        environment_timeout_s: float,
+        servers: ServerOptions,
     ) -> None:
-        self._config, self._make, self._folder, self._weights = config, make, folder, weights
-        self._protocol = protocol
+        self._make, self._folder, self._weights = make, folder, weights
+        self._environment_timeout_s, self._servers = environment_timeout_s, servers
         self._num_made = 0
         self._workers: dict[Replica, RayWorker] = {}
         self.fleet: Fleet | None = None
         self.warn: Callable[[Caution], None] = lambda caution: None
-        self.replicas = [self._replica() for _ in range(config.ray.num_workers)]
+        self.replicas = [self._replica() for _ in range(num_workers)]
 
     def _replica(self) -> Replica:
         number, self._num_made = self._num_made, self._num_made + 1
-        worker = RayWorker(f"worker-{number}", partial(self._make, number), self._config.env.timeout_s)
-        http = RayTransport(worker, self._weights, control_timeout_s=self._config.engine.control_timeout_s)
-        replica = Replica(server=self._protocol(http), launched=worker)
+        worker = RayWorker(f"worker-{number}", partial(self._make, number), self._environment_timeout_s)
+        http = RayTransport(worker, self._weights, control_timeout_s=self._servers.timeouts.control_s)
+        replica = Replica(server=SERVER_PROTOCOLS.find(self._servers.protocol)(http), launched=worker)
         self._workers[replica] = worker
         return replica
 
