@@ -24,13 +24,14 @@ from oldlogits.batch import collate
 from oldlogits.config import RunConfig, config_from_table, load_config
 from oldlogits.core.scoring import BatchTokens, DedicatedScorer
 from oldlogits.core.trajectory import Context, Sampled, Segment, Trajectory, TrajectoryGroup
-from oldlogits.models.tiny import TinySize, save_tiny, tiny_model, tiny_tokenizer
 from oldlogits.record.events import EventKind, read_events
 from oldlogits.rpc.client import client
 from oldlogits.run.run import run
 from oldlogits.run.specs import scorer_spec, trainer_spec
 from oldlogits.sources import check_scored, make_source
 from oldlogits.train.calls import TrainerCalls
+from order_desk.starting_models import TinySize
+from order_desk.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 WINDOW = 4  # versions that a trajectory spans
 GROUPS, MEMBERS = 16, 8

@@ -33,7 +33,7 @@ def weights_at(version):
 def averaging(recipe):
     def make(**source):
         config = recipe(variant="ppo_ewma_train_infer", proximal={"source": "ewma", **source}, max_staleness=WINDOW)
-        return Averaging(config, weights_at(0))
+        return Averaging(config.proximal, config.window, weights_at(0))
 
     return make
 
@@ -142,7 +142,8 @@ def test_a_restored_average_chooses_and_resets_as_if_there_had_been_no_break(ave
 def test_lags_of_another_window_are_forgotten_on_resume_and_the_average_is_kept(averaging, recipe):
     old = averaging(decay="mean-lag")
     betas(old, [{4: 10}] * 3)
-    new = Averaging(recipe(proximal={"source": "ewma", "decay": "mean-lag"}, max_staleness=2), weights_at(0))
+    config = recipe(proximal={"source": "ewma", "decay": "mean-lag"}, max_staleness=2)
+    new = Averaging(config.proximal, config.window, weights_at(0))
     new.load(old.state(), old.average.weights)
     assert torch.equal(new.average.weights["x"], old.average.weights["x"])
     assert betas(new, [{1: 10}]) == [0.5]
@@ -203,7 +204,7 @@ def test_band_shares_of_the_first_step_compare_the_average_with_the_weights_befo
         inside = [abs(a - b) <= math.log(1.05) for a, b in zip(table[column][first], table["logp_mu"][first], strict=True)]
         return sum(inside) / len(inside)
 
-    assert result.metrics["mask/rho_band_first"] == pytest.approx(share("logp_stand_in"))
+    assert result.metrics["mask/rho_band_first"] == pytest.approx(share("logp_proximal"))
     assert result.metrics["mask/rho_band_live"] == pytest.approx(share("logp_theta"))
     assert 0 < first.sum() < len(first)
 

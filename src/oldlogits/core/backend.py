@@ -7,7 +7,6 @@ recipe: runtime.type = "lockstep" | "local" | "ray" | "package.module:Name"
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, ClassVar, Final, Protocol, TypeVar
 
@@ -47,7 +46,7 @@ class BackendKind(Protocol[Spec, Opened]):
         ...
 
 
-BACKENDS: Final = Registry[Callable[[], BackendKind[Any, Any]]](
+BACKENDS: Final = Registry[type[BackendKind[Any, Any]]](
     "backend",
     key="runtime.type",
     builtin={

@@ -12,9 +12,9 @@ from typing import ClassVar
 from oldlogits.config import Caution
 from oldlogits.config.schema import EngineConfig, EnvConfig, LockstepConfig, RayConfig, RolloutConfig
 from oldlogits.core.engine import RolloutEngine
+from oldlogits.core.environment import Environment
 from oldlogits.core.scoring import DedicatedScorer
 from oldlogits.engines.spec import EngineSpec, EngineStats, Incident
-from oldlogits.envs.shape import Environment
 from oldlogits.rollout.buffer import Buffer
 from oldlogits.rollout.turns import EnvironmentRunner
 from oldlogits.train.calls import TrainerCalls

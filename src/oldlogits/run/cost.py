@@ -15,14 +15,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from oldlogits.config import RunConfig
-from oldlogits.core.policies import SOURCES
+from oldlogits.core.source import SOURCES
+from oldlogits.core.starting_model import MODELS, DescribedModel, is_model_folder
 from oldlogits.engines.embedded.model_folder import read_config
-from oldlogits.models.tiny import tiny_model
-from oldlogits.train.average import AVERAGING_SOURCES
-from oldlogits.train.warm_start import spec_of
-
-TINY_VOCABULARY: Final = 128
-"""About the words of the order desk."""
 
 RANKS: Final = (1, 2, 4, 8)
 """Numbers of ranks that share a trainer, for which its bytes are said."""
@@ -164,7 +159,7 @@ def _cost(config: RunConfig, shape: ModelShape) -> Cost:
     own_head = shape.head_parameters if shape.is_tied else 0
     per_token = 2 * 4 * shape.layers * shape.kv_heads * shape.head_dim
     embedded = config.engine.type == "embedded"
-    stored = _stored_versions(config)
+    stored, source = _stored_versions(config), SOURCES.find(config.proximal.source)
     return Cost(
         shape=shape,
         version_bytes=version,
@@ -175,10 +170,8 @@ def _cost(config: RunConfig, shape: ModelShape) -> Cost:
         gathered_bytes=GATHERED_LAYERS * 4 * max(shape.layer_parameters, shape.head_parameters),
         store_bytes=version * stored,
         expected_store_bytes=version + patch * (stored - 1) if stored else 0,
-        scorer_bytes=masters + version + patch * config.proximal.scorer_versions
-        if config.proximal.source == "dedicated"
-        else 0,
-        average_bytes=4 * trained if config.proximal.source in AVERAGING_SOURCES else 0,
+        scorer_bytes=masters + version + patch * config.proximal.scorer_versions if source.needs_scorer else 0,
+        average_bytes=4 * trained if source.keeps_average else 0,
         view_bytes=0 if config.engine.precision == "fp32" else 4 * (num + own_head),
         engine_bytes=_engine_bytes(config, num, own_head),
         cache_bytes=config.engine.max_num_seqs * config.env.max_episode_tokens * per_token if embedded else 0,
@@ -248,26 +241,27 @@ def _most_chains(config: RunConfig) -> int:
 
 def _stored_versions(config: RunConfig) -> int:
     """The most versions in the trainer's store, at the moment of a publish."""
-    if config.audit.share > 0 or config.proximal.source in ("snapshot", "dedicated"):
-        return config.window + 2
-    return 2 if SOURCES[config.proximal.source].stores_versions else 0
+    return config.window + 2 if config.audit.share > 0 else SOURCES.find(config.proximal.source).most_stored(config.window)
 
 
 def _model(config: RunConfig) -> PreTrainedModel | None:
-    """The recipe's model without storage; None: there is no such config.
+    """The recipe's model without storage; None: its config is not known yet.
 
     Raises:
         ModelFolderError: The model is of another family.
     """
     folder = Path(config.model.path)
-    if not config.model.is_tiny:
+    if is_model_folder(config.model.path):
         if not (folder / "config.json").is_file():
             return None
         read_config(folder)
-    with torch.device("meta"):
-        if config.model.is_tiny:
-            return tiny_model(spec_of(config).size, TINY_VOCABULARY, 0, 0, 0)
         found = AutoConfig.from_pretrained(folder, local_files_only=True)
+    else:
+        starting = MODELS.find(config.model.path)
+        if not isinstance(starting, DescribedModel):
+            return None
+        found = starting.architecture()
+    with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(found)
         return model
 

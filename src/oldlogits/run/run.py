@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import math
 import shutil
 import signal
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -18,9 +16,13 @@ from rich.console import Console
 
 from oldlogits.config import RunConfig
 from oldlogits.core.engine import Sampling
+from oldlogits.core.environment import Environment
 from oldlogits.core.errors import OldLogitsError
+from oldlogits.core.parser import PARSERS
+from oldlogits.core.starting_model import is_model_folder
 from oldlogits.engines.spec import EngineSpec
-from oldlogits.envs.shape import PARSERS, Environment, tool_schemas
+from oldlogits.envs.base import system_prompt_of
+from oldlogits.envs.tools import tool_schemas
 from oldlogits.loop.backend import Backend, BackendSpec
 from oldlogits.loop.loop import Loop, Task
 from oldlogits.loop.probe import PROBE_TOKENS
@@ -35,11 +37,11 @@ from oldlogits.record.report.page import write_report
 from oldlogits.record.summary import Ended, Summary
 from oldlogits.rollout.buffer import Buffer, TrajectoryCounts
 from oldlogits.rollout.staleness import StalenessBound
-from oldlogits.rollout.turns import Agent, TurnLimits, system_prompt_of
+from oldlogits.rollout.turns import Agent, TurnLimits
 from oldlogits.run.specs import backend_kind, backend_spec
+from oldlogits.run.start import Start, prepare_model
 from oldlogits.run.tasks import load_tasks
 from oldlogits.train.reports import ConsistencyErrors
-from oldlogits.train.warm_start import spec_of, warm_start
 
 Open = Callable[[BackendSpec], AbstractAsyncContextManager[Backend]]
 
@@ -74,7 +76,7 @@ def run(
         OldLogitsError: It could not be started.
     """
     opens: Open = open_backend or backend_kind(config).open
-    _check_task(config)
+    environment_class = _check_task(config)
     folder = RunFolder.create(out, resume=resume)
     checkpoint = folder.latest_checkpoint() if resume else None
     if checkpoint is not None:
@@ -86,7 +88,7 @@ def run(
     try:
         with LiveView(total_updates=config.num_updates, title=title, console=console) as view:
             whole = checkpoint if not config.model.lora_rank else None  # adapters are restored on top of their base
-            start = Start(model=whole / "model") if whole is not None else prepare_model(config, view.note)
+            start = prepare_model(config, environment_class, view.note) if whole is None else Start(model=whole / "model")
             view.note(f"starting engine and trainer ({config.runtime.type})")
             result = asyncio.run(_run(config, folder, view, start, totals, checkpoint, opens))
     except KeyboardInterrupt:  # before the loop began, or for the second time
@@ -107,12 +109,13 @@ def _with_versions_folder(config: RunConfig, folder: RunFolder) -> RunConfig:
     return dataclasses.replace(config, versions=dataclasses.replace(config.versions, folder=str(path)))
 
 
-def _check_task(config: RunConfig) -> None:
-    """Refuse an environment, rows or a model folder that cannot be used, before anything is written."""
-    load_tasks(config)
-    if not config.model.is_tiny:
+def _check_task(config: RunConfig) -> type[Environment]:
+    """Refuse an environment, rows or a model folder that cannot be used, before anything is written; return the environment."""
+    environment_class, _ = load_tasks(config)
+    if is_model_folder(config.model.path):
         EngineSpec(model_path=config.model.path, max_context=config.env.max_episode_tokens).read_config()
         ChatFormat(load_tokenizer(Path(config.model.path)))
+    return environment_class
 
 
 async def _run(
@@ -231,44 +234,12 @@ def _own_error(group: ExceptionGroup[Exception]) -> OldLogitsError | None:
     return leaf
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
-    """The model folder that a run starts from, and how it came to be."""
-
-    model: Path
-    is_warm: bool = False
-    steps: int = 0
-    loss: float = math.nan
-    seconds_s: float = 0.0
-
-
-def prepare_model(config: RunConfig, note: Callable[[str], None]) -> Start:
-    """The recipe's model folder, or what its warm start makes of it or of a tiny model (from the cache, if it is there)."""
-    spec = spec_of(config)
-    if not (config.model.is_tiny or spec.steps):
-        return Start(model=Path(config.model.path))
-    done, last = 0, math.nan
-    started = time.perf_counter()
-
-    def progress(step: int, loss: float) -> None:
-        nonlocal done, last
-        done, last = step, loss
-        if step == 1:
-            note(f"warm start of {config.model.path}: {spec.steps} supervised steps; cached for the next run")
-        elif step % (100 if config.model.is_tiny else 1) == 0:
-            note(f"warm start: step {step}/{spec.steps}, loss {loss:.3f} nats/token")
-
-    folder = warm_start(spec, progress)
-    note(f"model: {folder.name}" + ("" if done else ", warm start taken from the cache"))
-    return Start(model=folder, is_warm=True, steps=done, loss=last, seconds_s=time.perf_counter() - started)
-
-
 def _agent(config: RunConfig, handles: Backend, chat: ChatFormat) -> Agent:
     env = config.env
     return Agent(
         engine=handles.engine,
         chat=chat,
-        parser=PARSERS[env.parser],
+        parser=PARSERS.find(env.parser)(),
         limits=TurnLimits(
             max_turns=env.max_turns, max_tokens_per_turn=env.max_tokens_per_turn, max_tokens=env.max_episode_tokens
         ),

@@ -8,7 +8,7 @@ from typing import Any
 
 from oldlogits.config import RunConfig
 from oldlogits.core.backend import BACKENDS, BackendKind
-from oldlogits.core.policies import SOURCES
+from oldlogits.core.source import SOURCES
 from oldlogits.engines.spec import EngineSpec
 from oldlogits.loop.backend import BackendSpec
 from oldlogits.train.spec import ScorerSpec, TrainerSpec
@@ -25,7 +25,7 @@ def backend_kind(config: RunConfig) -> BackendKind[Any, Any]:
 
 def trainer_spec(config: RunConfig) -> TrainerSpec:
     """What the trainer of a recipe is told."""
-    source = SOURCES[config.proximal.source]
+    source = SOURCES.find(config.proximal.source)
     shares_memory = backend_kind(config).steps_engine
     return TrainerSpec(
         trainer=config.trainer,
@@ -43,13 +43,13 @@ def trainer_spec(config: RunConfig) -> TrainerSpec:
         engine_numerics=config.engine.precision,
         stores_versions=source.stores_versions or config.audit.share > 0,
         sends_patches=not shares_memory and config.engine.weight_sync == "auto",
-        keeps_average=source.needs_average,
+        keeps_average=source.keeps_average,
     )
 
 
 def scorer_spec(config: RunConfig) -> ScorerSpec | None:
     """What the dedicated scorer of a recipe is told; None: its source needs none."""
-    if not SOURCES[config.proximal.source].needs_scorer:
+    if not SOURCES.find(config.proximal.source).needs_scorer:
         return None
     return ScorerSpec(
         trainer=config.trainer,

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Protocol
 
 from oldlogits.batch import TokenBatch
-from oldlogits.core.scoring import Scored
+from oldlogits.core.scoring import Scored, ScoringHandle
 from oldlogits.core.weights import FullWeights, PolicyVersion
-from oldlogits.sources import TrainerHandle
 from oldlogits.train.reports import PublishedVersion, TrainerState
 from oldlogits.train.step import UpdateResult
 
 
-class TrainerCalls(TrainerHandle, Protocol):
+class TrainerCalls(ScoringHandle, Protocol):
     """The calls of a trainer; `Trainer` and its `Scorer` carry them out, one at a time and in their order.
 
     A client of this Protocol is `rpc.client.client(TrainerCalls, transport)`.

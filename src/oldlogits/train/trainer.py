@@ -29,6 +29,7 @@ from oldlogits.train.spec import TrainerSpec
 from oldlogits.train.step import UpdateResult, update
 from oldlogits.train.trainer_checkpoint import TrainerCheckpoint, write_batch
 from oldlogits.train.trainer_store import TrainerVersionStore, shards_of
+from oldlogits.train.update_config import UpdateConfig
 
 
 class Trainer:
@@ -45,13 +46,13 @@ class Trainer:
     """
 
     def __init__(self, spec: TrainerSpec, model_folder: Path, probe_ids: Sequence[int], ranks: Ranks = ALONE) -> None:
-        self._spec = spec
+        self._update_config = UpdateConfig.of(spec)
         self.live = live = load_live(spec, model_folder, ranks)
         self.store: TrainerVersionStore | None = None
         if spec.stores_versions:
             shards = shards_of(live.model, live.ranks)
             self.store = TrainerVersionStore(spec.versions, live.dtype, shards, live.ranks, sends_patches=spec.sends_patches)
-        self._averaging = Averaging(spec, live.weights) if spec.keeps_average else None  # type: ignore[arg-type]
+        self._averaging = Averaging(spec.proximal, spec.window, live.weights) if spec.keeps_average else None
         self.scorer = Scorer(live, self.store, self._averaging, probe_ids=probe_ids, sizes=spec.sizes, window=spec.window)
         self.optimizer = Optimizer(live.model, spec)
         self._checkpoint = TrainerCheckpoint(
@@ -119,7 +120,7 @@ class Trainer:
             batch,
             scored,
             version=self.version,
-            config=self._spec,  # type: ignore[arg-type]
+            config=self._update_config,
             ranks=self.live.ranks,
         )
         self.scorer.checks.note_lag0(result.lag0_max_abs_error)

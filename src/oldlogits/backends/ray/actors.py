@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from oldlogits.config.schema import EnvConfig
 from oldlogits.core.errors import OldLogitsError
 from oldlogits.core.processes import name_process
 from oldlogits.core.scoring import DedicatedScorer
@@ -29,7 +30,7 @@ from oldlogits.core.weights import FullWeights, PatchWeights, PolicyVersion, Wei
 from oldlogits.engines.host_weights import HostWeights
 from oldlogits.engines.http.launch import Launched, LaunchSpec
 from oldlogits.engines.shared_memory import share_text, unshare
-from oldlogits.envs.shape import load_environment
+from oldlogits.envs.base import load_environment
 from oldlogits.models.device import configure_process
 from oldlogits.rollout.environment_runner import ThreadRunner
 from oldlogits.rollout.turns import EnvironmentFailed
@@ -168,17 +169,16 @@ class Worker:
     Args:
         spec: Of the server.
         name: Of its log.
-        target: Of the environments.
-        timeout_s: Of one call of theirs.
+        env: The environment section of the recipe.
         node: Its id, and its address unless it is the controller's, too.
     """
 
-    def __init__(self, spec: LaunchSpec, name: str, target: str, timeout_s: float, node: Callable[[], Node]) -> None:
+    def __init__(self, spec: LaunchSpec, name: str, env: EnvConfig, node: Callable[[], Node]) -> None:
         name_process("worker")
         self._node = node()
         self._server = Launched(replace(spec, address=self._node.address), name)
-        self._class = load_environment(target)
-        self._runner = ThreadRunner(timeout_s=timeout_s, latency_s=0.0, seed=0)
+        self._class = load_environment(env.target, env.adapter)
+        self._runner = ThreadRunner(timeout_s=env.timeout_s, latency_s=0.0, seed=0)
         self._environments: dict[int, object] = {}
 
     async def sampler(self) -> Sampler:

@@ -29,12 +29,12 @@ from oldlogits.backends.ray.remote_environments import AwaitingRunner, stand_in
 from oldlogits.backends.ray.weights import ClusterWeights
 from oldlogits.backends.ray.workers import Workers
 from oldlogits.config import Caution
+from oldlogits.core.environment import Environment
 from oldlogits.core.scoring import DedicatedScorer
 from oldlogits.engines.http.engine import HttpEngine
 from oldlogits.engines.http.launch import LaunchSpec
 from oldlogits.engines.http.servers import Timeouts
 from oldlogits.engines.spec import EngineStats, Incident
-from oldlogits.envs.shape import Environment
 from oldlogits.loop.backend import Backend, BackendSpec
 from oldlogits.rpc.client import client
 from oldlogits.train.calls import TrainerCalls
@@ -221,7 +221,7 @@ def _maker(spec: BackendSpec, places: Sequence[Place]) -> Callable[[int], Actor]
     def make(number: int) -> Actor:
         place = places[number] if number < len(places) else anywhere()
         own = replace(launch, seed=launch.seed + number)
-        arguments = (own, f"worker-{number}", spec.env.target, spec.env.timeout_s, node)
+        arguments = (own, f"worker-{number}", spec.env, node)
         return Actor(actors.Worker, arguments, place=place, num_calls=1000)
 
     return make

@@ -14,30 +14,35 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from oldlogits.config import config_from_table
 from oldlogits.core.errors import ConfigError
-from oldlogits.envs.desk import OrderDesk
-from oldlogits.envs.desk_clerk import ErrorRates, oracle
-from oldlogits.envs.desk_data import WORDS
-from oldlogits.envs.desk_long import LongOrderDesk
-from oldlogits.envs.shape import tool_names
+from oldlogits.core.starting_model import MODELS, ModelOrder
+from oldlogits.envs.tools import tool_names
 from oldlogits.models.chat import ChatFormat
 from oldlogits.models.load import load_model, load_tokenizer
-from oldlogits.models.tiny import TinyMoeSize, TinySize, tiny_model, tiny_tokenizer
-from oldlogits.train.warm_start import (
+from order_desk.clerk import LONG_MIXTURE, MIXTURE, ErrorRates, oracle
+from order_desk.data import WORDS
+from order_desk.environment import LongOrderDesk, OrderDesk
+from order_desk.tiny import TinyMoeSize, TinySize, tiny_model, tiny_tokenizer
+from order_desk.warm_start import (
     FOLDER,
-    MIXTURE,
     WarmStartSpec,
     demonstrate,
     demonstrations,
+    folder_spec,
     imitation_loss,
-    spec_of,
+    tiny_spec,
     warm_start,
 )
 
 TOKENIZER = tiny_tokenizer([*WORDS, *tool_names(OrderDesk)])
 CHAT = ChatFormat(TOKENIZER)
 SMALL = TinySize(hidden=16, layers=1, heads=2, kv_heads=1, mlp=24)
+
+
+def ordered(desk: type[OrderDesk] = OrderDesk, *, seed: int = 0, steps: int = -1, folder: str = "") -> ModelOrder:
+    return ModelOrder(seed=seed, steps=steps, environment=desk, parser="plain", folder=folder, cache=Path("unused"))
+
+
 QUICK = WarmStartSpec(steps=3, batch_size=2, warmup_steps=1, size=SMALL)
 
 
@@ -80,15 +85,16 @@ def test_another_specification_gives_another_folder(change: dict[str, object]):
     assert warm_start(QUICK) != warm_start(replace(QUICK, **change))
 
 
-def test_a_recipe_names_the_size_the_desk_and_the_seed_of_its_warm_start():
-    assert spec_of(config_from_table({"seed": 3})) == WarmStartSpec(seed=3)
-    table = {"model": {"path": "tiny-moe", "seed": 5, "warm_start_steps": 7}, "env": {"target": "desk_long"}}
-    spec = spec_of(config_from_table(table))
+def test_a_run_decides_the_size_the_desk_and_the_seed_of_its_warm_start():
+    assert tiny_spec(ordered(seed=3), TinySize()) == WarmStartSpec(seed=3)
+    spec = tiny_spec(ordered(LongOrderDesk, seed=5, steps=7), TinyMoeSize())
     assert (spec.seed, spec.steps, spec.size, spec.desk) == (5, 7, TinyMoeSize(), LongOrderDesk)
+    assert (spec.errors, spec.batch_size) == (LONG_MIXTURE, 8)
+    assert (MODELS.find("tiny").size, MODELS.find("tiny-moe").size) == (TinySize(), TinyMoeSize())
 
 
 def test_demonstrators_of_long_episodes_are_right_in_a_tenth_to_a_third_of_them():
-    spec = spec_of(config_from_table({"env": {"target": "desk_long"}}))
+    spec = tiny_spec(ordered(LongOrderDesk), TinySize())
     shown = list(islice(demonstrations(spec, CHAT), 300))
     assert 0.1 < sum(one.reward for one in shown) / 300 < 0.3
     assert max(len(one.token_ids) for one in shown) < 448  # env.max_episode_tokens of recipes/desk_long.toml
@@ -96,7 +102,7 @@ def test_demonstrators_of_long_episodes_are_right_in_a_tenth_to_a_third_of_them(
 
 def test_a_folder_begins_where_it_is_and_keeps_its_tokenizer_and_template(tmp_path: Path):
     begun = warm_start(QUICK)
-    spec = spec_of(config_from_table({"model": {"path": str(begun), "warm_start_steps": 2}}))
+    spec = folder_spec(ordered(steps=2, folder=str(begun)))
     assert (spec.steps, spec.folder, spec.parser, spec.lr) == (2, str(begun), "plain", FOLDER.lr)
     steps: list[int] = []
     folder = warm_start(replace(spec, batch_size=2), lambda step, loss: steps.append(step))
@@ -106,7 +112,7 @@ def test_a_folder_begins_where_it_is_and_keeps_its_tokenizer_and_template(tmp_pa
     assert (kept.get_vocab(), kept.chat_template) == (TOKENIZER.get_vocab(), TOKENIZER.chat_template)
     moved = [(a - b).abs().max().item() for a, b in zip(model.parameters(), load_model(begun).parameters(), strict=True)]
     assert 0 < max(moved) <= 2.01 * FOLDER.lr  # AdamW moves a weight by its learning rate at most
-    assert spec_of(config_from_table({"model": {"path": str(begun)}})).steps == 0
+    assert folder_spec(ordered(folder=str(begun))).steps == 0
 
 
 def test_another_file_of_weights_in_the_folder_is_another_warm_start(tmp_path: Path):
@@ -149,7 +155,7 @@ def test_a_failed_save_leaves_no_folder(cache: Path, monkeypatch: pytest.MonkeyP
         (folder / "config.json").write_text("{}")
         raise OSError("disk full")
 
-    monkeypatch.setattr("oldlogits.train.warm_start.save_tiny", fail)
+    monkeypatch.setattr("order_desk.warm_start.save_tiny", fail)
     with pytest.raises(OSError, match="disk full"):
         warm_start(QUICK)
     assert not list(cache.iterdir())

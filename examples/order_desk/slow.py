@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Concatenate, Final, ParamSpec, TypeVar
 
-from oldlogits.envs.desk import OrderDesk
-from oldlogits.envs.desk_data import OrderRow, WishRow
+from order_desk.data import OrderRow, WishRow
+from order_desk.environment import OrderDesk
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -6,7 +6,6 @@ It is an ordinary Hugging Face folder; only its size and its vocabulary, which c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +15,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -24,7 +24,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from oldlogits.core.errors import ConfigError
+from order_desk.starting_models import TinyMoeSize, TinySize
 
 END: Final = "<end>"
 PAD: Final = "<pad>"
@@ -46,50 +46,8 @@ CHAT_TEMPLATE: Final = (
 """``<role> content <end>`` for every message; the tools are named at the end of the first one."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TinySize:
-    """The size of the embedded model.
-
-    Args:
-        hidden: Width of the residual stream.
-        layers: Decoder layers.
-        heads: Query heads; `hidden / heads` is the head size.
-        kv_heads: Key and value heads.
-        mlp: Width of the gated MLP.
-        max_context: The most positions.
-    """
-
-    hidden: int = 64
-    layers: int = 2
-    heads: int = 4
-    kv_heads: int = 2
-    mlp: int = 160
-    max_context: int = 512
-
-    def __post_init__(self) -> None:
-        """Refuse sizes that do not divide."""
-        if min(astuple(self)) < 1 or self.hidden % (2 * self.heads) or self.heads % self.kv_heads:
-            raise ConfigError(
-                "the sizes of the tiny model do not fit",
-                got=str(self),
-                allowed="positive, hidden a multiple of 2 * heads, heads a multiple of kv_heads",
-                fix="correct the sizes",
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TinyMoeSize(TinySize):
-    """The size of an embedded mixture of experts; `mlp` is the width of each expert.
-
-    Args:
-        experts: Gated MLPs of each layer; the likeliest one serves a token, times its probability.
-    """
-
-    experts: int = 4
-
-
 def tiny_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of `words` and the special tokens; text is split at white space."""
+    """Return a word-level tokenizer of `words` and the special tokens; text is split at white space."""
     vocabulary = {word: index for index, word in enumerate(dict.fromkeys([*SPECIAL, *CALL, "tools", ":", *words]))}
     backend = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
     backend.pre_tokenizer = WhitespaceSplit()
@@ -105,10 +63,10 @@ def tiny_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def tiny_model(size: TinySize, vocabulary: int, end_id: int, pad_id: int, seed: int) -> PreTrainedModel:
-    """A freshly initialised fp32 model; the same seed gives the same weights."""
+def tiny_config(size: TinySize, vocabulary: int, end_id: int, pad_id: int) -> PreTrainedConfig:
+    """Return the config of a model of this size, with as many words and these special tokens."""
     if isinstance(size, TinyMoeSize):
-        make_config, make_model = Qwen3MoeConfig, Qwen3MoeForCausalLM
+        make_config = Qwen3MoeConfig
         routing = {
             "num_experts": size.experts,
             "num_experts_per_tok": 1,
@@ -116,8 +74,8 @@ def tiny_model(size: TinySize, vocabulary: int, end_id: int, pad_id: int, seed: 
             "moe_intermediate_size": size.mlp,
         }
     else:
-        make_config, make_model, routing = Qwen3Config, Qwen3ForCausalLM, {}
-    config = make_config(
+        make_config, routing = Qwen3Config, {}
+    return make_config(
         vocab_size=vocabulary,
         hidden_size=size.hidden,
         num_hidden_layers=size.layers,
@@ -135,6 +93,12 @@ def tiny_model(size: TinySize, vocabulary: int, end_id: int, pad_id: int, seed: 
         dtype="float32",
         **routing,
     )
+
+
+def tiny_model(size: TinySize, vocabulary: int, end_id: int, pad_id: int, seed: int) -> PreTrainedModel:
+    """Return a freshly initialised fp32 model; the same seed gives the same weights."""
+    config = tiny_config(size, vocabulary, end_id, pad_id)
+    make_model = Qwen3MoeForCausalLM if isinstance(size, TinyMoeSize) else Qwen3ForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make_model(config)

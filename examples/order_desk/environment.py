@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Final, Literal
 
-from oldlogits.envs.desk_data import NOT_DELIVERED, OUTCOME, DeskRow, OrderRow, Status, WishRow, case_of, make_desk_row, ruling
+from oldlogits.core.starting_model import ModelOrder
+from order_desk.clerk import LONG_MIXTURE, MIXTURE, ErrorRates, oracle
+from order_desk.data import (
+    NOT_DELIVERED,
+    OUTCOME,
+    DeskRow,
+    OrderRow,
+    Status,
+    WishRow,
+    case_of,
+    make_desk_row,
+    make_long_row,
+    ruling,
+)
 
 OUTCOME_WORDS: Final = frozenset({"cancelled", "refunded", "transferred", "pending", "shipped", "delivered", "expired", "food"})
 
@@ -31,9 +46,11 @@ class OrderDesk:
         "order desk . cancel if pending . transfer if shipped . "
         "refund if delivered within 30 days , never food . else say why ."
     )
+    demonstrators: ClassVar[ErrorRates] = MIXTURE
+    max_demonstrations_per_step: ClassVar[int] = 16
 
     def __init__(self) -> None:
-        """An empty desk."""
+        """Open an empty desk."""
         self._orders: dict[str, OrderRow] = {}
         self._wishes: list[WishRow] = []
         self._status: dict[str, Status] = {}
@@ -43,8 +60,22 @@ class OrderDesk:
 
     @staticmethod
     def make_row(split: Literal["train", "heldout"], index: int) -> DeskRow:
-        """Row `index` of a split."""
+        """Return row `index` of a split."""
         return make_desk_row(split, index)
+
+    @staticmethod
+    def make_oracle() -> Callable[[str], str]:
+        """Return an agent that makes no mistake: it is sent what the agent reads, and returns what the agent writes."""
+        clerk = oracle()
+        next(clerk)
+        return clerk.send
+
+    @staticmethod
+    def warm_start(order: ModelOrder) -> Path:
+        """Train the model of `order.folder` on demonstrations; return the folder of the result."""
+        from order_desk.warm_start import warm_start_folder
+
+        return warm_start_folder(order)
 
     def reset(self, *, customer: str, orders: dict[str, OrderRow], wishes: list[WishRow]) -> str:
         """A customer comes in; what they say first."""
@@ -105,8 +136,12 @@ class OrderDesk:
         return f"thanks , now {self._wish_text()}"
 
     def get_reward(self) -> float:
-        """1.0 if the orders and what was told are exactly right, else 0.0."""
+        """Return 1.0 if the orders and what was told are exactly right, else 0.0."""
         return float(judge(self).right)
+
+    def explain_reward(self) -> str:
+        """Return a line for everything that is not as the policy wants it."""
+        return "\n".join(reasons(judge(self)))
 
     def _wish_text(self) -> str:
         wish = self._wishes[len(self._told)]
@@ -155,3 +190,27 @@ def judge(desk: OrderDesk) -> Verdict:
         told=tuple(desk._told),
         complaint=desk._complaint,
     )
+
+
+def reasons(verdict: Verdict) -> list[str]:
+    """Say why an episode was not right; empty if it was."""
+    found = [f"{order} should be {wanted}, but is {actual}" for order, wanted, actual in verdict.orders if wanted != actual]
+    if verdict.complaint:
+        found.append(f"the customer left: {verdict.complaint}")
+    elif verdict.told != verdict.expected_told:
+        told = ", ".join(verdict.told) or "nothing"
+        found.append(f"the customer should have been told {', '.join(verdict.expected_told)}, but was told {told}")
+    return found
+
+
+class LongOrderDesk(OrderDesk):  # noqa: D101
+    # A long horizon: customers have four to six wishes, and one mistake loses the reward. Players read the docstring, which
+    # is the policy: it is inherited.
+
+    demonstrators = LONG_MIXTURE
+    max_demonstrations_per_step = 8
+
+    @staticmethod
+    def make_row(split: Literal["train", "heldout"], index: int) -> DeskRow:
+        """Return row `index` of a split."""
+        return make_long_row(split, index)

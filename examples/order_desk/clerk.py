@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Final
 
 from oldlogits.core.errors import ConfigError
-from oldlogits.envs.desk_data import FOOD, NOT_DELIVERED, OUTCOME, WINDOW_DAYS, Action
+from order_desk.data import FOOD, NOT_DELIVERED, OUTCOME, WINDOW_DAYS, Action
 
 Clerk = Generator[str, str, None]
 """Is sent what the desk's agent reads, yields what the agent writes; prime it with ``next``."""
@@ -48,6 +48,23 @@ class ErrorRates:
         if wrong:
             raise ConfigError("an error rate is no probability", got=str(wrong), allowed="0 to 1", fix="correct the rate")
 
+
+MIXTURE: Final = ErrorRates(
+    skip_question=0.6,
+    skip_status=0.08,
+    grant_shipped=0.72,
+    grant_refused=0.3,
+    skip_age=0.1,
+    refund_expired=0.52,
+    refund_food=0.3,
+    refuse_allowed=0.08,
+    only_say=0.05,
+    misreport=0.04,
+)
+"""Demonstrators whose likeliest decision is wrong in some places: greedy decoding fails there, sampling does not always."""
+
+LONG_MIXTURE: Final = ErrorRates(**{decision: 0.7 * rate for decision, rate in asdict(MIXTURE).items()})
+"""Demonstrators of long episodes err less often, since one mistake of five wishes loses the reward."""
 
 Errs = Callable[[str], bool]
 """Whether the clerk errs now, in a decision of this name (a field of `ErrorRates`)."""

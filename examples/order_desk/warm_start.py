@@ -15,45 +15,29 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from oldlogits.config import RunConfig
 from oldlogits.core.errors import ConfigError
-from oldlogits.envs.desk import OrderDesk
-from oldlogits.envs.desk_clerk import Clerk, ErrorRates, demonstrator
-from oldlogits.envs.desk_data import WORDS, DeskRow
-from oldlogits.envs.desk_long import LongOrderDesk
-from oldlogits.envs.shape import Malformed, ToolCall, bind, parse_plain, render_result, tool_names, tool_schemas, write_hermes
+from oldlogits.core.parser import PARSERS, Malformed, ToolCall, WritingParser
+from oldlogits.core.starting_model import ModelOrder
+from oldlogits.envs.parsers.plain import PlainParser
+from oldlogits.envs.tools import bind, render_result, tool_names, tool_schemas, with_names
 from oldlogits.models.cache import cache_folder, cached
 from oldlogits.models.chat import ChatFormat, Message
 from oldlogits.models.load import load_model, load_tokenizer
-from oldlogits.models.tiny import TinyMoeSize, TinySize, save_tiny, tiny_model, tiny_tokenizer
+from order_desk.clerk import MIXTURE, Clerk, ErrorRates, demonstrator
+from order_desk.data import WORDS, DeskRow
+from order_desk.environment import OrderDesk
+from order_desk.starting_models import TinySize
+from order_desk.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 _NUM_HASHED: Final = 64
 """Demonstrations that enter the cache key: a change of desk, demonstrators, tokenizer or template changes them."""
-
-MIXTURE: Final = ErrorRates(
-    skip_question=0.6,
-    skip_status=0.08,
-    grant_shipped=0.72,
-    grant_refused=0.3,
-    skip_age=0.1,
-    refund_expired=0.52,
-    refund_food=0.3,
-    refuse_allowed=0.08,
-    only_say=0.05,
-    misreport=0.04,
-)
-"""Demonstrators whose likeliest decision is wrong in some places: greedy decoding fails there, sampling does not always."""
-
-
-LONG_MIXTURE: Final = ErrorRates(**{decision: 0.7 * rate for decision, rate in asdict(MIXTURE).items()})
-"""Demonstrators of long episodes err less often, since one mistake of five wishes loses the reward."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +45,7 @@ class WarmStartSpec:
     """All that a warm-started model depends on.
 
     Args:
-        seed: Of the weights, the demonstrators and their rows.
+        seed: Seed of the weights, the demonstrators and their rows.
         steps: Optimizer steps; 0 leaves the weights as they are initialised.
         batch_size: Demonstrations a step; none is used twice.
         lr: Peak learning rate of AdamW.
@@ -71,9 +55,10 @@ class WarmStartSpec:
         max_grad_norm: Largest norm of the gradient.
         size: The model's size.
         errors: How the demonstrators err.
-        desk: Makes the rows that they serve.
-        parser: How they write their calls: a name of `PARSERS`.
-        folder: Of the model that is trained instead of a fresh one of `size`; its tokenizer and template are kept. Empty: none.
+        desk: The class that makes the rows that they serve.
+        parser: The `env.parser` in whose form they write their calls.
+        folder: The model folder that is trained instead of a fresh model of `size`; its tokenizer and template are kept.
+            Empty: a fresh model.
     """
 
     seed: int = 0
@@ -105,16 +90,27 @@ FOLDER: Final = WarmStartSpec(steps=0, batch_size=8, lr=1e-4, warmup_steps=5)
 """For a model that can speak: it learns the form of calls and messages."""
 
 
-def spec_of(config: RunConfig) -> WarmStartSpec:
-    """The warm start of a recipe; that of a folder has no steps unless the recipe says so."""
-    if config.model.is_tiny:
-        spec = WarmStartSpec(seed=config.model_seed, size=TinyMoeSize() if config.model.path == "tiny-moe" else TinySize())
-    else:
-        spec = replace(FOLDER, seed=config.model_seed, parser=config.env.parser, folder=config.model.path)
-    if config.env.target == "desk_long":
-        spec = replace(spec, desk=LongOrderDesk, errors=LONG_MIXTURE, batch_size=8)
-    steps = config.model.warm_start_steps
-    return spec if steps < 0 else replace(spec, steps=steps)
+def tiny_spec(order: ModelOrder, size: TinySize) -> WarmStartSpec:
+    """Return the warm start of a tiny model for a run."""
+    return _at_the_desk(replace(WarmStartSpec(), seed=order.seed, size=size), order)
+
+
+def folder_spec(order: ModelOrder) -> WarmStartSpec:
+    """Return the warm start of a folder for a run; it has no steps unless the run asks for some."""
+    return _at_the_desk(replace(FOLDER, seed=order.seed, parser=order.parser, folder=order.folder), order)
+
+
+def _at_the_desk(spec: WarmStartSpec, order: ModelOrder) -> WarmStartSpec:
+    """Return the warm start with the demonstrations of the desk that the model will play."""
+    desk = order.environment
+    assert issubclass(desk, OrderDesk), "other environments are refused before a model is made"
+    return replace(
+        spec,
+        desk=desk,
+        errors=desk.demonstrators,
+        batch_size=min(spec.batch_size, desk.max_demonstrations_per_step),
+        steps=spec.steps if order.steps == "auto" else order.steps,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,10 +126,27 @@ Progress = Callable[[int, float], None]
 """Called after every step with the number of steps done and the loss in nats per token."""
 
 
-def warm_start(spec: WarmStartSpec, progress: Progress = lambda step, loss: None) -> Path:
-    """The folder of the warm-started model, trained now unless it is in the cache."""
+def desk_tokenizer() -> PreTrainedTokenizerFast:
+    """Return the tokenizer of the tiny models: every word that is said at the desk is one token."""
+    return tiny_tokenizer([*WORDS, *tool_names(OrderDesk)])
+
+
+def warm_start_folder(order: ModelOrder) -> Path:
+    """Return the folder that a warm start makes of `order.folder`, trained now unless it is in the cache."""
+    spec = folder_spec(order)
+    return warm_start(spec, lambda step, loss: order.progress(step, spec.steps, loss), cache=order.cache)
+
+
+def warm_start(spec: WarmStartSpec, progress: Progress = lambda step, loss: None, *, cache: Path | None = None) -> Path:
+    """Return the folder of the warm-started model, trained now unless it is in the cache.
+
+    Args:
+        spec: Everything that the model depends on.
+        progress: Called after every step.
+        cache: The folder in which the result is kept; None: that of this machine's user.
+    """
     begun = Path(spec.folder)
-    tokenizer = load_tokenizer(begun) if spec.folder else tiny_tokenizer([*WORDS, *tool_names(OrderDesk)])
+    tokenizer = load_tokenizer(begun) if spec.folder else desk_tokenizer()
     chat = ChatFormat(tokenizer)
     key = _key(spec, chat, tokenizer)
 
@@ -145,7 +158,7 @@ def warm_start(spec: WarmStartSpec, progress: Progress = lambda step, loss: None
             imitate(load_model(begun), spec, chat, progress).save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
 
-    return cached(cache_folder() / f"{begun.name if spec.folder else 'tiny'}-{key}", fill)
+    return cached((cache or cache_folder()) / f"{begun.name if spec.folder else 'tiny'}-{key}", fill)
 
 
 def _key(spec: WarmStartSpec, chat: ChatFormat, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -174,6 +187,7 @@ def demonstrations(spec: WarmStartSpec, chat: ChatFormat) -> Iterator[Demonstrat
 
 def demonstrate(row: DeskRow, clerk: Clerk, chat: ChatFormat, parser: str = "plain") -> Demonstration:
     """Let a clerk serve one row; the tokens are those that the turn loop would produce under that parser."""
+    heard, writer = PlainParser(), cast(WritingParser, PARSERS.find(parser)())
     desk = OrderDesk()
     seen: str | None = desk.reset(**row)
     messages: list[Message] = [{"role": "system", "content": OrderDesk.system_prompt}, {"role": "user", "content": seen or ""}]
@@ -182,15 +196,15 @@ def demonstrate(row: DeskRow, clerk: Clerk, chat: ChatFormat, parser: str = "pla
     next(clerk)
     while seen is not None:
         text = clerk.send(seen)
-        call = parse_plain(text)
-        if parser == "hermes" and isinstance(call, ToolCall):
-            text = write_hermes(OrderDesk, call)
+        calls = heard.parse(text)
+        if calls and isinstance(calls[0], ToolCall):
+            text = writer.write(with_names(OrderDesk, calls[0]))
         turn = chat.turn_ids(text)
         ids, mask = ids + turn, mask + [True] * len(turn)
-        if call is None:
+        if not calls:
             role, seen = "user", desk.reply(text)
         else:
-            ready = call if isinstance(call, Malformed) else bind(desk, call)
+            ready = calls[0] if isinstance(calls[0], Malformed) else bind(desk, calls[0])
             role, seen = "tool", ready.reason if isinstance(ready, Malformed) else render_result(ready())
         if seen is not None:
             read = chat.continuation_ids("tool" if role == "tool" else "user", seen)

