@@ -28,7 +28,8 @@ from oldlogits.core.trajectory import Context, Sampled, Segment, Trajectory, Tra
 from oldlogits.record.events import EventKind, read_events
 from oldlogits.run.run import run
 from oldlogits.sources import check_scored, make_source
-from order_desk.tiny import TinySize, save_tiny, tiny_model, tiny_tokenizer
+from order_desk.starting_models import TinySize
+from order_desk.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 WINDOW = 4  # versions that a trajectory spans
 GROUPS, MEMBERS = 16, 8
