@@ -109,7 +109,7 @@ def _at_the_desk(spec: WarmStartSpec, order: ModelOrder) -> WarmStartSpec:
         desk=desk,
         errors=desk.demonstrators,
         batch_size=min(spec.batch_size, desk.max_demonstrations_per_step),
-        steps=spec.steps if order.steps < 0 else order.steps,
+        steps=spec.steps if order.steps == "auto" else order.steps,
     )
 
 

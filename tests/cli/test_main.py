@@ -49,21 +49,26 @@ WRONG_RECIPES = {  # content -> what is wrong, got, allowed, fix
     "band = = 2": ("the recipe is no TOML", "line 1", "TOML", "correct that line"),
     "band = 0.9": ("band is out of range", "band = 0.9", "a number > 1", "band = 1.5"),
     "band = 1": ("band is out of range", "band = 1.0", "a number > 1", "band = 1.5"),
-    "variant = 'decoupled_async'": (
+    "variant = 'decoupled_async'\n[proximal]\nsource = 'snapshot'": (
         "variant 'decoupled_async' needs log-probs of ASYNC, but source 'snapshot' provides OLD",
         "proximal.source = 'snapshot'",
         "a source that provides ASYNC: arrival",
         "use source 'arrival', or variant 'decoupled_exact'",
     ),
-    "variant = 'ppo_ewma'": ("needs log-probs of EWMA", "variant = 'ppo_ewma'", "provides EWMA", "use "),
+    "variant = 'ppo_ewma'\n[proximal]\nsource = 'snapshot'": (
+        "needs log-probs of EWMA",
+        "variant = 'ppo_ewma'",
+        "provides EWMA",
+        "use ",
+    ),
     "[sampling]\ntop_p = 0.95": ("sampling.top_p is out of range", "sampling.top_p = 0.95", "1.0 in training", "remove it"),
     "[model]\npath = 'nowhere'": ("model.path is no folder", "nowhere", "a folder with config.json", "--model.path tiny"),
-    "[runtime]\ntype = 'slurm'": ("runtime.type has no such choice", "'slurm'", "lockstep, local, ray", "choose one of these"),
+    "[runtime]\ntype = 'slurm'": ("unknown runtime", "'slurm'", "runtime.type = lockstep, local, ray", "choose one of these"),
     "[env]\ntarget = 'nope:Shop'\n[model]\npath = 'model'": (
-        "env.target cannot be loaded",
-        "'nope:Shop'",
-        "desk",
-        "PYTHONPATH",
+        "the module of the environment 'nope:Shop' cannot be imported",
+        "No module named 'nope'",
+        "env.target = desk",
+        "install the package that holds it",
     ),
 }
 
@@ -94,8 +99,8 @@ def test_a_missing_recipe_names_those_that_are_there(tmp_path):
     [
         (["--bandd", "2"], ["--bandd", "Perhaps you meant", "--band"]),
         (["--trainer.lrr", "3"], ["--trainer.lrr", "--trainer.lr"]),
-        (["--num-updates", "six"], ["--num-updates", "'six'", "Versions to publish"]),
-        (["--runtime.type", "slurm"], ["--runtime.type", "lockstep", "local", "ray"]),
+        (["--num-updates", "six"], ["--num-updates", "'six'", "batches to train on"]),
+        (["--runtime.type", "slurm"], ["runtime.type", "lockstep", "local", "ray"]),
         (["--band", "1"], ["band is out of range", "a number > 1"]),
     ],
 )

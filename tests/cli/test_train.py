@@ -103,8 +103,8 @@ def test_an_environment_and_a_model_of_ones_own_train_and_trouble_ends_only_its_
         num_updates = 2
         max_staleness = 1
         model.path = "{llama}"
-        env = {{ target = "my_shop:Shop", parser = "hermes", rows = "{tmp_path}/rows.jsonl",
-                 eval_data = "{tmp_path}/heldout.jsonl", max_tokens = 400, timeout_s = 0.3 }}
+        env = {{ target = "my_shop:Shop", parser = "hermes", train_data = "{tmp_path}/rows.jsonl",
+                 eval_data = "{tmp_path}/heldout.jsonl", max_episode_tokens = 400, timeout_s = 0.3 }}
         rollout = {{ group_size = 4, prompts_per_update = 2 }}
         eval.num_episodes = 4
         runtime.type = "local"

@@ -203,7 +203,7 @@ def test_an_engine_that_stops_answering_is_killed_after_the_time_out(spec):
 
     async def play():
         await engine.ready()
-        engine._control_timeout_s = 0.2
+        engine._deadline.timeout_s = 0.2
         os.kill(pid, signal.SIGSTOP)
         task = asyncio.create_task(engine.generate([1], LONG, "a"))
         await asyncio.sleep(0)

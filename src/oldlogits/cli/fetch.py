@@ -44,7 +44,7 @@ def command(arguments: Sequence[str]) -> int:
 
     def ordered(cache: Path) -> Path:
         environment_class = load_environment(env.target, env.adapter)
-        return make(ModelOrder(seed=0, steps=-1, environment=environment_class, parser=env.parser, cache=cache, note=note))
+        return make(ModelOrder(seed=0, steps="auto", environment=environment_class, parser=env.parser, cache=cache, note=note))
 
     def fill(unfinished: Path) -> None:
         made = ordered(unfinished)

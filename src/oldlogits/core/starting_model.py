@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol, runtime_checkable
+from typing import Final, Literal, Protocol, runtime_checkable
 
 from oldlogits.core.registry import Registry
 
@@ -26,7 +26,7 @@ class ModelOrder:
 
     Args:
         seed: Seed of weights and demonstrations.
-        steps: Supervised steps before the run (`model.warm_start_steps`); -1 leaves the number to the maker.
+        steps: Supervised steps before the run (`model.warm_start_steps`); "auto" leaves the number to the maker.
         environment: The environment class that the model will play.
         parser: Name of the tool-call parser that will read the model's turns.
         folder: The model folder to begin with; empty where the maker begins with a model of its own.
@@ -36,7 +36,7 @@ class ModelOrder:
     """
 
     seed: int
-    steps: int
+    steps: int | Literal["auto"]
     environment: type
     parser: str
     folder: str = ""

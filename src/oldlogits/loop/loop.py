@@ -138,7 +138,7 @@ class Loop:
             events=self._recorder.events,
             tasks=tasks,
             group_size=self._config.rollout.group_size,
-            max_running_groups=self._config.rollout.max_running_groups,
+            max_running_groups=self._config.rollout.running_limit,
             first_row=self.totals.next_row,
             restart_rows=self.totals.unfinished_rows,
         )

@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import importlib.util
 import shutil
 import signal
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
 
-from oldlogits.backends.local import open_local
-from oldlogits.backends.lockstep import open_lockstep
 from oldlogits.config import RunConfig
 from oldlogits.core.engine import Sampling
 from oldlogits.core.environment import Environment
-from oldlogits.core.errors import ConfigError, OldLogitsError
+from oldlogits.core.errors import OldLogitsError
 from oldlogits.core.parser import PARSERS
 from oldlogits.core.starting_model import is_model_folder
 from oldlogits.engines.spec import EngineSpec
 from oldlogits.envs.base import system_prompt_of
 from oldlogits.envs.tools import tool_schemas
-from oldlogits.loop.backend import Backend
+from oldlogits.loop.backend import Backend, BackendSpec
 from oldlogits.loop.loop import Loop, Task
 from oldlogits.loop.probe import PROBE_TOKENS
 from oldlogits.loop.resume import refuse_another_run, sampler_seed
@@ -42,11 +38,12 @@ from oldlogits.record.summary import Ended, Summary
 from oldlogits.rollout.buffer import Buffer, TrajectoryCounts
 from oldlogits.rollout.staleness import StalenessBound
 from oldlogits.rollout.turns import Agent, TurnLimits
+from oldlogits.run.specs import backend_kind, backend_spec
 from oldlogits.run.start import Start, prepare_model
 from oldlogits.run.tasks import load_tasks
 from oldlogits.train.reports import ConsistencyErrors
 
-Open = Callable[[RunConfig, Path, Sequence[int], int], AbstractAsyncContextManager[Backend]]
+Open = Callable[[BackendSpec], AbstractAsyncContextManager[Backend]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +60,7 @@ def run(
     out: Path,
     *,
     resume: bool = False,
-    open_runtime: Open | None = None,
+    open_backend: Open | None = None,
     console: Console | None = None,
 ) -> RunResult:
     """Run a recipe to its end, and write summary and report even when it is interrupted or fails.
@@ -72,12 +69,13 @@ def run(
         config: A checked recipe.
         out: The run folder; absent or empty, or to resume.
         resume: Go on from the latest checkpoint in `out`.
-        open_runtime: What supplies engine and trainer; the recipe's runtime by default.
+        open_backend: Opens what supplies engine and trainer; that of the recipe's kind of backend by default.
         console: Where to show progress; standard output by default.
 
     Raises:
         OldLogitsError: It could not be started.
     """
+    opens: Open = open_backend or backend_kind(config).open
     environment_class = _check_task(config)
     folder = RunFolder.create(out, resume=resume)
     checkpoint = folder.latest_checkpoint() if resume else None
@@ -92,8 +90,7 @@ def run(
             whole = checkpoint if not config.model.lora_rank else None  # adapters are restored on top of their base
             start = prepare_model(config, environment_class, view.note) if whole is None else Start(model=whole / "model")
             view.note(f"starting engine and trainer ({config.runtime.type})")
-            opened = open_runtime or _runtime(config, folder)
-            result = asyncio.run(_run(config, folder, view, start, totals, checkpoint, opened))
+            result = asyncio.run(_run(config, folder, view, start, totals, checkpoint, opens))
     except KeyboardInterrupt:  # before the loop began, or for the second time
         result = RunResult(summary=_interrupted(config, totals), error=None)
     result.summary.write(folder.summary)
@@ -101,36 +98,6 @@ def run(
     if result.defect is not None:
         raise result.defect
     return result
-
-
-def _runtime(config: RunConfig, folder: RunFolder) -> Open:
-    """The recipe's runtime; servers that it starts leave their messages in the run folder."""
-    match config.runtime.type:
-        case "lockstep":
-            return open_lockstep
-        case "local":
-            return partial(open_local, log_folder=folder.path / "servers")
-        case "ray":
-            return partial(_ray(), folder=folder.path)
-
-
-def _ray() -> Callable[..., AbstractAsyncContextManager[Backend]]:
-    """What opens the runtime ray.
-
-    Raises:
-        ConfigError: A package that it needs is not installed.
-    """
-    for package in ("ray", "aiohttp", "uvicorn"):
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(
-                "runtime.type = 'ray' needs a package that is not installed",
-                got=f"no {package}",
-                allowed="the extra 'ray'",
-                fix="pip install 'oldlogits[ray]'",
-            )
-    from oldlogits.backends.ray.backend import open_ray
-
-    return open_ray
 
 
 def _with_versions_folder(config: RunConfig, folder: RunFolder) -> RunConfig:
@@ -158,7 +125,7 @@ async def _run(
     start: Start,
     totals: Totals,
     checkpoint: Path | None,
-    open_runtime: Open,
+    opens: Open,
 ) -> RunResult:
     tokenizer = load_tokenizer(start.model)
     chat = ChatFormat(tokenizer)
@@ -169,7 +136,8 @@ async def _run(
     if checkpoint is None and start.is_warm:
         recorder.warm_started(start.steps, start.loss, start.seconds_s)
     try:
-        async with open_runtime(config, start.model, probe_ids, seed) as handles:
+        spec = backend_spec(config, start.model, probe_ids, sampler_seed=seed, folder=folder.path)
+        async with opens(spec) as handles:
             if checkpoint is not None:
                 await handles.trainer.restore(checkpoint)
             agent = _agent(config, handles, chat)

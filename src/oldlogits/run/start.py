@@ -38,7 +38,7 @@ def prepare_model(config: RunConfig, environment_class: type[Environment], note:
     """Return the recipe's model folder, or what a warm start or a starting model makes (from the cache, if it is there)."""
     path, steps = config.model.path, config.model.warm_start_steps
     is_folder = is_model_folder(path)
-    if is_folder and steps <= 0:
+    if is_folder and steps in ("auto", 0):
         return Start(model=Path(path))
     done, last = 0, math.nan
     started = time.perf_counter()

@@ -36,7 +36,7 @@ def _check_model(config: RunConfig, environment_class: type[Environment]) -> Non
     """Refuse a model that does not know the environment's words, and a warm start without demonstrations."""
     m, name = config.model, environment_class.__name__
     if is_model_folder(m.path):
-        if m.warm_start_steps > 0 and not isinstance(environment_class, Demonstrated):
+        if m.warm_start_steps not in ("auto", 0) and not isinstance(environment_class, Demonstrated):
             raise ConfigError(
                 f"the environment {name} has no demonstrations",
                 got=f"model.warm_start_steps = {m.warm_start_steps}, env.target = '{config.env.target}'",
