@@ -20,7 +20,7 @@ from oldlogits.models.load import point_at
 from oldlogits.models.scorer import ForwardSizes, score_tokens
 from oldlogits.train.consistency import check_consistency, max_error, probe_of
 from oldlogits.train.load import load_policy
-from oldlogits.versions import PatchStore
+from oldlogits.versions import LazyPatchStore
 
 
 class ScorerModel:
@@ -41,7 +41,7 @@ class ScorerModel:
         self._device = find_device(config.trainer_device)
         self._model = load_policy(config.model, model_folder).requires_grad_(False).to(self._device)
         round_at_use(self._model, FORWARD_DTYPES[config.model.forward_dtype])
-        self._store = PatchStore(hot=config.versions.uncompressed, settles=False)
+        self._store = LazyPatchStore(hot=config.versions.uncompressed)
         self._probe = probe_of(probe_ids)
 
     def publish(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> float:

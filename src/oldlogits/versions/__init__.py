@@ -10,7 +10,7 @@ from oldlogits.versions.patches.flat import FlatWeights
 from oldlogits.versions.patches.kernel_choice import fast_path
 from oldlogits.versions.patches.layout import Entry, Layout, Shard
 from oldlogits.versions.patches.patch import Patch, concatenate
-from oldlogits.versions.store import PatchStore
+from oldlogits.versions.store import LazyPatchStore, PatchStore
 
 __all__ = [
     "AverageScores",
@@ -19,6 +19,7 @@ __all__ = [
     "FullCopyStore",
     "HostCopy",
     "Layout",
+    "LazyPatchStore",
     "Patch",
     "PatchStore",
     "Shard",
