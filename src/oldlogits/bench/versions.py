@@ -26,7 +26,7 @@ from oldlogits.bench.rows import Report, Row, Steps, Subject
 from oldlogits.bench.synthetic import SyntheticModel
 from oldlogits.core.errors import ConfigError
 from oldlogits.models.smollm2 import fetch
-from oldlogits.versions import WeightAverage, fast_path
+from oldlogits.versions import WeightAverage, kernels_in_use
 
 SYNTHETIC_LRS: Final = (SLOW, MIDDLE, FAST, DEMO)
 REAL_LRS: Final = (SLOW, FAST)
@@ -100,7 +100,7 @@ def measure(plan: Plan, progress: Progress = lambda doing, done, total: None) ->
         ModelFolderError: The real model cannot be had.
     """
     started, bench = time.perf_counter(), _Bench(plan, progress)
-    machine = this_machine(plan.device, fast_path())
+    machine = this_machine(plan.device, kernels_in_use())
     with _one_thread():
         for lr in SYNTHETIC_LRS:
             bench.synthetic(lr)
