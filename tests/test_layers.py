@@ -12,7 +12,7 @@ import oldlogits
 ROOT = Path(oldlogits.__file__).parent
 LEVELS = (
     {"core"},
-    {"objective"},
+    {"objective", "rpc"},
     {"batch"},
     {"models", "versions", "envs"},
     {"engines"},
@@ -21,7 +21,7 @@ LEVELS = (
     {"loop"},
     {"backends"},
     {"run"},
-    {"study", "bench"},
+    {"compare", "bench"},
     {"cli"},
     {"__main__"},
 )
@@ -105,7 +105,7 @@ def test_imports_point_down(module):
         ("oldlogits.config.check", "oldlogits.objective", False),
         ("oldlogits.record.report.page", "oldlogits.config", False),
         ("oldlogits.cli.main", "oldlogits.run.run", True),
-        ("oldlogits.study.compare", "oldlogits.bench", False),
+        ("oldlogits.compare.pool", "oldlogits.bench", False),
         ("oldlogits.core.errors", "oldlogits.record.events", True),
     ],
 )
@@ -116,6 +116,11 @@ def test_the_rule_itself(module, target, allowed):
 def test_no_module_imports_itself_through_others():
     graph = {name: {t for t in targets if t in NAMES and t != name} for name, targets in INTERNAL.items()}
     list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_the_product_knows_nothing_of_what_studies_and_measures_it():
+    outside = {target.split(".")[0] for targets in IMPORTS.values() for target in targets}
+    assert outside & {"studies", "benchmarks", "examples", "tests"} == set()
 
 
 def test_every_import_of_this_package_exists():
@@ -140,6 +145,11 @@ def executed(path):
 
 
 EXECUTED = {module_name(path): executed(path) for path in FILES}
+
+
+def test_the_product_imports_no_example_and_nothing_that_measures_it():
+    outside = {target.split(".")[0] for targets in IMPORTS.values() for target in targets}
+    assert outside & {"order_desk", "number_guess", "examples", "studies", "benchmarks", "tests"} == set()
 
 
 def reachable(start):

@@ -8,9 +8,10 @@ from oldlogits.backends.ray import workers as ray_workers
 from oldlogits.backends.ray.desired_workers import write_wanted
 from oldlogits.backends.ray.weights import ClusterWeights
 from oldlogits.backends.ray.workers import Workers
-from oldlogits.config import config_from_table
 from oldlogits.engines.http.fleet import Fleet
 from oldlogits.engines.http.servers import Timeouts
+
+from ..waiting import HUNG_S
 
 POLL_S = 0.01
 
@@ -21,7 +22,14 @@ def followed(tmp_path, monkeypatch):
     monkeypatch.setattr(ray_workers, "POLL_S", POLL_S)
 
     async def follow(scenario):
-        workers = Workers(config_from_table({"runtime": {"type": "ray"}}), lambda number: None, tmp_path, ClusterWeights())
+        workers = Workers(
+            lambda number: None,
+            tmp_path,
+            ClusterWeights(),
+            num_workers=2,
+            environment_timeout_s=20.0,
+            control_timeout_s=60.0,
+        )
         workers.fleet = Fleet(workers.hosts, patience=Timeouts(), check=None, supply=None)
         warned = []
         workers.warn = lambda caution: warned.append(caution.message)
@@ -35,7 +43,7 @@ def followed(tmp_path, monkeypatch):
             for host in workers.fleet.hosts:
                 await host.server.close()
 
-    return lambda scenario: asyncio.run(asyncio.wait_for(follow(scenario), 10))
+    return lambda scenario: asyncio.run(asyncio.wait_for(follow(scenario), HUNG_S))
 
 
 async def until(holds):

@@ -68,6 +68,7 @@ ROUTES = {
 """A variant that the route feeds, and how its tokens are labelled."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", SOURCES.names)
 def test_a_killed_run_goes_on_from_its_last_checkpoint_under_every_route(route, tiny_folder, tmp_path, capsys):
     out, (variant, provenance) = tmp_path / "run", ROUTES[route]

@@ -8,13 +8,13 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from oldlogits.core.bounds import EffectiveBounds, effective_bounds
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, MU, THETA, VARIANTS, Policy
 from oldlogits.objective import linear_logp, loglinear_logp, split_ratio, surrogate
-from oldlogits.objective.bounds import EffectiveBounds, effective_bounds
-from oldlogits.objective.bounds import active as unchecked_active
 
 from . import oracle
+from .tensor_bounds import active as unchecked_active
 from .typed import checked
 
 active = checked(unchecked_active)
@@ -79,6 +79,7 @@ def ratios_for(bounds, generator):
     return torch.cat([common, extreme, torch.tensor([0.0, -25.0, 25.0, *beside], dtype=torch.float64)])
 
 
+@pytest.mark.slow
 def test_no_tokens_active_state_differs_from_the_full_objectives():
     generator = torch.Generator().manual_seed(0)
     num_checks = num_active = num_beside = 0

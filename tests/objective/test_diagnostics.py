@@ -67,6 +67,7 @@ def by_hand(tokens):
     return metrics
 
 
+@pytest.mark.slow
 @given(tokens=st.lists(a_token, max_size=30))
 @settings(max_examples=150)
 def test_metrics_equal_plain_python_over_all_loss_tokens_and_by_staleness(tokens):

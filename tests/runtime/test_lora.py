@@ -25,6 +25,7 @@ from oldlogits.engines.spec import EngineSpec
 from oldlogits.models.adapters import is_adapter
 from oldlogits.models.load import load_model
 from oldlogits.record.events import EventKind
+from oldlogits.run.specs import trainer_spec
 from oldlogits.train.trainer import Trainer
 
 from ..builders import batch_of, sampled, trajectory
@@ -53,6 +54,7 @@ def num_adapter_parameters(folder: Path) -> int:
     return sum(RANK * sum(layer.weight.shape) for layer in layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sections",
     [
@@ -82,6 +84,7 @@ def test_the_laws_hold_under_every_route_and_a_version_is_its_adapters(sections,
     assert max(sent) == size * num_adapter_parameters(tiny_folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numerics", ["fp32", "fp8"])
 def test_a_server_adds_the_adapters_to_its_own_folder(numerics, tiny_folder, tmp_path):
     with serving(tiny_folder, "--adapter-scale", str(ALPHA / RANK), "--numerics", numerics) as server:
@@ -96,6 +99,7 @@ def test_a_server_adds_the_adapters_to_its_own_folder(numerics, tiny_folder, tmp
     assert max(sent) == 4 * num_adapter_parameters(tiny_folder), "adapters alone travel"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--adapter-scale", "3"]])
 def test_a_server_that_takes_other_weights_is_refused_with_the_remedy(options, tiny_folder, tmp_path, capsys):
     with serving(tiny_folder, *options) as server:
@@ -111,14 +115,15 @@ def finished(tiny_folder, tmp_path_factory):
     return trained(tiny_folder, tmp_path_factory.mktemp("lora"), record={"checkpoint_every": 2})
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks transformers for it
 def test_a_checkpoint_is_a_standard_folder_and_an_adapter_of_the_base_with_the_same_logits(finished, tiny_folder):
+
     checkpoint, ids = finished / "checkpoints/v000004", torch.tensor([PROBE])
     assert load_file(checkpoint / "model/model.safetensors").keys() == load_file(tiny_folder / "model.safetensors").keys()
     with torch.no_grad():
         whole = load_model(checkpoint / "model")(input_ids=ids).logits
         before = load_model(tiny_folder)(input_ids=ids).logits
-        with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):  # peft asks transformers for it
-            theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), checkpoint / "adapter")
+        theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), checkpoint / "adapter")
         adapted = theirs.eval()(input_ids=ids).logits
     assert torch.allclose(adapted, whole, atol=1e-5)
     assert (adapted - before).abs().max() > 0.01
@@ -141,7 +146,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(finished, tmp_path):
 
 
 def test_the_state_of_a_checkpoint_is_restored_bit_for_bit(tiny_folder, tmp_path):
-    trainer = stepped(Trainer(lora_recipe(tiny_folder), tiny_folder, PROBE))
+    trainer = stepped(Trainer(trainer_spec(lora_recipe(tiny_folder)), tiny_folder, PROBE))
     published = trainer.publish()
     trainer.save(tmp_path)
     again = trainer_at(tiny_folder, tmp_path)
@@ -153,7 +158,7 @@ def test_the_state_of_a_checkpoint_is_restored_bit_for_bit(tiny_folder, tmp_path
 
 
 def test_another_base_under_the_adapters_is_noticed(tiny_folder, tmp_path):
-    trainer = stepped(Trainer(lora_recipe(tiny_folder), tiny_folder, PROBE))
+    trainer = stepped(Trainer(trainer_spec(lora_recipe(tiny_folder)), tiny_folder, PROBE))
     trainer.publish()
     trainer.save(tmp_path / "checkpoint")
     other = Path(shutil.copytree(tiny_folder, tmp_path / "other"))
@@ -166,18 +171,18 @@ def test_another_base_under_the_adapters_is_noticed(tiny_folder, tmp_path):
 
 
 def test_only_adapters_are_trained_and_have_moments_and_the_base_stays(tiny_folder):
-    trainer = Trainer(lora_recipe(tiny_folder), tiny_folder, PROBE)
-    model = trainer._model
+    trainer = Trainer(trainer_spec(lora_recipe(tiny_folder)), tiny_folder, PROBE)
+    model = trainer.live.model
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     stepped(stepped(trainer))  # B is zero before the first step, so that A has no gradient
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != is_adapter(name), name
-    assert {p for p in model.parameters() if p.requires_grad} == set(trainer._optimizer.adamw.state)
+    assert {p for p in model.parameters() if p.requires_grad} == set(trainer.optimizer.adamw.state)
 
 
 def test_the_scoring_module_and_the_live_one_share_the_base(tiny_folder):
-    trainer = Trainer(lora_recipe(tiny_folder), tiny_folder, PROBE)
-    live, scoring = (dict(model.named_parameters()) for model in (trainer._model, trainer._scoring))
+    trainer = Trainer(trainer_spec(lora_recipe(tiny_folder)), tiny_folder, PROBE)
+    live, scoring = (dict(model.named_parameters()) for model in (trainer.live.model, trainer.live.scoring))
     assert all(scoring[name].data_ptr() == live[name].data_ptr() for name in live if not is_adapter(name))
 
 
@@ -188,7 +193,7 @@ def test_the_engine_adds_the_adapters_and_the_trainer_knows_what_it_then_holds(n
     spec = EngineSpec(
         model_path=str(tiny_folder), numerics=numerics, max_num_seqs=2, max_context=64, adapter_scale=ALPHA / RANK
     )
-    core, trainer = EngineCore(spec), stepped(Trainer(config, tiny_folder, PROBE))
+    core, trainer = EngineCore(spec), stepped(Trainer(trainer_spec(config), tiny_folder, PROBE))
     published = trainer.publish()
     assert isinstance(published.update, FullWeights)
     core.pause("keep", "recompute")
@@ -201,7 +206,7 @@ def test_the_engine_adds_the_adapters_and_the_trainer_knows_what_it_then_holds(n
 
 
 def trainer_at(folder: Path, checkpoint: Path) -> Trainer:
-    trainer = Trainer(lora_recipe(folder), folder, PROBE)
+    trainer = Trainer(trainer_spec(lora_recipe(folder)), folder, PROBE)
     trainer.restore(checkpoint)
     return trainer
 
@@ -216,7 +221,7 @@ def stepped(trainer: Trainer) -> Trainer:
     trainer.publish()
     trainer.put_batch(batch)
     num = int(batch.loss_mask.sum())
-    values = trainer.score(np.arange(num), at=trainer.version)
+    values = trainer.scorer.score(np.arange(num), at=trainer.version)
     at = np.full(num, trainer.version, np.int64)
     trainer.train(Scored(policy=OLD, values=values, computed_at=at, num_switches=1))
     return trainer

@@ -32,6 +32,7 @@ def played(tiny_folder, tmp_path):
     return play
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lag", ["even", "random"])
 def test_old_is_what_the_engine_gave_over_entries_of_several_versions(lag, played):
     tokens, is_mixed = played(num_updates=8, trainer={"minibatches_per_update": 1}, lockstep={"lag": lag})
@@ -51,6 +52,7 @@ def test_the_referees_old_is_that_of_the_engines_own_entries(tiny_folder, tmp_pa
     assert max(max(fields["logp_error"]) for fields in refereed) <= 1e-4, "mu is OLD, whatever it attended to"
 
 
+@pytest.mark.slow
 def test_old_is_what_an_engine_process_gave(played):
     tokens, _ = played(runtime={"type": "local"}, env={"latency_s": 0.25})  # replies are slower than updates
     assert np.abs(tokens["logp_proximal"] - tokens["logp_mu"]).max() <= 1e-5

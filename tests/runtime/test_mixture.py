@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from oldlogits.models.tiny import TinyMoeSize, save_tiny, tiny_model, tiny_tokenizer
 from oldlogits.record.events import EventKind
 from oldlogits.run.run import run
+from order_desk.tiny import TinyMoeSize, save_tiny, tiny_model, tiny_tokenizer
 
 from ..conftest import WORDS
 from ..runs import check_accounting, events_of, recipe, tokens_of

@@ -67,6 +67,7 @@ def test_the_noise_correlates_fully_at_lag_0_and_less_at_larger_lags_and_no_vers
     assert {event.fields["bytes"] for event in events_of(tmp_path, EventKind.PUBLISHED)} == {0}
 
 
+@pytest.mark.slow
 def test_it_runs_with_engine_and_trainer_in_processes_of_their_own(tmp_path, tiny_folder):
     tokens = rescored(tmp_path, tiny_folder, "int8", num_updates=2, runtime={"type": "local"})
     assert tokens["staleness"].max() <= 2

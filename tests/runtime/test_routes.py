@@ -4,8 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import threading
-import time
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,6 +16,8 @@ from oldlogits.loop import loop
 from oldlogits.loop.weight_sync import check_partials
 from oldlogits.run.run import run
 from oldlogits.sources import NoSource
+
+from ..runs import after_updates
 
 EXACT = ("snapshot", "eager", "interruption", "dedicated")
 
@@ -110,6 +110,7 @@ def assert_settled(result, source):
     assert len(source.in_flight) == 0
 
 
+@pytest.mark.slow
 def test_in_lockstep_training_is_the_same_run_under_every_exact_route(play):
     runs = {}
     for route in EXACT:
@@ -139,6 +140,7 @@ def test_in_lockstep_training_is_the_same_run_under_every_exact_route(play):
     assert runs["interruption"][3] == [0] * 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ["eager", "interruption"])
 def test_a_route_is_exact_with_processes_of_its_own(route, play):
     result, source, out = play(route, "local", env={"latency_s": 0.01})
@@ -159,16 +161,13 @@ def assert_exact(out):
     assert max(stale) > 1e-3, "the versions differ, or nothing was tested"
 
 
+@pytest.mark.slow
 def test_a_dedicated_scorer_is_exact_until_it_is_killed_and_the_run_then_ends_cleanly(play, tmp_path):
     def kill():
-        events, deadline = tmp_path / "dedicated" / "events.jsonl", time.monotonic() + 60
-        while time.monotonic() < deadline and not (events.is_file() and events.read_text().count('"update"') >= 3):
-            time.sleep(0.05)
         (scorer,) = [child for child in multiprocessing.active_children() if child.name == "oldlogits-scorer"]
         os.kill(scorer.pid, signal.SIGKILL)
 
-    killer = threading.Thread(target=kill)
-    killer.start()
+    killer = after_updates(tmp_path / "dedicated", 3, kill)
     result, source, out = play("dedicated", "local", num_updates=500, env={"latency_s": 0.01})
     killer.join()
     assert isinstance(result.error, WorkerDiedError)

@@ -1,4 +1,4 @@
-"""The engine of runtime "local": a process of the run, or servers over HTTP."""
+"""The engine of a backend whose engine runs beside it: a process of the run, or servers over HTTP."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import asyncio
 import importlib.util
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from oldlogits.config import RunConfig
+from oldlogits.config.schema import EngineConfig
 from oldlogits.core.engine import RolloutEngine
 from oldlogits.core.errors import ConfigError
+from oldlogits.engines.embedded.process import EngineProcess
 from oldlogits.engines.spec import EngineStats, Incident
+from oldlogits.loop.backend import BackendSpec
 
 if TYPE_CHECKING:
     from oldlogits.engines.http.servers import Host
@@ -39,8 +40,32 @@ class OpenEngine:
     listen: Callable[[Callable[[Incident], None]], None]
 
 
+def open_engine(spec: BackendSpec) -> AbstractAsyncContextManager[OpenEngine]:
+    """Start the engine of a recipe, or connect to it; on leaving nothing of it stays behind."""
+    return _open_servers(spec) if samples_on_servers(spec.engine) else _open_process(spec)
+
+
+def samples_on_servers(engine: EngineConfig) -> bool:
+    """Whether an engine samples on servers."""
+    return engine.type == "vllm"
+
+
 @asynccontextmanager
-async def open_servers(config: RunConfig, model_folder: Path, seed: int, log_folder: Path) -> AsyncIterator[OpenEngine]:
+async def _open_process(spec: BackendSpec) -> AsyncIterator[OpenEngine]:
+    """The embedded engine in a process of its own; its calls wait until it is ready."""
+    engine = EngineProcess(spec.sampler)
+    try:
+        yield OpenEngine(engine=engine, stats=engine.stats, ready=_at_once, supervise=None, listen=lambda hear: None)
+    finally:
+        engine.close()
+
+
+async def _at_once() -> None:
+    return
+
+
+@asynccontextmanager
+async def _open_servers(spec: BackendSpec) -> AsyncIterator[OpenEngine]:
     """Servers over HTTP: those of the recipe, or started here; on leaving none of the latter stays behind.
 
     Raises:
@@ -56,7 +81,7 @@ async def open_servers(config: RunConfig, model_folder: Path, seed: int, log_fol
     from oldlogits.engines.http.engine import HttpEngine
     from oldlogits.engines.http.servers import Timeouts
 
-    e = config.engine
+    e = spec.engine
     patience = Timeouts(
         recover_s=e.recover_s,
         request_s=e.request_timeout_s,
@@ -64,12 +89,12 @@ async def open_servers(config: RunConfig, model_folder: Path, seed: int, log_fol
         start_s=e.start_timeout_s,
         max_restarts=e.max_restarts,
     )
-    hosts = _attached(config) if e.urls else _started(config, model_folder, seed, log_folder)
+    hosts = _attached(e) if e.urls else _started(spec)
     engine = HttpEngine(
         hosts,
-        max_context=config.env.max_episode_tokens,
-        numerics=e.precision,
-        adapter_scale=config.model.adapter_scale,
+        max_context=spec.sampler.max_context,
+        numerics=spec.sampler.numerics,
+        adapter_scale=spec.sampler.adapter_scale,
         patience=patience,
     )
 
@@ -82,25 +107,25 @@ async def open_servers(config: RunConfig, model_folder: Path, seed: int, log_fol
         await asyncio.shield(engine.close())
 
 
-def _attached(config: RunConfig) -> list[Host]:
+def _attached(engine: EngineConfig) -> list[Host]:
     from oldlogits.engines.http.client import Server
     from oldlogits.engines.http.servers import Host
 
-    name = config.engine.token_env
+    name = engine.token_env
     if name and not os.environ.get(name):
         raise ConfigError(
             "the environment variable of engine.token_env is not set", got=f"no {name}", allowed="a token", fix=f"export {name}"
         )
-    token, timeout_s = os.environ.get(name, "") if name else "", config.engine.control_timeout_s
-    return [Host(server=Server(url, token=token, control_timeout_s=timeout_s)) for url in config.engine.urls]
+    token, timeout_s = os.environ.get(name, "") if name else "", engine.control_timeout_s
+    return [Host(server=Server(url, token=token, control_timeout_s=timeout_s)) for url in engine.urls]
 
 
-def _started(config: RunConfig, model_folder: Path, seed: int, log_folder: Path) -> list[Host]:
+def _started(spec: BackendSpec) -> list[Host]:
     from oldlogits.engines.http.client import Server
     from oldlogits.engines.http.launch import Launched, LaunchSpec
     from oldlogits.engines.http.servers import Host
 
-    e = config.engine
+    e, sampler = spec.engine, spec.sampler
     needed = "vllm" if e.server == "vllm" else "uvicorn"
     if not e.python and importlib.util.find_spec(needed) is None:
         raise ConfigError(
@@ -112,19 +137,19 @@ def _started(config: RunConfig, model_folder: Path, seed: int, log_folder: Path)
     hosts: list[Host] = []
     try:
         for number in range(e.num_servers):
-            spec = LaunchSpec(
+            launch = LaunchSpec(
                 server=e.server,
-                model_path=str(model_folder.resolve()),
-                numerics=e.precision,
-                max_num_seqs=e.max_num_seqs,
-                max_context=config.env.max_episode_tokens,
+                model_path=str(spec.model_folder.resolve()),
+                numerics=sampler.numerics,
+                max_num_seqs=sampler.max_num_seqs,
+                max_context=sampler.max_context,
                 flags=e.flags,
                 python=e.python,
-                log_folder=log_folder,
-                seed=seed + number,
-                adapter_scale=config.model.adapter_scale,
+                log_folder=spec.folder / "servers",
+                seed=sampler.seed + number,
+                adapter_scale=sampler.adapter_scale,
             )
-            launched = Launched(spec, f"server-{number}")
+            launched = Launched(launch, f"server-{number}")
             server = Server(launched.url, token=launched.token, control_timeout_s=e.control_timeout_s)
             hosts.append(Host(server=server, launched=launched))
     except BaseException:

@@ -101,7 +101,7 @@ class LossTerms:
 
     @property
     def active_mask(self) -> Tensor:
-        """bool [token]; True where neither mask leaves a token out."""
+        """Bool [token]; True where neither mask leaves a token out."""
         return self.band_mask & self.clip_mask
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from oldlogits.engines.spec import EngineStats
 from oldlogits.engines.timing import Line
-from oldlogits.loop.backend import TrainerState
+from oldlogits.train.reports import TrainerState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ and gives the log-probs of the tokens that it sampled: each entry is computed on
 
 from __future__ import annotations
 
+import inspect
 import math
 from functools import partial
 
@@ -59,6 +60,7 @@ class MixedForward:
         self._chains: list[KVChain] = [chain for chain in chains if len(chain) > 1]
         longest = max((int(chain[-1].tokens[-1]) - chain[0].origin for chain in self._chains), default=0)
         self._entries = _Entries(len(self._chains), longest)
+        self._cache_keyword = cache_keyword(model.base_model)
         self._logps = torch.full((batch.num_tokens,), math.nan)
         self._computed_at = np.full(batch.num_tokens, -1, np.int64)
 
@@ -120,10 +122,15 @@ class MixedForward:
             input_ids=micro.input_ids,
             position_ids=positions,
             attention_mask=self._entries.seen,
-            past_key_values=self._entries,
             use_cache=True,
+            **{self._cache_keyword: self._entries},
         ).last_hidden_state
         return head_logps(self._model, hidden, micro, head_chunk_tokens=self._sizes["head_chunk_tokens"])
+
+
+def cache_keyword(model: torch.nn.Module) -> str:
+    """Return the name under which a Hugging Face model takes its cache: transformers 5.24 changed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class _Entries:
@@ -161,9 +168,12 @@ class _Entries:
         self.seen = (torch.arange(self._length) <= positions[..., None])[:, None].to(device)
 
     def update(
-        self, keys: Float[Tensor, "row head column dim"], values: Float[Tensor, "row head column dim"], layer: int
+        self, keys: Float[Tensor, "row head column dim"], values: Float[Tensor, "row head column dim"], layer: int, **_: object
     ) -> tuple[Float[Tensor, "row head position dim"], Float[Tensor, "row head position dim"]]:
-        """Take over a layer's new entries; returns those that the rows may see, up to the newest."""
+        """Take over a layer's new entries and return those that the rows may see, up to the newest.
+
+        Transformers 5.24 gives the forward's further arguments, too; nothing here depends on them.
+        """
         if layer == len(self._layers):
             shape = (*self._shape, keys.shape[1], keys.shape[3])
             self._layers.append((keys.new_zeros(shape), values.new_zeros(shape)))

@@ -16,12 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from oldlogits.config import RunConfig
 from oldlogits.core.source import SOURCES
+from oldlogits.core.starting_model import MODELS, DescribedModel, is_model_folder
 from oldlogits.engines.embedded.model_folder import read_config
-from oldlogits.models.tiny import tiny_model
-from oldlogits.train.warm_start import spec_of
-
-TINY_VOCABULARY: Final = 128
-"""About the words of the order desk."""
 
 RANKS: Final = (1, 2, 4, 8)
 """Numbers of ranks that share a trainer, for which its bytes are said."""
@@ -249,20 +245,23 @@ def _stored_versions(config: RunConfig) -> int:
 
 
 def _model(config: RunConfig) -> PreTrainedModel | None:
-    """The recipe's model without storage; None: there is no such config.
+    """The recipe's model without storage; None: its config is not known yet.
 
     Raises:
         ModelFolderError: The model is of another family.
     """
     folder = Path(config.model.path)
-    if not config.model.is_tiny:
+    if is_model_folder(config.model.path):
         if not (folder / "config.json").is_file():
             return None
         read_config(folder)
-    with torch.device("meta"):
-        if config.model.is_tiny:
-            return tiny_model(spec_of(config).size, TINY_VOCABULARY, 0, 0, 0)
         found = AutoConfig.from_pretrained(folder, local_files_only=True)
+    else:
+        starting = MODELS.find(config.model.path)
+        if not isinstance(starting, DescribedModel):
+            return None
+        found = starting.architecture()
+    with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(found)
         return model
 

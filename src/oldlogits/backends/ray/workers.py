@@ -15,7 +15,7 @@ from oldlogits.backends.ray.cluster import Actor, ActorEndedError, ClusterError,
 from oldlogits.backends.ray.desired_workers import read_wanted
 from oldlogits.backends.ray.remote_environments import Place, PlaceLostError
 from oldlogits.backends.ray.weights import ClusterWeights
-from oldlogits.config import Caution, RunConfig
+from oldlogits.config import Caution
 from oldlogits.core.errors import ConfigError
 from oldlogits.engines.http.client import Server, ServerFailedError
 from oldlogits.engines.http.fleet import Fleet
@@ -109,7 +109,9 @@ class RayWorker:
                         raise ServerFailedError(f"its server ended with exit code {code}; see {self.where}")
                     await asyncio.sleep(0.2)
         except TimeoutError:
-            raise ServerFailedError(f"it is not ready after {start_s:g} s: {cluster.no_place(self.name, start_s)}") from None
+            raise ServerFailedError(
+                f"it is not ready after {start_s:g} s: it is still starting, or has no place where {cluster.free()} is free"
+            ) from None
         except ClusterError as error:
             raise ServerFailedError(f"it ended: {str(error).strip().splitlines()[0]}") from error
 
@@ -183,24 +185,36 @@ class Workers:
     """The rollout workers of a run: as many as are wanted, and where environments are placed.
 
     Args:
-        config: The run.
         make: Makes the actor of a worker, given its number.
-        folder: Of the run, where `oldlogits workers` says how many there are to be.
-        weights: Of the cluster.
+        folder: The run folder, where `oldlogits workers` says how many there are to be.
+        weights: What brings weights to the nodes.
+        num_workers: How many there are at first.
+        environment_timeout_s: How long one call of an environment may take.
+        control_timeout_s: How long a control call to a server may take.
     """
 
-    def __init__(self, config: RunConfig, make: Callable[[int], Actor], folder: Path, weights: ClusterWeights) -> None:
-        self._config, self._make, self._folder, self._weights = config, make, folder, weights
+    def __init__(
+        self,
+        make: Callable[[int], Actor],
+        folder: Path,
+        weights: ClusterWeights,
+        *,
+        num_workers: int,
+        environment_timeout_s: float,
+        control_timeout_s: float,
+    ) -> None:
+        self._make, self._folder, self._weights = make, folder, weights
+        self._environment_timeout_s, self._control_timeout_s = environment_timeout_s, control_timeout_s
         self._num_made = 0
         self._workers: dict[Host, RayWorker] = {}
         self.fleet: Fleet | None = None
         self.warn: Callable[[Caution], None] = lambda caution: None
-        self.hosts = [self._host() for _ in range(config.ray.num_workers)]
+        self.hosts = [self._host() for _ in range(num_workers)]
 
     def _host(self) -> Host:
         number, self._num_made = self._num_made, self._num_made + 1
-        worker = RayWorker(f"worker-{number}", partial(self._make, number), self._config.env.timeout_s)
-        server = RayServer(worker, self._weights, control_timeout_s=self._config.engine.control_timeout_s)
+        worker = RayWorker(f"worker-{number}", partial(self._make, number), self._environment_timeout_s)
+        server = RayServer(worker, self._weights, control_timeout_s=self._control_timeout_s)
         host = Host(server=server, launched=worker)
         self._workers[host] = worker
         return host
