@@ -26,7 +26,7 @@ from oldlogits.bench.lab import Chain, Seconds, clock_of
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.starting_model import MODELS, ModelOrder
 from oldlogits.models.cache import cache_folder
-from oldlogits.versions import WeightAverage, fast_path
+from oldlogits.versions import WeightAverage, kernels_in_use
 from order_desk.environment import OrderDesk
 
 SYNTHETIC_LRS: Final = (SLOW, MIDDLE, FAST, DEMO)
@@ -101,7 +101,7 @@ def measure(plan: Plan, progress: Progress = lambda doing, done, total: None) ->
         ModelFolderError: The real model cannot be had.
     """
     started, bench = time.perf_counter(), _Bench(plan, progress)
-    machine = this_machine(plan.device, fast_path())
+    machine = this_machine(plan.device, kernels_in_use())
     with _one_thread():
         for lr in SYNTHETIC_LRS:
             bench.synthetic(lr)

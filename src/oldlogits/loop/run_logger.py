@@ -9,10 +9,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from oldlogits.config import Caution, RunConfig
+from oldlogits.core.engine_stats import Incident
 from oldlogits.core.policies import find_variant
 from oldlogits.core.scoring import Scored
 from oldlogits.core.trajectory import Sampled, Segment, Trajectory, TrajectoryGroup
-from oldlogits.engines.spec import Incident
 from oldlogits.loop.audit import ResetEffect
 from oldlogits.loop.calibration import Calibration
 from oldlogits.loop.probe import ProbeResult

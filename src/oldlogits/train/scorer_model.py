@@ -19,7 +19,7 @@ from oldlogits.models.scorer import score_tokens
 from oldlogits.train.consistency import check_consistency, max_error, probe_of
 from oldlogits.train.load import load_policy
 from oldlogits.train.spec import ScorerSpec
-from oldlogits.versions import PatchStore
+from oldlogits.versions import LazyPatchStore
 
 
 class ScorerModel:
@@ -38,7 +38,7 @@ class ScorerModel:
         self._spec, self._device = spec, find_device(spec.device)
         self._model = load_policy(spec.model, model_folder).requires_grad_(False).to(self._device)
         round_at_use(self._model, FORWARD_DTYPES[spec.model.forward_dtype])
-        self._store = PatchStore(hot=spec.uncompressed, settles=False)
+        self._store = LazyPatchStore(hot=spec.uncompressed)
         self._probe = probe_of(probe_ids)
 
     def publish(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> float:
