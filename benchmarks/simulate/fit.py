@@ -164,7 +164,7 @@ class MeasuredRun:
             load_s=_mean(self.events[EventKind.WEIGHTS_UPDATED][SKIP:], "load_s"),
             group_size=c.rollout.group_size,
             prompts_per_update=c.rollout.prompts_per_update,
-            max_running_groups=c.rollout.max_running_groups,
+            max_running_groups=c.rollout.running_limit,
             max_staleness=c.max_staleness,
             num_updates=c.num_updates,
             skip=SKIP,

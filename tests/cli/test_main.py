@@ -55,7 +55,12 @@ WRONG_RECIPES = {  # content -> what is wrong, got, allowed, fix
         "a source that provides ASYNC: arrival",
         "use source 'arrival', or variant 'decoupled_exact'",
     ),
-    "variant = 'ppo_ewma'\n[proximal]\nsource = 'snapshot'": ("needs log-probs of EWMA", "variant = 'ppo_ewma'", "provides EWMA", "use "),
+    "variant = 'ppo_ewma'\n[proximal]\nsource = 'snapshot'": (
+        "needs log-probs of EWMA",
+        "variant = 'ppo_ewma'",
+        "provides EWMA",
+        "use ",
+    ),
     "[sampling]\ntop_p = 0.95": ("sampling.top_p is out of range", "sampling.top_p = 0.95", "1.0 in training", "remove it"),
     "[model]\npath = 'nowhere'": ("model.path is no folder", "nowhere", "a folder with config.json", "--model.path tiny"),
     "[runtime]\ntype = 'slurm'": ("unknown runtime", "'slurm'", "runtime.type = lockstep, local, ray", "choose one of these"),
