@@ -2,6 +2,8 @@
 
 import ast
 import graphlib
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import oldlogits
 ROOT = Path(oldlogits.__file__).parent
 LEVELS = (
     {"core"},
-    {"objective"},
+    {"objective", "rpc"},
     {"batch"},
     {"models", "versions", "envs"},
     {"engines"},
@@ -38,8 +40,12 @@ def module_name(path):
 
 def imported(path):
     """Every module that a file imports, wherever in the file; `from package import module` counts as the module."""
+    return imported_by(ast.parse(path.read_text(encoding="utf-8")), path)
+
+
+def imported_by(tree, path):
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -131,6 +137,23 @@ def test_each_heavy_optional_package_is_imported_in_one_file_at_most():
     assert {name: users[name] for name in HEAVY if len(users[name]) > 1} == {}
 
 
+def executed(path):
+    """What importing a file imports: all but what stands under ``if TYPE_CHECKING:``."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
+    return imported_by(tree, path)
+
+
+EXECUTED = {module_name(path): executed(path) for path in FILES}
+
+
+def test_the_product_imports_no_example_and_nothing_that_measures_it():
+    outside = {target.split(".")[0] for targets in IMPORTS.values() for target in targets}
+    assert outside & {"order_desk", "number_guess", "examples", "studies", "benchmarks", "tests"} == set()
+
+
 def reachable(start):
     """The modules of this package that importing `start` imports, and what they import from elsewhere."""
     inside, outside, todo = set(), set(), [start]
@@ -140,8 +163,9 @@ def reachable(start):
             continue
         inside.add(module)
         parent = module.rpartition(".")[0]
-        outside |= {t.split(".")[0] for t in IMPORTS[module] if t not in NAMES}
-        todo += [t for t in (*IMPORTS[module], parent) if t in NAMES]
+        imports = EXECUTED[module]
+        outside |= {t.split(".")[0] for t in imports if t not in NAMES}
+        todo += [t for t in (*imports, parent) if t in NAMES]
     return inside, outside
 
 
@@ -155,6 +179,12 @@ def test_what_reads_recorded_files_needs_nothing_but_records(module):
 def test_events_stand_on_their_lines_alone():
     modules = {name for name in reachable("oldlogits.record.events")[0] if package_of(name) == "record"}
     assert modules == {"oldlogits.record", "oldlogits.record.events", "oldlogits.record.jsonl"}
+
+
+@pytest.mark.parametrize("module", ["embedded.kind", "http.kind", "protocols.vllm", "protocols.embedded"])
+def test_an_engine_or_a_protocol_that_a_recipe_names_is_imported_without_heavy_packages(module):
+    code = f"import sys, oldlogits.engines.{module}; print(sorted({{'torch', 'transformers', 'aiohttp'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_config_does_not_need_torch():

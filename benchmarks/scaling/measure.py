@@ -25,9 +25,9 @@ from typing import Final, Literal
 
 from benchmarks.machine import Machine, this_machine
 from oldlogits.core.errors import ConfigError, WorkerDiedError
-from oldlogits.envs.desk import OrderDesk
 from oldlogits.record.events import Event, EventKind, read_events
 from oldlogits.record.toml import Toml, dump_toml
+from order_desk.environment import OrderDesk
 
 Runtime = Literal["local", "ray"]
 

@@ -19,9 +19,9 @@ from types import MappingProxyType
 from typing import Final, Literal
 
 from benchmarks.simulate.scenario import DrawnWorkload, EngineTimes, Scenario, ScorerTimes, TrainerTimes
-from oldlogits.config.load import Table, build
+from oldlogits.config.reader import Table, build
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.policies import SOURCES
+from oldlogits.core.source import SOURCES
 
 ENCODE_COPIES: Final = 2.4
 """Seconds of encoding a patch, in those of a memcpy of all weights: docs/versions.md, at a learning rate of 1e-6."""
@@ -193,8 +193,8 @@ class Cluster:
         Raises:
             ConfigError: The route is unknown, the engines leave no GPU to learn, or a sequence does not fit.
         """
-        if route not in SOURCES:
-            raise ConfigError("unknown route", got=route, allowed=", ".join(SOURCES), fix="choose some of these")
+        if route not in SOURCES.names:
+            raise ConfigError("unknown route", got=route, allowed=", ".join(SOURCES.names), fix="choose some of these")
         trainer_gpus, scorer_gpus = self.num_learning_gpus(route)
         if trainer_gpus < 1 or self.max_num_seqs < 1:
             raise ConfigError(

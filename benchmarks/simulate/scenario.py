@@ -125,7 +125,7 @@ class Scenario:
 
     Args:
         name: Shown.
-        route: A key of `oldlogits.core.policies.SOURCES`.
+        route: A key of `oldlogits.core.source.SOURCES`.
         workload: What is rolled out.
         engine: Step times of one engine.
         trainer: Step times of the trainer.

@@ -97,12 +97,12 @@ def test_staleness_stays_within_the_window_and_is_spread_as_the_lag_says(trained
 @pytest.mark.parametrize("lag", LAGS)
 def test_in_fp32_every_trained_token_is_exact_though_trajectories_span_versions(trained, lag):
     out = trained(lag)
-    tokens = tokens_of(out, "log_r_d", "logp_mu", "logp_stand_in", "trajectory", "version", "provenance")
+    tokens = tokens_of(out, "log_r_d", "logp_mu", "logp_proximal", "trajectory", "version", "provenance")
     spans = [len(set(tokens["version"][tokens["trajectory"] == name])) for name in sorted(set(tokens["trajectory"]))]
     assert len(spans) == 6 * 3 * 4
     assert sum(n >= 2 for n in spans) >= len(spans) / 4
     assert np.abs(tokens["log_r_d"]).max() <= TOLERANCE
-    assert np.abs(tokens["logp_stand_in"] - tokens["logp_mu"]).max() <= TOLERANCE
+    assert np.abs(tokens["logp_proximal"] - tokens["logp_mu"]).max() <= TOLERANCE
     assert set(tokens["provenance"]) == {"exact"}
     summary = summary_of(out)
     assert summary["num_multi_version_trajectories"] == sum(n >= 2 for n in spans)

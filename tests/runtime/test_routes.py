@@ -107,7 +107,7 @@ def assert_settled(result, source):
     account = result.summary.accounting
     assert account["submitted"] == sum(n for name, n in account.items() if name != "submitted")
     assert account["queued"] == account["running"] == 0
-    assert len(source.ledger) == 0
+    assert len(source.in_flight) == 0
 
 
 @pytest.mark.slow
@@ -133,7 +133,7 @@ def test_in_lockstep_training_is_the_same_run_under_every_exact_route(play):
         for table, other in zip(tables, other_tables, strict=True):
             for column in ("trajectory", "index", "token_id", "version", "staleness", "provenance", "active_mask"):
                 assert table[column] == other[column]
-            for column in ("logp_mu", "logp_stand_in", "logp_theta", "log_r_d", "log_r_s"):
+            for column in ("logp_mu", "logp_proximal", "logp_theta", "log_r_d", "log_r_s"):
                 np.testing.assert_allclose(table[column], other[column], rtol=0, atol=1e-5)
     one, *others = runs["eager"][3]
     assert all(1.9 * one < num_bytes < 2.1 * one for num_bytes in others), "a resident copy, and the patch of one version"
@@ -156,7 +156,7 @@ def test_a_route_is_exact_with_processes_of_its_own(route, play):
 def assert_exact(out):
     """An fp32 engine gives a token what the trainer gives it at that version, and nothing else."""
     tables = tables_of(out)
-    assert max(np.abs(np.subtract(t["logp_stand_in"], t["logp_mu"])).max() for t in tables) < 5e-5
+    assert max(np.abs(np.subtract(t["logp_proximal"], t["logp_mu"])).max() for t in tables) < 5e-5
     stale = [abs(s) for t in tables for s, lag in zip(t["log_r_s"], t["staleness"], strict=True) if lag]
     assert max(stale) > 1e-3, "the versions differ, or nothing was tested"
 

@@ -26,7 +26,7 @@ from benchmarks.simulate.scenario import (
 )
 from benchmarks.simulate.world import simulate
 from oldlogits.core.errors import AccountingError
-from oldlogits.core.policies import SOURCES
+from oldlogits.core.source import SOURCES
 from oldlogits.rollout.admission import pace_of
 
 EPISODE: Episode = (Turn(num_read=100, num_sampled=20), Turn(num_read=30, num_sampled=10))
@@ -162,7 +162,7 @@ def test_a_synchronous_run_takes_what_its_parts_take() -> None:
     assert update.num_versions == 1
 
 
-@pytest.mark.parametrize("route", sorted(SOURCES))
+@pytest.mark.parametrize("route", sorted(SOURCES.names))
 def test_every_route_runs_within_the_bound_and_loses_nothing(route: str) -> None:
     scenario = replace(SCENARIO, route=route, workload=HEAVY, filtered_share=0.2, stops=True)
     updates = simulate(scenario)

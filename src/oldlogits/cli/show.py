@@ -20,7 +20,8 @@ from oldlogits.cli.table import INDENT, Rows, wrapped
 from oldlogits.config.reader import allowed_values, fields_by_key
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, SOURCES, VARIANTS
+from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, VARIANTS
+from oldlogits.core.source import SOURCES, provided, sources_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,17 +92,23 @@ class Shown:
 def variant_rows() -> Iterator[tuple[str, ...]]:
     """Name, r_d, r_s, total ratio, sources, remark of every variant."""
     for name, variant in {**VARIANTS, **EXPERIMENTAL_VARIANTS}.items():
-        sources = [source for source, route in SOURCES.items() if variant.needs <= route.provides]
-        fitting = ["none"] if not variant.needs else sources
         remarks = [] if variant.corrects_mismatch else ["mismatch uncorrected"]
         remarks += ["experimental"] if name in EXPERIMENTAL_VARIANTS else []
-        yield name, str(variant.r_d), str(variant.r_s), str(variant.total), ", ".join(fitting) or "-", ", ".join(remarks)
+        yield (
+            name,
+            str(variant.r_d),
+            str(variant.r_s),
+            str(variant.total),
+            ", ".join(sources_for(name)) or "-",
+            ", ".join(remarks),
+        )
 
 
 def source_rows() -> Iterator[tuple[str, ...]]:
     """Name, what it provides, what it costs of every source."""
-    for name, source in SOURCES.items():
-        yield name, ", ".join(sorted(policy.name for policy in source.provides)) or "-", source.cost
+    for name in SOURCES.names:
+        source = SOURCES.find(name)
+        yield name, ", ".join(sorted(policy.name for policy in provided(source))) or "-", source.cost
 
 
 def recipe_rows() -> Iterator[tuple[str, ...]]:

@@ -26,10 +26,10 @@ import torch
 
 from oldlogits.batch import TokenBatch, collate
 from oldlogits.config import RunConfig, cautions
+from oldlogits.core.environment import Environment
 from oldlogits.core.errors import NonFiniteError
 from oldlogits.core.scoring import BatchTokens, Scored
 from oldlogits.core.trajectory import TrajectoryGroup
-from oldlogits.envs.shape import Environment
 from oldlogits.loop.audit import ExactAudit
 from oldlogits.loop.backend import Backend
 from oldlogits.loop.calibration import calibrate, doubts

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from oldlogits.engines.spec import EngineStats
-from oldlogits.engines.timing import Line
-from oldlogits.loop.backend import TrainerState
+from oldlogits.core.engine_stats import EngineStats, Line
+from oldlogits.train.reports import TrainerState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from oldlogits.core.environment import Environment, Row
 from oldlogits.core.errors import EnvironmentShapeError
 from oldlogits.core.source import LogprobSource
 from oldlogits.core.trajectory import Segment, Trajectory
-from oldlogits.envs.shape import Environment, Row
 from oldlogits.record.events import EventKind, EventSink
 from oldlogits.rollout.admission import Admission
 from oldlogits.rollout.buffer import Buffer

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import importlib.util
-import math
 import shutil
 import signal
-import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
 
-from oldlogits.backends.local import open_local
-from oldlogits.backends.lockstep import open_lockstep
 from oldlogits.config import RunConfig
-from oldlogits.core.engine import Sampling
-from oldlogits.core.errors import ConfigError, OldLogitsError
-from oldlogits.engines.spec import EngineSpec
-from oldlogits.envs.shape import PARSERS, Environment, tool_schemas
-from oldlogits.loop.backend import Backend
+from oldlogits.config.engine import engine_spec, server_options
+from oldlogits.core.engine import ENGINES, Sampling
+from oldlogits.core.environment import Environment
+from oldlogits.core.errors import OldLogitsError
+from oldlogits.core.parser import PARSERS
+from oldlogits.core.starting_model import is_model_folder
+from oldlogits.envs.base import system_prompt_of
+from oldlogits.envs.tools import tool_schemas
+from oldlogits.loop.backend import Backend, BackendSpec
 from oldlogits.loop.loop import Loop, Task
 from oldlogits.loop.probe import PROBE_TOKENS
 from oldlogits.loop.resume import refuse_another_run, sampler_seed
@@ -39,12 +37,13 @@ from oldlogits.record.report.page import write_report
 from oldlogits.record.summary import Ended, Summary
 from oldlogits.rollout.buffer import Buffer, TrajectoryCounts
 from oldlogits.rollout.staleness import StalenessBound
-from oldlogits.rollout.turns import Agent, TurnLimits, system_prompt_of
+from oldlogits.rollout.turns import Agent, TurnLimits
+from oldlogits.run.specs import backend_kind, backend_spec
+from oldlogits.run.start import Start, prepare_model
 from oldlogits.run.tasks import load_tasks
 from oldlogits.train.reports import ConsistencyErrors
-from oldlogits.train.warm_start import spec_of, warm_start
 
-Open = Callable[[RunConfig, Path, Sequence[int], int], AbstractAsyncContextManager[Backend]]
+Open = Callable[[BackendSpec], AbstractAsyncContextManager[Backend]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +60,7 @@ def run(
     out: Path,
     *,
     resume: bool = False,
-    open_runtime: Open | None = None,
+    open_backend: Open | None = None,
     console: Console | None = None,
 ) -> RunResult:
     """Run a recipe to its end, and write summary and report even when it is interrupted or fails.
@@ -70,13 +69,14 @@ def run(
         config: A checked recipe.
         out: The run folder; absent or empty, or to resume.
         resume: Go on from the latest checkpoint in `out`.
-        open_runtime: What supplies engine and trainer; the recipe's runtime by default.
+        open_backend: Opens what supplies engine and trainer; that of the recipe's kind of backend by default.
         console: Where to show progress; standard output by default.
 
     Raises:
         OldLogitsError: It could not be started.
     """
-    _check_task(config)
+    opens: Open = open_backend or backend_kind(config).open
+    environment_class = _check_task(config)
     folder = RunFolder.create(out, resume=resume)
     checkpoint = folder.latest_checkpoint() if resume else None
     if checkpoint is not None:
@@ -88,10 +88,9 @@ def run(
     try:
         with LiveView(total_updates=config.num_updates, title=title, console=console) as view:
             whole = checkpoint if not config.model.lora_rank else None  # adapters are restored on top of their base
-            start = Start(model=whole / "model") if whole is not None else prepare_model(config, view.note)
+            start = prepare_model(config, environment_class, view.note) if whole is None else Start(model=whole / "model")
             view.note(f"starting engine and trainer ({config.runtime.type})")
-            opened = open_runtime or _runtime(config, folder)
-            result = asyncio.run(_run(config, folder, view, start, totals, checkpoint, opened))
+            result = asyncio.run(_run(config, folder, view, start, totals, checkpoint, opens))
     except KeyboardInterrupt:  # before the loop began, or for the second time
         result = RunResult(summary=_interrupted(config, totals), error=None)
     result.summary.write(folder.summary)
@@ -99,36 +98,6 @@ def run(
     if result.defect is not None:
         raise result.defect
     return result
-
-
-def _runtime(config: RunConfig, folder: RunFolder) -> Open:
-    """The recipe's runtime; servers that it starts leave their messages in the run folder."""
-    match config.runtime.type:
-        case "lockstep":
-            return open_lockstep
-        case "local":
-            return partial(open_local, log_folder=folder.path / "servers")
-        case "ray":
-            return partial(_ray(), folder=folder.path)
-
-
-def _ray() -> Callable[..., AbstractAsyncContextManager[Backend]]:
-    """What opens the runtime ray.
-
-    Raises:
-        ConfigError: A package that it needs is not installed.
-    """
-    for package in ("ray", "aiohttp", "uvicorn"):
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(
-                "runtime.type = 'ray' needs a package that is not installed",
-                got=f"no {package}",
-                allowed="the extra 'ray'",
-                fix="pip install 'oldlogits[ray]'",
-            )
-    from oldlogits.backends.ray.backend import open_ray
-
-    return open_ray
 
 
 def _with_versions_folder(config: RunConfig, folder: RunFolder) -> RunConfig:
@@ -140,12 +109,13 @@ def _with_versions_folder(config: RunConfig, folder: RunFolder) -> RunConfig:
     return dataclasses.replace(config, versions=dataclasses.replace(config.versions, folder=str(path)))
 
 
-def _check_task(config: RunConfig) -> None:
-    """Refuse an environment, rows or a model folder that cannot be used, before anything is written."""
-    load_tasks(config)
-    if not config.model.is_tiny:
-        EngineSpec(model_path=config.model.path, max_context=config.env.max_episode_tokens).read_config()
+def _check_task(config: RunConfig) -> type[Environment]:
+    """Refuse an environment, rows or a model folder that cannot be used, before anything is written; return the environment."""
+    environment_class, _ = load_tasks(config)
+    if is_model_folder(config.model.path):
+        ENGINES.find(config.engine.type)().check(engine_spec(config, Path(config.model.path)), server_options(config))
         ChatFormat(load_tokenizer(Path(config.model.path)))
+    return environment_class
 
 
 async def _run(
@@ -155,7 +125,7 @@ async def _run(
     start: Start,
     totals: Totals,
     checkpoint: Path | None,
-    open_runtime: Open,
+    opens: Open,
 ) -> RunResult:
     tokenizer = load_tokenizer(start.model)
     chat = ChatFormat(tokenizer)
@@ -166,7 +136,8 @@ async def _run(
     if checkpoint is None and start.is_warm:
         recorder.warm_started(start.steps, start.loss, start.seconds_s)
     try:
-        async with open_runtime(config, start.model, probe_ids, seed) as handles:
+        spec = backend_spec(config, start.model, probe_ids, sampler_seed=seed, folder=folder.path)
+        async with opens(spec) as handles:
             if checkpoint is not None:
                 await handles.trainer.restore(checkpoint)
             agent = _agent(config, handles, chat)
@@ -263,44 +234,12 @@ def _own_error(group: ExceptionGroup[Exception]) -> OldLogitsError | None:
     return leaf
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
-    """The model folder that a run starts from, and how it came to be."""
-
-    model: Path
-    is_warm: bool = False
-    steps: int = 0
-    loss: float = math.nan
-    seconds_s: float = 0.0
-
-
-def prepare_model(config: RunConfig, note: Callable[[str], None]) -> Start:
-    """The recipe's model folder, or what its warm start makes of it or of a tiny model (from the cache, if it is there)."""
-    spec = spec_of(config)
-    if not (config.model.is_tiny or spec.steps):
-        return Start(model=Path(config.model.path))
-    done, last = 0, math.nan
-    started = time.perf_counter()
-
-    def progress(step: int, loss: float) -> None:
-        nonlocal done, last
-        done, last = step, loss
-        if step == 1:
-            note(f"warm start of {config.model.path}: {spec.steps} supervised steps; cached for the next run")
-        elif step % (100 if config.model.is_tiny else 1) == 0:
-            note(f"warm start: step {step}/{spec.steps}, loss {loss:.3f} nats/token")
-
-    folder = warm_start(spec, progress)
-    note(f"model: {folder.name}" + ("" if done else ", warm start taken from the cache"))
-    return Start(model=folder, is_warm=True, steps=done, loss=last, seconds_s=time.perf_counter() - started)
-
-
 def _agent(config: RunConfig, handles: Backend, chat: ChatFormat) -> Agent:
     env = config.env
     return Agent(
         engine=handles.engine,
         chat=chat,
-        parser=PARSERS[env.parser],
+        parser=PARSERS.find(env.parser)(),
         limits=TurnLimits(
             max_turns=env.max_turns, max_tokens_per_turn=env.max_tokens_per_turn, max_tokens=env.max_episode_tokens
         ),

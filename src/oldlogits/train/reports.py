@@ -38,7 +38,7 @@ class PublishedVersion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoringWork:
-    """What scoring batches and pieces has cost the trainer since it started; its own checks are not in it.
+    """What scoring batches and spans has cost the trainer since it started; its own checks are not in it.
 
     Args:
         read_tokens: Tokens that forward passes have read, each sequence up to its last scored token.
@@ -82,3 +82,22 @@ class ConsistencyErrors:
 
     publish_max_abs_error: float = math.nan
     lag0_max_abs_error: float = math.nan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerState:
+    """How far a trainer is, and what it has worked since it started.
+
+    Args:
+        version: The version of the live weights.
+        consistency: The largest errors of its consistency checks.
+        num_parameters: The parameters of its model, tied ones once.
+        work: What scoring has cost.
+        busy_s: Seconds that calls have taken.
+    """
+
+    version: PolicyVersion
+    consistency: ConsistencyErrors
+    num_parameters: int
+    work: ScoringWork
+    busy_s: float

@@ -14,7 +14,8 @@ from typing import Final
 from oldlogits.config import RunConfig
 from oldlogits.config.check import check
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, SOURCES, VARIANTS
+from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, VARIANTS
+from oldlogits.core.source import SOURCES, provided
 from oldlogits.record.events import Event, EventKind, read_events
 from oldlogits.record.folder import RunFolder
 from oldlogits.record.jsonl import RecordError, number
@@ -112,7 +113,7 @@ def route_config(config: RunConfig, route: str) -> RunConfig:
         ConfigError: The recipe does not go with the route.
     """
     rows = {**VARIANTS, **EXPERIMENTAL_VARIANTS}
-    provides = SOURCES[route].provides
+    provides = provided(SOURCES.find(route))
     variant = next(name for name, row in rows.items() if row.needs == provides and row.corrects_mismatch)
     changed = replace(
         config,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Final
 
-from oldlogits.core.policies import OLD, SOURCES
+from oldlogits.core.policies import OLD
+from oldlogits.core.source import SOURCES
 from studies.old_logits.analyse.pooling import frontier
 from studies.old_logits.layout import DASH, Table
 from studies.old_logits.measure.cost import RouteCost, cost_table
@@ -72,7 +73,7 @@ def _choices(errors: Sequence[DecisionError], cost: Sequence[RouteCost]) -> tupl
     by_count: dict[str, list[float]] = {}
     for e in errors:
         by_count.setdefault(e.stand_in, []).append(e.by_count)
-    points = [(name, 0.0, one) for name, one in routes.items() if OLD in SOURCES[name].provides]
+    points = [(name, 0.0, one) for name, one in routes.items() if SOURCES.find(name).provides is OLD]
     points += [(name, median(own), routes[ROUTES[name]]) for name, own in by_count.items() if ROUTES[name] in routes]
     tolerance = NOISE * median(one.update_s for one in cost)
     best = frontier([(name, error, one.extra_s) for name, error, one in points], tolerance)

@@ -17,6 +17,8 @@ from tests.waiting import HUNG_S, wait_until
 
 pytestmark = pytest.mark.slow
 
+pytestmark = pytest.mark.timeout(900)  # whole studies, in processes of their own
+
 METHODS = ["exact", "arrival", "mu"]
 
 

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from oldlogits.core.errors import ConfigError, WorkerDiedError
-from oldlogits.core.policies import SOURCES
+from oldlogits.core.source import SOURCES
 from oldlogits.record.events import EventKind
 from oldlogits.record.jsonl import RecordError
 from oldlogits.run.run import run
@@ -40,7 +40,7 @@ def metrics_of(folder):
     return [fields["metrics"] for fields in of_kind(folder, EventKind.UPDATE)]
 
 
-@pytest.mark.parametrize("route", SOURCES)
+@pytest.mark.parametrize("route", SOURCES.names)
 def test_seconds_and_rates_are_those_of_the_updates_after_the_first_two(route, measured):
     folder, cost = measured(route)
     metrics = metrics_of(folder)[SKIPPED:]
@@ -68,7 +68,7 @@ def test_seconds_and_rates_are_those_of_the_updates_after_the_first_two(route, m
 
 def test_forwards_are_counted_as_the_recorded_tokens_say(measured):
     """Batches in lockstep are the same under every route; arrival's forward pass reads each trajectory but its last tokens."""
-    for route in SOURCES:
+    for route in SOURCES.names:
         folder, cost = measured(route)
         read, total = 0, sum(fields["num_tokens"] for fields in of_kind(folder, EventKind.BATCH)[SKIPPED:])
         for path in sorted((folder / "tokens").iterdir())[SKIPPED:]:
@@ -89,10 +89,10 @@ def test_forwards_are_counted_as_the_recorded_tokens_say(measured):
 
 
 def test_what_is_stored_is_the_store_the_average_the_window_or_the_rounded_copy(measured):
-    stored = {route: measured(route)[1].stored_bytes / measured(route)[1].weights_bytes for route in SOURCES}
+    stored = {route: measured(route)[1].stored_bytes / measured(route)[1].weights_bytes for route in SOURCES.names}
     published = [fields["bytes"] for fields in of_kind(measured("snapshot")[0], EventKind.PUBLISHED)]
     weights_bytes = published[0]
-    assert {measured(route)[1].weights_bytes for route in SOURCES} == {weights_bytes}
+    assert {measured(route)[1].weights_bytes for route in SOURCES.names} == {weights_bytes}
     assert stored["snapshot"] == max(published) / weights_bytes == pytest.approx(4, rel=0.05), (
         "window 2, the newest, and the one that is dropped: dense patches, each a copy and its table"
     )
@@ -103,11 +103,11 @@ def test_what_is_stored_is_the_store_the_average_the_window_or_the_rounded_copy(
     )
     assert {stored[route] for route in ("ewma", "aged", "rescore")} == {1}
     assert {stored[route] for route in ("interruption", "arrival", "none")} == {0}
-    assert all(measured(route)[1].resident_copies == 1 + stored[route] for route in SOURCES)
+    assert all(measured(route)[1].resident_copies == 1 + stored[route] for route in SOURCES.names)
 
 
 def test_switches_are_those_that_the_source_tells_and_the_seconds_of_one_are_those_of_a_checkout(measured):
-    for route in SOURCES:
+    for route in SOURCES.names:
         folder, cost = measured(route)
         scored, metrics = of_kind(folder, EventKind.SCORED)[SKIPPED:], metrics_of(folder)[SKIPPED:]
         switches = sum(fields["num_switches"] for fields in scored)
@@ -130,7 +130,7 @@ def test_a_route_gets_the_variant_that_it_is_for_and_nothing_that_would_be_measu
     base = recipe(
         tiny_folder, variant="ppo_ewma", proximal={"source": "ewma", "reset": "paper"}, audit={"share": 0.5}, eval={"every": 2}
     )
-    variants = {route: route_config(base, route).variant for route in SOURCES}
+    variants = {route: route_config(base, route).variant for route in SOURCES.names}
     exact = dict.fromkeys(("snapshot", *AHEAD), "decoupled_exact")
     assert variants == exact | {
         "arrival": "decoupled_async", "ewma": "ppo_ewma_train_infer", "aged": "aged_train_infer",
