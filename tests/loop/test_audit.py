@@ -68,7 +68,7 @@ def lockstep(tmp_path, monkeypatch, tiny_folder):
                 "band": 1.1,
                 "num_updates": num_updates,
                 "max_staleness": 2,
-                "source": source,
+                "proximal": source,
                 "audit": {"share": share},
                 "model": {"path": str(tiny_folder)},
                 "env": {"target": "parity:Parity", "max_turns": 1, "max_tokens_per_turn": 24, "max_episode_tokens": 80},
@@ -118,8 +118,8 @@ def same_run(left, right):
     assert list(plain(left)) == list(plain(right))
 
 
-EWMA = {"type": "ewma", "decay": "mean-lag"}
-RESET = {"type": "ewma", "decay": "fixed", "beta": 0.8, "reset": "paper", "tau": 0.9}
+EWMA = {"source": "ewma", "decay": "mean-lag"}
+RESET = {"source": "ewma", "decay": "fixed", "beta": 0.8, "reset": "paper", "reset_below": 0.9}
 EFFECT = tuple(field.name for field in dataclasses.fields(ResetEffect))
 
 
@@ -128,7 +128,7 @@ EFFECT = tuple(field.name for field in dataclasses.fields(ResetEffect))
     [
         ("ppo_ewma_train_infer", EWMA),
         ("ppo_ewma_train_infer", RESET),
-        ("decoupled_async", {"type": "arrival"}),
+        ("decoupled_async", {"source": "arrival"}),
         ("decoupled_exact", {}),
     ],
 )
@@ -149,7 +149,7 @@ def test_with_the_referee_on_the_training_is_the_same_bit_for_bit(lockstep, vari
 
 def test_the_referee_finds_no_error_in_the_exact_route_and_the_lag_0_tokens_of_arrival_and_some_elsewhere(lockstep):
     exact = pooled(read_run(lockstep("exact", "decoupled_exact", {}, 1.0)).referee)
-    arrival = pooled(read_run(lockstep("arrival", "decoupled_async", {"type": "arrival"}, 1.0)).referee)
+    arrival = pooled(read_run(lockstep("arrival", "decoupled_async", {"source": "arrival"}, 1.0)).referee)
     assert set(exact) == set(arrival) == {0, 1, 2}
     for sums in [*exact.values(), arrival[0]]:
         assert sums["logp_error"] / sums["num_compared"] < 1e-6
@@ -174,7 +174,7 @@ def test_a_reset_has_the_decision_error_of_its_batch_and_that_of_the_weights_bef
     real = ExactAudit.score
     monkeypatch.setattr(ExactAudit, "score", score)
     variant = f"{'ppo_ewma' if source == 'ewma' else 'aged'}_train_infer"
-    folder = lockstep("reset", variant, RESET | {"type": source}, 1.0, steps=1)
+    folder = lockstep("reset", variant, RESET | {"source": source}, 1.0, steps=1)
     for version, scores in enumerate(seen, 1):  # one step: theta is what these weights give
         np.testing.assert_allclose(scores.live, table_of(folder, version)["logp_theta"], rtol=0, atol=1e-5)
     referee = {event["version"]: event for event in events_of(folder) if event["kind"] == "referee"}
