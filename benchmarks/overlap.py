@@ -26,7 +26,8 @@ from oldlogits.config import RunConfig, config_from_table, load_config
 from oldlogits.core.scoring import BatchTokens
 from oldlogits.core.trajectory import Context, Sampled, Segment, Trajectory, TrajectoryGroup
 from oldlogits.models.tiny import TinySize, save_tiny, tiny_model, tiny_tokenizer
-from oldlogits.record.events import EventKind, read_events
+from oldlogits.record.bus import EventKind
+from oldlogits.record.event_log import read_events
 from oldlogits.run.run import run
 from oldlogits.sources import check_scored, make_source
 

@@ -14,7 +14,8 @@ from oldlogits.cli.show import TABLES
 from oldlogits.config import RunConfig, load_config
 from oldlogits.envs.desk_data import ruling
 from oldlogits.envs.shape import load_environment
-from oldlogits.record.events import EventKind, read_events
+from oldlogits.record.bus import EventKind
+from oldlogits.record.event_log import read_events
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENTS = (ROOT / "docs" / "environments.md").read_text(encoding="utf-8")

@@ -15,7 +15,8 @@ from oldlogits.config import check, config_from_table
 from oldlogits.core.policies import find_variant
 from oldlogits.core.scoring import BatchTokens
 from oldlogits.loop.audit import ExactAudit, ResetEffect
-from oldlogits.record.events import EventKind, without_wall_clock
+from oldlogits.record.bus import EventKind
+from oldlogits.record.event_log import without_wall_clock
 from oldlogits.record.report.data import read_run
 from oldlogits.record.report.decisions import pooled
 from oldlogits.run.run import run
@@ -262,7 +263,7 @@ RESET_AFTER = AverageReset(rule="paper", rho=0.8, tau=0.9, kept_average=0.7, kep
 
 def result_of(tokens, reset=None):
     """Tokens: (log mu, log stand-in, log theta, advantage, active, staleness)."""
-    names = ("logp_mu", "logp_stand_in", "logp_theta", "advantage", "active_mask", "staleness")
+    names = ("logp_mu", "logp_prox", "logp_theta", "advantage", "active_mask", "staleness")
     kinds = (np.float32, np.float32, np.float32, np.float32, np.bool_, np.int32)
     columns = zip(*tokens, strict=True) if tokens else [()] * 6
     table = {name: np.array(column, kind) for name, kind, column in zip(names, kinds, columns, strict=True)}
@@ -290,7 +291,7 @@ def test_an_event_holds_the_sums_by_staleness_with_the_exact_rows_active_set():
     assert store.asked == [(3, [1, 2, 3, 4]), (5, [0])]
     assert referee.judge(scores, result_of(TOKENS), version=6) is None
     ((kind, version, fields),) = record.events
-    assert (kind, version, fields.pop("policy"), fields.pop("seconds_s")) == (EventKind.REFEREE, 6, "ewma", 0.0)
+    assert (kind, version, fields.pop("policy"), fields.pop("seconds_s")) == (EventKind.AUDIT, 6, "ewma", 0.0)
     expected = {
         "num_tokens": [1, 0, 4], "num_nonzero": [1, 0, 3], "num_compared": [1, 0, 4],
         "logp_error": [0, 0, 3 * LOG_1_2],

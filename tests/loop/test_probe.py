@@ -21,7 +21,7 @@ from oldlogits.engines.spec import EngineSpec
 from oldlogits.loop.probe import AllowedError, ProbeResult, allowed_error, probe
 from oldlogits.models.load import load_model, named_weights
 from oldlogits.models.tiny import TinyMoeSize, TinySize, save_tiny, tiny_model, tiny_tokenizer
-from oldlogits.record.events import EventKind
+from oldlogits.record.bus import EventKind
 from oldlogits.run.run import run
 from oldlogits.train.consistency import is_routed
 from oldlogits.train.engine_view import EngineView

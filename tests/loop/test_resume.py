@@ -12,7 +12,7 @@ from oldlogits.cli.main import run as command
 from oldlogits.core.policies import SOURCES
 from oldlogits.engines.embedded.engine import EngineCore
 from oldlogits.loop.resume import sampler_seed
-from oldlogits.record.events import EventKind
+from oldlogits.record.bus import EventKind
 from oldlogits.record.report.data import read_run
 from oldlogits.train.checkpoint import read_state
 
@@ -95,7 +95,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_under_every_route(route, 
     assert 1 <= resumed["staleness"].max() <= 2
     assert set(run.summary.provenance) == provenance
     if provenance == {"exact"}:  # an fp32 engine gives a token what the trainer gives it at that version
-        assert np.abs(resumed["logp_stand_in"] - resumed["logp_mu"]).max() <= 5e-5
+        assert np.abs(resumed["logp_prox"] - resumed["logp_mu"]).max() <= 5e-5
         assert np.abs(resumed["log_r_s"][resumed["staleness"] > 0]).max() > 1e-3, "the versions differ, or nothing was tested"
     if route in ("ewma", "aged"):
         assert [update.metrics["average/num_versions"] for update in run.updates] == [1, 2, 3, 4, 5, 6]

@@ -3,10 +3,10 @@ import math
 from dataclasses import asdict
 
 import pytest
+from oldlogits.loop.totals import Totals
 
 from oldlogits.config import RunConfig, config_from_table
 from oldlogits.engines.spec import Incident
-from oldlogits.loop.totals import Totals
 from oldlogits.rollout.buffer import Buffer, TrajectoryCounts
 from oldlogits.rollout.staleness import StalenessBound
 from oldlogits.train.reports import ConsistencyErrors
@@ -69,7 +69,7 @@ def test_what_was_never_measured_is_none_not_zero():
     summary = summary_of(Totals())
     for name in (
         *("staleness_mean", "staleness_max", "log_r_d_mean_abs", "log_r_d_max_abs", "rho_mean", "probe_max_abs_error"),
-        *("witness_publish_max_abs_error", "witness_lag0_max_abs_error", "engine_idle_share", "trainer_idle_share"),
+        *("consistency_publish_max_abs_error", "consistency_lag0_max_abs_error", "engine_idle_share", "trainer_idle_share"),
         *("success_before", "success_after", "greedy_before", "greedy_after", "gain"),
         *("trainer_copies_max", "engine_copies_max"),
     ):
@@ -82,7 +82,7 @@ def test_the_worst_probe_is_kept_and_witnesses_are_shown():
         totals.add_probe(error)
     summary = summary_of(totals, consistency=ConsistencyErrors(publish_max_abs_error=0.0, lag0_max_abs_error=1e-7))
     assert summary.probe_max_abs_error == 0.5
-    assert (summary.witness_publish_max_abs_error, summary.witness_lag0_max_abs_error) == (0.0, 1e-7)
+    assert (summary.consistency_publish_max_abs_error, summary.consistency_lag0_max_abs_error) == (0.0, 1e-7)
 
 
 def test_success_is_a_reward_of_1_and_the_gain_pairs_episodes():

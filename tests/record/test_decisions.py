@@ -5,7 +5,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from oldlogits.record.events import EventKind, EventLog
+from oldlogits.record.event_log import EventLog
+from oldlogits.record.events import Audited, AverageWasReset
 from oldlogits.record.report.data import read_run
 from oldlogits.record.report.decisions import decisions, pooled
 from oldlogits.record.report.page import write_report
@@ -24,7 +25,7 @@ def refereed(fake_run) -> Path:
     run = fake_run(2)
     with EventLog(run / "events.jsonl") as log:
         for fields in (FIRST, SECOND):
-            log.emit(EventKind.REFEREE, version=2, policy="ewma", seconds_s=0.1, **fields)
+            log.emit(Audited(version=2, policy="ewma", seconds_s=0.1, **fields))
     return run
 
 
@@ -53,9 +54,9 @@ ERRORS = {"error_before": 0.04, "error_after": 0.02, "weight_error_before": 0.5,
 def test_resets_are_listed_with_their_decision_errors_and_the_mean_of_those_that_were_refereed(fake_run):
     run = fake_run(2)
     with EventLog(run / "events.jsonl") as log:
-        log.emit(EventKind.AVERAGE_RESET, version=1, **RESET, **ERRORS)
-        log.emit(EventKind.AVERAGE_RESET, version=2, **RESET, **dict.fromkeys(ERRORS))
-        log.emit(EventKind.AVERAGE_RESET, version=2, **RESET, **ERRORS | {"error_before": 0.06})
+        log.emit(AverageWasReset(version=1, **RESET, **ERRORS))
+        log.emit(AverageWasReset(version=2, **RESET, **dict.fromkeys(ERRORS)))
+        log.emit(AverageWasReset(version=2, **RESET, **ERRORS | {"error_before": 0.06}))
     (figure,) = decisions(read_run(run))["Resets of the average"]
     row = ("paper", "80.00% < 90%", "1.2", "70.00%", "85.00%")
     assert figure.table[1:] == (
@@ -74,7 +75,7 @@ def test_of_many_resets_the_last_are_listed_and_all_are_counted(fake_run):
     run = fake_run(2)
     with EventLog(run / "events.jsonl") as log:
         for i in range(60):
-            log.emit(EventKind.AVERAGE_RESET, version=2, **RESET, **ERRORS | {"error_after": i / 100})
+            log.emit(AverageWasReset(version=2, **RESET, **ERRORS | {"error_after": i / 100}))
     (figure,) = decisions(read_run(run))["Resets of the average"]
     assert [cells[7] for cells in figure.table[1:-1]] == [f"{i}.00%" for i in range(10, 60)]
     assert figure.table[-1][0] == "mean of 60"

@@ -10,7 +10,7 @@ from oldlogits.core.errors import EnvironmentShapeError, WorkerDiedError
 from oldlogits.envs.shape import parse_plain
 from oldlogits.models.chat import ChatFormat
 from oldlogits.models.tiny import tiny_tokenizer
-from oldlogits.record.events import EventKind
+from oldlogits.record.bus import EventKind
 from oldlogits.rollout.buffer import Buffer
 from oldlogits.rollout.environment_runner import run_inline
 from oldlogits.rollout.groups import FAILURES_IN_A_ROW, Rollouts, evaluate
@@ -66,8 +66,8 @@ class Events:
     def __init__(self):
         self.all = []
 
-    def emit(self, kind, *, version, **fields):
-        self.all.append(SimpleNamespace(kind=kind, version=version, **fields))
+    def emit(self, event):
+        self.all.append(event)
 
     def of(self, kind):
         return [event for event in self.all if event.kind is kind]

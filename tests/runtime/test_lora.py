@@ -24,7 +24,7 @@ from oldlogits.engines.embedded.engine import EngineCore
 from oldlogits.engines.spec import EngineSpec
 from oldlogits.models.adapters import is_adapter
 from oldlogits.models.load import load_model
-from oldlogits.record.events import EventKind
+from oldlogits.record.bus import EventKind
 from oldlogits.train.trainer import Trainer
 
 from ..builders import batch_of, sampled, trajectory
@@ -71,7 +71,7 @@ def test_the_laws_hold_under_every_route_and_a_version_is_its_adapters(sections,
     out = trained(tiny_folder, tmp_path, **sections)
     check_accounting(out)
     summary = summary_of(out)
-    for name in ("witness_publish_max_abs_error", "witness_lag0_max_abs_error", "probe_max_abs_error"):
+    for name in ("consistency_publish_max_abs_error", "consistency_lag0_max_abs_error", "probe_max_abs_error"):
         assert summary[name] is None or summary[name] <= 1e-5, name
     tokens = tokens_of(out, "log_r_d", "staleness", "provenance")
     assert tokens["staleness"].max() > 0
@@ -137,7 +137,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(finished, tmp_path):
     check_accounting(copied)
     summary = summary_of(copied)
     assert (summary["num_updates"], summary["ended"]) == (4, "done")
-    assert summary["witness_publish_max_abs_error"] <= 1e-5
+    assert summary["consistency_publish_max_abs_error"] <= 1e-5
 
 
 def test_the_state_of_a_checkpoint_is_restored_bit_for_bit(tiny_folder, tmp_path):

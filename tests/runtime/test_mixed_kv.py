@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from oldlogits.record.events import EventKind
+from oldlogits.record.bus import EventKind
 from oldlogits.run.run import run
 
 from ..runs import check_accounting, events_of, recipe, summary_of, tokens_of
 
 STALE = {"engine": {"kv": "stale", "max_num_seqs": 48}, "proximal": {"accept_mixed_kv": True}}
-COLUMNS = ("logp_mu", "logp_stand_in", "log_r_s", "staleness", "provenance", "trajectory", "version")
+COLUMNS = ("logp_mu", "logp_prox", "log_r_s", "staleness", "provenance", "trajectory", "version")
 
 
 @pytest.fixture
@@ -25,8 +25,8 @@ def played(tiny_folder, tmp_path):
         is_mixed = tokens["provenance"] == "mixed_kv"
         assert min(is_mixed.sum(), (~is_mixed).sum()) > 0
         assert summary_of(out)["provenance"] == {"exact": (~is_mixed).sum(), "mixed_kv": is_mixed.sum()}
-        assert result.summary.witness_publish_max_abs_error <= 1e-6
-        assert result.summary.witness_lag0_max_abs_error <= 1e-6
+        assert result.summary.consistency_publish_max_abs_error <= 1e-6
+        assert result.summary.consistency_lag0_max_abs_error <= 1e-6
         return tokens, is_mixed
 
     return play
@@ -35,7 +35,7 @@ def played(tiny_folder, tmp_path):
 @pytest.mark.parametrize("lag", ["even", "random"])
 def test_old_is_what_the_engine_gave_over_entries_of_several_versions(lag, played):
     tokens, is_mixed = played(num_updates=8, trainer={"minibatches_per_update": 1}, lockstep={"lag": lag})
-    assert np.abs(tokens["logp_stand_in"] - tokens["logp_mu"]).max() <= 1e-5
+    assert np.abs(tokens["logp_prox"] - tokens["logp_mu"]).max() <= 1e-5
     assert is_mixed.sum() > 100
     assert len(set(zip(tokens["trajectory"], tokens["version"], strict=True))) > len(set(tokens["trajectory"]))
     recomputed = np.abs(tokens["log_r_s"][is_mixed & (tokens["staleness"] == 0)])  # THETA at the version of the token
@@ -46,12 +46,12 @@ def test_old_is_what_the_engine_gave_over_entries_of_several_versions(lag, playe
 def test_the_referees_old_is_that_of_the_engines_own_entries(tiny_folder, tmp_path):
     sections = {"variant": "ppo_clip_train_infer", "proximal": {"source": "none"}, "audit": {"share": 1.0}}
     assert run(recipe(tiny_folder, engine=STALE["engine"], **sections), tmp_path / "run").error is None
-    refereed = [event.fields for event in events_of(tmp_path / "run", EventKind.REFEREE)]
+    refereed = [event.fields for event in events_of(tmp_path / "run", EventKind.AUDIT)]
     assert sum(sum(fields["num_compared"]) for fields in refereed) > 500
     assert max(max(fields["logp_error"]) for fields in refereed) <= 1e-4, "mu is OLD, whatever it attended to"
 
 
 def test_old_is_what_an_engine_process_gave(played):
     tokens, _ = played(runtime={"type": "local"}, env={"latency_s": 0.25})  # replies are slower than updates
-    assert np.abs(tokens["logp_stand_in"] - tokens["logp_mu"]).max() <= 1e-5
+    assert np.abs(tokens["logp_prox"] - tokens["logp_mu"]).max() <= 1e-5
     assert np.abs(tokens["log_r_s"][tokens["staleness"] > 0]).max() > 1e-2, "the versions differ, or nothing was tested"

@@ -119,8 +119,8 @@ def test_in_lockstep_training_is_the_same_run_under_every_exact_route(play):
             assert_settled(result, source)
         account = result.summary.accounting
         assert min(account["failed"], account["filtered"], account["trained"]) > 0
-        assert result.summary.witness_publish_max_abs_error <= 1e-5
-        assert result.summary.witness_lag0_max_abs_error <= 1e-5
+        assert result.summary.consistency_publish_max_abs_error <= 1e-5
+        assert result.summary.consistency_lag0_max_abs_error <= 1e-5
         assert result.summary.provenance.keys() == {"exact"}
         runs[route] = (weights_of(out), tables_of(out), account, [e["bytes"] for e in events_of(out, "published")])
     weights, tables, account, _ = runs.pop("snapshot")
@@ -132,7 +132,7 @@ def test_in_lockstep_training_is_the_same_run_under_every_exact_route(play):
         for table, other in zip(tables, other_tables, strict=True):
             for column in ("trajectory", "index", "token_id", "version", "staleness", "provenance", "active_mask"):
                 assert table[column] == other[column]
-            for column in ("logp_mu", "logp_stand_in", "logp_theta", "log_r_d", "log_r_s"):
+            for column in ("logp_mu", "logp_prox", "logp_theta", "log_r_d", "log_r_s"):
                 np.testing.assert_allclose(table[column], other[column], rtol=0, atol=1e-5)
     one, *others = runs["eager"][3]
     assert all(1.9 * one < num_bytes < 2.1 * one for num_bytes in others), "a resident copy, and the patch of one version"
@@ -144,7 +144,7 @@ def test_a_route_is_exact_with_processes_of_its_own(route, play):
     result, source, out = play(route, "local", env={"latency_s": 0.01})
     assert result.error is None
     assert_settled(result, source)
-    assert result.summary.witness_publish_max_abs_error <= 1e-5
+    assert result.summary.consistency_publish_max_abs_error <= 1e-5
     assert_exact(out)
     updates = events_of(out, "update")
     assert all(update["metrics"]["source/fallback_tokens"] == 0 for update in updates)
@@ -154,7 +154,7 @@ def test_a_route_is_exact_with_processes_of_its_own(route, play):
 def assert_exact(out):
     """An fp32 engine gives a token what the trainer gives it at that version, and nothing else."""
     tables = tables_of(out)
-    assert max(np.abs(np.subtract(t["logp_stand_in"], t["logp_mu"])).max() for t in tables) < 5e-5
+    assert max(np.abs(np.subtract(t["logp_prox"], t["logp_mu"])).max() for t in tables) < 5e-5
     stale = [abs(s) for t in tables for s, lag in zip(t["log_r_s"], t["staleness"], strict=True) if lag]
     assert max(stale) > 1e-3, "the versions differ, or nothing was tested"
 

@@ -8,9 +8,9 @@ import sys
 import time
 
 import pytest
+import tomli_w
 
 from oldlogits.cli.main import run as oldlogits
-from oldlogits.record.toml import dump_toml
 from oldlogits.study.results import Study
 
 from ..runs import TARGET
@@ -57,7 +57,7 @@ def recipe(tiny_folder, tmp_path_factory):
     }
     folder = tmp_path_factory.mktemp("study")
     settings = '\n[[regimes]]\nsettings = {"lockstep.max_lag" = 2, max_staleness = 2}\n'
-    (folder / "small.toml").write_text(dump_toml(plan) + settings + dump_toml(regime))
+    (folder / "small.toml").write_text(tomli_w.dumps(plan) + settings + tomli_w.dumps(regime))
     (folder / "notes.txt").write_text("What a person adds.")
     return folder / "small.toml"
 

@@ -11,7 +11,7 @@ from oldlogits.core.errors import RunFolderError
 from oldlogits.core.policies import EWMA
 from oldlogits.core.scoring import Scored
 from oldlogits.models.load import load_model, named_weights
-from oldlogits.record.events import without_wall_clock
+from oldlogits.record.event_log import without_wall_clock
 from oldlogits.train.average import RECENT_LAGS, Averaging
 from oldlogits.train.checkpoint import read_state
 from oldlogits.train.trainer import Trainer
@@ -202,7 +202,7 @@ def test_band_shares_of_the_first_step_compare_the_average_with_the_weights_befo
         inside = [abs(a - b) <= math.log(1.05) for a, b in zip(table[column][first], table["logp_mu"][first], strict=True)]
         return sum(inside) / len(inside)
 
-    assert result.metrics["mask/rho_band_first"] == pytest.approx(share("logp_stand_in"))
+    assert result.metrics["mask/rho_band_first"] == pytest.approx(share("logp_prox"))
     assert result.metrics["mask/rho_band_live"] == pytest.approx(share("logp_theta"))
     assert 0 < first.sum() < len(first)
 

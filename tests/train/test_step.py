@@ -268,7 +268,7 @@ def test_under_a3pos_schedule_each_token_has_the_weight_of_its_own_staleness(cas
     alpha = (table["staleness"] - 1) / table["staleness"]
     expected = table["logp_mu"] + alpha * (table["logp_theta"] - table["logp_mu"])
     assert set(table["staleness"].tolist()) == {2, 3}
-    np.testing.assert_allclose(table["logp_stand_in"], expected, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(table["logp_prox"], expected, rtol=0, atol=2e-6)
     if denominator == "token-mean-kept" and variant == "loglinear_train_infer":
         kept = np.abs(table["log_r_d"]) <= math.log(BAND)
         h = np.exp(table["log_r_s"].astype(float))
@@ -409,8 +409,8 @@ def test_the_table_has_one_row_per_loss_token_with_what_the_objective_saw(case, 
     assert table["index"].tolist() == [int(i - batch.starts[batch.sequence[i]]) for i in np.flatnonzero(mask)]
     assert table["staleness"].tolist() == (VERSION - batch.version[mask]).tolist()
     np.testing.assert_allclose(table["log_r_d"], case.logp["old"] - case.logp["mu"], atol=1e-6)
-    np.testing.assert_allclose(table["log_r_s"], table["logp_theta"] - table["logp_stand_in"], atol=1e-6)
-    np.testing.assert_array_equal(table["logp_stand_in"], case.scored(OLD).values)
+    np.testing.assert_allclose(table["log_r_s"], table["logp_theta"] - table["logp_prox"], atol=1e-6)
+    np.testing.assert_array_equal(table["logp_prox"], case.scored(OLD).values)
     np.testing.assert_array_equal(table["active_mask"], table["band_mask"] & table["clip_mask"])
     assert {len(column) for column in table.values()} == {int(mask.sum())}
     assert set(table["provenance"]) == {"exact"}

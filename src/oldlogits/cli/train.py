@@ -129,10 +129,11 @@ def _recipe(named: Path | None, options: TrainOptions) -> Path:
 
 def _dry_run(config: RunConfig) -> int:
     """Print the resolved recipe and its cost."""
-    from oldlogits.record.toml import dump_toml
+    import tomli_w
+
     from oldlogits.run.cost import estimate
 
-    print(dump_toml(dataclasses.asdict(config)))
+    print(tomli_w.dumps(dataclasses.asdict(config)))
     variant = find_variant(config.variant)
     print(f"# {config.variant}: r_d = {variant.r_d}, r_s = {variant.r_s}, total ratio {variant.total}")
     for caution in cautions(config):

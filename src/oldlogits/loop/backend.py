@@ -35,6 +35,7 @@ class TrainerState:
     version: PolicyVersion
     consistency: ConsistencyErrors
     num_parameters: int
+    num_trained: int
     work: ScoringWork
     busy_s: float
 
@@ -50,7 +51,12 @@ class TrainerServer:
         if method == "state":
             t = self._trainer
             return TrainerState(
-                version=t.version, consistency=t.consistency, num_parameters=t.num_parameters, work=t.work, busy_s=self._busy_s
+                version=t.version,
+                consistency=t.consistency,
+                num_parameters=t.num_parameters,
+                num_trained=t.num_trained,
+                work=t.work,
+                busy_s=self._busy_s,
             )
         started = self._clock()
         try:

@@ -20,28 +20,31 @@ from rich.console import Console
 
 from oldlogits.backends.local import open_local
 from oldlogits.backends.lockstep import open_lockstep
-from oldlogits.config import RunConfig
+from oldlogits.config import Caution, RunConfig, cautions
 from oldlogits.core.engine import Sampling
 from oldlogits.core.errors import ConfigError, OldLogitsError
-from oldlogits.engines.spec import EngineSpec
+from oldlogits.engines.spec import EngineSpec, Incident
 from oldlogits.envs.shape import PARSERS, Environment, tool_schemas
 from oldlogits.loop.backend import Backend
-from oldlogits.loop.loop import Loop, Task
+from oldlogits.loop.loop import Loop
+from oldlogits.loop.make import make_loop, run_started
 from oldlogits.loop.probe import PROBE_TOKENS
 from oldlogits.loop.resume import refuse_another_run, sampler_seed
-from oldlogits.loop.run_logger import RunLogger
-from oldlogits.loop.totals import Totals
+from oldlogits.loop.state import LoopState
+from oldlogits.loop.task import Task
 from oldlogits.models.chat import ChatFormat
 from oldlogits.models.load import load_tokenizer
+from oldlogits.record.bus import Event
+from oldlogits.record.event_log import EventLog
+from oldlogits.record.events import RunEnded, ServerDown, ServerUp, WarmStarted, Warned
 from oldlogits.record.folder import RunFolder
 from oldlogits.record.live import LiveView
+from oldlogits.record.recording import Recording, record_run
 from oldlogits.record.report.page import write_report
-from oldlogits.record.summary import Ended, Summary
-from oldlogits.rollout.buffer import Buffer, TrajectoryCounts
-from oldlogits.rollout.staleness import StalenessBound
+from oldlogits.record.summary import Ended, Summary, summarise_folder
+from oldlogits.record.trackers.feed import TrackerFeed, find_trackers, open_feeds
 from oldlogits.rollout.turns import Agent, TurnLimits, system_prompt_of
 from oldlogits.run.tasks import load_tasks
-from oldlogits.train.reports import ConsistencyErrors
 from oldlogits.train.warm_start import spec_of, warm_start
 
 Open = Callable[[RunConfig, Path, Sequence[int], int], AbstractAsyncContextManager[Backend]]
@@ -49,10 +52,18 @@ Open = Callable[[RunConfig, Path, Sequence[int], int], AbstractAsyncContextManag
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
-    """How a run ended: its summary, and what stopped it: an error of this package, or a defect, to be raised as it is."""
+    """How a run ended: its summary, and the error of this package that stopped it, if one did."""
 
     summary: Summary
     error: OldLogitsError | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """Why a run ended: an error of this package, or a defect, which is raised as it is when everything is written down."""
+
+    reason: Ended
+    error: OldLogitsError | None = None
     defect: Exception | None = None
 
 
@@ -77,13 +88,14 @@ def run(
         OldLogitsError: It could not be started.
     """
     _check_task(config)
+    trackers = find_trackers(config.record.trackers)
     folder = RunFolder.create(out, resume=resume)
     checkpoint = folder.latest_checkpoint() if resume else None
     if checkpoint is not None:
         refuse_another_run(config, folder)
     folder.write_config(dataclasses.asdict(config))
+    feeds = open_feeds(trackers, folder, dataclasses.asdict(config))
     config = _with_versions_folder(config, folder)
-    totals = Totals() if checkpoint is None else Totals.read(checkpoint / "state" / "totals.json")
     title = f"oldlogits: {config.env.target}, {config.variant}, {config.runtime.type}"
     try:
         with LiveView(total_updates=config.num_updates, title=title, console=console) as view:
@@ -91,14 +103,19 @@ def run(
             start = Start(model=whole / "model") if whole is not None else prepare_model(config, view.note)
             view.note(f"starting engine and trainer ({config.runtime.type})")
             opened = open_runtime or _runtime(config, folder)
-            result = asyncio.run(_run(config, folder, view, start, totals, checkpoint, opened))
+            end = asyncio.run(_run(config, folder, view, start, checkpoint, opened, feeds))
     except KeyboardInterrupt:  # before the loop began, or for the second time
-        result = RunResult(summary=_interrupted(config, totals), error=None)
-    result.summary.write(folder.summary)
+        end = End(reason="interrupted")
+        with EventLog(folder.events) as log:
+            log.emit(RunEnded(version=-1, reason="interrupted", error="", accounting=None))
+    summary = summarise_folder(folder)
+    summary.write(folder.summary)
     write_report(folder.path)
-    if result.defect is not None:
-        raise result.defect
-    return result
+    for trouble in filter(None, [feed.finish(folder) for feed in feeds]):
+        (console or Console()).print(f"warning: {trouble}", markup=False)
+    if end.defect is not None:
+        raise end.defect
+    return RunResult(summary=summary, error=end.error)
 
 
 def _runtime(config: RunConfig, folder: RunFolder) -> Open:
@@ -153,41 +170,62 @@ async def _run(
     folder: RunFolder,
     view: LiveView,
     start: Start,
-    totals: Totals,
     checkpoint: Path | None,
     open_runtime: Open,
-) -> RunResult:
+    feeds: Sequence[TrackerFeed],
+) -> End:
     tokenizer = load_tokenizer(start.model)
     chat = ChatFormat(tokenizer)
     environment_class, rows = load_tasks(config)
-    seed = sampler_seed(config.seed, totals.num_updates)
+    state = LoopState() if checkpoint is None else LoopState.read(checkpoint)
+    seed = sampler_seed(config.seed, state.num_updates)
     probe_ids = _probe_ids(chat, environment_class)
-    recorder = RunLogger(config, folder, view, lambda ids: str(tokenizer.decode(ids)))
-    if checkpoint is None and start.is_warm:
-        recorder.warm_started(start.steps, start.loss, start.seconds_s)
-    try:
-        async with open_runtime(config, start.model, probe_ids, seed) as handles:
+    every = {"tokens_every": config.record.tokens_every, "transcripts_every": config.record.transcripts_every}
+    with record_run(folder, view, lambda ids: str(tokenizer.decode(ids)), **every, trackers=feeds) as recording:
+        if checkpoint is None and start.is_warm:
+            cached, steps, loss = not start.steps, start.steps, start.loss
+            recording.events.emit(WarmStarted(version=-1, steps=steps, loss=loss, cached=cached, seconds_s=start.seconds_s))
+        async with open_runtime(config, start.model, probe_ids, seed) as backend:
             if checkpoint is not None:
-                await handles.trainer.restore(checkpoint)
-            agent = _agent(config, handles, chat)
-            hosted = handles.host_environment(environment_class)
+                await backend.trainer.restore(checkpoint)
+            agent = _agent(config, backend, chat)
+            hosted = backend.host_environment(environment_class)
             task = Task(environment_class=hosted, rows=rows, agent=agent, probe_ids=probe_ids)
-            loop = Loop(config, task, handles, recorder, totals)
-            handles.watch(loop.buffer)
-            handles.listen(lambda news: recorder.heard(news, totals, version=loop.version))
-            return await _finish(config, loop, handles, recorder)
-    finally:
-        recorder.close()
+            loop = make_loop(config, task, backend, recording)
+            loop.go_on(state)
+            backend.watch(loop.buffer)
+            backend.listen(lambda news: recording.events.emit(_event_of(news, loop.version)))
+            return await _finish(config, loop, backend, recording, view.note)
 
 
-async def _finish(config: RunConfig, loop: Loop, handles: Backend, recorder: RunLogger) -> RunResult:
-    """Run the loop to its end, by itself, by Ctrl-C or by an error, and sum up."""
+def _event_of(news: Incident | Caution, version: int) -> Event:
+    """The event of what the runtime says by itself."""
+    if isinstance(news, Caution):
+        return Warned(version=version, **dataclasses.asdict(news))
+    if news.what == "up":
+        return ServerUp(version=version, server=news.server, reason=news.reason)
+    return ServerDown(
+        version=version,
+        server=news.server,
+        reason=news.reason,
+        num_requests=news.num_requests,
+        num_kept_tokens=news.num_kept_tokens,
+        num_lost_tokens=news.num_lost_tokens,
+        is_failure=news.is_failure,
+    )
+
+
+async def _finish(config: RunConfig, loop: Loop, backend: Backend, recording: Recording, note: Callable[[str], None]) -> End:
+    """Run the loop to its end, by itself, by Ctrl-C or by an error."""
     ended: Ended = "done"
     error: OldLogitsError | None = None
     defect: Exception | None = None
-    async with _interruptible(recorder.view.note) as interruption:
+    num_kept = loop.state.num_events
+    async with _interruptible(note) as interruption:
         try:
-            if not await _supervise(loop, handles, interruption):
+            version = (await backend.trainer.state()).version
+            recording.events.emit(await run_started(config, backend, version=version, num_kept=num_kept))
+            if not await _supervise(loop, cautions(config), backend, interruption):
                 ended = "interrupted"
                 await loop.checkpoint()
         except OldLogitsError as raised:
@@ -198,20 +236,21 @@ async def _finish(config: RunConfig, loop: Loop, handles: Backend, recorder: Run
         except Exception as raised:  # a defect: everything is written down before it is raised
             ended, defect = "error", raised
     loop.cancel_all()
-    recorder.ended(ended, str(error or defect or ""), version=loop.version)
-    summary = loop.totals.summary(config, loop.buffer, loop.consistency, ended)
-    return RunResult(summary=summary, error=error, defect=defect)
+    account = {**dataclasses.asdict(loop.buffer.account), "queued": loop.buffer.queued, "running": loop.buffer.running}
+    what = str(error or defect or "")
+    recording.events.emit(RunEnded(version=loop.version, reason=ended, error=what, accounting=account))
+    return End(reason=ended, error=error, defect=defect)
 
 
-async def _supervise(loop: Loop, handles: Backend, interruption: asyncio.Event) -> bool:
+async def _supervise(loop: Loop, known: Sequence[Caution], backend: Backend, interruption: asyncio.Event) -> bool:
     """Wait for the loop; an interruption or the end of one of the runtime's workers stops it. False: it was interrupted."""
-    main = asyncio.create_task(loop.run())
+    main = asyncio.create_task(loop.run(known))
     stop = asyncio.create_task(interruption.wait())
-    await asyncio.wait({main, stop, *handles.workers}, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait({main, stop, *backend.workers}, return_when=asyncio.FIRST_COMPLETED)
     stop.cancel()
     main.cancel()
     await asyncio.gather(main, return_exceptions=True)  # its error counts as seen, whatever is raised below
-    for worker in handles.workers:
+    for worker in backend.workers:
         if worker.done():
             worker.result()
     if main.cancelled():
@@ -240,15 +279,6 @@ async def _interruptible(note: Callable[[str], None]) -> AsyncIterator[asyncio.E
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _interrupted(config: RunConfig, totals: Totals) -> Summary:
-    """The summary as of the last update; trajectories that were outstanding then count as cancelled."""
-    bound = StalenessBound(max_staleness=config.window, prompts_per_update=config.rollout.prompts_per_update)
-    buffer = Buffer(bound, filter_uniform=False)
-    buffer.account = account = TrajectoryCounts(**totals.account)
-    account.cancelled = account.submitted - account.trained - account.filtered - account.failed
-    return totals.summary(config, buffer, ConsistencyErrors(), "interrupted")
 
 
 def _own_error(group: ExceptionGroup[Exception]) -> OldLogitsError | None:
@@ -295,17 +325,17 @@ def prepare_model(config: RunConfig, note: Callable[[str], None]) -> Start:
     return Start(model=folder, is_warm=True, steps=done, loss=last, seconds_s=time.perf_counter() - started)
 
 
-def _agent(config: RunConfig, handles: Backend, chat: ChatFormat) -> Agent:
+def _agent(config: RunConfig, backend: Backend, chat: ChatFormat) -> Agent:
     env = config.env
     return Agent(
-        engine=handles.engine,
+        engine=backend.engine,
         chat=chat,
         parser=PARSERS[env.parser],
         limits=TurnLimits(
             max_turns=env.max_turns, max_tokens_per_turn=env.max_tokens_per_turn, max_tokens=env.max_episode_tokens
         ),
         sampling=Sampling(max_tokens=env.max_tokens_per_turn, temperature=config.sampling.temperature),
-        run_environment=handles.run_environment,
+        run_environment=backend.run_environment,
     )
 
 

@@ -226,7 +226,7 @@ class Tracer(TrainerClient):
 
 def _rows(batch: TokenBatch, result: UpdateResult, version: int, panel: Mapping[str, NDArray[np.float32]]) -> pa.Table:
     flat = np.flatnonzero(batch.loss_mask)
-    kept = ("staleness", "advantage", "logp_mu", "logp_theta", "logp_stand_in")
+    kept = ("staleness", "advantage", "logp_mu", "logp_theta", "logp_prox")
     return pa.table(
         {
             "update": np.full(len(flat), version, np.int32),

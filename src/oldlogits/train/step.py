@@ -336,7 +336,7 @@ def _table(
         "reward": batch.rewards[sequence],
         "advantage": tokens.advantages.numpy(),
         "logp_mu": batch.logp_mu[flat],
-        "logp_stand_in": seen.stand_in.numpy(),
+        "logp_prox": seen.stand_in.numpy(),
         "logp_theta": seen.theta.numpy(),
         "log_r_d": seen.log_r_d.numpy(),
         "log_r_s": seen.log_r_s.numpy(),

@@ -127,6 +127,11 @@ class Trainer:
         return sum(p.numel() for p in self._model.parameters())
 
     @property
+    def num_trained(self) -> int:
+        """Parameters that are trained: all, or those of the adapters."""
+        return sum(p.numel() for p in self._model.parameters() if p.requires_grad)
+
+    @property
     def stored_versions(self) -> tuple[PolicyVersion, ...]:
         """The versions that its store holds, ascending; none where the source needs none."""
         return self._held.store.versions if self._held is not None else ()

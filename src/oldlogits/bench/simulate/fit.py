@@ -33,7 +33,8 @@ from oldlogits.bench.simulate.scenario import (
 from oldlogits.config import RunConfig, load_config
 from oldlogits.core.errors import ConfigError
 from oldlogits.engines.timing import Line
-from oldlogits.record.events import Event, EventKind, read_events
+from oldlogits.record.bus import EventKind
+from oldlogits.record.event_log import RecordedEvent, read_events
 from oldlogits.record.folder import RunFolder
 from oldlogits.rollout.turn_latency import KINDS, Kind
 
@@ -61,7 +62,7 @@ class MeasuredRun:
     updates: Sequence[Mapping[str, float]]
     num_tokens: Sequence[int]
     num_trajectories: Sequence[int]
-    events: Mapping[EventKind, Sequence[Event]]
+    events: Mapping[EventKind, Sequence[RecordedEvent]]
     workload: MeasuredWorkload
 
     @classmethod
@@ -77,7 +78,7 @@ class MeasuredRun:
                 "no run folder", got=str(path), allowed="a folder with events.jsonl", fix="oldlogits train RECIPE --out FOLDER"
             )
         config = load_config(path / "config.toml")
-        events: dict[EventKind, list[Event]] = defaultdict(list)
+        events: dict[EventKind, list[RecordedEvent]] = defaultdict(list)
         for event in read_events(folder.events):
             events[event.kind].append(event)
         updates = [_mapping(event.fields["metrics"]) for event in events[EventKind.UPDATE]]
@@ -391,9 +392,9 @@ def _mapping(value: object) -> Mapping[str, float]:
     return value
 
 
-def _sum(events: Sequence[Event], key: str) -> float:
+def _sum(events: Sequence[RecordedEvent], key: str) -> float:
     return sum(float(str(event.fields[key])) for event in events)
 
 
-def _mean(events: Sequence[Event], key: str) -> float:
+def _mean(events: Sequence[RecordedEvent], key: str) -> float:
     return _sum(events, key) / max(1, len(events))
