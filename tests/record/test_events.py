@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oldlogits.record.bus import Event, EventBus, EventKind
+from oldlogits.record.bus import EventBus, EventKind
 from oldlogits.record.event_log import (
     EventLog,
     MemoryLog,
@@ -88,7 +88,7 @@ def test_an_event_is_on_disk_when_emit_returns(tmp_path: Path):
 
 
 def test_an_event_without_a_field_of_its_kind_is_refused_and_names_it():
-    with pytest.raises(TypeError, match="'num_tokens', 'num_above'"):
+    with pytest.raises(TypeError, match=r"num_tokens.*num_above"):
         Probed(
             version=1,
             max_abs_error=0.0,
@@ -118,8 +118,6 @@ def test_a_wall_clock_key_holds_a_number(event):
 
 def test_every_kind_has_one_class_and_states_its_fields():
     assert set(FIELDS) == set(EventKind)
-    kinds = [kind.kind for kind in Event.__subclasses__() if kind.kind is not None]
-    assert sorted(kinds) == sorted(EventKind)
     assert FIELDS[EventKind.UPDATE] == {"metrics", "staleness_counts", "provenance"}, "tables and trajectories are not recorded"
 
 

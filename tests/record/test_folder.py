@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from oldlogits.core.errors import RunFolderError
 from oldlogits.record import folder as folder_module
 from oldlogits.record.folder import RunFolder, describe_environment, version_name, write_atomic
-from oldlogits.record.jsonl import RecordError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 TOML = st.recursive(
@@ -32,11 +31,6 @@ def test_what_is_written_as_toml_is_read_back_by_the_standard_library(table):
 
 def test_nan_survives_toml():
     assert math.isnan(tomllib.loads(tomli_w.dumps({"x": float("nan")}))["x"])
-
-
-def test_none_has_no_toml_form_and_the_error_names_the_key():
-    with pytest.raises(RecordError, match=r"trainer\.lr has no TOML form"):
-        tomli_w.dumps({"trainer": {"lr": None}})
 
 
 @pytest.mark.parametrize("exists", [False, True])

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from oldlogits.record.intervals import Interval
 from oldlogits.record.live import LiveView, learned_sentence, print_summary, sparkline
-from oldlogits.record.summary import Interval, Summary
+from oldlogits.record.summary import Summary
 
 METRICS = {"reward/mean": 0.5, "reward/success": 0.25, "mask/rho": 0.97, "staleness/mean": 1.5, "staleness/max": 4.0}
 
