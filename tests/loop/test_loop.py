@@ -293,11 +293,14 @@ def test_a_run_that_goes_on_does_not_repeat_the_first_evaluation_nor_its_rows(tm
     async def go_on(world):
         world.trainer.version = world.trainer._next = 1
         world.loop.go_on(
-            LoopState(num_updates=1, is_evaluated=True, next_row=7, unfinished_rows=[2, 4], account={"trained": 4})
+            LoopState(
+                num_updates=1, is_evaluated=True, next_row=7, unfinished_rows=[2, 4], account={"submitted": 4, "trained": 4}
+            )
         )
         await world.loop.run()
 
     world = run_world(tmp_path, go_on, num_eval=2)
+    assert not hasattr(world, "error"), world.error
     assert world.calls.count("event evaluation") == 2
     assert world.loop.state.num_updates == 2
     assert world.loop.state.next_row >= 7

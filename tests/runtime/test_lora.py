@@ -82,6 +82,16 @@ def test_the_laws_hold_under_every_route_and_a_version_is_its_adapters(sections,
     assert max(sent) == size * num_adapter_parameters(tiny_folder)
 
 
+def test_what_versions_cost_is_measured_against_the_adapters_that_are_trained_not_against_the_base(tiny_folder, tmp_path):
+    summary = summary_of(trained(tiny_folder, tmp_path))
+    assert summary["version_share_of_average"] == summary["version_share_of_copy"], "both have 4 bytes a trained parameter"
+    published = [event.fields for event in events_of(tmp_path / "run", EventKind.PUBLISHED)]
+    live = 4 * num_adapter_parameters(tiny_folder)
+    assert {fields["full_bytes"] for fields in published} == {live}
+    most = max(fields["bytes"] for fields in published[1:])
+    assert summary["trainer_copies_max"] == 1 + most / live >= 2, "the live adapters and at least one stored copy of them"
+
+
 @pytest.mark.parametrize("numerics", ["fp32", "fp8"])
 def test_a_server_adds_the_adapters_to_its_own_folder(numerics, tiny_folder, tmp_path):
     with serving(tiny_folder, "--adapter-scale", str(ALPHA / RANK), "--numerics", numerics) as server:

@@ -280,14 +280,14 @@ class MeasuredRun:
     def _score_times(self) -> tuple[float, float]:
         """Seconds a token that is read, and a checkout."""
         if self._route in AHEAD:
-            parts = {name: self.total(f"source/{name}") for name in ("score_s", "switch_s", "witness_s", "num_checkouts")}
+            parts = {name: self.total(f"source/{name}") for name in ("score_s", "switch_s", "check_s", "num_checkouts")}
         else:
             scored = self.events[EventKind.SCORED][SKIP:]
-            parts = {name: _sum(scored, name) for name in ("switch_s", "witness_s", "num_checkouts")}
+            parts = {name: _sum(scored, name) for name in ("switch_s", "check_s", "num_checkouts")}
             parts["score_s"] = _sum(scored, "seconds_s")
         if not self._num_read:
             return 0.0, 0.0
-        other_s = parts["switch_s"] + parts["witness_s"]
+        other_s = parts["switch_s"] + parts["check_s"]
         return (parts["score_s"] - other_s) / self._num_read, other_s / max(1.0, parts["num_checkouts"])
 
     def _scorer_times(self, config: RunConfig) -> ScorerTimes:
