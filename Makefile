@@ -1,25 +1,35 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+TESTS := tests $(wildcard studies) $(wildcard benchmarks)
+FAST := $(TESTS) --ignore tests/ray --ignore tests/vllm --numprocesses 2 --dist loadfile --durations 5 -m "not slow and not ray and not vllm"
+
+# Of what is built from its sources, pip reads the build tools' versions here, too (under the second name from pip 25.3 on).
+LOCKED = PIP_CONSTRAINT=$(1) PIP_BUILD_CONSTRAINT=$(1)
 
 CACHE ?= $(or $(OLDLOGITS_CACHE),$(HOME)/.cache/oldlogits)
 VLLM ?= $(CACHE)/vllm-$(shell sha256sum constraints-vllm.txt | cut -c1-12)
 
-.PHONY: demo test test-ray test-vllm lint types install clean
+.PHONY: demo test test-fast test-ray test-vllm test-lowest test-newest lint types install lock clean
 
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "oldlogits needs Python 3.11 or newer; set PYTHON=...")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PYTHON) -m venv --clear .venv
+	$(call LOCKED,constraints.txt) $(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python tools/lock.py check constraints.txt
 	touch $@
 
 demo: install
 	$(BIN)/oldlogits train recipes/desk.toml
 
+# What a contributor runs before each commit, in 90 seconds: nothing that is marked slow. Mark what shows up here as slow.
+test-fast: install
+	$(BIN)/python -m pytest $(FAST)
+
 test: lint types
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not ray and not vllm"
+	$(BIN)/python -m pytest $(TESTS) --numprocesses 2 --dist loadfile -m "not ray and not vllm"
 
 test-ray: install
 	$(BIN)/python -m pytest tests/ray
@@ -27,6 +37,22 @@ test-ray: install
 test-vllm: install
 	PYTHON=$(PYTHON) tests/vllm/install.sh $(VLLM)
 	OLDLOGITS_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest tests/vllm
+
+# The fast lane with the oldest and the newest versions that pyproject.toml allows; torch is that of constraints.in.
+RESOLUTION_lowest := lowest-direct
+RESOLUTION_newest := highest
+
+test-lowest test-newest: test-%: install
+	$(PYTHON) -m venv --clear .venv-$*
+	$(BIN)/uv pip compile --quiet --python .venv-$*/bin/python --resolution $(RESOLUTION_$*) --extra dev \
+	  --constraint constraints.in --no-header --no-annotate --output-file .venv-$*/constraints.txt pyproject.toml
+	$(call LOCKED,.venv-$*/constraints.txt) .venv-$*/bin/python -m pip install --quiet --editable '.[dev]'
+	.venv-$*/bin/python tools/lock.py check .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pytest $(FAST)
+
+# Renews both locks and prints the versions that changed.
+lock: install
+	$(BIN)/python tools/lock.py renew
 
 lint: install
 	$(BIN)/ruff check .
@@ -36,4 +62,4 @@ types: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-lowest .venv-newest

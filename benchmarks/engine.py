@@ -1,6 +1,6 @@
 """The embedded engine against transformers: do the log-probs agree, and how many tokens come out of a CPU-second?
 
-    python benchmarks/engine.py [--smoke]
+    python -m benchmarks.engine [--smoke]
 
 Agreement: the largest |difference| between the engine's log-probs and transformers' forward with the weights of the
 version that each token is tagged with; groups share their prompt, and the weights change in mid-flight with

@@ -1,6 +1,6 @@
 """Taking a version into the weight average, against copying the same masters.
 
-    python benchmarks/ewma.py [--rounds 25] [--hidden 576] [--layers 30] [--vocabulary 49152] [--device cpu]
+    python -m benchmarks.ewma [--rounds 25] [--hidden 576] [--layers 30] [--vocabulary 49152] [--device cpu]
 
 Setting: the weights of a model of that shape (135 M by default) in float32. The copy writes every master into a tensor
 of its own that is already there: what any route that keeps one version pays at least. Rounds are interleaved; the

@@ -1,6 +1,6 @@
 """Kill -9 of every kind of process of a run at random times: does each run go on or end clearly, and train nothing twice?
 
-python benchmarks/kills.py [--times 20] [--seed 0] [--kinds trainer engine ...] [--out FOLDER]
+python -m benchmarks.kills [--times 20] [--seed 0] [--kinds trainer engine ...] [--out FOLDER]
 
 Each trial trains a small desk agent, kills one process of one kind at a random time after the first update, and waits. What
 goes on must come to its end; what ends must say what happened and how to go on, and is then resumed from its last
@@ -170,7 +170,8 @@ def judge(kind: Kind, run: Path, folder: Path, status: int, members: Sequence[in
 def check_tokens(run: Path, *, num_updates: int) -> list[str]:
     """Whether every token of every update was trained once, by a version that may train it."""
     paths = sorted((run / "tokens").glob("*.parquet"))
-    names, seen = ["trajectory", "index", "staleness", "provenance"], set()
+    names = ["trajectory", "index", "staleness", "provenance"]
+    seen: set[tuple[str, int]] = set()
     wrong = [] if len(paths) == num_updates else [f"{len(paths)} of {num_updates} updates are there"]
     for path in paths:
         columns = pq.read_table(path, columns=names).to_pydict()

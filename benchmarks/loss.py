@@ -1,6 +1,6 @@
 """Loss, forward and backward, against a policy loss written the usual way.
 
-    python benchmarks/loss.py [--compile] [--rounds 7] [--rows 512] [--columns 4096] [--device cpu]
+    python -m benchmarks.loss [--compile] [--rounds 7] [--rows 512] [--columns 4096] [--device cpu]
 
 Setting: a padded batch [rows, columns] in float32, each row with a response of random length, 34% of the whole; exact
 decoupled PPO with a band. The baseline is the usual composition of torch operations: an exponential per ratio, the
@@ -88,12 +88,13 @@ def run(loss: Callable[..., Tensor], data: Batch) -> tuple[Tensor, Tensor]:
 
 def timed(loss: Callable[..., Tensor], data: Batch) -> float:
     on_cpu = data["theta"].device.type == "cpu"
+    if not on_cpu:
+        torch.accelerator.synchronize()
     clock = time.process_time if on_cpu else time.perf_counter
-    synchronise = (lambda: None) if on_cpu else torch.accelerator.synchronize
-    synchronise()
     start = clock()
     run(loss, data)
-    synchronise()
+    if not on_cpu:
+        torch.accelerator.synchronize()
     return 1e3 * (clock() - start)
 
 

@@ -1,7 +1,7 @@
 """How much of the old logits' cost each exact route hides: replayed trajectories, real processes, no engine.
 
-python benchmarks/overlap.py [--updates 12]
-python benchmarks/overlap.py --pauses recipes/desk.toml [any recipe override]
+python -m benchmarks.overlap [--updates 12]
+python -m benchmarks.overlap --pauses recipes/desk.toml [any recipe override]
 
 Every trajectory has tokens of several versions; the groups of the next batch arrive while the trainer steps. Snapshot and
 eager take turns, update by update, so that a slow moment of the machine meets both; the others run alone. "hidden" is the
@@ -136,7 +136,7 @@ class Replay:
         self.version = published.version
         if not self.source.needs_pause and self.source.needs_partials:
             await self.source.on_paused({})
-        await self.source.on_published(published.version, published.weights, published.probe_logps)
+        await self.source.on_published(published.version, published.update, published.probe_logps)
 
     def _grow(self) -> None:
         """What the engine samples at this version, of the batches to come."""

@@ -1,6 +1,6 @@
 """Compare two run folders bit for bit: per-token tables, and the weights of every checkpoint.
 
-    python benchmarks/same_numbers.py RUN_OF_THE_OLD_CODE RUN_OF_THE_NEW_CODE
+    python -m benchmarks.same_numbers RUN_OF_THE_OLD_CODE RUN_OF_THE_NEW_CODE
 
 Two `lockstep` runs of one recipe and one seed must agree whatever was moved or renamed in between. Only the columns that
 both codes must have are compared; the command ends with status 1 and names what differs first.

@@ -1,6 +1,6 @@
 """A recipe under several seeds, each with its own warm start: what is learned, as a table.
 
-python benchmarks/seeds.py recipes/desk_lockstep.toml --seeds 0,1,2,3,4 [--out runs/seeds] [any recipe override]
+python -m benchmarks.seeds recipes/desk_lockstep.toml --seeds 0,1,2,3,4 [--out runs/seeds] [any recipe override]
 """
 
 from __future__ import annotations

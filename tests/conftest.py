@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from oldlogits.models.tiny import TinyMoeSize, TinySize, save_tiny, tiny_model, tiny_tokenizer
+
+from .runs import files_of
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the tests in the background ignores it
 
@@ -83,3 +88,20 @@ def chatml_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def shared_files(monkeypatch: pytest.MonkeyPatch) -> Callable[[], set[Path]]:
+    """A function that lists files with weights on their way: those of this process and of all that the test has started.
+
+    Tests that run at the same time in other processes kill theirs, which leave files until the next run removes them.
+    """
+    started, start = {os.getpid()}, BaseProcess.start
+
+    def note(process: BaseProcess) -> None:
+        start(process)
+        assert process.pid is not None
+        started.add(process.pid)
+
+    monkeypatch.setattr(BaseProcess, "start", note)
+    return lambda: set().union(*map(files_of, started))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import asdict
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,8 @@ from oldlogits.config.check import check
 from oldlogits.record.bus import EventKind
 from oldlogits.record.event_log import RecordedEvent, read_events
 from oldlogits.train.checkpoint import read_state
+
+from .waiting import HUNG_S, wait_until
 
 
 class Words:
@@ -121,46 +122,55 @@ def files_of(process: int | str) -> set[Path]:
     return {path for folder in folders for path in folder.glob(f"oldlogits-{process}-*.weights")}
 
 
-_started = {os.getpid()}
+def num_updates_of(run: Path) -> int:
+    """How many updates a run has made so far; it may not have begun."""
+    return len(events_of(run, EventKind.UPDATE)) if (run / "events.jsonl").exists() else 0
 
 
-def _noting(start: Callable[[BaseProcess], None]) -> Callable[[BaseProcess], None]:
-    def noting(process: BaseProcess) -> None:
-        start(process)
-        assert process.pid is not None
-        _started.add(process.pid)
+def wait_for_updates(run: Path, num: int, *, hung_s: float = HUNG_S) -> None:
+    """Return when the run has made `num` updates.
 
-    return noting
-
-
-BaseProcess.start = _noting(BaseProcess.start)  # type: ignore[method-assign]
-
-
-def shared_files() -> set[Path]:
-    """Files with weights on their way of this process and of those that it has started, living or not.
-
-    Tests that run at the same time in other processes kill theirs, which leave files until the next run removes them.
+    Raises:
+        TimeoutError: It does not make them.
     """
-    return set().union(*map(files_of, _started))
+    wait_until(lambda: num_updates_of(run) >= num, f"{run} has made {num} updates", hung_s=hung_s)
 
 
-def wait_for_updates(run: Path, num: int, *, deadline_s: float = 200) -> None:
-    """Return when the run has made `num` updates, or is too slow."""
-    ends = time.monotonic() + deadline_s
-    while time.monotonic() < ends:
-        if (run / "events.jsonl").exists() and len(events_of(run, EventKind.UPDATE)) >= num:
-            return
-        time.sleep(0.02)
+class AfterUpdates(threading.Thread):
+    """Does something in a thread when the run has made `num` updates. Whoever has run it calls `join` when it is over."""
+
+    def __init__(self, run: Path, num: int, act: Callable[[], None]) -> None:
+        super().__init__(daemon=True)
+        self._run, self._num, self._act = run, num, act
+        self._over = threading.Event()
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            wait_until(lambda: self._over.is_set() or num_updates_of(self._run) >= self._num, f"{self._num} updates")
+            made = num_updates_of(self._run)
+            assert made >= self._num, f"the run was over after {made} updates, before {self._num}"
+            self._act()
+        except BaseException as error:
+            self._error = error
+            if not self._over.is_set():
+                os.kill(os.getpid(), signal.SIGINT)  # ends the run
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for its end, the run being over.
+
+        Raises:
+            BaseException: What kept it from acting, or came of it.
+        """
+        self._over.set()
+        super().join(timeout)
+        if self._error is not None:
+            raise self._error
 
 
-def after_updates(run: Path, num: int, act: Callable[[], None], *, deadline_s: float = 200) -> threading.Thread:
-    """Do something in a thread when the run has made `num` updates, or is too slow."""
-
-    def watch() -> None:
-        wait_for_updates(run, num, deadline_s=deadline_s)
-        act()
-
-    thread = threading.Thread(target=watch, daemon=True)
+def after_updates(run: Path, num: int, act: Callable[[], None]) -> AfterUpdates:
+    """Do something in a thread when the run has made `num` updates."""
+    thread = AfterUpdates(run, num, act)
     thread.start()
     return thread
 

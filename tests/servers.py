@@ -13,6 +13,8 @@ from pathlib import Path
 
 import httpx
 
+from .waiting import HUNG_S
+
 
 class Serving:
     """`oldlogits serve` in a process group of its own; where it listens stays the same when it is started again."""
@@ -49,7 +51,8 @@ class Serving:
 
     def _call(self, method: str, path: str) -> dict:
         headers = {"authorization": f"Bearer {self.token}"} if self.token else {}
-        return httpx.request(method, self.url + path, headers=headers, timeout=60, trust_env=False).raise_for_status().json()
+        answer = httpx.request(method, self.url + path, headers=headers, timeout=HUNG_S, trust_env=False)
+        return answer.raise_for_status().json()
 
 
 @contextmanager

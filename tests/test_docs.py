@@ -19,6 +19,7 @@ from oldlogits.record.event_log import read_events
 from oldlogits.run.run import run
 
 from .runs import recipe
+from .waiting import HUNG_S
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENTS = (ROOT / "docs" / "environments.md").read_text(encoding="utf-8")
@@ -35,7 +36,8 @@ def test_the_variant_table_of_a_document_is_the_one_in_code(document: str) -> No
 
 
 def test_every_relative_link_of_the_documents_leads_to_a_file() -> None:
-    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    beside = [path for folder in ("studies", "benchmarks") for path in (ROOT / folder).rglob("*.md")]
+    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *beside]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
 
@@ -66,7 +68,7 @@ def test_the_environment_of_the_documents_trains(tmp_path: Path, monkeypatch: py
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HUNG_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr

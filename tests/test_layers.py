@@ -21,7 +21,7 @@ LEVELS = (
     {"loop"},
     {"backends"},
     {"run"},
-    {"study", "bench"},
+    {"compare", "bench"},
     {"cli"},
     {"__main__"},
 )
@@ -39,8 +39,12 @@ def module_name(path):
 
 def imported(path):
     """Every module that a file imports, wherever in the file; `from package import module` counts as the module."""
+    return imported_by(ast.parse(path.read_text(encoding="utf-8")), path)
+
+
+def imported_by(tree, path):
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -102,7 +106,7 @@ def test_imports_point_down(module):
         ("oldlogits.config.check", "oldlogits.objective", False),
         ("oldlogits.record.report.page", "oldlogits.config", False),
         ("oldlogits.cli.main", "oldlogits.run.run", True),
-        ("oldlogits.study.compare", "oldlogits.bench", False),
+        ("oldlogits.compare.pool", "oldlogits.bench", False),
         ("oldlogits.core.errors", "oldlogits.record.events", True),
     ],
 )
@@ -113,6 +117,11 @@ def test_the_rule_itself(module, target, allowed):
 def test_no_module_imports_itself_through_others():
     graph = {name: {t for t in targets if t in NAMES and t != name} for name, targets in INTERNAL.items()}
     list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_the_product_knows_nothing_of_what_studies_and_measures_it():
+    outside = {target.split(".")[0] for targets in IMPORTS.values() for target in targets}
+    assert outside & {"studies", "benchmarks", "examples", "tests"} == set()
 
 
 def test_every_import_of_this_package_exists():
@@ -127,6 +136,18 @@ def test_each_heavy_optional_package_is_imported_in_one_file_at_most():
     assert {name: users[name] for name in HEAVY if len(users[name]) > 1} == {}
 
 
+def executed(path):
+    """What importing a file imports: all but what stands under ``if TYPE_CHECKING:``."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
+    return imported_by(tree, path)
+
+
+EXECUTED = {module_name(path): executed(path) for path in FILES}
+
+
 def reachable(start):
     """The modules of this package that importing `start` imports, and what they import from elsewhere."""
     inside, outside, todo = set(), set(), [start]
@@ -136,8 +157,9 @@ def reachable(start):
             continue
         inside.add(module)
         parent = module.rpartition(".")[0]
-        outside |= {t.split(".")[0] for t in IMPORTS[module] if t not in NAMES}
-        todo += [t for t in (*IMPORTS[module], parent) if t in NAMES]
+        imports = EXECUTED[module]
+        outside |= {t.split(".")[0] for t in imports if t not in NAMES}
+        todo += [t for t in (*imports, parent) if t in NAMES]
     return inside, outside
 
 

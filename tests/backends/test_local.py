@@ -20,12 +20,12 @@ from ..runs import (
     events_of,
     pid_of,
     recipe,
-    shared_files,
     summary_of,
     tokens_of,
     wait_for_updates,
     write_recipe,
 )
+from ..waiting import HUNG_S, wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,14 +34,11 @@ LOCAL = {"runtime": {"type": "local"}, "env": {"latency_s": 0.25}}
 
 
 @pytest.fixture
-def clean():
+def clean(shared_files):
     """Nothing may stay behind: no process, no file in shared memory."""
     files = shared_files()
     yield
-    ends = time.monotonic() + 5
-    while children() and time.monotonic() < ends:
-        time.sleep(0.02)
-    assert children() == []
+    wait_until(lambda: not children(), "no process is left")
     assert shared_files() <= files
 
 
@@ -53,17 +50,12 @@ def endless(tiny_folder, tmp_path):
 
 
 def ends_with(endless, out, act, *, after):
-    """Run until `act` ends it; returns the exit status and how long that took."""
-    acted: list[float] = []
-
-    def act_and_note() -> None:
-        acted.append(time.monotonic())
-        act()
-
-    thread = after_updates(out, after, act_and_note)
+    """Run until `act` ends it, long before its last update; returns the exit status."""
+    thread = after_updates(out, after, act)
     status = command(["train", str(endless), "--out", str(out)])
-    thread.join(timeout=1)
-    return status, time.monotonic() - acted[0]
+    thread.join()
+    assert summary_of(out)["num_updates"] < 500
+    return status
 
 
 def check_whole(out: Path, ended: str) -> int:
@@ -78,6 +70,7 @@ def check_whole(out: Path, ended: str) -> int:
     return len(updates)
 
 
+@pytest.mark.slow
 def test_in_fp32_every_trained_token_is_exact_over_processes_and_the_bound_holds(tiny_folder, tmp_path, capsys, clean):
     config = recipe(tiny_folder, **LOCAL, num_updates=6, eval={"num_episodes": 16}, record={"checkpoint_every": 4})
     assert command(["train", str(write_recipe(tmp_path / "r.toml", config)), "--out", str(tmp_path / "run")]) == 0
@@ -108,12 +101,12 @@ def test_in_fp32_every_trained_token_is_exact_over_processes_and_the_bound_holds
     assert shown.err == "", "no warning clutters the screen"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("worker", ["engine", "trainer"])
 def test_a_killed_process_ends_the_run_with_a_clear_error(worker, endless, tmp_path, capsys, clean):
     out = tmp_path / "run"
-    status, took_s = ends_with(endless, out, lambda: os.kill(pid_of(f"oldlogits-{worker}"), signal.SIGKILL), after=2)
+    status = ends_with(endless, out, lambda: os.kill(pid_of(f"oldlogits-{worker}"), signal.SIGKILL), after=2)
     assert status == 1
-    assert took_s < 60, "it ends by itself, however busy the machine"
     error = capsys.readouterr().err
     assert f"error: the {worker} process ended" in error
     assert all(f"{part}: " in error for part in ("got", "allowed", "fix"))
@@ -129,14 +122,14 @@ def test_a_killed_process_ends_the_run_with_a_clear_error(worker, endless, tmp_p
     assert f"the {worker} process ended" in ended.fields["error"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_stopped(tiny_folder, tmp_path, capsys, clean):
     """Ctrl-C that reaches the parent only; then --resume to the end. The route is the one with the most processes."""
     out = tmp_path / "run"
     config = recipe(tiny_folder, **LOCAL, num_updates=500, proximal={"source": "dedicated"})
     endless = write_recipe(tmp_path / "r.toml", config)
-    status, took_s = ends_with(endless, out, lambda: os.kill(os.getpid(), signal.SIGINT), after=2)
+    status = ends_with(endless, out, lambda: os.kill(os.getpid(), signal.SIGINT), after=2)
     assert status == 130
-    assert took_s < 60, "it ends by itself, however busy the machine"
     num_updates = check_whole(out, "interrupted")
     assert f"oldlogits train --resume {out}" in capsys.readouterr().err.replace("\n", "")
 
@@ -149,19 +142,20 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tiny_folder, tmp_path, caps
     assert np.abs(tokens_of(out, "log_r_d")["log_r_d"]).max() <= 1e-4
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once_and_leaves_whole_records(endless, tmp_path, capsys, clean):
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.05)
+        time.sleep(0.05)  # else the system may make one of both
         os.kill(os.getpid(), signal.SIGINT)
 
-    status, took_s = ends_with(endless, tmp_path / "run", twice, after=2)
+    status = ends_with(endless, tmp_path / "run", twice, after=2)
     assert status == 130
-    assert took_s < 60, "it ends by itself, however busy the machine"
     check_whole(tmp_path / "run", "interrupted")
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal_reaches_all_processes_and_none_stays_behind(endless, tmp_path):
     out = tmp_path / "run"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -177,7 +171,7 @@ def test_ctrl_c_in_a_terminal_reaches_all_processes_and_none_stays_behind(endles
     try:
         wait_for_updates(out, 2)
         os.killpg(process.pid, signal.SIGINT)
-        shown, error = process.communicate(timeout=20)
+        shown, error = process.communicate(timeout=HUNG_S)
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         raise
@@ -186,10 +180,7 @@ def test_ctrl_c_in_a_terminal_reaches_all_processes_and_none_stays_behind(endles
     assert "Traceback" not in error
     num_updates = check_whole(out, "interrupted")
     assert (out / f"checkpoints/v{num_updates:06d}/state/trainer.json").is_file()
-    ends = time.monotonic() + 5
-    while _lives(process.pid) and time.monotonic() < ends:
-        time.sleep(0.05)
-    assert not _lives(process.pid), "a process of the group is still there"
+    wait_until(lambda: not _lives(process.pid), "no process of the group is left")
 
 
 def _lives(group: int) -> bool:

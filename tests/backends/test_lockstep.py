@@ -47,6 +47,7 @@ def lines_of(path: Path) -> list[object]:
     return [without_wall_clock(json.loads(line)) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lag", ["even", "random"])
 def test_the_same_seed_gives_the_same_run_bit_for_bit(trained, lag):
     first, again = trained(lag), trained(lag, copy=1)
@@ -63,6 +64,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(trained, lag):
     assert without_wall_clock(summary_of(first)) == without_wall_clock(summary_of(again))
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_run(trained):
     assert weights_of(trained("even")) != weights_of(trained("even", seed=1))
 
@@ -74,6 +76,7 @@ def test_every_update_moves_the_weights(trained):
     assert min(norms) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lag", LAGS)
 def test_staleness_stays_within_the_window_and_is_spread_as_the_lag_says(trained, lag):
     tokens = tokens_of(trained(lag), "staleness", "trainer_version", "version", "trajectory")
@@ -95,12 +98,12 @@ def test_staleness_stays_within_the_window_and_is_spread_as_the_lag_says(trained
 @pytest.mark.parametrize("lag", LAGS)
 def test_in_fp32_every_trained_token_is_exact_though_trajectories_span_versions(trained, lag):
     out = trained(lag)
-    tokens = tokens_of(out, "log_r_d", "logp_mu", "logp_prox", "trajectory", "version", "provenance")
+    tokens = tokens_of(out, "log_r_d", "logp_mu", "logp_proximal", "trajectory", "version", "provenance")
     spans = [len(set(tokens["version"][tokens["trajectory"] == name])) for name in sorted(set(tokens["trajectory"]))]
     assert len(spans) == 6 * 3 * 4
     assert sum(n >= 2 for n in spans) >= len(spans) / 4
     assert np.abs(tokens["log_r_d"]).max() <= TOLERANCE
-    assert np.abs(tokens["logp_prox"] - tokens["logp_mu"]).max() <= TOLERANCE
+    assert np.abs(tokens["logp_proximal"] - tokens["logp_mu"]).max() <= TOLERANCE
     assert set(tokens["provenance"]) == {"exact"}
     summary = summary_of(out)
     assert summary["num_multi_version_trajectories"] == sum(n >= 2 for n in spans)
@@ -134,6 +137,7 @@ def test_one_version_tag_that_is_off_by_one_is_seen_in_r_d(tiny_folder, tmp_path
     assert summary_of(tmp_path / "run")["log_r_d_max_abs"] > 10 * TOLERANCE
 
 
+@pytest.mark.slow
 def test_at_lag_0_the_stand_ins_of_snapshot_and_arrival_coincide(tiny_folder, tmp_path):
     pairs = {"snapshot": "decoupled_exact", "arrival": "decoupled_async"}
     for source, variant in pairs.items():
@@ -167,6 +171,7 @@ def test_an_environment_that_always_fails_ends_the_run_with_its_reason(tiny_fold
     assert {event.fields["reason"] for event in failed} == {"KeyError: 'shop'"}
 
 
+@pytest.mark.slow
 def test_an_interruption_between_any_two_moments_leaves_whole_updates(tiny_folder, tmp_path):
     """Wherever the signal falls, the checkpoint, the events and the summary tell of the same updates."""
     import os

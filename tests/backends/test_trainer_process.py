@@ -4,7 +4,6 @@ import asyncio
 import multiprocessing
 import os
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -18,7 +17,9 @@ from oldlogits.models.load import load_model, named_weights
 from oldlogits.train.trainer import Trainer
 
 from ..builders import batch_of, sampled, trajectory
-from ..runs import shared_files
+from ..waiting import HUNG_S
+
+pytestmark = pytest.mark.slow
 
 PROBE = [3, 9, 10, 11]
 CONFIG = config_from_table({"trainer": {"minibatches_per_update": 1}})
@@ -63,14 +64,14 @@ def in_process(folder, scenario):
         finally:
             process.close()
 
-    return asyncio.run(asyncio.wait_for(main(), 60))
+    return asyncio.run(asyncio.wait_for(main(), HUNG_S))
 
 
 def children():
     return [child for child in multiprocessing.active_children() if child.name == "oldlogits-trainer"]
 
 
-def test_a_trainer_process_does_what_a_trainer_does_bit_for_bit_and_leaves_nothing_behind(tiny_folder, tmp_path):
+def test_a_trainer_process_does_what_a_trainer_does_bit_for_bit_and_leaves_nothing_behind(tiny_folder, tmp_path, shared_files):
     files = shared_files()
 
     async def scenario(process):
@@ -101,7 +102,7 @@ def test_a_trainer_process_does_what_a_trainer_does_bit_for_bit_and_leaves_nothi
     assert shared_files() <= files
 
 
-def test_a_trainer_that_is_killed_fails_the_pending_call_and_later_ones_promptly(tiny_folder):
+def test_a_trainer_that_is_killed_fails_the_pending_call_and_later_ones(tiny_folder):
     async def scenario(process):
         pid = process._process.pid
         os.kill(pid, signal.SIGSTOP)  # so that the call is pending when it dies
@@ -109,23 +110,21 @@ def test_a_trainer_that_is_killed_fails_the_pending_call_and_later_ones_promptly
         await asyncio.sleep(0.05)
         assert not pending.done()
         os.kill(pid, signal.SIGKILL)
-        started = time.monotonic()
         with pytest.raises(WorkerDiedError, match="the trainer process ended; got: exit code -9"):
             await pending
         with pytest.raises(WorkerDiedError, match="exit code -9"):
             await process.handle.state()
-        return time.monotonic() - started
 
-    assert in_process(tiny_folder, scenario) < 2
+    in_process(tiny_folder, scenario)
     assert children() == []
 
 
-def test_closing_removes_weights_that_nobody_took(tiny_folder):
+def test_closing_removes_weights_that_nobody_took(tiny_folder, shared_files):
     files = shared_files()
 
     async def scenario(process):
         process._pipe.send(("publish", ()))
-        assert process._pipe.poll(30), "it has answered"
+        assert process._pipe.poll(HUNG_S), "it has answered"
         assert len(shared_files() - files) == 1
 
     in_process(tiny_folder, scenario)

@@ -12,6 +12,8 @@ from oldlogits.config import config_from_table
 from oldlogits.engines.http.fleet import Fleet
 from oldlogits.engines.http.servers import Timeouts
 
+from ..waiting import HUNG_S
+
 POLL_S = 0.01
 
 
@@ -35,7 +37,7 @@ def followed(tmp_path, monkeypatch):
             for host in workers.fleet.hosts:
                 await host.server.close()
 
-    return lambda scenario: asyncio.run(asyncio.wait_for(follow(scenario), 10))
+    return lambda scenario: asyncio.run(asyncio.wait_for(follow(scenario), HUNG_S))
 
 
 async def until(holds):

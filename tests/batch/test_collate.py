@@ -68,6 +68,7 @@ def test_every_token_keeps_what_its_segment_says_in_order(made, num_steps):
     assert batch.trajectory_ids == tuple(one.id for one in made)
 
 
+@pytest.mark.slow
 @given(trajectories(), st.integers(1, 3))
 def test_groups_are_dealt_out_over_the_steps_whole_and_in_turn(made, num_steps):
     batch = batch_of(made, num_steps=num_steps)

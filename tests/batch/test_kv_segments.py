@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oldlogits.batch import chains_of, cut_out
+from oldlogits.batch import kv_chains, segment_sequences
 from oldlogits.core.errors import TrajectoryError
 from oldlogits.core.trajectory import Context
 
@@ -47,32 +47,32 @@ def test_chains_say_of_every_token_which_versions_computed_what_it_attended_to(m
     batch = batch_of(made)
     expected = {int(start) + p: e for start, one in zip(batch.starts, made, strict=False) for p, e in attended(one).items()}
     found = {}
-    for chain in chains_of(batch):
+    for chain in kv_chains(batch):
         entries = ()
-        for chunk in chain:
-            assert chunk.begin - chunk.origin == len(entries)
-            assert (batch.version[chunk.tokens] == chunk.version).all()
-            for token in chunk.tokens.tolist():
+        for segment in chain:
+            assert segment.begin - segment.origin == len(entries)
+            assert (batch.version[segment.tokens] == segment.version).all()
+            for token in segment.tokens.tolist():
                 assert token not in found
-                found[token] = (*entries, *[chunk.version] * (token - chunk.begin))
-            entries += (chunk.version,) * chunk.num_entries
+                found[token] = (*entries, *[segment.version] * (token - segment.begin))
+            entries += (segment.version,) * segment.num_entries
     assert found == expected
 
 
 @given(trajectories())
 def test_chunks_cut_out_hold_their_tokens_and_know_where_they_come_from(made):
     batch = batch_of(made)
-    chunks = [chunk for chain in chains_of(batch) for chunk in chain]
-    cut, tokens, flat = cut_out(batch, chunks)
-    np.testing.assert_array_equal(flat, np.concatenate([np.arange(c.begin, c.tokens[-1] + 1) for c in chunks]))
-    np.testing.assert_array_equal(flat[tokens], np.concatenate([c.tokens for c in chunks]))
-    np.testing.assert_array_equal(cut.lengths, [c.num_entries + 1 for c in chunks])
+    segments = [segment for chain in kv_chains(batch) for segment in chain]
+    cut, tokens, flat = segment_sequences(batch, segments)
+    np.testing.assert_array_equal(flat, np.concatenate([np.arange(c.begin, c.tokens[-1] + 1) for c in segments]))
+    np.testing.assert_array_equal(flat[tokens], np.concatenate([c.tokens for c in segments]))
+    np.testing.assert_array_equal(cut.lengths, [c.num_entries + 1 for c in segments])
     np.testing.assert_array_equal(cut.token_ids, batch.token_ids[flat])
     np.testing.assert_array_equal(cut.temperature, batch.temperature[flat])
 
 
 def shapes(*segments):
-    return [[(c.version, c.begin, c.tokens.tolist()) for c in chain] for chain in chains_of(batch_of([trajectory(*segments)]))]
+    return [[(c.version, c.begin, c.tokens.tolist()) for c in chain] for chain in kv_chains(batch_of([trajectory(*segments)]))]
 
 
 def test_an_update_in_mid_turn_goes_on_with_the_entry_of_the_last_token_before_it():
@@ -93,4 +93,4 @@ def test_fresh_turns_of_one_version_share_a_chain_and_a_fresh_one_after_a_mixed_
 def test_a_trajectory_that_begins_over_older_entries_is_refused_by_name():
     made = [trajectory([1], sampled([2])), trajectory([1], sampled([2], kv="mixed"), id="g0.1")]
     with pytest.raises(TrajectoryError, match=r"unknown versions.*first sampled token of g0\.1"):
-        chains_of(batch_of(made))
+        kv_chains(batch_of(made))

@@ -43,6 +43,7 @@ def test_every_token_asked_for_is_scored_exactly_once_under_any_budget(made, bud
     assert sorted(scored.tolist()) == asked.tolist()
 
 
+@pytest.mark.slow
 @given(trajectories(), budgets)
 def test_a_micro_batch_reads_exactly_the_tokens_before_each_token_it_scores(made, budget):
     batch = batch_of(made)
@@ -63,6 +64,7 @@ def test_a_sequence_is_cut_after_the_last_token_that_is_scored():
     assert [sorted(zip(micro.row.tolist(), micro.column.tolist(), strict=True))] == [[(0, 1), (1, 0), (1, 1)]]
 
 
+@pytest.mark.slow
 @given(trajectories(), st.data())
 def test_what_is_read_of_a_sequence_is_what_the_micro_batches_hold_without_padding(made, data):
     batch = batch_of(made)

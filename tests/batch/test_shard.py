@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oldlogits.batch import Sequences, deal, micro_batches
+from oldlogits.batch import Sequences, micro_batches, shard_micro_batches
 from oldlogits.batch.shard import shares
 
 
@@ -29,23 +29,23 @@ def test_the_longest_are_dealt_first_forth_and_back():
 def test_every_token_counts_once_and_all_ranks_make_as_many_forward_passes(lengths, num_ranks, budget):
     batch = sequences_of(lengths)
     tokens = tokens_of(batch)
-    dealt = [list(deal(batch, tokens, budget, rank=rank, num_ranks=num_ranks)) for rank in range(num_ranks)]
-    assert len({len(mine) for mine in dealt}) == 1
-    counted = np.concatenate([one.micro.flat.numpy() for mine in dealt for one in mine if one.counts])
+    sharded = [list(shard_micro_batches(batch, tokens, budget, rank=rank, num_ranks=num_ranks)) for rank in range(num_ranks)]
+    assert len({len(mine) for mine in sharded}) == 1
+    counted = np.concatenate([one.micro.flat.numpy() for mine in sharded for one in mine if not one.is_padding])
     assert np.array_equal(np.sort(counted), tokens)
-    assert all(one.micro.input_ids.numel() > 0 for mine in dealt for one in mine)
+    assert all(one.micro.input_ids.numel() > 0 for mine in sharded for one in mine)
 
 
 @given(st.lists(st.integers(2, 30), min_size=1, max_size=12), st.integers(1, 60))
 def test_one_rank_gets_the_micro_batches_of_the_whole(lengths, budget):
     batch = sequences_of(lengths)
     tokens = tokens_of(batch)
-    dealt = list(deal(batch, tokens, budget, rank=0, num_ranks=1))
+    sharded = list(shard_micro_batches(batch, tokens, budget, rank=0, num_ranks=1))
     whole = list(micro_batches(batch, tokens, budget))
-    assert all(one.counts for one in dealt)
-    assert [one.micro.flat.tolist() for one in dealt] == [micro.flat.tolist() for micro in whole]
+    assert not any(one.is_padding for one in sharded)
+    assert [one.micro.flat.tolist() for one in sharded] == [micro.flat.tolist() for micro in whole]
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_nothing_to_score_is_no_forward_pass(rank):
-    assert list(deal(sequences_of([3]), np.zeros(0, np.int64), 10, rank=rank, num_ranks=3)) == []
+    assert list(shard_micro_batches(sequences_of([3]), np.zeros(0, np.int64), 10, rank=rank, num_ranks=3)) == []

@@ -1,18 +1,16 @@
 """The lab measures what it says: exact versions, real bytes, every figure with a sample a round."""
 
+import time
+
 import pytest
 import torch
-import zstandard
 
 from oldlogits.bench import lab as lab_module
-from oldlogits.bench.bars import SLOW
-from oldlogits.bench.lab import WALK, WINDOW, Lab, module_of, zstd_xor
-from oldlogits.bench.rows import Subject
-from oldlogits.bench.synthetic import SyntheticModel
+from oldlogits.bench.chains import SyntheticModel
+from oldlogits.bench.lab import WINDOW, Lab, Seconds, clock_of
 from oldlogits.versions import Patch
 
 NUM_PARAMS = 200_000
-SUBJECT = Subject(model="synthetic", lr=SLOW, num_params=NUM_PARAMS)
 
 
 def source() -> SyntheticModel:
@@ -21,25 +19,23 @@ def source() -> SyntheticModel:
 
 @pytest.fixture(scope="module")
 def measured() -> Lab:
-    lab = Lab(source(), SUBJECT, compare_every=5)
+    lab = Lab(source())
     for _ in range(WINDOW + 1):
         lab.round()
     return lab
 
 
-def test_every_round_gives_a_sample_and_walks_begin_when_there_are_versions_to_walk(measured: Lab):
-    num = {row.quantity: row.num_samples for row in measured.rows()}
+@pytest.mark.slow
+def test_every_round_gives_a_sample_and_windows_begin_when_they_are_full(measured: Lab):
     rounds = WINDOW + 1
-    assert num["bytes.cold"] == num["switch.memory"] == num["checkout"] == num["encode.cold"] == rounds
-    assert num["walk.pass"] == num["walk.stops"] == rounds - WALK + 1
-    assert num["window.copy"] == num["window.ewma"] == 2
-    assert num["bytes.xor"] == num["bytes.entropy"] == num["bytes.of_xor"] == 2
-
-
-def test_times_have_wall_times_beside_them_and_bytes_have_none(measured: Lab):
-    for row in measured.rows():
-        assert (row.wall is None) == row.quantity.startswith(("bytes", "share", "window")), row.quantity
-        assert row.low <= row.median <= row.high
+    assert {len(times) for times in measured.times.values()} == {rounds}
+    assert set(measured.times) == {"memcpy", "cast", "encode", "pack", "switch", "switch.cold", "publish", "checkout"}
+    assert {name: len(values) for name, values in measured.values.items()} == {
+        "share.changed": rounds,
+        "bytes.cold": rounds,
+        "bytes.memory": rounds,
+        "window.copy": 2,
+    }
 
 
 def test_the_bytes_are_those_of_patches_of_the_same_chain(measured: Lab):
@@ -52,13 +48,10 @@ def test_the_bytes_are_those_of_patches_of_the_same_chain(measured: Lab):
         after = torch.cat([model.masters[name].bfloat16().flatten() for name in sorted(model.masters)])
         shares.append((before.view(torch.int16) != after.view(torch.int16)).double().mean().item())
         before = after
-    assert measured.shares == pytest.approx(shares, rel=1e-12)
-    rows = {row.quantity: row for row in measured.rows()}
-    assert rows["bytes.entropy"].median < rows["bytes.cold"].median < rows["bytes.xor"].median
-    window = sum(measured.cold_shares[-WINDOW:])
-    assert rows["window.copy"].high == pytest.approx(max(window, sum(measured.cold_shares[:WINDOW])), rel=1e-3)
-    assert rows["window.ewma"].median == pytest.approx(rows["window.copy"].median / 2, rel=1e-6)
-    assert rows["bytes.of_xor"].median == pytest.approx(rows["bytes.cold"].median / rows["bytes.xor"].median, rel=0.05)
+    assert measured.values["share.changed"] == pytest.approx(shares, rel=1e-12)
+    cold = measured.values["bytes.cold"]
+    windows = [sum(cold[i : i + WINDOW]) for i in range(2)]
+    assert measured.values["window.copy"] == pytest.approx(windows, rel=1e-12)
 
 
 def test_the_chain_ends_at_the_masters_bits(monkeypatch: pytest.MonkeyPatch):
@@ -66,27 +59,28 @@ def test_the_chain_ends_at_the_masters_bits(monkeypatch: pytest.MonkeyPatch):
     encode = lab_module.encode
     monkeypatch.setattr(lab_module, "encode", lambda *args: seen.append(encode(*args)) or seen[-1])
     model = source()
-    lab = Lab(model, SUBJECT, compare_every=9)
-    for _ in range(WALK):
+    lab = Lab(model)
+    for _ in range(4):
         lab.round()
-    assert len(seen) == 2 * WALK
+    assert len(seen) == 2 * 4
     assert [patch.target for patch in seen[::2]] == [patch.target for patch in seen[1::2]]
     for name, weight in lab.resident.weights.items():
         assert torch.equal(weight, model.masters[name].bfloat16())
     assert lab.resident.full_digest() == seen[-1].target
 
 
-def test_the_module_of_the_yardstick_takes_a_state_by_name():
-    weights = {"model.layers.0.a.weight": torch.ones(2), "model.layers.1.a.weight": torch.zeros(3), "model.norm": torch.ones(1)}
-    module = module_of(weights)
-    assert set(module.state_dict()) == set(weights)
-    module.load_state_dict({name: weight + 1 for name, weight in weights.items()})
-    assert module.state_dict()["model.layers.1.a.weight"].tolist() == [1, 1, 1]
-    assert weights["model.layers.1.a.weight"].tolist() == [0, 0, 0]
+def test_sleeping_passes_time_and_keeps_nothing_busy():
+    asleep = clock_of("cpu")(lambda: time.sleep(0.05))
+    assert asleep.wall_s >= 0.05
+    assert asleep.busy_s < 0.02
 
 
-def test_xor_and_zstd_give_the_new_state_back():
-    old, new = torch.randn(1000).bfloat16(), torch.randn(1000).bfloat16()
-    flipped = torch.frombuffer(bytearray(zstandard.ZstdDecompressor().decompress(zstd_xor(old, new))), dtype=torch.int16)
-    assert torch.equal((old.view(torch.int16) ^ flipped).view(torch.bfloat16), new)
-    assert len(zstd_xor(old, old)) < 100
+def test_work_keeps_the_thread_busy():
+    busy = clock_of("cpu")(lambda: sum(range(1_000_000)))
+    assert 0 < busy.busy_s <= busy.wall_s + 0.01
+
+
+def test_seconds_are_added_and_scaled_on_both_clocks():
+    a, b = Seconds(busy_s=1, wall_s=2), Seconds(busy_s=0.5, wall_s=1)
+    assert a + b == Seconds(busy_s=1.5, wall_s=3)
+    assert a - b == b == a * 0.5

@@ -187,6 +187,7 @@ def test_of_a_run_folder_the_latest_checkpoint_plays_under_its_recipe(clerk_fold
     assert lines[-1] == "mean reward of 2 episodes: 0.000"
 
 
+@pytest.mark.slow
 def test_what_a_checkpoint_writes_wrongly_is_answered_as_in_training(tiny_folder):
     answers = []
     for seed in range(40):

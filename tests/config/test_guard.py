@@ -21,7 +21,8 @@ SOURCES = {
 
 
 def recipe(variant, source=None, **table):
-    return config_from_table({"variant": variant, "source": {"type": SOURCES.get(variant, "none"), **(source or {})}, **table})
+    proximal = {"source": SOURCES.get(variant, "none"), **(source or {})}
+    return config_from_table({"variant": variant, "proximal": proximal, **table})
 
 
 def refusal(variant, **table):
@@ -73,14 +74,14 @@ def test_a_stand_in_that_is_mu_itself_is_refused_where_it_is_to_mask_and_kept_wh
 
 def test_under_a_schedule_every_staleness_of_the_window_needs_its_clip():
     """1/4 is above 0.28 / 1.28 = 0.219 and 1/5 is not."""
-    scheduled = {"weight_mu_schedule": "a3po"}
+    scheduled = {"interpolation_schedule": "a3po"}
     for variant in LINEAR:
         check(recipe(variant, max_staleness=4, objective=scheduled))
         error = refusal(variant, max_staleness=5, objective=scheduled)
         assert error.what.startswith(f"variant '{variant}' has no clip for A > 0 at staleness 5")
         assert "a smaller max_staleness" in error.fix
-        lockstep = {"type": "lockstep", "window": 4}
-        check(recipe(variant, max_staleness=5, runtime=lockstep, objective=scheduled))
+        lockstep = {"runtime": {"type": "lockstep"}, "lockstep": {"max_lag": 4}}
+        check(recipe(variant, max_staleness=5, objective=scheduled, **lockstep))
     for variant in LOGLINEAR:
         check(recipe(variant, max_staleness=32, objective=scheduled))
 
@@ -106,7 +107,7 @@ def test_a_dual_clip_that_is_switched_off_or_out_of_reach_is_neither_refused_nor
 
 
 def test_a_recipe_that_says_that_it_does_not_clip_is_not_told_so():
-    truncated = {"clip": "truncated", "truncation": 1.5}
+    truncated = {"clip": "truncated", "is_cap": 1.5}
     assert warned("linear_prox", objective=truncated) == {}
     assert warned("linear_prox", objective={**truncated, "is_cap": INF, "interpolation_mu": 0.0}) == {}
     assert warned("decoupled_async", objective=truncated, trainer={"minibatches_per_update": 1}) == {}
@@ -141,7 +142,7 @@ def test_a_log_linear_ratio_exceeds_every_truncation_unless_the_stand_in_is_thet
 
 def test_under_a_schedule_every_staleness_of_the_window_needs_its_truncation():
     """1 / (1 - 1/3) = 1.5 at staleness 3, 4/3 at staleness 4."""
-    scheduled = {"clip": "truncated", "truncation": 1.4, "weight_mu_schedule": "a3po"}
+    scheduled = {"clip": "truncated", "is_cap": 1.4, "interpolation_schedule": "a3po"}
     check(recipe("linear_prox", max_staleness=3, objective=scheduled))
     error = refusal("linear_prox", max_staleness=4, objective=scheduled)
     assert "nothing to truncate at staleness 4: r_s stays below 1 / (1 - weight on mu) = 1.333" in error.what
@@ -195,7 +196,7 @@ def test_at_lag_0_an_average_is_the_live_weights_under_every_decay_but_a_fixed_o
         return warned(variant, source, max_staleness=0, trainer={"minibatches_per_update": 1}).keys()
 
     fixed = {"decay": "fixed", "beta": 0.5}
-    for decay in ("window", "mean-lag", "auto"):
+    for decay in ("max-lag", "mean-lag", "auto"):
         assert names("ppo_ewma", decay=decay) == {"no-clip"}
     assert names("ppo_ewma", **fixed) == set()
     assert names("aged_train_infer", **fixed) == {"no-clip"}  # moved by lag / age = 0
@@ -220,7 +221,7 @@ def test_bounds_of_an_interpolation_that_lie_beyond_its_mask_are_warned_of_with_
     assert warned("linear_prox", band=1.05) == {}
 
 
-SCHEDULED = {"weight_mu_schedule": "a3po"}
+SCHEDULED = {"interpolation_schedule": "a3po"}
 
 
 def test_under_a_schedule_the_bounds_that_never_act_are_named_by_ranges_of_staleness():
@@ -249,7 +250,7 @@ def test_figures_are_those_of_the_first_staleness_with_a_mask_be_its_bounds_hidd
 def test_the_warning_of_a_window_of_16_names_every_hidden_bound_in_less_than_300_characters(
     variant, band, eps_low, eps_high, clip
 ):
-    knobs = {**SCHEDULED, "eps_low": eps_low, "eps_high": eps_high, "clip": clip, "truncation": 1 + eps_high}
+    knobs = {**SCHEDULED, "eps_low": eps_low, "eps_high": eps_high, "clip": clip, "is_cap": 1 + eps_high}
     found = warned(variant, band=band, objective=knobs, max_staleness=16)
     message = found["hidden-bounds"].message
     assert len(message) < 300

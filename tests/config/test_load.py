@@ -2,6 +2,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import re
 import subprocess
 import sys
 import textwrap
@@ -9,8 +10,10 @@ import typing
 
 import pytest
 
-from oldlogits.config import RunConfig, config_from_table, known_keys, load_config, override, schema
-from oldlogits.core.errors import ConfigError
+from oldlogits.config import RunConfig, check, config_from_table, known_keys, load_config, override, resolve, schema
+from oldlogits.config.load import _names
+from oldlogits.core.errors import ConfigError, MissingPolicyError
+from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, SOURCES, VARIANTS
 
 
 def sections(kind=RunConfig):
@@ -66,13 +69,21 @@ def test_every_key_is_read_from_a_table_and_only_it_changes(key):
     if isinstance(default, tuple):
         assert value_at(config_from_table(table_of(key, ["a", "b"])), key) == ("a", "b")
         return
-    assert config_from_table(table_of(key, default)) == RunConfig()
-    hint = typing.get_type_hints(type(section_of(key)))[key.rpartition(".")[2]]
-    choices = [choice for choice in typing.get_args(hint) if choice != default]
+    plain = resolve(RunConfig())
+    assert config_from_table(table_of(key, default)) == plain
+    hint = type_of(key)
+    choices = [choice for choice in typing.get_args(hint) if choice != default and typing.get_origin(hint) is typing.Literal]
+    kinds = [kind for kind in typing.get_args(hint) if typing.get_origin(kind) is None]  # the other one is "auto"
+    hint = kinds[0] if kinds and not choices else hint
     other = choices[0] if choices else {str: "other", int: 7, float: 0.125, bool: not default}[hint]
+    other = {"variant": "ppo_clip", "band": 1.25, "objective.dual_clip": 1.25, "objective.is_cap": 1.25}.get(key, other)
     changed = config_from_table(table_of(key, other))
-    assert {k for k in known_keys() if value_at(changed, k) != default_of(k)} == {key}
+    assert {k for k in known_keys() if value_at(changed, k) != value_at(plain, k)} == {key}
     assert value_at(changed, key) == other
+
+
+def type_of(key):
+    return typing.get_type_hints(type(section_of(key)))[key.rpartition(".")[2]]
 
 
 def section_of(key):
@@ -131,14 +142,14 @@ def test_a_whole_number_serves_as_a_number_and_becomes_one():
 
 def test_overrides_win_over_the_recipe_and_leave_the_rest(tmp_path):
     recipe = tmp_path / "r.toml"
-    recipe.write_text('band = 2.0\nseed = 5\n[trainer]\nlr = 1e-3\nsteps_per_version = 4\n[engine]\nnumerics = "fp8"\n')
+    recipe.write_text('band = 2.0\nseed = 5\n[trainer]\nlr = 1e-3\nminibatches_per_update = 4\n[engine]\nprecision = "fp8"\n')
     config = load_config(recipe, ["--band", "inf", "--trainer.minibatches-per-update", "1", "--rollout.filter-uniform"])
     assert (config.band, config.seed) == (float("inf"), 5)
     assert (config.trainer.lr, config.trainer.minibatches_per_update) == (1e-3, 1)
     assert (config.engine.precision, config.rollout.filter_uniform) == ("fp8", True)
     unchanged = set(known_keys()) - {"band", "seed", "trainer.lr", "trainer.minibatches_per_update"}
     unchanged -= {"engine.precision", "rollout.filter_uniform"}
-    assert all(value_at(config, key) == default_of(key) for key in unchanged)
+    assert all(value_at(config, key) == value_at(resolve(RunConfig()), key) for key in unchanged)
 
 
 @pytest.mark.parametrize("key", known_keys())
@@ -151,7 +162,10 @@ def test_every_key_can_be_overridden_by_its_dotted_name(key):
     elif isinstance(value, tuple):
         assert value_at(override(RunConfig(), [f"--{key}".replace("_", "-"), "a", "b"]), key) == ("a", "b")
     else:
-        other = {"int": "3", "float": "0.75"}.get(type(value).__name__, str(value))
+        other = next(
+            (text for kind, text in {"int": "3", "float": "0.75"}.items() if re.search(rf"\b{kind}\b", str(type_of(key)))),
+            str(value),
+        )
         arguments = [f"--{key}".replace("_", "-"), other]
         assert str(value_at(override(RunConfig(), arguments), key)) == other
 
@@ -191,11 +205,11 @@ def test_a_recipe_that_does_not_exist_is_answered_with_those_that_do(tmp_path, m
 
 def test_the_default_recipe_is_valid_and_an_empty_recipe_is_the_default(tmp_path):
     (tmp_path / "r.toml").write_text("")
-    assert load_config(tmp_path / "r.toml") == RunConfig()
+    assert load_config(tmp_path / "r.toml") == resolve(RunConfig())
 
 
 def test_config_loads_a_recipe_without_torch(tmp_path):
-    (tmp_path / "r.toml").write_text('variant = "decoupled_async"\n[source]\ntype = "arrival"\n')
+    (tmp_path / "r.toml").write_text('variant = "decoupled_async"\n[proximal]\nsource = "arrival"\n')
     code = (
         "import sys; from pathlib import Path; from oldlogits.config import load_config;"
         f"c = load_config(Path({str(tmp_path / 'r.toml')!r}), ['--band', '2']); assert c.band == 2;"
@@ -221,4 +235,76 @@ def test_every_section_of_the_schema_is_frozen_slotted_and_keyword_only():
         assert cls.__dataclass_params__.frozen, cls
         assert "__slots__" in vars(cls), cls
         assert all(f.kw_only for f in dataclasses.fields(cls)), cls
-    assert {c.__name__ for c in sections()} == {n for n, c in vars(schema).items() if dataclasses.is_dataclass(c)}
+    assert {c.__name__ for c in sections()} == {
+        n for n, c in vars(schema).items() if dataclasses.is_dataclass(c) and n.endswith("Config")
+    }
+
+
+FOLLOWS = {
+    "ppo_clip": "snapshot", "decoupled_exact": "snapshot", "ppo_clip_train_infer": "none", "decoupled_async": "arrival",
+    "linear_prox": "none", "loglinear_prox": "none", "linear_train_infer": "none", "loglinear_train_infer": "none",
+    "ppo_ewma": "ewma", "ppo_ewma_train_infer": "ewma", "aged_train_infer": "aged", "rescore_train_infer": "rescore",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, *EXPERIMENTAL_VARIANTS])
+def test_the_source_follows_from_the_variant_unless_it_is_named(variant, tmp_path):
+    (tmp_path / "r.toml").write_text("")
+    followed = load_config(tmp_path / "r.toml", ["--variant", variant])
+    assert followed.proximal.source == config_from_table({"variant": variant}).proximal.source == FOLLOWS[variant]
+    assert SOURCES[followed.proximal.source].provides == VARIANTS.get(variant, EXPERIMENTAL_VARIANTS.get(variant)).needs
+    check(followed)
+
+
+def test_a_source_that_is_named_stays_and_is_refused_where_it_does_not_fit(tmp_path):
+    (tmp_path / "r.toml").write_text('[proximal]\nsource = "eager"\n')
+    assert load_config(tmp_path / "r.toml").proximal.source == "eager"
+    with pytest.raises(MissingPolicyError, match="source 'eager' provides OLD"):
+        load_config(tmp_path / "r.toml", ["--variant", "decoupled_async"])
+
+
+def flag(key):
+    return f"--{key}".replace("_", "-")
+
+
+@pytest.mark.parametrize("old, new", _names("renamed").items())
+def test_an_old_key_is_refused_with_the_new_one_named_in_a_recipe_and_on_the_command_line(old, new):
+    assert old not in known_keys()
+    assert new in known_keys()
+    for refused in (lambda: config_from_table(table_of(old, 1)), lambda: override(RunConfig(), [flag(old), "1"])):
+        with pytest.raises(ConfigError, match="the key has a new name") as caught:
+            refused()
+        assert (caught.value.got, caught.value.allowed) == (old, new)
+        assert caught.value.fix == f"write {new} instead of {old}"
+
+
+def test_an_old_switch_is_refused_in_both_of_its_forms():
+    for word in ("--source.accept-mixed-kv", "--source.no-accept-mixed-kv"):
+        with pytest.raises(ConfigError, match=r"write proximal\.accept_mixed_kv instead of source\.accept_mixed_kv"):
+            override(RunConfig(), [word])
+
+
+@pytest.mark.parametrize("name, key", _names("elsewhere").items())
+def test_the_name_that_another_project_has_for_a_key_leads_to_ours(name, key):
+    assert key in known_keys()
+    for table in ({name: 1}, {"algorithm": {name: 1}}):
+        with pytest.raises(ConfigError, match="unknown key in the recipe") as caught:
+            config_from_table(table)
+        assert caught.value.fix == f"did you mean {key}?"
+    with pytest.raises(ConfigError, match=f"did you mean {key}"):
+        override(RunConfig(), [flag(name), "1"])
+
+
+@pytest.mark.parametrize(
+    "name, says", [("kl_coef", "no KL penalty"), ("beta", "no KL penalty"), ("ppo_epochs", "trained once")]
+)
+def test_what_others_have_and_this_project_has_not_is_said(name, says):
+    assert name.rpartition(".")[2] in _names("absent")
+    with pytest.raises(ConfigError, match=f"{says}.*fix: remove objective.{name}"):
+        config_from_table({"objective": {name: 0.1}})
+
+
+def test_a_table_of_names_holds_nothing_that_is_a_key():
+    tails = {key.rpartition(".")[2] for key in known_keys()}
+    assert not set(_names("elsewhere")) & tails
+    assert not set(_names("elsewhere")) & set(_names("absent"))

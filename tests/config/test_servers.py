@@ -17,9 +17,9 @@ def engine(**keys):
     "keys",
     [
         {},
-        {"numerics": "fp8", "flags": ["--enforce-eager"], "num_servers": 2},
+        {"precision": "fp8", "flags": ["--enforce-eager"], "num_servers": 2},
         {"urls": [URL, "https://host:1"], "token_env": "TOKEN"},
-        {"start": "embedded", "numerics": "fp8_dynamic"},
+        {"server": "embedded", "precision": "fp8_dynamic"},
     ],
 )
 def test_what_can_work_passes(keys):
@@ -38,8 +38,8 @@ def test_what_can_work_passes(keys):
         ({"token_env": "TOKEN"}, "token of their own"),
         ({"num_servers": 0}, "num_servers"),
         ({"recover_s": 0.0}, "recover_s"),
-        ({"numerics": "fp8_dynamic"}, "fp8_dynamic"),
-        ({"kv": "stale"}, "of no version"),
+        ({"precision": "fp8_dynamic"}, "fp8_dynamic"),
+        ({"kv": "stale"}, "are of no version"),
         ({"type": "embedded", "urls": [URL]}, "has no servers"),
     ],
 )
@@ -56,7 +56,7 @@ def test_lockstep_is_not_for_servers():
 
 def test_an_unknown_type_is_refused_with_its_choices():
     with pytest.raises(ConfigError, match="embedded, vllm"):
-        config_from_table({"engine": {"type": "sglang"}})
+        check(engine(type="sglang"))
 
 
 def ray(**sections):

@@ -14,14 +14,13 @@ from oldlogits.core.policies import (
     OLD,
     ONE,
     RESCORE,
-    SOURCES,
     THETA,
     VARIANTS,
     Policy,
     Variant,
-    check_source,
     find_variant,
 )
+from oldlogits.core.source import SOURCES, check_source, sources_for
 
 # The paper's table, written again: name -> r_d, r_s, what a source must provide, whether the mismatch is corrected.
 PAPER = {
@@ -56,7 +55,7 @@ def test_needs_total_and_correction_follow_from_the_row(name):
     variant = find_variant(name)
     assert variant.needs == needs
     assert variant.corrects_mismatch is corrects
-    assert variant.stand_in.value == r_s.removeprefix("theta/")
+    assert variant.proximal.value == r_s.removeprefix("theta/")
     assert str(variant.total) == ("theta/mu" if corrects else r_s)
 
 
@@ -130,7 +129,7 @@ def test_a_missing_policy_is_told_with_what_got_allowed_and_fix():
     assert caught.value.fix == "use source 'snapshot', or variant 'decoupled_async'"
 
 
-@pytest.mark.parametrize("name, source", list(itertools.product(ROWS, SOURCES)))
+@pytest.mark.parametrize("name, source", list(itertools.product(ROWS, SOURCES.names)))
 def test_every_remedy_of_a_missing_policy_works(name, source):
     try:
         check_source(name, source)
@@ -144,7 +143,7 @@ def test_every_remedy_of_a_missing_policy_works(name, source):
                 check_source(named.rstrip("'"), source)
             else:
                 assert part == "another variant"
-                assert not any(VARIANTS[name].needs <= route.provides for route in SOURCES.values())
+                assert not sources_for(name)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +163,7 @@ def test_a_source_of_another_policy_names_the_variant_that_it_feeds_experimental
 
 
 def test_an_unknown_source_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match=r"unknown source\.type; got: 'snap'; allowed: snapshot, .*, none"):
+    with pytest.raises(ConfigError, match=r"unknown source; got: 'snap'; allowed: proximal\.source = snapshot, .*, none or"):
         check_source("decoupled_exact", "snap")
 
 

@@ -12,6 +12,8 @@ import pytest
 
 from oldlogits.core.processes import exit_code
 
+from ..waiting import HUNG_S
+
 NUM_ASKING = 8
 SAY = "import sys; from oldlogits.core.processes import name_process; name_process(sys.argv[1])"
 
@@ -29,9 +31,9 @@ def test_all_who_ask_while_a_process_ends_are_told_its_exit_code():
         for _ in range(10):
             process = context.Process(target=signal.pause)
             process.start()
-            asked = [threads.submit(exit_code, process) for _ in range(NUM_ASKING)]
+            asked = [threads.submit(exit_code, process, HUNG_S) for _ in range(NUM_ASKING)]
             os.kill(process.pid, signal.SIGKILL)
-            assert [future.result(timeout=30) for future in asked] == [-signal.SIGKILL] * NUM_ASKING
+            assert [future.result(timeout=HUNG_S) for future in asked] == [-signal.SIGKILL] * NUM_ASKING
 
 
 def test_a_process_that_goes_on_has_no_exit_code():
@@ -39,4 +41,4 @@ def test_a_process_that_goes_on_has_no_exit_code():
     process.start()
     assert exit_code(process, patience_s=0.05) is None
     process.kill()
-    assert exit_code(process) == -signal.SIGKILL
+    assert exit_code(process, HUNG_S) == -signal.SIGKILL

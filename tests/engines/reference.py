@@ -20,6 +20,7 @@ from transformers import (
 
 from oldlogits.core.engine import Generation
 from oldlogits.core.trajectory import Sampled, Segment
+from oldlogits.models.mixed_kv import cache_keyword
 
 VOCAB = 61
 SHAPE = {
@@ -104,7 +105,7 @@ def kept_logprobs(model: PreTrainedModel, by_version: dict[int, dict[str, Tensor
             load(model, by_version[segment.version])
             cache = DynamicCache() if segment.kv == "fresh" else cache
             for p in range(position, position + len(segment.token_ids)):
-                logits = model(ids[:, cache.get_seq_length() : p], past_key_values=cache).logits[0, -1].double()
+                logits = model(ids[:, cache.get_seq_length() : p], **{cache_keyword(model): cache}).logits[0, -1].double()
                 logprobs.append(float(torch.log_softmax(logits / segment.temperature, 0)[ids[0, p]]))
         position += len(segment.token_ids)
     return logprobs

@@ -9,6 +9,8 @@ import pytest
 
 from oldlogits.engines.http.client import Server, ServerFailedError
 
+from ..waiting import HUNG_S
+
 NUM_IDLE = 4
 KEPT_S = 2.0
 """Seconds after which the client closes idle connections."""
@@ -18,7 +20,10 @@ KEPT_S = 2.0
 async def answering():
     """A server; yields a client of it."""
 
+    answered = []
+
     async def answer(reader, writer):
+        answered.append(asyncio.current_task())
         try:
             while True:
                 await reader.readuntil(b"\r\n\r\n")
@@ -30,10 +35,10 @@ async def answering():
     listening = await asyncio.start_server(answer, "127.0.0.1", 0)
     port = listening.sockets[0].getsockname()[1]
     async with listening:
-        client = Server(f"http://127.0.0.1:{port}", token="", control_timeout_s=5)
+        client = Server(f"http://127.0.0.1:{port}", token="", control_timeout_s=HUNG_S)
         yield client
         await client.close()
-        await asyncio.sleep(0.2)  # the other ends close, too
+        await asyncio.wait(answered)  # the other ends close, too
 
 
 def test_a_request_that_is_cancelled_at_any_step_loses_no_connection():
@@ -41,9 +46,9 @@ def test_a_request_that_is_cancelled_at_any_step_loses_no_connection():
 
     async def play(num_steps):
         async with answering() as client:
-            await asyncio.gather(*(client.check_health(5) for _ in range(NUM_IDLE)))
+            await asyncio.gather(*(client.check_health(HUNG_S) for _ in range(NUM_IDLE)))
             await asyncio.sleep(KEPT_S + 0.1)
-            late = asyncio.create_task(client.check_health(5))
+            late = asyncio.create_task(client.check_health(HUNG_S))
             for _ in range(num_steps):
                 await asyncio.sleep(0)
             late.cancel()
@@ -63,12 +68,12 @@ def test_a_request_that_is_cancelled_at_any_step_loses_no_connection():
 def test_closing_the_client_ends_what_it_waits_for():
     async def play():
         async with answering() as client:
-            waiting = asyncio.create_task(client.check_health(5))
+            waiting = asyncio.create_task(client.check_health(HUNG_S))
             await asyncio.sleep(0.01)
             await client.close()
             with pytest.raises(ServerFailedError, match="given up"):
                 await waiting
             with pytest.raises(ServerFailedError, match="given up"):
-                await client.check_health(5)
+                await client.check_health(HUNG_S)
 
     asyncio.run(play())

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from oldlogits.core.engine import RolloutEngine, Sampling, Span
 from oldlogits.core.errors import ConfigError, ModelFolderError
@@ -11,6 +12,7 @@ from oldlogits.core.trajectory import Context
 from oldlogits.core.weights import FullWeights
 from oldlogits.engines.embedded.engine import WARM_STEPS, EmbeddedEngine, EngineCore
 from oldlogits.engines.spec import EngineSpec
+from oldlogits.models.mixed_kv import cache_keyword
 from oldlogits.rollout.turns import sampled_segments
 
 from .reference import VOCAB, expected_logprobs, kept_logprobs, load, logp_of, make_model, perturbed, save, weights_of
@@ -212,8 +214,9 @@ def test_the_slot_freed_longest_ago_is_taken_until_they_cool_down_then_the_lowes
 @torch.no_grad()
 def stale_logp(model, old, new, ids, num_old):
     """Of the tokens after the first `num_old + 1`: entries before that index are of the old weights."""
-    cache = load(model, old)(torch.tensor([ids[:num_old]]), use_cache=True).past_key_values
-    logits = load(model, new)(torch.tensor([ids[num_old:]]), past_key_values=cache).logits[0, :-1]
+    cached = {cache_keyword(model): DynamicCache()}
+    load(model, old)(torch.tensor([ids[:num_old]]), **cached)
+    logits = load(model, new)(torch.tensor([ids[num_old:]]), **cached).logits[0, :-1]
     return torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(ids[num_old + 1 :])[:, None]).squeeze(1).tolist()
 
 

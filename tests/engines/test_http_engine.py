@@ -15,6 +15,8 @@ from oldlogits.engines.http.engine import HttpEngine
 from oldlogits.engines.http.fleet import SLACK
 from oldlogits.engines.http.servers import Host, Timeouts
 
+from ..waiting import HUNG_S
+
 PATIENCE = Timeouts(recover_s=60, request_s=60, control_s=0.5, poll_s=0.01)
 HASTY = Timeouts(recover_s=0.3, request_s=0.2, control_s=0.5, poll_s=0.01)
 
@@ -147,7 +149,7 @@ def ask(engine, name="t/0", max_tokens=6, prompt=(0, 1, 2)):
 
 
 async def until(condition):
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HUNG_S):
         while not condition():
             await asyncio.sleep(0.002)
 
@@ -395,7 +397,7 @@ def test_without_any_server_the_run_waits_so_long_and_then_every_request_fails()
         async with engine_over(server, patience=HASTY) as engine:
             server.fails |= {"health", "connect", "generate"}
             asked = [ask(engine, f"t/{i}") for i in range(3)]
-            outcomes = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 5)
+            outcomes = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), HUNG_S)
             assert {type(outcome) for outcome in outcomes} == {WorkerDiedError}
             with pytest.raises(WorkerDiedError, match=r"http://fake: connect failed.*engine\.recover_s = 0\.3 s"):
                 await ask(engine, "t/9")

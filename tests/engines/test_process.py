@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,8 @@ from oldlogits.engines.embedded.engine import EngineCore
 from oldlogits.engines.embedded.process import EngineProcess
 from oldlogits.engines.spec import EngineSpec
 
-from ..runs import files_of, shared_files
+from ..runs import files_of
+from ..waiting import HUNG_S, wait_until
 from .reference import VOCAB, expected_logprobs, make_model, perturbed, save, weights_of
 
 CONTEXT = 1200
@@ -42,7 +42,7 @@ def shared_engine(spec):
 
 
 @pytest.fixture
-def own_engine(spec):
+def own_engine(spec, shared_files):
     files = shared_files()
     engine = EngineProcess(spec)
     yield engine
@@ -71,6 +71,7 @@ async def until_sampling(engine):
         await engine.resume()
 
 
+@pytest.mark.slow
 def test_the_process_samples_what_the_core_samples(own_engine, spec):
     core = EngineCore(spec)
     core.add("a", [3, 1, 4], Sampling(max_tokens=40))
@@ -176,14 +177,13 @@ def test_errors_of_the_engine_come_back_as_what_they_are_and_it_lives_on(shared_
     asyncio.run(play())
 
 
-def test_a_killed_engine_fails_pending_and_later_calls_promptly(own_engine):
+def test_a_killed_engine_fails_pending_and_later_calls(own_engine):
     async def play():
         tasks = start(own_engine, *map(str, range(5)))
         await own_engine.ready()
         os.kill(own_engine.pid, signal.SIGSTOP)  # in the middle of its work
         paused = asyncio.create_task(own_engine.pause("keep", "recompute"))
         await asyncio.sleep(0)
-        killed_at = time.monotonic()
         os.kill(own_engine.pid, signal.SIGKILL)
         for result in await asyncio.gather(*tasks.values(), paused, return_exceptions=True):
             assert isinstance(result, WorkerDiedError)
@@ -192,13 +192,13 @@ def test_a_killed_engine_fails_pending_and_later_calls_promptly(own_engine):
             await own_engine.generate([1], LONG, "later")
         with pytest.raises(WorkerDiedError, match="exit code -9"):
             await own_engine.resume()
-        assert time.monotonic() - killed_at < 5
 
     asyncio.run(play())
 
 
+@pytest.mark.slow
 def test_an_engine_that_stops_answering_is_killed_after_the_time_out(spec):
-    engine = EngineProcess(spec, control_timeout_s=30)
+    engine = EngineProcess(spec, control_timeout_s=HUNG_S)
     pid = engine.pid
 
     async def play():
@@ -217,7 +217,8 @@ def test_an_engine_that_stops_answering_is_killed_after_the_time_out(spec):
     assert not is_alive(pid)
 
 
-def test_closing_ends_the_process_and_fails_what_is_pending(spec):
+@pytest.mark.slow
+def test_closing_ends_the_process_and_fails_what_is_pending(spec, shared_files):
     files = shared_files()
     engine = EngineProcess(spec)
     pid = engine.pid
@@ -240,6 +241,7 @@ def test_closing_ends_the_process_and_fails_what_is_pending(spec):
     assert shared_files() <= files
 
 
+@pytest.mark.slow
 def test_an_engine_does_not_outlive_its_parent(spec):
     script = f"""
 import asyncio, os
@@ -253,12 +255,10 @@ if __name__ == "__main__":
 """
     path = Path(spec.model_path) / "parent.py"
     path.write_text(script)
-    result = subprocess.run([sys.executable, str(path)], stdout=subprocess.PIPE, timeout=60, check=False)
+    result = subprocess.run([sys.executable, str(path)], stdout=subprocess.PIPE, timeout=HUNG_S, check=False)
     assert result.returncode == -signal.SIGKILL
-    pid, deadline = int(result.stdout), time.monotonic() + 10
-    while is_alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not is_alive(pid)
+    pid = int(result.stdout)
+    wait_until(lambda: not is_alive(pid), "the engine has ended")
 
 
 def test_a_folder_without_a_model_is_refused_before_a_process_starts(tmp_path):
@@ -266,6 +266,7 @@ def test_a_folder_without_a_model_is_refused_before_a_process_starts(tmp_path):
         EngineProcess(EngineSpec(model_path=str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_a_folder_without_weights_fails_the_first_call_with_its_own_error(spec, tmp_path):
     (tmp_path / "config.json").write_bytes((Path(spec.model_path) / "config.json").read_bytes())
     engine = EngineProcess(EngineSpec(model_path=str(tmp_path), max_context=CONTEXT))

@@ -10,6 +10,8 @@ import pytest
 
 from oldlogits.engines.http import reaper as leash
 
+from ..waiting import HUNG_S
+
 WORK = """
 import multiprocessing, time
 from multiprocessing.shared_memory import SharedMemory
@@ -53,7 +55,7 @@ def test_a_group_leaves_nothing_in_shared_memory(tmp_path, how):
         if how == "end":
             leash.end_group(process.pid)
         process.stdin.close()
-        assert process.wait(timeout=30) == -signal.SIGKILL
+        assert process.wait(timeout=HUNG_S) == -signal.SIGKILL
         assert not names & named()
         assert other.name in named()
     finally:

@@ -24,6 +24,7 @@ from oldlogits.engines.http import messages as wire
 from oldlogits.engines.server.app import Served, check_host, make_app
 from oldlogits.engines.spec import EngineSpec
 
+from ..waiting import HUNG_S
 from .reference import VOCAB, load, logp_of, make_model, perturbed, save, weights_of
 
 CONTEXT = 600
@@ -51,7 +52,8 @@ async def client_of(served, *, token="", host="127.0.0.1", **headers):
     await served.engine.ready()
     app = make_app(served, token=token)
     transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url=f"http://{host}:8000", headers=headers, timeout=30) as client:
+    url = f"http://{host}:8000"
+    async with httpx.AsyncClient(transport=transport, base_url=url, headers=headers, timeout=HUNG_S) as client:
         yield client
 
 
@@ -225,6 +227,7 @@ def test_the_command_refuses_another_host_before_it_loads_anything(tmp_path, cap
     assert "need a token" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_serves_and_ends_with_its_engine(tiny_folder):
     process = subprocess.Popen(
         [sys.executable, "-m", "oldlogits", "serve", str(tiny_folder), "--port", "0"],
@@ -246,7 +249,7 @@ def test_the_command_serves_and_ends_with_its_engine(tiny_folder):
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         engine = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         os.kill(int(engine[0]), signal.SIGKILL)
-        _, error = process.communicate(timeout=20)
+        _, error = process.communicate(timeout=HUNG_S)
     except BaseException:
         process.kill()
         process.communicate()
@@ -301,6 +304,7 @@ def test_tokens_without_log_probs_or_versions_are_refused():
         wire.Answer.from_json(vllm_answer(finish_reason="error"), REQUEST)
 
 
+@pytest.mark.slow
 def test_requests_and_answers_survive_their_json():
     asked = json.loads(json.dumps(REQUEST.to_json()))
     assert wire.Request.from_json(asked, default_id="x", default_max_tokens=1) == REQUEST

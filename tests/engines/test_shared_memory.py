@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from oldlogits.engines.shared_memory import shared_file, unshare, unshare_ended
 
 LEAVE_A_FILE = """
@@ -15,6 +17,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_is_removed_and_nothing_else():
     killed = subprocess.run([sys.executable, "-c", LEAVE_A_FILE], capture_output=True, text=True, check=False)
     left, own = Path(killed.stdout.strip()), shared_file(1)

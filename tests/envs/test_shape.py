@@ -154,6 +154,7 @@ def test_a_target_that_names_nothing_is_a_config_error_that_says_what_is_allowed
 WORD = st.from_regex(r"[a-z0-9.,]{1,8}", fullmatch=True)
 
 
+@pytest.mark.slow
 @given(name=WORD, words=st.lists(WORD, max_size=4))
 def test_a_plain_call_reads_back_as_it_was_written(name, words):
     assert parse_plain(" ".join(["<call>", name, *words, "</call>"])) == ToolCall(name=name, positional=tuple(words))

@@ -264,11 +264,12 @@ RESET_AFTER = AverageReset(rule="paper", rho=0.8, tau=0.9, kept_average=0.7, kep
 
 def result_of(tokens, reset=None):
     """Tokens: (log mu, log stand-in, log theta, advantage, active, staleness)."""
-    names = ("logp_mu", "logp_prox", "logp_theta", "advantage", "active_mask", "staleness")
+    names = ("logp_mu", "logp_proximal", "logp_theta", "advantage", "active_mask", "staleness")
     kinds = (np.float32, np.float32, np.float32, np.float32, np.bool_, np.int32)
     columns = zip(*tokens, strict=True) if tokens else [()] * 6
     table = {name: np.array(column, kind) for name, kind, column in zip(names, kinds, columns, strict=True)}
     table["loss_mask"] = np.ones(len(tokens), np.bool_)
+    table["trajectory"] = np.array(["g0.0"] * len(tokens))
     return UpdateResult(
         metrics={}, staleness_counts={}, provenance={}, lag0_max_abs_error=math.nan, table=table, average_reset=reset
     )

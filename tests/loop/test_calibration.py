@@ -21,7 +21,7 @@ from safetensors.torch import save_file as save_torch
 from oldlogits.config import config_from_table
 from oldlogits.core.errors import MissingLogprobError
 from oldlogits.engines.embedded.slots import SlotTable
-from oldlogits.loop import loop
+from oldlogits.loop import calibration
 from oldlogits.loop.calibration import BANDS, MISMATCH, ROUNDING, Calibration, calibrate, doubts, measure
 from oldlogits.record.bus import EventKind
 from oldlogits.record.event_log import without_wall_clock
@@ -71,8 +71,8 @@ def names_of(out: Path) -> list[str]:
 @pytest.mark.parametrize("numerics", ["fp8", "int4"])
 def test_the_shares_are_those_of_the_recorded_log_probs_and_kept_is_the_first_updates_own_band_mask(calibrated, numerics):
     found = fields_of(calibrated(numerics))
-    tokens = tokens_of(calibrated(numerics), "logp_mu", "logp_prox", "trajectory", "band_mask", "staleness")
-    r_d = np.exp(tokens["logp_prox"].astype(np.float64) - tokens["logp_mu"])
+    tokens = tokens_of(calibrated(numerics), "logp_mu", "logp_proximal", "trajectory", "band_mask", "staleness")
+    r_d = np.exp(tokens["logp_proximal"].astype(np.float64) - tokens["logp_mu"])
     assert not tokens["staleness"].any()
     assert found["bands"] == [1.01, 1.02, 1.03, 1.05, 1.1, 1.2, 1.5, 2.0, 3.0]
     oracle = [np.mean((r_d > band) | (r_d < 1 / band)) for band in found["bands"]]
@@ -110,8 +110,8 @@ def test_the_stand_in_does_not_change_what_is_measured(calibrated):
 
 def test_of_an_interpolation_the_kept_share_is_that_of_its_own_mask_before_the_first_step(calibrated):
     found = fields_of(calibrated("int4", "loglinear_train_infer", "none"))
-    tokens = tokens_of(calibrated("int4"), "logp_mu", "logp_prox")
-    log_total = tokens["logp_prox"].astype(np.float64) - tokens["logp_mu"]  # theta is old: X/mu = R^(1 - a), a = 0.5
+    tokens = tokens_of(calibrated("int4"), "logp_mu", "logp_proximal")
+    log_total = tokens["logp_proximal"].astype(np.float64) - tokens["logp_mu"]  # theta is old: X/mu = R^(1 - a), a = 0.5
     assert found["kept"] == pytest.approx(np.mean(np.abs(0.5 * log_total) <= math.log(1.03)), abs=1e-12)
 
 
@@ -254,7 +254,7 @@ def test_log_probs_of_the_trainer_in_place_of_the_engines_end_the_run(tiny_folde
         mu = batch.logp_mu[batch.loss_mask]
         return await calibrate(config, Trainer(mu), batch, expected_noise=expected_noise)
 
-    monkeypatch.setattr(loop, "calibrate", substituted)
+    monkeypatch.setattr(calibration, "calibrate", substituted)
     result = run(recipe(tiny_folder, engine={"precision": "bf16"}), tmp_path / "run")
     assert isinstance(result.error, MissingLogprobError)
     assert "though the engine computes in bf16" in result.error.what

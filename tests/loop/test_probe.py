@@ -82,7 +82,7 @@ def test_an_error_as_large_as_allowed_passes_and_a_larger_one_does_not(allowed, 
 
 
 @pytest.mark.parametrize(
-    "allowed", [MAX, MEAN, allowed_error("fp32", 1e9, routed=False), allowed_error("fp8_dynamic", -1, routed=True), TIES]
+    "allowed", [MAX, MEAN, allowed_error("fp32", 1e9, routed=False), allowed_error("fp8_dynamic", "auto", routed=True), TIES]
 )
 @pytest.mark.parametrize(("engine", "trainer"), [(math.nan, -1.0), (-1.0, math.nan), (-math.inf, -1.0), (-math.inf, -math.inf)])
 def test_one_log_prob_that_is_not_finite_is_refused(allowed, engine, trainer):
@@ -97,8 +97,8 @@ def test_another_version_tag_is_refused_though_the_log_probs_agree(version):
 
 
 def test_numerics_of_weights_allow_rounding_on_any_token_and_a_configured_tolerance_is_a_mean():
-    assert {allowed_error(name, -1.0, routed=False) for name in EXACT} == {AllowedError(statistic="max", nats=1e-4)}
-    assert allowed_error("fp8_dynamic", -1.0, routed=True) == AllowedError(statistic="mean", nats=0.1)
+    assert {allowed_error(name, "auto", routed=False) for name in EXACT} == {AllowedError(statistic="max", nats=1e-4)}
+    assert allowed_error("fp8_dynamic", "auto", routed=True) == AllowedError(statistic="mean", nats=0.1)
     assert {allowed_error(name, 0.0, routed=True) for name in ALL} == {AllowedError(statistic="mean", nats=0.0)}
     assert allowed_error("fp8", 0.5, routed=False) == AllowedError(statistic="mean", nats=0.5)
 
@@ -143,7 +143,7 @@ async def probe_of_engine(engine: EmbeddedEngine, held: PreTrainedModel, publish
     await engine.resume()
     numerics = engine.core.spec.numerics
     expected = np.array(logp_of(EngineView(published, how.pop("view", numerics)).model, PROBE), np.float32)
-    allowed = how.pop("allowed", allowed_error(numerics, -1, routed=is_routed(published)))
+    allowed = how.pop("allowed", allowed_error(numerics, "auto", routed=is_routed(published)))
     task = asyncio.create_task(probe(engine, PROBE, expected, version=1, allowed=allowed))
     while not task.done():
         engine.drive_once()

@@ -9,7 +9,7 @@ import pytest
 
 from oldlogits.backends import lockstep
 from oldlogits.cli.main import run as command
-from oldlogits.core.policies import SOURCES
+from oldlogits.core.source import SOURCES
 from oldlogits.engines.embedded.engine import EngineCore
 from oldlogits.loop.resume import sampler_seed
 from oldlogits.record.bus import EventKind
@@ -68,7 +68,8 @@ ROUTES = {
 """A variant that the route feeds, and how its tokens are labelled."""
 
 
-@pytest.mark.parametrize("route", SOURCES)
+@pytest.mark.slow
+@pytest.mark.parametrize("route", SOURCES.names)
 def test_a_killed_run_goes_on_from_its_last_checkpoint_under_every_route(route, tiny_folder, tmp_path, capsys):
     out, (variant, provenance) = tmp_path / "run", ROUTES[route]
     more = {"num_updates": 4, "record": {"checkpoint_every": 2}, "lockstep": {"lag": "random"}}
@@ -95,7 +96,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_under_every_route(route, 
     assert 1 <= resumed["staleness"].max() <= 2
     assert set(run.summary.provenance) == provenance
     if provenance == {"exact"}:  # an fp32 engine gives a token what the trainer gives it at that version
-        assert np.abs(resumed["logp_prox"] - resumed["logp_mu"]).max() <= 5e-5
+        assert np.abs(resumed["logp_proximal"] - resumed["logp_mu"]).max() <= 5e-5
         assert np.abs(resumed["log_r_s"][resumed["staleness"] > 0]).max() > 1e-3, "the versions differ, or nothing was tested"
     if route in ("ewma", "aged"):
         assert [update.metrics["average/num_versions"] for update in run.updates] == [1, 2, 3, 4, 5, 6]

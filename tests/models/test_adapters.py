@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from oldlogits.core.errors import ConfigError, ModelFolderError
@@ -112,6 +111,8 @@ def test_names_of_the_base_are_those_of_a_plain_model():
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks transformers for it
 def test_peft_reads_the_adapter_folder_on_top_of_the_base(tiny_folder, tmp_path):
+    from peft import PeftModel  # it takes seconds
+
     model = with_adapters(load_model(tiny_folder))
     write_adapters(tmp_path, named_weights(model), base=str(tiny_folder), **LORA)
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), tmp_path)

@@ -52,7 +52,7 @@ class Token:
 
 
 def interpolate(mu: float, theta: float, weight_mu: float) -> dict[str, float]:
-    """The two interpolated stand-ins, as probabilities."""
+    """The two interpolated proximal policies, as probabilities."""
     return {
         "linear": weight_mu * mu + (1 - weight_mu) * theta,
         "loglinear": mu**weight_mu * theta ** (1 - weight_mu),
@@ -61,9 +61,9 @@ def interpolate(mu: float, theta: float, weight_mu: float) -> dict[str, float]:
 
 def token(variant: str, prob: dict[str, float], advantage: float, knobs: Objective) -> Token:
     """`prob`: the probability of the sampled token under each policy."""
-    discrepancy, stand_in = ROWS[variant]
+    discrepancy, proximal = ROWS[variant]
     r_d = 1.0 if discrepancy is None else prob[discrepancy[0]] / prob[discrepancy[1]]
-    r_s = prob["theta"] / prob[stand_in]
+    r_s = prob["theta"] / prob[proximal]
     high, low = 1 + knobs.eps_high, 1 - knobs.eps_low
     dual = math.inf if knobs.dual_clip is None else knobs.dual_clip
 

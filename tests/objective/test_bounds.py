@@ -8,13 +8,13 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from oldlogits.core.bounds import EffectiveBounds, effective_bounds
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, MU, THETA, VARIANTS, Policy
 from oldlogits.objective import linear_logp, loglinear_logp, split_ratio, surrogate
-from oldlogits.objective.bounds import EffectiveBounds, effective_bounds
-from oldlogits.objective.bounds import active as unchecked_active
 
 from . import oracle
+from .tensor_bounds import active as unchecked_active
 from .typed import checked
 
 active = checked(unchecked_active)
@@ -79,6 +79,7 @@ def ratios_for(bounds, generator):
     return torch.cat([common, extreme, torch.tensor([0.0, -25.0, 25.0, *beside], dtype=torch.float64)])
 
 
+@pytest.mark.slow
 def test_no_tokens_active_state_differs_from_the_full_objectives():
     generator = torch.Generator().manual_seed(0)
     num_checks = num_active = num_beside = 0
@@ -110,8 +111,8 @@ def test_the_gradient_weight_is_the_total_ratio_where_r_d_is_a_weight_and_is_not
         assert torch.equal(masked.active_mask, unmasked.active_mask)  # at these ratios neither bound is met ...
         assert masked.active_mask.all()
         torch.testing.assert_close(weighted, advantages * log_total.exp(), rtol=1e-13, atol=0)
-        stand_in = oracle.interpolate(1.0, log_total.exp(), 0.5)[kind]  # X / mu
-        torch.testing.assert_close(unweighted * stand_in, weighted, rtol=1e-13, atol=0)
+        proximal = oracle.interpolate(1.0, log_total.exp(), 0.5)[kind]  # X / mu
+        torch.testing.assert_close(unweighted * proximal, weighted, rtol=1e-13, atol=0)
         away = log_total.abs() > 0.05  # ... and yet the gradients differ, by the factor r_d
         assert ((unweighted / weighted - 1).abs()[away] > 0.02).all()
 
@@ -123,8 +124,8 @@ def test_without_the_weight_the_train_infer_rows_keep_their_active_set_and_lose_
         tokens, gradient = full_objective(kind, MASKED, log_total, advantages, discrepancy="mask", **{**COMMON, "band": 1.5})
         kept = active(log_total, advantages, effective_bounds(kind, **{**COMMON, "band": 1.5}))
         assert torch.equal(tokens.active_mask, kept)
-        stand_in = oracle.interpolate(1.0, log_total.exp(), 0.5)[kind]
-        torch.testing.assert_close(gradient, torch.where(kept, log_total.exp() / stand_in, 0.0))
+        proximal = oracle.interpolate(1.0, log_total.exp(), 0.5)[kind]
+        torch.testing.assert_close(gradient, torch.where(kept, log_total.exp() / proximal, 0.0))
 
 
 CLIPS = {"band", "eps_low", "eps_high", "dual_clip"}
@@ -163,8 +164,8 @@ def test_at_each_finite_bound_its_factor_meets_the_bound_of_the_objective(kind, 
     bounds = effective_bounds(kind, weight_mu=weight_mu, **chosen)
 
     def factors(total):
-        stand_in = oracle.interpolate(1.0, total, weight_mu)[kind]
-        return stand_in, total / stand_in
+        proximal = oracle.interpolate(1.0, total, weight_mu)[kind]
+        return proximal, total / proximal
 
     met = {
         "mask_low": (0, 1 / knobs.band),
@@ -217,7 +218,7 @@ def test_a_clip_of_width_zero_is_a_bound_of_exactly_one(kind, weight_mu):
     assert bounds_of(kind, weight_mu=weight_mu, eps_low=0.0, eps_high=0.0)[2:4] == (1.0, 1.0)
 
 
-def test_a_linear_stand_in_is_never_clipped_where_r_s_cannot_reach_the_bound():
+def test_a_linear_proximal_policy_is_never_clipped_where_r_s_cannot_reach_the_bound():
     """r_s < 1 / (1 - a): at a = .2 a bound of 1.25 is out of reach, one of 1.24 is not; 1/c <= a likewise."""
     assert bounds_of("linear", weight_mu=0.2, eps_high=0.25)[2] == INF
     assert bounds_of("linear", weight_mu=0.2, eps_high=0.24)[2] == pytest.approx(0.248 / 0.008)

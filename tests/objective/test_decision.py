@@ -43,7 +43,7 @@ def sums_of(tokens, variant="ppo_ewma_train_infer"):
 
     row = find_variant(variant)
     return decision_sums(
-        logp[row.stand_in],
+        logp[row.proximal],
         logp[OLD],
         logp[THETA] - mu,
         tensor(advantages),
@@ -70,12 +70,12 @@ def by_hand(tokens, variant, exact):
         margin = min(margin, found.margin, right.margin)
         weight = prob["theta"] / mu * abs(advantage)
         kept, masked = found.active and not right.active, right.active and not found.active
-        stand_in = prob[ROWS[variant][1]]
+        proximal = prob[ROWS[variant][1]]
         added = {
             "num_tokens": 1,
             "num_nonzero": advantage != 0,
             "num_compared": 1,
-            "logp_error": abs(math.log(stand_in) - math.log(prob["old"])),
+            "logp_error": abs(math.log(proximal) - math.log(prob["old"])),
             "wrongly_kept": kept,
             "wrongly_masked": masked,
             "wrongly_kept_nonzero": kept and advantage != 0,

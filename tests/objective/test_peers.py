@@ -69,12 +69,12 @@ def test_ppo_clip_train_infer_is_the_clip_on_the_total_ratio(data):
     same(data, lambda p, a, m: clipped(p[THETA], p[MU], a)[m].mean(), "ppo_clip_train_infer")
 
 
-@pytest.mark.parametrize(("name", "stand_in"), [("decoupled_exact", OLD), ("decoupled_async", ASYNC)])
-def test_the_decoupled_rows_are_a_band_with_weight_over_all_valid_tokens(data, name, stand_in):
+@pytest.mark.parametrize(("name", "proximal"), [("decoupled_exact", OLD), ("decoupled_async", ASYNC)])
+def test_the_decoupled_rows_are_a_band_with_weight_over_all_valid_tokens(data, name, proximal):
     def peer(p, a, m):
-        r_d = (p[stand_in] - p[MU]).exp()
+        r_d = (p[proximal] - p[MU]).exp()
         inside = (r_d >= 1 / BAND) & (r_d <= BAND)
-        return (r_d * inside * dual_clipped(p[THETA], p[stand_in], a) * m).sum() / m.sum()
+        return (r_d * inside * dual_clipped(p[THETA], p[proximal], a) * m).sum() / m.sum()
 
     same(data, peer, name, dual_clip=DUAL, band=BAND)
 

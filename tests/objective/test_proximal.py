@@ -62,7 +62,7 @@ def test_a_weight_per_token_equals_a_weight_per_call(kind):
 
 
 @pytest.mark.parametrize("kind", BOTH)
-def test_stand_ins_are_detached(kind):
+def test_proximal_policies_are_detached(kind):
     mu, theta = tensor(-1.0).requires_grad_(), tensor(-2.0).requires_grad_()
     assert not BOTH[kind](mu, theta, tensor(0.5).requires_grad_()).requires_grad
 
@@ -97,7 +97,7 @@ def test_a3pos_weight_is_its_formula_read_from_the_side_of_mu(versions):
 
 
 @given(mu=logps, theta=logps, staleness=st.integers(0, 20))
-def test_with_a3pos_weight_the_loglinear_stand_in_is_a3pos(mu, theta, staleness):
+def test_with_a3pos_weight_the_loglinear_proximal_policy_is_a3pos(mu, theta, staleness):
     alpha = max(staleness - 1, 0) / max(staleness, 1)
     found = loglinear_logp(tensor(mu), tensor(theta), a3po_weight_mu(torch.tensor([staleness])))
     assert found.item() == pytest.approx(mu + alpha * (theta - mu), abs=1e-5)

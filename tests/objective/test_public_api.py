@@ -40,6 +40,7 @@ def test_the_example_of_the_package_holds():
     assert (results.attempted, results.failed) == (6, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, while it traces
 def test_the_loss_is_one_graph_without_breaks_and_compiles_to_the_same_numbers():
     torch.manual_seed(0)

@@ -23,11 +23,11 @@ def test_the_table_has_the_papers_rows_and_no_others():
 @given(probs=st.fixed_dictionaries(dict.fromkeys(Policy, probability)))
 def test_both_factors_are_the_quotients_of_the_papers_row(name, probs):
     logp = {policy: torch.tensor([p], dtype=torch.float64).log() for policy, p in probs.items()}
-    discrepancy, stand_in = ROWS[name]
+    discrepancy, proximal = ROWS[name]
     split = split_ratio(ALL[name], logp)
     r_d = 1.0 if discrepancy is None else probs[discrepancy[0]] / probs[discrepancy[1]]
     assert split.log_r_d.item() == pytest.approx(math.log(r_d), abs=1e-12)
-    assert split.log_r_s.item() == pytest.approx(math.log(probs["theta"] / probs[stand_in]), abs=1e-12)
+    assert split.log_r_s.item() == pytest.approx(math.log(probs["theta"] / probs[proximal]), abs=1e-12)
 
 
 @pytest.mark.parametrize("name", ROWS)

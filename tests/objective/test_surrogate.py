@@ -83,8 +83,8 @@ def test_every_variant_equals_the_scalar_oracle_in_value_gradient_and_masks(name
 
 
 @given(tokens=st.lists(a_token, min_size=1, max_size=8), objective=knobs)
-def test_identity_a_kept_tokens_gradient_is_the_total_ratio_whatever_the_stand_in(tokens, objective):
-    """The stand-in acts through the active set only: given that set, the three gradients are one formula."""
+def test_identity_a_kept_tokens_gradient_is_the_total_ratio_whatever_the_proximal_policy(tokens, objective):
+    """The proximal policy acts through the active set only: given that set, the three gradients are one formula."""
     objective = dataclasses.replace(objective, discrepancy="weight_and_mask", truncation=None)
     log_mu, old, asynchronous, ewma, log_total, advantages = (tensor(*column) for column in zip(*tokens, strict=True))
     logp = {MU: log_mu, OLD: log_mu + old, ASYNC: log_mu + asynchronous, EWMA: log_mu + ewma}
@@ -98,16 +98,16 @@ def test_identity_a_kept_tokens_gradient_is_the_total_ratio_whatever_the_stand_i
         torch.testing.assert_close(gradient, torch.where(actual.active_mask, total_gradient, 0.0), rtol=1e-12, atol=1e-14)
 
 
-def test_without_the_weight_the_gradient_depends_on_the_stand_in():
-    theta, stand_ins = tensor(-1.0), (tensor(-1.1), tensor(-0.9))
+def test_without_the_weight_the_gradient_depends_on_the_proximal_policy():
+    theta, proximals = tensor(-1.0), (tensor(-1.1), tensor(-0.9))
     gradients = []
-    for stand_in in stand_ins:
-        _, gradient = of_ratios(tensor(0.0), theta - stand_in, tensor(1.0), discrepancy="mask")
+    for proximal in proximals:
+        _, gradient = of_ratios(tensor(0.0), theta - proximal, tensor(1.0), discrepancy="mask")
         gradients.append(gradient.item())
     assert gradients == pytest.approx([math.exp(0.1), math.exp(-0.1)])
 
 
-def test_under_a_truncation_the_gradient_of_an_active_token_depends_on_the_stand_in():
+def test_under_a_truncation_the_gradient_of_an_active_token_depends_on_the_proximal_policy():
     """R = 2.4 as 1.2 * 2 and as 1.4 * 1.714, c = 1.5: the gradient is r_d c, not R."""
     r_d = tensor(1.2, 1.4)
     tokens, gradient = of_ratios(r_d.log(), (2.4 / r_d).log(), tensor(1.0, 1.0), truncation=1.5)

@@ -1,5 +1,6 @@
 """The runtime "ray" on a real cluster of simulated nodes: workers are killed, join and leave; the trainer is killed."""
 
+import asyncio
 import os
 import re
 import signal
@@ -10,13 +11,19 @@ import numpy as np
 import pytest
 
 from oldlogits.cli.main import run as command
+from oldlogits.config.schema import RayConfig
+from oldlogits.core.errors import ConfigError
 from oldlogits.record.bus import EventKind
 
 from ..runs import after_updates, check_accounting, events_of, recipe, summary_of, tokens_of, wait_for_updates, write_recipe
+from ..waiting import HUNG_S, wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
 ray = pytest.importorskip("ray")
+
+from oldlogits.backends.ray.backend import ServedActor  # noqa: E402
+from oldlogits.backends.ray.cluster import connected, reserve  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +78,6 @@ def ancestors(pid):
     return found
 
 
-def until(holds, what, *, seconds=120):
-    ends = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < ends, what
-        time.sleep(0.05)
-
-
 def servers(folder):
     """Processes that serve the model of a folder, whoever started them."""
     lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
@@ -113,13 +113,13 @@ def test_a_run_outlives_its_workers_and_takes_in_new_ones(tmp_path, tiny_folder,
         try:
             assert len(pids("ray::Worker")) == 3
             os.kill(pids("ray::Worker")[0], signal.SIGKILL)
-            until(lambda: events_of(run, EventKind.SERVER_UP), "the worker comes back")
+            wait_until(lambda: events_of(run, EventKind.SERVER_UP), "the worker comes back")
             wait_for_updates(run, len(events_of(run, EventKind.UPDATE)) + 2)
             assert command(["workers", str(run), "--num", "4"]) == 0
-            until(lambda: len(events_of(run, EventKind.SERVER_UP)) == 2, "a fourth worker joins")
+            wait_until(lambda: len(events_of(run, EventKind.SERVER_UP)) == 2, "a fourth worker joins")
             wait_for_updates(run, len(events_of(run, EventKind.UPDATE)) + 2)
             assert command(["workers", str(run), "--num", "2"]) == 0
-            until(lambda: len(events_of(run, EventKind.SERVER_DOWN)) == 3, "two leave")
+            wait_until(lambda: len(events_of(run, EventKind.SERVER_DOWN)) == 3, "two leave")
             wait_for_updates(run, len(events_of(run, EventKind.UPDATE)) + 2)
         finally:
             os.kill(os.getpid(), signal.SIGINT)
@@ -136,7 +136,7 @@ def test_a_run_outlives_its_workers_and_takes_in_new_ones(tmp_path, tiny_folder,
     assert joined.fields["reason"].startswith("it joined")
     assert pids("ray::Worker") == []
     assert summary_of(run)["engine_copies_max"] == 4 + 3 + 1  # four engines, one copy a node, the one that nodes fetch
-    until(lambda: not servers(tiny_folder), "no server is left", seconds=20)
+    wait_until(lambda: not servers(tiny_folder), "no server is left")
     check_exact(run)
 
 
@@ -190,7 +190,18 @@ def test_adapters_reach_every_worker(tmp_path, tiny_folder, cluster):
     assert sent < 0.5 * (tiny_folder / "model.safetensors").stat().st_size, "adapters alone travel"
 
 
-def test_a_cluster_without_room_is_refused_with_what_is_free(tmp_path, tiny_folder, cluster, capsys):
+def test_a_trainer_that_has_a_place_and_is_slow_to_start_is_not_said_to_have_none(cluster):
+    async def start():
+        [place] = await reserve("the trainer", 1, cpus=1, gpus=0, strategy="PACK", timeout_s=HUNG_S)
+        await ServedActor("trainer", time.sleep, (2 * HUNG_S,), place).ready(3.0)
+
+    with connected(RayConfig(address=cluster.address), num_cpus=1), pytest.raises(ConfigError) as refused:
+        asyncio.run(start())
+    assert "the trainer has its place on the cluster and is still starting" in str(refused.value)
+    assert "no place" not in str(refused.value)
+
+
+def test_a_cluster_without_room_is_refused_with_what_is_free_before_a_model_is_loaded(tmp_path, tiny_folder, cluster, capsys):
     asked = {"address": cluster.address, "num_workers": 4, "placement": "STRICT_SPREAD", "start_timeout_s": 8.0}
     status, _ = train(tmp_path, tiny_folder, cluster, num_updates=2, ray=asked)
     assert status == 2

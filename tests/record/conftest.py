@@ -120,7 +120,7 @@ def _tokens(rng: np.random.Generator, version: int) -> dict[str, np.ndarray]:
         "reward": (advantage > 0).astype(np.float32),
         "advantage": advantage.astype(np.float32),
         "logp_mu": logp_mu.astype(np.float32),
-        "logp_prox": (logp_mu + log_r_d).astype(np.float32),
+        "logp_proximal": (logp_mu + log_r_d).astype(np.float32),
         "logp_theta": (logp_mu + log_r_d + log_r_s).astype(np.float32),
         "log_r_d": log_r_d.astype(np.float32),
         "log_r_s": log_r_s.astype(np.float32),

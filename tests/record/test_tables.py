@@ -16,7 +16,7 @@ def columns(num_rows: int, first: int = 0) -> dict[str, np.ndarray]:
     for name in ("index", "token_id", "version", "trainer_version", "staleness"):
         made[name] = np.arange(first, first + num_rows)
     made["provenance"] = np.array((["exact", "mixed_kv"] * num_rows)[:num_rows], dtype=object)
-    for name in ("reward", "advantage", "logp_mu", "logp_prox", "logp_theta", "log_r_d", "log_r_s"):
+    for name in ("reward", "advantage", "logp_mu", "logp_proximal", "logp_theta", "log_r_d", "log_r_s"):
         made[name] = rng.standard_normal(num_rows)
     for name in ("loss_mask", "band_mask", "clip_mask", "active_mask"):
         made[name] = rng.random(num_rows) < 0.5

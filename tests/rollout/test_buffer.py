@@ -12,6 +12,7 @@ from oldlogits.rollout.buffer import Buffer
 from oldlogits.rollout.staleness import StalenessBound
 
 from ..builders import sampled, trajectory
+from ..waiting import HUNG_S
 from .test_staleness import schedule_exists
 
 
@@ -208,7 +209,7 @@ def test_take_wakes_when_a_group_ends(event):
             await asyncio.sleep(0)
             assert not taking.done()
         fill(buffer, "g1", 0.0, 1.0)
-        return [group.id for group in await asyncio.wait_for(taking, 5)]
+        return [group.id for group in await asyncio.wait_for(taking, HUNG_S)]
 
     assert asyncio.run(scenario()) == ["g1"]
 

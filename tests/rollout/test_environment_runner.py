@@ -3,7 +3,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 
 import pytest
 
@@ -11,9 +10,11 @@ from oldlogits.rollout import environment_runner as environment
 from oldlogits.rollout.environment_runner import ThreadRunner, run_inline
 from oldlogits.rollout.turns import EnvironmentFailed
 
+from ..waiting import HUNG_S
+
 
 def runners():
-    return [run_inline, ThreadRunner(timeout_s=5, latency_s=0, seed=0)]
+    return [run_inline, ThreadRunner(timeout_s=HUNG_S, latency_s=0, seed=0)]
 
 
 def in_both(call):
@@ -58,35 +59,32 @@ def test_inline_code_runs_in_the_calling_thread_and_threaded_code_does_not():
     assert here == threading.get_ident() != there
 
 
-@pytest.mark.parametrize("call", [lambda: time.sleep(0.5), lambda: asyncio.sleep(60)])
-def test_a_call_that_takes_too_long_fails_with_the_deadline(call):
-    async def timed():
-        started = time.monotonic()
-        with pytest.raises(EnvironmentFailed, match=r"^timed out after 0\.05 s$"):
-            await ThreadRunner(timeout_s=0.05, latency_s=0, seed=0)(call)
-        return time.monotonic() - started
-
-    assert asyncio.run(timed()) < 0.4
+@pytest.mark.parametrize("event", [threading.Event, asyncio.Event])
+def test_a_call_that_takes_too_long_fails_with_the_deadline(event):
+    never = event()
+    with pytest.raises(EnvironmentFailed, match=r"^timed out after 0\.05 s$"):
+        asyncio.run(ThreadRunner(timeout_s=0.05, latency_s=0, seed=0)(never.wait))
+    never.set()
 
 
 def test_a_time_out_inside_the_environment_is_not_taken_for_the_deadline():
     with pytest.raises(EnvironmentFailed, match=r"^TimeoutError: the shop did not answer$"):
-        asyncio.run(ThreadRunner(timeout_s=5, latency_s=0, seed=0)(fails(TimeoutError("the shop did not answer"))))
+        asyncio.run(ThreadRunner(timeout_s=HUNG_S, latency_s=0, seed=0)(fails(TimeoutError("the shop did not answer"))))
 
 
 def test_a_slow_call_does_not_hold_up_others():
     async def race():
-        runner = ThreadRunner(timeout_s=5, latency_s=0, seed=0)
-        slow = asyncio.create_task(runner(lambda: time.sleep(0.3)))
-        await asyncio.sleep(0.01)
-        started = time.monotonic()
+        runner = ThreadRunner(timeout_s=HUNG_S, latency_s=0, seed=0)
+        runs, ends = threading.Event(), threading.Event()
+        slow = asyncio.create_task(runner(lambda: runs.set() or ends.wait()))
+        while not runs.is_set():
+            await asyncio.sleep(0)
         assert await runner(lambda: 1) == 1
-        waited = time.monotonic() - started
         assert not slow.done()
-        await slow
-        return waited
+        ends.set()
+        assert await slow
 
-    assert asyncio.run(race()) < 0.25
+    asyncio.run(race())
 
 
 def test_a_simulated_latency_is_exponential_repeatable_and_for_tools_only(monkeypatch):
@@ -99,7 +97,7 @@ def test_a_simulated_latency_is_exponential_repeatable_and_for_tools_only(monkey
 
     async def play(seed):
         slept.clear()
-        runner = ThreadRunner(timeout_s=5, latency_s=0.2, seed=seed)
+        runner = ThreadRunner(timeout_s=HUNG_S, latency_s=0.2, seed=seed)
         await runner(lambda: 0)
         assert slept == []
         for _ in range(400):
@@ -113,9 +111,22 @@ def test_a_simulated_latency_is_exponential_repeatable_and_for_tools_only(monkey
     assert abs(sum(s > 0.2 for s in first) / 400 - 0.3679) < 4 * (0.3679 * 0.6321 / 400) ** 0.5
 
 
-def test_latency_does_not_count_towards_the_deadline():
-    runner = ThreadRunner(timeout_s=0.2, latency_s=0.3, seed=3)
-    assert asyncio.run(runner(lambda: 1, is_tool=True)) == 1
+def test_latency_does_not_count_towards_the_deadline(monkeypatch):
+    """A loop whose clock stands still but for the latency: it alone could use up the deadline."""
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        now, latencies = loop.time(), []
+
+        async def sleep(seconds):
+            latencies.append(seconds)
+
+        monkeypatch.setattr(loop, "time", lambda: now + sum(latencies))
+        monkeypatch.setattr(asyncio, "sleep", sleep)
+        assert await ThreadRunner(timeout_s=0.001, latency_s=3e6, seed=3)(lambda: 1, is_tool=True) == 1
+        assert latencies[0] > 0.001
+
+    asyncio.run(main())
 
 
 def test_a_tool_that_hangs_does_not_keep_the_interpreter_from_exiting():
@@ -135,7 +146,7 @@ def test_a_tool_that_hangs_does_not_keep_the_interpreter_from_exiting():
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "timed out after 0.05 s\n"
-        assert process.wait(timeout=2) == 0
+        assert process.wait(timeout=HUNG_S) == 0
     finally:
         process.kill()
         process.wait()
@@ -152,8 +163,11 @@ def test_waiting_for_a_thread_does_not_count_towards_the_deadline(monkeypatch):
     monkeypatch.setattr(environment, "NUM_THREADS", 1)
 
     async def queue():
-        runner = ThreadRunner(timeout_s=0.3, latency_s=0, seed=0)
-        return await asyncio.gather(*(runner(lambda i=i: time.sleep(0.1) or i) for i in range(5)))
+        loop, passed = asyncio.get_running_loop(), []
+        now = loop.time()
+        monkeypatch.setattr(loop, "time", lambda: now + 10.0 * len(passed))  # 10 s pass with every call, and none between
+        runner = ThreadRunner(timeout_s=15, latency_s=0, seed=0)
+        return await asyncio.gather(*(runner(lambda i=i: passed.append(i) or i) for i in range(5)))
 
     assert asyncio.run(queue()) == [0, 1, 2, 3, 4]
 
@@ -167,6 +181,7 @@ def test_a_call_that_never_returns_leaves_room_for_others(monkeypatch):
         for _ in range(3):
             with pytest.raises(EnvironmentFailed):
                 await runner(release.wait)
+        runner._timeout_s = HUNG_S
         return await runner(lambda: 1)
 
     try:

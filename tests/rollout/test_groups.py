@@ -18,6 +18,8 @@ from oldlogits.rollout.staleness import StalenessBound
 from oldlogits.rollout.turns import Agent, TurnLimits
 from oldlogits.sources import NoSource
 
+from ..waiting import HUNG_S
+
 CHAT = ChatFormat(tiny_tokenizer(["hello"]))
 
 
@@ -136,7 +138,7 @@ def in_world(scenario, **settings):
             await scenario(world)
             world.rollouts.stop()
 
-    asyncio.run(asyncio.wait_for(main(), 20))
+    asyncio.run(asyncio.wait_for(main(), HUNG_S))
 
 
 def test_as_many_groups_start_as_the_bound_admits_from_the_first_row_on():

@@ -53,6 +53,7 @@ def num_adapter_parameters(folder: Path) -> int:
     return sum(RANK * sum(layer.weight.shape) for layer in layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sections",
     [
@@ -92,6 +93,7 @@ def test_what_versions_cost_is_measured_against_the_adapters_that_are_trained_no
     assert summary["trainer_copies_max"] == 1 + most / live >= 2, "the live adapters and at least one stored copy of them"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numerics", ["fp32", "fp8"])
 def test_a_server_adds_the_adapters_to_its_own_folder(numerics, tiny_folder, tmp_path):
     with serving(tiny_folder, "--adapter-scale", str(ALPHA / RANK), "--numerics", numerics) as server:
@@ -106,6 +108,7 @@ def test_a_server_adds_the_adapters_to_its_own_folder(numerics, tiny_folder, tmp
     assert max(sent) == 4 * num_adapter_parameters(tiny_folder), "adapters alone travel"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--adapter-scale", "3"]])
 def test_a_server_that_takes_other_weights_is_refused_with_the_remedy(options, tiny_folder, tmp_path, capsys):
     with serving(tiny_folder, *options) as server:
@@ -121,14 +124,15 @@ def finished(tiny_folder, tmp_path_factory):
     return trained(tiny_folder, tmp_path_factory.mktemp("lora"), record={"checkpoint_every": 2})
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks transformers for it
 def test_a_checkpoint_is_a_standard_folder_and_an_adapter_of_the_base_with_the_same_logits(finished, tiny_folder):
+
     checkpoint, ids = finished / "checkpoints/v000004", torch.tensor([PROBE])
     assert load_file(checkpoint / "model/model.safetensors").keys() == load_file(tiny_folder / "model.safetensors").keys()
     with torch.no_grad():
         whole = load_model(checkpoint / "model")(input_ids=ids).logits
         before = load_model(tiny_folder)(input_ids=ids).logits
-        with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):  # peft asks transformers for it
-            theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), checkpoint / "adapter")
+        theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), checkpoint / "adapter")
         adapted = theirs.eval()(input_ids=ids).logits
     assert torch.allclose(adapted, whole, atol=1e-5)
     assert (adapted - before).abs().max() > 0.01

@@ -9,7 +9,7 @@ from oldlogits.run.run import run
 from ..runs import check_accounting, events_of, recipe, summary_of, tokens_of
 
 STALE = {"engine": {"kv": "stale", "max_num_seqs": 48}, "proximal": {"accept_mixed_kv": True}}
-COLUMNS = ("logp_mu", "logp_prox", "log_r_s", "staleness", "provenance", "trajectory", "version")
+COLUMNS = ("logp_mu", "logp_proximal", "log_r_s", "staleness", "provenance", "trajectory", "version")
 
 
 @pytest.fixture
@@ -32,10 +32,11 @@ def played(tiny_folder, tmp_path):
     return play
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lag", ["even", "random"])
 def test_old_is_what_the_engine_gave_over_entries_of_several_versions(lag, played):
     tokens, is_mixed = played(num_updates=8, trainer={"minibatches_per_update": 1}, lockstep={"lag": lag})
-    assert np.abs(tokens["logp_prox"] - tokens["logp_mu"]).max() <= 1e-5
+    assert np.abs(tokens["logp_proximal"] - tokens["logp_mu"]).max() <= 1e-5
     assert is_mixed.sum() > 100
     assert len(set(zip(tokens["trajectory"], tokens["version"], strict=True))) > len(set(tokens["trajectory"]))
     recomputed = np.abs(tokens["log_r_s"][is_mixed & (tokens["staleness"] == 0)])  # THETA at the version of the token
@@ -51,7 +52,8 @@ def test_the_referees_old_is_that_of_the_engines_own_entries(tiny_folder, tmp_pa
     assert max(max(fields["logp_error"]) for fields in refereed) <= 1e-4, "mu is OLD, whatever it attended to"
 
 
+@pytest.mark.slow
 def test_old_is_what_an_engine_process_gave(played):
     tokens, _ = played(runtime={"type": "local"}, env={"latency_s": 0.25})  # replies are slower than updates
-    assert np.abs(tokens["logp_prox"] - tokens["logp_mu"]).max() <= 1e-5
+    assert np.abs(tokens["logp_proximal"] - tokens["logp_mu"]).max() <= 1e-5
     assert np.abs(tokens["log_r_s"][tokens["staleness"] > 0]).max() > 1e-2, "the versions differ, or nothing was tested"

@@ -17,7 +17,7 @@ def test_every_version_is_what_was_published_and_in_fp32_the_engines_agree_acros
     assert run(config, tmp_path / "run").error is None  # the probe, and the witness at lag 0, stop a run that is not exact
     check_accounting(tmp_path / "run")
     assert len(events_of(tmp_path / "run", EventKind.PROBE)) == 1 + config.num_updates
-    tokens = tokens_of(tmp_path / "run", "logp_mu", "logp_prox", "staleness")
+    tokens = tokens_of(tmp_path / "run", "logp_mu", "logp_proximal", "staleness")
     assert set(tokens["staleness"].tolist()) == {0, 1, 2}
-    log_r_d = np.abs(tokens["logp_prox"] - tokens["logp_mu"])
+    log_r_d = np.abs(tokens["logp_proximal"] - tokens["logp_mu"])
     assert log_r_d.max() <= 1e-5 if numerics == "fp32" else log_r_d.mean() > 1e-3

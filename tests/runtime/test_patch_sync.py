@@ -8,7 +8,7 @@ from oldlogits.core.errors import ReceiverBehindError
 from oldlogits.record.bus import EventKind
 from oldlogits.versions import HostCopy
 
-from ..runs import events_of, recipe, shared_files, summary_of, tokens_of, write_recipe
+from ..runs import events_of, recipe, summary_of, tokens_of, write_recipe
 
 STILL = {"runtime": {"type": "local"}, "trainer": {"lr": 3e-10, "warmup_steps": 0}, "eval": {"num_episodes": 0}}
 """Steps so small that few of the fp32 values change from one version to the next, as in bf16 at the usual learning rates."""
@@ -20,8 +20,9 @@ def trained(tiny_folder, tmp_path, **more):
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ["snapshot", "dedicated"])
-def test_versions_reach_the_engine_as_patches_and_old_logits_stay_exact(tiny_folder, tmp_path, route):
+def test_versions_reach_the_engine_as_patches_and_old_logits_stay_exact(tiny_folder, tmp_path, route, shared_files):
     files = shared_files()
     out = trained(tiny_folder, tmp_path, proximal={"source": route})
     sent = [event.fields for event in events_of(out, EventKind.WEIGHTS_UPDATED)]

@@ -4,8 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import threading
-import time
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,10 +12,12 @@ from safetensors.numpy import load_file
 
 from oldlogits.config import check, config_from_table
 from oldlogits.core.errors import ConfigError, WorkerDiedError
-from oldlogits.loop import loop
+from oldlogits.loop import make
 from oldlogits.loop.weight_sync import check_partials
 from oldlogits.run.run import run
 from oldlogits.sources import NoSource
+
+from ..runs import after_updates
 
 EXACT = ("snapshot", "eager", "interruption", "dedicated")
 
@@ -61,8 +61,8 @@ def play(tmp_path, monkeypatch, chatml_llama):
         sources.append(make_source(*arguments))
         return sources[-1]
 
-    make_source = loop.make_source
-    monkeypatch.setattr(loop, "make_source", remember)
+    make_source = make.make_source
+    monkeypatch.setattr(make, "make_source", remember)
 
     def played(route, runtime, **more):
         table = {
@@ -107,9 +107,10 @@ def assert_settled(result, source):
     account = result.summary.accounting
     assert account["submitted"] == sum(n for name, n in account.items() if name != "submitted")
     assert account["queued"] == account["running"] == 0
-    assert len(source.ledger) == 0
+    assert len(source.in_flight) == 0
 
 
+@pytest.mark.slow
 def test_in_lockstep_training_is_the_same_run_under_every_exact_route(play):
     runs = {}
     for route in EXACT:
@@ -132,13 +133,14 @@ def test_in_lockstep_training_is_the_same_run_under_every_exact_route(play):
         for table, other in zip(tables, other_tables, strict=True):
             for column in ("trajectory", "index", "token_id", "version", "staleness", "provenance", "active_mask"):
                 assert table[column] == other[column]
-            for column in ("logp_mu", "logp_prox", "logp_theta", "log_r_d", "log_r_s"):
+            for column in ("logp_mu", "logp_proximal", "logp_theta", "log_r_d", "log_r_s"):
                 np.testing.assert_allclose(table[column], other[column], rtol=0, atol=1e-5)
     one, *others = runs["eager"][3]
     assert all(1.9 * one < num_bytes < 2.1 * one for num_bytes in others), "a resident copy, and the patch of one version"
     assert runs["interruption"][3] == [0] * 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ["eager", "interruption"])
 def test_a_route_is_exact_with_processes_of_its_own(route, play):
     result, source, out = play(route, "local", env={"latency_s": 0.01})
@@ -154,21 +156,18 @@ def test_a_route_is_exact_with_processes_of_its_own(route, play):
 def assert_exact(out):
     """An fp32 engine gives a token what the trainer gives it at that version, and nothing else."""
     tables = tables_of(out)
-    assert max(np.abs(np.subtract(t["logp_prox"], t["logp_mu"])).max() for t in tables) < 5e-5
+    assert max(np.abs(np.subtract(t["logp_proximal"], t["logp_mu"])).max() for t in tables) < 5e-5
     stale = [abs(s) for t in tables for s, lag in zip(t["log_r_s"], t["staleness"], strict=True) if lag]
     assert max(stale) > 1e-3, "the versions differ, or nothing was tested"
 
 
+@pytest.mark.slow
 def test_a_dedicated_scorer_is_exact_until_it_is_killed_and_the_run_then_ends_cleanly(play, tmp_path):
     def kill():
-        events, deadline = tmp_path / "dedicated" / "events.jsonl", time.monotonic() + 60
-        while time.monotonic() < deadline and not (events.is_file() and events.read_text().count('"update"') >= 3):
-            time.sleep(0.05)
         (scorer,) = [child for child in multiprocessing.active_children() if child.name == "oldlogits-scorer"]
         os.kill(scorer.pid, signal.SIGKILL)
 
-    killer = threading.Thread(target=kill)
-    killer.start()
+    killer = after_updates(tmp_path / "dedicated", 3, kill)
     result, source, out = play("dedicated", "local", num_updates=500, env={"latency_s": 0.01})
     killer.join()
     assert isinstance(result.error, WorkerDiedError)

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,9 @@ from oldlogits.run.run import run
 from oldlogits.train.checkpoint import of_kind, read_state
 
 from ..runs import check_accounting, events_of, recipe, summary_of, wait_for_updates, write_recipe
+from ..waiting import HUNG_S
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[2]
 BF16 = {"model": {"forward_dtype": "bf16"}, "trainer": {"lr": 1e-5}}
@@ -48,10 +48,10 @@ def launch(*arguments):
     )
 
 
-def finish(process, *, deadline_s=500):
+def finish(process):
     """Its exit status and what it said; no process of it stays behind."""
     try:
-        said, _ = process.communicate(timeout=deadline_s)
+        said, _ = process.communicate(timeout=HUNG_S)
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         raise
@@ -85,7 +85,7 @@ def test_two_ranks_give_the_losses_the_old_logits_and_the_weights_of_one_process
     assert status == 0, said
     one, two = table_of(tmp_path / "one", 1), table_of(tmp_path / "two", 1)
     assert one["token_id"] == two["token_id"]
-    for name in ("logp_prox", "logp_theta", "log_r_d", "log_r_s"):
+    for name in ("logp_proximal", "logp_theta", "log_r_d", "log_r_s"):
         assert gap(one, two, name) <= 1e-5
     first, again = (events_of(tmp_path / name, EventKind.UPDATE)[0].fields["metrics"] for name in ("one", "two"))
     assert first["loss/value"] == pytest.approx(again["loss/value"], abs=1e-5)
@@ -174,15 +174,13 @@ def test_a_rank_that_is_killed_ends_the_run_soon_and_is_named_with_the_last_chec
     config = recipe(tiny_folder, num_updates=500, runtime={"type": "local"}, record={"checkpoint_every": 2}, **BF16)
     process = launch(write_recipe(tmp_path / "r.toml", config), "--out", tmp_path / "run")
     try:
-        wait_for_updates(tmp_path / "run", 3, deadline_s=120)
+        wait_for_updates(tmp_path / "run", 3)
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         raise
     ranks = ranks_of(process)
-    started = time.monotonic()
     os.kill(ranks[killed], signal.SIGKILL)
-    code, said = finish(process, deadline_s=120)
-    assert time.monotonic() - started < 90, "on a machine that others use, too"
+    code, said = finish(process)
     assert code != 0
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
     if status is None:

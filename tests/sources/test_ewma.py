@@ -1,4 +1,4 @@
-"""The two routes over an average: what they ask the trainer for, and what they make of it."""
+"""The two sources over an average: what they ask the trainer for, and what they make of it."""
 
 import asyncio
 
@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from oldlogits.core.policies import AGED, EWMA, Provenance
 from oldlogits.core.scoring import BatchTokens
+from oldlogits.core.source import SourceHandles
 from oldlogits.sources import AgedSource, EwmaSource, check_scored
 from oldlogits.versions import AverageScores
 
@@ -37,7 +38,7 @@ def acquire(source_type, found, age, trainer_version=8):
     trainer = FakeTrainer(live, averaged, age)
     tags = trainer_version - np.array(lags)
     batch = BatchTokens(versions=tags, trajectory_ids=("g0.0",), trainer_version=trainer_version)
-    scored = asyncio.run(source_type(trainer).acquire(batch))
+    scored = asyncio.run(source_type(SourceHandles(trainer=trainer)).acquire(batch))
     check_scored(scored, tags)
     assert scored.values.dtype == np.float32
     assert set(scored.computed_at.tolist()) == {trainer_version}

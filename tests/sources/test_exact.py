@@ -1,4 +1,4 @@
-"""The exact routes against a forward pass of each version's own weights, one trajectory at a time.
+"""The exact sources against a forward pass of each version's own weights, one trajectory at a time.
 
 A small world of players that sample a few tokens at each version, in turns that weight updates cut in two, and end when
 they like; batches take them in any order. The trainer is real and trains, so that every version has other weights.
@@ -68,9 +68,9 @@ class World:
     """Plays, and drives a source in the order of the loop's hooks."""
 
     def __init__(self, name, folder, *, seed=0, tells_partials=True, window=2):
-        table = {"type": name, "window": window}
+        table = {"source": name, "scorer_versions": window}
         config = config_from_table(
-            {"variant": "ppo_clip", "trainer": {"lr": 0.02, "minibatches_per_update": 1, "warmup_steps": 0}, "source": table}
+            {"variant": "ppo_clip", "trainer": {"lr": 0.02, "minibatches_per_update": 1, "warmup_steps": 0}, "proximal": table}
         )
         self.trainer = Trainer(config, folder, PROBE)
         handle = inline_trainer(TrainerServer(self.trainer, time.perf_counter).call)
@@ -186,7 +186,7 @@ def played(name, folder, **settings):
 
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_every_exact_route_gives_what_the_weights_of_each_tokens_own_version_gave(name, seed, tiny_folder):
+def test_every_exact_source_gives_what_the_weights_of_each_tokens_own_version_gave(name, seed, tiny_folder):
     world = played(name, tiny_folder, seed=seed)
     assert max(world.errors) < 1e-5
     assert len(set(world.lags)) > 2
@@ -196,7 +196,7 @@ def test_every_exact_route_gives_what_the_weights_of_each_tokens_own_version_gav
 
 
 @pytest.mark.parametrize("name, most", [("eager", 2), ("interruption", 0)])
-def test_a_route_stores_no_more_versions_than_it_says(name, most, tiny_folder):
+def test_a_source_stores_no_more_versions_than_it_says(name, most, tiny_folder):
     world = played(name, tiny_folder)
     assert world.most_stored == most
     assert world.fallback_tokens == 0
@@ -220,9 +220,9 @@ def test_a_scorer_with_a_window_of_one_leaves_older_tokens_to_the_store(tiny_fol
 @pytest.mark.parametrize("name", ["eager", "interruption", "dedicated"])
 def test_a_source_holds_nothing_but_what_is_in_flight(name, tiny_folder):
     world = played(name, tiny_folder)
-    assert set(world.source.ledger._trajectories) == {p.id for p in (*world.players, *world.waiting)}
+    assert set(world.source.in_flight._trajectories) == {p.id for p in (*world.players, *world.waiting)}
     world.source.drop([p.id for p in (*world.players, *world.waiting)])
-    assert len(world.source.ledger) == 0
+    assert len(world.source.in_flight) == 0
 
 
 def test_interruption_refuses_a_version_that_is_no_longer_live(tiny_folder):
@@ -231,22 +231,22 @@ def test_interruption_refuses_a_version_that_is_no_longer_live(tiny_folder):
     tokens = BatchTokens(versions=np.full(2, NUM_VERSIONS - 1), trajectory_ids=("late",), trainer_version=NUM_VERSIONS)
 
     async def scenario():
-        world.source.ledger.ended([late])
+        world.source.in_flight.end([late])
         await world.source.acquire(tokens)
 
     with pytest.raises(VersionEvictedError, match=f"version {NUM_VERSIONS - 1} is not in the store"):
         asyncio.run(scenario())
 
 
-def test_pieces_of_whole_trajectories_have_the_bits_of_the_same_tokens_scored_as_a_batch(tiny_folder):
+def test_spans_of_whole_trajectories_have_the_bits_of_the_same_tokens_scored_as_a_batch(tiny_folder):
     trainer = World("snapshot", tiny_folder).trainer
     trainer.publish()
     whole = [trajectory([3, 9 + i], sampled([12, 13 + i, 2], 0, temperature=0.7), id=f"g0.{i}") for i in range(4)]
     trainer.put_batch(batch_of(whole))
     source = make_source("eager", inline_trainer(TrainerServer(trainer, time.perf_counter).call), None)
-    source.ledger.ended(whole)
-    version, pieces = source.ledger.next_pieces(9)
-    assert trainer.score_spans(pieces, version).values.tolist() == trainer.score(np.arange(12), 0).tolist()
+    source.in_flight.end(whole)
+    version, spans = source.in_flight.next_spans(9)
+    assert trainer.score_spans(spans, version).values.tolist() == trainer.score(np.arange(12), 0).tolist()
 
 
 def test_the_dedicated_scorer_refuses_weights_that_are_not_what_the_trainer_published(tiny_folder):

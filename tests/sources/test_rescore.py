@@ -1,4 +1,4 @@
-"""Rescore on its own: the stand-in and the measured condition, against scalar oracles."""
+"""Rescore on its own: the proximal policy and the measured condition, against scalar oracles."""
 
 import asyncio
 import math
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from oldlogits.core.policies import OLD, PROXIMAL_PROVENANCE, RESCORE, Provenance
 from oldlogits.core.scoring import BatchTokens
+from oldlogits.core.source import SourceHandles
 from oldlogits.sources import EngineScores, RescoreSource, check_scored
 
 TRAINER_VERSION = 6
@@ -39,7 +40,7 @@ def acquire(found, noise=None):
     tags = TRAINER_VERSION - np.array(lags, np.int64)
     noise = noise or dict.fromkeys(range(TRAINER_VERSION + 1), LIVE)
     trainer = FakeTrainer(live, engine, mu, noise)
-    source = RescoreSource(trainer)
+    source = RescoreSource(SourceHandles(trainer=trainer))
     batch = BatchTokens(versions=tags, trajectory_ids=("g0.0",), trainer_version=TRAINER_VERSION)
     scored = asyncio.run(source.acquire(batch))
     check_scored(scored, tags)
@@ -51,7 +52,7 @@ tokens = st.lists(st.tuples(st.integers(0, TRAINER_VERSION), logp, logp, logp), 
 
 
 @given(tokens)
-def test_the_stand_in_is_mu_less_the_engines_noise_at_the_live_weights(found):
+def test_the_proximal_policy_is_mu_less_the_engines_noise_at_the_live_weights(found):
     scored, _, trainer = acquire(found)
     assert scored.policy is RESCORE
     expected = [mu + pi - q for _, pi, q, mu in found]

@@ -1,5 +1,7 @@
 import asyncio
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -7,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oldlogits.core.errors import ExactnessError, MissingLogprobError, VersionEvictedError
-from oldlogits.core.policies import ASYNC, MU, OLD, SOURCES
+from oldlogits.core.policies import ASYNC, OLD
 from oldlogits.core.scoring import BatchTokens, Scored
-from oldlogits.core.source import LogprobSource
-from oldlogits.sources import SOURCE_TYPES, ArrivalSource, EngineScores, SnapshotSource, check_scored, make_source
+from oldlogits.core.source import SOURCES, SourceHandles
+from oldlogits.sources import ArrivalSource, EngineScores, SnapshotSource, check_scored, make_source
 from oldlogits.versions import AverageScores
 
 LIVE = 1000
@@ -54,7 +56,7 @@ versions = st.lists(st.integers(0, 6), min_size=1, max_size=30).map(lambda v: np
 @given(versions)
 def test_snapshot_scores_every_token_at_its_own_version_and_never_at_another(tags):
     trainer = FakeTrainer()
-    scored = asyncio.run(SnapshotSource(trainer).acquire(entering(tags)))
+    scored = asyncio.run(SnapshotSource(SourceHandles(trainer=trainer)).acquire(entering(tags)))
     assert scored.policy is OLD
     assert scored.values.tolist() == [1000 * v + i for i, v in enumerate(tags.tolist())]
     assert scored.values.dtype == np.float32
@@ -65,7 +67,7 @@ def test_snapshot_scores_every_token_at_its_own_version_and_never_at_another(tag
 @given(versions)
 def test_snapshot_switches_once_per_distinct_version_in_ascending_order(tags):
     trainer = FakeTrainer()
-    scored = asyncio.run(SnapshotSource(trainer).acquire(entering(tags)))
+    scored = asyncio.run(SnapshotSource(SourceHandles(trainer=trainer)).acquire(entering(tags)))
     assert [at for at, _ in trainer.calls] == sorted(set(tags.tolist()))
     assert scored.num_switches == len(set(tags.tolist()))
 
@@ -79,7 +81,7 @@ def test_snapshot_leaves_a_batch_over_stale_entries_to_the_mixed_version_forward
 
     computed_at = tags
     trainer, entering_mixed = MixingTrainer(), dataclasses.replace(entering(tags), has_mixed_kv=True)
-    scored = asyncio.run(SnapshotSource(trainer).acquire(entering_mixed))
+    scored = asyncio.run(SnapshotSource(SourceHandles(trainer=trainer)).acquire(entering_mixed))
     assert trainer.calls == ["mixed"]
     assert scored.policy is OLD
     assert scored.values.tolist() == list(range(len(tags)))
@@ -88,18 +90,18 @@ def test_snapshot_leaves_a_batch_over_stale_entries_to_the_mixed_version_forward
     for told, error in ((-1, MissingLogprobError), (tags[-1] + 1, ExactnessError)):
         computed_at = [*tags[:-1], told]
         with pytest.raises(error):
-            check_scored(asyncio.run(SnapshotSource(trainer).acquire(entering_mixed)), tags)
+            check_scored(asyncio.run(SnapshotSource(SourceHandles(trainer=trainer)).acquire(entering_mixed)), tags)
 
 
 def test_snapshot_does_not_stand_in_for_a_version_that_is_gone():
     with pytest.raises(VersionEvictedError, match="version 2"):
-        asyncio.run(SnapshotSource(FakeTrainer(held={1, 3})).acquire(entering([1, 2, 3])))
+        asyncio.run(SnapshotSource(SourceHandles(trainer=FakeTrainer(held={1, 3}))).acquire(entering([1, 2, 3])))
 
 
 @given(versions, st.integers(0, 20))
 def test_arrival_scores_the_whole_batch_once_with_the_live_weights(tags, trainer_version):
     trainer = FakeTrainer()
-    scored = asyncio.run(ArrivalSource(trainer).acquire(entering(tags, trainer_version)))
+    scored = asyncio.run(ArrivalSource(SourceHandles(trainer=trainer)).acquire(entering(tags, trainer_version)))
     assert scored.policy is ASYNC
     assert trainer.calls == [(None, list(range(len(tags))))]
     assert scored.values.tolist() == [1000 * LIVE + i for i in range(len(tags))]
@@ -108,20 +110,45 @@ def test_arrival_scores_the_whole_batch_once_with_the_live_weights(tags, trainer
     check_scored(scored, tags)
 
 
-def test_the_routes_by_name_provide_what_the_table_of_sources_says():
-    assert {*SOURCE_TYPES, "dedicated"} == set(SOURCES)
-    for name, route in SOURCES.items():
-        source: LogprobSource = make_source(name, FakeTrainer(), FakeScorer())
-        assert {source.provides} == (route.provides or {MU}), name
+TABLE = {  # provides, stores versions, the most of them with a window of 4, needs a scorer, an average, a pause, partials
+    "snapshot": ("old", True, 6, False, False, False, False),
+    "dedicated": ("old", True, 6, True, False, False, True),
+    "interruption": ("old", False, 0, False, False, True, True),
+    "eager": ("old", True, 2, False, False, False, True),
+    "arrival": ("async", False, 0, False, False, False, False),
+    "ewma": ("ewma", False, 0, False, True, False, False),
+    "aged": ("aged", False, 0, False, True, False, False),
+    "rescore": ("rescore", False, 0, False, False, False, False),
+    "none": ("mu", False, 0, False, False, False, False),
+}
+
+
+def test_what_differs_between_the_built_in_sources_is_an_attribute_of_their_classes():
+    assert SOURCES.names == tuple(TABLE)
+    for name, expected in TABLE.items():
+        s = SOURCES.find(name)
+        needs = (s.needs_scorer, s.keeps_average, s.needs_pause, s.needs_partials)
+        assert (s.provides.value, s.stores_versions, s.most_stored(4), *needs) == expected, name
+        assert s.mixes_versions is (name == "snapshot")
+        assert s.cost
+        assert isinstance(make_source(name, FakeTrainer(), FakeScorer()), s)
+
+
+def test_the_attributes_of_the_built_in_sources_are_read_without_torch():
+    code = (
+        "import sys; from oldlogits.core.source import SOURCES; print([SOURCES.find(n).cost for n in SOURCES.names]);"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("name", ["snapshot", "arrival", "ewma", "aged", "rescore"])
-def test_what_a_route_returns_is_of_the_policy_that_it_says_it_provides(name):
+def test_what_a_source_returns_is_of_the_policy_that_it_says_it_provides(name):
     source = make_source(name, FakeTrainer(), None)
     assert asyncio.run(source.acquire(entering([0], 0))).policy is source.provides
 
 
-def test_the_route_none_returns_nothing_and_asks_for_nothing():
+def test_the_source_none_returns_nothing_and_asks_for_nothing():
     assert asyncio.run(make_source("none", None, None).acquire(entering([0], 0))) is None
 
 

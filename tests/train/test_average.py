@@ -54,7 +54,7 @@ def pooled(histories):
 
 def test_fixed_and_window_betas_do_not_depend_on_the_lags(averaging):
     assert betas(averaging(decay="fixed", beta=0.7), HISTORY) == [0.7] * 4
-    assert betas(averaging(decay="window"), HISTORY) == [WINDOW / (WINDOW + 2)] * 4
+    assert betas(averaging(decay="max-lag"), HISTORY) == [WINDOW / (WINDOW + 2)] * 4
 
 
 def test_the_measured_mean_lag_is_that_of_all_tokens_of_recent_updates(averaging):
@@ -94,7 +94,7 @@ LOW = {"mask/rho": 0.85}
 
 
 def test_the_papers_rule_resets_at_every_update_whose_rho_is_below_tau_and_at_no_other(averaging):
-    paper = averaging(reset="paper", tau=0.9)
+    paper = averaging(reset="paper", reset_below=0.9)
     assert resets(paper, **LOW) == [True] * 7
     assert resets(paper, **{"mask/rho": 0.9}) == [False] * 7
 
@@ -202,7 +202,7 @@ def test_band_shares_of_the_first_step_compare_the_average_with_the_weights_befo
         inside = [abs(a - b) <= math.log(1.05) for a, b in zip(table[column][first], table["logp_mu"][first], strict=True)]
         return sum(inside) / len(inside)
 
-    assert result.metrics["mask/rho_band_first"] == pytest.approx(share("logp_prox"))
+    assert result.metrics["mask/rho_band_first"] == pytest.approx(share("logp_proximal"))
     assert result.metrics["mask/rho_band_live"] == pytest.approx(share("logp_theta"))
     assert 0 < first.sum() < len(first)
 

@@ -14,8 +14,9 @@ from oldlogits.core.scoring import Scored
 from oldlogits.models.load import load_model, named_weights
 from oldlogits.models.ranks import ALONE
 from oldlogits.train import step as step_module
-from oldlogits.train.loss_tokens import LossTokens, Seen
+from oldlogits.train.loss_tokens import LossTokens, TokenRecord
 from oldlogits.train.step import update
+from oldlogits.train.update_config import UpdateConfig
 
 from ..builders import batch_of, sampled, trajectory
 
@@ -113,13 +114,13 @@ def oracle(case, variant, *, step=None, denominator="token-mean", discrepancy="w
     mu_p, theta_p = logp["mu"].exp(), logp["theta"].exp()
     logp["linear"] = (WEIGHT_MU * mu_p + (1 - WEIGHT_MU) * theta_p).log()
     logp["loglinear"] = WEIGHT_MU * logp["mu"] + (1 - WEIGHT_MU) * logp["theta"]
-    numerator, stand_in = ROWS[variant]
+    numerator, proximal = ROWS[variant]
     sequence = batch.sequence[batch.loss_mask]
     here = [i for i in range(len(theta)) if step is None or batch.step[sequence[i]] == step]
     values, kept, active = {}, [], []
     for i in here:
         r_d = 1.0 if numerator is None else math.exp(logp[numerator][i] - logp["mu"][i])
-        r_s = (theta[i] - logp[stand_in][i]).exp()
+        r_s = (theta[i] - logp[proximal][i]).exp()
         a = float(batch.advantages[sequence[i]])
         inside = 1 / BAND <= r_d <= BAND
         h = r_s.clamp(max=1 + EPS_HIGH) if a > 0 else r_s.clamp(1 - EPS_LOW, DUAL)
@@ -158,7 +159,7 @@ class Recording:
 
 def run(case, config, scored, batch=None, version=VERSION):
     optimizer = Recording(case.model)
-    result = update(case.model, optimizer, batch or case.batch, scored, version=version, config=config)
+    result = update(case.model, optimizer, batch or case.batch, scored, version=version, config=UpdateConfig.of(config))
     return result, optimizer.grads
 
 
@@ -170,7 +171,7 @@ def assert_same_gradient(found, expected, tolerance=1e-5):
 
 
 def config_of(recipe, variant, **table):
-    objective = {"weight_mu": WEIGHT_MU, "loss_aggregation_tokens": 7.0} | table.pop("objective", {})
+    objective = {"interpolation_mu": WEIGHT_MU, "loss_aggregation_tokens": 7.0} | table.pop("objective", {})
     return recipe(variant=variant, band=BAND, objective=objective, **table)
 
 
@@ -261,14 +262,14 @@ def test_loss_and_gradient_do_not_depend_on_the_size_of_micro_batches_and_head_c
 @pytest.mark.parametrize("denominator", ["token-mean", "token-mean-kept"])
 def test_under_a3pos_schedule_each_token_has_the_weight_of_its_own_staleness(case, recipe, variant, denominator):
     version = VERSION + 2  # staleness 2 and 3
-    objective = {"weight_mu_schedule": "a3po", "denominator": denominator}
+    objective = {"interpolation_schedule": "a3po", "loss_aggregation": denominator}
     config = config_of(recipe, variant, objective=objective)
     result, _ = run(case, config, None, batch=one_step(case.batch), version=version)
     table = result.table
     alpha = (table["staleness"] - 1) / table["staleness"]
     expected = table["logp_mu"] + alpha * (table["logp_theta"] - table["logp_mu"])
     assert set(table["staleness"].tolist()) == {2, 3}
-    np.testing.assert_allclose(table["logp_prox"], expected, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(table["logp_proximal"], expected, rtol=0, atol=2e-6)
     if denominator == "token-mean-kept" and variant == "loglinear_train_infer":
         kept = np.abs(table["log_r_d"]) <= math.log(BAND)
         h = np.exp(table["log_r_s"].astype(float))
@@ -345,7 +346,7 @@ def test_lag_0_tokens_over_entries_of_older_versions_are_no_witness(case, recipe
 
 
 @pytest.mark.parametrize("variant", ["decoupled_async", "linear_prox"])
-def test_there_is_no_lag_0_witness_where_the_stand_in_is_not_old(case, recipe, variant):
+def test_there_is_no_lag_0_witness_where_the_proximal_policy_is_not_old(case, recipe, variant):
     result, _ = run(case, config_of(recipe, variant), scored_for(case, variant))
     assert math.isnan(result.lag0_max_abs_error)
 
@@ -378,7 +379,7 @@ def test_a_gradient_that_is_not_finite_ends_the_update_before_the_step_with_vers
     config = config_of(recipe, "decoupled_exact", trainer={"minibatches_per_update": 2})
     optimizer = Recording(case.model)
     with pytest.raises(NonFiniteError, match=f"not finite at version {VERSION}, optimizer step 1"):
-        update(case.model, optimizer, batch, case.scored(OLD), version=VERSION, config=config)
+        update(case.model, optimizer, batch, case.scored(OLD), version=VERSION, config=UpdateConfig.of(config))
     assert len(optimizer.grads) == 1
     assert all(torch.equal(w, before[name]) for name, w in named_weights(case.model).items())
 
@@ -409,8 +410,8 @@ def test_the_table_has_one_row_per_loss_token_with_what_the_objective_saw(case, 
     assert table["index"].tolist() == [int(i - batch.starts[batch.sequence[i]]) for i in np.flatnonzero(mask)]
     assert table["staleness"].tolist() == (VERSION - batch.version[mask]).tolist()
     np.testing.assert_allclose(table["log_r_d"], case.logp["old"] - case.logp["mu"], atol=1e-6)
-    np.testing.assert_allclose(table["log_r_s"], table["logp_theta"] - table["logp_prox"], atol=1e-6)
-    np.testing.assert_array_equal(table["logp_prox"], case.scored(OLD).values)
+    np.testing.assert_allclose(table["log_r_s"], table["logp_theta"] - table["logp_proximal"], atol=1e-6)
+    np.testing.assert_array_equal(table["logp_proximal"], case.scored(OLD).values)
     np.testing.assert_array_equal(table["active_mask"], table["band_mask"] & table["clip_mask"])
     assert {len(column) for column in table.values()} == {int(mask.sum())}
     assert set(table["provenance"]) == {"exact"}
@@ -442,6 +443,6 @@ def test_a_step_computes_on_the_device_of_the_model(variant, policy, denominator
     model, there = copy.deepcopy(case.model).to("meta"), torch.device("meta")
     config = recipe(variant=variant, band=BAND, objective={"loss_aggregation": denominator}, trainer={"head_chunk_tokens": 3})
     tokens = LossTokens.of(case.batch, case.scored(policy) if policy else None, VERSION).to(there)
-    seen = Seen.empty(len(tokens.flat), there)
-    loss = step_module._accumulate(model, case.batch, tokens, 0, seen, config, ALONE)
+    seen = TokenRecord.empty(len(tokens.flat), there)
+    loss = step_module._accumulate(model, case.batch, tokens, 0, seen, UpdateConfig.of(config), ALONE)
     assert {loss.device, *(p.grad.device for p in model.parameters())} == {there}

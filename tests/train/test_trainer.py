@@ -319,6 +319,7 @@ def bf16_trainer(tiny_folder, recipe):
     return Trainer(recipe(trainer=trainer, model={"forward_dtype": "bf16"}), tiny_folder, PROBE)
 
 
+@pytest.mark.slow
 def test_bf16_versions_are_the_rounded_masters_and_score_to_the_last_bit(bf16_trainer):
     trainer = bf16_trainer
     thens = {}

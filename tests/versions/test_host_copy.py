@@ -146,6 +146,7 @@ def _sum(path, version, answers) -> None:
         answers.put(float(held["embed"].double().sum()))
 
 
+@pytest.mark.slow
 def test_another_process_reads_what_was_written(tmp_path):
     store, versions = chain(2)
     copy = HostCopy.create(tmp_path / "copy", versions[0], 0)

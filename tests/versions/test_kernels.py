@@ -71,6 +71,7 @@ def decoded(patch, numel):
     return deltas
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("width", WIDTHS)
 @given(st.integers(1, 300), st.sampled_from([0, 0.01, 0.1, 0.4, 0.8, 1]), st.integers(0, 99), st.booleans())
@@ -82,6 +83,7 @@ def test_the_streams_are_what_the_format_says(choice, width, numel, share, seed,
     assert found == [(b - a) % modulus for a, b in zip(old.tolist(), new.tolist(), strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("small", [True, False])
 @pytest.mark.parametrize("share", [0, 0.0002, 0.003, 0.02, 0.1, 0.3, 0.6, 1])
 @pytest.mark.parametrize("width", WIDTHS)
@@ -163,6 +165,7 @@ def test_blocks_are_cut_at_multiples_of_their_size_and_left_out_when_nothing_cha
     assert blocks[["first", "count"]].tolist() == [(0, BLOCK_SIZE), (2 * BLOCK_SIZE, BLOCK_SIZE), (3 * BLOCK_SIZE, 5)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES)
 @given(st.sampled_from(["gaps", "values", "wide"]), st.integers(0, 5000), st.integers(1, 255), st.sampled_from([1, -1]))
 def test_no_damage_of_the_streams_reaches_beyond_the_blocks_and_goes_unnoticed(choice, stream, at, by, direction):
@@ -228,6 +231,7 @@ def test_with_numba_switched_off_torch_takes_over():
             assert type(fastpath.kernels_for(torch.zeros(3))).__name__ == "TorchKernels"
 
 
+@pytest.mark.slow
 def test_numba_is_started_by_the_first_large_buffer_only():
     code = (
         "import sys, torch; from oldlogits.versions import FlatWeights; FlatWeights.of({'w': torch.zeros(1000)}); "

@@ -229,6 +229,7 @@ def test_a_second_owner_is_refused_in_one_process_and_told_who_the_first_is(tmp_
     VersionLog.open(tmp_path).close()
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_and_served_once_the_first_has_died(tmp_path):
     VersionLog.create(tmp_path).close()
     program = (

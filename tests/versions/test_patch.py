@@ -40,6 +40,7 @@ def changed_share(before, after):
     return float((before.view(torch.int16) != after.view(torch.int16)).double().mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("tier", TIERS)
 @given(histories, st.integers(0, 9))
@@ -57,6 +58,7 @@ def test_any_history_comes_back_bit_by_bit_in_both_directions(choice, tier, kind
             assert_at(flat, states[i + 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES)
 @given(histories, st.data())
 def test_one_jump_over_many_patches_is_as_many_jumps_over_one(choice, kinds, data):
@@ -94,6 +96,7 @@ def test_all_bit_patterns_of_float32_come_back(pairs):
     assert_at(flat, {"w": old})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numel", [1, 63, 64, 65, 65_535, 65_536, 65_537, 200_000])
 def test_masters_are_cast_as_torch_casts_them(numel):
     masters = torch.randn(numel, generator=torch.Generator().manual_seed(0))
@@ -132,6 +135,7 @@ def test_tensors_need_not_be_contiguous_nor_without_gradient():
     assert_at(flat, {"w": after, "cut": after[:, ::3]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES)
 @given(histories, st.lists(st.integers(0, 1500), max_size=5), st.randoms())
 def test_patches_of_shards_concatenate_to_one_that_does_what_that_of_the_whole_does(choice, kinds, cuts, random):

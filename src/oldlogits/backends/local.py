@@ -19,6 +19,7 @@ from oldlogits.backends.open_engine import OpenEngine, open_servers
 from oldlogits.backends.scorer_process import ScorerProcess
 from oldlogits.backends.trainer_process import TrainerProcess
 from oldlogits.config import RunConfig
+from oldlogits.core.source import SOURCES
 from oldlogits.engines.embedded.process import EngineProcess
 from oldlogits.engines.shared_memory import unshare, unshare_ended
 from oldlogits.engines.spec import EngineSpec
@@ -39,7 +40,9 @@ async def open_local(
             opened = await stack.enter_async_context(_open_engine(config, model_folder, sampler_seed, log_folder))
             trainer = TrainerProcess(config, model_folder, probe_ids)
             stack.callback(trainer.close)
-            scorer = ScorerProcess(config, model_folder, probe_ids) if config.proximal.source == "dedicated" else None
+            scorer = (
+                ScorerProcess(config, model_folder, probe_ids) if SOURCES.find(config.proximal.source).needs_scorer else None
+            )
             if scorer is not None:
                 stack.callback(scorer.close)
         await opened.ready()

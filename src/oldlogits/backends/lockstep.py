@@ -24,6 +24,7 @@ from oldlogits.backends.torchrun.dispatch import open_trainer
 from oldlogits.config import RunConfig
 from oldlogits.core.engine import EngineCapabilities, Generation, Sampling, trajectory_of
 from oldlogits.core.errors import AccountingError
+from oldlogits.core.source import SOURCES
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
 from oldlogits.engines.embedded.engine import EmbeddedEngine, EngineCore
 from oldlogits.engines.spec import EngineSpec, EngineStats
@@ -217,6 +218,6 @@ async def open_lockstep(
 
 
 def _scorer(config: RunConfig, model_folder: Path, probe_ids: Sequence[int]) -> InlineScorer | None:
-    if config.proximal.source != "dedicated":
+    if not SOURCES.find(config.proximal.source).needs_scorer:
         return None
     return InlineScorer(ScorerModel(config, model_folder, probe_ids), config.proximal.scorer_versions)

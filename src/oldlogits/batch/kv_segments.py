@@ -1,11 +1,11 @@
-"""Chains: which version computed each entry of keys and values that a sampled token attended to.
+"""Key-value segments: which version computed each entry of keys and values that a sampled token attended to.
 
-A chain is what the engine's cache held for one trajectory since it was filled: with entries of one version, those of all
+A chain of segments is what the engine's cache held for one trajectory since it was filled: with entries of one version, those of all
 tokens before the first that it samples (``kv = "fresh"``). It goes on where later tokens are sampled over these entries
 (``kv = "mixed"``): entries are computed when the next sampled token needs them, by the version that samples it.
 
     tokens    p p p p a a a a b b r r b b c      p, r: read; a, b, c: sampled, by versions of these names
-    entries   a a a a a a a b b b b b b c        three chunks; nobody attends to the entry of the last token
+    entries   a a a a a a a b b b b b b c        three segments; nobody attends to the entry of the last token
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from oldlogits.core.errors import TrajectoryError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
-    """The entries of a chain that one version computed, and the tokens that it sampled meanwhile.
+class KVSegment:
+    """The entries of a chain that one version computed, and the tokens that this version sampled meanwhile.
 
     Args:
-        version: The version.
+        version: The version that computed the entries.
         origin: Flat index of the first token of the sequence.
         begin: Flat index of the first token whose entry it computed; the last one is the one before ``tokens[-1]``.
         tokens: int64 [sampled token]; ascending flat indices.
@@ -39,16 +39,16 @@ class Chunk:
 
     @property
     def num_entries(self) -> int:
-        """Entries that it computed."""
+        """The number of entries that the version computed."""
         return int(self.tokens[-1]) - self.begin
 
 
-Chain = list[Chunk]
-"""Chunks in the order of their entries, the first from the beginning of the sequence; versions ascend."""
+KVChain = list[KVSegment]
+"""Segments in the order of their entries, the first from the beginning of the sequence; versions ascend."""
 
 
-def chains_of(batch: TokenBatch) -> list[Chain]:
-    """The chains in which the batch's loss tokens were sampled, each token in one chunk.
+def kv_chains(batch: TokenBatch) -> list[KVChain]:
+    """Form the chains in which the batch's loss tokens were sampled; each token is in one segment.
 
     Fresh tokens of one version share a chain, whatever the number of their turns.
 
@@ -69,30 +69,30 @@ def chains_of(batch: TokenBatch) -> list[Chain]:
     was_mixed = np.concatenate([[False], mixed[:-1]])
     is_first = begins | (~mixed & (is_other | was_mixed))
     edges = [*np.flatnonzero(is_first | is_other).tolist(), len(tokens)]
-    chains: list[Chain] = []
+    chains: list[KVChain] = []
     for start, end in pairwise(edges):
         part, origin = tokens[start:end], int(batch.starts[sequence[start]])
         if is_first[start]:
             chains.append([])
         begin = origin if is_first[start] else int(tokens[start - 1])
-        chains[-1].append(Chunk(version=int(version[start]), origin=origin, begin=begin, tokens=part))
+        chains[-1].append(KVSegment(version=int(version[start]), origin=origin, begin=begin, tokens=part))
     return chains
 
 
-def cut_out(batch: TokenBatch, chunks: Sequence[Chunk]) -> tuple[Sequences, Ints, Ints]:
-    """Chunks as sequences of their own.
+def segment_sequences(batch: TokenBatch, segments: Sequence[KVSegment]) -> tuple[Sequences, Ints, Ints]:
+    """Lay segments out as sequences of their own.
 
     Args:
-        batch: Theirs.
-        chunks: At least one.
+        batch: The batch that the segments belong to.
+        segments: At least one segment.
 
     Returns:
-        The sequences, the index in them of every token to score, and the flat index in `batch` of every token of theirs.
+        The sequences, the index in them of every token to score, and the flat index in `batch` of every token of the sequences.
     """
-    lengths = np.array([chunk.num_entries + 1 for chunk in chunks], np.int64)
+    lengths = np.array([segment.num_entries + 1 for segment in segments], np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    shifts = starts[:-1] - [chunk.begin for chunk in chunks]
+    shifts = starts[:-1] - [segment.begin for segment in segments]
     flat = np.arange(starts[-1]) - np.repeat(shifts, lengths)
-    tokens = np.concatenate([chunk.tokens + shift for chunk, shift in zip(chunks, shifts, strict=True)])
+    tokens = np.concatenate([segment.tokens + shift for segment, shift in zip(segments, shifts, strict=True)])
     cut = Sequences(token_ids=batch.token_ids[flat], temperature=batch.temperature[flat], starts=starts)
     return cut, tokens, flat

@@ -45,7 +45,7 @@ class MicroBatch:
 
 
 def plan(lengths: Ints, token_budget: int) -> list[Ints]:
-    """Deal out sequences into micro-batches of at most `token_budget` padded tokens, longest first.
+    """Assign sequences to micro-batches of at most `token_budget` padded tokens, longest first. No sequence is split.
 
     A sequence that is longer than the budget forms a micro-batch of its own. Sequences of length 0 are left out.
 

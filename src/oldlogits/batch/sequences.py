@@ -1,4 +1,4 @@
-"""Token sequences side by side: what a forward pass reads, whether they are whole trajectories or pieces of running ones."""
+"""Token sequences side by side: what a forward pass reads, whether they are whole trajectories or spans of running ones."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ class Sequences:
 
     @property
     def num_tokens(self) -> int:
-        """All tokens."""
+        """The number of all tokens."""
         return len(self.token_ids)
 
     @property
     def num_sequences(self) -> int:
-        """How many."""
+        """The number of sequences."""
         return len(self.starts) - 1
 
     @property
     def lengths(self) -> Ints:
-        """int64 [sequence]: tokens of each."""
+        """int64 [sequence]: the number of tokens of each."""
         return np.diff(self.starts)
 
     @property
@@ -50,18 +50,18 @@ class Sequences:
         return np.repeat(np.arange(self.num_sequences), self.lengths)
 
 
-def pack(pieces: Sequence[ScoringSpan]) -> tuple[Sequences, Ints]:
-    """Pieces side by side.
+def pack(spans: Sequence[ScoringSpan]) -> tuple[Sequences, Ints]:
+    """Lay scoring spans side by side.
 
     Args:
-        pieces: At least one.
+        spans: At least one span.
 
     Returns:
-        The sequences, and the flat index of every token to score, piece after piece.
+        The sequences, and the flat index of every token to score, span after span.
     """
-    starts = np.cumsum([0, *(len(piece.token_ids) for piece in pieces)]).astype(np.int64)
-    tokens = np.concatenate([piece.positions + start for piece, start in zip(pieces, starts[:-1], strict=True)])
+    starts = np.cumsum([0, *(len(span.token_ids) for span in spans)]).astype(np.int64)
+    tokens = np.concatenate([span.positions + start for span, start in zip(spans, starts[:-1], strict=True)])
     temperature = np.ones(int(starts[-1]), np.float32)
-    temperature[tokens] = np.concatenate([piece.temperature for piece in pieces])
-    token_ids = np.concatenate([piece.token_ids for piece in pieces])
+    temperature[tokens] = np.concatenate([span.temperature for span in spans])
+    token_ids = np.concatenate([span.token_ids for span in spans])
     return Sequences(token_ids=token_ids, temperature=temperature, starts=starts), tokens

@@ -1,7 +1,7 @@
-"""Dealing a batch over ranks: each computes some of the sequences, and all make the same number of forward passes.
+"""Micro-batches of each rank: it computes some of the sequences, and all ranks make the same number of forward passes.
 
-The weights of a sharded model are gathered by all ranks together, layer by layer, so a rank that has run out of micro-batches
-computes one again whose results do not count.
+The weights of a sharded model are gathered by all ranks together, layer by layer. A rank that has run out of micro-batches
+therefore computes one again, as padding: its results are not used.
 """
 
 from __future__ import annotations
@@ -16,44 +16,46 @@ from oldlogits.batch.sequences import Ints, Sequences
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Dealt:
-    """A micro-batch of one rank.
+class RankMicroBatch:
+    """A micro-batch that one rank computes.
 
     Args:
-        micro: To compute.
-        counts: False: another rank has it too, and its results are those that count.
+        micro: The sequences to compute, each of them whole.
+        is_padding: Whether another rank computes it too, and only that rank's results are used.
     """
 
     micro: MicroBatch
-    counts: bool
+    is_padding: bool
 
 
-def deal(batch: Sequences, tokens: Ints, token_budget: int, *, rank: int, num_ranks: int) -> Iterator[Dealt]:
-    """One rank's micro-batches, as many as every other rank's.
+def shard_micro_batches(
+    batch: Sequences, tokens: Ints, token_budget: int, *, rank: int, num_ranks: int
+) -> Iterator[RankMicroBatch]:
+    """Yield the micro-batches of one rank, as many as every other rank has. None splits a sequence.
 
     Args:
         batch: The flat batch, or any sequences; the same on all ranks.
         tokens: int64 [action], ascending flat indices of the tokens to score; none begins a sequence.
         token_budget: The most padded tokens in one micro-batch.
-        rank: Whose.
-        num_ranks: Among how many.
+        rank: The rank whose micro-batches to yield.
+        num_ranks: The number of ranks.
 
     Yields:
-        Micro-batches; those that count hold, over all ranks, every one of `tokens` once.
+        Micro-batches; those that are no padding hold, over all ranks, every one of `tokens` once.
     """
     parts = shares(batch, tokens, num_ranks)
     counts = [len(plan(read_lengths(batch, part), token_budget)) for part in parts]
     for micro in micro_batches(batch, parts[rank], token_budget):
-        yield Dealt(micro=micro, counts=True)
+        yield RankMicroBatch(micro=micro, is_padding=False)
     missing = max(counts) - counts[rank]
     if missing:
         again = next(micro_batches(batch, parts[int(np.argmax(counts))], token_budget))
         for _ in range(missing):
-            yield Dealt(micro=again, counts=False)
+            yield RankMicroBatch(micro=again, is_padding=True)
 
 
 def shares(batch: Sequences, tokens: Ints, num_ranks: int) -> list[Ints]:
-    """The tokens of each rank: whole sequences, dealt out longest first, forth and back.
+    """The tokens of each rank: whole sequences, assigned longest first, in snake order.
 
     Example:
         Sequences of which 9, 7, 4 and 3 tokens are read, 2 ranks: 9 and 3, 7 and 4.

@@ -1,121 +1,155 @@
-"""One chain of versions, and every way of keeping them, measured side by side.
+"""One chain of versions, and what keeping it costs: bytes, encoding, switches and checkouts, in units of a memcpy.
 
-    a round:  source.step() -> memcpy, cast, encode, switches, walks, checkout, load_state_dict -> bytes
+    a round:  chain.step() -> memcpy, cast, encode, switches, checkout -> bytes
 
-All times of a round are taken within a second or two and divided by that round's memcpy.
+All times of a round are taken within a second or two and divided by that round's memcpy of all weights.
 """
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final, Protocol
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from oldlogits.bench.clock import Seconds, clock_of
-from oldlogits.bench.entropy import change
-from oldlogits.bench.rows import Row, Subject
 from oldlogits.versions import FlatWeights, Patch, PatchStore, apply, encode
-from oldlogits.versions.patches.cold import pack
 
 WINDOW: Final = 10
-"""Versions of the window whose bytes are shown."""
-WALK: Final = 4
-"""Versions of a walk."""
+"""How many versions the window holds whose bytes are shown."""
 BF16: Final = torch.bfloat16
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seconds:
+    """How long a piece of work took.
+
+    Args:
+        busy_s: CPU time of the calling thread; on an accelerator, the device's time between two events.
+        wall_s: Time that passed.
+    """
+
+    busy_s: float
+    wall_s: float
+
+    def __add__(self, other: Seconds) -> Seconds:
+        """Add the times of two pieces of work."""
+        return Seconds(busy_s=self.busy_s + other.busy_s, wall_s=self.wall_s + other.wall_s)
+
+    def __sub__(self, other: Seconds) -> Seconds:
+        """Take one piece of work off another that contains it."""
+        return Seconds(busy_s=self.busy_s - other.busy_s, wall_s=self.wall_s - other.wall_s)
+
+    def __mul__(self, factor: float) -> Seconds:
+        """Multiply the time by a number."""
+        return Seconds(busy_s=self.busy_s * factor, wall_s=self.wall_s * factor)
+
+
+Clock = Callable[[Callable[[], object]], Seconds]
+"""Runs a piece of work and says how long it took."""
 Timed = Callable[[str, Callable[[], object]], None]
-"""Does a piece of work and keeps its time under a name."""
+"""Runs a piece of work and keeps its time under a name."""
 
 
-class Source(Protocol):
-    """Something that trains."""
+def clock_of(device: str) -> Clock:
+    """Return the clock of a device."""
+    return _thread_clock if torch.device(device).type == "cpu" else _event_clock
+
+
+def _thread_clock(work: Callable[[], object]) -> Seconds:
+    wall, busy = time.perf_counter(), time.thread_time()
+    work()
+    return Seconds(busy_s=time.thread_time() - busy, wall_s=time.perf_counter() - wall)
+
+
+def _event_clock(work: Callable[[], object]) -> Seconds:
+    begin, end = torch.Event("cuda", enable_timing=True), torch.Event("cuda", enable_timing=True)
+    torch.accelerator.synchronize()
+    wall = time.perf_counter()
+    begin.record()
+    work()
+    end.record()
+    torch.accelerator.synchronize()
+    return Seconds(busy_s=begin.elapsed_time(end) / 1000, wall_s=time.perf_counter() - wall)
+
+
+class Chain(Protocol):
+    """A model that trains, so that every step makes a version."""
 
     @property
     def masters(self) -> Mapping[str, Tensor]:
-        """float32 by name; `step` changes them."""
+        """Return the float32 weights by name; `step` changes them."""
 
     def step(self) -> None:
-        """One optimizer step."""
+        """Take one optimizer step."""
 
 
 class Lab:
     """Measures a chain of versions, round after round.
 
     Args:
-        source: Makes the versions.
-        subject: What the rows are about.
-        compare_every: The slow yardsticks, entropy and XOR + zstd-1, are computed in one round of so many.
+        chain: The model whose steps make the versions.
 
     Attributes:
         resident: The copy in bf16 that patches are encoded from and applied to; the newest version between rounds.
+        values: The shares of every round, by name.
+        times: The times of every round, by name; of work that a round does several times, the median.
     """
 
-    def __init__(self, source: Source, subject: Subject, *, compare_every: int) -> None:
-        self._source, self._subject, self._compare_every = source, subject, compare_every
-        self.resident = FlatWeights.of(source.masters, dtype=BF16)
-        self._old, self._scratch = (FlatWeights.empty(self.resident.layout, device=self.resident.device) for _ in range(2))
-        self._module = module_of(self.resident.weights)
-        self._store = PatchStore(dtype=BF16)
-        self._store.publish(0, source.masters)
+    def __init__(self, chain: Chain) -> None:
+        self.chain = chain
+        self.resident = FlatWeights.of(chain.masters, dtype=BF16)
+        self.old, self.scratch = (FlatWeights.empty(self.resident.layout, device=self.resident.device) for _ in range(2))
+        self.store = PatchStore(dtype=BF16)
+        self.store.publish(0, chain.masters)
+        self.values: dict[str, list[float]] = defaultdict(list)
+        self.times: dict[str, list[Seconds]] = defaultdict(list)
         self._clock = clock_of(str(self.resident.device))
-        self._patches: list[Patch] = []
         self._cold_bytes: list[int] = []
-        self._times: dict[str, list[Seconds]] = defaultdict(list)
-        self._values: dict[str, list[float]] = defaultdict(list)
-
-    @property
-    def shares(self) -> tuple[float, ...]:
-        """Of every version, the share of its values that changed."""
-        return tuple(self._values["share.changed"])
-
-    @property
-    def cold_shares(self) -> tuple[float, ...]:
-        """Of every version, the bytes of its cold tier / bytes of a copy."""
-        return tuple(self._values["bytes.cold"])
 
     def round(self) -> None:
-        """One version more."""
-        self._source.step()
+        """Make one version more, and measure it."""
+        self.chain.step()
         times: dict[str, list[Seconds]] = defaultdict(list)
 
         def timed(name: str, work: Callable[[], object]) -> None:
             times[name].append(self._clock(work))
 
         def memcpy() -> None:
-            timed("memcpy", lambda: self._scratch.buffers[BF16].copy_(self.resident.buffers[BF16]))
+            timed("memcpy", lambda: self.scratch.buffers[BF16].copy_(self.resident.buffers[BF16]))
 
-        self._old.buffers[BF16].copy_(self.resident.buffers[BF16])
+        self.old.buffers[BF16].copy_(self.resident.buffers[BF16])
         memcpy()
         patch = self._encode(timed)
         memcpy()
         cold = self._switch(timed, patch)
         memcpy()
-        self._walk(timed)
-        memcpy()
         self._checkout(timed)
         memcpy()
+        self.also(timed, patch)
         for name, works in times.items():
-            self._times[name].append(_middle(works))
+            self.times[name].append(_middle(works))
         self._count(patch, len(cold))
 
+    def also(self, timed: Timed, patch: Patch) -> None:
+        """Measure more in the same round; a subclass may."""
+
     def _encode(self, timed: Timed) -> Patch:
-        """The next patch, encoded twice; the resident copy is brought to the new version."""
-        masters, found = self._source.masters, []
+        """Encode the next patch twice, and bring the resident copy to the new version."""
+        masters, found = self.chain.masters, []
         for _ in range(2):
-            timed("cast", lambda: _cast(masters, self._scratch.weights))
+            timed("cast", lambda: _cast(masters, self.scratch.weights))
             timed("encode", lambda: found.append(encode(self.resident, masters)))
             if len(found) == 1:
                 apply(self.resident, found, -1)
-        self._patches = [*self._patches, found[-1]][-WALK:]
         return found[-1]
 
     def _switch(self, timed: Timed, patch: Patch) -> bytes:
-        """There and back over one patch, from memory and from the cold tier."""
+        """Go there and back over one patch, from memory and from the cold tier."""
         packed: list[bytes] = []
         timed("pack", lambda: packed.append(patch.to_bytes("cold")))
         timed("switch", lambda: apply(self.resident, [patch], -1))
@@ -124,103 +158,35 @@ class Lab:
         timed("switch.cold", lambda: apply(self.resident, [Patch.from_bytes(packed[0])], 1))
         return packed[0]
 
-    def _walk(self, timed: Timed) -> None:
-        """There and back over several patches: in one pass, and with a stop at each on the way there."""
-        patches = self._patches
-        if len(patches) < WALK:
-            return
-
-        def stops() -> None:
-            for patch in reversed(patches):
-                apply(self.resident, [patch], -1)
-            apply(self.resident, patches, 1)
-
-        timed("pass", lambda: apply(self.resident, patches, -1))
-        timed("pass", lambda: apply(self.resident, patches, 1))
-        timed("stops", stops)
-
     def _checkout(self, timed: Timed) -> None:
-        """The store's way there and back, and that of full copies."""
-        newest = self._store.versions[-1]
-        timed("publish", lambda: self._store.publish(newest + 1, self._source.masters))
+        """Publish to the store, then check the version before out and come back."""
+        newest = self.store.versions[-1]
+        timed("publish", lambda: self.store.publish(newest + 1, self.chain.masters))
 
         def checkout() -> None:
-            with self._store.checkout(newest):
+            with self.store.checkout(newest):
                 pass
 
-        self._scratch.buffers[BF16].copy_(self.resident.buffers[BF16])
         for _ in range(2):
             timed("checkout", checkout)
-            timed("load_state_dict", lambda: self._module.load_state_dict(self._old.weights))
-            timed("load_state_dict", lambda: self._module.load_state_dict(self._scratch.weights))
 
     def _count(self, patch: Patch, cold_bytes: int) -> None:
         full = self.resident.layout.num_bytes
         self._cold_bytes.append(cold_bytes)
-        found = {
-            "share.changed": patch.share_changed,
-            "share.dense": patch.dense_share,
-            "bytes.cold": cold_bytes / full,
-            "bytes.memory": patch.num_bytes / full,
-        }
-        if len(self._cold_bytes) % self._compare_every == 0:
-            old, new = self._old.buffers[BF16], self.resident.buffers[BF16]
-            xor_bytes = len(zstd_xor(old, new))
-            found["bytes.entropy"] = change(old, new).entropy_share
-            found["bytes.xor"] = xor_bytes / full
-            found["bytes.of_xor"] = cold_bytes / xor_bytes
+        self.values["share.changed"].append(patch.share_changed)
+        self.values["bytes.cold"].append(cold_bytes / full)
+        self.values["bytes.memory"].append(patch.num_bytes / full)
         if len(self._cold_bytes) >= WINDOW:
-            window = sum(self._cold_bytes[-WINDOW:])
-            found["window.copy"] = window / full
-            found["window.ewma"] = window / (4 * self.resident.layout.num_values)
-        for name, value in found.items():
-            self._values[name].append(value)
+            self.values["window.copy"].append(sum(self._cold_bytes[-WINDOW:]) / full)
 
-    def rows(self) -> list[Row]:
-        """All figures; call it after at least `WALK` rounds."""
-        times, subject = self._times, self._subject
-        memcpy, cast = times["memcpy"], times["cast"]
-        net = [encode - cast for encode, cast in zip(times["encode"], cast, strict=True)]
-        cold = [encode + pack for encode, pack in zip(net, times["pack"], strict=True)]
-        walked = memcpy[WALK - 1 :]
-        double = [work * 2 for work in times["load_state_dict"]]
-        per_version = {name: [work * (1 / WALK) for work in times[name]] for name in ("pass", "stops")}
-        return [
-            *(subject.row(name, values) for name, values in self._values.items()),
-            subject.ratios("switch.memory", times["switch"], memcpy),
-            subject.ratios("switch.cold", times["switch.cold"], memcpy),
-            subject.ratios("walk.pass", per_version["pass"], walked),
-            subject.ratios("walk.stops", per_version["stops"], walked),
-            subject.ratios("checkout", times["checkout"], double),
-            subject.ratios("load_state_dict", times["load_state_dict"], memcpy),
-            subject.ratios("encode.memory", net, memcpy),
-            subject.ratios("encode.cold", cold, memcpy),
-            subject.ratios("cast", cast, memcpy),
-            subject.ratios("publish", times["publish"], memcpy),
-            subject.milliseconds("memcpy", memcpy),
-            subject.milliseconds("ms.switch", times["switch"]),
-            subject.milliseconds("ms.encode", times["encode"]),
-        ]
+    def net_encode(self) -> list[Seconds]:
+        """Return the times of encoding without the cast to bf16, which every route has to make."""
+        return [encode - cast for encode, cast in zip(self.times["encode"], self.times["cast"], strict=True)]
 
 
-def module_of(weights: Mapping[str, Tensor]) -> nn.Module:
-    """A module that holds copies of the weights under their names."""
-    root = nn.Module()
-    for name, weight in weights.items():
-        *path, leaf = name.split(".")
-        owner = root
-        for part in path:
-            if part not in dict(owner.named_children()):
-                owner.add_module(part, nn.Module())
-            owner = owner.get_submodule(part)
-        owner.register_parameter(leaf, nn.Parameter(weight.clone(), requires_grad=False))
-    return root
-
-
-def zstd_xor(old: Tensor, new: Tensor) -> bytes:
-    """What others send for a new version: the bits of both states XORed, then zstd at level 1."""
-    flipped = old.view(torch.int16) ^ new.view(torch.int16)
-    return pack("xor", flipped.cpu().numpy().view(np.uint8), "cold")[1]
+def ratios(works: Sequence[Seconds], per: Sequence[Seconds]) -> list[float]:
+    """Divide the busy times of two works of the same rounds."""
+    return [work.busy_s / unit.busy_s for work, unit in zip(works, per, strict=True)]
 
 
 def _cast(masters: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
@@ -229,7 +195,5 @@ def _cast(masters: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
 
 
 def _middle(works: list[Seconds]) -> Seconds:
-    """The median of each clock."""
-    return Seconds(
-        busy_s=statistics.median(work.busy_s for work in works), wall_s=statistics.median(work.wall_s for work in works)
-    )
+    """Return the median of each clock."""
+    return Seconds(busy_s=statistics.median(w.busy_s for w in works), wall_s=statistics.median(w.wall_s for w in works))

@@ -1,30 +1,139 @@
-"""``oldlogits bench NAME``: measurements and predictions. One file per bench, imported only when it is called."""
+"""``oldlogits bench versions``: what it costs to keep exact versions, on this machine, of a random model or of yours."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Final
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from oldlogits.core.errors import ConfigError
+from oldlogits.record.folder import describe_environment, write_json
 
-BENCHES: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        "versions": "measure what exact versions cost on this machine",
-        "scaling": "measure how trajectories per second grow with rollout workers, and Ray beside local",
-        "simulate": "predict throughput, idle shares and staleness of a run or a cluster from step times",
-    }
-)
-"""Each bench is the function ``command(arguments) -> exit status`` of ``oldlogits.cli.bench_NAME``."""
+if TYPE_CHECKING:
+    from oldlogits.bench.lab import Lab
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions:
+    """Measure what keeping exact versions costs: bytes of a version, seconds to encode one and to switch to one.
+
+    Times are CPU time of one thread (on an accelerator, device time) and are shown as multiples of the time that a copy of
+    all weights takes in the same round; each figure is the median over the rounds.
+    """
+
+    model: Path | None = None
+    """A Hugging Face folder, which is trained for a few real steps on the CPU. Default: a random model."""
+    lr: tuple[float, ...] = (1e-6, 1e-5)
+    """Learning rates. The smaller the rate, the fewer bf16 values a step changes, and the smaller a version."""
+    params: int = 128_000_000
+    """Parameters of the random model."""
+    rounds: int = 11
+    """Versions made at each learning rate; from 10 on with the bytes of a window of 10."""
+    smoke: bool = False
+    """A random model of 24 million parameters: under a minute. Its ratios of times are not those of a larger model."""
+    device: str = "cpu"
+    """Where the random model lives: cpu, or cuda."""
+    out: Path | None = None
+    """A JSON file for the figures."""
 
 
 def command(arguments: Sequence[str]) -> int:
-    """Run a bench; returns the exit status."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: oldlogits bench NAME ...\n\n" + "\n".join(f"  {name:<10}{text}" for name, text in BENCHES.items()))
-        return 0
-    if arguments[0] not in BENCHES:
-        raise ConfigError("unknown bench", got=arguments[0], allowed=", ".join(BENCHES), fix="run `oldlogits bench --help`")
-    status: int = importlib.import_module(f"oldlogits.cli.bench_{arguments[0]}").command(arguments[1:])
-    return status
+    """Measure at each learning rate, and show one table."""
+    if arguments[:1] != ["versions"]:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print("usage: oldlogits bench versions ...\n\n  versions  measure what exact versions cost on this machine")
+            return 0
+        raise ConfigError("unknown bench", got=arguments[0], allowed="versions", fix="run `oldlogits bench versions --help`")
+    options = tyro.cli(BenchOptions, prog="oldlogits bench versions", args=list(arguments[1:]))
+    if options.rounds < 1 or options.params < 100_000 or not options.lr or min(options.lr) <= 0:
+        raise ConfigError(
+            "there is too little to measure",
+            got=f"--rounds {options.rounds} --params {options.params} --lr {' '.join(map(str, options.lr))}",
+            allowed="at least 1 round, 100,000 parameters and one learning rate above 0",
+            fix="raise it, or leave it out",
+        )
+    started, console = time.perf_counter(), Console(highlight=False)
+    figures = _measure(options, lambda said: console.print(said, style="dim"))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("a version beside a copy of all weights")
+    for lr in figures:
+        table.add_column(f"lr {lr}", justify="right", no_wrap=True)
+    for name, (label, show) in FIGURES.items():
+        cells = [show(found[name]) if name in found else "" for found in figures.values()]
+        table.add_row(label, *cells) if any(cells) else None
+    console.print(table)
+    console.print(f"{time.perf_counter() - started:.0f} s; how the format works: docs/versions.md")
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        environment = describe_environment()
+        write_json(options.out, {"environment": environment, "device": options.device, "figures": figures})
+        console.print(f"figures  {options.out}")
+    return 0
+
+
+def _measure(options: BenchOptions, say: Callable[[str], None]) -> dict[str, dict[str, float]]:
+    """Return the figures by learning rate and name."""
+    import torch
+
+    from oldlogits.bench.chains import RealModel, SyntheticModel
+    from oldlogits.bench.lab import Lab
+    from oldlogits.versions import fast_path
+
+    if torch.device(options.device).type != "cpu" and not torch.cuda.is_available():
+        raise ConfigError("there is no such device", got=options.device, allowed="cpu", fix="leave --device out")
+    torch.set_num_threads(1)
+    say(f"kernels: {fast_path()}; one thread")
+    found: dict[str, dict[str, float]] = {}
+    for lr in options.lr:
+        if options.model is not None:
+            lab = Lab(RealModel(options.model, lr=lr))
+        else:
+            num_params = 24_000_000 if options.smoke else options.params
+            lab = Lab(SyntheticModel(num_params=num_params, lr=lr, device=options.device))
+        say(f"{lab.resident.layout.num_values:,} parameters at lr {lr:g}, {options.rounds} rounds")
+        for _ in range(options.rounds):
+            lab.round()
+        found[f"{lr:g}"] = {name: statistics.median(values) for name, values in _samples(lab).items()}
+    return found
+
+
+def _samples(lab: Lab) -> Mapping[str, Sequence[float]]:
+    """Return the figures of each round, by name."""
+    from oldlogits.bench.lab import ratios
+
+    times, encode = lab.times, lab.net_encode()
+    cold = [net + pack for net, pack in zip(encode, times["pack"], strict=True)]
+    works = {"encode.memory": encode, "encode.cold": cold, **{name: times[name] for name in TIMED}}
+    copies = {name: ratios(seconds, times["memcpy"]) for name, seconds in works.items()}
+    return {**lab.values, **copies, "memcpy.ms": [1000 * copy.busy_s for copy in times["memcpy"]]}
+
+
+TIMED: Final = ("switch", "switch.cold", "checkout", "publish")
+
+
+def _percent(value: float) -> str:
+    return f"{value:.2%}" if value < 0.1 else f"{value:.0%}"
+
+
+FIGURES: Final[Mapping[str, tuple[str, Callable[[float], str]]]] = {
+    "share.changed": ("bf16 values that a step changes", _percent),
+    "bytes.memory": ("bytes of a version in memory", _percent),
+    "bytes.cold": ("bytes of a version, compressed", _percent),
+    "window.copy": ("bytes of ten versions, compressed", _percent),
+    "encode.memory": ("time to encode it", "{:.2f} x".format),
+    "encode.cold": ("time to encode and compress it", "{:.2f} x".format),
+    "publish": ("time to publish it, with the cast to bf16", "{:.2f} x".format),
+    "switch": ("time to switch to it, from memory", "{:.2f} x".format),
+    "switch.cold": ("time to switch to it, compressed", "{:.2f} x".format),
+    "checkout": ("time to check it out and come back", "{:.2f} x".format),
+    "memcpy.ms": ("a copy of all weights takes", "{:.1f} ms".format),
+}
+"""The lines of the table: figure, label, and how it is written."""

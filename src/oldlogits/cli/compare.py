@@ -1,162 +1,89 @@
-"""``oldlogits compare RECIPE``: the same work under every method and route, side by side."""
+"""``oldlogits compare RECIPE...``: recipes under the same seeds, side by side."""
 
 from __future__ import annotations
 
 import os
-import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from oldlogits.cli.main import FAILED, INTERRUPTED
+from oldlogits.compare.pool import Outcome, run_jobs
+from oldlogits.compare.runs import PlannedRun, perform, plan_runs, read_figures
+from oldlogits.compare.table import legend, markdown, rows_of, terminal
 from oldlogits.core.errors import ConfigError
-
-if TYPE_CHECKING:
-    from oldlogits.study.plan import Cell, Stage
-    from oldlogits.study.pool import Done
-    from oldlogits.study.results import Study
+from oldlogits.record.folder import write_atomic
+from oldlogits.record.jsonl import encode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompareOptions:
-    """Run the study of RECIPE, a TOML file, and show what came out; or show a finished one, given its study.json.
+    """Run each RECIPE under each seed, and compare what it gained and cost; differences are paired by seed.
 
-    An interrupted study goes on with the same command: what is computed is kept.
+    Runs that are done are kept: the same command goes on where it stopped. Any recipe key is overridden for all runs by its
+    dotted name, and varied by --vary: `oldlogits compare recipes/desk.toml --vary trainer.lr=1e-4,5e-4 --num-updates 20`.
     """
 
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """The seeds of every recipe."""
+    vary: tuple[str, ...] = ()
+    """KEY=VALUE,VALUE ...: every recipe with each of these values; several keys multiply."""
     out: Path | None = None
-    """The study's folder. Default: runs/RECIPE. With a study.json: where report.html and study.md are written."""
-    stages: tuple[Literal["pilot", "learning", "decision", "cost"], ...] = ("learning", "decision", "cost")
-    """Which parts to run. The pilot says what to write into the recipe before the rest is run."""
-    processes: int = 0
-    """Cells that run at the same time; 0: as the recipe says."""
+    """The folder of the comparison: a run folder for each run, compare.json, compare.md. Default: runs/compare-RECIPE."""
+    processes: int = 1
+    """How many runs go on at the same time."""
     dry_run: bool = False
-    """Check the recipe, count what is to be run, and stop."""
+    """Check every recipe, say which runs are missing, and stop."""
 
 
 def command(arguments: Sequence[str]) -> int:
-    """Parse, run what is missing, and show everything that is there."""
-    named = Path(arguments[0]) if arguments and not arguments[0].startswith("-") else None
-    options = tyro.cli(CompareOptions, prog="oldlogits compare RECIPE", args=list(arguments[named is not None :]))
-    if named is None:
+    """Run what is missing, and show the table of all runs that are done; returns 1 where a run failed."""
+    num_named = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    recipes, words = [Path(word) for word in arguments[:num_named]], list(arguments[num_named:])
+    options, overrides = tyro.cli(CompareOptions, prog="oldlogits compare RECIPE...", args=words, return_unknown_args=True)
+    if not recipes or not options.seeds or options.processes < 1:
         raise ConfigError(
-            "the first word names no recipe",
-            got="no recipe",
-            allowed="a TOML file of a study, or a study.json",
-            fix="oldlogits compare recipes/study-small.toml",
+            "there is nothing to compare",
+            got=f"{len(recipes)} recipes, {len(options.seeds)} seeds, {options.processes} processes",
+            allowed="at least one of each",
+            fix="oldlogits compare recipes/desk_lockstep.toml --vary trainer.lr=1e-4,5e-4 --seeds 0 1 2",
         )
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if named.suffix == ".json":
-        from oldlogits.study.results import Study
-
-        if not named.is_file():
-            raise ConfigError("the study does not exist", got=str(named), allowed="a study.json", fix="look in runs/")
-        return _show(Study.read(named), options.out or named.parent)
-    return _run(named, options)
-
-
-def _run(recipe: Path, options: CompareOptions) -> int:
-    from oldlogits.study.compare import Comparison, read_notes
-    from oldlogits.study.pilot import suggestion
-    from oldlogits.study.plan import read_plan
-
-    plan = read_plan(recipe)
-    out = options.out or Path("runs") / recipe.stem
-    comparison = Comparison(plan, read_notes(plan), out, options.processes or plan.processes)
+    out = options.out or Path("runs") / f"compare-{recipes[0].stem}"
+    planned = plan_runs(recipes, overrides, options.vary, options.seeds, out)
+    missing = [run for run in planned if not run.is_done]
+    console = Console(highlight=False)
     if options.dry_run:
-        for stage, num in comparison.num_missing(options.stages).items():
-            print(f"{stage}: {num} cells to run")
+        console.print("\n".join([f"{len(missing)} of {len(planned)} runs are missing", *(run.label for run in missing)]))
         return 0
-    print(f"study folder: {out}", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    console.print(f"{out}: {len(planned)} runs, {len(planned) - len(missing)} of them done")
     try:
-        with StudyProgress() as view:
-            failed = comparison.run(options.stages, view)
+        failed = _run(missing, options.processes, out, console)
     except KeyboardInterrupt:
-        print(f"interrupted; the same command goes on: oldlogits compare {recipe} --out {out}", file=sys.stderr)
+        console.print("interrupted; the same command goes on")
         return INTERRUPTED
-    study = comparison.study()
-    study.write(out / "study.json")
-    if "pilot" in options.stages:
-        print("\nThe pilot's answers, for the [[regimes]] of the recipe:\n\n" + suggestion(plan, study.pilot))
-    _show(study, out)
-    for done in failed:
-        why = done.error.strip().splitlines()[-1]
-        print(f"failed: {done.cell.label}: {why} ({out / 'failures' / (done.cell.key + '.txt')})", file=sys.stderr)
+    figures = [read_figures(run) for run in planned if run.is_done]
+    rows = rows_of(figures)
+    plain = {name: {metric: asdict(mean) for metric, mean in means.items()} for name, means in rows.items()}
+    write_atomic(out / "compare.json", encode({"rows": plain, "runs": [asdict(one) for one in figures]}) + "\n")
+    write_atomic(out / "compare.md", markdown(rows, figures))
+    console.print(legend(figures), terminal(rows), sep="\n")
+    for outcome in failed:
+        console.print(f"failed: {outcome.job.label}: {outcome.error.strip().splitlines()[-1]} (see {out / 'log.txt'})")
     return FAILED if failed else 0
 
 
-def _show(study: Study, out: Path) -> int:
-    """Print the tables, and write page and document."""
-    from oldlogits.study.document import write_document
-    from oldlogits.study.page import write_page
-    from oldlogits.study.tables import print_tables, tables_of
+def _run(missing: Sequence[PlannedRun], processes: int, out: Path, console: Console) -> list[Outcome[PlannedRun, None]]:
+    """Run what is missing, and say so run by run; returns those that failed."""
+    failed: list[Outcome[PlannedRun, None]] = []
 
-    print_tables(tables_of(study))
-    write_page(study, out / "report.html")
-    write_document(study, out / "study.md")
-    print(f"report    {out / 'report.html'}\ndocument  {out / 'study.md'}")
-    return 0
+    def told(outcome: Outcome[PlannedRun, None]) -> None:
+        failed.extend([outcome] if outcome.error else [])
+        console.print(f"{outcome.job.label}: {'FAILED' if outcome.error else f'{outcome.wall_s:.0f} s'}")
 
-
-class StudyProgress:
-    """One bar over the cells of a stage; one line a cell where the output is no terminal."""
-
-    def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console()
-        columns = (
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
-        )
-        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
-        self._running: dict[str, str] = {}
-        self._task: TaskID | None = None
-        self._total = self._num_done = 0
-        self._started = time.perf_counter()
-
-    def __enter__(self) -> StudyProgress:
-        """Show it."""
-        self._progress.start()
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        """Leave the last state on the screen."""
-        self._progress.stop()
-
-    def begin(self, stage: Stage, num_cells: int, num_known: int) -> None:
-        """A stage begins."""
-        self._running.clear()
-        self._total, self._num_done, self._started = num_cells, num_known, time.perf_counter()
-        self._task = self._progress.add_task(stage, total=num_cells, completed=num_known)
-        self._say(f"{stage}: {num_cells} cells, {num_known} of them known")
-
-    def start(self, cell: Cell) -> None:
-        """A cell begins."""
-        self._running[cell.key] = cell.label
-        self._describe()
-
-    def done(self, done: Done) -> None:
-        """A cell has ended."""
-        self._running.pop(done.cell.key, None)
-        self._num_done += 1
-        if self._task is not None:
-            self._progress.advance(self._task)
-        self._describe()
-        how = "FAILED" if done.error else f"{done.wall_s:.0f} s"
-        self._say(f"{self._num_done}/{self._total}  {done.cell.label}  {how}")
-
-    def _describe(self) -> None:
-        if self._task is not None:
-            self._progress.update(self._task, description="\n".join(self._running.values()))
-
-    def _say(self, line: str) -> None:
-        if not self._console.is_terminal:
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+    run_jobs(missing, perform, processes=processes, log=out / "log.txt", on_done=told)
+    return failed

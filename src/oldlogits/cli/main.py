@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
 
 from oldlogits import __version__
+from oldlogits.cli.table import wrapped
 from oldlogits.core.errors import ConfigError, EnvironmentShapeError, ModelFolderError, OldLogitsError, RunFolderError
 
 VERBS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "train": "train an agent from a recipe",
         "fetch": "fetch a small real model, where no model hub can be reached",
-        "compare": "run the same work under every method and route, and show what each gains and costs",
+        "compare": "run recipes under the same seeds, and show gains and costs",
         "report": "write report.html of a run folder again",
-        "bounds": "print what a band, a clip and an interpolation mean for the total ratio",
-        "bench": "measure what exact versions cost; predict a run or a cluster from step times",
-        "play": "act as the agent of an environment, or watch the oracle or a checkpoint",
+        "bounds": "print what band, clip and interpolation mean for the total ratio",
+        "bench": "measure what exact versions cost on this machine",
+        "play": "act as the agent of an environment, or watch a checkpoint",
         "serve": "serve a model folder over vLLM's HTTP routes, with the embedded engine",
         "workers": "change how many rollout workers a run on a cluster has",
-        "show": "print the variants, every recipe key, or the summary of a run",
+        "show": "print variants, sources, every recipe key, or the summary of a run",
     }
 )
 """Each verb is the function ``command(arguments) -> exit status`` of ``oldlogits.cli.VERB``."""
@@ -51,25 +52,35 @@ def run(words: list[str]) -> int:
     if words[0] in ("-V", "--version"):
         print(f"oldlogits {__version__}")
         return 0
+    return attempt(_verb, words)
+
+
+def attempt(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """Run a command; returns its exit status, or that of an error of this package, which is printed without a traceback."""
     try:
-        if words[0] not in VERBS:
-            raise ConfigError("unknown command", got=words[0], allowed=", ".join(VERBS), fix="run `oldlogits --help`")
-        command = importlib.import_module(f"oldlogits.cli.{words[0]}").command
-        status: int = command(words[1:])
+        return command(arguments)
     except OldLogitsError as error:
         print_error(error)
         return REFUSED if isinstance(error, WRONG) else FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _verb(words: Sequence[str]) -> int:
+    """Import the verb that the first word names, and run it with the others."""
+    if words[0] not in VERBS:
+        raise ConfigError("unknown command", got=words[0], allowed=", ".join(VERBS), fix="run `oldlogits --help`")
+    status: int = importlib.import_module(f"oldlogits.cli.{words[0]}").command(words[1:])
     return status
 
 
 def print_error(error: OldLogitsError) -> None:
-    """What, got, allowed and fix, a line each, on standard error."""
+    """What, got, allowed and fix, a line each, on standard error; a terminal gets lines that end between words."""
     parts = {"error": error.what, "got": error.got, "allowed": error.allowed, "fix": error.fix}
     for label, text in parts.items():
         if text:
-            print(f"{label:>8}: {text}", file=sys.stderr)
+            line = f"{label:>8}: {text}"
+            print("\n".join(wrapped(line, later=" " * 10)) if sys.stderr.isatty() else line, file=sys.stderr)
 
 
 def usage() -> str:

@@ -1,4 +1,4 @@
-"""``oldlogits show variants | recipe | RUN``: print tables of this package, or the summary of a run."""
+"""``oldlogits show variants | sources | recipe | RUN``: print tables of this package, or the summary of a run."""
 
 from __future__ import annotations
 
@@ -7,25 +7,29 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Final
+from typing import Annotated, Final, get_type_hints
 
 import tyro
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, Group, RenderableType
+from rich.text import Text
 
+from oldlogits.cli.table import INDENT, Rows, wrapped
+from oldlogits.config.reader import allowed_values, fields_by_key
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, SOURCES, VARIANTS
+from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, VARIANTS
+from oldlogits.core.source import SOURCES, provided, sources_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShowOptions:
-    """Print the variants, every recipe key, or the summary of a run."""
+    """Print the variants, the sources, every recipe key, or the summary of a run."""
 
     what: Annotated[str, tyro.conf.Positional]
-    """variants | recipe | a run folder."""
+    """variants | sources | recipe | a run folder."""
     markdown: bool = False
     """Print tables as Markdown: what README.md and docs/ hold."""
 
@@ -33,10 +37,12 @@ class ShowOptions:
 def command(arguments: Sequence[str]) -> int:
     """Print what was asked for."""
     options = tyro.cli(ShowOptions, prog="oldlogits show", args=list(arguments))
-    console = Console()
+    console = Console(highlight=False)
     if options.what in TABLES:
         table = TABLES[options.what]
-        console.print(table.markdown() if options.markdown else table.rich(), markup=False, soft_wrap=options.markdown)
+        console.print(
+            table.markdown() if options.markdown else table.rich(console.width), markup=False, soft_wrap=options.markdown
+        )
     elif (folder := Path(options.what)).is_dir():
         from oldlogits.record.live import print_summary
         from oldlogits.record.summary import Summary
@@ -57,24 +63,28 @@ def command(arguments: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rows:
-    """A table: columns and rows, shown in the terminal or as Markdown."""
+class Shown:
+    """A table: columns and rows, shown in the terminal or as Markdown.
+
+    Args:
+        title: What stands above it in the terminal.
+        columns: The names of the columns.
+        rows: Makes the rows, one cell a column.
+        body: Makes what the terminal shows of them for its width; by default columns, or blocks of lines where it is narrow.
+    """
 
     title: str
     columns: tuple[str, ...]
     rows: Callable[[], Iterator[tuple[str, ...]]]
+    body: Callable[[int], RenderableType] | None = None
 
-    def rich(self) -> Table:
-        """For the terminal."""
-        table = Table(title=self.title)
-        for index, column in enumerate(self.columns):
-            table.add_column(column, overflow="fold", no_wrap=index == 0)
-        for row in self.rows():
-            table.add_row(*row)
-        return table
+    def rich(self, width: int) -> RenderableType:
+        """What the terminal shows."""
+        title = Text("\n".join(wrapped(self.title, width)) + "\n", style="italic")
+        return Group(title, self.body(width) if self.body else Rows(self.columns, list(self.rows())))
 
     def markdown(self) -> str:
-        """For a document."""
+        """What a document holds."""
         lines = [self.columns, ("---",) * len(self.columns), *self.rows()]
         return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
@@ -82,58 +92,85 @@ class Rows:
 def variant_rows() -> Iterator[tuple[str, ...]]:
     """Name, r_d, r_s, total ratio, sources, remark of every variant."""
     for name, variant in {**VARIANTS, **EXPERIMENTAL_VARIANTS}.items():
-        sources = [source for source, route in SOURCES.items() if variant.needs <= route.provides]
-        fitting = ["none"] if not variant.needs else sources
         remarks = [] if variant.corrects_mismatch else ["mismatch uncorrected"]
         remarks += ["experimental"] if name in EXPERIMENTAL_VARIANTS else []
-        yield name, str(variant.r_d), str(variant.r_s), str(variant.total), ", ".join(fitting) or "-", ", ".join(remarks)
+        yield (
+            name,
+            str(variant.r_d),
+            str(variant.r_s),
+            str(variant.total),
+            ", ".join(sources_for(name)) or "-",
+            ", ".join(remarks),
+        )
+
+
+def source_rows() -> Iterator[tuple[str, ...]]:
+    """Name, what it provides, what it costs of every source."""
+    for name in SOURCES.names:
+        source = SOURCES.find(name)
+        yield name, ", ".join(sorted(policy.name for policy in provided(source))) or "-", source.cost
 
 
 def recipe_rows() -> Iterator[tuple[str, ...]]:
-    """Dotted key, default and meaning of every recipe key."""
-
-    def walk(value: object, prefix: str) -> Iterator[tuple[str, ...]]:
-        assert dataclasses.is_dataclass(value)
-        assert not isinstance(value, type)
-        docs = field_docs(type(value))
-        for field in dataclasses.fields(value):
-            child = vars_of(value, field.name)
-            if dataclasses.is_dataclass(child):
-                yield from walk(child, f"{prefix}{field.name}.")
-            else:
-                yield prefix + field.name, repr(child), docs[field.name]
-
-    yield from walk(RunConfig(), "")
+    """Dotted key, default, allowed values and meaning of every recipe key."""
+    default, sections = RunConfig(), dict(_sections())
+    for key, hint in fields_by_key(RunConfig).items():
+        section, _, name = key.rpartition(".")
+        yield key, repr(attrgetter(key)(default)), allowed_values(hint), field_docs(sections[section])[name]
 
 
-def vars_of(value: object, name: str) -> object:
-    """The value of a slot."""
-    return object.__getattribute__(value, name)
+def recipe_body(width: int) -> Group:
+    """The keys under their sections: key and default, what it may be, what it means."""
+    lines, sections, last = [], dict(_sections()), ""
+    for key, default, allowed, meaning in recipe_rows():
+        section = key.rpartition(".")[0]
+        if section != last:
+            heading = wrapped(f"[{section}] {inspect.getdoc(sections[section])}", width, later=INDENT)
+            lines += [Text(), Text("\n".join(heading), style="bold blue")]
+            last = section
+        later = [*wrapped(f"allowed: {allowed}", width, indent=INDENT), *wrapped(meaning, width, indent=INDENT)]
+        lines += [Text(f"{key} = {default}", style="bold", overflow="fold"), Text("\n".join(later))]
+    return Group(*lines)
+
+
+def _sections() -> Iterator[tuple[str, type]]:
+    """The dataclass of each section of a recipe; that of the top level has no name."""
+    yield "", RunConfig
+    for name, hint in get_type_hints(RunConfig).items():
+        if dataclasses.is_dataclass(hint):
+            assert isinstance(hint, type)
+            yield name, hint
 
 
 def field_docs(kind: type) -> dict[str, str]:
-    """The string that follows each field in the class body."""
+    """The string that follows each field in the class body, on one line."""
     body = ast.parse(inspect.getsource(kind)).body[0]
     assert isinstance(body, ast.ClassDef)
     docs: dict[str, str] = {}
     for field, text in zip(body.body, body.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
             assert isinstance(field.target, ast.Name)
-            docs[field.target.id] = str(text.value.value)
+            docs[field.target.id] = " ".join(str(text.value.value).split())
     return docs
 
 
-TABLES: Final[Mapping[str, Rows]] = MappingProxyType(
+TABLES: Final[Mapping[str, Shown]] = MappingProxyType(
     {
-        "variants": Rows(
+        "variants": Shown(
             title="variants: r_d multiplies and masks, r_s is clipped",
             columns=("variant", "r_d", "r_s", "total ratio", "proximal.source", "remark"),
             rows=variant_rows,
         ),
-        "recipe": Rows(
-            title="recipe keys; override any with --KEY VALUE",
-            columns=("key", "default", "meaning"),
+        "sources": Shown(
+            title="sources of the proximal policy's log-probs; auto takes the first that provides what the variant needs",
+            columns=("proximal.source", "provides", "costs"),
+            rows=source_rows,
+        ),
+        "recipe": Shown(
+            title="recipe keys with their defaults, allowed values and meanings; override any with --KEY VALUE",
+            columns=("key", "default", "allowed", "meaning"),
             rows=recipe_rows,
+            body=recipe_body,
         ),
     }
 )

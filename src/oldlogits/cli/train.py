@@ -17,6 +17,7 @@ import tyro
 
 from oldlogits.backends.torchrun.launch import launched
 from oldlogits.cli.main import FAILED, INTERRUPTED, print_error
+from oldlogits.cli.table import wrapped
 from oldlogits.config import RunConfig, cautions, load_config
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.policies import find_variant
@@ -134,13 +135,12 @@ def _dry_run(config: RunConfig) -> int:
     from oldlogits.run.cost import estimate
 
     print(tomli_w.dumps(dataclasses.asdict(config)))
-    variant = find_variant(config.variant)
-    print(f"# {config.variant}: r_d = {variant.r_d}, r_s = {variant.r_s}, total ratio {variant.total}")
-    for caution in cautions(config):
-        print(f"# warning: {caution.message}")
-    cost = estimate(config)
-    for line in cost.lines() if cost is not None else _unknown(config):
-        print(f"# {line}")
+    variant, cost = find_variant(config.variant), estimate(config)
+    lines = [f"{config.variant}: r_d = {variant.r_d}, r_s = {variant.r_s}, total ratio {variant.total}"]
+    lines += [f"warning: {caution.message}" for caution in cautions(config)]
+    lines += cost.lines() if cost is not None else _unknown(config)
+    for line in lines:
+        print("\n".join(wrapped(line, indent="# ", later="#     ")))
     return 0
 
 

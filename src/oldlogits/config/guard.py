@@ -14,6 +14,7 @@ from itertools import groupby
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.bounds import EffectiveBounds, Interpolation, a3po_weight, effective_bounds, supremum_r_s
 from oldlogits.core.errors import ConfigError
+from oldlogits.core.loss import LOSSES
 from oldlogits.core.policies import AGED, ASYNC, EWMA, LINEAR, LOGLINEAR, OLD, RESCORE, Policy, find_variant
 
 
@@ -52,9 +53,13 @@ class _Weighted:
 def refuse_idle(config: RunConfig) -> None:
     """Refuse a correction that can never act because its bound does not exist.
 
+    What a loss from outside makes of the bounds is not known here, so that it is neither refused nor warned of.
+
     Raises:
         ConfigError: A clip or the mask has no bound, though the recipe does not switch it off.
     """
+    if config.objective.loss not in LOSSES.names:
+        return
     masks = not find_variant(config.variant).r_d.is_one
     if masks and config.band == math.inf and config.objective.mismatch_correction == "mask":
         raise ConfigError(
@@ -126,13 +131,15 @@ def _more_weight(config: RunConfig) -> list[str]:
 
 
 def cautions(config: RunConfig) -> tuple[Caution, ...]:
-    """What the recipe alone shows to be doubtful."""
+    """What the recipe alone shows to be doubtful, if its loss is a built-in one."""
+    if config.objective.loss not in LOSSES.names:
+        return ()
     return tuple(_without_clip(config)) + tuple(_without_band(config)) + tuple(_hidden_bounds(config))
 
 
 def _without_clip(config: RunConfig) -> Iterator[Caution]:
     """One step, taken where THETA still is the stand-in."""
-    stand_in, steps = find_variant(config.variant).stand_in, config.trainer.minibatches_per_update
+    stand_in, steps = find_variant(config.variant).proximal, config.trainer.minibatches_per_update
     if config.objective.clip == "ppo" and steps == 1 and _starts_at_theta(stand_in, config):
         yield Caution(
             name="no-clip",
@@ -219,7 +226,7 @@ def kept_at_lag_0(config: RunConfig) -> tuple[float, float]:
 def _weighted(config: RunConfig) -> Iterator[_Weighted]:
     """The bounds on R by the weight on mu, staleness ascending; nothing where the stand-in is no interpolation."""
     variant, objective = find_variant(config.variant), config.objective
-    if variant.stand_in not in (LINEAR, LOGLINEAR):
+    if variant.proximal not in (LINEAR, LOGLINEAR):
         return
     fixed = objective.interpolation_schedule == "fixed"
     for staleness in [None] if fixed else range(config.window + 1):
@@ -236,4 +243,4 @@ def _weighted(config: RunConfig) -> Iterator[_Weighted]:
 
 
 def _kind(config: RunConfig) -> Interpolation:
-    return "linear" if find_variant(config.variant).stand_in is LINEAR else "loglinear"
+    return "linear" if find_variant(config.variant).proximal is LINEAR else "loglinear"

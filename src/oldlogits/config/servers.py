@@ -1,46 +1,45 @@
-"""The rules for servers that sample over HTTP. Imports no torch."""
+"""The rules between the engine, its servers and the runtime that a recipe names. Imports no torch."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import fields
 from typing import Final
 from urllib.parse import urlsplit
 
+from oldlogits.config.kinds import BACKENDS, ENGINES, SERVER_PROTOCOLS
 from oldlogits.config.schema import EngineConfig, RayConfig, RunConfig
 from oldlogits.core.errors import ConfigError
 
-_OF_VLLM: Final = ("urls", "token_env", "server", "num_servers", "flags", "python")
+_OF_SERVERS: Final = ("urls", "token_env", "server", "num_servers", "flags", "python")
 _OF_STARTED: Final = ("server", "num_servers", "flags", "python")
 
 
 def check_servers(config: RunConfig) -> None:
-    """Refuse keys that would have no effect, and servers that the run cannot use.
+    """Refuse keys that would have no effect, and engines that the runtime cannot use.
 
     Raises:
         ConfigError: What is wrong, what was found, what is allowed, and how to fix it.
     """
     engine = config.engine
-    _check_ranges(engine)
+    kind, runtime = ENGINES.find(engine.type)(), BACKENDS.find(config.runtime.type)
     _check_ray(config)
-    if engine.type == "embedded":
-        _refuse_idle(engine, _OF_VLLM, "engine.type = 'embedded' has no servers", "set engine.type = 'vllm'")
-        return
-    if config.runtime.type == "lockstep":
+    if runtime.steps_engine and not kind.is_stepwise:
         raise ConfigError(
-            "lockstep decides how many tokens each version samples, and a server does not let it",
-            got="engine.type = 'vllm', runtime.type = 'lockstep'",
+            "lockstep decides how many tokens each version samples, and this engine does not let it",
+            got=f"engine.type = '{engine.type}', runtime.type = '{config.runtime.type}'",
             allowed="runtime.type = 'local', or engine.type = 'embedded'",
             fix="set runtime.type = 'local'",
         )
-    if engine.kv == "stale":
+    if engine.kv not in kind.kv_modes:
         raise ConfigError(
-            "vLLM shares keys and values of older versions among trajectories: what it samples over them is of no version",
-            got="engine.kv = 'stale', engine.type = 'vllm'",
+            "the engine shares keys and values of older versions among trajectories: its samples over them are of no version",
+            got=f"engine.kv = '{engine.kv}', engine.type = '{engine.type}'",
             allowed="engine.kv = 'recompute', or engine.type = 'embedded'",
-            fix="remove engine.kv = 'stale'",
+            fix=f"remove engine.kv = '{engine.kv}'",
         )
-    if engine.urls:
+    if not kind.has_servers:
+        _refuse_idle(engine, _OF_SERVERS, f"engine.type = '{engine.type}' has no servers", "set engine.type = 'vllm'")
+    elif engine.urls:
         _refuse_idle(engine, _OF_STARTED, "with engine.urls the run starts no server", "remove it, or remove engine.urls")
         _check_urls(engine)
     else:
@@ -48,13 +47,9 @@ def check_servers(config: RunConfig) -> None:
 
 
 def _check_ray(config: RunConfig) -> None:
-    ray, default = config.ray, RayConfig()
-    _require(ray.num_workers >= 1, "ray.num_workers", ray.num_workers, ">= 1", "2")
-    for name in ("worker_cpus", "worker_gpus", "trainer_cpus", "trainer_gpus"):
-        amount: float = getattr(ray, name)
-        _require(0 <= amount < math.inf, f"ray.{name}", amount, ">= 0", "1.0")
-    _require(0 < ray.start_timeout_s < math.inf, "ray.start_timeout_s", ray.start_timeout_s, "> 0 seconds", "300")
-    if config.runtime.type != "ray":
+    """Refuse keys of [ray] that nothing reads, and what its workers cannot have."""
+    ray, default, runtime = config.ray, RayConfig(), BACKENDS.find(config.runtime.type)
+    if runtime.section != "ray":
         for name in sorted(field.name for field in fields(RayConfig)):
             if getattr(ray, name) != getattr(default, name):
                 raise ConfigError(
@@ -79,10 +74,10 @@ def _check_ray(config: RunConfig) -> None:
             allowed="no engine.urls, engine.num_servers = 1",
             fix="remove them and set ray.num_workers",
         )
-    if engine.kv == "stale":
+    if engine.kv == "stale" and runtime.moves_trajectories:
         raise ConfigError(
             "a trajectory may go on with another worker, which does not have its keys and values of older versions",
-            got="engine.kv = 'stale', runtime.type = 'ray'",
+            got=f"engine.kv = 'stale', runtime.type = '{config.runtime.type}'",
             allowed="engine.kv = 'recompute', or runtime.type = 'local'",
             fix="remove engine.kv = 'stale'",
         )
@@ -94,19 +89,6 @@ def _refuse_idle(engine: EngineConfig, keys: tuple[str, ...], what: str, fix: st
         if getattr(engine, key) != getattr(default, key):
             got = f"engine.{key} = {getattr(engine, key)!r}"
             raise ConfigError(f"{what}: engine.{key} has no effect", got=got, allowed="no such key", fix=fix)
-
-
-def _check_ranges(engine: EngineConfig) -> None:
-    for key in ("recover_s", "request_timeout_s", "control_timeout_s", "start_timeout_s"):
-        seconds: float = getattr(engine, key)
-        _require(0 < seconds < math.inf, f"engine.{key}", seconds, "> 0 seconds", "60")
-    _require(engine.num_servers >= 1, "engine.num_servers", engine.num_servers, ">= 1", "1")
-    _require(engine.max_restarts >= 0, "engine.max_restarts", engine.max_restarts, ">= 0", "5")
-
-
-def _require(holds: bool, key: str, got: float, allowed: str, fix: str) -> None:
-    if not holds:
-        raise ConfigError(f"{key} is out of range", got=f"{key} = {got}", allowed=allowed, fix=f"{key} = {fix}")
 
 
 def _check_urls(engine: EngineConfig) -> None:
@@ -121,18 +103,19 @@ def _check_urls(engine: EngineConfig) -> None:
 
 
 def _check_started(engine: EngineConfig) -> None:
+    """Refuse a token for servers that get one from the run, and numerics that such a server cannot be started with."""
+    numerics = SERVER_PROTOCOLS.find(engine.server).numerics
     if engine.token_env:
-        got = f"engine.token_env = '{engine.token_env}'"
         raise ConfigError(
             "servers that the run starts get a token of their own",
-            got=got,
+            got=f"engine.token_env = '{engine.token_env}'",
             allowed="engine.urls",
             fix="remove engine.token_env",
         )
-    if engine.server == "vllm" and engine.precision == "fp8_dynamic":
+    if engine.precision not in numerics:
         raise ConfigError(
-            "vLLM takes rounded weights, but does not round activations as the emulated fp8_dynamic does",
-            got="engine.precision = 'fp8_dynamic'",
-            allowed="fp32, bf16, fp8, int8, int4, or engine.server = 'embedded'",
+            f"a server '{engine.server}' that the run starts cannot have these numerics",
+            got=f"engine.precision = '{engine.precision}'",
+            allowed=", ".join(sorted(numerics)) + ", or engine.server = 'embedded'",
             fix="set engine.precision = 'fp8'",
         )

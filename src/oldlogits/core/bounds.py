@@ -1,4 +1,4 @@
-"""Proposition 1: what the band and the clip mean where the stand-in interpolates MU and THETA.
+"""Proposition 1: what the band and the clip mean where the proximal policy interpolates MU and THETA.
 
 Both factors are then non-decreasing functions of the total ratio ``R = theta / mu`` alone (``a = weight_mu``), so every
 bound on a factor is a bound on R: one clip, re-parameterised, and nothing of OLD. Proofs: docs/bounds.md.
@@ -21,7 +21,7 @@ from typing import Final, Literal
 from oldlogits.core.errors import ConfigError
 
 Interpolation = Literal["linear", "loglinear"]
-"""How the stand-in X is formed from MU and THETA: as a weighted mean of probabilities, or of log-probs."""
+"""How the proximal policy X is formed from MU and THETA: as a weighted mean of probabilities, or of log-probs."""
 
 _LOG_MAX: Final = math.log(sys.float_info.max)
 
@@ -73,7 +73,7 @@ def effective_bounds(
     """The bounds on R of ``linear_train_infer`` or ``loglinear_train_infer``; with ``band = math.inf`` of the ``_prox`` rows.
 
     Args:
-        kind: How the stand-in is formed.
+        kind: How the proximal policy is formed.
         weight_mu: The weight on mu, in [0, 1]. Where it depends on a token's version, so do the bounds.
         band: ``1/c <= r_d <= c``; the rows with ``r_d = 1`` have none: ``math.inf``.
         eps_low: ``r_s >= 1 - eps_low`` where A < 0; at 1 or more there is no lower bound.
@@ -102,7 +102,7 @@ def supremum_r_s(kind: Interpolation, *, weight_mu: float) -> float:
     """What ``r_s`` stays below whatever R is: linear ``1 / (1 - a)``, log-linear ``inf``; 1, which it is, with ``a = 0``.
 
     Args:
-        kind: How the stand-in is formed.
+        kind: How the proximal policy is formed.
         weight_mu: ``a``, the weight on mu, in [0, 1].
 
     Example:

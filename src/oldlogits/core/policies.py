@@ -13,7 +13,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Final
 
-from oldlogits.core.errors import ConfigError, MissingPolicyError
+from oldlogits.core.errors import ConfigError
 
 
 class Policy(StrEnum):
@@ -62,7 +62,7 @@ class Ratio:
             f"the ratios {self} and {other} do not telescope",
             got=f"numerator {self.numerator} over denominator {other.denominator}",
             allowed="r_d = X/MU with r_s = THETA/X, or r_d = 1",
-            fix="use one stand-in X in both ratios",
+            fix="use one proximal policy X in both ratios",
         )
 
     def __str__(self) -> str:
@@ -100,8 +100,8 @@ class Variant:
             )
 
     @property
-    def stand_in(self) -> Policy:
-        """The policy that ``r_s`` is taken over: OLD itself, or what stands in for it."""
+    def proximal(self) -> Policy:
+        """The policy that ``r_s`` is taken over: OLD itself, or another policy in its place."""
         return self.r_s.denominator
 
     @property
@@ -145,14 +145,14 @@ EXPERIMENTAL_VARIANTS: Final[Mapping[str, Variant]] = MappingProxyType(
         "rescore_train_infer": Variant(r_d=RESCORE / MU, r_s=THETA / RESCORE),
     }
 )
-"""Rows that the paper's table does not list: those that its Proposition 1 speaks of, and stand-ins of our own."""
+"""Rows that the paper's table does not list: those that its Proposition 1 speaks of, and proximal policies of our own."""
 
 
 class Provenance(StrEnum):
-    """How the stand-in's log-prob of one token was obtained."""
+    """How the proximal policy's log-prob of one token was obtained. A source may say so itself (`Scored.provenance`)."""
 
     EXACT = "exact"  # the training engine's forward at the token's own version, fresh keys and values
-    MIXED_KV = "mixed_kv"  # likewise, over entries of the older versions that computed them in the engine
+    MIXED_KV = "mixed_kv"  # the same, over entries of the older versions that computed them in the engine
     ASYNC = "async"
     EWMA = "ewma"
     AGED = "aged"
@@ -174,42 +174,7 @@ PROXIMAL_PROVENANCE: Final[Mapping[Policy, Provenance]] = MappingProxyType(
         MU: Provenance.MU,
     }
 )
-"""The provenance of tokens of fresh keys and values, by the variant's stand-in."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Route:
-    """A route to log-probs.
-
-    Args:
-        provides: The policies whose log-probs it gives.
-        cost: What it costs, in one phrase.
-        stores_versions: Whether the trainer stores versions for it.
-        mixes_versions: Whether it gives OLD of tokens that were sampled over keys and values of older versions.
-    """
-
-    provides: frozenset[Policy]
-    cost: str
-    stores_versions: bool = True
-    mixes_versions: bool = False
-
-
-SOURCES: Final[Mapping[str, Route]] = MappingProxyType(
-    {
-        "snapshot": Route(provides=frozenset({OLD}), cost="stores every version that is still needed", mixes_versions=True),
-        "dedicated": Route(provides=frozenset({OLD}), cost="a second model, and its window of versions"),
-        "interruption": Route(
-            provides=frozenset({OLD}), cost="the engine waits while the trainer scores and steps", stores_versions=False
-        ),
-        "eager": Route(provides=frozenset({OLD}), cost="one extra version while the outgoing one is scored"),
-        "arrival": Route(provides=frozenset({ASYNC}), cost="one forward, no storage", stores_versions=False),
-        "ewma": Route(provides=frozenset({EWMA}), cost="one forward, one fp32 copy", stores_versions=False),
-        "aged": Route(provides=frozenset({AGED}), cost="two forwards, one fp32 copy", stores_versions=False),
-        "rescore": Route(provides=frozenset({RESCORE}), cost="two forwards, no storage", stores_versions=False),
-        "none": Route(provides=frozenset(), cost="nothing", stores_versions=False),
-    }
-)
-"""Which route provides which policy. Interpolations are formed at loss time and need no source."""
+"""The provenance of tokens of fresh keys and values, by the variant's proximal policy, whichever source provides it."""
 
 
 def find_variant(name: str) -> Variant:
@@ -223,32 +188,3 @@ def find_variant(name: str) -> Variant:
         names = ", ".join([*VARIANTS, *EXPERIMENTAL_VARIANTS])
         raise ConfigError("unknown variant", got=repr(name), allowed=names, fix="choose one of these")
     return variant
-
-
-def check_source(variant_name: str, source: str) -> None:
-    """Refuse a variant whose stand-in the source does not provide.
-
-    Raises:
-        MissingPolicyError: The source provides another policy, or none.
-        ConfigError: The variant or the source does not exist.
-    """
-    variant = find_variant(variant_name)
-    if source not in SOURCES:
-        raise ConfigError("unknown proximal.source", got=repr(source), allowed=", ".join(SOURCES), fix="choose one of these")
-    provides = SOURCES[source].provides
-    if variant.needs <= provides:
-        return
-
-    def named(policies: frozenset[Policy]) -> str:
-        return ", ".join(sorted(p.name for p in policies)) or "nothing"
-
-    fitting_sources = [name for name, route in SOURCES.items() if variant.needs <= route.provides]
-    rows = {**EXPERIMENTAL_VARIANTS, **VARIANTS}
-    fitting_variants = [name for name, row in rows.items() if row.needs and row.needs <= provides]
-    remedies = [f"source '{name}'" for name in fitting_sources[:1]] + [f"variant '{name}'" for name in fitting_variants[-1:]]
-    raise MissingPolicyError(
-        f"variant '{variant_name}' needs log-probs of {named(variant.needs)}, but source '{source}' provides {named(provides)}",
-        got=f"variant = '{variant_name}', proximal.source = '{source}'",
-        allowed=f"a source that provides {named(variant.needs)}: {', '.join(fitting_sources) or 'none is built in'}",
-        fix="use " + (", or ".join(remedies) or "another variant"),
-    )

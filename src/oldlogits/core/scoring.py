@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,11 +18,12 @@ class Scored:
     """Log-probs of a batch's loss tokens under one policy, and how they were obtained.
 
     Args:
-        policy: Whose log-probs these are.
+        policy: The policy that gave these log-probs.
         values: float32 [loss token], natural log, in batch order.
         computed_at: int64 [loss token]; the version whose weights computed each value.
         num_switches: How often the scoring weights were switched.
-        provenance: Of every token, where the route fell back on another policy's values; None: the policy's own.
+        provenance: The provenance of all tokens, where the source fell back on another policy's values; None: that of the
+            policy (`PROXIMAL_PROVENANCE`).
     """
 
     policy: Policy
@@ -54,7 +55,7 @@ class ScoringSpan:
     """The tokens of one trajectory that one version sampled, and all that a forward pass needs to score them.
 
     Args:
-        trajectory_id: Whose.
+        trajectory_id: The trajectory that the tokens belong to.
         token_ids: int64 [token]; the trajectory from its beginning to the last of these tokens.
         positions: int64 [scored token], ascending, >= 1; the last is that of the last token.
         temperature: float32 [scored token].
@@ -73,13 +74,13 @@ class ScoringSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredSpans:
-    """Log-probs of pieces.
+    """Log-probs of scoring spans.
 
     Args:
-        values: float32 [scored token], natural log, piece after piece.
+        values: float32 [scored token], natural log, span after span.
         seconds_s: The time that the scorer worked.
-        switch_s: The part of it until the model pointed at the version's weights, checkout included.
-        witness_s: The part of it that witnessed them; 0 where they were witnessed when the scorer received them.
+        switch_s: The part of that time until the model pointed at the version's weights, checkout included.
+        witness_s: The part of that time that checked these weights; 0 where the scorer checked them when it received them.
     """
 
     values: NDArray[np.float32]
@@ -89,19 +90,48 @@ class ScoredSpans:
 
 
 class SpanScorer(Protocol):
-    """Scores pieces of trajectories at versions that it holds, wherever it runs."""
+    """A model that scores spans of trajectories at versions that it holds, wherever it runs."""
 
-    async def score_spans(self, pieces: Sequence[ScoringSpan], at: PolicyVersion) -> ScoredSpans:
-        """Log-probs of the pieces' tokens.
+    async def score_spans(self, spans: Sequence[ScoringSpan], at: PolicyVersion) -> ScoredSpans:
+        """Score the tokens of spans.
 
         Args:
-            pieces: At least one.
-            at: A version that it holds.
+            spans: At least one span.
+            at: A version that the model holds.
 
         Raises:
             VersionEvictedError: The version is not held.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AverageScores:
+    """Log-probs under averaged weights.
+
+    Args:
+        values: float32 [token]; natural log.
+        age: The mean age of the average, in versions.
+    """
+
+    values: NDArray[np.float32]
+    age: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineScores:
+    """What the engine's numerics gave loss tokens when they were sampled, and what they give them with the live weights.
+
+    Args:
+        logp_mu: float32 [loss token]; ``log mu_old``, as recorded.
+        values: float32 [loss token]; ``log q_t``: the live weights in the engine's numerics.
+        noise: float32 [probe token] by version, at least of all versions within the staleness bound: ``log q - log pi``
+            of the fixed probe tokens, with that version's weights.
+    """
+
+    logp_mu: NDArray[np.float32]
+    values: NDArray[np.float32]
+    noise: Mapping[PolicyVersion, NDArray[np.float32]]
 
 
 class ScoringHandle(SpanScorer, Protocol):
@@ -113,7 +143,7 @@ class ScoringHandle(SpanScorer, Protocol):
         ...
 
     async def score(self, tokens: NDArray[np.int64], at: PolicyVersion | None) -> NDArray[np.float32]:
-        """Log-probs of loss tokens of the batch in training.
+        """Score loss tokens of the batch in training.
 
         Args:
             tokens: int64, ascending positions among the batch's loss tokens.
@@ -128,7 +158,7 @@ class ScoringHandle(SpanScorer, Protocol):
         ...
 
     async def score_mixed(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Log-probs of all loss tokens of the batch in training, over keys and values of the versions that the engine had.
+        """Score all loss tokens of the batch in training, over keys and values of the versions that the engine had.
 
         Returns:
             float32 and int64 [loss token]: the values, and the version that scored each, -1 where none did.
@@ -139,21 +169,39 @@ class ScoringHandle(SpanScorer, Protocol):
         """
         ...
 
+    async def score_average(self, tokens: NDArray[np.int64]) -> AverageScores:
+        """Score loss tokens of the batch in training, under the average up to the current version.
+
+        The trainer keeps an average for a source with `keeps_average`.
+
+        Args:
+            tokens: int64, ascending positions among the batch's loss tokens.
+        """
+        ...
+
+    async def score_engine(self, tokens: NDArray[np.int64]) -> EngineScores:
+        """Score loss tokens of the batch in training, with the live weights in the engine's numerics.
+
+        Args:
+            tokens: int64, ascending positions among the batch's loss tokens.
+        """
+        ...
+
 
 class DedicatedScorer(SpanScorer, Protocol):
-    """A second model that only scores, with a window of versions of its own."""
+    """A second model that only scores, and holds the newest versions itself."""
 
     @property
     def window(self) -> int:
-        """Versions that it holds: the newest ones."""
+        """How many versions the scorer holds: the newest ones."""
         ...
 
     async def publish(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> float:
         """Take over a version, and drop the oldest beyond the window.
 
         Args:
-            version: Its number.
-            update: Its weights, copied before this returns, or what leads to them from the version before.
+            version: The number of the version.
+            update: The weights, copied before this returns, or the patches that lead to them from the version before.
             probe_logps: float32 [probe token]; what the trainer's live weights give the fixed probe tokens.
 
         Returns:

@@ -1,56 +1,101 @@
-"""The source of the proximal policy's log-probs: one seam for every route to them."""
+"""The source of the proximal policy's log-probs: one seam for all of them, and the registry of the built-in ones.
+
+    SOURCES.find("snapshot")(SourceHandles(trainer=trainer))      one way to build a source, from inside and from outside
+
+What differs between sources is an attribute of the class. Recipe checks, cost tables and backends read these attributes
+before anything is built; so a module that defines a source should import no torch.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from oldlogits.core.policies import Policy
-from oldlogits.core.scoring import BatchTokens, Scored
+from oldlogits.core.errors import MissingPolicyError
+from oldlogits.core.policies import AT_LOSS_TIME, EXPERIMENTAL_VARIANTS, VARIANTS, Policy, find_variant
+from oldlogits.core.registry import Registry
+from oldlogits.core.scoring import BatchTokens, DedicatedScorer, Scored, ScoringHandle
 from oldlogits.core.trajectory import Sampled, Segment, Trajectory
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
 
 
-class LogprobSource(Protocol):
-    """A route to the log-probs of a stand-in: one seam for every route. The runtime pauses, a source only scores.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceHandles:
+    """What a source may ask for its log-probs.
 
-    A route inherits from this class; hooks that it does not need do nothing. In the order of a run::
+    Args:
+        trainer: The trainer, which scores the batch in training and spans of any trajectory.
+        scorer: The second model that only scores; None for a source without `needs_scorer`.
+    """
+
+    trainer: ScoringHandle
+    scorer: DedicatedScorer | None = None
+
+
+class LogprobSource(Protocol):
+    """A source of log-probs of one policy. The loop pauses the engine; a source only scores.
+
+    A source inherits from this class; hooks that it does not need do nothing. In the order of a run::
 
         on_segment_closed ... on_arrival -> acquire -> (steps) -> on_paused -> on_published -> ... -> drop
         on_segment_closed ... on_arrival -> on_paused -> acquire -> (steps) -> on_published -> ... -> drop    needs_pause
     """
 
-    needs_pause: bool = False
+    provides: ClassVar[Policy]
+    """The policy whose log-probs `acquire` returns; MU: it returns none."""
+    cost: ClassVar[str] = ""
+    """What the source costs, in one phrase."""
+    stores_versions: ClassVar[bool] = False
+    """Whether the trainer stores versions, so that tokens can be scored at an older one."""
+    mixes_versions: ClassVar[bool] = False
+    """Whether the source gives OLD of tokens that were sampled over keys and values of older versions."""
+    needs_scorer: ClassVar[bool] = False
+    """Whether a second model that only scores is to be opened for the source."""
+    keeps_average: ClassVar[bool] = False
+    """Whether the trainer keeps an average of its versions for the source."""
+    needs_pause: ClassVar[bool] = False
     """Whether the engine is paused from before the first optimizer step until it holds the next version."""
-    needs_partials: bool = False
+    needs_partials: ClassVar[bool] = False
     """Whether `on_paused` is to be called."""
     witness_max_abs_error: float = math.nan
-    """Largest error in nats of witnesses of exactness that the trainer does not have; NaN: there is none."""
+    """The largest error in nats of checks of exactness that the trainer does not make; NaN: there is none."""
 
-    @property
-    def provides(self) -> Policy:
-        """The policy whose log-probs `acquire` returns."""
-        ...
-
-    def on_segment_closed(self, trajectory_id: str, segments: Sequence[Segment]) -> None:
-        """A running trajectory grew.
+    def __init__(self, handles: SourceHandles) -> None:
+        """Keep the handles that the source asks.
 
         Args:
-            trajectory_id: Which.
-            segments: All of it so far; goes on growing.
+            handles: The trainer, and the scorer for a source with `needs_scorer`.
+        """
+
+    @classmethod
+    def most_stored(cls, window: int) -> int:
+        """The most versions in the trainer's store, at the moment of a publish.
+
+        Args:
+            window: The largest lag of a token, in versions.
+        """
+        return window + 2 if cls.stores_versions else 0
+
+    def on_segment_closed(self, trajectory_id: str, segments: Sequence[Segment]) -> None:
+        """Take note that a running trajectory has grown.
+
+        Args:
+            trajectory_id: The trajectory.
+            segments: All its segments so far; the sequence goes on growing.
         """
         return
 
     async def on_arrival(self, trajectories: Sequence[Trajectory]) -> None:
-        """The trajectories of a group have ended and wait for training."""
+        """Take note that the trajectories of a group have ended and wait for training."""
         return
 
     async def on_paused(self, running: Mapping[str, Sequence[Sampled]]) -> None:
-        """The engine is paused and has sampled the last token of its version.
+        """Take note that the engine is paused and has sampled the last token of its version.
 
         Args:
             running: By trajectory, what unfinished turns have sampled so far.
@@ -58,25 +103,25 @@ class LogprobSource(Protocol):
         return
 
     async def on_published(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> None:
-        """The engine holds `version` and samples again.
+        """Take note that the engine holds `version` and samples again.
 
         Args:
-            version: Its number.
-            update: The trainer's weights, valid until its next optimizer step, or what leads to them.
-            probe_logps: float32 [probe token]; what they give the fixed probe tokens.
+            version: The number of the version.
+            update: The trainer's weights, valid until its next optimizer step, or the patches that lead to them.
+            probe_logps: float32 [probe token]; what the weights give the fixed probe tokens.
         """
         return
 
     async def acquire(self, batch: BatchTokens) -> Scored | None:
-        """The log-probs of the batch that enters training; None from a route for variants that need none."""
+        """Return the log-probs of the batch that enters training; None from a source for variants that need none."""
         ...
 
     def drop(self, trajectory_ids: Iterable[str]) -> None:
-        """These were trained, filtered, failed or cancelled: forget them."""
+        """Forget these trajectories: they were trained, filtered, failed or cancelled."""
         return
 
     def oldest_needed(self, in_flight: PolicyVersion) -> PolicyVersion:
-        """The oldest version that this route may still ask the trainer's store for.
+        """The oldest version that this source may still ask the trainer's store for.
 
         Args:
             in_flight: The oldest version that a trajectory in flight may have tokens of.
@@ -84,9 +129,70 @@ class LogprobSource(Protocol):
         return in_flight
 
     def metrics(self) -> Mapping[str, float]:
-        """What this route has done since the last call; docs/metrics.md."""
+        """What this source has done since the last call; docs/metrics.md."""
         return {}
 
     async def close(self) -> None:
-        """The run ends: leave nothing running."""
+        """End with the run: leave nothing running."""
         return
+
+
+SOURCES: Final = Registry[type[LogprobSource]](
+    "source",
+    key="proximal.source",
+    builtin={
+        "snapshot": "oldlogits.sources.snapshot:SnapshotSource",
+        "dedicated": "oldlogits.sources.dedicated:DedicatedSource",
+        "interruption": "oldlogits.sources.interruption:InterruptionSource",
+        "eager": "oldlogits.sources.eager:EagerSource",
+        "arrival": "oldlogits.sources.arrival:ArrivalSource",
+        "ewma": "oldlogits.sources.ewma:EwmaSource",
+        "aged": "oldlogits.sources.aged:AgedSource",
+        "rescore": "oldlogits.sources.rescore:RescoreSource",
+        "none": "oldlogits.sources.none:NoSource",
+    },
+    needs=("provides", "acquire"),
+)
+"""The built-in sources by name; a recipe may name any other one as "package.module:Class". Interpolations need none."""
+
+
+def provided(source: type[LogprobSource]) -> frozenset[Policy]:
+    """The policies that a source provides: one, or none where it scores nothing."""
+    return frozenset({source.provides}) - AT_LOSS_TIME
+
+
+def sources_for(variant_name: str) -> list[str]:
+    """The built-in sources that provide what a variant needs, and nothing else.
+
+    Raises:
+        ConfigError: The variant does not exist.
+    """
+    needs = find_variant(variant_name).needs
+    return [name for name in SOURCES.names if provided(SOURCES.find(name)) == needs]
+
+
+def check_source(variant_name: str, source_name: str) -> None:
+    """Refuse a variant whose proximal policy the source does not provide.
+
+    Raises:
+        MissingPolicyError: The source provides another policy, or none.
+        ConfigError: The variant or the source does not exist.
+    """
+    variant, provides = find_variant(variant_name), provided(SOURCES.find(source_name))
+    if variant.needs <= provides:
+        return
+
+    def named(policies: frozenset[Policy]) -> str:
+        return ", ".join(sorted(p.name for p in policies)) or "nothing"
+
+    fitting_sources = sources_for(variant_name)
+    rows = {**EXPERIMENTAL_VARIANTS, **VARIANTS}
+    fitting_variants = [name for name, row in rows.items() if row.needs and row.needs <= provides]
+    remedies = [f"source '{name}'" for name in fitting_sources[:1]] + [f"variant '{name}'" for name in fitting_variants[-1:]]
+    raise MissingPolicyError(
+        f"variant '{variant_name}' needs log-probs of {named(variant.needs)}, "
+        f"but source '{source_name}' provides {named(provides)}",
+        got=f"variant = '{variant_name}', proximal.source = '{source_name}'",
+        allowed=f"a source that provides {named(variant.needs)}: {', '.join(fitting_sources) or 'none is built in'}",
+        fix="use " + (", or ".join(remedies) or "another variant"),
+    )

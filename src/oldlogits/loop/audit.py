@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Final, Self
 
 import numpy as np
@@ -18,16 +18,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from oldlogits.config import RunConfig
+from oldlogits.core.loss import LOSSES, LossInputs
 from oldlogits.core.policies import MU, OLD, THETA, Policy, Variant, find_variant
 from oldlogits.core.scoring import BatchTokens, ScoringHandle
+from oldlogits.core.source import SourceHandles
 from oldlogits.core.weights import PolicyVersion
-from oldlogits.objective import DecisionSums, decision_sums, exact_variant, split_ratio
+from oldlogits.objective import DecisionSums, decision_sums, exact_variant
 from oldlogits.record.bus import EventSink
 from oldlogits.record.events import Audited, AverageWasReset
 from oldlogits.sources import SnapshotSource, check_scored
-from oldlogits.train.step import UpdateResult, recipe_surrogate
+from oldlogits.train.step import UpdateResult
+from oldlogits.train.update_config import objective_of
 
-_COLUMNS: Final = ("logp_mu", "logp_theta", "logp_prox", "advantage", "loss_mask", "active_mask", "staleness")
+_COLUMNS: Final = ("logp_mu", "logp_theta", "logp_proximal", "advantage", "loss_mask", "active_mask", "staleness")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +90,8 @@ class ExactAudit:
 
     def __init__(self, config: RunConfig, trainer: ScoringHandle, events: EventSink, clock: Callable[[], float]) -> None:
         self._config, self._events, self._clock = config, events, clock
-        self._trainer, self._source = trainer, SnapshotSource(trainer)
-        self._variant = find_variant(config.variant)
+        self._trainer, self._source = trainer, SnapshotSource(SourceHandles(trainer=trainer))
+        self._variant, self._loss = find_variant(config.variant), LOSSES.find(config.objective.loss)
         self._watches_resets = config.proximal.reset != "none" and bool(self._variant.needs)
         self._seconds_s = 0.0
 
@@ -129,9 +132,10 @@ class ExactAudit:
         if scores is None:
             return None
         column = {name: torch.from_numpy(np.ascontiguousarray(result.table[name])) for name in _COLUMNS}
-        old, proximal = torch.from_numpy(scores.old), self._variant.stand_in
+        column["sequence"] = torch.from_numpy(np.unique(result.table["trajectory"], return_inverse=True)[1])
+        old, proximal = torch.from_numpy(scores.old), self._variant.proximal
         exact_active = self._active(exact_variant(self._variant), OLD, old, column)
-        sums = self._sums(column["logp_prox"], old, column["active_mask"], exact_active, column)
+        sums = self._sums(column["logp_proximal"], old, column["active_mask"], exact_active, column)
         by_staleness = {name: values.tolist() for name, values in asdict(sums).items()}
         self._events.emit(Audited(version=version, policy=proximal.value, seconds_s=self._seconds_s, **by_staleness))
         if result.average_reset is None or scores.live is None:
@@ -142,8 +146,16 @@ class ExactAudit:
 
     def _active(self, row: Variant, policy: Policy, values: Tensor, column: Mapping[str, Tensor]) -> Tensor:
         """The tokens that are active under a row whose proximal policy has these log-probs."""
-        split = split_ratio(row, {MU: column["logp_mu"], policy: values, THETA: column["logp_theta"]})
-        return recipe_surrogate(split, column["advantage"], column["loss_mask"], self._config).active_mask
+        tokens = LossInputs(
+            logp={MU: column["logp_mu"], policy: values, THETA: column["logp_theta"]},
+            advantages=column["advantage"],
+            loss_mask=column["loss_mask"],
+            staleness=column["staleness"].long(),
+            sequence_index=column["sequence"],
+            num_sequences=int(column["sequence"].max()) + 1,
+        )
+        objective = replace(objective_of(self._config), variant=row)
+        return column["loss_mask"] & self._loss(tokens, objective).active_mask
 
     def _sums(
         self, proximal: Tensor, old: Tensor, active: Tensor, exact_active: Tensor, column: Mapping[str, Tensor]

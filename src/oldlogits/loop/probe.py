@@ -59,16 +59,16 @@ class ProbeResult:
     num_above: int
 
 
-def allowed_error(numerics: str, tolerance: float, *, routed: bool, arithmetic: str = "fp32") -> AllowedError:
+def allowed_error(numerics: str, tolerance: float | Literal["auto"], *, routed: bool, arithmetic: str = "fp32") -> AllowedError:
     """The error that the probe allows.
 
     Args:
         numerics: The engine's.
-        tolerance: Largest mean |difference| in nats; -1: as known of the numerics.
+        tolerance: Largest mean |difference| in nats; "auto": as known of the numerics.
         routed: Whether the model chooses experts.
         arithmetic: What the engine computes in.
     """
-    if tolerance >= 0:
+    if tolerance != "auto":
         return AllowedError(statistic="mean", nats=tolerance)
     if numerics == "fp8_dynamic":
         return AllowedError(statistic="mean", nats=DYNAMIC)

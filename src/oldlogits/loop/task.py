@@ -68,7 +68,7 @@ class LoopConfig:
             max_lag=config.window,
             prompts_per_update=config.rollout.prompts_per_update,
             group_size=config.rollout.group_size,
-            max_running_groups=config.rollout.max_running_groups,
+            max_running_groups=config.rollout.running_limit,
             filter_uniform=config.rollout.filter_uniform,
             minibatches=config.trainer.minibatches_per_update,
             advantage=config.objective.advantage,

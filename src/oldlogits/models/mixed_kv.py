@@ -3,13 +3,14 @@
 Every version, the oldest first, computes the entries that it computed in the engine, over those that older versions left,
 and gives the log-probs of the tokens that it sampled: each entry is computed once.
 
-    version a   |==== a ====|                     chunks of all sequences side by side, in padded micro-batches
+    version a   |==== a ====|                     segments of all sequences side by side, in padded micro-batches
     version b               |== b ==|             attends to a's entries and its own
     version c                       |c|
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from functools import partial
 
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from oldlogits.batch import Chain, MicroBatch, TokenBatch, chains_of, cut_out, micro_batches
+from oldlogits.batch import KVChain, MicroBatch, TokenBatch, kv_chains, micro_batches, segment_sequences
 from oldlogits.models.ranks import ALONE, Ranks
 from oldlogits.models.scorer import ForwardSizes, head_logps, score_tokens
 from oldlogits.models.sharding import in_one_forward
@@ -54,18 +55,19 @@ class MixedForward:
     ) -> None:
         self._model, self._batch, self._ranks = model, batch, ranks
         self._sizes: ForwardSizes = {"micro_batch_tokens": micro_batch_tokens, "head_chunk_tokens": head_chunk_tokens}
-        chains = chains_of(batch)
+        chains = kv_chains(batch)
         self._plain = [chain[0] for chain in chains if len(chain) == 1]
-        self._chains: list[Chain] = [chain for chain in chains if len(chain) > 1]
+        self._chains: list[KVChain] = [chain for chain in chains if len(chain) > 1]
         longest = max((int(chain[-1].tokens[-1]) - chain[0].origin for chain in self._chains), default=0)
         self._entries = _Entries(len(self._chains), longest)
+        self._cache_keyword = cache_keyword(model.base_model)
         self._logps = torch.full((batch.num_tokens,), math.nan)
         self._computed_at = np.full(batch.num_tokens, -1, np.int64)
 
     @property
     def num_entries(self) -> int:
         """Tokens that all forward passes together read."""
-        return sum(chunk.num_entries for chunk in self._plain + [chunk for chain in self._chains for chunk in chain])
+        return sum(segment.num_entries for segment in self._plain + [segment for chain in self._chains for segment in chain])
 
     @property
     def logps(self) -> NDArray[np.float32]:
@@ -81,7 +83,7 @@ class MixedForward:
 
     def score(self, version: int) -> None:
         """Score the tokens of one version; the model has its weights, and older versions have been scored."""
-        plain = [chunk.tokens for chunk in self._plain if chunk.version == version]
+        plain = [segment.tokens for segment in self._plain if segment.version == version]
         if plain:
             tokens = np.concatenate(plain)
             self._logps[tokens] = torch.from_numpy(
@@ -92,16 +94,16 @@ class MixedForward:
             self._go_on(version)
 
     def _go_on(self, version: int) -> None:
-        """Score the chunks of this version that older ones precede or newer ones follow."""
-        found = [(row, chunk) for row, chain in enumerate(self._chains) for chunk in chain if chunk.version == version]
+        """Score the segments of this version that older ones precede or newer ones follow."""
+        found = [(row, segment) for row, chain in enumerate(self._chains) for segment in chain if segment.version == version]
         if not found:
             return
-        chunks = [chunk for _, chunk in found]
+        segments = [segment for _, segment in found]
         device = self._model.device
         rows = torch.tensor([row for row, _ in found])
-        starts = torch.tensor([chunk.begin - chunk.origin for chunk in chunks])
-        counts = torch.tensor([chunk.num_entries for chunk in chunks])
-        cut, tokens, flat = cut_out(self._batch, chunks)
+        starts = torch.tensor([segment.begin - segment.origin for segment in segments])
+        counts = torch.tensor([segment.num_entries for segment in segments])
+        cut, tokens, flat = segment_sequences(self._batch, segments)
         owners, sources = torch.from_numpy(cut.sequence), torch.from_numpy(flat)
         for micro in micro_batches(cut, tokens, self._sizes["micro_batch_tokens"]):
             here = torch.empty(len(micro.input_ids), dtype=torch.int64)
@@ -115,15 +117,20 @@ class MixedForward:
             self._computed_at[scored.numpy()] = version
 
     def _forward(self, micro: MicroBatch, positions: Int[Tensor, "row column"]) -> Float[Tensor, " action"]:
-        """The log-probs of chunks, over the entries that their chains may see; theirs are added."""
+        """The log-probs of segments, over the entries that their chains may see; theirs are added."""
         hidden = self._model.base_model(
             input_ids=micro.input_ids,
             position_ids=positions,
             attention_mask=self._entries.seen,
-            past_key_values=self._entries,
             use_cache=True,
+            **{self._cache_keyword: self._entries},
         ).last_hidden_state
         return head_logps(self._model, hidden, micro, head_chunk_tokens=self._sizes["head_chunk_tokens"])
+
+
+def cache_keyword(model: torch.nn.Module) -> str:
+    """Return the name under which a Hugging Face model takes its cache: transformers 5.24 changed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class _Entries:
@@ -161,9 +168,12 @@ class _Entries:
         self.seen = (torch.arange(self._length) <= positions[..., None])[:, None].to(device)
 
     def update(
-        self, keys: Float[Tensor, "row head column dim"], values: Float[Tensor, "row head column dim"], layer: int
+        self, keys: Float[Tensor, "row head column dim"], values: Float[Tensor, "row head column dim"], layer: int, **_: object
     ) -> tuple[Float[Tensor, "row head position dim"], Float[Tensor, "row head position dim"]]:
-        """Take over a layer's new entries; returns those that the rows may see, up to the newest."""
+        """Take over a layer's new entries and return those that the rows may see, up to the newest.
+
+        Transformers 5.24 gives the forward's further arguments, too; nothing here depends on them.
+        """
         if layer == len(self._layers):
             shape = (*self._shape, keys.shape[1], keys.shape[3])
             self._layers.append((keys.new_zeros(shape), values.new_zeros(shape)))

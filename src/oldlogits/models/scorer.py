@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from oldlogits.batch import MicroBatch, Sequences, deal
+from oldlogits.batch import MicroBatch, Sequences, shard_micro_batches
 from oldlogits.models.ranks import ALONE, Ranks
 from oldlogits.models.sharding import in_one_forward
 
@@ -93,9 +93,9 @@ def score_tokens(
     """
     out = torch.zeros(sequences.num_tokens, device=model.device)
     with torch.no_grad():
-        for one in deal(sequences, tokens, micro_batch_tokens, rank=ranks.rank, num_ranks=ranks.num_ranks):
+        for one in shard_micro_batches(sequences, tokens, micro_batch_tokens, rank=ranks.rank, num_ranks=ranks.num_ranks):
             logps = action_logps(model, one.micro, head_chunk_tokens=head_chunk_tokens)
-            if one.counts:
+            if not one.is_padding:
                 out[one.micro.flat.to(out.device)] = logps
     scores: NDArray[np.float32] = ranks.sum(out.cpu()[torch.from_numpy(tokens)]).numpy()
     return scores

@@ -1,8 +1,8 @@
-"""Where a stand-in decides otherwise than OLD: which tokens are active under one and not under the other.
+"""Where a proximal policy decides otherwise than OLD: which tokens are active under one and not under the other.
 
-Where r_d is a weight and r_s is clipped (`clip = "ppo"`), the stand-in acts through the active set alone (PAPER,
+Where r_d is a weight and r_s is clipped (`clip = "ppo"`), the proximal policy acts through the active set alone (PAPER,
 "Identity"), so these are its whole effect on one update. Under a truncation they are not: the capped gradient of an active
-token depends on the stand-in too.
+token depends on the proximal policy too.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class DecisionSums:
     Args:
         num_tokens: Loss tokens.
         num_nonzero: Those with A != 0.
-        num_compared: Those whose stand-in and OLD are both finite.
+        num_compared: Those whose proximal policy and OLD are both finite.
         logp_error: ``sum |log X - log OLD|`` over the compared tokens, nats.
-        wrongly_kept: Tokens that are active under the stand-in and not under OLD.
-        wrongly_masked: Tokens that are active under OLD and not under the stand-in.
+        wrongly_kept: Tokens that are active under the proximal policy and not under OLD.
+        wrongly_masked: Tokens that are active under OLD and not under the proximal policy.
         wrongly_kept_nonzero: Those with A != 0.
         wrongly_masked_nonzero: Those with A != 0.
         weight: ``sum |R A|`` over the tokens that are active under OLD.
@@ -49,7 +49,7 @@ class DecisionSums:
 
 
 def exact_variant(variant: Variant) -> Variant:
-    """The row that `variant` stands in for: OLD in place of its stand-in, the mismatch corrected or not as there.
+    """The exact row of `variant`: OLD in place of its proximal policy, the mismatch corrected or not as there.
 
     Example:
         ``ppo_ewma_train_infer`` and ``ppo_clip_train_infer`` (r_d = MU/MU) for ``decoupled_exact``; ``ppo_ewma`` for
@@ -60,7 +60,7 @@ def exact_variant(variant: Variant) -> Variant:
 
 @torch.no_grad()
 def decision_sums(
-    logp_stand_in: Float[Tensor, " token"],
+    logp_proximal: Float[Tensor, " token"],
     logp_old: Float[Tensor, " token"],
     log_total: Float[Tensor, " token"],
     advantages: Float[Tensor, " token"],
@@ -71,14 +71,14 @@ def decision_sums(
     staleness: Int[Tensor, " token"],
     num_staleness: int,
 ) -> DecisionSums:
-    """Compare the active sets of a stand-in and of OLD, under the same THETA.
+    """Compare the active sets of a proximal policy and of OLD, under the same THETA.
 
     Args:
-        logp_stand_in: Log-probs of the stand-in X.
+        logp_proximal: Log-probs of the proximal policy X.
         logp_old: Log-probs of OLD.
         log_total: ``log R = log theta - log mu``, whatever the variant.
         advantages: A.
-        active_mask: `Surrogate.active_mask` with the stand-in.
+        active_mask: `Surrogate.active_mask` with the proximal policy.
         exact_active_mask: The same of `exact_variant`.
         loss_mask: Sampled tokens.
         staleness: Trainer version minus behaviour version, in [0, num_staleness) where `loss_mask` holds.
@@ -90,7 +90,7 @@ def decision_sums(
     """
     kept, masked = active_mask & ~exact_active_mask, exact_active_mask & ~active_mask
     nonzero = advantages != 0
-    error = (logp_stand_in - logp_old).double().abs()
+    error = (logp_proximal - logp_old).double().abs()
     weight = log_total.double().exp() * advantages.abs()
     index = torch.where(loss_mask, staleness, num_staleness)
 

@@ -33,9 +33,9 @@ class TokenStatistics:
         rho_clip: Share of loss tokens that the clip keeps.
         rho: Share of loss tokens still active.
         ess: Effective sample size of ``w = r_d r_s`` over the number of tokens: ``(sum w)^2 / (n sum w^2)``.
-        kl_mu_old_k1: Mean of ``-log r_d``, nats.
-        kl_mu_old_k3: Mean of ``r_d - 1 - log r_d``, nats.
-        kl_old_theta_k3: Mean of ``r_d (r_s - 1 - log r_s)``, nats.
+        kl_mu_prox_k1: Mean of ``-log r_d``, nats.
+        kl_mu_prox_k3: Mean of ``r_d - 1 - log r_d``, nats.
+        kl_prox_theta_k3: Mean of ``r_d (r_s - 1 - log r_s)``, nats.
         log_r_d_abs_mean: Mean of ``|log r_d|``.
         log_r_d_abs_max: Largest ``|log r_d|``.
         log_r_s_abs_mean: Mean of ``|log r_s|``.
@@ -52,9 +52,9 @@ class TokenStatistics:
     rho_clip: Float[Tensor, " group"]
     rho: Float[Tensor, " group"]
     ess: Float[Tensor, " group"]
-    kl_mu_old_k1: Float[Tensor, " group"]
-    kl_mu_old_k3: Float[Tensor, " group"]
-    kl_old_theta_k3: Float[Tensor, " group"]
+    kl_mu_prox_k1: Float[Tensor, " group"]
+    kl_mu_prox_k3: Float[Tensor, " group"]
+    kl_prox_theta_k3: Float[Tensor, " group"]
     log_r_d_abs_mean: Float[Tensor, " group"]
     log_r_d_abs_max: Float[Tensor, " group"]
     log_r_s_abs_mean: Float[Tensor, " group"]
@@ -89,7 +89,7 @@ def diagnose(
 ) -> Diagnostics:
     """Diagnose one update from its ratios and the masks of its surrogate.
 
-    "old" in a name is the variant's stand-in; where the variant has ``r_d = 1`` the figures of ``log r_d`` are 0.
+    "prox" in a name is the variant's proximal policy, whichever that is; where the variant has ``r_d = 1`` the figures of ``log r_d`` are 0.
 
     Args:
         log_r_d: Log of the discrepancy ratio.
@@ -102,7 +102,7 @@ def diagnose(
         num_staleness: Staleness 0 .. num_staleness - 1 is told apart; older tokens are in `overall` only.
 
     Example:
-        Two loss tokens with r_d = 1.25 and 0.8: ``kl_mu_old_k1 = 0``, ``kl_mu_old_k3 = (0.25 - 0.2) / 2 = 0.025``.
+        Two loss tokens with r_d = 1.25 and 0.8: ``kl_mu_prox_k1 = 0``, ``kl_mu_prox_k3 = (0.25 - 0.2) / 2 = 0.025``.
     """
     finite = loss_mask & finite_mask(log_r_d, log_r_s, advantages)
 
@@ -136,9 +136,9 @@ _METRICS: Final = {
     "rho_clip": "mask/rho_clip",
     "rho": "mask/rho",
     "ess": "ratio/ess",
-    "kl_mu_old_k1": "kl/mu_old_k1",
-    "kl_mu_old_k3": "kl/mu_old_k3",
-    "kl_old_theta_k3": "kl/old_theta_k3",
+    "kl_mu_prox_k1": "kl/mu_prox_k1",
+    "kl_mu_prox_k3": "kl/mu_prox_k3",
+    "kl_prox_theta_k3": "kl/prox_theta_k3",
     "log_r_d_abs_mean": "ratio/log_r_d_abs_mean",
     "log_r_d_abs_max": "ratio/log_r_d_abs_max",
     "log_r_s_abs_mean": "ratio/log_r_s_abs_mean",
@@ -231,9 +231,9 @@ def _statistics(
         rho_clip=loss.mean((clip_mask & finite).double()),
         rho=loss.mean((band_mask & clip_mask & finite).double()),
         ess=of_finite.mean(weight).square() / of_finite.mean(weight.square()),
-        kl_mu_old_k1=of_finite.mean(-log_r_d),
-        kl_mu_old_k3=of_finite.mean(log_r_d.expm1() - log_r_d),
-        kl_old_theta_k3=of_finite.mean(log_r_d.exp() * (log_r_s.expm1() - log_r_s)),
+        kl_mu_prox_k1=of_finite.mean(-log_r_d),
+        kl_mu_prox_k3=of_finite.mean(log_r_d.expm1() - log_r_d),
+        kl_prox_theta_k3=of_finite.mean(log_r_d.exp() * (log_r_s.expm1() - log_r_s)),
         log_r_d_abs_mean=of_finite.mean(log_r_d.abs()),
         log_r_d_abs_max=of_finite.max(log_r_d.abs()),
         log_r_s_abs_mean=of_finite.mean(log_r_s.abs()),

@@ -46,7 +46,7 @@ def kept_mask(log_r_d: Float[Tensor, " token"], loss_mask: Bool[Tensor, " token"
     """Loss tokens whose ``r_d`` is finite and inside the band: what "token-mean-kept" counts.
 
     The clip is left out on purpose: it depends on THETA, and the denominator must be known before the first
-    micro-batch's forward pass. (Where the stand-in is an interpolation, ``r_d`` itself depends on THETA; its values
+    micro-batch's forward pass. (Where the proximal policy is an interpolation, ``r_d`` itself depends on THETA; its values
     must then be scored beforehand.)
 
     Raises:

@@ -1,4 +1,4 @@
-"""Stand-ins that are interpolated between MU and THETA at loss time, and so need no source."""
+"""Proximal policies that are interpolated between MU and THETA at loss time, and so need no source."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def a3po_weight_mu(staleness: Int[Tensor, " token"]) -> Float[Tensor, " token"]:
         staleness: Trainer version minus behaviour version, >= 0.
 
     Example:
-        Staleness 0, 1, 2, 4: weights 1, 1, 1/2, 1/4 on mu; the older a token, the closer its stand-in is to theta.
+        Staleness 0, 1, 2, 4: weights 1, 1, 1/2, 1/4 on mu; the older a token, the closer its proximal policy is to theta.
     """
     return 1 / staleness.clamp(min=1).to(torch.float32)
 

@@ -29,7 +29,7 @@ class SplitRatio:
 def split_ratio(variant: Variant, logp: Mapping[Policy, Float[Tensor, " token"]]) -> SplitRatio:
     """Both factors of a variant, from the log-probs of the sampled tokens.
 
-    ``log r_d = sg(log X - log mu)`` (or 0) and ``log r_s = log theta - sg(log X)``, X the variant's stand-in
+    ``log r_d = sg(log X - log mu)`` (or 0) and ``log r_s = log theta - sg(log X)``, X the variant's proximal policy
     (PAPER, "One frame for all variants").
 
     Args:
@@ -53,7 +53,7 @@ def split_ratio(variant: Variant, logp: Mapping[Policy, Float[Tensor, " token"]]
 
 
 def log_discrepancy(variant: Variant, logp: Mapping[Policy, Float[Tensor, " token"]]) -> Float[Tensor, " token"]:
-    """``log r_d`` alone, detached: unless the stand-in is an interpolation it needs no forward pass of THETA.
+    """``log r_d`` alone, detached: unless the proximal policy is an interpolation it needs no forward pass of THETA.
 
     Args:
         variant: A row of the paper's table.

@@ -57,7 +57,7 @@ def surrogate(
     """``S = sg(r_d) * band * A * h`` per token (PAPER, "The objective, spelled out").
 
     With ``discrepancy = "mask"`` the factor ``sg(r_d)`` is left out. Where ``r_d = X/MU`` is a weight and there is no
-    truncation, an active token's gradient is ``A * (theta / mu) * grad log theta`` whatever the stand-in X.
+    truncation, an active token's gradient is ``A * (theta / mu) * grad log theta`` whatever the proximal policy X.
 
     With a `truncation` ``c`` (truncated importance sampling) no token is clipped, and ``h`` is the function of ``r_s`` whose
     gradient is ``min(r_s, c) * grad log theta``, whatever the advantage's sign:

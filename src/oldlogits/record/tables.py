@@ -20,7 +20,7 @@ from oldlogits.record.jsonl import RecordError
 Column = npt.NDArray[np.generic]
 
 _INTEGERS: Final = ("index", "token_id", "version", "trainer_version", "staleness")
-_FLOATS: Final = ("reward", "advantage", "logp_mu", "logp_prox", "logp_theta", "log_r_d", "log_r_s")
+_FLOATS: Final = ("reward", "advantage", "logp_mu", "logp_proximal", "logp_theta", "log_r_d", "log_r_s")
 _MASKS: Final = ("loss_mask", "band_mask", "clip_mask", "active_mask")
 
 SCHEMA: Final = pa.schema(

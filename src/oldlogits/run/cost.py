@@ -15,10 +15,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from oldlogits.config import RunConfig
-from oldlogits.core.policies import SOURCES
+from oldlogits.core.source import SOURCES
 from oldlogits.engines.embedded.model_folder import read_config
 from oldlogits.models.tiny import tiny_model
-from oldlogits.train.average import AVERAGING_SOURCES
 from oldlogits.train.warm_start import spec_of
 
 TINY_VOCABULARY: Final = 128
@@ -164,7 +163,7 @@ def _cost(config: RunConfig, shape: ModelShape) -> Cost:
     own_head = shape.head_parameters if shape.is_tied else 0
     per_token = 2 * 4 * shape.layers * shape.kv_heads * shape.head_dim
     embedded = config.engine.type == "embedded"
-    stored = _stored_versions(config)
+    stored, source = _stored_versions(config), SOURCES.find(config.proximal.source)
     return Cost(
         shape=shape,
         version_bytes=version,
@@ -175,10 +174,8 @@ def _cost(config: RunConfig, shape: ModelShape) -> Cost:
         gathered_bytes=GATHERED_LAYERS * 4 * max(shape.layer_parameters, shape.head_parameters),
         store_bytes=version * stored,
         expected_store_bytes=version + patch * (stored - 1) if stored else 0,
-        scorer_bytes=masters + version + patch * config.proximal.scorer_versions
-        if config.proximal.source == "dedicated"
-        else 0,
-        average_bytes=4 * trained if config.proximal.source in AVERAGING_SOURCES else 0,
+        scorer_bytes=masters + version + patch * config.proximal.scorer_versions if source.needs_scorer else 0,
+        average_bytes=4 * trained if source.keeps_average else 0,
         view_bytes=0 if config.engine.precision == "fp32" else 4 * (num + own_head),
         engine_bytes=_engine_bytes(config, num, own_head),
         cache_bytes=config.engine.max_num_seqs * config.env.max_episode_tokens * per_token if embedded else 0,
@@ -248,9 +245,7 @@ def _most_chains(config: RunConfig) -> int:
 
 def _stored_versions(config: RunConfig) -> int:
     """The most versions in the trainer's store, at the moment of a publish."""
-    if config.audit.share > 0 or config.proximal.source in ("snapshot", "dedicated"):
-        return config.window + 2
-    return 2 if SOURCES[config.proximal.source].stores_versions else 0
+    return config.window + 2 if config.audit.share > 0 else SOURCES.find(config.proximal.source).most_stored(config.window)
 
 
 def _model(config: RunConfig) -> PreTrainedModel | None:

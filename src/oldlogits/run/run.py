@@ -109,6 +109,14 @@ def run(
         with EventLog(folder.events) as log:
             log.emit(RunEnded(version=-1, reason="interrupted", error="", accounting=None))
     summary = summarise_folder(folder)
+    if not summary.variant:  # it was interrupted before it began
+        what = {
+            "runtime": config.runtime.type,
+            "variant": config.variant,
+            "source": config.proximal.source,
+            "seed": config.seed,
+        }
+        summary = dataclasses.replace(summary, **what)
     summary.write(folder.summary)
     write_report(folder.path)
     for trouble in filter(None, [feed.finish(folder) for feed in feeds]):

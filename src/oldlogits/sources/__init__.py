@@ -1,60 +1,37 @@
-"""One file per route to the old logits."""
+"""The built-in sources of the proximal policy's log-probs, one file each. Imports no torch."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from oldlogits.core.errors import ExactnessError, MissingLogprobError
 from oldlogits.core.policies import OLD
-from oldlogits.core.scoring import DedicatedScorer, Scored
-from oldlogits.core.source import LogprobSource
+from oldlogits.core.scoring import DedicatedScorer, EngineScores, Scored, ScoringHandle
+from oldlogits.core.source import SOURCES, LogprobSource, SourceHandles
 from oldlogits.sources.aged import AgedSource
 from oldlogits.sources.arrival import ArrivalSource
 from oldlogits.sources.dedicated import DedicatedSource
 from oldlogits.sources.eager import EagerSource
-from oldlogits.sources.ewma import AveragingHandle, EwmaSource
+from oldlogits.sources.ewma import EwmaSource
 from oldlogits.sources.interruption import InterruptionSource
 from oldlogits.sources.none import NoSource
-from oldlogits.sources.rescore import EngineScores, RescoreSource, RescoringHandle
+from oldlogits.sources.rescore import RescoreSource
 from oldlogits.sources.snapshot import SnapshotSource
 
 
-class TrainerHandle(AveragingHandle, RescoringHandle, Protocol):
-    """What the routes, taken together, ask of the trainer."""
-
-
-SOURCE_TYPES: Final[Mapping[str, Callable[[TrainerHandle], LogprobSource]]] = MappingProxyType(
-    {
-        "snapshot": SnapshotSource,
-        "eager": EagerSource,
-        "interruption": InterruptionSource,
-        "arrival": ArrivalSource,
-        "ewma": EwmaSource,
-        "aged": AgedSource,
-        "rescore": RescoreSource,
-        "none": NoSource,
-    }
-)
-"""The routes that need nothing but the trainer, by their name in a recipe."""
-
-
-def make_source(name: str, trainer: TrainerHandle, scorer: DedicatedScorer | None) -> LogprobSource:
-    """The route of that name.
+def make_source(name: str, trainer: ScoringHandle, scorer: DedicatedScorer | None) -> LogprobSource:
+    """Build the source of a recipe.
 
     Args:
-        name: A key of `SOURCES`.
-        trainer: Scores.
-        scorer: Of the route "dedicated"; the others have none.
+        name: A built-in name, or "package.module:Class".
+        trainer: The trainer, which scores.
+        scorer: The second model of a source with `needs_scorer`; None for the others.
+
+    Raises:
+        ConfigError: There is no such source.
     """
-    if name == "dedicated":
-        assert scorer is not None, "a runtime opens a scorer for the route 'dedicated'"
-        return DedicatedSource(trainer, scorer)
-    return SOURCE_TYPES[name](trainer)
+    return SOURCES.find(name)(SourceHandles(trainer=trainer, scorer=scorer))
 
 
 def check_scored(scored: Scored, versions: NDArray[np.int64]) -> None:
@@ -87,10 +64,8 @@ def check_scored(scored: Scored, versions: NDArray[np.int64]) -> None:
 
 
 __all__ = [
-    "SOURCE_TYPES",
     "AgedSource",
     "ArrivalSource",
-    "AveragingHandle",
     "DedicatedSource",
     "EagerSource",
     "EngineScores",
@@ -98,9 +73,7 @@ __all__ = [
     "InterruptionSource",
     "NoSource",
     "RescoreSource",
-    "RescoringHandle",
     "SnapshotSource",
-    "TrainerHandle",
     "check_scored",
     "make_source",
 ]

@@ -1,4 +1,4 @@
-"""Route "aged": AGED, the arrival weights' log-prob moved along its recent drift to the token's age. Not OLD."""
+"""Source "aged": AGED, the arrival weights' log-prob moved along its recent drift to the token's age. Not OLD."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from oldlogits.core.policies import AGED, Policy, Provenance
+from oldlogits.core.policies import AGED, Provenance
 from oldlogits.core.scoring import BatchTokens, Scored
-from oldlogits.core.source import LogprobSource
-from oldlogits.sources.ewma import AveragingHandle
+from oldlogits.core.source import LogprobSource, SourceHandles
 
 MIN_AGE: Final = 0.5
-"""Below this age of the average, in versions, the drift cannot be told from its noise: the arrival weights stand in."""
+"""Below this age of the average, in versions, the drift cannot be told from its noise: the arrival weights are used."""
 
 MAX_REACH: Final = 2.0
 """How far beyond the average's own age the drift is followed at most, in units of that age."""
@@ -31,10 +30,12 @@ class AgedSource(LogprobSource):
     labelled ASYNC.
     """
 
-    provides: Policy = AGED
+    provides = AGED
+    cost = "two forwards, one fp32 copy"
+    keeps_average = True
 
-    def __init__(self, trainer: AveragingHandle) -> None:
-        self._trainer = trainer
+    def __init__(self, handles: SourceHandles) -> None:
+        self._trainer = handles.trainer
 
     async def acquire(self, batch: BatchTokens) -> Scored:
         """Score the batch twice, with the average and with the live weights."""
@@ -55,8 +56,8 @@ def aged_logp(
     Args:
         live: float32 [token]; ``log pi_t``.
         average: float32 [token]; ``log pi_ewma``.
-        staleness: int64 [token]; each token's lag.
-        age: Of the average, in versions.
+        staleness: int64 [token]; the lag of each token.
+        age: The age of the average, in versions.
     """
     if age < MIN_AGE:
         return live

@@ -1,24 +1,25 @@
-"""Route "arrival": ASYNC, the trainer's weights when the batch enters training. Not OLD."""
+"""Source "arrival": ASYNC, the trainer's weights when the batch enters training. Not OLD."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from oldlogits.core.policies import ASYNC, Policy
-from oldlogits.core.scoring import BatchTokens, Scored, ScoringHandle
-from oldlogits.core.source import LogprobSource
+from oldlogits.core.policies import ASYNC
+from oldlogits.core.scoring import BatchTokens, Scored
+from oldlogits.core.source import LogprobSource, SourceHandles
 
 
 class ArrivalSource(LogprobSource):
     """Scores the whole batch once with the live weights, before the first optimizer step on it.
 
-    Paper: "Decoupled PPO & async": ``pi_async`` stands in for ``pi_old``.
+    Paper: "Decoupled PPO & async": ``pi_async`` in place of ``pi_old``.
     """
 
-    provides: Policy = ASYNC
+    provides = ASYNC
+    cost = "one forward, no storage"
 
-    def __init__(self, trainer: ScoringHandle) -> None:
-        self._trainer = trainer
+    def __init__(self, handles: SourceHandles) -> None:
+        self._trainer = handles.trainer
 
     async def acquire(self, batch: BatchTokens) -> Scored:
         """Score every token with the trainer's current weights."""

@@ -1,4 +1,4 @@
-"""Route "dedicated": OLD from a second model that only scores, while the trainer computes gradients.
+"""Source "dedicated": OLD from a second model that only scores, while the trainer computes gradients.
 
 trainer   steps .............. publish v+1 -> steps .............. publish v+2
 scorer    score groups of v, v-1 ... | take v+1 | score what v sampled, groups of v+1, v ...
@@ -14,7 +14,8 @@ from collections.abc import Coroutine, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from oldlogits.core.scoring import BatchTokens, DedicatedScorer, Scored, ScoringHandle
+from oldlogits.core.scoring import BatchTokens, Scored
+from oldlogits.core.source import SourceHandles
 from oldlogits.core.trajectory import Trajectory
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
 from oldlogits.sources.incremental import IncrementalSource
@@ -26,16 +27,20 @@ class DedicatedSource(IncrementalSource):
     Paper: "dedicated old-logit model" (three exact ways to get pi_old).
     """
 
-    def __init__(self, trainer: ScoringHandle, scorer: DedicatedScorer) -> None:
-        super().__init__(trainer, scorer)
-        self._dedicated = scorer
+    cost = "a second model, and its window of versions"
+    needs_scorer = True
+
+    def __init__(self, handles: SourceHandles) -> None:
+        super().__init__(handles)
+        assert handles.scorer is not None, "a backend opens a scorer for a source with needs_scorer"
+        self._scorer = self._dedicated = handles.scorer
         self._handover: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def on_arrival(self, trajectories: Sequence[Trajectory]) -> None:
-        """Score them now."""
-        self.ledger.ended(trajectories)
-        await self._score(of=[trajectory.id for trajectory in trajectories], held_only=True)
+        """Score the trajectories now."""
+        self.in_flight.end(trajectories)
+        await self._score([trajectory.id for trajectory in trajectories], held_only=True)
 
     async def on_published(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> None:
         """Hand over the version, then score what the outgoing one sampled; neither is waited for."""
@@ -55,19 +60,19 @@ class DedicatedSource(IncrementalSource):
         return await super().acquire(batch)
 
     async def close(self) -> None:
-        """Wait for no more scores; a hand-over is let finish, since its file is being read."""
+        """Cancel scores that are under way; let a hand-over finish, since its file is being read."""
         for task in self._tasks - {self._handover}:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _hand_over(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> None:
-        """Calls are carried out in order: from here on the scorer is asked for the new window only."""
+        """Give the scorer a version. Calls are carried out in order, so it is asked for the new window only from now on."""
         self.hold((*self._held, version)[-self._dedicated.window :])
         error = await self._dedicated.publish(version, update, probe_logps)
         self.witness_max_abs_error = float(np.fmax(self.witness_max_abs_error, error))
 
     def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
-        """A task whose error the next `acquire` raises."""
+        """Start a task whose error the next `acquire` raises."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._forget)

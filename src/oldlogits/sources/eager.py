@@ -1,4 +1,4 @@
-"""Route "eager": OLD, scored while the trainer holds a version and the one before it.
+"""Source "eager": OLD, scored while the trainer holds a version and the one before it.
 
 engine    v v v v |pause| v+1 v+1 v+1 ...
 trainer    steps, publish v+1 | score what v sampled | (v is dropped) wait for a batch: score groups that arrive | ...
@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from oldlogits.core.scoring import ScoringHandle
 from oldlogits.core.trajectory import Sampled
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
 from oldlogits.sources.incremental import IncrementalSource
@@ -25,12 +24,16 @@ class EagerSource(IncrementalSource):
     what its running turns have sampled) keeps its version in the trainer's store, and is counted as a fallback.
     """
 
-    def __init__(self, trainer: ScoringHandle) -> None:
-        super().__init__(trainer, trainer)
+    cost = "one extra version while the outgoing one is scored"
+
+    @classmethod
+    def most_stored(cls, window: int) -> int:
+        """Two: the newest version and the outgoing one."""
+        return 2
 
     async def on_paused(self, running: Mapping[str, Sequence[Sampled]]) -> None:
-        """The version stays as the one extra copy."""
-        self.hold((self.ledger.version, self.ledger.version + 1))
+        """Keep the outgoing version as the one extra copy."""
+        self.hold((self.in_flight.version, self.in_flight.version + 1))
         await super().on_paused(running)
 
     async def on_published(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> None:

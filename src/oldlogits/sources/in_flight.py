@@ -1,10 +1,10 @@
-"""The trajectories in flight, for routes that score before a batch enters training.
+"""The trajectories in flight, for sources that score before a batch enters training.
 
-A *piece* is the tokens of one trajectory that one version sampled. It is complete when no more of them can come: its
-trajectory has ended, or the engine was paused to take a newer version. A complete piece is scored once, in one forward
-pass over the trajectory up to the piece's end, and its values are kept until the trajectory is dropped.
+A *scoring span* is the tokens of one trajectory that one version sampled. It is complete when no more of them can come: its
+trajectory has ended, or the engine was paused to take a newer version. A complete span is scored once, in one forward
+pass over the trajectory up to the span's end, and its values are kept until the trajectory is dropped.
 
-    grew, paused, ended -> next_pieces -> put -> values_of -> drop
+    extend, pause, end -> next_spans -> put -> values -> drop
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class _InFlight:
 
     @property
     def complete(self) -> set[PolicyVersion]:
-        """The versions whose pieces are complete and not scored yet."""
+        """The versions whose spans are complete and not scored yet."""
         return {version for version in self.unscored if self.ended or version < self.sampled_from}
 
 
 class InFlightTokens:
-    """Which tokens of which trajectories are known and scored; holds no trajectory longer than from growth to `drop`."""
+    """Which tokens of which trajectories are known and scored. It forgets a trajectory at `drop`."""
 
     def __init__(self) -> None:
         self._trajectories: dict[str, _InFlight] = {}
@@ -57,31 +57,31 @@ class InFlightTokens:
         self.num_repeated_tokens = 0  # read by a forward pass that an earlier one of the same trajectory had read
 
     def __len__(self) -> int:
-        """Trajectories in flight."""
+        """The number of trajectories in flight."""
         return len(self._trajectories)
 
-    def grew(self, trajectory_id: str, segments: Sequence[Segment]) -> None:
-        """A running trajectory has these segments now."""
+    def extend(self, trajectory_id: str, segments: Sequence[Segment]) -> None:
+        """Take note of all segments that a running trajectory has now."""
         one = self._trajectories.setdefault(trajectory_id, _InFlight(segments=segments, sampled_from=self.version))
         one.segments, one.running = segments, ()
         newest = next((s.version for s in reversed(segments) if isinstance(s, Sampled)), 0)
         one.sampled_from = max(one.sampled_from, newest)
 
-    def ended(self, trajectories: Sequence[Trajectory]) -> None:
-        """These are whole."""
+    def end(self, trajectories: Sequence[Trajectory]) -> None:
+        """Take note that trajectories are whole."""
         for trajectory in trajectories:
-            self.grew(trajectory.id, trajectory.segments)
+            self.extend(trajectory.id, trajectory.segments)
             self._trajectories[trajectory.id].ended = True
 
-    def paused(self, running: Mapping[str, Sequence[Sampled]]) -> None:
-        """The engine has sampled the last token of its version; `running` is what unfinished turns hold."""
+    def pause(self, running: Mapping[str, Sequence[Sampled]]) -> None:
+        """Take note that the engine has sampled the last token of its version; `running` is what unfinished turns hold."""
         self.version += 1
         for trajectory_id, one in self._trajectories.items():
             one.running = running.get(trajectory_id, ())
             one.sampled_from = self.version
 
     def drop(self, trajectory_ids: Iterable[str]) -> None:
-        """Forget these, known or not."""
+        """Forget trajectories, known or not."""
         for trajectory_id in trajectory_ids:
             self._trajectories.pop(trajectory_id, None)
 
@@ -92,21 +92,25 @@ class InFlightTokens:
         to_come = [one.sampled_from for one in flying if not one.ended]
         return min([self.version, *unscored, *to_come])
 
-    def next_pieces(
-        self, at_most: int, *, of: Iterable[str] | None = None, versions: Collection[PolicyVersion] | None = None
+    def next_spans(
+        self,
+        at_most: int,
+        *,
+        trajectory_ids: Iterable[str] | None = None,
+        versions: Collection[PolicyVersion] | None = None,
     ) -> tuple[PolicyVersion, list[ScoringSpan]] | None:
-        """Complete pieces that are not scored yet: all of one version, the oldest there is, in the order of admission.
+        """The next complete spans that are not scored yet: all of one version, the oldest, in the order of admission.
 
         Args:
-            at_most: How many.
-            of: Only these trajectories; None: all.
-            versions: Only these versions; None: all.
+            at_most: The largest number of spans.
+            trajectory_ids: The trajectories whose spans count; None: all.
+            versions: The versions whose spans count; None: all.
 
         Returns:
-            The version and its pieces, or None when there is no such piece.
+            The version and its spans, or None when there is no such span.
         """
         found: dict[PolicyVersion, list[str]] = {}
-        for trajectory_id in self._trajectories if of is None else of:
+        for trajectory_id in self._trajectories if trajectory_ids is None else trajectory_ids:
             one = self._trajectories.get(trajectory_id)
             for version in one.complete if one else ():
                 if versions is None or version in versions:
@@ -114,31 +118,31 @@ class InFlightTokens:
         if not found:
             return None
         version = min(found)
-        return version, [self._piece(trajectory_id, version) for trajectory_id in found[version][:at_most]]
+        return version, [self._span(trajectory_id, version) for trajectory_id in found[version][:at_most]]
 
-    def put(self, pieces: Sequence[ScoringSpan], version: PolicyVersion, values: NDArray[np.float32]) -> None:
-        """Keep the values of pieces; those of trajectories that were dropped meanwhile are let go.
+    def put(self, spans: Sequence[ScoringSpan], version: PolicyVersion, values: NDArray[np.float32]) -> None:
+        """Keep the values of spans, but for those of trajectories that were dropped meanwhile.
 
         Args:
-            pieces: All of `version`.
-            version: Their version, and that of the weights that scored them.
-            values: float32 [scored token], piece after piece.
+            spans: Spans of one version.
+            version: The version of the spans, and of the weights that scored them.
+            values: float32 [scored token], span after span.
         """
-        ends = np.cumsum([len(piece.positions) for piece in pieces])
-        for piece, part in zip(pieces, np.split(values, ends[:-1]), strict=True):
-            one = self._trajectories.get(piece.trajectory_id)
+        ends = np.cumsum([len(span.positions) for span in spans])
+        for span, part in zip(spans, np.split(values, ends[:-1]), strict=True):
+            one = self._trajectories.get(span.trajectory_id)
             if one is not None:
                 one.values[version] = part
-                self.num_repeated_tokens += min(one.num_read, piece.num_read)
-                one.num_read = max(one.num_read, piece.num_read)
+                self.num_repeated_tokens += min(one.num_read, span.num_read)
+                one.num_read = max(one.num_read, span.num_read)
 
-    def values_of(self, trajectory_ids: Iterable[str]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def values(self, trajectory_ids: Iterable[str]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """The values of trajectories that have ended, and the version that each was computed at, in token order."""
-        scored = [piece for i in trajectory_ids for piece in sorted(self._trajectories[i].values.items())]  # versions ascend
+        scored = [span for i in trajectory_ids for span in sorted(self._trajectories[i].values.items())]  # versions ascend
         values = np.concatenate([values for _, values in scored], dtype=np.float32)
         return values, np.repeat([version for version, _ in scored], [len(values) for _, values in scored]).astype(np.int64)
 
-    def _piece(self, trajectory_id: str, version: PolicyVersion) -> ScoringSpan:
+    def _span(self, trajectory_id: str, version: PolicyVersion) -> ScoringSpan:
         token_ids: list[int] = []
         positions: list[int] = []
         temperature: list[float] = []

@@ -1,10 +1,10 @@
-"""What the routes have in common that score ahead: tokens are scored while their version is still held.
+"""Incremental scoring: sources that score tokens while their version is still held, before the trajectory is trained.
 
     a turn ends --------> on_segment_closed --.
-    a group has ended --> on_arrival ----------+-> ledger -> complete pieces -> scorer -> values -> acquire
+    a group has ended --> on_arrival ----------+-> in flight -> complete spans -> scorer -> values -> acquire
     engine is paused ---> on_paused ----------'                 (not held any more: the trainer's store)
 
-The routes differ in who scores, and when.
+The sources differ in who scores, and when.
 """
 
 from __future__ import annotations
@@ -17,32 +17,33 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from oldlogits.core.policies import OLD, Policy
-from oldlogits.core.scoring import BatchTokens, Scored, ScoringHandle, SpanScorer
-from oldlogits.core.source import LogprobSource
+from oldlogits.core.policies import OLD
+from oldlogits.core.scoring import BatchTokens, Scored, SpanScorer
+from oldlogits.core.source import LogprobSource, SourceHandles
 from oldlogits.core.trajectory import Sampled, Segment, Trajectory
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
 from oldlogits.sources.in_flight import InFlightTokens
 
-CHUNK: Final = 64
-"""Pieces in one call of a scorer: what waits behind it waits no longer than that."""
+SPANS_PER_CALL: Final = 64
+"""Scoring spans in one call of a scorer: another call waits no longer than that."""
 
 
 class IncrementalSource(LogprobSource):
-    """Provides OLD; a piece is scored as soon as it is complete and its scorer is free, or else when its batch is acquired.
+    """Provides OLD; a span is scored as soon as it is complete and its scorer is free, or else when its batch is acquired.
 
-    Args:
-        trainer: Scores the tokens of versions that `scorer` does not hold, from its store.
-        scorer: Scores those of the versions that are held.
+    The scorer, which is the trainer unless a subclass sets another one, scores spans of the versions that it holds. Spans
+    of older versions are scored by the trainer, from its store.
     """
 
-    provides: Policy = OLD
+    provides = OLD
+    stores_versions = True
     needs_partials = True
 
-    def __init__(self, trainer: ScoringHandle, scorer: SpanScorer) -> None:
-        self._trainer, self._scorer = trainer, scorer
+    def __init__(self, handles: SourceHandles) -> None:
+        self._trainer = handles.trainer
+        self._scorer: SpanScorer = handles.trainer
         self._lock = asyncio.Lock()  # nothing is scored twice
-        self.ledger = InFlightTokens()
+        self.in_flight = InFlightTokens()
         self._held: tuple[PolicyVersion, ...] = ()
         self._most_held = 0
         self._last_version = -1
@@ -50,46 +51,46 @@ class IncrementalSource(LogprobSource):
         self._num_switches = self._num_checkouts = self._num_fallback = self._num_read = self._num_repeated = 0
 
     def hold(self, versions: tuple[PolicyVersion, ...]) -> None:
-        """From here on the scorer holds these."""
+        """Take note of the versions that the scorer holds from here on."""
         self._held = versions
         self._most_held = max(self._most_held, len(versions))
 
     def on_segment_closed(self, trajectory_id: str, segments: Sequence[Segment]) -> None:
-        """Note it."""
-        self.ledger.grew(trajectory_id, segments)
+        """Take note of the trajectory's segments."""
+        self.in_flight.extend(trajectory_id, segments)
 
     async def on_arrival(self, trajectories: Sequence[Trajectory]) -> None:
-        """Score them now if the trainer has nothing else to do."""
-        self.ledger.ended(trajectories)
+        """Score the trajectories now if the trainer has nothing else to do."""
+        self.in_flight.end(trajectories)
         if self._trainer.is_idle:
-            await self._score(of=[trajectory.id for trajectory in trajectories])
+            await self._score([trajectory.id for trajectory in trajectories])
 
     async def on_paused(self, running: Mapping[str, Sequence[Sampled]]) -> None:
-        """Every token of the version is known."""
-        self.ledger.paused(running)
+        """Take note of what running turns hold: every token of the version is known now."""
+        self.in_flight.pause(running)
 
     async def on_published(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> None:
-        """Tokens of `version` come now."""
-        self.ledger.version = version
+        """Expect tokens of `version` from here on."""
+        self.in_flight.version = version
 
     async def acquire(self, batch: BatchTokens) -> Scored:
         """Score what is not scored yet, and hand out the batch's values."""
-        await self._score_now(of=batch.trajectory_ids)
-        values, computed_at = self.ledger.values_of(batch.trajectory_ids)
+        await self._score_now(batch.trajectory_ids)
+        values, computed_at = self.in_flight.values(batch.trajectory_ids)
         num_switches, self._num_switches = self._num_switches, 0
         return Scored(policy=OLD, values=values, computed_at=computed_at, num_switches=num_switches)
 
     def drop(self, trajectory_ids: Iterable[str]) -> None:
-        """Forget their values."""
-        self.ledger.drop(trajectory_ids)
+        """Forget the values of these trajectories."""
+        self.in_flight.drop(trajectory_ids)
 
     def oldest_needed(self, in_flight: PolicyVersion) -> PolicyVersion:
         """The oldest version with a token that is not scored yet, or not known."""
-        return self.ledger.oldest_needed()
+        return self.in_flight.oldest_needed()
 
     def metrics(self) -> Mapping[str, float]:
         """Seconds, tokens and copies since the last call."""
-        repeated = self.ledger.num_repeated_tokens
+        repeated = self.in_flight.num_repeated_tokens
         found = {
             "source/wait_s": self._wait_s,
             "source/score_s": self._score_s,
@@ -106,34 +107,36 @@ class IncrementalSource(LogprobSource):
         self._most_held = len(self._held)
         return found
 
-    async def _score_now(self, *, of: Iterable[str] | None = None) -> None:
+    async def _score_now(self, trajectory_ids: Iterable[str] | None = None) -> None:
         """Score while the update waits."""
         started = time.perf_counter()
-        await self._score(of=of)
+        await self._score(trajectory_ids)
         self._wait_s += time.perf_counter() - started
 
-    async def _score(self, *, of: Iterable[str] | None = None, held_only: bool = False) -> None:
-        """Score complete pieces: the oldest version first, a chunk at a time, each at its own version.
+    async def _score(self, trajectory_ids: Iterable[str] | None = None, *, held_only: bool = False) -> None:
+        """Score complete spans: the oldest version first, some spans at a time, each at its own version.
 
         Args:
-            of: Only these trajectories; None: all in flight.
-            held_only: Leave the pieces of versions that are not held to a later call.
+            trajectory_ids: The trajectories whose spans to score; None: all in flight.
+            held_only: Leave the spans of versions that are not held to a later call.
         """
-        of = None if of is None else list(of)
+        only = None if trajectory_ids is None else list(trajectory_ids)
         while True:
             async with self._lock:
-                found = self.ledger.next_pieces(CHUNK, of=of, versions=self._held if held_only else None)
+                found = self.in_flight.next_spans(
+                    SPANS_PER_CALL, trajectory_ids=only, versions=self._held if held_only else None
+                )
                 if found is None:
                     return
-                version, pieces = found
+                version, spans = found
                 is_held = version in self._held
-                scored = await (self._scorer if is_held else self._trainer).score_spans(pieces, version)
-                self.ledger.put(pieces, version, scored.values)
+                scored = await (self._scorer if is_held else self._trainer).score_spans(spans, version)
+                self.in_flight.put(spans, version, scored.values)
                 self._score_s += scored.seconds_s
                 self._num_checkouts += 1
                 self._switch_s += scored.switch_s
                 self._witness_s += scored.witness_s
-                self._num_read += sum(piece.num_read for piece in pieces)
+                self._num_read += sum(span.num_read for span in spans)
                 self._num_fallback += 0 if is_held else len(scored.values)
                 self._num_switches += version != self._last_version
                 self._last_version = version

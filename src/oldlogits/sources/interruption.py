@@ -1,4 +1,4 @@
-"""Route "interruption": OLD from the live weights, before they change; no stored weights.
+"""Source "interruption": OLD from the live weights, before they change; no stored weights.
 
 engine    v v v v |pause ............................................| v+1 v+1, keys and values recomputed
 trainer            score what v sampled, finished or running | steps | publish v+1
@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from oldlogits.core.scoring import ScoringHandle
 from oldlogits.core.trajectory import Sampled
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
 from oldlogits.sources.incremental import IncrementalSource
@@ -23,10 +22,9 @@ class InterruptionSource(IncrementalSource):
     Paper: "partial-rollout interruption" (three exact ways to get pi_old).
     """
 
+    cost = "the engine waits while the trainer scores and steps"
+    stores_versions = False
     needs_pause = True
-
-    def __init__(self, trainer: ScoringHandle) -> None:
-        super().__init__(trainer, trainer)
 
     async def on_paused(self, running: Mapping[str, Sequence[Sampled]]) -> None:
         """Score what is known and not scored yet, which is all of the live version; then the next one is the live one.
@@ -35,9 +33,9 @@ class InterruptionSource(IncrementalSource):
         """
         await super().on_paused(running)
         await self._score_now()
-        self.hold((self.ledger.version,))
+        self.hold((self.in_flight.version,))
 
     async def on_published(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> None:
-        """The live weights are the only ones there are."""
+        """Score with the new live weights from here on: they are the only ones there are."""
         await super().on_published(version, update, probe_logps)
         self.hold((version,))

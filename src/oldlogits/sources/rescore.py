@@ -1,47 +1,17 @@
-"""Route "rescore": RESCORE, MU less the noise that the engine's numerics add to the present weights. Not OLD."""
+"""Source "rescore": RESCORE, MU less the noise that the engine's numerics add to the present weights. Not OLD."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from oldlogits.core.policies import RESCORE, Policy
-from oldlogits.core.scoring import BatchTokens, Scored, ScoringHandle
-from oldlogits.core.source import LogprobSource
+from oldlogits.core.policies import RESCORE
+from oldlogits.core.scoring import BatchTokens, Scored
+from oldlogits.core.source import LogprobSource, SourceHandles
 from oldlogits.core.weights import PolicyVersion
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineScores:
-    """What the engine's numerics gave loss tokens when they were sampled, and what they give them with the live weights.
-
-    Args:
-        logp_mu: float32 [loss token]; ``log mu_old``, as recorded.
-        values: float32 [loss token]; ``log q_t``: the live weights in the engine's numerics.
-        noise: float32 [probe token] by version, at least of all versions within the staleness bound: ``log q - log pi``
-            of the fixed probe tokens, with that version's weights.
-    """
-
-    logp_mu: NDArray[np.float32]
-    values: NDArray[np.float32]
-    noise: Mapping[PolicyVersion, NDArray[np.float32]]
-
-
-class RescoringHandle(ScoringHandle, Protocol):
-    """A trainer that knows what the engine's numerics do to its weights."""
-
-    async def score_engine(self, tokens: NDArray[np.int64]) -> EngineScores:
-        """Log-probs of loss tokens of the batch in training, with the live weights in the engine's numerics.
-
-        Args:
-            tokens: int64, ascending positions among the batch's loss tokens.
-        """
-        ...
 
 
 class RescoreSource(LogprobSource):
@@ -55,10 +25,11 @@ class RescoreSource(LogprobSource):
     Experimental.
     """
 
-    provides: Policy = RESCORE
+    provides = RESCORE
+    cost = "two forwards, no storage"
 
-    def __init__(self, trainer: RescoringHandle) -> None:
-        self._trainer = trainer
+    def __init__(self, handles: SourceHandles) -> None:
+        self._trainer = handles.trainer
         self._metrics: dict[str, float] = {}
 
     async def acquire(self, batch: BatchTokens) -> Scored:
@@ -81,12 +52,12 @@ def noise_metrics(
 ) -> dict[str, float]:
     """Correlation of the engine's noise at the tokens' versions with that at `trainer_version`: least, and mean over tokens.
 
-    Empty for an engine without noise (fp32), where the route gives MU itself.
+    Empty for an engine without noise (fp32), where the source gives MU itself.
 
     Args:
-        noise: Of the probe tokens, by version.
+        noise: float32 [probe token] by version; what the engine's numerics add to each log-prob.
         versions: int64 [loss token]; the version that sampled each.
-        trainer_version: The trainer's.
+        trainer_version: The version of the trainer.
     """
     distinct, counts = np.unique(versions, return_counts=True)
     found = np.array([correlation(noise[int(version)], noise[trainer_version]) for version in distinct])
@@ -99,7 +70,7 @@ def noise_metrics(
 
 
 def correlation(left: NDArray[np.float32], right: NDArray[np.float32]) -> float:
-    """Pearson's, in float64; NaN where either does not vary."""
+    """Pearson's correlation, in float64; NaN where either does not vary."""
     x, y = (values - np.mean(values, dtype=np.float64) for values in (left, right))
     scale = math.sqrt(float(x @ x) * float(y @ y))
     return float(x @ y) / scale if scale else math.nan

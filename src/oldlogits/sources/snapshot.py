@@ -1,12 +1,12 @@
-"""Route "snapshot": OLD from stored versions, each token scored at the version that sampled it."""
+"""Source "snapshot": OLD from stored versions, each token scored at the version that sampled it."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from oldlogits.core.policies import OLD, Policy
-from oldlogits.core.scoring import BatchTokens, Scored, ScoringHandle
-from oldlogits.core.source import LogprobSource
+from oldlogits.core.policies import OLD
+from oldlogits.core.scoring import BatchTokens, Scored
+from oldlogits.core.source import LogprobSource, SourceHandles
 
 
 class SnapshotSource(LogprobSource):
@@ -17,10 +17,13 @@ class SnapshotSource(LogprobSource):
     Paper: "snapshot version tracking" (three exact ways to get pi_old).
     """
 
-    provides: Policy = OLD
+    provides = OLD
+    cost = "stores every version that is still needed"
+    stores_versions = True
+    mixes_versions = True
 
-    def __init__(self, trainer: ScoringHandle) -> None:
-        self._trainer = trainer
+    def __init__(self, handles: SourceHandles) -> None:
+        self._trainer = handles.trainer
 
     async def acquire(self, batch: BatchTokens) -> Scored:
         """Score every token at its own version; never at another one."""

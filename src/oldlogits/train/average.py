@@ -21,9 +21,6 @@ from oldlogits.core.errors import RunFolderError
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.versions import WeightAverage, best_beta, growth_exponent, mean_lag_beta, window_beta
 
-AVERAGING_SOURCES: Final = frozenset({"ewma", "aged"})
-"""The routes that need an average."""
-
 RECENT_LAGS: Final = 4
 """Updates whose lags count: a batch holds thousands of tokens, and where staleness changes, older ones mislead."""
 RECENT_PROBES: Final = 16
@@ -38,7 +35,7 @@ class AverageReset:
         rule: "paper" or "guarded".
         rho: Share of loss tokens that were active in the update before it.
         tau: The share below which the rule asks for a reset.
-        kept_average: Share of the first step's tokens that the band kept with the stand-in in r_d.
+        kept_average: Share of the first step's tokens that the band kept with the proximal policy in r_d.
         kept_live: The same with the weights before that step.
         age: Of the average that was given up, in versions.
     """
@@ -160,7 +157,7 @@ class Averaging:
             raise RunFolderError(
                 "the checkpoint has no weight average",
                 got="a state without one",
-                allowed=f"a checkpoint of a run with proximal.source = {' or '.join(sorted(AVERAGING_SOURCES))}",
+                allowed="a checkpoint of a run whose proximal.source keeps an average, such as ewma",
                 fix="resume with the recipe that the run was started with",
             )
         self.average.load(weights, state["counters"])

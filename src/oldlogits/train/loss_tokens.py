@@ -1,4 +1,4 @@
-"""The loss tokens of a batch: what the objective reads of them, and what an update has seen of them."""
+"""The loss tokens of a batch: what a loss reads of them, and what an update records of them."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from oldlogits.batch import TokenBatch
-from oldlogits.core.policies import MU, Policy
+from oldlogits.core.loss import LossInputs, LossTerms
+from oldlogits.core.policies import MU, THETA, Policy
 from oldlogits.core.scoring import Scored
 from oldlogits.models.ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossTokens:
-    """The loss tokens of a batch as tensors, in batch order: what the objective reads.
+    """The loss tokens of a batch as tensors, in batch order.
 
     Args:
-        flat: int64 [token]; index in the flat batch.
+        flat: int64 [token]; the index of each token in the flat batch.
         advantages: float32 [token].
         staleness: int64 [token].
-        step: int64 [token]; the optimizer step that trains it.
-        sequence: int64 [token].
-        logp: float32 [token] by policy: MU, and the stand-in where a source provides it.
+        step: int64 [token]; the optimizer step that trains the token.
+        sequence: int64 [token]; the trajectory that the token belongs to.
+        num_sequences: The number of trajectories of the batch.
+        logp: float32 [token] by policy: MU, and the policy that a source provided.
     """
 
     flat: NDArray[np.int64]
@@ -35,6 +37,7 @@ class LossTokens:
     staleness: Tensor
     step: Tensor
     sequence: Tensor
+    num_sequences: int
     logp: Mapping[Policy, Tensor]
 
     @classmethod
@@ -51,27 +54,45 @@ class LossTokens:
             staleness=torch.from_numpy(version - batch.version[flat]),
             step=torch.from_numpy(batch.step[sequence]),
             sequence=torch.from_numpy(sequence),
+            num_sequences=batch.num_sequences,
             logp=logp,
         )
 
     def to(self, device: torch.device) -> LossTokens:
-        """The same on a device."""
+        """Copy the tensors to a device."""
         return LossTokens(
             flat=self.flat,
             advantages=self.advantages.to(device),
             staleness=self.staleness.to(device),
             step=self.step.to(device),
             sequence=self.sequence.to(device),
+            num_sequences=self.num_sequences,
             logp={policy: values.to(device) for policy, values in self.logp.items()},
+        )
+
+    def inputs(self, here: Tensor, logp: Mapping[Policy, Tensor]) -> LossInputs:
+        """Select what a loss reads of the tokens of a micro-batch.
+
+        Args:
+            here: int64 [micro-batch token]; their positions among the loss tokens.
+            logp: float32 [micro-batch token] by policy, THETA included.
+        """
+        return LossInputs(
+            logp=logp,
+            advantages=self.advantages[here],
+            loss_mask=torch.ones_like(here, dtype=torch.bool),
+            staleness=self.staleness[here],
+            sequence_index=self.sequence[here],
+            num_sequences=self.num_sequences,
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
-    """Detached values of every loss token, at the step that trained it."""
+class TokenRecord:
+    """What the update saw of every loss token, at the step that trained it. All tensors are [token], without gradients."""
 
     theta: Tensor
-    stand_in: Tensor
+    proximal: Tensor
     log_r_d: Tensor
     log_r_s: Tensor
     band_mask: Tensor
@@ -79,38 +100,53 @@ class Seen:
     active_mask: Tensor
 
     @classmethod
-    def empty(cls, num_tokens: int, device: torch.device) -> Seen:
-        """Of so many tokens, none of them seen."""
-        floats = (torch.full((num_tokens,), math.nan, device=device) for _ in range(4))
-        masks = (torch.zeros(num_tokens, dtype=torch.bool, device=device) for _ in range(3))
-        theta, stand_in, log_r_d, log_r_s = floats
-        band_mask, clip_mask, active_mask = masks
+    def empty(cls, num_tokens: int, device: torch.device) -> TokenRecord:
+        """Make a record of tokens none of which was trained yet."""
+        theta, proximal, log_r_d, log_r_s = (torch.full((num_tokens,), math.nan, device=device) for _ in range(4))
+        band, clip, active = (torch.zeros(num_tokens, dtype=torch.bool, device=device) for _ in range(3))
         return cls(
             theta=theta,
-            stand_in=stand_in,
+            proximal=proximal,
             log_r_d=log_r_d,
             log_r_s=log_r_s,
-            band_mask=band_mask,
-            clip_mask=clip_mask,
-            active_mask=active_mask,
+            band_mask=band,
+            clip_mask=clip,
+            active_mask=active,
         )
 
     @property
     def _columns(self) -> tuple[Tensor, ...]:
         masks = (self.band_mask, self.clip_mask, self.active_mask)
-        return (self.theta, self.stand_in, self.log_r_d, self.log_r_s, *masks)
+        return (self.theta, self.proximal, self.log_r_d, self.log_r_s, *masks)
 
-    def cpu(self) -> Seen:
-        """The same on the CPU."""
-        return Seen(**{field.name: getattr(self, field.name).cpu() for field in fields(self)})
+    def cpu(self) -> TokenRecord:
+        """Copy the record to the CPU."""
+        return TokenRecord(**{field.name: getattr(self, field.name).cpu() for field in fields(self)})
 
-    def begin(self, chosen: Tensor) -> None:
-        """The chosen tokens are about to be seen, each by one rank."""
+    def clear(self, chosen: Tensor) -> None:
+        """Set the chosen tokens to 0, before each of them is trained by one rank."""
         for column in self._columns:
             column.masked_fill_(chosen, 0)
 
+    def put(self, here: Tensor, logp: Mapping[Policy, Tensor], proximal: Policy, terms: LossTerms) -> None:
+        """Record the tokens of a micro-batch.
+
+        Args:
+            here: int64 [micro-batch token]; their positions among the loss tokens.
+            logp: Their log-probs.
+            proximal: The variant's proximal policy.
+            terms: What the loss made of them.
+        """
+        self.theta[here] = logp[THETA].detach()
+        self.proximal[here] = logp[proximal].detach()
+        self.log_r_d[here] = terms.log_r_d.detach()
+        self.log_r_s[here] = terms.log_r_s.detach()
+        self.band_mask[here] = terms.band_mask
+        self.clip_mask[here] = terms.clip_mask
+        self.active_mask[here] = terms.active_mask
+
     def share(self, chosen: Tensor, ranks: Ranks) -> None:
-        """Let every rank see what the others have seen of the chosen tokens."""
+        """Give every rank what the others have recorded of the chosen tokens."""
         if ranks.num_ranks == 1:
             return
         for column in self._columns:

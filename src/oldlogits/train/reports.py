@@ -38,7 +38,7 @@ class PublishedVersion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoringWork:
-    """What scoring batches and pieces has cost the trainer since it started; its own checks are not in it.
+    """What scoring batches and spans has cost the trainer since it started; its own checks are not in it.
 
     Args:
         read_tokens: Tokens that forward passes have read, each sequence up to its last scored token.

@@ -24,7 +24,7 @@ from oldlogits.versions import PatchStore
 
 
 class ScorerModel:
-    """Scores pieces of trajectories at the versions of its window, with the trainer's own forward pass.
+    """Scores spans of trajectories at the versions of its window, with the trainer's own forward pass.
 
     Args:
         config: The run: the window, and how the trainer batches.
@@ -62,8 +62,8 @@ class ScorerModel:
         check_consistency(error, f"the dedicated scorer's version {version}", "the live weights at its publish")
         return error
 
-    def score_spans(self, pieces: Sequence[ScoringSpan], at: PolicyVersion) -> ScoredSpans:
-        """Log-probs of the pieces' tokens.
+    def score_spans(self, spans: Sequence[ScoringSpan], at: PolicyVersion) -> ScoredSpans:
+        """Log-probs of the spans' tokens.
 
         Raises:
             VersionEvictedError: The version is not in the window.
@@ -72,7 +72,7 @@ class ScorerModel:
         with self._store.checkout(at) as weights:
             point_at(self._model, weights)
             switched = time.perf_counter()
-            values = self._score(*pack(pieces))
+            values = self._score(*pack(spans))
         seconds_s = time.perf_counter() - started
         return ScoredSpans(values=values, seconds_s=seconds_s, switch_s=switched - started, witness_s=0.0)
 

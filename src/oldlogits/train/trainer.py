@@ -1,7 +1,7 @@
 """The trainer: live weights, optimizer, version store and scoring module, of one process or sharded over several ranks.
 
     put_batch -> score(tokens, at=version | live) ... -> train -> publish -> (engine reads the weights)
-    score_pieces(pieces, at=version) at any time: tokens of trajectories that are not, or not yet, in the batch
+    score_spans(spans, at=version) at any time: tokens of trajectories that are not, or not yet, in the batch
 
 The live weights are never switched: a second module, without gradients, reads the resident copy of the store. Over several
 ranks every one makes the same calls, each holds its slices of everything, and all return the same but for weights and patches.
@@ -27,8 +27,8 @@ from transformers import PreTrainedModel
 from oldlogits.batch import Sequences, TokenBatch, pack, read_lengths
 from oldlogits.config import RunConfig
 from oldlogits.core.errors import RunFolderError, VersionEvictedError
-from oldlogits.core.policies import SOURCES
-from oldlogits.core.scoring import Scored, ScoredSpans, ScoringSpan
+from oldlogits.core.scoring import AverageScores, EngineScores, Scored, ScoredSpans, ScoringSpan
+from oldlogits.core.source import SOURCES
 from oldlogits.core.weights import FullWeights, PolicyVersion
 from oldlogits.models.device import find_device
 from oldlogits.models.forward import FORWARD_DTYPES, round_at_use
@@ -38,8 +38,7 @@ from oldlogits.models.mixed_kv import MixedForward
 from oldlogits.models.ranks import ALONE, Ranks
 from oldlogits.models.scorer import ForwardSizes, score_tokens
 from oldlogits.models.sharding import place_model, whole_weights
-from oldlogits.sources import EngineScores
-from oldlogits.train.average import AVERAGING_SOURCES, Averaging
+from oldlogits.train.average import Averaging
 from oldlogits.train.checkpoint import of_kind, read_state, sliced, write_state
 from oldlogits.train.consistency import (
     CONSISTENCY_TOLERANCE,
@@ -55,7 +54,7 @@ from oldlogits.train.optimizer import Optimizer
 from oldlogits.train.reports import ConsistencyErrors, PublishedVersion, ScoringWork
 from oldlogits.train.step import UpdateResult, update
 from oldlogits.train.trainer_store import TrainerVersionStore, shards_of
-from oldlogits.versions import AverageScores
+from oldlogits.train.update_config import UpdateConfig
 
 
 class Trainer:
@@ -83,7 +82,8 @@ class Trainer:
         self._ranks = ranks
         self._dtype = FORWARD_DTYPES[config.model.forward_dtype]
         self._build_modules()
-        stores_versions = SOURCES[config.proximal.source].stores_versions or config.audit.share > 0
+        source = SOURCES.find(config.proximal.source)
+        stores_versions = source.stores_versions or config.audit.share > 0
         sends_patches = config.runtime.type != "lockstep" and config.engine.weight_sync == "auto"
         shards = shards_of(self._model, ranks)
         self._held = (
@@ -91,11 +91,11 @@ class Trainer:
             if stores_versions
             else None
         )
-        averages = config.proximal.source in AVERAGING_SOURCES
-        self._averaging = Averaging(config, named_weights(self._model)) if averages else None
+        self._averaging = Averaging(config, named_weights(self._model)) if source.keeps_average else None
         self._engine_noise: dict[PolicyVersion, NDArray[np.float32]] = {}
         self._probe = probe_of(probe_ids)
         self._probe_logps: dict[PolicyVersion, NDArray[np.float32]] = {}
+        self._update_config = UpdateConfig.of(config)
         t = config.trainer
         self._sizes: ForwardSizes = {"micro_batch_tokens": t.micro_batch_tokens, "head_chunk_tokens": t.head_chunk_tokens}
         self._optimizer = Optimizer(self._model, config)
@@ -205,8 +205,8 @@ class Trainer:
                 forward.score(version)
         return forward.logps, forward.computed_at
 
-    def score_spans(self, pieces: Sequence[ScoringSpan], at: PolicyVersion) -> ScoredSpans:
-        """Log-probs of pieces of any trajectories at a stored version, or at the live one.
+    def score_spans(self, spans: Sequence[ScoringSpan], at: PolicyVersion) -> ScoredSpans:
+        """Log-probs of spans of any trajectories at a stored version, or at the live one.
 
         Raises:
             VersionEvictedError: The version is no longer held.
@@ -214,7 +214,7 @@ class Trainer:
         """
         started, before = time.perf_counter(), self.work
         with self._scoring_at(at):
-            values = self._read(self._scoring, *pack(pieces))
+            values = self._read(self._scoring, *pack(spans))
         work = self.work - before
         return ScoredSpans(
             values=values, seconds_s=time.perf_counter() - started, switch_s=work.switch_s, witness_s=work.witness_s
@@ -260,7 +260,7 @@ class Trainer:
             batch,
             scored,
             version=self.version,
-            config=self._config,
+            config=self._update_config,
             ranks=self._ranks,
         )
         self._witness_lag0(result.lag0_max_abs_error)
@@ -374,7 +374,7 @@ class Trainer:
         return self._scoring
 
     def _read(self, model: PreTrainedModel, sequences: Sequences, flat: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Score what a route asks for: it is counted."""
+        """Score what a source asks for, and count it."""
         self.work += ScoringWork(read_tokens=int(read_lengths(sequences, flat).sum()))
         return self._score_with(model, sequences, flat)
 

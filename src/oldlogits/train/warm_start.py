@@ -114,7 +114,7 @@ def spec_of(config: RunConfig) -> WarmStartSpec:
     if config.env.target == "desk_long":
         spec = replace(spec, desk=LongOrderDesk, errors=LONG_MIXTURE, batch_size=8)
     steps = config.model.warm_start_steps
-    return spec if steps < 0 else replace(spec, steps=steps)
+    return spec if steps == "auto" else replace(spec, steps=steps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Exact versions of the forward weights, and their average."""
 
+from oldlogits.core.scoring import AverageScores
 from oldlogits.versions.decay import best_beta, growth_exponent, mean_lag_beta, window_beta
-from oldlogits.versions.ewma import AverageScores, WeightAverage
+from oldlogits.versions.ewma import WeightAverage
 from oldlogits.versions.full_copies import FullCopyStore
 from oldlogits.versions.host_copy import HostCopy
 from oldlogits.versions.patches.codec import apply, encode

@@ -6,27 +6,11 @@ An average never is a version: what it gives a token is EWMA, not OLD.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from oldlogits.core.errors import ConfigError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AverageScores:
-    """Log-probs under the average, and the age of the average that gave them.
-
-    Args:
-        values: float32 [loss token], natural log.
-        age: Mean age of the averaged versions, in versions.
-    """
-
-    values: NDArray[np.float32]
-    age: float
 
 
 class WeightAverage:

@@ -31,8 +31,9 @@ from oldlogits.backends.ray.remote_environments import AwaitingRunner, stand_in
 from oldlogits.backends.ray.weights import ClusterWeights
 from oldlogits.backends.ray.workers import Workers
 from oldlogits.config import Caution, RunConfig
-from oldlogits.core.errors import WorkerDiedError
+from oldlogits.core.errors import ConfigError, WorkerDiedError
 from oldlogits.core.scoring import ScoredSpans, ScoringSpan
+from oldlogits.core.source import SOURCES
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
 from oldlogits.engines.http.engine import HttpEngine
 from oldlogits.engines.http.launch import LaunchSpec
@@ -40,6 +41,8 @@ from oldlogits.engines.http.servers import Timeouts
 from oldlogits.engines.spec import Incident
 from oldlogits.loop.backend import Backend, TrainerClient
 from oldlogits.train.reports import PublishedVersion
+
+Place = Mapping[str, Any]
 
 
 class ServedActor:
@@ -52,9 +55,7 @@ class ServedActor:
         place: On the cluster.
     """
 
-    def __init__(
-        self, name: str, build: Callable[..., object], arguments: tuple[object, ...], place: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, name: str, build: Callable[..., object], arguments: tuple[object, ...], place: Place) -> None:
         self._name = name
         self._actor = Actor(actors.Calls, (name, build, arguments), place=place, watched=True)
 
@@ -62,13 +63,19 @@ class ServedActor:
         """Wait until it is built.
 
         Raises:
-            OldLogitsError: It cannot be built, or the cluster has no place for it.
+            OldLogitsError: It cannot be built.
+            ConfigError: It takes longer than `start_s`.
         """
         try:
             async with asyncio.timeout(start_s):
                 await self.call("start", ())
         except TimeoutError:
-            raise cluster.no_place(f"the {self._name}", start_s) from None
+            raise ConfigError(
+                f"the {self._name} has its place on the cluster and is still starting",
+                got=f"it is not ready after {start_s:g} s",
+                allowed="a process that has loaded its packages and the model within ray.start_timeout_s",
+                fix="raise ray.start_timeout_s, or look for what else keeps its node busy",
+            ) from None
 
     async def call(self, method: str, arguments: tuple[object, ...], payload: Ref = None) -> tuple[object, Ref]:
         """Carry out a call; returns its value, and the reference of the weights that come with it.
@@ -109,9 +116,15 @@ class ServedActor:
 class RayTrainer(ServedActor):
     """The trainer as an actor; its updates stay in the object store, and are handed on by reference."""
 
-    def __init__(self, config: RunConfig, model_folder: Path, probe_ids: Sequence[int], weights: ClusterWeights) -> None:
-        where = cluster.anywhere(cpus=config.ray.trainer_cpus, gpus=config.ray.trainer_gpus)
-        super().__init__("trainer", actors.build_trainer, (config, model_folder, list(probe_ids)), where)
+    def __init__(
+        self,
+        config: RunConfig,
+        model_folder: Path,
+        probe_ids: Sequence[int],
+        weights: ClusterWeights,
+        place: Place,
+    ) -> None:
+        super().__init__("trainer", actors.build_trainer, (config, model_folder, list(probe_ids)), place)
         self._weights = weights
         self.handle = TrainerClient(self._carry_out)
 
@@ -125,9 +138,15 @@ class RayTrainer(ServedActor):
 class RayScorer(ServedActor):
     """The dedicated scorer as an actor; a `DedicatedScorer`."""
 
-    def __init__(self, config: RunConfig, model_folder: Path, probe_ids: Sequence[int], weights: ClusterWeights) -> None:
-        where = cluster.anywhere(cpus=config.ray.trainer_cpus, gpus=config.ray.trainer_gpus)
-        super().__init__("scorer", actors.build_scorer, (config, model_folder, list(probe_ids)), where)
+    def __init__(
+        self,
+        config: RunConfig,
+        model_folder: Path,
+        probe_ids: Sequence[int],
+        weights: ClusterWeights,
+        place: Place,
+    ) -> None:
+        super().__init__("scorer", actors.build_scorer, (config, model_folder, list(probe_ids)), place)
         self._weights, self.window = weights, config.proximal.scorer_versions
 
     async def publish(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> float:
@@ -157,10 +176,9 @@ async def open_ray(
     async with AsyncExitStack() as stack:
         stack.enter_context(cluster.connected(r, num_cpus=_needed_cpus(config)))
         weights = ClusterWeights()
-        trainer = RayTrainer(config, model_folder.resolve(), probe_ids, weights)
-        scorer = (
-            RayScorer(config, model_folder.resolve(), probe_ids, weights) if config.proximal.source == "dedicated" else None
-        )
+        at_trainer, at_scorer, at_workers = await _places(config)
+        trainer = RayTrainer(config, model_folder.resolve(), probe_ids, weights, at_trainer)
+        scorer = RayScorer(config, model_folder.resolve(), probe_ids, weights, at_scorer) if at_scorer is not None else None
         spec = LaunchSpec(
             server=e.server if e.type == "vllm" else "embedded",
             model_path=str(model_folder.resolve()),
@@ -176,7 +194,7 @@ async def open_ray(
         await trainer.ready(r.start_timeout_s)
         if scorer is not None:
             await scorer.ready(r.start_timeout_s)
-        workers = Workers(config, await _maker(config, spec), folder, weights)
+        workers = Workers(config, _maker(config, spec, at_workers), folder, weights)
         engine = HttpEngine(
             workers.hosts,
             max_context=config.env.max_episode_tokens,
@@ -220,15 +238,40 @@ async def _cancelled(tasks: Sequence[asyncio.Task[None]]) -> None:
 def _needed_cpus(config: RunConfig) -> int:
     """CPUs that a cluster of this run alone is said to have: its actors share those that there are."""
     r = config.ray
-    models = r.trainer_cpus * (2 if config.proximal.source == "dedicated" else 1)
+    models = r.trainer_cpus * (1 + SOURCES.find(config.proximal.source).needs_scorer)
     return int(np.ceil(models + 4 * max(r.num_workers, 2) * r.worker_cpus)) + 1
 
 
-async def _maker(config: RunConfig, spec: LaunchSpec) -> Callable[[int], Actor]:
-    """How the actor of a worker is made: the first ones in places that are reserved together."""
+async def _places(config: RunConfig) -> tuple[Place, Place | None, Sequence[Place]]:
+    """Reserve the places of the trainer, of the dedicated scorer if there is one, and of the first workers.
+
+    All are reserved before anything starts: a cluster without room for some is known before a model is loaded.
+
+    Raises:
+        ConfigError: The cluster has no room for them.
+    """
+    r = config.ray
+    names = ["the trainer", "the scorer"] if config.proximal.source == "dedicated" else ["the trainer"]
+    models: dict[str, Place] = {}
+    for name in names:
+        [models[name]] = await cluster.reserve(
+            name, 1, cpus=r.trainer_cpus, gpus=r.trainer_gpus, strategy="PACK", timeout_s=r.start_timeout_s
+        )
+    workers = await cluster.reserve(
+        f"{r.num_workers} workers ({r.placement})",
+        r.num_workers,
+        cpus=r.worker_cpus,
+        gpus=r.worker_gpus,
+        strategy=r.placement,
+        timeout_s=r.start_timeout_s,
+    )
+    return models["the trainer"], models.get("the scorer"), workers
+
+
+def _maker(config: RunConfig, spec: LaunchSpec, places: Sequence[Place]) -> Callable[[int], Actor]:
+    """Return what makes the actor of a worker: the first ones in the places that are reserved, later ones anywhere."""
     r, env = config.ray, config.env
     amounts = {"cpus": r.worker_cpus, "gpus": r.worker_gpus}
-    places = await cluster.reserve(r.num_workers, **amounts, strategy=r.placement, timeout_s=r.start_timeout_s)
     node = partial(_node, cluster.node_address())
 
     def make(number: int) -> Actor:

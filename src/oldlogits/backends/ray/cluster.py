@@ -27,6 +27,9 @@ SETTINGS: Final = MappingProxyType(
 )
 """Environment variables of a cluster that a run starts, unless they are set."""
 
+POLL_S: Final = 1.0
+"""Seconds for which a thread waits for places at a time; a program that ends waits for that thread."""
+
 Ref = Any
 """A reference to a value that an actor returns, or that was put into the object store."""
 
@@ -127,8 +130,16 @@ def on_node(node: str) -> Mapping[str, Any]:
     return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
-async def reserve(num: int, *, cpus: float, gpus: float, strategy: str, timeout_s: float) -> list[Mapping[str, Any]]:
-    """Places that are reserved together.
+async def reserve(what: str, num: int, *, cpus: float, gpus: float, strategy: str, timeout_s: float) -> list[Mapping[str, Any]]:
+    """Return places that are reserved together, as soon as the cluster has given them; no process has started there yet.
+
+    Args:
+        what: The ones they are for, in an error's words.
+        num: Places.
+        cpus: CPUs of each.
+        gpus: GPUs of each.
+        strategy: How Ray is to spread them over nodes.
+        timeout_s: Seconds to wait for them.
 
     Raises:
         ConfigError: The cluster has no room for them.
@@ -137,19 +148,25 @@ async def reserve(num: int, *, cpus: float, gpus: float, strategy: str, timeout_
     group = placement_group([bundle] * num, strategy=strategy)
     try:
         async with asyncio.timeout(timeout_s):
-            await fetch(group.ready())
+            while not await asyncio.to_thread(group.wait, POLL_S):
+                pass
     except TimeoutError:
-        raise no_place(f"{num} workers ({strategy})", timeout_s) from None
+        raise no_place(what, timeout_s) from None
     strategies = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(num)]
     return [{"num_cpus": bundle["CPU"], "num_gpus": gpus, "scheduling_strategy": place} for place in strategies]
 
 
+def free() -> str:
+    """Return what the cluster has free."""
+    amounts = ray.available_resources().items()
+    return ", ".join(f"{amount:g} {name}" for name, amount in amounts if name in ("CPU", "GPU")) or "nothing"
+
+
 def no_place(what: str, waited_s: float) -> ConfigError:
-    """The cluster has no room."""
-    free = ", ".join(f"{amount:g} {name}" for name, amount in ray.available_resources().items() if name in ("CPU", "GPU"))
+    """Return the error of a cluster that has no room."""
     return ConfigError(
         f"the cluster gives no place to {what}",
-        got=f"{free or 'nothing'} free after {waited_s:g} s",
+        got=f"{free()} free after {waited_s:g} s",
         allowed="what ray.num_workers, worker_cpus, worker_gpus, trainer_cpus and trainer_gpus ask for",
         fix="lower them, add nodes, or look for other users of the cluster with `ray status`",
     )

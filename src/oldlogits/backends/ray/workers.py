@@ -109,7 +109,9 @@ class RayWorker:
                         raise ServerFailedError(f"its server ended with exit code {code}; see {self.where}")
                     await asyncio.sleep(0.2)
         except TimeoutError:
-            raise ServerFailedError(f"it is not ready after {start_s:g} s: {cluster.no_place(self.name, start_s)}") from None
+            raise ServerFailedError(
+                f"it is not ready after {start_s:g} s: it is still starting, or has no place where {cluster.free()} is free"
+            ) from None
         except ClusterError as error:
             raise ServerFailedError(f"it ended: {str(error).strip().splitlines()[0]}") from error
 

@@ -1,4 +1,4 @@
-"""The report's sections of the exact audit, where the proximal policy decided otherwise than OLD, and of the average's resets."""
+"""The report's sections of the exact audit: where the proximal policy decided otherwise than OLD, and of resets."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Trajectories per second of k rollout workers, where what takes time is the environments."""

@@ -1,0 +1,1 @@
+"""What `oldlogits compare` does: recipes under the same seeds, over processes, and one table of what came out."""

@@ -1,0 +1,173 @@
+"""The runs of a comparison: recipes and varied keys x seeds, each in a run folder of its own, and what is read from them."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Final
+
+import tomli_w
+
+from oldlogits.config import RunConfig, load_config
+from oldlogits.core.errors import ConfigError
+from oldlogits.record.bus import EventKind
+from oldlogits.record.event_log import read_events
+from oldlogits.record.folder import RunFolder
+from oldlogits.record.jsonl import number
+from oldlogits.record.summary import Summary
+
+METRICS: Final = ("success", "reward", "decision_error", "seconds", "bytes")
+"""The figures of a run.
+
+success: held-out success of sampled episodes in the last evaluation. reward: mean over the updates of the mean reward of the
+trained trajectories. decision_error: share of the audited tokens that the stand-in keeps or masks where the old logits would
+not. seconds: of the training loop. bytes: the most bytes of versions and averages that were kept beside the live weights.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedRun:
+    """One run: a recipe under one seed.
+
+    Args:
+        name: The name of the recipe with its varied keys.
+        config: The checked recipe.
+        folder: The run folder.
+    """
+
+    name: str
+    config: RunConfig
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        """Name it to the person who waits for it."""
+        return f"{self.name}, seed {self.config.seed}"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it came to its end."""
+        path = RunFolder(path=self.folder).summary
+        return path.is_file() and Summary.read(path).ended == "done"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFigures:
+    """What came out of one run; a figure that was not measured is None.
+
+    Args:
+        name: The name of its recipe.
+        seed: The run's seed.
+        values: The figures by metric.
+    """
+
+    name: str
+    seed: int
+    values: Mapping[str, float | None]
+
+
+def plan_runs(
+    recipes: Sequence[Path], overrides: Sequence[str], vary: Sequence[str], seeds: Sequence[int], out: Path
+) -> list[PlannedRun]:
+    """Plan recipes x varied keys x seeds, seed by seed, so that what else the machine does meets all recipes alike.
+
+    Args:
+        recipes: TOML files of runs.
+        overrides: Words of a command line, which hold for all runs.
+        vary: ``key=value,value,...`` each.
+        seeds: The seeds of every recipe.
+        out: The folder of the comparison.
+
+    Raises:
+        ConfigError: A recipe cannot be run, two would have one name, or `out` holds a run of another recipe.
+    """
+    names: dict[str, tuple[Path, list[str]]] = {}
+    for recipe in recipes:
+        for choice in itertools.product(*map(_choices, vary)):
+            name = ",".join([recipe.stem, *(f"{key.rpartition('.')[2]}={value}" for key, value in choice)])
+            if name in names:
+                raise ConfigError("two recipes have one name", got=name, allowed="different file names", fix="rename one")
+            names[name] = (recipe, [word for key, value in choice for word in (f"--{key}", value)])
+    planned = [
+        PlannedRun(
+            name=name,
+            config=load_config(recipe, [*overrides, *own, "--seed", str(seed)]),
+            folder=out / name.replace("/", "_") / f"seed{seed}",
+        )
+        for seed in dict.fromkeys(seeds)
+        for name, (recipe, own) in names.items()
+    ]
+    for run in planned:
+        there = RunFolder(path=run.folder).config
+        if there.is_file() and there.read_text(encoding="utf-8") != tomli_w.dumps(asdict(run.config)):
+            raise ConfigError(
+                "the folder holds a run of another recipe",
+                got=str(run.folder),
+                allowed=f"the recipe of {there}",
+                fix="give another --out, or remove that folder",
+            )
+    return planned
+
+
+def _choices(vary: str) -> list[tuple[str, str]]:
+    key, equals, values = vary.partition("=")
+    if not equals or not key or not values:
+        raise ConfigError("--vary names no values", got=vary, allowed="KEY=VALUE,VALUE", fix="--vary trainer.lr=1e-4,5e-4")
+    return [(key, value) for value in values.split(",")]
+
+
+def perform(planned: PlannedRun) -> None:
+    """Run it to its end, from its last checkpoint where there is one.
+
+    Raises:
+        OldLogitsError: The error that ended the run.
+        KeyboardInterrupt: The run was interrupted.
+    """
+    from oldlogits.run.run import run  # torch: only the worker processes need it
+
+    folder = RunFolder(path=planned.folder)
+    resume = folder.latest_checkpoint() is not None
+    if not resume and folder.config.is_file():
+        shutil.rmtree(planned.folder)
+    result = run(planned.config, planned.folder, resume=resume)
+    if result.error is not None:
+        raise result.error
+    if result.summary.ended == "interrupted":
+        raise KeyboardInterrupt
+
+
+def read_figures(planned: PlannedRun) -> RunFigures:
+    """Read what came out of a run that is done."""
+    success, stored = None, [0.0]
+    rewards: dict[int, float] = {}  # by version: a run that was resumed made some twice
+    num_tokens = num_wrong = average_bytes = 0.0
+    for event in read_events(RunFolder(path=planned.folder).events):
+        fields = event.fields
+        if event.kind is EventKind.EVALUATION and fields["mode"] == "sampled":
+            success = number(fields["mean"])
+        elif event.kind is EventKind.PUBLISHED:
+            stored.append(number(fields["bytes"]) or 0.0)
+        elif event.kind is EventKind.AUDIT:
+            num_tokens += sum(_numbers(fields["num_tokens"]))
+            num_wrong += sum((*_numbers(fields["wrongly_kept"]), *_numbers(fields["wrongly_masked"])))
+        elif event.kind is EventKind.UPDATE and isinstance(metrics := fields["metrics"], dict):
+            rewards[event.version] = number(metrics["reward/mean"]) or 0.0
+            average_bytes = max(average_bytes, number(metrics.get("average/stored_bytes")) or 0.0)
+    values = {
+        "success": success,
+        "reward": fmean(rewards.values()) if rewards else None,
+        "decision_error": num_wrong / num_tokens if num_tokens else None,
+        "seconds": Summary.read(RunFolder(path=planned.folder).summary).train_wall_s,
+        "bytes": max(stored) + average_bytes,
+    }
+    return RunFigures(name=planned.name, seed=planned.config.seed, values=values)
+
+
+def _numbers(values: object) -> Iterator[float]:
+    """Yield the numbers of a list in an event."""
+    if isinstance(values, list):
+        yield from (found for value in values if (found := number(value)) is not None)

@@ -1,0 +1,133 @@
+"""The loss of an update: one seam for every objective, and the registry of the built-in ones.
+
+    log-probs by policy, advantages, staleness, sequence index --loss--> each token's surrogate, ratios and masks
+    each token's share of the batch (loss_aggregation) -----------------> -sum share * surrogate, backward, metrics, tables
+
+The trainer knows nothing about a loss but this. It splits the batch into micro-batches and over ranks, counts the
+denominator over the whole optimizer step, and reads the metrics off the ratios and masks that a loss returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal, Protocol
+
+from oldlogits.core.errors import ConfigError
+from oldlogits.core.policies import Policy, Variant
+from oldlogits.core.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """The knobs of a recipe's objective. A loss reads those that it has a use for.
+
+    Args:
+        variant: The row of the paper's table: which policies r_d and r_s are taken over.
+        band: The mismatch band [1/band, band] on r_d, above 1; inf: no band.
+        eps_low: The clip of r_s from below, 1 - eps_low, for negative advantages.
+        eps_high: The clip of r_s from above, 1 + eps_high, for positive advantages.
+        dual_clip: The upper bound of r_s for negative advantages, above 1; None: there is none.
+        mismatch_correction: What r_d does: it weights and masks tokens, or it masks them only.
+        is_cap: With ``objective.clip = "truncated"``: the largest weight r_s of a token's gradient; None: the clip holds.
+    """
+
+    variant: Variant
+    band: float = 1.5
+    eps_low: float = 0.2
+    eps_high: float = 0.28
+    dual_clip: float | None = 3.0
+    mismatch_correction: Literal["weight_and_mask", "mask"] = "weight_and_mask"
+    is_cap: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossInputs:
+    """The tokens of one micro-batch, as a loss receives them. All tensors are [token] and on one device.
+
+    Args:
+        logp: Natural-log probability of each sampled token, by policy: MU, THETA, and the variant's proximal policy. Only
+            those of THETA carry a gradient.
+        advantages: float32; one value for all tokens of a sequence.
+        loss_mask: bool; True where a token is trained. Context tokens are left out beforehand, so that today all are True.
+        staleness: int64; the trainer's version minus the version that sampled the token.
+        sequence_index: int64, in [0, num_sequences); the trajectory that a token belongs to.
+        num_sequences: The number of trajectories of the whole batch, of which a micro-batch holds some.
+    """
+
+    logp: Mapping[Policy, Tensor]
+    advantages: Tensor
+    loss_mask: Tensor
+    staleness: Tensor
+    sequence_index: Tensor
+    num_sequences: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossTerms:
+    """What a loss makes of each token. All tensors are [token].
+
+    Args:
+        values: The surrogate S, to be maximised, with the gradient that reaches THETA's log-probs; 0 for a masked token.
+        log_r_d: The log of the mismatch ratio that the loss used; 0 where it used none.
+        log_r_s: The log of the ratio that the loss clipped. Where it belongs to a sequence, each of its tokens has it.
+        band_mask: bool; False for a token that the loss left out because of r_d.
+        clip_mask: bool; False for a token that has no gradient because of r_s.
+
+    Raises:
+        ConfigError: The tensors are not of one shape.
+    """
+
+    values: Tensor
+    log_r_d: Tensor
+    log_r_s: Tensor
+    band_mask: Tensor
+    clip_mask: Tensor
+
+    def __post_init__(self) -> None:
+        """Refuse a loss that does not return one value per token."""
+        names = ("values", "log_r_d", "log_r_s", "band_mask", "clip_mask")
+        shapes = {name: tuple(getattr(self, name).shape) for name in names}
+        if len(set(shapes.values())) > 1 or len(shapes["values"]) != 1:
+            raise ConfigError(
+                "a loss returns one value per token",
+                got=", ".join(f"{name} {shape}" for name, shape in shapes.items()),
+                allowed="five tensors of shape (tokens,)",
+                fix="give each token of a sequence the sequence's value: values[sequence_index]",
+            )
+
+    @property
+    def active_mask(self) -> Tensor:
+        """Bool [token]; True where neither mask leaves a token out."""
+        return self.band_mask & self.clip_mask
+
+
+class Loss(Protocol):
+    """A function from the tokens of a micro-batch to their surrogates.
+
+    A micro-batch holds whole sequences: all trained tokens of a trajectory are in the same micro-batch, on one rank, in the
+    order in which they were sampled. So a loss may form a value per sequence, such as the geometric mean of its tokens'
+    ratios, from ``sequence_index`` alone. It may not compare sequences with each other, since it sees only some of them: the
+    trainer has done that already (advantages), or does it afterwards (``loss_aggregation``).
+    """
+
+    def __call__(self, tokens: LossInputs, objective: Objective) -> LossTerms:
+        """Form the surrogate of each token, in the order of the tokens.
+
+        Args:
+            tokens: The log-probs of the tokens, and what belongs to each.
+            objective: The recipe's knobs.
+
+        Raises:
+            MissingLogprobError: A policy that the loss needs is not among the log-probs.
+        """
+        ...
+
+
+LOSSES: Final = Registry[Loss](
+    "loss", key="objective.loss", builtin={"masked_is": "oldlogits.objective.losses.masked_is:masked_is"}
+)
+"""The built-in losses by name; a recipe may name any other one as "package.module:function"."""

@@ -1,0 +1,39 @@
+"""Masked importance sampling: the one frame of all variants of the paper's table, token by token."""
+
+from __future__ import annotations
+
+from oldlogits.core.loss import LossInputs, LossTerms, Objective
+from oldlogits.objective.ratios import split_ratio
+from oldlogits.objective.surrogate import surrogate
+
+
+def masked_is(tokens: LossInputs, objective: Objective) -> LossTerms:
+    """``S = sg(r_d) * band * A * h`` per token (PAPER, "The objective, spelled out"): `split_ratio`, then `surrogate`.
+
+    Args:
+        tokens: The log-probs of MU, THETA and the variant's proximal policy.
+        objective: All knobs are read.
+
+    Raises:
+        MissingLogprobError: A policy of the variant is missing.
+        ConfigError: A bound is out of range.
+    """
+    split = split_ratio(objective.variant, tokens.logp)
+    found = surrogate(
+        split,
+        tokens.advantages,
+        tokens.loss_mask,
+        band=objective.band,
+        eps_low=objective.eps_low,
+        eps_high=objective.eps_high,
+        dual_clip=objective.dual_clip,
+        discrepancy=objective.mismatch_correction,
+        truncation=objective.is_cap,
+    )
+    return LossTerms(
+        values=found.values,
+        log_r_d=split.log_r_d,
+        log_r_s=split.log_r_s.detach(),
+        band_mask=found.band_mask,
+        clip_mask=found.clip_mask,
+    )

@@ -1,0 +1,1 @@
+"""Studies that are made with the product; no part of the wheel."""

@@ -1,0 +1,3 @@
+"""What the studies' tests share with those of the product."""
+
+from tests.conftest import tiny_folder  # noqa: F401

@@ -1,0 +1,1 @@
+"""What the results say: intervals and tests, paired contrasts, pooled decision errors."""

@@ -1,0 +1,82 @@
+"""One run of the learning study: train a recipe, and keep what the comparison needs."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from pathlib import Path
+
+from oldlogits.config import RunConfig
+from oldlogits.core.errors import NonFiniteError
+from oldlogits.record.bus import EventKind
+from oldlogits.record.event_log import RecordedEvent, read_events
+from oldlogits.record.jsonl import number
+from oldlogits.run.run import run
+from studies.old_logits.results import LearningRun, Point
+
+
+def run_learning(config: RunConfig, folder: Path, *, regime: str, method: str, block: int) -> LearningRun:
+    """Train once in this process.
+
+    Args:
+        config: Of runtime "lockstep"; its evaluations during the run are the curve.
+        folder: The run folder.
+        regime: Name of the regime.
+        method: Name of the method.
+        block: Number of the block.
+
+    Returns:
+        What was measured. A run that diverged counts with the success of its last evaluation, or 0.
+
+    Raises:
+        OldLogitsError: The run could not be started, or ended with an error other than divergence: no result.
+        KeyboardInterrupt: It was interrupted.
+    """
+    cpu, wall = time.process_time(), time.perf_counter()
+    result = run(config, folder)
+    if result.summary.ended == "interrupted":
+        raise KeyboardInterrupt
+    if result.error is not None and not isinstance(result.error, NonFiniteError):
+        raise result.error
+    cpu_share = (time.process_time() - cpu) / (time.perf_counter() - wall)
+    events = list(read_events(folder / "events.jsonl"))
+    updates = [event for event in events if event.kind is EventKind.UPDATE]
+    cpu_s = [0.0, *itertools.accumulate(_seconds(update) * cpu_share for update in updates)]
+    curve = _curve(events, cpu_s)
+    return LearningRun(
+        regime=regime,
+        method=method,
+        block=block,
+        seed=config.seed,
+        band=config.band,
+        eps_low=config.objective.eps_low,
+        eps_high=config.objective.eps_high,
+        success=curve[-1].success if curve else 0.0,
+        num_episodes=config.eval.num_episodes_during,
+        num_updates=len(updates),
+        rho=result.summary.rho_mean or 0.0,
+        cpu_s=cpu_s[-1],
+        num_resets=sum(event.kind is EventKind.AVERAGE_RESET for event in events),
+        curve=curve,
+        error=str(result.error or ""),
+    )
+
+
+def _curve(events: list[RecordedEvent], cpu_s: list[float]) -> tuple[Point, ...]:
+    """Held-out success by updates and by CPU seconds of training."""
+    return tuple(
+        Point(
+            update=event.version,
+            cpu_s=cpu_s[min(event.version, len(cpu_s) - 1)],
+            success=number(event.fields["mean"]) or 0.0,
+        )
+        for event in events
+        if event.kind is EventKind.EVALUATION and event.fields["mode"] == "sampled"
+    )
+
+
+def _seconds(update: RecordedEvent) -> float:
+    """Seconds of an update. A lockstep run computes in one process, so its share of CPU time is the run's."""
+    metrics = update.fields["metrics"]
+    assert isinstance(metrics, dict), "an update event has metrics"
+    return float(metrics["time/update_s"])
