@@ -29,7 +29,7 @@ LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in 
 CONFIG_FROM, RECORD_FROM = LEVEL["train"], LEVEL["loop"]
 EVENTS = {"oldlogits.record.bus", "oldlogits.record.events"}
 HEAVY = ("ray", "vllm", "peft", "deepspeed", "bitsandbytes", "flash_attn", "triton", "accelerate", "trl")
-HEAVY += ("wandb", "trackio", "mlflow", "tomli_w")
+HEAVY += ("wandb", "trackio", "mlflow")
 
 
 def module_name(path):

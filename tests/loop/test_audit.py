@@ -113,6 +113,7 @@ def same_run(left, right):
 
     def plain(folder):
         for event in events_of(folder):
+            event.get("metrics", {}).pop("copies/trainer", None)  # the bytes of the store again
             if event["kind"] not in ("audit", "published"):
                 yield {k: v for k, v in without_wall_clock(event).items() if k not in ("seq", "path", CHECKED, *EFFECT)}
 

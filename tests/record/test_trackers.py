@@ -72,6 +72,7 @@ def test_tensorboard_holds_metrics_evaluation_config_episodes_and_the_place_of_t
 
 
 @pytest.mark.trackers
+@pytest.mark.filterwarnings("default")  # its database layer uses what SQLAlchemy has deprecated
 def test_mlflow_holds_metrics_evaluation_config_episodes_and_the_report(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow", reason="pip install mlflow-skinny")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -93,10 +94,11 @@ def test_mlflow_holds_metrics_evaluation_config_episodes_and_the_report(tmp_path
 
 @pytest.mark.trackers
 def test_wandb_writes_a_whole_offline_run_into_the_run_folder(tmp_path, monkeypatch):
-    pytest.importorskip("wandb", reason="pip install wandb")
+    wandb = pytest.importorskip("wandb", reason="pip install wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     folder = follow(tmp_path, "wandb")
+    wandb.teardown()  # its own process has then written everything
     [written] = (folder.path / "trackers" / "wandb").rglob("run-*.wandb")
     content = written.read_bytes()
     for text in (b"reward/mean", b"eval/sampled_success", b"trainer.lr", b"my-run", b"oldlogits"):

@@ -226,6 +226,18 @@ def test_a_group_that_fails_is_counted_told_and_replaced():
     in_world(scenario, rows=lambda index: {"fails": index == 0})
 
 
+def test_every_episode_that_ends_well_has_a_time_after_its_last_turn_and_none_is_remembered_for_ever():
+    async def scenario(world):
+        world.engine.gate.set()
+        await world.admit(num_wanted=2)  # the first group fails and is replaced
+        found = world.rollouts.latency.metrics()
+        assert (found["turn/num_first"], found["turn/num_last"]) == (4, 4)
+        assert found["turn/last_max_s"] >= found["turn/last_p50_s"] >= 0
+        assert world.rollouts.latency.num_running == 0
+
+    in_world(scenario, rows=lambda index: {"fails": index == 0})
+
+
 def test_uniform_groups_are_filtered_told_and_replaced():
     async def scenario(world):
         world.engine.gate.set()

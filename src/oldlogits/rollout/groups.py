@@ -128,6 +128,7 @@ class Rollouts(Admission):
                     )
                 )
         except asyncio.CancelledError:
+            self.latency.ended(id, well=False)
             self._source.drop([id])
             raise
         self.latency.ended(id, well=not isinstance(outcome, Failure))

@@ -33,6 +33,11 @@ class TurnLatency:
         self._since: dict[str, tuple[Kind, float]] = {}
         self._gaps_s: dict[Kind, list[float]] = {kind: [] for kind in KINDS}
 
+    @property
+    def num_running(self) -> int:
+        """Episodes that have begun and are not over."""
+        return len(self._since)
+
     def started(self, trajectory_id: str) -> None:
         """The episode of this trajectory begins."""
         self._since[trajectory_id] = ("first", self._clock())
