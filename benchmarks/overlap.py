@@ -19,17 +19,20 @@ import time
 from pathlib import Path
 from statistics import median
 
-from oldlogits.backends.scorer_process import ScorerProcess
-from oldlogits.backends.trainer_process import TrainerProcess
+from oldlogits.backends.processes import start_scorer, start_trainer
 from oldlogits.batch import collate
 from oldlogits.config import RunConfig, config_from_table, load_config
-from oldlogits.core.scoring import BatchTokens
+from oldlogits.core.scoring import BatchTokens, DedicatedScorer
 from oldlogits.core.trajectory import Context, Sampled, Segment, Trajectory, TrajectoryGroup
-from oldlogits.models.tiny import TinySize, save_tiny, tiny_model, tiny_tokenizer
 from oldlogits.record.bus import EventKind
 from oldlogits.record.event_log import read_events
+from oldlogits.rpc.client import client
 from oldlogits.run.run import run
+from oldlogits.run.specs import scorer_spec, trainer_spec
 from oldlogits.sources import check_scored, make_source
+from oldlogits.train.calls import TrainerCalls
+from order_desk.starting_models import TinySize
+from order_desk.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 WINDOW = 4  # versions that a trajectory spans
 GROUPS, MEMBERS = 16, 8
@@ -74,9 +77,14 @@ class Replay:
         table = {"variant": "ppo_clip", "proximal": {"source": route}, "trainer": {"minibatches_per_update": 2, "lr": 1e-5}}
         self.config: RunConfig = config_from_table(table)
         probe = list(range(5, 37))
-        self.trainer = TrainerProcess(self.config, folder, probe)
-        self.scorer = ScorerProcess(self.config, folder, probe) if route == "dedicated" else None
-        self.source = make_source(route, self.trainer.handle, self.scorer)
+        self.trainer = start_trainer(trainer_spec(self.config), folder, probe)
+        self.calls = client(TrainerCalls, self.trainer)  # type: ignore[type-abstract]
+        told = scorer_spec(self.config)
+        self.scorer = start_scorer(told, folder, probe) if told is not None else None
+        scorer: DedicatedScorer | None = None
+        if told is not None and self.scorer is not None:
+            scorer = client(DedicatedScorer, self.scorer, window=told.window)  # type: ignore[type-abstract]
+        self.source = make_source(route, self.calls, scorer)
         self.version = 0
         self.update_s: list[float] = []
         self.paused_s: list[float] = []
@@ -94,7 +102,7 @@ class Replay:
 
     async def update(self) -> None:
         """One version, in the order of the loop."""
-        groups, handle, version = batch_of(self.version), self.trainer.handle, self.version
+        groups, handle, version = batch_of(self.version), self.calls, self.version
         batch = collate(groups, [1.0, -1.0] * (GROUPS * MEMBERS // 2), num_steps=2)
         self._grow()
         started = time.perf_counter()
@@ -132,7 +140,7 @@ class Replay:
             self.scorer.close()
 
     async def _publish(self) -> None:
-        published = await self.trainer.handle.publish()
+        published = await self.calls.publish()
         self.version = published.version
         if not self.source.needs_pause and self.source.needs_partials:
             await self.source.on_paused({})

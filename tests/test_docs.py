@@ -1,8 +1,8 @@
 """The documents say what the code does: generated tables are current, and the snippets run."""
 
 import json
-import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,17 +12,18 @@ import torch
 
 from oldlogits.cli.show import TABLES
 from oldlogits.config import RunConfig, load_config
-from oldlogits.envs.desk_data import ruling
-from oldlogits.envs.shape import load_environment
+from oldlogits.envs.base import load_environment
 from oldlogits.record.bus import EventKind
 from oldlogits.record.event_log import read_events
 from oldlogits.run.run import run
+from order_desk.data import ruling
 
 from .runs import recipe
 from .waiting import HUNG_S
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENTS = (ROOT / "docs" / "environments.md").read_text(encoding="utf-8")
+NUMBER_GUESS = ROOT / "examples" / "number_guess"
 
 
 def snippets(text: str) -> dict[str, str]:
@@ -36,14 +37,15 @@ def test_the_variant_table_of_a_document_is_the_one_in_code(document: str) -> No
 
 
 def test_every_relative_link_of_the_documents_leads_to_a_file() -> None:
-    beside = [path for folder in ("studies", "benchmarks") for path in (ROOT / folder).rglob("*.md")]
+    beside = [path for folder in ("examples", "studies", "benchmarks") for path in (ROOT / folder).rglob("*.md")]
     for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *beside]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
 def test_the_policy_table_in_the_documents_is_the_desks_policy() -> None:
-    lines = [line for line in ENVIRONMENTS.splitlines() if re.match(r"\| (cancel|refund|track) \|", line)]
+    page = (ROOT / "examples" / "order_desk" / "README.md").read_text(encoding="utf-8")
+    lines = [line for line in page.splitlines() if re.match(r"\| (cancel|refund|track) \|", line)]
     assert len(lines) == 3
     for line in lines:
         kind, *cells = (cell.strip() for cell in line.strip("|").split("|"))
@@ -53,11 +55,15 @@ def test_the_policy_table_in_the_documents_is_the_desks_policy() -> None:
             assert cell.split(",")[0].split()[0] == (ruled.action or ("tell" if kind == "track" else "refuse"))
 
 
+def test_the_files_of_the_documents_are_those_of_the_example() -> None:
+    files = {path.name: path.read_text(encoding="utf-8") for path in NUMBER_GUESS.iterdir() if path.is_file()}
+    assert snippets(ENVIRONMENTS) == files
+
+
 def test_the_environment_of_the_documents_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chatml_llama: Path) -> None:
-    for name, body in snippets(ENVIRONMENTS).items():
-        (tmp_path / name).write_text(body, encoding="utf-8")
+    for path in filter(Path.is_file, NUMBER_GUESS.iterdir()):
+        shutil.copy(path, tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
     assert load_environment("number_guess:NumberGuess").__name__ == "NumberGuess"
     overrides = ["--model.path", str(chatml_llama), "--runtime.type", "lockstep", "--num-updates", "1"]
     config = load_config(tmp_path / "guess.toml", overrides)
@@ -65,7 +71,6 @@ def test_the_environment_of_the_documents_trains(tmp_path: Path, monkeypatch: py
     small = ["--eval.num-episodes", "2", "--rollout.prompts-per-update", "2", "--lockstep.max_lag", "1", "--out", "run"]
     done = subprocess.run(
         [sys.executable, "-m", "oldlogits", "train", "guess.toml", *overrides, *small],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=HUNG_S,

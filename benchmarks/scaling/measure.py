@@ -27,9 +27,9 @@ import tomli_w
 
 from benchmarks.machine import Machine, this_machine
 from oldlogits.core.errors import ConfigError, WorkerDiedError
-from oldlogits.envs.desk import OrderDesk
 from oldlogits.record.bus import EventKind
 from oldlogits.record.event_log import RecordedEvent, read_events
+from order_desk.environment import OrderDesk
 
 Runtime = Literal["local", "ray"]
 

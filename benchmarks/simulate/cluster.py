@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Final, Literal
 
 from benchmarks.simulate.scenario import DrawnWorkload, EngineTimes, Scenario, ScorerTimes, TrainerTimes
-from oldlogits.config.load import Table, build
+from oldlogits.config.reader import Table, build
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.source import SOURCES
 

@@ -31,8 +31,8 @@ from benchmarks.simulate.scenario import (
     Turn,
 )
 from oldlogits.config import RunConfig, load_config
+from oldlogits.core.engine_stats import Line
 from oldlogits.core.errors import ConfigError
-from oldlogits.engines.timing import Line
 from oldlogits.record.bus import EventKind
 from oldlogits.record.event_log import RecordedEvent, read_events
 from oldlogits.record.folder import RunFolder
@@ -165,7 +165,7 @@ class MeasuredRun:
             load_s=_mean(self.events[EventKind.WEIGHTS_UPDATED][SKIP:], "load_s"),
             group_size=c.rollout.group_size,
             prompts_per_update=c.rollout.prompts_per_update,
-            max_running_groups=c.rollout.max_running_groups,
+            max_running_groups=c.rollout.running_limit,
             max_staleness=c.max_staleness,
             num_updates=c.num_updates,
             skip=SKIP,

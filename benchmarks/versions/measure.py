@@ -24,8 +24,10 @@ from benchmarks.versions.rows import Report, Row, Steps, Subject
 from oldlogits.bench.chains import RealModel, SyntheticModel
 from oldlogits.bench.lab import Chain, Seconds, clock_of
 from oldlogits.core.errors import ConfigError
-from oldlogits.models.smollm2 import fetch
-from oldlogits.versions import WeightAverage, fast_path
+from oldlogits.core.starting_model import MODELS, ModelOrder
+from oldlogits.models.cache import cache_folder
+from oldlogits.versions import WeightAverage, kernels_in_use
+from order_desk.environment import OrderDesk
 
 SYNTHETIC_LRS: Final = (SLOW, MIDDLE, FAST, DEMO)
 REAL_LRS: Final = (SLOW, FAST)
@@ -99,7 +101,7 @@ def measure(plan: Plan, progress: Progress = lambda doing, done, total: None) ->
         ModelFolderError: The real model cannot be had.
     """
     started, bench = time.perf_counter(), _Bench(plan, progress)
-    machine = this_machine(plan.device, fast_path())
+    machine = this_machine(plan.device, kernels_in_use())
     with _one_thread():
         for lr in SYNTHETIC_LRS:
             bench.synthetic(lr)
@@ -134,7 +136,8 @@ class _Bench:
     def real(self, lr: float) -> None:
         """A chain of the real model."""
         self._progress(f"SmolLM2 at lr {lr:g}", self._done, self._plan.total)
-        source = RealModel(fetch(), lr=lr)
+        order = ModelOrder(seed=0, steps=0, environment=OrderDesk, parser="hermes", cache=cache_folder())
+        source = RealModel(MODELS.find("smollm2")(order), lr=lr)
         num_params = sum(master.numel() for master in source.masters.values())
         subject = Subject(model="smollm2", lr=lr, num_params=num_params)
         self._chain(source, subject, self._plan.num_steps)

@@ -6,8 +6,9 @@ import gc
 import pytest
 
 from oldlogits.backends.ray.remote_environments import AwaitingRunner, PlaceLostError, stand_in
-from oldlogits.envs.shape import tool_schemas
-from oldlogits.rollout.turns import EnvironmentFailed, EnvironmentLost, system_prompt_of
+from oldlogits.envs.base import system_prompt_of
+from oldlogits.envs.tools import tool_schemas
+from oldlogits.rollout.turns import EnvironmentFailed, EnvironmentLost
 
 
 class Counter:

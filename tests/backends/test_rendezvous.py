@@ -10,13 +10,13 @@ from ..waiting import HUNG_S
 BEAT_AND_END = """
 import time
 import torch.distributed as dist
-from oldlogits.runtime import board
+from oldlogits.backends.torchrun import rendezvous
 from oldlogits.backends.torchrun.launch import Launch
 
 store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-board.BEAT_S = 0.0  # at every moment a sign of life is on its way, also at the last
+rendezvous.BEAT_S = 0.0  # at every moment a sign of life is on its way, also at the last
 launch = Launch(rank=0, num_ranks=2, host="127.0.0.1", port=store.port, attempt=0)
-mine, other = board.Board(launch), board.Board(launch)
+mine, other = rendezvous.Rendezvous(launch), rendezvous.Rendezvous(launch)
 mine.beat()
 ends = time.monotonic() + 600
 while other._beat(0) < 10 and time.monotonic() < ends:

@@ -4,16 +4,21 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
 
-from oldlogits.backends.trainer_process import TrainerProcess
+from oldlogits.backends.processes import WeightsInFiles, start_trainer
 from oldlogits.config import config_from_table
 from oldlogits.core.errors import ModelFolderError, VersionEvictedError, WorkerDiedError
 from oldlogits.core.policies import OLD
 from oldlogits.core.scoring import Scored
 from oldlogits.models.load import load_model, named_weights
+from oldlogits.rpc.client import Inline, client
+from oldlogits.run.specs import trainer_spec
+from oldlogits.train.calls import TrainerCalls
+from oldlogits.train.service import TrainerService
 from oldlogits.train.trainer import Trainer
 
 from ..builders import batch_of, sampled, trajectory
@@ -42,25 +47,12 @@ async def one_update(handle, version):
     return published, weights, values, result
 
 
-class Inline:
-    """The same trainer in this process, as a handle."""
-
-    def __init__(self, trainer):
-        self.trainer = trainer
-
-    def __getattr__(self, name):
-        async def call(*arguments):
-            return getattr(self.trainer, name)(*arguments)
-
-        return call
-
-
 def in_process(folder, scenario):
     async def main():
-        process = TrainerProcess(CONFIG, folder, PROBE)
+        process = start_trainer(trainer_spec(CONFIG), folder, PROBE)
         try:
             await process.ready()
-            return await scenario(process)
+            return await scenario(process, client(TrainerCalls, process))
         finally:
             process.close()
 
@@ -74,18 +66,19 @@ def children():
 def test_a_trainer_process_does_what_a_trainer_does_bit_for_bit_and_leaves_nothing_behind(tiny_folder, tmp_path, shared_files):
     files = shared_files()
 
-    async def scenario(process):
-        updates = [await one_update(process.handle, version) for version in range(2)]
-        await process.handle.put_batch(batch_at(7))
+    async def scenario(process, trainer):
+        updates = [await one_update(trainer, version) for version in range(2)]
+        await trainer.put_batch(batch_at(7))
         with pytest.raises(VersionEvictedError, match="version 7 is not in the store") as caught:
-            await process.handle.score(np.arange(6), 7)
+            await trainer.score(np.arange(6), 7)
         assert caught.value.allowed == "0..1", "an error crosses with its parts"
-        state = await process.handle.state()  # and the process lives on
-        await process.handle.save(tmp_path / "checkpoint")
+        state = await trainer.state()  # and the process lives on
+        await trainer.save(tmp_path / "checkpoint")
         return updates, state
 
     updates, state = in_process(tiny_folder, scenario)
-    here = Inline(trainer := Trainer(CONFIG, tiny_folder, PROBE))
+    trainer = Trainer(trainer_spec(CONFIG), tiny_folder, PROBE)
+    here = client(TrainerCalls, Inline(TrainerService(trainer, time.perf_counter).call))
     for (published, weights, values, result), version in zip(updates, range(2), strict=True):
         expected, expected_weights, expected_values, expected_result = asyncio.run(one_update(here, version))
         assert published.version == expected.version == version
@@ -94,7 +87,11 @@ def test_a_trainer_process_does_what_a_trainer_does_bit_for_bit_and_leaves_nothi
         assert published.probe_logps.tolist() == expected.probe_logps.tolist()
         assert values.tolist() == expected_values.tolist()
         assert result.metrics == expected_result.metrics
-    assert (state.version, state.num_parameters, state.consistency) == (2, trainer.num_parameters, trainer.consistency)
+    assert (state.version, state.num_parameters, state.consistency) == (
+        2,
+        trainer.live.num_parameters,
+        trainer.scorer.checks.errors,
+    )
     assert state.busy_s > 0
     saved = named_weights(load_model(tmp_path / "checkpoint" / "model"))
     assert all(np.array_equal(saved[name], w) for name, w in trainer.publish().update.tensors.items())
@@ -103,28 +100,34 @@ def test_a_trainer_process_does_what_a_trainer_does_bit_for_bit_and_leaves_nothi
 
 
 def test_a_trainer_that_is_killed_fails_the_pending_call_and_later_ones(tiny_folder):
-    async def scenario(process):
-        pid = process._process.pid
+    async def scenario(process, trainer):
+        pid = process.pid
         os.kill(pid, signal.SIGSTOP)  # so that the call is pending when it dies
-        pending = asyncio.create_task(process.handle.publish())
+        pending = asyncio.create_task(trainer.publish())
         await asyncio.sleep(0.05)
         assert not pending.done()
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(WorkerDiedError, match="the trainer process ended; got: exit code -9"):
             await pending
         with pytest.raises(WorkerDiedError, match="exit code -9"):
-            await process.handle.state()
+            await trainer.state()
 
     in_process(tiny_folder, scenario)
     assert children() == []
 
 
-def test_closing_removes_weights_that_nobody_took(tiny_folder, shared_files):
+def test_closing_removes_weights_that_nobody_could_take(tiny_folder, monkeypatch, shared_files):
     files = shared_files()
 
-    async def scenario(process):
-        process._pipe.send(("publish", ()))
-        assert process._pipe.poll(HUNG_S), "it has answered"
+    def fail(self, value):
+        if value is not None:  # ready has none
+            raise OSError("no room")
+
+    monkeypatch.setattr(WeightsInFiles, "decode", fail)
+
+    async def scenario(process, trainer):
+        with pytest.raises(WorkerDiedError, match="an answer that cannot be read: OSError: no room"):
+            await trainer.publish()
         assert len(shared_files() - files) == 1
 
     in_process(tiny_folder, scenario)
@@ -139,9 +142,9 @@ def test_an_error_at_the_start_is_raised_by_ready_with_its_type(tmp_path):
 
 def test_closing_ends_a_trainer_in_mid_call_and_one_that_does_not_listen(tiny_folder):
 
-    async def scenario(process):
-        os.kill(process._process.pid, signal.SIGSTOP)
-        return asyncio.create_task(process.handle.state())
+    async def scenario(process, trainer):
+        os.kill(process.pid, signal.SIGSTOP)
+        return asyncio.create_task(trainer.state())
 
     in_process(tiny_folder, scenario)
     assert children() == []

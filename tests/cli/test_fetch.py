@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from oldlogits.cli.main import run
-from oldlogits.models import smollm2
+from order_desk import smollm2
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_it_fetches_once_and_says_what_to_type_next(filled, tmp_path, capsys):
     assert said[0] == "downloading"
     assert said[1].startswith("fetched in ")
     assert said[1].endswith(f"s: {out}")
-    assert said[2].endswith(f"oldlogits train recipes/smollm2-desk.toml --model.path {out}")
+    assert said[2].endswith(f"oldlogits train RECIPE --model.path {out}")
     assert run(["fetch", "smollm2", "--out", str(out)]) == 0
     assert capsys.readouterr().out.splitlines()[0] == f"was there: {out}"
     assert len(filled) == 1
@@ -57,4 +57,4 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(filled, tmp_path, 
 @pytest.mark.parametrize("words", [[], ["gpt"]])
 def test_another_model_is_refused(words, capsys):
     assert run(["fetch", *words]) == 2
-    assert "allowed: smollm2" in capsys.readouterr().err
+    assert "allowed: model.path = tiny, tiny-moe, smollm2" in capsys.readouterr().err

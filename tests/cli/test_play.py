@@ -12,13 +12,13 @@ import pytest
 from rich.console import Console
 
 from oldlogits.cli.main import run as command
-from oldlogits.cli.play import play
+from oldlogits.cli.play import PlayOptions, play
 from oldlogits.core.errors import ConfigError, ModelFolderError
-from oldlogits.envs.desk import OrderDesk
-from oldlogits.envs.desk_data import WORDS
-from oldlogits.envs.shape import tool_names
-from oldlogits.models.tiny import TinySize, save_tiny, tiny_model, tiny_tokenizer
+from oldlogits.envs.tools import tool_names
 from oldlogits.record.folder import RunFolder
+from order_desk.data import WORDS
+from order_desk.environment import OrderDesk
+from order_desk.tiny import TinySize, save_tiny, tiny_model, tiny_tokenizer
 
 from ..runs import recipe
 
@@ -59,21 +59,25 @@ def _lines(*lines: str) -> Callable[[str], str]:
     return read
 
 
-def _played(*lines: str, target: str = "desk", row=ROW) -> tuple[float, str]:
-    console = Console(width=120)
+def _shown(*lines: str, target: str = "desk", width: int = 120, **options: object) -> tuple[float, str]:
+    """The reward and the transcript of one episode."""
+    console = Console(width=width)
     with console.capture() as capture:
-        reward = play(target, "human", row=row, console=console, read=_lines(*lines))
+        reward = play(PlayOptions(target=target, **options), 0, console, _lines(*lines))
     return reward, capture.get()
+
+
+def _played(*lines: str, target: str = "desk", row=ROW) -> tuple[float, str]:
+    return _shown(*lines, target=target, row=json.dumps(row))
 
 
 @pytest.mark.parametrize("target", ["desk", "desk_long"])
 def test_the_oracle_is_rewarded_on_every_split_and_its_transcript_ends_with_the_reward(target):
     for split in ("train", "heldout"):
-        console = Console(width=120)
-        with console.capture() as capture:
-            assert play(target, "oracle", split=split, index=1, console=console) == 1.0
-        assert "A shipped order that is to be cancelled or refunded is transferred" in capture.get(), "the policy"
-        assert capture.get().rstrip().endswith("reward 1")
+        reward, text = _shown(target=target, mode="oracle", split=split, index=1)
+        assert reward == 1.0
+        assert "A shipped order that is to be cancelled or refunded is transferred" in text, "the policy"
+        assert text.rstrip().endswith("reward 1")
 
 
 def test_a_person_writes_calls_and_messages_and_sees_what_the_agent_would_see():
@@ -129,13 +133,33 @@ def test_markup_in_what_is_said_is_printed_as_it_is():
 
 
 def test_what_cannot_be_played_is_a_config_error():
-    console = Console(quiet=True)
     with pytest.raises(ConfigError, match="makes no rows"):
-        play(RIDDLE, "human", console=console)
+        _shown(target=RIDDLE)
     with pytest.raises(ConfigError, match="mode 'oracle' cannot play Riddle"):
-        play(RIDDLE, "oracle", row={"answer": 1}, console=console)
+        _shown(target=RIDDLE, mode="oracle", row='{"answer": 1}')
     with pytest.raises(ConfigError, match="mode 'checkpoint'"):
-        play("desk", "checkpoint", console=console)
+        _shown(mode="checkpoint")
+
+
+def test_what_an_environment_raises_ends_the_episode_and_is_shown():
+    _, text = _played("guess 3", target=f"{__name__}:Broken", row={"answer": 4})
+    assert "the episode ended early: RuntimeError: lost" in text
+
+
+class Broken(Riddle):
+    """Guess."""
+
+    def guess(self, number: int) -> str:
+        """Guess a number."""
+        raise RuntimeError("lost")
+
+
+def test_a_recipe_names_environment_and_rows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"answer": 4}\n{"answer": 5}\n')
+    (tmp_path / "riddle.toml").write_text(f'[env]\ntarget = "{RIDDLE}"\neval_data = "rows.jsonl"\n')
+    reward, _ = _shown("guess 5", "done", target="riddle.toml", index=1)
+    assert reward == 1.0
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +199,7 @@ def test_of_a_run_folder_the_latest_checkpoint_plays_under_its_recipe(clerk_fold
     folder = RunFolder.create(tmp_path / "run")
     folder.write_config(asdict(config))
     with pytest.raises(ConfigError, match="the run has no checkpoint yet"):
-        play("desk", "checkpoint", model=folder.path, console=Console(quiet=True))
+        _shown(mode="checkpoint", model=folder.path)
     for version in (2, 10):
         with folder.checkpoint(version) as partial:
             shutil.copytree(clerk_folder, partial / "model", dirs_exist_ok=True)
@@ -191,10 +215,10 @@ def test_of_a_run_folder_the_latest_checkpoint_plays_under_its_recipe(clerk_fold
 def test_what_a_checkpoint_writes_wrongly_is_answered_as_in_training(tiny_folder):
     answers = []
     for seed in range(40):
-        console = Console(width=500)
-        with console.capture() as capture:
-            assert play(RIDDLE, "checkpoint", row={"answer": 1}, model=tiny_folder, seed=seed, console=console) == 0.0
-        lines = [line.split() for line in capture.get().splitlines()]
+        options = {"target": RIDDLE, "mode": "checkpoint", "row": '{"answer": 1}', "model": tiny_folder, "seed": seed}
+        reward, text = _shown(width=500, **options)
+        assert reward == 0.0
+        lines = [line.split() for line in text.splitlines()]
         answers += [b[1:] for a, b in pairwise(lines) if a[:1] == ["agent"] and "</call>" in a and b[:1] == ["tool"]]
     assert len(answers) >= 5
     assert all(answer[:2] == ["error", ":"] for answer in answers)
@@ -202,7 +226,7 @@ def test_what_a_checkpoint_writes_wrongly_is_answered_as_in_training(tiny_folder
 
 def test_a_model_that_is_not_there_is_refused(tmp_path, capsys):
     with pytest.raises(ModelFolderError, match=r"model\.path is no folder"):
-        play("desk", "checkpoint", model=tmp_path / "gone", console=Console(quiet=True))
+        _shown(mode="checkpoint", model=tmp_path / "gone")
     assert command(["play", "desk", "--mode", "checkpoint"]) == 2
     assert "add --model runs/" in capsys.readouterr().err
 

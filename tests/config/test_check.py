@@ -68,6 +68,7 @@ REFUSED = {  # key -> values just outside, and beyond
     "trainer.beta2": [-0.1, 1.0, NAN],
     "trainer.max_grad_norm": [0.0, NAN],
     "trainer.minibatches_per_update": [0, 17],
+    "trainer.num_threads": [0],
     "trainer.micro_batch_tokens": [0],
     "trainer.head_chunk_tokens": [0],
     "lockstep.max_lag": [-1],
@@ -190,24 +191,6 @@ def test_a_route_that_scores_version_by_version_is_refused_over_stale_keys_and_v
     check(routed)
     with pytest.raises(ConfigError, match=f"source '{source}' scores each version by itself.*fix: use source 'snapshot'"):
         check(changed("engine.kv", "stale", routed))
-
-
-@pytest.mark.parametrize("model", ["tiny", "tiny-moe"])
-def test_the_tiny_models_play_only_at_the_desks(model):
-    for desk in ("desk", "desk_long", "desk_slow"):
-        check(changed("env.target", desk, changed("model.path", model)))
-    with pytest.raises(
-        ConfigError, match=f"the tiny model knows only the words of the order desk; got: model.path = '{model}'"
-    ):
-        check(changed("env.target", "my.package:Shop", changed("model.path", model)))
-
-
-def test_only_a_desk_has_demonstrations_for_a_warm_start_of_a_folder(tiny_folder):
-    started = changed("model.warm_start_steps", 3, changed("model.path", str(tiny_folder)))
-    check(started)
-    with pytest.raises(ConfigError, match=r"only the order desk has demonstrations; got: model\.warm_start_steps = 3"):
-        check(changed("env.target", "my.package:Shop", started))
-    check(changed("env.target", "my.package:Shop", changed("model.warm_start_steps", 0, started)))
 
 
 def test_a_folder_that_is_not_there_is_refused_unless_it_is_not_needed():

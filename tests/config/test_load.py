@@ -13,7 +13,8 @@ import pytest
 from oldlogits.config import RunConfig, check, config_from_table, known_keys, load_config, override, resolve, schema
 from oldlogits.config.load import _names
 from oldlogits.core.errors import ConfigError, MissingPolicyError
-from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, SOURCES, VARIANTS
+from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, VARIANTS
+from oldlogits.core.source import SOURCES
 
 
 def sections(kind=RunConfig):

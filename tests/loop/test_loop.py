@@ -8,30 +8,30 @@ import pytest
 
 from oldlogits.config import config_from_table
 from oldlogits.core.engine import EngineCapabilities, Generation, Sampling, Span
+from oldlogits.core.engine_stats import EngineStats
 from oldlogits.core.errors import NonFiniteError, ProbeError
 from oldlogits.core.policies import OLD
 from oldlogits.core.scoring import Scored
 from oldlogits.core.source import LogprobSource
 from oldlogits.core.weights import FullWeights, StoreReceipt
-from oldlogits.engines.spec import EngineStats
-from oldlogits.envs.shape import parse_plain
+from oldlogits.envs.parsers.plain import PlainParser
 from oldlogits.loop.audit import ExactAudit
-from oldlogits.loop.backend import Backend, TrainerState
+from oldlogits.loop.backend import Backend
 from oldlogits.loop.calibration import Calibrator
 from oldlogits.loop.loop import Loop
 from oldlogits.loop.state import LoopState
 from oldlogits.loop.task import LoopConfig, Task
 from oldlogits.loop.weight_sync import WeightSync
 from oldlogits.models.chat import ChatFormat
-from oldlogits.models.tiny import tiny_tokenizer
 from oldlogits.record.bus import EventBus
 from oldlogits.record.event_log import EventLog
 from oldlogits.record.folder import RunFolder
 from oldlogits.record.recording import Recording
 from oldlogits.rollout.environment_runner import run_inline
 from oldlogits.rollout.turns import Agent, TurnLimits
-from oldlogits.train.reports import ConsistencyErrors, PublishedVersion, ScoringWork
+from oldlogits.train.reports import ConsistencyErrors, PublishedVersion, ScoringWork, TrainerState
 from oldlogits.train.step import UpdateResult
+from order_desk.tiny import tiny_tokenizer
 
 CHAT = ChatFormat(tiny_tokenizer(["hello"]))
 PROBE = (1, 2, 3)
@@ -182,6 +182,25 @@ class FakeSource(LogprobSource):
         self._calls.append("close")
 
 
+class FakeBackend(Backend):
+    """Counts nothing; each look at its clock is a second later."""
+
+    real_time = False
+
+    def __init__(self, **parts):
+        super().__init__(**parts)
+        self.now = 0
+
+    async def engine_stats(self):
+        return EngineStats(
+            version=0, num_steps=0, num_decode_tokens=0, num_prefill_tokens=0, num_prefix_hit_tokens=0, busy_s=0.0, idle_s=0.0
+        )
+
+    def clock(self):
+        self.now += 1
+        return float(self.now)
+
+
 class World:
     """A loop over fakes; `calls` holds their calls and, as ``event kind``, the events, in one order."""
 
@@ -198,13 +217,10 @@ class World:
             "record": {"checkpoint_every": 1}, "runtime": {"type": "local"},
         }  # fmt: skip
         config = config_from_table(table)
-        backend = Backend(
-            engine=self.engine, trainer=self.trainer, run_environment=run_inline, engine_stats=self.stats,
-            clock=iter(range(10**6)).__next__, real_time=False, watch=lambda buffer: None,
-        )  # fmt: skip
+        backend = FakeBackend(engine=self.engine, trainer=self.trainer, run_environment=run_inline)
         limits = TurnLimits(max_turns=1, max_tokens_per_turn=4, max_tokens=40)
         agent = Agent(
-            engine=self.engine, chat=CHAT, parser=parse_plain, limits=limits, sampling=Sampling(max_tokens=4),
+            engine=self.engine, chat=CHAT, parser=PlainParser(), limits=limits, sampling=Sampling(max_tokens=4),
             run_environment=run_inline,
         )  # fmt: skip
         rows = SimpleNamespace(train=lambda index: {}, heldout=lambda num: [{}] * num)
@@ -217,11 +233,6 @@ class World:
             calibrator=Calibrator(config, self.trainer, events),
             recording=recording,
         )  # fmt: skip
-
-    async def stats(self):
-        return EngineStats(
-            version=0, num_steps=0, num_decode_tokens=0, num_prefill_tokens=0, num_prefix_hit_tokens=0, busy_s=0.0, idle_s=0.0
-        )
 
     def first_update(self):
         """The calls from the first batch to the first checkpoint, without what rollouts say of themselves."""

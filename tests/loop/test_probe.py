@@ -13,18 +13,19 @@ import torch
 from transformers import PreTrainedModel
 
 from oldlogits.core.engine import Generation, Span
+from oldlogits.core.engine_spec import EngineSpec
 from oldlogits.core.errors import ProbeError
 from oldlogits.core.weights import FullWeights
-from oldlogits.engines.embedded.engine import EmbeddedEngine, EngineCore
+from oldlogits.engines.embedded.engine import EngineCore
 from oldlogits.engines.embedded.numerics import Numerics
-from oldlogits.engines.spec import EngineSpec
+from oldlogits.engines.embedded.stepwise import EmbeddedEngine
 from oldlogits.loop.probe import AllowedError, ProbeResult, allowed_error, probe
 from oldlogits.models.load import load_model, named_weights
-from oldlogits.models.tiny import TinyMoeSize, TinySize, save_tiny, tiny_model, tiny_tokenizer
 from oldlogits.record.bus import EventKind
 from oldlogits.run.run import run
 from oldlogits.train.consistency import is_routed
 from oldlogits.train.engine_view import EngineView
+from order_desk.tiny import TinyMoeSize, TinySize, save_tiny, tiny_model, tiny_tokenizer
 
 from ..engines.reference import logp_of
 from ..runs import events_of, recipe, summary_of

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from oldlogits.core.errors import ConfigError
 from oldlogits.models.chat import ChatFormat
-from oldlogits.models.tiny import tiny_tokenizer
+from order_desk.tiny import tiny_tokenizer
 
 WORDS = ("red", "green", "blue", "hi")
 TEXT = st.lists(st.sampled_from(WORDS), min_size=1, max_size=4).map(" ".join)

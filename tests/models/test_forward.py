@@ -8,7 +8,7 @@ import torch
 
 from oldlogits.models.forward import round_at_use
 from oldlogits.models.load import load_model, named_weights, point_at, recompute_layers, write_model
-from oldlogits.models.tiny import TinyMoeSize, TinySize, save_tiny, tiny_model, tiny_tokenizer
+from order_desk.tiny import TinyMoeSize, TinySize, save_tiny, tiny_model, tiny_tokenizer
 
 SIZES = {
     "dense": TinySize(hidden=32, layers=2, heads=2, kv_heads=1, mlp=48, max_context=128),

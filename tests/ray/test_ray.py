@@ -22,8 +22,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
 ray = pytest.importorskip("ray")
 
-from oldlogits.backends.ray.backend import ServedActor  # noqa: E402
+from oldlogits.backends.ray.calls import ActorCalls  # noqa: E402
 from oldlogits.backends.ray.cluster import connected, reserve  # noqa: E402
+from oldlogits.backends.ray.weights import ClusterWeights  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +194,7 @@ def test_adapters_reach_every_worker(tmp_path, tiny_folder, cluster):
 def test_a_trainer_that_has_a_place_and_is_slow_to_start_is_not_said_to_have_none(cluster):
     async def start():
         [place] = await reserve("the trainer", 1, cpus=1, gpus=0, strategy="PACK", timeout_s=HUNG_S)
-        await ServedActor("trainer", time.sleep, (2 * HUNG_S,), place).ready(3.0)
+        await ActorCalls("trainer", time.sleep, (2 * HUNG_S,), weights=ClusterWeights(), place=place).ready(3.0)
 
     with connected(RayConfig(address=cluster.address), num_cpus=1), pytest.raises(ConfigError) as refused:
         asyncio.run(start())

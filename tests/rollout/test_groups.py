@@ -7,9 +7,8 @@ import pytest
 
 from oldlogits.core.engine import Generation, Sampling, Span
 from oldlogits.core.errors import EnvironmentShapeError, WorkerDiedError
-from oldlogits.envs.shape import parse_plain
+from oldlogits.envs.parsers.plain import PlainParser
 from oldlogits.models.chat import ChatFormat
-from oldlogits.models.tiny import tiny_tokenizer
 from oldlogits.record.bus import EventKind
 from oldlogits.rollout.buffer import Buffer
 from oldlogits.rollout.environment_runner import run_inline
@@ -17,6 +16,7 @@ from oldlogits.rollout.groups import FAILURES_IN_A_ROW, Rollouts, evaluate
 from oldlogits.rollout.staleness import StalenessBound
 from oldlogits.rollout.turns import Agent, TurnLimits
 from oldlogits.sources import NoSource
+from order_desk.tiny import tiny_tokenizer
 
 from ..waiting import HUNG_S
 
@@ -78,7 +78,7 @@ class Events:
 def agent_of(engine):
     limits = TurnLimits(max_turns=1, max_tokens_per_turn=4, max_tokens=40)
     sampling = Sampling(max_tokens=4)
-    return Agent(engine=engine, chat=CHAT, parser=parse_plain, limits=limits, sampling=sampling, run_environment=run_inline)
+    return Agent(engine=engine, chat=CHAT, parser=PlainParser(), limits=limits, sampling=sampling, run_environment=run_inline)
 
 
 class WatchfulSource(NoSource):

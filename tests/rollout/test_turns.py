@@ -10,10 +10,10 @@ import pytest
 from oldlogits.core.engine import Generation, Sampling, Span, trajectory_of
 from oldlogits.core.errors import WorkerDiedError
 from oldlogits.core.trajectory import Context, Sampled, Trajectory
-from oldlogits.envs.shape import parse_plain
+from oldlogits.envs.parsers.plain import PlainParser
 from oldlogits.models.chat import ChatFormat
-from oldlogits.models.tiny import tiny_tokenizer
 from oldlogits.rollout.turns import Agent, EnvironmentFailed, Failure, TurnLimits, run_episode, sampled_segments, unreported
+from order_desk.tiny import tiny_tokenizer
 
 WORDS = (
     "add take show hello bye more 1 2 3 now total is ; takes amount but got "
@@ -113,7 +113,7 @@ def play(engine, *, limits=DEFAULT, environment=Counter, row=None, temperature=1
     agent = Agent(
         engine=engine,
         chat=CHAT,
-        parser=parse_plain,
+        parser=PlainParser(),
         limits=limits,
         sampling=Sampling(max_tokens=1, temperature=temperature),
         run_environment=runner,

@@ -16,15 +16,16 @@ from transformers import AutoModelForCausalLM
 from oldlogits.batch import TokenBatch
 from oldlogits.cli.main import run as command
 from oldlogits.core.engine import Sampling
+from oldlogits.core.engine_spec import EngineSpec
 from oldlogits.core.errors import ExactnessError
 from oldlogits.core.policies import OLD
 from oldlogits.core.scoring import Scored
 from oldlogits.core.weights import FullWeights
 from oldlogits.engines.embedded.engine import EngineCore
-from oldlogits.engines.spec import EngineSpec
 from oldlogits.models.adapters import is_adapter
 from oldlogits.models.load import load_model
 from oldlogits.record.bus import EventKind
+from oldlogits.run.specs import trainer_spec
 from oldlogits.train.trainer import Trainer
 
 from ..builders import batch_of, sampled, trajectory
@@ -76,7 +77,7 @@ def test_the_laws_hold_under_every_route_and_a_version_is_its_adapters(sections,
         assert summary[name] is None or summary[name] <= 1e-5, name
     tokens = tokens_of(out, "log_r_d", "staleness", "provenance")
     assert tokens["staleness"].max() > 0
-    if summary["provenance"].keys() == {"exact"} and sections.get("engine", {}).get("numerics") is None:
+    if summary["provenance"].keys() == {"exact"} and sections.get("engine", {}).get("precision") is None:
         assert np.abs(tokens["log_r_d"]).max() <= 1e-4, "two engines, one version"
     sent = [event.fields["bytes"] for event in events_of(out, EventKind.WEIGHTS_UPDATED)]
     size = 2 if sections.get("model", {}).get("forward_dtype") == "bf16" else 4
@@ -97,7 +98,7 @@ def test_what_versions_cost_is_measured_against_the_adapters_that_are_trained_no
 @pytest.mark.parametrize("numerics", ["fp32", "fp8"])
 def test_a_server_adds_the_adapters_to_its_own_folder(numerics, tiny_folder, tmp_path):
     with serving(tiny_folder, "--adapter-scale", str(ALPHA / RANK), "--numerics", numerics) as server:
-        engine = {"type": "vllm", "urls": [server.url], "numerics": numerics}
+        engine = {"type": "vllm", "urls": [server.url], "precision": numerics}
         out = trained(tiny_folder, tmp_path, runtime={"type": "local"}, engine=engine)
     check_accounting(out)
     assert max(event.fields["max_abs_error"] for event in events_of(out, EventKind.PROBE)) <= 1e-4
@@ -155,7 +156,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(finished, tmp_path):
 
 
 def test_the_state_of_a_checkpoint_is_restored_bit_for_bit(tiny_folder, tmp_path):
-    trainer = stepped(Trainer(lora_recipe(tiny_folder), tiny_folder, PROBE))
+    trainer = stepped(Trainer(trainer_spec(lora_recipe(tiny_folder)), tiny_folder, PROBE))
     published = trainer.publish()
     trainer.save(tmp_path)
     again = trainer_at(tiny_folder, tmp_path)
@@ -167,7 +168,7 @@ def test_the_state_of_a_checkpoint_is_restored_bit_for_bit(tiny_folder, tmp_path
 
 
 def test_another_base_under_the_adapters_is_noticed(tiny_folder, tmp_path):
-    trainer = stepped(Trainer(lora_recipe(tiny_folder), tiny_folder, PROBE))
+    trainer = stepped(Trainer(trainer_spec(lora_recipe(tiny_folder)), tiny_folder, PROBE))
     trainer.publish()
     trainer.save(tmp_path / "checkpoint")
     other = Path(shutil.copytree(tiny_folder, tmp_path / "other"))
@@ -180,18 +181,18 @@ def test_another_base_under_the_adapters_is_noticed(tiny_folder, tmp_path):
 
 
 def test_only_adapters_are_trained_and_have_moments_and_the_base_stays(tiny_folder):
-    trainer = Trainer(lora_recipe(tiny_folder), tiny_folder, PROBE)
-    model = trainer._model
+    trainer = Trainer(trainer_spec(lora_recipe(tiny_folder)), tiny_folder, PROBE)
+    model = trainer.live.model
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     stepped(stepped(trainer))  # B is zero before the first step, so that A has no gradient
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != is_adapter(name), name
-    assert {p for p in model.parameters() if p.requires_grad} == set(trainer._optimizer.adamw.state)
+    assert {p for p in model.parameters() if p.requires_grad} == set(trainer.optimizer.adamw.state)
 
 
 def test_the_scoring_module_and_the_live_one_share_the_base(tiny_folder):
-    trainer = Trainer(lora_recipe(tiny_folder), tiny_folder, PROBE)
-    live, scoring = (dict(model.named_parameters()) for model in (trainer._model, trainer._scoring))
+    trainer = Trainer(trainer_spec(lora_recipe(tiny_folder)), tiny_folder, PROBE)
+    live, scoring = (dict(model.named_parameters()) for model in (trainer.live.model, trainer.live.scoring))
     assert all(scoring[name].data_ptr() == live[name].data_ptr() for name in live if not is_adapter(name))
 
 
@@ -202,7 +203,7 @@ def test_the_engine_adds_the_adapters_and_the_trainer_knows_what_it_then_holds(n
     spec = EngineSpec(
         model_path=str(tiny_folder), numerics=numerics, max_num_seqs=2, max_context=64, adapter_scale=ALPHA / RANK
     )
-    core, trainer = EngineCore(spec), stepped(Trainer(config, tiny_folder, PROBE))
+    core, trainer = EngineCore(spec), stepped(Trainer(trainer_spec(config), tiny_folder, PROBE))
     published = trainer.publish()
     assert isinstance(published.update, FullWeights)
     core.pause("keep", "recompute")
@@ -215,7 +216,7 @@ def test_the_engine_adds_the_adapters_and_the_trainer_knows_what_it_then_holds(n
 
 
 def trainer_at(folder: Path, checkpoint: Path) -> Trainer:
-    trainer = Trainer(lora_recipe(folder), folder, PROBE)
+    trainer = Trainer(trainer_spec(lora_recipe(folder)), folder, PROBE)
     trainer.restore(checkpoint)
     return trainer
 
@@ -230,7 +231,7 @@ def stepped(trainer: Trainer) -> Trainer:
     trainer.publish()
     trainer.put_batch(batch)
     num = int(batch.loss_mask.sum())
-    values = trainer.score(np.arange(num), at=trainer.version)
+    values = trainer.scorer.score(np.arange(num), at=trainer.version)
     at = np.full(num, trainer.version, np.int64)
     trainer.train(Scored(policy=OLD, values=values, computed_at=at, num_switches=1))
     return trainer

@@ -16,13 +16,16 @@ import torch
 from oldlogits.config import config_from_table
 from oldlogits.core.errors import ExactnessError, VersionEvictedError
 from oldlogits.core.policies import OLD
-from oldlogits.core.scoring import BatchTokens
+from oldlogits.core.scoring import BatchTokens, DedicatedScorer
 from oldlogits.core.trajectory import Context, Sampled, Trajectory
 from oldlogits.core.weights import FullWeights
-from oldlogits.loop.backend import InlineScorer, TrainerServer, inline_trainer
 from oldlogits.models.load import load_model, point_at
+from oldlogits.rpc.client import Dispatcher, Inline, client
+from oldlogits.run.specs import scorer_spec, trainer_spec
 from oldlogits.sources import check_scored, make_source
+from oldlogits.train.calls import TrainerCalls
 from oldlogits.train.scorer_model import ScorerModel
+from oldlogits.train.service import TrainerService
 from oldlogits.train.trainer import Trainer
 
 from ..builders import batch_of, sampled, trajectory
@@ -64,6 +67,11 @@ class Player:
         return Trajectory(id=self.id, group_id="g", segments=tuple(self.segments), reward=0.0, stop_reason="done")
 
 
+def inline(trainer):
+    """A trainer of this process as the sources see it."""
+    return client(TrainerCalls, Inline(TrainerService(trainer, time.perf_counter).call))
+
+
 class World:
     """Plays, and drives a source in the order of the loop's hooks."""
 
@@ -72,9 +80,12 @@ class World:
         config = config_from_table(
             {"variant": "ppo_clip", "trainer": {"lr": 0.02, "minibatches_per_update": 1, "warmup_steps": 0}, "proximal": table}
         )
-        self.trainer = Trainer(config, folder, PROBE)
-        handle = inline_trainer(TrainerServer(self.trainer, time.perf_counter).call)
-        scorer = InlineScorer(ScorerModel(config, folder, PROBE), window) if name == "dedicated" else None
+        self.trainer = Trainer(trainer_spec(config), folder, PROBE)
+        handle = inline(self.trainer)
+        scorer = None
+        if name == "dedicated":
+            calls = Dispatcher(DedicatedScorer, ScorerModel(scorer_spec(config), folder, PROBE)).call
+            scorer = client(DedicatedScorer, Inline(calls), window=window)
         self.source = make_source(name, handle, scorer)
         self.oracle = load_model(folder)
         self.weights = {}
@@ -243,10 +254,10 @@ def test_spans_of_whole_trajectories_have_the_bits_of_the_same_tokens_scored_as_
     trainer.publish()
     whole = [trajectory([3, 9 + i], sampled([12, 13 + i, 2], 0, temperature=0.7), id=f"g0.{i}") for i in range(4)]
     trainer.put_batch(batch_of(whole))
-    source = make_source("eager", inline_trainer(TrainerServer(trainer, time.perf_counter).call), None)
+    source = make_source("eager", inline(trainer), None)
     source.in_flight.end(whole)
     version, spans = source.in_flight.next_spans(9)
-    assert trainer.score_spans(spans, version).values.tolist() == trainer.score(np.arange(12), 0).tolist()
+    assert trainer.scorer.score_spans(spans, version).values.tolist() == trainer.scorer.score(np.arange(12), 0).tolist()
 
 
 def test_the_dedicated_scorer_refuses_weights_that_are_not_what_the_trainer_published(tiny_folder):

@@ -12,6 +12,7 @@ from oldlogits.core.policies import EWMA
 from oldlogits.core.scoring import Scored
 from oldlogits.models.load import load_model, named_weights
 from oldlogits.record.event_log import without_wall_clock
+from oldlogits.run.specs import trainer_spec
 from oldlogits.train.average import RECENT_LAGS, Averaging
 from oldlogits.train.checkpoint import read_state
 from oldlogits.train.trainer import Trainer
@@ -32,7 +33,7 @@ def weights_at(version):
 def averaging(recipe):
     def make(**source):
         config = recipe(variant="ppo_ewma_train_infer", proximal={"source": "ewma", **source}, max_staleness=WINDOW)
-        return Averaging(config, weights_at(0))
+        return Averaging(config.proximal, config.window, weights_at(0))
 
     return make
 
@@ -141,7 +142,8 @@ def test_a_restored_average_chooses_and_resets_as_if_there_had_been_no_break(ave
 def test_lags_of_another_window_are_forgotten_on_resume_and_the_average_is_kept(averaging, recipe):
     old = averaging(decay="mean-lag")
     betas(old, [{4: 10}] * 3)
-    new = Averaging(recipe(proximal={"source": "ewma", "decay": "mean-lag"}, max_staleness=2), weights_at(0))
+    config = recipe(proximal={"source": "ewma", "decay": "mean-lag"}, max_staleness=2)
+    new = Averaging(config.proximal, config.window, weights_at(0))
     new.load(old.state(), old.average.weights)
     assert torch.equal(new.average.weights["x"], old.average.weights["x"])
     assert betas(new, [{1: 10}]) == [0.5]
@@ -166,13 +168,13 @@ def train(trainer, version):
     trainer.publish()
     trainer.put_batch(batch := batch_at(version))
     tags = batch.version[batch.loss_mask]
-    scores = trainer.score_average(np.arange(len(tags)))
+    scores = trainer.scorer.score_average(np.arange(len(tags)))
     result = trainer.train(Scored(policy=EWMA, values=scores.values, computed_at=tags, num_switches=1))
     return scores, result
 
 
 def test_the_average_scores_as_a_model_with_the_averaged_masters(tiny_folder, recipe):
-    trainer, beta, kept = Trainer(config_of(recipe, decay="fixed", beta=0.6), tiny_folder, PROBE), 0.6, []
+    trainer, beta, kept = Trainer(trainer_spec(config_of(recipe, decay="fixed", beta=0.6)), tiny_folder, PROBE), 0.6, []
     for version in range(4):
         kept.append({name: w.double().clone() for name, w in trainer.publish().update.tensors.items()})
         scores, result = train(trainer, version)
@@ -192,7 +194,7 @@ def test_the_average_scores_as_a_model_with_the_averaged_masters(tiny_folder, re
 
 def test_band_shares_of_the_first_step_compare_the_average_with_the_weights_before_it(tiny_folder, recipe):
     config = dataclasses.replace(config_of(recipe), band=1.05)
-    trainer = Trainer(config, tiny_folder, PROBE)
+    trainer = Trainer(trainer_spec(config), tiny_folder, PROBE)
     for version in range(3):
         _, result = train(trainer, version)
     batch, table = batch_at(2), result.table
@@ -209,11 +211,11 @@ def test_band_shares_of_the_first_step_compare_the_average_with_the_weights_befo
 
 def test_a_restored_trainer_keeps_its_average_bit_for_bit(tiny_folder, recipe, tmp_path):
     config = config_of(recipe)
-    straight = Trainer(config, tiny_folder, PROBE)
+    straight = Trainer(trainer_spec(config), tiny_folder, PROBE)
     for version in range(2):
         train(straight, version)
     straight.save(tmp_path)
-    restored = Trainer(config, tmp_path / "model", PROBE)
+    restored = Trainer(trainer_spec(config), tmp_path / "model", PROBE)
     restored.restore(tmp_path)
     for version in (2, 3):
         expected, found = train(straight, version), train(restored, version)
@@ -223,13 +225,13 @@ def test_a_restored_trainer_keeps_its_average_bit_for_bit(tiny_folder, recipe, t
 
 
 def test_a_checkpoint_without_an_average_is_refused_by_a_run_that_needs_one(tiny_folder, recipe, tmp_path):
-    Trainer(recipe(), tiny_folder, PROBE).save(tmp_path)
+    Trainer(trainer_spec(recipe()), tiny_folder, PROBE).save(tmp_path)
     with pytest.raises(RunFolderError, match="no weight average"):
-        Trainer(config_of(recipe), tiny_folder, PROBE).restore(tmp_path)
+        Trainer(trainer_spec(config_of(recipe)), tiny_folder, PROBE).restore(tmp_path)
 
 
 def test_only_routes_that_average_keep_an_average(tiny_folder, recipe, tmp_path):
-    Trainer(recipe(), tiny_folder, PROBE).save(tmp_path / "without")
-    Trainer(config_of(recipe), tiny_folder, PROBE).save(tmp_path / "with")
+    Trainer(trainer_spec(recipe()), tiny_folder, PROBE).save(tmp_path / "without")
+    Trainer(trainer_spec(config_of(recipe)), tiny_folder, PROBE).save(tmp_path / "with")
     kept = {name: {key.partition("|")[0] for key in read_state(tmp_path / name / "state")} for name in ("without", "with")}
     assert kept["with"] - kept["without"] == {"averaged", "averaging"}

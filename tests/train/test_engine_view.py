@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from oldlogits.core.engine import Sampling
+from oldlogits.core.engine_spec import EngineSpec
 from oldlogits.engines.embedded.engine import EngineCore
 from oldlogits.engines.embedded.numerics import Numerics
-from oldlogits.engines.spec import EngineSpec
 from oldlogits.models.load import load_model, named_weights
+from oldlogits.run.specs import trainer_spec
 from oldlogits.train import engine_view
 from oldlogits.train.engine_view import EngineView, engine_weights
 from oldlogits.train.trainer import Trainer
@@ -112,7 +113,7 @@ def test_looking_leaves_the_model_as_it_was(numerics):
 @pytest.mark.parametrize("numerics", EXACT)
 def test_a_publication_carries_both_views_of_the_probe(numerics, tiny_folder, recipe):
     probe_ids = [3, 9, 10, 11, 12, 2, 4, 13]
-    trainer = Trainer(recipe(engine={"precision": numerics}), tiny_folder, probe_ids)
+    trainer = Trainer(trainer_spec(recipe(engine={"precision": numerics})), tiny_folder, probe_ids)
     published = trainer.publish()
     np.testing.assert_allclose(published.probe_logps, logp_of(load_model(tiny_folder), probe_ids), rtol=0, atol=2e-6)
     expected = logps_of(engine_of(tiny_folder, numerics), probe_ids)
@@ -150,7 +151,7 @@ def test_a_batch_is_scored_with_the_published_weights_in_the_engines_numerics(
     numerics, micro_batch_tokens, tiny_folder, recipe
 ):
     sizes = {"micro_batch_tokens": micro_batch_tokens, "head_chunk_tokens": 2}
-    trainer = Trainer(recipe(**NO_SOURCE, engine={"precision": numerics}, trainer=sizes), tiny_folder, PROBE)
+    trainer = Trainer(trainer_spec(recipe(**NO_SOURCE, engine={"precision": numerics}, trainer=sizes)), tiny_folder, PROBE)
     trainer.publish()
     step(trainer, 0)
     weights = {name: weight.clone() for name, weight in trainer.publish().update.tensors.items()}
@@ -158,23 +159,23 @@ def test_a_batch_is_scored_with_the_published_weights_in_the_engines_numerics(
     batch, mu = batch_at(1, 0.7)
     trainer.put_batch(batch)
     expected = [logp for said, t in zip(SAID, (0.7, 0.7, 1.0), strict=True) for logp in logp_of(model, [3, 9, *said], t)[1:]]
-    found = trainer.score_engine(np.arange(len(expected)))
+    found = trainer.scorer.score_engine(np.arange(len(expected)))
     np.testing.assert_allclose(found.values, expected, rtol=0, atol=5e-6)
     np.testing.assert_array_equal(found.logp_mu, np.float32(mu))
-    some = trainer.score_engine(np.array([1, 4, 8]))
+    some = trainer.scorer.score_engine(np.array([1, 4, 8]))
     np.testing.assert_allclose(some.values, np.array(expected)[[1, 4, 8]], rtol=0, atol=5e-6)
     np.testing.assert_array_equal(some.logp_mu, np.float32(mu)[[1, 4, 8]])
 
 
 def test_the_weights_are_rounded_once_per_version(tiny_folder, recipe, monkeypatch):
-    trainer, rounded = Trainer(recipe(**NO_SOURCE, engine={"precision": "fp8"}), tiny_folder, PROBE), []
+    trainer, rounded = Trainer(trainer_spec(recipe(**NO_SOURCE, engine={"precision": "fp8"})), tiny_folder, PROBE), []
     monkeypatch.setattr(engine_view, "engine_weights", lambda *args: rounded.append(1) or engine_weights(*args))
     for version in range(2):
         trainer.publish()
         batch, _ = batch_at(version, 1.0)
         trainer.put_batch(batch)
         for _ in range(3):
-            trainer.score_engine(np.arange(10))
+            trainer.scorer.score_engine(np.arange(10))
         step(trainer, version)
     assert len(rounded) == 2
 
@@ -196,14 +197,14 @@ def test_the_view_keeps_its_storage_and_shares_none(name):
 def test_scoring_as_the_engine_changes_neither_the_trainers_own_scores_nor_its_training(tiny_folder, recipe):
     ended = []
     for looks in (False, True):
-        trainer = Trainer(recipe(**NO_SOURCE, engine={"precision": "fp8_dynamic"}), tiny_folder, PROBE)
+        trainer = Trainer(trainer_spec(recipe(**NO_SOURCE, engine={"precision": "fp8_dynamic"})), tiny_folder, PROBE)
         for version in range(2):
             trainer.publish()
             batch, _ = batch_at(version, 0.7)
             trainer.put_batch(batch)
             if looks:
-                trainer.score_engine(np.arange(10))
-            scores = trainer.score(np.arange(10), None)
+                trainer.scorer.score_engine(np.arange(10))
+            scores = trainer.scorer.score(np.arange(10), None)
             trainer.train(None)
         ended.append((scores.tolist(), {name: w.clone() for name, w in trainer.publish().update.tensors.items()}))
     assert ended[0][0] == ended[1][0]
@@ -212,24 +213,24 @@ def test_scoring_as_the_engine_changes_neither_the_trainers_own_scores_nor_its_t
 
 @pytest.mark.parametrize("window", [0, 2])
 def test_the_noise_of_the_probe_is_kept_for_the_versions_within_the_bound(window, tiny_folder, recipe):
-    trainer = Trainer(recipe(**NO_SOURCE, engine={"precision": "int4"}, max_staleness=window), tiny_folder, PROBE)
+    trainer = Trainer(trainer_spec(recipe(**NO_SOURCE, engine={"precision": "int4"}, max_staleness=window)), tiny_folder, PROBE)
     expected = {}
     for version in range(5):
         published = trainer.publish()
         expected[version] = published.engine_probe_logps - published.probe_logps
         batch, _ = batch_at(version, 0.7)
         trainer.put_batch(batch)
-        noise = trainer.score_engine(np.arange(1)).noise
+        noise = trainer.scorer.score_engine(np.arange(1)).noise
         assert list(noise) == list(range(max(0, version - window), version + 1))
         assert all(np.array_equal(noise[v], expected[v]) and np.abs(noise[v]).max() > 1e-3 for v in noise)
         step(trainer, version)
 
 
 def test_an_fp32_engine_scores_as_the_trainer(tiny_folder, recipe):
-    trainer = Trainer(recipe(**NO_SOURCE), tiny_folder, PROBE)
+    trainer = Trainer(trainer_spec(recipe(**NO_SOURCE)), tiny_folder, PROBE)
     trainer.publish()
     batch, _ = batch_at(0, 0.7)
     trainer.put_batch(batch)
-    found = trainer.score_engine(np.arange(10))
-    assert found.values.tolist() == trainer.score(np.arange(10), None).tolist()
+    found = trainer.scorer.score_engine(np.arange(10))
+    assert found.values.tolist() == trainer.scorer.score(np.arange(10), None).tolist()
     assert not found.noise[0].any()

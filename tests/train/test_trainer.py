@@ -11,6 +11,7 @@ from oldlogits.core.errors import ExactnessError, RunFolderError, VersionEvicted
 from oldlogits.core.policies import OLD
 from oldlogits.core.scoring import Scored
 from oldlogits.models.load import load_model, load_tokenizer, named_weights
+from oldlogits.run.specs import trainer_spec
 from oldlogits.train.checkpoint import read_state
 from oldlogits.train.trainer import Trainer
 
@@ -21,7 +22,7 @@ PROBE = [3, 9, 10, 11, 12, 2, 4, 13]
 
 @pytest.fixture
 def trainer(tiny_folder, recipe):
-    return Trainer(recipe(trainer={"warmup_steps": 3, "minibatches_per_update": 2}), tiny_folder, PROBE)
+    return Trainer(trainer_spec(recipe(trainer={"warmup_steps": 3, "minibatches_per_update": 2})), tiny_folder, PROBE)
 
 
 def batch_at(*versions, offset=0):
@@ -39,7 +40,7 @@ def old_of(trainer, batch):
     values = np.zeros(len(tags), np.float32)
     for version in np.unique(tags):
         tokens = np.flatnonzero(tags == version)
-        values[tokens] = trainer.score(tokens, int(version))
+        values[tokens] = trainer.scorer.score(tokens, int(version))
     return Scored(policy=OLD, values=values, computed_at=tags, num_switches=len(np.unique(tags)))
 
 
@@ -67,12 +68,12 @@ def test_a_stored_version_gives_the_same_log_probs_bit_for_bit_however_far_train
     batch = batch_at(0)
     trainer.publish()
     trainer.put_batch(batch)
-    then = trainer.score(all_tokens(batch), None)
+    then = trainer.scorer.score(all_tokens(batch), None)
     for version in range(3):
         train(trainer, version)
     trainer.put_batch(batch)
-    assert trainer.score(all_tokens(batch), 0).tolist() == then.tolist()
-    now = trainer.score(all_tokens(batch), None)
+    assert trainer.scorer.score(all_tokens(batch), 0).tolist() == then.tolist()
+    now = trainer.scorer.score(all_tokens(batch), None)
     assert float(np.abs(now - then).max()) > 1e-3
 
 
@@ -81,26 +82,26 @@ def test_live_scores_are_those_of_the_published_weights_until_the_next_step(trai
     trainer.publish()
     trainer.put_batch(batch_at(1))
     tokens = all_tokens(batch_at(1))
-    assert trainer.score(tokens, None).tolist() == trainer.score(tokens, 1).tolist()
+    assert trainer.scorer.score(tokens, None).tolist() == trainer.scorer.score(tokens, 1).tolist()
 
 
 def test_scores_of_some_positions_are_those_of_the_whole(trainer):
     trainer.publish()
     trainer.put_batch(batch_at(0))
-    whole = trainer.score(np.arange(12), 0)
-    np.testing.assert_allclose(trainer.score(np.array([1, 5, 11]), 0), whole[[1, 5, 11]], rtol=0, atol=2e-6)
+    whole = trainer.scorer.score(np.arange(12), 0)
+    np.testing.assert_allclose(trainer.scorer.score(np.array([1, 5, 11]), 0), whole[[1, 5, 11]], rtol=0, atol=2e-6)
 
 
 def test_scoring_between_does_not_change_what_training_does(tiny_folder, recipe):
     ended = []
     for num_scores in (0, 3):
-        trainer = Trainer(recipe(), tiny_folder, PROBE)
+        trainer = Trainer(trainer_spec(recipe()), tiny_folder, PROBE)
         for version in range(2):
             trainer.publish()
             trainer.put_batch(batch := batch_at(version))
             scored = old_of(trainer, batch)
             for at in [0, None, version][:num_scores]:
-                trainer.score(all_tokens(batch), at)
+                trainer.scorer.score(all_tokens(batch), at)
             trainer.train(scored)
         ended.append(weights_of(trainer))
     assert_bitwise_equal(*ended)
@@ -120,7 +121,7 @@ def test_training_moves_the_tokens_of_good_trajectories_up_and_of_bad_ones_down(
     before = old_of(trainer, batch)
     trainer.train(before)
     trainer.put_batch(batch)
-    change = trainer.score(all_tokens(batch), None) - before.values
+    change = trainer.scorer.score(all_tokens(batch), None) - before.values
     advantages = batch.advantages[batch.sequence[batch.loss_mask]]
     assert float((change * advantages).sum()) > 0.01
 
@@ -128,7 +129,7 @@ def test_training_moves_the_tokens_of_good_trajectories_up_and_of_bad_ones_down(
 def test_old_equals_theta_to_1e_6_at_lag_0_at_every_version(trainer):
     errors = [train(trainer, version).lag0_max_abs_error for version in range(3)]
     assert max(errors) <= 1e-6
-    assert trainer.consistency.lag0_max_abs_error == max(errors)
+    assert trainer.scorer.checks.errors.lag0_max_abs_error == max(errors)
 
 
 def test_a_false_old_at_lag_0_ends_the_run(trainer):
@@ -136,16 +137,16 @@ def test_a_false_old_at_lag_0_ends_the_run(trainer):
     trainer.put_batch(batch := batch_at(0))
     scored = old_of(trainer, batch)
     scored.values[0] += 1e-3
-    before = {name: weight.clone() for name, weight in named_weights(trainer._model).items()}
+    before = {name: weight.clone() for name, weight in named_weights(trainer.live.model).items()}
     with pytest.raises(ExactnessError, match=r"OLD of lag-0 tokens contradicts THETA .* differ by up to 1\.00e-03"):
         trainer.train(scored)
-    assert all(torch.equal(weight, before[name]) for name, weight in named_weights(trainer._model).items()), (
+    assert all(torch.equal(weight, before[name]) for name, weight in named_weights(trainer.live.model).items()), (
         "nothing was stepped"
     )
 
 
 def tamper(trainer, version, value):
-    with trainer._held.checkout(version) as weights, torch.no_grad():
+    with trainer.store.checkout(version) as weights, torch.no_grad():
         weights["model.layers.0.mlp.up_proj.weight"][0] += value
 
 
@@ -157,14 +158,14 @@ def test_a_stored_copy_that_was_tampered_with_is_noticed_when_it_scores(trainer,
     for version in range(2):
         train(trainer, version)
     trainer.put_batch(batch := batch_at(0))
-    trainer.score(all_tokens(batch), 0)
-    assert trainer.consistency.publish_max_abs_error == 0
+    trainer.scorer.score(all_tokens(batch), 0)
+    assert trainer.scorer.checks.errors.publish_max_abs_error == 0
     tamper(trainer, 0, value)
     with pytest.raises(ExactnessError, match="the checkout of version 0 contradicts the live weights at its publish"):
-        trainer.score(all_tokens(batch), 0)
+        trainer.scorer.score(all_tokens(batch), 0)
     with pytest.raises(ExactnessError, match=r"version 1 .*not those that were published"):
-        trainer.score(all_tokens(batch), 1)
-    assert trainer.consistency.publish_max_abs_error > 1e-5
+        trainer.scorer.score(all_tokens(batch), 1)
+    assert trainer.scorer.checks.errors.publish_max_abs_error > 1e-5
 
 
 def test_a_mixed_forward_witnesses_every_version_and_stands_in_for_none_that_is_gone(trainer):
@@ -173,24 +174,24 @@ def test_a_mixed_forward_witnesses_every_version_and_stands_in_for_none_that_is_
     segments = [sampled([12, 13], 0), sampled([14, 2], 1, kv="mixed"), [9], sampled([15, 2], 1)]
     trainer.put_batch(batch := batch_of([trajectory([3, 9], *segments)]))
     recomputed = old_of(trainer, batch).values
-    mixed, computed_at = trainer.score_mixed()
+    mixed, computed_at = trainer.scorer.score_mixed()
     assert computed_at.tolist() == [0, 0, 1, 1, 1, 1]
     np.testing.assert_allclose(mixed[[0, 1, 4, 5]], recomputed[[0, 1, 4, 5]], rtol=0, atol=2e-6)
     assert np.abs(mixed - recomputed)[2:4].max() > 1e-3
-    assert trainer.consistency.publish_max_abs_error == 0
+    assert trainer.scorer.checks.errors.publish_max_abs_error == 0
     trainer.retain(1)
     with pytest.raises(VersionEvictedError, match="version 0 is not in the store"):
-        trainer.score_mixed()
+        trainer.scorer.score_mixed()
 
 
 def test_a_mixed_forward_notices_weights_that_were_tampered_with(trainer):
     for version in range(2):
         train(trainer, version)
     trainer.put_batch(batch_of([trajectory([3, 9], sampled([12, 13], 0), sampled([14, 2], 1, kv="mixed"))]))
-    trainer.score_mixed()
+    trainer.scorer.score_mixed()
     tamper(trainer, 1, 0.01)
     with pytest.raises(ExactnessError, match=r"not those that were published|contradicts the live weights"):
-        trainer.score_mixed()
+        trainer.scorer.score_mixed()
 
 
 def test_versions_that_are_not_retained_are_gone_and_the_others_score_on(trainer):
@@ -201,9 +202,9 @@ def test_versions_that_are_not_retained_are_gone_and_the_others_score_on(trainer
     trainer.put_batch(batch := batch_at(0))
     for version in (0, 1):
         with pytest.raises(VersionEvictedError, match=f"version {version} is not in the store; .*2..3"):
-            trainer.score(all_tokens(batch), version)
-    trainer.score(all_tokens(batch), 2)
-    trainer.score(all_tokens(batch), 3)
+            trainer.scorer.score(all_tokens(batch), version)
+    trainer.scorer.score(all_tokens(batch), 2)
+    trainer.scorer.score(all_tokens(batch), 3)
 
 
 def test_a_publication_tells_version_weights_probe_and_bytes(trainer, tiny_folder):
@@ -213,20 +214,20 @@ def test_a_publication_tells_version_weights_probe_and_bytes(trainer, tiny_folde
     logps = torch.log_softmax(model(ids).logits[0].detach(), 1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
     np.testing.assert_allclose(published.probe_logps, logps, rtol=0, atol=2e-6)
     assert_bitwise_equal(published.update.tensors, named_weights(load_model(tiny_folder)))
-    assert published.store_bytes == 4 * trainer.num_parameters
+    assert published.store_bytes == 4 * trainer.live.num_parameters
     train(trainer, 0)
     second = trainer.publish()
     assert second.store_bytes == published.store_bytes + second.publication.stored_bytes
-    assert second.publication.full_bytes == 4 * trainer.num_parameters
+    assert second.publication.full_bytes == 4 * trainer.live.num_parameters
 
 
 def test_a_restored_trainer_goes_on_bit_for_bit(tiny_folder, recipe, tmp_path):
     config = recipe(trainer={"warmup_steps": 3, "minibatches_per_update": 2, "weight_decay": 0.1})
-    straight = Trainer(config, tiny_folder, PROBE)
+    straight = Trainer(trainer_spec(config), tiny_folder, PROBE)
     train(straight, 0)
     straight.save(tmp_path)
     expected = train(straight, 1, offset=1)
-    restored = Trainer(config, tmp_path / "model", PROBE)
+    restored = Trainer(trainer_spec(config), tmp_path / "model", PROBE)
     restored.restore(tmp_path)
     assert restored.version == 1
     found = train(restored, 1, offset=1)
@@ -242,8 +243,11 @@ def test_a_restored_trainer_goes_on_bit_for_bit(tiny_folder, recipe, tmp_path):
 
 
 def test_a_checkpoint_before_the_first_step_is_restored_too(tiny_folder, recipe, tmp_path):
-    Trainer(recipe(), tiny_folder, PROBE).save(tmp_path)
-    straight, restored = Trainer(recipe(), tiny_folder, PROBE), Trainer(recipe(), tiny_folder, PROBE)
+    Trainer(trainer_spec(recipe()), tiny_folder, PROBE).save(tmp_path)
+    straight, restored = (
+        Trainer(trainer_spec(recipe()), tiny_folder, PROBE),
+        Trainer(trainer_spec(recipe()), tiny_folder, PROBE),
+    )
     restored.restore(tmp_path)
     for trainer in (straight, restored):
         train(trainer, 0)
@@ -253,13 +257,13 @@ def test_a_checkpoint_before_the_first_step_is_restored_too(tiny_folder, recipe,
 def test_restoring_brings_back_the_weights_of_the_checkpoint_and_its_witnesses(trainer, tiny_folder, recipe, tmp_path):
     train(trainer, 0)
     trainer.put_batch(batch_at(0))
-    trainer.score(np.arange(3), 0)
+    trainer.scorer.score(np.arange(3), 0)
     trainer.save(tmp_path)
-    other = Trainer(recipe(), tiny_folder, PROBE)
+    other = Trainer(trainer_spec(recipe()), tiny_folder, PROBE)
     other.restore(tmp_path)
     assert_bitwise_equal(weights_of(other), weights_of(trainer))
-    assert asdict(other.consistency) == asdict(trainer.consistency)
-    assert other.consistency.publish_max_abs_error == 0
+    assert asdict(other.scorer.checks.errors) == asdict(trainer.scorer.checks.errors)
+    assert other.scorer.checks.errors.publish_max_abs_error == 0
 
 
 def test_a_checkpoint_holds_a_model_folder_in_the_standard_format(trainer, tmp_path):
@@ -299,24 +303,24 @@ def test_the_learning_rate_warms_up_linearly_over_optimizer_steps(trainer):
     rates = []
     for version in range(2):
         train(trainer, version)
-        rates.append(trainer._optimizer.lr)
+        rates.append(trainer.optimizer.lr)
     assert rates == pytest.approx([0.01 * 3 / 4, 0.01])
 
 
 def test_the_learning_rate_falls_linearly_to_its_final_share_by_the_end_of_the_run(tiny_folder, recipe):
     table = {"warmup_steps": 0, "minibatches_per_update": 2, "min_lr_ratio": 0.5}
-    trainer = Trainer(recipe(trainer=table, num_updates=2), tiny_folder, PROBE)
-    rates = [trainer._optimizer.lr]
+    trainer = Trainer(trainer_spec(recipe(trainer=table, num_updates=2)), tiny_folder, PROBE)
+    rates = [trainer.optimizer.lr]
     for version in range(2):
         train(trainer, version)
-        rates.append(trainer._optimizer.lr)
+        rates.append(trainer.optimizer.lr)
     assert rates == pytest.approx([0.01, 0.01 * 4 / 6, 0.005])  # steps 0..3 run at 6/6, 5/6, 4/6, 3/6
 
 
 @pytest.fixture
 def bf16_trainer(tiny_folder, recipe):
     trainer = {"warmup_steps": 0, "minibatches_per_update": 2, "lr": 1e-4}
-    return Trainer(recipe(trainer=trainer, model={"forward_dtype": "bf16"}), tiny_folder, PROBE)
+    return Trainer(trainer_spec(recipe(trainer=trainer, model={"forward_dtype": "bf16"})), tiny_folder, PROBE)
 
 
 @pytest.mark.slow
@@ -324,30 +328,32 @@ def test_bf16_versions_are_the_rounded_masters_and_score_to_the_last_bit(bf16_tr
     trainer = bf16_trainer
     thens = {}
     for version in range(3):
-        masters = {name: weight.clone() for name, weight in named_weights(trainer._model).items()}
+        masters = {name: weight.clone() for name, weight in named_weights(trainer.live.model).items()}
         published = trainer.publish()
         assert_bitwise_equal(published.update.tensors, {name: w.to(torch.bfloat16) for name, w in masters.items()})
         trainer.put_batch(batch := batch_at(0))
-        thens[version] = trainer.score(all_tokens(batch), None)
+        thens[version] = trainer.scorer.score(all_tokens(batch), None)
         assert train(trainer, version).lag0_max_abs_error <= 1e-6
     trainer.put_batch(batch := batch_at(0))
     for version, then in thens.items():
-        assert trainer.score(all_tokens(batch), version).tolist() == then.tolist()
+        assert trainer.scorer.score(all_tokens(batch), version).tolist() == then.tolist()
     assert float(np.abs(thens[2] - thens[0]).max()) > 1e-4
-    assert trainer.consistency.publish_max_abs_error == 0
+    assert trainer.scorer.checks.errors.publish_max_abs_error == 0
 
 
 def test_steps_below_a_bf16_unit_add_up_in_the_masters(tiny_folder, recipe):
-    trainer = Trainer(recipe(trainer={"lr": 1e-6, "warmup_steps": 0}, model={"forward_dtype": "bf16"}), tiny_folder, PROBE)
-    start = {name: weight.clone() for name, weight in named_weights(trainer._model).items()}
+    trainer = Trainer(
+        trainer_spec(recipe(trainer={"lr": 1e-6, "warmup_steps": 0}, model={"forward_dtype": "bf16"})), tiny_folder, PROBE
+    )
+    start = {name: weight.clone() for name, weight in named_weights(trainer.live.model).items()}
     trainer.publish()
     train(trainer, 0)
-    masters = named_weights(trainer._model)
-    moved = sum(int((masters[name] != start[name]).sum()) for name in masters) / trainer.num_parameters
+    masters = named_weights(trainer.live.model)
+    moved = sum(int((masters[name] != start[name]).sum()) for name in masters) / trainer.live.num_parameters
     publication = trainer.publish().publication
     assert moved > 0.3
     assert 0 < publication.share_changed < 0.05 * moved
-    assert publication.full_bytes == 2 * trainer.num_parameters
+    assert publication.full_bytes == 2 * trainer.live.num_parameters
     assert publication.stored_bytes < 0.1 * publication.full_bytes
 
 
@@ -355,17 +361,17 @@ def test_a_restored_bf16_trainer_goes_on_bit_for_bit_from_masters_that_its_model
     tiny_folder, recipe, tmp_path
 ):
     config = recipe(trainer={"lr": 1e-4, "minibatches_per_update": 2}, model={"forward_dtype": "bf16"})
-    straight = Trainer(config, tiny_folder, PROBE)
+    straight = Trainer(trainer_spec(config), tiny_folder, PROBE)
     train(straight, 0)
     straight.save(tmp_path)
-    rounded, masters = named_weights(load_model(tmp_path / "model")), named_weights(straight._model)
+    rounded, masters = named_weights(load_model(tmp_path / "model")), named_weights(straight.live.model)
     assert_bitwise_equal(rounded, {name: w.to(torch.bfloat16).float() for name, w in masters.items()})
     assert any(not torch.equal(rounded[name], master) for name, master in masters.items())
-    restored = Trainer(config, tmp_path / "model", PROBE)
+    restored = Trainer(trainer_spec(config), tmp_path / "model", PROBE)
     restored.restore(tmp_path)
     for trainer in (straight, restored):
         train(trainer, 1, offset=1)
-    assert_bitwise_equal(named_weights(restored._model), named_weights(straight._model))
+    assert_bitwise_equal(named_weights(restored.live.model), named_weights(straight.live.model))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -373,15 +379,15 @@ def test_activation_checkpointing_trains_the_same_weights_bit_for_bit(tiny_folde
     ended = []
     for recomputes in (False, True):
         trainer = {"activation_checkpointing": recomputes, "minibatches_per_update": 2}
-        trained = Trainer(recipe(trainer=trainer, model={"forward_dtype": dtype}), tiny_folder, PROBE)
+        trained = Trainer(trainer_spec(recipe(trainer=trainer, model={"forward_dtype": dtype})), tiny_folder, PROBE)
         train(trained, 0)
-        ended.append(named_weights(trained._model))
+        ended.append(named_weights(trained.live.model))
     assert_bitwise_equal(*ended)
 
 
 @pytest.mark.parametrize("numerics", ["bf16", "int8"])
 def test_the_engines_view_rounds_the_bf16_weights_again(tiny_folder, recipe, numerics):
-    trainer = Trainer(recipe(engine={"precision": numerics}, model={"forward_dtype": "bf16"}), tiny_folder, PROBE)
+    trainer = Trainer(trainer_spec(recipe(engine={"precision": numerics}, model={"forward_dtype": "bf16"})), tiny_folder, PROBE)
     published = trainer.publish()
     noise = np.abs(published.engine_probe_logps - published.probe_logps).max()
     assert noise <= 1e-6 if numerics == "bf16" else noise > 1e-3

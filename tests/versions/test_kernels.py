@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oldlogits.core.errors import ExactnessError, PatchError
-from oldlogits.versions import FlatWeights, Patch, apply, encode, fast_path
+from oldlogits.versions import FlatWeights, Patch, apply, encode, kernels_in_use
 from oldlogits.versions.patches import kernel_choice as fastpath
 from oldlogits.versions.patches.layout import WORDS
 from oldlogits.versions.patches.streams import BLOCK_SIZE
@@ -198,8 +198,8 @@ def test_streams_that_fill_up_are_emptied_in_between():
     assert several.to_bytes("memory") == patch_of(old, new).to_bytes("memory")
 
 
-def test_the_fast_path_is_named():
-    assert fast_path().startswith("numba on ")
+def test_the_kernels_in_use_are_named():
+    assert kernels_in_use().startswith("numba on ")
 
 
 @pytest.fixture
@@ -216,7 +216,7 @@ def test_without_numba_everything_works_and_says_that_it_is_slow():
         raise ImportError(f"No module named {name!r}")
 
     with mock.patch.object(importlib, "import_module", missing), kernels("numba"):
-        assert fast_path().startswith("torch operations (slow): numba is not available: No module named")
+        assert kernels_in_use().startswith("torch operations (slow): numba is not available: No module named")
         flat = FlatWeights.of({"w": torch.zeros(3)})
         patch = encode(flat, {"w": torch.tensor([0.0, math.nan, 1.0])})
         apply(flat, [Patch.from_bytes(patch.to_bytes())], -1)
@@ -225,8 +225,8 @@ def test_without_numba_everything_works_and_says_that_it_is_slow():
 
 @pytest.mark.usefixtures("forgotten")
 def test_with_numba_switched_off_torch_takes_over():
-    with mock.patch("oldlogits.versions.patches.compiled.config.DISABLE_JIT", True):
-        assert "NUMBA_DISABLE_JIT" in fast_path()
+    with mock.patch("oldlogits.versions.patches.intrinsics.config.DISABLE_JIT", True):
+        assert "NUMBA_DISABLE_JIT" in kernels_in_use()
         with kernels("numba"):
             assert type(fastpath.kernels_for(torch.zeros(3))).__name__ == "TorchKernels"
 

@@ -18,7 +18,7 @@ from oldlogits.cli.main import REFUSED, attempt
 from oldlogits.config import config_from_table
 from oldlogits.config.check import check
 from oldlogits.core.errors import ConfigError, WorkerDiedError
-from oldlogits.envs.desk_slow import SlowOrderDesk
+from order_desk.slow import SlowOrderDesk
 
 MACHINE = Machine(device="a CPU", features=("avx2",), num_cores=2, load=0.5, fast_path="not used", software="Python")
 LOCAL = Setting(runtime="local", workers=1)

@@ -1,8 +1,8 @@
-"""Runtime "local": engine and trainer in processes of their own on this machine, environments in threads.
+"""The backend "local": engine and trainer in processes of their own on this machine, environments in threads.
 
-controller (this process, no model)  ---pipe---> engine process   samples while ... (engine.type "vllm": HTTP, servers)
+controller (this process, no model)  ---pipe---> engine process   samples while ... (servers: HTTP)
                                      ---pipe---> trainer process  ... this one scores and steps
-                     ---pipe---> scorer process   source "dedicated" only
+                                     ---pipe---> scorer process   where the source asks a second model
 """
 
 from __future__ import annotations
@@ -10,95 +10,80 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from pathlib import Path
 
-from oldlogits.backends.open_engine import OpenEngine, open_servers
-from oldlogits.backends.scorer_process import ScorerProcess
-from oldlogits.backends.trainer_process import TrainerProcess
-from oldlogits.config import RunConfig
-from oldlogits.core.source import SOURCES
-from oldlogits.engines.embedded.process import EngineProcess
+from oldlogits.backends.processes import ModelProcess, start_scorer, start_trainer
+from oldlogits.config import Caution
+from oldlogits.core.engine import OpenEngine
+from oldlogits.core.engine_stats import EngineStats, Incident
+from oldlogits.core.scoring import DedicatedScorer
 from oldlogits.engines.shared_memory import unshare, unshare_ended
-from oldlogits.engines.spec import EngineSpec
-from oldlogits.loop.backend import Backend
+from oldlogits.loop.backend import Backend, BackendSpec
 from oldlogits.rollout.environment_runner import ThreadRunner
+from oldlogits.rpc.client import client
+from oldlogits.train.calls import TrainerCalls
+
+
+class LocalBackend(Backend):
+    """Processes of this machine."""
+
+    def __init__(self, opened: OpenEngine, spec: BackendSpec, trainer: ModelProcess, scorer: ModelProcess | None) -> None:
+        super().__init__(
+            engine=opened.engine,
+            trainer=client(TrainerCalls, trainer),  # type: ignore[type-abstract]
+            run_environment=ThreadRunner(timeout_s=spec.env.timeout_s, latency_s=spec.env.latency_s, seed=spec.sampler.seed),
+            scorer=_scorer(spec, scorer),
+        )
+        self._opened = opened
+
+    async def engine_stats(self) -> EngineStats:
+        """The engine's counters."""
+        return await self._opened.stats()
+
+    def listen(self, hear: Callable[[Incident | Caution], None]) -> None:
+        """Tell `hear` what happens to servers."""
+        self._opened.listen(hear)
 
 
 @asynccontextmanager
-async def open_local(
-    config: RunConfig, model_folder: Path, probe_ids: Sequence[int], sampler_seed: int, *, log_folder: Path
-) -> AsyncIterator[Backend]:
+async def open_local(spec: BackendSpec) -> AsyncIterator[LocalBackend]:
     """Start the processes; on leaving none of them stays behind, whatever happened."""
-    runner = ThreadRunner(timeout_s=config.env.timeout_s, latency_s=config.env.latency_s, seed=sampler_seed)
     async with AsyncExitStack() as stack:  # each is closed even if Ctrl-C interrupts the closing of another
         unshare_ended()
         stack.callback(unshare, os.getpid())
         with _ignoring_interrupts():
-            opened = await stack.enter_async_context(_open_engine(config, model_folder, sampler_seed, log_folder))
-            trainer = TrainerProcess(config, model_folder, probe_ids)
+            opened = await stack.enter_async_context(spec.engine.open(spec.sampler, spec.servers))
+            trainer = start_trainer(spec.trainer, spec.model_folder, spec.probe_ids)
             stack.callback(trainer.close)
-            scorer = (
-                ScorerProcess(config, model_folder, probe_ids) if SOURCES.find(config.proximal.source).needs_scorer else None
-            )
+            scorer = start_scorer(spec.scorer, spec.model_folder, spec.probe_ids) if spec.scorer is not None else None
             if scorer is not None:
                 stack.callback(scorer.close)
         await opened.ready()
         await trainer.ready()
-        workers: list[asyncio.Task[None]] = []
+        watched: list[Coroutine[None, None, None]] = []
         if scorer is not None:
             await scorer.ready()
-            workers.append(asyncio.create_task(scorer.watch()))  # most of its calls are nobody's to wait for
+            watched.append(scorer.watch())  # most of its calls are nobody's to wait for
         if opened.supervise is not None:
-            workers.append(asyncio.create_task(opened.supervise()))
-        for worker in workers:
-            stack.push_async_callback(_cancelled, worker)
-        yield Backend(
-            engine=opened.engine,
-            trainer=trainer.handle,
-            run_environment=runner,
-            engine_stats=opened.stats,
-            clock=time.perf_counter,
-            real_time=True,
-            watch=lambda buffer: None,
-            scorer=scorer,
-            listen=opened.listen,
-            workers=tuple(workers),
-        )
+            watched.append(opened.supervise())
+        backend = LocalBackend(opened, spec, trainer, scorer)
+        backend.workers = tuple(map(asyncio.create_task, watched))
+        stack.push_async_callback(cancel, backend.workers)
+        yield backend
 
 
-@asynccontextmanager
-async def _open_engine(config: RunConfig, model_folder: Path, seed: int, log_folder: Path) -> AsyncIterator[OpenEngine]:
-    """The engine of the recipe, as a process of this run or as servers."""
-    if config.engine.type == "vllm":
-        async with open_servers(config, model_folder, seed, log_folder) as opened:
-            yield opened
-        return
-    spec = EngineSpec(
-        model_path=str(model_folder),
-        numerics=config.engine.precision,
-        max_num_seqs=config.engine.max_num_seqs,
-        max_context=config.env.max_episode_tokens,
-        seed=seed,
-        adapter_scale=config.model.adapter_scale,
-    )
-    engine = EngineProcess(spec)
-    try:
-        yield OpenEngine(engine=engine, stats=engine.stats, ready=_at_once, supervise=None, listen=lambda hear: None)
-    finally:
-        engine.close()
+def _scorer(spec: BackendSpec, process: ModelProcess | None) -> DedicatedScorer | None:
+    if process is None or spec.scorer is None:
+        return None
+    return client(DedicatedScorer, process, window=spec.scorer.window)  # type: ignore[type-abstract]
 
 
-async def _cancelled(worker: asyncio.Task[None]) -> None:
-    """Cancel a task, and wait until it has put away what it used."""
-    worker.cancel()
-    await asyncio.gather(worker, return_exceptions=True)
-
-
-async def _at_once() -> None:
-    """Its calls wait until it is ready."""
+async def cancel(tasks: tuple[asyncio.Task[None], ...]) -> None:
+    """Cancel tasks, and wait until they have put away what they used."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @contextmanager

@@ -16,21 +16,23 @@ import random
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Literal
+from dataclasses import replace
+from typing import ClassVar, Literal
 
 from oldlogits.backends.lag import Plan, draw_plan
 from oldlogits.backends.torchrun.dispatch import open_trainer
-from oldlogits.config import RunConfig
-from oldlogits.core.engine import EngineCapabilities, Generation, Sampling, trajectory_of
+from oldlogits.config.schema import LockstepConfig
+from oldlogits.core.engine import EngineCapabilities, Generation, Sampling, StepwiseEngine, trajectory_of
+from oldlogits.core.engine_stats import EngineStats
 from oldlogits.core.errors import AccountingError
-from oldlogits.core.source import SOURCES
+from oldlogits.core.scoring import DedicatedScorer
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
-from oldlogits.engines.embedded.engine import EmbeddedEngine, EngineCore
-from oldlogits.engines.spec import EngineSpec, EngineStats
-from oldlogits.loop.backend import Backend, InlineScorer, inline_trainer
+from oldlogits.loop.backend import Backend, BackendSpec
+from oldlogits.models.device import configure_process
 from oldlogits.rollout.buffer import Buffer
 from oldlogits.rollout.environment_runner import run_inline
+from oldlogits.rpc.client import Dispatcher, Inline, client
+from oldlogits.train.calls import TrainerCalls
 from oldlogits.train.scorer_model import ScorerModel
 
 STALLED_ROUNDS = 100_000
@@ -41,15 +43,17 @@ SETTLE_ROUNDS = 8
 
 
 class LockstepEngine:
-    """The embedded engine under lag plans; a `RolloutEngine`.
+    """An engine under lag plans; a `RolloutEngine`.
 
     Args:
         engine: Samples.
-        config: The lag distribution and the seed.
+        config: The lag distribution.
+        seed: The seed of the plans.
+        prompts_per_update: Groups that one version of the trainer consumes.
     """
 
-    def __init__(self, engine: EmbeddedEngine, config: RunConfig) -> None:
-        self._engine, self._config = engine, config
+    def __init__(self, engine: StepwiseEngine, config: LockstepConfig, *, seed: int, prompts_per_update: int) -> None:
+        self._engine, self._config, self._seed, self._prompts_per_update = engine, config, seed, prompts_per_update
         self._plans: dict[str, Plan] = {}
         self._sampled: dict[str, int] = {}  # tokens at the current version, by trajectory
         self._running: dict[str, str] = {}  # request -> trajectory
@@ -132,7 +136,7 @@ class LockstepEngine:
     def _release(self) -> None:
         """Apply the current allowances, and let held trajectories look at theirs again."""
         for request in self._running:
-            self._engine.core.set_quota(request, self._quota(request))
+            self._engine.set_quota(request, self._quota(request))
         held, self._held = self._held, []
         for future in held:
             if not future.done():
@@ -142,7 +146,7 @@ class LockstepEngine:
         """Wait until nothing can sample at this version any more."""
         idle_rounds = 0
         while idle_rounds < 3:
-            idle_rounds = idle_rounds + 1 if self._engine.core.idle else 0
+            idle_rounds = idle_rounds + 1 if self._engine.idle else 0
             await self._yield()
 
     @staticmethod
@@ -163,11 +167,10 @@ class LockstepEngine:
         group = self._group(trajectory)
         if group is None or self._buffer is None:
             return math.inf
-        lockstep, window = self._config.lockstep, self._config.window
         if trajectory not in self._plans:
-            rng = random.Random(f"{self._config.seed}/{trajectory}")
-            self._plans[trajectory] = draw_plan(lockstep.lag, window, lockstep.tokens_per_version, rng)
-        lag = self._buffer.rank(group) // self._config.rollout.prompts_per_update
+            rng, config = random.Random(f"{self._seed}/{trajectory}"), self._config
+            self._plans[trajectory] = draw_plan(config.lag, config.max_lag, config.tokens_per_version, rng)
+        lag = self._buffer.rank(group) // self._prompts_per_update
         plan = self._plans[trajectory]
         return plan[lag] if any(plan[: lag + 1]) else math.inf  # past its last lag nothing holds it
 
@@ -178,46 +181,53 @@ class LockstepEngine:
         return group if dot and group.startswith("g") else None
 
 
+class LockstepBackend(Backend):
+    """Engine and trainer of this process, in virtual time."""
+
+    real_time: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        engine: LockstepEngine,
+        sampler: StepwiseEngine,
+        driver: asyncio.Task[None],
+        *,
+        trainer: TrainerCalls,
+        scorer: DedicatedScorer | None,
+    ) -> None:
+        super().__init__(engine=engine, trainer=trainer, run_environment=run_inline, scorer=scorer, workers=[driver])
+        self._lockstep, self._sampler = engine, sampler
+
+    async def engine_stats(self) -> EngineStats:
+        """The engine's counters."""
+        return await self._sampler.stats()
+
+    def watch(self, buffer: Buffer) -> None:
+        """Take the order of training from this buffer."""
+        self._lockstep.watch(buffer)
+
+
 @asynccontextmanager
-async def open_lockstep(
-    config: RunConfig, model_folder: Path, probe_ids: Sequence[int], sampler_seed: int
-) -> AsyncIterator[Backend]:
-    """Engine and trainer in this process."""
-    clock = time.perf_counter
-    in_flight = (config.window + 1) * config.rollout.prompts_per_update * config.rollout.group_size
-    spec = EngineSpec(
-        model_path=str(model_folder),
-        numerics=config.engine.precision,
-        max_num_seqs=max(config.engine.max_num_seqs, in_flight + 1),  # held trajectories keep their slots; one for the probe
-        max_context=config.env.max_episode_tokens,
-        seed=sampler_seed,
-        adapter_scale=config.model.adapter_scale,
-    )
-    core = EngineCore(spec)
-    engine = LockstepEngine(EmbeddedEngine(core), config)
-    trainer = inline_trainer(open_trainer(config, model_folder, probe_ids, clock))
-
-    async def stats() -> EngineStats:
-        return core.stats
-
+async def open_lockstep(spec: BackendSpec) -> AsyncIterator[LockstepBackend]:
+    """Build engine and trainer in this process."""
+    trainer = spec.trainer
+    in_flight = (spec.lockstep.max_lag + 1) * spec.rollout.prompts_per_update * spec.rollout.group_size
+    num_seqs = max(spec.sampler.max_num_seqs, in_flight + 1)  # held trajectories keep their slots; one for the probe
+    sampler = spec.engine.build(replace(spec.sampler, max_num_seqs=num_seqs))
+    engine = LockstepEngine(sampler, spec.lockstep, seed=spec.seed, prompts_per_update=spec.rollout.prompts_per_update)
+    configure_process(num_threads=trainer.trainer.num_threads, seed=trainer.seed)
+    carry_out = open_trainer(trainer, spec.model_folder, spec.probe_ids, time.perf_counter)
+    calls = client(TrainerCalls, Inline(carry_out))  # type: ignore[type-abstract]
+    scorer = _scorer(spec)
     driver = asyncio.create_task(engine.drive())
     try:
-        yield Backend(
-            engine=engine,
-            trainer=trainer,
-            run_environment=run_inline,
-            engine_stats=stats,
-            clock=clock,
-            real_time=False,
-            watch=engine.watch,
-            scorer=_scorer(config, model_folder, probe_ids),
-            workers=(driver,),
-        )
+        yield LockstepBackend(engine, sampler, driver, trainer=calls, scorer=scorer)
     finally:
         driver.cancel()
 
 
-def _scorer(config: RunConfig, model_folder: Path, probe_ids: Sequence[int]) -> InlineScorer | None:
-    if not SOURCES.find(config.proximal.source).needs_scorer:
+def _scorer(spec: BackendSpec) -> DedicatedScorer | None:
+    if spec.scorer is None:
         return None
-    return InlineScorer(ScorerModel(config, model_folder, probe_ids), config.proximal.scorer_versions)
+    dispatcher = Dispatcher(DedicatedScorer, ScorerModel(spec.scorer, spec.model_folder, spec.probe_ids))
+    return client(DedicatedScorer, Inline(dispatcher.call), window=spec.scorer.window)  # type: ignore[type-abstract]

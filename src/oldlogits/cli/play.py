@@ -1,6 +1,6 @@
-"""``oldlogits play``: episodes of an environment as readable transcripts, played by a person, the oracle or a checkpoint.
+"""``oldlogits play``: episodes of an environment as readable transcripts, played by a person, its oracle or a checkpoint.
 
-environment -> what the agent reads -> player -> a call or a message -> environment -> ... -> verdict
+environment -> what the agent reads -> player -> a call or a message -> environment -> ... -> reward, and its reasons
 """
 
 from __future__ import annotations
@@ -10,59 +10,61 @@ import inspect
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Final, Literal, cast
+from typing import Annotated, Final, Literal, TypeVar, cast
 
 import tyro
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from oldlogits.core.errors import ConfigError
-from oldlogits.envs.desk import OrderDesk, Verdict, judge
-from oldlogits.envs.desk_clerk import oracle
-from oldlogits.envs.shape import (
+from oldlogits.cli.player import EndedEarlyError, Player, Role
+from oldlogits.config import config_from_table, read_toml
+from oldlogits.config.schema import EnvConfig
+from oldlogits.core.environment import (
     ConversingEnvironment,
     Environment,
-    Malformed,
-    Parsed,
+    ExplainingEnvironment,
     Row,
     RowSource,
+    Scripted,
     Split,
-    ToolCall,
-    bind,
-    load_environment,
-    parse_plain,
-    render_result,
-    tool_names,
-    tool_schemas,
 )
+from oldlogits.core.errors import ConfigError
+from oldlogits.core.parser import Malformed, ToolCall
+from oldlogits.envs.base import load_environment
+from oldlogits.envs.parsers.plain import PlainParser
+from oldlogits.envs.tools import bind, render_result, tool_names, tool_schemas
+from oldlogits.rollout.environment_runner import ThreadRunner
+from oldlogits.rollout.tasks import TaskDataset
+from oldlogits.rollout.turns import EnvironmentFailed, only_call
 
-Mode = Literal["human", "oracle", "checkpoint"]
+T = TypeVar("T")
 
 _STYLES: Final[Mapping[str, str]] = MappingProxyType({"policy": "dim", "customer": "cyan", "agent": "bold", "tool": "green"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlayOptions:
-    """Act as the agent of an environment, or watch the desk's oracle or a checkpoint."""
+    """Act as the agent of an environment, or watch its oracle or a checkpoint."""
 
     target: Annotated[str, tyro.conf.Positional] = "desk"
-    """desk, desk_long, desk_slow, or package.module:Class."""
-    mode: Mode = "human"
+    """What env.target says (desk, desk_long, "package.module:Class"), or a recipe."""
+    adapter: str = "class"
+    """What env.adapter says, where the target is no recipe."""
+    mode: Literal["human", "oracle", "checkpoint"] = "human"
     """Who acts."""
     model: Path | None = None
     """With mode checkpoint: a run folder (its latest checkpoint plays) or a model folder."""
     greedy: bool = False
     """With mode checkpoint: take the likeliest token instead of sampling."""
     seed: int = 0
-    """With mode checkpoint: of the sampler."""
+    """With mode checkpoint: the seed of the sampler."""
     split: Split = "heldout"
-    """Of the rows, where the environment makes its own."""
+    """The rows to play."""
     index: int = 0
-    """Of the first row."""
+    """The first row."""
     num_episodes: int = 1
     """How many rows to play, one after the other."""
     row: str = ""
@@ -73,27 +75,50 @@ def command(arguments: Sequence[str]) -> int:
     """Play the episodes; for several, print the mean reward."""
     options = tyro.cli(PlayOptions, prog="oldlogits play", args=list(arguments))
     console = Console(highlight=False)
-    row = _read_row(options.row) if options.row else None
     rewards: list[float] = []
-    for index in range(options.index, options.index + options.num_episodes):
+    for number in range(options.num_episodes):
         if rewards:
             console.rule()
-        rewards.append(
-            play(
-                options.target,
-                options.mode,
-                split=options.split,
-                index=index,
-                row=row,
-                model=options.model,
-                greedy=options.greedy,
-                seed=options.seed + index,
-                console=console,
-            )
-        )
+        rewards.append(play(options, number, console))
     if len(rewards) > 1:
         console.print(Text(f"mean reward of {len(rewards)} episodes: {sum(rewards) / len(rewards):.3f}", style="bold"))
     return 0
+
+
+def play(options: PlayOptions, number: int, console: Console, read: Callable[[str], str] = input) -> float:
+    """Play one episode and print it; return the reward.
+
+    Args:
+        options: What to play, and who.
+        number: The episode, from 0.
+        console: Where to print.
+        read: Asks the person for a line.
+
+    Raises:
+        ConfigError: The mode does not fit the environment, or there is no row or no checkpoint.
+        EnvironmentShapeError: The class does not have the shape of an environment.
+        ModelFolderError: The model folder is missing or incomplete.
+    """
+    target = options.target
+    is_recipe = target.endswith(".toml")
+    env = config_from_table(read_toml(Path(target))).env if is_recipe else EnvConfig(target=target, adapter=options.adapter)
+    environment_class = load_environment(env.target, env.adapter)
+    row = _read_row(options.row) if options.row else _own_row(environment_class, env, options.split, options.index + number)
+    player = _player(options, number, env if is_recipe else None, environment_class, read)
+    stage = _Stage(console, ThreadRunner(timeout_s=env.timeout_s, latency_s=0.0, seed=0))
+    _introduce(environment_class, options.mode, stage)
+    environment = stage.run(environment_class)
+    try:
+        _converse(environment, player, str(stage.run(lambda: environment.reset(**row)) or ""), stage)
+    except EndedEarlyError as end:
+        if end.text:
+            stage.say("agent", end.text)
+        console.print(Text(f"the episode ended early: {end.reason}", style="yellow"))
+    except EnvironmentFailed as failure:
+        console.print(Text(f"the episode ended early: {failure}", style="yellow"))
+    except (EOFError, KeyboardInterrupt):
+        console.print(Text("the agent left", style="yellow"))
+    return _conclude(environment, stage)
 
 
 def _read_row(text: str) -> Row:
@@ -106,199 +131,112 @@ def _read_row(text: str) -> Row:
     return row
 
 
-def play(
-    target: str,
-    mode: Mode,
-    *,
-    split: Split = "heldout",
-    index: int = 0,
-    row: Row | None = None,
-    model: Path | None = None,
-    greedy: bool = False,
-    seed: int = 0,
-    console: Console,
-    read: Callable[[str], str] = input,
-) -> float:
-    """Play one episode and print it.
-
-    Args:
-        target: The environment: "desk", "desk_long", "desk_slow", or "package.module:Class".
-        mode: Who acts: "human" (calls such as ``status o17``, or messages, one a line), "oracle" (the desk's), or
-            "checkpoint" (a trained agent).
-        split: Of the row, where the environment makes its own.
-        index: Of the row.
-        row: The arguments of `reset` instead; needed where the environment makes no rows.
-        model: The checkpoint: a run folder or a model folder.
-        greedy: Whether the checkpoint takes the likeliest tokens.
-        seed: Of the checkpoint's sampler.
-        console: Where to print.
-        read: Asks the person for a line.
-
-    Returns:
-        The reward.
-
-    Raises:
-        ConfigError: The mode does not fit the environment, or there is no row or no checkpoint.
-        EnvironmentShapeError: The class does not have the shape of an environment.
-        ModelFolderError: The model folder is missing or incomplete.
-    """
-    environment_class = load_environment(target)
-    row = _own_row(environment_class, split, index) if row is None else row
-    if mode == "checkpoint":
-        return _watch(environment_class, row, model, greedy, seed, console)
-    player = _player(mode, environment_class, read)
-    environment = environment_class()
-    _introduce(environment_class, mode, console)
-    seen = environment.reset(**row)
-    _say(console, "customer", seen or "")
-    try:
-        _converse(environment, player, seen or "", console)
-    except (EOFError, KeyboardInterrupt):
-        console.print(Text("the agent left", style="yellow"))
-    return _conclude(environment, console)
-
-
-def _watch(
-    environment_class: type[Environment], row: Row, model: Path | None, greedy: bool, seed: int, console: Console
-) -> float:
-    """Let a checkpoint play."""
-    if model is None:
-        raise ConfigError(
-            "mode 'checkpoint' needs a model",
-            got="no --model",
-            allowed="a run folder or a model folder",
-            fix="add --model runs/...",
-        )
-    from oldlogits.cli.play_checkpoint import find_player, watch
-
-    player = find_player(model, greedy=greedy, seed=seed)
-    _introduce(environment_class, "checkpoint", console)
-    played = watch(player, environment_class, row, partial(_say, console))
-    if played.stop_reason != "done":
-        console.print(Text(f"the episode ended early: {played.stop_reason}", style="yellow"))
-    return 0.0 if played.environment is None else _conclude(played.environment, console)
-
-
-Player = Callable[[str], tuple[str, Parsed]]
-"""From what the agent reads to what it writes, and how that is understood."""
-
-
-def _player(mode: Mode, environment_class: type[Environment], read: Callable[[str], str]) -> Player:
-    if mode == "human":
-        return lambda seen: _understand(read("> "), environment_class)
-    if mode == "oracle" and issubclass(environment_class, OrderDesk):
-        clerk = oracle()
-        next(clerk)
-
-        def write(seen: str) -> tuple[str, Parsed]:
-            text = clerk.send(seen)
-            return text, parse_plain(text)
-
-        return write
-    raise ConfigError(
-        f"mode '{mode}' cannot play {environment_class.__name__}",
-        got=f"mode = '{mode}'",
-        allowed="human and checkpoint (every environment), oracle (the desk)",
-        fix="choose mode 'human', or 'checkpoint'",
-    )
-
-
-def _understand(line: str, environment_class: type[Environment]) -> tuple[str, Parsed]:
-    """A line that starts with a tool's name is a call, every other a message."""
-    words = line.split()
-    if words and words[0] in tool_names(environment_class):
-        return line, ToolCall(name=words[0], positional=tuple(words[1:]))
-    return line, parse_plain(line)
-
-
-def _own_row(environment_class: type[Environment], split: Split, index: int) -> Row:
-    if inspect.getattr_static(environment_class, "make_row", None) is None:
+def _own_row(environment_class: type[Environment], env: EnvConfig, split: Split, index: int) -> Row:
+    """Return a row of the recipe's file, or of the class."""
+    named = env.train_data if split == "train" else env.eval_data
+    if not named and not isinstance(environment_class, RowSource):
         raise ConfigError(
             f"{environment_class.__name__} makes no rows",
             got="no row",
             allowed="a row: the arguments of reset as a JSON object",
-            fix="give a row, or define a static method make_row(split, index) -> dict",
+            fix="add --row '{...}', or define a static method make_row(split, index) -> dict",
         )
-    return cast(type[RowSource], environment_class).make_row(split, index)
+    dataset = TaskDataset(environment_class, seed=0, train_data=named, eval_data=named)
+    return dataset.train(index) if split == "train" else dataset.heldout(index + 1)[-1]
 
 
-def _introduce(environment_class: type[Environment], mode: Mode, console: Console) -> None:
-    _say(console, "policy", inspect.getdoc(environment_class) or "")
+def _player(
+    options: PlayOptions, number: int, env: EnvConfig | None, environment_class: type[Environment], read: Callable[[str], str]
+) -> Player:
+    parser = PlainParser()
+    if options.mode == "oracle" and isinstance(environment_class, Scripted):
+        write = environment_class.make_oracle()
+        return lambda role, seen: ((text := write(seen)), parser.parse(text))
+    if options.mode == "checkpoint":
+        from oldlogits.cli.play_checkpoint import CheckpointPlayer
+
+        seed = options.seed + number
+        return CheckpointPlayer.open(options.model, environment_class, env, greedy=options.greedy, seed=seed).write
+    if options.mode == "oracle":
+        raise ConfigError(
+            f"mode 'oracle' cannot play {environment_class.__name__}",
+            got="mode = 'oracle'",
+            allowed="human and checkpoint (every environment), oracle (one with a static method make_oracle)",
+            fix="choose mode 'human', or 'checkpoint'",
+        )
+
+    def ask(role: Role, seen: str) -> tuple[str, Sequence[ToolCall | Malformed]]:
+        """A line that starts with a tool's name is a call, every other a message."""
+        line = read("> ")
+        name, *words = line.split() or [""]
+        is_call = name in tool_names(environment_class)
+        return line, [ToolCall(name=name, positional=tuple(words))] if is_call else parser.parse(line)
+
+    return ask
+
+
+class _Stage:
+    """Runs the environment's code, and prints who says what."""
+
+    def __init__(self, console: Console, runner: ThreadRunner) -> None:
+        self.console, self._runner = console, runner
+
+    def run(self, call: Callable[[], T | Awaitable[T]]) -> T:
+        """Run environment code, with its deadline.
+
+        Raises:
+            EnvironmentFailed: It raised or took too long.
+        """
+        return asyncio.run(self._runner(call))
+
+    def say(self, who: str, text: str) -> None:
+        """Print one turn: a label, and the text beside it."""
+        grid = Table.grid(Column(width=8, justify="right"), Column(), padding=(0, 2, 0, 0))
+        grid.add_row(who, Text(text))
+        self.console.print(grid, style=_STYLES[who])
+
+
+def _introduce(environment_class: type[Environment], mode: str, stage: _Stage) -> None:
+    stage.say("policy", inspect.getdoc(environment_class) or "")
     if mode == "human":
         table = Table("call", "what it does", box=None, header_style="dim")
         for schema in tool_schemas(environment_class):
             function = cast("dict[str, Row]", schema)["function"]
             arguments = cast("dict[str, Row]", function["parameters"])["properties"]
             table.add_row(Text(" ".join([str(function["name"]), *arguments])), Text(str(function["description"])))
-        console.print(table)
-        console.print(Text("Write a call, or a message. Ctrl-D leaves.", style="dim"))
+        stage.console.print(table)
+        stage.console.print(Text("Write a call, or a message. Ctrl-D leaves.", style="dim"))
 
 
-def _converse(environment: Environment, player: Player, seen: str, console: Console) -> None:
+def _converse(environment: Environment, player: Player, seen: str, stage: _Stage) -> None:
     """Turn after turn, until the partner leaves."""
+    role: Role = "user"
+    stage.say("customer", seen)
     while True:
-        text, parsed = player(seen)
-        _say(console, "agent", text)
-        if parsed is None:
-            if not hasattr(type(environment), "reply"):
-                return
-            answer = cast(ConversingEnvironment, environment).reply(text)
-            if answer is None:
-                return
-            _say(console, "customer", answer)
-        else:
-            answer = _run(environment, parsed)
-            _say(console, "tool", answer)
-        seen = answer
+        text, calls = player(role, seen)
+        stage.say("agent", text)
+        if calls:
+            call = only_call(calls)
+            ready = call if isinstance(call, Malformed) else bind(environment, call)
+            role, seen = "tool", ready.reason if isinstance(ready, Malformed) else render_result(stage.run(ready))
+            stage.say("tool", seen)
+            continue
+        if not hasattr(type(environment), "reply"):
+            return
+        partner = cast(ConversingEnvironment, environment)
+        answer = stage.run(lambda: partner.reply(text))  # noqa: B023 - it is run at once
+        if answer is None:
+            return
+        role, seen = "user", answer
+        stage.say("customer", seen)
 
 
-def _run(environment: Environment, parsed: ToolCall | Malformed) -> str:
-    """What the agent reads of a call."""
-    ready = parsed if isinstance(parsed, Malformed) else bind(environment, parsed)
-    if isinstance(ready, Malformed):
-        return ready.reason
-    result = ready()
-    return render_result(asyncio.run(_wait(result)) if inspect.isawaitable(result) else result)
-
-
-async def _wait(result: Awaitable[object]) -> object:
-    return await result
-
-
-def _say(console: Console, who: str, text: str) -> None:
-    """One turn: a label, and the text beside it."""
-    grid = Table.grid(Column(width=8, justify="right"), Column(), padding=(0, 2, 0, 0))
-    grid.add_row(who, Text(text))
-    console.print(grid, style=_STYLES[who])
-
-
-def _conclude(environment: Environment, console: Console) -> float:
-    """Print the reward and, at the desk, its reason."""
-    reward = float(environment.get_reward())
-    if isinstance(environment, OrderDesk):
-        verdict = judge(environment)
-        console.print(_explain(verdict))
-        for reason in reasons(verdict):
-            console.print(Text(reason, style="red"))
-    console.print(Text(f"reward {reward:g}", style="bold green" if reward > 0 else "bold red"))
+def _conclude(environment: Environment, stage: _Stage) -> float:
+    """Print the reward and, where the environment tells them, its reasons."""
+    reward = float(stage.run(environment.get_reward))
+    if hasattr(type(environment), "explain_reward"):
+        reasons = stage.run(cast(ExplainingEnvironment, environment).explain_reward)
+        if reasons:
+            stage.console.print(Text(reasons, style="red"))
+    stage.console.print(Text(f"reward {reward:g}", style="bold green" if reward > 0 else "bold red"))
     return reward
-
-
-def _explain(verdict: Verdict) -> Table:
-    table = Table("", "by the policy", "what happened")
-    for order, expected, actual in verdict.orders:
-        table.add_row(order, expected, Text(actual, style="" if expected == actual else "red"))
-    right = verdict.told == verdict.expected_told
-    table.add_row("told", ", ".join(verdict.expected_told), Text(", ".join(verdict.told), style="" if right else "red"))
-    return table
-
-
-def reasons(verdict: Verdict) -> list[str]:
-    """Why an episode at the desk was not right; empty if it was."""
-    found = [f"{order} should be {wanted}, but is {actual}" for order, wanted, actual in verdict.orders if wanted != actual]
-    if verdict.complaint:
-        found.append(f"the customer left: {verdict.complaint}")
-    elif verdict.told != verdict.expected_told:
-        told = ", ".join(verdict.told) or "nothing"
-        found.append(f"the customer should have been told {', '.join(verdict.expected_told)}, but was told {told}")
-    return found

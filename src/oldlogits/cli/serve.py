@@ -15,12 +15,15 @@ import tyro
 
 from oldlogits.config import RunConfig
 from oldlogits.config.schema import ModelConfig
+from oldlogits.core.engine_spec import EngineSpec
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.processes import name_process
+from oldlogits.envs.base import load_environment
+from oldlogits.run.start import prepare_model
 
 if TYPE_CHECKING:
     from oldlogits.engines.embedded.process import EngineProcess
-    from oldlogits.engines.server.app import Served
+    from oldlogits.engines.server.served import Served
 
 TOKEN_VARIABLE: Final = "OLDLOGITS_TOKEN"
 """The environment variable that a token is read from, where it stays out of process lists."""
@@ -34,7 +37,7 @@ class ServeOptions:
     """Serve a model folder over the token-in/token-out and weight-update routes of vLLM 0.32."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """A Hugging Face folder of the Llama/Qwen family, or "tiny" or "tiny-moe" after their warm start."""
+    """A Hugging Face folder of the Llama/Qwen family, or the name of a starting model, such as tiny."""
     host: str = "127.0.0.1"
     """Where to listen; any but a loopback host needs a token."""
     port: int = 8000
@@ -67,8 +70,8 @@ def command(arguments: Sequence[str]) -> int:
         )
     from oldlogits.engines.embedded.model_folder import read_config
     from oldlogits.engines.embedded.process import EngineProcess
-    from oldlogits.engines.server.app import Served, check_host
-    from oldlogits.engines.spec import EngineSpec
+    from oldlogits.engines.server.app import check_host
+    from oldlogits.engines.server.served import Served
 
     token = options.token or os.environ.get(TOKEN_VARIABLE, "")
     check_host(options.host, token)
@@ -90,13 +93,10 @@ def command(arguments: Sequence[str]) -> int:
 
 
 def _folder(model: str) -> Path:
-    """The model's folder; that of an embedded model is made first, if it is not cached."""
+    """Return the model's folder; that of a starting model is made first, if it is not cached."""
     config = RunConfig(model=ModelConfig(path=model))
-    if not config.model.is_tiny:
-        return Path(model)
-    from oldlogits.run.run import prepare_model
-
-    return prepare_model(config, lambda note: print(note, flush=True)).model
+    environment_class = load_environment(config.env.target, config.env.adapter)
+    return prepare_model(config, environment_class, lambda note: print(note, flush=True)).model
 
 
 async def _serve(engine: EngineProcess, served: Served, options: ServeOptions, token: str) -> None:

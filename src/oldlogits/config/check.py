@@ -14,6 +14,7 @@ from oldlogits.config.servers import check_servers
 from oldlogits.core.errors import ConfigError, ModelFolderError
 from oldlogits.core.policies import AGED, EWMA, LINEAR, LOGLINEAR, OLD, find_variant
 from oldlogits.core.source import SOURCES, check_source, sources_for
+from oldlogits.core.starting_model import MODELS, is_model_folder
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -58,10 +59,8 @@ def check(config: RunConfig, *, needs_model: bool = True) -> None:
     _check_average(config)
     _check_effects(config)
     refuse_idle(config)
-    if needs_model and not config.model.is_tiny:
+    if needs_model and is_model_folder(config.model.path):
         check_model_folder(Path(config.model.path))
-    if config.env.target not in ("desk", "desk_long", "desk_slow"):
-        _check_other_environment(config)
 
 
 def said(config: RunConfig, *keys: str) -> str:
@@ -72,25 +71,7 @@ def said(config: RunConfig, *keys: str) -> str:
     )
 
 
-def _check_other_environment(config: RunConfig) -> None:
-    """Embedded models and warm starts know the order desk only."""
-    if config.model.is_tiny:
-        raise ConfigError(
-            "the tiny model knows only the words of the order desk",
-            got=said(config, "model.path", "env.target"),
-            allowed="model.path = FOLDER with this environment",
-            fix="set model.path to a Hugging Face folder whose tokenizer has a chat template",
-        )
-    if config.model.warm_start_steps not in ("auto", 0):
-        raise ConfigError(
-            "only the order desk has demonstrations",
-            got=said(config, "model.warm_start_steps", "env.target"),
-            allowed="0 with this environment, or a desk",
-            fix="remove model.warm_start_steps, and begin with a model that was trained on such demonstrations",
-        )
-
-
-MODEL_FIX = "pass --model.path FOLDER, or --model.path tiny (or tiny-moe) for an embedded model"
+MODEL_FIX = f"pass --model.path FOLDER, or a starting model ({', '.join(MODELS.names)}), such as --model.path {MODELS.names[0]}"
 
 
 def check_model_folder(folder: Path, fix: str = MODEL_FIX) -> None:

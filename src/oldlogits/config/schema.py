@@ -10,11 +10,15 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from oldlogits.config.kinds import BACKENDS, ENGINES, PARSERS, SERVER_PROTOCOLS
 from oldlogits.config.ranges import AboveOne, AboveZero, Auto, Count, Decay, NotNegative, Positive, Share
 from oldlogits.config.systems import EngineConfig, LockstepConfig, RayConfig, RuntimeConfig, VersionsConfig
+from oldlogits.core.backend import BACKENDS
+from oldlogits.core.engine import ENGINES
+from oldlogits.core.environment import ADAPTERS
 from oldlogits.core.loss import LOSSES
+from oldlogits.core.parser import PARSERS
 from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, VARIANTS
+from oldlogits.core.server import SERVER_PROTOCOLS
 from oldlogits.core.source import SOURCES
 
 __all__ = [
@@ -106,13 +110,12 @@ class ModelConfig:
     """The trainer's model."""
 
     path: str = "tiny"
-    """A Hugging Face folder of the Llama/Qwen family, or an embedded model after its warm start: "tiny" or, a mixture of
-    experts, "tiny-moe"."""
+    """A Hugging Face folder, or a starting model that makes one: tiny, tiny-moe, smollm2, or "package.module:function"."""
     seed: Count | Auto = "auto"
-    """Seed of the tiny model and of the warm start; auto: the run's seed."""
+    """Seed of a starting model and of the warm start; auto: the run's seed."""
     warm_start_steps: Count | Auto = "auto"
-    """Supervised steps on demonstrations of the order desk before the run, which are cached; auto: the built-in number for
-    an embedded model, and none for a folder."""
+    """Supervised steps on demonstrations of the environment before the run, whose result is cached; auto: the starting
+    model's own number, and none for a folder."""
     forward_dtype: Literal["fp32", "bf16"] = "fp32"
     """The type of the forward weights, whose bits are a version. bf16: they are rounded from fp32 masters, which the optimizer
     steps and nothing scores; patches of versions are small. The arithmetic is that of fp32 (docs/sharding.md)."""
@@ -122,11 +125,6 @@ class ModelConfig:
     """With model.lora_rank: the adapters' product is scaled by lora_alpha / lora_rank."""
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """With model.lora_rank: the linear layers that get an adapter, by the last part of their name."""
-
-    @property
-    def is_tiny(self) -> bool:
-        """Whether the model is an embedded one."""
-        return self.path in ("tiny", "tiny-moe")
 
     @property
     def adapter_scale(self) -> float:
@@ -139,7 +137,9 @@ class EnvConfig:
     """The environment and the turns with it."""
 
     target: str = "desk"
-    """desk, desk_long, desk_slow, or package.module:Class."""
+    """desk, desk_long, desk_slow, or "package.module:Class"."""
+    adapter: Annotated[str, ADAPTERS] = "class"
+    """What makes an environment of the target: class (the target is one), or "package.module:Name"."""
     train_data: str = ""
     """A JSONL file of tasks for training, one `reset(**row)` a line; empty: the class makes its own rows."""
     eval_data: str = ""
@@ -217,6 +217,9 @@ class TrainerConfig:
     """Where the trainer and the dedicated scorer keep their models. auto: on a GPU if torch finds one and nobody else has it:
     not in lockstep, which repeats bit for bit, on Ray only with ray.trainer_gpus, and not beside a vLLM that the run starts.
     The embedded engine always computes on the CPU."""
+    num_threads: int = 1
+    """Threads of one operation on the CPU, in the process of the trainer and in that of the dedicated scorer. Sums depend on
+    it: a run with another number gives other numbers."""
     activation_checkpointing: bool = False
     """Keep the activations between layers only, and compute those inside of a layer again in the backward pass."""
 
@@ -283,7 +286,7 @@ class RunConfig:
 
     @property
     def model_seed(self) -> int:
-        """The seed of the tiny model and its warm start."""
+        """The seed of a starting model and of the warm start."""
         return self.seed if self.model.seed == "auto" else self.model.seed
 
     @property

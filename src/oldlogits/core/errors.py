@@ -21,6 +21,7 @@ OldLogitsError
 ├── ProbeError            (ArithmeticError)   engine and trainer disagree right after a weight update
 ├── NonFiniteError        (FloatingPointError) a loss or gradient that is not finite
 ├── AccountingError       (RuntimeError)      trajectories lost, counted twice, or trained beyond the staleness bound
+├── UnknownCallError      (AttributeError)    a process was asked for a call that it does not offer
 └── WorkerDiedError       (RuntimeError)      the engine or the trainer process ended, or stopped answering
 """
 
@@ -133,6 +134,10 @@ class NonFiniteError(OldLogitsError, FloatingPointError):
 
 class AccountingError(OldLogitsError, RuntimeError):
     """Trajectories were lost, counted twice, or would be trained beyond the staleness bound."""
+
+
+class UnknownCallError(OldLogitsError, AttributeError):
+    """A process was asked for a call that it does not offer."""
 
 
 class WorkerDiedError(OldLogitsError, RuntimeError):

@@ -1,1 +1,1 @@
-"""The environment shape, the order desk, and adapters."""
+"""Environments: the shape of a class, its tools and their schemas, and the parsers of tool calls."""

@@ -154,7 +154,8 @@ class ExactAudit:
             sequence_index=column["sequence"],
             num_sequences=int(column["sequence"].max()) + 1,
         )
-        objective = replace(objective_of(self._config), variant=row)
+        c = self._config
+        objective = replace(objective_of(c.objective, variant=c.variant, band=c.band), variant=row)
         return column["loss_mask"] & self._loss(tokens, objective).active_mask
 
     def _sums(

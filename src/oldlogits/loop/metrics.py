@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 
+from oldlogits.core.engine_stats import EngineStats
 from oldlogits.core.trajectory import TrajectoryGroup, is_success
-from oldlogits.engines.spec import EngineStats
-from oldlogits.loop.backend import TrainerState
 from oldlogits.rollout.buffer import Buffer
+from oldlogits.train.reports import TrainerState
 
 
 class UpdateTimer:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from oldlogits.config import RunConfig
-from oldlogits.envs.shape import Environment
+from oldlogits.core.environment import Environment
 from oldlogits.objective.advantages import AdvantageMode
 from oldlogits.rollout.tasks import TaskDataset
 from oldlogits.rollout.turns import Agent

@@ -10,12 +10,12 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """``$OLDLOGITS_CACHE``, or ``~/.cache/oldlogits``."""
+    """Return ``$OLDLOGITS_CACHE``, or ``~/.cache/oldlogits``."""
     return Path(os.environ.get("OLDLOGITS_CACHE") or Path.home() / ".cache" / "oldlogits")
 
 
 def cached(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """The folder, which `fill` makes unless it is there: it appears complete or not at all.
+    """Return the folder, which `fill` makes unless it is there: it appears complete or not at all.
 
     Args:
         folder: Where it will be.

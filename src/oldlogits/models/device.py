@@ -1,4 +1,4 @@
-"""Where a process keeps its model: the CPU or a GPU."""
+"""Where a process keeps its model, the CPU or a GPU, and what it sets for the whole process."""
 
 from __future__ import annotations
 
@@ -10,6 +10,17 @@ import torch
 from oldlogits.core.errors import ConfigError
 
 CPU: Final = torch.device("cpu")
+
+
+def configure_process(*, num_threads: int, seed: int) -> None:
+    """Set what torch keeps for a whole process; called where a process begins, and by nothing that it builds.
+
+    Args:
+        num_threads: The threads of one operation on the CPU. Sums depend on it: with another number a run gives other numbers.
+        seed: The seed of what is drawn without a generator of its own.
+    """
+    torch.set_num_threads(num_threads)
+    torch.manual_seed(seed)
 
 
 def find_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:

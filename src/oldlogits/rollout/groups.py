@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from oldlogits.core.environment import Environment, Row
 from oldlogits.core.errors import EnvironmentShapeError
 from oldlogits.core.source import LogprobSource
 from oldlogits.core.trajectory import Segment, Trajectory, is_success
-from oldlogits.envs.shape import Environment, Row
 from oldlogits.record.bus import EventSink
 from oldlogits.record.events import GroupAdmitted, GroupClosed, TrajectoryFailed, TrajectoryRestarted
 from oldlogits.rollout.admission import Admission

@@ -7,8 +7,8 @@ import random
 from pathlib import Path
 from typing import cast
 
+from oldlogits.core.environment import Environment, Row, RowSource, Split
 from oldlogits.core.errors import ConfigError, EnvironmentShapeError
-from oldlogits.envs.shape import Environment, Row, RowSource, Split
 
 ROWS_PER_SEED = 1_000_000
 """Training rows that a class makes are numbered from seed * ROWS_PER_SEED, so that runs of other seeds see others."""

@@ -9,7 +9,6 @@ What was sampled is never re-tokenised: a turn's prompt is every token before it
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,9 +16,12 @@ from numbers import Real
 from typing import Literal, Protocol, TypeVar, cast
 
 from oldlogits.core.engine import Generation, RolloutEngine, Sampling
+from oldlogits.core.environment import ConversingEnvironment, Environment, Row
+from oldlogits.core.parser import Malformed, Parser, ToolCall
 from oldlogits.core.trajectory import Context, Sampled, Segment, Trajectory
-from oldlogits.envs.shape import ConversingEnvironment, Environment, Malformed, Parser, Row, bind, render_result, tool_schemas
-from oldlogits.models.chat import ChatFormat
+from oldlogits.envs.base import system_prompt_of
+from oldlogits.envs.tools import bind, render_result, tool_schemas
+from oldlogits.models.chat import ChatFormat, Message
 
 T = TypeVar("T")
 
@@ -167,10 +169,8 @@ class _Episode:
     async def play(self, opening: str) -> str:
         """Play until the episode ends; returns why it did."""
         agent = self._agent
-        system = system_prompt_of(type(self._environment))
-        messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": opening})
-        self._read(agent.chat.prompt_ids(messages, tool_schemas(type(self._environment))))
+        environment_class = type(self._environment)
+        self._read(agent.chat.prompt_ids(opening_messages(environment_class, opening), tool_schemas(environment_class)))
         if len(self._tokens) >= agent.limits.max_tokens:
             raise EnvironmentFailed(
                 f"a prompt of {len(self._tokens)} tokens fills the episode: "
@@ -194,14 +194,15 @@ class _Episode:
     async def _answer(self, text: str) -> tuple[Literal["tool", "user"], str] | None:
         """What the environment says to a turn: a tool result, a user's reply, or None at the end."""
         run, environment = self._agent.run_environment, self._environment
-        call = self._agent.parser(text)
-        if call is None:
+        calls = self._agent.parser.parse(text)
+        if not calls:
             if not hasattr(type(environment), "reply"):
                 return None
             partner = cast(ConversingEnvironment, environment)
             reply = await run(lambda: partner.reply(text), is_tool=True)
             heard = _text_of("reply", reply)
             return None if heard is None else ("user", heard)
+        call = only_call(calls)
         ready = call if isinstance(call, Malformed) else bind(environment, call)
         if isinstance(ready, Malformed):
             return "tool", ready.reason
@@ -221,6 +222,17 @@ class _Episode:
         self._agent.report(self._id, self.segments)
 
 
+def opening_messages(environment_class: type[Environment], opening: str) -> list[Message]:
+    """Return the messages that an episode begins with: the system prompt, if there is one, and what the user says first."""
+    system = system_prompt_of(environment_class)
+    return [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": opening}]
+
+
+def only_call(calls: Sequence[ToolCall | Malformed]) -> ToolCall | Malformed:
+    """Return the call of a turn; a turn of several calls is answered as malformed, and none of them is run."""
+    return calls[0] if len(calls) == 1 else Malformed(reason="error : one call at a time")
+
+
 def sampled_segments(generation: Generation, temperature: float) -> list[Sampled]:
     """One `Sampled` segment for each span of a generation; greedy ones count as temperature 1, as their log-probs do."""
     return [
@@ -233,8 +245,3 @@ def sampled_segments(generation: Generation, temperature: float) -> list[Sampled
         )
         for span in generation.spans
     ]
-
-
-def system_prompt_of(environment_class: type[Environment]) -> str:
-    """The class's `system_prompt`, or an empty text."""
-    return str(inspect.getattr_static(environment_class, "system_prompt", ""))

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import importlib.util
-import math
 import shutil
 import signal
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
 
-from oldlogits.backends.local import open_local
-from oldlogits.backends.lockstep import open_lockstep
 from oldlogits.config import Caution, RunConfig, cautions
-from oldlogits.core.engine import Sampling
-from oldlogits.core.errors import ConfigError, OldLogitsError
-from oldlogits.engines.spec import EngineSpec, Incident
-from oldlogits.envs.shape import PARSERS, Environment, tool_schemas
-from oldlogits.loop.backend import Backend
+from oldlogits.config.engine import engine_spec, server_options
+from oldlogits.core.engine import ENGINES, Sampling
+from oldlogits.core.engine_stats import Incident
+from oldlogits.core.environment import Environment
+from oldlogits.core.errors import OldLogitsError
+from oldlogits.core.parser import PARSERS
+from oldlogits.core.starting_model import is_model_folder
+from oldlogits.envs.base import system_prompt_of
+from oldlogits.envs.tools import tool_schemas
+from oldlogits.loop.backend import Backend, BackendSpec
 from oldlogits.loop.loop import Loop
 from oldlogits.loop.make import make_loop, run_started
 from oldlogits.loop.probe import PROBE_TOKENS
@@ -43,11 +42,12 @@ from oldlogits.record.recording import Recording, record_run
 from oldlogits.record.report.page import write_report
 from oldlogits.record.summary import Ended, Summary, summarise_folder
 from oldlogits.record.trackers.feed import TrackerFeed, find_trackers, open_feeds
-from oldlogits.rollout.turns import Agent, TurnLimits, system_prompt_of
+from oldlogits.rollout.turns import Agent, TurnLimits
+from oldlogits.run.specs import backend_kind, backend_spec
+from oldlogits.run.start import Start, prepare_model
 from oldlogits.run.tasks import load_tasks
-from oldlogits.train.warm_start import spec_of, warm_start
 
-Open = Callable[[RunConfig, Path, Sequence[int], int], AbstractAsyncContextManager[Backend]]
+Open = Callable[[BackendSpec], AbstractAsyncContextManager[Backend]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +72,7 @@ def run(
     out: Path,
     *,
     resume: bool = False,
-    open_runtime: Open | None = None,
+    open_backend: Open | None = None,
     console: Console | None = None,
 ) -> RunResult:
     """Run a recipe to its end, and write summary and report even when it is interrupted or fails.
@@ -81,13 +81,14 @@ def run(
         config: A checked recipe.
         out: The run folder; absent or empty, or to resume.
         resume: Go on from the latest checkpoint in `out`.
-        open_runtime: What supplies engine and trainer; the recipe's runtime by default.
+        open_backend: Opens what supplies engine and trainer; that of the recipe's kind of backend by default.
         console: Where to show progress; standard output by default.
 
     Raises:
         OldLogitsError: It could not be started.
     """
-    _check_task(config)
+    opens: Open = open_backend or backend_kind(config).open
+    environment_class = _check_task(config)
     trackers = find_trackers(config.record.trackers)
     folder = RunFolder.create(out, resume=resume)
     checkpoint = folder.latest_checkpoint() if resume else None
@@ -100,23 +101,17 @@ def run(
     try:
         with LiveView(total_updates=config.num_updates, title=title, console=console) as view:
             whole = checkpoint if not config.model.lora_rank else None  # adapters are restored on top of their base
-            start = Start(model=whole / "model") if whole is not None else prepare_model(config, view.note)
+            start = prepare_model(config, environment_class, view.note) if whole is None else Start(model=whole / "model")
             view.note(f"starting engine and trainer ({config.runtime.type})")
-            opened = open_runtime or _runtime(config, folder)
-            end = asyncio.run(_run(config, folder, view, start, checkpoint, opened, feeds))
+            end = asyncio.run(_run(config, folder, view, start, checkpoint, opens, feeds))
     except KeyboardInterrupt:  # before the loop began, or for the second time
         end = End(reason="interrupted")
         with EventLog(folder.events) as log:
             log.emit(RunEnded(version=-1, reason="interrupted", error="", accounting=None))
     summary = summarise_folder(folder)
     if not summary.variant:  # it was interrupted before it began
-        what = {
-            "runtime": config.runtime.type,
-            "variant": config.variant,
-            "source": config.proximal.source,
-            "seed": config.seed,
-        }
-        summary = dataclasses.replace(summary, **what)
+        kind, source = config.runtime.type, config.proximal.source
+        summary = dataclasses.replace(summary, runtime=kind, variant=config.variant, source=source, seed=config.seed)
     summary.write(folder.summary)
     write_report(folder.path)
     for trouble in filter(None, [feed.finish(folder) for feed in feeds]):
@@ -124,36 +119,6 @@ def run(
     if end.defect is not None:
         raise end.defect
     return RunResult(summary=summary, error=end.error)
-
-
-def _runtime(config: RunConfig, folder: RunFolder) -> Open:
-    """The recipe's runtime; servers that it starts leave their messages in the run folder."""
-    match config.runtime.type:
-        case "lockstep":
-            return open_lockstep
-        case "local":
-            return partial(open_local, log_folder=folder.path / "servers")
-        case "ray":
-            return partial(_ray(), folder=folder.path)
-
-
-def _ray() -> Callable[..., AbstractAsyncContextManager[Backend]]:
-    """What opens the runtime ray.
-
-    Raises:
-        ConfigError: A package that it needs is not installed.
-    """
-    for package in ("ray", "aiohttp", "uvicorn"):
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(
-                "runtime.type = 'ray' needs a package that is not installed",
-                got=f"no {package}",
-                allowed="the extra 'ray'",
-                fix="pip install 'oldlogits[ray]'",
-            )
-    from oldlogits.backends.ray.backend import open_ray
-
-    return open_ray
 
 
 def _with_versions_folder(config: RunConfig, folder: RunFolder) -> RunConfig:
@@ -165,12 +130,13 @@ def _with_versions_folder(config: RunConfig, folder: RunFolder) -> RunConfig:
     return dataclasses.replace(config, versions=dataclasses.replace(config.versions, folder=str(path)))
 
 
-def _check_task(config: RunConfig) -> None:
-    """Refuse an environment, rows or a model folder that cannot be used, before anything is written."""
-    load_tasks(config)
-    if not config.model.is_tiny:
-        EngineSpec(model_path=config.model.path, max_context=config.env.max_episode_tokens).read_config()
+def _check_task(config: RunConfig) -> type[Environment]:
+    """Refuse an environment, rows or a model folder that cannot be used, before anything is written; return the environment."""
+    environment_class, _ = load_tasks(config)
+    if is_model_folder(config.model.path):
+        ENGINES.find(config.engine.type)().check(engine_spec(config, Path(config.model.path)), server_options(config))
         ChatFormat(load_tokenizer(Path(config.model.path)))
+    return environment_class
 
 
 async def _run(
@@ -179,7 +145,7 @@ async def _run(
     view: LiveView,
     start: Start,
     checkpoint: Path | None,
-    open_runtime: Open,
+    opens: Open,
     feeds: Sequence[TrackerFeed],
 ) -> End:
     tokenizer = load_tokenizer(start.model)
@@ -193,7 +159,8 @@ async def _run(
         if checkpoint is None and start.is_warm:
             cached, steps, loss = not start.steps, start.steps, start.loss
             recording.events.emit(WarmStarted(version=-1, steps=steps, loss=loss, cached=cached, seconds_s=start.seconds_s))
-        async with open_runtime(config, start.model, probe_ids, seed) as backend:
+        spec = backend_spec(config, start.model, probe_ids, sampler_seed=seed, folder=folder.path)
+        async with opens(spec) as backend:
             if checkpoint is not None:
                 await backend.trainer.restore(checkpoint)
             agent = _agent(config, backend, chat)
@@ -301,44 +268,12 @@ def _own_error(group: ExceptionGroup[Exception]) -> OldLogitsError | None:
     return leaf
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
-    """The model folder that a run starts from, and how it came to be."""
-
-    model: Path
-    is_warm: bool = False
-    steps: int = 0
-    loss: float = math.nan
-    seconds_s: float = 0.0
-
-
-def prepare_model(config: RunConfig, note: Callable[[str], None]) -> Start:
-    """The recipe's model folder, or what its warm start makes of it or of a tiny model (from the cache, if it is there)."""
-    spec = spec_of(config)
-    if not (config.model.is_tiny or spec.steps):
-        return Start(model=Path(config.model.path))
-    done, last = 0, math.nan
-    started = time.perf_counter()
-
-    def progress(step: int, loss: float) -> None:
-        nonlocal done, last
-        done, last = step, loss
-        if step == 1:
-            note(f"warm start of {config.model.path}: {spec.steps} supervised steps; cached for the next run")
-        elif step % (100 if config.model.is_tiny else 1) == 0:
-            note(f"warm start: step {step}/{spec.steps}, loss {loss:.3f} nats/token")
-
-    folder = warm_start(spec, progress)
-    note(f"model: {folder.name}" + ("" if done else ", warm start taken from the cache"))
-    return Start(model=folder, is_warm=True, steps=done, loss=last, seconds_s=time.perf_counter() - started)
-
-
 def _agent(config: RunConfig, backend: Backend, chat: ChatFormat) -> Agent:
     env = config.env
     return Agent(
         engine=backend.engine,
         chat=chat,
-        parser=PARSERS[env.parser],
+        parser=PARSERS.find(env.parser)(),
         limits=TurnLimits(
             max_turns=env.max_turns, max_tokens_per_turn=env.max_tokens_per_turn, max_tokens=env.max_episode_tokens
         ),

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from oldlogits.config import RunConfig
-from oldlogits.envs.shape import Environment, load_environment
+from oldlogits.core.environment import Demonstrated, Environment
+from oldlogits.core.errors import ConfigError
+from oldlogits.core.parser import PARSERS
+from oldlogits.core.starting_model import MODELS, DescribedModel, is_model_folder
+from oldlogits.envs.base import load_environment
 from oldlogits.rollout.tasks import TaskDataset
 
 
 def load_tasks(config: RunConfig) -> tuple[type[Environment], TaskDataset]:
-    """Load the recipe's environment class and its rows.
+    """Load the recipe's environment class and its rows, and check that parser and model fit the environment.
 
     Raises:
-        ConfigError: There are no rows, or a file holds something else than JSON objects.
+        ConfigError: There are no rows, a file holds something else than JSON objects, or the parser or the starting model does
+            not exist or does not fit.
         EnvironmentShapeError: The target is no environment.
     """
-    environment_class = load_environment(config.env.target)
+    PARSERS.find(config.env.parser)
+    environment_class = load_environment(config.env.target, config.env.adapter)
+    _check_model(config, environment_class)
     dataset = TaskDataset(
         environment_class,
         seed=config.seed,
@@ -23,3 +30,25 @@ def load_tasks(config: RunConfig) -> tuple[type[Environment], TaskDataset]:
         needs_heldout=bool(config.eval.num_episodes or config.eval.every),
     )
     return environment_class, dataset
+
+
+def _check_model(config: RunConfig, environment_class: type[Environment]) -> None:
+    """Refuse a model that does not know the environment's words, and a warm start without demonstrations."""
+    m, name = config.model, environment_class.__name__
+    if is_model_folder(m.path):
+        if m.warm_start_steps not in ("auto", 0) and not isinstance(environment_class, Demonstrated):
+            raise ConfigError(
+                f"the environment {name} has no demonstrations",
+                got=f"model.warm_start_steps = {m.warm_start_steps}, env.target = '{config.env.target}'",
+                allowed="0 with this environment, or an environment class with a static method warm_start(order)",
+                fix="remove model.warm_start_steps, and begin with a model that was trained on such demonstrations",
+            )
+        return
+    model = MODELS.find(m.path)
+    if isinstance(model, DescribedModel) and not issubclass(environment_class, model.only_environment):
+        raise ConfigError(
+            f"the model '{m.path}' knows only the words of {model.only_environment.__name__}",
+            got=f"model.path = '{m.path}', env.target = '{config.env.target}'",
+            allowed="model.path = FOLDER with this environment",
+            fix="set model.path to a Hugging Face folder whose tokenizer has a chat template",
+        )

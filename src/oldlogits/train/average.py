@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oldlogits.config import RunConfig
+from oldlogits.config.schema import ProximalConfig
 from oldlogits.core.errors import RunFolderError
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.versions import WeightAverage, best_beta, growth_exponent, mean_lag_beta, window_beta
@@ -60,12 +60,13 @@ class Averaging:
     """The average under the recipe's decay and reset rules.
 
     Args:
-        config: The run.
+        proximal: The section of the proximal policy: how the average decays, and when it is reset.
+        window: The largest lag of a token, in versions.
         weights: Version 0.
     """
 
-    def __init__(self, config: RunConfig, weights: Mapping[str, Tensor]) -> None:
-        self._config = config
+    def __init__(self, proximal: ProximalConfig, window: int, weights: Mapping[str, Tensor]) -> None:
+        self._proximal, self._window = proximal, window
         self.average = WeightAverage(weights)
         self._lags: deque[NDArray[np.int64]] = deque(maxlen=RECENT_LAGS)
         self._probes: dict[PolicyVersion, NDArray[np.float32]] = {}
@@ -74,9 +75,7 @@ class Averaging:
     def witness(self, version: PolicyVersion, probe_logps: NDArray[np.float32]) -> None:
         """Take note of what a published version gives the fixed probe tokens."""
         self._probes[version] = probe_logps
-        self._probes = {
-            v: logps for v, logps in self._probes.items() if v > version - max(RECENT_PROBES, 2 * self._config.window)
-        }
+        self._probes = {v: logps for v, logps in self._probes.items() if v > version - max(RECENT_PROBES, 2 * self._window)}
 
     def take_in(
         self,
@@ -93,7 +92,7 @@ class Averaging:
             metrics: Of the update; its masks decide about a reset.
             staleness_counts: Loss tokens of the update by staleness.
         """
-        num_lags = self._config.window + 1
+        num_lags = self._window + 1
         self._lags.append(np.array([staleness_counts.get(lag, 0) for lag in range(num_lags)], np.int64))
         served = {
             "average/age": self.average.age,
@@ -111,19 +110,19 @@ class Averaging:
 
     def _choose_beta(self) -> dict[str, float]:
         """The beta for the next version, and what it was chosen from, as metrics."""
-        proximal, lags = self._config.proximal, np.sum(self._lags, axis=0)
+        proximal, lags = self._proximal, np.sum(self._lags, axis=0)
         if proximal.decay == "fixed":
             return {"average/beta": proximal.beta}
         if proximal.decay == "max-lag":
-            return {"average/beta": window_beta(self._config.window)}
+            return {"average/beta": window_beta(self._window)}
         if proximal.decay == "mean-lag":
             return {"average/beta": mean_lag_beta(lags)}
-        exponent = growth_exponent(np.array(list(self._probes.values()), np.float64), max(2, self._config.window))
+        exponent = growth_exponent(np.array(list(self._probes.values()), np.float64), max(2, self._window))
         return {"average/beta": best_beta(lags, exponent), "average/exponent": exponent}
 
     def _reset(self, version: PolicyVersion, metrics: Mapping[str, float]) -> AverageReset | None:
         """The paper's rule, ``rho < tau``; guarded: and the live weights would keep more, and none came of late."""
-        proximal = self._config.proximal
+        proximal = self._proximal
         if proximal.reset == "none":
             return None
         found = AverageReset(
@@ -162,7 +161,7 @@ class Averaging:
             )
         self.average.load(weights, state["counters"])
         lags = state["lags"].numpy()
-        self._lags.extend(lags if lags.ndim == 2 and lags.shape[1] == self._config.window + 1 else [])
+        self._lags.extend(lags if lags.ndim == 2 and lags.shape[1] == self._window + 1 else [])
         versions, logps = state["probe_versions"].tolist(), state["probe_logps"].numpy()
         self._probes = dict(zip(versions, logps, strict=True))
         self._no_reset_before = int(state["no_reset_before"])

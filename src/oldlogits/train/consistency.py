@@ -1,17 +1,21 @@
-"""Witnesses of exactness: fixed tokens whose log-probs say whether weights are what they are taken for."""
+"""Consistency checks: fixed tokens whose log-probs say whether weights are what they are taken for."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
+from transformers import PreTrainedModel
 
 from oldlogits.batch import Sequences
 from oldlogits.core.errors import ExactnessError
+from oldlogits.core.weights import PolicyVersion
+from oldlogits.train.reports import ConsistencyErrors
 
 CONSISTENCY_TOLERANCE: Final = 1e-5
 """Nats. Two fp32 forwards of the same weights differ by rounding only."""
@@ -92,3 +96,59 @@ def check_consistency(error: float, what: str, against: str, tolerance: float = 
             allowed=f"<= {tolerance:.0e}",
             fix="the store or the version tags are wrong; this is a defect, please report it with the run folder",
         )
+
+
+class ConsistencyChecks:
+    """What published versions gave the probe tokens, and the largest errors of the checks against it.
+
+    Args:
+        score_probe: Scores the probe tokens with a module, float32 [probe token].
+    """
+
+    def __init__(self, score_probe: Callable[[PreTrainedModel], NDArray[np.float32]]) -> None:
+        self._score_probe = score_probe
+        self.published: dict[PolicyVersion, NDArray[np.float32]] = {}
+        self.errors = ConsistencyErrors()
+
+    def check_checkout(self, module: PreTrainedModel, version: PolicyVersion) -> None:
+        """Check that the weights about to score reproduce what the live ones gave the probe tokens at publish.
+
+        Raises:
+            ExactnessError: They do not.
+        """
+        error = max_error(self._score_probe(module), self.published[version])
+        self.errors = replace(self.errors, publish_max_abs_error=_worst(self.errors.publish_max_abs_error, error))
+        check_consistency(error, f"the checkout of version {version}", "the live weights at its publish")
+
+    def check_restored(
+        self, module: PreTrainedModel, version: PolicyVersion, published: NDArray[np.float32], *, same_device: bool
+    ) -> None:
+        """Check that restored weights give the probe tokens what the version gave them: the base of adapters is the same.
+
+        Args:
+            module: Scores with the restored weights.
+            version: Their version.
+            published: float32 [probe token]; empty: the version was never published.
+            same_device: Whether that was on a device of the same kind.
+
+        Raises:
+            ExactnessError: They do not.
+        """
+        if not len(published):
+            return
+        tolerance = CONSISTENCY_TOLERANCE if same_device else OTHER_DEVICE_TOLERANCE
+        error = max_error(self._score_probe(module), published)
+        check_consistency(error, f"the restored version {version}", "the live weights at its publish", tolerance)
+
+    def note_lag0(self, error: float) -> None:
+        """Note how far OLD was from THETA on lag-0 tokens before the first optimizer step; NaN: there were none."""
+        self.errors = replace(self.errors, lag0_max_abs_error=_worst(self.errors.lag0_max_abs_error, error))
+
+    def keep(self, versions: Container[PolicyVersion]) -> None:
+        """Forget what other versions gave the probe tokens."""
+        self.published = {version: logps for version, logps in self.published.items() if version in versions}
+
+
+def _worst(before: float, now: float) -> float:
+    """The larger error; NaN says that there was none."""
+    return float(np.fmax(before, now))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from oldlogits.config import RunConfig
 from oldlogits.train.checkpoint import of_kind
+from oldlogits.train.spec import TrainerSpec
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -19,13 +19,13 @@ class Optimizer:
 
     Args:
         model: Holds the masters, sharded or whole.
-        config: The run.
+        spec: The learning rate and its schedule, and AdamW's constants.
     """
 
-    def __init__(self, model: nn.Module, config: RunConfig) -> None:
-        t = config.trainer
+    def __init__(self, model: nn.Module, spec: TrainerSpec) -> None:
+        t = spec.trainer
         self._names = [name for name, _ in model.named_parameters()]
-        self._lr, self._share = t.lr, _schedule(config)
+        self._lr, self._share = t.lr, _schedule(spec)
         self.adamw = torch.optim.AdamW(
             model.parameters(), lr=t.lr, betas=(t.beta1, t.beta2), weight_decay=t.weight_decay, fused=True
         )
@@ -75,10 +75,10 @@ class Optimizer:
             group["lr"] = self._lr * self._share(num_steps)
 
 
-def _schedule(config: RunConfig) -> Callable[[int], float]:
+def _schedule(spec: TrainerSpec) -> Callable[[int], float]:
     """The learning rate as a share of `trainer.lr`, by optimizer steps done: linear warm-up times linear decay."""
-    t = config.trainer
-    total = config.num_updates * t.minibatches_per_update
+    t = spec.trainer
+    total = spec.num_updates * t.minibatches_per_update
 
     def share(done: int) -> float:
         decay = 1 - (1 - t.min_lr_ratio) * min(1.0, done / max(1, total - 1))

@@ -82,3 +82,24 @@ class ConsistencyErrors:
 
     publish_max_abs_error: float = math.nan
     lag0_max_abs_error: float = math.nan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerState:
+    """How far a trainer is, and what it has worked since it started.
+
+    Args:
+        version: The version of the live weights.
+        consistency: The largest errors of its consistency checks.
+        num_parameters: The parameters of its model, tied ones once.
+        num_trained: Those of them that are trained: all, or the adapters'.
+        work: What scoring has cost.
+        busy_s: Seconds that calls have taken.
+    """
+
+    version: PolicyVersion
+    consistency: ConsistencyErrors
+    num_parameters: int
+    num_trained: int
+    work: ScoringWork
+    busy_s: float

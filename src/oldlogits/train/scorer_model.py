@@ -7,27 +7,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from oldlogits.batch import Sequences, pack
-from oldlogits.config import RunConfig
 from oldlogits.core.scoring import ScoredSpans, ScoringSpan
 from oldlogits.core.weights import FullWeights, PolicyVersion, WeightUpdate
 from oldlogits.models.device import find_device
 from oldlogits.models.forward import FORWARD_DTYPES, round_at_use
 from oldlogits.models.load import point_at
-from oldlogits.models.scorer import ForwardSizes, score_tokens
+from oldlogits.models.scorer import score_tokens
 from oldlogits.train.consistency import check_consistency, max_error, probe_of
 from oldlogits.train.load import load_policy
-from oldlogits.versions import PatchStore
+from oldlogits.train.spec import ScorerSpec
+from oldlogits.versions import LazyPatchStore
 
 
 class ScorerModel:
     """Scores spans of trajectories at the versions of its window, with the trainer's own forward pass.
 
     Args:
-        config: The run: the window, and how the trainer batches.
+        spec: The window, and how the trainer batches.
         model_folder: A Hugging Face folder: the shape of the model.
         probe_ids: The tokens that witness every version.
 
@@ -35,13 +34,11 @@ class ScorerModel:
         ModelFolderError: The folder cannot be loaded.
     """
 
-    def __init__(self, config: RunConfig, model_folder: Path, probe_ids: Sequence[int]) -> None:
-        torch.set_num_threads(1)
-        self._window, self._trainer = config.proximal.scorer_versions, config.trainer
-        self._device = find_device(config.trainer_device)
-        self._model = load_policy(config.model, model_folder).requires_grad_(False).to(self._device)
-        round_at_use(self._model, FORWARD_DTYPES[config.model.forward_dtype])
-        self._store = PatchStore(hot=config.versions.uncompressed, settles=False)
+    def __init__(self, spec: ScorerSpec, model_folder: Path, probe_ids: Sequence[int]) -> None:
+        self._spec, self._device = spec, find_device(spec.device)
+        self._model = load_policy(spec.model, model_folder).requires_grad_(False).to(self._device)
+        round_at_use(self._model, FORWARD_DTYPES[spec.model.forward_dtype])
+        self._store = LazyPatchStore(hot=spec.uncompressed)
         self._probe = probe_of(probe_ids)
 
     def publish(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> float:
@@ -55,7 +52,7 @@ class ScorerModel:
             self._store.publish(version, {name: weight.to(self._device) for name, weight in update.tensors.items()})
         else:
             self._store.take(version, update)
-        self._store.retain(version - self._window + 1)
+        self._store.retain(version - self._spec.window + 1)
         with self._store.checkout(version) as weights:
             point_at(self._model, weights)
             error = max_error(self._score(*self._probe), probe_logps)
@@ -77,6 +74,4 @@ class ScorerModel:
         return ScoredSpans(values=values, seconds_s=seconds_s, switch_s=switched - started, witness_s=0.0)
 
     def _score(self, sequences: Sequences, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-        t = self._trainer
-        sizes: ForwardSizes = {"micro_batch_tokens": t.micro_batch_tokens, "head_chunk_tokens": t.head_chunk_tokens}
-        return score_tokens(self._model, sequences, tokens, **sizes)
+        return score_tokens(self._model, sequences, tokens, **self._spec.sizes)

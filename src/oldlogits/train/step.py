@@ -56,9 +56,9 @@ class UpdateResult:
         metrics: ``area/name`` to number; see docs/metrics.md.
         staleness_counts: Loss tokens by staleness.
         provenance: Loss tokens by `Provenance`.
-        lag0_max_abs_error: Largest ``|log theta - log old|`` of lag-0 tokens before the first optimizer step, where the proximal policy
-            is OLD; NaN where there is no such token. Exactly 0 up to rounding, but for ties between experts, or OLD is not
-            what it claims to be.
+        lag0_max_abs_error: Largest ``|log theta - log old|`` of lag-0 tokens before the first step, where the proximal
+            policy is OLD; NaN where there is no such token. Exactly 0 up to rounding, but for ties between experts, or OLD is
+            not what it claims to be.
         table: One row per loss token, for the per-token Parquet table.
         average_reset: Why the weight average was reset after it; None: it was not, or there is none.
     """

@@ -18,7 +18,7 @@ from oldlogits.config import VersionsConfig
 from oldlogits.core.weights import PatchWeights, PolicyVersion, StoreReceipt
 from oldlogits.models.load import version_parameters
 from oldlogits.models.ranks import Ranks
-from oldlogits.versions import Patch, PatchStore, Shard, concatenate
+from oldlogits.versions import LazyPatchStore, Patch, Shard, concatenate
 
 PATCH_SHARE = 0.5
 """Patches above this share of a full copy are not worth it: the full weights are sent."""
@@ -49,7 +49,7 @@ class TrainerVersionStore:
     ) -> None:
         folder = Path(config.folder) / ("" if ranks.num_ranks == 1 else f"rank{ranks.rank}") if config.budget_bytes else None
         budget = config.budget_bytes or None
-        self.store = PatchStore(
+        self.store = LazyPatchStore(
             folder,
             dtype=dtype,
             shards=shards,
@@ -57,7 +57,6 @@ class TrainerVersionStore:
             budget_bytes=budget,
             wait_s=0.0,
             sync=False,
-            settles=False,
         )
         self._ranks, self._sends_patches = ranks, sends_patches
         self._sent: PolicyVersion | None = None

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from oldlogits.config import RunConfig
+from oldlogits.config.schema import ObjectiveConfig
 from oldlogits.core.loss import LOSSES, Loss, Objective
 from oldlogits.core.policies import find_variant
 from oldlogits.models.scorer import ForwardSizes
 from oldlogits.objective import Aggregation
+from oldlogits.train.spec import TrainerSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,33 +42,32 @@ class UpdateConfig:
     max_staleness: int
 
     @classmethod
-    def of(cls, config: RunConfig) -> UpdateConfig:
-        """Read a recipe.
+    def of(cls, spec: TrainerSpec) -> UpdateConfig:
+        """Take from what a trainer is told what an update reads.
 
         Raises:
             ConfigError: The loss cannot be imported.
         """
-        o, t = config.objective, config.trainer
+        o, t = spec.objective, spec.trainer
         return cls(
-            variant_name=config.variant,
+            variant_name=spec.variant,
             loss=LOSSES.find(o.loss),
-            objective=objective_of(config),
+            objective=objective_of(o, variant=spec.variant, band=spec.band),
             aggregation=o.loss_aggregation,
             aggregation_tokens=o.loss_aggregation_tokens,
             weight_mu=None if o.interpolation_schedule == "a3po" else o.interpolation_mu,
             num_steps=t.minibatches_per_update,
             max_grad_norm=t.max_grad_norm,
-            sizes={"micro_batch_tokens": t.micro_batch_tokens, "head_chunk_tokens": t.head_chunk_tokens},
-            max_staleness=config.max_staleness,
+            sizes=spec.sizes,
+            max_staleness=spec.max_staleness,
         )
 
 
-def objective_of(config: RunConfig) -> Objective:
+def objective_of(o: ObjectiveConfig, *, variant: str, band: float) -> Objective:
     """The knobs of a recipe's objective, as a loss receives them."""
-    o = config.objective
     return Objective(
-        variant=find_variant(config.variant),
-        band=config.band,
+        variant=find_variant(variant),
+        band=band,
         eps_low=o.eps_low,
         eps_high=o.eps_high,
         dual_clip=None if math.isinf(o.dual_clip) else o.dual_clip,

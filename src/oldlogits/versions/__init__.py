@@ -7,10 +7,10 @@ from oldlogits.versions.full_copies import FullCopyStore
 from oldlogits.versions.host_copy import HostCopy
 from oldlogits.versions.patches.codec import apply, encode
 from oldlogits.versions.patches.flat import FlatWeights
-from oldlogits.versions.patches.kernel_choice import fast_path
+from oldlogits.versions.patches.kernel_choice import kernels_in_use
 from oldlogits.versions.patches.layout import Entry, Layout, Shard
 from oldlogits.versions.patches.patch import Patch, concatenate
-from oldlogits.versions.store import PatchStore
+from oldlogits.versions.store import LazyPatchStore, PatchStore
 
 __all__ = [
     "AverageScores",
@@ -19,6 +19,7 @@ __all__ = [
     "FullCopyStore",
     "HostCopy",
     "Layout",
+    "LazyPatchStore",
     "Patch",
     "PatchStore",
     "Shard",
@@ -27,8 +28,8 @@ __all__ = [
     "best_beta",
     "concatenate",
     "encode",
-    "fast_path",
     "growth_exponent",
+    "kernels_in_use",
     "mean_lag_beta",
     "window_beta",
 ]

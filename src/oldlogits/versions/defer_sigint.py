@@ -10,7 +10,7 @@ from types import FrameType
 
 
 @contextmanager
-def sigint_deferred() -> Iterator[None]:
+def defer_sigint() -> Iterator[None]:
     """Delay SIGINT to the end of the block, so that no KeyboardInterrupt leaves a buffer between two versions.
 
     Only the main thread is ever interrupted by it; elsewhere, and where the handler is not Python's to set, nothing is done.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from oldlogits.core.weights import PolicyVersion, StoreReceipt
 from oldlogits.versions.patches.flat import same_bits
-from oldlogits.versions.retention import Window, check_ascends, check_held, published_twice
+from oldlogits.versions.retention import Retention, check_ascends, check_held, published_twice
 
 
 class FullCopyStore:
@@ -23,7 +23,7 @@ class FullCopyStore:
 
     def __init__(self) -> None:
         self._copies: dict[PolicyVersion, Mapping[str, Tensor]] = {}
-        self._window = Window()
+        self._retention = Retention()
         self._lock = threading.RLock()
 
     @property
@@ -80,7 +80,7 @@ class FullCopyStore:
     def retain(self, oldest_needed: PolicyVersion) -> list[PolicyVersion]:
         """Versions below `oldest_needed` are no longer needed, but for the newest and those held; returns those dropped."""
         with self._lock:
-            self._window.oldest_needed = oldest_needed
+            self._retention.oldest_needed = oldest_needed
             return self._drop()
 
     def hold(self, version: PolicyVersion) -> None:
@@ -91,7 +91,7 @@ class FullCopyStore:
         """
         with self._lock:
             check_held(version, self.versions)
-            self._window.hold(version)
+            self._retention.hold(version)
 
     def release(self, version: PolicyVersion) -> list[PolicyVersion]:
         """Take one `hold` back; returns the versions dropped.
@@ -100,7 +100,7 @@ class FullCopyStore:
             StoreUseError: The version is not held.
         """
         with self._lock:
-            self._window.release(version)
+            self._retention.release(version)
             return self._drop()
 
     def rewind(self, version: PolicyVersion) -> None:
@@ -117,7 +117,7 @@ class FullCopyStore:
         """Nothing to give up."""
 
     def _drop(self) -> list[PolicyVersion]:
-        needed = set(self._window.needed(self._copies))
+        needed = set(self._retention.needed(self._copies))
         dropped = [version for version in self._copies if version not in needed]
         self._copies = {version: copy for version, copy in self._copies.items() if version in needed}
         return dropped

@@ -10,7 +10,7 @@ from torch import Tensor
 from oldlogits.core.errors import ExactnessError
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.versions.chain import Chain, Link
-from oldlogits.versions.defer_sigint import sigint_deferred
+from oldlogits.versions.defer_sigint import defer_sigint
 from oldlogits.versions.disk.records import Step
 from oldlogits.versions.patches.codec import apply, encode
 from oldlogits.versions.patches.flat import FlatWeights
@@ -38,7 +38,7 @@ class Resident:
         Raises:
             LayoutError: The weights do not fit; nothing has changed.
         """
-        with sigint_deferred():
+        with defer_sigint():
             return self._arrived(version, encode(self.flat, weights))
 
     def follow(self, version: PolicyVersion, patch: Patch) -> Link:
@@ -48,7 +48,7 @@ class Resident:
             LayoutError: The patch is of other tensors.
             ExactnessError: It does not begin where the copy is, or other bits come out. Nothing has changed.
         """
-        with sigint_deferred():
+        with defer_sigint():
             apply(self.flat, [patch], 1)
             return self._arrived(version, patch)
 
@@ -65,14 +65,14 @@ class Resident:
         Raises:
             LayoutError: The weights do not fit.
         """
-        with sigint_deferred():
+        with defer_sigint():
             patch = encode(self.flat, weights)
             apply(self.flat, [patch], -1)
         return not patch.num_changed
 
     def give_up(self, base: PolicyVersion) -> None:
         """Go back to `base` and drop the links beyond it."""
-        with sigint_deferred():
+        with defer_sigint():
             self.move_to(base)
             self._chain.keep_below(base)
 
@@ -88,7 +88,7 @@ class Resident:
         forwards, way = version > self.at, self._chain.between(self.at, version)
         for links, patches in self._chain.runs(way if forwards else way[::-1], max(_RUN_BYTES, self.flat.num_bytes // 4)):
             reached = links[-1].target if forwards else links[-1].base
-            with sigint_deferred():
+            with defer_sigint():
                 try:
                     apply(self.flat, patches if forwards else patches[::-1], 1 if forwards else -1)
                 except ExactnessError as error:

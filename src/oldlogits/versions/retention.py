@@ -1,4 +1,4 @@
-"""Which versions are still needed, and what is said of one that is gone."""
+"""Retention: which versions are still needed, and the error for one that is gone."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from oldlogits.core.errors import StoreUseError, VersionEvictedError
 from oldlogits.core.weights import PolicyVersion
 
 
-class Window:
+class Retention:
     """A version is needed while it is the newest, at or above the oldest that was asked for last, or held.
 
     Example:
-        >>> window = Window()
-        >>> window.hold(2)
-        >>> window.oldest_needed = 4
-        >>> window.needed([1, 2, 3, 4, 5])
+        >>> retention = Retention()
+        >>> retention.hold(2)
+        >>> retention.oldest_needed = 4
+        >>> retention.needed([1, 2, 3, 4, 5])
         [2, 4, 5]
     """
 
     def __init__(self) -> None:
         self.oldest_needed: PolicyVersion | None = None
-        """What `retain` was last called with; None: all are needed."""
+        """The version that `retain` was last called with; None: all versions are needed."""
         self._holds: Counter[PolicyVersion] = Counter()
 
     def hold(self, version: PolicyVersion) -> None:
-        """Count one more reference."""
+        """Count one more reference to a version."""
         self._holds[version] += 1
 
     def release(self, version: PolicyVersion) -> None:
-        """Count one reference less.
+        """Count one reference less to a version.
 
         Raises:
-            StoreUseError: There is none.
+            StoreUseError: The version has no reference.
         """
         if not self._holds[version]:
             del self._holds[version]
@@ -48,7 +48,7 @@ class Window:
             del self._holds[version]
 
     def needed(self, versions: Iterable[PolicyVersion]) -> list[PolicyVersion]:
-        """The needed ones among versions that are given in ascending order."""
+        """The versions that are needed, among those given in ascending order."""
         all_versions = list(versions)
         oldest, newest = self.oldest_needed, all_versions[-1:]
         return [v for v in all_versions if oldest is None or v >= oldest or v in self._holds or v in newest]
@@ -58,11 +58,11 @@ def check_held(version: PolicyVersion, versions: Sequence[PolicyVersion]) -> Non
     """Refuse a version that is not among those that a store has.
 
     Args:
-        version: Asked for.
-        versions: Those that it has, ascending.
+        version: The version that was asked for.
+        versions: The versions that the store has, ascending.
 
     Raises:
-        VersionEvictedError: Names version, window and remedy.
+        VersionEvictedError: The version is not there; the error names those that are, and the remedy.
     """
     if version not in versions:
         raise VersionEvictedError(
@@ -77,7 +77,7 @@ def check_ascends(version: PolicyVersion, versions: Sequence[PolicyVersion]) -> 
     """Refuse to publish a version below the newest.
 
     Raises:
-        StoreUseError: It is below.
+        StoreUseError: The version is below the newest.
     """
     if versions and version < versions[-1]:
         raise StoreUseError(
@@ -89,7 +89,7 @@ def check_ascends(version: PolicyVersion, versions: Sequence[PolicyVersion]) -> 
 
 
 def published_twice(version: PolicyVersion) -> StoreUseError:
-    """The newest version was published again with other bits."""
+    """The error for a newest version that is published again with other bits."""
     return StoreUseError(
         f"version {version} was published already, with other bits",
         got=f"a second version {version}",
@@ -99,7 +99,7 @@ def published_twice(version: PolicyVersion) -> StoreUseError:
 
 
 def _spans(versions: Sequence[PolicyVersion]) -> str:
-    """``4..6, 9``: ascending versions in few words."""
+    """Write ascending versions in few words: ``4..6, 9``."""
     spans: list[tuple[int, int]] = []
     for version in versions:
         if spans and spans[-1][1] == version - 1:

@@ -1,18 +1,17 @@
 """Exact versions of the forward weights: the newest resident, older ones a chain of patches away.
 
     publish   encode(resident, new) -> patch      the resident copy takes the new bits in the same pass
-    checkout  resident  --patches backwards-->  version  --patches forwards-->  newest, at the end of the block
-    walk      the way back is left to the end of the walk: down once, back once
+    take      apply(resident, patch)              of a store in another process, which this one follows
 
-One lock: a checkout holds it for its block, so a publish or a checkout from another thread waits for the block's end.
+What is on disk can be opened again, rewound and verified, so that a run can go on from its own versions. One lock: a checkout
+holds it for its block, so a publish or a checkout from another thread waits for the block's end.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -25,17 +24,18 @@ from oldlogits.core.errors import ExactnessError, LayoutError, PatchError, Store
 from oldlogits.core.weights import PatchWeights, PolicyVersion, StoreReceipt
 from oldlogits.versions.budget import Budget, StoreCounts
 from oldlogits.versions.chain import Chain, Link
-from oldlogits.versions.defer_sigint import sigint_deferred
+from oldlogits.versions.defer_sigint import defer_sigint
 from oldlogits.versions.disk.files import Disk
 from oldlogits.versions.disk.log import Cut
 from oldlogits.versions.patches.flat import FlatWeights
 from oldlogits.versions.patches.layout import Shard
 from oldlogits.versions.patches.patch import Patch, receiver_behind
+from oldlogits.versions.reader import VersionReader
 from oldlogits.versions.resident import Resident
-from oldlogits.versions.retention import Window, check_ascends, check_held, published_twice
+from oldlogits.versions.retention import check_ascends, check_held, published_twice
 
 
-class PatchStore:
+class PatchStore(VersionReader):
     """A `VersionStore` of patches, in memory or, with a folder, on disk as well.
 
     Args:
@@ -43,14 +43,11 @@ class PatchStore:
         frozen: Names that do not change during training: held by reference, never looked at.
         dtype: In which floating-point values are kept, such as bfloat16 for float32 masters; None: each in its own.
         shards: By name, the part of each parameter that is published here; others are whole.
-        device: Where the resident copy lies; None: where the first weights do.
         hot: How many of the newest patches stay in the memory tier; older ones are compressed.
         budget_bytes: For all patches in memory. Over it everything is compressed; then, with a folder, the oldest are left on
             disk only; then, without one, `publish` waits for `retain` or `release`. None: no bound.
         wait_s: How long it waits before it raises.
         sync: Whether a version is on the disk itself when `publish` returns, and survives a loss of power.
-        settles: Whether the copy goes back to the newest version at the end of a checkout outside of walks. False: all is one
-            walk without an end, and the next checkout or publication takes the copy on from where it is.
 
     Raises:
         LogBusyError: The folder has an owner.
@@ -64,23 +61,15 @@ class PatchStore:
         frozen: Iterable[str] = (),
         dtype: torch.dtype | None = None,
         shards: Mapping[str, Shard] | None = None,
-        device: torch.device | str | None = None,
         hot: int = 4,
         budget_bytes: int | None = None,
         wait_s: float = 60.0,
         sync: bool = True,
-        settles: bool = True,
     ) -> None:
-        self._frozen, self._dtype, self._shards, self._device = frozenset(frozen), dtype, shards, device
+        super().__init__(Disk.create(folder, sync=sync) if folder is not None else None)
+        self._frozen, self._dtype, self._shards = frozenset(frozen), dtype, shards
         self._budget = Budget(hot=hot, budget_bytes=budget_bytes, wait_s=wait_s)
-        self._lock, self._publishing = threading.RLock(), threading.Lock()
-        self._room = threading.Condition(self._lock)
-        self._window, self._counts = Window(), StoreCounts()
-        self._digests: dict[PolicyVersion, int] = {}  # of the versions that are there, ascending
-        self._depth, self._walks = 0, int(not settles)  # checkouts of the thread that has the lock; walks of all threads
-        self._resident: Resident | None = None
-        self._disk = Disk.create(folder, sync=sync) if folder is not None else None
-        self._chain = Chain(self._disk.log if self._disk is not None else None)
+        self._publishing = threading.Lock()
 
     @classmethod
     def open(
@@ -99,7 +88,7 @@ class PatchStore:
         Args:
             folder: Of a store.
             frozen: The tensors under the names that the store was made with as frozen.
-            device: As for the class.
+            device: Where the resident copy is to lie; None: on the CPU.
             hot: As for the class.
             budget_bytes: As for the class.
             sync: As for the class.
@@ -110,34 +99,14 @@ class PatchStore:
             LogDamagedError: It holds no versions, or a record is not what was written.
             ExactnessError: The versions that its records lead to are not those that were published.
         """
-        store = cls(device=device, hot=hot, budget_bytes=budget_bytes)
+        store = cls(hot=hot, budget_bytes=budget_bytes)
         store._disk = disk = Disk.open(folder, sync=sync, cut_damage=cut_damage)
         try:
-            store._read(disk, frozen or {})
+            store._read(disk, frozen or {}, device)
         except BaseException:
             disk.close()
             raise
         return store
-
-    @property
-    def versions(self) -> tuple[PolicyVersion, ...]:
-        """The versions that are there, ascending."""
-        return tuple(self._digests)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of memory: the resident copy and all patches."""
-        return self.resident_bytes + self.patch_bytes
-
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes of the resident copy."""
-        return self._resident.flat.num_bytes if self._resident is not None else 0
-
-    @property
-    def patch_bytes(self) -> int:
-        """Bytes of memory beside the resident copy: within the budget whenever no publication is going on."""
-        return self._chain.num_bytes
 
     @property
     def log_bytes(self) -> int:
@@ -204,75 +173,6 @@ class PatchStore:
             except (PatchError, LayoutError, ExactnessError) as error:
                 raise receiver_behind(str(error), f"a patch from version {newest} to {version}, as it was written") from error
 
-    @contextmanager
-    def checkout(self, version: PolicyVersion) -> Iterator[Mapping[str, Tensor]]:
-        """The weights of `version`: views of the resident copy, for reading inside the block only.
-
-        Raises:
-            VersionEvictedError: The version is not in the store.
-            StoreUseError: Another version is checked out in this thread.
-            ExactnessError: The bits are not those that were published.
-        """
-        with self._lock:
-            check_held(version, self.versions)
-            resident = self._copy()
-            if self._depth and version != resident.at:
-                raise StoreUseError(
-                    f"version {version} cannot be checked out while version {resident.at} is",
-                    got="a checkout inside the block of another",
-                    allowed="one version at a time: the store has one copy",
-                    fix="leave the first block before, and read both in a walk; or clone what is needed of the first",
-                )
-            self._depth += 1
-            try:
-                self._go(version)
-                yield resident.flat.weights
-            finally:
-                self._depth -= 1
-                self._settle()
-
-    @contextmanager
-    def walk(self) -> Iterator[None]:
-        """Inside it, the end of a checkout leaves the copy where it is: versions in their order cost one way down and back."""
-        with self._lock:
-            self._walks += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._walks -= 1
-                self._settle()
-
-    def retain(self, oldest_needed: PolicyVersion) -> list[PolicyVersion]:
-        """Versions below `oldest_needed` are no longer needed, but for the newest, those held, and all above these.
-
-        Returns:
-            Those dropped; a version that is checked out goes when its block ends.
-        """
-        with self._lock:
-            self._window.oldest_needed = oldest_needed
-            return self._drop()
-
-    def hold(self, version: PolicyVersion) -> None:
-        """Keep a version until `release`, whatever `retain` says.
-
-        Raises:
-            VersionEvictedError: The version is not in the store.
-        """
-        with self._lock:
-            check_held(version, self.versions)
-            self._window.hold(version)
-
-    def release(self, version: PolicyVersion) -> list[PolicyVersion]:
-        """Take one `hold` back; returns the versions dropped.
-
-        Raises:
-            StoreUseError: The version is not held.
-        """
-        with self._lock:
-            self._window.release(version)
-            return self._drop()
-
     def rewind(self, version: PolicyVersion) -> None:
         """Forget all versions above one, which becomes the newest: a run goes on from an older checkpoint.
 
@@ -286,7 +186,7 @@ class PatchStore:
             check_held(version, self.versions)
             self._go(version)
             before = self._chain.links
-            with sigint_deferred():
+            with defer_sigint():
                 self._chain.keep_below(version)
                 try:
                     if self._disk is not None:
@@ -295,23 +195,6 @@ class PatchStore:
                     self._chain.links = before
                     raise
                 self._digests = {v: digest for v, digest in self._digests.items() if v <= version}
-
-    def patch_between(self, base: PolicyVersion, target: PolicyVersion) -> list[Patch] | None:
-        """The patches that lead a receiver from one version to a later one, oldest first; None: not both are there."""
-        with self._lock:
-            if base not in self._digests or target not in self._digests or base > target:
-                return None
-            return [self._chain.patch(link) for link in self._chain.between(base, target)]
-
-    def digest(self, version: PolicyVersion) -> int:
-        """That of a version's bits, as they were published.
-
-        Raises:
-            VersionEvictedError: The version is not in the store.
-        """
-        with self._lock:
-            check_held(version, self.versions)
-            return self._digests[version]
 
     def verify(self, version: PolicyVersion | None = None) -> None:
         """Compare all bits of a version, or of every one, with its digest: a pass over all weights for each.
@@ -343,10 +226,10 @@ class PatchStore:
 
     def _publish_first(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> StoreReceipt:
         started = time.perf_counter()
-        flat = FlatWeights.of(weights, frozen=self._frozen, dtype=self._dtype, shards=self._shards, device=self._device)
+        flat = FlatWeights.of(weights, frozen=self._frozen, dtype=self._dtype, shards=self._shards, device=None)
         assert flat.digest is not None
         encode_s = time.perf_counter() - started
-        with sigint_deferred():
+        with defer_sigint():
             log_bytes = self._disk.begin(version, flat) if self._disk is not None else 0
             self._resident, self._digests = Resident(flat, version, self._chain), {version: flat.digest}
         full_bytes = flat.layout.num_bytes
@@ -366,7 +249,7 @@ class PatchStore:
             link = step(resident)
             encode_s, patch = time.perf_counter() - started, self._chain.patch(link)
             waited_s = self._wait_for_room(version) if self._disk is None else 0.0
-            with sigint_deferred():
+            with defer_sigint():
                 log_bytes = self._disk.append(link, self._chain) if self._disk is not None else 0
                 self._digests[version] = link.step.target_digest
         except BaseException:
@@ -402,13 +285,13 @@ class PatchStore:
 
         def needed() -> int:
             self._budget.save(self._chain, self._counts)
-            return self._chain.bytes_above(self._window.needed([*self.versions, version])[0])
+            return self._chain.bytes_above(self._retention.needed([*self.versions, version])[0])
 
         return self._budget.wait_for_room(self._room, needed, self._counts)
 
-    def _read(self, disk: Disk, frozen: Mapping[str, Tensor]) -> None:
+    def _read(self, disk: Disk, frozen: Mapping[str, Tensor], device: torch.device | str | None) -> None:
         """Take over what a folder holds, and bring the copy to the newest version."""
-        version, flat, links, oldest = disk.read(frozen, self._device)
+        version, flat, links, oldest = disk.read(frozen, device)
         self._chain = Chain(disk.log, links)
         self._resident = Resident(flat, version, self._chain)
         digests = {version: flat.digest or 0}
@@ -420,38 +303,6 @@ class PatchStore:
         self._chain.keep_above(oldest)
         self._digests = {v: digests[v] for v in sorted(digests) if v >= oldest}
 
-    def _copy(self) -> Resident:
-        assert self._resident is not None, "there is a copy once a version was published"
-        return self._resident
-
-    def _go(self, version: PolicyVersion) -> PolicyVersion:
-        """Bring the copy to a version, and compare its digest; returns the version."""
-        num_patches = self._copy().move_to(version)
-        self._counts.num_patches += num_patches
-        self._counts.num_switches += num_patches > 0
-        self._copy().check(self._digests[version])
-        return version
-
-    def _settle(self) -> None:
-        """At the end of checkouts and walks: back to the newest version, and drop what had to wait for that."""
-        if not self._depth and not self._walks and self._resident is not None:
-            self._go(self.versions[-1])
-            self._drop()
-
-    def _drop(self) -> list[PolicyVersion]:
-        """Drop what is not needed; returns the versions dropped."""
-        if self._resident is None:
-            return []
-        oldest = min(self._window.needed(self.versions)[0], self._resident.at)
-        dropped = [version for version in self._digests if version < oldest]
-        if dropped:
-            self._digests = {version: digest for version, digest in self._digests.items() if version >= oldest}
-            self._chain.keep_above(oldest)
-            if self._disk is not None:
-                self._disk.drop(oldest, self._resident.at, self._resident.flat, self._chain)
-        self._room.notify_all()
-        return dropped
-
     def _check_outside(self, what: str) -> None:
         if self._depth:
             raise StoreUseError(
@@ -460,3 +311,13 @@ class PatchStore:
                 allowed="outside of checkouts",
                 fix="leave the block before",
             )
+
+
+class LazyPatchStore(PatchStore):
+    """A `PatchStore` in memory or on disk whose copy stays where the last checkout left it.
+
+    All is one walk without an end: the next checkout or publication takes the copy on from where it is.
+    """
+
+    def _settle(self) -> None:
+        """Leave the copy where it is."""

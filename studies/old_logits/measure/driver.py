@@ -5,11 +5,10 @@ This is the one file of the study that stands between the loop and its trainer. 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +19,10 @@ from oldlogits.batch import TokenBatch
 from oldlogits.config import RunConfig
 from oldlogits.core.scoring import Scored
 from oldlogits.core.weights import FullWeights
-from oldlogits.loop.backend import Backend, TrainerClient
+from oldlogits.loop.backend import Backend, BackendSpec
+from oldlogits.rpc.client import client
 from oldlogits.run.run import run
+from oldlogits.train.calls import TrainerCalls
 from oldlogits.train.reports import PublishedVersion
 from oldlogits.train.step import UpdateResult
 
@@ -56,45 +57,50 @@ def drive(config: RunConfig, out: Path, observe: Callable[[Path], Observer]) -> 
     """
 
     @asynccontextmanager
-    async def open_observed(config: RunConfig, folder: Path, probe_ids: Sequence[int], seed: int) -> AsyncIterator[Backend]:
-        async with open_lockstep(config, folder, probe_ids, seed) as handles:
-            yield replace(handles, trainer=_ObservedTrainer(handles.trainer, observe(folder)))
+    async def open_observed(spec: BackendSpec) -> AsyncIterator[Backend]:
+        async with open_lockstep(spec) as backend:
+            observed = _Observed(backend.trainer, observe(spec.model_folder))
+            backend.trainer = client(TrainerCalls, observed)  # type: ignore[type-abstract]
+            yield backend
 
-    result = run(config, out, open_runtime=open_observed, console=Console(quiet=True))
+    result = run(config, out, open_backend=open_observed, console=Console(quiet=True))
     if result.error is not None:
         raise result.error
     if result.summary.ended == "interrupted":
         raise KeyboardInterrupt
 
 
-class _ObservedTrainer(TrainerClient):
-    """The driver's trainer; three of its methods tell the observer."""
+class _Observed:
+    """A transport that hands every call on to the driver's trainer; with three of them it tells the observer."""
 
-    def __init__(self, trainer: TrainerClient, observer: Observer) -> None:
-        super().__init__(trainer.carry_out)
-        self._observer = observer
+    def __init__(self, trainer: TrainerCalls, observer: Observer) -> None:
+        self._trainer, self._observer = trainer, observer
         self._batch: TokenBatch | None = None
 
-    async def publish(self) -> PublishedVersion:
-        """Publish, and tell."""
-        published = await super().publish()
+    async def call(self, method: str, arguments: tuple[object, ...]) -> object:
+        """Carry out a call, and tell what it was."""
+        match method, arguments:
+            case "publish", ():
+                return await self._publish()
+            case "put_batch", (TokenBatch() as batch,):
+                self._batch = batch
+            case "train", (scored,):
+                return await self._train(cast("Scored | None", scored))
+        return await getattr(self._trainer, method)(*arguments)
+
+    async def _publish(self) -> PublishedVersion:
+        published = await self._trainer.publish()
         assert isinstance(published.update, FullWeights), "a trainer of this process sends no patches"
         self._observer.published(published, published.update)
         return published
 
-    async def put_batch(self, batch: TokenBatch) -> None:
-        """Hand over the next batch."""
-        self._batch = batch
-        await super().put_batch(batch)
-
-    async def train(self, scored: Scored | None) -> UpdateResult:
-        """Train the batch, and tell before and after."""
+    async def _train(self, scored: Scored | None) -> UpdateResult:
         assert self._batch is not None, "put_batch comes before train"
         await self._observer.before_train(self._batch, self._engine_scores)
-        result = await super().train(scored)
+        result = await self._trainer.train(scored)
         self._observer.after_train(self._batch, result)
         return result
 
     async def _engine_scores(self, num_tokens: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        scores = await self.score_engine(np.arange(num_tokens))
+        scores = await self._trainer.score_engine(np.arange(num_tokens))
         return scores.values, scores.logp_mu

@@ -159,7 +159,7 @@ class Panel:
         for name, decay in AVERAGES.items():
             if name not in self._averages:
                 proximal = ProximalConfig(source="ewma", decay=decay)
-                self._averages[name] = Averaging(replace(self._config, proximal=proximal), tensors)
+                self._averages[name] = Averaging(proximal, self._config.window, tensors)
                 self._betas[name] = 0.0
             elif self._last is not None:
                 counts, metrics = self._last.staleness_counts, self._last.metrics

@@ -1,8 +1,8 @@
 """What the actors of a cluster do, as plain classes: `backends/ray/backend.py` makes actors of them.
 
-Calls      the trainer, or the dedicated scorer: carries out calls, one at a time
-Worker     a server that samples, and a share of the environments
-Keeper     once a node: the newest weights in its shared memory, from which its servers load; one of them, beside the
+Calls             the trainer, or the dedicated scorer: carries out calls, one at a time
+Worker            a server that samples, and a share of the environments
+NodeWeightCache   once a node: the newest weights in its shared memory, from which its servers load; one of them, beside the
 controller, is the store from which those that are behind or join are supplied
 """
 
@@ -15,25 +15,31 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from oldlogits.config import RunConfig
+from oldlogits.config.schema import EnvConfig
 from oldlogits.core.errors import OldLogitsError
 from oldlogits.core.processes import name_process
+from oldlogits.core.scoring import DedicatedScorer
+from oldlogits.core.server import LaunchSpec
 from oldlogits.core.weights import FullWeights, PatchWeights, PolicyVersion, WeightUpdate
-from oldlogits.engines.host_weights import HostWeights
-from oldlogits.engines.http.launch import Launched, LaunchSpec
-from oldlogits.engines.shared_memory import share_text, unshare
-from oldlogits.envs.shape import load_environment
-from oldlogits.loop.backend import TrainerServer
+from oldlogits.engines.http.launch import ServerProcess
+from oldlogits.engines.shared_memory import HostWeights, share_text, unshare
+from oldlogits.envs.base import load_environment
+from oldlogits.models.device import configure_process
 from oldlogits.rollout.environment_runner import ThreadRunner
 from oldlogits.rollout.turns import EnvironmentFailed
+from oldlogits.rpc.child import Call, Reply, answer
+from oldlogits.rpc.client import CarryOut, Dispatcher
 from oldlogits.train.reports import PublishedVersion
 from oldlogits.train.scorer_model import ScorerModel
+from oldlogits.train.service import TrainerService
+from oldlogits.train.spec import ScorerSpec, TrainerSpec
 from oldlogits.train.trainer import Trainer
 
 Bytes = NDArray[np.uint8]
@@ -81,16 +87,22 @@ def unpack(packed: Packed) -> WeightUpdate:
     return FullWeights(tensors={name: parts[i].view(dtype).view(shape) for name, (i, dtype, shape) in packed.tensors.items()})
 
 
+class Aside(Enum):
+    """What stands in a call or a reply where weights are, which travel beside it through the object store."""
+
+    WEIGHTS = "weights"
+
+
 class Calls:
-    """Carries out calls.
+    """Carries out the calls of a Protocol in an actor.
 
     Args:
-        name: Of the process.
-        build: Makes what carries them out.
-        arguments: Of `build`.
+        name: What the process is: "trainer", "scorer".
+        build: Makes what carries out the calls.
+        arguments: The arguments of `build`.
     """
 
-    def __init__(self, name: str, build: Callable[..., Callable[..., object]], arguments: tuple[object, ...]) -> None:
+    def __init__(self, name: str, build: Callable[..., CarryOut], arguments: tuple[object, ...]) -> None:
         name_process(name)
         self._failure: OldLogitsError | None = None
         try:
@@ -98,52 +110,40 @@ class Calls:
         except OldLogitsError as error:
             self._failure = error
 
-    def call(
-        self, method: str, arguments: tuple[object, ...], payload: Packed | None = None
-    ) -> tuple[tuple[bool, object], Packed | None]:
-        """Carry out a call: its value or error of this package; and, apart, the weights that come with the value.
+    def call(self, method: str, arguments: tuple[object, ...], weights: Packed | None = None) -> tuple[Reply, Packed | None]:
+        """Carry out a call; returns its reply and, beside it, the weights that belong into it.
 
         Args:
-            method: Its name.
-            arguments: Without weights.
-            payload: Weights, which become the last argument.
+            method: The name of the method.
+            arguments: The arguments, with `Aside.WEIGHTS` in the place of weights.
+            weights: The weights among the arguments.
         """
-        if self._failure is not None or method == "start":
-            return (self._failure is None, self._failure), None
-        more = () if payload is None else (unpack(payload),)
-        try:
-            value = self._carry_out(method, (*arguments, *more))
-        except OldLogitsError as error:
-            return (False, error), None
+        if self._failure is not None:
+            return Reply(number=1, error=self._failure), None
+        given = tuple(unpack(weights) if weights and argument is Aside.WEIGHTS else argument for argument in arguments)
+        reply = answer(Call(number=1, method=method, arguments=given), self._carry_out)
+        value = reply.value
         if isinstance(value, PublishedVersion):
-            return (True, replace(value, update=FullWeights(tensors={}))), pack(value.update)
+            return replace(reply, value=replace(value, update=FullWeights(tensors={}))), pack(value.update)
         if isinstance(value, FullWeights):
-            return (True, None), pack(value)
-        return (True, value), None
+            return replace(reply, value=Aside.WEIGHTS), pack(value)
+        return reply, None
 
     def live(self) -> None:
         """Return never: who waits for it learns of the end of this process."""
         threading.Event().wait()
 
 
-def build_trainer(config: RunConfig, model_folder: Path, probe_ids: Sequence[int]) -> Callable[..., object]:
-    """The trainer's calls."""
-    return TrainerServer(Trainer(config, model_folder, probe_ids), time.perf_counter).call
+def build_trainer(spec: TrainerSpec, model_folder: Path, probe_ids: Sequence[int]) -> CarryOut:
+    """What carries out `TrainerCalls`."""
+    configure_process(num_threads=spec.trainer.num_threads, seed=spec.seed)
+    return TrainerService(Trainer(spec, model_folder, probe_ids), time.perf_counter).call
 
 
-def build_scorer(config: RunConfig, model_folder: Path, probe_ids: Sequence[int]) -> Callable[..., object]:
-    """The dedicated scorer's calls."""
-    scorer = ScorerModel(config, model_folder, probe_ids)
-
-    def publish(version: PolicyVersion, probe_logps: NDArray[np.float32], update: WeightUpdate) -> float:
-        return scorer.publish(version, update, probe_logps)
-
-    methods: dict[str, Callable[..., object]] = {"publish": publish, "score_spans": scorer.score_spans}
-
-    def carry_out(method: str, arguments: tuple[object, ...]) -> object:
-        return methods[method](*arguments)
-
-    return carry_out
+def build_scorer(spec: ScorerSpec, model_folder: Path, probe_ids: Sequence[int]) -> CarryOut:
+    """What carries out the calls of a `DedicatedScorer`."""
+    configure_process(num_threads=spec.trainer.num_threads, seed=spec.seed)
+    return Dispatcher(DedicatedScorer, ScorerModel(spec, model_folder, probe_ids)).call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,17 +169,16 @@ class Worker:
     Args:
         spec: Of the server.
         name: Of its log.
-        target: Of the environments.
-        timeout_s: Of one call of theirs.
+        env: The environment section of the recipe.
         node: Its id, and its address unless it is the controller's, too.
     """
 
-    def __init__(self, spec: LaunchSpec, name: str, target: str, timeout_s: float, node: Callable[[], Node]) -> None:
+    def __init__(self, spec: LaunchSpec, name: str, env: EnvConfig, node: Callable[[], Node]) -> None:
         name_process("worker")
         self._node = node()
-        self._server = Launched(replace(spec, address=self._node.address), name)
-        self._class = load_environment(target)
-        self._runner = ThreadRunner(timeout_s=timeout_s, latency_s=0.0, seed=0)
+        self._server = ServerProcess(replace(spec, address=self._node.address), name)
+        self._class = load_environment(env.target, env.adapter)
+        self._runner = ThreadRunner(timeout_s=env.timeout_s, latency_s=0.0, seed=0)
         self._environments: dict[int, object] = {}
 
     async def sampler(self) -> Sampler:

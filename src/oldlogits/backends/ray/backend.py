@@ -1,262 +1,180 @@
-"""Runtime "ray": trainer, dedicated scorer, rollout workers and the store of weights as actors of a Ray cluster.
+"""The backend "ray": trainer, dedicated scorer, rollout workers and the store of weights as actors of a Ray cluster.
+
+Workers that end are started again within `engine.max_restarts`; `oldlogits workers` changes how many there are. The end of the
+trainer or the scorer ends the run. Nothing here waits without a deadline or a watch on who is waited for.
 
     controller (this process, no model)
-        |--calls--> trainer actor --update--> object store --once a node--> Keeper (shared memory) --> servers of the node
+        |--calls--> trainer actor --update--> object store --once a node--> NodeWeightCache --> servers of the node
         |--calls--> scorer actor  <---------------'                             ^
         |--HTTP---> server of a worker: samples                                 '-- store: for those behind, or new
         '--calls--> environments of a worker
-
-The loop is that of every runtime. Workers that end are started again within `engine.max_restarts`; `oldlogits workers`
-changes how many there are. The end of the trainer or the scorer ends the run. Nothing here waits without a deadline or a
-watch on who is waited for.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
+import math
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from oldlogits.backends.local import cancel
 from oldlogits.backends.ray import actors, cluster
-from oldlogits.backends.ray.cluster import Actor, ActorEndedError, Ref, fetch
+from oldlogits.backends.ray.calls import ActorCalls
+from oldlogits.backends.ray.cluster import Actor
 from oldlogits.backends.ray.remote_environments import AwaitingRunner, stand_in
 from oldlogits.backends.ray.weights import ClusterWeights
 from oldlogits.backends.ray.workers import Workers
-from oldlogits.config import Caution, RunConfig
-from oldlogits.core.errors import ConfigError, WorkerDiedError
-from oldlogits.core.scoring import ScoredSpans, ScoringSpan
-from oldlogits.core.source import SOURCES
-from oldlogits.core.weights import PolicyVersion, WeightUpdate
+from oldlogits.config import Caution
+from oldlogits.core.engine_spec import ServerOptions
+from oldlogits.core.engine_stats import EngineStats, Incident
+from oldlogits.core.environment import Environment
+from oldlogits.core.scoring import DedicatedScorer
+from oldlogits.core.server import LaunchSpec
 from oldlogits.engines.http.engine import HttpEngine
-from oldlogits.engines.http.launch import LaunchSpec
-from oldlogits.engines.http.servers import Timeouts
-from oldlogits.engines.spec import Incident
-from oldlogits.loop.backend import Backend, TrainerClient
-from oldlogits.train.reports import PublishedVersion
+from oldlogits.loop.backend import Backend, BackendSpec
+from oldlogits.rpc.client import client
+from oldlogits.train.calls import TrainerCalls
+
+
+class RayBackend(Backend):
+    """Actors of a cluster."""
+
+    def __init__(self, spec: BackendSpec, engine: HttpEngine, workers: Workers, models: Models) -> None:
+        super().__init__(
+            engine=engine,
+            trainer=client(TrainerCalls, models.trainer),  # type: ignore[type-abstract]
+            run_environment=AwaitingRunner(latency_s=spec.env.latency_s, seed=spec.sampler.seed),
+            scorer=models.scorer_client(),
+        )
+        self._http, self._rollout_workers = engine, workers
+
+    async def engine_stats(self) -> EngineStats:
+        """The counters of all servers."""
+        return await self._http.stats()
+
+    def listen(self, hear: Callable[[Incident | Caution], None]) -> None:
+        """Tell `hear` what happens to servers, and what is wrong with a wish for workers."""
+        self._http.fleet.listen = self._rollout_workers.warn = hear
+
+    def host_environment(self, environment_class: type[Environment]) -> type[Environment]:
+        """A class of the same methods whose instances live in the workers."""
+        return stand_in(environment_class, self._rollout_workers)
+
 
 Place = Mapping[str, Any]
 
 
-class ServedActor:
-    """The trainer or the dedicated scorer as an actor.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """The places on the cluster that are reserved for a run.
 
     Args:
-        name: Of it.
-        build: See `actors.Calls`.
-        arguments: Of `build`.
-        place: On the cluster.
+        trainer: The trainer's.
+        scorer: The dedicated scorer's; None: there is none.
+        workers: Those of the first workers.
     """
 
-    def __init__(self, name: str, build: Callable[..., object], arguments: tuple[object, ...], place: Place) -> None:
-        self._name = name
-        self._actor = Actor(actors.Calls, (name, build, arguments), place=place, watched=True)
+    trainer: Place
+    scorer: Place | None
+    workers: Sequence[Place]
 
-    async def ready(self, start_s: float) -> None:
-        """Wait until it is built.
 
-        Raises:
-            OldLogitsError: It cannot be built.
-            ConfigError: It takes longer than `start_s`.
-        """
-        try:
-            async with asyncio.timeout(start_s):
-                await self.call("start", ())
-        except TimeoutError:
-            raise ConfigError(
-                f"the {self._name} has its place on the cluster and is still starting",
-                got=f"it is not ready after {start_s:g} s",
-                allowed="a process that has loaded its packages and the model within ray.start_timeout_s",
-                fix="raise ray.start_timeout_s, or look for what else keeps its node busy",
-            ) from None
+class Models:
+    """The actors that hold a model: the trainer, and the dedicated scorer where the source asks one.
 
-    async def call(self, method: str, arguments: tuple[object, ...], payload: Ref = None) -> tuple[object, Ref]:
-        """Carry out a call; returns its value, and the reference of the weights that come with it.
+    Args:
+        spec: What they are told, and what they reserve.
+        weights: What brings weights to the nodes.
+        places: The places that are reserved for them.
+    """
 
-        Raises:
-            OldLogitsError: What it raised.
-            WorkerDiedError: The actor ended.
-        """
-        result, weights = self._actor.call("call", method, arguments, payload, num_returns=2)
-        try:
-            succeeded, value = await fetch(result)
-        except ActorEndedError as error:
-            raise self._died(error) from error
-        if not succeeded:
-            raise value
-        return value, weights
+    def __init__(self, spec: BackendSpec, weights: ClusterWeights, places: Places) -> None:
+        self._spec = spec
+        where = (spec.model_folder.resolve(), spec.probe_ids)
+        arguments = (spec.trainer, *where)
+        self.trainer = ActorCalls("trainer", actors.build_trainer, arguments, weights=weights, place=places.trainer)
+        self._scorer: ActorCalls | None = None
+        if spec.scorer is not None and places.scorer is not None:
+            told = (spec.scorer, *where)
+            self._scorer = ActorCalls("scorer", actors.build_scorer, told, weights=weights, place=places.scorer)
 
-    async def watch(self) -> None:
-        """Wait until it ends by itself.
+    def scorer_client(self) -> DedicatedScorer | None:
+        """The dedicated scorer; None: there is none."""
+        if self._scorer is None or self._spec.scorer is None:
+            return None
+        return client(DedicatedScorer, self._scorer, window=self._spec.scorer.window)  # type: ignore[type-abstract]
+
+    async def ready(self) -> None:
+        """Wait until they are built.
 
         Raises:
-            WorkerDiedError: It did.
+            OldLogitsError: One cannot be built.
         """
-        try:
-            await self._actor.live()
-        except ActorEndedError as error:
-            raise self._died(error) from error
+        await self.trainer.ready(self._spec.ray.start_timeout_s)
+        if self._scorer is not None:
+            await self._scorer.ready(self._spec.ray.start_timeout_s)
 
-    def _died(self, error: Exception) -> WorkerDiedError:
-        return WorkerDiedError(
-            f"the {self._name} actor ended",
-            got=str(error).strip().splitlines()[0],
-            allowed=f"a {self._name} that runs until the end of the run",
-            fix="look for an out-of-memory kill or a lost node; go on with --resume from the last checkpoint",
-        )
-
-
-class RayTrainer(ServedActor):
-    """The trainer as an actor; its updates stay in the object store, and are handed on by reference."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        model_folder: Path,
-        probe_ids: Sequence[int],
-        weights: ClusterWeights,
-        place: Place,
-    ) -> None:
-        super().__init__("trainer", actors.build_trainer, (config, model_folder, list(probe_ids)), place)
-        self._weights = weights
-        self.handle = TrainerClient(self._carry_out)
-
-    async def _carry_out(self, method: str, arguments: tuple[object, ...]) -> object:
-        value, weights = await self.call(method, arguments)
-        if isinstance(value, PublishedVersion):
-            return replace(value, update=await self._weights.sent(weights))
-        return await self._weights.sent(weights) if method == "full_weights" else value
-
-
-class RayScorer(ServedActor):
-    """The dedicated scorer as an actor; a `DedicatedScorer`."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        model_folder: Path,
-        probe_ids: Sequence[int],
-        weights: ClusterWeights,
-        place: Place,
-    ) -> None:
-        super().__init__("scorer", actors.build_scorer, (config, model_folder, list(probe_ids)), place)
-        self._weights, self.window = weights, config.proximal.scorer_versions
-
-    async def publish(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> float:
-        """Take over a version."""
-        value, _ = await self.call("publish", (version, probe_logps), self._weights.reference(update))
-        return cast(float, value)
-
-    async def score_spans(self, pieces: Sequence[ScoringSpan], at: PolicyVersion) -> ScoredSpans:
-        """Score pieces."""
-        value, _ = await self.call("score_spans", (pieces, at))
-        return cast(ScoredSpans, value)
+    def watches(self) -> list[Coroutine[None, None, None]]:
+        """What ends by an error when one of them does."""
+        return [self.trainer.watch(), *([self._scorer.watch()] if self._scorer is not None else [])]
 
 
 @asynccontextmanager
-async def open_ray(
-    config: RunConfig, model_folder: Path, probe_ids: Sequence[int], sampler_seed: int, *, folder: Path
-) -> AsyncIterator[Backend]:
+async def open_ray(spec: BackendSpec) -> AsyncIterator[RayBackend]:
     """Join or start a cluster and its actors; on leaving none of them stays behind, whatever happened."""
-    e, r = config.engine, config.ray
-    patience = Timeouts(
-        recover_s=e.recover_s,
-        request_s=e.request_timeout_s,
-        control_s=e.control_timeout_s,
-        start_s=r.start_timeout_s,
-        max_restarts=e.max_restarts,
-    )
     async with AsyncExitStack() as stack:
-        stack.enter_context(cluster.connected(r, num_cpus=_needed_cpus(config)))
+        stack.enter_context(cluster.connected(spec.ray, num_cpus=_needed_cpus(spec)))
         weights = ClusterWeights()
-        at_trainer, at_scorer, at_workers = await _places(config)
-        trainer = RayTrainer(config, model_folder.resolve(), probe_ids, weights, at_trainer)
-        scorer = RayScorer(config, model_folder.resolve(), probe_ids, weights, at_scorer) if at_scorer is not None else None
-        spec = LaunchSpec(
-            server=e.server if e.type == "vllm" else "embedded",
-            model_path=str(model_folder.resolve()),
-            numerics=e.precision,
-            max_num_seqs=e.max_num_seqs,
-            max_context=config.env.max_episode_tokens,
-            flags=e.flags,
-            python=e.python,
-            log_folder=(folder / "servers").resolve(),
-            seed=sampler_seed,
-            adapter_scale=config.model.adapter_scale,
+        places = await _reserve(spec)
+        models = Models(spec, weights, places)
+        await models.ready()
+        servers = _servers(spec)
+        workers = Workers(
+            _maker(spec, servers, places.workers),
+            spec.folder,
+            weights,
+            num_workers=spec.ray.num_workers,
+            environment_timeout_s=spec.env.timeout_s,
+            servers=servers,
         )
-        await trainer.ready(r.start_timeout_s)
-        if scorer is not None:
-            await scorer.ready(r.start_timeout_s)
-        workers = Workers(config, _maker(config, spec, at_workers), folder, weights)
-        engine = HttpEngine(
-            workers.hosts,
-            max_context=config.env.max_episode_tokens,
-            numerics=e.precision,
-            adapter_scale=config.model.adapter_scale,
-            patience=patience,
-            weights=weights,
-        )
+        engine = HttpEngine(workers.replicas, spec.sampler, servers.timeouts, weights)
         workers.fleet = engine.fleet
         stack.push_async_callback(engine.close)
         await engine.start()
-        watched: list[Coroutine[None, None, None]] = [engine.fleet.supervise(), workers.follow(), trainer.watch()]
-        watched += [scorer.watch()] if scorer is not None else []
-        tasks = tuple(map(asyncio.create_task, watched))
-        stack.push_async_callback(_cancelled, tasks)
-
-        def listen(hear: Callable[[Incident | Caution], None]) -> None:
-            engine.fleet.listen = workers.warn = hear
-
-        yield Backend(
-            engine=engine,
-            trainer=trainer.handle,
-            run_environment=AwaitingRunner(latency_s=config.env.latency_s, seed=sampler_seed),
-            engine_stats=engine.stats,
-            clock=time.perf_counter,
-            real_time=True,
-            watch=lambda buffer: None,
-            scorer=scorer,
-            listen=listen,
-            host_environment=lambda environment_class: stand_in(environment_class, workers),
-            workers=tasks,
-        )
+        backend = RayBackend(spec, engine, workers, models)
+        watched = [engine.supervise(), workers.follow(), *models.watches()]
+        backend.workers = tuple(map(asyncio.create_task, watched))
+        stack.push_async_callback(cancel, backend.workers)
+        yield backend
 
 
-async def _cancelled(tasks: Sequence[asyncio.Task[None]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+def _servers(spec: BackendSpec) -> ServerOptions:
+    """What the workers' servers are: the engine's own, or those that offer an engine without servers."""
+    own = spec.servers.protocol if spec.engine.has_servers else spec.engine.served_by
+    timeouts = replace(spec.servers.timeouts, start_s=spec.ray.start_timeout_s)
+    return replace(spec.servers, protocol=own, log_folder=spec.servers.log_folder.resolve(), timeouts=timeouts)
 
 
-def _needed_cpus(config: RunConfig) -> int:
+def _needed_cpus(spec: BackendSpec) -> int:
     """CPUs that a cluster of this run alone is said to have: its actors share those that there are."""
-    r = config.ray
-    models = r.trainer_cpus * (1 + SOURCES.find(config.proximal.source).needs_scorer)
-    return int(np.ceil(models + 4 * max(r.num_workers, 2) * r.worker_cpus)) + 1
+    r = spec.ray
+    models = r.trainer_cpus * (1 if spec.scorer is None else 2)
+    return math.ceil(models + 4 * max(r.num_workers, 2) * r.worker_cpus) + 1
 
 
-async def _places(config: RunConfig) -> tuple[Place, Place | None, Sequence[Place]]:
-    """Reserve the places of the trainer, of the dedicated scorer if there is one, and of the first workers.
-
-    All are reserved before anything starts: a cluster without room for some is known before a model is loaded.
+async def _reserve(spec: BackendSpec) -> Places:
+    """Reserve all places before anything starts: a cluster without room for some is known before a model is loaded.
 
     Raises:
         ConfigError: The cluster has no room for them.
     """
-    r = config.ray
-    names = ["the trainer", "the scorer"] if config.proximal.source == "dedicated" else ["the trainer"]
-    models: dict[str, Place] = {}
-    for name in names:
-        [models[name]] = await cluster.reserve(
-            name, 1, cpus=r.trainer_cpus, gpus=r.trainer_gpus, strategy="PACK", timeout_s=r.start_timeout_s
-        )
+    r = spec.ray
+    of_model = partial(cluster.reserve, num=1, cpus=r.trainer_cpus, gpus=r.trainer_gpus, strategy="PACK")
+    [trainer] = await of_model("the trainer", timeout_s=r.start_timeout_s)
+    [scorer] = await of_model("the scorer", timeout_s=r.start_timeout_s) if spec.scorer is not None else [None]
     workers = await cluster.reserve(
         f"{r.num_workers} workers ({r.placement})",
         r.num_workers,
@@ -265,19 +183,19 @@ async def _places(config: RunConfig) -> tuple[Place, Place | None, Sequence[Plac
         strategy=r.placement,
         timeout_s=r.start_timeout_s,
     )
-    return models["the trainer"], models.get("the scorer"), workers
+    return Places(trainer=trainer, scorer=scorer, workers=workers)
 
 
-def _maker(config: RunConfig, spec: LaunchSpec, places: Sequence[Place]) -> Callable[[int], Actor]:
+def _maker(spec: BackendSpec, servers: ServerOptions, places: Sequence[Place]) -> Callable[[int], Actor]:
     """Return what makes the actor of a worker: the first ones in the places that are reserved, later ones anywhere."""
-    r, env = config.ray, config.env
-    amounts = {"cpus": r.worker_cpus, "gpus": r.worker_gpus}
+    r, sampler = spec.ray, spec.sampler
+    anywhere = partial(cluster.anywhere, cpus=r.worker_cpus, gpus=r.worker_gpus)
     node = partial(_node, cluster.node_address())
 
     def make(number: int) -> Actor:
-        place = places[number] if number < len(places) else cluster.anywhere(**amounts)
-        own = replace(spec, seed=spec.seed + number)
-        arguments = (own, f"worker-{number}", env.target, env.timeout_s, node)
+        place = places[number] if number < len(places) else anywhere()
+        launch = LaunchSpec(engine=replace(sampler, seed=sampler.seed + number), servers=servers)
+        arguments = (launch, f"worker-{number}", spec.env, node)
         return Actor(actors.Worker, arguments, place=place, num_calls=1000)
 
     return make

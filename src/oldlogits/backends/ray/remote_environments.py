@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, cast
 
-from oldlogits.envs.shape import Environment
+from oldlogits.core.environment import Environment
 from oldlogits.rollout.turns import EnvironmentFailed, EnvironmentLost
 
 T = TypeVar("T")

@@ -21,22 +21,27 @@ from typing import Final, NoReturn
 
 from oldlogits.backends.torchrun.launch import Launch, launched
 from oldlogits.backends.torchrun.rendezvous import SILENT_S, Rendezvous
-from oldlogits.backends.worker_process import CarryOut
-from oldlogits.config import RunConfig
 from oldlogits.core.errors import OldLogitsError, WorkerDiedError
-from oldlogits.loop.backend import METHODS, TrainerServer
+from oldlogits.models.device import configure_process
 from oldlogits.models.ranks import Ranks, is_lost, join
+from oldlogits.rpc.client import CarryOut
+from oldlogits.train.calls import TrainerCalls
+from oldlogits.train.service import TrainerService
+from oldlogits.train.spec import TrainerSpec
 from oldlogits.train.trainer import Trainer
 
 TIMEOUT_S: Final = 600.0
 """A rank that has not come to an exchange after so many seconds is lost: the ranks do the same work at the same time."""
 
+FIRST_RANK_ALONE: Final = frozenset({TrainerCalls.state.__name__})
+"""Calls that exchange nothing between the ranks: the first one carries them out by itself."""
 
-def open_trainer(config: RunConfig, model_folder: Path, probe_ids: Sequence[int], clock: Callable[[], float]) -> CarryOut:
+
+def open_trainer(spec: TrainerSpec, model_folder: Path, probe_ids: Sequence[int], clock: Callable[[], float]) -> CarryOut:
     """What carries out the calls of a trainer, alone or, where torchrun started several ranks, with those that follow.
 
     Args:
-        config: The run.
+        spec: What the trainer is told.
         model_folder: See `Trainer`; the same for all ranks.
         probe_ids: See `Trainer`.
         clock: Counts the seconds that it works.
@@ -47,30 +52,30 @@ def open_trainer(config: RunConfig, model_folder: Path, probe_ids: Sequence[int]
     """
     launch = launched()
     if launch is None:
-        return TrainerServer(Trainer(config, model_folder, probe_ids), clock).call
-    return _Leader(launch, config, model_folder, probe_ids, clock).call
+        return TrainerService(Trainer(spec, model_folder, probe_ids), clock).call
+    return _Leader(launch, spec, model_folder, probe_ids, clock).call
 
 
 class _Leader:
     def __init__(
-        self, launch: Launch, config: RunConfig, model_folder: Path, probe_ids: Sequence[int], clock: Callable[[], float]
+        self, launch: Launch, spec: TrainerSpec, model_folder: Path, probe_ids: Sequence[int], clock: Callable[[], float]
     ) -> None:
         self._launch, self._board, self._numbers = launch, Rendezvous(launch), itertools.count(1)
         self._board.beat()
         self._board.begin()
         with self._naming_the_lost():
             self._ranks = join(self._board.store, rank=0, num_ranks=launch.num_ranks, timeout_s=TIMEOUT_S)
-            self._ranks.receive((config, model_folder, list(probe_ids)))
-            self._timed = TrainerServer(Trainer(config, model_folder, probe_ids, self._ranks), clock)
+            self._ranks.receive((spec, model_folder, tuple(probe_ids)))
+            self._service = TrainerService(Trainer(spec, model_folder, probe_ids, self._ranks), clock)
 
     def call(self, method: str, arguments: tuple[object, ...]) -> object:
-        """Call a method of the trainer by name, on all ranks; what rank 0 alone knows it says alone."""
-        if method == "state":
-            return self._timed.call(method, arguments)
+        """Carry out a call of the trainer on all ranks."""
+        if method in FIRST_RANK_ALONE:
+            return self._service.call(method, arguments)
         with self._naming_the_lost():
             self._board.announce(next(self._numbers))
             self._ranks.receive((method, arguments))
-            return self._timed.call(method, arguments)
+            return self._service.call(method, arguments)
 
     @contextmanager
     def _naming_the_lost(self) -> Iterator[None]:
@@ -119,9 +124,11 @@ def _status(launch: Launch) -> int:
 
 
 def _follow(board: Rendezvous, ranks: Ranks) -> None:
-    built_from: tuple[RunConfig, Path, Sequence[int]] = ranks.receive(None)
+    built_from: tuple[TrainerSpec, Path, Sequence[int]] = ranks.receive(None)
+    spec, model_folder, probe_ids = built_from
+    configure_process(num_threads=spec.trainer.num_threads, seed=spec.seed)
     try:
-        trainer = Trainer(*built_from, ranks)
+        service = TrainerService(Trainer(spec, model_folder, probe_ids, ranks), time.perf_counter)
     except OldLogitsError:  # rank 0 raises it too, and ends the run
         return
     for number in itertools.count(1):
@@ -130,7 +137,7 @@ def _follow(board: Rendezvous, ranks: Ranks) -> None:
         call: tuple[str, tuple[object, ...]] = ranks.receive(None)
         method, arguments = call
         try:
-            METHODS[method](trainer, *arguments)
+            service.call(method, arguments)
         except OldLogitsError:  # rank 0 raises it too, and decides what follows
             continue
 

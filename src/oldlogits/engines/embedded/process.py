@@ -1,110 +1,62 @@
 """The embedded engine in a process of its own, behind `RolloutEngine`.
 
-    controller process                        engine process
-    generate, abort, pause, ... --Add, Call--> drain messages; block on the pipe only when idle
-    reader thread, futures <-Finished, Reply-- step; results of one step travel together
-    update_weights: the host's copy in shared memory takes a patch or full weights; a Call says to load from it
+A request is answered in the step that ends it; other calls are answered between two steps.
 
-The two are one user's processes and talk by pickle over a private pipe. When the engine process ends or stops
-answering, every pending and every later call fails with `WorkerDiedError`.
+    controller process                      engine process
+    generate, abort, pause, ...  --calls--> drain calls; block on the pipe only when idle
+                                <-replies-- step; the generations of one step travel together
+    update_weights: the host's copy in shared memory takes a patch or full weights; a call says to load from it
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import copy
-import itertools
-import multiprocessing
-import signal
-import threading
 import time
-import traceback
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
+from dataclasses import replace
 from pathlib import Path
-from typing import Final, Literal, TypeVar
-
-import torch
+from typing import Final, Literal, Protocol
 
 from oldlogits.core.engine import EngineCapabilities, Generation, Sampling
-from oldlogits.core.errors import ConfigError, OldLogitsError, WorkerDiedError
-from oldlogits.core.processes import exit_code, name_process
+from oldlogits.core.engine_spec import EngineSpec
+from oldlogits.core.engine_stats import EngineStats
+from oldlogits.core.errors import OldLogitsError
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
-from oldlogits.engines.embedded.engine import EngineCore
+from oldlogits.engines.embedded.engine import EngineCore, capabilities_of
+from oldlogits.engines.embedded.model_folder import decoder_config
 from oldlogits.engines.embedded.slots import check_request
-from oldlogits.engines.host_weights import HostWeights
-from oldlogits.engines.spec import EngineSpec, EngineStats
+from oldlogits.engines.shared_memory import HostWeights
+from oldlogits.models.device import configure_process
+from oldlogits.rpc.child import Call, Inbox, Reply, answer
+from oldlogits.rpc.client import Dispatcher, client
+from oldlogits.rpc.process import ChildProcess, Deadline
 from oldlogits.versions import HostCopy
 
-_T = TypeVar("_T")
-_Key = TypeVar("_Key")
-
-_EXIT_S: Final = 10.0
-"""How long a process that was asked to end may take before it is killed."""
+_FIX: Final = "read its messages on stderr; a killed process often means too little memory: lower max_num_seqs or max_context"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Add:
-    request_id: str
-    prompt_ids: list[int]
-    sampling: Sampling
+class EngineCalls(Protocol):
+    """What the controller asks of the engine process, and waits for with a deadline; `generate` and `abort` come beside it."""
 
+    async def pause(self, mode: Literal["keep", "abort"], kv: Literal["recompute", "stale"]) -> None:
+        """Stop sampling; the engine is idle on return. `kv` says what an update does with keys and values."""
+        ...
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Abort:
-    request_id: str
+    async def partials(self) -> Mapping[str, Generation]:
+        """What each request has sampled so far, by request id."""
+        ...
 
+    async def load(self, copy: Path, held: PolicyVersion, version: PolicyVersion) -> None:
+        """Replace the weights by those that a `HostCopy` holds as version `held`; later tokens are tagged with `version`."""
+        ...
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Pause:
-    mode: Literal["keep", "abort"]
-    kv: Literal["recompute", "stale"]
+    async def resume(self) -> None:
+        """Go on sampling."""
+        ...
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Update:
-    copy: Path
-    held: PolicyVersion
-    version: PolicyVersion
-
-
-_Action = _Pause | _Update | Literal["start", "partials", "resume", "stats"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Call:
-    """A control call; its answer is a `_Reply` of the same number."""
-
-    number: int
-    action: _Action
-
-
-_Value = Mapping[str, Generation] | EngineStats | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Reply:
-    number: int
-    value: _Value | OldLogitsError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Finished:
-    generations: list[tuple[str, Generation | OldLogitsError]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Crashed:
-    """The last words of an engine process that met an unforeseen error."""
-
-    error: OldLogitsError
-
-
-_ToChild = _Add | _Abort | _Call | Literal["close"]
-_FromChild = _Reply | _Finished | _Crashed
+    async def stats(self) -> EngineStats:
+        """The engine's counters."""
+        ...
 
 
 class EngineProcess:
@@ -122,36 +74,24 @@ class EngineProcess:
     """
 
     def __init__(self, spec: EngineSpec, *, control_timeout_s: float = 300.0) -> None:
-        self._vocab_size = spec.read_config().vocab_size
-        self._spec, self._control_timeout_s = spec, control_timeout_s
-        self._numbers = itertools.count()
-        self._lock = threading.Lock()  # guards the next three; futures are resolved by the reader thread
-        self._generations: dict[str, Future[Generation]] = {}
-        self._calls: dict[int, Future[_Value]] = {}
-        self._death: OldLogitsError | None = None
-        self._weights = HostWeights()
-        self._send_lock = threading.Lock()
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, spec), name="oldlogits-engine", daemon=True)
-        self._process.start()
-        theirs.close()
-        self._reader = threading.Thread(target=self._read, name="oldlogits-engine-reader", daemon=True)
-        self._reader.start()
+        self._vocab_size, self._spec, self._weights = decoder_config(spec).vocab_size, spec, HostWeights()
+        self._process = ChildProcess("engine", _serve, (spec,), fix=_FIX, is_pipelined=True)
+        self._deadline = Deadline(self._process, control_timeout_s)
+        self._calls = client(EngineCalls, self._deadline)  # type: ignore[type-abstract]
 
     @property
     def capabilities(self) -> EngineCapabilities:
         """What this engine can do."""
-        return replace(self._spec.capabilities, num_host_copies=1)
+        return replace(capabilities_of(self._spec), num_host_copies=1)
 
     @property
-    def pid(self) -> int | None:
+    def pid(self) -> int:
         """The engine's process id."""
         return self._process.pid
 
     async def ready(self) -> None:
         """Wait until the engine has loaded its weights."""
-        await self._call("start")
+        await self._deadline.call("", ())
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str) -> Generation:
         """Sample a completion; waits through pauses and weight updates.
@@ -161,28 +101,25 @@ class EngineProcess:
             WorkerDiedError: The engine process ended.
         """
         check_request(prompt_ids, self._vocab_size, self._spec.max_context)
-        future = self._register(self._generations, request_id)
-        self._send(_Add(request_id=request_id, prompt_ids=list(prompt_ids), sampling=sampling))
         try:
-            return await asyncio.wrap_future(future)
+            generation = await self._process.call("generate", (request_id, list(prompt_ids), sampling))
         except asyncio.CancelledError:
-            if self._death is None:
-                await self.abort(request_id)
+            await self.abort(request_id)
             raise
+        assert isinstance(generation, Generation)
+        return generation
 
     async def abort(self, request_id: str) -> None:
         """End a request; its `generate` returns what was sampled so far with finish reason "abort"."""
-        self._send(_Abort(request_id=request_id))
+        self._process.tell("abort", (request_id,))
 
     async def pause(self, mode: Literal["keep", "abort"], kv: Literal["recompute", "stale"]) -> None:
         """Stop sampling; the engine is idle on return. `kv` says what an update does with keys and values."""
-        await self._call(_Pause(mode=mode, kv=kv))
+        await self._calls.pause(mode, kv)
 
     async def partials(self) -> Mapping[str, Generation]:
         """What each request has sampled so far, by request id."""
-        value = await self._call("partials")
-        assert isinstance(value, dict)
-        return value
+        return await self._calls.partials()
 
     async def update_weights(self, update: WeightUpdate, version: PolicyVersion) -> None:
         """Replace the weights; later tokens are tagged with `version`. Blocks while the host's copy takes them.
@@ -194,17 +131,15 @@ class EngineProcess:
 
     async def load(self, copy: Path, held: PolicyVersion, version: PolicyVersion) -> None:
         """Replace the weights by those that a `HostCopy` holds as version `held`; later tokens are tagged with `version`."""
-        await self._call(_Update(copy=copy, held=held, version=version))
+        await self._calls.load(copy, held, version)
 
     async def resume(self) -> None:
         """Go on sampling."""
-        await self._call("resume")
+        await self._calls.resume()
 
     async def stats(self) -> EngineStats:
         """The engine's counters."""
-        value = await self._call("stats")
-        assert isinstance(value, EngineStats)
-        return value
+        return await self._calls.stats()
 
     async def watch(self) -> None:
         """Wait until the engine process ends by itself.
@@ -212,193 +147,82 @@ class EngineProcess:
         Raises:
             WorkerDiedError: It did.
         """
-        loop, ended = asyncio.get_running_loop(), asyncio.Event()
-        loop.add_reader(self._process.sentinel, ended.set)
-        try:
-            await ended.wait()
-        finally:
-            loop.remove_reader(self._process.sentinel)
-        raise _died(f"exit code {exit_code(self._process)}")
+        await self._process.watch()
 
     def close(self) -> None:
         """End the process; pending calls fail. Leaves no process, thread or file."""
-        self._die(_died("it was closed"))
-        with contextlib.suppress(OldLogitsError):  # it may have ended already
-            self._send("close")
-        self._reader.join(_EXIT_S)
-        if self._reader.is_alive():
-            self._process.kill()
-            self._reader.join()
-        self._process.join()
-        self._connection.close()
+        self._process.close()
         self._weights.close()
 
-    async def _call(self, action: _Action) -> _Value:
-        number = next(self._numbers)
-        future = self._register(self._calls, number)
-        self._send(_Call(number=number, action=action))
-        try:
-            async with asyncio.timeout(self._control_timeout_s):  # wait_for of Python 3.11 may swallow a cancellation
-                return await asyncio.wrap_future(future)
-        except TimeoutError:
-            self._die(_died(f"no answer to {action} within {self._control_timeout_s:g} s"))
-            self._process.kill()
-            assert self._death is not None
-            raise copy.copy(self._death) from None
 
-    def _register(self, pending: dict[_Key, Future[_T]], key: _Key) -> Future[_T]:
-        future: Future[_T] = Future()
-        future.set_running_or_notify_cancel()  # from here on only `_dispatch` and `_die` end it
-        with self._lock:
-            if self._death is not None:
-                raise copy.copy(self._death)
-            if key in pending:
-                raise ConfigError("a request id is in use", got=str(key), allowed="unique ids", fix="number the turns")
-            pending[key] = future
-        return future
-
-    def _send(self, message: _ToChild) -> None:
-        try:
-            with self._send_lock:
-                self._connection.send(message)
-        except OSError:
-            self._reader.join(_EXIT_S)  # it finds out why
-            self._die(_died("its pipe is closed"))
-            assert self._death is not None
-            raise copy.copy(self._death) from None
-
-    def _read(self) -> None:
-        """The reader thread: resolve futures until the pipe ends, then fail those that are left."""
-        try:
-            while True:
-                self._dispatch(self._connection.recv())
-        except (EOFError, OSError):
-            self._die(_died(f"exit code {exit_code(self._process)}"))
-
-    def _dispatch(self, message: _FromChild) -> None:
-        match message:
-            case _Reply(number=number, value=value):
-                with self._lock:
-                    call = self._calls.pop(number, None)
-                _resolve(call, value)
-            case _Finished(generations=generations):
-                with self._lock:
-                    futures = [self._generations.pop(request_id, None) for request_id, _ in generations]
-                for future, (_, generation) in zip(futures, generations, strict=True):
-                    _resolve(future, generation)
-            case _Crashed(error=error):
-                self._die(error)
-
-    def _die(self, error: OldLogitsError) -> None:
-        """The first error is the one that every pending and later call fails with."""
-        with self._lock:
-            self._death = self._death or error
-            pending: list[Future[Generation] | Future[_Value]] = [*self._generations.values(), *self._calls.values()]
-            self._generations.clear()
-            self._calls.clear()
-        for future in pending:
-            future.set_exception(copy.copy(self._death))
-
-
-def _resolve(future: Future[_T] | None, value: _T | OldLogitsError) -> None:
-    """`future` is None when `_die` has failed it already."""
-    if future is None:
-        return
-    if isinstance(value, OldLogitsError):
-        future.set_exception(value)
-    else:
-        future.set_result(value)
-
-
-def _died(how: str) -> WorkerDiedError:
-    return WorkerDiedError(
-        "the engine process ended or stopped answering",
-        got=how,
-        allowed="an engine that lives until it is closed",
-        fix="read its messages on stderr; a killed process often means too little memory: lower max_num_seqs or max_context",
-    )
-
-
-def _serve(connection: Connection, spec: EngineSpec) -> None:
-    """The engine process. It ignores SIGINT and SIGTERM: the parent decides; it ends when the pipe does."""
-    name_process("engine")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    try:
-        _Server(connection, EngineCore(spec)).run()
-    except (EOFError, ConnectionError):
-        pass  # the parent is gone
-    except OldLogitsError as error:
-        connection.send(_Crashed(error=error))
-    except Exception as error:  # supervision: the parent hears why, then this process dies of it
-        connection.send(_Crashed(error=_died("".join(traceback.format_exception_only(error)).strip())))
-        raise
+def _serve(inbox: Inbox, spec: EngineSpec) -> None:
+    """The engine process."""
+    configure_process(num_threads=1, seed=spec.seed)
+    _Server(inbox, EngineCore(spec)).run()
 
 
 class _Server:
-    """The loop of the engine process."""
+    """The loop of the engine process; it carries out `EngineCalls`."""
 
-    def __init__(self, connection: Connection, core: EngineCore) -> None:
-        self._connection, self._core = connection, core
+    def __init__(self, inbox: Inbox, core: EngineCore) -> None:
+        self._inbox, self._core = inbox, core
+        self._dispatcher = Dispatcher(EngineCalls, self)
+        self._numbers: dict[str, int] = {}  # of the calls that wait for a request, by its id
         self._copy: HostCopy | None = None
         self._waiting_s = 0.0
 
     def run(self) -> None:
-        """Serve until told to close."""
+        """Serve until the pipe closes."""
         while True:
-            while self._core.idle or self._connection.poll():
-                message = self._receive()
-                if message == "close":
-                    return
-                self._handle(message)
+            while self._core.idle or self._inbox.poll():
+                self._handle(self._receive())
             self._finish(self._core.step())
 
-    def _receive(self) -> _ToChild:
-        """The next message; counts the time for which an idle engine waits for it."""
+    def pause(self, mode: Literal["keep", "abort"], kv: Literal["recompute", "stale"]) -> None:
+        """Stop sampling."""
+        self._finish(self._core.pause(mode, kv))
+
+    def partials(self) -> Mapping[str, Generation]:
+        """What each request has sampled so far."""
+        return self._core.partials()
+
+    def load(self, copy: Path, held: PolicyVersion, version: PolicyVersion) -> None:
+        """Replace the weights."""
+        if self._copy is None or self._copy.path != copy:
+            self._copy = HostCopy(copy)
+        with self._copy.read(held) as weights:
+            self._core.update_weights(weights, version)
+
+    def resume(self) -> None:
+        """Go on sampling."""
+        self._core.resume()
+
+    def stats(self) -> EngineStats:
+        """The counters."""
+        return replace(self._core.stats, waiting_s=self._waiting_s)
+
+    def _receive(self) -> Call:
+        """The next call; counts the time for which an idle engine waits for it."""
         started = time.perf_counter()
-        message: _ToChild = self._connection.recv()
+        call = self._inbox.receive()
         if self._core.idle:
             self._waiting_s += time.perf_counter() - started
-        return message
+        return call
 
-    def _handle(self, message: _Add | _Abort | _Call) -> None:
-        match message:
-            case _Add(request_id=request_id, prompt_ids=prompt_ids, sampling=sampling):
+    def _handle(self, call: Call) -> None:
+        match call.method, call.arguments:
+            case "generate", (str(request_id), list(prompt_ids), Sampling() as sampling):
                 try:
                     self._core.add(request_id, prompt_ids, sampling)
                 except OldLogitsError as error:
-                    self._finish([(request_id, error)])
-            case _Abort(request_id=request_id):
+                    self._inbox.reply([Reply(number=call.number, error=error)])
+                else:
+                    self._numbers[request_id] = call.number
+            case "abort", (str(request_id),):
                 generation = self._core.abort(request_id)
-                if generation is not None:
-                    self._finish([(request_id, generation)])
-            case _Call(number=number, action=action):
-                try:
-                    value: _Value | OldLogitsError = self._act(action)
-                except OldLogitsError as error:
-                    value = error
-                self._connection.send(_Reply(number=number, value=value))
+                self._finish([] if generation is None else [(request_id, generation)])
+            case _:
+                self._inbox.reply([answer(call, self._dispatcher.call)])
 
-    def _act(self, action: _Action) -> _Value:
-        match action:
-            case _Pause(mode=mode, kv=kv):
-                self._finish(self._core.pause(mode, kv))
-            case _Update(copy=path, held=held, version=version):
-                if self._copy is None or self._copy.path != path:
-                    self._copy = HostCopy(path)
-                with self._copy.read(held) as weights:
-                    self._core.update_weights(weights, version)
-            case "partials":
-                return self._core.partials()
-            case "resume":
-                self._core.resume()
-            case "stats":
-                return replace(self._core.stats, waiting_s=self._waiting_s)
-            case "start":
-                pass
-        return None
-
-    def _finish(self, generations: Sequence[tuple[str, Generation | OldLogitsError]]) -> None:
-        if generations:
-            self._connection.send(_Finished(generations=list(generations)))
+    def _finish(self, generations: Sequence[tuple[str, Generation]]) -> None:
+        self._inbox.reply([Reply(number=self._numbers.pop(name), value=generation) for name, generation in generations])

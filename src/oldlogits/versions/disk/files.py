@@ -16,7 +16,7 @@ from torch import Tensor
 from oldlogits.core.errors import LogDamagedError, LogWriteError
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.versions.chain import Chain, Link
-from oldlogits.versions.defer_sigint import sigint_deferred
+from oldlogits.versions.defer_sigint import defer_sigint
 from oldlogits.versions.disk.log import Kind, Payload, VersionLog
 from oldlogits.versions.disk.records import check_fingerprints, copy_payload, fingerprint, patch_payload, read_copy, read_step
 from oldlogits.versions.patches.flat import FlatWeights
@@ -125,7 +125,7 @@ class Disk:
             for link in (*older, *newer):
                 yield Kind.PATCH, link.target, patch_payload(link.step, chain.serialised(link))
 
-        with sigint_deferred():
+        with defer_sigint():
             copy, *patches = self.log.rewrite(entries())
             for link, record in zip((*older, *newer), patches, strict=True):
                 link.record = record

@@ -4,110 +4,44 @@
     versions.log           file header, then records; opened again it ends after the last whole record
     versions.log.partial   a log that was being created or rewritten; removed on opening
 
-A record is a header (magic, index, kind, version, length and checksum of the payload, checksum of the header) and a payload.
+The store on disk can be opened again, rewound and verified: this is what a run needs to go on from its own versions.
 A record that the file is too short for was being written when the process died: it is cut, and `VersionLog.cut` reports it.
 A record that is all there and has another checksum is damage: an error names it, and nothing of it is ever returned.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
-import struct
 import weakref
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Final, Self
+from typing import Self
 
 from oldlogits.core.errors import LogDamagedError, LogWriteError, StoreUseError
+from oldlogits.versions.disk.log_format import (
+    CHUNK,
+    FILE_HEADER,
+    Cut,
+    Kind,
+    Payload,
+    Record,
+    damaged,
+    describe,
+    end_of,
+    file_header,
+    scan,
+)
 from oldlogits.versions.disk.owner import own
 
-Payload = Sequence[bytes | memoryview]
-"""The parts of a payload, in order; each a run of bytes."""
-
-FORMAT: Final = 1
-"""Version of the format of the log."""
-_FILE: Final = struct.Struct("<8sII")
-_FILE_MAGIC: Final = b"OLVLOG\r\n"
-_RECORD: Final = struct.Struct("<4sIBqQII")
-_RECORD_MAGIC: Final = b"OLVr"
-_CHUNK: Final = 1 << 24
-
-
-class Kind(IntEnum):
-    """What a record holds."""
-
-    COPY = 1
-    """A full copy of a version."""
-    PATCH = 2
-    """The patch that leads to a version from the one before."""
-    RETAIN = 3
-    """No payload: versions below the record's are no longer needed."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
-    """Where a record lies.
-
-    Args:
-        index: Counts from 0 in its file.
-        kind: What it holds.
-        version: Of what it holds.
-        offset: Of its header, in bytes from the beginning of the file.
-        num_bytes: Of its payload.
-        checksum: CRC-32 of its payload.
-    """
-
-    index: int
-    kind: Kind
-    version: int
-    offset: int
-    num_bytes: int
-    checksum: int
-
-    @property
-    def start(self) -> int:
-        """Where its payload begins."""
-        return self.offset + _RECORD.size
-
-    @property
-    def end(self) -> int:
-        """Where the next record begins."""
-        return self.start + self.num_bytes
-
-    @property
-    def whole_bytes(self) -> int:
-        """Of header and payload."""
-        return self.end - self.offset
-
-    def __str__(self) -> str:
-        """How an error names it."""
-        return f"record {self.index} ({self.kind.name.lower()} of version {self.version}) at byte {self.offset}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cut:
-    """What was cut off the end of a log when it was opened.
-
-    Args:
-        offset: The size of the file since then.
-        num_bytes: How much was cut.
-        reason: What it was.
-    """
-
-    offset: int
-    num_bytes: int
-    reason: str
+__all__ = ["Cut", "Kind", "Payload", "Record", "VersionLog"]
 
 
 class VersionLog:
     """One owner's log; make it with `create` or `open`. One thread uses it at a time.
 
     Args:
-        folder: Where it lies.
+        folder: The folder of the log.
         lock: An open file that holds the folder's lock.
         sync: Whether a record is on the disk, not only with the operating system, when `append` returns.
     """
@@ -130,7 +64,7 @@ class VersionLog:
             LogWriteError: There are records already, or the disk does not take one.
         """
         log = cls(folder, own(folder), sync=sync)
-        if log._path.exists() and log._path.stat().st_size > _FILE.size:
+        if log._path.exists() and log._path.stat().st_size > FILE_HEADER.size:
             log.close()
             raise LogWriteError(
                 f"{folder} holds versions already",
@@ -150,7 +84,7 @@ class VersionLog:
         """Become the owner of a folder's log, check every record, and cut a torn end.
 
         Args:
-            folder: Where it lies.
+            folder: The folder of the log.
             sync: As for the class.
             cut_damage: Also cut the log before the first damaged record: it and all that follow are lost.
 
@@ -166,7 +100,7 @@ class VersionLog:
         try:
             log._partial.unlink(missing_ok=True)
             log._take(os.open(log._path, os.O_RDWR | os.O_CLOEXEC))
-            log._records, log.cut = _scan(log._file, log._path, cut_damage=cut_damage)
+            log._records, log.cut = scan(log._file, log._path, cut_damage=cut_damage)
             if log.cut is not None:
                 os.ftruncate(log._file, log.cut.offset)
         except BaseException:
@@ -181,8 +115,8 @@ class VersionLog:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the file."""
-        return _end(self._records)
+        """The size of the file."""
+        return end_of(self._records)
 
     def append(self, kind: Kind, version: int, payload: Payload = ()) -> Record:
         """Add a record, wholly or not at all.
@@ -191,7 +125,7 @@ class VersionLog:
             LogWriteError: It could not be written; the log is as it was before.
         """
         self._check_open()
-        record, header = _describe(len(self._records), kind, version, self.num_bytes, payload)
+        record, header = describe(len(self._records), kind, version, self.num_bytes, payload)
         try:
             if os.fstat(self._file).st_size != record.offset:  # an append that failed left something behind
                 os.ftruncate(self._file, record.offset)
@@ -218,7 +152,7 @@ class VersionLog:
         while done < record.num_bytes and (count := os.preadv(self._file, [view[done:]], record.start + done)):
             done += count
         if done < record.num_bytes or zlib.crc32(payload) != record.checksum:
-            raise _damaged(self._path, str(record), "its payload has another checksum", record.offset)
+            raise damaged(self._path, str(record), "its payload has another checksum", record.offset)
         return payload
 
     def rewrite(self, entries: Iterable[tuple[Kind, int, Payload]]) -> tuple[Record, ...]:
@@ -233,9 +167,9 @@ class VersionLog:
         file, records = -1, list[Record]()
         try:
             file = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-            _write(file, 0, (_file_header(),))
+            _write(file, 0, (file_header(),))
             for kind, version, payload in entries:
-                record, header = _describe(len(records), kind, version, _end(records), payload)
+                record, header = describe(len(records), kind, version, end_of(records), payload)
                 _write(file, record.offset, (header, *payload))
                 records.append(record)
             os.fsync(file)
@@ -280,91 +214,14 @@ class VersionLog:
             )
 
 
-def _file_header() -> bytes:
-    head = _FILE.pack(_FILE_MAGIC, FORMAT, 0)[:-4]
-    return head + struct.pack("<I", zlib.crc32(head))
-
-
-def _describe(index: int, kind: Kind, version: int, offset: int, payload: Payload) -> tuple[Record, bytes]:
-    """A record and the bytes of its header."""
-    checksum, length = 0, 0
-    for part in payload:
-        checksum, length = zlib.crc32(part, checksum), length + memoryview(part).nbytes
-    record = Record(index=index, kind=kind, version=version, offset=offset, num_bytes=length, checksum=checksum)
-    head = _RECORD.pack(_RECORD_MAGIC, index, kind, version, length, checksum, 0)[:-4]
-    return record, head + struct.pack("<I", zlib.crc32(head))
-
-
 def _write(file: int, offset: int, parts: Iterable[bytes | memoryview]) -> None:
     for part in parts:
         view = memoryview(part).cast("B")
-        for start in range(0, len(view), _CHUNK):
-            chunk = view[start : start + _CHUNK]
+        for start in range(0, len(view), CHUNK):
+            chunk = view[start : start + CHUNK]
             while chunk:
                 count = os.pwrite(file, chunk, offset)
                 chunk, offset = chunk[count:], offset + count
-
-
-def _scan(file: int, path: Path, *, cut_damage: bool) -> tuple[list[Record], Cut | None]:
-    """The whole records of a file, each checked, and what follows them."""
-    size = os.fstat(file).st_size
-    if os.pread(file, _FILE.size, 0) != _file_header():
-        raise LogDamagedError(
-            f"{path} does not begin as a log of versions",
-            got=f"{os.pread(file, _FILE.size, 0)!r} at byte 0",
-            allowed=f"a log of format {FORMAT}",
-            fix="restore the file from a copy, or publish to a new folder",
-        )
-    records: list[Record] = []
-    reason = "a torn record"
-    try:
-        records.extend(_whole_records(file, size, path))
-    except LogDamagedError as error:
-        if not cut_damage:
-            raise
-        reason = error.what
-    end = _end(records)
-    return records, None if end == size else Cut(offset=end, num_bytes=size - end, reason=reason)
-
-
-def _whole_records(file: int, size: int, path: Path) -> Iterator[Record]:
-    """The records of a file up to a torn end; the error of a damaged record names it."""
-    offset, before = _FILE.size, "the beginning"
-    for index in itertools.count():
-        head = os.pread(file, _RECORD.size, offset)
-        if len(head) < _RECORD.size:
-            return
-        magic, number, kind, version, length, checksum, own_checksum = _RECORD.unpack(head)
-        if zlib.crc32(head[:-4]) != own_checksum or magic != _RECORD_MAGIC or number != index:
-            if not any(chunk.count(0) < len(chunk) for chunk in _chunks(file, offset, size)):
-                return  # zeros: a file system may have made room for what was never written
-            raise _damaged(path, f"record {index} at byte {offset}, after {before},", "its header is damaged", offset)
-        record = Record(index=index, kind=Kind(kind), version=version, offset=offset, num_bytes=length, checksum=checksum)
-        if record.end > size:
-            return
-        found = 0
-        for chunk in _chunks(file, record.start, record.end):
-            found = zlib.crc32(chunk, found)
-        if found != checksum:
-            raise _damaged(path, str(record), "its payload has another checksum", offset)
-        yield record
-        offset, before = record.end, f"version {version}"
-
-
-def _chunks(file: int, start: int, end: int) -> Iterator[bytes]:
-    """Bytes ``[start, end)`` of a file, in pieces."""
-    while start < end and (chunk := os.pread(file, min(_CHUNK, end - start), start)):
-        yield chunk
-        start += len(chunk)
-
-
-def _damaged(path: Path, where: str, found: str, offset: int) -> LogDamagedError:
-    return LogDamagedError(
-        f"{where} of {path} is damaged",
-        got=found,
-        allowed="the bytes that were written",
-        fix=f"restore the file from a copy, or open it with cut_damage=True to keep what lies before byte {offset}",
-    )
 
 
 def _not_written(path: Path, record: Record | None, error: OSError) -> LogWriteError:
@@ -383,8 +240,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(file)
     finally:
         os.close(file)
-
-
-def _end(records: Sequence[Record]) -> int:
-    """Where the next record begins."""
-    return records[-1].end if records else _FILE.size

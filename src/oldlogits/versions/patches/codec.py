@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from oldlogits.core.errors import ExactnessError
-from oldlogits.versions.defer_sigint import sigint_deferred
+from oldlogits.versions.defer_sigint import defer_sigint
 from oldlogits.versions.patches.digest import MASK
 from oldlogits.versions.patches.flat import FlatWeights, fit
 from oldlogits.versions.patches.kernel_choice import kernels_for
@@ -39,7 +39,7 @@ def encode(resident: FlatWeights, new: Mapping[str, Tensor]) -> Patch:
     new = fit(resident.layout, new)
     base = _held(resident)
     encoders: list[Encoder] = []
-    with sigint_deferred():
+    with defer_sigint():
         resident.digest = None
         try:
             for dtype in resident.layout.dtypes:
@@ -87,7 +87,7 @@ def apply(resident: FlatWeights, patches: Sequence[Patch], direction: Literal[1,
             allowed="consecutive patches, oldest first, the nearest of them at the resident version",
             fix="check out the version that the patches begin at, or load the full weights",
         )
-    with sigint_deferred():
+    with defer_sigint():
         resident.digest = None
         reached = (held + _move(resident, patches, direction)) & MASK
         if reached != ends[-1]:

@@ -1,7 +1,7 @@
-"""Loops over values, compiled with numba, for `kernels.py`; the only file that imports numba.
+"""Loops over values, compiled with numba, for `kernels.py`.
 
-They are written for any CPU: a comparison of 64 values at a time is LLVM's to translate into what the machine has. Machine code
-is kept in numba's cache: beside this file or, where that cannot be written, in the user's cache folder.
+They are written for any CPU. Machine code is kept in numba's cache: beside this file or, where that cannot be written, in the
+user's cache folder.
 
 A function is compiled for an integer type when it is first called with it: about four seconds for each type of a model, once on
 a machine; half a second to start numba in a process.
@@ -14,143 +14,23 @@ numba infers the types of the compiled functions, so they carry none here: `word
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
-from llvmlite import binding, ir
-from numba import config, njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 from oldlogits.versions.patches import digest
+from oldlogits.versions.patches.intrinsics import LANES, changed, jit, load, ones, prefetch, trailing_zeros, word
 from oldlogits.versions.patches.streams import BLOCK_SIZE, SKIP, WIDE
 
 _G, _W = np.uint64(digest.G), np.uint64(digest.W)
 _M1, _M2 = np.uint64(digest.M1), np.uint64(digest.M2)
 _S30, _S27, _S31 = np.uint64(30), np.uint64(27), np.uint64(31)
 _NONE, _ONE = np.uint64(0), np.uint64(1)
-LANES = 64
 _TURN = 1024
 SLACK = 512
 """What the streams of a block may take beyond one byte or word for each of its elements."""
 _at = np.uint64
 
 
-def refusal() -> str:
-    """Why these kernels are not to be used although numba is here; empty if they are."""
-    return "numba's compiler is switched off (NUMBA_DISABLE_JIT)" if config.DISABLE_JIT else ""
-
-
-def description() -> str:
-    """The machine as LLVM sees it."""
-    features = binding.get_host_cpu_features()
-    widest = next((f for f in ("avx512bw", "avx2", "neon", "sse4.2") if features.get(f)), "generic")
-    return f"numba on {binding.get_host_cpu_name()} ({widest})"
-
-
-def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile when first called; without a folder that can be written, in every process anew."""
-    try:
-        return njit(cache=True, nogil=True, error_model="numpy")(function)
-    except RuntimeError:
-        return njit(nogil=True, error_model="numpy")(function)
-
-
-@intrinsic
-def _changed(typing: Any, words: Any, i: Any, new: Any, j: Any, nan: Any) -> Any:
-    """uint64: bit k is set where ``words[i + k]`` is not what `new` at ``j + k`` is as such a word, for 64 values."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        item = context.get_data_type(words.dtype)
-        old = _loaded(context, builder, words, arguments[0], arguments[1], LANES)
-        now = _loaded(context, builder, new, arguments[2], arguments[3], LANES)
-        now = _rounded(builder, now, item, arguments[4], LANES) if new.dtype != words.dtype else now
-        return builder.bitcast(builder.icmp_unsigned("!=", old, now), ir.IntType(LANES))
-
-    return types.uint64(words, types.int64, new, types.int64, words.dtype), generate
-
-
-@intrinsic
-def _word(typing: Any, new: Any, at: Any, nan: Any) -> Any:
-    """Item `at` of new values as a word of the type of `nan`."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        now = _loaded(context, builder, new, arguments[0], arguments[1], 1)
-        item = context.get_data_type(nan)
-        now = _rounded(builder, now, item, arguments[2], 1) if new.dtype != nan else now
-        return builder.extract_element(now, ir.IntType(32)(0))
-
-    return nan(new, types.int64, nan), generate
-
-
-def _loaded(context: Any, builder: Any, array_type: Any, array: Any, at: Any, lanes: int) -> Any:
-    """Values of an array from `at` on, as a vector."""
-    kind = ir.VectorType(context.get_data_type(array_type.dtype), lanes)
-    pointer = builder.gep(context.make_array(array_type)(context, builder, array).data, [at])
-    return builder.load(builder.bitcast(pointer, kind.as_pointer()), typ=kind, align=array_type.dtype.bitwidth // 8)
-
-
-def _rounded(builder: Any, bits: Any, item: Any, nan: Any, lanes: int) -> Any:
-    """The bits of float32 as those of bfloat16: to nearest, ties to even; every NaN becomes the one given."""
-    wide, narrow = ir.VectorType(ir.IntType(32), lanes), ir.VectorType(item, lanes)
-
-    def all_of(number: int) -> Any:
-        return ir.Constant(wide, [number] * lanes)
-
-    upper = builder.lshr(bits, all_of(16))
-    half = builder.add(builder.and_(upper, all_of(1)), all_of(0x7FFF))
-    result = builder.trunc(builder.lshr(builder.add(bits, half), all_of(16)), narrow)
-    is_nan = builder.icmp_unsigned(">", builder.and_(bits, all_of(0x7FFFFFFF)), all_of(0x7F800000))
-    empty, zeros = ir.Constant(narrow, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
-    nans = builder.shuffle_vector(builder.insert_element(empty, nan, ir.IntType(32)(0)), empty, zeros)
-    return builder.select(is_nan, nans, result)
-
-
-@intrinsic
-def _trailing_zeros(typing: Any, bits: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.cttz(arguments[0], cgutils.true_bit)
-
-    return types.int64(types.uint64), generate
-
-
-@intrinsic
-def _ones(typing: Any, bits: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.ctpop(arguments[0])
-
-    return types.int64(types.uint64), generate
-
-
-@intrinsic
-def _prefetch(typing: Any, a: Any, i: Any) -> Any:
-    """Ask for the cache line of ``a[i]``, to be written; anything but a fault if it does not exist."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = builder.gep(context.make_array(signature.args[0])(context, builder, arguments[0]).data, [arguments[1]])
-        number, byte = ir.IntType(32), ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(fetch, [builder.bitcast(pointer, byte), number(1), number(3), number(1)])
-        return context.get_dummy_value()
-
-    return types.void(a, types.int64), generate
-
-
-@intrinsic
-def _load(typing: Any, address: Any, at: Any, like: Any) -> Any:
-    """Item `at` of the values of the type of the array `like` that begin at `address`."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        item = context.get_data_type(signature.args[2].dtype)
-        pointer = builder.gep(builder.inttoptr(arguments[0], item.as_pointer()), [arguments[1]])
-        return builder.load(pointer, typ=item, align=1)
-
-    return like.dtype(types.int64, types.int64, like), generate
-
-
-@_jit
+@jit
 def _term(key, index, word):
     z = index * _G + word * _W + key
     z = (z ^ (z >> _S30)) * _M1
@@ -158,9 +38,9 @@ def _term(key, index, word):
     return z ^ (z >> _S31)
 
 
-@_jit
+@jit
 def _moved(key, first, places, olds, deltas, num, mask):
-    """By how much `num` changed words move the digest."""
+    """Sum up by how much `num` changed words move the digest."""
     total = _NONE
     for k in range(num):
         index = first + np.uint64(places[k])
@@ -170,7 +50,7 @@ def _moved(key, first, places, olds, deltas, num, mask):
     return total
 
 
-@_jit
+@jit
 def digest_of(words, offsets, starts, numels, keys, mask):
     """The sum of the digest's terms of some entries of a buffer."""
     total = _NONE
@@ -181,13 +61,25 @@ def digest_of(words, offsets, starts, numels, keys, mask):
     return total
 
 
-@_jit
-def encode_blocks(words, new, nan, offset, row, stop, grid, table, gaps, values, wide, dense, places, olds, deltas, ends, mask):
-    """Encode blocks from `row` on, while every stream has room for one more.
+@jit
+def encode_blocks(words, new, rows, book, streams, buffers, scalars):
+    """Encode blocks while every stream has room for one more. Numba takes the tuples apart when it compiles.
 
-    Rows of `grid` as in `NumbaEncoder`; `table`: kind, gaps, changes, wide words; `ends`: of the four streams, and by how much
-    the digest moved. Returns the next row.
+    Args:
+        words: The buffer, which takes the new bits.
+        new: The new values of a part of it.
+        rows: Where `new` begins in the buffer; the first row of the grid, and the one after the last.
+        book: `grid`, whose rows are those of `NumbaEncoder`; `table`: kind, gaps, changes, wide words of each block; `ends`: of
+            the four streams, and by how much the digest moved.
+        streams: Gaps, values, wide and dense words.
+        buffers: As `block_buffers` makes them.
+        scalars: The NaN that is written, and the bits of a word.
+
+    Returns:
+        The next row.
     """
+    (offset, row, stop), (grid, table, ends) = rows, book
+    (gaps, values, wide, dense), (places, olds, deltas), (nan, mask) = streams, buffers, scalars
     width = words.itemsize
     num_gaps, num_values, num_wide, num_dense = ends[0], ends[1], ends[2], ends[3]
     total = np.uint64(ends[4])
@@ -197,7 +89,7 @@ def encode_blocks(words, new, nan, offset, row, stop, grid, table, gaps, values,
         if min(room, len(dense) - num_dense) < count:
             break
         block, target = words[at : at + count], new[at - offset : at - offset + count]
-        changes, gap_bytes = _scan(block, target, nan, places, olds, deltas, gaps[num_gaps:])
+        changes, gap_bytes = _scan(block, target, nan, buffers, gaps[num_gaps:])
         if changes > 0:
             total += _moved(key, first, places, olds, deltas, changes, mask)
             wide_words = _write_values(deltas, changes, values[num_values:], wide[num_wide:])
@@ -214,15 +106,15 @@ def encode_blocks(words, new, nan, offset, row, stop, grid, table, gaps, values,
     return row
 
 
-@_jit
+@jit
 def block_buffers(words):
-    """Of one block: places, words and deltas of what changes; more than a block can have, since places come in sixes."""
+    """Make room for the places, words and deltas of what changes in a block; for some more, since places come in sixes."""
     room = BLOCK_SIZE + SLACK
     return np.empty(room, np.uint16), np.empty(room, words.dtype), np.empty(room, words.dtype)
 
 
-@_jit
-def _scan(block, target, nan, places, olds, deltas, gaps):
+@jit
+def _scan(block, target, nan, buffers, gaps):
     """Write the target over a block, and keep places, words before, deltas and gaps of what changes.
 
     The search and the writing take turns, so that memory is being read while what was found is written.
@@ -231,14 +123,15 @@ def _scan(block, target, nan, places, olds, deltas, gaps):
         How many words changed, and how many bytes of gaps that makes.
     """
     num, gap_bytes, before = 0, 0, np.int64(-1)
+    places = buffers[0]
     for start in range(0, len(block), _TURN):
         end = _find(block, target, nan, start, min(start + _TURN, len(block)), places, num)
-        gap_bytes, before = _take(block, target, nan, places, num, end, olds, deltas, gaps, gap_bytes, before)
+        gap_bytes, before = _take(block, target, nan, buffers, (num, end), gaps, gap_bytes, before)
         num = end
     return num, gap_bytes
 
 
-@_jit
+@jit
 def _find(block, target, nan, start, stop, places, num):
     """Add the places where a block differs from its target to the `num` that are there. Returns how many there are then.
 
@@ -246,30 +139,34 @@ def _find(block, target, nan, start, stop, places, num):
     """
     whole = stop - (stop - start) % LANES
     for at in range(start, whole, LANES):
-        bits = _changed(block, at, target, at, nan)
-        end = num + _ones(bits)
+        bits = changed(block, at, target, at, nan)
+        end = num + ones(bits)
         for k in range(6):
-            places[_at(num + k)] = at + _trailing_zeros(bits)
+            places[_at(num + k)] = at + trailing_zeros(bits)
             bits &= bits - _ONE
         num += 6
         while bits:
-            places[_at(num)] = at + _trailing_zeros(bits)
+            places[_at(num)] = at + trailing_zeros(bits)
             bits &= bits - _ONE
             num += 1
         num = end
     for place in range(whole, stop):
-        if block[place] != _word(target, place, nan):
+        if block[place] != word(target, place, nan):
             places[_at(num)] = place
             num += 1
     return num
 
 
-@_jit
-def _take(block, target, nan, places, start, stop, olds, deltas, gaps, end, before):
-    """Write the changes from `start` to `stop`, and their gaps from byte `end` on; `before`: the place of the one before."""
-    for k in range(start, stop):
+@jit
+def _take(block, target, nan, buffers, changes, gaps, end, before):
+    """Write some changes, from a first one to one after the last, and their gaps from byte `end` on.
+
+    `before` is the place of the change before them.
+    """
+    places, olds, deltas = buffers
+    for k in range(changes[0], changes[1]):
         at = _at(places[_at(k)])
-        new = _word(target, np.int64(at), nan)
+        new = word(target, np.int64(at), nan)
         olds[_at(k)] = block[at]
         deltas[_at(k)] = new - block[at]
         block[at] = new
@@ -284,7 +181,7 @@ def _take(block, target, nan, places, start, stop, olds, deltas, gaps, end, befo
     return end, before
 
 
-@_jit
+@jit
 def _write_values(deltas, num, values, wide):
     num_wide = 0
     for k in range(num):
@@ -300,14 +197,14 @@ def _write_values(deltas, num, values, wide):
     return num_wide
 
 
-@_jit
+@jit
 def _write_all(places, deltas, num, dense):
     dense[:] = 0
     for k in range(num):
         dense[_at(places[_at(k)])] = deltas[_at(k)]
 
 
-@_jit
+@jit
 def apply_blocks(words, order, jobs, direction, mask):
     """Take blocks over to the other version in the given order; columns of `jobs` as in `_jobs`.
 
@@ -337,50 +234,50 @@ def apply_blocks(words, order, jobs, direction, mask):
     return total
 
 
-@_jit
+@jit
 def _read_gaps(job, places, block, fetched, num_fetched):
     """The places of a block's changes; returns how many, 0 if they cannot be right. Fetches the second half of `fetched`."""
     count, gaps, num_gaps, changes, like = job[3], job[4], job[8], job[9], np.empty(0, np.uint8)
     place, num, half = np.int64(-1), 0, num_fetched >> 1
     for k in range(num_gaps):
-        gap = np.int64(_load(gaps, k, like))
+        gap = np.int64(load(gaps, k, like))
         is_change = 1 if gap != SKIP else 0
         place += gap + is_change
         places[_at(num)] = place
         num += is_change
-        _prefetch(block, np.int64(fetched[_at(half + (k >> 1))]))
+        prefetch(block, np.int64(fetched[_at(half + (k >> 1))]))
     return num if place < count and num == changes else 0
 
 
-@_jit
+@jit
 def _add(block, places, num, olds, deltas, next_block, next_places):
     """Add deltas; keep the words before. Fetches the first half of the next block's places."""
     for k in range(num):
         at = _at(places[_at(k)])
-        _prefetch(next_block, np.int64(next_places[_at(k >> 1)]))
+        prefetch(next_block, np.int64(next_places[_at(k >> 1)]))
         olds[_at(k)] = block[at]
         block[at] += deltas[_at(k)]
 
 
-@_jit
+@jit
 def _read_values(values, num, wide, num_wide, direction, deltas):
     """What to add to each word that changes."""
     signed, escape = np.empty(0, np.int8), 0
     for k in range(num):
-        deltas[k] = direction * np.int64(_load(values, k, signed))
+        deltas[k] = direction * np.int64(load(values, k, signed))
     for k in range(num if num_wide else 0):
-        if _load(values, k, signed) == WIDE and escape < num_wide:
-            deltas[k] = direction * np.int64(_load(wide, escape, deltas))
+        if load(values, k, signed) == WIDE and escape < num_wide:
+            deltas[k] = direction * np.int64(load(wide, escape, deltas))
             escape += 1
 
 
-@_jit
+@jit
 def _add_all(block, dense, direction, key, first, mask):
     """Add the deltas of a dense block, or subtract them; returns by how much the digest moves."""
     total = _NONE
     for k in range(len(block)):
         old = block[k]
-        new = old + direction * np.int64(_load(dense, k, block))
+        new = old + direction * np.int64(load(dense, k, block))
         block[k] = new
         index = first + np.uint64(k)
         total += _term(key, index, np.uint64(new) & mask) - _term(key, index, np.uint64(old) & mask)

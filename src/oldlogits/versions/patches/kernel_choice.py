@@ -22,19 +22,19 @@ def kernels_for(values: Tensor) -> Kernels:
     return _numba()[0] or _TORCH
 
 
-def fast_path() -> str:
-    """In words, what runs on the CPU: "numba on znver5 (avx512)", or torch operations and the reason."""
+def kernels_in_use() -> str:
+    """What runs on the CPU, in words: "numba on znver5 (avx512)", or torch operations and the reason."""
     return _numba()[1]
 
 
 @functools.cache
 def _numba() -> tuple[Kernels | None, str]:
-    """The numba kernels, compiled when first used, and what to say about them."""
+    """The numba kernels, compiled when first used, and a description of them."""
     try:
         module = importlib.import_module("oldlogits.versions.patches.kernels")
     except ImportError as error:
         return None, f"torch operations (slow): numba is not available: {error}"
-    if reason := module.refusal():
+    if reason := module.why_unusable():
         return None, f"torch operations (slow): {reason}"
     kernels: Kernels = module.NumbaKernels()
-    return kernels, module.description()
+    return kernels, module.describe_machine()

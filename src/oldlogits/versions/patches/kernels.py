@@ -9,19 +9,11 @@ import torch
 from torch import Tensor
 
 from oldlogits.versions.patches import digest
-from oldlogits.versions.patches.compiled import (
-    LANES,
-    SLACK,
-    apply_blocks,
-    block_buffers,
-    description,
-    digest_of,
-    encode_blocks,
-    refusal,
-)
+from oldlogits.versions.patches.compiled import SLACK, apply_blocks, block_buffers, digest_of, encode_blocks
+from oldlogits.versions.patches.intrinsics import LANES, describe_machine, why_unusable
 from oldlogits.versions.patches.streams import BLOCK, BLOCK_SIZE, Encoded, Encoder, Grid, Ints, Part, Streams, stream_lengths
 
-__all__ = ["NumbaKernels", "description", "refusal"]
+__all__ = ["NumbaKernels", "describe_machine", "why_unusable"]
 
 _ROOM = 1 << 22
 
@@ -30,7 +22,7 @@ class NumbaEncoder:
     """See `Encoder`."""
 
     def __init__(self, words: Tensor, grid: Grid) -> None:
-        self._words, self._mask, self._source = words.numpy(), _mask(words.itemsize), grid
+        self._words, self._source = words.numpy(), grid
         self._grid = np.stack([grid.offsets, grid.counts, grid.keys, grid.firsts])
         self._table = np.zeros((len(grid), 4), np.int64)
         room, item = min(len(words), _ROOM) + BLOCK_SIZE, self._words.dtype
@@ -39,16 +31,17 @@ class NumbaEncoder:
         )  # fmt: skip
         self._buffers = block_buffers(self._words)
         self._ends = np.zeros(5, np.int64)
-        self._nan = item.type(_nan_of_bfloat16() if words.itemsize == 2 else 0)
+        self._book = (self._grid, self._table, self._ends)
+        nan = item.type(_nan_of_bfloat16() if words.itemsize == 2 else 0)
+        self._scalars = (nan, _mask(words.itemsize))
         self._full: list[Streams] = []
 
     def add(self, new: Tensor, offset: int, start: int, stop: int) -> None:
         """See `Encoder.add`."""
         while start < stop:
             start = encode_blocks(
-                self._words, new.numpy(), self._nan, offset, start, stop, self._grid, self._table,
-                *self._streams, *self._buffers, self._ends, self._mask,
-            )  # fmt: skip
+                self._words, new.numpy(), (offset, start, stop), self._book, self._streams, self._buffers, self._scalars
+            )
             if start < stop:
                 self._empty()
 

@@ -1,0 +1,103 @@
+"""The trainer and the dedicated scorer as actors: the Ray transport of their calls.
+
+Weights stay in the object store: those of an argument are passed by reference, and those of a reply are handed on by reference.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from oldlogits.backends.ray import actors
+from oldlogits.backends.ray.actors import Aside
+from oldlogits.backends.ray.cluster import Actor, ActorEndedError, fetch
+from oldlogits.backends.ray.weights import ClusterWeights
+from oldlogits.core.errors import ConfigError, WorkerDiedError
+from oldlogits.core.weights import FullWeights, PatchWeights
+from oldlogits.rpc.child import READY, Reply
+from oldlogits.rpc.client import CarryOut
+from oldlogits.train.reports import PublishedVersion
+
+
+class ActorCalls:
+    """Starts an actor that carries out calls, and is their transport.
+
+    Args:
+        name: What the actor is: "trainer", "scorer".
+        build: Called in the actor: builds what carries out the calls.
+        arguments: The arguments of `build`.
+        weights: What brings weights to the nodes.
+        place: The actor's place on the cluster.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        build: Callable[..., CarryOut],
+        arguments: tuple[object, ...],
+        *,
+        weights: ClusterWeights,
+        place: Mapping[str, Any],
+    ) -> None:
+        self._name, self._weights = name, weights
+        self._actor = Actor(actors.Calls, (name, build, arguments), place=place, watched=True)
+
+    async def ready(self, start_s: float) -> None:
+        """Wait until it is built.
+
+        Raises:
+            OldLogitsError: It cannot be built.
+            ConfigError: It takes longer than `start_s`.
+        """
+        try:
+            async with asyncio.timeout(start_s):
+                await self.call(READY, ())
+        except TimeoutError:
+            raise ConfigError(
+                f"the {self._name} has its place on the cluster and is still starting",
+                got=f"it is not ready after {start_s:g} s",
+                allowed="a process that has loaded its packages and the model within ray.start_timeout_s",
+                fix="raise ray.start_timeout_s, or look for what else keeps its node busy",
+            ) from None
+
+    async def call(self, method: str, arguments: tuple[object, ...]) -> object:
+        """Carry out a call, after those that were made before.
+
+        Raises:
+            OldLogitsError: What it raised.
+            WorkerDiedError: The actor ended.
+        """
+        update = next((a for a in arguments if isinstance(a, FullWeights | PatchWeights)), None)
+        beside = None if update is None else self._weights.reference(update)
+        rest = tuple(Aside.WEIGHTS if a is update and a is not None else a for a in arguments)
+        answered, weights = self._actor.call("call", method, rest, beside, num_returns=2)
+        try:
+            reply: Reply = await fetch(answered)
+        except ActorEndedError as error:
+            raise self._died(error) from error
+        if reply.error is not None:
+            raise reply.error
+        if isinstance(reply.value, PublishedVersion):
+            return replace(reply.value, update=await self._weights.sent(weights))
+        return await self._weights.sent(weights) if reply.value is Aside.WEIGHTS else reply.value
+
+    async def watch(self) -> None:
+        """Wait until it ends by itself.
+
+        Raises:
+            WorkerDiedError: It did.
+        """
+        try:
+            await self._actor.live()
+        except ActorEndedError as error:
+            raise self._died(error) from error
+
+    def _died(self, error: Exception) -> WorkerDiedError:
+        return WorkerDiedError(
+            f"the {self._name} actor ended",
+            got=str(error).strip().splitlines()[0],
+            allowed=f"a {self._name} that runs until the end of the run",
+            fix="look for an out-of-memory kill or a lost node; go on with --resume from the last checkpoint",
+        )

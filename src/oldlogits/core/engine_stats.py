@@ -1,0 +1,127 @@
+"""What engines count: their work, how long it takes, and what happens to servers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from oldlogits.core.weights import PolicyVersion
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """Sums over pieces of work, of which a straight line of seconds against size can be drawn.
+
+    Args:
+        num: Pieces of work.
+        size: Sum of their sizes.
+        size_sq: Sum of the squares of their sizes.
+        seconds_s: Sum of what they took.
+        size_s: Sum of size times seconds.
+    """
+
+    num: float = 0.0
+    size: float = 0.0
+    size_sq: float = 0.0
+    seconds_s: float = 0.0
+    size_s: float = 0.0
+
+    def __add__(self, other: Line) -> Line:
+        """Both."""
+        return self._with(other, 1.0)
+
+    def __sub__(self, other: Line) -> Line:
+        """What was done in between."""
+        return self._with(other, -1.0)
+
+    def _with(self, other: Line, sign: float) -> Line:
+        return Line(
+            num=self.num + sign * other.num,
+            size=self.size + sign * other.size,
+            size_sq=self.size_sq + sign * other.size_sq,
+            seconds_s=self.seconds_s + sign * other.seconds_s,
+            size_s=self.size_s + sign * other.size_s,
+        )
+
+    def fit(self) -> tuple[float, float]:
+        """The fixed seconds and those for a unit, by least squares, neither below 0; they reproduce the sum of the seconds.
+
+        Example:
+            Sizes 1 and 3 that took 2 s and 4 s: a fixed second, and one for each unit.
+        """
+        if not self.num or not self.size:
+            return (self.seconds_s / self.num if self.num else 0.0), 0.0
+        spread = self.size_sq - self.size**2 / self.num
+        slope = (self.size_s - self.size * self.seconds_s / self.num) / spread if spread > 1e-9 * self.size_sq else 0.0
+        slope = min(max(0.0, slope), self.seconds_s / self.size)
+        return (self.seconds_s - slope * self.size) / self.num, slope
+
+    def metrics(self, name: str) -> dict[str, float]:
+        """The sums, under names that begin with `name`."""
+        return {
+            f"{name}_num": self.num,
+            f"{name}_size": self.size,
+            f"{name}_size_sq": self.size_sq,
+            f"{name}_s": self.seconds_s,
+            f"{name}_size_s": self.size_s,
+        }
+
+
+def piece(size: float, seconds_s: float) -> Line:
+    """One piece of work."""
+    return Line(num=1.0, size=size, size_sq=size**2, seconds_s=seconds_s, size_s=size * seconds_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Counters since the engine was built.
+
+    Args:
+        version: The version of its weights.
+        num_steps: Engine steps.
+        num_decode_tokens: Sampled tokens.
+        num_prefill_tokens: Prompt tokens computed, recomputation included.
+        num_prefix_hit_tokens: Prompt tokens that were found in the cache instead.
+        busy_s: Seconds inside `EngineCore.step`.
+        idle_s: Seconds outside it.
+        waiting_s: The part of them with nothing to do: paused, or nothing to sample.
+        num_requests: Requests taken.
+        decode: Decode steps; the size of one is the sequences that it decoded.
+        prefill: Prefills between two decode steps; the size of one is the tokens that it computed.
+    """
+
+    version: PolicyVersion
+    num_steps: int
+    num_decode_tokens: int
+    num_prefill_tokens: int
+    num_prefix_hit_tokens: int
+    busy_s: float
+    idle_s: float
+    waiting_s: float = 0.0
+    num_requests: int = 0
+    decode: Line = field(default_factory=Line)
+    prefill: Line = field(default_factory=Line)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Incident:
+    """Something happened to a server.
+
+    Args:
+        what: It went down, or came back.
+        server: Its address.
+        reason: Why it counts as down, or what was done before it counted as up.
+        num_requests: That ran on it and are sent again.
+        num_kept_tokens: That these have sampled and keep.
+        num_lost_tokens: That the server had sampled, by its own count at the last look, and that did not arrive: a lower bound;
+            None: it does not count.
+        is_failure: Not if it was asked to leave.
+    """
+
+    what: Literal["down", "up"]
+    server: str
+    reason: str
+    num_requests: int = 0
+    num_kept_tokens: int = 0
+    num_lost_tokens: int | None = None
+    is_failure: bool = True

@@ -1,0 +1,185 @@
+"""The child's end of a pipe: calls come in, replies go out.
+
+The pipe is private to two processes of one user and carries pickles.
+
+    parent: ChildProcess --Call--> Inbox.receive -> carry out -> Inbox.reply --replies--> parent
+"""
+
+from __future__ import annotations
+
+import signal
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Final, Protocol
+
+from oldlogits.core.errors import OldLogitsError, WorkerDiedError
+from oldlogits.core.processes import name_process
+from oldlogits.rpc.client import CarryOut
+
+READY: Final = ""
+"""The name of the call that every child answers once it is built."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """A call on its way to the child.
+
+    Args:
+        number: The number of the call, which its reply repeats; 0: no reply is wanted.
+        method: The name of the method.
+        arguments: The arguments, encoded.
+    """
+
+    number: int
+    method: str
+    arguments: tuple[object, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """What became of a call.
+
+    Args:
+        number: The number of the call; 0: the last words of a child that ends by an error.
+        value: What the call returned, encoded.
+        error: What it raised.
+    """
+
+    number: int
+    value: object = None
+    error: OldLogitsError | None = None
+
+
+class Codec(Protocol):
+    """Puts values aside that are too large for a pipe, such as weights; both ends use the same one."""
+
+    def encode(self, value: object) -> object:
+        """What travels in place of an argument or a returned value."""
+        ...
+
+    def decode(self, value: object) -> object:
+        """The value itself; called exactly once, in the process that receives it."""
+        ...
+
+
+class Plain:
+    """The codec that lets everything travel through the pipe as it is."""
+
+    def encode(self, value: object) -> object:
+        """The value itself."""
+        return value
+
+    def decode(self, value: object) -> object:
+        """The value itself."""
+        return value
+
+
+class PipeClosedError(Exception):
+    """The parent is gone, or has closed its end."""
+
+
+class Inbox:
+    """The calls that a child is to carry out, and the way back for their replies.
+
+    Args:
+        pipe: The child's end.
+        codec: The one that the parent uses too.
+    """
+
+    def __init__(self, pipe: Connection, codec: Codec) -> None:
+        self._pipe, self._codec = pipe, codec
+
+    def poll(self) -> bool:
+        """Whether a call waits."""
+        try:
+            return self._pipe.poll()
+        except OSError as error:
+            raise PipeClosedError from error
+
+    def receive(self) -> Call:
+        """Wait for the next call.
+
+        Raises:
+            PipeClosedError: There will be none.
+        """
+        try:
+            call = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            raise PipeClosedError from error
+        if not isinstance(call, Call):
+            raise TypeError(f"{type(call).__name__} on the pipe where a call is due")
+        arguments = tuple(self._codec.decode(argument) for argument in call.arguments)
+        return Call(number=call.number, method=call.method, arguments=arguments)
+
+    def reply(self, replies: Sequence[Reply]) -> None:
+        """Send what became of calls; those that want no reply are left out.
+
+        Raises:
+            PipeClosedError: Nobody listens.
+        """
+        wanted = [
+            Reply(number=reply.number, value=self._codec.encode(reply.value), error=reply.error)
+            for reply in replies
+            if reply.number
+        ]
+        if wanted:
+            self._send(wanted)
+
+    def last_words(self, error: OldLogitsError) -> None:
+        """Say why this process ends."""
+        self._send([Reply(number=0, error=error)])
+
+    def _send(self, replies: list[Reply]) -> None:
+        try:
+            self._pipe.send(replies)
+        except OSError as error:
+            raise PipeClosedError from error
+
+
+def answer(call: Call, carry_out: CarryOut) -> Reply:
+    """Carry out a call; an error of this package becomes its reply, any other one ends the process."""
+    if call.method == READY:
+        return Reply(number=call.number)
+    try:
+        return Reply(number=call.number, value=carry_out(call.method, call.arguments))
+    except OldLogitsError as error:
+        return Reply(number=call.number, error=error)
+
+
+def serve_calls(inbox: Inbox, build: Callable[..., CarryOut], arguments: tuple[object, ...]) -> None:
+    """Carry out calls, one at a time and in their order, until the pipe closes.
+
+    Args:
+        inbox: Where they come from.
+        build: A function of a module, called here: builds what carries out the calls.
+        arguments: The arguments of `build`.
+    """
+    carry_out = build(*arguments)
+    while True:
+        inbox.reply([answer(inbox.receive(), carry_out)])
+
+
+def run_child(
+    name: str, pipe: Connection, codec: Codec, serve: Callable[..., None], arguments: tuple[object, ...], fix: str
+) -> None:
+    """Be a child process, until the pipe closes. Ctrl-C and SIGTERM are the parent's to handle."""
+    name_process(name)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    inbox = Inbox(pipe, codec)
+    try:
+        serve(inbox, *arguments)
+    except PipeClosedError:
+        pass
+    except OldLogitsError as error:
+        inbox.last_words(error)
+    except Exception as error:  # supervision: the parent hears why, then this process dies of it
+        inbox.last_words(died(name, "".join(traceback.format_exception_only(error)).strip(), fix))
+        raise
+
+
+def died(name: str, how: str, fix: str) -> WorkerDiedError:
+    """The error of calls to a child that has ended."""
+    return WorkerDiedError(f"the {name} process ended", got=how, allowed=f"a {name} process that lives until the end", fix=fix)

@@ -1,0 +1,66 @@
+"""The model folder that a run starts from: a folder, what a warm start makes of one, or what a starting model makes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from oldlogits.config import RunConfig
+from oldlogits.core.environment import Demonstrated, Environment
+from oldlogits.core.starting_model import MODELS, ModelOrder, is_model_folder
+from oldlogits.models.cache import cache_folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """The model folder that a run starts from, and how it came to be.
+
+    Args:
+        model: The folder.
+        is_warm: Whether something made the folder for this run, now or for an earlier one.
+        steps: Supervised steps that were taken now; 0 where the folder was in the cache.
+        loss: Loss of the last step in nats per token.
+        seconds_s: Seconds that it took.
+    """
+
+    model: Path
+    is_warm: bool = False
+    steps: int = 0
+    loss: float = math.nan
+    seconds_s: float = 0.0
+
+
+def prepare_model(config: RunConfig, environment_class: type[Environment], note: Callable[[str], None]) -> Start:
+    """Return the recipe's model folder, or what a warm start or a starting model makes (from the cache, if it is there)."""
+    path, steps = config.model.path, config.model.warm_start_steps
+    is_folder = is_model_folder(path)
+    if is_folder and steps in ("auto", 0):
+        return Start(model=Path(path))
+    done, last = 0, math.nan
+    started = time.perf_counter()
+
+    def progress(step: int, num_steps: int, loss: float) -> None:
+        nonlocal done, last
+        done, last = step, loss
+        if step == 1:
+            note(f"warm start of {path}: {num_steps} supervised steps; cached for the next run")
+        elif step % (100 if num_steps > 100 else 1) == 0:
+            note(f"warm start: step {step}/{num_steps}, loss {loss:.3f} nats/token")
+
+    order = ModelOrder(
+        seed=config.model_seed,
+        steps=steps,
+        environment=environment_class,
+        parser=config.env.parser,
+        folder=path if is_folder else "",
+        cache=cache_folder(),
+        progress=progress,
+        note=note,
+    )
+    folder = cast(Demonstrated, environment_class).warm_start(order) if is_folder else MODELS.find(path)(order)
+    note(f"model: {folder.name}" + ("" if done else ", warm start taken from the cache"))
+    return Start(model=folder, is_warm=True, steps=done, loss=last, seconds_s=time.perf_counter() - started)

@@ -1,0 +1,64 @@
+"""What the loop and the sources may ask of a trainer, wherever it runs: its asynchronous face."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from oldlogits.batch import TokenBatch
+from oldlogits.core.scoring import Scored, ScoringHandle
+from oldlogits.core.weights import FullWeights, PolicyVersion
+from oldlogits.train.reports import PublishedVersion, TrainerState
+from oldlogits.train.step import UpdateResult
+
+
+class TrainerCalls(ScoringHandle, Protocol):
+    """The calls of a trainer; `Trainer` and its `Scorer` carry them out, one at a time and in their order.
+
+    A client of this Protocol is `rpc.client.client(TrainerCalls, transport)`.
+    """
+
+    async def publish(self) -> PublishedVersion:
+        """Store the live weights as the current version, and let them witness it (`Trainer.publish`)."""
+        ...
+
+    async def full_weights(self) -> FullWeights:
+        """The live forward weights, valid until the next step (`Trainer.full_weights`)."""
+        ...
+
+    async def put_batch(self, batch: TokenBatch) -> None:
+        """Take the batch that the next calls of `score` and `train` are about (`Trainer.put_batch`)."""
+        ...
+
+    async def train(self, scored: Scored | None) -> UpdateResult:
+        """Train the batch; the trainer's version rises by one (`Trainer.train`).
+
+        Raises:
+            NonFiniteError: A loss or gradient is not finite.
+            ExactnessError: OLD differs from THETA on lag-0 tokens before the first step.
+        """
+        ...
+
+    async def retain(self, oldest_needed: PolicyVersion) -> None:
+        """Drop stored versions that no token in flight needs (`Trainer.retain`)."""
+        ...
+
+    async def save(self, folder: Path) -> None:
+        """Write a checkpoint (`Trainer.save`)."""
+        ...
+
+    async def save_batch(self, folder: Path) -> Path:
+        """Write the batch in training, for a post-mortem (`Trainer.save_batch`)."""
+        ...
+
+    async def restore(self, folder: Path) -> None:
+        """Go on from a checkpoint (`Trainer.restore`).
+
+        Raises:
+            RunFolderError: The checkpoint is incomplete.
+        """
+        ...
+
+    async def state(self) -> TrainerState:
+        """The version, the largest errors of the checks, and what the trainer has worked (`Trainer.state`)."""
+        ...

@@ -1,0 +1,197 @@
+"""The part of the trainer that scores: loss tokens of the batch, or of any trajectory, with the weights that are asked for.
+
+The live weights are never switched: the scoring module reads the resident copy of the store, the live weights or the average.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from oldlogits.batch import Sequences, TokenBatch, pack, read_lengths
+from oldlogits.core.errors import VersionEvictedError
+from oldlogits.core.scoring import ScoredSpans, ScoringSpan
+from oldlogits.core.weights import PolicyVersion
+from oldlogits.models.load import point_at
+from oldlogits.models.mixed_kv import MixedForward
+from oldlogits.models.scorer import ForwardSizes, score_tokens
+from oldlogits.sources import EngineScores
+from oldlogits.train.average import Averaging
+from oldlogits.train.consistency import ConsistencyChecks, probe_of
+from oldlogits.train.live import LiveModel
+from oldlogits.train.reports import ScoringWork
+from oldlogits.train.trainer_store import TrainerVersionStore
+from oldlogits.versions import AverageScores
+
+
+class Scorer:
+    """Scores with the live weights, with stored versions, with the average, and as the engine computes.
+
+    Args:
+        live: The live weights and the modules that score.
+        store: The stored versions; None: nobody asks for them.
+        averaging: The averaged weights; None: nobody asks for them.
+        probe_ids: Fixed tokens, at least two, that check every published version.
+        sizes: The sizes of a forward pass.
+        window: The largest lag, in versions: what the engine's numerics do to the probe tokens is kept for as long.
+    """
+
+    def __init__(
+        self,
+        live: LiveModel,
+        store: TrainerVersionStore | None,
+        averaging: Averaging | None,
+        *,
+        probe_ids: Sequence[int],
+        sizes: ForwardSizes,
+        window: int,
+    ) -> None:
+        self._live, self._store, self._averaging = live, store, averaging
+        self._probe, self._sizes, self._window = probe_of(probe_ids), sizes, window
+        self._engine_noise: dict[PolicyVersion, NDArray[np.float32]] = {}
+        self.checks = ConsistencyChecks(self._score_probe)
+        self.work = ScoringWork()
+        self.batch: TokenBatch | None = None
+
+    def score(self, tokens: NDArray[np.int64], at: PolicyVersion | None) -> NDArray[np.float32]:
+        """Log-probs of loss tokens of the batch at a stored version, or with the live weights (None).
+
+        Args:
+            tokens: int64, ascending positions among the batch's loss tokens.
+            at: The version.
+
+        Raises:
+            VersionEvictedError: The version is no longer held.
+            ExactnessError: The checkout does not reproduce what the live weights gave at publish.
+        """
+        batch = self.current_batch()
+        with self._scoring_at(at):
+            return self._read(self._live.scoring, batch, np.flatnonzero(batch.loss_mask)[tokens])
+
+    def score_mixed(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """OLD of all loss tokens of the batch, over keys and values of the versions that computed them in the engine.
+
+        Returns:
+            float32 and int64 [loss token]: the values, and the version that scored each.
+
+        Raises:
+            VersionEvictedError: A version is no longer held.
+            ExactnessError: A checkout does not reproduce what the live weights gave at publish.
+            TrajectoryError: The batch does not say which versions computed them.
+        """
+        batch = self.current_batch()
+        forward = MixedForward(self._live.scoring, batch, **self._sizes, ranks=self._live.ranks)
+        self.work += ScoringWork(read_tokens=forward.num_entries)
+        for version in batch.versions:
+            with self._scoring_at(version):
+                forward.score(version)
+        return forward.logps, forward.computed_at
+
+    def score_spans(self, pieces: Sequence[ScoringSpan], at: PolicyVersion) -> ScoredSpans:
+        """Log-probs of pieces of any trajectories at a stored version, or at the live one.
+
+        Raises:
+            VersionEvictedError: The version is no longer held.
+            ExactnessError: The weights do not reproduce what the live ones gave at publish.
+        """
+        started, before = time.perf_counter(), self.work
+        with self._scoring_at(at):
+            values = self._read(self._live.scoring, *pack(pieces))
+        work = self.work - before
+        return ScoredSpans(
+            values=values, seconds_s=time.perf_counter() - started, switch_s=work.switch_s, witness_s=work.witness_s
+        )
+
+    def score_average(self, tokens: NDArray[np.int64]) -> AverageScores:
+        """Log-probs of loss tokens of the batch under the weights averaged up to the current version.
+
+        Args:
+            tokens: int64, ascending positions among the batch's loss tokens.
+        """
+        assert self._averaging is not None, "a source that averages makes the trainer keep an average"
+        started, batch, average = time.perf_counter(), self.current_batch(), self._averaging.average
+        point_at(self._live.scoring, average.weights)
+        self.work += ScoringWork(num_checkouts=1, switch_s=time.perf_counter() - started)
+        values = self._read(self._live.scoring, batch, np.flatnonzero(batch.loss_mask)[tokens])
+        return AverageScores(values=values, age=average.age)
+
+    def score_engine(self, tokens: NDArray[np.int64]) -> EngineScores:
+        """Log-probs of loss tokens of the batch with the live weights in the engine's numerics, as rounded at their publish.
+
+        Args:
+            tokens: int64, ascending positions among the batch's loss tokens.
+        """
+        assert self._live.version in self._engine_noise, "the live weights are published before they score as the engine"
+        batch = self.current_batch()
+        flat = np.flatnonzero(batch.loss_mask)[tokens]
+        values = self._read(self._engine_model(), batch, flat)
+        return EngineScores(logp_mu=batch.logp_mu[flat], values=values, noise=self._engine_noise)
+
+    def current_batch(self) -> TokenBatch:
+        """The batch that was handed over last."""
+        assert self.batch is not None, "put_batch comes before score and train"
+        return self.batch
+
+    def score_published(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Score the probe tokens with the live weights, which are being published, and as the engine will.
+
+        Returns:
+            float32 [probe token], twice; the first is what checkouts of this version are compared with from now on.
+        """
+        version = self._live.version
+        point_at(self._live.scoring, self._live.weights)
+        probe_logps = self.checks.published[version] = self._score_probe(self._live.scoring)
+        if self._live.engine_view is not None:
+            self._live.engine_view.hold(self._live.model)
+        engine_probe_logps = self._score_probe(self._engine_model())
+        self._engine_noise[version] = engine_probe_logps - probe_logps
+        self._engine_noise = {v: kept for v, kept in self._engine_noise.items() if v >= version - self._window}
+        return probe_logps, engine_probe_logps
+
+    def _engine_model(self) -> PreTrainedModel:
+        """A model with the live weights in the engine's numerics; an fp32 engine computes as the trainer does."""
+        if self._live.engine_view is not None:
+            return self._live.engine_view.model
+        point_at(self._live.scoring, self._live.weights)
+        return self._live.scoring
+
+    def _read(self, model: PreTrainedModel, sequences: Sequences, flat: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Score what a source asks for: it is counted."""
+        self.work += ScoringWork(read_tokens=int(read_lengths(sequences, flat).sum()))
+        return score_tokens(model, sequences, flat, **self._sizes, ranks=self._live.ranks)
+
+    def _score_probe(self, model: PreTrainedModel) -> NDArray[np.float32]:
+        return score_tokens(model, *self._probe, **self._sizes, ranks=self._live.ranks)
+
+    @contextmanager
+    def _scoring_at(self, at: PolicyVersion | None) -> Iterator[None]:
+        """Point the scoring module at a stored version, or at the live weights: None, or their version if it is not stored."""
+        started, live = time.perf_counter(), self._live
+        stored = self._store.store.versions if self._store is not None else ()
+        is_live = at is None or (at == live.version and at not in stored)
+        with nullcontext(live.weights) if is_live or at is None else self._checkout(at) as weights:
+            point_at(live.scoring, weights)
+            self.work += ScoringWork(num_checkouts=1, switch_s=time.perf_counter() - started)
+            if at is not None:
+                started = time.perf_counter()
+                try:
+                    self.checks.check_checkout(live.scoring, at)
+                finally:
+                    self.work += ScoringWork(witness_s=time.perf_counter() - started)
+            yield
+
+    def _checkout(self, version: PolicyVersion) -> AbstractContextManager[Mapping[str, Tensor]]:
+        if self._store is None:
+            raise VersionEvictedError(
+                f"version {version} is not in the store",
+                got=f"version {version}",
+                allowed=f"the live version {self._live.version}: the source keeps no others",
+                fix="use a source that stores versions, such as snapshot",
+            )
+        return self._store.checkout(version)

@@ -1,0 +1,92 @@
+"""What a trainer and a dedicated scorer are told: their sections of the recipe, and decisions as values.
+
+Whoever starts a run decides (run/specs.py); neither of the two sees the rest of the recipe.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from oldlogits.config.schema import ModelConfig, ObjectiveConfig, ProximalConfig, TrainerConfig, VersionsConfig
+from oldlogits.engines.embedded.numerics import Numerics
+from oldlogits.models.scorer import ForwardSizes
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerSpec:
+    """What a trainer is told.
+
+    Args:
+        trainer: The optimizer's section of the recipe, and the sizes of a forward pass.
+        model: The model's section.
+        objective: The objective's section.
+        proximal: The section of the proximal policy: how an average of the weights decays, and when it is reset.
+        versions: The section of the version store.
+        variant: The variant of the objective.
+        band: The band on r_d.
+        num_updates: The updates of the whole run; the learning rate follows them.
+        max_staleness: The staleness that no trained token exceeds.
+        window: The largest lag that the backend can produce, in versions.
+        seed: The seed of the adapters' first weights.
+        device: Where the model is kept.
+        engine_numerics: The engine's numerics; "fp32": the engine computes as the trainer does.
+        stores_versions: Whether somebody asks for stored versions.
+        sends_patches: Whether the receivers of weights can take patches.
+        keeps_average: Whether somebody asks for averaged weights.
+    """
+
+    trainer: TrainerConfig
+    model: ModelConfig
+    objective: ObjectiveConfig
+    proximal: ProximalConfig
+    versions: VersionsConfig
+    variant: str
+    band: float
+    num_updates: int
+    max_staleness: int
+    window: int
+    seed: int
+    device: Device
+    engine_numerics: Numerics
+    stores_versions: bool
+    sends_patches: bool
+    keeps_average: bool
+
+    @property
+    def sizes(self) -> ForwardSizes:
+        """The sizes of a forward pass."""
+        return sizes_of(self.trainer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScorerSpec:
+    """What a dedicated scorer is told.
+
+    Args:
+        trainer: The trainer's section of the recipe: the scorer batches as the trainer does.
+        model: The model's section.
+        window: The newest versions that it holds.
+        uncompressed: The newest patches that its store leaves as they are.
+        seed: The seed of its process.
+        device: Where the model is kept.
+    """
+
+    trainer: TrainerConfig
+    model: ModelConfig
+    window: int
+    uncompressed: int
+    seed: int
+    device: Device
+
+    @property
+    def sizes(self) -> ForwardSizes:
+        """The sizes of a forward pass."""
+        return sizes_of(self.trainer)
+
+
+def sizes_of(trainer: TrainerConfig) -> ForwardSizes:
+    """The sizes of a forward pass under a section of the recipe."""
+    return {"micro_batch_tokens": trainer.micro_batch_tokens, "head_chunk_tokens": trainer.head_chunk_tokens}

@@ -1,0 +1,191 @@
+"""The tools of an environment: their schemas, and the binding of calls."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import threading
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import BaseModel, Field
+from typing_extensions import TypedDict
+
+from oldlogits.core.errors import EnvironmentShapeError
+from oldlogits.core.parser import Malformed, ToolCall
+from oldlogits.envs.base import check_environment
+from oldlogits.envs.tools import bind, render_result, tool_names, tool_schemas, with_names
+
+
+class Base:
+    def inherited(self) -> str:
+        """From the base."""
+        return "base"
+
+
+class Shop(Base):
+    system_prompt = "a shop"
+
+    def __init__(self) -> None:
+        self.public_value = 3
+
+    @staticmethod
+    def make_row(split: str, index: int) -> dict[str, int]:
+        return {"index": index}
+
+    def reset(self, index: int = 0) -> str:
+        return f"hello {index}"
+
+    def get_reward(self) -> float:
+        return 1.0
+
+    def reply(self, message: str) -> str | None:
+        return None
+
+    def zip_code(self, city: str, digits: int = 5, size: Literal["s", "m"] = "s", tags: list[str] | None = None) -> str:
+        """Look up.
+
+        Args:
+            city: Where.
+        """
+        return f"{city} {digits!r} {size} {tags}"
+
+    async def add(self, a: int, b: float) -> float:
+        """Add."""
+        return a + b
+
+    def flag(self, on: bool) -> str:
+        """Set."""
+        return repr(on)
+
+    def _private(self) -> str:
+        return "hidden"
+
+
+def test_tools_are_the_public_documented_methods_in_the_order_they_are_written():
+    assert tool_names(Shop) == ("inherited", "zip_code", "add", "flag")
+    assert check_environment(Shop) is Shop
+
+
+def test_a_schema_says_the_type_of_every_parameter_and_which_are_required():
+    assert tool_schemas(Shop)[1] == {
+        "type": "function",
+        "function": {
+            "name": "zip_code",
+            "description": "Look up.\n\nArgs:\n    city: Where.",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "city": {"type": "string"},
+                    "digits": {"type": "integer"},
+                    "size": {"type": "string", "enum": ["s", "m"]},
+                    "tags": {"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "null"}]},
+                },
+                "required": ["city"],
+            },
+        },
+    }
+    assert json.loads(json.dumps(tool_schemas(Shop))) == tool_schemas(Shop)
+
+
+def _run(call: ToolCall) -> object:
+    ready = bind(Shop(), call)
+    assert not isinstance(ready, Malformed), ready
+    result = ready()
+    return asyncio.run(_wait(result)) if inspect.isawaitable(result) else result
+
+
+async def _wait(result):
+    return await result
+
+
+def test_a_bound_call_runs_with_words_converted_to_the_annotated_types():
+    assert _run(ToolCall(name="zip_code", positional=("bonn", "7", "m"))) == "bonn 7 m None"
+    assert _run(ToolCall(name="zip_code", positional=("12",))) == "12 5 s None"
+    assert _run(ToolCall(name="zip_code", named={"city": "bonn", "tags": ["a"]})) == "bonn 5 s ['a']"
+    assert _run(ToolCall(name="add", positional=("2", "0.5"))) == 2.5
+    assert _run(ToolCall(name="flag", positional=("true",))) == "True"
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (ToolCall(name="fly"), "error : no tool fly ; tools are inherited zip_code add flag"),
+        (ToolCall(name="reset"), "error : no tool reset"),
+        (ToolCall(name="_private"), "error : no tool _private"),
+        (ToolCall(name="inherited", positional=("x",)), "error : inherited takes nothing but got x"),
+        (ToolCall(name="add", positional=("1",)), "error : add takes a b but got 1"),
+        (ToolCall(name="add", named={"a": 1, "c": 2}), "error : add takes a b but got a c"),
+        (ToolCall(name="add", positional=("one", "2")), 'error : add wants a as int but got "one"'),
+        (ToolCall(name="add", named={"a": True, "b": 1.0}), "error : add wants a as int but got true"),
+        (ToolCall(name="flag", named={"on": 1}), "error : flag wants on as bool but got 1"),
+        (ToolCall(name="zip_code", named={"city": 3}), "error : zip_code wants city as str but got 3"),
+        (ToolCall(name="zip_code", positional=("a", "1", "xl")), "error : zip_code wants size as Literal['s', 'm']"),
+        (ToolCall(name="zip_code", named={"city": "a", "tags": [1]}), "error : zip_code wants tags as"),
+    ],
+)
+def test_a_call_that_does_not_fit_is_answered_and_never_raises(call, reason):
+    ready = bind(Shop(), call)
+    assert isinstance(ready, Malformed)
+    assert ready.reason.startswith(reason)
+
+
+def test_results_are_rendered_as_text_json_or_str():
+    assert [render_result(value) for value in ("a b", {"a": [1, None]}, [True], 2.5, None)] == [
+        "a b",
+        '{"a": [1, null]}',
+        "[true]",
+        "2.5",
+        "None",
+    ]
+
+
+class Address(TypedDict):
+    city: str
+
+
+@dataclass
+class Point:
+    x: int
+
+
+class Parcel(BaseModel):
+    grams: int = Field(gt=0)
+
+
+class Post:
+    def reset(self) -> None: ...
+
+    def get_reward(self) -> float:
+        return 0.0
+
+    def send(self, to: Address, at: Point, what: Parcel, stamps: Annotated[int, Field(le=3)] = 1) -> str:
+        """Send."""
+        return f"{to['city']} {at.x} {what.grams} {stamps}"
+
+
+def test_arguments_may_be_typed_dictionaries_dataclasses_and_pydantic_models_and_arrive_as_such():
+    named = {"to": {"city": "bonn"}, "at": {"x": 1}, "what": {"grams": 5}}
+    ready = bind(Post(), ToolCall(name="send", named=named))
+    assert not isinstance(ready, Malformed)
+    assert ready() == "bonn 1 5 1"
+    for wrong in ({"to": {}}, {"at": {"x": "1"}}, {"what": {"grams": 0}}, {"stamps": 4}):
+        assert isinstance(bind(Post(), ToolCall(name="send", named={**named, **wrong})), Malformed), wrong
+
+
+def test_a_parameter_that_json_cannot_fill_is_refused_at_the_start():
+    class Odd(Post):
+        def put(self, thing: threading.Lock) -> str:
+            """Put."""
+            return ""
+
+    with pytest.raises(EnvironmentShapeError, match=r"Odd\.put has a parameter that JSON cannot fill; got: thing"):
+        check_environment(Odd)
+
+
+def test_arguments_by_position_are_given_their_names():
+    assert with_names(Shop, ToolCall(name="add", positional=("1",), named={"b": 2})) == ToolCall(
+        name="add", named={"a": "1", "b": 2}
+    )
