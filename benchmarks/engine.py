@@ -25,8 +25,8 @@ from transformers.generation import ContinuousBatchingConfig
 from transformers.utils import logging
 
 from oldlogits.core.engine import Generation, Sampling
+from oldlogits.core.engine_spec import EngineSpec
 from oldlogits.engines.embedded.engine import EngineCore
-from oldlogits.engines.spec import EngineSpec
 
 VOCAB, CONTEXT = 2048, 256
 

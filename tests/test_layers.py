@@ -2,6 +2,8 @@
 
 import ast
 import graphlib
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -177,6 +179,12 @@ def test_what_reads_recorded_files_needs_nothing_but_records(module):
 def test_events_stand_on_their_lines_alone():
     modules = {name for name in reachable("oldlogits.record.events")[0] if package_of(name) == "record"}
     assert modules == {"oldlogits.record", "oldlogits.record.events", "oldlogits.record.jsonl"}
+
+
+@pytest.mark.parametrize("module", ["embedded.kind", "http.kind", "protocols.vllm", "protocols.embedded"])
+def test_an_engine_or_a_protocol_that_a_recipe_names_is_imported_without_heavy_packages(module):
+    code = f"import sys, oldlogits.engines.{module}; print(sorted({{'torch', 'transformers', 'aiohttp'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_config_does_not_need_torch():

@@ -31,8 +31,8 @@ from benchmarks.simulate.scenario import (
     Turn,
 )
 from oldlogits.config import RunConfig, load_config
+from oldlogits.core.engine_stats import Line
 from oldlogits.core.errors import ConfigError
-from oldlogits.engines.timing import Line
 from oldlogits.record.events import Event, EventKind, read_events
 from oldlogits.record.folder import RunFolder
 from oldlogits.rollout.turn_latency import KINDS, Kind

@@ -63,7 +63,7 @@ def smollm2(order: ModelOrder) -> Path:
         ModelFolderError: A package that reads the file is missing, or the file cannot be downloaded or is another one.
     """
     folder = cached(order.cache / NAME, lambda unfinished: _fetch_into(unfinished, order.note))
-    if order.steps > 0 and isinstance(order.environment, Demonstrated):
+    if order.steps not in ("auto", 0) and isinstance(order.environment, Demonstrated):
         return order.environment.warm_start(replace(order, folder=str(folder)))
     return folder
 

@@ -8,8 +8,8 @@ from oldlogits.backends.ray import workers as ray_workers
 from oldlogits.backends.ray.desired_workers import write_wanted
 from oldlogits.backends.ray.weights import ClusterWeights
 from oldlogits.backends.ray.workers import Workers
+from oldlogits.core.engine_spec import ServerOptions, Timeouts
 from oldlogits.engines.http.fleet import Fleet
-from oldlogits.engines.http.servers import Timeouts
 
 from ..waiting import HUNG_S
 
@@ -28,9 +28,9 @@ def followed(tmp_path, monkeypatch):
             ClusterWeights(),
             num_workers=2,
             environment_timeout_s=20.0,
-            control_timeout_s=60.0,
+            servers=ServerOptions(protocol="vllm"),
         )
-        workers.fleet = Fleet(workers.hosts, patience=Timeouts(), check=None, supply=None)
+        workers.fleet = Fleet(workers.replicas, Timeouts())
         warned = []
         workers.warn = lambda caution: warned.append(caution.message)
         following = asyncio.create_task(workers.follow())
@@ -40,8 +40,8 @@ def followed(tmp_path, monkeypatch):
         finally:
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)
-            for host in workers.fleet.hosts:
-                await host.server.close()
+            for replica in workers.fleet.replicas:
+                await replica.server.close()
 
     return lambda scenario: asyncio.run(asyncio.wait_for(follow(scenario), HUNG_S))
 
@@ -55,7 +55,7 @@ def test_workers_join_and_leave_as_wanted(tmp_path, followed):
     async def scenario(fleet, warned):
         for num in (2, 5, 1, 3):
             write_wanted(tmp_path, num)
-            await until(lambda num=num: len(fleet.hosts) == num)
+            await until(lambda num=num: len(fleet.replicas) == num)
         assert warned == []
 
     followed(scenario)
@@ -72,9 +72,9 @@ def test_a_file_that_is_no_wish_is_said_once_and_kept(tmp_path, followed):
             assert len(warned) == num
             assert path.read_text() == rubbish
         assert all("workers.json is no wish for workers" in message for message in warned)
-        assert len(fleet.hosts) == 2
+        assert len(fleet.replicas) == 2
         write_wanted(tmp_path, 4)
-        await until(lambda: len(fleet.hosts) == 4)
+        await until(lambda: len(fleet.replicas) == 4)
         path.write_text("")
         await until(lambda: len(warned) == 3)
 
@@ -97,7 +97,7 @@ def test_a_file_that_is_half_written_at_one_look_is_read_at_the_next(tmp_path, f
     monkeypatch.setattr(ray_workers, "read_wanted", read_early)
 
     async def scenario(fleet, warned):
-        await until(lambda: len(fleet.hosts) == 3)
+        await until(lambda: len(fleet.replicas) == 3)
         assert warned == []
 
     followed(scenario)

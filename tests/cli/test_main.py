@@ -65,10 +65,10 @@ WRONG_RECIPES = {  # content -> what is wrong, got, allowed, fix
     "[model]\npath = 'nowhere'": ("model.path is no folder", "nowhere", "a folder with config.json", "--model.path tiny"),
     "[runtime]\ntype = 'slurm'": ("unknown runtime", "'slurm'", "runtime.type = lockstep, local, ray", "choose one of these"),
     "[env]\ntarget = 'nope:Shop'\n[model]\npath = 'model'": (
-        "env.target cannot be loaded",
-        "'nope:Shop'",
-        "desk",
-        "PYTHONPATH",
+        "the module of the environment 'nope:Shop' cannot be imported",
+        "No module named 'nope'",
+        "env.target = desk",
+        "install the package that holds it",
     ),
 }
 

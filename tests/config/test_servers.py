@@ -20,6 +20,7 @@ def engine(**keys):
         {"precision": "fp8", "flags": ["--enforce-eager"], "num_servers": 2},
         {"urls": [URL, "https://host:1"], "token_env": "TOKEN"},
         {"server": "embedded", "precision": "fp8_dynamic"},
+        {"server": "embedded", "urls": [URL]},
     ],
 )
 def test_what_can_work_passes(keys):
@@ -40,6 +41,7 @@ def test_what_can_work_passes(keys):
         ({"recover_s": 0.0}, "recover_s"),
         ({"precision": "fp8_dynamic"}, "fp8_dynamic"),
         ({"kv": "stale"}, "are of no version"),
+        ({"server": "sglang"}, "vllm, embedded"),
         ({"type": "embedded", "urls": [URL]}, "has no servers"),
     ],
 )

@@ -7,7 +7,9 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from oldlogits.engines.http.client import Server, ServerFailedError
+from oldlogits.core.server import ServerFailedError
+from oldlogits.engines.http.client import HttpClient
+from oldlogits.engines.protocols.vllm import VllmProtocol
 
 from ..waiting import HUNG_S
 
@@ -35,7 +37,7 @@ async def answering():
     listening = await asyncio.start_server(answer, "127.0.0.1", 0)
     port = listening.sockets[0].getsockname()[1]
     async with listening:
-        client = Server(f"http://127.0.0.1:{port}", token="", control_timeout_s=HUNG_S)
+        client = VllmProtocol(HttpClient(f"http://127.0.0.1:{port}", token="", control_timeout_s=HUNG_S))
         yield client
         await client.close()
         await asyncio.wait(answered)  # the other ends close, too

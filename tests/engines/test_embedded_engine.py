@@ -7,11 +7,12 @@ import torch
 from transformers import DynamicCache
 
 from oldlogits.core.engine import RolloutEngine, Sampling, Span
+from oldlogits.core.engine_spec import EngineSpec
 from oldlogits.core.errors import ConfigError, ModelFolderError
 from oldlogits.core.trajectory import Context
 from oldlogits.core.weights import FullWeights
-from oldlogits.engines.embedded.engine import WARM_STEPS, EmbeddedEngine, EngineCore
-from oldlogits.engines.spec import EngineSpec
+from oldlogits.engines.embedded.engine import WARM_STEPS, EngineCore
+from oldlogits.engines.embedded.stepwise import EmbeddedEngine
 from oldlogits.models.mixed_kv import cache_keyword
 from oldlogits.rollout.turns import sampled_segments
 

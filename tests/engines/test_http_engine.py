@@ -7,16 +7,25 @@ import pytest
 import torch
 
 from oldlogits.core.engine import RolloutEngine, Sampling, Span
+from oldlogits.core.engine_spec import EngineSpec, Timeouts
 from oldlogits.core.errors import ConfigError, WorkerDiedError
+from oldlogits.core.server import (
+    GenerateAnswer,
+    GenerateRequest,
+    LabelledSpan,
+    ServerFailedError,
+    ServerInfo,
+    ServerProtocol,
+)
 from oldlogits.core.weights import FullWeights
-from oldlogits.engines.http import messages as wire
-from oldlogits.engines.http.client import ServerFailedError, ServerInfo
 from oldlogits.engines.http.engine import HttpEngine
 from oldlogits.engines.http.fleet import SLACK
-from oldlogits.engines.http.servers import Host, Timeouts
+from oldlogits.engines.http.replica import Replica
 
 from ..waiting import HUNG_S
 
+STARTING_LABEL = "default"
+SPEC = EngineSpec(model_path="", max_context=50)
 PATIENCE = Timeouts(recover_s=60, request_s=60, control_s=0.5, poll_s=0.01)
 HASTY = Timeouts(recover_s=0.3, request_s=0.2, control_s=0.5, poll_s=0.01)
 
@@ -29,14 +38,14 @@ class Running:
         spans = []
         for i, label in enumerate(self.labels):
             if spans and spans[-1].label == label:
-                spans[-1] = wire.LabelledSpan(label=label, start=spans[-1].start, end=i + 1)
+                spans[-1] = LabelledSpan(label=label, start=spans[-1].start, end=i + 1)
             else:
-                spans.append(wire.LabelledSpan(label=label, start=i, end=i + 1))
+                spans.append(LabelledSpan(label=label, start=i, end=i + 1))
         if not self.done.done():
             prompt = tuple(-float(i) for i in self.request.token_ids[1:]) if self.request.sampling.prompt_logprobs else ()
             logprobs = tuple(-float(token) for token in self.tokens)
             self.done.set_result(
-                wire.Answer(
+                GenerateAnswer(
                     token_ids=tuple(self.tokens),
                     logprobs=logprobs,
                     spans=tuple(spans),
@@ -46,15 +55,19 @@ class Running:
             )
 
 
-class FakeServer:
+class FakeServer(ServerProtocol):
     """Samples when told to; `fails` holds the names of calls that fail, `hangs` of those that never return."""
 
     def __init__(self, url="http://fake"):
-        self.url, self.name = url, wire.STARTING_LABEL
+        self._url, self.name = url, STARTING_LABEL
         self.running, self.log = {}, []
         self.fails, self.hangs = set(), set()
         self.max_context = 100
         self.num_tokens = 7  # of somebody before
+
+    @property
+    def url(self):
+        return self._url
 
     async def _called(self, name):
         self.log.append(name)
@@ -69,7 +82,7 @@ class FakeServer:
     async def connect(self):
         await self._called("connect")
         kind = {"version": "0.32", "arithmetic": "fp32", "numerics": "fp32", "adapter_scale": 0.0}
-        return ServerInfo(max_context=self.max_context, max_num_seqs=8, **kind)
+        return ServerInfo(max_context=self.max_context, **kind)
 
     async def generate(self, request):
         await self._called("generate")
@@ -119,15 +132,15 @@ class FakeServer:
 
 
 @asynccontextmanager
-async def engine_over(*servers, patience=PATIENCE):
+async def engine_over(*servers, timeouts=PATIENCE):
     """Started, with version 0, and watched."""
-    engine = HttpEngine([Host(server=s) for s in servers], max_context=50, numerics="fp32", patience=patience)
+    engine = HttpEngine([Replica(server=s) for s in servers], SPEC, timeouts)
     assert isinstance(engine, RolloutEngine)
     engine.incidents = []
     engine.fleet.listen = engine.incidents.append
     await engine.start()
     await update(engine, 0)
-    watching = asyncio.create_task(engine.fleet.supervise())
+    watching = asyncio.create_task(engine.supervise())
     try:
         yield engine
     finally:
@@ -258,7 +271,7 @@ def test_of_a_server_that_dies_the_requests_go_on_elsewhere_with_what_they_kept(
             await update(engine, 1, engine.partials)
             await until(lambda: first.running)
             first.sample(1)  # never reaches the run
-            await until(lambda: engine.fleet.hosts[0].num_sampled == first.num_tokens)
+            await until(lambda: engine.fleet.replicas[0].num_sampled == first.num_tokens)
             first.fails |= {"health", "generate", "connect"}
             await until(lambda: second.running)
             [running] = second.running.values()
@@ -294,7 +307,7 @@ def test_tokens_of_weights_that_are_not_this_runs_are_thrown_away_and_the_server
         async with engine_over(server) as engine:
             asked = ask(engine)
             await until(lambda: server.running)
-            server.name = wire.STARTING_LABEL  # it was started again, unseen
+            server.name = STARTING_LABEL  # it was started again, unseen
             server.sample(6)
             await until(lambda: server.name.endswith("/0") and server.running)
             server.sample(6)
@@ -312,10 +325,10 @@ def test_a_server_whose_log_probs_are_not_those_of_the_last_probe_does_not_come_
             await until(lambda: server.running)
             server.sample()
             await probed
-            engine.fleet.fail(engine.fleet.hosts[0], "a test says so")
+            engine.fleet.fail(engine.fleet.replicas[0], "a test says so")
             await until(lambda: server.running)
             [running] = server.running.values()
-            running.request = wire.Request(
+            running.request = GenerateRequest(
                 request_id="x", token_ids=(0, 9), sampling=Sampling(max_tokens=1, prompt_logprobs=True)
             )
             running.tokens, running.labels = [1], [server.name]
@@ -329,7 +342,7 @@ def test_a_server_whose_log_probs_are_not_those_of_the_last_probe_does_not_come_
 def test_a_request_that_runs_too_long_is_sent_again_with_what_it_has():
     async def play():
         server = FakeServer()
-        async with engine_over(server, patience=HASTY) as engine:
+        async with engine_over(server, timeouts=HASTY) as engine:
             slow, quick = ask(engine, "slow/0"), []
             await until(lambda: server.running)
             server.sample(2)
@@ -352,7 +365,7 @@ def test_a_request_that_runs_too_long_is_sent_again_with_what_it_has():
 def test_a_server_that_answers_no_request_counts_as_hung():
     async def play():
         first, second = FakeServer("http://a"), FakeServer("http://b")
-        async with engine_over(first, second, patience=HASTY) as engine:
+        async with engine_over(first, second, timeouts=HASTY) as engine:
             first.hangs |= {"generate", "abort", "connect"}
             asked = ask(engine)
             await until(lambda: second.running)
@@ -368,9 +381,9 @@ def test_a_server_that_comes_back_as_one_that_cannot_be_used_is_left_out_until_i
         first, second = FakeServer("http://a"), FakeServer("http://b")
         async with engine_over(first, second) as engine:
             first.max_context = 10
-            engine.fleet.fail(engine.fleet.hosts[0], "a test says so")
+            engine.fleet.fail(engine.fleet.replicas[0], "a test says so")
             await until(lambda: first.log.count("connect") >= 3)
-            assert [host.server for host in engine.fleet.up] == [second]
+            assert [replica.server for replica in engine.fleet.up] == [second]
             first.max_context = 100
             await until(lambda: len(engine.fleet.up) == 2)
 
@@ -385,7 +398,7 @@ def test_a_pause_that_hangs_does_not_hold_the_update():
         async with engine_over(first, second) as engine:
             first.fails |= {"pause", "connect"}
             await update(engine, 1)
-            assert [host.server for host in engine.fleet.up] == [second]
+            assert [replica.server for replica in engine.fleet.up] == [second]
             assert second.name.endswith("/1")
 
     asyncio.run(play())
@@ -394,7 +407,7 @@ def test_a_pause_that_hangs_does_not_hold_the_update():
 def test_without_any_server_the_run_waits_so_long_and_then_every_request_fails():
     async def play():
         server = FakeServer()
-        async with engine_over(server, patience=HASTY) as engine:
+        async with engine_over(server, timeouts=HASTY) as engine:
             server.fails |= {"health", "connect", "generate"}
             asked = [ask(engine, f"t/{i}") for i in range(3)]
             outcomes = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), HUNG_S)
@@ -437,11 +450,11 @@ def test_what_the_engine_cannot_do_is_refused():
             ):
                 with pytest.raises(ConfigError):
                     await call
-        cold = HttpEngine([Host(server=server)], max_context=50, numerics="fp32", patience=PATIENCE)
+        cold = HttpEngine([Replica(server=server)], SPEC, PATIENCE)
         with pytest.raises(ConfigError, match="no weights"):
             await cold.generate([0], Sampling(max_tokens=1), "a/0")
         for arguments in ({"max_context": 101, "numerics": "fp32"}, {"max_context": 50, "numerics": "fp8"}):
             with pytest.raises(ConfigError):
-                await HttpEngine([Host(server=server)], patience=PATIENCE, **arguments).start()
+                await HttpEngine([Replica(server=server)], EngineSpec(model_path="", **arguments), PATIENCE).start()
 
     asyncio.run(play())

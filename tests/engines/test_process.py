@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from oldlogits.core.engine import RolloutEngine, Sampling, Span
+from oldlogits.core.engine_spec import EngineSpec
 from oldlogits.core.errors import ConfigError, ModelFolderError, WorkerDiedError
 from oldlogits.core.weights import FullWeights
 from oldlogits.engines.embedded.engine import EngineCore
 from oldlogits.engines.embedded.process import EngineProcess
-from oldlogits.engines.spec import EngineSpec
 
 from ..runs import files_of
 from ..waiting import HUNG_S, wait_until
@@ -246,7 +246,7 @@ def test_an_engine_does_not_outlive_its_parent(spec):
     script = f"""
 import asyncio, os
 from oldlogits.engines.embedded.process import EngineProcess
-from oldlogits.engines.spec import EngineSpec
+from oldlogits.core.engine_spec import EngineSpec
 if __name__ == "__main__":
     engine = EngineProcess({spec!r})
     asyncio.run(engine.ready())

@@ -1,4 +1,4 @@
-"""A command on a leash ends with who holds it, and leaves nothing in shared memory."""
+"""A command that a reaper holds ends with who holds the reaper, and leaves nothing in shared memory."""
 
 import signal
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from oldlogits.engines.http import reaper as leash
+from oldlogits.engines.http import reaper
 
 from ..waiting import HUNG_S
 
@@ -41,7 +41,7 @@ def test_a_group_leaves_nothing_in_shared_memory(tmp_path, how):
     (tmp_path / "work.py").write_text(WORK)
     other = SharedMemory(create=True, size=16)  # of a process outside
     process = subprocess.Popen(
-        [sys.executable, leash.__file__, sys.executable, str(tmp_path / "work.py")],
+        [sys.executable, reaper.__file__, sys.executable, str(tmp_path / "work.py")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -50,16 +50,16 @@ def test_a_group_leaves_nothing_in_shared_memory(tmp_path, how):
     try:
         name = process.stdout.readline().strip()
         assert name in named()
-        names = {path.name for path in leash.mapped(process.pid)}
+        names = {path.name for path in reaper.mapped(process.pid)}
         assert {name[:4] for name in names} == {"psm_", "sem."}
         if how == "end":
-            leash.end_group(process.pid)
+            reaper.end_group(process.pid)
         process.stdin.close()
         assert process.wait(timeout=HUNG_S) == -signal.SIGKILL
         assert not names & named()
         assert other.name in named()
     finally:
-        leash.end_group(process.pid)
+        reaper.end_group(process.pid)
         process.wait()
         process.stdout.close()
         other.close()

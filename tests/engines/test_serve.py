@@ -16,13 +16,15 @@ import pytest
 
 from oldlogits.cli.main import run as command
 from oldlogits.core.engine import Sampling
+from oldlogits.core.engine_spec import EngineSpec
 from oldlogits.core.errors import ConfigError, MissingLogprobError
+from oldlogits.core.server import GenerateRequest
 from oldlogits.core.weights import FullWeights
 from oldlogits.engines.embedded.process import EngineProcess
-from oldlogits.engines.host_weights import HostWeights
-from oldlogits.engines.http import messages as wire
-from oldlogits.engines.server.app import Served, check_host, make_app
-from oldlogits.engines.spec import EngineSpec
+from oldlogits.engines.protocols import vllm_messages as wire
+from oldlogits.engines.server.app import check_host, make_app
+from oldlogits.engines.server.served import Served
+from oldlogits.engines.shared_memory import HostWeights
 
 from ..waiting import HUNG_S
 from .reference import VOCAB, load, logp_of, make_model, perturbed, save, weights_of
@@ -259,7 +261,11 @@ def test_the_command_serves_and_ends_with_its_engine(tiny_folder):
     assert "Traceback" not in error
 
 
-REQUEST = wire.Request(request_id="a", token_ids=(3, 1), sampling=Sampling(max_tokens=2, prompt_logprobs=True))
+REQUEST = GenerateRequest(request_id="a", token_ids=(3, 1), sampling=Sampling(max_tokens=2, prompt_logprobs=True))
+
+
+def answer_of(body):
+    return wire.read(wire.AnswerBody, json.dumps(body).encode()).answer(REQUEST)
 
 
 def vllm_answer(**changes):
@@ -288,7 +294,7 @@ def vllm_answer(**changes):
 
 
 def test_an_answer_of_vllm_is_read_value_by_value():
-    answer = wire.Answer.from_json(vllm_answer(), REQUEST)
+    answer = answer_of(vllm_answer())
     assert answer.token_ids == (7, 9)
     assert answer.logprobs == (-0.5, -1.5)
     assert [(s.label, s.start, s.end) for s in answer.spans] == [("4", 0, 1), ("5", 1, 2)]
@@ -299,14 +305,14 @@ def test_an_answer_of_vllm_is_read_value_by_value():
 def test_tokens_without_log_probs_or_versions_are_refused():
     for changes in ({"logprobs": None}, {"weight_versions": None}, {"token_ids": [7, 8]}):
         with pytest.raises(MissingLogprobError):
-            wire.Answer.from_json(vllm_answer(**changes), REQUEST)
+            answer_of(vllm_answer(**changes))
     with pytest.raises(ConfigError, match="finish_reason"):
-        wire.Answer.from_json(vllm_answer(finish_reason="error"), REQUEST)
+        answer_of(vllm_answer(finish_reason="error"))
 
 
 @pytest.mark.slow
 def test_requests_and_answers_survive_their_json():
-    asked = json.loads(json.dumps(REQUEST.to_json()))
-    assert wire.Request.from_json(asked, default_id="x", default_max_tokens=1) == REQUEST
-    answer = wire.Answer.from_json(vllm_answer(), REQUEST)
-    assert wire.Answer.from_json(json.loads(json.dumps(answer.to_json(REQUEST, model="m"))), REQUEST) == answer
+    asked = wire.read(wire.GenerateBody, wire.GenerateBody.of(REQUEST).model_dump_json().encode())
+    assert asked.request(default_id="x", default_max_tokens=1) == REQUEST
+    answer = answer_of(vllm_answer())
+    assert answer_of(json.loads(wire.AnswerBody.of(answer, REQUEST, model="m").model_dump_json())) == answer

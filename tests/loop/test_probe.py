@@ -13,11 +13,12 @@ import torch
 from transformers import PreTrainedModel
 
 from oldlogits.core.engine import Generation, Span
+from oldlogits.core.engine_spec import EngineSpec
 from oldlogits.core.errors import ProbeError
 from oldlogits.core.weights import FullWeights
-from oldlogits.engines.embedded.engine import EmbeddedEngine, EngineCore
+from oldlogits.engines.embedded.engine import EngineCore
 from oldlogits.engines.embedded.numerics import Numerics
-from oldlogits.engines.spec import EngineSpec
+from oldlogits.engines.embedded.stepwise import EmbeddedEngine
 from oldlogits.loop.probe import AllowedError, ProbeResult, allowed_error, probe
 from oldlogits.models.load import load_model, named_weights
 from oldlogits.record.events import EventKind

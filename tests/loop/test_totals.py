@@ -5,7 +5,7 @@ from dataclasses import asdict
 import pytest
 
 from oldlogits.config import RunConfig, config_from_table
-from oldlogits.engines.spec import Incident
+from oldlogits.core.engine_stats import Incident
 from oldlogits.loop.totals import Totals
 from oldlogits.rollout.buffer import Buffer, TrajectoryCounts
 from oldlogits.rollout.staleness import StalenessBound

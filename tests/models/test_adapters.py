@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from oldlogits.core.errors import ConfigError, ModelFolderError
 from oldlogits.models.adapters import A_SUFFIX, B_SUFFIX, is_adapter, merge, merged, plain_name
-from oldlogits.models.lora import add_adapters, write_adapters
 from oldlogits.models.load import load_model, named_weights, point_at
+from oldlogits.models.lora import add_adapters, write_adapters
 
 from ..engines.reference import make_model
 

@@ -59,11 +59,12 @@ def test_a_broken_file_is_a_model_folder_error(folder, name, content):
         load_model(folder)
 
 
-def test_a_model_of_another_family_is_refused_by_name(tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel
+def test_a_model_whose_head_is_more_than_a_linear_layer_is_refused_by_what_it_computes(tmp_path):
+    from transformers import RobertaConfig, RobertaForCausalLM
 
-    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=8, n_positions=8)).save_pretrained(tmp_path)
-    with pytest.raises(ModelFolderError, match="model_type 'gpt2'"):
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 8}
+    RobertaForCausalLM(RobertaConfig(**shape, is_decoder=True)).save_pretrained(tmp_path)
+    with pytest.raises(ModelFolderError, match=r"more than a linear head.*model_type 'roberta'"):
         load_model(tmp_path)
 
 

@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from oldlogits.models.mixed_kv import MixedForward
 from oldlogits.models.load import point_at
+from oldlogits.models.mixed_kv import MixedForward
 from oldlogits.models.scorer import score_tokens
 
 from ..builders import batch_of, sampled, trajectory

@@ -16,9 +16,9 @@ from transformers import AutoConfig
 
 from oldlogits.batch import TokenBatch, micro_batches
 from oldlogits.config import config_from_table
+from oldlogits.core.engine_spec import EngineSpec
 from oldlogits.core.errors import ModelFolderError
 from oldlogits.engines.embedded.engine import EngineCore
-from oldlogits.engines.spec import EngineSpec
 from oldlogits.models.load import load_model, named_weights
 from oldlogits.models.lora import add_adapters
 from oldlogits.models.mixed_kv import MixedForward

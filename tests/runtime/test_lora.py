@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 from oldlogits.batch import TokenBatch
 from oldlogits.cli.main import run as command
 from oldlogits.core.engine import Sampling
+from oldlogits.core.engine_spec import EngineSpec
 from oldlogits.core.errors import ExactnessError
 from oldlogits.core.policies import OLD
 from oldlogits.core.scoring import Scored
 from oldlogits.core.weights import FullWeights
 from oldlogits.engines.embedded.engine import EngineCore
-from oldlogits.engines.spec import EngineSpec
 from oldlogits.models.adapters import is_adapter
 from oldlogits.models.load import load_model
 from oldlogits.record.events import EventKind
@@ -77,7 +77,7 @@ def test_the_laws_hold_under_every_route_and_a_version_is_its_adapters(sections,
         assert summary[name] is None or summary[name] <= 1e-5, name
     tokens = tokens_of(out, "log_r_d", "staleness", "provenance")
     assert tokens["staleness"].max() > 0
-    if summary["provenance"].keys() == {"exact"} and sections.get("engine", {}).get("numerics") is None:
+    if summary["provenance"].keys() == {"exact"} and sections.get("engine", {}).get("precision") is None:
         assert np.abs(tokens["log_r_d"]).max() <= 1e-4, "two engines, one version"
     sent = [event.fields["bytes"] for event in events_of(out, EventKind.WEIGHTS_UPDATED)]
     size = 2 if sections.get("model", {}).get("forward_dtype") == "bf16" else 4
@@ -88,7 +88,7 @@ def test_the_laws_hold_under_every_route_and_a_version_is_its_adapters(sections,
 @pytest.mark.parametrize("numerics", ["fp32", "fp8"])
 def test_a_server_adds_the_adapters_to_its_own_folder(numerics, tiny_folder, tmp_path):
     with serving(tiny_folder, "--adapter-scale", str(ALPHA / RANK), "--numerics", numerics) as server:
-        engine = {"type": "vllm", "urls": [server.url], "numerics": numerics}
+        engine = {"type": "vllm", "urls": [server.url], "precision": numerics}
         out = trained(tiny_folder, tmp_path, runtime={"type": "local"}, engine=engine)
     check_accounting(out)
     assert max(event.fields["max_abs_error"] for event in events_of(out, EventKind.PROBE)) <= 1e-4

@@ -136,8 +136,8 @@ def test_a_server_that_a_killed_trainer_left_in_mid_update_can_be_used_again(ser
 @pytest.mark.parametrize(
     "engine, env, words",
     [
-        ({"token_env": "THE_TOKEN", "numerics": "fp8"}, {}, "engine.precision = 'fp32'"),
-        ({"token_env": "THE_TOKEN"}, {"max_tokens": 110}, "--max-context"),
+        ({"token_env": "THE_TOKEN", "precision": "fp8"}, {}, "engine.precision = 'fp32'"),
+        ({"token_env": "THE_TOKEN"}, {"max_episode_tokens": 110}, "--max-context"),
         ({}, {}, "engine.token_env"),
         ({"token_env": "NOT_SET"}, {}, "export NOT_SET"),
     ],
@@ -228,7 +228,7 @@ def test_servers_of_the_run_share_its_load_and_one_that_is_killed_is_started_aga
         pids.extend(servers_of_this_process())
         os.killpg(pids[0], signal.SIGKILL)
 
-    engine = {"start": "embedded", "num_servers": 2, "max_num_seqs": 16}
+    engine = {"server": "embedded", "num_servers": 2, "max_num_seqs": 16}
     run = train_until(tmp_path, tiny_folder, kill, (EventKind.SERVER_UP, 1), engine=engine)
     assert len(pids) == 2
     assert len(events_of(run, EventKind.SERVER_DOWN)) == 1
@@ -239,4 +239,4 @@ def test_servers_of_the_run_share_its_load_and_one_that_is_killed_is_started_aga
 
 def servers_of_this_process():
     children = [int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
-    return [pid for pid in children if b"leash.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [pid for pid in children if b"reaper.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from oldlogits.core.engine import Sampling
+from oldlogits.core.engine_spec import EngineSpec
 from oldlogits.engines.embedded.engine import EngineCore
 from oldlogits.engines.embedded.numerics import Numerics
-from oldlogits.engines.spec import EngineSpec
 from oldlogits.models.load import load_model, named_weights
 from oldlogits.run.specs import trainer_spec
 from oldlogits.train import engine_view

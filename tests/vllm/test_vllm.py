@@ -119,9 +119,9 @@ def test_vllm_gets_adapters_and_adds_them_to_its_own_folder(tmp_path):
 
 
 def groups_of_servers():
-    """The process groups of the servers that this process has started: each is led by its leash."""
+    """The process groups of the servers that this process has started: each is led by its reaper."""
     children = [int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
-    return [pid for pid in children if b"leash.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [pid for pid in children if b"reaper.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def always_mapped(group, *, seconds=3.0):

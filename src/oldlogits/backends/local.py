@@ -13,12 +13,12 @@ import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 
-from oldlogits.backends.open_engine import OpenEngine, open_engine
 from oldlogits.backends.processes import ModelProcess, start_scorer, start_trainer
 from oldlogits.config import Caution
+from oldlogits.core.engine import OpenEngine
+from oldlogits.core.engine_stats import EngineStats, Incident
 from oldlogits.core.scoring import DedicatedScorer
 from oldlogits.engines.shared_memory import unshare, unshare_ended
-from oldlogits.engines.spec import EngineStats, Incident
 from oldlogits.loop.backend import Backend, BackendSpec
 from oldlogits.rollout.environment_runner import ThreadRunner
 from oldlogits.rpc.client import client
@@ -53,7 +53,7 @@ async def open_local(spec: BackendSpec) -> AsyncIterator[LocalBackend]:
         unshare_ended()
         stack.callback(unshare, os.getpid())
         with _ignoring_interrupts():
-            opened = await stack.enter_async_context(open_engine(spec))
+            opened = await stack.enter_async_context(spec.engine.open(spec.sampler, spec.servers))
             trainer = start_trainer(spec.trainer, spec.model_folder, spec.probe_ids)
             stack.callback(trainer.close)
             scorer = start_scorer(spec.scorer, spec.model_folder, spec.probe_ids) if spec.scorer is not None else None

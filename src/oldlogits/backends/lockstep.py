@@ -22,12 +22,11 @@ from typing import ClassVar, Literal
 from oldlogits.backends.lag import Plan, draw_plan
 from oldlogits.backends.torchrun.dispatch import open_trainer
 from oldlogits.config.schema import LockstepConfig
-from oldlogits.core.engine import EngineCapabilities, Generation, Sampling, trajectory_of
+from oldlogits.core.engine import EngineCapabilities, Generation, Sampling, StepwiseEngine, trajectory_of
+from oldlogits.core.engine_stats import EngineStats
 from oldlogits.core.errors import AccountingError
 from oldlogits.core.scoring import DedicatedScorer
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
-from oldlogits.engines.embedded.engine import EmbeddedEngine, EngineCore
-from oldlogits.engines.spec import EngineStats
 from oldlogits.loop.backend import Backend, BackendSpec
 from oldlogits.models.device import configure_process
 from oldlogits.rollout.buffer import Buffer
@@ -44,7 +43,7 @@ SETTLE_ROUNDS = 8
 
 
 class LockstepEngine:
-    """The embedded engine under lag plans; a `RolloutEngine`.
+    """An engine under lag plans; a `RolloutEngine`.
 
     Args:
         engine: Samples.
@@ -53,7 +52,7 @@ class LockstepEngine:
         prompts_per_update: Groups that one version of the trainer consumes.
     """
 
-    def __init__(self, engine: EmbeddedEngine, config: LockstepConfig, *, seed: int, prompts_per_update: int) -> None:
+    def __init__(self, engine: StepwiseEngine, config: LockstepConfig, *, seed: int, prompts_per_update: int) -> None:
         self._engine, self._config, self._seed, self._prompts_per_update = engine, config, seed, prompts_per_update
         self._plans: dict[str, Plan] = {}
         self._sampled: dict[str, int] = {}  # tokens at the current version, by trajectory
@@ -137,7 +136,7 @@ class LockstepEngine:
     def _release(self) -> None:
         """Apply the current allowances, and let held trajectories look at theirs again."""
         for request in self._running:
-            self._engine.core.set_quota(request, self._quota(request))
+            self._engine.set_quota(request, self._quota(request))
         held, self._held = self._held, []
         for future in held:
             if not future.done():
@@ -147,7 +146,7 @@ class LockstepEngine:
         """Wait until nothing can sample at this version any more."""
         idle_rounds = 0
         while idle_rounds < 3:
-            idle_rounds = idle_rounds + 1 if self._engine.core.idle else 0
+            idle_rounds = idle_rounds + 1 if self._engine.idle else 0
             await self._yield()
 
     @staticmethod
@@ -190,18 +189,18 @@ class LockstepBackend(Backend):
     def __init__(
         self,
         engine: LockstepEngine,
-        core: EngineCore,
+        sampler: StepwiseEngine,
         driver: asyncio.Task[None],
         *,
         trainer: TrainerCalls,
         scorer: DedicatedScorer | None,
     ) -> None:
         super().__init__(engine=engine, trainer=trainer, run_environment=run_inline, scorer=scorer, workers=[driver])
-        self._lockstep, self._core = engine, core
+        self._lockstep, self._sampler = engine, sampler
 
     async def engine_stats(self) -> EngineStats:
         """The engine's counters."""
-        return self._core.stats
+        return await self._sampler.stats()
 
     def watch(self, buffer: Buffer) -> None:
         """Take the order of training from this buffer."""
@@ -214,17 +213,15 @@ async def open_lockstep(spec: BackendSpec) -> AsyncIterator[LockstepBackend]:
     trainer = spec.trainer
     in_flight = (spec.lockstep.max_lag + 1) * spec.rollout.prompts_per_update * spec.rollout.group_size
     num_seqs = max(spec.sampler.max_num_seqs, in_flight + 1)  # held trajectories keep their slots; one for the probe
-    core = EngineCore(replace(spec.sampler, max_num_seqs=num_seqs))
-    engine = LockstepEngine(
-        EmbeddedEngine(core), spec.lockstep, seed=spec.seed, prompts_per_update=spec.rollout.prompts_per_update
-    )
+    sampler = spec.engine.build(replace(spec.sampler, max_num_seqs=num_seqs))
+    engine = LockstepEngine(sampler, spec.lockstep, seed=spec.seed, prompts_per_update=spec.rollout.prompts_per_update)
     configure_process(num_threads=trainer.trainer.num_threads, seed=trainer.seed)
     carry_out = open_trainer(trainer, spec.model_folder, spec.probe_ids, time.perf_counter)
     calls = client(TrainerCalls, Inline(carry_out))  # type: ignore[type-abstract]
     scorer = _scorer(spec)
     driver = asyncio.create_task(engine.drive())
     try:
-        yield LockstepBackend(engine, core, driver, trainer=calls, scorer=scorer)
+        yield LockstepBackend(engine, sampler, driver, trainer=calls, scorer=scorer)
     finally:
         driver.cancel()
 

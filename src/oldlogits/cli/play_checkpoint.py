@@ -12,12 +12,12 @@ from oldlogits.cli.player import EndedEarlyError, Role
 from oldlogits.config import check_model_folder, config_from_table
 from oldlogits.config.schema import EnvConfig
 from oldlogits.core.engine import Sampling
+from oldlogits.core.engine_spec import EngineSpec
 from oldlogits.core.environment import Environment
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.parser import PARSERS, Malformed, ToolCall
 from oldlogits.engines.embedded.engine import EngineCore
 from oldlogits.engines.embedded.model_folder import read_config
-from oldlogits.engines.spec import EngineSpec
 from oldlogits.envs.tools import tool_schemas
 from oldlogits.models.chat import ChatFormat
 from oldlogits.models.load import load_tokenizer

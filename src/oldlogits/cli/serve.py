@@ -15,6 +15,7 @@ import tyro
 
 from oldlogits.config import RunConfig
 from oldlogits.config.schema import ModelConfig
+from oldlogits.core.engine_spec import EngineSpec
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.processes import name_process
 from oldlogits.envs.base import load_environment
@@ -22,7 +23,7 @@ from oldlogits.run.start import prepare_model
 
 if TYPE_CHECKING:
     from oldlogits.engines.embedded.process import EngineProcess
-    from oldlogits.engines.server.app import Served
+    from oldlogits.engines.server.served import Served
 
 TOKEN_VARIABLE: Final = "OLDLOGITS_TOKEN"
 """The environment variable that a token is read from, where it stays out of process lists."""
@@ -69,8 +70,8 @@ def command(arguments: Sequence[str]) -> int:
         )
     from oldlogits.engines.embedded.model_folder import read_config
     from oldlogits.engines.embedded.process import EngineProcess
-    from oldlogits.engines.server.app import Served, check_host
-    from oldlogits.engines.spec import EngineSpec
+    from oldlogits.engines.server.app import check_host
+    from oldlogits.engines.server.served import Served
 
     token = options.token or os.environ.get(TOKEN_VARIABLE, "")
     check_host(options.host, token)

@@ -71,7 +71,7 @@ def said(config: RunConfig, *keys: str) -> str:
     )
 
 
-MODEL_FIX = f"pass --model.path FOLDER, or the name of a starting model: {', '.join(MODELS.names)}"
+MODEL_FIX = f"pass --model.path FOLDER, or a starting model ({', '.join(MODELS.names)}), such as --model.path {MODELS.names[0]}"
 
 
 def check_model_folder(folder: Path, fix: str = MODEL_FIX) -> None:

@@ -10,14 +10,15 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from oldlogits.config.kinds import ENGINES, SERVER_PROTOCOLS
 from oldlogits.config.ranges import AboveOne, AboveZero, Auto, Count, Decay, NotNegative, Positive, Share
 from oldlogits.config.systems import EngineConfig, LockstepConfig, RayConfig, RuntimeConfig, VersionsConfig
 from oldlogits.core.backend import BACKENDS
+from oldlogits.core.engine import ENGINES
 from oldlogits.core.environment import ADAPTERS
 from oldlogits.core.loss import LOSSES
 from oldlogits.core.parser import PARSERS
 from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, VARIANTS
+from oldlogits.core.server import SERVER_PROTOCOLS
 from oldlogits.core.source import SOURCES
 
 __all__ = [

@@ -6,13 +6,14 @@ from dataclasses import fields
 from typing import Final
 from urllib.parse import urlsplit
 
-from oldlogits.config.kinds import ENGINES, SERVER_PROTOCOLS
 from oldlogits.config.schema import EngineConfig, RayConfig, RunConfig
 from oldlogits.core.backend import BACKENDS
+from oldlogits.core.engine import ENGINES
 from oldlogits.core.errors import ConfigError
+from oldlogits.core.server import SERVER_PROTOCOLS
 
 _OF_SERVERS: Final = ("urls", "token_env", "server", "num_servers", "flags", "python")
-_OF_STARTED: Final = ("server", "num_servers", "flags", "python")
+_OF_STARTED: Final = ("num_servers", "flags", "python")
 
 
 def check_servers(config: RunConfig) -> None:
@@ -67,7 +68,14 @@ def _check_ray(config: RunConfig) -> None:
             allowed="ray.trainer_gpus > 0",
             fix="ray.trainer_gpus = 1",
         )
-    engine = config.engine
+    engine, kind = config.engine, ENGINES.find(config.engine.type)()
+    if not kind.has_servers and not kind.served_by:
+        raise ConfigError(
+            "workers of the runtime ray sample on servers, and no server offers this engine",
+            got=f"engine.type = '{engine.type}', runtime.type = '{config.runtime.type}'",
+            allowed="engine.type = 'vllm' or 'embedded', or an engine whose `served_by` names a server protocol",
+            fix="set engine.type = 'vllm' and engine.server, or runtime.type = 'local'",
+        )
     if engine.urls or engine.num_servers != 1:
         raise ConfigError(
             "with the runtime ray every worker has one server of its own",

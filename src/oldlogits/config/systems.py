@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
-from oldlogits.config.kinds import ENGINES, SERVER_PROTOCOLS
 from oldlogits.config.ranges import AboveZero, Auto, Count, NotNegative, Positive
 from oldlogits.core.backend import BACKENDS
+from oldlogits.core.engine import ENGINES
+from oldlogits.core.server import SERVER_PROTOCOLS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +18,7 @@ class EngineConfig:
     """The engine that samples."""
 
     type: Annotated[str, ENGINES] = "embedded"
-    """embedded: a process of the run. vllm: servers that speak vLLM's HTTP routes, of the run's own or running already."""
+    """embedded: a process of the run. vllm: servers over HTTP, of the run's own or running already."""
     precision: Literal["fp32", "bf16", "fp8", "int8", "int4", "fp8_dynamic"] = "fp32"
     """The engine's numerics; the embedded engine emulates all but fp32, which gives a real training-inference mismatch."""
     max_num_seqs: Positive = 128
@@ -33,7 +34,7 @@ class EngineConfig:
     token_env: str = ""
     """engine.urls only: the environment variable that holds their bearer token; empty: they want none."""
     server: Annotated[str, SERVER_PROTOCOLS] = "vllm"
-    """vllm without urls: what the run starts: vLLM, or the embedded engine behind the same routes (`oldlogits serve`)."""
+    """vllm only: what the servers are. embedded: `oldlogits serve`, the embedded engine behind vLLM's routes."""
     num_servers: Positive = 1
     """vllm without urls: how many servers the run starts."""
     flags: tuple[str, ...] = ()

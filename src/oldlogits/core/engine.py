@@ -1,13 +1,22 @@
-"""The engine that samples: what it is asked for, and what it returns."""
+"""The engine that samples: what it is asked for, what it returns, and the seam through which a kind of engine is added.
+
+recipe: engine.type = "embedded" | "vllm" | "package.module:Name"
+-> ENGINES.find(name)() -> EngineKind, whose attributes say what may be asked of such an engine
+-> EngineKind.open(EngineSpec, ServerOptions) -> OpenEngine, which holds a RolloutEngine
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import ClassVar, Final, Literal, Protocol, runtime_checkable
 
+from oldlogits.core.engine_spec import EngineSpec, ServerOptions
+from oldlogits.core.engine_stats import EngineStats, Incident
 from oldlogits.core.errors import ConfigError, MissingLogprobError, TrajectoryError
+from oldlogits.core.registry import Registry
 from oldlogits.core.trajectory import KV
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
 
@@ -158,3 +167,122 @@ class RolloutEngine(Protocol):
 def trajectory_of(request_id: str) -> str:
     """The trajectory whose turn a request to the engine is: requests are named ``{trajectory}/{turn}``."""
     return request_id.rpartition("/")[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenEngine:
+    """An engine that is being started.
+
+    Args:
+        engine: Samples, once `ready` has returned.
+        stats: Returns its counters.
+        ready: Waits until it can be used.
+        supervise: Runs beside it, where it must be watched; ends only by an error.
+        listen: Takes a function that is told what happens to servers.
+    """
+
+    engine: RolloutEngine
+    stats: Callable[[], Awaitable[EngineStats]]
+    ready: Callable[[], Awaitable[None]]
+    supervise: Callable[[], Coroutine[None, None, None]] | None = None
+    listen: Callable[[Callable[[Incident], None]], None] = lambda hear: None
+
+
+class StepwiseEngine(RolloutEngine, Protocol):
+    """An engine of the caller's process that samples only while the caller steps it: what lockstep needs."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether a step would do nothing: the engine is paused, or no request can go on."""
+        ...
+
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str, *, quota: int | None = None
+    ) -> Generation:
+        """Sample a completion; waits through pauses and updates, and at `quota` sampled tokens until the quota is raised."""
+        ...
+
+    def set_quota(self, request_id: str, num_tokens: int | None) -> None:
+        """Hold a request once it has sampled so many tokens; None lifts the quota. Does nothing to a request that ended."""
+        ...
+
+    def drive_once(self) -> bool:
+        """Take one step; returns False if there was nothing to do."""
+        ...
+
+    async def stats(self) -> EngineStats:
+        """Return the counters."""
+        ...
+
+
+class EngineKind(Protocol):
+    """A kind of engine: what a recipe may ask of it, and how it is opened.
+
+    One's own inherits from this class and defines what differs; `engine.type = "package.module:Name"` names it. Its module
+    is imported when a recipe is read, so it imports heavy packages inside its methods only.
+    """
+
+    has_servers: ClassVar[bool] = False
+    """Whether it samples on servers, so that engine.urls, engine.server and the keys beside them have an effect."""
+    kv_modes: ClassVar[frozenset[Literal["recompute", "stale"]]] = frozenset({"recompute"})
+    """What it can do with keys and values of running sequences when the weights change."""
+    is_stepwise: ClassVar[bool] = False
+    """Whether `build` makes a `StepwiseEngine`."""
+    served_by: ClassVar[str] = ""
+    """Without servers of its own: the server protocol that offers it over HTTP; empty: none does."""
+
+    def check(self, spec: EngineSpec, servers: ServerOptions) -> None:
+        """Refuse a model folder, numerics or a size that this engine cannot run.
+
+        Args:
+            spec: The model, whose folder may hold its config.json only, and the size.
+            servers: What the recipe says of servers.
+
+        Raises:
+            ModelFolderError: The model is of a family that it does not implement.
+            ConfigError: The numerics or the size are out of range.
+        """
+        return
+
+    def open(self, spec: EngineSpec, servers: ServerOptions) -> AbstractAsyncContextManager[OpenEngine]:
+        """Start an engine; on leaving nothing of it stays behind.
+
+        Args:
+            spec: The model and the size.
+            servers: What the recipe says of servers.
+        """
+        ...
+
+    def build(self, spec: EngineSpec) -> StepwiseEngine:
+        """Make an engine of this process that the caller steps; called only where `is_stepwise` says so."""
+        raise NotImplementedError
+
+    def weight_bytes(self, spec: EngineSpec, *, num_parameters: int, head_parameters: int) -> int:
+        """Estimate the bytes of the weights that one engine computes with.
+
+        Args:
+            spec: The numerics, and whether there are adapters.
+            num_parameters: The model's, a tied head counted once.
+            head_parameters: The head's, where it is tied; else 0.
+        """
+        return 4 * num_parameters
+
+    def cache_bytes(self, spec: EngineSpec, *, token_bytes: int) -> int:
+        """Estimate the bytes of keys and values that the engine holds; 0 where it fits itself into the memory it finds.
+
+        Args:
+            spec: The size.
+            token_bytes: The fp32 keys and values of one token.
+        """
+        return 0
+
+
+ENGINES: Final = Registry[type[EngineKind]](
+    "engine",
+    key="engine.type",
+    builtin={
+        "embedded": "oldlogits.engines.embedded.kind:EmbeddedKind",
+        "vllm": "oldlogits.engines.http.kind:HttpKind",
+    },
+    needs=("open", "check", "has_servers"),
+)

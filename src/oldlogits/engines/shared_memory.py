@@ -1,23 +1,126 @@
-"""Weights on their way to another process of this machine: files in shared memory."""
+"""Weights on their way to other processes of this machine: files in shared memory.
+
+`HostWeights` is the one copy that all engines of a host take over; `share` and `share_bytes` make files for one reader.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import mmap
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 from zlib import crc32
 
 from safetensors.torch import save_file
 from torch import Tensor
 
+from oldlogits.core.errors import ReceiverBehindError
+from oldlogits.core.server import SharedWeights
+from oldlogits.core.weights import FullWeights, PatchWeights, PolicyVersion, WeightUpdate
+from oldlogits.versions import HostCopy
+
 _SHARED_MEMORY: Final = Path("/dev/shm")
 _SUFFIX: Final = ".weights"
+
+
+class HostWeights:
+    """The newest version in a `HostCopy`: patches are applied to it, full weights replace it; `close` it when done."""
+
+    def __init__(self) -> None:
+        self._copy: HostCopy | None = None
+
+    def take(self, update: WeightUpdate, version: PolicyVersion) -> Path:
+        """Bring the copy to a version, once all engines have read the one before.
+
+        Returns:
+            The file, which engines open as `HostCopy` and read at `version`; the same one while names and shapes are.
+
+        Raises:
+            ReceiverBehindError: Patches do not lead on from what is held: give full weights.
+        """
+        if isinstance(update, PatchWeights):
+            if self._copy is None:
+                raise ReceiverBehindError(
+                    "the receiver has no weights yet",
+                    got=f"patches from version {update.base}",
+                    allowed="full weights first",
+                    fix="send the full weights of the version once",
+                )
+            self._copy.take(update.patches, update.base, version)
+        elif not self._loaded(update, version):
+            self.close()
+            self._copy = HostCopy.create(shared_file(update.num_bytes), update.tensors, version)
+        assert self._copy is not None
+        return self._copy.path
+
+    def _loaded(self, update: FullWeights, version: PolicyVersion) -> bool:
+        """Whether full weights are in the copy that is there; a reader that hangs in it keeps its own, unlinked file."""
+        if self._copy is None or not self._copy.fits(update.tensors):
+            return False
+        try:
+            self._copy.load(update.tensors, version)
+        except ReceiverBehindError:
+            return False
+        return True
+
+    @contextmanager
+    def read(self) -> Iterator[Mapping[str, Tensor]]:
+        """The weights that are held, by name."""
+        assert self._copy is not None, "weights were taken before"
+        with self._copy.read(self._copy.version) as weights:
+            yield weights
+
+    def close(self) -> None:
+        """Delete the file; who has it open keeps it."""
+        if self._copy is not None:
+            self._copy.path.unlink(missing_ok=True)
+            self._copy = None
+
+
+class WeightTransport(Protocol):
+    """Brings weights to where servers read them."""
+
+    @property
+    def num_copies(self) -> int:
+        """How many copies of the weights it keeps."""
+        ...
+
+    async def take(self, update: WeightUpdate, version: PolicyVersion) -> SharedWeights:
+        """Make a version ready; returns where servers find it.
+
+        Raises:
+            ReceiverBehindError: Patches do not lead on from what is there: give full weights.
+        """
+        ...
+
+    def close(self) -> None:
+        """Leave no file."""
+        ...
+
+
+class OnThisHost:
+    """A `WeightTransport` for servers of this machine."""
+
+    num_copies: Final = 1
+
+    def __init__(self) -> None:
+        self._weights = HostWeights()
+
+    async def take(self, update: WeightUpdate, version: PolicyVersion) -> SharedWeights:
+        """Bring this host's copy to a version."""
+        path = await asyncio.to_thread(self._weights.take, update, version)
+        return SharedWeights(path=path, version=version)
+
+    def close(self) -> None:
+        """Delete the copy."""
+        self._weights.close()
 
 
 def share(tensors: Mapping[str, Tensor]) -> Path:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import ClassVar
 
 from oldlogits.config import Caution
-from oldlogits.config.schema import EngineConfig, EnvConfig, LockstepConfig, RayConfig, RolloutConfig
-from oldlogits.core.engine import RolloutEngine
+from oldlogits.config.schema import EnvConfig, LockstepConfig, RayConfig, RolloutConfig
+from oldlogits.core.engine import EngineKind, RolloutEngine
+from oldlogits.core.engine_spec import EngineSpec, ServerOptions
+from oldlogits.core.engine_stats import EngineStats, Incident
 from oldlogits.core.environment import Environment
 from oldlogits.core.scoring import DedicatedScorer
-from oldlogits.engines.spec import EngineSpec, EngineStats, Incident
 from oldlogits.rollout.buffer import Buffer
 from oldlogits.rollout.turns import EnvironmentRunner
 from oldlogits.train.calls import TrainerCalls
@@ -31,8 +32,9 @@ class BackendSpec:
         folder: The run folder; servers leave their messages there.
         trainer: What the trainer is told.
         scorer: What the dedicated scorer is told; None: the source needs none.
-        sampler: What the embedded engine is told.
-        engine: The engine's section.
+        engine: The kind of engine.
+        sampler: What the engine is told.
+        servers: What the recipe says of servers.
         env: The environments' section.
         rollout: The section of groups of episodes.
         lockstep: The section of the backend lockstep.
@@ -45,8 +47,9 @@ class BackendSpec:
     folder: Path
     trainer: TrainerSpec
     scorer: ScorerSpec | None
+    engine: EngineKind
     sampler: EngineSpec
-    engine: EngineConfig
+    servers: ServerOptions
     env: EnvConfig
     rollout: RolloutConfig
     lockstep: LockstepConfig

@@ -9,10 +9,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from oldlogits.config import Caution, RunConfig
+from oldlogits.core.engine_stats import Incident
 from oldlogits.core.policies import find_variant
 from oldlogits.core.scoring import Scored
 from oldlogits.core.trajectory import Sampled, Segment, Trajectory, TrajectoryGroup
-from oldlogits.engines.spec import Incident
 from oldlogits.loop.audit import ResetEffect
 from oldlogits.loop.calibration import Calibration
 from oldlogits.loop.probe import ProbeResult
@@ -79,7 +79,7 @@ class RunLogger:
         )
 
     def warm_started(self, steps: int, loss: float, seconds_s: float) -> None:
-        """The tiny model is ready, after `steps` supervised steps, or after none when it was cached."""
+        """The starting model is ready, after `steps` supervised steps, or after none when it was cached."""
         self.events.emit(EventKind.WARM_START, version=-1, steps=steps, loss=loss, cached=steps == 0, seconds_s=seconds_s)
 
     def evaluation(self, stage: Stage, mode: str, rate: Interval, *, version: int, seconds_s: float) -> None:

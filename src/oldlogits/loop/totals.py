@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from oldlogits.config import RunConfig
+from oldlogits.core.engine_stats import Incident
 from oldlogits.core.weights import StoreReceipt
-from oldlogits.engines.spec import Incident
 from oldlogits.record.summary import Ended, Interval, Summary, paired_gain, wilson
 from oldlogits.rollout.buffer import Buffer
 from oldlogits.rollout.groups import is_success

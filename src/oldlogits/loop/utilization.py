@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from oldlogits.engines.spec import EngineStats
-from oldlogits.engines.timing import Line
+from oldlogits.core.engine_stats import EngineStats, Line
 from oldlogits.train.reports import TrainerState
 
 

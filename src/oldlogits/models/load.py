@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -23,37 +24,52 @@ from transformers.utils import logging as transformers_logging
 
 from oldlogits.core.errors import ModelFolderError
 from oldlogits.models.adapters import is_adapter
+from oldlogits.models.head import check_head
 
 transformers_logging.disable_progress_bar()
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
-"""Model types that both the trainer and the embedded engine implement."""
+
+def read_model_config(folder: Path) -> PretrainedConfig:
+    """The config of a folder.
+
+    Raises:
+        ModelFolderError: There is none, or transformers does not know the family.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def meta_model(config: PretrainedConfig, folder: Path) -> PreTrainedModel:
+    """The model of a config, without storage.
+
+    Raises:
+        ModelFolderError: It is no causal language model, or one that cannot be trained here.
+    """
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise _unreadable(folder, error) from error
+    check_trainable(model, folder)
+    return model
 
 
 def load_model(folder: Path) -> PreTrainedModel:
-    """The model of a folder, fp32, dropout off.
+    """The model of a folder, of whatever family, fp32, dropout off.
 
     Raises:
-        ModelFolderError: The folder holds no causal language model of a supported family, or not all of its weights.
+        ModelFolderError: The folder holds no causal language model, or not all of its weights, or one that cannot be
+            trained here.
     """
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelFolderError(
-            "the model folder cannot be loaded",
-            got=f"{folder}: {error}",
-            allowed=f"a Hugging Face folder of the families {', '.join(FAMILIES)}",
-            fix="check the folder with transformers' AutoModelForCausalLM.from_pretrained",
-        ) from error
-    if model.config.model_type not in FAMILIES:
-        raise ModelFolderError(
-            "the model's family is not supported",
-            got=f"model_type '{model.config.model_type}' in {folder}",
-            allowed=", ".join(FAMILIES),
-            fix="choose a model of one of these families",
-        )
+        raise _unreadable(folder, error) from error
+    check_trainable(model, folder)
     if info["missing_keys"]:
         raise ModelFolderError(
             "the model folder lacks weights, which would be drawn at random",
@@ -61,7 +77,44 @@ def load_model(folder: Path) -> PreTrainedModel:
             allowed="every weight of the model",
             fix="copy the folder again",
         )
-    return model.eval()
+    model.eval()
+    check_head(model, folder)
+    return model
+
+
+def check_trainable(model: PreTrainedModel, folder: Path) -> None:
+    """Refuse a model that the scorer and the sharding could not take apart.
+
+    Raises:
+        ModelFolderError: It is no linear output head over a stack of decoder layers.
+    """
+    if not isinstance(model.get_output_embeddings(), nn.Linear) or model.base_model is model or not _stacks(model):
+        raise ModelFolderError(
+            "the trainer cannot train this model",
+            got=f"a {type(model).__name__} (model_type '{model.config.model_type}') in {folder}",
+            allowed="one stack of num_hidden_layers decoder layers, and a linear output head beside it",
+            fix="choose another model",
+        )
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The layers of a decoder, whatever its family calls them."""
+    return _stacks(model)[0]
+
+
+def _stacks(model: PreTrainedModel) -> list[nn.ModuleList]:
+    num_layers = model.config.get_text_config().num_hidden_layers
+    lists = (module for module in model.base_model.modules() if isinstance(module, nn.ModuleList))
+    return [found for found in lists if len(found) == num_layers]
+
+
+def _unreadable(folder: Path, error: Exception) -> ModelFolderError:
+    return ModelFolderError(
+        "the model folder cannot be loaded",
+        got=f"{folder}: {error}",
+        allowed="a Hugging Face folder of a causal language model, such as llama, qwen2, qwen3, gemma or mistral",
+        fix="check the folder with transformers' AutoModelForCausalLM.from_pretrained",
+    )
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -129,7 +182,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def recompute_layers(model: PreTrainedModel) -> None:
     """Activation checkpointing: only what enters a layer is kept, the rest is computed again in the backward pass."""
-    for layer in model.base_model.layers:
+    for layer in decoder_layers(model):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
 
 

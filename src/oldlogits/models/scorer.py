@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from oldlogits.batch import MicroBatch, Sequences, shard_micro_batches
+from oldlogits.models.head import logits_of
 from oldlogits.models.ranks import ALONE, Ranks
 from oldlogits.models.sharding import in_one_forward
 
@@ -58,13 +59,12 @@ def head_logps(
 ) -> Float[Tensor, " action"]:
     """The log-probs of the micro-batch's tokens, given its final hidden states on its device; see `action_logps`."""
     hidden = hidden[micro.row, micro.column]
-    head = model.get_output_embeddings()
     chunks = range(0, len(hidden), head_chunk_tokens)
     recompute = torch.is_grad_enabled() and len(chunks) > 1
     pieces = []
     for start in chunks:
         part = slice(start, start + head_chunk_tokens)
-        arguments = (head, hidden[part], micro.targets[part], micro.temperature[part])
+        arguments = (model, hidden[part], micro.targets[part], micro.temperature[part])
         pieces.append(checkpoint(_head_logps, *arguments, use_reentrant=False) if recompute else _head_logps(*arguments))
     return torch.cat(pieces)
 
@@ -101,6 +101,6 @@ def score_tokens(
     return scores
 
 
-def _head_logps(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: Tensor) -> Tensor:
-    logits = head(hidden).float() / temperature.unsqueeze(1)
+def _head_logps(model: PreTrainedModel, hidden: Tensor, targets: Tensor, temperature: Tensor) -> Tensor:
+    logits = logits_of(model, hidden) / temperature.unsqueeze(1)
     return -nn.functional.cross_entropy(logits, targets, reduction="none")

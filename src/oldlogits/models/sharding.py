@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from oldlogits.models.load import version_parameters
+from oldlogits.models.load import decoder_layers, version_parameters
 from oldlogits.models.ranks import Ranks
 
 R = TypeVar("R")
@@ -35,7 +35,7 @@ def place_model(model: PreTrainedModel, ranks: Ranks) -> None:
     if ranks.mesh is None:
         model.to(ranks.device)
         return
-    for layer in model.base_model.layers:
+    for layer in decoder_layers(model):
         fully_shard(layer, mesh=ranks.mesh)
     fully_shard(model, mesh=ranks.mesh, reshard_after_forward=True)
     setattr(model, _COMPUTE, MethodType(_computed, model))

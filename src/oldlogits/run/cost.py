@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from oldlogits.config import RunConfig
+from oldlogits.config.engine import engine_spec, server_options
+from oldlogits.core.backend import BACKENDS
+from oldlogits.core.engine import ENGINES
 from oldlogits.core.source import SOURCES
 from oldlogits.core.starting_model import MODELS, DescribedModel, is_model_folder
-from oldlogits.engines.embedded.model_folder import read_config
+from oldlogits.models.load import decoder_layers, meta_model, read_model_config
 
 RANKS: Final = (1, 2, 4, 8)
 """Numbers of ranks that share a trainer, for which its bytes are said."""
@@ -158,7 +160,7 @@ def _cost(config: RunConfig, shape: ModelShape) -> Cost:
     patch = _patch_bytes(config, version)
     own_head = shape.head_parameters if shape.is_tied else 0
     per_token = 2 * 4 * shape.layers * shape.kv_heads * shape.head_dim
-    embedded = config.engine.type == "embedded"
+    kind, spec = ENGINES.find(config.engine.type)(), engine_spec(config, Path(config.model.path))
     stored, source = _stored_versions(config), SOURCES.find(config.proximal.source)
     return Cost(
         shape=shape,
@@ -173,8 +175,8 @@ def _cost(config: RunConfig, shape: ModelShape) -> Cost:
         scorer_bytes=masters + version + patch * config.proximal.scorer_versions if source.needs_scorer else 0,
         average_bytes=4 * trained if source.keeps_average else 0,
         view_bytes=0 if config.engine.precision == "fp32" else 4 * (num + own_head),
-        engine_bytes=_engine_bytes(config, num, own_head),
-        cache_bytes=config.engine.max_num_seqs * config.env.max_episode_tokens * per_token if embedded else 0,
+        engine_bytes=kind.weight_bytes(spec, num_parameters=num, head_parameters=own_head),
+        cache_bytes=kind.cache_bytes(spec, token_bytes=per_token),
         mixed_bytes=_most_chains(config) * config.env.max_episode_tokens * per_token,
         sync_bytes=patch if _sends_patches(config, version, patch) else version,
     )
@@ -200,13 +202,6 @@ def activation_bytes(config: RunConfig, shape: ModelShape) -> int:
     return 4 * (tokens * (kept + 3 * s.hidden + 2 * s.head_dim + 8) + head + rounded)
 
 
-def _engine_bytes(config: RunConfig, num: int, own_head: int) -> int:
-    """The weights that an engine computes with, and with adapters their base."""
-    if config.engine.type != "embedded":
-        return (4 if config.engine.precision == "fp32" else 2) * num
-    return 4 * (num + own_head + (num if config.model.lora_rank else 0))
-
-
 def _forward_size(config: RunConfig) -> int:
     """Bytes of one forward weight."""
     return 2 if config.model.forward_dtype == "bf16" else 4
@@ -225,7 +220,7 @@ def _patch_bytes(config: RunConfig, version_bytes: int) -> int:
 def _sends_patches(config: RunConfig, version_bytes: int, patch_bytes: int) -> bool:
     stores = _stored_versions(config) > 0
     return (
-        config.runtime.type != "lockstep"
+        not BACKENDS.find(config.runtime.type).steps_engine
         and config.engine.weight_sync == "auto"
         and stores
         and 2 * patch_bytes <= version_bytes
@@ -248,45 +243,49 @@ def _model(config: RunConfig) -> PreTrainedModel | None:
     """The recipe's model without storage; None: its config is not known yet.
 
     Raises:
-        ModelFolderError: The model is of another family.
+        ModelFolderError: Its engine or the trainer cannot run the model.
     """
     folder = Path(config.model.path)
-    if is_model_folder(config.model.path):
-        if not (folder / "config.json").is_file():
-            return None
-        read_config(folder)
-        found = AutoConfig.from_pretrained(folder, local_files_only=True)
-    else:
+    if not is_model_folder(config.model.path):
         starting = MODELS.find(config.model.path)
-        if not isinstance(starting, DescribedModel):
-            return None
-        found = starting.architecture()
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(found)
-        return model
+        return meta_model(starting.architecture(), folder) if isinstance(starting, DescribedModel) else None
+    if not (folder / "config.json").is_file():
+        return None
+    spec = replace(engine_spec(config, folder), max_context=2)  # whether it is long enough is asked when it runs
+    ENGINES.find(config.engine.type)().check(spec, server_options(config))
+    return meta_model(read_model_config(folder), folder)
 
 
 def _shape_of(model: PreTrainedModel, config: RunConfig) -> ModelShape:
-    c = model.config
+    c = model.config.get_text_config()
     num = sum(p.numel() for p in model.parameters())
     linear = [m for name, m in model.named_modules() if name.rpartition(".")[2] in config.model.lora_targets]
     adapters = config.model.lora_rank * sum(sum(layer.weight.shape) for layer in linear)
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    layers = decoder_layers(model)
     return ModelShape(
         num_parameters=num,
         trained_parameters=adapters or num,
         head_parameters=head.numel(),
         is_tied=head is embedding,
-        layer_parameters=max(sum(p.numel() for p in layer.parameters()) for layer in model.base_model.layers),
-        layers=c.num_hidden_layers,
+        layer_parameters=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
+        layers=len(layers),
         hidden=c.hidden_size,
         heads=c.num_attention_heads,
-        kv_heads=c.num_key_value_heads,
+        kv_heads=getattr(c, "num_key_value_heads", None) or c.num_attention_heads,  # families without grouped heads
         head_dim=getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,  # Qwen2 has none
-        mlp=c.moe_intermediate_size * c.num_experts_per_tok if c.model_type == "qwen3_moe" else c.intermediate_size,
+        mlp=_mlp_width(c),
         vocabulary=c.vocab_size,
-        norms_heads=c.model_type in ("qwen3", "qwen3_moe"),
+        norms_heads=any(name.endswith("q_norm") for name, _ in model.named_modules()),
     )
+
+
+def _mlp_width(config: PretrainedConfig) -> int:
+    """The width of what serves a token: of the MLP, or of a mixture's experts together."""
+    chosen, expert = getattr(config, "num_experts_per_tok", None), getattr(config, "moe_intermediate_size", None)
+    if chosen:
+        return int(chosen * (expert or config.intermediate_size))
+    return int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)  # GPT-2's default has none
 
 
 def _size(num_bytes: int) -> str:

@@ -15,12 +15,12 @@ from types import FrameType
 from rich.console import Console
 
 from oldlogits.config import RunConfig
-from oldlogits.core.engine import Sampling
+from oldlogits.config.engine import engine_spec, server_options
+from oldlogits.core.engine import ENGINES, Sampling
 from oldlogits.core.environment import Environment
 from oldlogits.core.errors import OldLogitsError
 from oldlogits.core.parser import PARSERS
 from oldlogits.core.starting_model import is_model_folder
-from oldlogits.engines.spec import EngineSpec
 from oldlogits.envs.base import system_prompt_of
 from oldlogits.envs.tools import tool_schemas
 from oldlogits.loop.backend import Backend, BackendSpec
@@ -113,7 +113,7 @@ def _check_task(config: RunConfig) -> type[Environment]:
     """Refuse an environment, rows or a model folder that cannot be used, before anything is written; return the environment."""
     environment_class, _ = load_tasks(config)
     if is_model_folder(config.model.path):
-        EngineSpec(model_path=config.model.path, max_context=config.env.max_episode_tokens).read_config()
+        ENGINES.find(config.engine.type)().check(engine_spec(config, Path(config.model.path)), server_options(config))
         ChatFormat(load_tokenizer(Path(config.model.path)))
     return environment_class
 

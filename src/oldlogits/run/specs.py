@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from oldlogits.config import RunConfig
+from oldlogits.config.engine import engine_spec, server_options
 from oldlogits.core.backend import BACKENDS, BackendKind
+from oldlogits.core.engine import ENGINES
 from oldlogits.core.source import SOURCES
-from oldlogits.engines.spec import EngineSpec
 from oldlogits.loop.backend import BackendSpec
 from oldlogits.train.spec import ScorerSpec, TrainerSpec
 
@@ -79,15 +80,9 @@ def backend_spec(
         folder=folder,
         trainer=trainer_spec(config),
         scorer=scorer_spec(config),
-        sampler=EngineSpec(
-            model_path=str(model_folder),
-            numerics=config.engine.precision,
-            max_num_seqs=config.engine.max_num_seqs,
-            max_context=config.env.max_episode_tokens,
-            seed=sampler_seed,
-            adapter_scale=config.model.adapter_scale,
-        ),
-        engine=config.engine,
+        engine=ENGINES.find(config.engine.type)(),
+        sampler=engine_spec(config, model_folder.resolve(), seed=sampler_seed),
+        servers=server_options(config, folder / "servers"),
         env=config.env,
         rollout=config.rollout,
         lockstep=config.lockstep,

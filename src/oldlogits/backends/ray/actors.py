@@ -26,10 +26,10 @@ from oldlogits.config.schema import EnvConfig
 from oldlogits.core.errors import OldLogitsError
 from oldlogits.core.processes import name_process
 from oldlogits.core.scoring import DedicatedScorer
+from oldlogits.core.server import LaunchSpec
 from oldlogits.core.weights import FullWeights, PatchWeights, PolicyVersion, WeightUpdate
-from oldlogits.engines.host_weights import HostWeights
-from oldlogits.engines.http.launch import Launched, LaunchSpec
-from oldlogits.engines.shared_memory import share_text, unshare
+from oldlogits.engines.http.launch import ServerProcess
+from oldlogits.engines.shared_memory import HostWeights, share_text, unshare
 from oldlogits.envs.base import load_environment
 from oldlogits.models.device import configure_process
 from oldlogits.rollout.environment_runner import ThreadRunner
@@ -176,7 +176,7 @@ class Worker:
     def __init__(self, spec: LaunchSpec, name: str, env: EnvConfig, node: Callable[[], Node]) -> None:
         name_process("worker")
         self._node = node()
-        self._server = Launched(replace(spec, address=self._node.address), name)
+        self._server = ServerProcess(replace(spec, address=self._node.address), name)
         self._class = load_environment(env.target, env.adapter)
         self._runner = ThreadRunner(timeout_s=env.timeout_s, latency_s=0.0, seed=0)
         self._environments: dict[int, object] = {}

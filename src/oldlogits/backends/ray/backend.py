@@ -21,7 +21,6 @@ from functools import partial
 from typing import Any
 
 from oldlogits.backends.local import cancel
-from oldlogits.backends.open_engine import samples_on_servers
 from oldlogits.backends.ray import actors, cluster
 from oldlogits.backends.ray.calls import ActorCalls
 from oldlogits.backends.ray.cluster import Actor
@@ -29,12 +28,12 @@ from oldlogits.backends.ray.remote_environments import AwaitingRunner, stand_in
 from oldlogits.backends.ray.weights import ClusterWeights
 from oldlogits.backends.ray.workers import Workers
 from oldlogits.config import Caution
+from oldlogits.core.engine_spec import ServerOptions
+from oldlogits.core.engine_stats import EngineStats, Incident
 from oldlogits.core.environment import Environment
 from oldlogits.core.scoring import DedicatedScorer
+from oldlogits.core.server import LaunchSpec
 from oldlogits.engines.http.engine import HttpEngine
-from oldlogits.engines.http.launch import LaunchSpec
-from oldlogits.engines.http.servers import Timeouts
-from oldlogits.engines.spec import EngineStats, Incident
 from oldlogits.loop.backend import Backend, BackendSpec
 from oldlogits.rpc.client import client
 from oldlogits.train.calls import TrainerCalls
@@ -132,44 +131,31 @@ async def open_ray(spec: BackendSpec) -> AsyncIterator[RayBackend]:
         places = await _reserve(spec)
         models = Models(spec, weights, places)
         await models.ready()
+        servers = _servers(spec)
         workers = Workers(
-            _maker(spec, places.workers),
+            _maker(spec, servers, places.workers),
             spec.folder,
             weights,
             num_workers=spec.ray.num_workers,
             environment_timeout_s=spec.env.timeout_s,
-            control_timeout_s=spec.engine.control_timeout_s,
+            servers=servers,
         )
-        engine = _engine(spec, workers, weights)
+        engine = HttpEngine(workers.replicas, spec.sampler, servers.timeouts, weights)
+        workers.fleet = engine.fleet
         stack.push_async_callback(engine.close)
         await engine.start()
         backend = RayBackend(spec, engine, workers, models)
-        watched = [engine.fleet.supervise(), workers.follow(), *models.watches()]
+        watched = [engine.supervise(), workers.follow(), *models.watches()]
         backend.workers = tuple(map(asyncio.create_task, watched))
         stack.push_async_callback(cancel, backend.workers)
         yield backend
 
 
-def _engine(spec: BackendSpec, workers: Workers, weights: ClusterWeights) -> HttpEngine:
-    """The servers of all workers as one engine."""
-    e = spec.engine
-    patience = Timeouts(
-        recover_s=e.recover_s,
-        request_s=e.request_timeout_s,
-        control_s=e.control_timeout_s,
-        start_s=spec.ray.start_timeout_s,
-        max_restarts=e.max_restarts,
-    )
-    engine = HttpEngine(
-        workers.hosts,
-        max_context=spec.sampler.max_context,
-        numerics=spec.sampler.numerics,
-        adapter_scale=spec.sampler.adapter_scale,
-        patience=patience,
-        weights=weights,
-    )
-    workers.fleet = engine.fleet
-    return engine
+def _servers(spec: BackendSpec) -> ServerOptions:
+    """What the workers' servers are: the engine's own, or those that offer an engine without servers."""
+    own = spec.servers.protocol if spec.engine.has_servers else spec.engine.served_by
+    timeouts = replace(spec.servers.timeouts, start_s=spec.ray.start_timeout_s)
+    return replace(spec.servers, protocol=own, log_folder=spec.servers.log_folder.resolve(), timeouts=timeouts)
 
 
 def _needed_cpus(spec: BackendSpec) -> int:
@@ -200,28 +186,16 @@ async def _reserve(spec: BackendSpec) -> Places:
     return Places(trainer=trainer, scorer=scorer, workers=workers)
 
 
-def _maker(spec: BackendSpec, places: Sequence[Place]) -> Callable[[int], Actor]:
+def _maker(spec: BackendSpec, servers: ServerOptions, places: Sequence[Place]) -> Callable[[int], Actor]:
     """Return what makes the actor of a worker: the first ones in the places that are reserved, later ones anywhere."""
-    r, e, sampler = spec.ray, spec.engine, spec.sampler
-    launch = LaunchSpec(
-        server=e.server if samples_on_servers(e) else "embedded",
-        model_path=str(spec.model_folder.resolve()),
-        numerics=sampler.numerics,
-        max_num_seqs=sampler.max_num_seqs,
-        max_context=sampler.max_context,
-        flags=e.flags,
-        python=e.python,
-        log_folder=(spec.folder / "servers").resolve(),
-        seed=sampler.seed,
-        adapter_scale=sampler.adapter_scale,
-    )
+    r, sampler = spec.ray, spec.sampler
     anywhere = partial(cluster.anywhere, cpus=r.worker_cpus, gpus=r.worker_gpus)
     node = partial(_node, cluster.node_address())
 
     def make(number: int) -> Actor:
         place = places[number] if number < len(places) else anywhere()
-        own = replace(launch, seed=launch.seed + number)
-        arguments = (own, f"worker-{number}", spec.env, node)
+        launch = LaunchSpec(engine=replace(sampler, seed=sampler.seed + number), servers=servers)
+        arguments = (launch, f"worker-{number}", spec.env, node)
         return Actor(actors.Worker, arguments, place=place, num_calls=1000)
 
     return make

@@ -10,9 +10,8 @@ from typing import cast
 from oldlogits.backends.ray import actors, cluster
 from oldlogits.backends.ray.cluster import Actor, ClusterError, Ref, fetch
 from oldlogits.core.errors import OldLogitsError, WorkerDiedError
+from oldlogits.core.server import ServerFailedError, SharedWeights
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
-from oldlogits.engines.http.client import ServerFailedError
-from oldlogits.engines.http.messages import Json
 
 
 class ClusterWeights:
@@ -48,7 +47,7 @@ class ClusterWeights:
             self._last = (update, cluster.put(actors.pack(update)))
         return self._last[1]
 
-    async def take(self, update: WeightUpdate, version: PolicyVersion) -> Json:
+    async def take(self, update: WeightUpdate, version: PolicyVersion) -> SharedWeights:
         """Bring the store and every node to a version; nodes that fail are supplied when their servers ask."""
         weights = self.reference(update)
         try:
@@ -59,7 +58,7 @@ class ClusterWeights:
             raise taken
         self._version = version
         await asyncio.gather(*(node.take(weights, version) for node in self._nodes.values()))
-        return {"version": version}
+        return SharedWeights(path=Path(), version=version)  # each node has a path of its own
 
     async def path(self, node_id: str) -> str:
         """The file of a node that holds the newest version.

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final, cast
@@ -16,11 +17,12 @@ from oldlogits.backends.ray.desired_workers import read_wanted
 from oldlogits.backends.ray.remote_environments import Place, PlaceLostError
 from oldlogits.backends.ray.weights import ClusterWeights
 from oldlogits.config import Caution
+from oldlogits.core.engine_spec import ServerOptions
 from oldlogits.core.errors import ConfigError
-from oldlogits.engines.http.client import Server, ServerFailedError
+from oldlogits.core.server import SERVER_PROTOCOLS, ServerFailedError, ServerProtocol, SharedWeights
+from oldlogits.engines.http.client import HttpClient
 from oldlogits.engines.http.fleet import Fleet
-from oldlogits.engines.http.messages import Json
-from oldlogits.engines.http.servers import Host
+from oldlogits.engines.http.replica import Replica
 from oldlogits.rollout.turns import EnvironmentFailed
 
 CALL_S: Final = 30.0
@@ -29,19 +31,19 @@ POLL_S: Final = 1.0
 """Between two looks at how many workers are wanted."""
 
 
-class RayServer(Server):
-    """The server of a worker, wherever it runs."""
+class RayTransport(HttpClient):
+    """Carries calls to the server of a worker, wherever it runs."""
 
     def __init__(self, worker: RayWorker, weights: ClusterWeights, *, control_timeout_s: float) -> None:
         super().__init__("http://127.0.0.1", token="", control_timeout_s=control_timeout_s)
         self._worker, self._weights = worker, weights
 
-    async def update(self, update_info: Json, label: str) -> None:
-        """Take over weights from its node's copy."""
-        assert isinstance(update_info, dict)
-        await super().update({**update_info, "path": await self._weights.path(self._worker.node_id)}, label)
+    async def located(self, weights: SharedWeights) -> SharedWeights:
+        """Return the weights as its node's copy of them."""
+        return replace(weights, path=Path(await self._weights.path(self._worker.node_id)))
 
-    async def _share(self, text: str) -> Path:
+    async def share(self, text: str) -> Path:
+        """Write a text on its node."""
         return await self._weights.share(self._worker.node_id, text)
 
 
@@ -90,7 +92,7 @@ class RayWorker:
         """Start the server again, and the worker if it has ended; done by `ready`."""
         self._restarts_server = self.is_up
 
-    async def ready(self, server: Server, start_s: float) -> None:
+    async def ready(self, server: ServerProtocol, start_s: float) -> None:
         """Wait until it answers.
 
         Raises:
@@ -115,7 +117,7 @@ class RayWorker:
         except ClusterError as error:
             raise ServerFailedError(f"it ended: {str(error).strip().splitlines()[0]}") from error
 
-    async def _start(self, server: Server) -> None:
+    async def _start(self, server: ServerProtocol) -> None:
         if not self.is_up:
             self._actor, self.exit_code = self._make(), None
             self._open, self._dropped = set(), []
@@ -125,7 +127,7 @@ class RayWorker:
         self._restarts_server = False
         sampler = await fetch(self.actor.call("sampler"))
         self.node_id = sampler.node_id
-        server.move_to(sampler.url, sampler.token)
+        server.http.move_to(sampler.url, sampler.token)
 
     async def _live(self, actor: Actor) -> None:
         try:
@@ -139,7 +141,7 @@ class RayWorker:
         if self._watch is not None:
             self._watch.cancel()
         if self._actor is not None:
-            self._actor.kill()  # its server is on a leash
+            self._actor.kill()  # its server is held by a reaper
         self.exit_code = -signal.SIGKILL
 
     async def open(self, id: int) -> None:
@@ -190,7 +192,7 @@ class Workers:
         weights: What brings weights to the nodes.
         num_workers: How many there are at first.
         environment_timeout_s: How long one call of an environment may take.
-        control_timeout_s: How long a control call to a server may take.
+        servers: What their servers are, and how long calls to them may take.
     """
 
     def __init__(
@@ -201,29 +203,29 @@ class Workers:
         *,
         num_workers: int,
         environment_timeout_s: float,
-        control_timeout_s: float,
+        servers: ServerOptions,
     ) -> None:
         self._make, self._folder, self._weights = make, folder, weights
-        self._environment_timeout_s, self._control_timeout_s = environment_timeout_s, control_timeout_s
+        self._environment_timeout_s, self._servers = environment_timeout_s, servers
         self._num_made = 0
-        self._workers: dict[Host, RayWorker] = {}
+        self._workers: dict[Replica, RayWorker] = {}
         self.fleet: Fleet | None = None
         self.warn: Callable[[Caution], None] = lambda caution: None
-        self.hosts = [self._host() for _ in range(num_workers)]
+        self.replicas = [self._replica() for _ in range(num_workers)]
 
-    def _host(self) -> Host:
+    def _replica(self) -> Replica:
         number, self._num_made = self._num_made, self._num_made + 1
         worker = RayWorker(f"worker-{number}", partial(self._make, number), self._environment_timeout_s)
-        server = RayServer(worker, self._weights, control_timeout_s=self._control_timeout_s)
-        host = Host(server=server, launched=worker)
-        self._workers[host] = worker
-        return host
+        http = RayTransport(worker, self._weights, control_timeout_s=self._servers.timeouts.control_s)
+        replica = Replica(server=SERVER_PROTOCOLS.find(self._servers.protocol)(http), launched=worker)
+        self._workers[replica] = worker
+        return replica
 
     async def choose(self) -> Place:
         """The worker with the fewest environments."""
         assert self.fleet is not None
         while True:
-            up = [worker for host, worker in self._workers.items() if worker.is_up and host in self.fleet.hosts]
+            up = [worker for replica, worker in self._workers.items() if worker.is_up and replica in self.fleet.replicas]
             if up:
                 return min(up, key=lambda worker: worker.num_environments)
             await self.fleet.choose()  # waits, and raises when there will be none
@@ -246,9 +248,9 @@ class Workers:
             unread = told = ""
             if num is None:
                 continue
-            while len(self.fleet.hosts) < num:
-                self.fleet.add(self._host())
-            while len(self.fleet.hosts) > num:
-                host = self.fleet.hosts[-1]
-                await self.fleet.remove(host)
-                del self._workers[host]
+            while len(self.fleet.replicas) < num:
+                self.fleet.add(self._replica())
+            while len(self.fleet.replicas) > num:
+                replica = self.fleet.replicas[-1]
+                await self.fleet.remove(replica)
+                del self._workers[replica]

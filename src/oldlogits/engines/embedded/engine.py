@@ -16,7 +16,6 @@ an entry of older versions that a token attends to is one that an earlier token 
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,15 +25,17 @@ import torch
 from torch import Tensor
 
 from oldlogits.core.engine import EngineCapabilities, FinishReason, Generation, Sampling, trajectory_of
-from oldlogits.core.errors import ConfigError, ReceiverBehindError
-from oldlogits.core.weights import FullWeights, PolicyVersion, WeightUpdate
+from oldlogits.core.engine_spec import EngineSpec
+from oldlogits.core.engine_stats import EngineStats, piece
+from oldlogits.core.errors import ConfigError
+from oldlogits.core.weights import PolicyVersion
+from oldlogits.engines.embedded.counters import Counters
 from oldlogits.engines.embedded.decoder import TILE, DecodeAttention, Decoder, PrefillAttention
-from oldlogits.engines.embedded.model_folder import read_weights
+from oldlogits.engines.embedded.model_folder import decoder_config, read_weights
+from oldlogits.engines.embedded.numerics import check_numerics
 from oldlogits.engines.embedded.prefix import BLOCK, NO_MATCH, Match, OwnSlots, PrefixIndex, chain_keys
 from oldlogits.engines.embedded.sampling import draw_tokens, restrict_support
 from oldlogits.engines.embedded.slots import Request, SlotTable, check_request
-from oldlogits.engines.spec import EngineSpec, EngineStats
-from oldlogits.engines.timing import Line, piece
 from oldlogits.models.adapters import merge
 
 PREFILL_TOKENS: Final = 4096
@@ -42,6 +43,13 @@ PREFILL_TOKENS: Final = 4096
 
 WARM_STEPS: Final = 64
 """A slot freed less than so many steps ago is taken last: its agent's next turn is expected to find it warm."""
+
+
+def capabilities_of(spec: EngineSpec) -> EngineCapabilities:
+    """What an embedded engine can do."""
+    return EngineCapabilities(
+        max_context=spec.max_context, partials=True, kv_modes=frozenset({"recompute", "stale"}), numerics=spec.numerics
+    )
 
 
 class EngineCore:
@@ -52,11 +60,11 @@ class EngineCore:
     """
 
     def __init__(self, spec: EngineSpec) -> None:
-        config = spec.read_config()
+        config = decoder_config(spec)
         self.spec, self.config = spec, config
         weights = read_weights(Path(spec.model_path))
         self._base = weights if spec.adapter_scale else None
-        self._decoder = Decoder(config, weights, spec.numerics, spec.max_context)
+        self._decoder = Decoder(config, weights, check_numerics(spec.numerics), spec.max_context)
         self._cache = self._decoder.new_cache(spec.max_num_seqs)
         self._generator = torch.Generator().manual_seed(spec.seed)
         self._table = SlotTable(spec.max_num_seqs, spec.max_context)
@@ -67,10 +75,7 @@ class EngineCore:
         self._decoding: dict[int, Request] = {}  # by slot
         self._version: PolicyVersion = 0
         self._paused: Literal["recompute", "stale"] | None = None
-        self._num_steps = self._num_decode = self._num_prefill = self._num_hit = 0
-        self._num_requests = 0
-        self._decodes, self._prefills = Line(), Line()
-        self._busy_s, self._built_at = 0.0, time.perf_counter()
+        self._count = Counters()
 
     @property
     def idle(self) -> bool:
@@ -80,18 +85,7 @@ class EngineCore:
     @property
     def stats(self) -> EngineStats:
         """The counters."""
-        return EngineStats(
-            version=self._version,
-            num_steps=self._num_steps,
-            num_decode_tokens=self._num_decode,
-            num_prefill_tokens=self._num_prefill,
-            num_prefix_hit_tokens=self._num_hit,
-            busy_s=self._busy_s,
-            idle_s=time.perf_counter() - self._built_at - self._busy_s,
-            num_requests=self._num_requests,
-            decode=self._decodes,
-            prefill=self._prefills,
-        )
+        return self._count.stats(self._version)
 
     def add(self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         """Queue a request.
@@ -112,7 +106,7 @@ class EngineCore:
             keys=chain_keys(tokens[:-1]),
         )
         self._requests[request_id] = request
-        self._num_requests += 1
+        self._count.requests += 1
         if sampling.prompt_logprobs:  # a probe: the trainer waits for it
             self._waiting = {request_id: request, **self._waiting}
         else:
@@ -191,22 +185,22 @@ class EngineCore:
         if self.idle:
             return []
         started = time.perf_counter()
-        self._num_steps += 1
+        self._count.steps += 1
         with torch.inference_mode():
-            before = self._num_prefill
+            before = self._count.prefill_tokens
             is_prefill = False
             while wave := self._admit():
                 is_prefill = True
                 self._prefill(wave)
             prefilled = time.perf_counter()
             if is_prefill:
-                self._prefills += piece(self._num_prefill - before, prefilled - started)
+                self._count.prefills += piece(self._count.prefill_tokens - before, prefilled - started)
             num_rows = len(self._decoding)
             finished = self._decode() if num_rows else []
         ended = time.perf_counter()
         if num_rows:
-            self._decodes += piece(num_rows, ended - prefilled)
-        self._busy_s += ended - started
+            self._count.decodes += piece(num_rows, ended - prefilled)
+        self._count.busy_s += ended - started
         return finished
 
     def _can_admit(self, request: Request) -> bool:
@@ -253,13 +247,13 @@ class EngineCore:
             self._cache[:, :, slot, :, :length] = self._cache[:, :, match.slot, :, :length]
         self._own.take(slot)
         self._index.hold(slot, request.tokens[:length] if match.kv == "fresh" else [], request.keys)
-        self._num_hit += length
+        self._count.hit_tokens += length
 
     def _choose_slot(self, match: Match) -> int:
         """The slot of the match if it is free and holds nothing else; else the lowest slot that has cooled down."""
         if match.kv == "mixed" or (match.slot in self._freed_at and self._index.length(match.slot) == match.length):
             return match.slot
-        cool = [slot for slot, freed_at in self._freed_at.items() if self._num_steps - freed_at >= WARM_STEPS]
+        cool = [slot for slot, freed_at in self._freed_at.items() if self._count.steps - freed_at >= WARM_STEPS]
         return min(cool) if cool else min(self._freed_at, key=lambda slot: (self._freed_at[slot], slot))
 
     def _prefill(self, wave: list[tuple[Request, Match]]) -> None:
@@ -285,7 +279,7 @@ class EngineCore:
         attention = PrefillAttention([request.slot for request in requests], starts, counts, self._cache)
         tokens = [token for count, start, request in batch for token in request.tokens[start : start + count]]
         hidden = self._decoder.forward(torch.tensor(tokens), attention.positions, self._cache, attention)
-        self._num_prefill += len(tokens)
+        self._count.prefill_tokens += len(tokens)
         for (count, _, request), rows in zip(batch, torch.split(hidden, list(counts)), strict=True):
             if request.sampling.prompt_logprobs and not request.marks:
                 logp = torch.log_softmax(self._decoder.logits(rows), dim=-1)
@@ -310,7 +304,7 @@ class EngineCore:
         table.tokens.view(-1)[at] = tokens
         table.logprobs.view(-1)[at] = logprobs
         position += active
-        self._num_decode += len(self._decoding)
+        self._count.decode_tokens += len(self._decoding)
         stopped = (table.stop_ids[:num_rows] == tokens[:, None]).any(dim=1)
         done = (active & (stopped | (position >= table.limit[:num_rows]))).nonzero().squeeze(1)
         if not len(done):
@@ -348,83 +342,5 @@ class EngineCore:
                 self._own.leave(request.slot, trajectory, request.tokens[:-1], request.kv)
         if request.slot >= 0:
             self._set_decoding([request], False)
-            self._freed_at[request.slot] = self._num_steps
+            self._freed_at[request.slot] = self._count.steps
         return request.generation(self._table.output_logprobs(request), reason)
-
-
-class EmbeddedEngine:
-    """The engine in this process, behind `RolloutEngine`: whoever owns it calls `drive_once` for it to make progress.
-
-    Args:
-        core: The engine.
-    """
-
-    def __init__(self, core: EngineCore) -> None:
-        self.core = core
-        self._futures: dict[str, asyncio.Future[Generation]] = {}
-
-    @property
-    def capabilities(self) -> EngineCapabilities:
-        """What this engine can do."""
-        return self.core.spec.capabilities
-
-    async def generate(
-        self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str, *, quota: int | None = None
-    ) -> Generation:
-        """Sample a completion; waits through pauses, weight updates, and at `quota` sampled tokens until it is raised."""
-        self.core.add(request_id, prompt_ids, sampling)
-        if quota is not None:
-            self.core.set_quota(request_id, quota)
-        future: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
-        self._futures[request_id] = future
-        try:
-            return await future
-        finally:
-            if self._futures.pop(request_id, None) is not None:
-                self.core.abort(request_id)
-
-    def drive_once(self) -> bool:
-        """One engine step; returns False if there was nothing to do."""
-        if self.core.idle:
-            return False
-        self._resolve(self.core.step())
-        return True
-
-    async def abort(self, request_id: str) -> None:
-        """End a request; its `generate` returns what was sampled so far with finish reason "abort"."""
-        generation = self.core.abort(request_id)
-        if generation is not None:
-            self._resolve([(request_id, generation)])
-
-    async def pause(self, mode: Literal["keep", "abort"], kv: Literal["recompute", "stale"]) -> None:
-        """Stop sampling; `kv` says what an update does with keys and values."""
-        self._resolve(self.core.pause(mode, kv))
-
-    async def partials(self) -> Mapping[str, Generation]:
-        """What each request has sampled so far, by request id."""
-        return self.core.partials()
-
-    async def update_weights(self, update: WeightUpdate, version: PolicyVersion) -> None:
-        """Replace the weights; later tokens are tagged with `version`.
-
-        Raises:
-            ReceiverBehindError: They are patches: an engine in the trainer's process reads the trainer's weights.
-        """
-        if not isinstance(update, FullWeights):
-            raise ReceiverBehindError(
-                "this engine takes no patches",
-                got=f"patches from version {update.base}",
-                allowed="full weights",
-                fix="send the full weights of the version",
-            )
-        self.core.update_weights(update.tensors, version)
-
-    async def resume(self) -> None:
-        """Go on sampling."""
-        self.core.resume()
-
-    def _resolve(self, finished: Sequence[tuple[str, Generation]]) -> None:
-        for request_id, generation in finished:
-            future = self._futures.pop(request_id)
-            if not future.done():
-                future.set_result(generation)

@@ -1,19 +1,25 @@
-"""Reads a Hugging Face model folder of the Llama and Qwen family: config.json and safetensors."""
+"""Reads a Hugging Face model folder of the Llama and Qwen family: config.json and safetensors.
+
+What the decoder does not compute has a type of one value below, so that a config with another value is refused by its key.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors.torch import load_file
 from torch import Tensor
 
-from oldlogits.core.errors import ModelFolderError
+from oldlogits.core.engine_spec import EngineSpec
+from oldlogits.core.errors import ConfigError, ModelFolderError
+from oldlogits.engines.embedded.numerics import check_numerics
 
-FAMILIES: Final = ("llama", "qwen2", "qwen3", "qwen3_moe")
+_EXPECTED: Final = {"int_type": "an integer", "float_type": "a number", "bool_type": "true or false", "missing": "a value"}
+"""What a value should have been, by pydantic's name of the error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,43 +37,102 @@ class Routing:
     normed: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecoderConfig:
-    """The shape of a decoder.
+class _Section(BaseModel):
+    """A part of config.json: strict types, unknown keys left alone, null as if it were absent."""
 
-    Args:
-        vocab_size: Rows of the embedding.
-        hidden_size: Width of the residual stream.
-        intermediate_size: Width of the gated MLP, or of each expert.
-        num_layers: Layers.
-        num_heads: Query heads.
-        num_kv_heads: Key and value heads; divides num_heads.
-        head_dim: Width of a head, even.
-        max_positions: The longest sequence that the model was made for.
-        norm_eps: Epsilon of the RMS norms.
-        rope_theta: Base of the rotary frequencies.
-        qkv_bias: Query, key and value projections have a bias.
-        output_bias: The attention's output projection has a bias.
-        qk_norm: Query and key heads are RMS-normed.
-        tied_head: The head is the embedding.
-        routing: Of a mixture of experts; None where each layer has one MLP.
-    """
+    model_config = ConfigDict(strict=True, frozen=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, values: object) -> object:
+        return {key: value for key, value in values.items() if value is not None} if isinstance(values, dict) else values
+
+
+class _Rope(_Section):
+    """Rotary embeddings without scaling."""
+
+    rope_theta: float | None = None
+    rope_type: Literal["default"] = "default"
+    partial_rotary_factor: float = Field(default=1.0, ge=1.0, le=1.0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_one_name(cls, values: object) -> object:
+        return {"rope_type": values["type"], **values} if isinstance(values, dict) and "type" in values else values
+
+
+class DecoderConfig(_Section):
+    """The shape of a decoder, under the keys of config.json that it is read from."""
+
+    family: Literal["llama", "qwen2", "qwen3", "qwen3_moe"] = Field(validation_alias="model_type")
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
+    mlp_size: int = Field(validation_alias="intermediate_size")
+    num_layers: int = Field(validation_alias="num_hidden_layers")
+    num_heads: int = Field(validation_alias="num_attention_heads")
+    num_kv_heads: int = Field(validation_alias="num_key_value_heads")
     head_dim: int
-    max_positions: int
-    norm_eps: float
-    rope_theta: float
-    qkv_bias: bool
-    output_bias: bool
-    qk_norm: bool
-    tied_head: bool
-    routing: Routing | None
+    max_positions: int = Field(validation_alias="max_position_embeddings")
+    norm_eps: float = Field(default=1e-6, validation_alias="rms_norm_eps")
+    base: float = Field(default=10000.0, validation_alias="rope_theta")
+    rope_parameters: _Rope = _Rope()
+    rope_scaling: _Rope = _Rope()
+    attention_bias: bool = False
+    tied_head: bool = Field(default=False, validation_alias="tie_word_embeddings")
+    hidden_act: Literal["silu"] = "silu"
+    mlp_bias: Literal[False] = False
+    use_sliding_window: Literal[False] = False
+    layer_types: list[Literal["full_attention"]] = []
+    decoder_sparse_step: Literal[1] = 1
+    mlp_only_layers: list[int] = Field(default=[], max_length=0)
+    expert_size: int = Field(default=0, validation_alias="moe_intermediate_size")
+    num_experts: int = Field(default=0, validation_alias="num_local_experts")
+    num_experts_per_tok: int = 0
+    norm_topk_prob: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_defaults(cls, values: object) -> object:
+        """Defaults that follow from other keys, and the older name of one."""
+        if not isinstance(values, dict):
+            return values
+        found = {key: value for key, value in values.items() if value is not None}
+        hidden, heads = found.get("hidden_size"), found.get("num_attention_heads")
+        head_dim = hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None
+        older = {"num_local_experts": found.get("num_experts", 0)}
+        return {"num_key_value_heads": heads, "head_dim": head_dim, **older, **found}
+
+    @property
+    def rope_theta(self) -> float:
+        """Base of the rotary frequencies; older configs have it at the top."""
+        return self.base if self.rope_parameters.rope_theta is None else self.rope_parameters.rope_theta
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether query, key and value projections have a bias."""
+        return self.family == "qwen2" or self.attention_bias
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether the attention's output projection has a bias."""
+        return self.family != "qwen2" and self.attention_bias
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether query and key heads are RMS-normed."""
+        return self.family in ("qwen3", "qwen3_moe")
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width of the gated MLP, or of each expert."""
+        return self.mlp_size if self.routing is None else self.expert_size
+
+    @property
+    def routing(self) -> Routing | None:
+        """How tokens find their experts; None where each layer has one MLP."""
+        if self.family != "qwen3_moe":
+            return None
+        return Routing(num_experts=self.num_experts, num_chosen=self.num_experts_per_tok, normed=self.norm_topk_prob)
 
 
 def read_config(folder: Path) -> DecoderConfig:
@@ -84,42 +149,41 @@ def read_config(folder: Path) -> DecoderConfig:
             allowed="a Hugging Face model folder",
             fix="save the model with save_pretrained, or correct model.path",
         )
-    raw = _Raw(json.loads(path.read_text(encoding="utf-8")), path)
-    family = raw.text("model_type", "")
-    raw.require("model_type", family, *FAMILIES)
-    _refuse_unsupported(raw)
-    num_heads = raw.integer("num_attention_heads")
-    attention_bias = raw.flag("attention_bias", False)
-    routing = _read_routing(raw) if family == "qwen3_moe" else None
-    return DecoderConfig(
-        vocab_size=raw.integer("vocab_size"),
-        hidden_size=raw.integer("hidden_size"),
-        intermediate_size=raw.integer("intermediate_size" if routing is None else "moe_intermediate_size"),
-        num_layers=raw.integer("num_hidden_layers"),
-        num_heads=num_heads,
-        num_kv_heads=raw.integer("num_key_value_heads", num_heads),
-        head_dim=raw.integer("head_dim", raw.integer("hidden_size") // num_heads),
-        max_positions=raw.integer("max_position_embeddings"),
-        norm_eps=raw.number("rms_norm_eps", 1e-6),
-        rope_theta=raw.section("rope_parameters").number("rope_theta", raw.number("rope_theta", 10000.0)),
-        qkv_bias=family == "qwen2" or attention_bias,
-        output_bias=family != "qwen2" and attention_bias,
-        qk_norm=family in ("qwen3", "qwen3_moe"),
-        tied_head=raw.flag("tie_word_embeddings", False),
-        routing=routing,
-    )
+    try:
+        config = DecoderConfig.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"] if isinstance(part, str)) or "config.json"
+        expected = first.get("ctx", {}).get("expected")
+        allowed = str(expected).replace(", ", " or ") if expected else _EXPECTED.get(first["type"], first["msg"])
+        raise _unsupported(key, first["input"], allowed, path) from error
+    if config.routing is not None:
+        for key, size in {"hidden_size": config.hidden_size, "moe_intermediate_size": config.expert_size}.items():
+            if size % 4:  # grouped_mm wants rows of 16 bytes
+                raise _unsupported(f"{key} % 4", size % 4, "0", path)
+        if not 1 <= config.num_experts_per_tok <= config.num_experts:
+            allowed = " or ".join(map(str, range(1, config.num_experts + 1)))
+            raise _unsupported("num_experts_per_tok", config.num_experts_per_tok, allowed, path)
+    return config
 
 
-def _read_routing(raw: _Raw) -> Routing:
-    """How tokens are routed, where every layer is a mixture."""
-    raw.require("decoder_sparse_step", raw.integer("decoder_sparse_step", 1), 1)
-    raw.require("mlp_only_layers", raw.texts("mlp_only_layers"), [])
-    for key in ("hidden_size", "moe_intermediate_size"):
-        raw.require(f"{key} % 4", raw.integer(key) % 4, 0)  # rows of 16 bytes, for grouped_mm
-    num_experts = raw.integer("num_local_experts", raw.integer("num_experts", 0))
-    num_chosen = raw.integer("num_experts_per_tok")
-    raw.require("num_experts_per_tok", num_chosen, *range(1, num_experts + 1))
-    return Routing(num_experts=num_experts, num_chosen=num_chosen, normed=raw.flag("norm_topk_prob", False))
+def decoder_config(spec: EngineSpec) -> DecoderConfig:
+    """The shape of the model that an engine is to run.
+
+    Raises:
+        ModelFolderError: The folder is missing or not supported.
+        ConfigError: Unknown numerics, no slots, or a context longer than the model's.
+    """
+    check_numerics(spec.numerics)
+    config = read_config(Path(spec.model_path))
+    if spec.max_num_seqs < 1 or not 2 <= spec.max_context <= config.max_positions:
+        raise ConfigError(
+            "the engine's size is out of range",
+            got=f"max_num_seqs = {spec.max_num_seqs}, max_context = {spec.max_context}",
+            allowed=f"max_num_seqs >= 1, max_context from 2 to the model's {config.max_positions}",
+            fix="correct the engine section of the recipe",
+        )
+    return config
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -147,63 +211,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-class _Raw:
-    """A JSON object whose values are read with their type checked."""
-
-    def __init__(self, values: object, path: Path) -> None:
-        self._values: Mapping[str, object] = values if isinstance(values, dict) else {}
-        self._path = path
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self._get(key, default)
-        return value if isinstance(value, int) else self._fail(key, value, "an integer")
-
-    def number(self, key: str, default: float) -> float:
-        value = self._get(key, default)
-        return float(value) if isinstance(value, int | float) else self._fail(key, value, "a number")
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self._get(key, default)
-        return value if isinstance(value, bool) else self._fail(key, value, "true or false")
-
-    def text(self, key: str, default: str) -> str:
-        value = self._get(key, default)
-        return value if isinstance(value, str) else self._fail(key, value, "a string")
-
-    def texts(self, key: str) -> list[str]:
-        value = self._get(key, [])
-        return [str(item) for item in value] if isinstance(value, list) else self._fail(key, value, "a list")
-
-    def section(self, key: str) -> _Raw:
-        return _Raw(self._values.get(key), self._path)
-
-    def require(self, key: str, value: object, *allowed: object) -> None:
-        """Refuse a value that is not among those allowed."""
-        if value not in allowed:
-            self._fail(key, value, " or ".join(map(repr, allowed)))
-
-    def _get(self, key: str, default: object) -> object:
-        value = self._values.get(key)
-        return default if value is None else value
-
-    def _fail(self, key: str, value: object, allowed: str) -> NoReturn:
-        raise ModelFolderError(
-            "the embedded engine does not support this model",
-            got=f"{key} = {value!r} in {self._path}",
-            allowed=f"{key} = {allowed}",
-            fix="use a plain Llama, Qwen2, Qwen3 or Qwen3-MoE model, or another engine.type",
-        )
-
-
-def _refuse_unsupported(raw: _Raw) -> None:
-    """Refuse scaled rotary embeddings, sliding windows and other activations."""
-    raw.require("hidden_act", raw.text("hidden_act", "silu"), "silu")
-    raw.require("mlp_bias", raw.flag("mlp_bias", False), False)
-    raw.require("use_sliding_window", raw.flag("use_sliding_window", False), False)
-    for layer_type in raw.texts("layer_types"):
-        raw.require("layer_types", layer_type, "full_attention")
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = raw.section(key)
-        kind = rope.text("rope_type", rope.text("type", "default"))
-        raw.require(f"{key}.rope_type", kind, "default")
-        raw.require(f"{key}.partial_rotary_factor", rope.number("partial_rotary_factor", 1.0), 1.0)
+def _unsupported(key: str, value: object, allowed: str, path: Path) -> ModelFolderError:
+    return ModelFolderError(
+        "the embedded engine does not support this model",
+        got=f"{key} = {value!r} in {path}",
+        allowed=f"{key} = {allowed}",
+        fix="set engine.type = 'vllm', which runs what vLLM runs, or use a plain Llama, Qwen2, Qwen3 or Qwen3-MoE model",
+    )

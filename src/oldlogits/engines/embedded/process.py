@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Final, Literal, Protocol
 
 from oldlogits.core.engine import EngineCapabilities, Generation, Sampling
+from oldlogits.core.engine_spec import EngineSpec
+from oldlogits.core.engine_stats import EngineStats
 from oldlogits.core.errors import OldLogitsError
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
-from oldlogits.engines.embedded.engine import EngineCore
+from oldlogits.engines.embedded.engine import EngineCore, capabilities_of
+from oldlogits.engines.embedded.model_folder import decoder_config
 from oldlogits.engines.embedded.slots import check_request
-from oldlogits.engines.host_weights import HostWeights
-from oldlogits.engines.spec import EngineSpec, EngineStats
+from oldlogits.engines.shared_memory import HostWeights
 from oldlogits.models.device import configure_process
 from oldlogits.rpc.child import Call, Inbox, Reply, answer
 from oldlogits.rpc.client import Dispatcher, client
@@ -72,7 +74,7 @@ class EngineProcess:
     """
 
     def __init__(self, spec: EngineSpec, *, control_timeout_s: float = 300.0) -> None:
-        self._vocab_size, self._spec, self._weights = spec.read_config().vocab_size, spec, HostWeights()
+        self._vocab_size, self._spec, self._weights = decoder_config(spec).vocab_size, spec, HostWeights()
         self._process = ChildProcess("engine", _serve, (spec,), fix=_FIX, is_pipelined=True)
         self._deadline = Deadline(self._process, control_timeout_s)
         self._calls = client(EngineCalls, self._deadline)  # type: ignore[type-abstract]
@@ -80,7 +82,7 @@ class EngineProcess:
     @property
     def capabilities(self) -> EngineCapabilities:
         """What this engine can do."""
-        return replace(self._spec.capabilities, num_host_copies=1)
+        return replace(capabilities_of(self._spec), num_host_copies=1)
 
     @property
     def pid(self) -> int:

@@ -1,6 +1,6 @@
-"""vLLM as a `RolloutEngine`, over HTTP: one or several servers, attached or started by the run.
+"""Servers over HTTP as a `RolloutEngine`: one or several, attached or started by the run, of whatever protocol.
 
-    generate -> choose the server with the fewest requests -> POST /inference/v1/generate -> spans -> Generation
+    generate -> choose the server with the fewest requests -> its protocol's `generate` -> spans -> Generation
                   ^                                                 | aborted, cut or overdue
                   '--- again, with prompt + what was kept ----------'
 
@@ -12,27 +12,33 @@ cut keeps what was sampled under versions of this run and reached us; what did n
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Final, Literal
 
 import numpy as np
 
 from oldlogits.core.engine import EngineCapabilities, FinishReason, Generation, Sampling, Span, trajectory_of
+from oldlogits.core.engine_spec import EngineSpec, Timeouts
+from oldlogits.core.engine_stats import EngineStats
 from oldlogits.core.errors import ConfigError
+from oldlogits.core.server import (
+    GenerateAnswer,
+    GenerateRequest,
+    ServerFailedError,
+    ServerProtocol,
+    SharedWeights,
+)
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
-from oldlogits.engines.host_weights import OnThisHost, WeightTransport
-from oldlogits.engines.http import messages as wire
-from oldlogits.engines.http.client import Server, ServerFailedError, ServerInfo
 from oldlogits.engines.http.fleet import Fleet
-from oldlogits.engines.http.messages import Json
-from oldlogits.engines.http.servers import Attempt, Host, Timeouts
-from oldlogits.engines.spec import EngineStats
+from oldlogits.engines.http.pending import PendingRequest, unless_cut
+from oldlogits.engines.http.replica import Attempt, Replica
+from oldlogits.engines.http.supervision import Supervisor
+from oldlogits.engines.shared_memory import OnThisHost, WeightTransport
 
 REMEMBERED: Final = 65_536
 """Trajectories of which it is known where they were sampled last."""
@@ -40,86 +46,32 @@ SAME_WEIGHTS: Final[Mapping[str, float]] = {"fp32": 1e-3, "bf16": 0.5}
 """Nats, by arithmetic: the largest difference between two servers' log-probs of a prompt under the same weights."""
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Request:
-    """A request, and what was kept of its attempts."""
-
-    id: str
-    prompt_ids: list[int]
-    sampling: Sampling
-    numbers: Iterator[int] = field(default_factory=itertools.count)
-    output_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    spans: list[Span] = field(default_factory=list)
-    prompt_logprobs: tuple[float, ...] = ()
-    attempt: Attempt | None = None
-    is_aborted: bool = False
-
-    def keep(self, answer: wire.Answer, spans: Sequence[Span]) -> None:
-        """Add what an attempt sampled; it goes on a span of the same version."""
-        offset = len(self.output_ids)
-        self.output_ids += answer.token_ids
-        self.logprobs += answer.logprobs
-        self.prompt_logprobs = self.prompt_logprobs or answer.prompt_logprobs
-        for span in spans:
-            start, end = offset + span.start, offset + span.end
-            if self.spans and self.spans[-1].version == span.version:
-                self.spans[-1] = replace(self.spans[-1], end=end)
-            else:
-                self.spans.append(Span(version=span.version, start=start, end=end))
-
-    def ended_by(self, reason: FinishReason, max_context: int) -> FinishReason | None:
-        """Why it is over, given how its last attempt ended; None: it is not."""
-        if reason != "abort" or self.is_aborted:
-            return reason
-        if self.output_ids and self.output_ids[-1] in self.sampling.stop_token_ids:
-            return "stop"
-        used = len(self.prompt_ids) + len(self.output_ids)
-        return "length" if len(self.output_ids) >= self.sampling.max_tokens or used >= max_context else None
-
-    def generation(self, reason: FinishReason) -> Generation:
-        """What it has sampled."""
-        return Generation(
-            output_ids=tuple(self.output_ids),
-            logprobs=tuple(self.logprobs),
-            spans=tuple(self.spans),
-            finish_reason=reason,
-            prompt_logprobs=self.prompt_logprobs,
-        )
-
-
 class HttpEngine:
-    """Servers behind `RolloutEngine`. `start` it, run `fleet.supervise` beside it, and `close` it.
+    """Servers behind `RolloutEngine`. `start` it, run `supervise` beside it, and `close` it.
 
     Args:
-        hosts: The servers.
-        max_context: The most tokens of one sequence that the run needs.
-        numerics: The engine's, as the recipe says; a server of others is refused.
-        adapter_scale: As in `EngineSpec`; a server of another is refused.
-        patience: How long to wait for what.
+        replicas: The servers.
+        spec: The numerics, adapters and size that the run needs; a server of others is refused.
+        timeouts: How long to wait for what.
         weights: Brings weights to where the servers read them; by default they run on this machine.
     """
 
     def __init__(
-        self,
-        hosts: Sequence[Host],
-        *,
-        max_context: int,
-        numerics: str,
-        patience: Timeouts,
-        adapter_scale: float = 0.0,
-        weights: WeightTransport | None = None,
+        self, replicas: Sequence[Replica], spec: EngineSpec, timeouts: Timeouts, weights: WeightTransport | None = None
     ) -> None:
-        self._max_context, self._numerics, self._adapter_scale = max_context, numerics, adapter_scale
-        self.fleet = Fleet(hosts, patience=patience, check=self._check, supply=self._supply)
+        self._spec = spec
+        self.fleet = Fleet(replicas, timeouts)
+        self._supervisor = Supervisor(
+            self.fleet, timeouts, check=lambda replica, info: replica.check_fit(info, spec), supply=self._supply
+        )
         self._run = secrets.token_hex(4)
         self._version: PolicyVersion = -1
         self._weights: WeightTransport = weights or OnThisHost()
-        self._told: Json = None
-        self._last_hosts: dict[str, Host] = {}  # of trajectories
-        self._requests: dict[str, _Request] = {}
+        self._told: SharedWeights | None = None
+        self._last_replicas: dict[str, Replica] = {}  # of trajectories
+        self._requests: dict[str, PendingRequest] = {}
         self._probes = itertools.count()
-        self._probe: tuple[PolicyVersion, wire.Request, tuple[float, ...]] | None = None  # the last one
+        self._probe: tuple[PolicyVersion, GenerateRequest, tuple[float, ...]] | None = None  # the last one
         self._num_sampled = self._num_prompt = self._num_answers = 0
         self._busy_s, self._looked_at, self._built_at = 0.0, time.perf_counter(), time.perf_counter()
         self._was_busy = False
@@ -131,7 +83,15 @@ class HttpEngine:
             ConfigError: A server cannot do what training needs.
             WorkerDiedError: A server does not answer.
         """
-        await self.fleet.start()
+        await self._supervisor.start()
+
+    async def supervise(self) -> None:
+        """Watch the servers and take back those that failed; runs beside the engine.
+
+        Raises:
+            WorkerDiedError: No server is left.
+        """
+        await self._supervisor.supervise()
 
     async def close(self) -> None:
         """Leave no process, connection or file."""
@@ -140,15 +100,15 @@ class HttpEngine:
 
     @property
     def capabilities(self) -> EngineCapabilities:
-        """What these servers can do: recomputed keys and values only, since vLLM shares those of older versions."""
-        infos = [host.info for host in self.fleet.hosts if host.info is not None]
+        """What these servers can do: recomputed keys and values only, since servers share those of older versions."""
+        infos = [replica.info for replica in self.fleet.replicas if replica.info is not None]
         return EngineCapabilities(
-            max_context=self._max_context,
+            max_context=self._spec.max_context,
             partials=True,
             kv_modes=frozenset({"recompute"}),
-            numerics=self._numerics,
+            numerics=self._spec.numerics,
             arithmetic="bf16" if any(info.arithmetic == "bf16" for info in infos) else "fp32",
-            num_replicas=len(self.fleet.hosts),
+            num_replicas=len(self.fleet.replicas),
             num_host_copies=self._weights.num_copies,
         )
 
@@ -161,60 +121,60 @@ class HttpEngine:
         """
         if request_id in self._requests:
             raise ConfigError("a request id is in use", got=request_id, allowed="unique ids", fix="number the turns")
-        if not 0 < len(prompt_ids) < self._max_context:
-            allowed = f"1 to {self._max_context - 1} tokens"
+        if not 0 < len(prompt_ids) < self._spec.max_context:
+            allowed = f"1 to {self._spec.max_context - 1} tokens"
             raise ConfigError("the prompt does not fit", got=f"{len(prompt_ids)} tokens", allowed=allowed, fix="shorten it")
         if self._version < 0:
             raise ConfigError(
                 "no weights were given", got=request_id, allowed="update_weights first", fix="pause, update, resume"
             )
-        self._requests[request_id] = request = _Request(id=request_id, prompt_ids=list(prompt_ids), sampling=sampling)
+        self._requests[request_id] = request = PendingRequest(id=request_id, prompt_ids=list(prompt_ids), sampling=sampling)
         try:
             while True:
-                host = await self._choose(request)
-                reason = "abort" if request.is_aborted else await self._attempt(request, host)
+                replica = await self._choose(request)
+                reason = "abort" if request.is_aborted else await self._attempt(request, replica)
                 if reason is not None:
                     return request.generation(reason)
         finally:
             del self._requests[request_id]
 
-    async def _choose(self, request: _Request) -> Host:
+    async def _choose(self, request: PendingRequest) -> Replica:
         """Probes go to one server after the other; turns stay where the trajectory's keys and values are, if they can."""
         if request.sampling.prompt_logprobs:
             return await self.fleet.choose(spread=next(self._probes))
         name = trajectory_of(request.id)
-        host = self._last_hosts[name] = await self.fleet.choose(before=self._last_hosts.pop(name, None))
-        if len(self._last_hosts) > REMEMBERED:
-            del self._last_hosts[next(iter(self._last_hosts))]
-        return host
+        replica = self._last_replicas[name] = await self.fleet.choose(before=self._last_replicas.pop(name, None))
+        if len(self._last_replicas) > REMEMBERED:
+            del self._last_replicas[next(iter(self._last_replicas))]
+        return replica
 
-    async def _attempt(self, request: _Request, host: Host) -> FinishReason | None:
+    async def _attempt(self, request: PendingRequest, replica: Replica) -> FinishReason | None:
         """Send a request to a server; returns why it ended, or None if it is to be sent again."""
         asked = self._asked(request)
         attempt = Attempt(id=asked.request_id, version=self._version, num_kept=len(request.output_ids))
         request.attempt = attempt
-        host.attempts.add(attempt)
+        replica.attempts.add(attempt)
         self._look_at_clock()
         try:
-            answer = await _unless_cut(host.server, asked, attempt)
+            answer = await unless_cut(replica.server, asked, attempt)
         except ServerFailedError as failure:
-            await self.fleet.suspect(host, str(failure))
+            await self.fleet.suspect(replica, str(failure))
             return None
         finally:
             request.attempt = None
-            host.attempts.discard(attempt)
+            replica.attempts.discard(attempt)
             attempt.ended.set()
             self._look_at_clock()
         if answer is None:
             return None
-        host.answered_at = time.monotonic()
+        replica.answered_at = time.monotonic()
         spans = self._spans(answer, attempt)
         if spans is None:
             labels = [span.label for span in answer.spans]
-            self.fleet.fail(host, f"it sampled with weights {labels}, not with those of this run's version {self._version}")
+            self.fleet.fail(replica, f"it sampled with weights {labels}, not with those of this run's version {self._version}")
             return None
         request.keep(answer, spans)
-        host.receive(len(answer.token_ids))
+        replica.receive(len(answer.token_ids))
         self._num_sampled += len(answer.token_ids)
         self._num_prompt += len(asked.token_ids)
         self._num_answers += 1
@@ -222,19 +182,19 @@ class HttpEngine:
             self._probe = (self._version, asked, answer.prompt_logprobs)
         if answer.finish_reason == "abort" and not attempt.why:
             await asyncio.sleep(0.1)  # somebody else aborted it, such as a server that ends: do not press
-        return request.ended_by(answer.finish_reason, self._max_context)
+        return request.ended_by(answer.finish_reason, self._spec.max_context)
 
-    def _asked(self, request: _Request) -> wire.Request:
+    def _asked(self, request: PendingRequest) -> GenerateRequest:
         """The prompt and what was kept of it, under an id that no server knows."""
         tokens = (*request.prompt_ids, *request.output_ids)
-        room = min(request.sampling.max_tokens - len(request.output_ids), self._max_context - len(tokens))
-        return wire.Request(
+        room = min(request.sampling.max_tokens - len(request.output_ids), self._spec.max_context - len(tokens))
+        return GenerateRequest(
             request_id=f"{self._run}-{request.id}-{next(request.numbers)}",
             token_ids=tokens,
             sampling=replace(request.sampling, max_tokens=room),
         )
 
-    def _spans(self, answer: wire.Answer, attempt: Attempt) -> list[Span] | None:
+    def _spans(self, answer: GenerateAnswer, attempt: Attempt) -> list[Span] | None:
         """The versions of an answer; None where a label is not one that its server had while it ran."""
         spans = []
         for span in answer.spans:
@@ -256,7 +216,7 @@ class HttpEngine:
     async def pause(self, mode: Literal["keep", "abort"], kv: Literal["recompute", "stale"]) -> None:
         """Stop sampling; the servers are idle on return."""
         if kv != "recompute":
-            raise ConfigError("vLLM shares stale keys and values", got=kv, allowed="recompute", fix="engine.kv = 'recompute'")
+            raise ConfigError("servers share stale keys and values", got=kv, allowed="recompute", fix="engine.kv = 'recompute'")
         if mode == "abort":
             for request in self._requests.values():
                 request.is_aborted = True
@@ -285,7 +245,7 @@ class HttpEngine:
             )
         await self.fleet.update(partial(self._take, update, version))
 
-    async def _take(self, update: WeightUpdate, version: PolicyVersion) -> tuple[Json, str]:
+    async def _take(self, update: WeightUpdate, version: PolicyVersion) -> tuple[SharedWeights, str]:
         """Bring this host's copy to a version: what servers are told of it."""
         self._told = await self._weights.take(update, version)
         self._version = version
@@ -313,33 +273,7 @@ class HttpEngine:
     def _label(self) -> str:
         return f"{self._run}/{self._version}"
 
-    def _check(self, host: Host, info: ServerInfo) -> None:
-        """Refuse a server that does not fit the run."""
-        if info.numerics != self._numerics:
-            raise ConfigError(
-                f"the server {host.server.url} has other numerics than the recipe",
-                got=f"{info.numerics}, engine.precision = '{self._numerics}'",
-                allowed="the same",
-                fix=f"set engine.precision = '{info.numerics}', or start the server with others",
-            )
-        if info.adapter_scale != self._adapter_scale:
-            scale = repr(self._adapter_scale)
-            raise ConfigError(
-                f"the server {host.server.url} takes other weights than this run sends",
-                got=f"adapters scaled by {info.adapter_scale!r}, here {scale} (lora_alpha / lora_rank; 0: whole weights)",
-                allowed="the same",
-                fix=f"start it with --adapter-scale {scale} (`oldlogits serve`), "
-                f"""--additional-config '{{"oldlogits_adapter_scale": {scale}}}' (vLLM)""",
-            )
-        if info.max_context < self._max_context:
-            raise ConfigError(
-                f"the server {host.server.url} has too short a context",
-                got=f"{info.max_context} tokens",
-                allowed=f">= env.max_episode_tokens = {self._max_context}",
-                fix=f"start it with --max-model-len {self._max_context} (`oldlogits serve`: --max-context)",
-            )
-
-    async def _supply(self, server: Server) -> str:
+    async def _supply(self, server: ServerProtocol) -> str:
         """Give a server that came back the current weights, if it has others, and ask it the last probe again.
 
         Raises:
@@ -349,6 +283,7 @@ class HttpEngine:
             return "connected"
         label, done = await server.label(), "it kept its weights"
         if label != self._label:
+            assert self._told is not None, "there is a version"
             await server.pause("abort")
             await server.update(self._told, self._label)
             await server.resume()
@@ -366,18 +301,3 @@ class HttpEngine:
         now = time.perf_counter()
         self._busy_s += (now - self._looked_at) * self._was_busy
         self._looked_at, self._was_busy = now, self.fleet.num_running > 0 and not self.fleet.paused
-
-
-async def _unless_cut(server: Server, asked: wire.Request, attempt: Attempt) -> wire.Answer | None:
-    """The server's answer; None if the attempt was cut before. Leaving closes the connection, which ends it there too."""
-    answering = asyncio.ensure_future(server.generate(asked))
-    cutting = asyncio.ensure_future(attempt.cut.wait())
-    try:
-        await asyncio.wait({answering, cutting}, return_when=asyncio.FIRST_COMPLETED)
-        return await answering if answering.done() else None
-    finally:
-        cutting.cancel()
-        if not answering.done():
-            answering.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await answering

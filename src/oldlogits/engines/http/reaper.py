@@ -1,6 +1,6 @@
 """Runs a command in its process group until it ends, or until standard input does: a server never outlives its run.
 
-python leash.py COMMAND ...      whoever holds the other end of standard input holds the leash, even if killed
+python reaper.py COMMAND ...     ends the command when the holder of the other end of standard input ends, even if killed
 
 The command ends with this process, too, however that ends: some supervisors kill children, and not what these have started.
 

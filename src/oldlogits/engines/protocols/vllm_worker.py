@@ -125,9 +125,17 @@ class FileTransfer(WeightTransferEngine[FileInit, FileUpdate]):  # type: ignore[
             self.renew_tied_head()
 
     def renew_tied_head(self) -> None:
-        """Make the head's packed copy from the new embedding; a rounded head is a copy of its own."""
+        """Make the head's packed copy from the new embedding; a rounded head is a copy of its own.
+
+        Families without a module for the head (Gemma) multiply with the embedding itself, which was packed like the rest.
+        """
+        is_rounded = self._numerics not in _IN_ITS_DTYPE
+        if not hasattr(self.model, "lm_head"):
+            if is_rounded:
+                raise ValueError(f"numerics {self._numerics} round the head, and this model has none apart from its embedding")
+            return
         head = self.model.lm_head
-        if self._numerics not in _IN_ITS_DTYPE:
+        if is_rounded:
             rounded = round_linear(self.model.model.embed_tokens.weight.data, self._numerics)
             head.weight = torch.nn.Parameter(rounded, requires_grad=False)
         head.quant_method.process_weights_after_loading(head)

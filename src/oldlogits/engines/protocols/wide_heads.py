@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from oldlogits.core.errors import ModelFolderError
 from oldlogits.engines.embedded.model_folder import read_config, read_weights
 
 NARROWEST: Final = 32
@@ -69,8 +70,11 @@ class Widening:
 
 
 def widening_of(folder: Path) -> Widening | None:
-    """What the heads of a model folder need; None: nothing."""
-    config = read_config(folder)
+    """What the heads of a model folder need; None: nothing, or it is of a family that is served as it is."""
+    try:
+        config = read_config(folder)
+    except ModelFolderError:
+        return None
     if config.head_dim >= NARROWEST:
         return None
     return Widening(narrow=config.head_dim, wide=NARROWEST, qk_norm=config.qk_norm)

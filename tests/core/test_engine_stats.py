@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oldlogits.engines.timing import Line, piece
+from oldlogits.core.engine_stats import Line, piece
 
 PIECES = st.lists(st.tuples(st.integers(0, 200), st.floats(0, 10)), min_size=1, max_size=20)
 

@@ -1,4 +1,4 @@
-"""What is known of a server: its process, what runs on it, and how long to wait for it."""
+"""A server of a run, and what is known of it: its process, what runs on it, what it has sampled."""
 
 from __future__ import annotations
 
@@ -6,29 +6,10 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from oldlogits.engines.http.client import Server, ServerInfo
-from oldlogits.engines.spec import Incident
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timeouts:
-    """How long to wait for what.
-
-    Args:
-        recover_s: Without any server.
-        request_s: For one answer; then the request is cut and sent again with what it has.
-        control_s: For a control call.
-        start_s: For a server that was started.
-        poll_s: Between two looks at a server.
-        max_restarts: Of the servers that the run starts, in all.
-    """
-
-    recover_s: float = 300.0
-    request_s: float = 600.0
-    control_s: float = 60.0
-    start_s: float = 300.0
-    poll_s: float = 1.0
-    max_restarts: int = 5
+from oldlogits.core.engine_spec import EngineSpec
+from oldlogits.core.engine_stats import Incident
+from oldlogits.core.errors import ConfigError
+from oldlogits.core.server import ServerInfo, ServerProtocol
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -37,7 +18,7 @@ class Attempt:
 
     Args:
         id: The server's name for it.
-        version: That the server had when it was sent.
+        version: The version that the server had when it was sent.
         num_kept: Output tokens that earlier attempts sampled.
         cut: Set when its server counts as down.
         ended: Set when it is over.
@@ -67,7 +48,7 @@ class Launched(Protocol):
         """Where to look for what it said."""
         ...
 
-    async def ready(self, server: Server, start_s: float) -> None:
+    async def ready(self, server: ServerProtocol, start_s: float) -> None:
         """Wait until it answers.
 
         Raises:
@@ -85,8 +66,8 @@ class Launched(Protocol):
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Host:
-    """A server and what is known of it.
+class Replica:
+    """A server that holds a copy of the model, and what is known of it.
 
     Args:
         server: Speaks to it.
@@ -100,10 +81,10 @@ class Host:
         answered_at: When it last answered a request; seconds of the monotonic clock.
         num_misses: Health checks in a row without an answer.
         num_sampled: Tokens that it has sampled since it started, as it said at the last look; None: it does not say.
-        num_received: Those of them that have arrived here, and those of before it was connected.
+        num_received: How many of them have arrived here, and those of before it was connected.
     """
 
-    server: Server
+    server: ServerProtocol
     launched: Launched | None = None
     info: ServerInfo | None = None
     is_up: bool = False
@@ -116,13 +97,49 @@ class Host:
     num_sampled: int | None = None
     num_received: int | None = None
 
+    def check_fit(self, info: ServerInfo, spec: EngineSpec) -> None:
+        """Refuse a server that does not fit the run.
+
+        Args:
+            info: What it says of itself.
+            spec: What the run needs.
+
+        Raises:
+            ConfigError: Its numerics, its adapters or its context are others.
+        """
+        url, scale = self.server.url, repr(spec.adapter_scale)
+        if info.numerics != spec.numerics:
+            raise ConfigError(
+                f"the server {url} has other numerics than the recipe",
+                got=f"{info.numerics}, engine.precision = '{spec.numerics}'",
+                allowed="the same",
+                fix=f"set engine.precision = '{info.numerics}', or start the server with others",
+            )
+        if info.adapter_scale != spec.adapter_scale:
+            raise ConfigError(
+                f"the server {url} takes other weights than this run sends",
+                got=f"adapters scaled by {info.adapter_scale!r}, here {scale} (lora_alpha / lora_rank; 0: whole weights)",
+                allowed="the same",
+                fix=f"start it with {self.server.flag('adapter_scale', scale)}",
+            )
+        if info.max_context < spec.max_context:
+            raise ConfigError(
+                f"the server {url} has too short a context",
+                got=f"{info.max_context} tokens",
+                allowed=f">= env.max_episode_tokens = {spec.max_context}",
+                fix=f"start it with {self.server.flag('max_context', str(spec.max_context))}",
+            )
+
     def receive(self, num_tokens: int) -> None:
         """An answer has arrived."""
         if self.num_received is not None:
             self.num_received += num_tokens
 
-    def goes_down(self, reason: str, *, is_failure: bool) -> Incident:
-        """What its end interrupts."""
+    def go_down(self, reason: str, *, is_failure: bool) -> Incident:
+        """Cut what runs on it; returns what its end interrupts."""
+        self.is_up, self.is_broken, self.num_misses = False, True, 0
+        for attempt in self.attempts:
+            attempt.cut.set()
         sampled, received = self.num_sampled, self.num_received
         return Incident(
             what="down",

@@ -1,8 +1,11 @@
-"""What a kind of work takes, as a line: a fixed time, and a time for each unit of its size."""
+"""What engines count: their work, how long it takes, and what happens to servers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
+
+from oldlogits.core.weights import PolicyVersion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,3 +70,58 @@ class Line:
 def piece(size: float, seconds_s: float) -> Line:
     """One piece of work."""
     return Line(num=1.0, size=size, size_sq=size**2, seconds_s=seconds_s, size_s=size * seconds_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Counters since the engine was built.
+
+    Args:
+        version: The version of its weights.
+        num_steps: Engine steps.
+        num_decode_tokens: Sampled tokens.
+        num_prefill_tokens: Prompt tokens computed, recomputation included.
+        num_prefix_hit_tokens: Prompt tokens that were found in the cache instead.
+        busy_s: Seconds inside `EngineCore.step`.
+        idle_s: Seconds outside it.
+        waiting_s: The part of them with nothing to do: paused, or nothing to sample.
+        num_requests: Requests taken.
+        decode: Decode steps; the size of one is the sequences that it decoded.
+        prefill: Prefills between two decode steps; the size of one is the tokens that it computed.
+    """
+
+    version: PolicyVersion
+    num_steps: int
+    num_decode_tokens: int
+    num_prefill_tokens: int
+    num_prefix_hit_tokens: int
+    busy_s: float
+    idle_s: float
+    waiting_s: float = 0.0
+    num_requests: int = 0
+    decode: Line = field(default_factory=Line)
+    prefill: Line = field(default_factory=Line)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Incident:
+    """Something happened to a server.
+
+    Args:
+        what: It went down, or came back.
+        server: Its address.
+        reason: Why it counts as down, or what was done before it counted as up.
+        num_requests: That ran on it and are sent again.
+        num_kept_tokens: That these have sampled and keep.
+        num_lost_tokens: That the server had sampled, by its own count at the last look, and that did not arrive: a lower bound;
+            None: it does not count.
+        is_failure: Not if it was asked to leave.
+    """
+
+    what: Literal["down", "up"]
+    server: str
+    reason: str
+    num_requests: int = 0
+    num_kept_tokens: int = 0
+    num_lost_tokens: int | None = None
+    is_failure: bool = True

@@ -1,0 +1,124 @@
+"""The engine behind the routes of `oldlogits serve`: labels of versions, pauses, and weight updates in their order."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from oldlogits.core.engine import Generation
+from oldlogits.core.engine_spec import EngineSpec
+from oldlogits.core.errors import ConfigError
+from oldlogits.core.server import GenerateAnswer, GenerateRequest, LabelledSpan
+from oldlogits.engines.embedded.process import EngineProcess
+from oldlogits.engines.protocols.vllm_messages import ABORT_PREFIX, STARTING_LABEL, NonceFile, WeightsFile
+from oldlogits.engines.shared_memory import is_shared
+
+
+class Served:
+    """The engine behind the routes, and the labels of its versions.
+
+    Args:
+        engine: Samples.
+        spec: What it was built from.
+        name: Of the model.
+    """
+
+    def __init__(self, engine: EngineProcess, spec: EngineSpec, name: str) -> None:
+        self.engine, self.spec, self.name = engine, spec, name
+        self._labels = {0: STARTING_LABEL}  # by the engine's own version, which counts updates
+        self._running: dict[str, list[str]] = {}  # the engine's ids of requests, by the ids that they are aborted under
+        self.numbers = itertools.count()
+        self.is_paused = self._updating = False
+
+    @property
+    def num_running(self) -> int:
+        """Requests that were not answered yet."""
+        return sum(map(len, self._running.values()))
+
+    async def generate(self, request: GenerateRequest) -> GenerateAnswer:
+        """Sample a completion."""
+        known_as = ABORT_PREFIX + request.request_id
+        own_id = f"{request.request_id}/{next(self.numbers)}"  # the engine wants unique ones
+        self._running.setdefault(known_as, []).append(own_id)
+        try:
+            generation = await self.engine.generate(request.token_ids, request.sampling, own_id)
+        finally:
+            self._running[known_as].remove(own_id)
+            if not self._running[known_as]:
+                del self._running[known_as]
+        return self._answer(generation)
+
+    def _answer(self, generation: Generation) -> GenerateAnswer:
+        spans = (LabelledSpan(label=self._labels[s.version], start=s.start, end=s.end) for s in generation.spans)
+        return GenerateAnswer(
+            token_ids=generation.output_ids,
+            logprobs=generation.logprobs,
+            spans=tuple(spans),
+            finish_reason=generation.finish_reason,
+            prompt_logprobs=generation.prompt_logprobs,
+        )
+
+    async def abort(self, names: Sequence[str]) -> int:
+        """End requests by the names that they are aborted under; returns how many. No name: all."""
+        own_ids = [own_id for name in names or list(self._running) for own_id in self._running.get(name, [])]
+        for own_id in own_ids:
+            await self.engine.abort(own_id)
+        return len(own_ids)
+
+    async def pause(self, mode: str, clear_cache: bool) -> None:
+        """Stop sampling. A cleared cache is computed anew with the next weights."""
+        if mode not in ("keep", "abort"):
+            raise _wrong(f"mode = {mode}", "keep, abort", "pause with mode=keep")
+        kept: Literal["keep", "abort"] = "keep" if mode == "keep" else "abort"
+        await self.engine.pause(kept, "recompute" if clear_cache else "stale")
+        self.is_paused = True
+
+    async def resume(self) -> None:
+        """Go on sampling."""
+        if self._updating:
+            raise _wrong("resume within a weight update", "finish_weight_update first", "finish the update")
+        await self.engine.resume()
+        self.is_paused = False
+
+    def check_transfer(self, info: NonceFile) -> None:
+        """Refuse a trainer whose files cannot be read here: it sends a file, and what it says."""
+        path = Path(info.path)
+        if not is_shared(path) or not path.is_file() or path.read_text(encoding="utf-8") != info.nonce:
+            raise _wrong(f"path = {path}", "a file of this machine that says the nonce", "serve on the trainer's machine")
+
+    def start_update(self) -> None:
+        """A weight update begins."""
+        if not self.is_paused or self._updating:
+            raise _wrong("no pause" if not self.is_paused else "a second start", "pause, then one start", "pause first")
+        self._updating = True
+
+    async def load(self, info: WeightsFile) -> None:
+        """Take over the weights of a `HostCopy`."""
+        path = Path(info.path)
+        if not self._updating:
+            raise _wrong("no update was started", "start_weight_update first", "start the update")
+        if not is_shared(path) or not path.is_file():
+            raise _wrong(f"path = {path}", f"a file oldlogits-*.weights in /dev/shm or {tempfile.gettempdir()}", "share it")
+        version = max(self._labels) + 1
+        self._labels[version] = self._labels[version - 1]
+        await self.engine.load(path, info.version, version)
+
+    def finish_update(self, label: str | None) -> None:
+        """The update is whole: what it is called from now on."""
+        if not self._updating:
+            raise _wrong("no update was started", "start_weight_update first", "start the update")
+        self._updating = False
+        if label is not None:
+            self._labels[max(self._labels)] = label
+
+    @property
+    def label(self) -> str:
+        """Of the weights."""
+        return self._labels[max(self._labels)]
+
+
+def _wrong(got: str, allowed: str, fix: str) -> ConfigError:
+    return ConfigError("the engine cannot do this now", got=got, allowed=allowed, fix=fix)
