@@ -70,11 +70,11 @@ def test_terms_that_are_not_one_per_token_are_refused_with_their_shapes():
     token, mask = torch.zeros(3), torch.ones(3, dtype=torch.bool)
     with pytest.raises(ConfigError, match=r"one value per token; got: values \(2,\), log_r_d \(3,\)"):
         LossTerms(values=torch.zeros(2), log_r_d=token, log_r_s=token, band_mask=mask, clip_mask=mask)
+    scalar = torch.zeros(())
     with pytest.raises(ConfigError, match="one value per token"):
-        scalar = torch.zeros(())
         LossTerms(values=scalar, log_r_d=scalar, log_r_s=scalar, band_mask=scalar.bool(), clip_mask=scalar.bool())
 
 
 def test_an_unknown_loss_is_refused_with_the_built_in_ones():
-    with pytest.raises(ConfigError, match="unknown loss; got: 'masked'; allowed: objective.loss = masked_is or"):
+    with pytest.raises(ConfigError, match=r"unknown loss; got: 'masked'; allowed: objective\.loss = masked_is or"):
         LOSSES.find("masked")

@@ -1,8 +1,8 @@
 """Key-value segments: which version computed each entry of keys and values that a sampled token attended to.
 
-A chain of segments is what the engine's cache held for one trajectory since it was filled: with entries of one version, those of all
-tokens before the first that it samples (``kv = "fresh"``). It goes on where later tokens are sampled over these entries
-(``kv = "mixed"``): entries are computed when the next sampled token needs them, by the version that samples it.
+A chain of segments is what the engine's cache held for one trajectory since it was filled: with entries of one version, those
+of all tokens before the first that it samples (``kv = "fresh"``). It goes on where later tokens are sampled over these
+entries (``kv = "mixed"``): entries are computed when the next sampled token needs them, by the version that samples it.
 
     tokens    p p p p a a a a b b r r b b c      p, r: read; a, b, c: sampled, by versions of these names
     entries   a a a a a a a b b b b b b c        three segments; nobody attends to the entry of the last token

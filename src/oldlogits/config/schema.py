@@ -250,6 +250,8 @@ class RecordConfig:
     """Updates between full transcripts (one group) in episodes.jsonl; 0: none."""
     checkpoint_every: Count = 20
     """Updates between checkpoints; 0: only at the end."""
+    trackers: tuple[str, ...] = ()
+    """Tracking tools that follow the run: wandb | trackio | tensorboard | mlflow, or "package.module:Name"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

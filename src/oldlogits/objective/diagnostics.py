@@ -89,7 +89,8 @@ def diagnose(
 ) -> Diagnostics:
     """Diagnose one update from its ratios and the masks of its surrogate.
 
-    "prox" in a name is the variant's proximal policy, whichever that is; where the variant has ``r_d = 1`` the figures of ``log r_d`` are 0.
+    "prox" in a name is the variant's proximal policy, whichever that is; where the variant has ``r_d = 1`` the figures of
+    ``log r_d`` are 0.
 
     Args:
         log_r_d: Log of the discrepancy ratio.
