@@ -20,6 +20,7 @@ from oldlogits.core.parser import PARSERS
 from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, VARIANTS
 from oldlogits.core.server import SERVER_PROTOCOLS
 from oldlogits.core.source import SOURCES
+from oldlogits.core.tracker import TRACKERS
 
 __all__ = [
     "AuditConfig",
@@ -250,8 +251,8 @@ class RecordConfig:
     """Updates between full transcripts (one group) in episodes.jsonl; 0: none."""
     checkpoint_every: Count = 20
     """Updates between checkpoints; 0: only at the end."""
-    trackers: tuple[str, ...] = ()
-    """Tracking tools that follow the run: wandb | trackio | tensorboard | mlflow, or "package.module:Name"."""
+    trackers: tuple[Annotated[str, TRACKERS], ...] = ()
+    """Tracking tools that follow the run; each is an optional extra."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
