@@ -43,7 +43,6 @@ class BackendKind(Protocol[Spec, Opened]):
         Raises:
             OldLogitsError: A part cannot be started.
         """
-        ...
 
 
 BACKENDS: Final = Registry[type[BackendKind[Any, Any]]](

@@ -50,7 +50,6 @@ class EffectiveBounds:
     negative_high: float
 
     def __post_init__(self) -> None:
-        """Refuse bounds that would make R = 1 inactive: no band and no clip does."""
         low, high = (self.mask_low, self.negative_low), (self.mask_high, self.positive_high, self.negative_high)
         if not (all(0 <= bound <= 1 for bound in low) and all(bound >= 1 for bound in high)):
             raise ConfigError(

@@ -44,7 +44,6 @@ class Sampling:
     prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
         if self.max_tokens < 1 or not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ConfigError(
                 "sampling parameters out of range",
@@ -83,7 +82,6 @@ class Generation:
     prompt_logprobs: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse tokens without a log-prob and tokens without a version."""
         if len(self.logprobs) != len(self.output_ids):
             raise MissingLogprobError(
                 "an engine returned tokens without log-probs",
@@ -133,23 +131,18 @@ class RolloutEngine(Protocol):
     @property
     def capabilities(self) -> EngineCapabilities:
         """What this engine can do."""
-        ...
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str) -> Generation:
         """Sample a completion; waits through pauses and weight updates."""
-        ...
 
     async def abort(self, request_id: str) -> None:
         """End a request; its `generate` returns what was sampled so far with finish reason "abort"."""
-        ...
 
     async def pause(self, mode: Literal["keep", "abort"], kv: Literal["recompute", "stale"]) -> None:
         """Stop sampling; the engine is idle on return. `kv` says what an update does with keys and values."""
-        ...
 
     async def partials(self) -> Mapping[str, Generation]:
         """While paused: what each running request has sampled so far, by request id."""
-        ...
 
     async def update_weights(self, update: WeightUpdate, version: PolicyVersion) -> None:
         """Replace the weights; later tokens are tagged with `version`.
@@ -157,11 +150,9 @@ class RolloutEngine(Protocol):
         Raises:
             ReceiverBehindError: Patches do not lead on from what the engine's host holds: give it full weights.
         """
-        ...
 
     async def resume(self) -> None:
         """Go on sampling."""
-        ...
 
 
 def trajectory_of(request_id: str) -> str:
@@ -194,25 +185,20 @@ class StepwiseEngine(RolloutEngine, Protocol):
     @property
     def idle(self) -> bool:
         """Whether a step would do nothing: the engine is paused, or no request can go on."""
-        ...
 
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str, *, quota: int | None = None
     ) -> Generation:
         """Sample a completion; waits through pauses and updates, and at `quota` sampled tokens until the quota is raised."""
-        ...
 
     def set_quota(self, request_id: str, num_tokens: int | None) -> None:
         """Hold a request once it has sampled so many tokens; None lifts the quota. Does nothing to a request that ended."""
-        ...
 
     def drive_once(self) -> bool:
         """Take one step; returns False if there was nothing to do."""
-        ...
 
     async def stats(self) -> EngineStats:
         """Return the counters."""
-        ...
 
 
 class EngineKind(Protocol):
@@ -251,7 +237,6 @@ class EngineKind(Protocol):
             spec: The model and the size.
             servers: What the recipe says of servers.
         """
-        ...
 
     def build(self, spec: EngineSpec) -> StepwiseEngine:
         """Make an engine of this process that the caller steps; called only where `is_stepwise` says so."""

@@ -27,11 +27,9 @@ class Line:
     size_s: float = 0.0
 
     def __add__(self, other: Line) -> Line:
-        """Both."""
         return self._with(other, 1.0)
 
     def __sub__(self, other: Line) -> Line:
-        """What was done in between."""
         return self._with(other, -1.0)
 
     def _with(self, other: Line, sign: float) -> Line:

@@ -31,11 +31,9 @@ class Environment(Protocol):
     @property
     def reset(self) -> Callable[..., str | None]:
         """``reset(**row)`` starts an episode and returns the first user message, if there is one."""
-        ...
 
     def get_reward(self) -> float:
         """Return the reward of the episode so far."""
-        ...
 
 
 class ConversingEnvironment(Environment, Protocol):
@@ -43,7 +41,6 @@ class ConversingEnvironment(Environment, Protocol):
 
     def reply(self, message: str) -> str | None:
         """Return the partner's answer to an agent's message; None ends the episode."""
-        ...
 
 
 class ExplainingEnvironment(Environment, Protocol):
@@ -51,7 +48,6 @@ class ExplainingEnvironment(Environment, Protocol):
 
     def explain_reward(self) -> str:
         """Return the reasons of the reward, in words for a person."""
-        ...
 
 
 @runtime_checkable
@@ -61,7 +57,6 @@ class RowSource(Protocol):
     @staticmethod
     def make_row(split: Split, index: int) -> Row:
         """Return row `index` of a split: JSON-able arguments of `reset`, the same for the same arguments."""
-        ...
 
 
 @runtime_checkable
@@ -71,7 +66,6 @@ class Demonstrated(Protocol):
     @staticmethod
     def warm_start(order: ModelOrder) -> Path:
         """Train the model of `order.folder` for `order.steps` steps on demonstrations; return the folder of the result."""
-        ...
 
 
 @runtime_checkable
@@ -81,7 +75,6 @@ class Scripted(Protocol):
     @staticmethod
     def make_oracle() -> Callable[[str], str]:
         """Return an agent for one episode: it is given what the agent reads and returns what the agent writes."""
-        ...
 
 
 class EnvironmentAdapter(Protocol):
@@ -98,7 +91,6 @@ class EnvironmentAdapter(Protocol):
             ConfigError: The target names nothing that this adapter can find.
             EnvironmentShapeError: What it names cannot become an environment.
         """
-        ...
 
 
 ENVIRONMENTS: Final[Registry[object]] = Registry(

@@ -88,7 +88,6 @@ class LossTerms:
     clip_mask: Tensor
 
     def __post_init__(self) -> None:
-        """Refuse a loss that does not return one value per token."""
         names = ("values", "log_r_d", "log_r_s", "band_mask", "clip_mask")
         shapes = {name: tuple(getattr(self, name).shape) for name in names}
         if len(set(shapes.values())) > 1 or len(shapes["values"]) != 1:
@@ -124,7 +123,6 @@ class Loss(Protocol):
         Raises:
             MissingLogprobError: A policy that the loss needs is not among the log-probs.
         """
-        ...
 
 
 LOSSES: Final = Registry[Loss](

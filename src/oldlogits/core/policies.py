@@ -30,7 +30,6 @@ class Policy(StrEnum):
     THETA = "theta"  # the training engine, now: the policy being optimised
 
     def __truediv__(self, other: Policy) -> Ratio:
-        """`THETA / OLD`: the ratio of two policies' probabilities of the sampled token."""
         return Ratio(numerator=self, denominator=other)
 
 
@@ -66,7 +65,6 @@ class Ratio:
         )
 
     def __str__(self) -> str:
-        """``theta/old``, or ``1``."""
         return "1" if self.is_one else f"{self.numerator}/{self.denominator}"
 
 
@@ -90,7 +88,6 @@ class Variant:
     r_s: Ratio
 
     def __post_init__(self) -> None:
-        """Refuse a row whose ratios do not telescope."""
         if self.total.numerator is not THETA:
             raise ConfigError(
                 f"r_d = {self.r_d} and r_s = {self.r_s} do not describe an update of THETA",

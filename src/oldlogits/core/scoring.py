@@ -102,7 +102,6 @@ class SpanScorer(Protocol):
         Raises:
             VersionEvictedError: The version is not held.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +139,6 @@ class ScoringHandle(SpanScorer, Protocol):
     @property
     def is_idle(self) -> bool:
         """Whether no call is being carried out."""
-        ...
 
     async def score(self, tokens: NDArray[np.int64], at: PolicyVersion | None) -> NDArray[np.float32]:
         """Score loss tokens of the batch in training.
@@ -155,7 +153,6 @@ class ScoringHandle(SpanScorer, Protocol):
         Raises:
             VersionEvictedError: The version is no longer held.
         """
-        ...
 
     async def score_mixed(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Score all loss tokens of the batch in training, over keys and values of the versions that the engine had.
@@ -167,7 +164,6 @@ class ScoringHandle(SpanScorer, Protocol):
             VersionEvictedError: A version is no longer held.
             TrajectoryError: The batch does not say which versions computed them.
         """
-        ...
 
     async def score_average(self, tokens: NDArray[np.int64]) -> AverageScores:
         """Score loss tokens of the batch in training, under the average up to the current version.
@@ -177,7 +173,6 @@ class ScoringHandle(SpanScorer, Protocol):
         Args:
             tokens: int64, ascending positions among the batch's loss tokens.
         """
-        ...
 
     async def score_engine(self, tokens: NDArray[np.int64]) -> EngineScores:
         """Score loss tokens of the batch in training, with the live weights in the engine's numerics.
@@ -185,7 +180,6 @@ class ScoringHandle(SpanScorer, Protocol):
         Args:
             tokens: int64, ascending positions among the batch's loss tokens.
         """
-        ...
 
 
 class DedicatedScorer(SpanScorer, Protocol):
@@ -194,7 +188,6 @@ class DedicatedScorer(SpanScorer, Protocol):
     @property
     def window(self) -> int:
         """How many versions the scorer holds: the newest ones."""
-        ...
 
     async def publish(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> float:
         """Take over a version, and drop the oldest beyond the window.
@@ -210,4 +203,3 @@ class DedicatedScorer(SpanScorer, Protocol):
         Raises:
             ExactnessError: The weights that arrived give the probe tokens other log-probs.
         """
-        ...

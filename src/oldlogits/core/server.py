@@ -132,12 +132,10 @@ class Transport(Protocol):
     @property
     def url(self) -> str:
         """The server's base address."""
-        ...
 
     @property
     def control_timeout_s(self) -> float:
         """How long a control call may take."""
-        ...
 
     async def call(self, method: str, path: str, body: Json = None, *, timeout_s: float | None) -> Reply:
         """Call a route; a cancellation closes the connection.
@@ -151,7 +149,6 @@ class Transport(Protocol):
         Raises:
             ServerFailedError: There is no answer.
         """
-        ...
 
     async def control(self, method: str, path: str, body: Json = None) -> Reply:
         """Call a route within the time of control calls; only an answer of status 200 is returned.
@@ -160,31 +157,24 @@ class Transport(Protocol):
             ServerFailedError: There is no answer, or the server is broken.
             ConfigError: The server refuses the request.
         """
-        ...
 
     def accepted(self, reply: Reply) -> Reply:
         """Return an answer of status 200; raise what `control` raises for another one."""
-        ...
 
     def refused(self, got: str, allowed: str, fix: str) -> ConfigError:
         """Make the error that says why this server cannot be used."""
-        ...
 
     async def share(self, text: str) -> Path:
         """Write a text to a file where the weights for this server will be."""
-        ...
 
     async def located(self, weights: SharedWeights) -> SharedWeights:
         """Return the weights with the path that they have on the server's own machine."""
-        ...
 
     def move_to(self, url: str, token: str) -> None:
         """Speak to another address from now on: the server was started elsewhere."""
-        ...
 
     async def close(self) -> None:
         """Leave no connection; what waits for an answer fails."""
-        ...
 
 
 class ServerProtocol(Protocol):
@@ -245,39 +235,30 @@ class ServerProtocol(Protocol):
 
     async def connect(self) -> ServerInfo:
         """Ask what the server can do, and refuse one that cannot do what training needs."""
-        ...
 
     async def generate(self, request: GenerateRequest) -> GenerateAnswer:
         """Sample a completion; takes as long as it takes."""
-        ...
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """End requests; their `generate` returns what was sampled so far."""
-        ...
 
     async def pause(self, mode: Literal["keep", "abort"]) -> None:
         """Stop sampling; keys and values are computed anew afterwards."""
-        ...
 
     async def resume(self) -> None:
         """Go on sampling."""
-        ...
 
     async def update(self, weights: SharedWeights, label: str) -> None:
         """Take over weights, while the server is paused, and call them `label` from then on."""
-        ...
 
     async def label(self) -> str:
         """What the server's weights are called."""
-        ...
 
     async def check_health(self, timeout_s: float) -> None:
         """Return if the server answers that it is well."""
-        ...
 
     async def num_sampled(self, timeout_s: float) -> int | None:
         """Tokens that the server has sampled since it started; None: it does not say."""
-        ...
 
 
 SERVER_PROTOCOLS: Final = Registry[type[ServerProtocol]](

@@ -114,7 +114,6 @@ class LogprobSource(Protocol):
 
     async def acquire(self, batch: BatchTokens) -> Scored | None:
         """Return the log-probs of the batch that enters training; None from a source for variants that need none."""
-        ...
 
     def drop(self, trajectory_ids: Iterable[str]) -> None:
         """Forget these trajectories: they were trained, filtered, failed or cancelled."""

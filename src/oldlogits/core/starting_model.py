@@ -50,7 +50,6 @@ class StartingModel(Protocol):
 
     def __call__(self, order: ModelOrder) -> Path:
         """Make the folder, or find it in the cache; return its path."""
-        ...
 
 
 @runtime_checkable
@@ -60,11 +59,9 @@ class DescribedModel(Protocol):
     @property
     def only_environment(self) -> type:
         """The environment class whose words the model knows; it can play this class and its subclasses."""
-        ...
 
     def architecture(self) -> object:
         """Return the Hugging Face config of the model, for the estimate of bytes."""
-        ...
 
 
 MODELS: Final[Registry[StartingModel]] = Registry(

@@ -32,7 +32,6 @@ class Context:
     token_ids: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        """Refuse an empty segment."""
         _check(bool(self.token_ids), "a context segment is empty", "0 tokens", "at least one token", "leave the segment out")
 
 
@@ -55,7 +54,6 @@ class Sampled:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse empty segments, missing log-probs, positive log-probs and negative versions."""
         _check(bool(self.token_ids), "a sampled segment is empty", "0 tokens", "at least one token", "leave the segment out")
         _check(
             len(self.token_ids) == len(self.logp_mu),
@@ -98,7 +96,6 @@ class Trajectory:
     stop_reason: str
 
     def __post_init__(self) -> None:
-        """Refuse trajectories that start with sampled tokens, sample none, or go back in time."""
         starts_with_context = bool(self.segments) and isinstance(self.segments[0], Context)
         _check(
             starts_with_context,
@@ -163,7 +160,6 @@ class TrajectoryGroup:
     trajectories: tuple[Trajectory, ...]
 
     def __post_init__(self) -> None:
-        """Refuse an empty group and members of another group."""
         _check(bool(self.trajectories), f"group {self.id} is empty", "0 trajectories", "at least one", "drop the group")
         strangers = [t.id for t in self.trajectories if t.group_id != self.id]
         _check(

@@ -77,16 +77,13 @@ class VersionStore(Protocol):
     @property
     def versions(self) -> tuple[PolicyVersion, ...]:
         """The versions that are there, ascending."""
-        ...
 
     @property
     def num_bytes(self) -> int:
         """Bytes of memory that all of them take."""
-        ...
 
     def publish(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> StoreReceipt:
         """Store the bits of `weights` as `version`, which is above all others."""
-        ...
 
     def checkout(self, version: PolicyVersion) -> AbstractContextManager[Mapping[str, Tensor]]:
         """The weights of `version`, for reading inside the context.
@@ -94,15 +91,12 @@ class VersionStore(Protocol):
         Raises:
             VersionEvictedError: Names the version, the window that is held, and the remedy.
         """
-        ...
 
     def walk(self) -> AbstractContextManager[None]:
         """Inside it, checkouts in the order of their versions cost one way down and one way back in all."""
-        ...
 
     def retain(self, oldest_needed: PolicyVersion) -> list[PolicyVersion]:
         """Versions below `oldest_needed` are no longer needed, but for the newest and those held; returns those dropped."""
-        ...
 
     def hold(self, version: PolicyVersion) -> None:
         """Keep a version until `release`, whatever `retain` says.
@@ -110,11 +104,9 @@ class VersionStore(Protocol):
         Raises:
             VersionEvictedError: The version is not there.
         """
-        ...
 
     def release(self, version: PolicyVersion) -> list[PolicyVersion]:
         """Take one `hold` back; returns the versions dropped."""
-        ...
 
     def rewind(self, version: PolicyVersion) -> None:
         """Forget all versions above one, which becomes the newest: a run goes on from an older checkpoint.
@@ -122,8 +114,6 @@ class VersionStore(Protocol):
         Raises:
             VersionEvictedError: The version is not there.
         """
-        ...
 
     def close(self) -> None:
         """Give up what it has open; a second call does nothing."""
-        ...

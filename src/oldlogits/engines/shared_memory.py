@@ -90,7 +90,6 @@ class WeightTransport(Protocol):
     @property
     def num_copies(self) -> int:
         """How many copies of the weights it keeps."""
-        ...
 
     async def take(self, update: WeightUpdate, version: PolicyVersion) -> SharedWeights:
         """Make a version ready; returns where servers find it.
@@ -98,11 +97,9 @@ class WeightTransport(Protocol):
         Raises:
             ReceiverBehindError: Patches do not lead on from what is there: give full weights.
         """
-        ...
 
     def close(self) -> None:
         """Leave no file."""
-        ...
 
 
 class OnThisHost:

@@ -57,11 +57,9 @@ class Codec(Protocol):
 
     def encode(self, value: object) -> object:
         """What travels in place of an argument or a returned value."""
-        ...
 
     def decode(self, value: object) -> object:
         """The value itself; called exactly once, in the process that receives it."""
-        ...
 
 
 class Plain:

@@ -31,7 +31,6 @@ class Transport(Protocol):
 
     async def call(self, method: str, arguments: tuple[object, ...]) -> object:
         """Call a method; returns its value, or raises its error."""
-        ...
 
 
 class Inline:

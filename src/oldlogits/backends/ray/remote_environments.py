@@ -40,7 +40,6 @@ class Place(Protocol):
             EnvironmentFailed: It cannot be made.
             PlaceLostError: The place is gone.
         """
-        ...
 
     async def call(self, id: int, method: str, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
         """Call a method of an environment.
@@ -49,11 +48,9 @@ class Place(Protocol):
             EnvironmentFailed: It raised, or took too long.
             PlaceLostError: The place is gone.
         """
-        ...
 
     def drop(self, id: int) -> None:
         """Nobody needs it any more."""
-        ...
 
 
 class Places(Protocol):
@@ -65,7 +62,6 @@ class Places(Protocol):
         Raises:
             WorkerDiedError: There will be none.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,7 +40,6 @@ class Attention(Protocol):
         Returns:
             [tokens, heads * head_dim].
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

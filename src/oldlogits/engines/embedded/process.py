@@ -40,23 +40,18 @@ class EngineCalls(Protocol):
 
     async def pause(self, mode: Literal["keep", "abort"], kv: Literal["recompute", "stale"]) -> None:
         """Stop sampling; the engine is idle on return. `kv` says what an update does with keys and values."""
-        ...
 
     async def partials(self) -> Mapping[str, Generation]:
         """What each request has sampled so far, by request id."""
-        ...
 
     async def load(self, copy: Path, held: PolicyVersion, version: PolicyVersion) -> None:
         """Replace the weights by those that a `HostCopy` holds as version `held`; later tokens are tagged with `version`."""
-        ...
 
     async def resume(self) -> None:
         """Go on sampling."""
-        ...
 
     async def stats(self) -> EngineStats:
         """The engine's counters."""
-        ...
 
 
 class EngineProcess:

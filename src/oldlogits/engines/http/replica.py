@@ -41,12 +41,10 @@ class Launched(Protocol):
     @property
     def exit_code(self) -> int | None:
         """None while it lives."""
-        ...
 
     @property
     def where(self) -> str:
         """Where to look for what it said."""
-        ...
 
     async def ready(self, server: ServerProtocol, start_s: float) -> None:
         """Wait until it answers.
@@ -54,15 +52,12 @@ class Launched(Protocol):
         Raises:
             ServerFailedError: It ended, or takes longer than `start_s`.
         """
-        ...
 
     def restart(self) -> None:
         """End what is left of it and start it again."""
-        ...
 
     def close(self) -> None:
         """End it and whatever it has started."""
-        ...
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
