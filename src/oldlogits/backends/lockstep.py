@@ -43,14 +43,7 @@ SETTLE_ROUNDS = 8
 
 
 class LockstepEngine:
-    """An engine under lag plans; a `RolloutEngine`.
-
-    Args:
-        engine: Samples.
-        config: The lag distribution.
-        seed: The seed of the plans.
-        prompts_per_update: Groups that one version of the trainer consumes.
-    """
+    """An engine under lag plans, drawn with a seed; a `RolloutEngine`."""
 
     def __init__(self, engine: StepwiseEngine, config: LockstepConfig, *, seed: int, prompts_per_update: int) -> None:
         self._engine, self._config, self._seed, self._prompts_per_update = engine, config, seed, prompts_per_update
@@ -110,11 +103,7 @@ class LockstepEngine:
         await self._engine.resume()
 
     async def drive(self) -> None:
-        """Step the engine whenever it can sample; runs until it is cancelled.
-
-        Raises:
-            AccountingError: Everything waits for the engine and the engine for nothing: a defect.
-        """
+        """Step the engine whenever it can sample, until it is cancelled; a stall is an `AccountingError`."""
         num_idle = 0
         while True:
             num_idle = 0 if self._engine.drive_once() else num_idle + 1

@@ -29,15 +29,7 @@ _FIX: Final = "look for an out-of-memory kill or a message above; go on with --r
 
 
 class ModelProcess(ChildProcess):
-    """A child process that holds a model and carries out calls one at a time.
-
-    Args:
-        name: What the process is: "trainer", "scorer".
-        build: A function of a module, called in the child: builds what carries out the calls.
-        spec: What the process is told.
-        model_folder: A Hugging Face folder.
-        probe_ids: Fixed tokens, at least two, that check every published version.
-    """
+    """A child process that holds a model and carries out calls one at a time; `build` makes there what carries them out."""
 
     def __init__(
         self,

@@ -72,7 +72,7 @@ class Generation:
         logprobs: Natural log of the probability of each, under the distribution that it was sampled from.
         spans: Contiguous from 0 to ``len(output_ids)``, versions non-decreasing; empty when nothing was sampled.
         finish_reason: "stop" (a stop token), "length" (max_tokens or the engine's context), "abort".
-        prompt_logprobs: Of prompt tokens 1, 2, ...; empty unless asked for.
+        prompt_logprobs: The log-probs of prompt tokens 1, 2, ...; empty unless the request asked for them.
     """
 
     output_ids: tuple[int, ...]
@@ -108,11 +108,10 @@ class EngineCapabilities:
         partials: Whether `RolloutEngine.partials` exists; if not, a request is interrupted by abort and resubmit.
         kv_modes: What `pause` can promise about keys and values after the update. "stale": a trajectory keeps its own, and
             shares none of older versions with others.
-        numerics: The engine's numerics, such as "fp32" or "int8".
         arithmetic: What it computes in; all but fp32 adds to the differences that its numerics make.
         num_replicas: Engines behind this one, each with a copy of the weights; requests for a prompt's log-probs go to one
             after the other.
-        num_host_copies: Further copies, from which they load.
+        num_host_copies: Further copies of the weights, from which these engines load.
     """
 
     max_context: int
@@ -162,13 +161,10 @@ def trajectory_of(request_id: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenEngine:
-    """An engine that is being started.
+    """An engine that is being started: `engine` samples once `ready` has returned, and `stats` returns its counters.
 
     Args:
-        engine: Samples, once `ready` has returned.
-        stats: Returns its counters.
-        ready: Waits until it can be used.
-        supervise: Runs beside it, where it must be watched; ends only by an error.
+        supervise: Runs beside the engine, where it must be watched; ends only by an error.
         listen: Takes a function that is told what happens to servers.
     """
 
@@ -218,11 +214,7 @@ class EngineKind(Protocol):
     """Without servers of its own: the server protocol that offers it over HTTP; empty: none does."""
 
     def check(self, spec: EngineSpec, servers: ServerOptions) -> None:
-        """Refuse a model folder, numerics or a size that this engine cannot run.
-
-        Args:
-            spec: The model, whose folder may hold its config.json only, and the size.
-            servers: What the recipe says of servers.
+        """Refuse a model folder (which may hold config.json only), numerics or a size that this engine cannot run.
 
         Raises:
             ModelFolderError: The model is of a family that it does not implement.
@@ -231,12 +223,7 @@ class EngineKind(Protocol):
         return
 
     def open(self, spec: EngineSpec, servers: ServerOptions) -> AbstractAsyncContextManager[OpenEngine]:
-        """Start an engine; on leaving nothing of it stays behind.
-
-        Args:
-            spec: The model and the size.
-            servers: What the recipe says of servers.
-        """
+        """Start an engine; on leaving nothing of it stays behind."""
 
     def build(self, spec: EngineSpec) -> StepwiseEngine:
         """Make an engine of this process that the caller steps; called only where `is_stepwise` says so."""
@@ -245,20 +232,12 @@ class EngineKind(Protocol):
     def weight_bytes(self, spec: EngineSpec, *, num_parameters: int, head_parameters: int) -> int:
         """Estimate the bytes of the weights that one engine computes with.
 
-        Args:
-            spec: The numerics, and whether there are adapters.
-            num_parameters: The model's, a tied head counted once.
-            head_parameters: The head's, where it is tied; else 0.
+        A tied head counts once among `num_parameters`; `head_parameters` are its own, and 0 where it is not tied.
         """
         return 4 * num_parameters
 
     def cache_bytes(self, spec: EngineSpec, *, token_bytes: int) -> int:
-        """Estimate the bytes of keys and values that the engine holds; 0 where it fits itself into the memory it finds.
-
-        Args:
-            spec: The size.
-            token_bytes: The fp32 keys and values of one token.
-        """
+        """Estimate the bytes of keys and values that the engine holds, from those of an fp32 token; 0 where it fits itself in."""
         return 0
 
 

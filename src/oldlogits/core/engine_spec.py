@@ -13,9 +13,7 @@ class EngineSpec:
     Args:
         model_path: A Hugging Face model folder; its weights are version 0.
         numerics: How the engine rounds weights, such as "fp32" or "int8".
-        max_num_seqs: Sequences decoded at the same time.
-        max_context: The most tokens of one sequence.
-        seed: The seed of the sampler.
+        max_context: The most tokens of one sequence, prompt and output.
         adapter_scale: Updates bring LoRA adapters, whose product, scaled by this, is added to the folder's weights; 0: they
             bring all weights.
     """
@@ -57,11 +55,7 @@ class ServerOptions:
         protocol: The name of their protocol, in `SERVER_PROTOCOLS`.
         urls: The addresses of servers that run already; empty: the run starts its own.
         token_env: The environment variable that holds the bearer token of running servers; empty: they want none.
-        num_servers: How many are started.
-        flags: Further flags of a started server's command line.
         python: The interpreter that has the server installed; empty: this one.
-        log_folder: Where started servers leave their messages.
-        timeouts: How long to wait for what.
     """
 
     protocol: str

@@ -78,14 +78,13 @@ class Scripted(Protocol):
 
 
 class EnvironmentAdapter(Protocol):
-    """Makes an environment class of what `env.target` says."""
+    """Makes an environment class of what `env.target` says.
+
+    ``ENVIRONMENTS.find(target)`` imports what a target names in Python; an adapter may as well read it as an address or a file.
+    """
 
     def __call__(self, target: str) -> type[Environment]:
-        """Return the class; every instance of it plays one episode.
-
-        Args:
-            target: The words of `env.target`. ``ENVIRONMENTS.find(target)`` imports what they name, where they name something
-                in Python; an adapter may as well read them as an address or a file.
+        """Return the class that the words of `env.target` say; every instance of it plays one episode.
 
         Raises:
             ConfigError: The target names nothing that this adapter can find.

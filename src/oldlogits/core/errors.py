@@ -31,12 +31,6 @@ from __future__ import annotations
 class OldLogitsError(Exception):
     """Base of all errors of this package.
 
-    Args:
-        what: What is wrong, in one clause.
-        got: What was found.
-        allowed: What would have been right.
-        fix: What to do about it.
-
     Example:
         >>> str(OldLogitsError("band must be above 1", got="0.9", allowed="a number > 1", fix="set band = 1.5"))
         'band must be above 1; got: 0.9; allowed: a number > 1; fix: set band = 1.5'
@@ -121,7 +115,7 @@ class ReceiverBehindError(OldLogitsError, LookupError):
 
 
 class ExactnessError(OldLogitsError, ArithmeticError):
-    """A witness contradicts log-probs that were claimed to be exact."""
+    """A consistency check contradicts log-probs that were claimed to be exact."""
 
 
 class ProbeError(OldLogitsError, ArithmeticError):

@@ -52,7 +52,7 @@ class LossInputs:
         logp: Natural-log probability of each sampled token, by policy: MU, THETA, and the variant's proximal policy. Only
             those of THETA carry a gradient.
         advantages: float32; one value for all tokens of a sequence.
-        loss_mask: bool; True where a token is trained. Context tokens are left out beforehand, so that today all are True.
+        loss_mask: bool; True where a token is trained. Context tokens are left out beforehand, so today all are True.
         staleness: int64; the trainer's version minus the version that sampled the token.
         sequence_index: int64, in [0, num_sequences); the trajectory that a token belongs to.
         num_sequences: The number of trajectories of the whole batch, of which a micro-batch holds some.
@@ -115,10 +115,6 @@ class Loss(Protocol):
 
     def __call__(self, tokens: LossInputs, objective: Objective) -> LossTerms:
         """Form the surrogate of each token, in the order of the tokens.
-
-        Args:
-            tokens: The log-probs of the tokens, and what belongs to each.
-            objective: The recipe's knobs.
 
         Raises:
             MissingLogprobError: A policy that the loss needs is not among the log-probs.

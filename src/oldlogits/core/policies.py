@@ -46,11 +46,7 @@ class Ratio:
         return self.numerator is self.denominator
 
     def __mul__(self, other: Ratio) -> Ratio:
-        """The telescoped product: ``OLD/MU * THETA/OLD == THETA/MU``.
-
-        Raises:
-            ConfigError: The product does not telescope.
-        """
+        """The telescoped product: ``OLD/MU * THETA/OLD == THETA/MU``."""
         if self.is_one:
             return other
         if other.is_one:
@@ -78,11 +74,7 @@ AT_LOSS_TIME: Final = frozenset({MU, THETA, LINEAR, LOGLINEAR})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """One row of the paper's table: ``r_d`` multiplies and masks, ``r_s`` is clipped.
-
-    Raises:
-        ConfigError: The two ratios do not telescope to a ratio over which THETA stands.
-    """
+    """One row of the paper's table: ``r_d`` multiplies and masks, ``r_s`` is clipped."""
 
     r_d: Ratio
     r_s: Ratio
@@ -175,11 +167,7 @@ PROXIMAL_PROVENANCE: Final[Mapping[Policy, Provenance]] = MappingProxyType(
 
 
 def find_variant(name: str) -> Variant:
-    """The variant of that name, from `VARIANTS` or `EXPERIMENTAL_VARIANTS`.
-
-    Raises:
-        ConfigError: There is no such variant.
-    """
+    """The variant of that name, from `VARIANTS` or `EXPERIMENTAL_VARIANTS`."""
     variant = VARIANTS.get(name) or EXPERIMENTAL_VARIANTS.get(name)
     if variant is None:
         names = ", ".join([*VARIANTS, *EXPERIMENTAL_VARIANTS])

@@ -26,12 +26,7 @@ Json: TypeAlias = "Mapping[str, Json] | Sequence[Json] | str | int | float | boo
 
 
 class ServerFailedError(Exception):
-    """A server did not answer, or answered that it is broken.
-
-    Args:
-        how: What happened.
-        timed_out: Whether it may only be slow.
-    """
+    """A server did not answer (`timed_out`: it may only be slow), or answered that it is broken."""
 
     def __init__(self, how: str, *, timed_out: bool = False) -> None:
         self.timed_out = timed_out
@@ -40,13 +35,7 @@ class ServerFailedError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchSpec:
-    """What a server is started with; its command line is `ServerProtocol.command`.
-
-    Args:
-        engine: The model, the numerics and the size, with a seed of its own.
-        servers: The protocol, further flags, the interpreter and the folder of its messages.
-        address: The address that it listens on.
-    """
+    """What a server is started with, and the address that it listens on; its command line is `ServerProtocol.command`."""
 
     engine: EngineSpec
     servers: ServerOptions
@@ -55,14 +44,13 @@ class LaunchSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerInfo:
-    """What a server says of itself.
+    """What a server says of itself: the version of its software, and what it computes.
 
     Args:
-        version: The version of the server's software.
         max_context: The most tokens of one sequence.
         arithmetic: What it computes in: "fp32" or "bf16".
         numerics: How it rounds weights; equal to the arithmetic unless it emulates another.
-        adapter_scale: As in `EngineSpec`: 0 where it takes whole weights.
+        adapter_scale: The scale of `EngineSpec`: 0 where it takes whole weights.
     """
 
     version: str
@@ -138,7 +126,7 @@ class Transport(Protocol):
         """How long a control call may take."""
 
     async def call(self, method: str, path: str, body: Json = None, *, timeout_s: float | None) -> Reply:
-        """Call a route; a cancellation closes the connection.
+        """Call a route, with its query; a cancellation closes the connection.
 
         Args:
             method: "GET" or "POST".
@@ -183,9 +171,6 @@ class ServerProtocol(Protocol):
     One's own inherits from this class; `engine.server = "package.module:Name"` names it. Its module is imported when a
     recipe is read, so it imports heavy packages inside its methods only. Every call raises `ServerFailedError` or `ConfigError`
     as the head of this module says.
-
-    Args:
-        http: Carries the calls.
     """
 
     numerics: ClassVar[frozenset[str]] = frozenset({"fp32", "bf16"})

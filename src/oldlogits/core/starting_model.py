@@ -25,13 +25,10 @@ class ModelOrder:
     """What is known of a run before its model folder exists.
 
     Args:
-        seed: Seed of weights and demonstrations.
         steps: Supervised steps before the run (`model.warm_start_steps`); "auto" leaves the number to the maker.
-        environment: The environment class that the model will play.
         parser: Name of the tool-call parser that will read the model's turns.
         folder: The model folder to begin with; empty where the maker begins with a model of its own.
         cache: The folder for folders that are kept from run to run.
-        progress: Called after every training step.
         note: Called with a line of text before a part of the work that takes time.
     """
 

@@ -23,11 +23,7 @@ since, which its own version computed (batch/kv_segments.py)."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """Tokens that the agent read: prompt, tool result, user turn.
-
-    Args:
-        token_ids: The tokens, at least one.
-    """
+    """Tokens that the agent read, at least one: prompt, tool result, user turn."""
 
     token_ids: tuple[int, ...]
 
@@ -40,9 +36,7 @@ class Sampled:
     """Tokens that the engine sampled with one version of the weights.
 
     Args:
-        token_ids: The tokens, at least one.
         logp_mu: Natural-log probability of each under the distribution it was sampled from (logits / temperature).
-        version: The version of the weights, from 0.
         kv: "mixed" when keys and values of older versions were attended to: those of the sampled segments before it.
         temperature: The sampling temperature, > 0.
     """
@@ -79,13 +73,10 @@ Segment = Context | Sampled
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
-    """One episode of one agent.
+    """One episode of one agent; `group_id` names the trajectories of the same task, which are compared with each other.
 
     Args:
-        id: Unique in the run.
-        group_id: The group whose members share a task and are compared with each other.
         segments: In the order of the tokens; versions never decrease.
-        reward: The environment's reward.
         stop_reason: Why the episode ended: "done", "max_turns", "max_tokens", ...
     """
 
@@ -149,12 +140,7 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrajectoryGroup:
-    """Trajectories of one task, whose rewards are compared with each other.
-
-    Args:
-        id: Unique in the run.
-        trajectories: At least one, all of this group.
-    """
+    """Trajectories of one task, whose rewards are compared with each other."""
 
     id: str
     trajectories: tuple[Trajectory, ...]

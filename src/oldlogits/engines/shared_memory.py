@@ -41,9 +41,6 @@ class HostWeights:
 
         Returns:
             The file, which engines open as `HostCopy` and read at `version`; the same one while names and shapes are.
-
-        Raises:
-            ReceiverBehindError: Patches do not lead on from what is held: give full weights.
         """
         if isinstance(update, PatchWeights):
             if self._copy is None:
@@ -92,11 +89,7 @@ class WeightTransport(Protocol):
         """How many copies of the weights it keeps."""
 
     async def take(self, update: WeightUpdate, version: PolicyVersion) -> SharedWeights:
-        """Make a version ready; returns where servers find it.
-
-        Raises:
-            ReceiverBehindError: Patches do not lead on from what is there: give full weights.
-        """
+        """Make a version ready, and return where servers find it; patches that do not lead on are a `ReceiverBehindError`."""
 
     def close(self) -> None:
         """Leave no file."""

@@ -24,13 +24,7 @@ READY: Final = ""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """A call on its way to the child.
-
-    Args:
-        number: The number of the call, which its reply repeats; 0: no reply is wanted.
-        method: The name of the method.
-        arguments: The arguments, encoded.
-    """
+    """A call on its way to the child; a reply repeats its number, and to number 0 there is none."""
 
     number: int
     method: str
@@ -39,13 +33,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What became of a call.
-
-    Args:
-        number: The number of the call; 0: the last words of a child that ends by an error.
-        value: What the call returned, encoded.
-        error: What it raised.
-    """
+    """What a call returned or raised; number 0: the last words of a child that ends by an error."""
 
     number: int
     value: object = None
@@ -79,12 +67,7 @@ class PipeClosedError(Exception):
 
 
 class Inbox:
-    """The calls that a child is to carry out, and the way back for their replies.
-
-    Args:
-        pipe: The child's end.
-        codec: The one that the parent uses too.
-    """
+    """The calls that a child is to carry out, and the way back for their replies; both ends use the same codec."""
 
     def __init__(self, pipe: Connection, codec: Codec) -> None:
         self._pipe, self._codec = pipe, codec
@@ -97,11 +80,7 @@ class Inbox:
             raise PipeClosedError from error
 
     def receive(self) -> Call:
-        """Wait for the next call.
-
-        Raises:
-            PipeClosedError: There will be none.
-        """
+        """Wait for the next call; `PipeClosedError` says that there will be none."""
         try:
             call = self._pipe.recv()
         except (EOFError, OSError) as error:
@@ -112,11 +91,7 @@ class Inbox:
         return Call(number=call.number, method=call.method, arguments=arguments)
 
     def reply(self, replies: Sequence[Reply]) -> None:
-        """Send what became of calls; those that want no reply are left out.
-
-        Raises:
-            PipeClosedError: Nobody listens.
-        """
+        """Send what became of calls; those that want no reply are left out."""
         wanted = [
             Reply(number=reply.number, value=self._codec.encode(reply.value), error=reply.error)
             for reply in replies
@@ -147,13 +122,7 @@ def answer(call: Call, carry_out: CarryOut) -> Reply:
 
 
 def serve_calls(inbox: Inbox, build: Callable[..., CarryOut], arguments: tuple[object, ...]) -> None:
-    """Carry out calls, one at a time and in their order, until the pipe closes.
-
-    Args:
-        inbox: Where they come from.
-        build: A function of a module, called here: builds what carries out the calls.
-        arguments: The arguments of `build`.
-    """
+    """Carry out calls, one at a time and in their order, until the pipe closes; `build` makes what carries them out."""
     carry_out = build(*arguments)
     while True:
         inbox.reply([answer(inbox.receive(), carry_out)])

@@ -52,7 +52,7 @@ class Packed:
     Args:
         base: The version that patches begin at; None: all weights.
         parts: uint8; patches, or weights: each tensor that has memory of its own once.
-        tensors: Of all weights: part, dtype and shape by name.
+        tensors: The part, the dtype and the shape of each weight, by name; empty for patches.
     """
 
     base: PolicyVersion | None
@@ -94,13 +94,7 @@ class Aside(Enum):
 
 
 class Calls:
-    """Carries out the calls of a Protocol in an actor.
-
-    Args:
-        name: What the process is: "trainer", "scorer".
-        build: Makes what carries out the calls.
-        arguments: The arguments of `build`.
-    """
+    """Carries out the calls of a Protocol in an actor."""
 
     def __init__(self, name: str, build: Callable[..., CarryOut], arguments: tuple[object, ...]) -> None:
         name_process(name)
@@ -111,13 +105,7 @@ class Calls:
             self._failure = error
 
     def call(self, method: str, arguments: tuple[object, ...], weights: Packed | None = None) -> tuple[Reply, Packed | None]:
-        """Carry out a call; returns its reply and, beside it, the weights that belong into it.
-
-        Args:
-            method: The name of the method.
-            arguments: The arguments, with `Aside.WEIGHTS` in the place of weights.
-            weights: The weights among the arguments.
-        """
+        """Carry out a call, with `Aside.WEIGHTS` in the place of weights; returns its reply and the weights that belong there."""
         if self._failure is not None:
             return Reply(number=1, error=self._failure), None
         given = tuple(unpack(weights) if weights and argument is Aside.WEIGHTS else argument for argument in arguments)
@@ -164,14 +152,7 @@ class Sampler:
 
 
 class Worker:
-    """A server that samples, and environments.
-
-    Args:
-        spec: Of the server.
-        name: Of its log.
-        env: The environment section of the recipe.
-        node: Its id, and its address unless it is the controller's, too.
-    """
+    """A server that samples, and environments; `node` tells in the actor where it runs."""
 
     def __init__(self, spec: LaunchSpec, name: str, env: EnvConfig, node: Callable[[], Node]) -> None:
         name_process("worker")
@@ -186,7 +167,7 @@ class Worker:
         return Sampler(url=self._server.url, token=self._server.token, node_id=self._node.id)
 
     async def exit_code(self) -> int | None:
-        """Of its server; None while that lives."""
+        """The exit code of its server; None while that lives."""
         return self._server.exit_code
 
     async def restart(self) -> None:

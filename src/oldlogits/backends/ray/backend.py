@@ -69,13 +69,7 @@ Place = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
-    """The places on the cluster that are reserved for a run.
-
-    Args:
-        trainer: The trainer's.
-        scorer: The dedicated scorer's; None: there is none.
-        workers: Those of the first workers.
-    """
+    """The places on the cluster that are reserved for a run."""
 
     trainer: Place
     scorer: Place | None
@@ -83,13 +77,7 @@ class Places:
 
 
 class Models:
-    """The actors that hold a model: the trainer, and the dedicated scorer where the source asks one.
-
-    Args:
-        spec: What they are told, and what they reserve.
-        weights: What brings weights to the nodes.
-        places: The places that are reserved for them.
-    """
+    """The actors that hold a model: the trainer, and the dedicated scorer where the source asks one."""
 
     def __init__(self, spec: BackendSpec, weights: ClusterWeights, places: Places) -> None:
         self._spec = spec
@@ -108,11 +96,7 @@ class Models:
         return client(DedicatedScorer, self._scorer, window=self._spec.scorer.window)  # type: ignore[type-abstract]
 
     async def ready(self) -> None:
-        """Wait until they are built.
-
-        Raises:
-            OldLogitsError: One cannot be built.
-        """
+        """Wait until they are built."""
         await self.trainer.ready(self._spec.ray.start_timeout_s)
         if self._scorer is not None:
             await self._scorer.ready(self._spec.ray.start_timeout_s)
@@ -166,11 +150,7 @@ def _needed_cpus(spec: BackendSpec) -> int:
 
 
 async def _reserve(spec: BackendSpec) -> Places:
-    """Reserve all places before anything starts: a cluster without room for some is known before a model is loaded.
-
-    Raises:
-        ConfigError: The cluster has no room for them.
-    """
+    """Reserve all places before anything starts: a cluster without room for some is known before a model is loaded."""
     r = spec.ray
     of_model = partial(cluster.reserve, num=1, cpus=r.trainer_cpus, gpus=r.trainer_gpus, strategy="PACK")
     [trainer] = await of_model("the trainer", timeout_s=r.start_timeout_s)

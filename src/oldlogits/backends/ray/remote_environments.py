@@ -31,37 +31,23 @@ class PlaceLostError(Exception):
 
 
 class Place(Protocol):
-    """Where environments live."""
+    """Where environments live; a call to a place that is gone raises `PlaceLostError`, any other fault `EnvironmentFailed`."""
 
     async def open(self, id: int) -> None:
-        """Make a new environment.
-
-        Raises:
-            EnvironmentFailed: It cannot be made.
-            PlaceLostError: The place is gone.
-        """
+        """Make a new environment."""
 
     async def call(self, id: int, method: str, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
-        """Call a method of an environment.
-
-        Raises:
-            EnvironmentFailed: It raised, or took too long.
-            PlaceLostError: The place is gone.
-        """
+        """Call a method of an environment."""
 
     def drop(self, id: int) -> None:
-        """Nobody needs it any more."""
+        """Forget an environment that nobody needs any more."""
 
 
 class Places(Protocol):
     """The places there are."""
 
     async def choose(self) -> Place:
-        """The one with the fewest environments; waits while there is none.
-
-        Raises:
-            WorkerDiedError: There will be none.
-        """
+        """Return the one with the fewest environments; waits while there is none, and raises when there will be none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,22 +128,13 @@ def _forwarded(name: str, method: Callable[..., object]) -> Callable[..., Awaita
 
 
 class AwaitingRunner:
-    """Runs stand-ins' calls: their places have the deadlines.
-
-    Args:
-        latency_s: Mean of a simulated, exponentially distributed latency before a tool answers; 0: none.
-        seed: Of the latency.
-    """
+    """Runs calls of remote environments, whose places have the deadlines; a tool's simulated latency has the mean `latency_s`."""
 
     def __init__(self, *, latency_s: float, seed: int) -> None:
         self._latency_s, self._rng = latency_s, random.Random(seed)
 
     async def __call__(self, call: Callable[[], T | Awaitable[T]], *, is_tool: bool = False) -> T:
-        """Wait for a call.
-
-        Raises:
-            EnvironmentFailed: It raised or took too long.
-        """
+        """Wait for a call; raises `EnvironmentFailed` where it raised or took too long."""
         if is_tool and self._latency_s:
             await asyncio.sleep(self._rng.expovariate(1 / self._latency_s))
         result = call()

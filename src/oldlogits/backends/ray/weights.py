@@ -61,11 +61,7 @@ class ClusterWeights:
         return SharedWeights(path=Path(), version=version)  # each node has a path of its own
 
     async def path(self, node_id: str) -> str:
-        """The file of a node that holds the newest version.
-
-        Raises:
-            ServerFailedError: The node does not take it.
-        """
+        """Return the file of a node that holds the newest version; `ServerFailedError`: the node does not take it."""
         node = self._node(node_id)
         async with node.lock:
             if node.version != self._version:

@@ -48,13 +48,7 @@ class RayTransport(HttpClient):
 
 
 class RayWorker:
-    """A worker: the process of a server to the fleet, a place to environments.
-
-    Args:
-        name: Of it.
-        make: Makes its actor.
-        timeout_s: Of one call of an environment.
-    """
+    """A worker: the process of a server to the fleet, a place to environments."""
 
     def __init__(self, name: str, make: Callable[[], Actor], timeout_s: float) -> None:
         self.name, self._make, self._timeout_s = name, make, timeout_s
@@ -68,12 +62,12 @@ class RayWorker:
 
     @property
     def num_environments(self) -> int:
-        """That live there."""
+        """How many environments live there."""
         return len(self._open)
 
     @property
     def actor(self) -> Actor:
-        """It, once it was made."""
+        """Its actor, once it was made."""
         if self._actor is None:
             raise PlaceLostError
         return self._actor
@@ -93,11 +87,7 @@ class RayWorker:
         self._restarts_server = self.is_up
 
     async def ready(self, server: ServerProtocol, start_s: float) -> None:
-        """Wait until it answers.
-
-        Raises:
-            ServerFailedError: It ended, or has left, or takes longer than `start_s`.
-        """
+        """Wait until it answers."""
         if self._has_left:
             raise ServerFailedError("it has left")
         try:
@@ -189,10 +179,6 @@ class Workers:
     Args:
         make: Makes the actor of a worker, given its number.
         folder: The run folder, where `oldlogits workers` says how many there are to be.
-        weights: What brings weights to the nodes.
-        num_workers: How many there are at first.
-        environment_timeout_s: How long one call of an environment may take.
-        servers: What their servers are, and how long calls to them may take.
     """
 
     def __init__(

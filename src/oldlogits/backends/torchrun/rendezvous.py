@@ -29,14 +29,7 @@ GONE_S: Final = 120.0
 
 
 class Rendezvous:
-    """One rank's access to the board.
-
-    Args:
-        launch: That of this process.
-
-    Raises:
-        WorkerDiedError: torchrun's store does not answer.
-    """
+    """One rank's access to the board; `WorkerDiedError` says that torchrun's store does not answer."""
 
     def __init__(self, launch: Launch) -> None:
         self._launch, self._patience_s = launch, GONE_S
@@ -64,11 +57,7 @@ class Rendezvous:
         return True
 
     def await_call(self, number: int) -> bool:
-        """Wait until a call is due; False: the run is over.
-
-        Raises:
-            WorkerDiedError: The first rank gives no more signs of life.
-        """
+        """Wait until a call is due; False: the run is over. A silent first rank is a `WorkerDiedError`."""
         beat, since = -1, time.monotonic()
         while not self._waited(f"call/{number}"):
             if self.has_ended:

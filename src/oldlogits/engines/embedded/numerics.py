@@ -31,11 +31,7 @@ _INTEGER_MAX: Final[dict[str, float]] = {"int8": 127.0, "int4": 7.0}
 
 
 def check_numerics(name: str) -> Numerics:
-    """`name`, if it is one of the engine's numerics.
-
-    Raises:
-        ConfigError: It is not.
-    """
+    """Return `name`, if it is one of the engine's numerics."""
     if not _is_numerics(name):
         allowed = ", ".join(get_args(Numerics))
         raise ConfigError("unknown engine.precision", got=repr(name), allowed=allowed, fix="choose one of these")
@@ -46,13 +42,6 @@ def round_linear(weight: Float[Tensor, "*expert out in"], numerics: Numerics) ->
     """A rounded fp32 copy of a linear layer's weight (or of those of experts), each output channel with its own scale.
 
     ``q = round(w / s) * s`` with ``s = amax(|w|) / 448 | 127 | 7`` over a row; round to nearest, ties to even.
-
-    Args:
-        weight: Any float dtype.
-        numerics: The engine's numerics.
-
-    Returns:
-        A copy, never an alias of `weight`.
 
     Example:
         A row [1.0, 0.3] in int4 has s = 1/7, so 0.3 becomes 2/7.

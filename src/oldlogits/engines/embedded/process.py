@@ -58,14 +58,6 @@ class EngineProcess:
     """Starts an engine process and speaks to it; use `close` when done.
 
     The constructor returns at once; calls wait until the engine is ready.
-
-    Args:
-        spec: What to build.
-        control_timeout_s: How long pause, partials, update_weights, resume and stats may take, start-up included.
-
-    Raises:
-        ModelFolderError: The model folder is missing or not supported.
-        ConfigError: The spec is out of range.
     """
 
     def __init__(self, spec: EngineSpec, *, control_timeout_s: float = 300.0) -> None:
@@ -89,12 +81,7 @@ class EngineProcess:
         await self._deadline.call("", ())
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str) -> Generation:
-        """Sample a completion; waits through pauses and weight updates.
-
-        Raises:
-            ConfigError: The prompt does not fit, or the id is in use.
-            WorkerDiedError: The engine process ended.
-        """
+        """Sample a completion; waits through pauses and weight updates."""
         check_request(prompt_ids, self._vocab_size, self._spec.max_context)
         try:
             generation = await self._process.call("generate", (request_id, list(prompt_ids), sampling))
@@ -117,11 +104,7 @@ class EngineProcess:
         return await self._calls.partials()
 
     async def update_weights(self, update: WeightUpdate, version: PolicyVersion) -> None:
-        """Replace the weights; later tokens are tagged with `version`. Blocks while the host's copy takes them.
-
-        Raises:
-            ReceiverBehindError: Patches do not lead on from what this host holds: give full weights.
-        """
+        """Replace the weights; later tokens are tagged with `version`. Blocks while the host's copy takes them."""
         await self.load(self._weights.take(update, version), version, version)
 
     async def load(self, copy: Path, held: PolicyVersion, version: PolicyVersion) -> None:
@@ -137,11 +120,7 @@ class EngineProcess:
         return await self._calls.stats()
 
     async def watch(self) -> None:
-        """Wait until the engine process ends by itself.
-
-        Raises:
-            WorkerDiedError: It did.
-        """
+        """Wait until the engine process ends by itself, which is a `WorkerDiedError`."""
         await self._process.watch()
 
     def close(self) -> None:

@@ -21,12 +21,7 @@ _LAST_WORDS: Final = 2000
 
 
 class ServerProcess:
-    """A server's process; a `Launched`.
-
-    Args:
-        spec: What to start.
-        name: Of its log.
-    """
+    """A server's process; a `Launched`."""
 
     def __init__(self, spec: LaunchSpec, name: str) -> None:
         self._spec, self._protocol = spec, SERVER_PROTOCOLS.find(spec.servers.protocol)
@@ -55,11 +50,7 @@ class ServerProcess:
         return self._process.poll()
 
     async def ready(self, server: ServerProtocol, start_s: float) -> None:
-        """Wait until it answers.
-
-        Raises:
-            ServerFailedError: It ended, or takes longer than `start_s`.
-        """
+        """Wait until it answers."""
         ends = time.monotonic() + start_s
         while True:
             if self.exit_code is not None:
