@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 from oldlogits.backends.lag import Plan, draw_plan
+from oldlogits.backends.processes import scorer_client
 from oldlogits.backends.torchrun.dispatch import open_trainer
 from oldlogits.config.schema import LockstepConfig
 from oldlogits.core.engine import EngineCapabilities, Generation, Sampling, StepwiseEngine, trajectory_of
@@ -47,6 +48,7 @@ class LockstepEngine:
 
     def __init__(self, engine: StepwiseEngine, config: LockstepConfig, *, seed: int, prompts_per_update: int) -> None:
         self._engine, self._config, self._seed, self._prompts_per_update = engine, config, seed, prompts_per_update
+        self.capabilities: EngineCapabilities = engine.capabilities
         self._plans: dict[str, Plan] = {}
         self._sampled: dict[str, int] = {}  # tokens at the current version, by trajectory
         self._running: dict[str, str] = {}  # request -> trajectory
@@ -54,11 +56,6 @@ class LockstepEngine:
         self._version = 0
         self._held: list[asyncio.Future[None]] = []  # trajectories that may not ask the engine at this version
         self._buffer: Buffer | None = None
-
-    @property
-    def capabilities(self) -> EngineCapabilities:
-        """What this engine can do."""
-        return self._engine.capabilities
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str) -> Generation:
         """Sample a completion, as far as the trajectory's plan allows at each version."""
@@ -219,4 +216,4 @@ def _scorer(spec: BackendSpec) -> DedicatedScorer | None:
     if spec.scorer is None:
         return None
     dispatcher = Dispatcher(DedicatedScorer, ScorerModel(spec.scorer, spec.model_folder, spec.probe_ids))
-    return client(DedicatedScorer, Inline(dispatcher.call), window=spec.scorer.window)  # type: ignore[type-abstract]
+    return scorer_client(spec.scorer, Inline(dispatcher.call))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from oldlogits.core.weights import PolicyVersion
@@ -25,13 +25,7 @@ class Line:
         return self._with(other, -1.0)
 
     def _with(self, other: Line, sign: float) -> Line:
-        return Line(
-            num=self.num + sign * other.num,
-            size=self.size + sign * other.size,
-            size_sq=self.size_sq + sign * other.size_sq,
-            seconds_s=self.seconds_s + sign * other.seconds_s,
-            size_s=self.size_s + sign * other.size_s,
-        )
+        return Line(**{name: value + sign * getattr(other, name) for name, value in asdict(self).items()})
 
     def fit(self) -> tuple[float, float]:
         """The fixed seconds and those for a unit, by least squares, neither below 0; they reproduce the sum of the seconds.

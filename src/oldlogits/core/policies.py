@@ -152,16 +152,7 @@ class Provenance(StrEnum):
 
 
 PROXIMAL_PROVENANCE: Final[Mapping[Policy, Provenance]] = MappingProxyType(
-    {
-        OLD: Provenance.EXACT,
-        ASYNC: Provenance.ASYNC,
-        EWMA: Provenance.EWMA,
-        AGED: Provenance.AGED,
-        RESCORE: Provenance.RESCORE,
-        LINEAR: Provenance.LINEAR,
-        LOGLINEAR: Provenance.LOGLINEAR,
-        MU: Provenance.MU,
-    }
+    {OLD: Provenance.EXACT} | {p: Provenance(p) for p in (ASYNC, EWMA, AGED, RESCORE, LINEAR, LOGLINEAR, MU)}
 )
 """The provenance of tokens of fresh keys and values, by the variant's proximal policy, whichever source provides it."""
 

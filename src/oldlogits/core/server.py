@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final, Literal, Protocol, TypeAlias
 
-from oldlogits.core.engine import FinishReason, Sampling
-from oldlogits.core.engine_spec import EngineSpec, ServerOptions
+from oldlogits.core.engine import EngineSpec, FinishReason, Sampling, ServerOptions
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.registry import Registry
 from oldlogits.core.weights import PolicyVersion

@@ -119,12 +119,8 @@ def share(tensors: Mapping[str, Tensor]) -> Path:
     The reader deletes the file.
     """
     separate = _without_aliases(tensors)
-    path = shared_file(sum(tensor.nbytes for tensor in separate.values()))
-    try:
+    with _new_file(sum(tensor.nbytes for tensor in separate.values())) as path:
         save_file(separate, path)
-    except BaseException:  # no room after all, or interrupted: leave no half file behind
-        path.unlink()
-        raise
     return path
 
 
@@ -143,13 +139,8 @@ def is_shared(path: Path) -> bool:
 
 def share_bytes(parts: Sequence[bytes | memoryview]) -> tuple[Path, tuple[int, ...]]:
     """Write bytes to a new file as `share` does; returns it and the length of each part, for `take_bytes`."""
-    path = shared_file(sum(map(len, parts)))
-    try:
-        with path.open("wb") as file:
-            file.writelines(parts)
-    except BaseException:
-        path.unlink()
-        raise
+    with _new_file(sum(map(len, parts))) as path, path.open("wb") as file:
+        file.writelines(parts)
     return path, tuple(map(len, parts))
 
 
@@ -169,6 +160,16 @@ def shared_file(num_bytes: int) -> Path:
     handle, name = tempfile.mkstemp(prefix=prefix, suffix=_SUFFIX, dir=_SHARED_MEMORY if fits else None)
     os.close(handle)
     return Path(name)
+
+
+@contextmanager
+def _new_file(num_bytes: int) -> Iterator[Path]:
+    path = shared_file(num_bytes)
+    try:
+        yield path
+    except BaseException:  # no room after all, or interrupted: leave no half file behind
+        path.unlink()
+        raise
 
 
 def unshare(pid: int) -> None:

@@ -12,11 +12,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Final, Protocol
+from typing import Final
 
 from oldlogits.core.errors import OldLogitsError, WorkerDiedError
-from oldlogits.core.processes import name_process
 from oldlogits.rpc.client import CarryOut
+from oldlogits.rpc.processes import name_process
 
 READY: Final = ""
 """The name of the call that every child answers once it is built."""
@@ -40,25 +40,19 @@ class Reply:
     error: OldLogitsError | None = None
 
 
-class Codec(Protocol):
-    """Puts values aside that are too large for a pipe, such as weights; both ends use the same one."""
+class Codec:
+    """Says what travels in place of a value, at both ends of a pipe: here the value itself.
+
+    A subclass puts aside what is too large for a pipe, such as weights. It decodes a value exactly once, in the process that
+    receives it.
+    """
 
     def encode(self, value: object) -> object:
-        """What travels in place of an argument or a returned value."""
-
-    def decode(self, value: object) -> object:
-        """The value itself; called exactly once, in the process that receives it."""
-
-
-class Plain:
-    """The codec that lets everything travel through the pipe as it is."""
-
-    def encode(self, value: object) -> object:
-        """The value itself."""
+        """Return what travels in place of an argument or a returned value."""
         return value
 
     def decode(self, value: object) -> object:
-        """The value itself."""
+        """Return the value itself."""
         return value
 
 

@@ -24,8 +24,8 @@ from multiprocessing.reduction import ForkingPickler
 from queue import SimpleQueue
 
 from oldlogits.core.errors import OldLogitsError, WorkerDiedError
-from oldlogits.core.processes import exit_code
-from oldlogits.rpc.child import READY, Call, Codec, Plain, Reply, died, run_child
+from oldlogits.rpc.child import READY, Call, Codec, Reply, died, run_child
+from oldlogits.rpc.processes import exit_code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ class ChildProcess:
         codec: Codec | None = None,
         is_pipelined: bool = False,
     ) -> None:
-        self.name, self._fix, self._codec, self._is_pipelined = name, fix, codec or Plain(), is_pipelined
+        self.name, self._fix, self._codec, self._is_pipelined = name, fix, codec or Codec(), is_pipelined
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()  # guards the next two
         self._pending: dict[int, Future[object]] = {}

@@ -24,8 +24,6 @@ from numpy.typing import NDArray
 
 from oldlogits.config.schema import EnvConfig
 from oldlogits.core.errors import OldLogitsError
-from oldlogits.core.processes import name_process
-from oldlogits.core.scoring import DedicatedScorer
 from oldlogits.core.server import LaunchSpec
 from oldlogits.core.weights import FullWeights, PatchWeights, PolicyVersion, WeightUpdate
 from oldlogits.engines.http.launch import ServerProcess
@@ -35,11 +33,11 @@ from oldlogits.models.device import configure_process
 from oldlogits.rollout.environment_runner import ThreadRunner
 from oldlogits.rollout.turns import EnvironmentFailed
 from oldlogits.rpc.child import Call, Reply, answer
-from oldlogits.rpc.client import CarryOut, Dispatcher
+from oldlogits.rpc.client import CarryOut
+from oldlogits.rpc.processes import name_process
 from oldlogits.train.reports import PublishedVersion
-from oldlogits.train.scorer_model import ScorerModel
 from oldlogits.train.service import TrainerService
-from oldlogits.train.spec import ScorerSpec, TrainerSpec
+from oldlogits.train.spec import TrainerSpec
 from oldlogits.train.trainer import Trainer
 
 Bytes = NDArray[np.uint8]
@@ -105,7 +103,7 @@ class Calls:
             self._failure = error
 
     def call(self, method: str, arguments: tuple[object, ...], weights: Packed | None = None) -> tuple[Reply, Packed | None]:
-        """Carry out a call, with `Aside.WEIGHTS` in the place of weights; returns its reply and the weights that belong there."""
+        """Carry out a call, with `Aside.WEIGHTS` in place of weights; returns its reply and the weights that belong there."""
         if self._failure is not None:
             return Reply(number=1, error=self._failure), None
         given = tuple(unpack(weights) if weights and argument is Aside.WEIGHTS else argument for argument in arguments)
@@ -126,12 +124,6 @@ def build_trainer(spec: TrainerSpec, model_folder: Path, probe_ids: Sequence[int
     """What carries out `TrainerCalls`."""
     configure_process(num_threads=spec.trainer.num_threads, seed=spec.seed)
     return TrainerService(Trainer(spec, model_folder, probe_ids), time.perf_counter).call
-
-
-def build_scorer(spec: ScorerSpec, model_folder: Path, probe_ids: Sequence[int]) -> CarryOut:
-    """What carries out the calls of a `DedicatedScorer`."""
-    configure_process(num_threads=spec.trainer.num_threads, seed=spec.seed)
-    return Dispatcher(DedicatedScorer, ScorerModel(spec, model_folder, probe_ids)).call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

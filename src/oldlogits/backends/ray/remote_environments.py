@@ -128,7 +128,7 @@ def _forwarded(name: str, method: Callable[..., object]) -> Callable[..., Awaita
 
 
 class AwaitingRunner:
-    """Runs calls of remote environments, whose places have the deadlines; a tool's simulated latency has the mean `latency_s`."""
+    """Runs calls of remote environments, whose places have the deadlines; tools take `latency_s` longer in the mean."""
 
     def __init__(self, *, latency_s: float, seed: int) -> None:
         self._latency_s, self._rng = latency_s, random.Random(seed)

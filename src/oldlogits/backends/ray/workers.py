@@ -17,7 +17,7 @@ from oldlogits.backends.ray.desired_workers import read_wanted
 from oldlogits.backends.ray.remote_environments import Place, PlaceLostError
 from oldlogits.backends.ray.weights import ClusterWeights
 from oldlogits.config import Caution
-from oldlogits.core.engine_spec import ServerOptions
+from oldlogits.core.engine import ServerOptions
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.server import SERVER_PROTOCOLS, ServerFailedError, ServerProtocol, SharedWeights
 from oldlogits.engines.http.client import HttpClient
@@ -52,6 +52,7 @@ class RayWorker:
 
     def __init__(self, name: str, make: Callable[[], Actor], timeout_s: float) -> None:
         self.name, self._make, self._timeout_s = name, make, timeout_s
+        self.where = f"servers/{name}.log of the run folder, on its node"
         self._actor: Actor | None = None
         self._restarts_server = False
         self._watch: asyncio.Task[None] | None = None
@@ -76,11 +77,6 @@ class RayWorker:
     def is_up(self) -> bool:
         """Whether environments can live there."""
         return self._actor is not None and self.exit_code is None
-
-    @property
-    def where(self) -> str:
-        """Where to look for what it said."""
-        return f"servers/{self.name}.log of the run folder, on its node"
 
     def restart(self) -> None:
         """Start the server again, and the worker if it has ended; done by `ready`."""

@@ -30,8 +30,8 @@ class Attention(Protocol):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Write `key` and `value` [tokens, kv_heads, head_dim] to a layer's cache, then attend from `query`.
 
-        `query` is [tokens, heads, head_dim] and scaled; the layer's `keys` and `values` are [slots, kv_heads, max_context, head_dim],
-        and the result is [tokens, heads * head_dim].
+        `query` is [tokens, heads, head_dim] and scaled; the layer's `keys` and `values` are [slots, kv_heads, max_context,
+        head_dim], and the result is [tokens, heads * head_dim].
         """
 
 

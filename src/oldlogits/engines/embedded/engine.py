@@ -24,8 +24,7 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from oldlogits.core.engine import EngineCapabilities, FinishReason, Generation, Sampling, trajectory_of
-from oldlogits.core.engine_spec import EngineSpec
+from oldlogits.core.engine import EngineCapabilities, EngineSpec, FinishReason, Generation, Sampling, trajectory_of
 from oldlogits.core.engine_stats import EngineStats, piece
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.weights import PolicyVersion

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from safetensors.torch import load_file
 from torch import Tensor
 
-from oldlogits.core.engine_spec import EngineSpec
+from oldlogits.core.engine import EngineSpec
 from oldlogits.core.errors import ConfigError, ModelFolderError
 from oldlogits.engines.embedded.numerics import check_numerics
 

@@ -10,7 +10,7 @@ from torch import Tensor
 def draw_tokens(
     logits: Float32[Tensor, "row vocab"], temperature: Float32[Tensor, " row"], uniform: Float64[Tensor, " row"]
 ) -> tuple[Int64[Tensor, " row"], Float32[Tensor, " row"]]:
-    """``token ~ softmax(logits / T)`` by inverting its cumulative sum, and ``log_softmax(logits / T)[token]``; greedy where T is 0.
+    """``token ~ softmax(logits / T)`` by inverting its cumulative sum, and the log of its probability; greedy where T is 0.
 
     The token is the first whose cumulative probability (float64) exceeds ``uniform * total``, so a token of
     probability 0 is never drawn.

@@ -18,12 +18,8 @@ class EmbeddedEngine:
 
     def __init__(self, core: EngineCore) -> None:
         self.core = core
+        self.capabilities: EngineCapabilities = capabilities_of(core.spec)
         self._futures: dict[str, asyncio.Future[Generation]] = {}
-
-    @property
-    def capabilities(self) -> EngineCapabilities:
-        """What this engine can do."""
-        return capabilities_of(self.core.spec)
 
     @property
     def idle(self) -> bool:

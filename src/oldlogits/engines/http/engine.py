@@ -22,8 +22,16 @@ from typing import Final, Literal
 
 import numpy as np
 
-from oldlogits.core.engine import EngineCapabilities, FinishReason, Generation, Sampling, Span, trajectory_of
-from oldlogits.core.engine_spec import EngineSpec, Timeouts
+from oldlogits.core.engine import (
+    EngineCapabilities,
+    EngineSpec,
+    FinishReason,
+    Generation,
+    Sampling,
+    Span,
+    Timeouts,
+    trajectory_of,
+)
 from oldlogits.core.engine_stats import EngineStats
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.server import (

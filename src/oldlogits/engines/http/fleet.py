@@ -17,7 +17,7 @@ import copy
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Literal
 
-from oldlogits.core.engine_spec import Timeouts
+from oldlogits.core.engine import Timeouts
 from oldlogits.core.engine_stats import Incident
 from oldlogits.core.errors import ConfigError, WorkerDiedError
 from oldlogits.core.server import ServerFailedError, ServerProtocol, SharedWeights

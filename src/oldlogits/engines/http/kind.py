@@ -10,8 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
-from oldlogits.core.engine import EngineKind, OpenEngine
-from oldlogits.core.engine_spec import EngineSpec, ServerOptions
+from oldlogits.core.engine import EngineKind, EngineSpec, OpenEngine, ServerOptions
 from oldlogits.core.engine_stats import Incident
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.server import SERVER_PROTOCOLS, LaunchSpec

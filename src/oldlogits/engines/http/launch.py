@@ -27,17 +27,8 @@ class ServerProcess:
         self._spec, self._protocol = spec, SERVER_PROTOCOLS.find(spec.servers.protocol)
         self.log = spec.servers.log_folder / f"{name}.log"
         self.port, self.token = _free_port(spec.address), secrets.token_hex(16)
+        self.url, self.where = f"http://{spec.address}:{self.port}", str(self.log)
         self._process = self._start()
-
-    @property
-    def url(self) -> str:
-        """Where it listens."""
-        return f"http://{self._spec.address}:{self.port}"
-
-    @property
-    def where(self) -> str:
-        """Its log."""
-        return str(self.log)
 
     @property
     def pid(self) -> int:

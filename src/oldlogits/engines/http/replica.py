@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from oldlogits.core.engine_spec import EngineSpec
+from oldlogits.core.engine import EngineSpec
 from oldlogits.core.engine_stats import Incident
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.server import ServerInfo, ServerProtocol

@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from oldlogits.core.engine_spec import Timeouts
+from oldlogits.core.engine import Timeouts
 from oldlogits.core.engine_stats import Incident
 from oldlogits.core.errors import ConfigError, WorkerDiedError
 from oldlogits.core.server import ServerFailedError, ServerInfo, ServerProtocol

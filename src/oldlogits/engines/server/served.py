@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from oldlogits.core.engine import Generation
-from oldlogits.core.engine_spec import EngineSpec
+from oldlogits.core.engine import EngineSpec, Generation
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.server import GenerateAnswer, GenerateRequest, LabelledSpan
 from oldlogits.engines.embedded.process import EngineProcess
