@@ -96,7 +96,7 @@ class IncrementalSource(LogprobSource):
             "source/score_s": self._score_s,
             "source/num_checkouts": float(self._num_checkouts),
             "source/switch_s": self._switch_s,
-            "source/witness_s": self._witness_s,
+            "source/check_s": self._witness_s,
             "source/resident_copies": float(self._most_held),
             "source/fallback_tokens": float(self._num_fallback),
             "source/read_tokens": float(self._num_read),

@@ -158,6 +158,7 @@ class Trainer:
             version=self.version,
             consistency=self.scorer.checks.errors,
             num_parameters=self.live.num_parameters,
+            num_trained=self.live.num_trained,
             work=self.scorer.work,
             busy_s=self.busy_s,
         )
