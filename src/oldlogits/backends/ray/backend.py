@@ -25,7 +25,7 @@ from oldlogits.backends.processes import build_scorer, scorer_client
 from oldlogits.backends.ray import actors, cluster
 from oldlogits.backends.ray.calls import ActorCalls
 from oldlogits.backends.ray.cluster import Actor
-from oldlogits.backends.ray.remote_environments import AwaitingRunner, stand_in
+from oldlogits.backends.ray.remote_environments import AwaitingRunner, remote_class
 from oldlogits.backends.ray.weights import ClusterWeights
 from oldlogits.backends.ray.workers import Workers
 from oldlogits.config import Caution
@@ -61,7 +61,7 @@ class RayBackend(Backend):
 
     def host_environment(self, environment_class: type[Environment]) -> type[Environment]:
         """A class of the same methods whose instances live in the workers."""
-        return stand_in(environment_class, self._rollout_workers)
+        return remote_class(environment_class, self._rollout_workers)
 
 
 Place = Mapping[str, Any]

@@ -1,8 +1,8 @@
-"""Environments that live elsewhere: here is a stand-in for each, whose calls are carried out in its place.
+"""Environments that live elsewhere: here is a proxy for each, whose calls are carried out there.
 
-    run_episode --reset, tool, reply, get_reward--> stand-in --> place (a worker process)
-                                                       |  the place is lost
-                                                       '--> another place: a new environment, the same calls again
+    run_episode --reset, tool, reply, get_reward--> proxy --> place (a worker process)
+                                                    |  the place is lost
+                                                    '--> another place: a new environment, the same calls again
 
 An environment that answers the recorded calls as before goes on as if nothing had happened. One that answers otherwise is
 not the one that the trajectory knows: the trajectory begins again.
@@ -60,7 +60,7 @@ class _Call:
     answer: object
 
 
-class _Remote:
+class RemoteEnvironment:
     """One environment, wherever it lives now."""
 
     def __init__(self, places: Places, id: int) -> None:
@@ -69,6 +69,7 @@ class _Remote:
         self._answered: list[_Call] = []
 
     async def call(self, method: str, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+        """Call a method, in another place if the environment's own is lost."""
         while True:
             try:
                 place = self._place or await self._move()
@@ -94,6 +95,7 @@ class _Remote:
         return place
 
     def drop(self) -> None:
+        """Forget the environment where it lives."""
         if self._place is not None:
             self._place.drop(self._id)
 
@@ -101,11 +103,11 @@ class _Remote:
 _numbers = itertools.count()
 
 
-def stand_in(environment_class: type[Environment], places: Places) -> type[Environment]:
+def remote_class(environment_class: type[Environment], places: Places) -> type[Environment]:
     """A class of the same methods, tools and prompts whose instances live in `places`."""
 
     def init(self: Environment) -> None:
-        remote = _Remote(places, next(_numbers))
+        remote = RemoteEnvironment(places, next(_numbers))
         self._remote = remote  # type: ignore[attr-defined]
         weakref.finalize(self, remote.drop)
 
@@ -121,7 +123,7 @@ def stand_in(environment_class: type[Environment], places: Places) -> type[Envir
 def _forwarded(name: str, method: Callable[..., object]) -> Callable[..., Awaitable[object]]:
     @functools.wraps(method)
     async def call(self: Environment, *args: object, **kwargs: object) -> object:
-        remote: _Remote = self._remote  # type: ignore[attr-defined]
+        remote: RemoteEnvironment = self._remote  # type: ignore[attr-defined]
         return await remote.call(name, args, kwargs)
 
     return call
