@@ -17,8 +17,8 @@ from oldlogits.core.weights import PolicyVersion, WeightUpdate
 class ClusterWeights:
     """Brings weights to the nodes: each gets an update once, whatever runs on it; a `WeightTransport`.
 
-    The store is the `NodeWeightCache` beside the controller: it takes every update, and gives its whole copy to a node that is new or
-    behind, so that the trainer is not asked.
+    The store is the `NodeWeightCache` beside the controller: it takes every update, and gives its whole copy to a node that is
+    new or behind, so that the trainer is not asked.
     """
 
     def __init__(self) -> None:
