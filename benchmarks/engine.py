@@ -24,8 +24,7 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 from transformers.generation import ContinuousBatchingConfig
 from transformers.utils import logging
 
-from oldlogits.core.engine import Generation, Sampling
-from oldlogits.core.engine_spec import EngineSpec
+from oldlogits.core.engine import EngineSpec, Generation, Sampling
 from oldlogits.engines.embedded.engine import EngineCore
 
 VOCAB, CONTEXT = 2048, 256

@@ -26,9 +26,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from oldlogits.core.processes import PREFIX
 from oldlogits.record.bus import EventKind
 from oldlogits.record.event_log import read_events
+from oldlogits.rpc.processes import PREFIX
 
 NUM_UPDATES = 40  # so many that none is over before its kill, at most 6 s after the first
 HANG_S = 300.0  # a run that takes longer hangs

@@ -9,7 +9,7 @@ import pytest
 
 from oldlogits.cli.main import run
 from oldlogits.config import known_keys, load_config
-from oldlogits.core.starting_model import is_model_folder
+from oldlogits.core.environment import is_model_folder
 from oldlogits.run.cost import estimate
 
 RECIPES = Path(__file__).parents[1] / "recipes"

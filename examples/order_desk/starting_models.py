@@ -6,8 +6,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from oldlogits.core.environment import ModelOrder
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.starting_model import ModelOrder
 from order_desk.environment import OrderDesk
 
 if TYPE_CHECKING:

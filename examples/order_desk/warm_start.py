@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from oldlogits.core.environment import ModelOrder
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.parser import PARSERS, Malformed, ToolCall, WritingParser
-from oldlogits.core.starting_model import ModelOrder
 from oldlogits.envs.parsers.plain import PlainParser
 from oldlogits.envs.tools import bind, render_result, tool_names, tool_schemas, with_names
 from oldlogits.models.cache import cache_folder, cached

@@ -138,7 +138,7 @@ def test_one_version_tag_that_is_off_by_one_is_seen_in_r_d(tiny_folder, tmp_path
 
 
 @pytest.mark.slow
-def test_at_lag_0_the_stand_ins_of_snapshot_and_arrival_coincide(tiny_folder, tmp_path):
+def test_at_lag_0_the_proximal_policies_of_snapshot_and_arrival_coincide(tiny_folder, tmp_path):
     pairs = {"snapshot": "decoupled_exact", "arrival": "decoupled_async"}
     for source, variant in pairs.items():
         config = recipe(

@@ -5,7 +5,7 @@ import gc
 
 import pytest
 
-from oldlogits.backends.ray.remote_environments import AwaitingRunner, PlaceLostError, stand_in
+from oldlogits.backends.ray.remote_environments import AwaitingRunner, PlaceLostError, remote_class
 from oldlogits.envs.base import system_prompt_of
 from oldlogits.envs.tools import tool_schemas
 from oldlogits.rollout.turns import EnvironmentFailed, EnvironmentLost
@@ -71,7 +71,7 @@ def play(places, *, lose_before=None, numbers=(1, 2, 3)):
     """Reset, add numbers, take the reward; the first place is lost before the addition of that number."""
 
     async def run():
-        environment, runner = stand_in(Counter, places)(), AwaitingRunner(latency_s=0.0, seed=0)
+        environment, runner = remote_class(Counter, places)(), AwaitingRunner(latency_s=0.0, seed=0)
         heard = [await runner(lambda: environment.reset(start=10))]
         for i, number in enumerate(numbers):
             if i == lose_before:
@@ -82,8 +82,8 @@ def play(places, *, lose_before=None, numbers=(1, 2, 3)):
     return asyncio.run(run())
 
 
-def test_a_stand_in_has_the_tools_and_the_prompt_of_its_class():
-    made = stand_in(Counter, Places(Place()))
+def test_a_remote_class_has_the_tools_and_the_prompt_of_its_class():
+    made = remote_class(Counter, Places(Place()))
     assert tool_schemas(made) == tool_schemas(Counter)
     assert system_prompt_of(made) == "count"
 

@@ -8,7 +8,7 @@ from oldlogits.backends.ray import workers as ray_workers
 from oldlogits.backends.ray.desired_workers import write_wanted
 from oldlogits.backends.ray.weights import ClusterWeights
 from oldlogits.backends.ray.workers import Workers
-from oldlogits.core.engine_spec import ServerOptions, Timeouts
+from oldlogits.core.engine import ServerOptions, Timeouts
 from oldlogits.engines.http.fleet import Fleet
 
 from ..waiting import HUNG_S

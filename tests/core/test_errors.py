@@ -28,6 +28,7 @@ TREE = {  # the docstring's tree
     "ProbeError": ArithmeticError,
     "NonFiniteError": FloatingPointError,
     "AccountingError": RuntimeError,
+    "UnknownCallError": AttributeError,
     "WorkerDiedError": RuntimeError,
 }
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from oldlogits.core.processes import exit_code
+from oldlogits.rpc.processes import exit_code
 
 from ..waiting import HUNG_S
 
 NUM_ASKING = 8
-SAY = "import sys; from oldlogits.core.processes import name_process; name_process(sys.argv[1])"
+SAY = "import sys; from oldlogits.rpc.processes import name_process; name_process(sys.argv[1])"
 
 
 @pytest.mark.skipif(not Path("/proc/self/comm").exists(), reason="this system lists no names that a process may change")

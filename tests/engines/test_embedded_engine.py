@@ -6,8 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from oldlogits.core.engine import RolloutEngine, Sampling, Span
-from oldlogits.core.engine_spec import EngineSpec
+from oldlogits.core.engine import EngineSpec, RolloutEngine, Sampling, Span
 from oldlogits.core.errors import ConfigError, ModelFolderError
 from oldlogits.core.trajectory import Context
 from oldlogits.core.weights import FullWeights

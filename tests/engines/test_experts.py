@@ -6,8 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from oldlogits.core.engine import Sampling, Span
-from oldlogits.core.engine_spec import EngineSpec
+from oldlogits.core.engine import EngineSpec, Sampling, Span
 from oldlogits.core.errors import ModelFolderError
 from oldlogits.engines.embedded.decoder import Decoder, PrefillAttention
 from oldlogits.engines.embedded.engine import EngineCore

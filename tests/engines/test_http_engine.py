@@ -6,8 +6,7 @@ from contextlib import asynccontextmanager
 import pytest
 import torch
 
-from oldlogits.core.engine import RolloutEngine, Sampling, Span
-from oldlogits.core.engine_spec import EngineSpec, Timeouts
+from oldlogits.core.engine import EngineSpec, RolloutEngine, Sampling, Span, Timeouts
 from oldlogits.core.errors import ConfigError, WorkerDiedError
 from oldlogits.core.server import (
     GenerateAnswer,

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from oldlogits.cli.main import run as command
-from oldlogits.core.engine import Sampling
-from oldlogits.core.engine_spec import EngineSpec
+from oldlogits.core.engine import EngineSpec, Sampling
 from oldlogits.core.errors import ConfigError, MissingLogprobError
 from oldlogits.core.server import GenerateRequest
 from oldlogits.core.weights import FullWeights

@@ -73,7 +73,7 @@ class OwnProtocol(ServerProtocol):
 
 class OwnServer:
     def __init__(self, options):
-        from oldlogits.core.engine_spec import EngineSpec
+        from oldlogits.core.engine import EngineSpec
         from oldlogits.engines.embedded.engine import EngineCore
         from oldlogits.engines.embedded.stepwise import EmbeddedEngine
 

@@ -12,8 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from oldlogits.core.engine import Generation, Span
-from oldlogits.core.engine_spec import EngineSpec
+from oldlogits.core.engine import EngineSpec, Generation, Span
 from oldlogits.core.errors import ProbeError
 from oldlogits.core.weights import FullWeights
 from oldlogits.engines.embedded.engine import EngineCore

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from oldlogits.core.environment import ModelOrder
 from oldlogits.core.errors import ModelFolderError
 from oldlogits.core.parser import ToolCall
-from oldlogits.core.starting_model import ModelOrder
 from oldlogits.envs.parsers.hermes import HermesParser
 from oldlogits.models.cache import cached
 from order_desk import smollm2

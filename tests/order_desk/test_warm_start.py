@@ -14,8 +14,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from oldlogits.core.environment import MODELS, ModelOrder
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.starting_model import MODELS, ModelOrder
 from oldlogits.envs.tools import tool_names
 from oldlogits.models.chat import ChatFormat
 from oldlogits.models.load import load_model, load_tokenizer

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from oldlogits.batch import TokenBatch, micro_batches
 from oldlogits.config import config_from_table
-from oldlogits.core.engine_spec import EngineSpec
+from oldlogits.core.engine import EngineSpec
 from oldlogits.core.errors import ModelFolderError
 from oldlogits.engines.embedded.engine import EngineCore
 from oldlogits.models.load import load_model, named_weights

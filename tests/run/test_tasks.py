@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from oldlogits.config import RunConfig, config_from_table
+from oldlogits.core.environment import is_model_folder
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.starting_model import is_model_folder
 from oldlogits.run.tasks import load_tasks
 from order_desk.environment import OrderDesk
 

@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from oldlogits.batch import TokenBatch
 from oldlogits.cli.main import run as command
-from oldlogits.core.engine import Sampling
-from oldlogits.core.engine_spec import EngineSpec
+from oldlogits.core.engine import EngineSpec, Sampling
 from oldlogits.core.errors import ExactnessError
 from oldlogits.core.policies import OLD
 from oldlogits.core.scoring import Scored

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from oldlogits.core.engine import Sampling
-from oldlogits.core.engine_spec import EngineSpec
+from oldlogits.core.engine import EngineSpec, Sampling
 from oldlogits.engines.embedded.engine import EngineCore
 from oldlogits.engines.embedded.numerics import Numerics
 from oldlogits.models.load import load_model, named_weights

@@ -43,11 +43,7 @@ class RayKind(BackendKind["BackendSpec", "Backend"]):
     moves_trajectories: ClassVar[bool] = True
 
     def open(self, spec: BackendSpec) -> AbstractAsyncContextManager[Backend]:
-        """Join or start a cluster and its actors.
-
-        Raises:
-            ConfigError: A package that it needs is not installed.
-        """
+        """Join or start a cluster and its actors."""
         for package in ("ray", "aiohttp", "uvicorn"):
             if importlib.util.find_spec(package) is None:
                 raise ConfigError(

@@ -30,7 +30,7 @@ def draw_plan(lag: Lag, window: int, tokens_per_version: int, rng: random.Random
         lag: The distribution.
         window: W, the largest lag, >= 0.
         tokens_per_version: Mean tokens before a switch, >= 1.
-        rng: The source of randomness; only this one is used.
+        rng: The only source of randomness.
 
     Returns:
         W + 1 allowances; exactly one is infinite, the last that is above 0 when read from lag W down to lag 0.

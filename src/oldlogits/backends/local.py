@@ -13,11 +13,10 @@ import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 
-from oldlogits.backends.processes import ModelProcess, start_scorer, start_trainer
+from oldlogits.backends.processes import ModelProcess, scorer_client, start_scorer, start_trainer
 from oldlogits.config import Caution
 from oldlogits.core.engine import OpenEngine
 from oldlogits.core.engine_stats import EngineStats, Incident
-from oldlogits.core.scoring import DedicatedScorer
 from oldlogits.engines.shared_memory import unshare, unshare_ended
 from oldlogits.loop.backend import Backend, BackendSpec
 from oldlogits.rollout.environment_runner import ThreadRunner
@@ -33,7 +32,7 @@ class LocalBackend(Backend):
             engine=opened.engine,
             trainer=client(TrainerCalls, trainer),  # type: ignore[type-abstract]
             run_environment=ThreadRunner(timeout_s=spec.env.timeout_s, latency_s=spec.env.latency_s, seed=spec.sampler.seed),
-            scorer=_scorer(spec, scorer),
+            scorer=scorer_client(spec.scorer, scorer),
         )
         self._opened = opened
 
@@ -71,12 +70,6 @@ async def open_local(spec: BackendSpec) -> AsyncIterator[LocalBackend]:
         backend.workers = tuple(map(asyncio.create_task, watched))
         stack.push_async_callback(cancel, backend.workers)
         yield backend
-
-
-def _scorer(spec: BackendSpec, process: ModelProcess | None) -> DedicatedScorer | None:
-    if process is None or spec.scorer is None:
-        return None
-    return client(DedicatedScorer, process, window=spec.scorer.window)  # type: ignore[type-abstract]
 
 
 async def cancel(tasks: tuple[asyncio.Task[None], ...]) -> None:

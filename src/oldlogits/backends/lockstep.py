@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 from oldlogits.backends.lag import Plan, draw_plan
+from oldlogits.backends.processes import scorer_client
 from oldlogits.backends.torchrun.dispatch import open_trainer
 from oldlogits.config.schema import LockstepConfig
 from oldlogits.core.engine import EngineCapabilities, Generation, Sampling, StepwiseEngine, trajectory_of
@@ -43,17 +44,11 @@ SETTLE_ROUNDS = 8
 
 
 class LockstepEngine:
-    """An engine under lag plans; a `RolloutEngine`.
-
-    Args:
-        engine: Samples.
-        config: The lag distribution.
-        seed: The seed of the plans.
-        prompts_per_update: Groups that one version of the trainer consumes.
-    """
+    """An engine under lag plans, drawn with a seed; a `RolloutEngine`."""
 
     def __init__(self, engine: StepwiseEngine, config: LockstepConfig, *, seed: int, prompts_per_update: int) -> None:
         self._engine, self._config, self._seed, self._prompts_per_update = engine, config, seed, prompts_per_update
+        self.capabilities: EngineCapabilities = engine.capabilities
         self._plans: dict[str, Plan] = {}
         self._sampled: dict[str, int] = {}  # tokens at the current version, by trajectory
         self._running: dict[str, str] = {}  # request -> trajectory
@@ -61,11 +56,6 @@ class LockstepEngine:
         self._version = 0
         self._held: list[asyncio.Future[None]] = []  # trajectories that may not ask the engine at this version
         self._buffer: Buffer | None = None
-
-    @property
-    def capabilities(self) -> EngineCapabilities:
-        """What this engine can do."""
-        return self._engine.capabilities
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str) -> Generation:
         """Sample a completion, as far as the trajectory's plan allows at each version."""
@@ -110,11 +100,7 @@ class LockstepEngine:
         await self._engine.resume()
 
     async def drive(self) -> None:
-        """Step the engine whenever it can sample; runs until it is cancelled.
-
-        Raises:
-            AccountingError: Everything waits for the engine and the engine for nothing: a defect.
-        """
+        """Step the engine whenever it can sample, until it is cancelled; a stall is an `AccountingError`."""
         num_idle = 0
         while True:
             num_idle = 0 if self._engine.drive_once() else num_idle + 1
@@ -230,4 +216,4 @@ def _scorer(spec: BackendSpec) -> DedicatedScorer | None:
     if spec.scorer is None:
         return None
     dispatcher = Dispatcher(DedicatedScorer, ScorerModel(spec.scorer, spec.model_folder, spec.probe_ids))
-    return client(DedicatedScorer, Inline(dispatcher.call), window=spec.scorer.window)  # type: ignore[type-abstract]
+    return scorer_client(spec.scorer, Inline(dispatcher.call))

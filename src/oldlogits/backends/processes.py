@@ -18,8 +18,8 @@ from oldlogits.core.scoring import DedicatedScorer
 from oldlogits.core.weights import FullWeights, PatchWeights, PolicyVersion, WeightUpdate
 from oldlogits.engines.shared_memory import share, share_bytes, take_bytes, unshare
 from oldlogits.models.device import configure_process
-from oldlogits.rpc.child import serve_calls
-from oldlogits.rpc.client import CarryOut, Dispatcher
+from oldlogits.rpc.child import Codec, serve_calls
+from oldlogits.rpc.client import CarryOut, Dispatcher, Transport, client
 from oldlogits.rpc.process import ChildProcess
 from oldlogits.train.reports import PublishedVersion
 from oldlogits.train.scorer_model import ScorerModel
@@ -29,15 +29,7 @@ _FIX: Final = "look for an out-of-memory kill or a message above; go on with --r
 
 
 class ModelProcess(ChildProcess):
-    """A child process that holds a model and carries out calls one at a time.
-
-    Args:
-        name: What the process is: "trainer", "scorer".
-        build: A function of a module, called in the child: builds what carries out the calls.
-        spec: What the process is told.
-        model_folder: A Hugging Face folder.
-        probe_ids: Fixed tokens, at least two, that check every published version.
-    """
+    """A child process that holds a model and carries out calls one at a time; `build` makes there what carries them out."""
 
     def __init__(
         self,
@@ -63,7 +55,7 @@ def start_trainer(spec: TrainerSpec, model_folder: Path, probe_ids: Sequence[int
 
 def start_scorer(spec: ScorerSpec, model_folder: Path, probe_ids: Sequence[int]) -> ModelProcess:
     """Start the process of a dedicated scorer; the transport of `DedicatedScorer`."""
-    return ModelProcess("scorer", _build_scorer, spec, model_folder, probe_ids)
+    return ModelProcess("scorer", build_scorer, spec, model_folder, probe_ids)
 
 
 def _build_trainer(spec: TrainerSpec, model_folder: Path, probe_ids: Sequence[int]) -> CarryOut:
@@ -73,9 +65,17 @@ def _build_trainer(spec: TrainerSpec, model_folder: Path, probe_ids: Sequence[in
     return open_trainer(spec, model_folder, probe_ids, time.perf_counter)
 
 
-def _build_scorer(spec: ScorerSpec, model_folder: Path, probe_ids: Sequence[int]) -> CarryOut:
+def build_scorer(spec: ScorerSpec, model_folder: Path, probe_ids: Sequence[int]) -> CarryOut:
+    """Build what carries out the calls of a `DedicatedScorer` in its process."""
     configure_process(num_threads=spec.trainer.num_threads, seed=spec.seed)
     return Dispatcher(DedicatedScorer, ScorerModel(spec, model_folder, probe_ids)).call
+
+
+def scorer_client(spec: ScorerSpec | None, transport: Transport | None) -> DedicatedScorer | None:
+    """Make the client of the dedicated scorer; None where the source asks none."""
+    if spec is None or transport is None:
+        return None
+    return client(DedicatedScorer, transport, window=spec.window)  # type: ignore[type-abstract]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +102,7 @@ class _PublishedInFile:
     update: _FullInFile | _PatchesInFile
 
 
-class WeightsInFiles:
+class WeightsInFiles(Codec):
     """A codec that writes weights and patches to files in shared memory; who receives one maps it and deletes the file."""
 
     def encode(self, value: object) -> object:

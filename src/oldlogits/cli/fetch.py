@@ -12,7 +12,7 @@ import tyro
 
 from oldlogits.config import check_model_folder
 from oldlogits.config.schema import EnvConfig
-from oldlogits.core.starting_model import MODELS, ModelOrder
+from oldlogits.core.environment import MODELS, ModelOrder
 from oldlogits.envs.base import load_environment
 from oldlogits.models.cache import cache_folder, cached
 

@@ -11,8 +11,7 @@ from typing import Final
 from oldlogits.cli.player import EndedEarlyError, Role
 from oldlogits.config import check_model_folder, config_from_table
 from oldlogits.config.schema import EnvConfig
-from oldlogits.core.engine import Sampling
-from oldlogits.core.engine_spec import EngineSpec
+from oldlogits.core.engine import EngineSpec, Sampling
 from oldlogits.core.environment import Environment
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.parser import PARSERS, Malformed, ToolCall

@@ -15,10 +15,10 @@ import tyro
 
 from oldlogits.config import RunConfig
 from oldlogits.config.schema import ModelConfig
-from oldlogits.core.engine_spec import EngineSpec
+from oldlogits.core.engine import EngineSpec
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.processes import name_process
 from oldlogits.envs.base import load_environment
+from oldlogits.rpc.processes import name_process
 from oldlogits.run.start import prepare_model
 
 if TYPE_CHECKING:

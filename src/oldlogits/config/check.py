@@ -11,10 +11,10 @@ from oldlogits.config.guard import refuse_idle
 from oldlogits.config.reader import build, fields_by_key, registry_of
 from oldlogits.config.schema import RunConfig
 from oldlogits.config.servers import check_servers
+from oldlogits.core.environment import MODELS, is_model_folder
 from oldlogits.core.errors import ConfigError, ModelFolderError
 from oldlogits.core.policies import AGED, EWMA, LINEAR, LOGLINEAR, OLD, find_variant
 from oldlogits.core.source import SOURCES, check_source, sources_for
-from oldlogits.core.starting_model import MODELS, is_model_folder
 
 
 def resolve(config: RunConfig) -> RunConfig:

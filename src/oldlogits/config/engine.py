@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from oldlogits.config.schema import RunConfig
-from oldlogits.core.engine_spec import EngineSpec, ServerOptions, Timeouts
+from oldlogits.core.engine import EngineSpec, ServerOptions, Timeouts
 
 
 def engine_spec(config: RunConfig, model_folder: Path, *, seed: int = 0) -> EngineSpec:

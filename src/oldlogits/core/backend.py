@@ -32,18 +32,7 @@ class BackendKind(Protocol[Spec, Opened]):
     """Whether a trajectory may go on with another engine than the one that began it."""
 
     def open(self, spec: Spec) -> AbstractAsyncContextManager[Opened]:
-        """Start engine, trainer and whatever else; on leaving nothing of it stays behind, whatever happened.
-
-        Args:
-            spec: A `loop.backend.BackendSpec`: what the parts are told.
-
-        Returns:
-            A context that gives a `loop.backend.Backend`.
-
-        Raises:
-            OldLogitsError: A part cannot be started.
-        """
-        ...
+        """Start the engine, the trainer and what a `BackendSpec` asks besides; on leaving nothing of it stays behind."""
 
 
 BACKENDS: Final = Registry[type[BackendKind[Any, Any]]](

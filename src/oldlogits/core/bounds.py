@@ -28,19 +28,13 @@ _LOG_MAX: Final = math.log(sys.float_info.max)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EffectiveBounds:
-    """A token is active where R is inside the mask and inside the clip of its advantage's sign; equality keeps.
+    """The bounds on R of a token: it is active inside the mask and inside the clip of its advantage's sign; equality keeps.
 
-    A lower bound that never binds is 0, an upper one ``math.inf``.
-
-    Args:
-        mask_low: From the band, whatever the advantage.
-        mask_high: From the band, whatever the advantage.
-        positive_high: From ``1 + eps_high``, for A > 0.
-        negative_low: From ``1 - eps_low``, for A < 0.
-        negative_high: From the dual clip, for A < 0.
+    A lower bound that never binds is 0, an upper one ``math.inf``. The mask comes from the band, ``positive_high`` from
+    ``1 + eps_high`` (A > 0), ``negative_low`` from ``1 - eps_low`` and ``negative_high`` from the dual clip (A < 0).
 
     Raises:
-        ConfigError: A lower bound is not in [0, 1], or an upper one below 1.
+        ConfigError: A lower bound is not in [0, 1], or an upper one below 1: no band and no clip makes R = 1 inactive.
     """
 
     mask_low: float
@@ -50,7 +44,6 @@ class EffectiveBounds:
     negative_high: float
 
     def __post_init__(self) -> None:
-        """Refuse bounds that would make R = 1 inactive: no band and no clip does."""
         low, high = (self.mask_low, self.negative_low), (self.mask_high, self.positive_high, self.negative_high)
         if not (all(0 <= bound <= 1 for bound in low) and all(bound >= 1 for bound in high)):
             raise ConfigError(
@@ -100,10 +93,6 @@ def effective_bounds(
 
 def supremum_r_s(kind: Interpolation, *, weight_mu: float) -> float:
     """What ``r_s`` stays below whatever R is: linear ``1 / (1 - a)``, log-linear ``inf``; 1, which it is, with ``a = 0``.
-
-    Args:
-        kind: How the proximal policy is formed.
-        weight_mu: ``a``, the weight on mu, in [0, 1].
 
     Example:
         >>> [supremum_r_s("linear", weight_mu=a) for a in (0.0, 0.5, 1.0)], supremum_r_s("loglinear", weight_mu=0.5)

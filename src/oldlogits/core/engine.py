@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar, Final, Literal, Protocol, runtime_checkable
 
-from oldlogits.core.engine_spec import EngineSpec, ServerOptions
 from oldlogits.core.engine_stats import EngineStats, Incident
 from oldlogits.core.errors import ConfigError, MissingLogprobError, TrajectoryError
 from oldlogits.core.registry import Registry
@@ -21,6 +21,68 @@ from oldlogits.core.trajectory import KV
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
 
 FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSpec:
+    """What a recipe asks of an engine.
+
+    Args:
+        model_path: A Hugging Face model folder; its weights are version 0.
+        numerics: How the engine rounds weights, such as "fp32" or "int8".
+        max_context: The most tokens of one sequence, prompt and output.
+        adapter_scale: Updates bring LoRA adapters, whose product, scaled by this, is added to the folder's weights; 0: they
+            bring all weights.
+    """
+
+    model_path: str
+    numerics: str = "fp32"
+    max_num_seqs: int = 128
+    max_context: int = 512
+    seed: int = 0
+    adapter_scale: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeouts:
+    """How long to wait for what, in seconds.
+
+    Args:
+        recover_s: How long a run goes on without any server.
+        request_s: How long one answer may take; then the request is cut and sent again with what it has.
+        control_s: How long a control call may take: pause, weight update, resume, abort.
+        start_s: How long a server that was started may take until it answers.
+        poll_s: The time between two looks at a server.
+        max_restarts: How often servers that the run starts are started again, in all.
+    """
+
+    recover_s: float = 300.0
+    request_s: float = 600.0
+    control_s: float = 60.0
+    start_s: float = 300.0
+    poll_s: float = 1.0
+    max_restarts: int = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """What a recipe says of servers.
+
+    Args:
+        protocol: The name of their protocol, in `SERVER_PROTOCOLS`.
+        urls: The addresses of servers that run already; empty: the run starts its own.
+        token_env: The environment variable that holds the bearer token of running servers; empty: they want none.
+        python: The interpreter that has the server installed; empty: this one.
+    """
+
+    protocol: str
+    urls: tuple[str, ...] = ()
+    token_env: str = ""
+    num_servers: int = 1
+    flags: tuple[str, ...] = ()
+    python: str = ""
+    log_folder: Path = field(default_factory=Path)
+    timeouts: Timeouts = field(default_factory=Timeouts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +106,6 @@ class Sampling:
     prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
         if self.max_tokens < 1 or not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ConfigError(
                 "sampling parameters out of range",
@@ -73,7 +134,7 @@ class Generation:
         logprobs: Natural log of the probability of each, under the distribution that it was sampled from.
         spans: Contiguous from 0 to ``len(output_ids)``, versions non-decreasing; empty when nothing was sampled.
         finish_reason: "stop" (a stop token), "length" (max_tokens or the engine's context), "abort".
-        prompt_logprobs: Of prompt tokens 1, 2, ...; empty unless asked for.
+        prompt_logprobs: The log-probs of prompt tokens 1, 2, ...; empty unless the request asked for them.
     """
 
     output_ids: tuple[int, ...]
@@ -83,7 +144,6 @@ class Generation:
     prompt_logprobs: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse tokens without a log-prob and tokens without a version."""
         if len(self.logprobs) != len(self.output_ids):
             raise MissingLogprobError(
                 "an engine returned tokens without log-probs",
@@ -110,11 +170,10 @@ class EngineCapabilities:
         partials: Whether `RolloutEngine.partials` exists; if not, a request is interrupted by abort and resubmit.
         kv_modes: What `pause` can promise about keys and values after the update. "stale": a trajectory keeps its own, and
             shares none of older versions with others.
-        numerics: The engine's numerics, such as "fp32" or "int8".
         arithmetic: What it computes in; all but fp32 adds to the differences that its numerics make.
         num_replicas: Engines behind this one, each with a copy of the weights; requests for a prompt's log-probs go to one
             after the other.
-        num_host_copies: Further copies, from which they load.
+        num_host_copies: Further copies of the weights, from which these engines load.
     """
 
     max_context: int
@@ -133,23 +192,18 @@ class RolloutEngine(Protocol):
     @property
     def capabilities(self) -> EngineCapabilities:
         """What this engine can do."""
-        ...
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str) -> Generation:
         """Sample a completion; waits through pauses and weight updates."""
-        ...
 
     async def abort(self, request_id: str) -> None:
         """End a request; its `generate` returns what was sampled so far with finish reason "abort"."""
-        ...
 
     async def pause(self, mode: Literal["keep", "abort"], kv: Literal["recompute", "stale"]) -> None:
         """Stop sampling; the engine is idle on return. `kv` says what an update does with keys and values."""
-        ...
 
     async def partials(self) -> Mapping[str, Generation]:
         """While paused: what each running request has sampled so far, by request id."""
-        ...
 
     async def update_weights(self, update: WeightUpdate, version: PolicyVersion) -> None:
         """Replace the weights; later tokens are tagged with `version`.
@@ -157,11 +211,9 @@ class RolloutEngine(Protocol):
         Raises:
             ReceiverBehindError: Patches do not lead on from what the engine's host holds: give it full weights.
         """
-        ...
 
     async def resume(self) -> None:
         """Go on sampling."""
-        ...
 
 
 def trajectory_of(request_id: str) -> str:
@@ -171,13 +223,10 @@ def trajectory_of(request_id: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenEngine:
-    """An engine that is being started.
+    """An engine that is being started: `engine` samples once `ready` has returned, and `stats` returns its counters.
 
     Args:
-        engine: Samples, once `ready` has returned.
-        stats: Returns its counters.
-        ready: Waits until it can be used.
-        supervise: Runs beside it, where it must be watched; ends only by an error.
+        supervise: Runs beside the engine, where it must be watched; ends only by an error.
         listen: Takes a function that is told what happens to servers.
     """
 
@@ -194,25 +243,20 @@ class StepwiseEngine(RolloutEngine, Protocol):
     @property
     def idle(self) -> bool:
         """Whether a step would do nothing: the engine is paused, or no request can go on."""
-        ...
 
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str, *, quota: int | None = None
     ) -> Generation:
         """Sample a completion; waits through pauses and updates, and at `quota` sampled tokens until the quota is raised."""
-        ...
 
     def set_quota(self, request_id: str, num_tokens: int | None) -> None:
         """Hold a request once it has sampled so many tokens; None lifts the quota. Does nothing to a request that ended."""
-        ...
 
     def drive_once(self) -> bool:
         """Take one step; returns False if there was nothing to do."""
-        ...
 
     async def stats(self) -> EngineStats:
         """Return the counters."""
-        ...
 
 
 class EngineKind(Protocol):
@@ -232,11 +276,7 @@ class EngineKind(Protocol):
     """Without servers of its own: the server protocol that offers it over HTTP; empty: none does."""
 
     def check(self, spec: EngineSpec, servers: ServerOptions) -> None:
-        """Refuse a model folder, numerics or a size that this engine cannot run.
-
-        Args:
-            spec: The model, whose folder may hold its config.json only, and the size.
-            servers: What the recipe says of servers.
+        """Refuse a model folder (which may hold config.json only), numerics or a size that this engine cannot run.
 
         Raises:
             ModelFolderError: The model is of a family that it does not implement.
@@ -245,13 +285,7 @@ class EngineKind(Protocol):
         return
 
     def open(self, spec: EngineSpec, servers: ServerOptions) -> AbstractAsyncContextManager[OpenEngine]:
-        """Start an engine; on leaving nothing of it stays behind.
-
-        Args:
-            spec: The model and the size.
-            servers: What the recipe says of servers.
-        """
-        ...
+        """Start an engine; on leaving nothing of it stays behind."""
 
     def build(self, spec: EngineSpec) -> StepwiseEngine:
         """Make an engine of this process that the caller steps; called only where `is_stepwise` says so."""
@@ -260,20 +294,12 @@ class EngineKind(Protocol):
     def weight_bytes(self, spec: EngineSpec, *, num_parameters: int, head_parameters: int) -> int:
         """Estimate the bytes of the weights that one engine computes with.
 
-        Args:
-            spec: The numerics, and whether there are adapters.
-            num_parameters: The model's, a tied head counted once.
-            head_parameters: The head's, where it is tied; else 0.
+        A tied head counts once among `num_parameters`; `head_parameters` are its own, and 0 where it is not tied.
         """
         return 4 * num_parameters
 
     def cache_bytes(self, spec: EngineSpec, *, token_bytes: int) -> int:
-        """Estimate the bytes of keys and values that the engine holds; 0 where it fits itself into the memory it finds.
-
-        Args:
-            spec: The size.
-            token_bytes: The fp32 keys and values of one token.
-        """
+        """Estimate the bytes of keys and values that the engine holds, from those of an fp32 token; 0: it fits itself in."""
         return 0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from oldlogits.core.weights import PolicyVersion
@@ -10,15 +10,7 @@ from oldlogits.core.weights import PolicyVersion
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """Sums over pieces of work, of which a straight line of seconds against size can be drawn.
-
-    Args:
-        num: Pieces of work.
-        size: Sum of their sizes.
-        size_sq: Sum of the squares of their sizes.
-        seconds_s: Sum of what they took.
-        size_s: Sum of size times seconds.
-    """
+    """Sums over pieces of work, from which a straight line of seconds against size can be drawn."""
 
     num: float = 0.0
     size: float = 0.0
@@ -27,21 +19,13 @@ class Line:
     size_s: float = 0.0
 
     def __add__(self, other: Line) -> Line:
-        """Both."""
         return self._with(other, 1.0)
 
     def __sub__(self, other: Line) -> Line:
-        """What was done in between."""
         return self._with(other, -1.0)
 
     def _with(self, other: Line, sign: float) -> Line:
-        return Line(
-            num=self.num + sign * other.num,
-            size=self.size + sign * other.size,
-            size_sq=self.size_sq + sign * other.size_sq,
-            seconds_s=self.seconds_s + sign * other.seconds_s,
-            size_s=self.size_s + sign * other.size_s,
-        )
+        return Line(**{name: value + sign * getattr(other, name) for name, value in asdict(self).items()})
 
     def fit(self) -> tuple[float, float]:
         """The fixed seconds and those for a unit, by least squares, neither below 0; they reproduce the sum of the seconds.
@@ -77,15 +61,11 @@ class EngineStats:
     """Counters since the engine was built.
 
     Args:
-        version: The version of its weights.
-        num_steps: Engine steps.
-        num_decode_tokens: Sampled tokens.
         num_prefill_tokens: Prompt tokens computed, recomputation included.
         num_prefix_hit_tokens: Prompt tokens that were found in the cache instead.
         busy_s: Seconds inside `EngineCore.step`.
         idle_s: Seconds outside it.
         waiting_s: The part of them with nothing to do: paused, or nothing to sample.
-        num_requests: Requests taken.
         decode: Decode steps; the size of one is the sequences that it decoded.
         prefill: Prefills between two decode steps; the size of one is the tokens that it computed.
     """
@@ -105,17 +85,15 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Incident:
-    """Something happened to a server.
+    """A server went down or came back.
 
     Args:
-        what: It went down, or came back.
-        server: Its address.
         reason: Why it counts as down, or what was done before it counted as up.
-        num_requests: That ran on it and are sent again.
-        num_kept_tokens: That these have sampled and keep.
-        num_lost_tokens: That the server had sampled, by its own count at the last look, and that did not arrive: a lower bound;
-            None: it does not count.
-        is_failure: Not if it was asked to leave.
+        num_requests: Requests that ran on it and are sent again.
+        num_kept_tokens: Tokens that these requests have sampled and keep.
+        num_lost_tokens: A lower bound of the tokens that the server sampled, by its own count at the last look, and that did
+            not arrive; None: it does not count.
+        is_failure: False if it was asked to leave.
     """
 
     what: Literal["down", "up"]

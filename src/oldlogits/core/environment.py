@@ -1,4 +1,4 @@
-"""The seam of environments: what the rollout needs of one, and how a recipe names one.
+"""The seams of environments and starting models: what a run needs of them, and how a recipe names them.
 
     class Desk:
         system_prompt = "..."                            # optional
@@ -9,16 +9,20 @@
 
 `env.target` says which environment, and `env.adapter` how its words become such a class: the built-in adapter "class"
 imports one that is written in this shape; another one wraps what was written for another project.
+
+`model.path` is a folder, a built-in name of `MODELS`, or "package.module:function". A function is enough; an object that is
+called may say more about its model (`DescribedModel`).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, Protocol, TypeAlias, runtime_checkable
 
 from oldlogits.core.registry import Registry
-from oldlogits.core.starting_model import ModelOrder
 
 JsonValue: TypeAlias = "bool | int | float | str | list[JsonValue] | dict[str, JsonValue] | None"
 Row: TypeAlias = dict[str, JsonValue]
@@ -31,11 +35,9 @@ class Environment(Protocol):
     @property
     def reset(self) -> Callable[..., str | None]:
         """``reset(**row)`` starts an episode and returns the first user message, if there is one."""
-        ...
 
     def get_reward(self) -> float:
         """Return the reward of the episode so far."""
-        ...
 
 
 class ConversingEnvironment(Environment, Protocol):
@@ -43,7 +45,6 @@ class ConversingEnvironment(Environment, Protocol):
 
     def reply(self, message: str) -> str | None:
         """Return the partner's answer to an agent's message; None ends the episode."""
-        ...
 
 
 class ExplainingEnvironment(Environment, Protocol):
@@ -51,7 +52,6 @@ class ExplainingEnvironment(Environment, Protocol):
 
     def explain_reward(self) -> str:
         """Return the reasons of the reward, in words for a person."""
-        ...
 
 
 @runtime_checkable
@@ -61,7 +61,6 @@ class RowSource(Protocol):
     @staticmethod
     def make_row(split: Split, index: int) -> Row:
         """Return row `index` of a split: JSON-able arguments of `reset`, the same for the same arguments."""
-        ...
 
 
 @runtime_checkable
@@ -71,7 +70,6 @@ class Demonstrated(Protocol):
     @staticmethod
     def warm_start(order: ModelOrder) -> Path:
         """Train the model of `order.folder` for `order.steps` steps on demonstrations; return the folder of the result."""
-        ...
 
 
 @runtime_checkable
@@ -81,24 +79,21 @@ class Scripted(Protocol):
     @staticmethod
     def make_oracle() -> Callable[[str], str]:
         """Return an agent for one episode: it is given what the agent reads and returns what the agent writes."""
-        ...
 
 
 class EnvironmentAdapter(Protocol):
-    """Makes an environment class of what `env.target` says."""
+    """Makes an environment class of what `env.target` says.
+
+    ``ENVIRONMENTS.find(target)`` imports what a target names in Python; an adapter may as well read it as an address or a file.
+    """
 
     def __call__(self, target: str) -> type[Environment]:
-        """Return the class; every instance of it plays one episode.
-
-        Args:
-            target: The words of `env.target`. ``ENVIRONMENTS.find(target)`` imports what they name, where they name something
-                in Python; an adapter may as well read them as an address or a file.
+        """Return the class that the words of `env.target` say; every instance of it plays one episode.
 
         Raises:
             ConfigError: The target names nothing that this adapter can find.
             EnvironmentShapeError: What it names cannot become an environment.
         """
-        ...
 
 
 ENVIRONMENTS: Final[Registry[object]] = Registry(
@@ -116,3 +111,66 @@ ADAPTERS: Final[Registry[EnvironmentAdapter]] = Registry(
     "environment adapter", key="env.adapter", builtin={"class": "oldlogits.envs.base:import_environment"}
 )
 """What `env.adapter` names."""
+
+Progress = Callable[[int, int, float], None]
+"""A function that is called after every training step with the steps done, all steps, and the loss in nats per token."""
+
+_IMPORT_PATH: Final = re.compile(r"[\w.]+:[\w.]+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOrder:
+    """What is known of a run before its model folder exists.
+
+    Args:
+        steps: Supervised steps before the run (`model.warm_start_steps`); "auto" leaves the number to the maker.
+        parser: Name of the tool-call parser that will read the model's turns.
+        folder: The model folder to begin with; empty where the maker begins with a model of its own.
+        cache: The folder for folders that are kept from run to run.
+        note: Called with a line of text before a part of the work that takes time.
+    """
+
+    seed: int
+    steps: int | Literal["auto"]
+    environment: type
+    parser: str
+    folder: str = ""
+    cache: Path
+    progress: Progress = lambda step, num_steps, loss: None
+    note: Callable[[str], None] = lambda said: None
+
+
+class StartingModel(Protocol):
+    """Makes a model folder."""
+
+    def __call__(self, order: ModelOrder) -> Path:
+        """Make the folder, or find it in the cache; return its path."""
+
+
+@runtime_checkable
+class DescribedModel(Protocol):
+    """A starting model that says before it is made which environment it fits and how large it will be."""
+
+    @property
+    def only_environment(self) -> type:
+        """The environment class whose words the model knows; it can play this class and its subclasses."""
+
+    def architecture(self) -> object:
+        """Return the Hugging Face config of the model, for the estimate of bytes."""
+
+
+MODELS: Final[Registry[StartingModel]] = Registry(
+    "starting model",
+    key="model.path",
+    builtin={
+        "tiny": "order_desk.starting_models:tiny",
+        "tiny-moe": "order_desk.starting_models:tiny_moe",
+        "smollm2": "order_desk.smollm2:smollm2",
+    },
+)
+"""The starting models that `model.path` names."""
+
+
+def is_model_folder(path: str) -> bool:
+    """Return whether `model.path` names a folder, and not something that makes one."""
+    return path not in MODELS.names and not _IMPORT_PATH.fullmatch(path)

@@ -17,7 +17,7 @@ OldLogitsError
 ├── LogBusyError          (BlockingIOError)   another process owns the folder of versions
 ├── LogWriteError         (OSError)           a version could not be written to disk
 ├── LogDamagedError       (ValueError)        a record of the log of versions is not what was written
-├── ExactnessError        (ArithmeticError)   a witness contradicts values that were claimed to be exact
+├── ExactnessError        (ArithmeticError)   a consistency check contradicts values that were claimed to be exact
 ├── ProbeError            (ArithmeticError)   engine and trainer disagree right after a weight update
 ├── NonFiniteError        (FloatingPointError) a loss or gradient that is not finite
 ├── AccountingError       (RuntimeError)      trajectories lost, counted twice, or trained beyond the staleness bound
@@ -30,12 +30,6 @@ from __future__ import annotations
 
 class OldLogitsError(Exception):
     """Base of all errors of this package.
-
-    Args:
-        what: What is wrong, in one clause.
-        got: What was found.
-        allowed: What would have been right.
-        fix: What to do about it.
 
     Example:
         >>> str(OldLogitsError("band must be above 1", got="0.9", allowed="a number > 1", fix="set band = 1.5"))
@@ -121,7 +115,7 @@ class ReceiverBehindError(OldLogitsError, LookupError):
 
 
 class ExactnessError(OldLogitsError, ArithmeticError):
-    """A witness contradicts log-probs that were claimed to be exact."""
+    """A consistency check contradicts log-probs that were claimed to be exact."""
 
 
 class ProbeError(OldLogitsError, ArithmeticError):

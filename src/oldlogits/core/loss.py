@@ -52,7 +52,7 @@ class LossInputs:
         logp: Natural-log probability of each sampled token, by policy: MU, THETA, and the variant's proximal policy. Only
             those of THETA carry a gradient.
         advantages: float32; one value for all tokens of a sequence.
-        loss_mask: bool; True where a token is trained. Context tokens are left out beforehand, so that today all are True.
+        loss_mask: bool; True where a token is trained. Context tokens are left out beforehand, so today all are True.
         staleness: int64; the trainer's version minus the version that sampled the token.
         sequence_index: int64, in [0, num_sequences); the trajectory that a token belongs to.
         num_sequences: The number of trajectories of the whole batch, of which a micro-batch holds some.
@@ -88,7 +88,6 @@ class LossTerms:
     clip_mask: Tensor
 
     def __post_init__(self) -> None:
-        """Refuse a loss that does not return one value per token."""
         names = ("values", "log_r_d", "log_r_s", "band_mask", "clip_mask")
         shapes = {name: tuple(getattr(self, name).shape) for name in names}
         if len(set(shapes.values())) > 1 or len(shapes["values"]) != 1:
@@ -117,14 +116,9 @@ class Loss(Protocol):
     def __call__(self, tokens: LossInputs, objective: Objective) -> LossTerms:
         """Form the surrogate of each token, in the order of the tokens.
 
-        Args:
-            tokens: The log-probs of the tokens, and what belongs to each.
-            objective: The recipe's knobs.
-
         Raises:
             MissingLogprobError: A policy that the loss needs is not among the log-probs.
         """
-        ...
 
 
 LOSSES: Final = Registry[Loss](

@@ -35,7 +35,6 @@ class Parser(Protocol):
 
     def parse(self, text: str) -> Sequence[ToolCall | Malformed]:
         """Return the calls of a turn in their order; none: the turn is a plain message."""
-        ...
 
 
 class WritingParser(Parser, Protocol):
@@ -43,7 +42,6 @@ class WritingParser(Parser, Protocol):
 
     def write(self, call: ToolCall) -> str:
         """Return the text that `parse` reads as this call."""
-        ...
 
 
 PARSERS: Final[Registry[type[Parser]]] = Registry(

@@ -30,7 +30,6 @@ class Policy(StrEnum):
     THETA = "theta"  # the training engine, now: the policy being optimised
 
     def __truediv__(self, other: Policy) -> Ratio:
-        """`THETA / OLD`: the ratio of two policies' probabilities of the sampled token."""
         return Ratio(numerator=self, denominator=other)
 
 
@@ -47,11 +46,7 @@ class Ratio:
         return self.numerator is self.denominator
 
     def __mul__(self, other: Ratio) -> Ratio:
-        """The telescoped product: ``OLD/MU * THETA/OLD == THETA/MU``.
-
-        Raises:
-            ConfigError: The product does not telescope.
-        """
+        """The telescoped product: ``OLD/MU * THETA/OLD == THETA/MU``."""
         if self.is_one:
             return other
         if other.is_one:
@@ -66,7 +61,6 @@ class Ratio:
         )
 
     def __str__(self) -> str:
-        """``theta/old``, or ``1``."""
         return "1" if self.is_one else f"{self.numerator}/{self.denominator}"
 
 
@@ -80,17 +74,12 @@ AT_LOSS_TIME: Final = frozenset({MU, THETA, LINEAR, LOGLINEAR})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """One row of the paper's table: ``r_d`` multiplies and masks, ``r_s`` is clipped.
-
-    Raises:
-        ConfigError: The two ratios do not telescope to a ratio over which THETA stands.
-    """
+    """One row of the paper's table: ``r_d`` multiplies and masks, ``r_s`` is clipped."""
 
     r_d: Ratio
     r_s: Ratio
 
     def __post_init__(self) -> None:
-        """Refuse a row whose ratios do not telescope."""
         if self.total.numerator is not THETA:
             raise ConfigError(
                 f"r_d = {self.r_d} and r_s = {self.r_s} do not describe an update of THETA",
@@ -163,26 +152,13 @@ class Provenance(StrEnum):
 
 
 PROXIMAL_PROVENANCE: Final[Mapping[Policy, Provenance]] = MappingProxyType(
-    {
-        OLD: Provenance.EXACT,
-        ASYNC: Provenance.ASYNC,
-        EWMA: Provenance.EWMA,
-        AGED: Provenance.AGED,
-        RESCORE: Provenance.RESCORE,
-        LINEAR: Provenance.LINEAR,
-        LOGLINEAR: Provenance.LOGLINEAR,
-        MU: Provenance.MU,
-    }
+    {OLD: Provenance.EXACT} | {p: Provenance(p) for p in (ASYNC, EWMA, AGED, RESCORE, LINEAR, LOGLINEAR, MU)}
 )
 """The provenance of tokens of fresh keys and values, by the variant's proximal policy, whichever source provides it."""
 
 
 def find_variant(name: str) -> Variant:
-    """The variant of that name, from `VARIANTS` or `EXPERIMENTAL_VARIANTS`.
-
-    Raises:
-        ConfigError: There is no such variant.
-    """
+    """The variant of that name, from `VARIANTS` or `EXPERIMENTAL_VARIANTS`."""
     variant = VARIANTS.get(name) or EXPERIMENTAL_VARIANTS.get(name)
     if variant is None:
         names = ", ".join([*VARIANTS, *EXPERIMENTAL_VARIANTS])

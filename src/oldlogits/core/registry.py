@@ -41,17 +41,9 @@ class Registry(Generic[T]):
         return tuple(self.builtin)
 
     def find(self, name: str) -> T:
-        """Import what a name stands for.
+        """Import the class or function that a built-in name or "package.module:Name" stands for.
 
-        Args:
-            name: A built-in name, or "package.module:Name"; a module of the working directory may be named too.
-
-        Returns:
-            The class or function of that name.
-
-        Raises:
-            ConfigError: The name is not built in and is no import path, its module cannot be imported, the module lacks the
-                attribute, or the attribute lacks what this kind of thing must have.
+        A module of the working directory may be named too.
         """
         path = self.builtin.get(name, name)
         module_name, _, attribute = path.partition(":")

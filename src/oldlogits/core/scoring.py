@@ -18,7 +18,6 @@ class Scored:
     """Log-probs of a batch's loss tokens under one policy, and how they were obtained.
 
     Args:
-        policy: The policy that gave these log-probs.
         values: float32 [loss token], natural log, in batch order.
         computed_at: int64 [loss token]; the version whose weights computed each value.
         num_switches: How often the scoring weights were switched.
@@ -39,7 +38,7 @@ class BatchTokens:
 
     Args:
         versions: int64 [loss token]; the version that sampled each.
-        trajectory_ids: One per trajectory; its loss tokens stand side by side.
+        trajectory_ids: One id per trajectory; its loss tokens stand side by side.
         trainer_version: The trainer's version, before its first optimizer step on this batch.
         has_mixed_kv: Whether some were sampled over keys and values of older versions.
     """
@@ -55,7 +54,6 @@ class ScoringSpan:
     """The tokens of one trajectory that one version sampled, and all that a forward pass needs to score them.
 
     Args:
-        trajectory_id: The trajectory that the tokens belong to.
         token_ids: int64 [token]; the trajectory from its beginning to the last of these tokens.
         positions: int64 [scored token], ascending, >= 1; the last is that of the last token.
         temperature: float32 [scored token].
@@ -80,7 +78,7 @@ class ScoredSpans:
         values: float32 [scored token], natural log, span after span.
         seconds_s: The time that the scorer worked.
         switch_s: The part of that time until the model pointed at the version's weights, checkout included.
-        witness_s: The part of that time that checked these weights; 0 where the scorer checked them when it received them.
+        witness_s: The part that checked these weights; 0 where the scorer checked them when it received them.
     """
 
     values: NDArray[np.float32]
@@ -93,26 +91,16 @@ class SpanScorer(Protocol):
     """A model that scores spans of trajectories at versions that it holds, wherever it runs."""
 
     async def score_spans(self, spans: Sequence[ScoringSpan], at: PolicyVersion) -> ScoredSpans:
-        """Score the tokens of spans.
-
-        Args:
-            spans: At least one span.
-            at: A version that the model holds.
+        """Score the tokens of one or more spans, at a version that the model holds.
 
         Raises:
             VersionEvictedError: The version is not held.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AverageScores:
-    """Log-probs under averaged weights.
-
-    Args:
-        values: float32 [token]; natural log.
-        age: The mean age of the average, in versions.
-    """
+    """Log-probs under averaged weights: float32 [token], natural log, and the mean age of the average in versions."""
 
     values: NDArray[np.float32]
     age: float
@@ -140,7 +128,6 @@ class ScoringHandle(SpanScorer, Protocol):
     @property
     def is_idle(self) -> bool:
         """Whether no call is being carried out."""
-        ...
 
     async def score(self, tokens: NDArray[np.int64], at: PolicyVersion | None) -> NDArray[np.float32]:
         """Score loss tokens of the batch in training.
@@ -149,13 +136,9 @@ class ScoringHandle(SpanScorer, Protocol):
             tokens: int64, ascending positions among the batch's loss tokens.
             at: A stored version, or None for the live weights.
 
-        Returns:
-            float32, one value per entry of `tokens`.
-
         Raises:
             VersionEvictedError: The version is no longer held.
         """
-        ...
 
     async def score_mixed(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Score all loss tokens of the batch in training, over keys and values of the versions that the engine had.
@@ -167,25 +150,15 @@ class ScoringHandle(SpanScorer, Protocol):
             VersionEvictedError: A version is no longer held.
             TrajectoryError: The batch does not say which versions computed them.
         """
-        ...
 
     async def score_average(self, tokens: NDArray[np.int64]) -> AverageScores:
-        """Score loss tokens of the batch in training, under the average up to the current version.
+        """Score loss tokens of the batch in training, as `score` does, under the average up to the current version.
 
         The trainer keeps an average for a source with `keeps_average`.
-
-        Args:
-            tokens: int64, ascending positions among the batch's loss tokens.
         """
-        ...
 
     async def score_engine(self, tokens: NDArray[np.int64]) -> EngineScores:
-        """Score loss tokens of the batch in training, with the live weights in the engine's numerics.
-
-        Args:
-            tokens: int64, ascending positions among the batch's loss tokens.
-        """
-        ...
+        """Score loss tokens of the batch in training, as `score` does, with the live weights in the engine's numerics."""
 
 
 class DedicatedScorer(SpanScorer, Protocol):
@@ -194,20 +167,15 @@ class DedicatedScorer(SpanScorer, Protocol):
     @property
     def window(self) -> int:
         """How many versions the scorer holds: the newest ones."""
-        ...
 
     async def publish(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> float:
-        """Take over a version, and drop the oldest beyond the window.
+        """Take over a version, and drop the oldest beyond the window; returns the largest difference on the probe, in nats.
 
         Args:
             version: The number of the version.
             update: The weights, copied before this returns, or the patches that lead to them from the version before.
             probe_logps: float32 [probe token]; what the trainer's live weights give the fixed probe tokens.
 
-        Returns:
-            The largest difference on these tokens, in nats.
-
         Raises:
             ExactnessError: The weights that arrived give the probe tokens other log-probs.
         """
-        ...

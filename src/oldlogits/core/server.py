@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final, Literal, Protocol, TypeAlias
 
-from oldlogits.core.engine import FinishReason, Sampling
-from oldlogits.core.engine_spec import EngineSpec, ServerOptions
+from oldlogits.core.engine import EngineSpec, FinishReason, Sampling, ServerOptions
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.registry import Registry
 from oldlogits.core.weights import PolicyVersion
@@ -26,12 +25,7 @@ Json: TypeAlias = "Mapping[str, Json] | Sequence[Json] | str | int | float | boo
 
 
 class ServerFailedError(Exception):
-    """A server did not answer, or answered that it is broken.
-
-    Args:
-        how: What happened.
-        timed_out: Whether it may only be slow.
-    """
+    """A server did not answer (`timed_out`: it may only be slow), or answered that it is broken."""
 
     def __init__(self, how: str, *, timed_out: bool = False) -> None:
         self.timed_out = timed_out
@@ -40,13 +34,7 @@ class ServerFailedError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchSpec:
-    """What a server is started with; its command line is `ServerProtocol.command`.
-
-    Args:
-        engine: The model, the numerics and the size, with a seed of its own.
-        servers: The protocol, further flags, the interpreter and the folder of its messages.
-        address: The address that it listens on.
-    """
+    """What a server is started with, and the address that it listens on; its command line is `ServerProtocol.command`."""
 
     engine: EngineSpec
     servers: ServerOptions
@@ -55,14 +43,13 @@ class LaunchSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerInfo:
-    """What a server says of itself.
+    """What a server says of itself: the version of its software, and what it computes.
 
     Args:
-        version: The version of the server's software.
         max_context: The most tokens of one sequence.
         arithmetic: What it computes in: "fp32" or "bf16".
         numerics: How it rounds weights; equal to the arithmetic unless it emulates another.
-        adapter_scale: As in `EngineSpec`: 0 where it takes whole weights.
+        adapter_scale: The scale of `EngineSpec`: 0 where it takes whole weights.
     """
 
     version: str
@@ -132,15 +119,13 @@ class Transport(Protocol):
     @property
     def url(self) -> str:
         """The server's base address."""
-        ...
 
     @property
     def control_timeout_s(self) -> float:
         """How long a control call may take."""
-        ...
 
     async def call(self, method: str, path: str, body: Json = None, *, timeout_s: float | None) -> Reply:
-        """Call a route; a cancellation closes the connection.
+        """Call a route, with its query; a cancellation closes the connection.
 
         Args:
             method: "GET" or "POST".
@@ -151,7 +136,6 @@ class Transport(Protocol):
         Raises:
             ServerFailedError: There is no answer.
         """
-        ...
 
     async def control(self, method: str, path: str, body: Json = None) -> Reply:
         """Call a route within the time of control calls; only an answer of status 200 is returned.
@@ -160,31 +144,24 @@ class Transport(Protocol):
             ServerFailedError: There is no answer, or the server is broken.
             ConfigError: The server refuses the request.
         """
-        ...
 
     def accepted(self, reply: Reply) -> Reply:
         """Return an answer of status 200; raise what `control` raises for another one."""
-        ...
 
     def refused(self, got: str, allowed: str, fix: str) -> ConfigError:
         """Make the error that says why this server cannot be used."""
-        ...
 
     async def share(self, text: str) -> Path:
         """Write a text to a file where the weights for this server will be."""
-        ...
 
     async def located(self, weights: SharedWeights) -> SharedWeights:
         """Return the weights with the path that they have on the server's own machine."""
-        ...
 
     def move_to(self, url: str, token: str) -> None:
         """Speak to another address from now on: the server was started elsewhere."""
-        ...
 
     async def close(self) -> None:
         """Leave no connection; what waits for an answer fails."""
-        ...
 
 
 class ServerProtocol(Protocol):
@@ -193,9 +170,6 @@ class ServerProtocol(Protocol):
     One's own inherits from this class; `engine.server = "package.module:Name"` names it. Its module is imported when a
     recipe is read, so it imports heavy packages inside its methods only. Every call raises `ServerFailedError` or `ConfigError`
     as the head of this module says.
-
-    Args:
-        http: Carries the calls.
     """
 
     numerics: ClassVar[frozenset[str]] = frozenset({"fp32", "bf16"})
@@ -245,39 +219,30 @@ class ServerProtocol(Protocol):
 
     async def connect(self) -> ServerInfo:
         """Ask what the server can do, and refuse one that cannot do what training needs."""
-        ...
 
     async def generate(self, request: GenerateRequest) -> GenerateAnswer:
         """Sample a completion; takes as long as it takes."""
-        ...
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """End requests; their `generate` returns what was sampled so far."""
-        ...
 
     async def pause(self, mode: Literal["keep", "abort"]) -> None:
         """Stop sampling; keys and values are computed anew afterwards."""
-        ...
 
     async def resume(self) -> None:
         """Go on sampling."""
-        ...
 
     async def update(self, weights: SharedWeights, label: str) -> None:
         """Take over weights, while the server is paused, and call them `label` from then on."""
-        ...
 
     async def label(self) -> str:
         """What the server's weights are called."""
-        ...
 
     async def check_health(self, timeout_s: float) -> None:
         """Return if the server answers that it is well."""
-        ...
 
     async def num_sampled(self, timeout_s: float) -> int | None:
         """Tokens that the server has sampled since it started; None: it does not say."""
-        ...
 
 
 SERVER_PROTOCOLS: Final = Registry[type[ServerProtocol]](

@@ -26,12 +26,7 @@ from oldlogits.core.weights import PolicyVersion, WeightUpdate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceHandles:
-    """What a source may ask for its log-probs.
-
-    Args:
-        trainer: The trainer, which scores the batch in training and spans of any trajectory.
-        scorer: The second model that only scores; None for a source without `needs_scorer`.
-    """
+    """What a source may ask: the trainer, and for a source with `needs_scorer` the second model that only scores."""
 
     trainer: ScoringHandle
     scorer: DedicatedScorer | None = None
@@ -66,28 +61,15 @@ class LogprobSource(Protocol):
     """The largest error in nats of checks of exactness that the trainer does not make; NaN: there is none."""
 
     def __init__(self, handles: SourceHandles) -> None:
-        """Keep the handles that the source asks.
-
-        Args:
-            handles: The trainer, and the scorer for a source with `needs_scorer`.
-        """
+        """Keep the handles that the source asks."""
 
     @classmethod
     def most_stored(cls, window: int) -> int:
-        """The most versions in the trainer's store, at the moment of a publish.
-
-        Args:
-            window: The largest lag of a token, in versions.
-        """
+        """The most versions in the trainer's store at the moment of a publish, where no token's lag exceeds `window`."""
         return window + 2 if cls.stores_versions else 0
 
     def on_segment_closed(self, trajectory_id: str, segments: Sequence[Segment]) -> None:
-        """Take note that a running trajectory has grown.
-
-        Args:
-            trajectory_id: The trajectory.
-            segments: All its segments so far; the sequence goes on growing.
-        """
+        """Take note of all segments so far of a running trajectory that has grown; the sequence goes on growing."""
         return
 
     async def on_arrival(self, trajectories: Sequence[Trajectory]) -> None:
@@ -95,11 +77,7 @@ class LogprobSource(Protocol):
         return
 
     async def on_paused(self, running: Mapping[str, Sequence[Sampled]]) -> None:
-        """Take note that the engine is paused and has sampled the last token of its version.
-
-        Args:
-            running: By trajectory, what unfinished turns have sampled so far.
-        """
+        """Take note that the engine is paused: what the unfinished turns have sampled so far, by trajectory."""
         return
 
     async def on_published(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> None:
@@ -114,18 +92,13 @@ class LogprobSource(Protocol):
 
     async def acquire(self, batch: BatchTokens) -> Scored | None:
         """Return the log-probs of the batch that enters training; None from a source for variants that need none."""
-        ...
 
     def drop(self, trajectory_ids: Iterable[str]) -> None:
         """Forget these trajectories: they were trained, filtered, failed or cancelled."""
         return
 
     def oldest_needed(self, in_flight: PolicyVersion) -> PolicyVersion:
-        """The oldest version that this source may still ask the trainer's store for.
-
-        Args:
-            in_flight: The oldest version that a trajectory in flight may have tokens of.
-        """
+        """The oldest version that the source may still ask the trainer's store for; by default that of tokens in flight."""
         return in_flight
 
     def metrics(self) -> Mapping[str, float]:
@@ -162,22 +135,13 @@ def provided(source: type[LogprobSource]) -> frozenset[Policy]:
 
 
 def sources_for(variant_name: str) -> list[str]:
-    """The built-in sources that provide what a variant needs, and nothing else.
-
-    Raises:
-        ConfigError: The variant does not exist.
-    """
+    """The built-in sources that provide what a variant needs, and nothing else."""
     needs = find_variant(variant_name).needs
     return [name for name in SOURCES.names if provided(SOURCES.find(name)) == needs]
 
 
 def check_source(variant_name: str, source_name: str) -> None:
-    """Refuse a variant whose proximal policy the source does not provide.
-
-    Raises:
-        MissingPolicyError: The source provides another policy, or none.
-        ConfigError: The variant or the source does not exist.
-    """
+    """Refuse a variant whose proximal policy the source does not provide, with a `MissingPolicyError`."""
     variant, provides = find_variant(variant_name), provided(SOURCES.find(source_name))
     if variant.needs <= provides:
         return

@@ -23,16 +23,11 @@ since, which its own version computed (batch/kv_segments.py)."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """Tokens that the agent read: prompt, tool result, user turn.
-
-    Args:
-        token_ids: The tokens, at least one.
-    """
+    """Tokens that the agent read, at least one: prompt, tool result, user turn."""
 
     token_ids: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        """Refuse an empty segment."""
         _check(bool(self.token_ids), "a context segment is empty", "0 tokens", "at least one token", "leave the segment out")
 
 
@@ -41,9 +36,7 @@ class Sampled:
     """Tokens that the engine sampled with one version of the weights.
 
     Args:
-        token_ids: The tokens, at least one.
         logp_mu: Natural-log probability of each under the distribution it was sampled from (logits / temperature).
-        version: The version of the weights, from 0.
         kv: "mixed" when keys and values of older versions were attended to: those of the sampled segments before it.
         temperature: The sampling temperature, > 0.
     """
@@ -55,7 +48,6 @@ class Sampled:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse empty segments, missing log-probs, positive log-probs and negative versions."""
         _check(bool(self.token_ids), "a sampled segment is empty", "0 tokens", "at least one token", "leave the segment out")
         _check(
             len(self.token_ids) == len(self.logp_mu),
@@ -81,13 +73,10 @@ Segment = Context | Sampled
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
-    """One episode of one agent.
+    """One episode of one agent; `group_id` names the trajectories of the same task, which are compared with each other.
 
     Args:
-        id: Unique in the run.
-        group_id: The group whose members share a task and are compared with each other.
         segments: In the order of the tokens; versions never decrease.
-        reward: The environment's reward.
         stop_reason: Why the episode ended: "done", "max_turns", "max_tokens", ...
     """
 
@@ -98,7 +87,6 @@ class Trajectory:
     stop_reason: str
 
     def __post_init__(self) -> None:
-        """Refuse trajectories that start with sampled tokens, sample none, or go back in time."""
         starts_with_context = bool(self.segments) and isinstance(self.segments[0], Context)
         _check(
             starts_with_context,
@@ -157,18 +145,12 @@ def is_success(reward: float) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrajectoryGroup:
-    """Trajectories of one task, whose rewards are compared with each other.
-
-    Args:
-        id: Unique in the run.
-        trajectories: At least one, all of this group.
-    """
+    """Trajectories of one task, whose rewards are compared with each other."""
 
     id: str
     trajectories: tuple[Trajectory, ...]
 
     def __post_init__(self) -> None:
-        """Refuse an empty group and members of another group."""
         _check(bool(self.trajectories), f"group {self.id} is empty", "0 trajectories", "at least one", "drop the group")
         strangers = [t.id for t in self.trajectories if t.group_id != self.id]
         _check(

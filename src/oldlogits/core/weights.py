@@ -29,12 +29,7 @@ class FullWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PatchWeights:
-    """What leads a receiver that holds the version `base` to a later one.
-
-    Args:
-        base: The version that the first patch begins at.
-        patches: Serialised `versions.Patch`, oldest first, of the weights under their Hugging Face parameter names.
-    """
+    """Serialised patches, oldest first, that lead a receiver that holds the version `base` to a later one."""
 
     base: PolicyVersion
     patches: tuple[bytes | memoryview, ...]
@@ -53,12 +48,11 @@ class StoreReceipt:
     """What a store did with a version.
 
     Args:
-        version: Which.
-        stored_bytes: What it takes in memory and is the price of keeping it: its patch, or its copy.
-        full_bytes: A full copy of it.
-        share_changed: Of its values, those with other bits than in the version before; NaN where they were not compared.
+        stored_bytes: The memory that the version takes, which is the price of keeping it: its patch, or its copy.
+        full_bytes: The bytes of a full copy of the version.
+        share_changed: The share of its values with other bits than in the version before; NaN where they were not compared.
         encode_s: Seconds until it was stored, without waiting.
-        log_bytes: What was written to disk.
+        log_bytes: Bytes that were written to disk.
         waited_s: Seconds that it was held back until there was room.
     """
 
@@ -72,58 +66,39 @@ class StoreReceipt:
 
 
 class VersionStore(Protocol):
-    """Keeps the exact forward weights of every version that tokens in flight still need."""
+    """Keeps the exact forward weights of every version that tokens in flight still need.
+
+    A call that names a version that is not there raises `VersionEvictedError`, which says what is held, and the remedy.
+    """
 
     @property
     def versions(self) -> tuple[PolicyVersion, ...]:
         """The versions that are there, ascending."""
-        ...
 
     @property
     def num_bytes(self) -> int:
         """Bytes of memory that all of them take."""
-        ...
 
     def publish(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> StoreReceipt:
         """Store the bits of `weights` as `version`, which is above all others."""
-        ...
 
     def checkout(self, version: PolicyVersion) -> AbstractContextManager[Mapping[str, Tensor]]:
-        """The weights of `version`, for reading inside the context.
-
-        Raises:
-            VersionEvictedError: Names the version, the window that is held, and the remedy.
-        """
-        ...
+        """The weights of `version`, for reading inside the context."""
 
     def walk(self) -> AbstractContextManager[None]:
         """Inside it, checkouts in the order of their versions cost one way down and one way back in all."""
-        ...
 
     def retain(self, oldest_needed: PolicyVersion) -> list[PolicyVersion]:
         """Versions below `oldest_needed` are no longer needed, but for the newest and those held; returns those dropped."""
-        ...
 
     def hold(self, version: PolicyVersion) -> None:
-        """Keep a version until `release`, whatever `retain` says.
-
-        Raises:
-            VersionEvictedError: The version is not there.
-        """
-        ...
+        """Keep a version until `release`, whatever `retain` says."""
 
     def release(self, version: PolicyVersion) -> list[PolicyVersion]:
         """Take one `hold` back; returns the versions dropped."""
-        ...
 
     def rewind(self, version: PolicyVersion) -> None:
-        """Forget all versions above one, which becomes the newest: a run goes on from an older checkpoint.
-
-        Raises:
-            VersionEvictedError: The version is not there.
-        """
-        ...
+        """Forget all versions above one, which becomes the newest: a run goes on from an older checkpoint."""
 
     def close(self) -> None:
         """Give up what it has open; a second call does nothing."""
-        ...

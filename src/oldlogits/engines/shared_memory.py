@@ -41,9 +41,6 @@ class HostWeights:
 
         Returns:
             The file, which engines open as `HostCopy` and read at `version`; the same one while names and shapes are.
-
-        Raises:
-            ReceiverBehindError: Patches do not lead on from what is held: give full weights.
         """
         if isinstance(update, PatchWeights):
             if self._copy is None:
@@ -90,19 +87,12 @@ class WeightTransport(Protocol):
     @property
     def num_copies(self) -> int:
         """How many copies of the weights it keeps."""
-        ...
 
     async def take(self, update: WeightUpdate, version: PolicyVersion) -> SharedWeights:
-        """Make a version ready; returns where servers find it.
-
-        Raises:
-            ReceiverBehindError: Patches do not lead on from what is there: give full weights.
-        """
-        ...
+        """Make a version ready, and return where servers find it; patches that do not lead on are a `ReceiverBehindError`."""
 
     def close(self) -> None:
         """Leave no file."""
-        ...
 
 
 class OnThisHost:
@@ -129,12 +119,8 @@ def share(tensors: Mapping[str, Tensor]) -> Path:
     The reader deletes the file.
     """
     separate = _without_aliases(tensors)
-    path = shared_file(sum(tensor.nbytes for tensor in separate.values()))
-    try:
+    with _new_file(sum(tensor.nbytes for tensor in separate.values())) as path:
         save_file(separate, path)
-    except BaseException:  # no room after all, or interrupted: leave no half file behind
-        path.unlink()
-        raise
     return path
 
 
@@ -153,13 +139,8 @@ def is_shared(path: Path) -> bool:
 
 def share_bytes(parts: Sequence[bytes | memoryview]) -> tuple[Path, tuple[int, ...]]:
     """Write bytes to a new file as `share` does; returns it and the length of each part, for `take_bytes`."""
-    path = shared_file(sum(map(len, parts)))
-    try:
-        with path.open("wb") as file:
-            file.writelines(parts)
-    except BaseException:
-        path.unlink()
-        raise
+    with _new_file(sum(map(len, parts))) as path, path.open("wb") as file:
+        file.writelines(parts)
     return path, tuple(map(len, parts))
 
 
@@ -179,6 +160,16 @@ def shared_file(num_bytes: int) -> Path:
     handle, name = tempfile.mkstemp(prefix=prefix, suffix=_SUFFIX, dir=_SHARED_MEMORY if fits else None)
     os.close(handle)
     return Path(name)
+
+
+@contextmanager
+def _new_file(num_bytes: int) -> Iterator[Path]:
+    path = shared_file(num_bytes)
+    try:
+        yield path
+    except BaseException:  # no room after all, or interrupted: leave no half file behind
+        path.unlink()
+        raise
 
 
 def unshare(pid: int) -> None:

@@ -11,8 +11,7 @@ from typing import ClassVar
 
 from oldlogits.config import Caution
 from oldlogits.config.schema import EnvConfig, LockstepConfig, RayConfig, RolloutConfig
-from oldlogits.core.engine import EngineKind, RolloutEngine
-from oldlogits.core.engine_spec import EngineSpec, ServerOptions
+from oldlogits.core.engine import EngineKind, EngineSpec, RolloutEngine, ServerOptions
 from oldlogits.core.engine_stats import EngineStats, Incident
 from oldlogits.core.environment import Environment
 from oldlogits.core.scoring import DedicatedScorer

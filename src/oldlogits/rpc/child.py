@@ -12,11 +12,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Final, Protocol
+from typing import Final
 
 from oldlogits.core.errors import OldLogitsError, WorkerDiedError
-from oldlogits.core.processes import name_process
 from oldlogits.rpc.client import CarryOut
+from oldlogits.rpc.processes import name_process
 
 READY: Final = ""
 """The name of the call that every child answers once it is built."""
@@ -24,13 +24,7 @@ READY: Final = ""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """A call on its way to the child.
-
-    Args:
-        number: The number of the call, which its reply repeats; 0: no reply is wanted.
-        method: The name of the method.
-        arguments: The arguments, encoded.
-    """
+    """A call on its way to the child; a reply repeats its number, and to number 0 there is none."""
 
     number: int
     method: str
@@ -39,40 +33,26 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What became of a call.
-
-    Args:
-        number: The number of the call; 0: the last words of a child that ends by an error.
-        value: What the call returned, encoded.
-        error: What it raised.
-    """
+    """What a call returned or raised; number 0: the last words of a child that ends by an error."""
 
     number: int
     value: object = None
     error: OldLogitsError | None = None
 
 
-class Codec(Protocol):
-    """Puts values aside that are too large for a pipe, such as weights; both ends use the same one."""
+class Codec:
+    """Says what travels in place of a value, at both ends of a pipe: here the value itself.
+
+    A subclass puts aside what is too large for a pipe, such as weights. It decodes a value exactly once, in the process that
+    receives it.
+    """
 
     def encode(self, value: object) -> object:
-        """What travels in place of an argument or a returned value."""
-        ...
-
-    def decode(self, value: object) -> object:
-        """The value itself; called exactly once, in the process that receives it."""
-        ...
-
-
-class Plain:
-    """The codec that lets everything travel through the pipe as it is."""
-
-    def encode(self, value: object) -> object:
-        """The value itself."""
+        """Return what travels in place of an argument or a returned value."""
         return value
 
     def decode(self, value: object) -> object:
-        """The value itself."""
+        """Return the value itself."""
         return value
 
 
@@ -81,12 +61,7 @@ class PipeClosedError(Exception):
 
 
 class Inbox:
-    """The calls that a child is to carry out, and the way back for their replies.
-
-    Args:
-        pipe: The child's end.
-        codec: The one that the parent uses too.
-    """
+    """The calls that a child is to carry out, and the way back for their replies; both ends use the same codec."""
 
     def __init__(self, pipe: Connection, codec: Codec) -> None:
         self._pipe, self._codec = pipe, codec
@@ -99,11 +74,7 @@ class Inbox:
             raise PipeClosedError from error
 
     def receive(self) -> Call:
-        """Wait for the next call.
-
-        Raises:
-            PipeClosedError: There will be none.
-        """
+        """Wait for the next call; `PipeClosedError` says that there will be none."""
         try:
             call = self._pipe.recv()
         except (EOFError, OSError) as error:
@@ -114,11 +85,7 @@ class Inbox:
         return Call(number=call.number, method=call.method, arguments=arguments)
 
     def reply(self, replies: Sequence[Reply]) -> None:
-        """Send what became of calls; those that want no reply are left out.
-
-        Raises:
-            PipeClosedError: Nobody listens.
-        """
+        """Send what became of calls; those that want no reply are left out."""
         wanted = [
             Reply(number=reply.number, value=self._codec.encode(reply.value), error=reply.error)
             for reply in replies
@@ -149,13 +116,7 @@ def answer(call: Call, carry_out: CarryOut) -> Reply:
 
 
 def serve_calls(inbox: Inbox, build: Callable[..., CarryOut], arguments: tuple[object, ...]) -> None:
-    """Carry out calls, one at a time and in their order, until the pipe closes.
-
-    Args:
-        inbox: Where they come from.
-        build: A function of a module, called here: builds what carries out the calls.
-        arguments: The arguments of `build`.
-    """
+    """Carry out calls, one at a time and in their order, until the pipe closes; `build` makes what carries them out."""
     carry_out = build(*arguments)
     while True:
         inbox.reply([answer(inbox.receive(), carry_out)])

@@ -31,15 +31,10 @@ class Transport(Protocol):
 
     async def call(self, method: str, arguments: tuple[object, ...]) -> object:
         """Call a method; returns its value, or raises its error."""
-        ...
 
 
 class Inline:
-    """A transport within this process: every call is carried out before anything else goes on.
-
-    Args:
-        carry_out: Carries out a call, such as `Dispatcher.call`.
-    """
+    """A transport within this process: `carry_out`, such as `Dispatcher.call`, has done a call before anything else goes on."""
 
     def __init__(self, carry_out: CarryOut) -> None:
         self._carry_out = carry_out
@@ -50,12 +45,7 @@ class Inline:
 
 
 class Client:
-    """The base of all clients: it counts the calls that are being carried out.
-
-    Args:
-        transport: Brings the calls to where they are carried out.
-        attributes: The values of the Protocol's properties, by name.
-    """
+    """The base of all clients: it has the values of the Protocol's properties, and counts the calls that are in progress."""
 
     def __init__(self, transport: Transport, **attributes: object) -> None:
         self._transport, self._num_calls = transport, 0
@@ -100,12 +90,7 @@ def calls_of(protocol: type) -> frozenset[str]:
 
 
 class Dispatcher:
-    """Carries out the calls of a Protocol on ordinary objects.
-
-    Args:
-        protocol: What may be called.
-        targets: Have the methods; of two that have the same one, the first is called.
-    """
+    """Carries out the calls of a Protocol on ordinary objects; of two that have the same method, the first is called."""
 
     def __init__(self, protocol: type, *targets: object) -> None:
         self._owners = {name: next((t for t in targets if hasattr(t, name)), None) for name in calls_of(protocol)}
@@ -113,11 +98,7 @@ class Dispatcher:
         assert not lacking, f"nobody has {', '.join(lacking)} of {protocol.__name__}"
 
     def call(self, method: str, arguments: tuple[object, ...]) -> object:
-        """Call a method.
-
-        Raises:
-            UnknownCallError: It is none of the Protocol's.
-        """
+        """Call a method of the Protocol; another one is an `UnknownCallError`."""
         if method not in self._owners:
             raise UnknownCallError(
                 "a process was asked for a call that it does not offer",

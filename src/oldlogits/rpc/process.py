@@ -24,8 +24,8 @@ from multiprocessing.reduction import ForkingPickler
 from queue import SimpleQueue
 
 from oldlogits.core.errors import OldLogitsError, WorkerDiedError
-from oldlogits.core.processes import exit_code
-from oldlogits.rpc.child import READY, Call, Codec, Plain, Reply, died, run_child
+from oldlogits.rpc.child import READY, Call, Codec, Reply, died, run_child
+from oldlogits.rpc.processes import exit_code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +43,7 @@ class ChildProcess:
     Args:
         name: What the process is, such as "trainer"; the system lists it under this name, and errors tell it.
         serve: A function of a module, called in the child with its `Inbox` and `arguments`; `serve_calls`, for example.
-        arguments: Further arguments of `serve`.
-        fix: What to do when the process ends by itself.
-        codec: Puts large values aside.
+        fix: What an error advises when the process ends by itself.
         is_pipelined: Whether a call is sent before those made earlier are answered.
     """
 
@@ -59,7 +57,7 @@ class ChildProcess:
         codec: Codec | None = None,
         is_pipelined: bool = False,
     ) -> None:
-        self.name, self._fix, self._codec, self._is_pipelined = name, fix, codec or Plain(), is_pipelined
+        self.name, self._fix, self._codec, self._is_pipelined = name, fix, codec or Codec(), is_pipelined
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()  # guards the next two
         self._pending: dict[int, Future[object]] = {}
@@ -85,12 +83,7 @@ class ChildProcess:
         return self._process.pid
 
     async def ready(self) -> None:
-        """Wait until the child is built.
-
-        Raises:
-            OldLogitsError: What the child raised while it started.
-            WorkerDiedError: It ended.
-        """
+        """Wait until the child is built; raises what it raised while it started."""
         await self.call(READY, ())
 
     async def call(self, method: str, arguments: tuple[object, ...]) -> object:
@@ -123,11 +116,7 @@ class ChildProcess:
         raise copy.copy(self._death)
 
     def give_up(self, how: str) -> WorkerDiedError:
-        """Kill a child that does not answer: pending and later calls fail.
-
-        Args:
-            how: What it did not do.
-        """
+        """Kill a child that does not answer (`how`): pending and later calls fail."""
         error = died(self.name, how, self._fix)
         self._die(error)
         self._process.kill()
@@ -233,22 +222,13 @@ class ChildProcess:
 
 
 class Deadline:
-    """A transport that kills a child which does not answer in time.
-
-    Args:
-        process: The child.
-        timeout_s: How long a call may take, those before it included.
-    """
+    """A transport that kills a child which does not answer a call, and those before it, within `timeout_s`."""
 
     def __init__(self, process: ChildProcess, timeout_s: float) -> None:
         self._process, self.timeout_s = process, timeout_s
 
     async def call(self, method: str, arguments: tuple[object, ...]) -> object:
-        """Call a method.
-
-        Raises:
-            WorkerDiedError: The child ended, or did not answer in time.
-        """
+        """Call a method."""
         try:
             async with asyncio.timeout(self.timeout_s):  # wait_for of Python 3.11 may swallow a cancellation
                 return await self._process.call(method, arguments)

@@ -17,8 +17,8 @@ from oldlogits.config import RunConfig
 from oldlogits.config.engine import engine_spec, server_options
 from oldlogits.core.backend import BACKENDS
 from oldlogits.core.engine import ENGINES
+from oldlogits.core.environment import MODELS, DescribedModel, is_model_folder
 from oldlogits.core.source import SOURCES
-from oldlogits.core.starting_model import MODELS, DescribedModel, is_model_folder
 from oldlogits.models.load import decoder_layers, meta_model, read_model_config
 
 RANKS: Final = (1, 2, 4, 8)

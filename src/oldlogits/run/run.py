@@ -18,10 +18,9 @@ from oldlogits.config import Caution, RunConfig, cautions
 from oldlogits.config.engine import engine_spec, server_options
 from oldlogits.core.engine import ENGINES, Sampling
 from oldlogits.core.engine_stats import Incident
-from oldlogits.core.environment import Environment
+from oldlogits.core.environment import Environment, is_model_folder
 from oldlogits.core.errors import OldLogitsError
 from oldlogits.core.parser import PARSERS
-from oldlogits.core.starting_model import is_model_folder
 from oldlogits.envs.base import system_prompt_of
 from oldlogits.envs.tools import tool_schemas
 from oldlogits.loop.backend import Backend, BackendSpec

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import cast
 
 from oldlogits.config import RunConfig
-from oldlogits.core.environment import Demonstrated, Environment
-from oldlogits.core.starting_model import MODELS, ModelOrder, is_model_folder
+from oldlogits.core.environment import MODELS, Demonstrated, Environment, ModelOrder, is_model_folder
 from oldlogits.models.cache import cache_folder
 
 

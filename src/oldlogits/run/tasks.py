@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from oldlogits.config import RunConfig
-from oldlogits.core.environment import Demonstrated, Environment
+from oldlogits.core.environment import MODELS, Demonstrated, DescribedModel, Environment, is_model_folder
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.parser import PARSERS
-from oldlogits.core.starting_model import MODELS, DescribedModel, is_model_folder
 from oldlogits.envs.base import load_environment
 from oldlogits.rollout.tasks import TaskDataset
 

@@ -24,8 +24,6 @@ from numpy.typing import NDArray
 
 from oldlogits.config.schema import EnvConfig
 from oldlogits.core.errors import OldLogitsError
-from oldlogits.core.processes import name_process
-from oldlogits.core.scoring import DedicatedScorer
 from oldlogits.core.server import LaunchSpec
 from oldlogits.core.weights import FullWeights, PatchWeights, PolicyVersion, WeightUpdate
 from oldlogits.engines.http.launch import ServerProcess
@@ -35,11 +33,11 @@ from oldlogits.models.device import configure_process
 from oldlogits.rollout.environment_runner import ThreadRunner
 from oldlogits.rollout.turns import EnvironmentFailed
 from oldlogits.rpc.child import Call, Reply, answer
-from oldlogits.rpc.client import CarryOut, Dispatcher
+from oldlogits.rpc.client import CarryOut
+from oldlogits.rpc.processes import name_process
 from oldlogits.train.reports import PublishedVersion
-from oldlogits.train.scorer_model import ScorerModel
 from oldlogits.train.service import TrainerService
-from oldlogits.train.spec import ScorerSpec, TrainerSpec
+from oldlogits.train.spec import TrainerSpec
 from oldlogits.train.trainer import Trainer
 
 Bytes = NDArray[np.uint8]
@@ -52,7 +50,7 @@ class Packed:
     Args:
         base: The version that patches begin at; None: all weights.
         parts: uint8; patches, or weights: each tensor that has memory of its own once.
-        tensors: Of all weights: part, dtype and shape by name.
+        tensors: The part, the dtype and the shape of each weight, by name; empty for patches.
     """
 
     base: PolicyVersion | None
@@ -94,13 +92,7 @@ class Aside(Enum):
 
 
 class Calls:
-    """Carries out the calls of a Protocol in an actor.
-
-    Args:
-        name: What the process is: "trainer", "scorer".
-        build: Makes what carries out the calls.
-        arguments: The arguments of `build`.
-    """
+    """Carries out the calls of a Protocol in an actor."""
 
     def __init__(self, name: str, build: Callable[..., CarryOut], arguments: tuple[object, ...]) -> None:
         name_process(name)
@@ -111,13 +103,7 @@ class Calls:
             self._failure = error
 
     def call(self, method: str, arguments: tuple[object, ...], weights: Packed | None = None) -> tuple[Reply, Packed | None]:
-        """Carry out a call; returns its reply and, beside it, the weights that belong into it.
-
-        Args:
-            method: The name of the method.
-            arguments: The arguments, with `Aside.WEIGHTS` in the place of weights.
-            weights: The weights among the arguments.
-        """
+        """Carry out a call, with `Aside.WEIGHTS` in place of weights; returns its reply and the weights that belong there."""
         if self._failure is not None:
             return Reply(number=1, error=self._failure), None
         given = tuple(unpack(weights) if weights and argument is Aside.WEIGHTS else argument for argument in arguments)
@@ -140,12 +126,6 @@ def build_trainer(spec: TrainerSpec, model_folder: Path, probe_ids: Sequence[int
     return TrainerService(Trainer(spec, model_folder, probe_ids), time.perf_counter).call
 
 
-def build_scorer(spec: ScorerSpec, model_folder: Path, probe_ids: Sequence[int]) -> CarryOut:
-    """What carries out the calls of a `DedicatedScorer`."""
-    configure_process(num_threads=spec.trainer.num_threads, seed=spec.seed)
-    return Dispatcher(DedicatedScorer, ScorerModel(spec, model_folder, probe_ids)).call
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
     """The node that an actor runs on, and the address on which its servers listen."""
@@ -164,14 +144,7 @@ class Sampler:
 
 
 class Worker:
-    """A server that samples, and environments.
-
-    Args:
-        spec: Of the server.
-        name: Of its log.
-        env: The environment section of the recipe.
-        node: Its id, and its address unless it is the controller's, too.
-    """
+    """A server that samples, and environments; `node` tells in the actor where it runs."""
 
     def __init__(self, spec: LaunchSpec, name: str, env: EnvConfig, node: Callable[[], Node]) -> None:
         name_process("worker")
@@ -186,7 +159,7 @@ class Worker:
         return Sampler(url=self._server.url, token=self._server.token, node_id=self._node.id)
 
     async def exit_code(self) -> int | None:
-        """Of its server; None while that lives."""
+        """The exit code of its server; None while that lives."""
         return self._server.exit_code
 
     async def restart(self) -> None:

@@ -21,17 +21,17 @@ from functools import partial
 from typing import Any
 
 from oldlogits.backends.local import cancel
+from oldlogits.backends.processes import build_scorer, scorer_client
 from oldlogits.backends.ray import actors, cluster
 from oldlogits.backends.ray.calls import ActorCalls
 from oldlogits.backends.ray.cluster import Actor
-from oldlogits.backends.ray.remote_environments import AwaitingRunner, stand_in
+from oldlogits.backends.ray.remote_environments import AwaitingRunner, remote_class
 from oldlogits.backends.ray.weights import ClusterWeights
 from oldlogits.backends.ray.workers import Workers
 from oldlogits.config import Caution
-from oldlogits.core.engine_spec import ServerOptions
+from oldlogits.core.engine import ServerOptions
 from oldlogits.core.engine_stats import EngineStats, Incident
 from oldlogits.core.environment import Environment
-from oldlogits.core.scoring import DedicatedScorer
 from oldlogits.core.server import LaunchSpec
 from oldlogits.engines.http.engine import HttpEngine
 from oldlogits.loop.backend import Backend, BackendSpec
@@ -47,7 +47,7 @@ class RayBackend(Backend):
             engine=engine,
             trainer=client(TrainerCalls, models.trainer),  # type: ignore[type-abstract]
             run_environment=AwaitingRunner(latency_s=spec.env.latency_s, seed=spec.sampler.seed),
-            scorer=models.scorer_client(),
+            scorer=scorer_client(spec.scorer, models.scorer),
         )
         self._http, self._rollout_workers = engine, workers
 
@@ -61,7 +61,7 @@ class RayBackend(Backend):
 
     def host_environment(self, environment_class: type[Environment]) -> type[Environment]:
         """A class of the same methods whose instances live in the workers."""
-        return stand_in(environment_class, self._rollout_workers)
+        return remote_class(environment_class, self._rollout_workers)
 
 
 Place = Mapping[str, Any]
@@ -69,13 +69,7 @@ Place = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
-    """The places on the cluster that are reserved for a run.
-
-    Args:
-        trainer: The trainer's.
-        scorer: The dedicated scorer's; None: there is none.
-        workers: Those of the first workers.
-    """
+    """The places on the cluster that are reserved for a run."""
 
     trainer: Place
     scorer: Place | None
@@ -83,43 +77,27 @@ class Places:
 
 
 class Models:
-    """The actors that hold a model: the trainer, and the dedicated scorer where the source asks one.
-
-    Args:
-        spec: What they are told, and what they reserve.
-        weights: What brings weights to the nodes.
-        places: The places that are reserved for them.
-    """
+    """The actors that hold a model: the trainer, and the dedicated scorer where the source asks one."""
 
     def __init__(self, spec: BackendSpec, weights: ClusterWeights, places: Places) -> None:
         self._spec = spec
         where = (spec.model_folder.resolve(), spec.probe_ids)
         arguments = (spec.trainer, *where)
         self.trainer = ActorCalls("trainer", actors.build_trainer, arguments, weights=weights, place=places.trainer)
-        self._scorer: ActorCalls | None = None
+        self.scorer: ActorCalls | None = None
         if spec.scorer is not None and places.scorer is not None:
             told = (spec.scorer, *where)
-            self._scorer = ActorCalls("scorer", actors.build_scorer, told, weights=weights, place=places.scorer)
-
-    def scorer_client(self) -> DedicatedScorer | None:
-        """The dedicated scorer; None: there is none."""
-        if self._scorer is None or self._spec.scorer is None:
-            return None
-        return client(DedicatedScorer, self._scorer, window=self._spec.scorer.window)  # type: ignore[type-abstract]
+            self.scorer = ActorCalls("scorer", build_scorer, told, weights=weights, place=places.scorer)
 
     async def ready(self) -> None:
-        """Wait until they are built.
-
-        Raises:
-            OldLogitsError: One cannot be built.
-        """
+        """Wait until they are built."""
         await self.trainer.ready(self._spec.ray.start_timeout_s)
-        if self._scorer is not None:
-            await self._scorer.ready(self._spec.ray.start_timeout_s)
+        if self.scorer is not None:
+            await self.scorer.ready(self._spec.ray.start_timeout_s)
 
     def watches(self) -> list[Coroutine[None, None, None]]:
         """What ends by an error when one of them does."""
-        return [self.trainer.watch(), *([self._scorer.watch()] if self._scorer is not None else [])]
+        return [self.trainer.watch(), *([self.scorer.watch()] if self.scorer is not None else [])]
 
 
 @asynccontextmanager
@@ -166,11 +144,7 @@ def _needed_cpus(spec: BackendSpec) -> int:
 
 
 async def _reserve(spec: BackendSpec) -> Places:
-    """Reserve all places before anything starts: a cluster without room for some is known before a model is loaded.
-
-    Raises:
-        ConfigError: The cluster has no room for them.
-    """
+    """Reserve all places before anything starts: a cluster without room for some is known before a model is loaded."""
     r = spec.ray
     of_model = partial(cluster.reserve, num=1, cpus=r.trainer_cpus, gpus=r.trainer_gpus, strategy="PACK")
     [trainer] = await of_model("the trainer", timeout_s=r.start_timeout_s)

@@ -22,15 +22,7 @@ from oldlogits.train.reports import PublishedVersion
 
 
 class ActorCalls:
-    """Starts an actor that carries out calls, and is their transport.
-
-    Args:
-        name: What the actor is: "trainer", "scorer".
-        build: Called in the actor: builds what carries out the calls.
-        arguments: The arguments of `build`.
-        weights: What brings weights to the nodes.
-        place: The actor's place on the cluster.
-    """
+    """Starts an actor that carries out calls, which `build` makes there, and is their transport."""
 
     def __init__(
         self,
@@ -45,12 +37,7 @@ class ActorCalls:
         self._actor = Actor(actors.Calls, (name, build, arguments), place=place, watched=True)
 
     async def ready(self, start_s: float) -> None:
-        """Wait until it is built.
-
-        Raises:
-            OldLogitsError: It cannot be built.
-            ConfigError: It takes longer than `start_s`.
-        """
+        """Wait until it is built; raises why it cannot be, or `ConfigError` where it takes longer than `start_s`."""
         try:
             async with asyncio.timeout(start_s):
                 await self.call(READY, ())
@@ -63,12 +50,7 @@ class ActorCalls:
             ) from None
 
     async def call(self, method: str, arguments: tuple[object, ...]) -> object:
-        """Carry out a call, after those that were made before.
-
-        Raises:
-            OldLogitsError: What it raised.
-            WorkerDiedError: The actor ended.
-        """
+        """Carry out a call, after those that were made before."""
         update = next((a for a in arguments if isinstance(a, FullWeights | PatchWeights)), None)
         beside = None if update is None else self._weights.reference(update)
         rest = tuple(Aside.WEIGHTS if a is update and a is not None else a for a in arguments)
@@ -84,11 +66,7 @@ class ActorCalls:
         return await self._weights.sent(weights) if reply.value is Aside.WEIGHTS else reply.value
 
     async def watch(self) -> None:
-        """Wait until it ends by itself.
-
-        Raises:
-            WorkerDiedError: It did.
-        """
+        """Wait until it ends by itself, which is a `WorkerDiedError`."""
         try:
             await self._actor.live()
         except ActorEndedError as error:

@@ -43,12 +43,9 @@ class ActorEndedError(ClusterError):
 
 
 class Actor:
-    """An actor.
+    """An actor of a class, at a place of `on_node`, `reserve` or `anywhere`.
 
     Args:
-        cls: Its class.
-        arguments: Of the class.
-        place: On the cluster, of `on_node`, `in_bundle` or `anywhere`.
         watched: Whether a second call, `live`, may be carried out beside the others; classes with asynchronous methods
             carry out all calls beside each other anyway.
         num_calls: Calls of a class with asynchronous methods that may run beside each other; 0: the default.
@@ -67,11 +64,7 @@ class Actor:
         return getattr(self._handle, method).options(num_returns=num_returns).remote(*arguments)
 
     async def live(self) -> None:
-        """Wait until it ends.
-
-        Raises:
-            ActorEndedError: It did.
-        """
+        """Wait until it ends, which is an `ActorEndedError`."""
         options = {"concurrency_group": "watch"} if self._watched else {}
         await fetch(self._handle.live.options(**options).remote())
 
@@ -104,18 +97,18 @@ def wait(refs: Sequence[Ref], timeout_s: float) -> None:
 
 
 def put(something: object) -> Ref:
-    """Into the object store."""
+    """Put a value into the object store."""
     return ray.put(something)
 
 
 def node_id() -> str:
-    """Of the node that this is called on."""
+    """Return the id of the node that this is called on."""
     found: str = ray.get_runtime_context().get_node_id()
     return found
 
 
 def node_address() -> str:
-    """Of the node that this is called on."""
+    """Return the address of the node that this is called on."""
     found: str = ray.util.get_node_ip_address()
     return found
 
@@ -133,16 +126,8 @@ def on_node(node: str) -> Mapping[str, Any]:
 async def reserve(what: str, num: int, *, cpus: float, gpus: float, strategy: str, timeout_s: float) -> list[Mapping[str, Any]]:
     """Return places that are reserved together, as soon as the cluster has given them; no process has started there yet.
 
-    Args:
-        what: The ones they are for, in an error's words.
-        num: Places.
-        cpus: CPUs of each.
-        gpus: GPUs of each.
-        strategy: How Ray is to spread them over nodes.
-        timeout_s: Seconds to wait for them.
-
     Raises:
-        ConfigError: The cluster has no room for them.
+        ConfigError: The cluster has no room for `what` they are for.
     """
     bundle = {"CPU": max(cpus, 1e-3), **({"GPU": gpus} if gpus else {})}
     group = placement_group([bundle] * num, strategy=strategy)
@@ -176,12 +161,10 @@ def no_place(what: str, waited_s: float) -> ConfigError:
 def connected(config: RayConfig, *, num_cpus: int) -> Iterator[None]:
     """A connection to the cluster of the recipe, or to one on this machine that lives as long as the connection.
 
-    Args:
-        config: Says which.
-        num_cpus: That a cluster of its own is said to have.
+    Such a cluster of its own is said to have `num_cpus`.
 
     Raises:
-        ConfigError: It is not there.
+        ConfigError: The cluster is not there.
     """
     for name, setting in SETTINGS.items():
         os.environ.setdefault(name, setting)

@@ -18,11 +18,7 @@ def write_wanted(folder: Path, num_workers: int) -> None:
 
 
 def read_wanted(folder: Path) -> int | None:
-    """The wish; None: there was none.
-
-    Raises:
-        ConfigError: The file says something else.
-    """
+    """Return how many workers are wanted; None: nobody has said."""
     try:
         text = _path(folder).read_text(encoding="utf-8")
     except FileNotFoundError:

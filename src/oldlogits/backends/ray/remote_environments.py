@@ -1,8 +1,8 @@
-"""Environments that live elsewhere: here is a stand-in for each, whose calls are carried out in its place.
+"""Environments that live elsewhere: here is a proxy for each, whose calls are carried out there.
 
-    run_episode --reset, tool, reply, get_reward--> stand-in --> place (a worker process)
-                                                       |  the place is lost
-                                                       '--> another place: a new environment, the same calls again
+    run_episode --reset, tool, reply, get_reward--> proxy --> place (a worker process)
+                                                    |  the place is lost
+                                                    '--> another place: a new environment, the same calls again
 
 An environment that answers the recorded calls as before goes on as if nothing had happened. One that answers otherwise is
 not the one that the trajectory knows: the trajectory begins again.
@@ -31,41 +31,23 @@ class PlaceLostError(Exception):
 
 
 class Place(Protocol):
-    """Where environments live."""
+    """Where environments live; a call to a place that is gone raises `PlaceLostError`, any other fault `EnvironmentFailed`."""
 
     async def open(self, id: int) -> None:
-        """Make a new environment.
-
-        Raises:
-            EnvironmentFailed: It cannot be made.
-            PlaceLostError: The place is gone.
-        """
-        ...
+        """Make a new environment."""
 
     async def call(self, id: int, method: str, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
-        """Call a method of an environment.
-
-        Raises:
-            EnvironmentFailed: It raised, or took too long.
-            PlaceLostError: The place is gone.
-        """
-        ...
+        """Call a method of an environment."""
 
     def drop(self, id: int) -> None:
-        """Nobody needs it any more."""
-        ...
+        """Forget an environment that nobody needs any more."""
 
 
 class Places(Protocol):
     """The places there are."""
 
     async def choose(self) -> Place:
-        """The one with the fewest environments; waits while there is none.
-
-        Raises:
-            WorkerDiedError: There will be none.
-        """
-        ...
+        """Return the one with the fewest environments; waits while there is none, and raises when there will be none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +60,7 @@ class _Call:
     answer: object
 
 
-class _Remote:
+class RemoteEnvironment:
     """One environment, wherever it lives now."""
 
     def __init__(self, places: Places, id: int) -> None:
@@ -87,6 +69,7 @@ class _Remote:
         self._answered: list[_Call] = []
 
     async def call(self, method: str, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+        """Call a method, in another place if the environment's own is lost."""
         while True:
             try:
                 place = self._place or await self._move()
@@ -112,6 +95,7 @@ class _Remote:
         return place
 
     def drop(self) -> None:
+        """Forget the environment where it lives."""
         if self._place is not None:
             self._place.drop(self._id)
 
@@ -119,11 +103,11 @@ class _Remote:
 _numbers = itertools.count()
 
 
-def stand_in(environment_class: type[Environment], places: Places) -> type[Environment]:
+def remote_class(environment_class: type[Environment], places: Places) -> type[Environment]:
     """A class of the same methods, tools and prompts whose instances live in `places`."""
 
     def init(self: Environment) -> None:
-        remote = _Remote(places, next(_numbers))
+        remote = RemoteEnvironment(places, next(_numbers))
         self._remote = remote  # type: ignore[attr-defined]
         weakref.finalize(self, remote.drop)
 
@@ -139,29 +123,20 @@ def stand_in(environment_class: type[Environment], places: Places) -> type[Envir
 def _forwarded(name: str, method: Callable[..., object]) -> Callable[..., Awaitable[object]]:
     @functools.wraps(method)
     async def call(self: Environment, *args: object, **kwargs: object) -> object:
-        remote: _Remote = self._remote  # type: ignore[attr-defined]
+        remote: RemoteEnvironment = self._remote  # type: ignore[attr-defined]
         return await remote.call(name, args, kwargs)
 
     return call
 
 
 class AwaitingRunner:
-    """Runs stand-ins' calls: their places have the deadlines.
-
-    Args:
-        latency_s: Mean of a simulated, exponentially distributed latency before a tool answers; 0: none.
-        seed: Of the latency.
-    """
+    """Runs calls of remote environments, whose places have the deadlines; tools take `latency_s` longer in the mean."""
 
     def __init__(self, *, latency_s: float, seed: int) -> None:
         self._latency_s, self._rng = latency_s, random.Random(seed)
 
     async def __call__(self, call: Callable[[], T | Awaitable[T]], *, is_tool: bool = False) -> T:
-        """Wait for a call.
-
-        Raises:
-            EnvironmentFailed: It raised or took too long.
-        """
+        """Wait for a call; raises `EnvironmentFailed` where it raised or took too long."""
         if is_tool and self._latency_s:
             await asyncio.sleep(self._rng.expovariate(1 / self._latency_s))
         result = call()

@@ -17,12 +17,12 @@ from oldlogits.core.weights import PolicyVersion, WeightUpdate
 class ClusterWeights:
     """Brings weights to the nodes: each gets an update once, whatever runs on it; a `WeightTransport`.
 
-    The store is the keeper beside the controller: it takes every update, and gives its whole copy to a node that is new or
-    behind, so that the trainer is not asked.
+    The store is the `NodeWeightCache` beside the controller: it takes every update, and gives its whole copy to a node that is
+    new or behind, so that the trainer is not asked.
     """
 
     def __init__(self) -> None:
-        self._store = _keeper(cluster.node_id())
+        self._store = _weight_cache(cluster.node_id())
         self._nodes: dict[str, _Node] = {}
         self._version: PolicyVersion = -1
         self._last: tuple[WeightUpdate, Ref] | None = None
@@ -61,11 +61,7 @@ class ClusterWeights:
         return SharedWeights(path=Path(), version=version)  # each node has a path of its own
 
     async def path(self, node_id: str) -> str:
-        """The file of a node that holds the newest version.
-
-        Raises:
-            ServerFailedError: The node does not take it.
-        """
+        """Return the file of a node that holds the newest version; `ServerFailedError`: the node does not take it."""
         node = self._node(node_id)
         async with node.lock:
             if node.version != self._version:
@@ -74,7 +70,7 @@ class ClusterWeights:
                 except ClusterError as error:
                     raise ServerFailedError(f"the store of weights ended: {error}") from error
             if node.version != self._version:
-                del self._nodes[node_id]  # its keeper ended: the next look makes another
+                del self._nodes[node_id]  # its cache ended: the next look makes another
                 raise ServerFailedError("its node did not take the weights")
             return str(node.path)
 
@@ -82,27 +78,27 @@ class ClusterWeights:
         """Write a text on a node where weights would be."""
         node = self._node(node_id)
         try:
-            return cast(Path, await fetch(node.keeper.call("share", text)))
+            return cast(Path, await fetch(node.cache.call("share", text)))
         except ClusterError as error:
             self._nodes.pop(node_id, None)
             raise ServerFailedError(f"its node does not answer: {error}") from error
 
     def _node(self, node_id: str) -> _Node:
         if node_id not in self._nodes:
-            self._nodes[node_id] = _Node(keeper=_keeper(node_id))
+            self._nodes[node_id] = _Node(cache=_weight_cache(node_id))
         return self._nodes[node_id]
 
     def close(self) -> None:
         """Leave no file."""
-        keepers = [self._store, *(node.keeper for node in self._nodes.values())]
-        cluster.wait([keeper.call("close") for keeper in keepers], timeout_s=5.0)
+        caches = [self._store, *(node.cache for node in self._nodes.values())]
+        cluster.wait([cache.call("close") for cache in caches], timeout_s=5.0)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Node:
     """What a node holds."""
 
-    keeper: Actor
+    cache: Actor
     version: PolicyVersion = -1
     path: Path | None = None
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -110,7 +106,7 @@ class _Node:
     async def take(self, weights: Ref, version: PolicyVersion) -> None:
         """Take an update; after a failure it is behind."""
         try:
-            taken = await fetch(self.keeper.call("take", weights, version))
+            taken = await fetch(self.cache.call("take", weights, version))
         except ClusterError:
             self.version = -1
             return
@@ -118,7 +114,7 @@ class _Node:
         self.version, self.path = (-1, None) if behind else (version, taken)
 
 
-def _keeper(node_id: str) -> Actor:
+def _weight_cache(node_id: str) -> Actor:
     return Actor(actors.NodeWeightCache, (), place=cluster.on_node(node_id))
 
 

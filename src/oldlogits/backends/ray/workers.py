@@ -17,7 +17,7 @@ from oldlogits.backends.ray.desired_workers import read_wanted
 from oldlogits.backends.ray.remote_environments import Place, PlaceLostError
 from oldlogits.backends.ray.weights import ClusterWeights
 from oldlogits.config import Caution
-from oldlogits.core.engine_spec import ServerOptions
+from oldlogits.core.engine import ServerOptions
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.server import SERVER_PROTOCOLS, ServerFailedError, ServerProtocol, SharedWeights
 from oldlogits.engines.http.client import HttpClient
@@ -48,16 +48,11 @@ class RayTransport(HttpClient):
 
 
 class RayWorker:
-    """A worker: the process of a server to the fleet, a place to environments.
-
-    Args:
-        name: Of it.
-        make: Makes its actor.
-        timeout_s: Of one call of an environment.
-    """
+    """A worker: the process of a server to the fleet, a place to environments."""
 
     def __init__(self, name: str, make: Callable[[], Actor], timeout_s: float) -> None:
         self.name, self._make, self._timeout_s = name, make, timeout_s
+        self.where = f"servers/{name}.log of the run folder, on its node"
         self._actor: Actor | None = None
         self._restarts_server = False
         self._watch: asyncio.Task[None] | None = None
@@ -68,12 +63,12 @@ class RayWorker:
 
     @property
     def num_environments(self) -> int:
-        """That live there."""
+        """How many environments live there."""
         return len(self._open)
 
     @property
     def actor(self) -> Actor:
-        """It, once it was made."""
+        """Its actor, once it was made."""
         if self._actor is None:
             raise PlaceLostError
         return self._actor
@@ -83,21 +78,12 @@ class RayWorker:
         """Whether environments can live there."""
         return self._actor is not None and self.exit_code is None
 
-    @property
-    def where(self) -> str:
-        """Where to look for what it said."""
-        return f"servers/{self.name}.log of the run folder, on its node"
-
     def restart(self) -> None:
         """Start the server again, and the worker if it has ended; done by `ready`."""
         self._restarts_server = self.is_up
 
     async def ready(self, server: ServerProtocol, start_s: float) -> None:
-        """Wait until it answers.
-
-        Raises:
-            ServerFailedError: It ended, or has left, or takes longer than `start_s`.
-        """
+        """Wait until it answers."""
         if self._has_left:
             raise ServerFailedError("it has left")
         try:
@@ -189,10 +175,6 @@ class Workers:
     Args:
         make: Makes the actor of a worker, given its number.
         folder: The run folder, where `oldlogits workers` says how many there are to be.
-        weights: What brings weights to the nodes.
-        num_workers: How many there are at first.
-        environment_timeout_s: How long one call of an environment may take.
-        servers: What their servers are, and how long calls to them may take.
     """
 
     def __init__(

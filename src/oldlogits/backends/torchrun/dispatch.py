@@ -38,13 +38,7 @@ FIRST_RANK_ALONE: Final = frozenset({TrainerCalls.state.__name__})
 
 
 def open_trainer(spec: TrainerSpec, model_folder: Path, probe_ids: Sequence[int], clock: Callable[[], float]) -> CarryOut:
-    """What carries out the calls of a trainer, alone or, where torchrun started several ranks, with those that follow.
-
-    Args:
-        spec: What the trainer is told.
-        model_folder: See `Trainer`; the same for all ranks.
-        probe_ids: See `Trainer`.
-        clock: Counts the seconds that it works.
+    """Build what carries out the calls of a trainer, alone or, where torchrun started several ranks, with those that follow.
 
     Raises:
         ModelFolderError: A rank cannot load the folder.

@@ -8,13 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """The place of this process in a launch by torchrun.
+    """The place of this process in a launch by torchrun, whose store is at `host` and `port`.
 
     Args:
         rank: From 0; rank 0 runs the controller, the others follow its trainer.
-        num_ranks: How many there are.
-        host: Where the launch keeps its store.
-        port: Of it.
         attempt: How often torchrun has started the ranks anew.
     """
 

@@ -21,22 +21,15 @@ from oldlogits.backends.torchrun.launch import Launch
 from oldlogits.core.errors import WorkerDiedError
 
 BEAT_S: Final = 0.5
-"""Seconds between signs of life."""
+"""Seconds between heartbeats."""
 SILENT_S: Final = 5.0
-"""A rank without a sign of life for so many seconds, after an exchange has failed, is named as lost."""
+"""A rank without a heartbeat for so many seconds, after an exchange has failed, is named as lost."""
 GONE_S: Final = 120.0
-"""Followers give up when the first rank has given no sign of life for so many seconds; a busy machine delays them."""
+"""Followers give up when the first rank has given no heartbeat for so many seconds; a busy machine delays them."""
 
 
 class Rendezvous:
-    """One rank's access to the board.
-
-    Args:
-        launch: That of this process.
-
-    Raises:
-        WorkerDiedError: torchrun's store does not answer.
-    """
+    """One rank's access to the board; `WorkerDiedError` says that torchrun's store does not answer."""
 
     def __init__(self, launch: Launch) -> None:
         self._launch, self._patience_s = launch, GONE_S
@@ -64,11 +57,7 @@ class Rendezvous:
         return True
 
     def await_call(self, number: int) -> bool:
-        """Wait until a call is due; False: the run is over.
-
-        Raises:
-            WorkerDiedError: The first rank gives no more signs of life.
-        """
+        """Wait until a call is due; False: the run is over. A silent first rank is a `WorkerDiedError`."""
         beat, since = -1, time.monotonic()
         while not self._waited(f"call/{number}"):
             if self.has_ended:
@@ -99,7 +88,7 @@ class Rendezvous:
         return ended
 
     def beat(self) -> None:
-        """Give signs of life from here on, as long as this process lives."""
+        """Give heartbeats from here on, as long as this process lives."""
         done = threading.Event()
         beating = threading.Thread(target=self._keep_beating, args=(done,), name="beat", daemon=True)
         beating.start()
@@ -111,7 +100,7 @@ class Rendezvous:
         atexit.register(end)
 
     def silent(self) -> list[int]:
-        """The other ranks that give no signs of life; takes up to `SILENT_S` seconds. None where torchrun is gone."""
+        """The other ranks that give no heartbeat; takes up to `SILENT_S` seconds. None where torchrun is gone."""
         others = [rank for rank in range(self._launch.num_ranks) if rank != self._launch.rank]
         ends = time.monotonic() + SILENT_S
         try:

@@ -30,17 +30,9 @@ class Attention(Protocol):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Write `key` and `value` [tokens, kv_heads, head_dim] to a layer's cache, then attend from `query`.
 
-        Args:
-            query: [tokens, heads, head_dim], scaled.
-            key: Of the same tokens.
-            value: Of the same tokens.
-            keys: The layer's cache [slots, kv_heads, max_context, head_dim].
-            values: Likewise.
-
-        Returns:
-            [tokens, heads * head_dim].
+        `query` is [tokens, heads, head_dim] and scaled; the layer's `keys` and `values` are [slots, kv_heads, max_context,
+        head_dim], and the result is [tokens, heads * head_dim].
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,14 +52,7 @@ class _Layer:
 
 
 class Decoder:
-    """The forward pass, and the weights that it reads.
-
-    Args:
-        config: The shape of the model.
-        weights: All weights under their Hugging Face names.
-        numerics: How weights, and for fp8_dynamic activations, are rounded.
-        max_context: The longest sequence.
-    """
+    """The forward pass, and the weights under their Hugging Face names that it reads."""
 
     def __init__(self, config: DecoderConfig, weights: Mapping[str, Tensor], numerics: Numerics, max_context: int) -> None:
         self.config, self._numerics = config, numerics
@@ -77,11 +62,7 @@ class Decoder:
         self.load(weights)
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over copies of new weights, rounded and fused; on an error the old ones stay.
-
-        Raises:
-            ModelFolderError: A weight is missing or has another shape.
-        """
+        """Take over copies of new weights, rounded and fused; on an error the old ones stay."""
         config = self.config
         fuser = _Fuser(config, weights, self._numerics)
         embedding = fuser.other("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
@@ -97,14 +78,7 @@ class Decoder:
         return torch.zeros(config.num_layers, 2, max_num_seqs, config.num_kv_heads, len(self._rotations), config.head_dim)
 
     def forward(self, token_ids: Tensor, positions: Tensor, cache: Tensor, attention: Attention) -> Tensor:
-        """The final hidden states [tokens, hidden], normed.
-
-        Args:
-            token_ids: [tokens] int64.
-            positions: [tokens] int64, each token's place in its sequence.
-            cache: From `new_cache`; the tokens' keys and values are written to it.
-            attention: Which slot each token belongs to, and what it sees.
-        """
+        """The final hidden states [tokens, hidden], normed, of tokens at positions; their keys and values go to the cache."""
         config = self.config
         num_heads, num_rotated = config.num_heads, config.num_heads + config.num_kv_heads
         x = F.embedding(token_ids, self._embedding)
@@ -246,13 +220,7 @@ def _cache_index(slots: Tensor, positions: Tensor, cache: Tensor) -> Tensor:
 
 
 class DecodeAttention:
-    """One token for each of the slots ``0 .. rows - 1``.
-
-    Args:
-        positions: [rows] int64.
-        crops: For each tile of `TILE` rows, how many positions its rows may see at most; 0 skips the tile.
-        cache: The whole cache.
-    """
+    """One token for each of the slots ``0 .. rows - 1``; the rows of a tile see at most its crop of positions, 0 skips it."""
 
     def __init__(self, positions: Tensor, crops: Sequence[int], cache: Tensor) -> None:
         rows = len(positions)
@@ -281,14 +249,7 @@ class DecodeAttention:
 
 
 class PrefillAttention:
-    """The tokens ``[start, start + count)`` of several sequences, packed one after the other.
-
-    Args:
-        slots: One per sequence.
-        starts: The tokens before it are in the cache already.
-        counts: How many tokens are computed, >= 1.
-        cache: The whole cache.
-    """
+    """The tokens ``[start, start + count)`` of several sequences, packed one after the other."""
 
     def __init__(self, slots: Sequence[int], starts: Sequence[int], counts: Sequence[int], cache: Tensor) -> None:
         self._slots, self._longest = torch.tensor(slots), max(counts)

@@ -24,8 +24,7 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from oldlogits.core.engine import EngineCapabilities, FinishReason, Generation, Sampling, trajectory_of
-from oldlogits.core.engine_spec import EngineSpec
+from oldlogits.core.engine import EngineCapabilities, EngineSpec, FinishReason, Generation, Sampling, trajectory_of
 from oldlogits.core.engine_stats import EngineStats, piece
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.weights import PolicyVersion
@@ -53,11 +52,7 @@ def capabilities_of(spec: EngineSpec) -> EngineCapabilities:
 
 
 class EngineCore:
-    """The synchronous engine: deterministic given its seed and the order of calls.
-
-    Args:
-        spec: Model folder, numerics, size and seed.
-    """
+    """The synchronous engine: deterministic given its seed and the order of calls."""
 
     def __init__(self, spec: EngineSpec) -> None:
         config = decoder_config(spec)
@@ -88,11 +83,7 @@ class EngineCore:
         return self._count.stats(self._version)
 
     def add(self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
-        """Queue a request.
-
-        Raises:
-            ConfigError: The prompt does not fit, or the id is in use.
-        """
+        """Queue a request; one that does not fit, or whose id is in use, is a `ConfigError`."""
         check_request(prompt_ids, self.config.vocab_size, self.spec.max_context)
         if request_id in self._requests:
             raise ConfigError("a request id is in use", got=request_id, allowed="unique ids", fix="number the turns")
@@ -118,10 +109,7 @@ class EngineCore:
         return None if request is None else self._end(request, "abort")
 
     def set_quota(self, request_id: str, num_tokens: int | None) -> None:
-        """Hold a request, in its slot, once it has sampled `num_tokens` in total; None lifts the quota.
-
-        Without effect on a request that has finished.
-        """
+        """Hold a request in its slot once it has sampled so many tokens; None lifts the quota. A finished one is left alone."""
         request = self._requests.get(request_id)
         if request is None:
             return

@@ -6,8 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from oldlogits.core.engine import EngineKind, OpenEngine
-from oldlogits.core.engine_spec import EngineSpec, ServerOptions
+from oldlogits.core.engine import EngineKind, EngineSpec, OpenEngine, ServerOptions
 
 if TYPE_CHECKING:
     from oldlogits.engines.embedded.stepwise import EmbeddedEngine

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from safetensors.torch import load_file
 from torch import Tensor
 
-from oldlogits.core.engine_spec import EngineSpec
+from oldlogits.core.engine import EngineSpec
 from oldlogits.core.errors import ConfigError, ModelFolderError
 from oldlogits.engines.embedded.numerics import check_numerics
 
@@ -136,11 +136,7 @@ class DecoderConfig(_Section):
 
 
 def read_config(folder: Path) -> DecoderConfig:
-    """The shape of the model in `folder`.
-
-    Raises:
-        ModelFolderError: No config.json, another family, or a feature that is not supported.
-    """
+    """Read the shape of a model; no config.json, another family or an unsupported feature is a `ModelFolderError`."""
     path = folder / "config.json"
     if not path.is_file():
         raise ModelFolderError(
@@ -168,12 +164,7 @@ def read_config(folder: Path) -> DecoderConfig:
 
 
 def decoder_config(spec: EngineSpec) -> DecoderConfig:
-    """The shape of the model that an engine is to run.
-
-    Raises:
-        ModelFolderError: The folder is missing or not supported.
-        ConfigError: Unknown numerics, no slots, or a context longer than the model's.
-    """
+    """Read the shape of the model that an engine is to run, and check that it and the engine's size are supported."""
     check_numerics(spec.numerics)
     config = read_config(Path(spec.model_path))
     if spec.max_num_seqs < 1 or not 2 <= spec.max_context <= config.max_positions:
@@ -187,11 +178,7 @@ def decoder_config(spec: EngineSpec) -> DecoderConfig:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All weights of a folder, from model.safetensors or from the shards of its index.
-
-    Raises:
-        ModelFolderError: There are no safetensors, or a shard is missing.
-    """
+    """All weights of a folder, from model.safetensors or from the shards of its index."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))

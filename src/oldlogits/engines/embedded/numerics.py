@@ -16,7 +16,7 @@ A tied head is a rounded copy of the embedding; the embedding look-up itself sta
 
 from __future__ import annotations
 
-from typing import Final, Literal, TypeGuard, get_args
+from typing import Final, Literal, cast, get_args
 
 import torch
 from jaxtyping import Float, Float32
@@ -31,28 +31,17 @@ _INTEGER_MAX: Final[dict[str, float]] = {"int8": 127.0, "int4": 7.0}
 
 
 def check_numerics(name: str) -> Numerics:
-    """`name`, if it is one of the engine's numerics.
-
-    Raises:
-        ConfigError: It is not.
-    """
-    if not _is_numerics(name):
+    """Return `name`, if it is one of the engine's numerics."""
+    if name not in get_args(Numerics):
         allowed = ", ".join(get_args(Numerics))
         raise ConfigError("unknown engine.precision", got=repr(name), allowed=allowed, fix="choose one of these")
-    return name
+    return cast(Numerics, name)
 
 
 def round_linear(weight: Float[Tensor, "*expert out in"], numerics: Numerics) -> Float32[Tensor, "*expert out in"]:
     """A rounded fp32 copy of a linear layer's weight (or of those of experts), each output channel with its own scale.
 
     ``q = round(w / s) * s`` with ``s = amax(|w|) / 448 | 127 | 7`` over a row; round to nearest, ties to even.
-
-    Args:
-        weight: Any float dtype.
-        numerics: The engine's numerics.
-
-    Returns:
-        A copy, never an alias of `weight`.
 
     Example:
         A row [1.0, 0.3] in int4 has s = 1/7, so 0.3 becomes 2/7.
@@ -83,7 +72,3 @@ def _scale(rows: Float32[Tensor, "*row feature"], largest: float) -> Float32[Ten
     amax = rows.abs().amax(dim=-1, keepdim=True)
     scale = amax / amax.new_tensor(largest)  # by a number, GPUs multiply with its reciprocal: another last bit
     return scale.masked_fill_(scale == 0, 1.0)
-
-
-def _is_numerics(name: str) -> TypeGuard[Numerics]:
-    return name in get_args(Numerics)

@@ -17,8 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final, Literal, Protocol
 
-from oldlogits.core.engine import EngineCapabilities, Generation, Sampling
-from oldlogits.core.engine_spec import EngineSpec
+from oldlogits.core.engine import EngineCapabilities, EngineSpec, Generation, Sampling
 from oldlogits.core.engine_stats import EngineStats
 from oldlogits.core.errors import OldLogitsError
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
@@ -40,49 +39,34 @@ class EngineCalls(Protocol):
 
     async def pause(self, mode: Literal["keep", "abort"], kv: Literal["recompute", "stale"]) -> None:
         """Stop sampling; the engine is idle on return. `kv` says what an update does with keys and values."""
-        ...
 
     async def partials(self) -> Mapping[str, Generation]:
         """What each request has sampled so far, by request id."""
-        ...
 
     async def load(self, copy: Path, held: PolicyVersion, version: PolicyVersion) -> None:
         """Replace the weights by those that a `HostCopy` holds as version `held`; later tokens are tagged with `version`."""
-        ...
 
     async def resume(self) -> None:
         """Go on sampling."""
-        ...
 
     async def stats(self) -> EngineStats:
         """The engine's counters."""
-        ...
 
 
 class EngineProcess:
     """Starts an engine process and speaks to it; use `close` when done.
 
     The constructor returns at once; calls wait until the engine is ready.
-
-    Args:
-        spec: What to build.
-        control_timeout_s: How long pause, partials, update_weights, resume and stats may take, start-up included.
-
-    Raises:
-        ModelFolderError: The model folder is missing or not supported.
-        ConfigError: The spec is out of range.
     """
 
     def __init__(self, spec: EngineSpec, *, control_timeout_s: float = 300.0) -> None:
         self._vocab_size, self._spec, self._weights = decoder_config(spec).vocab_size, spec, HostWeights()
         self._process = ChildProcess("engine", _serve, (spec,), fix=_FIX, is_pipelined=True)
         self._deadline = Deadline(self._process, control_timeout_s)
-        self._calls = client(EngineCalls, self._deadline)  # type: ignore[type-abstract]
-
-    @property
-    def capabilities(self) -> EngineCapabilities:
-        """What this engine can do."""
-        return replace(capabilities_of(self._spec), num_host_copies=1)
+        self.capabilities: EngineCapabilities = replace(capabilities_of(spec), num_host_copies=1)
+        calls = client(EngineCalls, self._deadline)  # type: ignore[type-abstract]
+        self.pause, self.partials, self.load = calls.pause, calls.partials, calls.load
+        self.resume, self.stats = calls.resume, calls.stats
 
     @property
     def pid(self) -> int:
@@ -94,12 +78,7 @@ class EngineProcess:
         await self._deadline.call("", ())
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str) -> Generation:
-        """Sample a completion; waits through pauses and weight updates.
-
-        Raises:
-            ConfigError: The prompt does not fit, or the id is in use.
-            WorkerDiedError: The engine process ended.
-        """
+        """Sample a completion; waits through pauses and weight updates."""
         check_request(prompt_ids, self._vocab_size, self._spec.max_context)
         try:
             generation = await self._process.call("generate", (request_id, list(prompt_ids), sampling))
@@ -113,40 +92,12 @@ class EngineProcess:
         """End a request; its `generate` returns what was sampled so far with finish reason "abort"."""
         self._process.tell("abort", (request_id,))
 
-    async def pause(self, mode: Literal["keep", "abort"], kv: Literal["recompute", "stale"]) -> None:
-        """Stop sampling; the engine is idle on return. `kv` says what an update does with keys and values."""
-        await self._calls.pause(mode, kv)
-
-    async def partials(self) -> Mapping[str, Generation]:
-        """What each request has sampled so far, by request id."""
-        return await self._calls.partials()
-
     async def update_weights(self, update: WeightUpdate, version: PolicyVersion) -> None:
-        """Replace the weights; later tokens are tagged with `version`. Blocks while the host's copy takes them.
-
-        Raises:
-            ReceiverBehindError: Patches do not lead on from what this host holds: give full weights.
-        """
+        """Replace the weights; later tokens are tagged with `version`. Blocks while the host's copy takes them."""
         await self.load(self._weights.take(update, version), version, version)
 
-    async def load(self, copy: Path, held: PolicyVersion, version: PolicyVersion) -> None:
-        """Replace the weights by those that a `HostCopy` holds as version `held`; later tokens are tagged with `version`."""
-        await self._calls.load(copy, held, version)
-
-    async def resume(self) -> None:
-        """Go on sampling."""
-        await self._calls.resume()
-
-    async def stats(self) -> EngineStats:
-        """The engine's counters."""
-        return await self._calls.stats()
-
     async def watch(self) -> None:
-        """Wait until the engine process ends by itself.
-
-        Raises:
-            WorkerDiedError: It did.
-        """
+        """Wait until the engine process ends by itself, which is a `WorkerDiedError`."""
         await self._process.watch()
 
     def close(self) -> None:
@@ -166,7 +117,7 @@ class _Server:
 
     def __init__(self, inbox: Inbox, core: EngineCore) -> None:
         self._inbox, self._core = inbox, core
-        self._dispatcher = Dispatcher(EngineCalls, self)
+        self._dispatcher = Dispatcher(EngineCalls, self, core)
         self._numbers: dict[str, int] = {}  # of the calls that wait for a request, by its id
         self._copy: HostCopy | None = None
         self._waiting_s = 0.0
@@ -182,20 +133,12 @@ class _Server:
         """Stop sampling."""
         self._finish(self._core.pause(mode, kv))
 
-    def partials(self) -> Mapping[str, Generation]:
-        """What each request has sampled so far."""
-        return self._core.partials()
-
     def load(self, copy: Path, held: PolicyVersion, version: PolicyVersion) -> None:
         """Replace the weights."""
         if self._copy is None or self._copy.path != copy:
             self._copy = HostCopy(copy)
         with self._copy.read(held) as weights:
             self._core.update_weights(weights, version)
-
-    def resume(self) -> None:
-        """Go on sampling."""
-        self._core.resume()
 
     def stats(self) -> EngineStats:
         """The counters."""

@@ -10,7 +10,7 @@ from torch import Tensor
 def draw_tokens(
     logits: Float32[Tensor, "row vocab"], temperature: Float32[Tensor, " row"], uniform: Float64[Tensor, " row"]
 ) -> tuple[Int64[Tensor, " row"], Float32[Tensor, " row"]]:
-    """``token ~ softmax(logits / T)`` by inverting its cumulative sum; greedy where T is 0.
+    """``token ~ softmax(logits / T)`` by inverting its cumulative sum, and the log of its probability; greedy where T is 0.
 
     The token is the first whose cumulative probability (float64) exceeds ``uniform * total``, so a token of
     probability 0 is never drawn.
@@ -18,10 +18,7 @@ def draw_tokens(
     Args:
         logits: -inf takes a token out of the support.
         temperature: >= 0. Where it is 0 the likeliest token is taken, its log-prob is at T = 1.
-        uniform: In [0, 1).
-
-    Returns:
-        The tokens, and ``log_softmax(logits / T)[token]``.
+        uniform: Numbers in [0, 1).
 
     Example:
         Logits log(0.2), log(0.8) at T = 1: uniform 0.19 draws token 0, 0.21 draws token 1.
@@ -46,15 +43,6 @@ def restrict_support(
 
     The nucleus is the shortest run of the likeliest tokens whose probability at `temperature` reaches p. Rows of
     temperature 0 are left as they are.
-
-    Args:
-        logits: Any.
-        temperature: >= 0.
-        top_p: In (0, 1]; 1 keeps all.
-        top_k: 0 keeps all.
-
-    Returns:
-        The logits, -inf outside the support.
     """
     ordered, order = torch.sort(logits, dim=-1, descending=True, stable=True)
     ranks = torch.arange(logits.shape[1])

@@ -16,11 +16,7 @@ from oldlogits.engines.embedded.prefix import chain_keys
 
 
 def check_request(prompt_ids: Sequence[int], vocab_size: int, max_context: int) -> None:
-    """Refuse a prompt that the engine cannot serve.
-
-    Raises:
-        ConfigError: It is empty, fills the context, or has tokens outside the vocabulary.
-    """
+    """Refuse a prompt that is empty, fills the context, or has tokens outside the vocabulary."""
     if not 0 < len(prompt_ids) < max_context:
         raise ConfigError(
             "the prompt does not fit the engine's context",
@@ -42,16 +38,13 @@ class Request:
     """One request on its way through the engine.
 
     Args:
-        id: The caller's name for it.
-        sampling: How to sample.
         tokens: The prompt, then the outputs as of the last `sync`.
-        num_prompt: Tokens of the prompt.
         end: The index at which its last token can be.
         keys: Chained block keys of the tokens but the last.
-        slot: Its row, or -1 before it has one.
+        slot: Its row; -1 before it has one.
         quota: It stops after so many output tokens until the quota is raised.
         marks: From which output token on which version sampled, and whether keys and values were fresh.
-        prompt_logprobs: As asked for, once the prompt was computed.
+        prompt_logprobs: The log-probs of the prompt, if they are asked for and computed.
     """
 
     id: str
@@ -117,12 +110,7 @@ class Request:
 
 
 class SlotTable:
-    """What each slot's row needs in a decode step, as tensors; rows are padded to whole tiles.
-
-    Args:
-        max_num_seqs: Slots.
-        max_context: Tokens of a slot.
-    """
+    """What each slot's row needs in a decode step, as tensors; rows are padded to whole tiles."""
 
     def __init__(self, max_num_seqs: int, max_context: int) -> None:
         rows = -(-max_num_seqs // TILE) * TILE
@@ -166,7 +154,7 @@ class SlotTable:
                 request.tokens += self.tokens[request.slot, start:end].tolist()
 
     def output_logprobs(self, request: Request) -> list[float]:
-        """Of the request's output tokens as of the last `sync`."""
+        """Return the log-probs of a request's output tokens as of the last `sync`."""
         if request.slot < 0:
             return []
         logprobs: list[float] = self.logprobs[request.slot, request.num_prompt : len(request.tokens)].tolist()

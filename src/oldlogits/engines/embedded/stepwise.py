@@ -14,20 +14,12 @@ from oldlogits.engines.embedded.engine import EngineCore, capabilities_of
 
 
 class EmbeddedEngine:
-    """The engine in this process, as a `StepwiseEngine`: whoever owns it calls `drive_once` for it to make progress.
-
-    Args:
-        core: The engine.
-    """
+    """The engine in this process, as a `StepwiseEngine`: whoever owns it calls `drive_once` for it to make progress."""
 
     def __init__(self, core: EngineCore) -> None:
         self.core = core
+        self.capabilities: EngineCapabilities = capabilities_of(core.spec)
         self._futures: dict[str, asyncio.Future[Generation]] = {}
-
-    @property
-    def capabilities(self) -> EngineCapabilities:
-        """What this engine can do."""
-        return capabilities_of(self.core.spec)
 
     @property
     def idle(self) -> bool:
@@ -79,11 +71,7 @@ class EmbeddedEngine:
         return self.core.partials()
 
     async def update_weights(self, update: WeightUpdate, version: PolicyVersion) -> None:
-        """Replace the weights; later tokens are tagged with `version`.
-
-        Raises:
-            ReceiverBehindError: They are patches: an engine in the trainer's process reads the trainer's weights.
-        """
+        """Replace the weights by full ones: an engine in the trainer's process reads the trainer's, and takes no patches."""
         if not isinstance(update, FullWeights):
             raise ReceiverBehindError(
                 "this engine takes no patches",

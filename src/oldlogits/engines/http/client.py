@@ -21,13 +21,7 @@ _REFUSALS: Final = (400, 401, 403, 404, 413, 422)
 
 
 class HttpClient:
-    """A `Transport` to a server of this machine, or of one that has the same shared memory.
-
-    Args:
-        url: The server's base address.
-        token: The bearer token, or empty.
-        control_timeout_s: How long a control call may take.
-    """
+    """A `Transport` to a server of this machine, or of one that has the same shared memory."""
 
     def __init__(self, url: str, *, token: str, control_timeout_s: float) -> None:
         self.url, self.control_timeout_s = url.rstrip("/"), control_timeout_s

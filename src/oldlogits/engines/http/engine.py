@@ -22,8 +22,16 @@ from typing import Final, Literal
 
 import numpy as np
 
-from oldlogits.core.engine import EngineCapabilities, FinishReason, Generation, Sampling, Span, trajectory_of
-from oldlogits.core.engine_spec import EngineSpec, Timeouts
+from oldlogits.core.engine import (
+    EngineCapabilities,
+    EngineSpec,
+    FinishReason,
+    Generation,
+    Sampling,
+    Span,
+    Timeouts,
+    trajectory_of,
+)
 from oldlogits.core.engine_stats import EngineStats
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.server import (
@@ -50,9 +58,7 @@ class HttpEngine:
     """Servers behind `RolloutEngine`. `start` it, run `supervise` beside it, and `close` it.
 
     Args:
-        replicas: The servers.
-        spec: The numerics, adapters and size that the run needs; a server of others is refused.
-        timeouts: How long to wait for what.
+        spec: The numerics, adapters and size that the run needs; a server with others is refused.
         weights: Brings weights to where the servers read them; by default they run on this machine.
     """
 
@@ -77,20 +83,11 @@ class HttpEngine:
         self._was_busy = False
 
     async def start(self) -> None:
-        """Connect.
-
-        Raises:
-            ConfigError: A server cannot do what training needs.
-            WorkerDiedError: A server does not answer.
-        """
+        """Connect."""
         await self._supervisor.start()
 
     async def supervise(self) -> None:
-        """Watch the servers and take back those that failed; runs beside the engine.
-
-        Raises:
-            WorkerDiedError: No server is left.
-        """
+        """Watch the servers and take back those that failed; runs beside the engine."""
         await self._supervisor.supervise()
 
     async def close(self) -> None:
@@ -113,12 +110,7 @@ class HttpEngine:
         )
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str) -> Generation:
-        """Sample a completion; waits through pauses, weight updates and servers that come back.
-
-        Raises:
-            ConfigError: The prompt does not fit, or the id is in use.
-            WorkerDiedError: No server is left.
-        """
+        """Sample a completion; waits through pauses, weight updates and servers that come back."""
         if request_id in self._requests:
             raise ConfigError("a request id is in use", got=request_id, allowed="unique ids", fix="number the turns")
         if not 0 < len(prompt_ids) < self._spec.max_context:
@@ -231,11 +223,7 @@ class HttpEngine:
         return {request.id: request.generation("abort") for request in self._requests.values()}
 
     async def update_weights(self, update: WeightUpdate, version: PolicyVersion) -> None:
-        """Give every server new weights; one that fails is given them when it comes back.
-
-        Raises:
-            ReceiverBehindError: Patches do not lead on from what this host holds: give full weights.
-        """
+        """Give every server new weights; one that fails is given them when it comes back."""
         if version < self._version or not self.fleet.paused:
             raise ConfigError(
                 "weights change only between pause and resume, to a version that is not older",
@@ -274,11 +262,7 @@ class HttpEngine:
         return f"{self._run}/{self._version}"
 
     async def _supply(self, server: ServerProtocol) -> str:
-        """Give a server that came back the current weights, if it has others, and ask it the last probe again.
-
-        Raises:
-            ServerFailedError: It fails, or its log-probs are not those of the current weights.
-        """
+        """Give a server that came back the current weights, if it has others, and ask it the last probe again."""
         if self._version < 0:
             return "connected"
         label, done = await server.label(), "it kept its weights"

@@ -17,7 +17,7 @@ import copy
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Literal
 
-from oldlogits.core.engine_spec import Timeouts
+from oldlogits.core.engine import Timeouts
 from oldlogits.core.engine_stats import Incident
 from oldlogits.core.errors import ConfigError, WorkerDiedError
 from oldlogits.core.server import ServerFailedError, ServerProtocol, SharedWeights
@@ -32,12 +32,7 @@ SLACK: Final = 4
 
 
 class Fleet:
-    """Several servers as one.
-
-    Args:
-        replicas: At least one.
-        timeouts: How long to wait for what.
-    """
+    """Several servers as one."""
 
     def __init__(self, replicas: Sequence[Replica], timeouts: Timeouts) -> None:
         self.replicas, self._timeouts = list(replicas), timeouts
@@ -65,9 +60,6 @@ class Fleet:
             spread: Instead: the server of this number, modulo how many are up.
             before: The one that had the trajectory's last turn, and its keys and values: it goes first unless it has more
                 than `SLACK` requests above the fewest.
-
-        Raises:
-            WorkerDiedError: There will be none.
         """
         async with self._changed:
             await self._changed.wait_for(lambda: self.death is not None or (self.up and not self.paused))
@@ -107,11 +99,7 @@ class Fleet:
         await self.notify()
 
     async def update(self, take: Callable[[], Awaitable[tuple[SharedWeights, str]]]) -> None:
-        """Give all that are up new weights.
-
-        Args:
-            take: Makes them ready, while no server reads any; returns where they are and what they are called.
-        """
+        """Give all that are up the weights that `take` makes ready while no server reads any."""
         async with self.lock:
             weights, label = await take()
             await self._all(lambda server: server.update(weights, label))

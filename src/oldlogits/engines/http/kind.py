@@ -10,8 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
-from oldlogits.core.engine import EngineKind, OpenEngine
-from oldlogits.core.engine_spec import EngineSpec, ServerOptions
+from oldlogits.core.engine import EngineKind, EngineSpec, OpenEngine, ServerOptions
 from oldlogits.core.engine_stats import Incident
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.server import SERVER_PROTOCOLS, LaunchSpec
@@ -31,11 +30,7 @@ class HttpKind(EngineKind):
 
     @asynccontextmanager
     async def open(self, spec: EngineSpec, servers: ServerOptions) -> AsyncIterator[OpenEngine]:
-        """Connect to the servers of the recipe, or start some; on leaving none of the latter stays behind.
-
-        Raises:
-            ConfigError: What it needs is not installed, or not set.
-        """
+        """Connect to the servers of the recipe, or start some; on leaving none of the latter stays behind."""
         if importlib.util.find_spec("aiohttp") is None:
             raise ConfigError(
                 "an engine over HTTP needs a package that is not installed",
@@ -62,11 +57,7 @@ class HttpKind(EngineKind):
 
 
 def attach(servers: ServerOptions) -> list[Replica]:
-    """The servers that run already.
-
-    Raises:
-        ConfigError: The variable that holds their token is not set.
-    """
+    """The servers that run already."""
     from oldlogits.engines.http.client import HttpClient
     from oldlogits.engines.http.replica import Replica
 
@@ -81,11 +72,7 @@ def attach(servers: ServerOptions) -> list[Replica]:
 
 
 def start(spec: EngineSpec, servers: ServerOptions) -> list[Replica]:
-    """Start servers; each has a seed of its own.
-
-    Raises:
-        ConfigError: This interpreter does not have the server, and no other one is named.
-    """
+    """Start servers; each has a seed of its own."""
     from oldlogits.engines.http.client import HttpClient
     from oldlogits.engines.http.launch import ServerProcess
     from oldlogits.engines.http.replica import Replica

@@ -21,28 +21,14 @@ _LAST_WORDS: Final = 2000
 
 
 class ServerProcess:
-    """A server's process; a `Launched`.
-
-    Args:
-        spec: What to start.
-        name: Of its log.
-    """
+    """A server's process; a `Launched`."""
 
     def __init__(self, spec: LaunchSpec, name: str) -> None:
         self._spec, self._protocol = spec, SERVER_PROTOCOLS.find(spec.servers.protocol)
         self.log = spec.servers.log_folder / f"{name}.log"
         self.port, self.token = _free_port(spec.address), secrets.token_hex(16)
+        self.url, self.where = f"http://{spec.address}:{self.port}", str(self.log)
         self._process = self._start()
-
-    @property
-    def url(self) -> str:
-        """Where it listens."""
-        return f"http://{self._spec.address}:{self.port}"
-
-    @property
-    def where(self) -> str:
-        """Its log."""
-        return str(self.log)
 
     @property
     def pid(self) -> int:
@@ -55,11 +41,7 @@ class ServerProcess:
         return self._process.poll()
 
     async def ready(self, server: ServerProtocol, start_s: float) -> None:
-        """Wait until it answers.
-
-        Raises:
-            ServerFailedError: It ended, or takes longer than `start_s`.
-        """
+        """Wait until it answers."""
         ends = time.monotonic() + start_s
         while True:
             if self.exit_code is not None:

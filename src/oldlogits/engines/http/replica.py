@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from oldlogits.core.engine_spec import EngineSpec
+from oldlogits.core.engine import EngineSpec
 from oldlogits.core.engine_stats import Incident
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.server import ServerInfo, ServerProtocol
@@ -17,11 +17,10 @@ class Attempt:
     """A request as one server has it.
 
     Args:
-        id: The server's name for it.
+        id: The server's name for the request.
         version: The version that the server had when it was sent.
         num_kept: Output tokens that earlier attempts sampled.
         cut: Set when its server counts as down.
-        ended: Set when it is over.
         why: Why it was aborted, if it was: to be sent again, or for good.
         running_s: How long it has run, pauses not counted.
     """
@@ -41,28 +40,19 @@ class Launched(Protocol):
     @property
     def exit_code(self) -> int | None:
         """None while it lives."""
-        ...
 
     @property
     def where(self) -> str:
         """Where to look for what it said."""
-        ...
 
     async def ready(self, server: ServerProtocol, start_s: float) -> None:
-        """Wait until it answers.
-
-        Raises:
-            ServerFailedError: It ended, or takes longer than `start_s`.
-        """
-        ...
+        """Wait until it answers; raises `ServerFailedError` if it ended, or takes longer than `start_s`."""
 
     def restart(self) -> None:
         """End what is left of it and start it again."""
-        ...
 
     def close(self) -> None:
         """End it and whatever it has started."""
-        ...
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -70,14 +60,9 @@ class Replica:
     """A server that holds a copy of the model, and what is known of it.
 
     Args:
-        server: Speaks to it.
-        launched: Its process, if the run started it.
-        info: What it said when it was connected last.
-        is_up: Whether it gets requests.
         is_new: Whether it joined a fleet that runs already, and was not up yet.
         is_broken: Whether its process, if the run started it, must be started again before it can be taken back.
         done: What was done to take it back, since it went down.
-        attempts: What runs on it.
         answered_at: When it last answered a request; seconds of the monotonic clock.
         num_misses: Health checks in a row without an answer.
         num_sampled: Tokens that it has sampled since it started, as it said at the last look; None: it does not say.
@@ -98,15 +83,7 @@ class Replica:
     num_received: int | None = None
 
     def check_fit(self, info: ServerInfo, spec: EngineSpec) -> None:
-        """Refuse a server that does not fit the run.
-
-        Args:
-            info: What it says of itself.
-            spec: What the run needs.
-
-        Raises:
-            ConfigError: Its numerics, its adapters or its context are others.
-        """
+        """Refuse a server whose numerics, adapters or context are not those that the run needs."""
         url, scale = self.server.url, repr(spec.adapter_scale)
         if info.numerics != spec.numerics:
             raise ConfigError(

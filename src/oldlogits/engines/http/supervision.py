@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from oldlogits.core.engine_spec import Timeouts
+from oldlogits.core.engine import Timeouts
 from oldlogits.core.engine_stats import Incident
 from oldlogits.core.errors import ConfigError, WorkerDiedError
 from oldlogits.core.server import ServerFailedError, ServerInfo, ServerProtocol
@@ -26,8 +26,6 @@ class Supervisor:
     """Keeps a fleet up.
 
     Args:
-        fleet: The servers.
-        timeouts: How long to wait for what.
         check: Refuses a server that does not fit the run.
         supply: Gives a server that is up again the current weights, and checks that it holds them; returns what it did.
     """
@@ -46,12 +44,7 @@ class Supervisor:
         self._num_restarts = 0
 
     async def start(self) -> None:
-        """Connect to all servers, once.
-
-        Raises:
-            ConfigError: One cannot do what training needs.
-            WorkerDiedError: One does not answer.
-        """
+        """Connect to all servers, once; all must answer, and be able to do what training needs."""
         await asyncio.gather(*map(self._start, self._fleet.replicas))
         self._seen_up_at = time.monotonic()
 
@@ -71,11 +64,7 @@ class Supervisor:
         replica.is_up, replica.answered_at = True, time.monotonic()
 
     async def supervise(self) -> None:
-        """Watch the servers until the rule of the end says that it is over.
-
-        Raises:
-            WorkerDiedError: It is.
-        """
+        """Watch the servers until the rule of the end says that it is over, which is a `WorkerDiedError`."""
         watches: dict[Replica, asyncio.Task[None]] = {}
         try:
             while True:
@@ -140,12 +129,7 @@ class Supervisor:
             await self._fleet.abort("resubmit", overdue)
 
     async def _recover(self, replica: Replica) -> None:
-        """Take a server back: connect, give it the current weights, compare it.
-
-        Raises:
-            ServerFailedError: Not yet.
-            ConfigError: It came back as one that cannot be used.
-        """
+        """Take a server back: connect, give it the current weights, compare it."""
         if replica.launched is not None:
             if replica.is_broken:
                 self._restart(replica.launched)
@@ -170,11 +154,7 @@ class Supervisor:
         await self._fleet.notify()
 
     def _restart(self, launched: Launched) -> None:
-        """Start a server again, if it may be.
-
-        Raises:
-            ServerFailedError: It was done often enough.
-        """
+        """Start a server again, if it may be."""
         if self._num_restarts >= self._timeouts.max_restarts:
             raise ServerFailedError(f"servers were started again {self._num_restarts} times")
         self._num_restarts += 1

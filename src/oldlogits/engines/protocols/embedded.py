@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import ClassVar
 
-from oldlogits.core.engine_spec import EngineSpec
+from oldlogits.core.engine import EngineSpec
 from oldlogits.core.server import LaunchSpec
 from oldlogits.engines.protocols.vllm import VllmProtocol
 

@@ -94,12 +94,7 @@ class GenerateBody(Message):
         return cls(request_id=request.request_id, token_ids=list(request.token_ids), sampling_params=params)
 
     def request(self, *, default_id: str, default_max_tokens: int) -> GenerateRequest:
-        """The request of a body.
-
-        Args:
-            default_id: The id of a request that has none.
-            default_max_tokens: How many tokens a request may sample that does not say.
-        """
+        """The request of a body; one that has no id, or does not say how many tokens it wants, gets the defaults."""
         p = self.sampling_params
         sampling = Sampling(
             max_tokens=default_max_tokens if p.max_tokens is None else p.max_tokens,
@@ -201,12 +196,7 @@ class AnswerBody(Message):
         return cls(request_id=name, model=model, choices=[choice], prompt_logprobs=of_prompt, usage=dict(total))
 
     def answer(self, request: GenerateRequest) -> GenerateAnswer:
-        """The answer to `request`.
-
-        Raises:
-            ConfigError: The prompt's log-probs were asked for and are not all there.
-            MissingLogprobError: It has tokens without log-probs or without a version.
-        """
+        """The answer to `request`."""
         [choice] = self.choices
         token_ids = tuple(choice.token_ids or ())
         return GenerateAnswer(
@@ -277,12 +267,7 @@ class WeightsFile(Message):
 
 
 def read(kind: type[M], content: bytes) -> M:
-    """Read a body.
-
-    Raises:
-        ServerFailedError: It is no JSON: whoever wrote it is broken.
-        ConfigError: It is not what its route takes.
-    """
+    """Read a body; one that is no JSON comes from a broken server, another mistake is a `ConfigError`."""
     try:
         return kind.model_validate_json(content or b"{}")
     except ValidationError as error:

@@ -47,12 +47,7 @@ Said = Mapping[str, object]
 
 
 def make_app(served: Served, *, token: str = "") -> FastAPI:
-    """The routes.
-
-    Args:
-        served: The engine.
-        token: The bearer token that requests must carry; empty: none, for loopback only.
-    """
+    """Make the app of the routes; requests must carry the token, or come from loopback where it is empty."""
     app = FastAPI(title="oldlogits serve", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.served = served
     app.include_router(routes)
@@ -212,11 +207,7 @@ class _Guard:
 
 
 def check_host(host: str, token: str) -> None:
-    """Refuse to be reached from other machines without a token.
-
-    Raises:
-        ConfigError: Neither a loopback host nor a token.
-    """
+    """Refuse to be reached from other machines without a token."""
     if host not in LOOPBACK and not token:
         raise ConfigError(
             "whoever reaches this engine can change its weights: other machines need a token",

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from oldlogits.core.engine import Generation
-from oldlogits.core.engine_spec import EngineSpec
+from oldlogits.core.engine import EngineSpec, Generation
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.server import GenerateAnswer, GenerateRequest, LabelledSpan
 from oldlogits.engines.embedded.process import EngineProcess
@@ -18,13 +17,7 @@ from oldlogits.engines.shared_memory import is_shared
 
 
 class Served:
-    """The engine behind the routes, and the labels of its versions.
-
-    Args:
-        engine: Samples.
-        spec: What it was built from.
-        name: Of the model.
-    """
+    """The engine behind the routes, and the labels of its versions."""
 
     def __init__(self, engine: EngineProcess, spec: EngineSpec, name: str) -> None:
         self.engine, self.spec, self.name = engine, spec, name
@@ -35,7 +28,7 @@ class Served:
 
     @property
     def num_running(self) -> int:
-        """Requests that were not answered yet."""
+        """How many requests were not answered yet."""
         return sum(map(len, self._running.values()))
 
     async def generate(self, request: GenerateRequest) -> GenerateAnswer:
@@ -90,7 +83,7 @@ class Served:
             raise _wrong(f"path = {path}", "a file of this machine that says the nonce", "serve on the trainer's machine")
 
     def start_update(self) -> None:
-        """A weight update begins."""
+        """Begin a weight update."""
         if not self.is_paused or self._updating:
             raise _wrong("no pause" if not self.is_paused else "a second start", "pause, then one start", "pause first")
         self._updating = True
@@ -107,7 +100,7 @@ class Served:
         await self.engine.load(path, info.version, version)
 
     def finish_update(self, label: str | None) -> None:
-        """The update is whole: what it is called from now on."""
+        """End a weight update, and give the weights their label."""
         if not self._updating:
             raise _wrong("no update was started", "start_weight_update first", "start the update")
         self._updating = False
@@ -116,7 +109,7 @@ class Served:
 
     @property
     def label(self) -> str:
-        """Of the weights."""
+        """The label of the weights."""
         return self._labels[max(self._labels)]
 
 
