@@ -160,7 +160,9 @@ class Recording:
 
 def run(case, config, scored, batch=None, version=VERSION):
     optimizer = Recording(case.model)
-    result = update(case.model, optimizer, batch or case.batch, scored, version=version, config=UpdateConfig.of(trainer_spec(config)))
+    result = update(
+        case.model, optimizer, batch or case.batch, scored, version=version, config=UpdateConfig.of(trainer_spec(config))
+    )
     return result, optimizer.grads
 
 
