@@ -27,7 +27,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from oldlogits.core.processes import PREFIX
-from oldlogits.record.events import EventKind, read_events
+from oldlogits.record.bus import EventKind
+from oldlogits.record.event_log import read_events
 
 NUM_UPDATES = 40  # so many that none is over before its kill, at most 6 s after the first
 HANG_S = 300.0  # a run that takes longer hangs

@@ -24,7 +24,8 @@ from oldlogits.batch import collate
 from oldlogits.config import RunConfig, config_from_table, load_config
 from oldlogits.core.scoring import BatchTokens, DedicatedScorer
 from oldlogits.core.trajectory import Context, Sampled, Segment, Trajectory, TrajectoryGroup
-from oldlogits.record.events import EventKind, read_events
+from oldlogits.record.bus import EventKind
+from oldlogits.record.event_log import read_events
 from oldlogits.rpc.client import client
 from oldlogits.run.run import run
 from oldlogits.run.specs import scorer_spec, trainer_spec

@@ -10,7 +10,8 @@ from pathlib import Path
 from statistics import fmean
 
 from oldlogits.config import load_config
-from oldlogits.record.summary import Interval, Summary
+from oldlogits.record.intervals import Interval
+from oldlogits.record.summary import Summary
 from oldlogits.run.run import run
 
 COLUMNS = ("seed", "sampled before", "sampled after", "greedy before", "greedy after", "gain", "several versions", "train s")

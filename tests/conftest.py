@@ -17,7 +17,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from order_desk.tiny import TinySize, save_tiny, tiny_model, tiny_tokenizer
+from order_desk.tiny import TinyMoeSize, TinySize, save_tiny, tiny_model, tiny_tokenizer
 
 from .runs import files_of
 
@@ -38,6 +38,20 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = tiny_tokenizer(WORDS)
     size = TinySize(hidden=32, layers=2, heads=2, kv_heads=1, mlp=48, max_context=128)
     model = tiny_model(size, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, seed=0)
+    save_tiny(folder, model, tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_moe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer mixture whose experts matter."""
+    folder = tmp_path_factory.mktemp("moe")
+    tokenizer = tiny_tokenizer(WORDS)
+    size = TinyMoeSize(hidden=32, layers=2, heads=2, kv_heads=1, mlp=48, max_context=128)
+    model = tiny_model(size, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, seed=0)
+    for layer in model.model.layers:
+        layer.mlp.gate.weight.data *= 10
+        layer.mlp.experts.down_proj.data *= 10
     save_tiny(folder, model, tokenizer)
     return folder
 

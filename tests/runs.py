@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import tomli_w
 import torch
 
 from oldlogits.config import RunConfig, config_from_table
 from oldlogits.config.check import check
-from oldlogits.record.events import Event, EventKind, read_events
-from oldlogits.record.toml import dump_toml
+from oldlogits.record.bus import EventKind
+from oldlogits.record.event_log import RecordedEvent, read_events
 from oldlogits.train.checkpoint import read_state
 
 from .waiting import HUNG_S, wait_until
@@ -77,11 +78,11 @@ def recipe(folder: Path, **sections: object) -> RunConfig:
 
 
 def write_recipe(path: Path, config: RunConfig) -> Path:
-    path.write_text(dump_toml(asdict(config)))
+    path.write_text(tomli_w.dumps(asdict(config)))
     return path
 
 
-def events_of(run: Path, kind: EventKind | None = None) -> list[Event]:
+def events_of(run: Path, kind: EventKind | None = None) -> list[RecordedEvent]:
     return [event for event in read_events(run / "events.jsonl") if kind in (None, event.kind)]
 
 

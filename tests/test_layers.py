@@ -29,8 +29,9 @@ LEVELS = (
 )
 LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 CONFIG_FROM, RECORD_FROM = LEVEL["train"], LEVEL["loop"]
-EVENTS = {"oldlogits.record.events"}
-HEAVY = ("ray", "vllm", "peft", "deepspeed", "bitsandbytes", "flash_attn", "triton", "accelerate", "wandb", "trackio", "trl")
+EVENTS = {"oldlogits.record.bus", "oldlogits.record.events"}
+HEAVY = ("ray", "vllm", "peft", "deepspeed", "bitsandbytes", "flash_attn", "triton", "accelerate", "trl")
+HEAVY += ("wandb", "trackio", "mlflow")
 
 
 def module_name(path):
@@ -178,7 +179,7 @@ def test_what_reads_recorded_files_needs_nothing_but_records(module):
 
 def test_events_stand_on_their_lines_alone():
     modules = {name for name in reachable("oldlogits.record.events")[0] if package_of(name) == "record"}
-    assert modules == {"oldlogits.record", "oldlogits.record.events", "oldlogits.record.jsonl"}
+    assert modules == {"oldlogits.record", *EVENTS, "oldlogits.record.jsonl"}
 
 
 @pytest.mark.parametrize("module", ["embedded.kind", "http.kind", "protocols.vllm", "protocols.embedded"])

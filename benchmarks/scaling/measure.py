@@ -23,10 +23,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+import tomli_w
+
 from benchmarks.machine import Machine, this_machine
 from oldlogits.core.errors import ConfigError, WorkerDiedError
-from oldlogits.record.events import Event, EventKind, read_events
-from oldlogits.record.toml import Toml, dump_toml
+from oldlogits.record.bus import EventKind
+from oldlogits.record.event_log import RecordedEvent, read_events
 from order_desk.environment import OrderDesk
 
 Runtime = Literal["local", "ray"]
@@ -73,10 +75,10 @@ class Workload:
                 fix="correct the option",
             )
 
-    def recipe(self, setting: Setting, rows: Path, seed: int) -> dict[str, Toml]:
+    def recipe(self, setting: Setting, rows: Path, seed: int) -> dict[str, object]:
         """The recipe of a run; steps are so small that the agent stays what it is."""
         groups = self.groups * setting.workers
-        recipe: dict[str, Toml] = {
+        recipe: dict[str, object] = {
             "seed": seed,
             "num_updates": NUM_WARM_UP + self.num_updates,
             "model": {"path": "tiny", "seed": 0},
@@ -229,7 +231,7 @@ def measure(workload: Workload, order: Sequence[Setting], folder: Path, on_start
         on_start(number, setting)
         recipe = folder / f"{number:02d}-{setting.runtime}-{setting.workers}.toml"
         seed = order[:number].count(setting)  # runs that are compared with each other have the same tasks
-        recipe.write_text(dump_toml(workload.recipe(setting, rows, seed=seed)), encoding="utf-8")
+        recipe.write_text(tomli_w.dumps(workload.recipe(setting, rows, seed=seed)), encoding="utf-8")
         runs.append(_watch(setting, recipe, workload))
     return Report(machine=machine, workload=workload, runs=tuple(runs))
 
@@ -331,7 +333,7 @@ def read_cpu(stat: Path) -> Cpu:
     return Cpu(busy=sum(ticks) - ticks[3] - ticks[4], total=sum(ticks))
 
 
-def _metric(update: Event, name: str) -> float:
+def _metric(update: RecordedEvent, name: str) -> float:
     metrics = update.fields["metrics"]
     assert isinstance(metrics, dict), "an update has metrics"
     value = metrics[name]
@@ -339,6 +341,6 @@ def _metric(update: Event, name: str) -> float:
     return float(value)
 
 
-def _num_ended(update: Event) -> float:
+def _num_ended(update: RecordedEvent) -> float:
     """Trajectories that have ended: a batch that waits for the trainer was made, too."""
     return _metric(update, "accounting/submitted") - _metric(update, "queue/running")

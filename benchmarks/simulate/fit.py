@@ -33,7 +33,8 @@ from benchmarks.simulate.scenario import (
 from oldlogits.config import RunConfig, load_config
 from oldlogits.core.engine_stats import Line
 from oldlogits.core.errors import ConfigError
-from oldlogits.record.events import Event, EventKind, read_events
+from oldlogits.record.bus import EventKind
+from oldlogits.record.event_log import RecordedEvent, read_events
 from oldlogits.record.folder import RunFolder
 from oldlogits.rollout.turn_latency import KINDS, Kind
 
@@ -61,7 +62,7 @@ class MeasuredRun:
     updates: Sequence[Mapping[str, float]]
     num_tokens: Sequence[int]
     num_trajectories: Sequence[int]
-    events: Mapping[EventKind, Sequence[Event]]
+    events: Mapping[EventKind, Sequence[RecordedEvent]]
     workload: MeasuredWorkload
 
     @classmethod
@@ -77,7 +78,7 @@ class MeasuredRun:
                 "no run folder", got=str(path), allowed="a folder with events.jsonl", fix="oldlogits train RECIPE --out FOLDER"
             )
         config = load_config(path / "config.toml")
-        events: dict[EventKind, list[Event]] = defaultdict(list)
+        events: dict[EventKind, list[RecordedEvent]] = defaultdict(list)
         for event in read_events(folder.events):
             events[event.kind].append(event)
         updates = [_mapping(event.fields["metrics"]) for event in events[EventKind.UPDATE]]
@@ -279,14 +280,14 @@ class MeasuredRun:
     def _score_times(self) -> tuple[float, float]:
         """Seconds a token that is read, and a checkout."""
         if self._route in AHEAD:
-            parts = {name: self.total(f"source/{name}") for name in ("score_s", "switch_s", "witness_s", "num_checkouts")}
+            parts = {name: self.total(f"source/{name}") for name in ("score_s", "switch_s", "check_s", "num_checkouts")}
         else:
             scored = self.events[EventKind.SCORED][SKIP:]
-            parts = {name: _sum(scored, name) for name in ("switch_s", "witness_s", "num_checkouts")}
+            parts = {name: _sum(scored, name) for name in ("switch_s", "check_s", "num_checkouts")}
             parts["score_s"] = _sum(scored, "seconds_s")
         if not self._num_read:
             return 0.0, 0.0
-        other_s = parts["switch_s"] + parts["witness_s"]
+        other_s = parts["switch_s"] + parts["check_s"]
         return (parts["score_s"] - other_s) / self._num_read, other_s / max(1.0, parts["num_checkouts"])
 
     def _scorer_times(self, config: RunConfig) -> ScorerTimes:
@@ -391,9 +392,9 @@ def _mapping(value: object) -> Mapping[str, float]:
     return value
 
 
-def _sum(events: Sequence[Event], key: str) -> float:
+def _sum(events: Sequence[RecordedEvent], key: str) -> float:
     return sum(float(str(event.fields[key])) for event in events)
 
 
-def _mean(events: Sequence[Event], key: str) -> float:
+def _mean(events: Sequence[RecordedEvent], key: str) -> float:
     return _sum(events, key) / max(1, len(events))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from oldlogits.cli.main import run as command
-from oldlogits.record.events import EventKind
+from oldlogits.record.bus import EventKind
 
 from ..runs import (
     after_updates,
@@ -90,8 +90,8 @@ def test_in_fp32_every_trained_token_is_exact_over_processes_and_the_bound_holds
     assert calibration.fields["log_r_d_abs_max"] == pytest.approx(np.abs(tokens["log_r_d"][first]).max(), abs=1e-5)
     summary = summary_of(tmp_path / "run")
     assert summary["staleness_max"] == tokens["staleness"].max()
-    assert summary["witness_publish_max_abs_error"] <= 1e-5
-    assert summary["witness_lag0_max_abs_error"] <= 1e-5
+    assert summary["consistency_publish_max_abs_error"] <= 1e-5
+    assert summary["consistency_lag0_max_abs_error"] <= 1e-5
     assert summary["gain"]["num_episodes"] == 16
     assert check_whole(tmp_path / "run", "done") == 6
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["v000004", "v000006"]

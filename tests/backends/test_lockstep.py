@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from oldlogits.loop import loop as loop_module
-from oldlogits.record.events import EventKind, without_wall_clock
+from oldlogits.record.bus import EventKind
+from oldlogits.record.event_log import EventLog, without_wall_clock
 from oldlogits.run.run import run
 
 from ..runs import assert_same_state, check_accounting, events_of, recipe, summary_of, tokens_of
@@ -107,8 +108,8 @@ def test_in_fp32_every_trained_token_is_exact_though_trajectories_span_versions(
     summary = summary_of(out)
     assert summary["num_multi_version_trajectories"] == sum(n >= 2 for n in spans)
     assert summary["log_r_d_max_abs"] == pytest.approx(np.abs(tokens["log_r_d"]).max(), rel=1e-5)
-    assert summary["witness_publish_max_abs_error"] <= 1e-5
-    assert summary["witness_lag0_max_abs_error"] <= 1e-5
+    assert summary["consistency_publish_max_abs_error"] <= 1e-5
+    assert summary["consistency_lag0_max_abs_error"] <= 1e-5
     assert check_accounting(out)["trained"] == 6 * 3 * 4
 
 
@@ -176,20 +177,25 @@ def test_an_interruption_between_any_two_moments_leaves_whole_updates(tiny_folde
     import os
     import signal
 
-    from oldlogits.loop.run_logger import RunLogger
-
-    for moment, name in enumerate(("batch", "scored", "published", "updated")):
+    kinds = {
+        "batch": EventKind.BATCH,
+        "scored": EventKind.SCORED,
+        "published": EventKind.PUBLISHED,
+        "updated": EventKind.UPDATE,
+    }
+    original = EventLog.emit
+    for moment, (name, kind) in enumerate(kinds.items()):
         out, seen = tmp_path / name, []
-        original = getattr(RunLogger, name)
 
-        def interrupt(self, *args, original=original, seen=seen, **kwargs):
-            seen.append(1)
-            if len(seen) == 3:
-                os.kill(os.getpid(), signal.SIGINT)
-            return original(self, *args, **kwargs)
+        def interrupt(self, event, kind=kind, seen=seen):
+            if event.kind is kind:
+                seen.append(1)
+                if len(seen) == 3:
+                    os.kill(os.getpid(), signal.SIGINT)
+            return original(self, event)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(RunLogger, name, interrupt)
+            patch.setattr(EventLog, "emit", interrupt)
             result = run(recipe(tiny_folder, num_updates=6), out)
         num_updates = result.summary.num_updates
         assert result.summary.ended == "interrupted", moment

@@ -6,6 +6,7 @@ import tomllib
 from dataclasses import asdict
 
 import pytest
+import tomli_w
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -13,8 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from oldlogits.cli.main import run
 from oldlogits.config import config_from_table, load_config
 from oldlogits.models.load import load_model
-from oldlogits.record.events import EventKind
-from oldlogits.record.toml import dump_toml
+from oldlogits.record.bus import EventKind
 
 from ..runs import check_accounting, children, events_of, recipe, summary_of, tokens_of, write_recipe
 
@@ -147,7 +147,7 @@ def test_a_dry_run_prints_a_recipe_that_loads_to_the_same_config_and_its_bytes(t
 def test_the_config_in_a_run_folder_is_the_resolved_recipe(lockstep_run, tiny_folder):
     recorded = tomllib.loads((lockstep_run / "config.toml").read_text())
     assert config_from_table(recorded) == recipe(tiny_folder, num_updates=2, eval={"num_episodes": 4})
-    assert config_from_table(tomllib.loads(dump_toml(asdict(config_from_table(recorded))))) == config_from_table(recorded)
+    assert config_from_table(tomllib.loads(tomli_w.dumps(asdict(config_from_table(recorded))))) == config_from_table(recorded)
 
 
 def test_show_prints_a_runs_summary_and_the_tables(lockstep_run, capsys):

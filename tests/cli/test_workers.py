@@ -2,15 +2,16 @@
 
 from dataclasses import asdict
 
+import tomli_w
+
 from oldlogits.backends.ray.desired_workers import read_wanted
 from oldlogits.cli.main import run
 from oldlogits.config import config_from_table
-from oldlogits.record.toml import dump_toml
 
 
 def folder(tmp_path, runtime):
     config = config_from_table({"runtime": {"type": runtime}})
-    (tmp_path / "config.toml").write_text(dump_toml(asdict(config)))
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(asdict(config)))
     return str(tmp_path)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.loss import LOSSES, LossInputs, Objective
 from oldlogits.core.policies import OLD, THETA, VARIANTS
-from oldlogits.record.events import EventKind
+from oldlogits.record.bus import EventKind
 from oldlogits.run.run import run
 
 from ..runs import events_of, recipe

@@ -5,7 +5,7 @@ import pytest
 
 from oldlogits.config import check, config_from_table
 from oldlogits.core.errors import ConfigError
-from oldlogits.record.events import EventKind
+from oldlogits.record.bus import EventKind
 from oldlogits.run.run import run
 
 from ..runs import check_accounting, events_of, recipe, tokens_of

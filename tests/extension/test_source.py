@@ -5,7 +5,7 @@ import pytest
 
 from oldlogits.core.errors import ConfigError, MissingPolicyError
 from oldlogits.core.source import SOURCES, check_source
-from oldlogits.record.events import EventKind
+from oldlogits.record.bus import EventKind
 from oldlogits.run.run import run
 
 from ..runs import events_of, recipe, tokens_of

@@ -21,9 +21,10 @@ from safetensors.torch import save_file as save_torch
 from oldlogits.config import config_from_table
 from oldlogits.core.errors import MissingLogprobError
 from oldlogits.engines.embedded.slots import SlotTable
-from oldlogits.loop import loop
+from oldlogits.loop import calibration
 from oldlogits.loop.calibration import BANDS, MISMATCH, ROUNDING, Calibration, calibrate, doubts, measure
-from oldlogits.record.events import EventKind, without_wall_clock
+from oldlogits.record.bus import EventKind
+from oldlogits.record.event_log import without_wall_clock
 from oldlogits.record.report.data import read_run
 from oldlogits.run.run import run
 
@@ -253,7 +254,7 @@ def test_log_probs_of_the_trainer_in_place_of_the_engines_end_the_run(tiny_folde
         mu = batch.logp_mu[batch.loss_mask]
         return await calibrate(config, Trainer(mu), batch, expected_noise=expected_noise)
 
-    monkeypatch.setattr(loop, "calibrate", substituted)
+    monkeypatch.setattr(calibration, "calibrate", substituted)
     result = run(recipe(tiny_folder, engine={"precision": "bf16"}), tmp_path / "run")
     assert isinstance(result.error, MissingLogprobError)
     assert "though the engine computes in bf16" in result.error.what

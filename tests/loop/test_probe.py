@@ -21,7 +21,7 @@ from oldlogits.engines.embedded.numerics import Numerics
 from oldlogits.engines.embedded.stepwise import EmbeddedEngine
 from oldlogits.loop.probe import AllowedError, ProbeResult, allowed_error, probe
 from oldlogits.models.load import load_model, named_weights
-from oldlogits.record.events import EventKind
+from oldlogits.record.bus import EventKind
 from oldlogits.run.run import run
 from oldlogits.train.consistency import is_routed
 from oldlogits.train.engine_view import EngineView

@@ -12,7 +12,7 @@ from oldlogits.cli.main import run as command
 from oldlogits.core.source import SOURCES
 from oldlogits.engines.embedded.engine import EngineCore
 from oldlogits.loop.resume import sampler_seed
-from oldlogits.record.events import EventKind
+from oldlogits.record.bus import EventKind
 from oldlogits.record.report.data import read_run
 from oldlogits.train.checkpoint import read_state
 
@@ -76,7 +76,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_under_every_route(route, 
     config = recipe(tiny_folder, variant=variant, proximal={"source": route}, **more)
     assert command(["train", str(write_recipe(tmp_path / "r.toml", config)), "--out", str(out)]) == 0
     shutil.rmtree(out / "checkpoints/v000004")  # as if it had been killed before it wrote the last one
-    in_flight = json.loads((out / "checkpoints/v000002/state/totals.json").read_text())["unfinished_rows"]
+    in_flight = json.loads((out / "checkpoints/v000002/state/loop.json").read_text())["unfinished_rows"]
     assert len(in_flight) == 2 * 3, "groups of the two updates to come"
 
     assert command(["train", "--resume", str(out), "--num-updates", "6"]) == 0

@@ -13,7 +13,7 @@ import pytest
 from oldlogits.cli.main import run as command
 from oldlogits.config.schema import RayConfig
 from oldlogits.core.errors import ConfigError
-from oldlogits.record.events import EventKind
+from oldlogits.record.bus import EventKind
 
 from ..runs import after_updates, check_accounting, events_of, recipe, summary_of, tokens_of, wait_for_updates, write_recipe
 from ..waiting import HUNG_S, wait_until
@@ -103,7 +103,7 @@ def check_exact(run):
     probes = events_of(run, EventKind.PROBE)
     assert {event.version for event in probes} == set(range(updates + 1))
     assert max(event.fields["max_abs_error"] for event in probes) <= 1e-4
-    assert summary_of(run)["witness_publish_max_abs_error"] <= 1e-5
+    assert summary_of(run)["consistency_publish_max_abs_error"] <= 1e-5
 
 
 def test_a_run_outlives_its_workers_and_takes_in_new_ones(tmp_path, tiny_folder, cluster):

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from oldlogits.record.episodes import Episode, EpisodeLog, EpisodeSegment
-from oldlogits.record.events import EventKind, EventLog
+from oldlogits.record.event_log import EventLog
+from oldlogits.record.events import Evaluated, Probed, RunEnded, RunStarted, Updated, WarmStarted
 from oldlogits.record.folder import RunFolder
-from oldlogits.record.summary import Summary, paired_gain, wilson
+from oldlogits.record.intervals import wilson
+from oldlogits.record.summary import summarise_folder
 from oldlogits.record.tables import write_tokens
 
 NUM_TOKENS = 400
@@ -48,50 +50,54 @@ def write_fake_run(path: Path, *, num_updates: int, seed: int = 0) -> Path:
                     episodes.append(_episode(rng, version, reward))
             episodes.append(_silent_episode(version))
         _evaluate(log, "after", num_updates, 0.71)
-        log.emit(EventKind.RUN_ENDED, version=num_updates, reason="done", error=None)
-    _summary(num_updates, seed).write(folder.summary)
+        log.emit(RunEnded(version=num_updates, reason="done", error="", accounting=_account(num_updates)))
+    summarise_folder(folder).write(folder.summary)
     return path
 
 
 def _start(log: EventLog, seed: int) -> None:
     log.emit(
-        EventKind.RUN_STARTED,
-        version=0,
-        variant="decoupled_exact",
-        r_d="old/mu",
-        r_s="theta/old",
-        corrects_mismatch=True,
-        source="snapshot",
-        runtime="local",
-        seed=seed,
-        denominator="tokens",
-        band=1.1,
-        eps_low=0.2,
-        eps_high=0.28,
-        truncation=None,
-        max_staleness=MAX_STALENESS,
-        group_size=8,
-        prompts_per_update=16,
-        model="tiny desk model",
-        num_parameters=157_312,
-        numerics="fp8",
+        RunStarted(
+            version=0,
+            variant="decoupled_exact",
+            r_d="old/mu",
+            r_s="theta/old",
+            corrects_mismatch=True,
+            source="snapshot",
+            runtime="local",
+            seed=seed,
+            denominator="tokens",
+            band=1.1,
+            eps_low=0.2,
+            eps_high=0.28,
+            truncation=None,
+            max_staleness=MAX_STALENESS,
+            group_size=8,
+            prompts_per_update=16,
+            model="tiny desk model",
+            num_parameters=157_312,
+            num_trained=157_312,
+            numerics="fp8",
+        )
     )
-    log.emit(EventKind.WARM_START, version=0, steps=400, loss=0.31, cached=False, seconds_s=12.2)
+    log.emit(WarmStarted(version=0, steps=400, loss=0.31, cached=False, seconds_s=12.2))
 
 
 def _evaluate(log: EventLog, stage: str, version: int, success: float) -> None:
     for mode, bonus in (("sampled", 0.0), ("greedy", 0.1)):
         found = wilson(round(192 * min(success + bonus, 1)), 192)
         log.emit(
-            EventKind.EVALUATION,
-            version=version,
-            stage=stage,
-            mode=mode,
-            mean=found.mean,
-            low=found.low,
-            high=found.high,
-            num_episodes=192,
-            seconds_s=1.9,
+            Evaluated(
+                version=version,
+                stage=stage,
+                mode=mode,
+                mean=found.mean,
+                low=found.low,
+                high=found.high,
+                num_episodes=192,
+                rewards=[float(index < round(192 * min(success + bonus, 1))) for index in range(192)],
+                seconds_s=1.9,
+            )
         )
 
 
@@ -129,40 +135,58 @@ def _update(log: EventLog, rng: np.random.Generator, version: int, success: floa
     lags, counts = np.unique(columns["staleness"], return_counts=True)
     wait_s, step_s = float(rng.gamma(2, 0.2)), 0.8 + 0.1 * float(rng.random())
     log.emit(
-        EventKind.UPDATE,
-        version=version,
-        metrics={
-            "reward/mean": success + 0.05,
-            "reward/success": success,
-            "loss/value": float(rng.normal(0, 0.02)),
-            "grad/norm": float(rng.gamma(4, 0.1)),
-            "mask/rho": float(columns["active_mask"].mean()),
-            "mask/rho_band": float(columns["band_mask"].mean()),
-            "mask/rho_clip": float(columns["clip_mask"].mean()),
-            "ratio/ess": float(0.9 + 0.02 * rng.standard_normal()),
-            "kl/mu_prox_k1": float(abs(rng.normal(1e-3, 2e-4))),
-            "kl/mu_prox_k3": float(abs(rng.normal(1.2e-3, 2e-4))),
-            "kl/prox_theta_k3": float(abs(rng.normal(6e-3, 1e-3))),
-            "kl/prox_theta_k3@lag1": float("nan"),
-            "ratio/log_r_d_abs_mean": float(np.abs(columns["log_r_d"]).mean()),
-            "ratio/log_r_s_abs_mean": float(np.abs(columns["log_r_s"]).mean()),
-            "queue/running": float(rng.integers(90, 128)),
-            "queue/queued": float(rng.integers(0, 30)),
-            "staleness/mean": float(columns["staleness"].mean()),
-            "staleness/max": float(columns["staleness"].max()),
-            "throughput/engine_tokens_per_s": 2300 + 150 * float(rng.standard_normal()),
-            "throughput/trainer_tokens_per_s": 4900 + 300 * float(rng.standard_normal()),
-            "idle/engine_share": 0.03 + 0.02 * float(rng.random()),
-            "idle/trainer_share": wait_s / (wait_s + step_s + 0.4),
-            "time/wait_batch_s": wait_s,
-            "time/score_s": 0.25,
-            "time/step_s": step_s,
-            "time/publish_s": 0.06,
-            "time/update_s": wait_s + step_s + 0.31,
-        },
-        staleness_counts={str(lag): int(count) for lag, count in zip(lags, counts, strict=True)},
+        Updated(
+            version=version,
+            metrics={
+                "reward/mean": success + 0.05,
+                "episode/num": 128.0,
+                "episode/multi_version": 71 / 128,
+                "copies/trainer": 6.2,
+                "copies/engine": 2.0,
+                "mask/num_nonfinite": 0.0,
+                "ratio/log_r_d_abs_max": float(np.abs(columns["log_r_d"]).max()),
+                "reward/success": success,
+                "loss/value": float(rng.normal(0, 0.02)),
+                "grad/norm": float(rng.gamma(4, 0.1)),
+                "mask/rho": float(columns["active_mask"].mean()),
+                "mask/rho_band": float(columns["band_mask"].mean()),
+                "mask/rho_clip": float(columns["clip_mask"].mean()),
+                "ratio/ess": float(0.9 + 0.02 * rng.standard_normal()),
+                "kl/mu_prox_k1": float(abs(rng.normal(1e-3, 2e-4))),
+                "kl/mu_prox_k3": float(abs(rng.normal(1.2e-3, 2e-4))),
+                "kl/prox_theta_k3": float(abs(rng.normal(6e-3, 1e-3))),
+                "kl/prox_theta_k3@lag1": float("nan"),
+                "ratio/log_r_d_abs_mean": float(np.abs(columns["log_r_d"]).mean()),
+                "ratio/log_r_s_abs_mean": float(np.abs(columns["log_r_s"]).mean()),
+                "queue/running": float(rng.integers(90, 128)),
+                "queue/queued": float(rng.integers(0, 30)),
+                "staleness/mean": float(columns["staleness"].mean()),
+                "staleness/max": float(columns["staleness"].max()),
+                "throughput/engine_tokens_per_s": 2300 + 150 * float(rng.standard_normal()),
+                "throughput/trainer_tokens_per_s": 4900 + 300 * float(rng.standard_normal()),
+                "idle/engine_share": 0.03 + 0.02 * float(rng.random()),
+                "idle/trainer_share": wait_s / (wait_s + step_s + 0.4),
+                "time/wait_batch_s": wait_s,
+                "time/score_s": 0.25,
+                "time/step_s": step_s,
+                "time/publish_s": 0.06,
+                "time/update_s": wait_s + step_s + 0.31,
+            },
+            staleness_counts={str(lag): int(count) for lag, count in zip(lags, counts, strict=True)},
+            provenance={"exact": NUM_TOKENS},
+        )
     )
-    log.emit(EventKind.PROBE, version=version, max_abs_error=3.1e-6, mean_abs_error=4e-7, num_tokens=64, num_above=0)
+    log.emit(
+        Probed(
+            version=version,
+            max_abs_error=3.1e-6,
+            mean_abs_error=4e-7,
+            num_tokens=64,
+            num_above=0,
+            consistency_publish_max_abs_error=0.0,
+            consistency_lag0_max_abs_error=2.4e-7,
+        )
+    )
 
 
 def _episode(rng: np.random.Generator, version: int, reward: float) -> Episode:
@@ -217,53 +241,14 @@ def _sampled(rng: np.random.Generator, text: str, version: int) -> EpisodeSegmen
     )
 
 
-def _summary(num_updates: int, seed: int) -> Summary:
-    return Summary(
-        success_before=wilson(46, 192),
-        success_after=wilson(136, 192),
-        greedy_before=wilson(65, 192),
-        greedy_after=wilson(155, 192),
-        gain=paired_gain([0.0] * 146 + [1.0] * 46, [1.0] * 100 + [0.0] * 56 + [1.0] * 36),
-        num_updates=num_updates,
-        num_trajectories=128 * num_updates,
-        num_multi_version_trajectories=71 * num_updates,
-        staleness_mean=2.61,
-        staleness_max=MAX_STALENESS,
-        provenance={"exact": NUM_TOKENS * num_updates},
-        witness_publish_max_abs_error=0.0,
-        witness_lag0_max_abs_error=2.4e-7,
-        probe_max_abs_error=3.1e-6,
-        log_r_d_mean_abs=0.0349,
-        log_r_d_max_abs=0.41,
-        rho_mean=0.964,
-        num_dropped_nonfinite=0,
-        version_bytes_mean=2.9e5,
-        version_share_of_copy=0.71,
-        version_share_of_average=0.71,
-        switch_mean_s=4.2e-4,
-        sync_bytes_mean=4.1e5,
-        num_patch_syncs=0,
-        num_full_syncs=num_updates,
-        num_refused_patches=0,
-        trainer_copies_max=6.2,
-        engine_copies_max=2,
-        num_servers_down=0,
-        num_lost_tokens=0,
-        train_wall_s=1.7 * num_updates,
-        engine_idle_share=0.04,
-        trainer_idle_share=0.23,
-        runtime="local",
-        variant="decoupled_exact",
-        source="snapshot",
-        seed=seed,
-        ended="done",
-        accounting={
-            "submitted": 128 * num_updates + 40,
-            "trained": 128 * num_updates,
-            "filtered": 8,
-            "failed": 1,
-            "cancelled": 31,
-            "queued": 0,
-            "running": 0,
-        },
-    )
+def _account(num_updates: int) -> dict[str, int]:
+    trained = 128 * num_updates
+    return {
+        "submitted": trained + 40,
+        "trained": trained,
+        "filtered": 8,
+        "failed": 1,
+        "cancelled": 31,
+        "queued": 0,
+        "running": 0,
+    }

@@ -1,11 +1,12 @@
-"""The referee's section: numbers of the events, added up and divided."""
+"""The audit's section: numbers of the events, added up and divided."""
 
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from oldlogits.record.events import EventKind, EventLog
+from oldlogits.record.event_log import EventLog
+from oldlogits.record.events import Audited, AverageWasReset
 from oldlogits.record.report.data import read_run
 from oldlogits.record.report.decisions import decisions, pooled
 from oldlogits.record.report.page import write_report
@@ -20,24 +21,24 @@ SECOND = FIRST | {"wrongly_masked": [0, 4, 0], "logp_error": [0.0, 3.0, 0.0], "n
 
 
 @pytest.fixture
-def refereed(fake_run) -> Path:
+def audited(fake_run) -> Path:
     run = fake_run(2)
     with EventLog(run / "events.jsonl") as log:
         for fields in (FIRST, SECOND):
-            log.emit(EventKind.REFEREE, version=2, policy="ewma", seconds_s=0.1, **fields)
+            log.emit(Audited(version=2, policy="ewma", seconds_s=0.1, **fields))
     return run
 
 
-def test_sums_add_up_by_staleness_and_a_staleness_without_tokens_is_left_out(refereed):
-    found = pooled(read_run(refereed).referee)
+def test_sums_add_up_by_staleness_and_a_staleness_without_tokens_is_left_out(audited):
+    found = pooled(read_run(audited).audits)
     assert set(found) == {0, 1}
     assert found[1]["num_tokens"] == 40
     assert found[1]["wrongly_masked"] == 6
     assert found[0]["logp_error"] == 0
 
 
-def test_the_table_divides_each_sum_by_its_own_denominator(refereed):
-    (figure,) = decisions(read_run(refereed))["The referee"]
+def test_the_table_divides_each_sum_by_its_own_denominator(audited):
+    (figure,) = decisions(read_run(audited))["The exact audit"]
     assert figure.table[0][:3] == ("staleness", "tokens", "mean |log-prob error|")
     assert figure.table[1:] == (
         ("0", "20", "0", "0.00%", "0.00%", "0.00%", "0.00%", "0.00%", "0.00%"),
@@ -50,12 +51,12 @@ RESET = {"rule": "paper", "rho": 0.8, "tau": 0.9, "kept_average": 0.7, "kept_liv
 ERRORS = {"error_before": 0.04, "error_after": 0.02, "weight_error_before": 0.5, "weight_error_after": 0.25}
 
 
-def test_resets_are_listed_with_their_decision_errors_and_the_mean_of_those_that_were_refereed(fake_run):
+def test_resets_are_listed_with_their_decision_errors_and_the_mean_of_those_that_were_audited(fake_run):
     run = fake_run(2)
     with EventLog(run / "events.jsonl") as log:
-        log.emit(EventKind.AVERAGE_RESET, version=1, **RESET, **ERRORS)
-        log.emit(EventKind.AVERAGE_RESET, version=2, **RESET, **dict.fromkeys(ERRORS))
-        log.emit(EventKind.AVERAGE_RESET, version=2, **RESET, **ERRORS | {"error_before": 0.06})
+        log.emit(AverageWasReset(version=1, **RESET, **ERRORS))
+        log.emit(AverageWasReset(version=2, **RESET, **dict.fromkeys(ERRORS)))
+        log.emit(AverageWasReset(version=2, **RESET, **ERRORS | {"error_before": 0.06}))
     (figure,) = decisions(read_run(run))["Resets of the average"]
     row = ("paper", "80.00% < 90%", "1.2", "70.00%", "85.00%")
     assert figure.table[1:] == (
@@ -74,7 +75,7 @@ def test_of_many_resets_the_last_are_listed_and_all_are_counted(fake_run):
     run = fake_run(2)
     with EventLog(run / "events.jsonl") as log:
         for i in range(60):
-            log.emit(EventKind.AVERAGE_RESET, version=2, **RESET, **ERRORS | {"error_after": i / 100})
+            log.emit(AverageWasReset(version=2, **RESET, **ERRORS | {"error_after": i / 100}))
     (figure,) = decisions(read_run(run))["Resets of the average"]
     assert [cells[7] for cells in figure.table[1:-1]] == [f"{i}.00%" for i in range(10, 60)]
     assert figure.table[-1][0] == "mean of 60"
@@ -82,10 +83,10 @@ def test_of_many_resets_the_last_are_listed_and_all_are_counted(fake_run):
     assert "60 times; the last 50 are listed." in figure.caption
 
 
-def test_the_report_shows_chart_and_table_and_a_run_without_a_referee_shows_neither(refereed, fake_run):
-    page = write_report(refereed).read_text(encoding="utf-8")
+def test_the_report_shows_chart_and_table_and_a_run_without_an_audit_shows_neither(audited, fake_run):
+    page = write_report(audited).read_text(encoding="utf-8")
     root = ElementTree.fromstring(page.removeprefix("<!doctype html>"))
-    (section,) = [s for s in root.iter("section") if s.findtext("h2") == "The referee"]
+    (section,) = [s for s in root.iter("section") if s.findtext("h2") == "The exact audit"]
     assert section.findtext(".//h3") == "Tokens that ewma decides otherwise than old"
     assert [row.findtext("td") for row in section.iter("tr")][1:] == ["0", "1", "all"]
     assert "staleness 1: 40 tokens&#10;5.00% kept wrongly, 15.00% masked wrongly" in page.replace("\n", "&#10;")

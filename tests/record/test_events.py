@@ -2,13 +2,25 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oldlogits.record.events import FIELDS, EventKind, EventLog, MemoryLog, is_wall_clock, read_events, without_wall_clock
+from oldlogits.record.bus import EventBus, EventKind
+from oldlogits.record.event_log import (
+    EventLog,
+    MemoryLog,
+    RecordedEvent,
+    history,
+    is_wall_clock,
+    read_events,
+    without_wall_clock,
+)
+from oldlogits.record.events import FIELDS, CheckpointWritten, EvaluationProgressed, Probed, Updated, VersionPublished, Warned
 from oldlogits.record.jsonl import LineFile, RecordError, encode, number, read_lines
 
 JSON = st.recursive(
@@ -43,8 +55,8 @@ def test_seq_counts_from_0_and_goes_on_after_a_resume(tmp_path: Path):
     path = tmp_path / "events.jsonl"
     for version in (0, 1):
         with EventLog(path) as log:
-            log.emit(EventKind.WARNING, version=version, name="a", message="a", figures={})
-            log.emit(EventKind.CHECKPOINT, version=version, path="b")
+            log.emit(Warned(version=version, name="a", message="a", figures={}))
+            log.emit(CheckpointWritten(version=version, path="b"))
     assert [(event.seq, event.kind, event.version) for event in read_events(path)] == [
         (0, EventKind.WARNING, 0),
         (1, EventKind.CHECKPOINT, 0),
@@ -58,42 +70,101 @@ def test_a_log_cut_at_any_byte_is_readable_and_is_continued_without_gaps(tmp_pat
     path = tmp_path / "events.jsonl"
     with EventLog(path) as log:
         for index in range(3):
-            log.emit(EventKind.WARNING, version=index, name="a", message="höher", figures={})
+            log.emit(Warned(version=index, name="a", message="höher", figures={}))
     path.write_bytes(path.read_bytes()[:-cut])
     num_whole = path.read_bytes().count(b"\n")
     assert len(list(read_events(path))) == num_whole
     with EventLog(path) as log:
-        log.emit(EventKind.WARNING, version=9, name="a", message="again", figures={})
+        log.emit(Warned(version=9, name="a", message="again", figures={}))
     assert [event.seq for event in read_events(path)] == list(range(num_whole + 1))
     assert [event.version for event in read_events(path)][-1] == 9
 
 
 def test_an_event_is_on_disk_when_emit_returns(tmp_path: Path):
     log = EventLog(tmp_path / "events.jsonl")
-    log.emit(EventKind.WARNING, version=0, name="a", message="a", figures={})
+    log.emit(Warned(version=0, name="a", message="a", figures={}))
     assert len(list(read_events(tmp_path / "events.jsonl"))) == 1
     log.close()
 
 
 def test_an_event_without_a_field_of_its_kind_is_refused_and_names_it():
-    with pytest.raises(RecordError, match="fix: pass num_above, num_tokens"):
-        MemoryLog().emit(EventKind.PROBE, version=1, max_abs_error=0.0, mean_abs_error=0.0)
+    with pytest.raises(TypeError, match=r"num_tokens.*num_above"):
+        Probed(
+            version=1,
+            max_abs_error=0.0,
+            mean_abs_error=0.0,
+            consistency_publish_max_abs_error=0.0,
+            consistency_lag0_max_abs_error=0.0,
+        )
 
 
 @pytest.mark.parametrize("key", ["seq", "kind"])
 def test_a_field_cannot_take_the_name_of_the_head(key: str):
-    with pytest.raises((RecordError, TypeError)):
-        MemoryLog().emit(EventKind.CHECKPOINT, version=1, path="x", **{key: 4})
+    with pytest.raises(TypeError, match=key):
+        CheckpointWritten(version=1, path="x", **{key: 4})
 
 
-@pytest.mark.parametrize("fields", [{"seconds_s": "soon"}, {"seconds_s": 1.0, "detail": {"idle_share": [1]}}])
-def test_a_wall_clock_key_holds_a_number(fields: dict):
+@pytest.mark.parametrize(
+    "event",
+    [
+        VersionPublished(version=1, bytes=3, version_bytes=1, full_bytes=4, changed=0.5, store_s=0.1, seconds_s="soon"),
+        Updated(version=1, metrics={"idle/engine_share": [1]}, staleness_counts={}),
+    ],
+)
+def test_a_wall_clock_key_holds_a_number(event):
     with pytest.raises(RecordError, match="wall-clock"):
-        MemoryLog().emit(EventKind.PUBLISHED, version=1, bytes=3, version_bytes=1, changed=0.5, store_s=0.1, **fields)
+        MemoryLog().emit(event)
 
 
-def test_every_kind_states_its_fields():
+def test_every_kind_has_one_class_and_states_its_fields():
     assert set(FIELDS) == set(EventKind)
+    assert FIELDS[EventKind.UPDATE] == {"metrics", "staleness_counts", "provenance"}, "tables and trajectories are not recorded"
+
+
+def test_what_is_only_shown_is_not_recorded_and_takes_no_number():
+    log = MemoryLog()
+    log.emit(EvaluationProgressed(version=1, num_ended=3, num_episodes=8))
+    log.emit(CheckpointWritten(version=1, path="x"))
+    assert [(event.seq, event.kind) for event in log.events] == [(0, EventKind.CHECKPOINT)]
+
+
+def test_a_bus_hands_an_event_to_its_subscribers_in_their_order():
+    seen = []
+    names = ("first", "second")
+    bus = EventBus(*(SimpleNamespace(emit=lambda event, name=name: seen.append((name, event.path))) for name in names))
+    for path in ("x", "y"):
+        bus.emit(CheckpointWritten(version=1, path=path))
+    assert seen == [("first", "x"), ("second", "x"), ("first", "y"), ("second", "y")]
+
+
+def started(version, num_kept=None):
+    return RecordedEvent(seq=0, kind=EventKind.RUN_STARTED, version=version, fields={"num_kept": num_kept})
+
+
+def numbered(events):
+    return [replace(event, seq=seq) for seq, event in enumerate(events)]
+
+
+def test_a_run_that_goes_on_keeps_the_events_up_to_its_checkpoint_and_no_later_one():
+    event = RecordedEvent(seq=0, kind=EventKind.UPDATE, version=1, fields={})
+    scored = replace(event, kind=EventKind.SCORED)
+    # 0 start, 1 update 1, [checkpoint after 2 events], 2 scored at 1, 3 update 2, 4 start again, 5 scored at 1, 6 update 2
+    line = [started(0), event, scored, replace(event, version=2), started(1, num_kept=2), scored, replace(event, version=2)]
+    assert [kept.seq for kept in history(numbered(line))] == [0, 1, 4, 5, 6]
+    again = [*line, started(2, num_kept=7), replace(event, version=3)]
+    assert [kept.seq for kept in history(numbered(again))] == [0, 1, 4, 5, 6, 7, 8]
+
+
+def test_in_a_folder_that_does_not_say_what_is_kept_later_versions_are_left_out():
+    event = RecordedEvent(seq=0, kind=EventKind.UPDATE, version=1, fields={})
+    line = [started(0), event, replace(event, version=2), started(1), replace(event, version=2)]
+    assert [kept.seq for kept in history(numbered(line))] == [0, 1, 3, 4]
+
+
+def test_the_audit_of_an_old_run_folder_is_read_under_its_new_name(tmp_path: Path):
+    with LineFile(tmp_path / "events.jsonl") as file:
+        file.append({"seq": 0, "kind": "referee", "version": 0})
+    assert [event.kind for event in read_events(tmp_path / "events.jsonl")] == [EventKind.AUDIT]
 
 
 @pytest.mark.parametrize(
@@ -117,13 +188,15 @@ def test_wall_clock_is_told_from_the_key_alone_and_the_ratio_r_s_is_no_duration(
 def test_two_runs_that_differ_in_time_only_have_equal_events_without_wall_clock_keys():
     logs = MemoryLog(), MemoryLog()
     for log, speed in zip(logs, (1.0, 3.0), strict=True):
-        log.emit(EventKind.PUBLISHED, version=1, bytes=3, version_bytes=1, changed=0.5, store_s=speed, seconds_s=speed)
         log.emit(
-            EventKind.UPDATE,
-            version=1,
-            metrics={"mask/rho": 0.9, "time/step_s": speed},
-            staleness_counts={"0": 4},
-            lags=[{"a_s": speed}],
+            VersionPublished(version=1, bytes=3, version_bytes=1, full_bytes=4, changed=0.5, store_s=speed, seconds_s=speed)
+        )
+        log.emit(
+            Updated(
+                version=1,
+                metrics={"mask/rho": 0.9, "time/step_s": speed},
+                staleness_counts={"0": 4},
+            )
         )
     first, second = ([(event.seq, event.kind, without_wall_clock(event.fields)) for event in log.events] for log in logs)
     assert first == second

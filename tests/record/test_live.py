@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from oldlogits.record.events import Evaluated, ServerUp, Updated, Warned
+from oldlogits.record.intervals import Interval
 from oldlogits.record.live import LiveView, learned_sentence, print_summary, sparkline
-from oldlogits.record.summary import Interval, Summary
+from oldlogits.record.summary import Summary
 
 METRICS = {"reward/mean": 0.5, "reward/success": 0.25, "mask/rho": 0.97, "staleness/mean": 1.5, "staleness/max": 4.0}
 
@@ -45,6 +47,37 @@ def test_on_a_terminal_the_panel_holds_the_latest_values_within_80_columns():
         "probe 3.0e-06",
     ):
         assert text in last
+
+
+def updated(version, **metrics):
+    found = METRICS | {name.replace("__", "/"): value for name, value in metrics.items()}
+    return Updated(version=version, metrics=found, staleness_counts={})
+
+
+def test_the_speed_beside_an_evaluation_is_that_of_the_engine_while_it_samples():
+    """What it sampled ahead during an evaluation leaves it idle in the update after: 100 tokens in 50 s, 0.04 s of it busy."""
+    out = io.StringIO()
+    rate = {"throughput__engine_tokens_per_s": 2.0, "throughput__engine_busy_tokens_per_s": 2500.0}
+    with LiveView(total_updates=2, title="t", console=Console(file=out, width=200)) as view:
+        view.emit(updated(1, **rate))
+        view.emit(updated(2, throughput__engine_tokens_per_s=0.0))
+    first, second = out.getvalue().splitlines()
+    assert first.endswith("engine 2,500 tokens/s")
+    assert "tokens/s" not in second, "an engine that sampled nothing has no speed"
+
+
+def test_what_happens_between_updates_is_one_line_each():
+    out = io.StringIO()
+    rate = {"mean": 0.5, "low": 0.25, "high": 0.75, "num_episodes": 4, "rewards": [], "seconds_s": 2.0}
+    with LiveView(total_updates=2, title="t", console=Console(file=out, width=200)) as view:
+        view.emit(Evaluated(version=0, stage="before", mode="greedy", **rate))
+        view.emit(Warned(version=0, name="a", message="look", figures={}))
+        view.emit(ServerUp(version=0, server="http://a", reason="started again"))
+    assert out.getvalue().splitlines() == [
+        "held-out success before training, greedy: 50.0% [25.0%, 75.0%] of 4, 2 s",
+        "warning: look",
+        "server http://a is up: started again",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ import pytest
 from oldlogits.cli.report import report
 from oldlogits.core.errors import ConfigError
 from oldlogits.record.episodes import Episode, EpisodeLog, EpisodeSegment
-from oldlogits.record.events import EventKind, EventLog
+from oldlogits.record.event_log import EventLog
+from oldlogits.record.events import RunStarted, Updated, Warned
 from oldlogits.record.report.charts import Bar, Bound, Line, bar_chart, line_chart, log_ticks, nice_ticks, x_axis, y_axis
 from oldlogits.record.report.data import Update, binned, read_run
 from oldlogits.record.report.page import write_report
@@ -66,7 +67,7 @@ def test_what_episodes_and_recipes_say_is_escaped(fake_run):
     with EpisodeLog(run / "episodes.jsonl") as log:
         log.append(evil)
     with EventLog(run / "events.jsonl") as log:
-        log.emit(EventKind.WARNING, version=2, name="a", message=EVIL, figures={})
+        log.emit(Warned(version=2, name="a", message=EVIL, figures={}))
     (run / "config.toml").write_text(f"x = '''{EVIL}'''")
     html = page(run)
     assert html.count("<script") == 1
@@ -111,7 +112,7 @@ def test_runs_of_any_length_are_drawn_with_a_bounded_number_of_points(fake_run, 
     if num_updates == 500:
         with EventLog(run / "events.jsonl") as log:
             for version in range(3, 501):
-                log.emit(EventKind.UPDATE, version=version, metrics={"mask/rho": 0.9}, staleness_counts={"0": 1})
+                log.emit(Updated(version=version, metrics={"mask/rho": 0.9}, staleness_counts={"0": 1}))
     root = ElementTree.fromstring(page(run).removeprefix("<!doctype html>"))
     paths = [path.get("d") for path in root.iter() if path.tag == "path" and "line" in path.get("class").split()]
     assert paths
@@ -122,8 +123,8 @@ def test_after_a_resume_the_updates_that_were_made_anew_replace_the_abandoned_on
     run = fake_run(4)
     started = read_run(run).started
     with EventLog(run / "events.jsonl") as log:
-        log.emit(EventKind.RUN_STARTED, version=2, **started)
-        log.emit(EventKind.UPDATE, version=3, metrics={"mask/rho": 0.5}, staleness_counts={"1": 7})
+        log.emit(RunStarted(version=2, **started))
+        log.emit(Updated(version=3, metrics={"mask/rho": 0.5}, staleness_counts={"1": 7}))
     data = read_run(run)
     assert [update.version for update in data.updates] == [1, 2, 3]
     assert data.updates[-1].metrics == {"mask/rho": 0.5}
@@ -136,8 +137,8 @@ def test_where_ratios_are_truncated_the_report_names_the_truncation_and_no_clip(
     run = fake_run(2)
     started = {**read_run(run).started, "eps_low": None, "eps_high": None, "truncation": 2.0}
     with EventLog(run / "events.jsonl") as log:
-        log.emit(EventKind.RUN_STARTED, version=0, **started)
-        log.emit(EventKind.UPDATE, version=1, metrics={"mask/rho": 0.5}, staleness_counts={"1": 7})
+        log.emit(RunStarted(version=0, **started))
+        log.emit(Updated(version=1, metrics={"mask/rho": 0.5}, staleness_counts={"1": 7}))
     text = page(run)
     assert "No token is clipped: the weight of its gradient is truncated." in text
     assert "truncated at 2" in text

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oldlogits.record.intervals import paired_gain, wilson
 from oldlogits.record.jsonl import RecordError
-from oldlogits.record.summary import Summary, paired_gain, wilson
+from oldlogits.record.summary import Summary
 
 Z = 1.959963984540054
 

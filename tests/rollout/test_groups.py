@@ -9,7 +9,7 @@ from oldlogits.core.engine import Generation, Sampling, Span
 from oldlogits.core.errors import EnvironmentShapeError, WorkerDiedError
 from oldlogits.envs.parsers.plain import PlainParser
 from oldlogits.models.chat import ChatFormat
-from oldlogits.record.events import EventKind
+from oldlogits.record.bus import EventKind
 from oldlogits.rollout.buffer import Buffer
 from oldlogits.rollout.environment_runner import run_inline
 from oldlogits.rollout.groups import FAILURES_IN_A_ROW, Rollouts, evaluate
@@ -68,8 +68,8 @@ class Events:
     def __init__(self):
         self.all = []
 
-    def emit(self, kind, *, version, **fields):
-        self.all.append(SimpleNamespace(kind=kind, version=version, **fields))
+    def emit(self, event):
+        self.all.append(event)
 
     def of(self, kind):
         return [event for event in self.all if event.kind is kind]
@@ -222,6 +222,18 @@ def test_a_group_that_fails_is_counted_told_and_replaced():
         ]
         assert {group.id for group in await world.buffer.take(0)} == {"g000001", "g000002"}
         world.buffer.check()
+
+    in_world(scenario, rows=lambda index: {"fails": index == 0})
+
+
+def test_every_episode_that_ends_well_has_a_time_after_its_last_turn_and_none_is_remembered_for_ever():
+    async def scenario(world):
+        world.engine.gate.set()
+        await world.admit(num_wanted=2)  # the first group fails and is replaced
+        found = world.rollouts.latency.metrics()
+        assert (found["turn/num_first"], found["turn/num_last"]) == (4, 4)
+        assert found["turn/last_max_s"] >= found["turn/last_p50_s"] >= 0
+        assert world.rollouts.latency.num_running == 0
 
     in_world(scenario, rows=lambda index: {"fails": index == 0})
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from oldlogits.record.events import EventKind
+from oldlogits.record.bus import EventKind
 from oldlogits.run.run import run
 
 from ..runs import check_accounting, events_of, recipe, summary_of, tokens_of
@@ -25,8 +25,8 @@ def played(tiny_folder, tmp_path):
         is_mixed = tokens["provenance"] == "mixed_kv"
         assert min(is_mixed.sum(), (~is_mixed).sum()) > 0
         assert summary_of(out)["provenance"] == {"exact": (~is_mixed).sum(), "mixed_kv": is_mixed.sum()}
-        assert result.summary.witness_publish_max_abs_error <= 1e-6
-        assert result.summary.witness_lag0_max_abs_error <= 1e-6
+        assert result.summary.consistency_publish_max_abs_error <= 1e-6
+        assert result.summary.consistency_lag0_max_abs_error <= 1e-6
         return tokens, is_mixed
 
     return play
@@ -47,7 +47,7 @@ def test_old_is_what_the_engine_gave_over_entries_of_several_versions(lag, playe
 def test_the_referees_old_is_that_of_the_engines_own_entries(tiny_folder, tmp_path):
     sections = {"variant": "ppo_clip_train_infer", "proximal": {"source": "none"}, "audit": {"share": 1.0}}
     assert run(recipe(tiny_folder, engine=STALE["engine"], **sections), tmp_path / "run").error is None
-    refereed = [event.fields for event in events_of(tmp_path / "run", EventKind.REFEREE)]
+    refereed = [event.fields for event in events_of(tmp_path / "run", EventKind.AUDIT)]
     assert sum(sum(fields["num_compared"]) for fields in refereed) > 500
     assert max(max(fields["logp_error"]) for fields in refereed) <= 1e-4, "mu is OLD, whatever it attended to"
 

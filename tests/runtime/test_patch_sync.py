@@ -5,7 +5,7 @@ import pytest
 
 from oldlogits.cli.main import run as command
 from oldlogits.core.errors import ReceiverBehindError
-from oldlogits.record.events import EventKind
+from oldlogits.record.bus import EventKind
 from oldlogits.versions import HostCopy
 
 from ..runs import events_of, recipe, summary_of, tokens_of, write_recipe
@@ -39,8 +39,8 @@ def test_versions_reach_the_engine_as_patches_and_old_logits_stay_exact(tiny_fol
     assert summary["trainer_copies_max"] == pytest.approx(1 + copies)  # the live weights and the store
     assert 1 <= copies < 2
     assert summary["engine_copies_max"] == 2  # the host's and the engine's
-    assert summary["witness_publish_max_abs_error"] <= 1e-5
-    assert summary["witness_lag0_max_abs_error"] <= 1e-5
+    assert summary["consistency_publish_max_abs_error"] <= 1e-5
+    assert summary["consistency_lag0_max_abs_error"] <= 1e-5
     assert summary["probe_max_abs_error"] <= 1e-5
     tokens = tokens_of(out, "log_r_d", "provenance")
     assert set(tokens["provenance"]) == {"exact"}
@@ -81,4 +81,4 @@ def test_versions_over_the_budget_lie_in_the_run_folder(tiny_folder, tmp_path):
     assert any((out / "versions").iterdir())
     summary = summary_of(out)
     assert summary["provenance"].keys() == {"exact"}
-    assert summary["witness_publish_max_abs_error"] <= 1e-5
+    assert summary["consistency_publish_max_abs_error"] <= 1e-5

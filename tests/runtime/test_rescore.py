@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from oldlogits.record.events import EventKind
+from oldlogits.record.bus import EventKind
 from oldlogits.run.run import run
 
 from ..runs import check_accounting, events_of, recipe, summary_of, tokens_of

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from oldlogits.config import check, config_from_table
 from oldlogits.core.errors import ConfigError, WorkerDiedError
-from oldlogits.loop import loop
+from oldlogits.loop import make
 from oldlogits.loop.weight_sync import check_partials
 from oldlogits.run.run import run
 from oldlogits.sources import NoSource
@@ -61,8 +61,8 @@ def play(tmp_path, monkeypatch, chatml_llama):
         sources.append(make_source(*arguments))
         return sources[-1]
 
-    make_source = loop.make_source
-    monkeypatch.setattr(loop, "make_source", remember)
+    make_source = make.make_source
+    monkeypatch.setattr(make, "make_source", remember)
 
     def played(route, runtime, **more):
         table = {
@@ -120,8 +120,8 @@ def test_in_lockstep_training_is_the_same_run_under_every_exact_route(play):
             assert_settled(result, source)
         account = result.summary.accounting
         assert min(account["failed"], account["filtered"], account["trained"]) > 0
-        assert result.summary.witness_publish_max_abs_error <= 1e-5
-        assert result.summary.witness_lag0_max_abs_error <= 1e-5
+        assert result.summary.consistency_publish_max_abs_error <= 1e-5
+        assert result.summary.consistency_lag0_max_abs_error <= 1e-5
         assert result.summary.provenance.keys() == {"exact"}
         runs[route] = (weights_of(out), tables_of(out), account, [e["bytes"] for e in events_of(out, "published")])
     weights, tables, account, _ = runs.pop("snapshot")
@@ -146,7 +146,7 @@ def test_a_route_is_exact_with_processes_of_its_own(route, play):
     result, source, out = play(route, "local", env={"latency_s": 0.01})
     assert result.error is None
     assert_settled(result, source)
-    assert result.summary.witness_publish_max_abs_error <= 1e-5
+    assert result.summary.consistency_publish_max_abs_error <= 1e-5
     assert_exact(out)
     updates = events_of(out, "update")
     assert all(update["metrics"]["source/fallback_tokens"] == 0 for update in updates)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from oldlogits.cli.main import run as command
-from oldlogits.record.events import EventKind
+from oldlogits.record.bus import EventKind
 
 from ..runs import (
     after_updates,

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from oldlogits.record.events import EventKind
+from oldlogits.record.bus import EventKind
 from oldlogits.run.run import run
 from oldlogits.train.checkpoint import of_kind, read_state
 
@@ -102,8 +102,8 @@ def test_two_ranks_give_the_losses_the_old_logits_and_the_weights_of_one_process
     if case == "ewma":
         assert largest_difference(left, right, "averaged") <= 1e-4
     summary = summary_of(tmp_path / "two")
-    assert summary["witness_lag0_max_abs_error"] is None or summary["witness_lag0_max_abs_error"] <= 1e-6
-    assert summary["witness_publish_max_abs_error"] in (0, None)
+    assert summary["consistency_lag0_max_abs_error"] is None or summary["consistency_lag0_max_abs_error"] <= 1e-6
+    assert summary["consistency_publish_max_abs_error"] in (0, None)
     assert summary["probe_max_abs_error"] <= 1e-4
     check_accounting(tmp_path / "two")
 
@@ -122,7 +122,7 @@ def test_patches_of_the_slices_bring_the_engine_from_version_to_version_without_
     assert (summary["num_patch_syncs"], summary["num_full_syncs"], summary["num_refused_patches"]) == (4, 1, 0)
     assert summary["version_share_of_copy"] < 0.3
     assert summary["provenance"].keys() == {"exact"}
-    assert summary["witness_publish_max_abs_error"] in (0, None)
+    assert summary["consistency_publish_max_abs_error"] in (0, None)
     assert summary["probe_max_abs_error"] <= 1e-4, "the engine holds the bits of all slices"
 
 

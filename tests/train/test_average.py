@@ -11,7 +11,7 @@ from oldlogits.core.errors import RunFolderError
 from oldlogits.core.policies import EWMA
 from oldlogits.core.scoring import Scored
 from oldlogits.models.load import load_model, named_weights
-from oldlogits.record.events import without_wall_clock
+from oldlogits.record.event_log import without_wall_clock
 from oldlogits.run.specs import trainer_spec
 from oldlogits.train.average import RECENT_LAGS, Averaging
 from oldlogits.train.checkpoint import read_state

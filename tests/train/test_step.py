@@ -319,9 +319,9 @@ def test_with_experts_the_lag_0_witness_leaves_out_one_sequence_and_counts_its_t
         values = np.where(chosen, scored.values - np.float32(0.125), scored.values)
         return run(case, config, dataclasses.replace(scored, values=values), batch=batch)[0]
 
-    assert moved(lag0 & False).metrics["witness/num_lag0_above"] == 0
+    assert moved(lag0 & False).metrics["consistency/num_lag0_above"] == 0
     result = moved(lag0 & (sequence == 3))
-    assert result.metrics["witness/num_lag0_above"] == 4
+    assert result.metrics["consistency/num_lag0_above"] == 4
     assert result.lag0_max_abs_error == pytest.approx(0.125, abs=1e-5)
     with pytest.raises(ExactnessError, match=r"differ by up to 1\.25e-01"):
         moved(lag0 & (sequence != 2))

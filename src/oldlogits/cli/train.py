@@ -130,10 +130,11 @@ def _recipe(named: Path | None, options: TrainOptions) -> Path:
 
 def _dry_run(config: RunConfig) -> int:
     """Print the resolved recipe and its cost."""
-    from oldlogits.record.toml import dump_toml
+    import tomli_w
+
     from oldlogits.run.cost import estimate
 
-    print(dump_toml(dataclasses.asdict(config)))
+    print(tomli_w.dumps(dataclasses.asdict(config)))
     variant, cost = find_variant(config.variant), estimate(config)
     lines = [f"{config.variant}: r_d = {variant.r_d}, r_s = {variant.r_s}, total ratio {variant.total}"]
     lines += [f"warning: {caution.message}" for caution in cautions(config)]

@@ -10,13 +10,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Final
 
+import tomli_w
+
 from oldlogits.config import RunConfig, load_config
 from oldlogits.core.errors import ConfigError
-from oldlogits.record.events import EventKind, read_events
+from oldlogits.record.bus import EventKind
+from oldlogits.record.event_log import read_events
 from oldlogits.record.folder import RunFolder
 from oldlogits.record.jsonl import number
 from oldlogits.record.summary import Summary
-from oldlogits.record.toml import dump_toml
 
 METRICS: Final = ("success", "reward", "decision_error", "seconds", "bytes")
 """The figures of a run.
@@ -89,7 +91,7 @@ def plan_runs(
     ]
     for run in planned:
         there = RunFolder(path=run.folder).config
-        if there.is_file() and there.read_text(encoding="utf-8") != dump_toml(asdict(run.config)):
+        if there.is_file() and there.read_text(encoding="utf-8") != tomli_w.dumps(asdict(run.config)):
             raise ConfigError(
                 "the folder holds a run of another recipe",
                 got=str(run.folder),
@@ -132,7 +134,7 @@ def read_figures(planned: PlannedRun) -> RunFigures:
             success = number(fields["mean"])
         elif event.kind is EventKind.PUBLISHED:
             stored.append(number(fields["bytes"]) or 0.0)
-        elif event.kind is EventKind.REFEREE:
+        elif event.kind is EventKind.AUDIT:
             num_tokens += sum(_numbers(fields["num_tokens"]))
             num_wrong += sum((*_numbers(fields["wrongly_kept"]), *_numbers(fields["wrongly_masked"])))
         elif event.kind is EventKind.UPDATE and isinstance(metrics := fields["metrics"], dict):

@@ -150,6 +150,11 @@ class Trajectory:
         return tuple(sorted({segment.version for segment in self.sampled}))
 
 
+def is_success(reward: float) -> bool:
+    """Whether an episode of this reward succeeded: the reward is at least 1."""
+    return reward >= 1.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrajectoryGroup:
     """Trajectories of one task, whose rewards are compared with each other.

@@ -1,8 +1,8 @@
-"""The referee: exact log-probs beside those of the route in use, on a share of the batches.
+"""The exact audit: exact log-probs beside those of the route in use, on a share of the batches.
 
-    put_batch -> source.acquire -> referee.score: OLD from the store -> train -> referee.judge: two active sets, one event
+    put_batch -> source.acquire -> audit.score: OLD from the store -> train -> audit.conclude: two active sets, one event
 
-The referee only scores, with stored versions and the live one; nothing that training reads depends on it.
+The audit only scores, with stored versions and the live one; nothing that training reads depends on it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from oldlogits.core.scoring import BatchTokens, ScoringHandle
 from oldlogits.core.source import SourceHandles
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.objective import DecisionSums, decision_sums, exact_variant
-from oldlogits.record.events import EventKind, EventSink
+from oldlogits.record.bus import EventSink
+from oldlogits.record.events import Audited, AverageWasReset
 from oldlogits.sources import SnapshotSource, check_scored
 from oldlogits.train.step import UpdateResult
 from oldlogits.train.update_config import objective_of
@@ -33,12 +34,12 @@ _COLUMNS: Final = ("logp_mu", "logp_theta", "logp_proximal", "advantage", "loss_
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RefereeScores:
-    """What the referee scored of one batch, before the first optimizer step on it.
+class AuditScores:
+    """What the audit scored of one batch, before the first optimizer step on it.
 
     Args:
         old: float32 [loss token]; OLD.
-        live: float32 [loss token]; the live weights, where the stand-in is an average that may be reset to them.
+        live: float32 [loss token]; the live weights, where the proximal policy is an average that may be reset to them.
     """
 
     old: NDArray[np.float32]
@@ -49,10 +50,10 @@ class RefereeScores:
 class ResetEffect:
     """Decision error on the batch whose update asked for a reset: with the average, and had it been reset already.
 
-    Both are over the same tokens, under the same THETA and against the same OLD; only the stand-in differs. Before: the
+    Both are over the same tokens, under the same THETA and against the same OLD; only the proximal policy differs. Before: the
     average as it was used. After: what the average is when it is reset at the publish of the batch's version, which is
     the weights before the first optimizer step, those of `AverageReset.kept_live`. The reset itself comes after the
-    steps: what later batches make of it is in their own `referee` events.
+    steps: what later batches make of it is in their own `audit` events.
 
     Args:
         error_before: Tokens that the average decided otherwise than OLD / loss tokens.
@@ -68,7 +69,7 @@ class ResetEffect:
 
     @classmethod
     def of(cls, before: DecisionSums, after: DecisionSums) -> Self:
-        """Divide the sums of the two stand-ins."""
+        """Divide the sums of the two proximal policies."""
         return cls(
             error_before=_by_count(before),
             error_after=_by_count(after),
@@ -83,7 +84,7 @@ class ExactAudit:
     Args:
         config: The run.
         trainer: Holds the versions; its store keeps them as long as tokens of theirs are in flight.
-        events: Takes one `referee` event per refereed batch.
+        events: Takes one `audit` event per audited batch.
         clock: Seconds since some fixed point.
     """
 
@@ -95,12 +96,12 @@ class ExactAudit:
         self._seconds_s = 0.0
 
     def is_due(self, version: PolicyVersion) -> bool:
-        """Whether the batch that enters training at `version` is refereed: evenly spaced ones, of the recipe's share."""
+        """Whether the batch that enters training at `version` is audited: evenly spaced ones, of the recipe's share."""
         share = self._config.audit.share
         return math.floor((version + 1) * share) > math.floor(version * share)
 
-    async def score(self, batch: BatchTokens) -> RefereeScores | None:
-        """Score the batch in training, before its first optimizer step; None for a batch that is not refereed."""
+    async def score(self, batch: BatchTokens) -> AuditScores | None:
+        """Score the batch in training, before its first optimizer step; None for a batch that is not audited."""
         if not self.is_due(batch.trainer_version):
             return None
         started = self._clock()
@@ -108,9 +109,16 @@ class ExactAudit:
         check_scored(scored, batch.versions)
         live = await self._trainer.score(np.arange(len(batch.versions)), None) if self._watches_resets else None
         self._seconds_s = self._clock() - started
-        return RefereeScores(old=scored.values, live=live)
+        return AuditScores(old=scored.values, live=live)
 
-    def judge(self, scores: RefereeScores | None, result: UpdateResult, *, version: PolicyVersion) -> ResetEffect | None:
+    def conclude(self, scores: AuditScores | None, result: UpdateResult, *, version: PolicyVersion) -> None:
+        """Tell what the audit found, and of a reset of the average after the update, with what it is worth."""
+        effect = self.judge(scores, result, version=version)
+        if result.average_reset is not None:
+            errors = asdict(effect) if effect else {}
+            self._events.emit(AverageWasReset(version=version, **asdict(result.average_reset), **errors))
+
+    def judge(self, scores: AuditScores | None, result: UpdateResult, *, version: PolicyVersion) -> ResetEffect | None:
         """Write down how the update's active set differs from that of OLD under the same THETA.
 
         Args:
@@ -119,30 +127,25 @@ class ExactAudit:
             version: The version that the update made.
 
         Returns:
-            What the reset after the update is worth; None without a reset, or where the batch is not refereed.
+            What the reset after the update is worth; None without a reset, or where the batch is not audited.
         """
         if scores is None:
             return None
         column = {name: torch.from_numpy(np.ascontiguousarray(result.table[name])) for name in _COLUMNS}
         column["sequence"] = torch.from_numpy(np.unique(result.table["trajectory"], return_inverse=True)[1])
-        old, stand_in = torch.from_numpy(scores.old), self._variant.proximal
+        old, proximal = torch.from_numpy(scores.old), self._variant.proximal
         exact_active = self._active(exact_variant(self._variant), OLD, old, column)
         sums = self._sums(column["logp_proximal"], old, column["active_mask"], exact_active, column)
-        self._events.emit(
-            EventKind.REFEREE,
-            version=version,
-            policy=stand_in.value,
-            seconds_s=self._seconds_s,
-            **{name: by_staleness.tolist() for name, by_staleness in asdict(sums).items()},
-        )
+        by_staleness = {name: values.tolist() for name, values in asdict(sums).items()}
+        self._events.emit(Audited(version=version, policy=proximal.value, seconds_s=self._seconds_s, **by_staleness))
         if result.average_reset is None or scores.live is None:
             return None
         live = torch.from_numpy(scores.live)
-        live_active = self._active(self._variant, stand_in, live, column)
+        live_active = self._active(self._variant, proximal, live, column)
         return ResetEffect.of(sums, self._sums(live, old, live_active, exact_active, column))
 
     def _active(self, row: Variant, policy: Policy, values: Tensor, column: Mapping[str, Tensor]) -> Tensor:
-        """The tokens that are active under a row whose stand-in has these log-probs."""
+        """The tokens that are active under a row whose proximal policy has these log-probs."""
         tokens = LossInputs(
             logp={MU: column["logp_mu"], policy: values, THETA: column["logp_theta"]},
             advantages=column["advantage"],
@@ -156,10 +159,10 @@ class ExactAudit:
         return column["loss_mask"] & self._loss(tokens, objective).active_mask
 
     def _sums(
-        self, stand_in: Tensor, old: Tensor, active: Tensor, exact_active: Tensor, column: Mapping[str, Tensor]
+        self, proximal: Tensor, old: Tensor, active: Tensor, exact_active: Tensor, column: Mapping[str, Tensor]
     ) -> DecisionSums:
         return decision_sums(
-            stand_in,
+            proximal,
             old,
             column["logp_theta"] - column["logp_mu"],
             column["advantage"],

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Final
 
 import numpy as np
@@ -22,6 +22,10 @@ from oldlogits.config import Caution, RunConfig, kept_at_lag_0
 from oldlogits.core.errors import MissingLogprobError
 from oldlogits.core.policies import find_variant
 from oldlogits.core.scoring import ScoringHandle
+from oldlogits.core.weights import PolicyVersion
+from oldlogits.record.bus import EventSink
+from oldlogits.record.events import Calibrated, Warned
+from oldlogits.train.reports import PublishedVersion
 
 BANDS: Final = (1.01, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0, 3.0)
 """The bands that are tried, besides the recipe's."""
@@ -68,18 +72,32 @@ class Calibration:
     masked: tuple[float, ...]
     kept: float
 
-    def lines(self, config: RunConfig) -> Iterator[str]:
-        """The figures as a small table, for a terminal."""
-        yield (
-            f"engine noise at lag 0: mean |log r_d| {self.log_r_d_abs_mean:.2g} nats, largest {self.log_r_d_abs_max:.2g}; "
-            f"mean r_d - 1: {self.r_d_mean - 1:+.1e} +- {self.r_d_mean_error:.1e}; "
-            f"{self.num_tokens:,} tokens of {self.num_trajectories} trajectories"
-        )
-        has_band = not find_variant(config.variant).r_d.is_one
-        names = [f"{'*' if has_band and band == config.band else ''}{band:g}" for band in self.bands]
-        of_recipe = f"   (*: this recipe, which keeps {self.kept:.1%})" if has_band else "   (this recipe has no band: r_d = 1)"
-        yield "  a band of  " + "".join(f"{name:>8}" for name in names) + of_recipe
-        yield "  would mask " + "".join(f"{share:>8.2%}" for share in self.masked)
+
+class Calibrator:
+    """Measures once in a run, before its first optimizer step, what the engine's own noise makes of the recipe's band.
+
+    Args:
+        config: The run.
+        trainer: Scores with the live weights.
+        events: Takes the figures, and what is doubtful about the recipe.
+    """
+
+    def __init__(self, config: RunConfig, trainer: ScoringHandle, events: EventSink) -> None:
+        self._config, self._trainer, self._events = config, trainer, events
+        self._expected_noise = 0.0
+
+    def expect(self, published: PublishedVersion) -> None:
+        """Note what the engine's numerics change the probe tokens' log-probs by at most, with the weights just published."""
+        self._expected_noise = float(abs(published.engine_probe_logps - published.probe_logps).max())
+
+    async def measure(self, batch: TokenBatch, *, version: PolicyVersion) -> None:
+        """Measure on the first batch of a run, if the recipe asks for it."""
+        if not self._config.eval.num_calibration:
+            return
+        found = await calibrate(self._config, self._trainer, batch, expected_noise=self._expected_noise)
+        self._events.emit(Calibrated(version=version, **asdict(found)))
+        for caution in doubts(found, self._config):
+            self._events.emit(Warned(version=version, **asdict(caution)))
 
 
 async def calibrate(config: RunConfig, trainer: ScoringHandle, batch: TokenBatch, *, expected_noise: float) -> Calibration:

@@ -19,97 +19,101 @@ Nothing here runs a model or knows which runtime it is.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 
 import torch
 
 from oldlogits.batch import TokenBatch, collate
-from oldlogits.config import RunConfig, cautions
-from oldlogits.core.environment import Environment
+from oldlogits.config import Caution
 from oldlogits.core.errors import NonFiniteError
 from oldlogits.core.scoring import BatchTokens, Scored
+from oldlogits.core.source import LogprobSource
 from oldlogits.core.trajectory import TrajectoryGroup
 from oldlogits.loop.audit import ExactAudit
 from oldlogits.loop.backend import Backend
-from oldlogits.loop.calibration import calibrate, doubts
-from oldlogits.loop.run_logger import RunLogger
-from oldlogits.loop.totals import Totals
-from oldlogits.loop.utilization import Utilization, busy_of
+from oldlogits.loop.calibration import Calibrator
+from oldlogits.loop.evaluation import Evaluator
+from oldlogits.loop.metrics import UpdateTimer, batch_metrics, counters, queue_metrics, usage_metrics
+from oldlogits.loop.state import LoopState
+from oldlogits.loop.task import LoopConfig, Task
 from oldlogits.loop.weight_sync import WeightSync
 from oldlogits.objective import group_advantages
-from oldlogits.record.episodes import Stage
-from oldlogits.record.summary import wilson
+from oldlogits.record.events import BatchScored, BatchTaken, CheckpointWritten, Updated, VersionPublished, Warned
+from oldlogits.record.recording import Recording
 from oldlogits.rollout.admission import pace_of
 from oldlogits.rollout.buffer import Buffer, TrajectoryCounts
-from oldlogits.rollout.groups import Rollouts, evaluate, is_success
+from oldlogits.rollout.groups import Rollouts
 from oldlogits.rollout.staleness import StalenessBound
-from oldlogits.rollout.tasks import TaskDataset
-from oldlogits.rollout.turns import Agent
-from oldlogits.sources import check_scored, make_source
-from oldlogits.train.reports import ConsistencyErrors, PublishedVersion
+from oldlogits.sources import check_scored
+from oldlogits.train.reports import PublishedVersion
 from oldlogits.train.step import UpdateResult
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """What is learned: the environment, its rows, and the agent that plays it."""
-
-    environment_class: type[Environment]
-    rows: TaskDataset
-    agent: Agent
-    probe_ids: Sequence[int]
 
 
 class Loop:
     """One run: evaluation before, updates, evaluation after.
 
     Args:
-        config: The run.
+        config: The values of the recipe that the loop works with.
         task: What is learned.
-        handles: Of the runtime.
-        recorder: Where everything is written.
-        totals: What the run adds up to; those of its checkpoint when it goes on.
+        backend: What the runtime supplies.
+        source: The route to the proximal policy's log-probs.
+        sync: Brings the engine from version to version.
+        audit: Compares the source's decisions with those of OLD.
+        calibrator: Measures the engine's own noise on the first batch.
+        recording: Takes every event, and holds checkpoints.
     """
 
-    def __init__(self, config: RunConfig, task: Task, handles: Backend, recorder: RunLogger, totals: Totals) -> None:
-        self._config, self._task, self._handles = config, task, handles
-        self._recorder, self.totals = recorder, totals
-        bound = StalenessBound(max_staleness=config.window, prompts_per_update=config.rollout.prompts_per_update)
-        self.buffer = Buffer(bound, filter_uniform=config.rollout.filter_uniform)
-        self.buffer.account = TrajectoryCounts(**totals.account)
-        self.source = make_source(config.proximal.source, handles.trainer, handles.scorer)
-        self._synchroniser = WeightSync(config, task.probe_ids, handles, self.source, recorder, totals)
-        self._referee = ExactAudit(config, handles.trainer, recorder.events, handles.clock)
+    def __init__(
+        self,
+        config: LoopConfig,
+        task: Task,
+        backend: Backend,
+        source: LogprobSource,
+        *,
+        sync: WeightSync,
+        audit: ExactAudit,
+        calibrator: Calibrator,
+        recording: Recording,
+    ) -> None:
+        self._config, self._task, self._backend, self.source = config, task, backend, source
+        self._sync, self._audit, self._calibrator = sync, audit, calibrator
+        self._recording, self._events = recording, recording.events
+        self._evaluator = Evaluator(task, recording.events, backend.clock, num_running=config.eval_concurrent)
+        bound = StalenessBound(max_staleness=config.max_lag, prompts_per_update=config.prompts_per_update)
+        self.buffer = Buffer(bound, filter_uniform=config.filter_uniform)
+        self.state = LoopState()
+        self.version = 0
+        self._num_trained = 0
         self._last_update_s = 0.0
         self._last_ended: float | None = None
-        self._expected_noise = 0.0  # of the engine's numerics, on the probe tokens of the live version; nats
-        self.version = 0
 
-    @property
-    def consistency(self) -> ConsistencyErrors:
-        """The largest errors of the witnesses of exactness so far."""
-        return self._synchroniser.consistency
+    def go_on(self, state: LoopState) -> None:
+        """Start from the state of a checkpoint instead of from nothing."""
+        self.state = state
+        self.buffer.account = TrajectoryCounts(**state.account)
 
-    async def run(self) -> None:
+    async def run(self, cautions: Sequence[Caution] = ()) -> None:
         """Run to the end.
+
+        Args:
+            cautions: What a reader of the results should know of the recipe.
 
         Raises:
             OldLogitsError: What stopped it.
             asyncio.CancelledError: It was interrupted.
         """
-        state = await self._handles.trainer.state()
-        self.version = state.version
-        self.totals.average_bytes = 4 * state.num_parameters
-        self._recorder.started(version=self.version, num_parameters=state.num_parameters)
-        for caution in cautions(self._config):
-            self._recorder.warned(caution, version=self.version)
+        trainer = await self._backend.trainer.state()
+        self.version, self._num_trained = trainer.version, trainer.num_trained
+        for caution in cautions:
+            self._events.emit(Warned(version=self.version, **asdict(caution)))
         try:
-            await self._synchroniser.give(await self._publish(), None)
-            if not self.totals.num_updates and "before/greedy" not in self.totals.rewards:
-                await self._evaluate("before", self._config.eval.num_episodes)
+            await self._sync.give(await self._publish(), None)
+            if not self.state.num_updates and not self.state.is_evaluated:
+                await self._evaluator.play("before", self._config.num_eval, version=self.version)
+                self.state.is_evaluated = True
             await self._train()
-            await self._evaluate("after", self._config.eval.num_episodes)
+            await self._evaluator.play("after", self._config.num_eval, version=self.version)
         finally:
             await self.source.close()
 
@@ -135,30 +139,31 @@ class Loop:
             rows=self._task.rows,
             buffer=self.buffer,
             source=self.source,
-            events=self._recorder.events,
+            events=self._events,
             tasks=tasks,
-            group_size=self._config.rollout.group_size,
-            max_running_groups=self._config.rollout.running_limit,
-            first_row=self.totals.next_row,
-            restart_rows=self.totals.unfinished_rows,
+            group_size=self._config.group_size,
+            max_running_groups=self._config.max_running_groups,
+            first_row=self.state.next_row,
+            restart_rows=self.state.unfinished_rows,
         )
         self._admit(rollouts)
         return rollouts
 
     def _admit(self, rollouts: Rollouts) -> None:
-        per_version = self._config.rollout.prompts_per_update
+        per_version = self._config.prompts_per_update
         rollouts.admit(
             self.version,
             num_wanted=(self._config.num_updates - self.version) * per_version,
-            pace_s=pace_of(self._last_update_s, per_version) if self._handles.real_time else 0.0,
+            pace_s=pace_of(self._last_update_s, per_version) if self._backend.real_time else 0.0,
         )
 
     async def _update(self, rollouts: Rollouts) -> None:
         """From waiting for a batch to the engine's new weights: one version, made whole or not at all."""
-        before, started = await self._busy(), self._handles.clock()
-        groups = await self.buffer.take(self.version)
-        rollouts.fill()
-        update = asyncio.create_task(self._train_on(groups, rollouts, before, started))
+        before, timer = await self._counters(), UpdateTimer(self._backend.clock, self._last_ended)
+        with timer.part("wait_batch"):
+            groups = await self.buffer.take(self.version)
+            rollouts.fill()
+        update = asyncio.create_task(self._train_on(groups, rollouts, timer, before))
         try:
             await asyncio.shield(update)
         except asyncio.CancelledError:
@@ -167,172 +172,151 @@ class Loop:
             raise
 
     async def _train_on(
-        self, groups: Sequence[TrajectoryGroup], rollouts: Rollouts, before: Utilization, started: float
+        self, groups: Sequence[TrajectoryGroup], rollouts: Rollouts, timer: UpdateTimer, before: dict[str, float]
     ) -> None:
-        clock, trainer = self._handles.clock, self._handles.trainer
-        taken = clock()
-        self._recorder.batch(groups, version=self.version, waited_s=taken - started)
-        batch = collate(groups, self._advantages(groups), num_steps=self._config.trainer.minibatches_per_update)
-        await trainer.put_batch(batch)
-        paused = await self._synchroniser.pause() if self.source.needs_pause else None
-        scored = await self._score(batch)
-        scored_at = clock()
-        refereed_scores = await self._referee.score(self._entering(batch))
-        await self._calibrate(batch)
-        refereed = clock()
-        result = await self._step(scored)
-        trained = clock()
-        published = await self._publish()
-        stall_s = await self._synchroniser.give(published, paused)
-        if published.publication is not None:  # the first of a run is not counted: it is the resident copy
-            self.totals.add_stored(published.publication)
-        self.buffer.confirm_trained()
-        self.source.drop(batch.trajectory_ids)
-        self.buffer.check()
-        self._last_update_s = clock() - taken
-        self._admit(rollouts)
-        await trainer.retain(min(self.version, self._oldest_needed()))
-        ended = clock()
-        times = {
-            "time/between_s": started - (started if self._last_ended is None else self._last_ended),
-            "time/update_s": ended - started,
-            "time/wait_batch_s": taken - started,
-            "time/score_s": scored_at - taken,
-            "time/step_s": trained - refereed,
-            "time/publish_s": ended - trained,
-            "time/stall_s": stall_s,
-        }
-        self._last_ended = ended
-        used = (await self._busy()) - before
-        self._count(groups, result, used, ended - started)
-        of_loop = self._loop_metrics(groups, result, used, times)
-        metrics = {**result.metrics, **times, **self.source.metrics(), **rollouts.gaps.metrics(), **of_loop}
-        self._count_copies(published.store_bytes + metrics.get("average/stored_bytes", 0.0))
-        self._recorder.updated(result, metrics, groups, version=self.version)
-        effect = self._referee.judge(refereed_scores, result, version=self.version)
-        if result.average_reset is not None:
-            self._recorder.average_reset(result.average_reset, effect, version=self.version)
+        trainer = self._backend.trainer
+        self._tell_batch(groups, timer)
+        with timer.part("score"):
+            batch = collate(groups, self._advantages(groups), num_steps=self._config.minibatches)
+            tokens = self._entering(batch)
+            await trainer.put_batch(batch)
+            paused = await self._sync.pause() if self.source.needs_pause else None
+            scored = await self._score(tokens, batch.versions)
+        audited = await self._audit.score(tokens)
+        if not self.state.num_updates:
+            await self._calibrator.measure(batch, version=self.version)
+        with timer.part("step"):
+            result = await self._step(scored)
+        with timer.part("publish"):
+            published = await self._publish()
+            stall_s = await self._sync.give(published, paused)
+            self.buffer.confirm_trained()
+            self.source.drop(batch.trajectory_ids)
+            self.buffer.check()
+            self._last_update_s = timer.since_part("wait_batch")
+            self._admit(rollouts)
+            await trainer.retain(min(self.version, self._oldest_needed()))
+        self.state.num_updates += 1
+        times = timer.end() | {"time/stall_s": stall_s}
+        self._last_ended = timer.ended
+        used = usage_metrics(before, await self._counters(), times["time/update_s"])
+        of_loop = batch_metrics(groups, result.staleness_counts, times["time/update_s"]) | queue_metrics(self.buffer)
+        of_parts = {**self.source.metrics(), **rollouts.latency.metrics()}
+        metrics = {**result.metrics, **times, **of_parts, **of_loop, **used}
+        self._tell_update(result, metrics | self._copies(published, metrics), groups)
+        self._audit.conclude(audited, result, version=self.version)
 
-    async def _calibrate(self, batch: TokenBatch) -> None:
-        """Once in a run, before its first optimizer step: what the engine's own noise makes of the recipe's band."""
-        if self.totals.num_updates or not self._config.eval.num_calibration:
-            return
-        found = await calibrate(self._config, self._handles.trainer, batch, expected_noise=self._expected_noise)
-        self._recorder.calibrated(found, version=self.version)
-        for caution in doubts(found, self._config):
-            self._recorder.warned(caution, version=self.version)
+    async def _counters(self) -> dict[str, float]:
+        return counters(await self._backend.engine_stats(), await self._backend.trainer.state())
 
-    async def _busy(self) -> Utilization:
-        return busy_of(await self._handles.engine_stats(), await self._handles.trainer.state())
-
-    def _count(self, groups: Sequence[TrajectoryGroup], result: UpdateResult, used: Utilization, wall_s: float) -> None:
-        """Book the update."""
-        trajectories = [t for group in groups for t in group.trajectories]
-        totals = self.totals
-        totals.add_update(
-            result,
-            num_trajectories=len(trajectories),
-            num_multi_version=sum(len(t.versions) > 1 for t in trajectories),
+    def _tell_batch(self, groups: Sequence[TrajectoryGroup], timer: UpdateTimer) -> None:
+        self._events.emit(
+            BatchTaken(
+                version=self.version,
+                groups=[group.id for group in groups],
+                num_tokens=sum(t.num_tokens for group in groups for t in group.trajectories),
+                staleness_max=self.version - min(group.oldest_version for group in groups),
+                waited_s=timer.seconds("wait_batch"),
+            )
         )
-        totals.train_wall_s += wall_s
-        totals.engine_busy_s += used.engine_s
-        totals.trainer_busy_s += used.trainer_s
-        totals.account = asdict(self.buffer.account)
 
-    def _count_copies(self, stored_bytes: float) -> None:
-        """Book the copies of the weights, given what the trainer keeps beside the live ones."""
-        can, live_bytes = self._handles.engine.capabilities, self.totals.average_bytes
-        if self._config.model.forward_dtype == "bf16":
-            live_bytes //= 2
-        self.totals.add_copies(1 + stored_bytes / live_bytes, can.num_replicas + can.num_host_copies)
+    def _tell_update(self, result: UpdateResult, metrics: dict[str, float], groups: Sequence[TrajectoryGroup]) -> None:
+        self._events.emit(
+            Updated(
+                version=self.version,
+                metrics=metrics,
+                staleness_counts={str(lag): num for lag, num in result.staleness_counts.items()},
+                provenance=dict(result.provenance),
+                table=result.table,
+                trajectories=[t for group in groups for t in group.trajectories],
+            )
+        )
 
-    def _loop_metrics(
-        self, groups: Sequence[TrajectoryGroup], result: UpdateResult, used: Utilization, times: Mapping[str, float]
-    ) -> dict[str, float]:
-        """Metrics that the objective does not know; docs/metrics.md."""
-        trajectories = [t for group in groups for t in group.trajectories]
-        lags, wall_s = result.staleness_counts, times["time/update_s"]
-        num_loss_tokens = sum(lags.values())
-        account, buffer = self.buffer.account, self.buffer
+    def _copies(self, published: PublishedVersion, metrics: dict[str, float]) -> dict[str, float]:
+        """Copies of what is trained that both sides keep: the live weights, stored versions and an average; the engine's."""
+        kept = published.store_bytes + metrics.get("average/stored_bytes", 0.0)
+        can = self._backend.engine.capabilities
         return {
-            "reward/mean": sum(t.reward for t in trajectories) / len(trajectories),
-            "reward/success": sum(is_success(t.reward) for t in trajectories) / len(trajectories),
-            "reward/uniform_groups": sum(len({t.reward for t in group.trajectories}) == 1 for group in groups) / len(groups),
-            "episode/turns": sum(t.num_turns for t in trajectories) / len(trajectories),
-            "episode/sampled_tokens": num_loss_tokens / len(trajectories),
-            "episode/multi_version": sum(len(t.versions) > 1 for t in trajectories) / len(trajectories),
-            "staleness/mean": sum(lag * n for lag, n in lags.items()) / num_loss_tokens,
-            "staleness/max": max(lags),
-            "throughput/trainer_tokens_per_s": sum(t.num_tokens for t in trajectories) / wall_s,
-            **used.metrics(wall_s),
-            "queue/running": buffer.running,
-            "queue/queued": buffer.queued,
-            "queue/admission_open": float(buffer.num_admissible() > 0),
-            "accounting/submitted": account.submitted,
-            "accounting/trained": account.trained,
-            "accounting/filtered": account.filtered,
-            "accounting/failed": account.failed,
-            "accounting/cancelled": account.cancelled,
+            "copies/trainer": 1 + kept / (self._config.bytes_per_parameter * self._num_trained),
+            "copies/engine": can.num_replicas + can.num_host_copies,
         }
 
     def _oldest_needed(self) -> int:
         in_flight = self.buffer.oldest_needed
         in_flight = self.version if in_flight is None else in_flight
-        return in_flight if self._config.audit.share else self.source.oldest_needed(in_flight)
+        return in_flight if self._config.keeps_all_versions else self.source.oldest_needed(in_flight)
 
     def _advantages(self, groups: Sequence[TrajectoryGroup]) -> list[float]:
         rewards = torch.tensor([t.reward for group in groups for t in group.trajectories])
         index = torch.tensor([i for i, group in enumerate(groups) for _ in group.trajectories])
-        advantages: list[float] = group_advantages(rewards, index, self._config.objective.advantage).tolist()
+        advantages: list[float] = group_advantages(rewards, index, self._config.advantage).tolist()
         return advantages
 
     def _entering(self, batch: TokenBatch) -> BatchTokens:
-        versions = batch.version[batch.loss_mask]
         return BatchTokens(
-            versions=versions,
+            versions=batch.version[batch.loss_mask],
             trajectory_ids=batch.trajectory_ids,
             trainer_version=self.version,
             has_mixed_kv=bool(batch.mixed_kv.any()),
         )
 
-    async def _score(self, batch: TokenBatch) -> Scored | None:
-        before, started = (await self._handles.trainer.state()).work, self._handles.clock()
-        tokens = self._entering(batch)
+    async def _score(self, tokens: BatchTokens, versions: Sequence[int]) -> Scored | None:
+        before, started = (await self._backend.trainer.state()).work, self._backend.clock()
         scored = await self.source.acquire(tokens)
         if scored is None:
             return None
         check_scored(scored, tokens.versions)
-        seconds_s = self._handles.clock() - started
-        work = (await self._handles.trainer.state()).work - before
-        self.totals.add_scoring(work)
-        self._recorder.scored(scored, batch.versions, work, version=self.version, seconds_s=seconds_s)
+        seconds_s = self._backend.clock() - started
+        work = (await self._backend.trainer.state()).work - before
+        self._events.emit(
+            BatchScored(
+                version=self.version,
+                policy=scored.policy.value,
+                num_switches=scored.num_switches,
+                versions=list(versions),
+                read_tokens=work.read_tokens,
+                num_checkouts=work.num_checkouts,
+                switch_s=work.switch_s,
+                check_s=work.witness_s,
+                seconds_s=seconds_s,
+            )
+        )
         return scored
 
     async def _step(self, scored: Scored | None) -> UpdateResult:
         try:
-            return await self._handles.trainer.train(scored)
+            return await self._backend.trainer.train(scored)
         except NonFiniteError as error:
-            saved = await self._handles.trainer.save_batch(self._recorder.folder.path / "failed_batch")
+            saved = await self._backend.trainer.save_batch(self._recording.folder.path / "failed_batch")
             raise NonFiniteError(
                 error.what, got=f"{error.got}; the batch is in {saved}", allowed=error.allowed, fix=error.fix
             ) from error
 
     async def _publish(self) -> PublishedVersion:
-        started = self._handles.clock()
-        published = await self._handles.trainer.publish()
-        self.version = published.version
-        self._expected_noise = float(abs(published.engine_probe_logps - published.probe_logps).max())
-        seconds_s = self._handles.clock() - started
-        self._recorder.published(published, seconds_s=seconds_s)
+        started = self._backend.clock()
+        published = await self._backend.trainer.publish()
+        self.version, stored = published.version, published.publication
+        self._calibrator.expect(published)
+        self._events.emit(
+            VersionPublished(
+                version=published.version,
+                bytes=published.store_bytes,
+                version_bytes=stored.stored_bytes if stored is not None else 0,
+                full_bytes=stored.full_bytes if stored is not None else 0,
+                changed=stored.share_changed if stored is not None else None,
+                store_s=published.store_s,
+                seconds_s=self._backend.clock() - started,
+            )
+        )
         return published
 
     async def _between_updates(self, rollouts: Rollouts) -> None:
         """Evaluation points and checkpoints."""
         done = self.version >= self._config.num_updates
-        every = self._config.eval.every
-        if every and self.version % every == 0 and not (done and self._config.eval.num_episodes):
-            await self._evaluate("during", self._config.eval.num_episodes_during)
-        every = self._config.record.checkpoint_every
+        every = self._config.eval_every
+        if every and self.version % every == 0 and not (done and self._config.num_eval):
+            await self._evaluator.play("during", self._config.num_eval_during, version=self.version)
+        every = self._config.checkpoint_every
         if done or (every and self.version % every == 0):
             self._remember_rows(rollouts)
             saving = asyncio.create_task(self.checkpoint())
@@ -343,42 +327,21 @@ class Loop:
                 raise
 
     def _remember_rows(self, rollouts: Rollouts) -> None:
-        self.totals.next_row, self.totals.unfinished_rows = rollouts.next_row, rollouts.unfinished_rows
+        self.state.next_row, self.state.unfinished_rows = rollouts.next_row, rollouts.unfinished_rows
 
     async def checkpoint(self) -> None:
-        """Write a checkpoint of the trainer and of what the run adds up to.
+        """Write a checkpoint of the trainer and of what the loop needs to go on.
 
-        Trajectories in flight are not saved: they count as cancelled, and a resumed run starts their rows anew.
+        Trajectories in flight are not saved: they count as cancelled, and a resumed run starts their rows anew. Events that
+        are recorded from here on do not count for a run that goes on from this checkpoint.
         """
         account = asdict(self.buffer.account)
         account["cancelled"] += self.buffer.queued + self.buffer.running
-        with self._recorder.folder.checkpoint(self.version) as folder:
-            await self._handles.trainer.save(folder)
-            replace(self.totals, account=account).write(folder / "state" / "totals.json")
-        latest = self._recorder.folder.latest_checkpoint()
+        state = replace(self.state, account=account, num_events=self._recording.log.num_events)
+        with self._recording.folder.checkpoint(self.version) as folder:
+            await self._backend.trainer.save(folder)
+            state.write(folder)
+        latest = self._recording.folder.latest_checkpoint()
         assert latest is not None, "it was just written"
-        self._recorder.checkpoint(latest, version=self.version)
-
-    async def _evaluate(self, stage: Stage, num_episodes: int) -> None:
-        """Held-out episodes, sampled and (but during training) greedy."""
-        if not num_episodes:
-            return
-        rows = self._task.rows.heldout(num_episodes)
-        for mode, temperature in (("sampled", 1.0), ("greedy", 0.0))[: 1 if stage == "during" else 2]:
-            started = self._handles.clock()
-            outcome = await evaluate(
-                self._task.agent,
-                self._task.environment_class,
-                rows,
-                name=f"e{stage}-{mode}-{self.version}",
-                temperature=temperature,
-                num_running=self._config.eval.max_concurrent,
-                on_progress=lambda ended: self._recorder.view.show({"eval/ended": ended, "eval/rows": len(rows)}),
-            )
-            rate = wilson(outcome.num_successes, len(outcome.rewards))
-            seconds_s = self._handles.clock() - started
-            self._recorder.evaluation(stage, mode, rate, version=self.version, seconds_s=seconds_s)
-            if stage != "during":
-                self.totals.rewards[f"{stage}/{mode}"] = list(outcome.rewards)
-            for i, trajectory in enumerate(outcome.trajectories[:4]):
-                self._recorder.episode(trajectory, version=self.version, split="heldout", stage=stage, with_text=i < 4)
+        path = str(latest.relative_to(self._recording.folder.path))
+        self._events.emit(CheckpointWritten(version=self.version, path=path))

@@ -1,12 +1,12 @@
 """The change of versions: pause the engine, give it the new weights, let it go on, and check what it holds.
 
-pause -> source.on_paused -> update_weights -> resume -> probe, witnesses -> source.on_published
+pause -> source.on_paused -> update_weights -> resume -> probe, consistency checks -> source.on_published
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,10 +17,25 @@ from oldlogits.core.source import LogprobSource
 from oldlogits.core.weights import PatchWeights
 from oldlogits.loop.backend import Backend
 from oldlogits.loop.probe import allowed_error, probe
-from oldlogits.loop.run_logger import RunLogger
-from oldlogits.loop.totals import SyncResult, Totals
+from oldlogits.record.bus import EventSink
+from oldlogits.record.events import Probed, WeightsUpdated
 from oldlogits.rollout.turns import sampled_segments
-from oldlogits.train.reports import ConsistencyErrors, PublishedVersion
+from oldlogits.train.reports import PublishedVersion
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncResult:
+    """What brought the engine a version.
+
+    Args:
+        num_bytes: Bytes that travelled, those that were refused included.
+        is_patch: Whether a patch was enough.
+        refused: Why the engine's host could not take a patch; empty where it could, or where none was sent.
+    """
+
+    num_bytes: int
+    is_patch: bool
+    refused: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,10 +52,9 @@ class WeightSync:
     Args:
         config: The run.
         probe_ids: The fixed prompt on which engine and trainer are compared.
-        handles: Of the runtime.
-        source: Told of every pause and every published version.
-        recorder: Told of every update, probe and witness.
-        totals: Keeps the worst probe.
+        backend: What the runtime supplies.
+        source: Is told of every pause and every published version.
+        events: Takes every update of the weights, and every probe.
 
     Raises:
         ConfigError: The source needs to know what running turns have sampled, and the engine does not tell.
@@ -50,19 +64,17 @@ class WeightSync:
         self,
         config: RunConfig,
         probe_ids: Sequence[int],
-        handles: Backend,
+        backend: Backend,
         source: LogprobSource,
-        recorder: RunLogger,
-        totals: Totals,
+        events: EventSink,
     ) -> None:
-        check_partials(source, handles.engine, config.proximal.source)
-        self._config, self._probe_ids, self._handles = config, probe_ids, handles
-        self._source, self._recorder, self._totals = source, recorder, totals
-        self.consistency = ConsistencyErrors()
+        check_partials(source, backend.engine, config.proximal.source)
+        self._config, self._probe_ids, self._backend = config, probe_ids, backend
+        self._source, self._events = source, events
 
     async def pause(self) -> Paused:
         """Bring the engine to rest, and tell the source what unfinished turns have sampled so far."""
-        engine, clock, started = self._handles.engine, self._handles.clock, self._handles.clock()
+        engine, clock, started = self._backend.engine, self._backend.clock, self._backend.clock()
         await engine.pause("keep", self._config.engine.kv)
         paused = Paused(at_s=clock(), pause_s=clock() - started)
         if self._source.needs_partials and engine.capabilities.partials:
@@ -84,45 +96,62 @@ class WeightSync:
         Raises:
             ProbeError: The engine does not hold the version as the trainer published it.
         """
-        engine, clock, version = self._handles.engine, self._handles.clock, published.version
+        engine, clock, version = self._backend.engine, self._backend.clock, published.version
         paused = paused or await self.pause()
         started = clock()
         sent = await self._send(published)
         await engine.resume()
         resumed = clock()
         stall_s = resumed - paused.at_s
-        self._totals.add_sync(sent)
-        self._recorder.weights_updated(sent, version=version, pause_s=paused.pause_s, load_s=resumed - started, stall_s=stall_s)
+        self._events.emit(
+            WeightsUpdated(
+                version=version,
+                sent="patch" if sent.is_patch else "full",
+                bytes=sent.num_bytes,
+                refused=sent.refused,
+                pause_s=paused.pause_s,
+                load_s=resumed - started,
+                stall_s=stall_s,
+            )
+        )
         await self._check(published)
         await self._source.on_published(version, published.update, published.probe_logps)
         return stall_s
 
     async def _send(self, published: PublishedVersion) -> SyncResult:
         """Give the engine the update, or all weights if it cannot go on from what it holds."""
-        engine, update = self._handles.engine, published.update
+        engine, update = self._backend.engine, published.update
         try:
             await engine.update_weights(update, published.version)
         except ReceiverBehindError as error:
-            full = await self._handles.trainer.full_weights()
+            full = await self._backend.trainer.full_weights()
             await engine.update_weights(full, published.version)
             return SyncResult(num_bytes=update.num_bytes + full.num_bytes, is_patch=False, refused=str(error))
         return SyncResult(num_bytes=update.num_bytes, is_patch=isinstance(update, PatchWeights))
 
     async def _check(self, published: PublishedVersion) -> None:
-        """Probe the engine, every replica of it, and ask the trainer for its witnesses; the worst of each counts."""
-        config, can = self._config.engine, self._handles.engine.capabilities
+        """Probe the engine, every replica of it, and ask the trainer for its checks; the worst of each counts."""
+        config, can = self._config.engine, self._backend.engine.capabilities
         allowed = allowed_error(config.precision, config.probe_tolerance, routed=published.is_routed, arithmetic=can.arithmetic)
         expected, version = published.engine_probe_logps, published.version
         results = [
-            await probe(self._handles.engine, self._probe_ids, expected, version=version, allowed=allowed)
+            await probe(self._backend.engine, self._probe_ids, expected, version=version, allowed=allowed)
             for _ in range(can.num_replicas)
         ]
         result = max(results, key=lambda result: result.max_abs_error)
-        of_trainer = (await self._handles.trainer.state()).consistency
+        of_trainer = (await self._backend.trainer.state()).consistency
         worst = np.fmax(of_trainer.publish_max_abs_error, self._source.witness_max_abs_error)
-        self.consistency = replace(of_trainer, publish_max_abs_error=float(worst))
-        self._totals.add_probe(result.max_abs_error)
-        self._recorder.probed(result, self.consistency.publish_max_abs_error, version=published.version)
+        self._events.emit(
+            Probed(
+                version=published.version,
+                max_abs_error=result.max_abs_error,
+                mean_abs_error=result.mean_abs_error,
+                num_tokens=result.num_tokens,
+                num_above=result.num_above,
+                consistency_publish_max_abs_error=float(worst),
+                consistency_lag0_max_abs_error=of_trainer.lag0_max_abs_error,
+            )
+        )
 
 
 def check_partials(source: LogprobSource, engine: RolloutEngine, name: str) -> None:

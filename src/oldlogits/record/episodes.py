@@ -1,17 +1,26 @@
-"""Episodes: one JSON line each; some carry their text, token by token, with the version that sampled it."""
+"""``episodes.jsonl``: one JSON line an episode; some carry their text, token by token, with the version that sampled it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self, cast
 
+from oldlogits.core.trajectory import Sampled, Segment, Trajectory
+from oldlogits.record.bus import Event
+from oldlogits.record.events import Evaluated, Updated
 from oldlogits.record.jsonl import LineFile, RecordError, read_lines
 
 Split = Literal["train", "heldout"]
 Stage = Literal["train", "before", "during", "after"]
+Decode = Callable[[Sequence[int]], str]
+"""Token ids to text."""
+
+_NUM_EVALUATED: Final = 4
+"""Episodes of an evaluation that are written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +94,67 @@ class EpisodeLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Close the file."""
         self.close()
+
+
+class EpisodeRecorder:
+    """Writes the episodes of updates and, a few of each, of evaluations.
+
+    Args:
+        log: Where they are written.
+        decode: Token ids to text, for transcripts.
+        every: Updates between two of which the first group is written with its text; 0: none is.
+        others: Whoever else takes each episode.
+    """
+
+    def __init__(
+        self, log: EpisodeLog, decode: Decode, *, every: int, others: Sequence[Callable[[Episode], None]] = ()
+    ) -> None:
+        self._take, self._decode, self._every = (log.append, *others), decode, every
+
+    def emit(self, event: Event) -> None:
+        """Write the episodes that an event brings."""
+        if isinstance(event, Updated):
+            with_text = bool(self._every) and (event.version - 1) % self._every == 0
+            first = event.trajectories[0].group_id if event.trajectories else ""
+            for trajectory in event.trajectories:
+                self._write(trajectory, event.version, "train", with_text=with_text and trajectory.group_id == first)
+        elif isinstance(event, Evaluated):
+            for trajectory in event.trajectories[:_NUM_EVALUATED]:
+                self._write(trajectory, event.version, cast(Stage, event.stage), with_text=True)
+
+    def _write(self, trajectory: Trajectory, version: int, stage: Stage, *, with_text: bool) -> None:
+        episode = Episode(
+            id=trajectory.id,
+            group=trajectory.group_id,
+            version=version,
+            split="train" if stage == "train" else "heldout",
+            stage=stage,
+            reward=trajectory.reward,
+            stop_reason=trajectory.stop_reason,
+            num_turns=trajectory.num_turns,
+            versions=trajectory.versions,
+            segments=tuple(map(self._segment, trajectory.segments)) if with_text else (),
+        )
+        for take in self._take:
+            take(episode)
+
+    def _segment(self, segment: Segment) -> EpisodeSegment:
+        ids = segment.token_ids
+        if not isinstance(segment, Sampled):
+            return EpisodeSegment(kind="context", text=self._decode(ids), num_tokens=len(ids))
+        return EpisodeSegment(
+            kind="sampled",
+            text=self._decode(ids),
+            num_tokens=len(ids),
+            version=segment.version,
+            tokens=self._pieces(ids),
+            logp_mu=segment.logp_mu,
+        )
+
+    def _pieces(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """The text that each token adds, so that the pieces joined are the text."""
+        texts = [self._decode(ids[:end]) for end in range(len(ids) + 1)]
+        return tuple(after[len(before) :] for before, after in pairwise(texts))
 
 
 def read_episodes(path: Path) -> Iterator[Episode]:

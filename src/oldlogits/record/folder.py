@@ -23,9 +23,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Final, Self
 
+import tomli_w
+
 from oldlogits.core.errors import RunFolderError
 from oldlogits.record.jsonl import Json
-from oldlogits.record.toml import Toml, dump_toml
 
 PACKAGES: Final = ("oldlogits", "torch", "transformers", "safetensors", "numpy", "pyarrow", "vllm", "ray")
 """Distributions whose versions are recorded."""
@@ -105,9 +106,9 @@ class RunFolder:
         """``report.html``."""
         return self.path / "report.html"
 
-    def write_config(self, config: Mapping[str, Toml]) -> None:
+    def write_config(self, config: Mapping[str, object]) -> None:
         """Write the resolved recipe."""
-        write_atomic(self.config, dump_toml(config))
+        write_atomic(self.config, tomli_w.dumps(config))
 
     @contextmanager
     def checkpoint(self, version: int) -> Iterator[Path]:

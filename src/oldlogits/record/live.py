@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -16,7 +17,20 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from oldlogits.record.summary import Interval, Summary
+from oldlogits.record.bus import Event
+from oldlogits.record.events import (
+    Calibrated,
+    Evaluated,
+    EvaluationProgressed,
+    Probed,
+    RunStarted,
+    ServerDown,
+    ServerUp,
+    Updated,
+    Warned,
+)
+from oldlogits.record.intervals import Interval
+from oldlogits.record.summary import Summary
 
 _ROWS: Final[Mapping[str, Mapping[str, str]]] = {
     "reward": {"reward/mean": "{:.3f}"},
@@ -24,7 +38,10 @@ _ROWS: Final[Mapping[str, Mapping[str, str]]] = {
     "rho": {"mask/rho": "{:.3f}", "mask/rho_band": "band {:.3f}", "mask/rho_clip": "clip {:.3f}"},
     "staleness": {"staleness/mean": "mean {:.2f}", "staleness/max": "max {:.0f}"},
     "queue": {"queue/running": "{:.0f} running", "queue/queued": "{:.0f} queued"},
-    "tokens/s": {"throughput/engine_tokens_per_s": "engine {:,.0f}", "throughput/trainer_tokens_per_s": "trainer {:,.0f}"},
+    "tokens/s": {
+        "throughput/engine_busy_tokens_per_s": "engine, while it samples: {:,.0f}",
+        "throughput/trainer_tokens_per_s": "trainer: {:,.0f}",
+    },
     "waiting": {
         "idle/engine_share": "engine: {:.0%} idle",
         "idle/trainer_share": "trainer: {:.0%} idle",
@@ -37,7 +54,7 @@ _ROWS: Final[Mapping[str, Mapping[str, str]]] = {
         "eval/low": "95% interval {:.1%}",
         "eval/high": "to {:.1%}",
     },
-    "max error": {"probe/max_abs_error": "probe {:.1e}", "witness/max_abs_error": "witness {:.1e}"},
+    "max error": {"probe/max_abs_error": "probe {:.1e}", "consistency/max_abs_error": "consistency check {:.1e}"},
 }
 """The panel's rows: label -> metric -> how it is shown."""
 
@@ -47,7 +64,7 @@ _PLAIN: Final[Mapping[str, str]] = {
     "mask/rho": "rho {:.3f}",
     "staleness/mean": "staleness {:.2f}",
     "staleness/max": "max {:.0f}",
-    "throughput/engine_tokens_per_s": "{:,.0f} tokens/s",
+    "throughput/engine_busy_tokens_per_s": "engine {:,.0f} tokens/s",
     "time/update_s": "{:.1f} s",
 }
 """The line of an update where there is no terminal."""
@@ -80,6 +97,7 @@ class LiveView:
         self._latest: dict[str, float] = {}
         self._history: dict[str, list[float]] = {"reward/mean": [], "reward/success": []}
         self._version = 0
+        self._started: RunStarted | None = None
         self._first_version: int | None = None
         self._started_s = self._first_update_s = time.monotonic()
         self._live = Live(console=self._console, get_renderable=self._panel, refresh_per_second=_REFRESH_PER_S)
@@ -94,6 +112,38 @@ class LiveView:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Stop drawing; what was noted stays on the screen."""
         self._live.stop()
+
+    def emit(self, event: Event) -> None:
+        """Show what an event says."""
+        if isinstance(event, RunStarted):
+            self._started = event
+        elif isinstance(event, Updated):
+            self.update(event.metrics, version=event.version)
+        elif isinstance(event, EvaluationProgressed):
+            self.show({"eval/ended": event.num_ended, "eval/rows": event.num_episodes})
+        elif isinstance(event, Evaluated):
+            self._evaluated(event)
+        elif isinstance(event, Probed):
+            consistency = event.consistency_publish_max_abs_error
+            shown = {"probe/max_abs_error": event.max_abs_error, "consistency/max_abs_error": consistency}
+            self.show({name: value for name, value in shown.items() if not math.isnan(value)})
+        elif isinstance(event, Calibrated):
+            for line in calibration_lines(event, self._started):
+                self.note(line)
+        elif isinstance(event, Warned):
+            self.note(f"warning: {event.message}")
+        elif isinstance(event, ServerDown | ServerUp):
+            what = "down" if isinstance(event, ServerDown) else "up"
+            self.note(f"server {event.server} is {what}: {event.reason}")
+
+    def _evaluated(self, event: Evaluated) -> None:
+        if event.mode == "sampled":
+            self.show({"eval/mean": event.mean, "eval/low": event.low, "eval/high": event.high})
+        when = f"at version {event.version}" if event.stage == "during" else f"{event.stage} training"
+        self.note(
+            f"held-out success {when}, {event.mode}: {event.mean:.1%} [{event.low:.1%}, {event.high:.1%}] "
+            f"of {event.num_episodes}, {event.seconds_s:.0f} s"
+        )
 
     def update(self, metrics: Mapping[str, float], *, version: int) -> None:
         """Show the metrics of the update that made `version`."""
@@ -167,6 +217,20 @@ def sparkline(values: list[float]) -> str:
     return "".join(_BARS[round((value - low) / width * 7) if width else 0] for value in shown)
 
 
+def calibration_lines(found: Calibrated, started: RunStarted | None) -> Iterator[str]:
+    """The figures of a calibration as a small table; the recipe's own band is marked."""
+    yield (
+        f"engine noise at lag 0: mean |log r_d| {found.log_r_d_abs_mean:.2g} nats, largest {found.log_r_d_abs_max:.2g}; "
+        f"mean r_d - 1: {found.r_d_mean - 1:+.1e} +- {found.r_d_mean_error:.1e}; "
+        f"{found.num_tokens:,} tokens of {found.num_trajectories} trajectories"
+    )
+    own = started.band if started is not None and started.r_d != "1" else None
+    names = [f"{'*' if band == own else ''}{band:g}" for band in found.bands]
+    remark = "   (this recipe has no band: r_d = 1)" if own is None else f"   (*: this recipe, which keeps {found.kept:.1%})"
+    yield "  a band of  " + "".join(f"{name:>8}" for name in names) + remark
+    yield "  would mask " + "".join(f"{share:>8.2%}" for share in found.masked)
+
+
 def print_summary(summary: Summary, run_folder: Path, *, console: Console | None = None) -> None:
     """Say in plain words what was learned, whether the old logits were exact, and where the report is."""
     out = console or Console()
@@ -193,13 +257,13 @@ def learned_sentence(summary: Summary) -> str:
 
 
 def staleness_sentence(summary: Summary) -> str:
-    """How much was trained, how stale it was, and how the stand-in's log-probs were obtained."""
+    """How much was trained, how stale it was, and how the proximal policy's log-probs were obtained."""
     total = sum(summary.provenance.values())
     kinds = ", ".join(f"{count / total:.1%} {kind}" for kind, count in sorted(summary.provenance.items()) if count)
     text = f"{summary.num_trajectories} trajectories, {summary.num_multi_version_trajectories} of several versions"
     if summary.staleness_max is not None and summary.staleness_mean is not None:
         text += f"; staleness mean {summary.staleness_mean:.2f}, max {summary.staleness_max}"
-    return text + (f"; stand-in log-probs: {kinds}." if kinds else ".")
+    return text + (f"; proximal log-probs: {kinds}." if kinds else ".")
 
 
 def _percent(interval: Interval) -> str:

@@ -1,90 +1,35 @@
-"""The summary of a run, and the intervals in it."""
+"""The summary of a run, computed from its events alone: of a run that is finished, resumed, interrupted, crashed or running.
+
+Each number is measured where its event is emitted; here it is only added up, over the events of the line of history that
+counts (`record.event_log.history`).
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from statistics import NormalDist, fmean, stdev
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal, Self, get_args
 
-from oldlogits.record.folder import write_atomic
-from oldlogits.record.jsonl import RecordError, encode
-
-Z_95: Final = NormalDist().inv_cdf(0.975)
-"""Half the width of a 95% normal interval, in standard errors: 1.95996."""
+from oldlogits.core.trajectory import is_success
+from oldlogits.record.bus import EventKind
+from oldlogits.record.event_log import RecordedEvent, history, read_events
+from oldlogits.record.folder import RunFolder, write_atomic
+from oldlogits.record.intervals import Interval, paired_gain
+from oldlogits.record.jsonl import Json, RecordError, encode, number
 
 Ended = Literal["done", "interrupted", "error"]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Interval:
-    """A mean over episodes with its 95% interval."""
-
-    mean: float
-    low: float
-    high: float
-    num_episodes: int
-
-
-def wilson(successes: int, n: int) -> Interval:
-    """Wilson's 95% score interval of a success rate ``p = successes / n``.
-
-    ``(p + z^2/2n +- z sqrt(p (1 - p) / n + z^2/4n^2)) / (1 + z^2/n)``, Wilson 1927.
-
-    Raises:
-        RecordError: Not ``0 <= successes <= n``, or no episode.
-
-    Example:
-        >>> interval = wilson(8, 10)
-        >>> round(interval.low, 3), round(interval.high, 3)
-        (0.49, 0.943)
-    """
-    if not 0 <= successes <= n or n == 0:
-        raise RecordError(
-            "no success rate", got=f"{successes} of {n}", allowed="0 <= successes <= n, n >= 1", fix="count the same episodes"
-        )
-    p, z2 = successes / n, Z_95**2
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    # At the ends one bound is the rate itself; rounding must not push it past.
-    low = 0.0 if successes == 0 else centre - half
-    high = 1.0 if successes == n else centre + half
-    return Interval(mean=p, low=low, high=high, num_episodes=n)
-
-
-def paired_gain(before: Sequence[float], after: Sequence[float]) -> Interval:
-    """The mean of ``after - before`` over the same episodes, with the 95% normal interval of paired differences.
-
-    ``mean(d) +- z stdev(d) / sqrt(n)`` with ``n - 1`` in the variance. One pair has no finite interval; pairs that
-    all differ by the same amount have one of width 0.
-
-    Raises:
-        RecordError: The two lists are empty or of different lengths.
-
-    Example:
-        >>> gain = paired_gain([0, 0, 1, 0], [1, 0, 1, 1])
-        >>> gain.mean, round(gain.low, 3), round(gain.high, 3)
-        (0.5, -0.066, 1.066)
-    """
-    if len(before) != len(after) or not before:
-        raise RecordError(
-            "a paired gain needs the same episodes before and after",
-            got=f"{len(before)} and {len(after)} rewards",
-            allowed="two lists of one length, at least 1",
-            fix="evaluate the same rows with the same seeds",
-        )
-    differences = [b - a for a, b in zip(before, after, strict=True)]
-    n, mean = len(differences), fmean(differences)
-    half = Z_95 * stdev(differences) / math.sqrt(n) if n > 1 else math.inf
-    return Interval(mean=mean, low=mean - half, high=mean + half, num_episodes=n)
+ACCOUNTS: Final = ("submitted", "trained", "filtered", "failed", "cancelled", "queued", "running")
+"""Trajectories by what became of them; the first is the sum of the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """What came out of a run. None: not measured.
+    """What came out of a run; None means that it was not measured.
 
     Args:
         success_before: Held-out success of sampled episodes, before the first update.
@@ -97,9 +42,9 @@ class Summary:
         num_multi_version_trajectories: Those whose tokens come from more than one version.
         staleness_mean: Over trained tokens, in versions.
         staleness_max: Over trained tokens.
-        provenance: Trained tokens by how their stand-in was obtained.
-        witness_publish_max_abs_error: Largest ``|logp_old(store) - logp(live weights)|`` right after a publish.
-        witness_lag0_max_abs_error: Largest ``|logp_theta - logp_old|`` of tokens of lag 0 before the first step.
+        provenance: Trained tokens by how the log-probs of their proximal policy were obtained.
+        consistency_publish_max_abs_error: Largest ``|logp_old(store) - logp(live weights)|`` right after a publish.
+        consistency_lag0_max_abs_error: Largest ``|logp_theta - logp_old|`` of tokens of lag 0 before the first step.
         probe_max_abs_error: Largest ``|logp_mu - logp(live weights in the engine's numerics)|`` on the fixed prompt.
         log_r_d_mean_abs: Mean ``|log r_d|`` over loss tokens.
         log_r_d_max_abs: Largest ``|log r_d|`` over loss tokens.
@@ -107,7 +52,7 @@ class Summary:
         num_dropped_nonfinite: Tokens dropped for a log-prob that is not finite.
         version_bytes_mean: Bytes that the store keeps for one version beside the resident copy.
         version_share_of_copy: The same / bytes of a full copy of the forward weights.
-        version_share_of_average: The same / bytes of one fp32 average of the weights.
+        version_share_of_average: The same / bytes of an fp32 average of what is trained.
         switch_mean_s: Seconds until the scoring module was at a version, checkout included.
         sync_bytes_mean: Bytes that travelled to the engine per version.
         num_patch_syncs: Versions that reached the engine as a patch.
@@ -122,11 +67,11 @@ class Summary:
         train_wall_s: Seconds of the training loop.
         engine_idle_share: Share of it in which the engine had nothing to sample.
         trainer_idle_share: Share of it in which the trainer waited.
-        runtime: "lockstep", "local", "ray".
+        runtime: The runtime that supplied engine and trainer.
         variant: A name in the table of variants.
-        source: The route to the stand-in's log-probs.
+        source: The route to the proximal policy's log-probs.
         seed: The run's seed.
-        ended: Why it ended.
+        ended: Why it ended; None: no end was recorded, so it still runs or was killed.
         accounting: Trajectories: submitted, trained, filtered, failed, cancelled, queued, running.
     """
 
@@ -141,8 +86,8 @@ class Summary:
     staleness_mean: float | None
     staleness_max: int | None
     provenance: Mapping[str, int]
-    witness_publish_max_abs_error: float | None
-    witness_lag0_max_abs_error: float | None
+    consistency_publish_max_abs_error: float | None
+    consistency_lag0_max_abs_error: float | None
     probe_max_abs_error: float | None
     log_r_d_mean_abs: float | None
     log_r_d_max_abs: float | None
@@ -167,7 +112,7 @@ class Summary:
     variant: str
     source: str
     seed: int
-    ended: Ended
+    ended: Ended | None
     accounting: Mapping[str, int]
 
     def write(self, path: Path) -> None:
@@ -198,3 +143,167 @@ def _revive(found: dict[str, Any]) -> dict[str, Any] | Interval:
     """Undo `encode`: "inf" back to a number, a table with an interval's keys back to an `Interval`."""
     revived: dict[str, Any] = {key: float(value) if value in ("nan", "inf", "-inf") else value for key, value in found.items()}
     return Interval(**revived) if revived.keys() == {field.name for field in fields(Interval)} else revived
+
+
+def summarise(events: Iterable[RecordedEvent]) -> Summary:
+    """Add up the events of a run, whole or not.
+
+    Args:
+        events: All events of its file, in order.
+    """
+    found = _Events(history(events))
+    started, metrics = found.last(EventKind.RUN_STARTED), found.metrics
+    tokens = [sum(counts.values()) for counts in found.counts("staleness_counts")]
+    lags = {int(lag): num for lag, num in sum(found.counts("staleness_counts"), Counter()).items()}
+    num_tokens, wall = sum(tokens), [m.get("time/update_s", 0.0) for m in metrics]
+    sizes = [m.get("ratio/log_r_d_abs_mean", 0.0) * num for m, num in zip(metrics, tokens, strict=True)]
+    stored = found.later_versions()
+    stored_bytes, num_stored = sum(found.numbers(stored, "version_bytes")), len(stored)
+    full_bytes, num_trained = sum(found.numbers(stored, "full_bytes")), number(started.get("num_trained")) or 0.0
+    scored, sent, down = (found.of[kind] for kind in (EventKind.SCORED, EventKind.WEIGHTS_UPDATED, EventKind.SERVER_DOWN))
+    num_patches = sum(event.fields.get("sent") == "patch" for event in sent)
+    probe = found.of[EventKind.PROBE]
+    return Summary(
+        success_before=found.rate("before", "sampled"),
+        success_after=found.rate("after", "sampled"),
+        greedy_before=found.rate("before", "greedy"),
+        greedy_after=found.rate("after", "greedy"),
+        gain=_gain(found.rewards("before"), found.rewards("after")),
+        num_updates=len(metrics),
+        num_trajectories=round(sum(m.get("episode/num", 0.0) for m in metrics)),
+        num_multi_version_trajectories=round(
+            sum(m.get("episode/multi_version", 0.0) * m.get("episode/num", 0.0) for m in metrics)
+        ),
+        staleness_mean=_ratio(sum(lag * num for lag, num in lags.items()), num_tokens),
+        staleness_max=max(lags, default=None),
+        provenance=dict(sum(found.counts("provenance"), Counter())),
+        consistency_publish_max_abs_error=_worst(found.numbers(probe, "consistency_publish_max_abs_error")),
+        consistency_lag0_max_abs_error=_worst(found.numbers(probe, "consistency_lag0_max_abs_error")),
+        probe_max_abs_error=_worst(found.numbers(probe, "max_abs_error")),
+        log_r_d_mean_abs=_ratio(sum(sizes), num_tokens),
+        log_r_d_max_abs=_worst(m["ratio/log_r_d_abs_max"] for m in metrics if "ratio/log_r_d_abs_max" in m),
+        rho_mean=_ratio(sum(m.get("mask/rho", 0.0) for m in metrics), len(metrics)),
+        num_dropped_nonfinite=round(sum(m.get("mask/num_nonfinite", 0.0) for m in metrics)),
+        version_bytes_mean=_ratio(stored_bytes, num_stored),
+        version_share_of_copy=_ratio(stored_bytes, full_bytes),
+        version_share_of_average=_ratio(stored_bytes, num_stored * 4 * num_trained),
+        switch_mean_s=_ratio(sum(found.numbers(scored, "switch_s")), sum(found.numbers(scored, "num_checkouts"))),
+        sync_bytes_mean=_ratio(sum(found.numbers(sent, "bytes")), len(sent)),
+        num_patch_syncs=num_patches,
+        num_full_syncs=len(sent) - num_patches,
+        num_refused_patches=sum(bool(event.fields.get("refused")) for event in sent),
+        trainer_copies_max=_worst(m["copies/trainer"] for m in metrics if "copies/trainer" in m),
+        engine_copies_max=_whole(_worst(m["copies/engine"] for m in metrics if "copies/engine" in m)),
+        num_servers_down=sum(event.fields.get("is_failure", True) is True for event in down),
+        num_lost_tokens=round(sum(found.numbers(down, "num_lost_tokens"))),
+        train_wall_s=sum(wall),
+        engine_idle_share=_ratio(_product(wall, metrics, "idle/engine_share"), sum(wall)),
+        trainer_idle_share=_ratio(_product(wall, metrics, "idle/trainer_share"), sum(wall)),
+        runtime=str(started.get("runtime", "")),
+        variant=str(started.get("variant", "")),
+        source=str(started.get("source", "")),
+        seed=int(number(started.get("seed")) or 0),
+        ended=found.ended,
+        accounting=found.accounting(),
+    )
+
+
+def summarise_folder(folder: RunFolder) -> Summary:
+    """The summary of a run folder."""
+    return summarise(read_events(folder.events))
+
+
+class _Events:
+    """The events that count, by kind, and the questions that a summary asks of them."""
+
+    def __init__(self, events: Sequence[RecordedEvent]) -> None:
+        self.of: Mapping[EventKind, list[RecordedEvent]] = defaultdict(list)
+        for event in events:
+            self.of[event.kind].append(event)
+        self.metrics = [_numbers(event.fields.get("metrics")) for event in self.of[EventKind.UPDATE]]
+        end = events[-1] if events and events[-1].kind is EventKind.RUN_ENDED else None
+        self._end = end.fields if end else {}
+        reason = self._end.get("reason")
+        self.ended: Ended | None = next((known for known in get_args(Ended) if known == reason), None)
+
+    def last(self, kind: EventKind) -> Mapping[str, Json]:
+        """The fields of the last event of a kind; empty where there is none."""
+        return self.of[kind][-1].fields if self.of[kind] else {}
+
+    def numbers(self, events: Iterable[RecordedEvent], name: str) -> list[float]:
+        """A field of some events, where it is a number."""
+        return [value for event in events if (value := number(event.fields.get(name))) is not None]
+
+    def counts(self, name: str) -> list[Counter[str]]:
+        """A field of the updates that counts tokens by something."""
+        found = (_numbers(event.fields.get(name)) for event in self.of[EventKind.UPDATE])
+        return [Counter({key: round(value) for key, value in counts.items()}) for counts in found]
+
+    def later_versions(self) -> list[RecordedEvent]:
+        """The versions that the store keeps as a difference: not the first after each start, which is the resident copy."""
+        starts = [event.seq for event in self.of[EventKind.RUN_STARTED]]
+        published = self.of[EventKind.PUBLISHED]
+        first = {min((e.seq for e in published if e.seq > start), default=-1) for start in starts}
+        return [event for event in published if event.seq not in first and event.fields.get("full_bytes")]
+
+    def rate(self, stage: str, mode: str) -> Interval | None:
+        """The success rate of the last evaluation of a stage."""
+        for event in reversed(self.of[EventKind.EVALUATION]):
+            if (event.fields["stage"], event.fields["mode"]) == (stage, mode):
+                mean, low, high, num = (number(event.fields[name]) for name in ("mean", "low", "high", "num_episodes"))
+                if mean is not None and low is not None and high is not None:
+                    return Interval(mean=mean, low=low, high=high, num_episodes=int(num or 0))
+        return None
+
+    def rewards(self, stage: str) -> list[float]:
+        """The rewards of the last sampled evaluation of a stage; empty where none was recorded."""
+        for event in reversed(self.of[EventKind.EVALUATION]):
+            if (event.fields["stage"], event.fields["mode"]) == (stage, "sampled"):
+                rewards = event.fields.get("rewards")
+                return [number(reward) or 0.0 for reward in rewards] if isinstance(rewards, list) else []
+        return []
+
+    def accounting(self) -> Mapping[str, int]:
+        """What became of the trajectories, as the end of the run counted it.
+
+        Where nobody could count at the end, the last update's account stands, and what was outstanding then was cancelled; of a
+        run without a recorded end it is still queued or running.
+        """
+        counted = _numbers(self._end.get("accounting"))
+        if counted:
+            return {name: round(counted.get(name, 0.0)) for name in ACCOUNTS}
+        last = self.metrics[-1] if self.metrics else {}
+        found = {name: round(last.get(f"accounting/{name}", last.get(f"queue/{name}", 0.0))) for name in ACCOUNTS}
+        if self.ended is not None:
+            done = found["trained"] + found["filtered"] + found["failed"]
+            found |= {"cancelled": found["submitted"] - done, "queued": 0, "running": 0}
+        return found
+
+
+def _gain(before: Sequence[float], after: Sequence[float]) -> Interval | None:
+    """The gain over the episodes that both evaluations played: a resumed run may evaluate more rows, or fewer."""
+    num = min(len(before), len(after))
+    successes = ([float(is_success(reward)) for reward in rewards[:num]] for rewards in (before, after))
+    return paired_gain(*successes) if num else None
+
+
+def _numbers(value: Json) -> dict[str, float]:
+    items: Iterator[tuple[str, Json]] = iter(value.items() if isinstance(value, Mapping) else ())
+    return {name: found for name, raw in items if (found := number(raw)) is not None}
+
+
+def _product(weights: Sequence[float], metrics: Sequence[Mapping[str, float]], name: str) -> float:
+    return sum(weight * found.get(name, 0.0) for weight, found in zip(weights, metrics, strict=True))
+
+
+def _ratio(total: float, count: float) -> float | None:
+    return total / count if count else None
+
+
+def _worst(values: Iterable[float]) -> float | None:
+    """The greatest value; NaN counts as absent."""
+    return max((value for value in values if not math.isnan(value)), default=None)
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else round(value)

@@ -12,6 +12,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from oldlogits.record.bus import Event
+from oldlogits.record.events import Updated
 from oldlogits.record.folder import version_name
 from oldlogits.record.jsonl import RecordError
 
@@ -33,6 +35,23 @@ SCHEMA: Final = pa.schema(
 """Columns and types. `index` is the token's position in its trajectory, context included."""
 
 _KINDS: Final = {"string": "UTO", "int": "iu", "float": "f", "bool": "b"}
+
+
+class TokenTables:
+    """Writes the tokens of updates.
+
+    Args:
+        folder: ``tokens/`` of a run folder.
+        every: Updates between two tables; 0: none is written.
+    """
+
+    def __init__(self, folder: Path, *, every: int) -> None:
+        self._folder, self._every = folder, every
+
+    def emit(self, event: Event) -> None:
+        """Write the table that an update brings."""
+        if isinstance(event, Updated) and self._every and (event.version - 1) % self._every == 0:
+            write_tokens(self._folder, event.version, event.table)
 
 
 def write_tokens(folder: Path, version: int, columns: Mapping[str, Column]) -> Path:

@@ -15,8 +15,9 @@ from typing import Final
 from oldlogits.core.environment import Environment, Row
 from oldlogits.core.errors import EnvironmentShapeError
 from oldlogits.core.source import LogprobSource
-from oldlogits.core.trajectory import Segment, Trajectory
-from oldlogits.record.events import EventKind, EventSink
+from oldlogits.core.trajectory import Segment, Trajectory, is_success
+from oldlogits.record.bus import EventSink
+from oldlogits.record.events import GroupAdmitted, GroupClosed, TrajectoryFailed, TrajectoryRestarted
 from oldlogits.rollout.admission import Admission
 from oldlogits.rollout.buffer import Buffer
 from oldlogits.rollout.tasks import TaskDataset
@@ -60,7 +61,7 @@ class Rollouts(Admission):
         restart_rows: Sequence[int] = (),
     ) -> None:
         super().__init__(buffer, tasks, max_running_groups=max_running_groups)
-        self.gaps = TurnLatency()
+        self.latency = TurnLatency()
         self._agent = replace(agent, report=self._report)
         self._class, self._rows = environment_class, rows
         self._source, self._events = source, events
@@ -75,7 +76,7 @@ class Rollouts(Admission):
         row = self._rows.train(index)
         group_id = f"g{index:06d}"
         self._buffer.admit(group_id, size=self._group_size, version=self.version)
-        self._events.emit(EventKind.GROUP_ADMITTED, version=self.version, group=group_id)
+        self._events.emit(GroupAdmitted(version=self.version, group=group_id))
         if self._restart_rows:
             self._restart_rows.pop(0)
         else:
@@ -88,7 +89,7 @@ class Rollouts(Admission):
         return [*(int(group_id[1:]) for group_id in self._buffer.group_ids), *self._restart_rows]
 
     def _report(self, trajectory_id: str, segments: Sequence[Segment]) -> None:
-        self.gaps.grew(trajectory_id, segments)
+        self.latency.grew(trajectory_id, segments)
         self._source.on_segment_closed(trajectory_id, segments)
 
     async def _play_group(self, group_id: str, row: Row) -> None:
@@ -97,13 +98,14 @@ class Rollouts(Admission):
                 members.create_task(self._play_member(group_id, member, row))
         closed = self._buffer.close(group_id)
         self._events.emit(
-            EventKind.GROUP_CLOSED,
-            version=self.version,
-            group=group_id,
-            rewards=[t.reward for t in closed.trajectories],
-            oldest_version=min((t.versions[0] for t in closed.trajectories), default=self.version),
-            num_failed=closed.num_failed,
-            filtered=closed.filtered,
+            GroupClosed(
+                version=self.version,
+                group=group_id,
+                rewards=[t.reward for t in closed.trajectories],
+                oldest_version=min((t.versions[0] for t in closed.trajectories), default=self.version),
+                num_failed=closed.num_failed,
+                filtered=closed.filtered,
+            )
         )
         self.group_ended()
         if closed.filtered:
@@ -116,24 +118,24 @@ class Rollouts(Admission):
 
     async def _play_member(self, group_id: str, member: int, row: Row) -> None:
         id = f"{group_id}.{member}"
-        self.gaps.started(id)
+        self.latency.started(id)
         try:
             while isinstance(outcome := await self._play(id, group_id, row), Failure) and outcome.begins_again:
                 self._source.drop([id])
                 self._events.emit(
-                    EventKind.TRAJECTORY_RESTARTED,
-                    version=self.version,
-                    trajectory=id,
-                    reason=outcome.reason,
-                    num_lost_tokens=outcome.num_tokens,
+                    TrajectoryRestarted(
+                        version=self.version, trajectory=id, reason=outcome.reason, num_lost_tokens=outcome.num_tokens
+                    )
                 )
         except asyncio.CancelledError:
+            self.latency.ended(id, well=False)
             self._source.drop([id])
             raise
+        self.latency.ended(id, well=not isinstance(outcome, Failure))
         if isinstance(outcome, Failure):
             self._source.drop([id])
             self._buffer.fail(group_id)
-            self._events.emit(EventKind.TRAJECTORY_FAILED, version=self.version, trajectory=outcome.id, reason=outcome.reason)
+            self._events.emit(TrajectoryFailed(version=self.version, trajectory=outcome.id, reason=outcome.reason))
         else:
             self._buffer.end(outcome)
         self._failures.count(outcome)
@@ -172,11 +174,6 @@ class Evaluation:
     def num_successes(self) -> int:
         """Episodes of reward >= 1."""
         return sum(map(is_success, self.rewards))
-
-
-def is_success(reward: float) -> bool:
-    """An episode succeeds when its reward is at least 1."""
-    return reward >= 1.0
 
 
 async def evaluate(

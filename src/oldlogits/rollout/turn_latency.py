@@ -33,8 +33,13 @@ class TurnLatency:
         self._since: dict[str, tuple[Kind, float]] = {}
         self._gaps_s: dict[Kind, list[float]] = {kind: [] for kind in KINDS}
 
+    @property
+    def num_running(self) -> int:
+        """Episodes that have begun and are not over."""
+        return len(self._since)
+
     def started(self, trajectory_id: str) -> None:
-        """Its episode begins."""
+        """The episode of this trajectory begins."""
         self._since[trajectory_id] = ("first", self._clock())
 
     def grew(self, trajectory_id: str, segments: Sequence[Segment]) -> None:
@@ -45,13 +50,13 @@ class TurnLatency:
             self._note(trajectory_id)
 
     def ended(self, trajectory_id: str, *, well: bool) -> None:
-        """Its episode is over; a gap counts where it ended `well`."""
+        """Its episode is over and is forgotten; the time after its last turn counts where it ended `well`."""
         if well and trajectory_id in self._since:
             self._note(trajectory_id, kind="last")
         self._since.pop(trajectory_id, None)
 
     def metrics(self) -> dict[str, float]:
-        """Of the gaps since the last call; docs/metrics.md."""
+        """Count and summarise the gaps since the last call; docs/metrics.md."""
         found: dict[str, float] = {}
         for kind in KINDS:
             gaps_s, self._gaps_s[kind] = np.array(self._gaps_s[kind]), []

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import shutil
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,10 @@ from types import FrameType
 
 from rich.console import Console
 
-from oldlogits.config import RunConfig
+from oldlogits.config import Caution, RunConfig, cautions
 from oldlogits.config.engine import engine_spec, server_options
 from oldlogits.core.engine import ENGINES, Sampling
+from oldlogits.core.engine_stats import Incident
 from oldlogits.core.environment import Environment
 from oldlogits.core.errors import OldLogitsError
 from oldlogits.core.parser import PARSERS
@@ -24,34 +25,45 @@ from oldlogits.core.starting_model import is_model_folder
 from oldlogits.envs.base import system_prompt_of
 from oldlogits.envs.tools import tool_schemas
 from oldlogits.loop.backend import Backend, BackendSpec
-from oldlogits.loop.loop import Loop, Task
+from oldlogits.loop.loop import Loop
+from oldlogits.loop.make import make_loop, run_started
 from oldlogits.loop.probe import PROBE_TOKENS
 from oldlogits.loop.resume import refuse_another_run, sampler_seed
-from oldlogits.loop.run_logger import RunLogger
-from oldlogits.loop.totals import Totals
+from oldlogits.loop.state import LoopState
+from oldlogits.loop.task import Task
 from oldlogits.models.chat import ChatFormat
 from oldlogits.models.load import load_tokenizer
+from oldlogits.record.bus import Event
+from oldlogits.record.event_log import EventLog
+from oldlogits.record.events import RunEnded, ServerDown, ServerUp, WarmStarted, Warned
 from oldlogits.record.folder import RunFolder
 from oldlogits.record.live import LiveView
+from oldlogits.record.recording import Recording, record_run
 from oldlogits.record.report.page import write_report
-from oldlogits.record.summary import Ended, Summary
-from oldlogits.rollout.buffer import Buffer, TrajectoryCounts
-from oldlogits.rollout.staleness import StalenessBound
+from oldlogits.record.summary import Ended, Summary, summarise_folder
+from oldlogits.record.trackers.feed import TrackerFeed, find_trackers, open_feeds
 from oldlogits.rollout.turns import Agent, TurnLimits
 from oldlogits.run.specs import backend_kind, backend_spec
 from oldlogits.run.start import Start, prepare_model
 from oldlogits.run.tasks import load_tasks
-from oldlogits.train.reports import ConsistencyErrors
 
 Open = Callable[[BackendSpec], AbstractAsyncContextManager[Backend]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
-    """How a run ended: its summary, and what stopped it: an error of this package, or a defect, to be raised as it is."""
+    """How a run ended: its summary, and the error of this package that stopped it, if one did."""
 
     summary: Summary
     error: OldLogitsError | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """Why a run ended: an error of this package, or a defect, which is raised as it is when everything is written down."""
+
+    reason: Ended
+    error: OldLogitsError | None = None
     defect: Exception | None = None
 
 
@@ -77,27 +89,36 @@ def run(
     """
     opens: Open = open_backend or backend_kind(config).open
     environment_class = _check_task(config)
+    trackers = find_trackers(config.record.trackers)
     folder = RunFolder.create(out, resume=resume)
     checkpoint = folder.latest_checkpoint() if resume else None
     if checkpoint is not None:
         refuse_another_run(config, folder)
     folder.write_config(dataclasses.asdict(config))
+    feeds = open_feeds(trackers, folder, dataclasses.asdict(config))
     config = _with_versions_folder(config, folder)
-    totals = Totals() if checkpoint is None else Totals.read(checkpoint / "state" / "totals.json")
     title = f"oldlogits: {config.env.target}, {config.variant}, {config.runtime.type}"
     try:
         with LiveView(total_updates=config.num_updates, title=title, console=console) as view:
             whole = checkpoint if not config.model.lora_rank else None  # adapters are restored on top of their base
             start = prepare_model(config, environment_class, view.note) if whole is None else Start(model=whole / "model")
             view.note(f"starting engine and trainer ({config.runtime.type})")
-            result = asyncio.run(_run(config, folder, view, start, totals, checkpoint, opens))
+            end = asyncio.run(_run(config, folder, view, start, checkpoint, opens, feeds))
     except KeyboardInterrupt:  # before the loop began, or for the second time
-        result = RunResult(summary=_interrupted(config, totals), error=None)
-    result.summary.write(folder.summary)
+        end = End(reason="interrupted")
+        with EventLog(folder.events) as log:
+            log.emit(RunEnded(version=-1, reason="interrupted", error="", accounting=None))
+    summary = summarise_folder(folder)
+    if not summary.variant:  # it was interrupted before it began
+        kind, source = config.runtime.type, config.proximal.source
+        summary = dataclasses.replace(summary, runtime=kind, variant=config.variant, source=source, seed=config.seed)
+    summary.write(folder.summary)
     write_report(folder.path)
-    if result.defect is not None:
-        raise result.defect
-    return result
+    for trouble in filter(None, [feed.finish(folder) for feed in feeds]):
+        (console or Console()).print(f"warning: {trouble}", markup=False)
+    if end.defect is not None:
+        raise end.defect
+    return RunResult(summary=summary, error=end.error)
 
 
 def _with_versions_folder(config: RunConfig, folder: RunFolder) -> RunConfig:
@@ -123,42 +144,63 @@ async def _run(
     folder: RunFolder,
     view: LiveView,
     start: Start,
-    totals: Totals,
     checkpoint: Path | None,
     opens: Open,
-) -> RunResult:
+    feeds: Sequence[TrackerFeed],
+) -> End:
     tokenizer = load_tokenizer(start.model)
     chat = ChatFormat(tokenizer)
     environment_class, rows = load_tasks(config)
-    seed = sampler_seed(config.seed, totals.num_updates)
+    state = LoopState() if checkpoint is None else LoopState.read(checkpoint)
+    seed = sampler_seed(config.seed, state.num_updates)
     probe_ids = _probe_ids(chat, environment_class)
-    recorder = RunLogger(config, folder, view, lambda ids: str(tokenizer.decode(ids)))
-    if checkpoint is None and start.is_warm:
-        recorder.warm_started(start.steps, start.loss, start.seconds_s)
-    try:
+    every = {"tokens_every": config.record.tokens_every, "transcripts_every": config.record.transcripts_every}
+    with record_run(folder, view, lambda ids: str(tokenizer.decode(ids)), **every, trackers=feeds) as recording:
+        if checkpoint is None and start.is_warm:
+            cached, steps, loss = not start.steps, start.steps, start.loss
+            recording.events.emit(WarmStarted(version=-1, steps=steps, loss=loss, cached=cached, seconds_s=start.seconds_s))
         spec = backend_spec(config, start.model, probe_ids, sampler_seed=seed, folder=folder.path)
-        async with opens(spec) as handles:
+        async with opens(spec) as backend:
             if checkpoint is not None:
-                await handles.trainer.restore(checkpoint)
-            agent = _agent(config, handles, chat)
-            hosted = handles.host_environment(environment_class)
+                await backend.trainer.restore(checkpoint)
+            agent = _agent(config, backend, chat)
+            hosted = backend.host_environment(environment_class)
             task = Task(environment_class=hosted, rows=rows, agent=agent, probe_ids=probe_ids)
-            loop = Loop(config, task, handles, recorder, totals)
-            handles.watch(loop.buffer)
-            handles.listen(lambda news: recorder.heard(news, totals, version=loop.version))
-            return await _finish(config, loop, handles, recorder)
-    finally:
-        recorder.close()
+            loop = make_loop(config, task, backend, recording)
+            loop.go_on(state)
+            backend.watch(loop.buffer)
+            backend.listen(lambda news: recording.events.emit(_event_of(news, loop.version)))
+            return await _finish(config, loop, backend, recording, view.note)
 
 
-async def _finish(config: RunConfig, loop: Loop, handles: Backend, recorder: RunLogger) -> RunResult:
-    """Run the loop to its end, by itself, by Ctrl-C or by an error, and sum up."""
+def _event_of(news: Incident | Caution, version: int) -> Event:
+    """The event of what the runtime says by itself."""
+    if isinstance(news, Caution):
+        return Warned(version=version, **dataclasses.asdict(news))
+    if news.what == "up":
+        return ServerUp(version=version, server=news.server, reason=news.reason)
+    return ServerDown(
+        version=version,
+        server=news.server,
+        reason=news.reason,
+        num_requests=news.num_requests,
+        num_kept_tokens=news.num_kept_tokens,
+        num_lost_tokens=news.num_lost_tokens,
+        is_failure=news.is_failure,
+    )
+
+
+async def _finish(config: RunConfig, loop: Loop, backend: Backend, recording: Recording, note: Callable[[str], None]) -> End:
+    """Run the loop to its end, by itself, by Ctrl-C or by an error."""
     ended: Ended = "done"
     error: OldLogitsError | None = None
     defect: Exception | None = None
-    async with _interruptible(recorder.view.note) as interruption:
+    num_kept = loop.state.num_events
+    async with _interruptible(note) as interruption:
         try:
-            if not await _supervise(loop, handles, interruption):
+            version = (await backend.trainer.state()).version
+            recording.events.emit(await run_started(config, backend, version=version, num_kept=num_kept))
+            if not await _supervise(loop, cautions(config), backend, interruption):
                 ended = "interrupted"
                 await loop.checkpoint()
         except OldLogitsError as raised:
@@ -169,20 +211,21 @@ async def _finish(config: RunConfig, loop: Loop, handles: Backend, recorder: Run
         except Exception as raised:  # a defect: everything is written down before it is raised
             ended, defect = "error", raised
     loop.cancel_all()
-    recorder.ended(ended, str(error or defect or ""), version=loop.version)
-    summary = loop.totals.summary(config, loop.buffer, loop.consistency, ended)
-    return RunResult(summary=summary, error=error, defect=defect)
+    account = {**dataclasses.asdict(loop.buffer.account), "queued": loop.buffer.queued, "running": loop.buffer.running}
+    what = str(error or defect or "")
+    recording.events.emit(RunEnded(version=loop.version, reason=ended, error=what, accounting=account))
+    return End(reason=ended, error=error, defect=defect)
 
 
-async def _supervise(loop: Loop, handles: Backend, interruption: asyncio.Event) -> bool:
+async def _supervise(loop: Loop, known: Sequence[Caution], backend: Backend, interruption: asyncio.Event) -> bool:
     """Wait for the loop; an interruption or the end of one of the runtime's workers stops it. False: it was interrupted."""
-    main = asyncio.create_task(loop.run())
+    main = asyncio.create_task(loop.run(known))
     stop = asyncio.create_task(interruption.wait())
-    await asyncio.wait({main, stop, *handles.workers}, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait({main, stop, *backend.workers}, return_when=asyncio.FIRST_COMPLETED)
     stop.cancel()
     main.cancel()
     await asyncio.gather(main, return_exceptions=True)  # its error counts as seen, whatever is raised below
-    for worker in handles.workers:
+    for worker in backend.workers:
         if worker.done():
             worker.result()
     if main.cancelled():
@@ -213,15 +256,6 @@ async def _interruptible(note: Callable[[str], None]) -> AsyncIterator[asyncio.E
             signal.signal(number, handler)
 
 
-def _interrupted(config: RunConfig, totals: Totals) -> Summary:
-    """The summary as of the last update; trajectories that were outstanding then count as cancelled."""
-    bound = StalenessBound(max_staleness=config.window, prompts_per_update=config.rollout.prompts_per_update)
-    buffer = Buffer(bound, filter_uniform=False)
-    buffer.account = account = TrajectoryCounts(**totals.account)
-    account.cancelled = account.submitted - account.trained - account.filtered - account.failed
-    return totals.summary(config, buffer, ConsistencyErrors(), "interrupted")
-
-
 def _own_error(group: ExceptionGroup[Exception]) -> OldLogitsError | None:
     """The first error of this package in a group of nothing else; None: there is a defect among them."""
     own, other = group.split(OldLogitsError)
@@ -234,17 +268,17 @@ def _own_error(group: ExceptionGroup[Exception]) -> OldLogitsError | None:
     return leaf
 
 
-def _agent(config: RunConfig, handles: Backend, chat: ChatFormat) -> Agent:
+def _agent(config: RunConfig, backend: Backend, chat: ChatFormat) -> Agent:
     env = config.env
     return Agent(
-        engine=handles.engine,
+        engine=backend.engine,
         chat=chat,
         parser=PARSERS.find(env.parser)(),
         limits=TurnLimits(
             max_turns=env.max_turns, max_tokens_per_turn=env.max_tokens_per_turn, max_tokens=env.max_episode_tokens
         ),
         sampling=Sampling(max_tokens=env.max_tokens_per_turn, temperature=config.sampling.temperature),
-        run_environment=handles.run_environment,
+        run_environment=backend.run_environment,
     )
 
 

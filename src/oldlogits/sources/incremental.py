@@ -27,7 +27,7 @@ from oldlogits.sources.in_flight import InFlightTokens
 SPANS_PER_CALL: Final = 64
 """Scoring spans in one call of a scorer: another call waits no longer than that."""
 COUNTED: Final = (
-    *("source/wait_s", "source/score_s", "source/num_checkouts", "source/switch_s", "source/witness_s"),
+    *("source/wait_s", "source/score_s", "source/num_checkouts", "source/switch_s", "source/check_s"),
     *("source/resident_copies", "source/fallback_tokens", "source/read_tokens"),
 )
 """What a source counts from one call of `metrics` to the next."""
@@ -129,7 +129,7 @@ class IncrementalSource(LogprobSource):
                 self._counted["source/score_s"] += scored.seconds_s
                 self._counted["source/num_checkouts"] += 1
                 self._counted["source/switch_s"] += scored.switch_s
-                self._counted["source/witness_s"] += scored.witness_s
+                self._counted["source/check_s"] += scored.witness_s
                 self._counted["source/read_tokens"] += sum(span.num_read for span in spans)
                 self._counted["source/fallback_tokens"] += 0 if is_held else len(scored.values)
                 self._num_switches += version != self._last_version

@@ -52,6 +52,11 @@ class LiveModel:
         """The parameters of the model, tied ones once."""
         return sum(p.numel() for p in self.model.parameters())
 
+    @property
+    def num_trained(self) -> int:
+        """The parameters that are trained: all, or those of the adapters."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
     def full_weights(self) -> FullWeights:
         """Give the forward weights, valid until the next step, on the first rank."""
         return FullWeights(tensors=whole_weights(self.model, self.dtype, self.ranks))

@@ -86,6 +86,7 @@ class TrainerState:
         version: The version of the live weights.
         consistency: The largest errors of its consistency checks.
         num_parameters: The parameters of its model, tied ones once.
+        num_trained: Those of them that are trained: all, or the adapters'.
         work: What scoring has cost.
         busy_s: Seconds that calls have taken.
     """
@@ -93,5 +94,6 @@ class TrainerState:
     version: PolicyVersion
     consistency: ConsistencyErrors
     num_parameters: int
+    num_trained: int
     work: ScoringWork
     busy_s: float

@@ -218,7 +218,7 @@ def _check_lag0(
     routed = is_routed(model)
     excused = num_excused(tokens.sequence[checked].numpy(), routed=routed)
     check_consistency(judged_error(errors, excused), "OLD of lag-0 tokens", "THETA before the first optimizer step")
-    above = {"witness/num_lag0_above": float(np.count_nonzero(errors > CONSISTENCY_TOLERANCE))} if routed else {}
+    above = {"consistency/num_lag0_above": float(np.count_nonzero(errors > CONSISTENCY_TOLERANCE))} if routed else {}
     return judged_error(errors, 0), above
 
 

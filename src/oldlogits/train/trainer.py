@@ -94,7 +94,7 @@ class Trainer:
         )
 
     def full_weights(self) -> FullWeights:
-        """Give the live forward weights to a receiver that cannot take a patch; valid until the next step, on the first rank."""
+        """Give the live forward weights, valid until the next step, on the first rank."""
         return self.live.full_weights()
 
     def put_batch(self, batch: TokenBatch) -> None:
@@ -138,6 +138,7 @@ class Trainer:
             version=self.version,
             consistency=self.scorer.checks.errors,
             num_parameters=self.live.num_parameters,
+            num_trained=self.live.num_trained,
             work=self.scorer.work,
             busy_s=self.busy_s,
         )

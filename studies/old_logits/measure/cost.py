@@ -16,7 +16,8 @@ from oldlogits.config.check import check
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, VARIANTS
 from oldlogits.core.source import SOURCES, provided
-from oldlogits.record.events import Event, EventKind, read_events
+from oldlogits.record.bus import EventKind
+from oldlogits.record.event_log import RecordedEvent, read_events
 from oldlogits.record.folder import RunFolder
 from oldlogits.record.jsonl import RecordError, number
 from oldlogits.run.run import run
@@ -200,7 +201,7 @@ def read_cost(run_folder: Path) -> RouteCost:
     )
 
 
-def _updates(events: Sequence[Event], route: str) -> list[Numbers]:
+def _updates(events: Sequence[RecordedEvent], route: str) -> list[Numbers]:
     """By update, ascending. A route that scores ahead counts its scorer's work; for the others it is the trainer's."""
     numbers: dict[int, dict[str, float]] = {}
     work = ("read_tokens", "num_checkouts", "switch_s")
@@ -222,7 +223,7 @@ def _updates(events: Sequence[Event], route: str) -> list[Numbers]:
     return [one for _, one in sorted(numbers.items()) if "time/update_s" in one]
 
 
-def _numbers(event: Event, *names: str) -> dict[str, float]:
+def _numbers(event: RecordedEvent, *names: str) -> dict[str, float]:
     return {name: number(event.fields[name]) or 0.0 for name in names}
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from oldlogits.config import RunConfig
 from oldlogits.core.errors import NonFiniteError
-from oldlogits.record.events import Event, EventKind, read_events
+from oldlogits.record.bus import EventKind
+from oldlogits.record.event_log import RecordedEvent, read_events
 from oldlogits.record.jsonl import number
 from oldlogits.run.run import run
 from studies.old_logits.results import LearningRun, Point
@@ -61,7 +62,7 @@ def run_learning(config: RunConfig, folder: Path, *, regime: str, method: str, b
     )
 
 
-def _curve(events: list[Event], cpu_s: list[float]) -> tuple[Point, ...]:
+def _curve(events: list[RecordedEvent], cpu_s: list[float]) -> tuple[Point, ...]:
     """Held-out success by updates and by CPU seconds of training."""
     return tuple(
         Point(
@@ -74,7 +75,7 @@ def _curve(events: list[Event], cpu_s: list[float]) -> tuple[Point, ...]:
     )
 
 
-def _seconds(update: Event) -> float:
+def _seconds(update: RecordedEvent) -> float:
     """Seconds of an update. A lockstep run computes in one process, so its share of CPU time is the run's."""
     metrics = update.fields["metrics"]
     assert isinstance(metrics, dict), "an update event has metrics"

@@ -206,7 +206,7 @@ class Panel:
 
 def _rows(batch: TokenBatch, result: UpdateResult, version: int, panel: Mapping[str, NDArray[np.float32]]) -> pa.Table:
     flat = np.flatnonzero(batch.loss_mask)
-    kept = ("staleness", "advantage", "logp_mu", "logp_theta", "logp_stand_in")
+    kept = ("staleness", "advantage", "logp_mu", "logp_theta", "logp_proximal")
     return pa.table(
         {
             "update": np.full(len(flat), version, np.int32),

@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import tomli_w
 
 from oldlogits.cli.main import attempt
-from oldlogits.record.toml import dump_toml
 from studies.old_logits.__main__ import command
 from studies.old_logits.results import Study
 from tests.runs import TARGET
@@ -61,7 +61,7 @@ def recipe(tiny_folder, tmp_path_factory):
     }
     folder = tmp_path_factory.mktemp("study")
     settings = '\n[[regimes]]\nsettings = {"lockstep.max_lag" = 2, max_staleness = 2}\n'
-    (folder / "small.toml").write_text(dump_toml(plan) + settings + dump_toml(regime))
+    (folder / "small.toml").write_text(tomli_w.dumps(plan) + settings + tomli_w.dumps(regime))
     (folder / "notes.txt").write_text("What a person adds.")
     return folder / "small.toml"
 

@@ -8,7 +8,7 @@ import pytest
 
 from oldlogits.core.errors import ConfigError, WorkerDiedError
 from oldlogits.core.source import SOURCES
-from oldlogits.record.events import EventKind
+from oldlogits.record.bus import EventKind
 from oldlogits.record.jsonl import RecordError
 from oldlogits.run.run import run
 from studies.old_logits.measure.cost import HEADER, PRINTED, RouteCost, cost_table, measure_route, read_cost, route_config

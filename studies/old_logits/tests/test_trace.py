@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from oldlogits.core.errors import ConfigError
-from oldlogits.record.events import without_wall_clock
+from oldlogits.record.event_log import without_wall_clock
 from oldlogits.run.run import run
 from studies.old_logits.measure.trace import AVERAGES, TraceInfo, record_trace
 from tests.runs import assert_same_state, recipe, tokens_of
@@ -62,7 +62,7 @@ def traced(tiny_folder, tmp_path_factory):
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_the_panel_gives_what_the_route_itself_gives(traced, driver):
     _, columns, _ = traced(driver)
-    assert np.array_equal(columns["logp_stand_in"], columns[DRIVERS[driver][1]])
+    assert np.array_equal(columns["logp_proximal"], columns[DRIVERS[driver][1]])
 
 
 @pytest.mark.parametrize("driver", ["exact", "ewma-auto"])
@@ -74,7 +74,7 @@ def test_the_drivers_run_is_the_same_bit_for_bit_without_the_panel(traced, tiny_
     assert (saved / "model/model.safetensors").read_bytes() == (again / "model/model.safetensors").read_bytes()
     assert_same_state(saved / "state", again / "state")
     assert events_of(beside) == events_of(tmp_path / "alone")
-    alone = tokens_of(tmp_path / "alone", "trainer_version", "staleness", "advantage", "logp_mu", "logp_theta", "logp_stand_in")
+    alone = tokens_of(tmp_path / "alone", "trainer_version", "staleness", "advantage", "logp_mu", "logp_theta", "logp_proximal")
     last = alone.pop("trainer_version") >= UPDATES - SCORED
     for name, values in alone.items():
         assert np.array_equal(values[last], columns[name])

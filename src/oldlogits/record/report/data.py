@@ -8,11 +8,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Final
 
+from oldlogits.record.bus import EventKind
 from oldlogits.record.episodes import Episode, read_episodes
-from oldlogits.record.events import Event, EventKind, read_events
+from oldlogits.record.event_log import RecordedEvent, history, read_events
 from oldlogits.record.folder import RunFolder
 from oldlogits.record.jsonl import Json, number
-from oldlogits.record.summary import Summary
+from oldlogits.record.summary import Summary, summarise
 from oldlogits.record.tables import Column, sample_tokens
 
 MAX_TOKENS: Final = 200_000
@@ -53,13 +54,13 @@ class RunData:
         updates: By version, ascending; after a resume, those of the line of history that went on.
         evaluations: In order.
         probe_max_abs_error: The largest of all probes.
-        referee: The events of the referee.
+        audits: The events of the exact audit.
         resets: The events of resets of the weight average.
         calibration: The fields of ``calibration``; empty when there was none.
         warnings: In order, each once.
         ended: The reason in ``run_ended``; None when the process was killed.
         error: The error in ``run_ended``.
-        summary: ``summary.json``.
+        summary: What the events add up to.
         tokens: A sample of the loss tokens, one array a column; of length 0 without tables.
         episodes: Those with text, each id once.
         config: The text of ``config.toml``.
@@ -70,13 +71,13 @@ class RunData:
     updates: tuple[Update, ...]
     evaluations: tuple[Evaluation, ...]
     probe_max_abs_error: float | None
-    referee: tuple[Event, ...]
-    resets: tuple[Event, ...]
+    audits: tuple[RecordedEvent, ...]
+    resets: tuple[RecordedEvent, ...]
     calibration: Mapping[str, Json]
     warnings: tuple[str, ...]
     ended: str | None
     error: str | None
-    summary: Summary | None
+    summary: Summary
     tokens: Mapping[str, Column]
     episodes: tuple[Episode, ...]
     config: str
@@ -99,7 +100,7 @@ def read_run(path: Path) -> RunData:
     """
     folder = RunFolder(path=path)
     events = list(read_events(folder.events))
-    kept = list(_surviving(events))
+    kept = history(events)
     ended = next((event for event in reversed(events) if event.kind is EventKind.RUN_ENDED), None)
     if ended is not None and any(event.kind is EventKind.RUN_STARTED for event in events[ended.seq + 1 :]):
         ended = None
@@ -111,13 +112,13 @@ def read_run(path: Path) -> RunData:
         updates=tuple(_update(event) for event in kept if event.kind is EventKind.UPDATE),
         evaluations=tuple(_evaluation(event) for event in kept if event.kind is EventKind.EVALUATION),
         probe_max_abs_error=max((probe for probe in probes if probe is not None), default=None),
-        referee=tuple(event for event in kept if event.kind is EventKind.REFEREE),
+        audits=tuple(event for event in kept if event.kind is EventKind.AUDIT),
         resets=tuple(event for event in kept if event.kind is EventKind.AVERAGE_RESET),
         calibration=next((event.fields for event in kept if event.kind is EventKind.CALIBRATION), {}),
         warnings=tuple(dict.fromkeys(str(event.fields["message"]) for event in kept if event.kind is EventKind.WARNING)),
         ended=str(ended.fields["reason"]) if ended else None,
         error=str(ended.fields["error"]) if ended and ended.fields["error"] else None,
-        summary=Summary.read(folder.summary) if folder.summary.exists() else None,
+        summary=summarise(events),
         tokens=_loss_tokens(sample_tokens(folder.tokens, names=_TOKEN_COLUMNS, max_rows=MAX_TOKENS)),
         episodes=tuple({e.id: e for e in read_episodes(folder.episodes) if e.segments}.values()),
         config=folder.config.read_text(encoding="utf-8") if folder.config.exists() else "",
@@ -138,17 +139,7 @@ def _mean(chunk: Sequence[Update]) -> dict[str, float]:
     return {name: fmean(update.metrics[name] for update in chunk if name in update.metrics) for name in names}
 
 
-def _surviving(events: Iterable[Event]) -> Iterable[Event]:
-    """The events without those of versions that a resume from an earlier checkpoint made anew."""
-    kept: list[Event] = []
-    for event in events:
-        if event.kind is EventKind.RUN_STARTED:
-            kept = [earlier for earlier in kept if earlier.version <= event.version]
-        kept.append(event)
-    return kept
-
-
-def _update(event: Event) -> Update:
+def _update(event: RecordedEvent) -> Update:
     metrics, counts = event.fields["metrics"], event.fields["staleness_counts"]
     return Update(
         version=event.version,
@@ -161,7 +152,7 @@ def _items(value: Json) -> Iterable[tuple[str, Json]]:
     return value.items() if isinstance(value, Mapping) else ()
 
 
-def _evaluation(event: Event) -> Evaluation:
+def _evaluation(event: RecordedEvent) -> Evaluation:
     mean, low, high, count = (number(event.fields[name]) for name in ("mean", "low", "high", "num_episodes"))
     mean = float("nan") if mean is None else mean
     return Evaluation(

@@ -1,4 +1,4 @@
-"""The report's section of the referee: where the stand-in decided otherwise than OLD; and that of the average's resets."""
+"""The report's sections of the exact audit: where the proximal policy decided otherwise than OLD, and of resets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Final
 
 from markupsafe import Markup
 
-from oldlogits.record.events import FIELDS, Event, EventKind
+from oldlogits.record.bus import EventKind
+from oldlogits.record.event_log import RecordedEvent
+from oldlogits.record.events import FIELDS
 from oldlogits.record.jsonl import number
 from oldlogits.record.report import charts
 from oldlogits.record.report.charts import Bar
@@ -16,9 +18,9 @@ from oldlogits.record.report.data import RunData
 from oldlogits.record.report.figures import Figure
 
 Sums = Mapping[str, float]
-"""The sums of a `referee` event at one staleness, or over several."""
+"""The sums of a `audit` event at one staleness, or over several."""
 
-_NAMES = tuple(sorted(FIELDS[EventKind.REFEREE] - {"policy", "seconds_s"}))
+_NAMES = tuple(sorted(FIELDS[EventKind.AUDIT] - {"policy", "seconds_s"}))
 
 _COLUMNS = (
     "staleness",
@@ -52,20 +54,20 @@ _MAX_RESETS: Final = 50
 
 
 def decisions(run: RunData) -> dict[str, list[Figure]]:
-    """The sections by their names; none without a referee and resets."""
+    """The sections by their names; none without an audit and resets."""
     sections = {}
-    if run.referee:
-        sections["The referee"] = [_referee(run)]
+    if run.audits:
+        sections["The exact audit"] = [_audit(run)]
     if run.resets:
         sections["Resets of the average"] = [_resets(run.resets)]
     return sections
 
 
-def _referee(run: RunData) -> Figure:
-    by_staleness = pooled(run.referee)
-    policy = str(run.referee[-1].fields["policy"])
+def _audit(run: RunData) -> Figure:
+    by_staleness = pooled(run.audits)
+    policy = str(run.audits[-1].fields["policy"])
     caption = (
-        f"Over {len(run.referee)} batches whose exact log-probs were computed beside the route. Shares are of the loss tokens, "
+        f"Over {len(run.audits)} batches whose exact log-probs were computed beside the route. Shares are of the loss tokens, "
         "of those with A ≠ 0, and by weight: the sum of |R A| over the differing tokens over that of the tokens active under "
         "OLD, R = theta/mu."
     )
@@ -80,15 +82,15 @@ def _referee(run: RunData) -> Figure:
     )
 
 
-def _resets(events: Sequence[Event]) -> Figure:
-    """One row a reset, the newest ones, and the mean over all that were refereed."""
+def _resets(events: Sequence[RecordedEvent]) -> Figure:
+    """One row a reset, the newest ones, and the mean over all that were audited."""
     errors = [found for event in events if (found := _errors(event)) is not None]
     means = tuple(f"{fmean(column):.2%}" for column in zip(*errors, strict=True)) or ("—",) * len(_ERRORS)
     shown = events[-_MAX_RESETS:]
     caption = (
         f"The rule reset the average to the live weights {len(events)} times"
         + (f"; the last {len(shown)} are listed. " if len(shown) < len(events) else ". ")
-        + "The decision error is that of the batch whose update asked for the reset, which a referee must have seen: before, "
+        + "The decision error is that of the batch whose update asked for the reset, which the audit must have seen: before, "
         "with the average as it was used; after, with the live weights in its place, under the same theta."
     )
     mean = (f"mean of {len(errors)}", *("",) * (len(_RESET_COLUMNS) - len(_ERRORS) - 1), *means)
@@ -96,7 +98,7 @@ def _resets(events: Sequence[Event]) -> Figure:
     return Figure(title="What each reset was worth", caption=caption, svg=Markup(), table=table)
 
 
-def _reset_row(event: Event) -> tuple[str, ...]:
+def _reset_row(event: RecordedEvent) -> tuple[str, ...]:
     rho, tau, average, live = (number(event.fields[name]) or 0.0 for name in ("rho", "tau", "kept_average", "kept_live"))
     errors = _errors(event)
     return (
@@ -110,13 +112,13 @@ def _reset_row(event: Event) -> tuple[str, ...]:
     )
 
 
-def _errors(event: Event) -> tuple[float, ...] | None:
-    """The four decision errors of a reset; None without a referee."""
+def _errors(event: RecordedEvent) -> tuple[float, ...] | None:
+    """The four decision errors of a reset; None without an audit."""
     errors = [number(event.fields.get(name)) for name in _ERRORS]
     return tuple(error for error in errors if error is not None) if None not in errors else None
 
 
-def pooled(events: Iterable[Event]) -> dict[int, Sums]:
+def pooled(events: Iterable[RecordedEvent]) -> dict[int, Sums]:
     """The sums of all events by staleness, ascending; only where there are tokens."""
     total: dict[int, dict[str, float]] = {}
     for event in events:

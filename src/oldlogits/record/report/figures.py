@@ -25,7 +25,7 @@ _NUM_BINS: Final = 60
 _MIN_TOKENS: Final = 20
 _TIMES: Final = {
     "time/wait_batch_s": "wait for a batch",
-    "time/score_s": "score the stand-in",
+    "time/score_s": "score the proximal policy",
     "time/step_s": "optimizer steps",
     "time/publish_s": "publish",
 }
@@ -184,7 +184,7 @@ def _r_d(run: RunData) -> Figure | None:
     if run.setting("r_d") == "old/mu":
         caption = "Same weights, two engines: numerics alone. The band masks what lies outside, whatever the advantage's sign."
     else:
-        caption = "The stand-in over the engine: the numerics, and how far the stand-in is from the old logits, in one ratio."
+        caption = "The proximal policy over the engine: numerics, and how far that policy is from the old logits, in one ratio."
     return _ratio_histogram(f"r_d = {run.setting('r_d')}", caption, _column(run, "log_r_d"), kept, bounds, "outside the band")
 
 
@@ -195,7 +195,7 @@ def _r_s(run: RunData) -> Figure | None:
     cap = run.bound("truncation")
     bounds += [Bound(x=cap, label=f"truncated at {cap:g}")] if cap is not None else []
     kept = _column(run, "clip_mask").astype(bool)
-    what = "Same engine, two versions: staleness." if run.setting("r_s") == "theta/old" else "Theta over the stand-in."
+    what = "Same engine, two versions: staleness." if run.setting("r_s") == "theta/old" else "Theta over the proximal policy."
     if run.setting("truncation"):
         caption = what + " No token is clipped: the weight of its gradient is truncated."
     else:

@@ -65,8 +65,8 @@ def write_report(run_folder: Path) -> Path:
         details=_details(run),
         sections=figures(run) | calibration(run) | decisions(run),
         transcripts=chosen_transcripts(run.episodes),
-        provenance=sorted(run.summary.provenance.items()) if run.summary else [],
-        accounting=list(run.summary.accounting.items()) if run.summary else [],
+        provenance=sorted(run.summary.provenance.items()),
+        accounting=list(run.summary.accounting.items()),
     )
     write_atomic(folder.report, text)
     return folder.report
@@ -110,7 +110,7 @@ def _verdict(run: RunData) -> Verdict:
         return Verdict(headline="No comparison of before and after", evidence=measured or "No evaluation was recorded.")
     evidence = f"Sampled on held-out episodes: {_rate(before)} before, {_rate(after)} after."
     headline = f"{before.mean:.1%} → {after.mean:.1%}"
-    if summary is None or summary.gain is None:
+    if summary.gain is None:
         return Verdict(headline=headline, evidence=evidence)
     gain = summary.gain
     points = f"{100 * gain.mean:+.1f} points, 95% interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f}"
@@ -146,7 +146,7 @@ def _cards(run: RunData) -> list[Card]:
     if run.probe_max_abs_error is not None:
         detail = "engine against trainer, after each publish"
         cards.append(Card(label="probe, largest error", value=f"{run.probe_max_abs_error:.1e}", detail=detail))
-    return cards + (_summary_cards(run.summary) if run.summary else [])
+    return cards + (_summary_cards(run.summary) if run.updates else [])
 
 
 def _summary_cards(summary: Summary) -> list[Card]:
@@ -166,8 +166,8 @@ def _summary_cards(summary: Summary) -> list[Card]:
         detail = f"of {tokens:,} tokens" + (f"; others: {others}" if others else "")
         cards.append(Card(label="exact old logits", value=_share(exact), detail=detail, tone="good" if exact == 1 else "plain"))
     consistency = (
-        ("witness at publish", summary.witness_publish_max_abs_error, "store against live weights"),
-        ("witness at lag 0", summary.witness_lag0_max_abs_error, "theta against old, before the step"),
+        ("consistency at publish", summary.consistency_publish_max_abs_error, "store against live weights"),
+        ("consistency at lag 0", summary.consistency_lag0_max_abs_error, "theta against old, before the step"),
         ("mean |log r_d|", summary.log_r_d_mean_abs, f"largest {_small(summary.log_r_d_max_abs)}"),
     )
     cards += [
@@ -218,7 +218,6 @@ def _missing(run: RunData) -> list[str]:
         "The run was interrupted before its last update.": run.ended == "interrupted",
         "No update was recorded.": not run.updates,
         "No evaluation was recorded.": not run.evaluations,
-        "There is no summary.json: provenance, accounting, witnesses and idle shares are unknown.": run.summary is None,
         "There are no token tables: the distributions of the ratios are not shown.": not len(run.tokens["log_r_s"]),
         "No episode was recorded with its text.": not run.episodes,
     }

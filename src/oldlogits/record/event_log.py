@@ -1,0 +1,165 @@
+"""``events.jsonl``: events as lines, written as they happen and read back; and which of them count after a resume."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from oldlogits.record.bus import Event, EventKind
+from oldlogits.record.jsonl import Json, LineFile, RecordError, encode, number, read_lines
+
+_HEAD: Final = frozenset({"seq", "kind", "version"})
+_RATIO_NAME: Final = re.compile(r"(^|[/_])r_s$")
+_FORMER_KINDS: Final[Mapping[str, EventKind]] = {"referee": EventKind.AUDIT}
+"""Kinds that earlier versions of oldlogits wrote under another name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedEvent:
+    """An event as it was read back.
+
+    Args:
+        seq: Its number in the log, from 0.
+        kind: What happened.
+        version: The trainer's version; -1 before there is one.
+        fields: The values of this kind; an earlier version of oldlogits may have written fewer or more.
+    """
+
+    seq: int
+    kind: EventKind
+    version: int
+    fields: Mapping[str, Json]
+
+
+class EventLog:
+    """Writes events to a file, each on disk when `emit` returns; `seq` goes on where the file ends.
+
+    Args:
+        path: ``events.jsonl`` of a run folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = LineFile(path)
+
+    @property
+    def num_events(self) -> int:
+        """The events in the file, which is the next one's `seq`."""
+        return self._file.num_lines
+
+    def emit(self, event: Event) -> None:
+        """Append one event; those that have no kind are not recorded.
+
+        Raises:
+            RecordError: A key that is named like a wall-clock value holds no number.
+        """
+        if event.kind is not None:
+            self._file.append(_line(self.num_events, event.kind, event))
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        """Return the log itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Close the file."""
+        self.close()
+
+
+class MemoryLog:
+    """Keeps events in a list, as they would be read back from a file: for tests."""
+
+    def __init__(self) -> None:
+        self.events: list[RecordedEvent] = []
+
+    def emit(self, event: Event) -> None:
+        """Append one event; raises what `EventLog.emit` raises."""
+        if event.kind is not None:
+            self.events.append(_event(json.loads(encode(_line(len(self.events), event.kind, event)))))
+
+
+def read_events(path: Path) -> Iterator[RecordedEvent]:
+    """Read the events of a file in order; an incomplete last line is left out.
+
+    Raises:
+        RecordError: A line is no event.
+    """
+    return (_event(line) for line in read_lines(path))
+
+
+def history(events: Iterable[RecordedEvent]) -> list[RecordedEvent]:
+    """The events that count: those after the checkpoint from which a run went on are of an abandoned line of history.
+
+    A `run_started` event says how many of the events before it are kept: those up to its checkpoint. Everything after them was
+    done anew, so that no token is counted twice. Run folders of earlier versions do not say it; there the events of later
+    versions are left out.
+    """
+    kept: list[RecordedEvent] = []
+    for event in events:
+        if event.kind is EventKind.RUN_STARTED:
+            num_kept = event.fields.get("num_kept")
+            if isinstance(num_kept, int):
+                kept = [earlier for earlier in kept if earlier.seq < num_kept]
+            else:
+                kept = [earlier for earlier in kept if earlier.version <= event.version]
+        kept.append(event)
+    return kept
+
+
+def is_wall_clock(key: str) -> bool:
+    """Whether the values of a key may differ between two equal runs. The ratio's name ``r_s`` is not a duration.
+
+    Example:
+        >>> [key for key in ("time/step_s", "idle/engine_share", "ratio/log_r_s", "reward/mean") if is_wall_clock(key)]
+        ['time/step_s', 'idle/engine_share']
+    """
+    return key.endswith(("_s", "_share", "_per_s")) and not _RATIO_NAME.search(key)
+
+
+def without_wall_clock(value: Json) -> Json:
+    """A copy without wall-clock keys, at any depth: what equal lockstep runs agree on."""
+    if isinstance(value, Mapping):
+        return {key: without_wall_clock(item) for key, item in value.items() if not is_wall_clock(key)}
+    if isinstance(value, list | tuple):
+        return [without_wall_clock(item) for item in value]
+    return value
+
+
+def _line(seq: int, kind: EventKind, event: Event) -> Mapping[str, Json]:
+    found = dict(event.recorded())
+    _check_wall_clock(kind, found)
+    return {"seq": seq, "kind": kind.value, "version": event.version, **found}
+
+
+def _check_wall_clock(kind: EventKind, found: Mapping[str, Json]) -> None:
+    for key, value in found.items():
+        if isinstance(value, Mapping):
+            _check_wall_clock(kind, value)
+        elif is_wall_clock(key) and value is not None and number(value) is None:
+            raise RecordError(
+                f"key '{key}' of event '{kind}' has the name of a wall-clock value",
+                got=repr(value),
+                allowed="a number, or None",
+                fix="end other keys differently: equal runs are compared without keys in _s, _share and _per_s",
+            )
+
+
+def _event(line: Mapping[str, Json]) -> RecordedEvent:
+    seq, name, version = line.get("seq"), line.get("kind"), line.get("version")
+    kind = _FORMER_KINDS.get(str(name), name)
+    if not isinstance(seq, int) or not isinstance(version, int) or kind not in list(EventKind):
+        raise RecordError(
+            "a line of the event log is no event",
+            got=repr(dict(line))[:200],
+            allowed="seq and version as integers, kind one of " + ", ".join(EventKind),
+            fix="read the folder with the version of oldlogits that wrote it",
+        )
+    fields = {key: value for key, value in line.items() if key not in _HEAD}
+    return RecordedEvent(seq=seq, kind=EventKind(str(kind)), version=version, fields=fields)

@@ -1,0 +1,77 @@
+"""Intervals of success rates and of what a run gained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist, fmean, stdev
+from typing import Final
+
+from oldlogits.record.jsonl import RecordError
+
+Z_95: Final = NormalDist().inv_cdf(0.975)
+"""Half the width of a 95% normal interval, in standard errors: 1.95996."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A mean over episodes with its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+    num_episodes: int
+
+
+def wilson(successes: int, n: int) -> Interval:
+    """Wilson's 95% score interval of a success rate ``p = successes / n``.
+
+    ``(p + z^2/2n +- z sqrt(p (1 - p) / n + z^2/4n^2)) / (1 + z^2/n)``, Wilson 1927.
+
+    Raises:
+        RecordError: Not ``0 <= successes <= n``, or no episode.
+
+    Example:
+        >>> interval = wilson(8, 10)
+        >>> round(interval.low, 3), round(interval.high, 3)
+        (0.49, 0.943)
+    """
+    if not 0 <= successes <= n or n == 0:
+        raise RecordError(
+            "no success rate", got=f"{successes} of {n}", allowed="0 <= successes <= n, n >= 1", fix="count the same episodes"
+        )
+    p, z2 = successes / n, Z_95**2
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    # At the ends one bound is the rate itself; rounding must not push it past.
+    low = 0.0 if successes == 0 else centre - half
+    high = 1.0 if successes == n else centre + half
+    return Interval(mean=p, low=low, high=high, num_episodes=n)
+
+
+def paired_gain(before: Sequence[float], after: Sequence[float]) -> Interval:
+    """The mean of ``after - before`` over the same episodes, with the 95% normal interval of paired differences.
+
+    ``mean(d) +- z stdev(d) / sqrt(n)`` with ``n - 1`` in the variance. One pair has no finite interval; pairs that
+    all differ by the same amount have one of width 0.
+
+    Raises:
+        RecordError: The two lists are empty or of different lengths.
+
+    Example:
+        >>> gain = paired_gain([0, 0, 1, 0], [1, 0, 1, 1])
+        >>> gain.mean, round(gain.low, 3), round(gain.high, 3)
+        (0.5, -0.066, 1.066)
+    """
+    if len(before) != len(after) or not before:
+        raise RecordError(
+            "a paired gain needs the same episodes before and after",
+            got=f"{len(before)} and {len(after)} rewards",
+            allowed="two lists of one length, at least 1",
+            fix="evaluate the same rows with the same seeds",
+        )
+    differences = [b - a for a, b in zip(before, after, strict=True)]
+    n, mean = len(differences), fmean(differences)
+    half = Z_95 * stdev(differences) / math.sqrt(n) if n > 1 else math.inf
+    return Interval(mean=mean, low=mean - half, high=mean + half, num_episodes=n)

@@ -1,0 +1,1 @@
+"""Tracking tools: one file each, which alone imports the tool's package, and the feed that follows the run for them."""
