@@ -146,7 +146,7 @@ def test_a_false_old_at_lag_0_ends_the_run(trainer):
 
 
 def tamper(trainer, version, value):
-    with trainer.store.checkout(version) as weights, torch.no_grad():
+    with trainer.store.store.checkout(version) as weights, torch.no_grad():
         weights["model.layers.0.mlp.up_proj.weight"][0] += value
 
 

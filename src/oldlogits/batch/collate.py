@@ -83,7 +83,7 @@ def collate(groups: Sequence[TrajectoryGroup], advantages: Sequence[float], *, n
 
 
 def _columns(trajectory: Trajectory) -> tuple[Ints, Bools, Ints, Floats, Floats, Bools]:
-    """The flat arrays of one trajectory, in the order in which `collate` takes them."""
+    """Make the flat arrays of one trajectory, in the order in which `collate` takes them."""
     segments = trajectory.segments
     lengths = [len(s.token_ids) for s in segments]
     token_ids = np.fromiter((i for s in segments for i in s.token_ids), np.int64, sum(lengths))

@@ -68,7 +68,7 @@ class SyntheticModel:
         num_params: About how many parameters it has; see `llama_shapes`.
         lr: The learning rate of AdamW, without weight decay.
         seed: The seed of weights and gradients: learning rates are compared on the same gradients.
-        device: Where everything lives.
+        device: The device that holds everything.
     """
 
     def __init__(self, *, num_params: int, lr: float, seed: int = 0, device: str = "cpu") -> None:

@@ -23,12 +23,12 @@ BASE_SUFFIX: Final = ".base_layer"
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter of a model with adapters belongs to one of them."""
+    """Tell whether a parameter of a model with adapters belongs to one of them."""
     return name.endswith((A_SUFFIX, B_SUFFIX))
 
 
 def plain_name(name: str) -> str:
-    """The Hugging Face name of a parameter of the base.
+    """Give the Hugging Face name of a parameter of the base.
 
     Example:
         >>> plain_name("model.layers.0.self_attn.q_proj.base_layer.weight")

@@ -27,13 +27,13 @@ class ChatTokenizer(Protocol):
     def apply_chat_template(
         self, conversation: Sequence[Message], *, tools: object, add_generation_prompt: bool, tokenize: Literal[False]
     ) -> str:
-        """The conversation as text."""
+        """Write the conversation as text."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text."""
+        """Give the token ids of a text."""
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
-        """The text of token ids."""
+        """Give the text of token ids."""
 
 
 class ChatFormat:
@@ -73,20 +73,20 @@ class ChatFormat:
         return (self.end_of_turn_id,) if eos is None or eos == self.end_of_turn_id else (self.end_of_turn_id, eos)
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[object] = ()) -> list[int]:
-        """The tokens up to the start of the next assistant turn."""
+        """Give the tokens up to the start of the next assistant turn."""
         return self._encode(self._render(messages, tools=list(tools) or None, add_generation_prompt=True))
 
     def continuation_ids(self, role: Literal["tool", "user"], content: str) -> list[int]:
-        """The tokens between a sampled end-of-turn token and the start of the next assistant turn."""
+        """Give the tokens between a sampled end-of-turn token and the start of the next assistant turn."""
         return list(self._continuation(role, content))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of a sampled turn, its stop token left out."""
+        """Give the text of a sampled turn, its stop token left out."""
         kept = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
         return self._decode(kept)
 
     def turn_ids(self, text: str) -> list[int]:
-        """The tokens of an assistant turn that a demonstrator wrote, the end-of-turn token included."""
+        """Give the tokens of an assistant turn that a demonstrator wrote, the end-of-turn token included."""
         return [*self._encode(text), self.end_of_turn_id]
 
     def _render_continuation(self, role: str, content: str) -> tuple[int, ...]:
@@ -94,7 +94,7 @@ class ChatFormat:
         return tuple(self._encode(after.removeprefix(self._end_of_turn)))
 
     def _after_turn(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """What the template writes after the content of an assistant turn that `messages` follow."""
+        """Give what the template writes after the content of an assistant turn that `messages` follow."""
         dummy: list[Message] = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": _SENTINEL}]
         text = self._render([*dummy, *messages], tools=None, add_generation_prompt=add_generation_prompt)
         _, found, after = text.partition(_SENTINEL)

@@ -24,7 +24,7 @@ def configure_process(*, num_threads: int, seed: int) -> None:
 
 
 def find_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """The device of `trainer.device`: of several GPUs that of this process's number on its machine, which torchrun gives.
+    """Find the device of `trainer.device`: of several GPUs that of this process's number on its machine, which torchrun gives.
 
     Raises:
         ConfigError: There is no such GPU.

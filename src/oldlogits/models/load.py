@@ -93,7 +93,7 @@ def _check_trainable(model: PreTrainedModel, folder: Path) -> None:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The layers of a decoder, whatever its family calls them."""
+    """Find the layers of a decoder, whatever its family calls them."""
     return _stacks(model)[0]
 
 
@@ -149,7 +149,7 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def version_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters whose values are a version: all of them, or of a model with adapters the adapters'."""
+    """Select the parameters whose values are a version: all of them, or of a model with adapters the adapters'."""
     parameters = dict(model.named_parameters())
     return {name: parameter for name, parameter in parameters.items() if is_adapter(name)} or parameters
 
@@ -188,7 +188,7 @@ def write_model(config: PretrainedConfig, generation: GenerationConfig, weights:
         config: The model's config; its dtype becomes that of the weights.
         generation: What engines take as their defaults.
         weights: All of `named_weights`, of one dtype.
-        folder: Where the folder is written.
+        folder: The folder to write.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=next(iter(weights.values())).dtype)

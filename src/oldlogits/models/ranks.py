@@ -126,5 +126,5 @@ def join(store: dist.Store, *, rank: int, num_ranks: int, timeout_s: float) -> R
 
 
 def is_lost(error: RuntimeError) -> bool:
-    """Whether an error says that another rank did not answer."""
+    """Tell whether an error says that another rank did not answer."""
     return isinstance(error, dist.DistError) or any(name in str(error).lower() for name in ("gloo", "nccl"))

@@ -20,7 +20,7 @@ def group_advantages(
     mode: AdvantageMode,
     epsilon: float = 1e-6,
 ) -> Float[Tensor, " trajectory"]:
-    """One advantage per trajectory; exactly 0 throughout a group of equal rewards, and in a group of one.
+    """Give one advantage per trajectory; exactly 0 throughout a group of equal rewards, and in a group of one.
 
     - "group-normalised": ``(r - mean) / (std + epsilon)``, std with Bessel's correction (n - 1), as in verl and TRL
       (GRPO, arXiv 2402.03300, does not say which).

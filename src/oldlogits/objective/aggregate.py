@@ -30,7 +30,7 @@ def token_weights(
     constant: float | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, " token"]:
-    """Each token's share ``w``, so that ``loss = -sum_i w_i S_i``; 0 outside `loss_mask`. An empty denominator gives 0.
+    """Give each token's share ``w``, so that ``loss = -sum_i w_i S_i``; 0 outside `loss_mask`. An empty denominator gives 0.
 
     - "token-mean": ``1 / N``, N loss tokens.
     - "token-mean-kept": ``1 / N_kept`` on kept tokens, N_kept loss tokens that `kept_mask` keeps. Use
@@ -90,7 +90,7 @@ def aggregate(
     kept_mask: Bool[Tensor, " token"] | None = None,
     constant: float | None = None,
 ) -> Float[Tensor, ""]:
-    """The loss of a whole batch at once: `weighted_loss` under its `token_weights`."""
+    """Form the loss of a whole batch at once: `weighted_loss` under its `token_weights`."""
     weights = token_weights(
         loss_mask,
         mode=mode,

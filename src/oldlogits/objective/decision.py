@@ -23,13 +23,13 @@ class DecisionSums:
 
     Args:
         num_tokens: Loss tokens.
-        num_nonzero: Those with A != 0.
-        num_compared: Those whose proximal policy and OLD are both finite.
+        num_nonzero: Loss tokens with A != 0.
+        num_compared: Loss tokens whose proximal policy and OLD are both finite.
         logp_error: ``sum |log X - log OLD|`` over the compared tokens, nats.
         wrongly_kept: Tokens that are active under the proximal policy and not under OLD.
         wrongly_masked: Tokens that are active under OLD and not under the proximal policy.
-        wrongly_kept_nonzero: Those with A != 0.
-        wrongly_masked_nonzero: Those with A != 0.
+        wrongly_kept_nonzero: Wrongly kept tokens with A != 0.
+        wrongly_masked_nonzero: Wrongly masked tokens with A != 0.
         weight: ``sum |R A|`` over the tokens that are active under OLD.
         weight_wrongly_kept: ``sum |R A|`` over the wrongly kept tokens.
         weight_wrongly_masked: ``sum |R A|`` over the wrongly masked tokens.
@@ -49,7 +49,7 @@ class DecisionSums:
 
 
 def exact_variant(variant: Variant) -> Variant:
-    """The exact row of `variant`: OLD in place of its proximal policy, the mismatch corrected or not as there.
+    """Give the exact row of `variant`: OLD in place of its proximal policy, the mismatch corrected or not as there.
 
     Example:
         ``ppo_ewma_train_infer`` and ``ppo_clip_train_infer`` (r_d = MU/MU) for ``decoupled_exact``; ``ppo_ewma`` for

@@ -49,7 +49,7 @@ def loglinear_logp(
 
 
 def a3po_weight_mu(staleness: Int[Tensor, " token"]) -> Float[Tensor, " token"]:
-    """A-3PO's weight *on mu* of each token, float32: ``1 / s`` at staleness s, and 1 at staleness 0.
+    """Give A-3PO's weight *on mu* of each token, float32: ``1 / s`` at staleness s, and 1 at staleness 0.
 
     A-3PO (arXiv 2512.06547) writes the weight on *theta*: ``alpha = (v_prox - v_behave) / (v_theta - v_behave)`` with
     ``v_prox = v_theta - 1``, clipped to [0, 1], and 0 where ``v_behave = v_theta``. With ``s = v_theta - v_behave``

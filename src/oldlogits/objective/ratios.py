@@ -27,7 +27,7 @@ class SplitRatio:
 
 
 def split_ratio(variant: Variant, logp: Mapping[Policy, Float[Tensor, " token"]]) -> SplitRatio:
-    """Both factors of a variant, from the log-probs of the sampled tokens.
+    """Form both factors of a variant, from the log-probs of the sampled tokens.
 
     ``log r_d = sg(log X - log mu)`` (or 0) and ``log r_s = log theta - sg(log X)``, X the variant's proximal policy
     (PAPER, "One frame for all variants"). LINEAR and LOGLINEAR come from `linear_logp` and `loglinear_logp`.

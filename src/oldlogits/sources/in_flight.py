@@ -57,7 +57,7 @@ class InFlightTokens:
         self.num_repeated_tokens = 0  # read by a forward pass that an earlier one of the same trajectory had read
 
     def __len__(self) -> int:
-        """The number of trajectories in flight."""
+        """Count the trajectories in flight."""
         return len(self._trajectories)
 
     def extend(self, trajectory_id: str, segments: Sequence[Segment]) -> None:
@@ -86,7 +86,7 @@ class InFlightTokens:
             self._trajectories.pop(trajectory_id, None)
 
     def oldest_needed(self) -> PolicyVersion:
-        """The oldest version of a token that is not scored yet, or that may still become known."""
+        """Give the oldest version of a token that is not scored yet, or that may still become known."""
         flying = self._trajectories.values()
         unscored = [version for one in flying for version in one.unscored]
         to_come = [one.sampled_from for one in flying if not one.ended]

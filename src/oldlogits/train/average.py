@@ -36,7 +36,7 @@ class AverageReset:
         rho: The share of loss tokens that were active in the update before it.
         tau: The share below which the rule asks for a reset.
         kept_average: The share of the first step's tokens that the band kept with the proximal policy in r_d.
-        kept_live: The same share with the weights before that step.
+        kept_live: The share that it kept with the weights before that step.
         age: The age of the average that was given up, in versions.
     """
 
@@ -109,7 +109,7 @@ class Averaging:
         return TakenIn(metrics=served | chosen, reset=None)
 
     def _choose_beta(self) -> dict[str, float]:
-        """The beta for the next version, and what it was chosen from, as metrics."""
+        """Choose the beta for the next version, and what it was chosen from, as metrics."""
         proximal, lags = self._proximal, np.sum(self._lags, axis=0)
         if proximal.decay == "fixed":
             return {"average/beta": proximal.beta}
@@ -121,7 +121,7 @@ class Averaging:
         return {"average/beta": best_beta(lags, exponent), "average/exponent": exponent}
 
     def _reset(self, version: PolicyVersion, metrics: Mapping[str, float]) -> AverageReset | None:
-        """The paper's rule, ``rho < tau``; guarded: and the live weights would keep more, and none came of late."""
+        """Apply the paper's rule, ``rho < tau``; guarded: and the live weights would keep more, and none came of late."""
         proximal = self._proximal
         if proximal.reset == "none":
             return None
@@ -137,7 +137,7 @@ class Averaging:
         return found if found.rho < found.tau and (proximal.reset == "paper" or guard_holds) else None
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that `load` needs, but for the averaged weights themselves."""
+        """Give everything that `load` needs, but for the averaged weights themselves."""
         return {
             "counters": self.average.counters,
             "lags": torch.from_numpy(np.array(list(self._lags), np.int64)),

@@ -22,7 +22,7 @@ class TrainerCalls(ScoringHandle, Protocol):
         """Store the live weights as the current version, and score the probe tokens with them."""
 
     async def full_weights(self) -> FullWeights:
-        """The live forward weights, valid until the next step."""
+        """Give the live forward weights, valid until the next step."""
 
     async def put_batch(self, batch: TokenBatch) -> None:
         """Take the batch that the next calls of `score` and `train` are about."""
@@ -52,4 +52,4 @@ class TrainerCalls(ScoringHandle, Protocol):
         """
 
     async def state(self) -> TrainerState:
-        """The version, the largest errors of the checks, and what the trainer has worked."""
+        """Tell the version, the largest errors of the checks, and what the trainer has worked."""

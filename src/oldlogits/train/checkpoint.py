@@ -27,7 +27,7 @@ def write_state(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks = ALON
     """Write tensors to a folder that is the same on all ranks; all ranks call it.
 
     Args:
-        folder: Where the state is written.
+        folder: The folder of the state.
         tensors: By key: those of which each rank holds a slice as `as_slice_of` gives them, others equal on all ranks.
         ranks: The ranks that call it.
     """
@@ -39,7 +39,7 @@ def read_state(folder: Path, model: nn.Module | None = None, ranks: Ranks = ALON
     """Read everything that `write_state` wrote, by any number of ranks; all ranks call it.
 
     Args:
-        folder: Where the state was written.
+        folder: The folder of the state.
         model: Tensors under the names of its parameters are sliced as these are; None: all are whole.
         ranks: The ranks that call it.
 
@@ -63,18 +63,18 @@ def read_state(folder: Path, model: nn.Module | None = None, ranks: Ranks = ALON
 
 
 def sliced(kind: str, values: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """One value for each parameter of a model, of which the ranks hold slices, under the keys of a state."""
+    """Give one value for each parameter of a model, of which the ranks hold slices, under the keys of a state."""
     parameters = dict(model.named_parameters())
     return {f"{kind}|{name}": as_slice_of(parameters[name], value) for name, value in values.items()}
 
 
 def of_kind(kind: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of one kind, by name."""
+    """Select the tensors of one kind, by name."""
     return {key.removeprefix(f"{kind}|"): value for key, value in state.items() if key.startswith(f"{kind}|")}
 
 
 def _empty(entry: object, parameter: Tensor | None) -> Tensor:
-    """Room for a tensor that is described so."""
+    """Make room for a tensor that is described so."""
     assert isinstance(entry, TensorStorageMetadata), "a state holds tensors only"
     if parameter is not None and entry.size == parameter.shape:
         return torch.empty_like(parameter, dtype=entry.properties.dtype, requires_grad=False)

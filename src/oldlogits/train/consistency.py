@@ -24,24 +24,24 @@ OTHER_DEVICE_TOLERANCE: Final = 1e-4
 
 
 def probe_of(probe_ids: Sequence[int]) -> tuple[Sequences, NDArray[np.int64]]:
-    """The probe tokens as one sequence at temperature 1, and which of them are scored: all but the first."""
+    """Lay out the probe tokens as one sequence at temperature 1, and which of them are scored: all but the first."""
     n = len(probe_ids)
     ids, starts = np.asarray(probe_ids, np.int64), np.array([0, n], np.int64)
     return Sequences(token_ids=ids, temperature=np.ones(n, np.float32), starts=starts), np.arange(1, n)
 
 
 def max_error(again: NDArray[np.float32], published: NDArray[np.float32]) -> float:
-    """The largest difference in nats, as `judged_error` without excuses."""
+    """Give the largest difference in nats, as `judged_error` without excuses."""
     return judged_error(np.abs(again - published), 0)
 
 
 def is_routed(model: nn.Module) -> bool:
-    """Whether layers of the model choose experts for each token."""
+    """Tell whether layers of the model choose experts for each token."""
     return any(name.endswith(".experts") for name, _ in model.named_modules())
 
 
 def num_excused(sequence: NDArray[np.int64], *, routed: bool) -> int:
-    """How many tokens may differ by more than rounding: with experts those that one tie can move, else none.
+    """Count the tokens that may differ by more than rounding: with experts those that one tie can move, else none.
 
     Where two experts are chosen for equal scores up to rounding, another composition of the micro-batch may choose the other.
     That moves the token, and what attends to it: at most its sequence. Thus ``min(n / 2, max(longest, n / 100))`` of n tokens,
@@ -62,7 +62,7 @@ def num_excused(sequence: NDArray[np.int64], *, routed: bool) -> int:
 
 
 def judged_error(errors: NDArray[np.float32], num_excused: int) -> float:
-    """The largest error, in nats, but for those that are excused; NaN: there was nothing to compare.
+    """Give the largest error, in nats, but for those that are excused; NaN: there was nothing to compare.
 
     An error that is not finite is never excused, and a NaN is an infinite one, since it reproduces nothing.
     """
@@ -131,5 +131,5 @@ class ConsistencyChecks:
 
 
 def _worst(before: float, now: float) -> float:
-    """The larger error; NaN says that there was none."""
+    """Give the larger error; NaN says that there was none."""
     return float(np.fmax(before, now))

@@ -40,7 +40,7 @@ def engine_weights(
 
 
 def _is_linear(module: nn.Module, name: str) -> bool:
-    """Whether a parameter is the weight of a linear layer, or the stacked ones of experts."""
+    """Tell whether a parameter is the weight of a linear layer, or the stacked ones of experts."""
     return name in ("gate_up_proj", "down_proj") or (isinstance(module, nn.Linear) and name == "weight")
 
 

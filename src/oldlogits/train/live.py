@@ -58,7 +58,7 @@ class LiveModel:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     def full_weights(self) -> FullWeights:
-        """The forward weights, valid until the next step, on the first rank."""
+        """Give the forward weights, valid until the next step, on the first rank."""
         return FullWeights(tensors=whole_weights(self.model, self.dtype, self.ranks))
 
 

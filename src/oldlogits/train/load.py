@@ -19,7 +19,7 @@ from oldlogits.models.sharding import as_slice_of, whole, whole_weights
 
 
 def load_policy(config: ModelConfig, folder: Path) -> PreTrainedModel:
-    """The model of a folder in fp32, with adapters where the recipe has some."""
+    """Load the model of a folder in fp32, with adapters where the recipe has some."""
     model = load_model(folder)
     if config.lora_rank:
         add_adapters(model, rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_targets)

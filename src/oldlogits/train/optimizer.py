@@ -47,7 +47,7 @@ class Optimizer:
         self._schedule.step()
 
     def state(self) -> dict[str, Tensor]:
-        """The moments, by the keys of a checkpoint's state; none before the first step."""
+        """Give the moments, by the keys of a checkpoint's state; none before the first step."""
         moments = self.adamw.state_dict()["state"]
         return {f"{kind}|{self._names[i]}": value for i, entry in moments.items() for kind, value in entry.items()}
 
@@ -71,7 +71,7 @@ class Optimizer:
 
 
 def _schedule(spec: TrainerSpec) -> Callable[[int], float]:
-    """The learning rate as a share of `trainer.lr`, by optimizer steps done: linear warm-up times linear decay."""
+    """Give the learning rate as a share of `trainer.lr`, by optimizer steps done: linear warm-up times linear decay."""
     t = spec.trainer
     total = spec.num_updates * t.minibatches_per_update
 

@@ -112,7 +112,7 @@ class Scorer:
         return EngineScores(logp_mu=batch.logp_mu[flat], values=values, noise=self._engine_noise)
 
     def current_batch(self) -> TokenBatch:
-        """The batch that was handed over last."""
+        """Give the batch that was handed over last."""
         assert self.batch is not None, "put_batch comes before score and train"
         return self.batch
 
@@ -133,7 +133,7 @@ class Scorer:
         return probe_logps, engine_probe_logps
 
     def _engine_model(self) -> PreTrainedModel:
-        """A model with the live weights in the engine's numerics; an fp32 engine computes as the trainer does."""
+        """Give a model with the live weights in the engine's numerics; an fp32 engine computes as the trainer does."""
         if self._live.engine_view is not None:
             return self._live.engine_view.model
         point_at(self._live.scoring, self._live.weights)

@@ -22,7 +22,7 @@ class ForwardSpec:
     Args:
         trainer: The optimizer's section of the recipe, and the sizes of a forward pass.
         model: The model's section.
-        device: Where the model is kept.
+        device: The device that holds the model.
     """
 
     trainer: TrainerConfig

@@ -176,7 +176,7 @@ def _accumulate(
 def _step_weights(
     model: PreTrainedModel, batch: TokenBatch, tokens: LossTokens, chosen: Tensor, config: UpdateConfig, ranks: Ranks
 ) -> Tensor:
-    """Each token's share of the loss of its optimizer step; 0 for tokens of other steps.
+    """Give each token's share of the loss of its optimizer step; 0 for tokens of other steps.
 
     "token-mean-kept" counts the tokens whose r_d is inside the band, whatever the loss makes of it.
     """
@@ -248,7 +248,7 @@ def _diagnostics(tokens: LossTokens, record: TokenRecord, config: UpdateConfig) 
 
 
 def _band_shares(tokens: LossTokens, record: TokenRecord, band: float) -> dict[str, float]:
-    """What the band keeps of the first step's tokens: with the proximal policy in r_d, and with the weights before it."""
+    """Tell what the band keeps of the first step's tokens: with the proximal policy in r_d, and with the weights before it."""
     first = tokens.step == 0
     all_of_them, mu = first[first], tokens.logp[MU][first]
 

@@ -16,7 +16,7 @@ Column = NDArray[np.generic]
 
 
 def provenance_label(proximal: Policy, scored: Scored | None) -> Provenance:
-    """How the proximal policy's values were obtained, where keys and values were fresh."""
+    """Tell how the proximal policy's values were obtained, where keys and values were fresh."""
     if scored is not None and scored.policy is proximal and scored.provenance is not None:
         return scored.provenance
     return PROXIMAL_PROVENANCE[proximal]

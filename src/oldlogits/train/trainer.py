@@ -94,7 +94,7 @@ class Trainer:
         )
 
     def full_weights(self) -> FullWeights:
-        """The live forward weights, for a receiver that cannot take a patch; valid until the next step, on the first rank."""
+        """Give the live forward weights, valid until the next step, on the first rank."""
         return self.live.full_weights()
 
     def put_batch(self, batch: TokenBatch) -> None:
@@ -133,7 +133,7 @@ class Trainer:
         self._checkpoint.restore(folder)
 
     def state(self) -> TrainerState:
-        """The version, the largest errors of the consistency checks, and what the trainer has worked."""
+        """Tell the version, the largest errors of the consistency checks, and what the trainer has worked."""
         return TrainerState(
             version=self.version,
             consistency=self.scorer.checks.errors,

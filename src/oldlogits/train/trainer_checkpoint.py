@@ -109,7 +109,7 @@ class TrainerCheckpoint:
             self._averaging.load(of_kind("averaging", state), weights)
 
     def _state(self) -> dict[str, Tensor]:
-        """All that `restore` needs but for counters, by the keys of a state."""
+        """Give all that `restore` needs but for counters, by the keys of a state."""
         live = self._live
         tensors = {"rng": torch.get_rng_state(), **self._optimizer.state()}
         tensors |= sliced("master", live.weights, live.model)

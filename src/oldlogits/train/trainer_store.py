@@ -64,7 +64,7 @@ class TrainerVersionStore:
         return publication, None
 
     def _joined(self, patches: Sequence[Patch]) -> tuple[bytes, ...]:
-        """The patches of the whole weights, serialised; nothing but on the first rank."""
+        """Join the patches of the whole weights, serialised; nothing but on the first rank."""
         own = tuple(patch.to_bytes("memory") for patch in patches)
         if self._ranks.num_ranks == 1:
             return own
@@ -73,7 +73,7 @@ class TrainerVersionStore:
 
 
 def shards_of(model: nn.Module, ranks: Ranks) -> dict[str, Shard]:
-    """Which elements of each parameter of a version this rank holds: rows, as many on each as on the first, or fewer.
+    """Tell which elements of each parameter of a version this rank holds: rows, as many on each as on the first, or fewer.
 
     Example:
         9 rows of 2 values over 4 ranks, 3 rows each: elements [0, 6), [6, 12), [12, 18), and none.
@@ -89,7 +89,7 @@ def shards_of(model: nn.Module, ranks: Ranks) -> dict[str, Shard]:
 
 
 def _together(parts: Sequence[StoreReceipt]) -> StoreReceipt:
-    """One publication of the whole from those of its slices."""
+    """Make one publication of the whole from those of its slices."""
     if len(parts) == 1:
         return parts[0]
     full_bytes = sum(part.full_bytes for part in parts)

@@ -60,7 +60,7 @@ class UpdateConfig:
 
 
 def objective_of(o: ObjectiveConfig, *, variant: str, band: float) -> Objective:
-    """The knobs of a recipe's objective, as a loss receives them."""
+    """Give the knobs of a recipe's objective, as a loss receives them."""
     return Objective(
         variant=find_variant(variant),
         band=band,
