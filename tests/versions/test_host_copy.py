@@ -6,7 +6,7 @@ import struct
 import pytest
 import torch
 
-from oldlogits.core.errors import ExactnessError, LayoutError, ReceiverBehindError
+from oldlogits.core.errors import LayoutError, ReceiverBehindError
 from oldlogits.versions.host_copy import HostCopy
 from oldlogits.versions.store import PatchStore
 
@@ -51,7 +51,6 @@ def test_patches_lead_the_copy_from_version_to_version(tmp_path):
         copy.take(between(store, version - 1, version), version - 1, version)
         with copy.read(version) as held:
             assert same(held, versions[version])
-    copy.verify()
 
 
 def test_one_step_over_several_versions_is_the_same(tmp_path):
@@ -64,7 +63,7 @@ def test_one_step_over_several_versions_is_the_same(tmp_path):
 
 def test_tied_weights_are_kept_once(tmp_path):
     copy = HostCopy.create(tmp_path / "copy", weights(0), 0)
-    assert copy.num_bytes < 300 * 8 * 2 + 8 * 4 + 1024
+    assert copy.path.stat().st_size < 300 * 8 * 2 + 8 * 4 + 1024
     with copy.read(0) as held:
         assert held["embed"].data_ptr() == held["head"].data_ptr()
 
@@ -104,8 +103,6 @@ def test_a_copy_whose_memory_was_changed_is_noticed_where_the_patch_touches_it(t
         held["embed"].view(-1)[at] += 1.0
     with pytest.raises(ReceiverBehindError, match="digest"):
         copy.take(between(store, 0, 1), 0, 1)
-    with pytest.raises(ExactnessError, match="other bits"):
-        copy.verify()
 
 
 def test_a_patch_of_other_tensors_is_refused(tmp_path):
@@ -123,7 +120,7 @@ def test_a_reader_of_another_version_is_refused(tmp_path):
 
 def test_a_copy_whose_writer_died_while_it_wrote_is_refused_until_it_is_written_anew(tmp_path):
     copy = HostCopy.create(tmp_path / "copy", weights(0), 0)
-    copy._put_state(0, copy.digest, False)
+    copy._put_state(0, copy._state()[1], False)
     reader = HostCopy(tmp_path / "copy")
     with pytest.raises(ReceiverBehindError, match="half written"), reader.read(0):
         pass

@@ -48,7 +48,7 @@ def patch_of(old, new, choice="numba"):
 def decoded(patch, numel):
     """What a patch adds to each element, by a plain reading of the format."""
     width = patch.layout.entries[0].dtype.itemsize
-    gaps, values, wide, dense = (iter(stream.tolist()) for stream in patch.streams.tensors())
+    gaps, values, wide, dense = (iter(stream.tolist()) for stream in patch.streams)
 
     def word(stream):
         return int.from_bytes(bytes(next(stream) for _ in range(width)), sys.byteorder, signed=True)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from oldlogits.core.errors import LogBusyError, LogDamagedError, LogWriteError, StoreUseError
 from oldlogits.versions.disk import log as log_module
-from oldlogits.versions.disk.log import Cut, Kind, VersionLog
+from oldlogits.versions.disk.log import VersionLog
+from oldlogits.versions.disk.log_format import Cut, Kind
 
 payloads = st.lists(st.binary(max_size=40), max_size=3)
 entries = st.lists(st.tuples(st.sampled_from(Kind), st.integers(-(2**63), 2**63 - 1), payloads), max_size=6)

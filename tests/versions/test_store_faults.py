@@ -14,6 +14,7 @@ import oldlogits
 from oldlogits.core.errors import ExactnessError, LayoutError, LogBusyError, LogDamagedError, LogWriteError
 from oldlogits.versions import PatchStore
 from oldlogits.versions.disk import log as log_module
+from oldlogits.versions.disk.log_format import Kind
 from oldlogits.versions.patches import codec as codec_module
 from tests.versions.states import assert_bits, assert_holds, changed, history
 
@@ -59,7 +60,7 @@ def test_frozen_tensors_are_not_written_and_must_be_the_same_again(tmp_path):
     with PatchStore(tmp_path, frozen=["base"]) as store:
         for version, weights in enumerate(states):
             store.publish(version, weights | {"base": base})
-        assert store.log_bytes < 5000
+        assert store._disk.log.num_bytes < 5000
         base[7] *= -1
         with pytest.raises(LayoutError, match="base: not the frozen tensor"):
             store.verify()
@@ -147,8 +148,8 @@ def test_a_disk_that_refuses_leaves_the_store_in_memory_and_on_disk_as_it_was(tm
         with pytest.raises(LogWriteError):
             store.rewind(0)
         assert_holds(store, dict(enumerate(states[:2])))
-        store.retain(1)
-        assert store.counts.num_failed_writes == 1
+        assert store.retain(1) == [0]
+        assert [record.kind for record in store._disk.log.records] == [Kind.COPY, Kind.PATCH]
     assert_holds(store, {1: states[1]})
     store.publish(2, states[2])
     store.close()
@@ -194,7 +195,7 @@ def test_an_interrupt_in_the_middle_of_encoding_leaves_the_store_as_it_was(tmp_p
 
     for version in (1, 2):
         with monkeypatch.context() as patch:
-            patch.setattr("oldlogits.versions.resident.encode", interrupted)
+            patch.setattr("oldlogits.versions.chain.encode", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 store.publish(version, states[version])
         assert_holds(store, dict(enumerate(states[:version])))
@@ -232,12 +233,12 @@ def test_the_log_is_written_anew_when_most_of_it_is_no_longer_needed(tmp_path):
         for version, weights in enumerate(states):
             store.publish(version, weights)
             store.retain(version - window + 1)
-            largest = max(largest, store.log_bytes)
+            largest = max(largest, store._disk.log.num_bytes)
             if version % 20 == 19:
                 store.close()
                 store = PatchStore.open(tmp_path, sync=False)
                 assert_holds(store, {v: states[v] for v in range(max(0, version - window + 1), version + 1)})
-        record = store.log_bytes / len(store._disk.log.records)
+        record = store._disk.log.num_bytes / len(store._disk.log.records)
         assert largest < 30 * record
         store.close()
 
@@ -254,12 +255,11 @@ def test_a_compaction_that_finds_no_room_is_put_off(tmp_path, monkeypatch):
                 monkeypatch.undo()
                 store.publish(version, weights)
                 monkeypatch.setattr(store._disk.log, "rewrite", lambda _: (_ for _ in ()).throw(LogWriteError("no room")))
-        assert store.counts.num_failed_writes > 0
-        assert store.counts.num_compactions == 0
+        assert sum(record.kind is Kind.PATCH for record in store._disk.log.records) == 59
         monkeypatch.undo()
         store.publish(99, states[0])
         store.retain(99)
-        assert store.counts.num_compactions == 1
+        assert [record.kind for record in store._disk.log.records] == [Kind.COPY]
     with PatchStore.open(tmp_path) as again:
         assert_holds(again, {99: states[0]})
 

@@ -3,7 +3,6 @@
 from oldlogits.core.scoring import AverageScores
 from oldlogits.versions.decay import best_beta, growth_exponent, mean_lag_beta, window_beta
 from oldlogits.versions.ewma import WeightAverage
-from oldlogits.versions.full_copies import FullCopyStore
 from oldlogits.versions.host_copy import HostCopy
 from oldlogits.versions.patches.codec import apply, encode
 from oldlogits.versions.patches.flat import FlatWeights
@@ -16,7 +15,6 @@ __all__ = [
     "AverageScores",
     "Entry",
     "FlatWeights",
-    "FullCopyStore",
     "HostCopy",
     "Layout",
     "LazyPatchStore",

@@ -1,15 +1,26 @@
-"""The patches between the versions of a store, each in one of three tiers: raw, compressed, or on disk only."""
+"""The resident copy of a store, and the patches that it goes along: each raw, compressed, or on disk only."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
-from oldlogits.core.errors import PatchError
+from torch import Tensor
+
+from oldlogits.core.errors import ExactnessError, PatchError
 from oldlogits.core.weights import PolicyVersion
-from oldlogits.versions.disk.log import Record, VersionLog
+from oldlogits.versions.defer_sigint import defer_sigint
+from oldlogits.versions.disk.log import VersionLog
+from oldlogits.versions.disk.log_format import Record
 from oldlogits.versions.disk.records import Step, read_step
+from oldlogits.versions.patches.codec import apply, encode
+from oldlogits.versions.patches.flat import FlatWeights
 from oldlogits.versions.patches.patch import Patch
+
+_RUN_BYTES: Final = 1 << 20
+"""Patches of a far jump are decoded and applied together up to so many bytes, or a quarter of the weights'."""
+_REMEDY: Final = "its memory was written to or is faulty: open the store again from its folder, or resume from a checkpoint"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -17,11 +28,11 @@ class Link:
     """The patch between two consecutive versions; at least one of `raw`, `cold` and `record` is there.
 
     Args:
-        step: From which version and bits to which bits.
-        target: To which version.
+        step: The version and the digest that it leads from, and the digest that it leads to.
+        target: The version that it leads to.
         raw: The memory tier: fast to apply.
         cold: The compressed tier.
-        record: Where it lies in the log.
+        record: Its place in the log.
         is_incompressible: The compressed tier would take more than the memory tier; such a patch stays as it is.
     """
 
@@ -33,35 +44,21 @@ class Link:
     is_incompressible: bool = False
 
     @property
-    def base(self) -> PolicyVersion:
-        """From which version."""
-        return self.step.base
-
-    @property
     def num_bytes(self) -> int:
-        """What it takes in memory."""
+        """Bytes of memory."""
         return (self.raw.num_bytes if self.raw is not None else 0) + (len(self.cold) if self.cold is not None else 0)
 
 
 class Chain:
-    """Links in the order of their versions.
-
-    Args:
-        log: Where links that are on disk are read from.
-        links: Those that are there already.
-    """
+    """Links in the order of their versions; those that are on disk only are read from `log`."""
 
     def __init__(self, log: VersionLog | None = None, links: Sequence[Link] = ()) -> None:
         self._log, self.links = log, list(links)
 
     @property
     def num_bytes(self) -> int:
-        """What all links take in memory."""
+        """Bytes of memory that all links take."""
         return sum(link.num_bytes for link in self.links)
-
-    def bytes_above(self, oldest: PolicyVersion) -> int:
-        """What the links between `oldest` and the newest version take in memory."""
-        return sum(link.num_bytes for link in self.links if link.target > oldest)
 
     def between(self, a: PolicyVersion, b: PolicyVersion) -> list[Link]:
         """The links between two versions, oldest first."""
@@ -88,12 +85,8 @@ class Chain:
         try:
             return Patch.from_bytes(self.serialised(link))
         except PatchError as error:
-            raise PatchError(
-                f"the patch from version {link.base} to {link.target}: {error.what}",
-                got=error.got,
-                allowed=error.allowed,
-                fix="its memory was written to or is faulty: open the store again from its folder, or resume from a checkpoint",
-            ) from error
+            what = f"the patch from version {link.step.base} to {link.target}: {error.what}"
+            raise PatchError(what, got=error.got, allowed=error.allowed, fix=_REMEDY) from error
 
     def serialised(self, link: Link) -> bytes | memoryview:
         """A link's patch as bytes of the cold tier."""
@@ -117,24 +110,89 @@ class Chain:
         if patches:
             yield links, patches
 
-    def cool(self, num_hot: int) -> int:
-        """Compress all but the newest `num_hot` links; returns how many were."""
-        count = 0
+    def save_memory(self, num_hot: int, budget_bytes: int | None) -> None:
+        """Compress all but the newest links; over the budget compress all, then leave the oldest on disk only, if there."""
+        self._compress(num_hot)
+        if budget_bytes is None or self.num_bytes <= budget_bytes:
+            return
+        self._compress(0)
+        excess = self.num_bytes - budget_bytes
+        for link in self.links:
+            if excess <= 0:
+                break
+            if link.record is not None:
+                excess -= link.num_bytes
+                link.raw = link.cold = None
+
+    def _compress(self, num_hot: int) -> None:
         for link in self.links[: max(0, len(self.links) - num_hot)]:
             if link.raw is not None and not link.is_incompressible:
                 cold = bytes(self.serialised(link))
                 link.is_incompressible = len(cold) >= link.raw.num_bytes
                 if not link.is_incompressible:
-                    link.cold, link.raw, count = cold, None, count + 1
-        return count
+                    link.cold, link.raw = cold, None
 
-    def spill(self, budget_bytes: int) -> tuple[int, int]:
-        """Leave the oldest links on disk only, until the others fit; returns how many were spilled, and their bytes."""
-        count, freed, excess = 0, 0, self.num_bytes - budget_bytes
-        for link in self.links:
-            if freed >= excess:
-                break
-            if link.record is not None and link.num_bytes:
-                count, freed = count + 1, freed + link.num_bytes
-                link.raw = link.cold = None
-        return count, freed
+
+class Resident:
+    """Flat weights, with their digest, that hold the version `at` and go along a chain of patches."""
+
+    def __init__(self, flat: FlatWeights, at: PolicyVersion, chain: Chain) -> None:
+        self.flat, self.at, self._chain = flat, at, chain
+
+    def absorb(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> Link:
+        """Take new bits, which become `version`, and add the patch that leads to them to the end of the chain."""
+        with defer_sigint():
+            return self._arrived(version, encode(self.flat, weights))
+
+    def follow(self, version: PolicyVersion, patch: Patch) -> Link:
+        """Apply a patch that leads to `version`, and add it to the end of the chain; an error leaves all as it was."""
+        with defer_sigint():
+            apply(self.flat, [patch], 1)
+            return self._arrived(version, patch)
+
+    def _arrived(self, version: PolicyVersion, patch: Patch) -> Link:
+        step = Step(base=self.at, base_digest=patch.base, target_digest=patch.target)
+        link = Link(step=step, target=version, raw=patch)
+        self._chain.links.append(link)
+        self.at = version
+        return link
+
+    def agrees(self, weights: Mapping[str, Tensor]) -> bool:
+        """Whether these weights have the bits that the copy has."""
+        with defer_sigint():
+            patch = encode(self.flat, weights)
+            apply(self.flat, [patch], -1)
+        return not patch.num_changed
+
+    def give_up(self, base: PolicyVersion) -> None:
+        """Go back to `base` and drop the links beyond it."""
+        with defer_sigint():
+            self.move_to(base)
+            self._chain.keep_below(base)
+
+    def move_to(self, version: PolicyVersion) -> None:
+        """Apply the patches on the way to `version`; memory is gone over once.
+
+        Raises:
+            ExactnessError: The bits that they lead to are not those that were published.
+        """
+        forwards, way = version > self.at, self._chain.between(self.at, version)
+        for links, patches in self._chain.runs(way if forwards else way[::-1], max(_RUN_BYTES, self.flat.num_bytes // 4)):
+            reached = links[-1].target if forwards else links[-1].step.base
+            with defer_sigint():
+                try:
+                    apply(self.flat, patches if forwards else patches[::-1], 1 if forwards else -1)
+                except ExactnessError as error:
+                    raise _not_published(reached, error.got, error.allowed) from error
+                self.at = reached
+
+    def check(self, published: int, found: int | None) -> None:
+        """Refuse a digest of the copy's bits that is not the one they were published with (None: a change broke off)."""
+        if found != published:
+            got = "no digest: a change that broke off" if found is None else f"digest {found:016x}"
+            raise _not_published(self.at, got, f"digest {published:016x}")
+
+
+def _not_published(version: PolicyVersion, got: str, allowed: str) -> ExactnessError:
+    what = f"the store's bits of version {version} are not those that were published"
+    return ExactnessError(what, got=got, allowed=allowed, fix=_REMEDY)

@@ -31,10 +31,7 @@ def window_beta(window: int) -> float:
 
 
 def mean_lag_beta(lag_counts: NDArray[np.int64]) -> float:
-    """``m / (1 + m)``: age m, the token-weighted mean lag. Without tokens 0.
-
-    Args:
-        lag_counts: int64 [lag]; tokens of lag 0, 1, ...
+    """``m / (1 + m)``: age m, the token-weighted mean lag; 0 without tokens. `lag_counts`: int64 [lag], tokens of lag 0, 1, ...
 
     Example:
         Three tokens of lag 0 and one of lag 4: m = 1, beta = .5.
@@ -50,7 +47,7 @@ def growth_exponent(logps: Floats, max_gap: int) -> float:
     versions h apart, and a gap counts with its number of pairs.
 
     Args:
-        logps: [version, token] of successive versions. With fewer than three of them, or without any change, there
+        logps: float64 [version, token], successive versions. With fewer than three of them, or without any change, there
             is nothing to fit: `RANDOM_WALK`, which asks for the smaller ages.
         max_gap: The largest h, >= 2.
     """
@@ -63,7 +60,9 @@ def growth_exponent(logps: Floats, max_gap: int) -> float:
 
 
 def average_errors(beta: float, num_lags: int, exponent: float) -> Floats:
-    """Root mean square error of the average's log-prob as that of ``l`` versions ago, for l = 0 .. num_lags - 1.
+    """Root mean square error of the average's log-prob as that of ``l`` versions ago, for l = 0 .. num_lags - 1: float64 [lag].
+
+    The unit is the root mean square change from one version to the next.
 
     Where log-probs grow apart as ``E[(x_(t+h) - x_t)^2] = h^p``, the average over versions with the weights
     ``w_j = (1 - beta) beta^j`` of age j misses x(t - l) by::
@@ -72,13 +71,7 @@ def average_errors(beta: float, num_lags: int, exponent: float) -> Floats:
 
     p = 2 (drift): ``(l - age)^2``. p = 1 (random walk): ``beta^2 / (1 - beta^2) - 2 beta (1 - beta^l) / (1 - beta) + l``.
 
-    Args:
-        beta: In [0, 1).
-        num_lags: Lags to look at.
-        exponent: p, in (0, 2].
-
-    Returns:
-        float64 [lag]; in units of the root mean square change from one version to the next.
+    `beta` is in [0, 1), `exponent`, which is p, in (0, 2].
     """
     lags = np.arange(num_lags, dtype=np.float64)
     if beta == 0:
@@ -95,9 +88,7 @@ def average_errors(beta: float, num_lags: int, exponent: float) -> Floats:
 def best_beta(lag_counts: NDArray[np.int64], exponent: float) -> float:
     """The beta of the smallest expected |error| over the measured lags: ``min sum_l n_l sqrt(E_l)``, ages 0 .. W.
 
-    Args:
-        lag_counts: int64 [lag]; tokens of lag 0 .. W. Without tokens 0.
-        exponent: See `growth_exponent`.
+    `lag_counts`: int64 [lag], tokens of lag 0 .. W; without tokens 0. `exponent`: see `growth_exponent`.
 
     Example:
         Drift, and one token each of lag 0, 1, 5: age 1, the median lag, so beta = .5.

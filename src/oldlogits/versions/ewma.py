@@ -30,7 +30,7 @@ class WeightAverage:
     change is below half a unit of the last place, and the average freezes.
 
     Args:
-        weights: The first version, by name; it has age 0.
+        weights: The first version, by name; its age is 0.
 
     Example:
         beta = .5, versions 1, 2, 4 (one weight): (1 * .25 + 2 * .5 + 4) / 1.75 = 3; age (2 * .25 + .5) / 1.75 = .571.
@@ -63,15 +63,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def add(self, weights: Mapping[str, Tensor], beta: float) -> None:
-        """Take in the next version: one pass over the average and the masters.
-
-        Args:
-            weights: The masters, under the names of the first version.
-            beta: The decay of all earlier versions, in [0, 1).
-
-        Raises:
-            ConfigError: `beta` is out of range.
-        """
+        """Take in the next version's masters: one pass over them and the average. `beta` is in [0, 1), else a `ConfigError`."""
         if not 0 <= beta < 1:
             raise ConfigError("beta is no decay", got=str(beta), allowed="in [0, 1)", fix="beta = W / (W + 2)")
         earlier = beta * self._weight_sum

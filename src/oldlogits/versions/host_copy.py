@@ -43,14 +43,7 @@ _STATE: Final = struct.Struct("<qQ?7x")
 
 
 class HostCopy:
-    """One canonical copy of the weights in a file that processes of one host map; one of them writes.
-
-    Args:
-        path: The file, of `create`, perhaps by another process.
-
-    Raises:
-        LayoutError: The file is no copy of weights.
-    """
+    """One canonical copy of the weights in a file that processes of one host map; the one that did `create` it writes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -73,13 +66,7 @@ class HostCopy:
 
     @classmethod
     def create(cls, path: Path, weights: Mapping[str, Tensor], version: PolicyVersion) -> Self:
-        """A new file that holds `weights` as `version`; this process is its writer.
-
-        Args:
-            path: Of a file that does not exist or is empty, best in shared memory.
-            weights: By name; those that share their memory are kept once.
-            version: Of them.
-        """
+        """Make a file, best in shared memory, that holds `weights` as `version`; tied ones are kept once."""
         layout = Layout.of(weights)
         text = layout.to_json().encode()
         _, _, size = _places(layout, len(text))
@@ -92,18 +79,8 @@ class HostCopy:
 
     @property
     def version(self) -> PolicyVersion:
-        """What it holds."""
+        """The version that is held."""
         return self._state()[0]
-
-    @property
-    def digest(self) -> int:
-        """Of its bits, as recorded by the writer."""
-        return self._state()[1]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the file."""
-        return len(self._map)
 
     def fits(self, weights: Mapping[str, Tensor]) -> bool:
         """Whether these have the names, shapes, dtypes and ties of what is held."""
@@ -111,24 +88,17 @@ class HostCopy:
 
     @contextmanager
     def read(self, version: PolicyVersion) -> Iterator[Mapping[str, Tensor]]:
-        """The weights of `version` by name, for reading inside the block; the writer waits for its end.
+        """Give the weights of `version` by name, for reading inside the block; the writer waits for its end.
 
         Raises:
             ReceiverBehindError: The copy holds another version, or its writer died while it wrote.
         """
         with self._locked(fcntl.LOCK_SH):
-            held, _, is_whole = self._state()
-            if held != version or not is_whole:
-                raise receiver_behind(f"version {held}{'' if is_whole else ', half written'}", f"version {version}")
+            self._check_holds(version)
             yield self._flat.weights
 
     def load(self, weights: Mapping[str, Tensor], version: PolicyVersion) -> None:
-        """Take all weights anew: one copy.
-
-        Raises:
-            LayoutError: They have other names, shapes or dtypes; nothing was written.
-            ReceiverBehindError: A reader does not end; nothing was written.
-        """
+        """Take all weights anew: one copy. Nothing is written if they do not fit, or if a reader does not end."""
         with self._locked(fcntl.LOCK_EX), self._writing(version):
             self._flat.load(weights)
 
@@ -136,9 +106,9 @@ class HostCopy:
         """Apply patches, and compare the digest of what comes out with that of the version that was sent.
 
         Args:
-            patches: Serialised, oldest first.
+            patches: Serialised patches, oldest first.
             base: The version that the first begins at.
-            version: The one that the last leads to.
+            version: The version that the last leads to.
 
         Returns:
             The digest.
@@ -147,9 +117,7 @@ class HostCopy:
             ReceiverBehindError: This copy does not hold `base`, or a patch is damaged, or the digest differs, or a reader does
                 not end: full weights are needed. The copy is as it was.
         """
-        held, _, is_whole = self._state()
-        if held != base or not is_whole:
-            raise receiver_behind(f"version {held}{'' if is_whole else ', half written'}", f"version {base}")
+        self._check_holds(base)
         try:
             read = [Patch.from_bytes(patch, layout=self._flat.layout) for patch in patches]
             with self._locked(fcntl.LOCK_EX), self._writing(version):
@@ -157,21 +125,10 @@ class HostCopy:
         except (PatchError, LayoutError, ExactnessError) as error:
             raise receiver_behind(str(error), f"patches from version {base} to {version}, as they were written") from error
 
-    def verify(self) -> None:
-        """Take the digest of all bits, and compare it with the recorded one.
-
-        Raises:
-            ExactnessError: It is another one.
-        """
-        with self._locked(fcntl.LOCK_SH):
-            found = self._flat.full_digest()
-        if found != self.digest:
-            raise ExactnessError(
-                f"the host's copy of version {self.version} has other bits than were written",
-                got=f"digest {found:016x}",
-                allowed=f"digest {self.digest:016x}",
-                fix="send the full weights again; if it happens again, test the memory of this host",
-            )
+    def _check_holds(self, version: PolicyVersion) -> None:
+        held, _, is_whole = self._state()
+        if held != version or not is_whole:
+            raise receiver_behind(f"version {held}{'' if is_whole else ', half written'}", f"version {version}")
 
     def _state(self) -> tuple[PolicyVersion, int, bool]:
         version, digest, is_whole = _STATE.unpack_from(self._map, self._state_at)
@@ -182,7 +139,7 @@ class HostCopy:
 
     @contextmanager
     def _writing(self, version: PolicyVersion) -> Iterator[None]:
-        """What happens inside leads to `version`; if it fails and the bits are as they were, so is the state."""
+        """Note that the block leads to `version`; if it fails and the bits are as they were, so is the state."""
         before, digest, was_whole = self._state()
         self._put_state(before, digest, False)
         try:

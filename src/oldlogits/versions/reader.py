@@ -14,11 +14,9 @@ from torch import Tensor
 
 from oldlogits.core.errors import StoreUseError
 from oldlogits.core.weights import PolicyVersion
-from oldlogits.versions.budget import StoreCounts
-from oldlogits.versions.chain import Chain
+from oldlogits.versions.chain import Chain, Resident
 from oldlogits.versions.disk.files import Disk
 from oldlogits.versions.patches.patch import Patch
-from oldlogits.versions.resident import Resident
 from oldlogits.versions.retention import Retention, check_held
 
 
@@ -32,7 +30,7 @@ class VersionReader:
     def __init__(self, disk: Disk | None) -> None:
         self._lock = threading.RLock()
         self._room = threading.Condition(self._lock)
-        self._retention, self._counts = Retention(), StoreCounts()
+        self._retention = Retention()
         self._digests: dict[PolicyVersion, int] = {}  # of the versions that are there, ascending
         self._depth, self._walks = 0, 0  # checkouts of the thread that has the lock; walks of all threads
         self._resident: Resident | None = None
@@ -47,12 +45,7 @@ class VersionReader:
     @property
     def num_bytes(self) -> int:
         """Bytes of memory: the resident copy and all patches."""
-        return self.resident_bytes + self.patch_bytes
-
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes of the resident copy."""
-        return self._resident.flat.num_bytes if self._resident is not None else 0
+        return self.patch_bytes + (self._resident.flat.num_bytes if self._resident is not None else 0)
 
     @property
     def patch_bytes(self) -> int:
@@ -61,7 +54,7 @@ class VersionReader:
 
     @contextmanager
     def checkout(self, version: PolicyVersion) -> Iterator[Mapping[str, Tensor]]:
-        """The weights of `version`: views of the resident copy, for reading inside the block only.
+        """Give the weights of `version`: views of the resident copy, for reading inside the block only.
 
         Raises:
             VersionEvictedError: The version is not in the store.
@@ -88,7 +81,7 @@ class VersionReader:
 
     @contextmanager
     def walk(self) -> Iterator[None]:
-        """Inside it, the end of a checkout leaves the copy where it is: versions in their order cost one way down and back."""
+        """Let the end of a checkout leave the copy where it is: versions in their order cost one way down and back."""
         with self._lock:
             self._walks += 1
         try:
@@ -99,31 +92,22 @@ class VersionReader:
                 self._settle()
 
     def retain(self, oldest_needed: PolicyVersion) -> list[PolicyVersion]:
-        """Versions below `oldest_needed` are no longer needed, but for the newest, those held, and all above these.
+        """Drop the versions below `oldest_needed`, but for the newest, those held, and all above these; return the dropped.
 
-        Returns:
-            Those dropped; a version that is checked out goes when its block ends.
+        A version that is checked out goes when its block ends.
         """
         with self._lock:
             self._retention.oldest_needed = oldest_needed
             return self._drop()
 
     def hold(self, version: PolicyVersion) -> None:
-        """Keep a version until `release`, whatever `retain` says.
-
-        Raises:
-            VersionEvictedError: The version is not in the store.
-        """
+        """Keep a version until `release`, whatever `retain` says; a `VersionEvictedError` if it is gone."""
         with self._lock:
             check_held(version, self.versions)
             self._retention.hold(version)
 
     def release(self, version: PolicyVersion) -> list[PolicyVersion]:
-        """Take one `hold` back; returns the versions dropped.
-
-        Raises:
-            StoreUseError: The version is not held.
-        """
+        """Take one `hold` back and return the versions dropped; a `StoreUseError` if the version is not held."""
         with self._lock:
             self._retention.release(version)
             return self._drop()
@@ -135,30 +119,18 @@ class VersionReader:
                 return None
             return [self._chain.patch(link) for link in self._chain.between(base, target)]
 
-    def digest(self, version: PolicyVersion) -> int:
-        """That of a version's bits, as they were published.
-
-        Raises:
-            VersionEvictedError: The version is not in the store.
-        """
-        with self._lock:
-            check_held(version, self.versions)
-            return self._digests[version]
-
     def _copy(self) -> Resident:
         assert self._resident is not None, "there is a copy once a version was published"
         return self._resident
 
     def _go(self, version: PolicyVersion) -> PolicyVersion:
         """Bring the copy to a version, and compare its digest; returns the version."""
-        num_patches = self._copy().move_to(version)
-        self._counts.num_patches += num_patches
-        self._counts.num_switches += num_patches > 0
-        self._copy().check(self._digests[version])
+        self._copy().move_to(version)
+        self._copy().check(self._digests[version], self._copy().flat.digest)
         return version
 
     def _settle(self) -> None:
-        """At the end of checkouts and walks: back to the newest version, and drop what had to wait for that."""
+        """At the end of checkouts and walks: go back to the newest version, and drop what had to wait for that."""
         if not self._depth and not self._walks and self._resident is not None:
             self._go(self.versions[-1])
             self._drop()

@@ -30,11 +30,7 @@ class Retention:
         self._holds[version] += 1
 
     def release(self, version: PolicyVersion) -> None:
-        """Count one reference less to a version.
-
-        Raises:
-            StoreUseError: The version has no reference.
-        """
+        """Count one reference less to a version; a `StoreUseError` if it has none."""
         if not self._holds[version]:
             del self._holds[version]
             raise StoreUseError(
@@ -55,15 +51,7 @@ class Retention:
 
 
 def check_held(version: PolicyVersion, versions: Sequence[PolicyVersion]) -> None:
-    """Refuse a version that is not among those that a store has.
-
-    Args:
-        version: The version that was asked for.
-        versions: The versions that the store has, ascending.
-
-    Raises:
-        VersionEvictedError: The version is not there; the error names those that are, and the remedy.
-    """
+    """Refuse a version that is not among those that a store has, ascending; the error names these, and the remedy."""
     if version not in versions:
         raise VersionEvictedError(
             f"version {version} is not in the store",
@@ -74,11 +62,7 @@ def check_held(version: PolicyVersion, versions: Sequence[PolicyVersion]) -> Non
 
 
 def check_ascends(version: PolicyVersion, versions: Sequence[PolicyVersion]) -> None:
-    """Refuse to publish a version below the newest.
-
-    Raises:
-        StoreUseError: The version is below the newest.
-    """
+    """Refuse to publish a version below the newest."""
     if versions and version < versions[-1]:
         raise StoreUseError(
             f"version {version} cannot follow version {versions[-1]}",

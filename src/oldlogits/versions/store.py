@@ -12,26 +12,24 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from oldlogits.core.errors import ExactnessError, LayoutError, PatchError, StoreUseError
+from oldlogits.core.errors import ExactnessError, LayoutError, PatchError, StoreFullError, StoreUseError
 from oldlogits.core.weights import PatchWeights, PolicyVersion, StoreReceipt
-from oldlogits.versions.budget import Budget, StoreCounts
-from oldlogits.versions.chain import Chain, Link
+from oldlogits.versions.chain import Chain, Link, Resident
 from oldlogits.versions.defer_sigint import defer_sigint
 from oldlogits.versions.disk.files import Disk
-from oldlogits.versions.disk.log import Cut
+from oldlogits.versions.disk.log import VersionLog
+from oldlogits.versions.disk.log_format import Cut
+from oldlogits.versions.disk.records import check_fingerprints
 from oldlogits.versions.patches.flat import FlatWeights
 from oldlogits.versions.patches.layout import Shard
 from oldlogits.versions.patches.patch import Patch, receiver_behind
 from oldlogits.versions.reader import VersionReader
-from oldlogits.versions.resident import Resident
 from oldlogits.versions.retention import check_ascends, check_held, published_twice
 
 
@@ -39,14 +37,14 @@ class PatchStore(VersionReader):
     """A `VersionStore` of patches, in memory or, with a folder, on disk as well.
 
     Args:
-        folder: Where every publication is written before `publish` returns; must hold no versions yet, see `open`.
+        folder: Every publication is written here before `publish` returns; must hold no versions yet, see `open`.
         frozen: Names that do not change during training: held by reference, never looked at.
-        dtype: In which floating-point values are kept, such as bfloat16 for float32 masters; None: each in its own.
-        shards: By name, the part of each parameter that is published here; others are whole.
+        dtype: The dtype that floating-point values are kept in, such as bfloat16 for float32 masters; None: each in its own.
+        shards: The part of each parameter that is published here, by name; others are whole.
         hot: How many of the newest patches stay in the memory tier; older ones are compressed.
-        budget_bytes: For all patches in memory. Over it everything is compressed; then, with a folder, the oldest are left on
-            disk only; then, without one, `publish` waits for `retain` or `release`. None: no bound.
-        wait_s: How long it waits before it raises.
+        budget_bytes: The most that all patches take in memory. Over it everything is compressed; then, with a folder, the
+            oldest are left on disk only; then, without one, `publish` waits for `retain` or `release`. None: no bound.
+        wait_s: How many seconds `publish` waits before it raises.
         sync: Whether a version is on the disk itself when `publish` returns, and survives a loss of power.
 
     Raises:
@@ -66,9 +64,9 @@ class PatchStore(VersionReader):
         wait_s: float = 60.0,
         sync: bool = True,
     ) -> None:
-        super().__init__(Disk.create(folder, sync=sync) if folder is not None else None)
+        super().__init__(Disk(VersionLog.create(folder, sync=sync), folder) if folder is not None else None)
         self._frozen, self._dtype, self._shards = frozenset(frozen), dtype, shards
-        self._budget = Budget(hot=hot, budget_bytes=budget_bytes, wait_s=wait_s)
+        self._hot, self._budget_bytes, self._wait_s = hot, budget_bytes, wait_s
         self._publishing = threading.Lock()
 
     @classmethod
@@ -86,12 +84,12 @@ class PatchStore(VersionReader):
         """Go on from what a folder holds, after a clean end or a kill at any moment.
 
         Args:
-            folder: Of a store.
+            folder: The folder of a store.
             frozen: The tensors under the names that the store was made with as frozen.
-            device: Where the resident copy is to lie; None: on the CPU.
-            hot: As for the class.
-            budget_bytes: As for the class.
-            sync: As for the class.
+            device: The device of the resident copy; None: the CPU.
+            hot: See the class.
+            budget_bytes: See the class.
+            sync: See the class.
             cut_damage: Give up the first damaged record and all that follow, instead of an error.
 
         Raises:
@@ -100,31 +98,18 @@ class PatchStore(VersionReader):
             ExactnessError: The versions that its records lead to are not those that were published.
         """
         store = cls(hot=hot, budget_bytes=budget_bytes)
-        store._disk = disk = Disk.open(folder, sync=sync, cut_damage=cut_damage)
+        store._disk = disk = Disk(VersionLog.open(folder, sync=sync, cut_damage=cut_damage), folder)
         try:
             store._read(disk, frozen or {}, device)
         except BaseException:
-            disk.close()
+            disk.log.close()
             raise
         return store
-
-    @property
-    def log_bytes(self) -> int:
-        """Bytes on disk."""
-        return self._disk.log.num_bytes if self._disk is not None else 0
 
     @property
     def cut(self) -> Cut | None:
         """What was cut off the end of the log when it was opened, such as a record that a kill had torn."""
         return self._disk.log.cut if self._disk is not None else None
-
-    @property
-    def counts(self) -> StoreCounts:
-        """What it has done so far."""
-        disk = self._disk
-        if disk is None:
-            return replace(self._counts)
-        return replace(self._counts, num_compactions=disk.num_compactions, num_failed_writes=disk.num_failed_writes)
 
     def publish(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> StoreReceipt:
         """Store the bits of `weights` as `version`; the newest version may be published again.
@@ -154,10 +139,7 @@ class PatchStore(VersionReader):
 
         Raises:
             ReceiverBehindError: The patch does not begin at the newest version, or is damaged, or what comes out has another
-                digest. The store is as it was before.
-            StoreUseError: The version is below the newest, or the caller is in a checkout.
-            StoreFullError: As for `publish`.
-            LogWriteError: As for `publish`.
+                digest. The store is as it was before, as after the errors that `publish` has.
         """
         with self._publishing, self._lock:
             self._check_outside("published to")
@@ -178,7 +160,6 @@ class PatchStore(VersionReader):
 
         Raises:
             VersionEvictedError: The version is not in the store.
-            StoreUseError: The caller is in a checkout.
             LogWriteError: The disk refused; the store is as it was before.
         """
         with self._publishing, self._lock:
@@ -201,27 +182,25 @@ class PatchStore(VersionReader):
 
         Raises:
             ExactnessError: They are not those that were published.
-            LayoutError: A frozen tensor is not (with a folder only).
+            LayoutError: A frozen tensor is not the one of the first version; found only with a folder.
         """
         with self._lock, self.walk():
             for each in reversed(self.versions) if version is None else [version]:
                 with self.checkout(each):
-                    self._copy().check_bits(self._digests[each])
+                    self._copy().check(self._digests[each], self._copy().flat.full_digest())
             if self._disk is not None and self._resident is not None:
-                self._disk.check_frozen(self._resident.flat.frozen)
+                check_fingerprints(self._disk.fingerprints, self._resident.flat.frozen)
 
     def close(self) -> None:
         """Give the folder up; what was published stays there. A second call does nothing."""
         with self._lock:
             if self._disk is not None:
-                self._disk.close()
+                self._disk.log.close()
 
     def __enter__(self) -> Self:
-        """The store itself."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Give the folder up."""
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _publish_first(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> StoreReceipt:
@@ -257,7 +236,7 @@ class PatchStore(VersionReader):
                 resident.give_up(newest)
             raise
         self._drop()
-        self._budget.save(self._chain, self._counts)
+        self._chain.save_memory(self._hot, self._budget_bytes)
         return StoreReceipt(
             version=version,
             stored_bytes=patch.num_bytes,
@@ -282,12 +261,24 @@ class PatchStore(VersionReader):
 
     def _wait_for_room(self, version: PolicyVersion) -> float:
         """Wait until what is needed once `version` is the newest fits the budget; returns the seconds."""
+        budget_bytes = self._budget_bytes
 
         def needed() -> int:
-            self._budget.save(self._chain, self._counts)
-            return self._chain.bytes_above(self._retention.needed([*self.versions, version])[0])
+            self._chain.save_memory(self._hot, budget_bytes)
+            oldest = self._retention.needed([*self.versions, version])[0]
+            return sum(link.num_bytes for link in self._chain.between(oldest, version))
 
-        return self._budget.wait_for_room(self._room, needed, self._counts)
+        if budget_bytes is None or needed() <= budget_bytes:
+            return 0.0
+        started = time.monotonic()
+        if not self._room.wait_for(lambda: needed() <= budget_bytes, self._wait_s):
+            raise StoreFullError(
+                "the versions that are needed do not fit the byte budget of the store",
+                got=f"{needed():,} bytes of patches, compressed, after {self._wait_s:g} s",
+                allowed=f"budget_bytes = {budget_bytes:,}",
+                fix="call retain(oldest version in flight) earlier, raise budget_bytes, or give the store a folder",
+            )
+        return time.monotonic() - started
 
     def _read(self, disk: Disk, frozen: Mapping[str, Tensor], device: torch.device | str | None) -> None:
         """Take over what a folder holds, and bring the copy to the newest version."""
@@ -296,10 +287,10 @@ class PatchStore(VersionReader):
         self._resident = Resident(flat, version, self._chain)
         digests = {version: flat.digest or 0}
         for link in links:
-            digests |= {link.base: link.step.base_digest, link.target: link.step.target_digest}
+            digests |= {link.step.base: link.step.base_digest, link.target: link.step.target_digest}
         newest = max(digests)
         self._resident.move_to(newest)
-        self._resident.check_bits(digests[newest])
+        self._resident.check(digests[newest], flat.full_digest())
         self._chain.keep_above(oldest)
         self._digests = {v: digests[v] for v in sorted(digests) if v >= oldest}
 

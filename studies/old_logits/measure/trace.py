@@ -31,8 +31,8 @@ from oldlogits.sources.aged import aged_logp
 from oldlogits.train.average import Averaging
 from oldlogits.train.reports import PublishedVersion
 from oldlogits.train.step import UpdateResult
-from oldlogits.versions import FullCopyStore
 from studies.old_logits.measure.driver import EngineScores, drive
+from studies.old_logits.measure.full_copies import FullCopyStore
 
 Decay = Literal["max-lag", "mean-lag", "auto"]
 

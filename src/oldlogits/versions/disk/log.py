@@ -11,6 +11,7 @@ A record that is all there and has another checksum is damage: an error names it
 
 from __future__ import annotations
 
+import fcntl
 import os
 import weakref
 import zlib
@@ -18,7 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
-from oldlogits.core.errors import LogDamagedError, LogWriteError, StoreUseError
+from oldlogits.core.errors import LogBusyError, LogDamagedError, LogWriteError, StoreUseError
 from oldlogits.versions.disk.log_format import (
     CHUNK,
     FILE_HEADER,
@@ -32,9 +33,6 @@ from oldlogits.versions.disk.log_format import (
     file_header,
     scan,
 )
-from oldlogits.versions.disk.owner import own
-
-__all__ = ["Cut", "Kind", "Payload", "Record", "VersionLog"]
 
 
 class VersionLog:
@@ -63,7 +61,7 @@ class VersionLog:
             LogBusyError: Another owner has the folder open.
             LogWriteError: There are records already, or the disk does not take one.
         """
-        log = cls(folder, own(folder), sync=sync)
+        log = cls(folder, _own(folder), sync=sync)
         if log._path.exists() and log._path.stat().st_size > FILE_HEADER.size:
             log.close()
             raise LogWriteError(
@@ -85,7 +83,7 @@ class VersionLog:
 
         Args:
             folder: The folder of the log.
-            sync: As for the class.
+            sync: See the class.
             cut_damage: Also cut the log before the first damaged record: it and all that follow are lost.
 
         Raises:
@@ -96,7 +94,7 @@ class VersionLog:
             raise LogDamagedError(
                 f"{folder} holds no versions", got="no versions.log", allowed="the folder of a store", fix="publish to it first"
             )
-        log = cls(folder, own(folder), sync=sync)
+        log = cls(folder, _own(folder), sync=sync)
         try:
             log._partial.unlink(missing_ok=True)
             log._take(os.open(log._path, os.O_RDWR | os.O_CLOEXEC))
@@ -110,7 +108,7 @@ class VersionLog:
 
     @property
     def records(self) -> tuple[Record, ...]:
-        """All records, in the order in which they were appended."""
+        """All records, in their order."""
         return tuple(self._records)
 
     @property
@@ -156,13 +154,9 @@ class VersionLog:
         return payload
 
     def rewrite(self, entries: Iterable[tuple[Kind, int, Payload]]) -> tuple[Record, ...]:
-        """Replace the log by a new file with these records, wholly or not at all; the old one is readable meanwhile.
+        """Replace the log by a new file with these records, which are returned, wholly or not at all.
 
-        Returns:
-            The new records.
-
-        Raises:
-            LogWriteError: It could not be written; the log is as it was before.
+        The old file is readable meanwhile. A `LogWriteError` leaves the log as it was before.
         """
         file, records = -1, list[Record]()
         try:
@@ -212,6 +206,28 @@ class VersionLog:
             raise StoreUseError(
                 f"the log {self._path} is closed", got="a call after close()", allowed="calls before it", fix="open it again"
             )
+
+
+def _own(folder: Path) -> int:
+    """Make a folder if there is none; returns an open file that locks it until it is closed or the process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / "owner.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.pwrite(lock, f"{os.getpid():<20}\n".encode(), 0)
+    except BlockingIOError:
+        owner = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
+        os.close(lock)
+        raise LogBusyError(
+            f"the versions in {folder} have an owner",
+            got=f"a second owner, process {os.getpid()}; the first is process {owner}",
+            allowed="one owner at a time",
+            fix=f"end process {owner} or close its store, or give another folder",
+        ) from None
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
 
 
 def _write(file: int, offset: int, parts: Iterable[bytes | memoryview]) -> None:

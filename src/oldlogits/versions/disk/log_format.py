@@ -42,13 +42,13 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """Where a record lies.
+    """The place of a record.
 
     Args:
         index: The number of the record in its file, from 0.
         kind: What the record holds.
         version: The version that the record is about.
-        offset: Where its header begins, in bytes from the beginning of the file.
+        offset: The place of its header, in bytes from the beginning of the file.
         num_bytes: The length of its payload.
         checksum: The CRC-32 of its payload.
     """
@@ -82,13 +82,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """What was cut off the end of a log when it was opened.
-
-    Args:
-        offset: The size of the file after the cut.
-        num_bytes: How many bytes were cut.
-        reason: Why they were cut.
-    """
+    """What was cut off the end of a log when it was opened: the size of the file after it, the bytes cut, and why."""
 
     offset: int
     num_bytes: int

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from oldlogits.core.errors import LayoutError
 from oldlogits.core.weights import PolicyVersion
-from oldlogits.versions.disk.log import Payload
+from oldlogits.versions.disk.log_format import Payload
 from oldlogits.versions.patches.digest import MASK, key_of, signed
 from oldlogits.versions.patches.flat import FlatWeights
 from oldlogits.versions.patches.kernel_choice import kernels_for
@@ -24,15 +23,8 @@ _LENGTH: Final = struct.Struct("<I")
 _STEP: Final = struct.Struct("<qQQ")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """The head of a patch's record.
-
-    Args:
-        base: The version that it leads from; the record's own is the one that it leads to.
-        base_digest: Of its bits.
-        target_digest: Of the bits of the record's version.
-    """
+class Step(NamedTuple):
+    """The head of a patch's record: the version that it leads from, and the digests of its bits and of the record's version."""
 
     base: PolicyVersion
     base_digest: int
@@ -40,23 +32,17 @@ class Step:
 
 
 def patch_payload(step: Step, patch: bytes | memoryview) -> Payload:
-    """A patch's record."""
-    return _STEP.pack(step.base, step.base_digest, step.target_digest), patch
+    """The payload of a patch's record."""
+    return _STEP.pack(*step), patch
 
 
 def read_step(payload: bytearray) -> tuple[Step, memoryview]:
     """What `patch_payload` wrote: the head, and the patch."""
-    base, base_digest, target_digest = _STEP.unpack_from(payload)
-    return Step(base=base, base_digest=base_digest, target_digest=target_digest), memoryview(payload)[_STEP.size :]
+    return Step(*_STEP.unpack_from(payload)), memoryview(payload)[_STEP.size :]
 
 
 def copy_payload(weights: FlatWeights, frozen: Mapping[str, str]) -> Payload:
-    """A full copy's record.
-
-    Args:
-        weights: Whose bits; the digest is known.
-        frozen: `fingerprint` of the tensors held by reference, of which no bits are written.
-    """
+    """The payload of a full copy's record; of the tensors held by reference, `frozen`, the fingerprints alone are written."""
     assert weights.digest is not None
     head = {"digest": f"{weights.digest:016x}", "layout": weights.layout.to_json(), "frozen": dict(frozen)}
     text = json.dumps(head).encode()
@@ -67,16 +53,7 @@ def copy_payload(weights: FlatWeights, frozen: Mapping[str, str]) -> Payload:
 def read_copy(
     payload: bytearray, frozen: Mapping[str, Tensor], device: torch.device | str | None
 ) -> tuple[FlatWeights, Mapping[str, str]]:
-    """What `copy_payload` wrote: the copy, and the fingerprints.
-
-    Args:
-        payload: The record.
-        frozen: The tensors under the names that were held by reference.
-        device: Where the copy is to lie.
-
-    Raises:
-        LayoutError: A frozen tensor is missing, or is not the one that the versions were published with.
-    """
+    """Read what `copy_payload` wrote: the copy, on a device, and the fingerprints, which the frozen tensors must have."""
     view = memoryview(payload)
     (length,) = _LENGTH.unpack_from(view)
     start = _LENGTH.size + length
@@ -102,11 +79,7 @@ def fingerprint(name: str, tensor: Tensor) -> str:
 
 
 def check_fingerprints(expected: Mapping[str, str], given: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are not those with these fingerprints.
-
-    Raises:
-        LayoutError: One is missing or differs.
-    """
+    """Refuse tensors that are not those with these fingerprints; a `LayoutError` names one that is missing or differs."""
     for name, print_then in expected.items():
         found = fingerprint(name, given[name]) if name in given else "no such tensor"
         if found != print_then:

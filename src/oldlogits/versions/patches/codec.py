@@ -24,7 +24,7 @@ _SCRATCH = {"cpu": 1 << 19, "cuda": 1 << 23}
 
 @torch.no_grad()
 def encode(resident: FlatWeights, new: Mapping[str, Tensor]) -> Patch:
-    """The patch from the resident version to `new`, which the resident copy then holds.
+    """Make the patch from the resident version to `new`, which the resident copy then holds.
 
     Args:
         resident: The version before; changed.
@@ -63,7 +63,7 @@ def apply(resident: FlatWeights, patches: Sequence[Patch], direction: Literal[1,
     Args:
         resident: At the base of the first patch (direction 1), or at the target of the last (-1); changed.
         patches: Oldest first, in both directions.
-        direction: 1 to the target of the last patch, -1 to the base of the first.
+        direction: 1: to the target of the last patch; -1: to the base of the first.
 
     Returns:
         The digest of what the resident copy then holds, computed from the words that were read and written.

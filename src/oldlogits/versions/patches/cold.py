@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,26 +30,15 @@ class Section:
 
 
 def pack(name: str, content: Bytes, tier: Tier, runs: Sequence[tuple[int, int]] = ()) -> tuple[Section, bytes]:
-    """A section and the bytes to store.
-
-    Args:
-        name: For errors.
-        content: uint8 [n].
-        tier: "memory": as it is; "cold": compressed.
-        runs: What `content` is made of: (bytes, bytes of a word), in order; none: bytes.
-    """
+    """Make a section and the bytes to store; `runs` is what the content is made of: (bytes, bytes of a word); none: bytes."""
     stored = content.tobytes()
     if tier == "cold":
-        stored = zstandard.ZstdCompressor(level=_LEVEL).compress(split(content, runs).data)
+        stored = zstandard.ZstdCompressor(level=_LEVEL).compress(_transposed(content, runs, splits=True).data)
     return Section(name=name, stored=len(stored), raw=len(content), crc=zlib.crc32(stored)), stored
 
 
 def unpack(section: Section, stored: memoryview, tier: Tier, runs: Sequence[tuple[int, int]] = ()) -> Bytes:
-    """The content of a section, writable.
-
-    Raises:
-        PatchError: The bytes are damaged.
-    """
+    """The content of a section, writable; a `PatchError` if the bytes are damaged."""
     if len(stored) != section.stored or zlib.crc32(stored) != section.crc:
         raise damaged(section.name, f"{len(stored)} bytes with another checksum than the one recorded")
     if tier == "memory":
@@ -60,17 +49,7 @@ def unpack(section: Section, stored: memoryview, tier: Tier, runs: Sequence[tupl
         raise damaged(section.name, str(error)) from error
     if len(content) != section.raw:
         raise damaged(section.name, f"{len(content)} bytes instead of {section.raw}")
-    return join(np.frombuffer(content, np.uint8), runs)
-
-
-def split(content: Bytes, runs: Sequence[tuple[int, int]]) -> Bytes:
-    """Words as byte planes, run by run."""
-    return _each_run(content, runs, lambda part, width: part.reshape(-1, width).T)
-
-
-def join(planes: Bytes, runs: Sequence[tuple[int, int]]) -> Bytes:
-    """The inverse of `split`."""
-    return _each_run(planes, runs, lambda part, width: part.reshape(width, -1).T)
+    return _transposed(np.frombuffer(content, np.uint8), runs, splits=False)
 
 
 def damaged(section: str, got: str) -> PatchError:
@@ -83,9 +62,11 @@ def damaged(section: str, got: str) -> PatchError:
     )
 
 
-def _each_run(content: Bytes, runs: Sequence[tuple[int, int]], form: Callable[[Bytes, int], Bytes]) -> Bytes:
+def _transposed(content: Bytes, runs: Sequence[tuple[int, int]], *, splits: bool) -> Bytes:
+    """Split words into byte planes, run by run, or join the planes to words again."""
     parts, at = [], 0
     for length, width in runs:
-        parts.append(form(content[at : at + length], width).reshape(-1))
+        form = (-1, width) if splits else (width, -1)
+        parts.append(content[at : at + length].reshape(form).T.reshape(-1))
         at += length
     return np.concatenate(parts) if parts else content.copy()

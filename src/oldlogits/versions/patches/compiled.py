@@ -68,11 +68,11 @@ def encode_blocks(words, new, rows, book, streams, buffers, scalars):
     Args:
         words: The buffer, which takes the new bits.
         new: The new values of a part of it.
-        rows: Where `new` begins in the buffer; the first row of the grid, and the one after the last.
-        book: `grid`, whose rows are those of `NumbaEncoder`; `table`: kind, gaps, changes, wide words of each block; `ends`: of
-            the four streams, and by how much the digest moved.
+        rows: The place of `new` in the buffer; the first row of the grid, and the one after the last.
+        book: `grid`, with the rows of `NumbaEncoder`; `table`: kind, gaps, changes, wide words of each block; `ends`: bytes or
+            words of the four streams, and by how much the digest moved.
         streams: Gaps, values, wide and dense words.
-        buffers: As `block_buffers` makes them.
+        buffers: What `block_buffers` makes.
         scalars: The NaN that is written, and the bits of a word.
 
     Returns:
@@ -117,10 +117,8 @@ def block_buffers(words):
 def _scan(block, target, nan, buffers, gaps):
     """Write the target over a block, and keep places, words before, deltas and gaps of what changes.
 
-    The search and the writing take turns, so that memory is being read while what was found is written.
-
-    Returns:
-        How many words changed, and how many bytes of gaps that makes.
+    The search and the writing take turns, so that memory is being read while what was found is written. Returns how many words
+    changed, and how many bytes of gaps that makes.
     """
     num, gap_bytes, before = 0, 0, np.int64(-1)
     places = buffers[0]
@@ -135,7 +133,7 @@ def _scan(block, target, nan, buffers, gaps):
 def _find(block, target, nan, start, stop, places, num):
     """Add the places where a block differs from its target to the `num` that are there. Returns how many there are then.
 
-    Of 64 words at a time: six places are written whether or not there are so many, since that needs no decision.
+    Six places of each 64 words are written whether or not there are so many, since that needs no decision.
     """
     whole = stop - (stop - start) % LANES
     for at in range(start, whole, LANES):
@@ -159,10 +157,7 @@ def _find(block, target, nan, start, stop, places, num):
 
 @jit
 def _take(block, target, nan, buffers, changes, gaps, end, before):
-    """Write some changes, from a first one to one after the last, and their gaps from byte `end` on.
-
-    `before` is the place of the change before them.
-    """
+    """Write some changes, the first to one after the last, and their gaps from byte `end` on; `before`: the place before."""
     places, olds, deltas = buffers
     for k in range(changes[0], changes[1]):
         at = _at(places[_at(k)])
@@ -261,7 +256,7 @@ def _add(block, places, num, olds, deltas, next_block, next_places):
 
 @jit
 def _read_values(values, num, wide, num_wide, direction, deltas):
-    """What to add to each word that changes."""
+    """Read what to add to each word that changes."""
     signed, escape = np.empty(0, np.int8), 0
     for k in range(num):
         deltas[k] = direction * np.int64(load(values, k, signed))

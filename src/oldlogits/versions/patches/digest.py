@@ -31,15 +31,12 @@ def signed(value: int) -> int:
 
 
 def terms(keys: Tensor | int, indices: Tensor, words: Tensor) -> Tensor:
-    """The digest's term of each element.
+    """The digest's term of each element: int64 [n], wrapping.
 
     Args:
         keys: int64 [n], or one for all: `key_of` the name, as signed.
         indices: int64 [n], in the whole parameter.
         words: Signed integers [n], the values' bits.
-
-    Returns:
-        int64 [n], wrapping.
     """
     unsigned = words.to(torch.int64)
     if words.itemsize < 8:

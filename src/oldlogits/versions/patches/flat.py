@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,21 +19,13 @@ from oldlogits.versions.patches.layout import WORDS, Layout, Shard, memory_of, w
 Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EntryTable:
-    """The columns of a layout that kernels read, int64 [entry]: first element, place in the buffer, key of the digest."""
+class EntryTable(NamedTuple):
+    """What kernels read of a layout, int64 [entry]: place in the buffer, first element, elements, key of the digest."""
 
-    starts: Ints
     offsets: Ints
+    starts: Ints
     numels: Ints
     keys: Ints
-
-    @classmethod
-    def of(cls, layout: Layout) -> EntryTable:
-        """The columns of `layout`."""
-        rows = [(e.start, e.offset, e.numel, signed(key_of(e.name))) for e in layout.entries]
-        columns = np.array(rows, dtype=np.int64).reshape(-1, 4).T
-        return cls(starts=columns[0], offsets=columns[1], numels=columns[2], keys=columns[3])
 
 
 class FlatWeights:
@@ -43,22 +35,18 @@ class FlatWeights:
 
     Args:
         layout: What is held.
-        buffers: By dtype, flat, of ``layout.numel(dtype)`` elements; used, not copied (they may be shared memory).
+        buffers: One flat tensor of ``layout.numel(dtype)`` elements a dtype; used, not copied (it may be shared memory).
         frozen: The tensors under the layout's frozen names; used, not copied.
-        digest: That of the buffers' bits, if known.
 
     Attributes:
-        digest: Of the bits in the buffers, unsigned; None while they are being changed, and after such a change broke off:
-            then the buffers hold no version until they are written anew.
+        digest: The digest of the bits in the buffers, unsigned; None where it is not known, while they are being changed, and
+            after such a change broke off: then the buffers hold no version until they are written anew.
     """
 
+    digest: int | None = None
+
     def __init__(
-        self,
-        layout: Layout,
-        buffers: Mapping[torch.dtype, Tensor],
-        *,
-        frozen: Mapping[str, Tensor] | None = None,
-        digest: int | None = None,
+        self, layout: Layout, buffers: Mapping[torch.dtype, Tensor], *, frozen: Mapping[str, Tensor] | None = None
     ) -> None:
         frozen = {name: (frozen or {})[name].detach() for name in sorted(layout.frozen)}
         for dtype in layout.dtypes:
@@ -69,8 +57,9 @@ class FlatWeights:
                     allowed=f"{dtype} ({layout.numel(dtype)},)",
                     fix="allocate layout.numel(dtype) elements for each of layout.dtypes",
                 )
-        self.layout, self.digest = layout, digest
-        self.table = EntryTable.of(layout)
+        self.layout = layout
+        rows = [(e.offset, e.start, e.numel, signed(key_of(e.name))) for e in layout.entries]
+        self.table = EntryTable(*np.array(rows, dtype=np.int64).reshape(-1, 4).T)
         self.buffers = {dtype: buffers[dtype] for dtype in layout.dtypes}
         self.frozen: Mapping[str, Tensor] = MappingProxyType(frozen)
         views = {e.name: buffers[e.dtype].narrow(0, e.offset, e.numel) for e in layout.entries}
@@ -82,7 +71,7 @@ class FlatWeights:
     def empty(
         cls, layout: Layout, *, device: torch.device | str = "cpu", frozen: Mapping[str, Tensor] | None = None
     ) -> FlatWeights:
-        """All values 0, the digest not known."""
+        """Make a copy whose values are all 0, and whose digest is not known."""
         buffers = {dtype: torch.zeros(layout.numel(dtype), dtype=dtype, device=device) for dtype in layout.dtypes}
         return cls(layout, buffers, frozen=frozen)
 
@@ -96,14 +85,9 @@ class FlatWeights:
         shards: Mapping[str, Shard] | None = None,
         device: torch.device | str | None = None,
     ) -> FlatWeights:
-        """A copy of `weights`, with its digest.
+        """Copy `weights`, the frozen ones excepted, to a device (None: that of the first), and take the digest.
 
-        Args:
-            weights: Tensors by name; they are copied, the frozen ones excepted.
-            frozen: See `Layout.of`.
-            dtype: See `Layout.of`.
-            shards: See `Layout.of`.
-            device: Where the copy lies; None: where the first tensor does.
+        The other arguments are those of `Layout.of`.
         """
         layout = Layout.of(weights, frozen=frozen, dtype=dtype, shards=shards)
         place = next((tensor.device for tensor in weights.values()), "cpu") if device is None else device
@@ -113,7 +97,7 @@ class FlatWeights:
 
     @property
     def device(self) -> torch.device:
-        """Where the buffers lie."""
+        """The device of the buffers."""
         return next((buffer.device for buffer in self.buffers.values()), torch.device("cpu"))
 
     @property
@@ -143,10 +127,8 @@ class FlatWeights:
         """The digest of the bits in the buffers, from a pass over all of them; unsigned."""
         total = 0
         for dtype in self.layout.dtypes:
-            rows = self.rows(dtype)
-            table = (self.table.offsets[rows], self.table.starts[rows], self.table.numels[rows], self.table.keys[rows])
-            words = self.words(dtype)
-            total += kernels_for(words).digest(words, *table)
+            rows, words = self.rows(dtype), self.words(dtype)
+            total += kernels_for(words).digest(words, *(column[rows] for column in self.table))
         return total & MASK
 
     def rows(self, dtype: torch.dtype) -> slice:
@@ -156,11 +138,11 @@ class FlatWeights:
 
 
 def fit(layout: Layout, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensor of each entry of `layout`, by the entry's name; tied weights may come under any of their names.
+    """Find the tensor of each entry of `layout`; tied weights may come under any of their names, frozen ones are left out.
 
     Raises:
         LayoutError: A name is missing or unknown, a shape or dtype differs (floating-point values are cast), or names that
-            the layout ties have values that differ. Frozen names are not looked at.
+            the layout ties have values that differ.
     """
     found: dict[str, Tensor] = {}
     names: dict[str, list[str]] = {entry.name: [entry.name] for entry in layout.entries}

@@ -58,7 +58,7 @@ class NumbaEncoder:
         """Copy what the streams hold, to go on with empty ones."""
         used = zip(self._streams, self._ends[:4], strict=True)
         gaps, values, wide, dense = (torch.from_numpy(stream[:end].view(np.uint8).copy()) for stream, end in used)
-        self._full.append(Streams(gaps=gaps, values=values.view(torch.int8), wide=wide, dense=dense))
+        self._full.append(Streams(gaps, values.view(torch.int8), wide, dense))
         self._ends[:4] = 0
 
 
@@ -103,7 +103,7 @@ def _jobs(part: Part, streams: Streams, width: int) -> Ints:
     blocks, lengths = part.blocks, stream_lengths(part.blocks, width)
     jobs = np.empty((12, len(blocks)), np.int64)
     jobs[0], jobs[1], jobs[2], jobs[3] = part.offsets, blocks["first"], part.keys, blocks["count"]
-    starts = np.array([stream.data_ptr() for stream in streams.tensors()], np.int64)
+    starts = np.array([stream.data_ptr() for stream in streams], np.int64)
     jobs[4:8] = starts[:, None] + lengths.cumsum(1) - lengths
     jobs[8], jobs[9], jobs[10], jobs[11] = blocks["gaps"], blocks["changes"], blocks["wide"], blocks["is_dense"]
     return jobs

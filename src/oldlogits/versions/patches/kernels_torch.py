@@ -11,20 +11,7 @@ from torch import Tensor
 
 from oldlogits.core.errors import PatchError
 from oldlogits.versions.patches.digest import MASK, terms
-from oldlogits.versions.patches.streams import (
-    BLOCK,
-    SKIP,
-    WIDE,
-    Encoded,
-    Encoder,
-    Grid,
-    Ints,
-    Part,
-    Streams,
-    is_dense,
-    sparse_bytes,
-    stream_lengths,
-)
+from oldlogits.versions.patches.streams import BLOCK, SKIP, WIDE, Encoded, Encoder, Grid, Ints, Part, Streams, stream_lengths
 
 _GROUP = {"cpu": 1 << 20, "cuda": 1 << 23}
 
@@ -69,7 +56,7 @@ class TorchKernels:
                     blocks=part.blocks[i:j],
                     offsets=part.offsets[i:j],
                     keys=part.keys[i:j],
-                    streams=part.streams.slice([(int(a), int(b)) for a, b in ends[:, [i, j]]]).to(words.device),
+                    streams=part.streams.part(ends[:, i], ends[:, j]).to(words.device),
                 )
                 change += _apply_sparse(words, group, direction) + _apply_dense(words, group, direction)
         return change & MASK
@@ -117,7 +104,7 @@ def _encode(words: Tensor, new: Tensor, grid: Grid) -> Encoded:
     num_gaps = gap // SKIP + 1
     is_wide = (delta < -127) | (delta > 127)
     gaps, changes, wide = (_sums(block, values, num) for values in (num_gaps, torch.ones_like(block), is_wide.long()))
-    dense = is_dense(sparse_bytes(gaps, changes, wide, width), grid.counts, width) & (changes > 0)
+    dense = (2 * (gaps + changes + wide * width) > grid.counts * width) & (changes > 0)
 
     blocks = np.zeros(num, BLOCK)
     blocks["entry"], blocks["first"], blocks["count"] = grid.entries, grid.firsts, grid.counts

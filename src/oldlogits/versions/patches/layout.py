@@ -34,12 +34,12 @@ class Entry:
     """One parameter or buffer, or the part of it that is held here.
 
     Args:
-        name: Its Hugging Face name.
-        dtype: Of 1, 2, 4 or 8 bytes.
-        shape: Of the whole parameter.
+        name: The Hugging Face name.
+        dtype: A dtype of 1, 2, 4 or 8 bytes.
+        shape: The shape of the whole parameter.
         start: First element held, of the flattened whole parameter.
         stop: One past the last.
-        offset: Where `start` lies in the flat buffer of this dtype, in elements; set by `Layout`.
+        offset: The place of `start` in the flat buffer of this dtype, in elements; set by `Layout`.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Layout:
 
     Args:
         entries: What is held; offsets are set here.
-        aliases: Tied weights: further names of an entry, to its name.
+        aliases: The further names of tied weights, each to the name of its entry.
         frozen: Names held by reference and never looked at; they are in no buffer, no patch and no digest.
     """
 
@@ -124,8 +124,8 @@ class Layout:
         Args:
             weights: Tensors by name; their values are not read.
             frozen: Names that do not change during training.
-            dtype: Of all entries with floating-point values, such as bfloat16 for float32 masters; None: each its own.
-            shards: For tensors that are a part of their parameter: which.
+            dtype: The dtype of all floating-point values, such as bfloat16 for float32 masters; None: each its own.
+            shards: The ranges of the tensors that are a part of their parameter, by name.
         """
         shards, frozen = shards or {}, frozenset(frozen)
         if unknown := frozen - weights.keys():
@@ -165,7 +165,7 @@ class Layout:
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """Of the flat buffers, in order: wide values first."""
+        """The dtypes of the flat buffers, in order: wide values first."""
         return tuple(dict.fromkeys(entry.dtype for entry in self.entries))
 
     def numel(self, dtype: torch.dtype) -> int:
@@ -190,11 +190,7 @@ class Layout:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Layout:
-        """The layout that `to_json` wrote.
-
-        Raises:
-            LayoutError: The text is no layout.
-        """
+        """Read what `to_json` wrote; a `LayoutError` if the text is no layout."""
         try:
             content = json.loads(text)
             entries = tuple(

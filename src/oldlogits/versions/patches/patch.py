@@ -43,7 +43,7 @@ class Patch:
     """The difference between a base and a target version of one layout.
 
     Args:
-        layout: Of both versions.
+        layout: The layout of both versions.
         base: Digest of the base, unsigned 64 bits.
         target: Digest of the target.
         blocks: [block] of `streams.BLOCK`: the blocks that changed; those of a dtype together, in the order of the buffers.
@@ -71,34 +71,16 @@ class Patch:
         """`num_changed` / values of the layout; 0 of none."""
         return self.num_changed / max(1, self.layout.num_values)
 
-    @property
-    def dense_share(self) -> float:
-        """Values in dense blocks / values of the layout; 0 of none."""
-        dense = self.blocks["is_dense"] != 0
-        return int(self.blocks["count"][dense].sum(dtype=np.int64)) / max(1, self.layout.num_values)
-
-    def to(self, device: torch.device | str) -> Patch:
-        """The patch with its streams on another device."""
-        return Patch(
-            layout=self.layout, base=self.base, target=self.target, blocks=self.blocks, streams=self.streams.to(device)
-        )
-
     def to_bytes(self, tier: Tier = "cold") -> bytes:
         """The patch as bytes: "memory" raw, "cold" compressed."""
         contents = [np.frombuffer(self.layout.to_json().encode(), np.uint8), np.ascontiguousarray(self.blocks).view(np.uint8)]
-        contents += [stream.cpu().numpy().view(np.uint8) for stream in self.streams.tensors()]
+        contents += [stream.cpu().numpy().view(np.uint8) for stream in self.streams]
         packed = [
             pack(name, content, tier, runs)
             for name, content, runs in zip(_SECTIONS, contents, _runs(self.layout, self.blocks), strict=True)
         ]
-        header = json.dumps(
-            {
-                "tier": tier,
-                "base": self.base,
-                "target": self.target,
-                "sections": [[s.name, s.stored, s.raw, s.crc] for s, _ in packed],
-            }
-        ).encode()
+        sections = [[section.name, section.stored, section.raw, section.crc] for section, _ in packed]
+        header = json.dumps({"tier": tier, "base": self.base, "target": self.target, "sections": sections}).encode()
         start = _PREFIX.pack(_MAGIC, FORMAT, _BYTE_ORDERS[sys.byteorder], len(header)) + header
         head = start[: _PREFIX.size] + _CRC.pack(zlib.crc32(start)) + header
         return b"".join([head, *(stored for _, stored in packed)])
@@ -109,7 +91,7 @@ class Patch:
 
         Args:
             content: All bytes of one patch.
-            layout: That of the receiver; given, one that differs is refused.
+            layout: The receiver's, if the patch is to be refused where its own differs.
 
         Raises:
             PatchError: Not a patch, of another format or byte order, or damaged; says where.
@@ -138,12 +120,12 @@ class Patch:
         gaps, values, wide, dense = (
             torch.from_numpy(unpack(*part, tier, run)) for part, run in zip(parts[2:], runs[2:], strict=True)
         )
-        streams = Streams(gaps=gaps, values=values.view(torch.int8), wide=wide, dense=dense)
+        streams = Streams(gaps, values.view(torch.int8), wide, dense)
         return cls(layout=own, base=base, target=target, blocks=blocks, streams=streams)
 
 
 def concatenate(patches: Sequence[Patch]) -> Patch:
-    """The patch of the whole from the patches of its shards, all between the same two versions; nothing is decoded.
+    """Join the patches of shards, all between the same two versions, to that of the whole; nothing is decoded.
 
     Raises:
         LayoutError: The shards overlap or leave a gap; see `Layout.union`.
@@ -177,7 +159,7 @@ def part_of(patch: Patch, dtype: torch.dtype) -> tuple[slice, Streams]:
     lengths = stream_lengths(patch.blocks, widths)
     starts = lengths[:, : rows.start].sum(1)
     stops = starts + lengths[:, rows].sum(1)
-    return rows, patch.streams.slice([(int(a), int(b)) for a, b in zip(starts, stops, strict=True)])
+    return rows, patch.streams.part(starts, stops)
 
 
 def foreign(difference: str) -> LayoutError:
@@ -192,12 +174,8 @@ def foreign(difference: str) -> LayoutError:
 
 def receiver_behind(got: str, allowed: str) -> ReceiverBehindError:
     """The error of a receiver that cannot take a patch."""
-    return ReceiverBehindError(
-        "the receiver cannot go on from what it holds",
-        got=got,
-        allowed=allowed,
-        fix="send the full weights of the version once",
-    )
+    what, fix = "the receiver cannot go on from what it holds", "send the full weights of the version once"
+    return ReceiverBehindError(what, got=got, allowed=allowed, fix=fix)
 
 
 def _widths(layout: Layout, blocks: Blocks) -> Ints:
@@ -206,7 +184,7 @@ def _widths(layout: Layout, blocks: Blocks) -> Ints:
 
 
 def _runs(layout: Layout, blocks: Blocks) -> list[list[tuple[int, int]]]:
-    """Of each section, the runs of words that it is made of: (bytes, bytes of a word); wide words come first."""
+    """The runs of words that each section is made of: (bytes, bytes of a word); wide words come first."""
     lengths, widths = stream_lengths(blocks, _widths(layout, blocks)), _widths(layout, blocks)
     words = [[(int(row[widths == width].sum()), width) for width in (8, 4, 2, 1)] for row in lengths[2:]]
     gaps, values = ([(int(row.sum()), 1)] for row in lengths[:2])

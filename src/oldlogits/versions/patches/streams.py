@@ -5,14 +5,14 @@ Its words differ by ``delta = new - old``, wrapping, of the bit patterns seen as
 
 * Sparse block. `gaps`, uint8: how many unchanged elements stand before the next change; 255 says to go on by 255 and that no
   change stands there. `values`, int8: the change's delta; -128 says that it is the next whole word of `wide`.
-* Dense block. `dense`: the deltas of all elements, whole words.
+* Dense block, where the sparse form would take more than half of its bytes. `dense`: the deltas of all elements, whole words.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -36,15 +36,14 @@ BLOCK = np.dtype(
         ("wide", np.uint32),
     ]
 )
-"""Of a block: its entry, its kind, its first element in the whole parameter, its elements, bytes of its gaps, elements that
-changed (of a sparse block: bytes of its values), words in `wide`."""
+"""A block's entry, its kind, its first element in the whole parameter, its elements, bytes of its gaps, elements that changed
+(bytes of its values, if it is sparse), words in `wide`."""
 
 Ints = NDArray[np.int64]
 Blocks = NDArray[np.void]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Streams:
+class Streams(NamedTuple):
     """The four streams of one or more blocks, one after another: uint8, int8, uint8, uint8; whole words in native order."""
 
     gaps: Tensor
@@ -55,33 +54,26 @@ class Streams:
     @property
     def num_bytes(self) -> int:
         """Bytes of all four."""
-        return self.gaps.nbytes + self.values.nbytes + self.wide.nbytes + self.dense.nbytes
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The four in the order above."""
-        return self.gaps, self.values, self.wide, self.dense
+        return sum(stream.nbytes for stream in self)
 
     def to(self, device: torch.device | str) -> Streams:
-        """The streams on another device."""
-        gaps, values, wide, dense = (stream.to(device) for stream in self.tensors())
-        return Streams(gaps=gaps, values=values, wide=wide, dense=dense)
+        """Bring the streams to another device."""
+        return Streams(*(stream.to(device) for stream in self))
 
-    def slice(self, ends: Sequence[tuple[int, int]]) -> Streams:
-        """Of each stream the bytes ``[start, stop)``; no copy."""
-        gaps, values, wide, dense = (stream[a:b] for stream, (a, b) in zip(self.tensors(), ends, strict=True))
-        return Streams(gaps=gaps, values=values, wide=wide, dense=dense)
+    def part(self, starts: Ints, stops: Ints) -> Streams:
+        """The bytes ``[start, stop)`` of each stream; no copy."""
+        return Streams(*(stream[int(a) : int(b)] for stream, a, b in zip(self, starts, stops, strict=True)))
 
     @classmethod
     def cat(cls, parts: Sequence[Streams]) -> Streams:
-        """One after another; empty ones may lie on any device."""
+        """Join the streams of blocks that follow one another; empty ones may lie on any device."""
         parts = [part for part in parts if part.num_bytes] or list(parts[:1])
         if not parts:
             empty = torch.empty(0, dtype=torch.uint8)
-            return cls(gaps=empty, values=empty.view(torch.int8), wide=empty, dense=empty)
+            return cls(empty, empty.view(torch.int8), empty, empty)
         if len(parts) == 1:
             return parts[0]
-        gaps, values, wide, dense = (torch.cat(same) for same in zip(*(part.tensors() for part in parts), strict=True))
-        return cls(gaps=gaps, values=values, wide=wide, dense=dense)
+        return cls(*(torch.cat(same) for same in zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,11 +81,11 @@ class Grid:
     """Blocks of one buffer that may have changed, int64 [block].
 
     Args:
-        entries: Which entry of the layout.
+        entries: The number of the entry in the layout.
         firsts: First element, in the whole parameter.
         counts: Elements.
         offsets: Place of the first element in the words at hand.
-        keys: Of the digest.
+        keys: The name's key in the digest.
     """
 
     entries: Ints
@@ -119,14 +111,7 @@ class Grid:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """What a patch changes in one buffer.
-
-    Args:
-        blocks: [block], of `BLOCK`.
-        offsets: int64 [block]: place of the first element in the buffer.
-        keys: int64 [block]: of the digest.
-        streams: Those of these blocks.
-    """
+    """What a patch changes in one buffer: blocks, the place of each in the buffer, its key in the digest, all their streams."""
 
     blocks: Blocks
     offsets: Ints
@@ -144,7 +129,7 @@ class Encoded:
 
     @classmethod
     def cat(cls, found: Sequence[Encoded]) -> Encoded:
-        """Blocks that follow one another."""
+        """Join what was found in blocks that follow one another."""
         return cls(
             blocks=np.concatenate([part.blocks for part in found]) if found else np.zeros(0, BLOCK),
             streams=Streams.cat([part.streams for part in found]),
@@ -168,7 +153,7 @@ class Encoder(Protocol):
         ...
 
     def finish(self) -> Encoded:
-        """What changed in all parts that were added."""
+        """Give what changed in all parts that were added."""
         ...
 
 
@@ -190,16 +175,6 @@ class Kernels(Protocol):
     def digest(self, words: Tensor, offsets: Ints, starts: Ints, numels: Ints, keys: Ints) -> int:
         """The sum of the digest's terms of some entries of a buffer: int64 [entry] each, as in `EntryTable`."""
         ...
-
-
-def sparse_bytes(gaps: Ints, changes: Ints, wide: Ints, width: int) -> Ints:
-    """Bytes of sparse blocks."""
-    return gaps + changes + wide * width
-
-
-def is_dense(sparse: Ints, counts: Ints, width: int) -> NDArray[np.bool_]:
-    """The rule for both kernels: dense where the sparse form takes more than half as many bytes."""
-    return 2 * sparse > counts * width
 
 
 def stream_lengths(blocks: Blocks, width: Ints | int) -> NDArray[np.int64]:

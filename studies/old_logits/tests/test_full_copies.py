@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oldlogits.core.errors import StoreUseError, VersionEvictedError
-from oldlogits.versions import FullCopyStore
+from oldlogits.core.weights import VersionStore
+from studies.old_logits.measure.full_copies import FullCopyStore
 
 
 def weights(value):
@@ -124,3 +125,21 @@ def test_what_is_not_there_is_neither_held_nor_rewound_to_and_versions_ascend():
     with store.walk(), store.checkout(6) as found:
         assert found["a"][0, 0] == 60
     assert store.versions == (4, 5, 6)
+
+
+def test_it_serves_the_protocol_of_a_store_of_patches():
+    store: VersionStore = FullCopyStore()
+    for version in range(3, 7):
+        store.publish(version, weights(version))
+    with store.walk():
+        for version in (5, 4, 6, 3):
+            with store.checkout(version) as found:
+                assert torch.equal(found["a"], weights(version)["a"])
+    store.hold(4)
+    assert store.retain(6) == [3, 5]
+    assert store.release(4) == [4]
+    assert store.versions == (6,)
+    assert store.publish(7, weights(7)).full_bytes == 6 * 4 + 4 * 2
+    store.rewind(6)
+    assert store.versions == (6,)
+    assert store.num_bytes > 0
