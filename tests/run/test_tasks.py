@@ -19,7 +19,7 @@ class SmallDesk(OrderDesk):
     """A desk of one's own."""
 
 
-def config(path: str, target: str = "desk", steps: int = -1, parser: str = "plain") -> RunConfig:
+def config(path: str, target: str = "desk", steps: int | str = "auto", parser: str = "plain") -> RunConfig:
     return config_from_table({"model": {"path": path, "warm_start_steps": steps}, "env": {"target": target, "parser": parser}})
 
 

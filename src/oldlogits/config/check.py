@@ -126,7 +126,7 @@ def _check_against_each_other(config: RunConfig) -> None:
 
 def _check_one_distribution(config: RunConfig) -> None:
     """Refuse rollouts from a part of the support."""
-    for key, full in {"sampling.top_p": 1, "sampling.top_k": 0}.items():
+    for key, full in {"sampling.top_p": 1.0, "sampling.top_k": 0}.items():
         value = attrgetter(key)(config)
         if value != full:
             raise ConfigError(

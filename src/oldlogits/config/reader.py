@@ -104,8 +104,9 @@ def stray(key: str, near: str) -> ConfigError:
 
 def _refusal(kind: type, problem: str, where: tuple[int | str, ...], value: object) -> ConfigError:
     """One of pydantic's errors in this project's form."""
-    key, hint = _located(kind, where)
-    if problem.startswith("missing") and isinstance(where[-1], str):
+    lacks_item = problem == "missing" and isinstance(where[-1], int)  # of a list of fixed length
+    key, hint = _located(kind, where[:-1] if lacks_item else where)
+    if problem == "missing" and not lacks_item:
         section, _, name = key.rpartition(".")
         got = ", ".join(value) if isinstance(value, dict) else repr(value)
         what = f"{f'[{section}]' if section else 'the recipe'} lacks {name}"
@@ -114,7 +115,8 @@ def _refusal(kind: type, problem: str, where: tuple[int | str, ...], value: obje
         return ConfigError(f"[{key}] is a table", got=repr(value), allowed=f"[{key}] with keys", fix=f"write [{key}]")
     allowed = allowed_values(hint)
     if problem in _BOUNDS:
-        return ConfigError(f"{key} is out of range", got=f"{key} = {value}", allowed=allowed, fix=_example(kind, key))
+        got = f"{key} = {float(value) if isinstance(value, int) and 'a number' in allowed else value}"
+        return ConfigError(f"{key} is out of range", got=got, allowed=allowed, fix=_example(kind, key))
     if get_origin(hint) is Literal:
         return ConfigError(f"{key} has no such choice", got=repr(value), allowed=allowed, fix="choose one of these")
     return ConfigError(f"{key} takes {_type_in_words(hint)}", got=repr(value), allowed=allowed, fix="correct the value")
