@@ -63,7 +63,7 @@ WRONG_RECIPES = {  # content -> what is wrong, got, allowed, fix
     ),
     "[sampling]\ntop_p = 0.95": ("sampling.top_p is out of range", "sampling.top_p = 0.95", "1.0 in training", "remove it"),
     "[model]\npath = 'nowhere'": ("model.path is no folder", "nowhere", "a folder with config.json", "--model.path tiny"),
-    "[runtime]\ntype = 'slurm'": ("unknown runtime", "'slurm'", "runtime.type = lockstep, local, ray", "choose one of these"),
+    "[runtime]\ntype = 'slurm'": ("unknown backend", "'slurm'", "runtime.type = lockstep, local, ray", "choose one of these"),
     "[env]\ntarget = 'nope:Shop'\n[model]\npath = 'model'": (
         "the module of the environment 'nope:Shop' cannot be imported",
         "No module named 'nope'",

@@ -13,8 +13,8 @@ import pytest
 from oldlogits.config import RunConfig, check, config_from_table, known_keys, load_config, override, resolve, schema
 from oldlogits.config.load import _names
 from oldlogits.core.errors import ConfigError, MissingPolicyError
-from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, VARIANTS
-from oldlogits.core.source import SOURCES
+from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, VARIANTS, find_variant
+from oldlogits.core.source import SOURCES, provided
 
 
 def sections(kind=RunConfig):
@@ -253,7 +253,7 @@ def test_the_source_follows_from_the_variant_unless_it_is_named(variant, tmp_pat
     (tmp_path / "r.toml").write_text("")
     followed = load_config(tmp_path / "r.toml", ["--variant", variant])
     assert followed.proximal.source == config_from_table({"variant": variant}).proximal.source == FOLLOWS[variant]
-    assert SOURCES[followed.proximal.source].provides == VARIANTS.get(variant, EXPERIMENTAL_VARIANTS.get(variant)).needs
+    assert provided(SOURCES.find(followed.proximal.source)) == find_variant(variant).needs
     check(followed)
 
 

@@ -22,7 +22,7 @@ from order_desk.tiny import tiny_tokenizer
 CONTENT = b"GGUF of a test"
 
 
-def fetched(cache: Path, *, steps: int = -1) -> Path:
+def fetched(cache: Path, *, steps: int | str = "auto") -> Path:
     return smollm2.smollm2(ModelOrder(seed=0, steps=steps, environment=OrderDesk, parser="hermes", cache=cache))
 
 

@@ -39,7 +39,7 @@ CHAT = ChatFormat(TOKENIZER)
 SMALL = TinySize(hidden=16, layers=1, heads=2, kv_heads=1, mlp=24)
 
 
-def ordered(desk: type[OrderDesk] = OrderDesk, *, seed: int = 0, steps: int = -1, folder: str = "") -> ModelOrder:
+def ordered(desk: type[OrderDesk] = OrderDesk, *, seed: int = 0, steps: int | str = "auto", folder: str = "") -> ModelOrder:
     return ModelOrder(seed=seed, steps=steps, environment=desk, parser="plain", folder=folder, cache=Path("unused"))
 
 

@@ -18,12 +18,9 @@ from oldlogits.core.trajectory import Context, Trajectory, TrajectoryGroup
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenBatch(Sequences):
-    """Trajectories as flat arrays.
+    """Trajectories as flat arrays, with what is known of each token; context has temperature 1.
 
     Args:
-        token_ids: int64 [token].
-        temperature: float32 [token]; 1 for context.
-        starts: int64 [sequence + 1]; sequence s is ``[starts[s], starts[s + 1])``.
         loss_mask: bool [token]; True where the token was sampled.
         version: int64 [token]; the version that sampled it, -1 for context.
         logp_mu: float32 [token], natural log; 0 for context.
@@ -53,9 +50,9 @@ def collate(groups: Sequence[TrajectoryGroup], advantages: Sequence[float], *, n
     """Flatten groups, in order; group g is trained in optimizer step ``g % num_steps``.
 
     Args:
-        groups: At least one.
+        groups: At least one group.
         advantages: One per trajectory, in the order of the groups and their members.
-        num_steps: Optimizer steps that share the batch.
+        num_steps: The number of optimizer steps that share the batch.
 
     Raises:
         TrajectoryError: There is no trajectory, or not one advantage for each.

@@ -80,11 +80,7 @@ def kv_chains(batch: TokenBatch) -> list[KVChain]:
 
 
 def segment_sequences(batch: TokenBatch, segments: Sequence[KVSegment]) -> tuple[Sequences, Ints, Ints]:
-    """Lay segments out as sequences of their own.
-
-    Args:
-        batch: The batch that the segments belong to.
-        segments: At least one segment.
+    """Lay at least one segment of a batch out as sequences of their own.
 
     Returns:
         The sequences, the index in them of every token to score, and the flat index in `batch` of every token of the sequences.

@@ -37,7 +37,7 @@ class MicroBatch:
     flat: Tensor
 
     def to(self, device: torch.device) -> Self:
-        """What a forward pass reads on a device; `flat` stays on the CPU."""
+        """Copy what a forward pass reads to a device; `flat` stays on the CPU."""
         if device.type == "cpu":
             return self
         moved = ("input_ids", "row", "column", "targets", "temperature")
@@ -65,11 +65,7 @@ def plan(lengths: Ints, token_budget: int) -> list[Ints]:
 
 
 def read_lengths(batch: Sequences, tokens: Ints) -> Ints:
-    """int64 [sequence]: the tokens of each, from its beginning, that a forward pass reads to score the given ones.
-
-    Args:
-        batch: The flat batch, or any sequences.
-        tokens: int64 [action], ascending flat indices of the tokens to score.
+    """Count the tokens of each sequence, from its beginning, that a forward pass reads to score `tokens`: int64 [sequence].
 
     Example:
         Sequences [0, 5) and [5, 9), tokens 2 and 3: [3, 0]; the last token itself is predicted, not read.
@@ -81,15 +77,12 @@ def read_lengths(batch: Sequences, tokens: Ints) -> Ints:
 
 
 def micro_batches(batch: Sequences, tokens: Ints, token_budget: int) -> Iterator[MicroBatch]:
-    """The micro-batches that score the given tokens; each sequence is cut after the last of its tokens.
+    """Yield the micro-batches that score the given tokens; each sequence is cut after the last of its tokens.
 
     Args:
         batch: The flat batch, or any sequences.
         tokens: int64 [action], ascending flat indices of the tokens to score; none begins a sequence.
         token_budget: The most padded tokens in one micro-batch.
-
-    Yields:
-        Micro-batches that together hold every one of `tokens` once.
     """
     sequence = np.searchsorted(batch.starts, tokens, side="right") - 1
     needed = read_lengths(batch, tokens)

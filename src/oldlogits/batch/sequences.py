@@ -41,7 +41,7 @@ class Sequences:
 
     @property
     def lengths(self) -> Ints:
-        """int64 [sequence]: the number of tokens of each."""
+        """int64 [sequence]: the number of tokens."""
         return np.diff(self.starts)
 
     @property
@@ -51,14 +51,7 @@ class Sequences:
 
 
 def pack(spans: Sequence[ScoringSpan]) -> tuple[Sequences, Ints]:
-    """Lay scoring spans side by side.
-
-    Args:
-        spans: At least one span.
-
-    Returns:
-        The sequences, and the flat index of every token to score, span after span.
-    """
+    """Lay at least one span side by side, and give the flat index of every token to score, span after span."""
     starts = np.cumsum([0, *(len(span.token_ids) for span in spans)]).astype(np.int64)
     tokens = np.concatenate([span.positions + start for span, start in zip(spans, starts[:-1], strict=True)])
     temperature = np.ones(int(starts[-1]), np.float32)

@@ -17,12 +17,7 @@ from oldlogits.batch.sequences import Ints, Sequences
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankMicroBatch:
-    """A micro-batch that one rank computes.
-
-    Args:
-        micro: The sequences to compute, each of them whole.
-        is_padding: Whether another rank computes it too, and only that rank's results are used.
-    """
+    """A micro-batch of whole sequences; where `is_padding`, another rank computes it too, and only its results are used."""
 
     micro: MicroBatch
     is_padding: bool
@@ -33,15 +28,8 @@ def shard_micro_batches(
 ) -> Iterator[RankMicroBatch]:
     """Yield the micro-batches of one rank, as many as every other rank has. None splits a sequence.
 
-    Args:
-        batch: The flat batch, or any sequences; the same on all ranks.
-        tokens: int64 [action], ascending flat indices of the tokens to score; none begins a sequence.
-        token_budget: The most padded tokens in one micro-batch.
-        rank: The rank whose micro-batches to yield.
-        num_ranks: The number of ranks.
-
-    Yields:
-        Micro-batches; those that are no padding hold, over all ranks, every one of `tokens` once.
+    Those that are no padding hold, over all ranks, every one of `tokens` once. The arguments are those of `micro_batches`, the
+    same on all ranks, and which of them this one is.
     """
     parts = shares(batch, tokens, num_ranks)
     counts = [len(plan(read_lengths(batch, part), token_budget)) for part in parts]
@@ -55,7 +43,7 @@ def shard_micro_batches(
 
 
 def shares(batch: Sequences, tokens: Ints, num_ranks: int) -> list[Ints]:
-    """The tokens of each rank: whole sequences, assigned longest first, in snake order.
+    """Assign tokens to ranks: whole sequences, longest first, in snake order.
 
     Example:
         Sequences of which 9, 7, 4 and 3 tokens are read, 2 ranks: 9 and 3, 7 and 4.

@@ -33,12 +33,9 @@ _LONG_AGO: Final = 1_000_000.0
 
 
 def llama_shapes(num_params: int) -> dict[str, tuple[int, ...]]:
-    """Hugging Face names and shapes of a Llama of about so many parameters, its head tied to the embedding.
+    """Hugging Face names and shapes of a Llama of about so many parameters, at least 100,000, its head tied to the embedding.
 
     Between 24 and 128 million the width stays 576, and there are fewer layers: the tensors have the same sizes.
-
-    Args:
-        num_params: What is aimed at, at least 100,000; the number of layers is rounded.
 
     Example:
         128,000,000: width 576, 28 layers, a vocabulary of 49,152: 127.4 million.
@@ -68,9 +65,9 @@ class SyntheticModel:
     takes four times the masters' bytes.
 
     Args:
-        num_params: See `llama_shapes`.
-        lr: Of AdamW, without weight decay.
-        seed: Of weights and gradients: learning rates are compared on the same gradients.
+        num_params: About how many parameters it has; see `llama_shapes`.
+        lr: The learning rate of AdamW, without weight decay.
+        seed: The seed of weights and gradients: learning rates are compared on the same gradients.
         device: Where everything lives.
     """
 
@@ -90,11 +87,11 @@ class SyntheticModel:
 
     @property
     def masters(self) -> Mapping[str, Tensor]:
-        """float32 by name; views of one buffer, which `step` changes."""
+        """Return float32 weights by name: views of one buffer, which `step` changes."""
         return self._masters
 
     def step(self) -> None:
-        """One AdamW step."""
+        """Take one AdamW step on new gradients."""
         gradient = self._flat.grad = torch.empty_like(self._flat) if self._flat.grad is None else self._flat.grad
         self._normal(gradient)
         self._optimizer.step()
@@ -104,13 +101,10 @@ class SyntheticModel:
 
 
 class RealModel:
-    """A model folder with fp32 masters under a bf16 forward, trained on next tokens; some 20 bytes a parameter.
+    """The model of a folder with fp32 masters under a bf16 forward, trained on next tokens; some 20 bytes a parameter.
 
-    The masters begin at bf16 values and the moments at zero, as in any run on a published bf16 checkpoint.
-
-    Args:
-        folder: A Hugging Face folder.
-        lr: The learning rate of AdamW, without weight decay, warm-up or clipping.
+    The masters begin at bf16 values and the moments at zero, as in any run on a published bf16 checkpoint. AdamW has no weight
+    decay, warm-up or clipping.
     """
 
     def __init__(self, folder: Path, *, lr: float) -> None:

@@ -26,26 +26,18 @@ BF16: Final = torch.bfloat16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seconds:
-    """How long a piece of work took.
-
-    Args:
-        busy_s: CPU time of the calling thread; on an accelerator, the device's time between two events.
-        wall_s: Time that passed.
-    """
+    """How long a piece of work took. `busy_s`: CPU time of the calling thread, or an accelerator's time between two events."""
 
     busy_s: float
     wall_s: float
 
     def __add__(self, other: Seconds) -> Seconds:
-        """Add the times of two pieces of work."""
         return Seconds(busy_s=self.busy_s + other.busy_s, wall_s=self.wall_s + other.wall_s)
 
     def __sub__(self, other: Seconds) -> Seconds:
-        """Take one piece of work off another that contains it."""
         return Seconds(busy_s=self.busy_s - other.busy_s, wall_s=self.wall_s - other.wall_s)
 
     def __mul__(self, factor: float) -> Seconds:
-        """Multiply the time by a number."""
         return Seconds(busy_s=self.busy_s * factor, wall_s=self.wall_s * factor)
 
 
@@ -180,7 +172,7 @@ class Lab:
             self.values["window.copy"].append(sum(self._cold_bytes[-WINDOW:]) / full)
 
     def net_encode(self) -> list[Seconds]:
-        """Return the times of encoding without the cast to bf16, which every route has to make."""
+        """Return the times of encoding without the cast to bf16, which every way of keeping versions has to make."""
         return [encode - cast for encode, cast in zip(self.times["encode"], self.times["cast"], strict=True)]
 
 

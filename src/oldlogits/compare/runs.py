@@ -24,20 +24,14 @@ METRICS: Final = ("success", "reward", "decision_error", "seconds", "bytes")
 """The figures of a run.
 
 success: held-out success of sampled episodes in the last evaluation. reward: mean over the updates of the mean reward of the
-trained trajectories. decision_error: share of the audited tokens that the stand-in keeps or masks where the old logits would
+trained trajectories. decision_error: share of the audited tokens that the proximal policy keeps or masks where OLD would
 not. seconds: of the training loop. bytes: the most bytes of versions and averages that were kept beside the live weights.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedRun:
-    """One run: a recipe under one seed.
-
-    Args:
-        name: The name of the recipe with its varied keys.
-        config: The checked recipe.
-        folder: The run folder.
-    """
+    """One run: a recipe under one seed, its folder, and the name of the recipe with its varied keys."""
 
     name: str
     config: RunConfig
@@ -57,13 +51,7 @@ class PlannedRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFigures:
-    """What came out of one run; a figure that was not measured is None.
-
-    Args:
-        name: The name of its recipe.
-        seed: The run's seed.
-        values: The figures by metric.
-    """
+    """What came out of one run under one seed: figures by metric, None where one was not measured."""
 
     name: str
     seed: int
@@ -121,12 +109,7 @@ def _choices(vary: str) -> list[tuple[str, str]]:
 
 
 def perform(planned: PlannedRun) -> None:
-    """Run it to its end, from its last checkpoint where there is one.
-
-    Raises:
-        OldLogitsError: The error that ended the run.
-        KeyboardInterrupt: The run was interrupted.
-    """
+    """Run it to its end, from its last checkpoint where there is one."""
     from oldlogits.run.run import run  # torch: only the worker processes need it
 
     folder = RunFolder(path=planned.folder)

@@ -217,7 +217,7 @@ class TrainerConfig:
     """Where the trainer and the dedicated scorer keep their models. auto: on a GPU if torch finds one and nobody else has it:
     not in lockstep, which repeats bit for bit, on Ray only with ray.trainer_gpus, and not beside a vLLM that the run starts.
     The embedded engine always computes on the CPU."""
-    num_threads: int = 1
+    num_threads: Positive = 1
     """Threads of one operation on the CPU, in the process of the trainer and in that of the dedicated scorer. Sums depend on
     it: a run with another number gives other numbers."""
     activation_checkpointing: bool = False

@@ -11,22 +11,12 @@ from oldlogits.envs.tools import check_tool, public_names, tool_names
 
 
 def load_environment(target: str, adapter: str = "class") -> type[Environment]:
-    """Make the environment class that a recipe names by `env.target` and `env.adapter`.
-
-    Raises:
-        ConfigError: The adapter or the target names nothing.
-        EnvironmentShapeError: What it names does not have the shape of an environment.
-    """
+    """Make the environment class that a recipe names by `env.target` and `env.adapter`."""
     return check_environment(ADAPTERS.find(adapter)(target))
 
 
 def import_environment(target: str) -> type[Environment]:
-    """Import a class that is written in the shape of an environment: the built-in adapter "class".
-
-    Raises:
-        ConfigError: There is no such module or class.
-        EnvironmentShapeError: The class does not have the shape of an environment.
-    """
+    """Import a class that is written in the shape of an environment: the built-in adapter "class"."""
     return check_environment(ENVIRONMENTS.find(target))
 
 

@@ -36,19 +36,11 @@ class _Parameter:
     is_required: bool
 
     def read(self, value: JsonValue) -> object:
-        """Return a JSON value as the annotated type.
-
-        Raises:
-            ValidationError: It has another type.
-        """
+        """Return a JSON value as the annotated type."""
         return self.adapter.validate_json(json.dumps(value), strict=True)
 
     def read_word(self, word: str) -> object:
-        """Return a word of a positional call as the annotated type: as text where that fits, else as the JSON that it is.
-
-        Raises:
-            ValidationError: It has another type.
-        """
+        """Return a word of a positional call as the annotated type: as text where that fits, else as the JSON that it is."""
         try:
             return self.read(word)
         except ValidationError:

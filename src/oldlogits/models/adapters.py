@@ -38,7 +38,7 @@ def plain_name(name: str) -> str:
 
 
 def merged(base: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """``W + scale B A`` in float32, the base in the dtype of the adapters.
+    """Form ``W + scale B A`` in float32, the base in the dtype of the adapters.
 
     The product is formed in float64, so that its rounding does not depend on how a matrix is cut or multiplied.
 
@@ -48,9 +48,6 @@ def merged(base: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         b: [out, rank], the same rows.
         scale: alpha / rank.
 
-    Returns:
-        float32, of the base's shape.
-
     Example:
         W = [[1., 2.]], A = [[3., 4.]], B = [[5.]], scale 0.5: [[1 + 7.5, 2 + 10]] = [[8.5, 12.]]
     """
@@ -58,15 +55,15 @@ def merged(base: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def merge(base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], scale: float) -> Mapping[str, Tensor]:
-    """All weights of the base with the adapters added, in float32 under their Hugging Face names; each is formed when read.
+    """Add adapters to the base: all weights in float32 under their Hugging Face names, each formed when it is read.
 
     Args:
-        base: Under their Hugging Face names.
+        base: The weights of the base, under their Hugging Face names.
         adapters: All of a version, of one dtype: the trainer's forward dtype, in which the base is read as well.
         scale: alpha / rank.
 
     Raises:
-        ModelFolderError: An adapter is of a weight that the base does not have.
+        ModelFolderError: An adapter belongs to a weight that the base does not have.
     """
     layers = [name.removesuffix(A_SUFFIX) for name in adapters if name.endswith(A_SUFFIX)]
     missing = [layer for layer in layers if f"{layer}.weight" not in base]

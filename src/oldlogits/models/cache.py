@@ -15,12 +15,7 @@ def cache_folder() -> Path:
 
 
 def cached(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """Return the folder, which `fill` makes unless it is there: it appears complete or not at all.
-
-    Args:
-        folder: Where it will be.
-        fill: Writes the content into the empty folder that it is given.
-    """
+    """Return the folder; unless it is there, `fill` writes its content first. It appears complete or not at all."""
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

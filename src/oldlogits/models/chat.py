@@ -28,15 +28,12 @@ class ChatTokenizer(Protocol):
         self, conversation: Sequence[Message], *, tools: object, add_generation_prompt: bool, tokenize: Literal[False]
     ) -> str:
         """The conversation as text."""
-        ...
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text."""
-        ...
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
         """The text of token ids."""
-        ...
 
 
 class ChatFormat:

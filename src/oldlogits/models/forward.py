@@ -10,7 +10,7 @@ on the bits alone and not on how a batch is packed, and a store's bf16 bits give
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import wraps
+from functools import partial, wraps
 from types import MappingProxyType
 from typing import Final, ParamSpec, TypeVar
 
@@ -22,32 +22,31 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 FORWARD_DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType({"fp32": torch.float32, "bf16": torch.bfloat16})
-"""By their name in a recipe."""
+"""The types of forward weights, by their names in a recipe."""
 
 
 def round_at_use(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let every module read its parameters rounded to `dtype`, as float32; nothing happens for float32.
+    """Let every module of a model read its parameters rounded to `dtype`, as float32; nothing happens for float32.
 
     The parameters may hold masters, which receive the gradient with respect to the rounded values, or forward weights.
-
-    Args:
-        model: Changed in place; copies of it must be made before.
-        dtype: Of the forward weights.
+    The model is changed in place; copies of it must be made before.
     """
     if dtype == torch.float32:
         return
     for module in model.modules():
         if next(module.parameters(recurse=False), None) is not None:
-            module.forward = _reading_rounded(module.forward, dtype)
+            module.forward = under(partial(_ReadRounded, dtype), module.forward)
 
 
-def _reading_rounded(forward: Callable[P, R], dtype: torch.dtype) -> Callable[P, R]:
+def under(mode: Callable[[], TorchFunctionMode], forward: Callable[P, R]) -> Callable[P, R]:
+    """Wrap a module's forward so that every call of it runs under a mode of its own."""
+
     @wraps(forward)
-    def rounding(*args: P.args, **kwargs: P.kwargs) -> R:
-        with _ReadRounded(dtype):
+    def within(*args: P.args, **kwargs: P.kwargs) -> R:
+        with mode():
             return forward(*args, **kwargs)
 
-    return rounding
+    return within
 
 
 class _ReadRounded(TorchFunctionMode):
@@ -94,10 +93,10 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: object, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The nearest values of `dtype`, as float32."""
+        """Round to the nearest values of `dtype`, as float32."""
         return weight.to(dtype).to(torch.float32)
 
     @staticmethod
     def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None]:
-        """That of the rounded values."""
+        """Pass on the gradient of the rounded values."""
         return gradients[0], None

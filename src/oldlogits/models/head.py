@@ -13,17 +13,10 @@ from oldlogits.core.errors import ModelFolderError
 
 
 def logits_of(model: PreTrainedModel, hidden: Float[Tensor, "row width"]) -> Float[Tensor, "row vocab"]:
-    """The logits of final hidden states, with what some families do to them behind the head.
+    """Form the float32 logits of normed final hidden states, with what some families do to them behind the head.
 
     Granite divides by ``logits_scaling``, Cohere multiplies by ``logit_scale``, Gemma bounds them by
     ``final_logit_softcapping``: ``c tanh(logits / c)``.
-
-    Args:
-        model: A causal language model.
-        hidden: Its final hidden states, normed.
-
-    Returns:
-        float32.
     """
     config = model.config.get_text_config()
     logits: Tensor = model.get_output_embeddings()(hidden).float()

@@ -30,7 +30,7 @@ transformers_logging.disable_progress_bar()
 
 
 def read_model_config(folder: Path) -> PretrainedConfig:
-    """The config of a folder.
+    """Read the config of a folder.
 
     Raises:
         ModelFolderError: There is none, or transformers does not know the family.
@@ -42,7 +42,7 @@ def read_model_config(folder: Path) -> PretrainedConfig:
 
 
 def meta_model(config: PretrainedConfig, folder: Path) -> PreTrainedModel:
-    """The model of a config, without storage.
+    """Make the model of a config, without storage.
 
     Raises:
         ModelFolderError: It is no causal language model, or one that cannot be trained here.
@@ -52,16 +52,15 @@ def meta_model(config: PretrainedConfig, folder: Path) -> PreTrainedModel:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, AttributeError) as error:
         raise _unreadable(folder, error) from error
-    check_trainable(model, folder)
+    _check_trainable(model, folder)
     return model
 
 
 def load_model(folder: Path) -> PreTrainedModel:
-    """The model of a folder, of whatever family, fp32, dropout off.
+    """Load the model of a folder, of whatever family, in fp32, dropout off.
 
     Raises:
-        ModelFolderError: The folder holds no causal language model, or not all of its weights, or one that cannot be
-            trained here.
+        ModelFolderError: The folder holds no causal language model, not all of its weights, or one that cannot be trained here.
     """
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -69,7 +68,7 @@ def load_model(folder: Path) -> PreTrainedModel:
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unreadable(folder, error) from error
-    check_trainable(model, folder)
+    _check_trainable(model, folder)
     if info["missing_keys"]:
         raise ModelFolderError(
             "the model folder lacks weights, which would be drawn at random",
@@ -82,12 +81,8 @@ def load_model(folder: Path) -> PreTrainedModel:
     return model
 
 
-def check_trainable(model: PreTrainedModel, folder: Path) -> None:
-    """Refuse a model that the scorer and the sharding could not take apart.
-
-    Raises:
-        ModelFolderError: It is no linear output head over a stack of decoder layers.
-    """
+def _check_trainable(model: PreTrainedModel, folder: Path) -> None:
+    """Refuse a model that the scorer and the sharding could not take apart."""
     if not isinstance(model.get_output_embeddings(), nn.Linear) or model.base_model is model or not _stacks(model):
         raise ModelFolderError(
             "the trainer cannot train this model",
@@ -118,7 +113,7 @@ def _unreadable(folder: Path, error: Exception) -> ModelFolderError:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder; it must have a chat template.
+    """Load the tokenizer of a folder.
 
     Raises:
         ModelFolderError: There is no tokenizer or it has no chat template.
@@ -145,9 +140,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """What a version consists of, by the names of parameters, tied ones once; views of the masters, not copies.
+    """Give what a version consists of, by the names of parameters, tied ones once; views of the masters, not copies.
 
-    Of a model with adapters these alone: its base never changes. Of a sharded model: this rank's slice of each, which may be
+    A model with adapters gives these alone: its base never changes. A sharded one gives this rank's slice of each, which may be
     empty.
     """
     return {name: local(parameter.data) for name, parameter in version_parameters(model).items()}
@@ -181,7 +176,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def recompute_layers(model: PreTrainedModel) -> None:
-    """Activation checkpointing: only what enters a layer is kept, the rest is computed again in the backward pass."""
+    """Checkpoint activations: only what enters a layer is kept, the rest is computed again in the backward pass."""
     for layer in decoder_layers(model):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
 
@@ -190,10 +185,10 @@ def write_model(config: PretrainedConfig, generation: GenerationConfig, weights:
     """Write a standard model folder, without a tokenizer.
 
     Args:
-        config: Of the model; its dtype becomes that of the weights.
+        config: The model's config; its dtype becomes that of the weights.
         generation: What engines take as their defaults.
         weights: All of `named_weights`, of one dtype.
-        folder: Where.
+        folder: Where the folder is written.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=next(iter(weights.values())).dtype)

@@ -26,8 +26,8 @@ def add_adapters(model: PreTrainedModel, *, rank: int, alpha: float, targets: Se
     """Put adapters into the named linear layers, and freeze everything else. B is zero: the model is still the base.
 
     Args:
-        model: Changed in place. A is drawn with torch's generator.
-        rank: Rows of A, >= 1.
+        model: Changed in place; A is drawn with torch's generator.
+        rank: The rows of A, at least 1.
         alpha: The adapters' product is scaled by alpha / rank.
         targets: Last parts of the names of linear layers.
 
@@ -62,15 +62,9 @@ def add_adapters(model: PreTrainedModel, *, rank: int, alpha: float, targets: Se
 def write_adapters(
     folder: Path, adapters: Mapping[str, Tensor], *, rank: int, alpha: float, targets: Sequence[str], base: str
 ) -> None:
-    """Write what ``peft.PeftModel.from_pretrained`` loads on top of the base.
+    """Write all adapters of a version as ``peft.PeftModel.from_pretrained`` loads them on top of the folder `base`.
 
-    Args:
-        folder: Where.
-        adapters: All of a version.
-        rank: As in `add_adapters`.
-        alpha: As in `add_adapters`.
-        targets: As in `add_adapters`.
-        base: The base's folder, for the record.
+    The other arguments are those of `add_adapters`.
     """
     config = _lora_config(rank, alpha, targets)
     config.base_model_name_or_path, config.inference_mode = base, True

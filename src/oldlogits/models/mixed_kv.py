@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import math
 from functools import partial
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -36,25 +37,15 @@ class MixedForward:
     Args:
         model: A causal language model; whoever calls `score` gives it the weights of the version.
         batch: The trajectories.
-        micro_batch_tokens: The largest padded size of one forward, in tokens.
-        head_chunk_tokens: Tokens that go through the output head at once.
-        ranks: That hold the model; what is of one version is dealt out among them, chains are computed by each.
-
-    Raises:
-        TrajectoryError: Nothing says which versions computed what some token attended to.
+        ranks: The ranks that hold the model: they share what one version sampled, but each computes all chains.
+        sizes: The sizes of a forward pass.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        batch: TokenBatch,
-        *,
-        micro_batch_tokens: int,
-        head_chunk_tokens: int,
-        ranks: Ranks = ALONE,
+        self, model: PreTrainedModel, batch: TokenBatch, *, ranks: Ranks = ALONE, **sizes: Unpack[ForwardSizes]
     ) -> None:
         self._model, self._batch, self._ranks = model, batch, ranks
-        self._sizes: ForwardSizes = {"micro_batch_tokens": micro_batch_tokens, "head_chunk_tokens": head_chunk_tokens}
+        self._sizes = sizes
         chains = kv_chains(batch)
         self._plain = [chain[0] for chain in chains if len(chain) == 1]
         self._chains: list[KVChain] = [chain for chain in chains if len(chain) > 1]
@@ -66,7 +57,7 @@ class MixedForward:
 
     @property
     def num_entries(self) -> int:
-        """Tokens that all forward passes together read."""
+        """The number of tokens that all forward passes together read."""
         return sum(segment.num_entries for segment in self._plain + [segment for chain in self._chains for segment in chain])
 
     @property
@@ -117,7 +108,7 @@ class MixedForward:
             self._computed_at[scored.numpy()] = version
 
     def _forward(self, micro: MicroBatch, positions: Int[Tensor, "row column"]) -> Float[Tensor, " action"]:
-        """The log-probs of segments, over the entries that their chains may see; theirs are added."""
+        """Compute the log-probs of segments over the entries that their chains may see, and add theirs."""
         hidden = self._model.base_model(
             input_ids=micro.input_ids,
             position_ids=positions,
@@ -136,11 +127,11 @@ def cache_keyword(model: torch.nn.Module) -> str:
 class _Entries:
     """Keys and values of chains, each entry at its token's position: the cache that a Hugging Face model is given.
 
-    Of such a cache a model asks nothing but `update` where it is given positions and a mask.
+    A model asks nothing but `update` of such a cache where it is given positions and a mask.
 
     Args:
-        num_chains: Chains.
-        longest: Entries of the longest.
+        num_chains: The number of chains.
+        longest: The number of entries of the longest chain.
     """
 
     def __init__(self, num_chains: int, longest: int) -> None:
@@ -154,13 +145,13 @@ class _Entries:
         real: Bool[Tensor, "row column"],
         device: torch.device,
     ) -> None:
-        """The next forward reads tokens of these chains.
+        """Prepare the next forward on a device, which reads tokens of these chains; the arguments are on the CPU.
 
         Args:
-            rows: Each row's chain.
-            positions: Each token's place in its sequence.
+            rows: The chain of each row.
+            positions: The place of each token in its sequence.
             real: False for padding.
-            device: Of the forward; the arguments are on the CPU.
+            device: The device of the forward.
         """
         self._rows, self._real = rows.to(device), real.to(device)
         self._at = (rows[:, None].expand_as(positions)[real].to(device), positions[real].to(device))

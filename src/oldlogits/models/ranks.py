@@ -28,10 +28,10 @@ class Ranks:
     """The place of this process among those that hold the model.
 
     Args:
-        rank: From 0.
-        num_ranks: How many.
-        mesh: Over all of them; None: this process holds the whole model.
-        device: On which it holds its part.
+        rank: The number of this process, from 0.
+        num_ranks: The number of processes.
+        mesh: The mesh over all of them; None: this process holds the whole model.
+        device: The device that holds this rank's part.
     """
 
     rank: int
@@ -45,18 +45,14 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over the ranks, on all of them; a copy.
-
-        Args:
-            values: Of the same shape everywhere, on the CPU or on the ranks' devices.
-        """
+        """Sum tensors of one shape over the ranks, on all of them; a copy. They are on the CPU or on the ranks' devices."""
         total = values.detach().clone()
         if self.mesh is not None:
             dist.all_reduce(total)
         return total
 
     def on(self, device: torch.device) -> Self:
-        """The same ranks, holding the model on a device of this kind; all of them make this call.
+        """Give the same ranks, holding the model on a device of this kind; all of them make this call.
 
         Raises:
             ConfigError: They have devices of different kinds.
@@ -75,7 +71,7 @@ class Ranks:
         return replace(self, mesh=mesh, device=device)
 
     def gather(self, value: T) -> list[T]:
-        """What each rank has, by rank, on all of them."""
+        """Give what each rank has, by rank, to all of them."""
         if self.mesh is None:
             return [value]
         found: list[T | None] = [None] * self.num_ranks
@@ -83,7 +79,7 @@ class Ranks:
         return found  # type: ignore[return-value]
 
     def gather_to_first(self, value: T) -> list[T]:
-        """What each rank has, by rank, on the first; nothing on the others."""
+        """Give what each rank has, by rank, to the first, and nothing to the others."""
         if self.mesh is None:
             return [value]
         found: list[T | None] | None = [None] * self.num_ranks if self.is_first else None
@@ -91,11 +87,7 @@ class Ranks:
         return found or []  # type: ignore[return-value]
 
     def receive(self, value: T | None) -> T:
-        """What the first rank gives, on all of them.
-
-        Args:
-            value: That of the first rank.
-        """
+        """Give the value of the first rank to all of them."""
         box = [value]
         if self.mesh is not None:
             dist.broadcast_object_list(box)
@@ -104,11 +96,7 @@ class Ranks:
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
-        """An error of this package that one rank raises inside is raised by all of them; nothing is exchanged inside.
-
-        Raises:
-            OldLogitsError: That of the lowest rank that has one.
-        """
+        """Raise an error of this package that any rank raises inside on all of them; nothing is exchanged inside."""
         own: OldLogitsError | None = None
         try:
             yield
@@ -127,9 +115,9 @@ def join(store: dist.Store, *, rank: int, num_ranks: int, timeout_s: float) -> R
     """Meet the other ranks.
 
     Args:
-        store: In which they find each other.
-        rank: Of this process.
-        num_ranks: How many there are.
+        store: The store in which they find each other.
+        rank: The number of this process.
+        num_ranks: The number of processes.
         timeout_s: After so many seconds in one exchange the others count as lost.
     """
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"

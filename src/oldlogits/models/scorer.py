@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ class ForwardSizes(TypedDict):
 
     Args:
         micro_batch_tokens: The largest padded size of one forward, in tokens.
-        head_chunk_tokens: Tokens that go through the output head at once.
+        head_chunk_tokens: The number of tokens that go through the output head at once.
     """
 
     micro_batch_tokens: int
@@ -31,19 +31,11 @@ class ForwardSizes(TypedDict):
 
 
 def action_logps(model: PreTrainedModel, micro: MicroBatch, *, head_chunk_tokens: int) -> Float[Tensor, " action"]:
-    """Natural-log probs of the micro-batch's tokens: ``log_softmax(logits / T)[token]``.
+    """Give natural-log probs of the micro-batch's tokens, ``log_softmax(logits / T)[token]``, in the order of ``micro.flat``.
 
     Hidden states are gathered before the head; the head sees `head_chunk_tokens` at once, and where gradients are
     needed and there are several chunks, a chunk's logits are formed again in the backward pass, so that memory does
     not grow with the number of tokens times the vocabulary.
-
-    Args:
-        model: A causal language model.
-        micro: The tokens to score.
-        head_chunk_tokens: Tokens per chunk, >= 1.
-
-    Returns:
-        float32 [action], in the order of ``micro.flat``, on the model's device.
     """
     micro = micro.to(model.device)
 
@@ -57,7 +49,7 @@ def action_logps(model: PreTrainedModel, micro: MicroBatch, *, head_chunk_tokens
 def head_logps(
     model: PreTrainedModel, hidden: Float[Tensor, "row column width"], micro: MicroBatch, *, head_chunk_tokens: int
 ) -> Float[Tensor, " action"]:
-    """The log-probs of the micro-batch's tokens, given its final hidden states on its device; see `action_logps`."""
+    """Give the log-probs of a micro-batch's tokens from its final hidden states on its device; see `action_logps`."""
     hidden = hidden[micro.row, micro.column]
     chunks = range(0, len(hidden), head_chunk_tokens)
     recompute = torch.is_grad_enabled() and len(chunks) > 1
@@ -74,27 +66,23 @@ def score_tokens(
     sequences: Sequences,
     tokens: NDArray[np.int64],
     *,
-    micro_batch_tokens: int,
-    head_chunk_tokens: int,
     ranks: Ranks = ALONE,
+    **sizes: Unpack[ForwardSizes],
 ) -> NDArray[np.float32]:
-    """Natural-log probs of tokens of sequences, without gradients.
+    """Give natural-log probs of tokens of sequences, without gradients, on all ranks.
 
     Args:
         model: A causal language model.
-        sequences: What it reads.
+        sequences: The sequences that it reads.
         tokens: int64 [scored token], ascending flat indices; none begins a sequence.
-        micro_batch_tokens: The largest padded size of one forward, in tokens.
-        head_chunk_tokens: Tokens that go through the output head at once.
-        ranks: That hold the model; each computes some of the sequences, and all make this call.
-
-    Returns:
-        float32 [scored token], on all ranks.
+        ranks: The ranks that hold the model; each computes some of the sequences, and all make this call.
+        sizes: The sizes of a forward pass.
     """
     out = torch.zeros(sequences.num_tokens, device=model.device)
+    budget, chunk = sizes["micro_batch_tokens"], sizes["head_chunk_tokens"]
     with torch.no_grad():
-        for one in shard_micro_batches(sequences, tokens, micro_batch_tokens, rank=ranks.rank, num_ranks=ranks.num_ranks):
-            logps = action_logps(model, one.micro, head_chunk_tokens=head_chunk_tokens)
+        for one in shard_micro_batches(sequences, tokens, budget, rank=ranks.rank, num_ranks=ranks.num_ranks):
+            logps = action_logps(model, one.micro, head_chunk_tokens=chunk)
             if not one.is_padding:
                 out[one.micro.flat.to(out.device)] = logps
     scores: NDArray[np.float32] = ranks.sum(out.cpu()[torch.from_numpy(tokens)]).numpy()

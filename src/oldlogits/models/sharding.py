@@ -28,9 +28,7 @@ _COMPUTE = "compute"
 def place_model(model: PreTrainedModel, ranks: Ranks) -> None:
     """Bring a model to the ranks' devices: of several ranks each keeps its slice of every parameter.
 
-    Args:
-        model: Whole, and the same on all ranks; changed in place. On the CPU: then no device ever holds all of it.
-        ranks: That hold it from here on.
+    The model is whole, on the CPU, and the same on all ranks; it is changed in place, so that no device ever holds all of it.
     """
     if ranks.mesh is None:
         model.to(ranks.device)
@@ -43,14 +41,9 @@ def place_model(model: PreTrainedModel, ranks: Ranks) -> None:
 
 
 def in_one_forward(model: PreTrainedModel, forward: Callable[[], Tensor]) -> Tensor:
-    """A forward pass that calls parts of the model, such as its base and its head: as one pass of a sharded model.
+    """Make a forward pass that calls parts of the model, such as its base and its head: one pass of a sharded model.
 
-    Args:
-        model: Of `place_model`, or any other.
-        forward: The pass; all ranks make it at the same time.
-
-    Returns:
-        What `forward` returns, which is no view.
+    All ranks make it at the same time. What `forward` returns is no view.
     """
     if not isinstance(model, FSDPModule):
         return forward()
@@ -59,15 +52,9 @@ def in_one_forward(model: PreTrainedModel, forward: Callable[[], Tensor]) -> Ten
 
 
 def whole_weights(model: PreTrainedModel, dtype: torch.dtype, ranks: Ranks) -> dict[str, Tensor]:
-    """All of a version's forward weights by name, on the CPU of the first rank; nothing on the others. All ranks call it.
+    """Gather a version's forward weights by name, on the CPU of the first rank; nothing on the others. All ranks call it.
 
-    Args:
-        model: Holds masters.
-        dtype: Of the forward weights.
-        ranks: That hold it.
-
-    Returns:
-        Where one process holds the model on the CPU and its masters have that dtype: views of them, no copy.
+    Where one process holds the model on the CPU and its masters have `dtype`, they are views of them.
     """
     found = {}
     for name, parameter in version_parameters(model).items():
@@ -78,7 +65,7 @@ def whole_weights(model: PreTrainedModel, dtype: torch.dtype, ranks: Ranks) -> d
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which the ranks hold slices, on each of them; another tensor as it is."""
+    """Gather a tensor of which the ranks hold slices, on each of them; another tensor as it is."""
     if not isinstance(tensor, DTensor):
         return tensor
     full: Tensor = tensor.full_tensor()
@@ -86,22 +73,11 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def as_slice_of(parameter: Tensor, values: Tensor) -> Tensor:
-    """Values of this rank's slice of a parameter, as the tensor of which the ranks hold slices.
-
-    Args:
-        parameter: Of the model.
-        values: Of the shape of the slice; used, not copied.
-    """
+    """Make values of this rank's slice of a parameter the tensor of which the ranks hold slices; they are not copied."""
     if not isinstance(parameter, DTensor):
         return values
-    sliced: Tensor = DTensor.from_local(
-        values,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
+    mesh, shape, stride = parameter.device_mesh, parameter.shape, parameter.stride()
+    sliced: Tensor = DTensor.from_local(values, mesh, parameter.placements, run_check=False, shape=shape, stride=stride)
     return sliced
 
 

@@ -28,10 +28,10 @@ def group_advantages(
     - "leave-one-out": ``r - mean of the others = n / (n - 1) * (r - mean)`` (RLOO, arXiv 2402.14740).
 
     Args:
-        rewards: Finite.
+        rewards: Finite rewards.
         group_index: The group of each trajectory: any integers, in any order.
-        mode: How to compare.
-        epsilon: Added to the standard deviation, in units of reward.
+        mode: How a reward is compared with those of its group.
+        epsilon: What is added to the standard deviation, in units of reward.
 
     Raises:
         ConfigError: The mode is unknown.

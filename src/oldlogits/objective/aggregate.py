@@ -35,17 +35,8 @@ def token_weights(
     - "token-mean": ``1 / N``, N loss tokens.
     - "token-mean-kept": ``1 / N_kept`` on kept tokens, N_kept loss tokens that `kept_mask` keeps. Use
       `objective.kept_mask`: it is known before the forward pass of THETA, and so before the first micro-batch.
-    - "sequence-mean": ``1 / (M N_s)`` in sequence s with N_s loss tokens, M sequences that have any.
-    - "constant": ``1 / constant``.
-
-    Args:
-        loss_mask: Sampled tokens of the whole optimizer-step batch.
-        mode: The denominator.
-        sequence_index: For "sequence-mean": the sequence of each token, in [0, num_sequences).
-        num_sequences: For "sequence-mean".
-        kept_mask: For "token-mean-kept".
-        constant: For "constant", above 0.
-        dtype: Of the weights.
+    - "sequence-mean": ``1 / (M N_s)`` in sequence s with N_s loss tokens, M of the `num_sequences` sequences having any.
+    - "constant": ``1 / constant``, which is above 0.
 
     Raises:
         ConfigError: The mode is unknown, or what it needs is missing.
@@ -99,11 +90,7 @@ def aggregate(
     kept_mask: Bool[Tensor, " token"] | None = None,
     constant: float | None = None,
 ) -> Float[Tensor, ""]:
-    """The loss of a whole batch at once: `weighted_loss` under its `token_weights`.
-
-    Raises:
-        ConfigError: The mode is unknown, or what it needs is missing.
-    """
+    """The loss of a whole batch at once: `weighted_loss` under its `token_weights`."""
     weights = token_weights(
         loss_mask,
         mode=mode,

@@ -77,12 +77,12 @@ def decision_sums(
         logp_proximal: Log-probs of the proximal policy X.
         logp_old: Log-probs of OLD.
         log_total: ``log R = log theta - log mu``, whatever the variant.
-        advantages: A.
+        advantages: ``A``.
         active_mask: `Surrogate.active_mask` with the proximal policy.
-        exact_active_mask: The same of `exact_variant`.
+        exact_active_mask: `Surrogate.active_mask` of `exact_variant`.
         loss_mask: Sampled tokens.
         staleness: Trainer version minus behaviour version, in [0, num_staleness) where `loss_mask` holds.
-        num_staleness: Length of the result.
+        num_staleness: The length of the result.
 
     Example:
         Three tokens, R = 1, A = 2, -1, 0; active under X: 1, 0, 1, under OLD: 1, 1, 0: one wrongly masked of weight 1

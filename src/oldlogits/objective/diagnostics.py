@@ -39,8 +39,8 @@ class TokenStatistics:
         log_r_d_abs_mean: Mean of ``|log r_d|``.
         log_r_d_abs_max: Largest ``|log r_d|``.
         log_r_s_abs_mean: Mean of ``|log r_s|``.
-        log_r_d_quantiles: Of ``log r_d``, at `QUANTILES`.
-        log_r_s_quantiles: Of ``log r_s``, at `QUANTILES`.
+        log_r_d_quantiles: The `QUANTILES` of ``log r_d``.
+        log_r_s_quantiles: The `QUANTILES` of ``log r_s``.
     """
 
     num_tokens: Int[Tensor, " group"]
@@ -64,12 +64,7 @@ class TokenStatistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnostics:
-    """Statistics over all loss tokens, and by staleness.
-
-    Args:
-        overall: One group.
-        by_staleness: Group s holds the tokens of staleness s.
-    """
+    """Statistics over all loss tokens, as one group, and by staleness, where group s holds the tokens of staleness s."""
 
     overall: TokenStatistics
     by_staleness: TokenStatistics
@@ -93,13 +88,13 @@ def diagnose(
     ``log r_d`` are 0.
 
     Args:
-        log_r_d: Log of the discrepancy ratio.
-        log_r_s: Log of the staleness ratio.
+        log_r_d: The log of the discrepancy ratio.
+        log_r_s: The log of the staleness ratio.
         band_mask: `Surrogate.band_mask`.
         clip_mask: `Surrogate.clip_mask`.
         loss_mask: Sampled tokens.
         staleness: Trainer version minus behaviour version; any value outside `loss_mask`.
-        advantages: Their sign tells which clip bound a token met.
+        advantages: The sign tells which clip bound a token met.
         num_staleness: Staleness 0 .. num_staleness - 1 is told apart; older tokens are in `overall` only.
 
     Example:
@@ -107,18 +102,15 @@ def diagnose(
     """
     finite = loss_mask & finite_mask(log_r_d, log_r_s, advantages)
 
-    def statistics(groups: _Groups) -> TokenStatistics:
-        return _statistics(groups, log_r_d.double(), log_r_s.double(), band_mask, clip_mask, loss_mask, finite, advantages)
-
+    tokens = (log_r_d.double(), log_r_s.double(), band_mask, clip_mask, loss_mask, finite, advantages)
+    everything = _Groups(index=torch.zeros_like(staleness), num_groups=1)
     told_apart = (staleness >= 0) & (staleness < num_staleness)
-    return Diagnostics(
-        overall=statistics(_Groups(index=torch.zeros_like(staleness), num_groups=1)),
-        by_staleness=statistics(_Groups(index=torch.where(told_apart, staleness, num_staleness), num_groups=num_staleness)),
-    )
+    by_staleness = _Groups(index=torch.where(told_apart, staleness, num_staleness), num_groups=num_staleness)
+    return Diagnostics(overall=_statistics(everything, *tokens), by_staleness=_statistics(by_staleness, *tokens))
 
 
 def to_metrics(diagnostics: Diagnostics) -> dict[str, float]:
-    """``area/name`` to number, staleness s as ``area/name@lag{s}``; waits for the device.
+    """Give ``area/name`` to number, staleness s as ``area/name@lag{s}``; waits for the device.
 
     A group without loss tokens has no metrics, and a statistic without a finite token is left out.
     """
@@ -127,31 +119,17 @@ def to_metrics(diagnostics: Diagnostics) -> dict[str, float]:
     return metrics | _named(diagnostics.by_staleness, *(f"@lag{lag}" for lag in range(num_staleness)))
 
 
-_METRICS: Final = {
-    "num_tokens": "mask/num_tokens",
-    "num_nonfinite": "mask/num_nonfinite",
-    "num_clipped_high": "mask/num_clipped_high",
-    "num_clipped_low": "mask/num_clipped_low",
-    "num_clipped_dual": "mask/num_clipped_dual",
-    "rho_band": "mask/rho_band",
-    "rho_clip": "mask/rho_clip",
-    "rho": "mask/rho",
-    "ess": "ratio/ess",
-    "kl_mu_prox_k1": "kl/mu_prox_k1",
-    "kl_mu_prox_k3": "kl/mu_prox_k3",
-    "kl_prox_theta_k3": "kl/prox_theta_k3",
-    "log_r_d_abs_mean": "ratio/log_r_d_abs_mean",
-    "log_r_d_abs_max": "ratio/log_r_d_abs_max",
-    "log_r_s_abs_mean": "ratio/log_r_s_abs_mean",
-    "log_r_d_quantiles": "ratio/log_r_d",
-    "log_r_s_quantiles": "ratio/log_r_s",
-}
+def _metric_of(name: str) -> str:
+    """Name the metric of a statistic: mask/num_tokens, mask/rho, kl/mu_prox_k1, ratio/ess, ratio/log_r_d (its quantiles)."""
+    if name.startswith("kl_"):
+        return f"kl/{name.removeprefix('kl_')}"
+    return f"{'mask' if name.startswith(('num_', 'rho')) else 'ratio'}/{name.removesuffix('_quantiles')}"
 
 
 def _named(statistics: TokenStatistics, *suffixes: str) -> dict[str, float]:
     columns: dict[str, list[float]] = {}
     for field in fields(statistics):
-        name, tensor = _METRICS[field.name], getattr(statistics, field.name).cpu()
+        name, tensor = _metric_of(field.name), getattr(statistics, field.name).cpu()
         if tensor.ndim == 1:
             columns[name] = tensor.tolist()
         else:
@@ -177,25 +155,25 @@ class _Groups:
     num_groups: int
 
     def only(self, mask: Tensor) -> _Groups:
-        """The same groups, of the tokens in `mask`."""
+        """Give the same groups of the tokens in `mask`."""
         return _Groups(index=torch.where(mask, self.index, self.num_groups), num_groups=self.num_groups)
 
     def sum(self, values: Tensor) -> Tensor:
-        """``[group]``; of bools, the count."""
+        """Sum over each group; bools are counted."""
         values = values.long() if values.dtype is torch.bool else values
         return values.new_zeros(self.num_groups + 1).index_add(0, self.index, values)[:-1]
 
     def mean(self, values: Tensor) -> Tensor:
-        """``[group]``; NaN in an empty group."""
+        """Average over each group; NaN in an empty one."""
         return self.sum(values) / self.sum(torch.ones_like(self.index))
 
     def max(self, values: Tensor) -> Tensor:
-        """``[group]``; NaN in an empty group."""
+        """Give the largest of each group; NaN in an empty one."""
         empty = values.new_full((self.num_groups + 1,), math.nan)
         return empty.scatter_reduce(0, self.index, values, "amax", include_self=False)[:-1]
 
     def quantiles(self, values: Tensor) -> Tensor:
-        """``[group quantile]``, linearly interpolated; NaN in an empty group."""
+        """Give ``[group quantile]``, linearly interpolated; NaN in an empty group."""
         by_value = values.argsort()
         ordered = values[by_value[self.index[by_value].argsort(stable=True)]]
         ordered = torch.cat([ordered, ordered.new_full((1,), math.nan)])

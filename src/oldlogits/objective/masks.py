@@ -18,9 +18,7 @@ from oldlogits.core.errors import ConfigError
 def band_mask(log_r_d: Float[Tensor, " token"], band: float) -> Bool[Tensor, " token"]:
     """Keep a token where ``1/c <= r_d <= c``, both bounds included: ``|log r_d| <= log c``, ``c = band``.
 
-    Args:
-        log_r_d: Log of the discrepancy ratio. NaN and infinite values are not kept under a finite band.
-        band: Above 1, or ``math.inf`` for no band.
+    `band` is above 1, or ``math.inf`` for no band; a finite band keeps neither NaN nor infinite values.
 
     Raises:
         ConfigError: `band` is not above 1.
@@ -48,9 +46,6 @@ def kept_mask(log_r_d: Float[Tensor, " token"], loss_mask: Bool[Tensor, " token"
     The clip is left out on purpose: it depends on THETA, and the denominator must be known before the first
     micro-batch's forward pass. (Where the proximal policy is an interpolation, ``r_d`` itself depends on THETA; its values
     must then be scored beforehand.)
-
-    Raises:
-        ConfigError: `band` is not above 1.
     """
     return loss_mask & log_r_d.isfinite() & band_mask(log_r_d, band)
 
@@ -87,9 +82,7 @@ def clip_log_ratio(
 def truncate_log_ratio(log_r_s: Float[Tensor, " token"], truncation: float) -> Float[Tensor, " token"]:
     """``log min(r_s, c)``: the weight of truncated importance sampling, which caps a token's gradient and masks none.
 
-    Args:
-        log_r_s: Log of the staleness ratio; of the total ratio, where it is taken over MU.
-        truncation: ``c``, above 1, or ``math.inf`` for no bound.
+    ``c = truncation`` is above 1, or ``math.inf`` for no bound. Where the ratio is taken over MU, it is the total ratio.
 
     Raises:
         ConfigError: `truncation` is not above 1.
@@ -114,9 +107,6 @@ def clip_mask(
     """Keep a token whose ratio the clip leaves as it is; ``A = 0`` keeps.
 
     ``not (A > 0 and r_s > 1 + eps_high, or A < 0 and (r_s < 1 - eps_low or r_s > d))``. NaN is not kept.
-
-    Raises:
-        ConfigError: An eps is negative, or `dual_clip` is not above 1.
 
     Example:
         eps_low = .2, eps_high = .28, d = 3: r_s = 1.5 is masked for A = 1 and kept for A = -1 and A = 0.

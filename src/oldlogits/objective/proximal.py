@@ -20,9 +20,6 @@ def linear_logp(
     ``weight_mu`` is the weight *on mu*, in [0, 1], one for all tokens or one per token; 1 gives exactly MU and 0
     exactly THETA. A per-token weight outside [0, 1] gives NaN, which the surrogate drops and counts.
 
-    Raises:
-        ConfigError: A weight given as a number is outside [0, 1].
-
     Example:
         mu = .2, theta = .6, weight_mu = .25: ``log(.25 * .2 + .75 * .6) = log .5 = -0.693``.
     """
@@ -40,9 +37,6 @@ def loglinear_logp(
 
     ``a = weight_mu`` as in `linear_logp`. A-3PO's coefficient is the weight on *theta*: ``weight_mu = 1 - alpha``
     (arXiv 2512.06547).
-
-    Raises:
-        ConfigError: A weight given as a number is outside [0, 1].
 
     Example:
         mu = .1, theta = .4, weight_mu = .5: ``log sqrt(.1 * .4) = log .2 = -1.609``.

@@ -30,15 +30,7 @@ def split_ratio(variant: Variant, logp: Mapping[Policy, Float[Tensor, " token"]]
     """Both factors of a variant, from the log-probs of the sampled tokens.
 
     ``log r_d = sg(log X - log mu)`` (or 0) and ``log r_s = log theta - sg(log X)``, X the variant's proximal policy
-    (PAPER, "One frame for all variants").
-
-    Args:
-        variant: A row of the paper's table.
-        logp: Natural-log probability of each sampled token, by policy. LINEAR and LOGLINEAR come from
-            `linear_logp` and `loglinear_logp`.
-
-    Raises:
-        MissingLogprobError: `logp` lacks a policy of the variant.
+    (PAPER, "One frame for all variants"). LINEAR and LOGLINEAR come from `linear_logp` and `loglinear_logp`.
 
     Example:
         ``decoupled_exact`` on one token with mu = .50, old = .55, theta = .66: ``r_d = .55 / .50 = 1.1`` and
@@ -46,21 +38,13 @@ def split_ratio(variant: Variant, logp: Mapping[Policy, Float[Tensor, " token"]]
     """
     numerator, denominator = variant.r_s.numerator, variant.r_s.denominator
     _require(logp, (numerator, denominator))
-    return SplitRatio(
-        log_r_d=log_discrepancy(variant, logp),
-        log_r_s=logp[numerator] - logp[denominator].detach(),
-    )
+    return SplitRatio(log_r_d=log_discrepancy(variant, logp), log_r_s=logp[numerator] - logp[denominator].detach())
 
 
 def log_discrepancy(variant: Variant, logp: Mapping[Policy, Float[Tensor, " token"]]) -> Float[Tensor, " token"]:
-    """``log r_d`` alone, detached: unless the proximal policy is an interpolation it needs no forward pass of THETA.
+    """Form ``log r_d`` alone, detached: unless the proximal policy is an interpolation it needs no forward pass of THETA.
 
-    Args:
-        variant: A row of the paper's table.
-        logp: Natural-log probability of each sampled token, by policy; at least one policy, which gives the shape.
-
-    Raises:
-        MissingLogprobError: `logp` lacks a policy of ``r_d``, or is empty.
+    Where the variant has ``r_d = 1``, any policy of `logp` gives the shape.
     """
     numerator, denominator = variant.r_d.numerator, variant.r_d.denominator
     if variant.r_d.is_one and logp:

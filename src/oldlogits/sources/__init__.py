@@ -21,25 +21,12 @@ from oldlogits.sources.snapshot import SnapshotSource
 
 
 def make_source(name: str, trainer: ScoringHandle, scorer: DedicatedScorer | None) -> LogprobSource:
-    """Build the source of a recipe.
-
-    Args:
-        name: A built-in name, or "package.module:Class".
-        trainer: The trainer, which scores.
-        scorer: The second model of a source with `needs_scorer`; None for the others.
-
-    Raises:
-        ConfigError: There is no such source.
-    """
+    """Build the source that a recipe names; `scorer` is the second model of one with `needs_scorer`, None for the others."""
     return SOURCES.find(name)(SourceHandles(trainer=trainer, scorer=scorer))
 
 
 def check_scored(scored: Scored, versions: NDArray[np.int64]) -> None:
-    """Refuse log-probs that are missing, or that claim to be OLD at another version than the tokens' own.
-
-    Args:
-        scored: What a source returned.
-        versions: int64 [loss token]: the version that sampled each.
+    """Refuse log-probs that are missing, or that claim to be OLD at another version than the tokens' own, `versions`.
 
     Raises:
         MissingLogprobError: Some tokens were not scored.

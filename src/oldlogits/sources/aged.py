@@ -51,13 +51,9 @@ class AgedSource(LogprobSource):
 def aged_logp(
     live: NDArray[np.float32], average: NDArray[np.float32], staleness: NDArray[np.int64], age: float
 ) -> NDArray[np.float32]:
-    """``log pi_t + min(lag / age, 2) (log pi_ewma - log pi_t)``; ``log pi_t`` where the age is below `MIN_AGE`.
+    """Form ``log pi_t + min(lag / age, 2) (log pi_ewma - log pi_t)``, or ``log pi_t`` where the age is below `MIN_AGE`.
 
-    Args:
-        live: float32 [token]; ``log pi_t``.
-        average: float32 [token]; ``log pi_ewma``.
-        staleness: int64 [token]; the lag of each token.
-        age: The age of the average, in versions.
+    `staleness` is the lag of each token, `age` that of the average, both in versions.
     """
     if age < MIN_AGE:
         return live

@@ -53,7 +53,7 @@ class DedicatedSource(IncrementalSource):
         started = time.perf_counter()
         if self._handover is not None:
             await asyncio.shield(self._handover)
-        self._wait_s += time.perf_counter() - started
+        self._counted["source/wait_s"] += time.perf_counter() - started
         for task in self._tasks:
             if task.done():
                 task.result()
@@ -66,7 +66,7 @@ class DedicatedSource(IncrementalSource):
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _hand_over(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> None:
-        """Give the scorer a version. Calls are carried out in order, so it is asked for the new window only from now on."""
+        """Give the scorer a version. It carries out calls in order, so it is asked for the new window only from now on."""
         self.hold((*self._held, version)[-self._dedicated.window :])
         error = await self._dedicated.publish(version, update, probe_logps)
         self.witness_max_abs_error = float(np.fmax(self.witness_max_abs_error, error))

@@ -99,15 +99,12 @@ class InFlightTokens:
         trajectory_ids: Iterable[str] | None = None,
         versions: Collection[PolicyVersion] | None = None,
     ) -> tuple[PolicyVersion, list[ScoringSpan]] | None:
-        """The next complete spans that are not scored yet: all of one version, the oldest, in the order of admission.
+        """Give the next complete spans that are not scored yet, in the order of admission: all of one version, the oldest.
 
         Args:
             at_most: The largest number of spans.
             trajectory_ids: The trajectories whose spans count; None: all.
             versions: The versions whose spans count; None: all.
-
-        Returns:
-            The version and its spans, or None when there is no such span.
         """
         found: dict[PolicyVersion, list[str]] = {}
         for trajectory_id in self._trajectories if trajectory_ids is None else trajectory_ids:
@@ -121,13 +118,7 @@ class InFlightTokens:
         return version, [self._span(trajectory_id, version) for trajectory_id in found[version][:at_most]]
 
     def put(self, spans: Sequence[ScoringSpan], version: PolicyVersion, values: NDArray[np.float32]) -> None:
-        """Keep the values of spans, but for those of trajectories that were dropped meanwhile.
-
-        Args:
-            spans: Spans of one version.
-            version: The version of the spans, and of the weights that scored them.
-            values: float32 [scored token], span after span.
-        """
+        """Keep the values of spans, span after span, but for those of trajectories that were dropped meanwhile."""
         ends = np.cumsum([len(span.positions) for span in spans])
         for span, part in zip(spans, np.split(values, ends[:-1]), strict=True):
             one = self._trajectories.get(span.trajectory_id)
@@ -137,7 +128,7 @@ class InFlightTokens:
                 one.num_read = max(one.num_read, span.num_read)
 
     def values(self, trajectory_ids: Iterable[str]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """The values of trajectories that have ended, and the version that each was computed at, in token order."""
+        """Give the values of trajectories that have ended, and the version that each was computed at, in token order."""
         scored = [span for i in trajectory_ids for span in sorted(self._trajectories[i].values.items())]  # versions ascend
         values = np.concatenate([values for _, values in scored], dtype=np.float32)
         return values, np.repeat([version for version, _ in scored], [len(values) for _, values in scored]).astype(np.int64)

@@ -26,6 +26,11 @@ from oldlogits.sources.in_flight import InFlightTokens
 
 SPANS_PER_CALL: Final = 64
 """Scoring spans in one call of a scorer: another call waits no longer than that."""
+COUNTED: Final = (
+    *("source/wait_s", "source/score_s", "source/num_checkouts", "source/switch_s", "source/check_s"),
+    *("source/resident_copies", "source/fallback_tokens", "source/read_tokens"),
+)
+"""What a source counts from one call of `metrics` to the next."""
 
 
 class IncrementalSource(LogprobSource):
@@ -47,8 +52,8 @@ class IncrementalSource(LogprobSource):
         self._held: tuple[PolicyVersion, ...] = ()
         self._most_held = 0
         self._last_version = -1
-        self._wait_s = self._score_s = self._switch_s = self._witness_s = 0.0
-        self._num_switches = self._num_checkouts = self._num_fallback = self._num_read = self._num_repeated = 0
+        self._num_switches = self._num_repeated = 0
+        self._counted = dict.fromkeys(COUNTED, 0.0)
 
     def hold(self, versions: tuple[PolicyVersion, ...]) -> None:
         """Take note of the versions that the scorer holds from here on."""
@@ -85,33 +90,22 @@ class IncrementalSource(LogprobSource):
         self.in_flight.drop(trajectory_ids)
 
     def oldest_needed(self, in_flight: PolicyVersion) -> PolicyVersion:
-        """The oldest version with a token that is not scored yet, or not known."""
+        """Give the oldest version with a token that is not scored yet, or not known."""
         return self.in_flight.oldest_needed()
 
     def metrics(self) -> Mapping[str, float]:
-        """Seconds, tokens and copies since the last call."""
+        """Give seconds, tokens and copies since the last call."""
         repeated = self.in_flight.num_repeated_tokens
-        found = {
-            "source/wait_s": self._wait_s,
-            "source/score_s": self._score_s,
-            "source/num_checkouts": float(self._num_checkouts),
-            "source/switch_s": self._switch_s,
-            "source/check_s": self._witness_s,
-            "source/resident_copies": float(self._most_held),
-            "source/fallback_tokens": float(self._num_fallback),
-            "source/read_tokens": float(self._num_read),
-            "source/repeated_prefix_tokens": float(repeated - self._num_repeated),
-        }
-        self._wait_s = self._score_s = self._switch_s = self._witness_s = 0.0
-        self._num_checkouts, self._num_fallback, self._num_read, self._num_repeated = 0, 0, 0, repeated
-        self._most_held = len(self._held)
+        copies = {"source/resident_copies": float(self._most_held)}
+        found = self._counted | copies | {"source/repeated_prefix_tokens": float(repeated - self._num_repeated)}
+        self._counted, self._num_repeated, self._most_held = dict.fromkeys(COUNTED, 0.0), repeated, len(self._held)
         return found
 
     async def _score_now(self, trajectory_ids: Iterable[str] | None = None) -> None:
         """Score while the update waits."""
         started = time.perf_counter()
         await self._score(trajectory_ids)
-        self._wait_s += time.perf_counter() - started
+        self._counted["source/wait_s"] += time.perf_counter() - started
 
     async def _score(self, trajectory_ids: Iterable[str] | None = None, *, held_only: bool = False) -> None:
         """Score complete spans: the oldest version first, some spans at a time, each at its own version.
@@ -132,11 +126,11 @@ class IncrementalSource(LogprobSource):
                 is_held = version in self._held
                 scored = await (self._scorer if is_held else self._trainer).score_spans(spans, version)
                 self.in_flight.put(spans, version, scored.values)
-                self._score_s += scored.seconds_s
-                self._num_checkouts += 1
-                self._switch_s += scored.switch_s
-                self._witness_s += scored.witness_s
-                self._num_read += sum(span.num_read for span in spans)
-                self._num_fallback += 0 if is_held else len(scored.values)
+                self._counted["source/score_s"] += scored.seconds_s
+                self._counted["source/num_checkouts"] += 1
+                self._counted["source/switch_s"] += scored.switch_s
+                self._counted["source/check_s"] += scored.witness_s
+                self._counted["source/read_tokens"] += sum(span.num_read for span in spans)
+                self._counted["source/fallback_tokens"] += 0 if is_held else len(scored.values)
                 self._num_switches += version != self._last_version
                 self._last_version = version

@@ -43,21 +43,16 @@ class RescoreSource(LogprobSource):
         return Scored(policy=RESCORE, values=values, computed_at=computed_at, num_switches=1)
 
     def metrics(self) -> Mapping[str, float]:
-        """How far the engine's noise at the tokens' versions is that of the present; docs/metrics.md."""
+        """Tell how far the engine's noise at the tokens' versions is that of the present; docs/metrics.md."""
         return self._metrics
 
 
 def noise_metrics(
     noise: Mapping[PolicyVersion, NDArray[np.float32]], versions: NDArray[np.int64], trainer_version: PolicyVersion
 ) -> dict[str, float]:
-    """Correlation of the engine's noise at the tokens' versions with that at `trainer_version`: least, and mean over tokens.
+    """Correlate the engine's noise at the tokens' versions with that at `trainer_version`: least, and mean over tokens.
 
-    Empty for an engine without noise (fp32), where the source gives MU itself.
-
-    Args:
-        noise: float32 [probe token] by version; what the engine's numerics add to each log-prob.
-        versions: int64 [loss token]; the version that sampled each.
-        trainer_version: The version of the trainer.
+    Nothing comes from an engine without noise (fp32), where the source gives MU itself.
     """
     distinct, counts = np.unique(versions, return_counts=True)
     found = np.array([correlation(noise[int(version)], noise[trainer_version]) for version in distinct])

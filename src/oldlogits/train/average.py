@@ -33,11 +33,11 @@ class AverageReset:
 
     Args:
         rule: "paper" or "guarded".
-        rho: Share of loss tokens that were active in the update before it.
+        rho: The share of loss tokens that were active in the update before it.
         tau: The share below which the rule asks for a reset.
-        kept_average: Share of the first step's tokens that the band kept with the proximal policy in r_d.
-        kept_live: The same with the weights before that step.
-        age: Of the average that was given up, in versions.
+        kept_average: The share of the first step's tokens that the band kept with the proximal policy in r_d.
+        kept_live: The same share with the weights before that step.
+        age: The age of the average that was given up, in versions.
     """
 
     rule: str
@@ -72,7 +72,7 @@ class Averaging:
         self._probes: dict[PolicyVersion, NDArray[np.float32]] = {}
         self._no_reset_before: PolicyVersion = 0
 
-    def witness(self, version: PolicyVersion, probe_logps: NDArray[np.float32]) -> None:
+    def note_probe(self, version: PolicyVersion, probe_logps: NDArray[np.float32]) -> None:
         """Take note of what a published version gives the fixed probe tokens."""
         self._probes[version] = probe_logps
         self._probes = {v: logps for v, logps in self._probes.items() if v > version - max(RECENT_PROBES, 2 * self._window)}
@@ -88,9 +88,9 @@ class Averaging:
 
         Args:
             weights: The masters after the update.
-            version: The version that they are.
-            metrics: Of the update; its masks decide about a reset.
-            staleness_counts: Loss tokens of the update by staleness.
+            version: Their version.
+            metrics: What the update measured; its masks decide about a reset.
+            staleness_counts: The update's loss tokens by staleness.
         """
         num_lags = self._window + 1
         self._lags.append(np.array([staleness_counts.get(lag, 0) for lag in range(num_lags)], np.int64))
@@ -147,11 +147,7 @@ class Averaging:
         }
 
     def load(self, state: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-        """Go on from a `state` and averaged weights; lags that were measured under another window are left out.
-
-        Raises:
-            RunFolderError: The run that wrote the checkpoint kept no average.
-        """
+        """Go on from a `state` and averaged weights; lags that were measured under another window are left out."""
         if not state:
             raise RunFolderError(
                 "the checkpoint has no weight average",

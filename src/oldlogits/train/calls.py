@@ -19,46 +19,37 @@ class TrainerCalls(ScoringHandle, Protocol):
     """
 
     async def publish(self) -> PublishedVersion:
-        """Store the live weights as the current version, and let them witness it (`Trainer.publish`)."""
-        ...
+        """Store the live weights as the current version, and score the probe tokens with them."""
 
     async def full_weights(self) -> FullWeights:
-        """The live forward weights, valid until the next step (`Trainer.full_weights`)."""
-        ...
+        """The live forward weights, valid until the next step."""
 
     async def put_batch(self, batch: TokenBatch) -> None:
-        """Take the batch that the next calls of `score` and `train` are about (`Trainer.put_batch`)."""
-        ...
+        """Take the batch that the next calls of `score` and `train` are about."""
 
     async def train(self, scored: Scored | None) -> UpdateResult:
-        """Train the batch; the trainer's version rises by one (`Trainer.train`).
+        """Train the batch; the trainer's version rises by one.
 
         Raises:
             NonFiniteError: A loss or gradient is not finite.
             ExactnessError: OLD differs from THETA on lag-0 tokens before the first step.
         """
-        ...
 
     async def retain(self, oldest_needed: PolicyVersion) -> None:
-        """Drop stored versions that no token in flight needs (`Trainer.retain`)."""
-        ...
+        """Drop stored versions that no token in flight needs."""
 
     async def save(self, folder: Path) -> None:
-        """Write a checkpoint (`Trainer.save`)."""
-        ...
+        """Write a checkpoint."""
 
     async def save_batch(self, folder: Path) -> Path:
-        """Write the batch in training, for a post-mortem (`Trainer.save_batch`)."""
-        ...
+        """Write the batch in training, for a post-mortem."""
 
     async def restore(self, folder: Path) -> None:
-        """Go on from a checkpoint (`Trainer.restore`).
+        """Go on from a checkpoint.
 
         Raises:
             RunFolderError: The checkpoint is incomplete.
         """
-        ...
 
     async def state(self) -> TrainerState:
-        """The version, the largest errors of the checks, and what the trainer has worked (`Trainer.state`)."""
-        ...
+        """The version, the largest errors of the checks, and what the trainer has worked."""

@@ -24,24 +24,24 @@ from oldlogits.models.sharding import as_slice_of
 
 
 def write_state(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks = ALONE) -> None:
-    """Write tensors; all ranks call it.
+    """Write tensors to a folder that is the same on all ranks; all ranks call it.
 
     Args:
-        folder: Of the state; the same on all ranks.
+        folder: Where the state is written.
         tensors: By key: those of which each rank holds a slice as `as_slice_of` gives them, others equal on all ranks.
-        ranks: That call it.
+        ranks: The ranks that call it.
     """
     with _silent():
         save(dict(tensors), checkpoint_id=folder, no_dist=ranks.mesh is None)
 
 
 def read_state(folder: Path, model: nn.Module | None = None, ranks: Ranks = ALONE) -> dict[str, Tensor]:
-    """Everything that `write_state` wrote, by any number of ranks; all ranks call it.
+    """Read everything that `write_state` wrote, by any number of ranks; all ranks call it.
 
     Args:
-        folder: Of the state.
+        folder: Where the state was written.
         model: Tensors under the names of its parameters are sliced as these are; None: all are whole.
-        ranks: That call it.
+        ranks: The ranks that call it.
 
     Raises:
         RunFolderError: A file is missing or damaged.

@@ -20,16 +20,14 @@ from oldlogits.train.reports import ConsistencyErrors
 CONSISTENCY_TOLERANCE: Final = 1e-5
 """Nats. Two fp32 forwards of the same weights differ by rounding only."""
 OTHER_DEVICE_TOLERANCE: Final = 1e-4
-"""Nats: of a CPU and a GPU, which sum in other orders, as two engines do."""
+"""Nats, between a CPU and a GPU, which sum in other orders, as two engines do."""
 
 
 def probe_of(probe_ids: Sequence[int]) -> tuple[Sequences, NDArray[np.int64]]:
     """The probe tokens as one sequence at temperature 1, and which of them are scored: all but the first."""
     n = len(probe_ids)
-    sequences = Sequences(
-        token_ids=np.asarray(probe_ids, np.int64), temperature=np.ones(n, np.float32), starts=np.array([0, n], np.int64)
-    )
-    return sequences, np.arange(1, n)
+    ids, starts = np.asarray(probe_ids, np.int64), np.array([0, n], np.int64)
+    return Sequences(token_ids=ids, temperature=np.ones(n, np.float32), starts=starts), np.arange(1, n)
 
 
 def max_error(again: NDArray[np.float32], published: NDArray[np.float32]) -> float:
@@ -51,7 +49,7 @@ def num_excused(sequence: NDArray[np.int64], *, routed: bool) -> int:
 
     Args:
         sequence: int64 [token]; the sequence of each token that is compared.
-        routed: From `is_routed`.
+        routed: Whether the model chooses experts.
 
     Example:
         >>> num_excused(np.array([0, 0, 0, 0]), routed=True), num_excused(np.array([0, 0, 1, 2, 2, 3]), routed=True)
@@ -64,13 +62,9 @@ def num_excused(sequence: NDArray[np.int64], *, routed: bool) -> int:
 
 
 def judged_error(errors: NDArray[np.float32], num_excused: int) -> float:
-    """The largest error but for those that are excused; NaN: there was nothing to compare.
+    """The largest error, in nats, but for those that are excused; NaN: there was nothing to compare.
 
     An error that is not finite is never excused, and a NaN is an infinite one, since it reproduces nothing.
-
-    Args:
-        errors: float32 [token]; in nats, at least 0.
-        num_excused: From `num_excused`.
     """
     if not len(errors):
         return math.nan
@@ -78,13 +72,7 @@ def judged_error(errors: NDArray[np.float32], num_excused: int) -> float:
 
 
 def check_consistency(error: float, what: str, against: str, tolerance: float = CONSISTENCY_TOLERANCE) -> None:
-    """Refuse log-probs that differ by more than rounding; NaN: there was nothing to compare.
-
-    Args:
-        error: The largest difference in nats, but for those that are excused.
-        what: What was compared.
-        against: With what.
-        tolerance: In nats.
+    """Refuse `what` whose log-probs differ from `against` by more than a tolerance in nats; NaN: there was nothing to compare.
 
     Raises:
         ExactnessError: They differ.
@@ -111,11 +99,7 @@ class ConsistencyChecks:
         self.errors = ConsistencyErrors()
 
     def check_checkout(self, module: PreTrainedModel, version: PolicyVersion) -> None:
-        """Check that the weights about to score reproduce what the live ones gave the probe tokens at publish.
-
-        Raises:
-            ExactnessError: They do not.
-        """
+        """Check that the weights about to score reproduce what the live ones gave the probe tokens at publish."""
         error = max_error(self._score_probe(module), self.published[version])
         self.errors = replace(self.errors, publish_max_abs_error=_worst(self.errors.publish_max_abs_error, error))
         check_consistency(error, f"the checkout of version {version}", "the live weights at its publish")
@@ -130,9 +114,6 @@ class ConsistencyChecks:
             version: Their version.
             published: float32 [probe token]; empty: the version was never published.
             same_device: Whether that was on a device of the same kind.
-
-        Raises:
-            ExactnessError: They do not.
         """
         if not len(published):
             return

@@ -7,7 +7,6 @@ Hugging Face model must give the engine's log-probs up to fp32 rounding, however
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,28 +14,25 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from oldlogits.engines.embedded.numerics import Numerics, round_linear, round_other, round_rows_to_e4m3
+from oldlogits.models.forward import under
 from oldlogits.models.load import named_weights
 from oldlogits.models.ranks import ALONE, Ranks
 from oldlogits.models.sharding import place_model
 from oldlogits.train.load import plain_copy, plain_weights
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
 
 def engine_weights(
     model: nn.Module, numerics: Numerics, dtype: torch.dtype = torch.float32, scale: float = 0.0
 ) -> Iterator[tuple[str, Tensor]]:
-    """Rounded fp32 copies of the model's forward weights, one by one, as the engine holds them; a tied head is one of its own.
+    """Yield rounded fp32 copies of the model's forward weights, as the engine holds them; a tied head is one of its own.
+
+    Of a sharded model these are this rank's slices, which are whole rows, with their scales.
 
     Args:
-        model: Holds masters.
-        numerics: The engine's.
-        dtype: Of the forward weights.
-        scale: Of its adapters' product, if it has adapters; they are added before rounding.
-
-    Yields:
-        Of a sharded model this rank's slices, which are whole rows, with their scales.
+        model: The module that holds the masters.
+        numerics: The engine's numerics.
+        dtype: The type of the forward weights.
+        scale: The factor of its adapters' product, which is added before rounding; 0 without adapters.
     """
     for name, module, weight in plain_weights(model, dtype, scale):
         rounded = round_linear if _is_linear(module, name.rpartition(".")[2]) else round_other
@@ -55,11 +51,11 @@ class EngineView:
     between two e4m3 codes is rounded to the other one.
 
     Args:
-        model: The trainer's model, whose weights are taken over; it stays as it is.
-        numerics: The engine's.
-        dtype: Of the forward weights.
-        scale: Of its adapters' product.
-        ranks: Among which the copy is sharded; the model is whole.
+        model: The trainer's model, still whole, whose weights are taken over; it stays as it is.
+        numerics: The engine's numerics.
+        dtype: The type of the forward weights.
+        scale: The factor of its adapters' product.
+        ranks: The ranks among which the copy is sharded.
     """
 
     def __init__(
@@ -77,27 +73,15 @@ class EngineView:
         head.weight = nn.Parameter(own, requires_grad=False)
         if numerics == "fp8_dynamic":
             for module in (self.model.base_model, head):
-                module.forward = _with_rounded_inputs(module.forward)
+                module.forward = under(_RoundedInputs, module.forward)
         self.hold(model)
         place_model(self.model, ranks)
 
     def hold(self, model: PreTrainedModel) -> None:
-        """Round the weights that the trainer's model has now, and score with them from here on: one copy, in place.
-
-        Args:
-            model: The trainer's, sharded if the copy is.
-        """
+        """Round the weights that the trainer's model has now, and score with them from here on: one copy, in place."""
         held = named_weights(self.model)
         for name, weight in engine_weights(model, self._numerics, self._dtype, self._scale):
             held[name].copy_(weight)
-
-
-def _with_rounded_inputs(forward: Callable[P, R]) -> Callable[P, R]:
-    def rounded(*args: P.args, **kwargs: P.kwargs) -> R:
-        with _RoundedInputs():
-            return forward(*args, **kwargs)
-
-    return rounded
 
 
 class _RoundedInputs(TorchFunctionMode):

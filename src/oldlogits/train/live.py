@@ -63,12 +63,7 @@ class LiveModel:
 
 
 def load_live(spec: TrainerSpec, folder: Path, ranks: Ranks) -> LiveModel:
-    """Load the model of a folder, and place it and the modules beside it on the ranks' device.
-
-    Raises:
-        ModelFolderError: The folder cannot be loaded.
-        ConfigError: The device is not there, or the model cannot have such adapters.
-    """
+    """Load the model of a folder, and place it and the modules beside it on the ranks' device."""
     with ranks.agreeing():
         device = find_device(spec.device)
     ranks = ranks.on(device)

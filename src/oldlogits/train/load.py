@@ -19,12 +19,7 @@ from oldlogits.models.sharding import as_slice_of, whole, whole_weights
 
 
 def load_policy(config: ModelConfig, folder: Path) -> PreTrainedModel:
-    """The model of a folder in fp32, with adapters where the recipe has some.
-
-    Raises:
-        ModelFolderError: The folder cannot be loaded.
-        ConfigError: The model cannot have such adapters.
-    """
+    """The model of a folder in fp32, with adapters where the recipe has some."""
     model = load_model(folder)
     if config.lora_rank:
         add_adapters(model, rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_targets)
@@ -45,7 +40,7 @@ def share_base(model: nn.Module, owner: nn.Module) -> None:
 
 
 def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A frozen copy without adapters: that of the base."""
+    """Make a frozen copy of the base, without adapters."""
     plain: PreTrainedModel = copy.deepcopy(model).requires_grad_(False)
     for path, module in list(plain.named_modules()):
         if path.endswith(BASE_SUFFIX):
@@ -54,10 +49,10 @@ def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def folder_weights(model: PreTrainedModel, dtype: torch.dtype, scale: float, ranks: Ranks) -> dict[str, Tensor]:
-    """What a standard folder of the policy holds, on the CPU of the first rank; nothing on the others. All ranks call it.
+    """Gather what a standard folder of the policy holds, on the CPU of the first rank; nothing on the others.
 
-    Returns:
-        The forward weights by their Hugging Face names, tied ones once; with adapters in float32, these added.
+    All ranks call it. These are the forward weights by their Hugging Face names, tied ones once; with adapters in float32,
+    these added.
     """
     if not scale:
         return whole_weights(model, dtype, ranks)
@@ -75,15 +70,15 @@ def folder_weights(model: PreTrainedModel, dtype: torch.dtype, scale: float, ran
 
 
 def plain_weights(model: nn.Module, dtype: torch.dtype, scale: float) -> Iterator[tuple[str, nn.Module, Tensor]]:
-    """The forward weights under their Hugging Face names, adapters added to those of the base.
+    """Yield the forward weights under their Hugging Face names, adapters added to those of the base.
+
+    Each comes with its name and the module that has it; of a sharded model it is this rank's rows. It is in `dtype`, with
+    adapters in float32.
 
     Args:
-        model: Holds masters, sharded or whole.
-        dtype: Of the forward weights.
-        scale: Of the adapters' product.
-
-    Yields:
-        Name, the module that has it, and the weight or this rank's rows of it: in `dtype`, with adapters in float32.
+        model: The module that holds the masters.
+        dtype: The type of the forward weights.
+        scale: The factor of the adapters' product.
     """
     parameters = dict(model.named_parameters())
     with_adapters = any(map(is_adapter, parameters))

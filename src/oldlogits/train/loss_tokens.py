@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Final
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from oldlogits.core.loss import LossInputs, LossTerms
 from oldlogits.core.policies import MU, THETA, Policy
 from oldlogits.core.scoring import Scored
 from oldlogits.models.ranks import Ranks
+
+MASKS: Final = ("band_mask", "clip_mask", "active_mask")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,23 +63,11 @@ class LossTokens:
 
     def to(self, device: torch.device) -> LossTokens:
         """Copy the tensors to a device."""
-        return LossTokens(
-            flat=self.flat,
-            advantages=self.advantages.to(device),
-            staleness=self.staleness.to(device),
-            step=self.step.to(device),
-            sequence=self.sequence.to(device),
-            num_sequences=self.num_sequences,
-            logp={policy: values.to(device) for policy, values in self.logp.items()},
-        )
+        moved = {name: getattr(self, name).to(device) for name in ("advantages", "staleness", "step", "sequence")}
+        return replace(self, logp={policy: values.to(device) for policy, values in self.logp.items()}, **moved)
 
     def inputs(self, here: Tensor, logp: Mapping[Policy, Tensor]) -> LossInputs:
-        """Select what a loss reads of the tokens of a micro-batch.
-
-        Args:
-            here: int64 [micro-batch token]; their positions among the loss tokens.
-            logp: float32 [micro-batch token] by policy, THETA included.
-        """
+        """Select what a loss reads of a micro-batch: the loss tokens at the positions `here`, and their log-probs."""
         return LossInputs(
             logp=logp,
             advantages=self.advantages[here],
@@ -102,22 +93,13 @@ class TokenRecord:
     @classmethod
     def empty(cls, num_tokens: int, device: torch.device) -> TokenRecord:
         """Make a record of tokens none of which was trained yet."""
-        theta, proximal, log_r_d, log_r_s = (torch.full((num_tokens,), math.nan, device=device) for _ in range(4))
-        band, clip, active = (torch.zeros(num_tokens, dtype=torch.bool, device=device) for _ in range(3))
-        return cls(
-            theta=theta,
-            proximal=proximal,
-            log_r_d=log_r_d,
-            log_r_s=log_r_s,
-            band_mask=band,
-            clip_mask=clip,
-            active_mask=active,
-        )
+        names = [field.name for field in fields(cls)]
+        numbers = {name: torch.full((num_tokens,), math.nan, device=device) for name in names if name not in MASKS}
+        return cls(**numbers, **{name: torch.zeros(num_tokens, dtype=torch.bool, device=device) for name in MASKS})
 
     @property
-    def _columns(self) -> tuple[Tensor, ...]:
-        masks = (self.band_mask, self.clip_mask, self.active_mask)
-        return (self.theta, self.proximal, self.log_r_d, self.log_r_s, *masks)
+    def _columns(self) -> list[Tensor]:
+        return [getattr(self, field.name) for field in fields(self)]
 
     def cpu(self) -> TokenRecord:
         """Copy the record to the CPU."""
@@ -129,21 +111,11 @@ class TokenRecord:
             column.masked_fill_(chosen, 0)
 
     def put(self, here: Tensor, logp: Mapping[Policy, Tensor], proximal: Policy, terms: LossTerms) -> None:
-        """Record the tokens of a micro-batch.
-
-        Args:
-            here: int64 [micro-batch token]; their positions among the loss tokens.
-            logp: Their log-probs.
-            proximal: The variant's proximal policy.
-            terms: What the loss made of them.
-        """
+        """Record what the loss made of a micro-batch; `here` says where its tokens stand among the loss tokens."""
         self.theta[here] = logp[THETA].detach()
         self.proximal[here] = logp[proximal].detach()
-        self.log_r_d[here] = terms.log_r_d.detach()
-        self.log_r_s[here] = terms.log_r_s.detach()
-        self.band_mask[here] = terms.band_mask
-        self.clip_mask[here] = terms.clip_mask
-        self.active_mask[here] = terms.active_mask
+        for name in ("log_r_d", "log_r_s", *MASKS):
+            getattr(self, name)[here] = getattr(terms, name).detach()
 
     def share(self, chosen: Tensor, ranks: Ranks) -> None:
         """Give every rank what the others have recorded of the chosen tokens."""

@@ -15,12 +15,7 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Optimizer:
-    """AdamW and its schedule.
-
-    Args:
-        model: Holds the masters, sharded or whole.
-        spec: The learning rate and its schedule, and AdamW's constants.
-    """
+    """AdamW over the masters of a model, sharded or whole, and its schedule."""
 
     def __init__(self, model: nn.Module, spec: TrainerSpec) -> None:
         t = spec.trainer
@@ -33,12 +28,12 @@ class Optimizer:
 
     @property
     def num_steps(self) -> int:
-        """Taken so far."""
+        """The number of steps taken so far."""
         return self._schedule.last_epoch
 
     @property
     def lr(self) -> float:
-        """Of the next step."""
+        """The learning rate of the next step."""
         lr: float = self.adamw.param_groups[0]["lr"]
         return lr
 
@@ -60,8 +55,8 @@ class Optimizer:
         """Go on from the moments of a checkpoint's state; the recipe's learning rate may be another one.
 
         Args:
-            state: By key; the moments are used, not copied.
-            num_steps: Taken before it was written.
+            state: The moments, by the keys of the state; they are used, not copied.
+            num_steps: The steps taken before it was written.
         """
         index = {name: i for i, name in enumerate(self._names)}
         moments: dict[int, dict[str, Tensor]] = {}

@@ -1,9 +1,9 @@
-"""What the trainer tells of its work: published versions, what scoring has cost, and the witnesses of exactness."""
+"""What the trainer tells of its work: published versions, what scoring has cost, and the errors of consistency checks."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ class PublishedVersion:
 
     Args:
         version: Its number.
-        update: What a receiver of the version before is to be given; views of the live weights are valid until the next step.
+        update: What brings a receiver on from the version before; views of the live weights are valid until the next step.
         probe_logps: float32 [probe token]: what the live weights give the fixed probe tokens.
         engine_probe_logps: float32 [probe token]: what they give them with the engine's numerics.
         is_routed: Whether its layers choose experts.
@@ -44,7 +44,7 @@ class ScoringWork:
         read_tokens: Tokens that forward passes have read, each sequence up to its last scored token.
         num_checkouts: How often weights were asked for, those that scored last included.
         switch_s: Seconds until the module pointed at them, checkout included.
-        witness_s: Seconds of the witnesses that followed.
+        witness_s: Seconds of the consistency checks that followed.
     """
 
     read_tokens: int = 0
@@ -53,27 +53,21 @@ class ScoringWork:
     witness_s: float = 0.0
 
     def __add__(self, other: ScoringWork) -> ScoringWork:
-        """Both."""
-        return ScoringWork(
-            read_tokens=self.read_tokens + other.read_tokens,
-            num_checkouts=self.num_checkouts + other.num_checkouts,
-            switch_s=self.switch_s + other.switch_s,
-            witness_s=self.witness_s + other.witness_s,
-        )
+        """Add the work of two pieces."""
+        return self._combine(other, 1)
 
     def __sub__(self, other: ScoringWork) -> ScoringWork:
-        """What was done in between."""
-        return ScoringWork(
-            read_tokens=self.read_tokens - other.read_tokens,
-            num_checkouts=self.num_checkouts - other.num_checkouts,
-            switch_s=self.switch_s - other.switch_s,
-            witness_s=self.witness_s - other.witness_s,
-        )
+        """Take what was done before off what was done in all."""
+        return self._combine(other, -1)
+
+    def _combine(self, other: ScoringWork, sign: int) -> ScoringWork:
+        names = [field.name for field in fields(self)]
+        return ScoringWork(**{name: getattr(self, name) + sign * getattr(other, name) for name in names})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConsistencyErrors:
-    """Largest errors of the witnesses of exactness so far, in nats; NaN before the first.
+    """The largest errors of the consistency checks so far, in nats; NaN before the first.
 
     Args:
         publish_max_abs_error: A checkout against what the live weights gave the probe tokens at publish.

@@ -60,30 +60,21 @@ class Scorer:
         self.batch: TokenBatch | None = None
 
     def score(self, tokens: NDArray[np.int64], at: PolicyVersion | None) -> NDArray[np.float32]:
-        """Log-probs of loss tokens of the batch at a stored version, or with the live weights (None).
+        """Score loss tokens of the batch with a stored version, or with the live weights.
 
         Args:
             tokens: int64, ascending positions among the batch's loss tokens.
-            at: The version.
-
-        Raises:
-            VersionEvictedError: The version is no longer held.
-            ExactnessError: The checkout does not reproduce what the live weights gave at publish.
+            at: The version; None: the live weights.
         """
         batch = self.current_batch()
         with self._scoring_at(at):
             return self._read(self._live.scoring, batch, np.flatnonzero(batch.loss_mask)[tokens])
 
     def score_mixed(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """OLD of all loss tokens of the batch, over keys and values of the versions that computed them in the engine.
+        """Give OLD of all loss tokens of the batch, over keys and values of the versions that computed them in the engine.
 
         Returns:
             float32 and int64 [loss token]: the values, and the version that scored each.
-
-        Raises:
-            VersionEvictedError: A version is no longer held.
-            ExactnessError: A checkout does not reproduce what the live weights gave at publish.
-            TrajectoryError: The batch does not say which versions computed them.
         """
         batch = self.current_batch()
         forward = MixedForward(self._live.scoring, batch, **self._sizes, ranks=self._live.ranks)
@@ -94,12 +85,7 @@ class Scorer:
         return forward.logps, forward.computed_at
 
     def score_spans(self, pieces: Sequence[ScoringSpan], at: PolicyVersion) -> ScoredSpans:
-        """Log-probs of pieces of any trajectories at a stored version, or at the live one.
-
-        Raises:
-            VersionEvictedError: The version is no longer held.
-            ExactnessError: The weights do not reproduce what the live ones gave at publish.
-        """
+        """Score pieces of any trajectories at a stored version, or at the live one."""
         started, before = time.perf_counter(), self.work
         with self._scoring_at(at):
             values = self._read(self._live.scoring, *pack(pieces))
@@ -109,11 +95,7 @@ class Scorer:
         )
 
     def score_average(self, tokens: NDArray[np.int64]) -> AverageScores:
-        """Log-probs of loss tokens of the batch under the weights averaged up to the current version.
-
-        Args:
-            tokens: int64, ascending positions among the batch's loss tokens.
-        """
+        """Score loss tokens of the batch, by position, under the weights averaged up to the current version."""
         assert self._averaging is not None, "a source that averages makes the trainer keep an average"
         started, batch, average = time.perf_counter(), self.current_batch(), self._averaging.average
         point_at(self._live.scoring, average.weights)
@@ -122,11 +104,7 @@ class Scorer:
         return AverageScores(values=values, age=average.age)
 
     def score_engine(self, tokens: NDArray[np.int64]) -> EngineScores:
-        """Log-probs of loss tokens of the batch with the live weights in the engine's numerics, as rounded at their publish.
-
-        Args:
-            tokens: int64, ascending positions among the batch's loss tokens.
-        """
+        """Score loss tokens of the batch, by position, with the live weights as rounded to the engine's numerics at publish."""
         assert self._live.version in self._engine_noise, "the live weights are published before they score as the engine"
         batch = self.current_batch()
         flat = np.flatnonzero(batch.loss_mask)[tokens]
@@ -162,7 +140,7 @@ class Scorer:
         return self._live.scoring
 
     def _read(self, model: PreTrainedModel, sequences: Sequences, flat: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Score what a source asks for: it is counted."""
+        """Score what a source asks for, and count it."""
         self.work += ScoringWork(read_tokens=int(read_lengths(sequences, flat).sum()))
         return score_tokens(model, sequences, flat, **self._sizes, ranks=self._live.ranks)
 
@@ -194,4 +172,4 @@ class Scorer:
                 allowed=f"the live version {self._live.version}: the source keeps no others",
                 fix="use a source that stores versions, such as snapshot",
             )
-        return self._store.checkout(version)
+        return self._store.store.checkout(version)

@@ -28,10 +28,7 @@ class ScorerModel:
     Args:
         spec: The window, and how the trainer batches.
         model_folder: A Hugging Face folder: the shape of the model.
-        probe_ids: The tokens that witness every version.
-
-    Raises:
-        ModelFolderError: The folder cannot be loaded.
+        probe_ids: The tokens that check every version.
     """
 
     def __init__(self, spec: ScorerSpec, model_folder: Path, probe_ids: Sequence[int]) -> None:
@@ -42,12 +39,7 @@ class ScorerModel:
         self._probe = probe_of(probe_ids)
 
     def publish(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> float:
-        """Take over a version, drop the oldest beyond the window, and return the witness's error in nats.
-
-        Raises:
-            ReceiverBehindError: Patches do not lead on from the newest version.
-            ExactnessError: The probe tokens' log-probs are not those of the trainer's live weights.
-        """
+        """Take over a version, drop the oldest beyond the window, and return the largest error of the probe tokens in nats."""
         if isinstance(update, FullWeights):
             self._store.publish(version, {name: weight.to(self._device) for name, weight in update.tensors.items()})
         else:
@@ -60,11 +52,7 @@ class ScorerModel:
         return error
 
     def score_spans(self, spans: Sequence[ScoringSpan], at: PolicyVersion) -> ScoredSpans:
-        """Log-probs of the spans' tokens.
-
-        Raises:
-            VersionEvictedError: The version is not in the window.
-        """
+        """Score the tokens of spans at a version of the window."""
         started = time.perf_counter()
         with self._store.checkout(at) as weights:
             point_at(self._model, weights)

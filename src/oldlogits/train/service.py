@@ -10,12 +10,7 @@ from oldlogits.train.trainer import Trainer
 
 
 class TrainerService(Dispatcher):
-    """Carries out `TrainerCalls`, and counts the seconds that they take.
-
-    Args:
-        trainer: Has them, or its scorer has.
-        clock: Tells the time in seconds.
-    """
+    """Carries out `TrainerCalls` by a trainer and its scorer, and counts the seconds by `clock`."""
 
     def __init__(self, trainer: Trainer, clock: Callable[[], float]) -> None:
         super().__init__(TrainerCalls, trainer, trainer.scorer)

@@ -16,12 +16,33 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainerSpec:
-    """What a trainer is told.
+class ForwardSpec:
+    """What everything that scores is told.
 
     Args:
         trainer: The optimizer's section of the recipe, and the sizes of a forward pass.
         model: The model's section.
+        device: Where the model is kept.
+    """
+
+    trainer: TrainerConfig
+    model: ModelConfig
+    device: Device
+
+    @property
+    def sizes(self) -> ForwardSizes:
+        """The sizes of a forward pass."""
+        return {
+            "micro_batch_tokens": self.trainer.micro_batch_tokens,
+            "head_chunk_tokens": self.trainer.head_chunk_tokens,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerSpec(ForwardSpec):
+    """What a trainer is told.
+
+    Args:
         objective: The objective's section.
         proximal: The section of the proximal policy: how an average of the weights decays, and when it is reset.
         versions: The section of the version store.
@@ -31,15 +52,12 @@ class TrainerSpec:
         max_staleness: The staleness that no trained token exceeds.
         window: The largest lag that the backend can produce, in versions.
         seed: The seed of the adapters' first weights.
-        device: Where the model is kept.
         engine_numerics: The engine's numerics; "fp32": the engine computes as the trainer does.
         stores_versions: Whether somebody asks for stored versions.
         sends_patches: Whether the receivers of weights can take patches.
         keeps_average: Whether somebody asks for averaged weights.
     """
 
-    trainer: TrainerConfig
-    model: ModelConfig
     objective: ObjectiveConfig
     proximal: ProximalConfig
     versions: VersionsConfig
@@ -49,44 +67,22 @@ class TrainerSpec:
     max_staleness: int
     window: int
     seed: int
-    device: Device
     engine_numerics: Numerics
     stores_versions: bool
     sends_patches: bool
     keeps_average: bool
 
-    @property
-    def sizes(self) -> ForwardSizes:
-        """The sizes of a forward pass."""
-        return sizes_of(self.trainer)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScorerSpec:
-    """What a dedicated scorer is told.
+class ScorerSpec(ForwardSpec):
+    """What a dedicated scorer is told; it batches as the trainer does.
 
     Args:
-        trainer: The trainer's section of the recipe: the scorer batches as the trainer does.
-        model: The model's section.
         window: The newest versions that it holds.
         uncompressed: The newest patches that its store leaves as they are.
         seed: The seed of its process.
-        device: Where the model is kept.
     """
 
-    trainer: TrainerConfig
-    model: ModelConfig
     window: int
     uncompressed: int
     seed: int
-    device: Device
-
-    @property
-    def sizes(self) -> ForwardSizes:
-        """The sizes of a forward pass."""
-        return sizes_of(self.trainer)
-
-
-def sizes_of(trainer: TrainerConfig) -> ForwardSizes:
-    """The sizes of a forward pass under a section of the recipe."""
-    return {"micro_batch_tokens": trainer.micro_batch_tokens, "head_chunk_tokens": trainer.head_chunk_tokens}

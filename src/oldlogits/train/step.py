@@ -91,11 +91,6 @@ def update(
         version: The trainer's version before the first step.
         config: The objective, and the sizes of steps and micro-batches.
         ranks: The ranks that hold the model; all make this call with the same batch, and return the same.
-
-    Raises:
-        MissingLogprobError: The variant needs log-probs that `scored` does not hold.
-        NonFiniteError: A loss or a gradient is not finite.
-        ExactnessError: OLD differs from THETA on lag-0 tokens before the first step; nothing was stepped.
     """
     proximal = config.objective.variant.proximal
     tokens = LossTokens.of(batch, scored, version)
@@ -213,7 +208,7 @@ def _interpolate(logp_mu: Tensor, theta: Tensor, staleness: Tensor, config: Upda
 def _check_lag0(
     model: PreTrainedModel, tokens: LossTokens, record: TokenRecord, mixed_kv: Tensor
 ) -> tuple[float, Mapping[str, float]]:
-    """Consistency check (b): before the first optimizer step, THETA equals OLD on fresh tokens of the current version.
+    """Check before the first optimizer step that THETA equals OLD on fresh tokens of the current version.
 
     Returns:
         The largest difference in nats, NaN for none, and the metrics of a mixture of experts.

@@ -32,16 +32,7 @@ def count_provenance(mixed_kv: NDArray[np.bool_], proximal: Policy, label: Prove
 def token_table(
     batch: TokenBatch, tokens: LossTokens, record: TokenRecord, *, proximal: Policy, label: Provenance, version: int
 ) -> Mapping[str, Column]:
-    """Lay out one row per loss token; docs/run-folder.md describes the columns.
-
-    Args:
-        batch: The batch that was trained.
-        tokens: Its loss tokens.
-        record: What the update saw of them, on the CPU.
-        proximal: The variant's proximal policy.
-        label: Where that policy's log-probs came from.
-        version: The trainer's version before the update.
-    """
+    """Lay out one row per loss token of a batch; `label` is its provenance. docs/run-folder.md describes the columns."""
     flat = tokens.flat
     sequence = tokens.sequence.numpy()
     mixed = batch.mixed_kv[flat] & (proximal is OLD)

@@ -40,9 +40,6 @@ class Trainer:
         model_folder: A Hugging Face folder.
         probe_ids: Fixed tokens, at least two, that check every published version.
         ranks: The ranks that hold the model; each has such a trainer.
-
-    Raises:
-        ModelFolderError: The folder cannot be loaded.
     """
 
     def __init__(self, spec: TrainerSpec, model_folder: Path, probe_ids: Sequence[int], ranks: Ranks = ALONE) -> None:
@@ -82,13 +79,12 @@ class Trainer:
         started = time.perf_counter()
         stored, patches = self.store.publish(self.version, self.live.weights) if self.store is not None else (None, None)
         store_s = time.perf_counter() - started
-        published = patches or self.full_weights()
         probe_logps, engine_probe_logps = self.scorer.score_published()
         if self._averaging is not None:
-            self._averaging.witness(self.version, probe_logps)
+            self._averaging.note_probe(self.version, probe_logps)
         return PublishedVersion(
             version=self.version,
-            update=published,
+            update=patches or self.full_weights(),
             probe_logps=probe_logps,
             engine_probe_logps=engine_probe_logps,
             is_routed=is_routed(self.live.model),
@@ -106,26 +102,14 @@ class Trainer:
         self.scorer.batch = batch
 
     def train(self, scored: Scored | None) -> UpdateResult:
-        """Train the batch; the trainer's version rises by one.
-
-        Raises:
-            NonFiniteError: A loss or gradient is not finite.
-            ExactnessError: OLD differs from THETA on lag-0 tokens before the first step.
-        """
+        """Train the batch; the trainer's version rises by one."""
         batch = self.scorer.current_batch()
         self._scored = scored
-        result = update(
-            self.live.model,
-            self.optimizer,
-            batch,
-            scored,
-            version=self.version,
-            config=self._update_config,
-            ranks=self.live.ranks,
-        )
+        live, config = self.live, self._update_config
+        result = update(live.model, self.optimizer, batch, scored, version=live.version, config=config, ranks=live.ranks)
         self.scorer.checks.note_lag0(result.lag0_max_abs_error)
         self.scorer.batch = None
-        self.live.version += 1
+        live.version += 1
         return self._take_in(result) if self._averaging is not None else result
 
     def retain(self, oldest_needed: PolicyVersion) -> None:
@@ -141,15 +125,11 @@ class Trainer:
         return folder
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint; see `TrainerCheckpoint.save`."""
+        """Write a checkpoint."""
         self._checkpoint.save(folder)
 
     def restore(self, folder: Path) -> None:
-        """Go on from a checkpoint of `save`, written by any number of ranks; the model's weights are loaded too.
-
-        Raises:
-            RunFolderError: The checkpoint is incomplete.
-        """
+        """Go on from a checkpoint."""
         self._checkpoint.restore(folder)
 
     def state(self) -> TrainerState:
@@ -164,7 +144,7 @@ class Trainer:
         )
 
     def _take_in(self, result: UpdateResult) -> UpdateResult:
-        """The average takes in the new version."""
+        """Take the new version into the average."""
         assert self._averaging is not None
         started = time.perf_counter()
         taken = self._averaging.take_in(self.live.weights, self.version, result.metrics, result.staleness_counts)

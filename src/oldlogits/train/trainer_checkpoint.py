@@ -32,7 +32,7 @@ class TrainerCheckpoint:
 
     Args:
         config: The model's section of the recipe.
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         live: The live weights.
         optimizer: The optimizer over them.
         checks: What the current version gave the probe tokens.
@@ -53,12 +53,9 @@ class TrainerCheckpoint:
         self._live, self._optimizer, self._checks, self._averaging = live, optimizer, checks, averaging
 
     def save(self, folder: Path) -> None:
-        """Write ``model/`` in the standard format, and ``state/`` to resume from, under any number of ranks.
+        """Write ``model/`` in the standard format, and ``state/`` to resume from, to a folder that is the same on all ranks.
 
         With adapters ``model/`` has them added, and ``adapter/`` holds them by themselves, as peft reads them.
-
-        Args:
-            folder: The same on all ranks.
         """
         m, live = self._config, self._live
         weights = folder_weights(live.model, live.dtype, m.adapter_scale, live.ranks)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -31,49 +30,27 @@ class TrainerVersionStore:
     from there, so that a batch scored version by version goes over the chain once.
 
     Args:
-        config: Tiers and budget of the store.
-        dtype: Of the forward weights; masters are cast to it while they are compared.
+        config: The tiers and the budget of the store.
+        dtype: The type of the forward weights; masters are cast to it while they are compared.
         shards: The part of each parameter that this rank holds.
-        ranks: That hold the model.
+        ranks: The ranks that hold the model.
         sends_patches: Whether receivers in other processes can take patches.
     """
 
     def __init__(
-        self,
-        config: VersionsConfig,
-        dtype: torch.dtype,
-        shards: Mapping[str, Shard],
-        ranks: Ranks,
-        *,
-        sends_patches: bool,
+        self, config: VersionsConfig, dtype: torch.dtype, shards: Mapping[str, Shard], ranks: Ranks, *, sends_patches: bool
     ) -> None:
         folder = Path(config.folder) / ("" if ranks.num_ranks == 1 else f"rank{ranks.rank}") if config.budget_bytes else None
-        budget = config.budget_bytes or None
-        self.store = LazyPatchStore(
-            folder,
-            dtype=dtype,
-            shards=shards,
-            hot=config.uncompressed,
-            budget_bytes=budget,
-            wait_s=0.0,
-            sync=False,
-        )
+        hot, budget = config.uncompressed, config.budget_bytes or None
+        self.store = LazyPatchStore(folder, dtype=dtype, shards=shards, hot=hot, budget_bytes=budget, wait_s=0.0, sync=False)
         self._ranks, self._sends_patches = ranks, sends_patches
         self._sent: PolicyVersion | None = None
 
     def publish(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> tuple[StoreReceipt, PatchWeights | None]:
         """Store the weights, and give what leads a receiver on from the version before; None: it is to be given all weights.
 
-        Args:
-            version: The same on all ranks, which make this call together.
-            weights: The masters, or this rank's slices.
-
-        Returns:
-            What all ranks together have stored, on each of them; the patches of all, on the first.
-
-        Raises:
-            StoreFullError: The versions that are needed take more than the budget, in memory and on disk.
-            LogWriteError: A rank cannot write them.
+        All ranks make this call together, each with its slices. It returns what they have stored together, on each of them, and
+        the patches of all on the first.
         """
         with self._ranks.agreeing():
             own = self.store.publish(version, weights)
@@ -93,10 +70,6 @@ class TrainerVersionStore:
             return own
         steps = zip(*self._ranks.gather_to_first(own), strict=True)
         return tuple(concatenate([Patch.from_bytes(part) for part in parts]).to_bytes("memory") for parts in steps)
-
-    def checkout(self, version: PolicyVersion) -> AbstractContextManager[Mapping[str, Tensor]]:
-        """The weights of a version, or this rank's slices, inside the context."""
-        return self.store.checkout(version)
 
 
 def shards_of(model: nn.Module, ranks: Ranks) -> dict[str, Shard]:

@@ -43,11 +43,7 @@ class UpdateConfig:
 
     @classmethod
     def of(cls, spec: TrainerSpec) -> UpdateConfig:
-        """Take from what a trainer is told what an update reads.
-
-        Raises:
-            ConfigError: The loss cannot be imported.
-        """
+        """Take from what a trainer is told what an update reads."""
         o, t = spec.objective, spec.trainer
         return cls(
             variant_name=spec.variant,

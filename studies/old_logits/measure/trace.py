@@ -165,7 +165,7 @@ class Panel:
                 counts, metrics = self._last.staleness_counts, self._last.metrics
                 taken = self._averages[name].take_in(tensors, published.version, metrics, counts)
                 self._betas[name] = taken.metrics["average/beta"]
-            self._averages[name].witness(published.version, published.probe_logps)
+            self._averages[name].note_probe(published.version, published.probe_logps)
 
     async def before_train(self, batch: TokenBatch, engine_scores: EngineScores) -> None:
         """Score the batch, if it is one of the last."""

@@ -8,16 +8,7 @@ from oldlogits.objective.surrogate import surrogate
 
 
 def masked_is(tokens: LossInputs, objective: Objective) -> LossTerms:
-    """``S = sg(r_d) * band * A * h`` per token (PAPER, "The objective, spelled out"): `split_ratio`, then `surrogate`.
-
-    Args:
-        tokens: The log-probs of MU, THETA and the variant's proximal policy.
-        objective: All knobs are read.
-
-    Raises:
-        MissingLogprobError: A policy of the variant is missing.
-        ConfigError: A bound is out of range.
-    """
+    """``S = sg(r_d) * band * A * h`` per token (PAPER, "The objective, spelled out"): `split_ratio`, then `surrogate`."""
     split = split_ratio(objective.variant, tokens.logp)
     found = surrogate(
         split,

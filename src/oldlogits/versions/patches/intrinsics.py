@@ -3,7 +3,7 @@
 Only this file imports numba. A comparison of 64 values at a time is LLVM's to translate into what the machine has.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-any-return"
+# mypy: disable-error-code="untyped-decorator, no-any-return"
 
 from __future__ import annotations
 
