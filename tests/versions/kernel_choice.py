@@ -3,7 +3,7 @@
 from contextlib import contextmanager
 from unittest import mock
 
-from oldlogits.versions.patches import kernel_choice as fastpath
+from oldlogits.versions.patches import kernel_choice
 
 CHOICES = ("numba", "torch")
 
@@ -11,5 +11,5 @@ CHOICES = ("numba", "torch")
 @contextmanager
 def kernels(choice):
     """Within: every buffer on the CPU goes through these kernels, whatever its size."""
-    with mock.patch.object(fastpath, "_FEW", {"numba": 0, "torch": 1 << 62}[choice]):
+    with mock.patch.object(kernel_choice, "_FEW", {"numba": 0, "torch": 1 << 62}[choice]):
         yield

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from oldlogits.core.errors import ExactnessError, PatchError
 from oldlogits.versions import FlatWeights, Patch, apply, encode, kernels_in_use
-from oldlogits.versions.patches import kernel_choice as fastpath
+from oldlogits.versions.patches import kernel_choice
 from oldlogits.versions.patches.layout import WORDS
 from oldlogits.versions.patches.streams import BLOCK_SIZE
 from tests.versions.kernel_choice import CHOICES, kernels
@@ -205,9 +205,9 @@ def test_the_kernels_in_use_are_named():
 @pytest.fixture
 def forgotten():
     """The choice of kernels is made anew, before and after."""
-    fastpath._numba.cache_clear()
+    kernel_choice._numba.cache_clear()
     yield
-    fastpath._numba.cache_clear()
+    kernel_choice._numba.cache_clear()
 
 
 @pytest.mark.usefixtures("forgotten")
@@ -228,7 +228,7 @@ def test_with_numba_switched_off_torch_takes_over():
     with mock.patch("oldlogits.versions.patches.intrinsics.config.DISABLE_JIT", True):
         assert "NUMBA_DISABLE_JIT" in kernels_in_use()
         with kernels("numba"):
-            assert type(fastpath.kernels_for(torch.zeros(3))).__name__ == "TorchKernels"
+            assert type(kernel_choice.kernels_for(torch.zeros(3))).__name__ == "TorchKernels"
 
 
 @pytest.mark.slow

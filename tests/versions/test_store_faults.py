@@ -244,9 +244,14 @@ def test_the_log_is_written_anew_when_most_of_it_is_no_longer_needed(tmp_path):
 
 
 def test_a_compaction_that_finds_no_room_is_put_off(tmp_path, monkeypatch):
-    states = history(["sparse"] * 60)
+    states, refused = history(["sparse"] * 60), []
+
+    def refuse(entries):
+        refused.append(entries)
+        raise LogWriteError("no room")
+
     with PatchStore(tmp_path, sync=False) as store:
-        monkeypatch.setattr(store._disk.log, "rewrite", lambda _: (_ for _ in ()).throw(LogWriteError("no room")))
+        monkeypatch.setattr(store._disk.log, "rewrite", refuse)
         for version, weights in enumerate(states):
             if version:
                 store.publish(version, weights)
@@ -254,8 +259,9 @@ def test_a_compaction_that_finds_no_room_is_put_off(tmp_path, monkeypatch):
             else:
                 monkeypatch.undo()
                 store.publish(version, weights)
-                monkeypatch.setattr(store._disk.log, "rewrite", lambda _: (_ for _ in ()).throw(LogWriteError("no room")))
-        assert sum(record.kind is Kind.PATCH for record in store._disk.log.records) == 59
+                monkeypatch.setattr(store._disk.log, "rewrite", refuse)
+        assert refused
+        assert sum(record.kind is Kind.PATCH for record in store._disk.log.records) == len(states) - 1
         monkeypatch.undo()
         store.publish(99, states[0])
         store.retain(99)

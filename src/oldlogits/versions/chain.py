@@ -74,12 +74,7 @@ class Chain:
         self.links = [link for link in self.links if link.target <= newest]
 
     def patch(self, link: Link) -> Patch:
-        """A link's patch, from the fastest tier that has it; the link stays as it is.
-
-        Raises:
-            PatchError: Its bytes are not those that were written.
-            LogDamagedError: The same, on disk.
-        """
+        """A link's patch, from the fastest tier that has it; an error if its bytes are not those that were written."""
         if link.raw is not None:
             return link.raw
         try:
@@ -171,11 +166,7 @@ class Resident:
             self._chain.keep_below(base)
 
     def move_to(self, version: PolicyVersion) -> None:
-        """Apply the patches on the way to `version`; memory is gone over once.
-
-        Raises:
-            ExactnessError: The bits that they lead to are not those that were published.
-        """
+        """Apply the patches on the way to `version`; an `ExactnessError` if they lead to other bits than were published."""
         forwards, way = version > self.at, self._chain.between(self.at, version)
         for links, patches in self._chain.runs(way if forwards else way[::-1], max(_RUN_BYTES, self.flat.num_bytes // 4)):
             reached = links[-1].target if forwards else links[-1].step.base

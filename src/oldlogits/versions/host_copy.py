@@ -168,7 +168,7 @@ class HostCopy:
 
 
 def _places(layout: Layout, length: int) -> tuple[int, dict[torch.dtype, int], int]:
-    """Where the state stands, where each buffer does, and the size of the file."""
+    """Give the places of the state and of each buffer, and the size of the file."""
     state_at = _aligned(_PREFIX.size + length)
     at = _aligned(state_at + _STATE.size)
     places = {}

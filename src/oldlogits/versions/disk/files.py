@@ -37,12 +37,7 @@ class Disk:
     def read(
         self, frozen: Mapping[str, Tensor], device: torch.device | str | None
     ) -> tuple[PolicyVersion, FlatWeights, list[Link], PolicyVersion]:
-        """The version of the full copy, its bits, all links oldest first, and the oldest version that is needed.
-
-        Raises:
-            LogDamagedError: There is no copy, or the records do not follow one another.
-            LayoutError: The frozen tensors are not those of the copy.
-        """
+        """Read the version of the full copy, its bits, all links oldest first, and the oldest version that is needed."""
         records = self.log.records
         if not records or records[0].kind is not Kind.COPY:
             raise self._wrong("it does not begin with a full copy")

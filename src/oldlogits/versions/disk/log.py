@@ -55,12 +55,7 @@ class VersionLog:
 
     @classmethod
     def create(cls, folder: Path, *, sync: bool = True) -> Self:
-        """Become the owner of a folder without records, and make an empty log.
-
-        Raises:
-            LogBusyError: Another owner has the folder open.
-            LogWriteError: There are records already, or the disk does not take one.
-        """
+        """Become the owner of a folder without records, and make an empty log; a `LogWriteError` if there are records."""
         log = cls(folder, _own(folder), sync=sync)
         if log._path.exists() and log._path.stat().st_size > FILE_HEADER.size:
             log.close()
@@ -81,14 +76,8 @@ class VersionLog:
     def open(cls, folder: Path, *, sync: bool = True, cut_damage: bool = False) -> Self:
         """Become the owner of a folder's log, check every record, and cut a torn end.
 
-        Args:
-            folder: The folder of the log.
-            sync: See the class.
-            cut_damage: Also cut the log before the first damaged record: it and all that follow are lost.
-
-        Raises:
-            LogBusyError: Another owner has the folder open.
-            LogDamagedError: There is no log, or a record is not what was written.
+        With `cut_damage` the log is also cut before the first damaged record: it and all that follow are lost. Without it, such
+        a record is a `LogDamagedError`, as is a folder without a log.
         """
         if not (folder / "versions.log").is_file():
             raise LogDamagedError(
@@ -117,11 +106,7 @@ class VersionLog:
         return end_of(self._records)
 
     def append(self, kind: Kind, version: int, payload: Payload = ()) -> Record:
-        """Add a record, wholly or not at all.
-
-        Raises:
-            LogWriteError: It could not be written; the log is as it was before.
-        """
+        """Add a record, wholly or not at all; a `LogWriteError` leaves the log as it was before."""
         self._check_open()
         record, header = describe(len(self._records), kind, version, self.num_bytes, payload)
         try:
@@ -139,11 +124,7 @@ class VersionLog:
         return record
 
     def read(self, record: Record) -> bytearray:
-        """The payload of a record.
-
-        Raises:
-            LogDamagedError: It is not what was written.
-        """
+        """The payload of a record; a `LogDamagedError` if it is not what was written."""
         self._check_open()
         payload = bytearray(record.num_bytes)
         view, done = memoryview(payload), 0

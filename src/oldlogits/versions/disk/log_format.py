@@ -62,12 +62,12 @@ class Record:
 
     @property
     def start(self) -> int:
-        """Where its payload begins."""
+        """The place of its payload."""
         return self.offset + _RECORD.size
 
     @property
     def end(self) -> int:
-        """Where the next record begins."""
+        """The place of the next record."""
         return self.start + self.num_bytes
 
     @property
@@ -169,5 +169,5 @@ def damaged(path: Path, where: str, found: str, offset: int) -> LogDamagedError:
 
 
 def end_of(records: Sequence[Record]) -> int:
-    """Where the next record begins."""
+    """The place of the next record."""
     return records[-1].end if records else FILE_HEADER.size

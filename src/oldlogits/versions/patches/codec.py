@@ -188,7 +188,7 @@ def _grid(resident: FlatWeights, rows: slice) -> Grid:
 
 
 def _edges(entry: Entry) -> list[int]:
-    """Where the blocks of an entry meet, in elements of the whole parameter."""
+    """The edges of the blocks of an entry, in elements of the whole parameter."""
     inside = range((entry.start // BLOCK_SIZE + 1) * BLOCK_SIZE, entry.stop, BLOCK_SIZE)
     return [entry.start, *inside, entry.stop] if entry.numel else [entry.start]
 

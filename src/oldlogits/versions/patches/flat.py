@@ -132,7 +132,7 @@ class FlatWeights:
         return total & MASK
 
     def rows(self, dtype: torch.dtype) -> slice:
-        """Which entries of the layout are of `dtype`."""
+        """The entries of the layout that are of `dtype`."""
         at = [i for i, entry in enumerate(self.layout.entries) if entry.dtype == dtype]
         return slice(at[0], at[-1] + 1) if at else slice(0, 0)
 

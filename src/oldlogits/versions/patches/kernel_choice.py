@@ -31,10 +31,10 @@ def kernels_in_use() -> str:
 def _numba() -> tuple[Kernels | None, str]:
     """The numba kernels, compiled when first used, and a description of them."""
     try:
-        module = importlib.import_module("oldlogits.versions.patches.kernels")
+        intrinsics = importlib.import_module("oldlogits.versions.patches.intrinsics")
+        kernels = importlib.import_module("oldlogits.versions.patches.kernels")
     except ImportError as error:
         return None, f"torch operations (slow): numba is not available: {error}"
-    if reason := module.why_unusable():
+    if reason := intrinsics.why_unusable():
         return None, f"torch operations (slow): {reason}"
-    kernels: Kernels = module.NumbaKernels()
-    return kernels, module.describe_machine()
+    return kernels.NumbaKernels(), intrinsics.describe_machine()

@@ -10,10 +10,8 @@ from torch import Tensor
 
 from oldlogits.versions.patches import digest
 from oldlogits.versions.patches.compiled import SLACK, apply_blocks, block_buffers, digest_of, encode_blocks
-from oldlogits.versions.patches.intrinsics import LANES, describe_machine, why_unusable
+from oldlogits.versions.patches.intrinsics import LANES
 from oldlogits.versions.patches.streams import BLOCK, BLOCK_SIZE, Encoded, Encoder, Grid, Ints, Part, Streams, stream_lengths
-
-__all__ = ["NumbaKernels", "describe_machine", "why_unusable"]
 
 _ROOM = 1 << 22
 
