@@ -90,7 +90,7 @@ def record_trace(config: RunConfig, out: Path, num_scored: int) -> pa.Table:
         ``staleness``, ``step`` (the optimizer step that trained it), ``advantage``, and float32 log-probs: ``logp_mu``,
         ``logp_old``, ``logp_async``, ``logp_theta`` (in the forward pass that trained it), ``logp_ewma``,
         ``logp_ewma-mean-lag``, ``logp_ewma-auto``, ``logp_aged`` (from the average of decay "max-lag"), ``logp_rescore``,
-        and ``logp_stand_in``, which the run trained with.
+        and ``logp_proximal``, which the run trained with.
 
     Raises:
         ConfigError: Its forward weights are not fp32.
