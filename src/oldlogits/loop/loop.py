@@ -51,18 +51,7 @@ from oldlogits.train.step import UpdateResult
 
 
 class Loop:
-    """One run: evaluation before, updates, evaluation after.
-
-    Args:
-        config: The values of the recipe that the loop works with.
-        task: What is learned.
-        backend: What the runtime supplies.
-        source: The route to the proximal policy's log-probs.
-        sync: Brings the engine from version to version.
-        audit: Compares the source's decisions with those of OLD.
-        calibrator: Measures the engine's own noise on the first batch.
-        recording: Takes every event, and holds checkpoints.
-    """
+    """One run: evaluation before, updates, evaluation after."""
 
     def __init__(
         self,
@@ -94,10 +83,7 @@ class Loop:
         self.buffer.account = TrajectoryCounts(**state.account)
 
     async def run(self, cautions: Sequence[Caution] = ()) -> None:
-        """Run to the end.
-
-        Args:
-            cautions: What a reader of the results should know of the recipe.
+        """Run to the end; `cautions` are what a reader of the results should know of the recipe.
 
         Raises:
             OldLogitsError: What stopped it.
@@ -337,7 +323,7 @@ class Loop:
         """
         account = asdict(self.buffer.account)
         account["cancelled"] += self.buffer.queued + self.buffer.running
-        state = replace(self.state, account=account, num_events=self._recording.log.num_events)
+        state = replace(self.state, account=account, num_events=self._recording.log.num_lines)
         with self._recording.folder.checkpoint(self.version) as folder:
             await self._backend.trainer.save(folder)
             state.write(folder)
