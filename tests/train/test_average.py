@@ -71,8 +71,8 @@ def test_auto_takes_the_best_beta_for_the_measured_lags_and_the_measured_growth(
     speeds = np.random.default_rng(0).standard_normal(7).astype(np.float32)
     logps = [-1 + 0.01 * v**0.8 * speeds for v in range(8)]
     for version in range(8):
-        auto.witness(version, logps[version])
-        auto.witness(version, logps[version])  # published again after a resume
+        auto.note_published(version, logps[version])
+        auto.note_published(version, logps[version])  # published again after a resume
         found = take_in(auto, version + 1, HISTORY[-1]).metrics
     exponent = growth_exponent(np.array(logps, np.float64), WINDOW)
     assert 1.1 < exponent < 1.99
@@ -127,7 +127,7 @@ def test_a_restored_average_chooses_and_resets_as_if_there_had_been_no_break(ave
     straight, restored = averaging(decay="auto", reset="guarded"), averaging(decay="auto", reset="guarded")
 
     def update(average, version):
-        average.witness(version - 1, np.float32([0.1, -0.2, 0.3]) * version**1.5)
+        average.note_published(version - 1, np.float32([0.1, -0.2, 0.3]) * version**1.5)
         metrics = LOW if version == 2 or version > 5 else {}
         return take_in(average, version, {version % 4: 10, 1: 3}, **metrics)
 

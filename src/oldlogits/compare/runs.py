@@ -24,8 +24,9 @@ METRICS: Final = ("success", "reward", "decision_error", "seconds", "bytes")
 """The figures of a run.
 
 success: held-out success of sampled episodes in the last evaluation. reward: mean over the updates of the mean reward of the
-trained trajectories. decision_error: share of the audited tokens that the stand-in keeps or masks where the old logits would
-not. seconds: of the training loop. bytes: the most bytes of versions and averages that were kept beside the live weights.
+trained trajectories. decision_error: share of the audited tokens that the proximal policy keeps or masks where the old
+logits would not. seconds: of the training loop. bytes: the most bytes of versions and averages that were kept beside the live
+weights.
 """
 
 

@@ -21,8 +21,8 @@ T_95: Final = (
 
 CAPTION: Final = (
     "Means over n seeds, ± half of the 95% t interval; 2 - 1: the difference of two recipes, paired by seed. success: "
-    "held-out, sampled, last evaluation. reward: of trained trajectories. dec. error: audited tokens that the stand-in decides "
-    "otherwise than the old logits. seconds: of training. bytes: most that was stored beside the live weights."
+    "held-out, sampled, last evaluation. reward: of trained trajectories. dec. error: audited tokens that the proximal policy "
+    "decides otherwise than the old logits. seconds: of training. bytes: most that was stored beside the live weights."
 )
 HEADINGS: Final = ("", "n", "success", "reward", "dec. error", "seconds", "bytes")
 

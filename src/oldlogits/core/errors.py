@@ -17,7 +17,7 @@ OldLogitsError
 ├── LogBusyError          (BlockingIOError)   another process owns the folder of versions
 ├── LogWriteError         (OSError)           a version could not be written to disk
 ├── LogDamagedError       (ValueError)        a record of the log of versions is not what was written
-├── ExactnessError        (ArithmeticError)   a witness contradicts values that were claimed to be exact
+├── ExactnessError        (ArithmeticError)   a check contradicts values that were claimed to be exact
 ├── ProbeError            (ArithmeticError)   engine and trainer disagree right after a weight update
 ├── NonFiniteError        (FloatingPointError) a loss or gradient that is not finite
 ├── AccountingError       (RuntimeError)      trajectories lost, counted twice, or trained beyond the staleness bound
@@ -121,7 +121,7 @@ class ReceiverBehindError(OldLogitsError, LookupError):
 
 
 class ExactnessError(OldLogitsError, ArithmeticError):
-    """A witness contradicts log-probs that were claimed to be exact."""
+    """A consistency check contradicts log-probs that were claimed to be exact."""
 
 
 class ProbeError(OldLogitsError, ArithmeticError):

@@ -263,7 +263,7 @@ class Loop:
                 read_tokens=work.read_tokens,
                 num_checkouts=work.num_checkouts,
                 switch_s=work.switch_s,
-                check_s=work.witness_s,
+                check_s=work.check_s,
                 seconds_s=seconds_s,
             )
         )

@@ -121,7 +121,7 @@ class WeightSync:
         ]
         result = max(results, key=lambda result: result.max_abs_error)
         of_trainer = (await self._backend.trainer.state()).consistency
-        worst = np.fmax(of_trainer.publish_max_abs_error, self._source.witness_max_abs_error)
+        worst = np.fmax(of_trainer.publish_max_abs_error, self._source.consistency_max_abs_error)
         self._events.emit(
             Probed(
                 version=published.version,

@@ -47,7 +47,7 @@ class IncrementalSource(LogprobSource):
         self._held: tuple[PolicyVersion, ...] = ()
         self._most_held = 0
         self._last_version = -1
-        self._wait_s = self._score_s = self._switch_s = self._witness_s = 0.0
+        self._wait_s = self._score_s = self._switch_s = self._check_s = 0.0
         self._num_switches = self._num_checkouts = self._num_fallback = self._num_read = self._num_repeated = 0
 
     def hold(self, versions: tuple[PolicyVersion, ...]) -> None:
@@ -96,13 +96,13 @@ class IncrementalSource(LogprobSource):
             "source/score_s": self._score_s,
             "source/num_checkouts": float(self._num_checkouts),
             "source/switch_s": self._switch_s,
-            "source/check_s": self._witness_s,
+            "source/check_s": self._check_s,
             "source/resident_copies": float(self._most_held),
             "source/fallback_tokens": float(self._num_fallback),
             "source/read_tokens": float(self._num_read),
             "source/repeated_prefix_tokens": float(repeated - self._num_repeated),
         }
-        self._wait_s = self._score_s = self._switch_s = self._witness_s = 0.0
+        self._wait_s = self._score_s = self._switch_s = self._check_s = 0.0
         self._num_checkouts, self._num_fallback, self._num_read, self._num_repeated = 0, 0, 0, repeated
         self._most_held = len(self._held)
         return found
@@ -135,7 +135,7 @@ class IncrementalSource(LogprobSource):
                 self._score_s += scored.seconds_s
                 self._num_checkouts += 1
                 self._switch_s += scored.switch_s
-                self._witness_s += scored.witness_s
+                self._check_s += scored.check_s
                 self._num_read += sum(span.num_read for span in spans)
                 self._num_fallback += 0 if is_held else len(scored.values)
                 self._num_switches += version != self._last_version

@@ -72,7 +72,7 @@ class Averaging:
         self._probes: dict[PolicyVersion, NDArray[np.float32]] = {}
         self._no_reset_before: PolicyVersion = 0
 
-    def witness(self, version: PolicyVersion, probe_logps: NDArray[np.float32]) -> None:
+    def note_published(self, version: PolicyVersion, probe_logps: NDArray[np.float32]) -> None:
         """Take note of what a published version gives the fixed probe tokens."""
         self._probes[version] = probe_logps
         self._probes = {v: logps for v, logps in self._probes.items() if v > version - max(RECENT_PROBES, 2 * self._window)}

@@ -19,7 +19,7 @@ class TrainerCalls(ScoringHandle, Protocol):
     """
 
     async def publish(self) -> PublishedVersion:
-        """Store the live weights as the current version, and let them witness it (`Trainer.publish`)."""
+        """Store the live weights as the current version, and note what they give the probe tokens (`Trainer.publish`)."""
         ...
 
     async def full_weights(self) -> FullWeights:

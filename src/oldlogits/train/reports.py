@@ -1,4 +1,4 @@
-"""What the trainer tells of its work: published versions, what scoring has cost, and the witnesses of exactness."""
+"""What the trainer tells of its work: published versions, what scoring has cost, and the consistency checks."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class ScoringWork:
         read_tokens: Tokens that forward passes have read, each sequence up to its last scored token.
         num_checkouts: How often weights were asked for, those that scored last included.
         switch_s: Seconds until the module pointed at them, checkout included.
-        witness_s: Seconds of the witnesses that followed.
+        check_s: Seconds of the consistency checks that followed.
     """
 
     read_tokens: int = 0
     num_checkouts: int = 0
     switch_s: float = 0.0
-    witness_s: float = 0.0
+    check_s: float = 0.0
 
     def __add__(self, other: ScoringWork) -> ScoringWork:
         """Both."""
@@ -58,7 +58,7 @@ class ScoringWork:
             read_tokens=self.read_tokens + other.read_tokens,
             num_checkouts=self.num_checkouts + other.num_checkouts,
             switch_s=self.switch_s + other.switch_s,
-            witness_s=self.witness_s + other.witness_s,
+            check_s=self.check_s + other.check_s,
         )
 
     def __sub__(self, other: ScoringWork) -> ScoringWork:
@@ -67,13 +67,13 @@ class ScoringWork:
             read_tokens=self.read_tokens - other.read_tokens,
             num_checkouts=self.num_checkouts - other.num_checkouts,
             switch_s=self.switch_s - other.switch_s,
-            witness_s=self.witness_s - other.witness_s,
+            check_s=self.check_s - other.check_s,
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConsistencyErrors:
-    """Largest errors of the witnesses of exactness so far, in nats; NaN before the first.
+    """Largest errors of the consistency checks so far, in nats; NaN before the first.
 
     Args:
         publish_max_abs_error: A checkout against what the live weights gave the probe tokens at publish.

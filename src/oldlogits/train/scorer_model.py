@@ -28,7 +28,7 @@ class ScorerModel:
     Args:
         spec: The window, and how the trainer batches.
         model_folder: A Hugging Face folder: the shape of the model.
-        probe_ids: The tokens that witness every version.
+        probe_ids: The tokens on which every version is checked.
 
     Raises:
         ModelFolderError: The folder cannot be loaded.
@@ -42,7 +42,7 @@ class ScorerModel:
         self._probe = probe_of(probe_ids)
 
     def publish(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> float:
-        """Take over a version, drop the oldest beyond the window, and return the witness's error in nats.
+        """Take over a version, drop the oldest beyond the window, and return the consistency check's error in nats.
 
         Raises:
             ReceiverBehindError: Patches do not lead on from the newest version.
@@ -71,7 +71,7 @@ class ScorerModel:
             switched = time.perf_counter()
             values = self._score(*pack(spans))
         seconds_s = time.perf_counter() - started
-        return ScoredSpans(values=values, seconds_s=seconds_s, switch_s=switched - started, witness_s=0.0)
+        return ScoredSpans(values=values, seconds_s=seconds_s, switch_s=switched - started, check_s=0.0)
 
     def _score(self, sequences: Sequences, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         return score_tokens(self._model, sequences, tokens, **self._spec.sizes)

@@ -85,7 +85,7 @@ class Trainer:
         published = patches or self.full_weights()
         probe_logps, engine_probe_logps = self.scorer.score_published()
         if self._averaging is not None:
-            self._averaging.witness(self.version, probe_logps)
+            self._averaging.note_published(self.version, probe_logps)
         return PublishedVersion(
             version=self.version,
             update=published,
