@@ -104,7 +104,7 @@ class Loop:
             await self.source.close()
 
     def cancel_all(self) -> None:
-        """The run is over: count what is outstanding as cancelled."""
+        """Count what is outstanding as cancelled, now that the run is over."""
         self.source.drop(self.buffer.cancel_all())
 
     async def _train(self) -> None:
@@ -144,7 +144,7 @@ class Loop:
         )
 
     async def _update(self, rollouts: Rollouts) -> None:
-        """From waiting for a batch to the engine's new weights: one version, made whole or not at all."""
+        """Make one version, from waiting for a batch to the engine's new weights; whole or not at all."""
         before, timer = await self._counters(), UpdateTimer(self._backend.clock, self._last_ended)
         with timer.part("wait_batch"):
             groups = await self.buffer.take(self.version)
@@ -260,10 +260,7 @@ class Loop:
                 policy=scored.policy.value,
                 num_switches=scored.num_switches,
                 versions=list(versions),
-                read_tokens=work.read_tokens,
-                num_checkouts=work.num_checkouts,
-                switch_s=work.switch_s,
-                check_s=work.check_s,
+                **asdict(work),
                 seconds_s=seconds_s,
             )
         )
@@ -297,7 +294,7 @@ class Loop:
         return published
 
     async def _between_updates(self, rollouts: Rollouts) -> None:
-        """Evaluation points and checkpoints."""
+        """Evaluate and write a checkpoint, where they are due."""
         done = self.version >= self._config.num_updates
         every = self._config.eval_every
         if every and self.version % every == 0 and not (done and self._config.num_eval):

@@ -102,11 +102,7 @@ def _revive(found: dict[str, Any]) -> dict[str, Any] | Interval:
 
 
 def summarise(events: Iterable[RecordedEvent]) -> Summary:
-    """Add up the events of a run, whole or not.
-
-    Args:
-        events: All events of its file, in order.
-    """
+    """Add up the events of a run, whole or not: all of its file, in order."""
     found = _Events(history(events))
     started, metrics = found.last(EventKind.RUN_STARTED), found.metrics
     tokens = [sum(counts.values()) for counts in found.counts("staleness_counts")]
@@ -204,20 +200,20 @@ class _Events:
 
     def rate(self, stage: str, mode: str) -> Interval | None:
         """The success rate of the last evaluation of a stage."""
-        for event in reversed(self.of[EventKind.EVALUATION]):
-            if (event.fields["stage"], event.fields["mode"]) == (stage, mode):
-                mean, low, high, num = (number(event.fields[name]) for name in ("mean", "low", "high", "num_episodes"))
-                if mean is not None and low is not None and high is not None:
-                    return Interval(mean=mean, low=low, high=high, num_episodes=int(num or 0))
-        return None
+        played = self._evaluation(stage, mode)
+        mean, low, high, num = (number(played.get(name)) for name in ("mean", "low", "high", "num_episodes"))
+        if mean is None or low is None or high is None:
+            return None
+        return Interval(mean=mean, low=low, high=high, num_episodes=int(num or 0))
 
     def rewards(self, stage: str) -> list[float]:
         """The rewards of the last sampled evaluation of a stage; empty where none was recorded."""
-        for event in reversed(self.of[EventKind.EVALUATION]):
-            if (event.fields["stage"], event.fields["mode"]) == (stage, "sampled"):
-                rewards = event.fields.get("rewards")
-                return [number(reward) or 0.0 for reward in rewards] if isinstance(rewards, list) else []
-        return []
+        rewards = self._evaluation(stage, "sampled").get("rewards")
+        return [number(reward) or 0.0 for reward in rewards] if isinstance(rewards, list) else []
+
+    def _evaluation(self, stage: str, mode: str) -> Mapping[str, Json]:
+        played = [e.fields for e in self.of[EventKind.EVALUATION] if (e.fields["stage"], e.fields["mode"]) == (stage, mode)]
+        return played[-1] if played else {}
 
     def accounting(self) -> Mapping[str, int]:
         """What became of the trajectories, as the end of the run counted it.

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from oldlogits.record.folder import RunFolder, write_atomic
+from oldlogits.record.intervals import verdict_of
 from oldlogits.record.report.calibration import calibration
 from oldlogits.record.report.data import Evaluation, RunData, read_run
 from oldlogits.record.report.decisions import decisions
@@ -109,11 +110,9 @@ def _verdict(run: RunData) -> Card:
         return Card(label, headline, evidence)
     points = f"{100 * gain.mean:+.1f} points, 95% interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f}"
     evidence += f" Paired over the same {gain.num_episodes} episodes: {points}."
-    if gain.low > 0:
-        return Card(label, headline + ": better", evidence, "good")
-    if gain.high < 0:
-        return Card(label, headline + ": worse", evidence, "bad")
-    return Card(label, headline + ": no difference beyond chance", evidence)
+    tones: dict[str, Tone] = {"better": "good", "worse": "bad"}
+    verdict = verdict_of(gain)
+    return Card(label, f"{headline}: {verdict}", evidence, tones.get(verdict, "plain"))
 
 
 def _found(evaluations: Sequence[Evaluation], stage: str) -> Evaluation | None:
