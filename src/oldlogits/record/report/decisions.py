@@ -65,8 +65,8 @@ def _audit(run: RunData) -> Figure:
     policy = str(run.audits[-1].fields["policy"])
     caption = (
         f"Over {len(run.audits)} batches whose exact log-probs were computed beside the source's. Shares are of the loss "
-        "tokens, of those with A ≠ 0, and by weight: the sum of |R A| over the differing tokens over that of the tokens active under "
-        "OLD, R = theta/mu."
+        "tokens, of those with A ≠ 0, and by weight: the sum of |R A| over the differing tokens over that of the tokens active "
+        "under OLD, R = theta/mu."
     )
     everything = {name: sum(sums[name] for sums in by_staleness.values()) for name in _NAMES}
     rows = [_row(str(lag), sums) for lag, sums in by_staleness.items()] + [_row("all", everything)]
