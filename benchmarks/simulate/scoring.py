@@ -187,4 +187,4 @@ class SimulatedScorer(Worker):
 
 def _scored(pieces: Sequence[ScoringSpan], seconds: float) -> ScoredSpans:
     num_values = sum(len(piece.positions) for piece in pieces)
-    return ScoredSpans(values=np.zeros(num_values, np.float32), seconds_s=seconds, switch_s=0.0, witness_s=0.0)
+    return ScoredSpans(values=np.zeros(num_values, np.float32), seconds_s=seconds, switch_s=0.0, check_s=0.0)

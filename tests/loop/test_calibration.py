@@ -22,9 +22,10 @@ from oldlogits.config import config_from_table
 from oldlogits.core.errors import MissingLogprobError
 from oldlogits.engines.embedded.slots import SlotTable
 from oldlogits.loop import calibration
-from oldlogits.loop.calibration import BANDS, MISMATCH, ROUNDING, Calibration, calibrate, doubts, measure
+from oldlogits.loop.calibration import BANDS, MISMATCH, ROUNDING, calibrate, doubts, measure
 from oldlogits.record.bus import EventKind
 from oldlogits.record.event_log import without_wall_clock
+from oldlogits.record.events import Calibrated
 from oldlogits.record.report.data import read_run
 from oldlogits.run.run import run
 
@@ -221,7 +222,7 @@ class Trainer:
 ])  # fmt: skip
 def test_log_probs_that_cannot_be_the_engines_own_are_refused(expected_noise, mu, old, refused):
     batch = batch_of([trajectory([1], sampled([2, 3], logp=mu))])
-    call = calibrate(config_of(engine={"precision": "fp8"}), Trainer(old), batch, expected_noise=expected_noise)
+    call = calibrate(config_of(engine={"precision": "fp8"}), Trainer(old), batch, version=0, expected_noise=expected_noise)
     if refused:
         with pytest.raises(MissingLogprobError, match="r_d is 1 on all 2 tokens, though the engine computes in fp8"):
             asyncio.run(call)
@@ -252,7 +253,7 @@ def test_a_checkpoint_that_lies_on_the_engines_grid_trains_though_r_d_is_1_at_ve
 def test_log_probs_of_the_trainer_in_place_of_the_engines_end_the_run(tiny_folder, tmp_path, monkeypatch):
     async def substituted(config, trainer, batch, *, expected_noise):
         mu = batch.logp_mu[batch.loss_mask]
-        return await calibrate(config, Trainer(mu), batch, expected_noise=expected_noise)
+        return await calibrate(config, Trainer(mu), batch, version=0, expected_noise=expected_noise)
 
     monkeypatch.setattr(calibration, "calibrate", substituted)
     result = run(recipe(tiny_folder, engine={"precision": "bf16"}), tmp_path / "run")
@@ -267,7 +268,7 @@ def test_the_trajectories_measured_are_evenly_spaced_over_the_batch():
     old = [-1 + math.log(1 + i / 100) for i in range(9)]
     for num, chosen in ((1, [0]), (2, [0, 8]), (3, [0, 4, 8]), (5, [0, 2, 4, 6, 8]), (100, range(9))):
         config = config_of(eval={"num_calibration": num})
-        found = asyncio.run(calibrate(config, Trainer(old), batch_of(trajectories), expected_noise=0.0))
+        found = asyncio.run(calibrate(config, Trainer(old), batch_of(trajectories), version=0, expected_noise=0.0))
         assert found.num_trajectories == len(chosen)
         assert found.r_d_mean == pytest.approx(1 + sum(chosen) / len(chosen) / 100, rel=1e-6)
 
@@ -281,7 +282,7 @@ def config_of(variant="decoupled_exact", **table):
 
 def measured(log_r_d, sequence=None, config=None):
     sequence = range(len(log_r_d)) if sequence is None else sequence
-    return measure(config or config_of(), np.array(log_r_d, np.float32), np.array(sequence, np.int64))
+    return measure(config or config_of(), np.array(log_r_d, np.float32), np.array(sequence, np.int64), version=0)
 
 
 @given(st.lists(st.floats(-1.5, 1.5, width=32), min_size=1, max_size=40), st.floats(1.005, 4))
@@ -314,8 +315,8 @@ def test_the_standard_error_counts_trajectories_not_tokens():
     assert measured([high, low], [7, 7]).r_d_mean_error == INF
 
 
-QUIET = Calibration(
-    num_trajectories=9, num_tokens=99, log_r_d_abs_mean=0.0, log_r_d_abs_max=0.0, r_d_mean=1.0, r_d_mean_error=1e-3,
+QUIET = Calibrated(
+    version=0, num_trajectories=9, num_tokens=99, log_r_d_abs_mean=0.0, log_r_d_abs_max=0.0, r_d_mean=1.0, r_d_mean_error=1e-3,
     bands=(1.1, 1.5, 2.0), masked=(0.3, 0.1, 0.0), kept=1.0,
 )  # fmt: skip
 

@@ -47,8 +47,8 @@ def write_fake_run(path: Path, *, num_updates: int, seed: int = 0) -> Path:
                 _evaluate(log, "during", version, success)
             if version % max(num_updates // 6, 1) == 1 or version == num_updates:
                 for reward in (0.0, 1.0):
-                    episodes.append(_episode(rng, version, reward))
-            episodes.append(_silent_episode(version))
+                    episodes.take(_episode(rng, version, reward))
+            episodes.take(_silent_episode(version))
         _evaluate(log, "after", num_updates, 0.71)
         log.emit(RunEnded(version=num_updates, reason="done", error="", accounting=_account(num_updates)))
     summarise_folder(folder).write(folder.summary)

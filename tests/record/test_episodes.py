@@ -35,7 +35,7 @@ def test_episodes_are_read_back_equal_with_and_without_their_text(tmp_path: Path
     written = [episode("a", segments=SEGMENTS), episode("b", reward=float("inf"), stage="after")]
     with EpisodeLog(tmp_path / "episodes.jsonl") as log:
         for one in written:
-            log.append(one)
+            log.take(one)
     assert list(read_episodes(tmp_path / "episodes.jsonl")) == written
 
 

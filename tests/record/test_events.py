@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from oldlogits.record.bus import EventBus, EventKind
 from oldlogits.record.event_log import (
     EventLog,
-    MemoryLog,
     RecordedEvent,
     history,
     is_wall_clock,
@@ -22,6 +21,7 @@ from oldlogits.record.event_log import (
 )
 from oldlogits.record.events import FIELDS, CheckpointWritten, EvaluationProgressed, Probed, Updated, VersionPublished, Warned
 from oldlogits.record.jsonl import LineFile, RecordError, encode, number, read_lines
+from tests.memory_log import MemoryLog
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats() | st.text(),

@@ -65,7 +65,7 @@ def test_what_episodes_and_recipes_say_is_escaped(fake_run):
         stop_reason=EVIL, num_turns=1, versions=(9,), segments=segments,
     )  # fmt: skip
     with EpisodeLog(run / "episodes.jsonl") as log:
-        log.append(evil)
+        log.take(evil)
     with EventLog(run / "events.jsonl") as log:
         log.emit(Warned(version=2, name="a", message=EVIL, figures={}))
     (run / "config.toml").write_text(f"x = '''{EVIL}'''")

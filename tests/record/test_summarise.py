@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 
-from oldlogits.record.event_log import MemoryLog
 from oldlogits.record.events import (
     BatchScored,
     CheckpointWritten,
@@ -22,6 +21,7 @@ from oldlogits.record.events import (
     WeightsUpdated,
 )
 from oldlogits.record.summary import Summary, summarise
+from tests.memory_log import MemoryLog
 
 START = RunStarted(
     version=0, variant="ppo_clip", r_d="1", r_s="theta/old", corrects_mismatch=False, source="snapshot", runtime="lockstep",

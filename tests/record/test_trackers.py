@@ -13,10 +13,10 @@ from oldlogits.core.tracker import TrackedRun
 from oldlogits.core.trajectory import Context, Sampled, Trajectory
 from oldlogits.record.bus import EventBus
 from oldlogits.record.episodes import EpisodeLog, EpisodeRecorder
-from oldlogits.record.event_log import MemoryLog
 from oldlogits.record.events import Evaluated, Updated
 from oldlogits.record.folder import RunFolder
 from oldlogits.record.trackers.feed import TrackerFeed, find_trackers, flat, open_feeds
+from tests.memory_log import MemoryLog
 
 CONFIG = {"seed": 3, "trainer": {"lr": 0.5}}
 TRAJECTORY = Trajectory(

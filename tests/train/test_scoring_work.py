@@ -61,7 +61,7 @@ def test_what_the_pieces_cost_is_what_the_trainer_worked(trainer):
     before = trainer.scorer.work
     scored = trainer.scorer.score_spans([PIECE], 0)
     work = trainer.scorer.work - before
-    assert (work.switch_s, work.witness_s) == pytest.approx((scored.switch_s, scored.witness_s))
+    assert (work.switch_s, work.check_s) == pytest.approx((scored.switch_s, scored.check_s))
     assert work.num_checkouts == 1
 
 
@@ -96,13 +96,13 @@ def test_a_switch_ends_when_the_module_points_at_the_weights_and_the_witness_is_
 
     before = trainer.scorer.work
     trainer.scorer.score(np.arange(5), 0)
-    assert ((trainer.scorer.work - before).switch_s, (trainer.scorer.work - before).witness_s) == (1.0, 10.0)
+    assert ((trainer.scorer.work - before).switch_s, (trainer.scorer.work - before).check_s) == (1.0, 10.0)
     before = trainer.scorer.work
     trainer.scorer.score_average(np.arange(5))
-    assert ((trainer.scorer.work - before).switch_s, (trainer.scorer.work - before).witness_s) == (1.0, 0.0)
+    assert ((trainer.scorer.work - before).switch_s, (trainer.scorer.work - before).check_s) == (1.0, 0.0)
     stored, held = trainer.scorer.score_spans([PIECE], 0), scorer.score_spans([PIECE], 1)
-    assert (stored.switch_s, stored.witness_s, stored.seconds_s) == (1.0, 10.0, 21.0), "checkout, witness, forward"
-    assert (held.switch_s, held.witness_s, held.seconds_s) == (1.0, 0.0, 11.0), "witnessed when it was received"
+    assert (stored.switch_s, stored.check_s, stored.seconds_s) == (1.0, 10.0, 21.0), "checkout, witness, forward"
+    assert (held.switch_s, held.check_s, held.seconds_s) == (1.0, 0.0, 11.0), "witnessed when it was received"
 
 
 def test_the_mixed_version_forward_reads_every_token_once_but_the_last(trainer):

@@ -78,13 +78,13 @@ class ScoredSpans:
         values: float32 [scored token], natural log, span after span.
         seconds_s: The time that the scorer worked.
         switch_s: The part of that time until the model pointed at the version's weights, checkout included.
-        witness_s: The part that checked these weights; 0 where the scorer checked them when it received them.
+        check_s: The part that checked these weights; 0 where the scorer checked them when it received them.
     """
 
     values: NDArray[np.float32]
     seconds_s: float
     switch_s: float
-    witness_s: float
+    check_s: float
 
 
 class SpanScorer(Protocol):

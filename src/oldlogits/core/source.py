@@ -57,7 +57,7 @@ class LogprobSource(Protocol):
     """Whether the engine is paused from before the first optimizer step until it holds the next version."""
     needs_partials: ClassVar[bool] = False
     """Whether `on_paused` is to be called."""
-    witness_max_abs_error: float = math.nan
+    consistency_max_abs_error: float = math.nan
     """The largest error in nats of checks of exactness that the trainer does not make; NaN: there is none."""
 
     def __init__(self, handles: SourceHandles) -> None:

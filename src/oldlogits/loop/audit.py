@@ -1,4 +1,4 @@
-"""The exact audit: exact log-probs beside those of the route in use, on a share of the batches.
+"""The exact audit: exact log-probs beside those of the source in use, on a share of the batches.
 
     put_batch -> source.acquire -> audit.score: OLD from the store -> train -> audit.conclude: two active sets, one event
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Final, Self
+from typing import Final
 
 import numpy as np
 import torch
@@ -35,57 +35,21 @@ _COLUMNS: Final = ("logp_mu", "logp_theta", "logp_proximal", "advantage", "loss_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditScores:
-    """What the audit scored of one batch, before the first optimizer step on it.
+    """Log-probs of the loss tokens of one batch, before the first optimizer step on it.
 
     Args:
-        old: float32 [loss token]; OLD.
-        live: float32 [loss token]; the live weights, where the proximal policy is an average that may be reset to them.
+        old: float32 [loss token]; those of OLD.
+        live: float32 [loss token]; those of the live weights, where an average may be reset to them.
     """
 
     old: NDArray[np.float32]
     live: NDArray[np.float32] | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResetEffect:
-    """Decision error on the batch whose update asked for a reset: with the average, and had it been reset already.
-
-    Both are over the same tokens, under the same THETA and against the same OLD; only the proximal policy differs. Before: the
-    average as it was used. After: what the average is when it is reset at the publish of the batch's version, which is
-    the weights before the first optimizer step, those of `AverageReset.kept_live`. The reset itself comes after the
-    steps: what later batches make of it is in their own `audit` events.
-
-    Args:
-        error_before: Tokens that the average decided otherwise than OLD / loss tokens.
-        error_after: The same with the live weights in place of the average.
-        weight_error_before: ``sum |R A|`` over these tokens / over the tokens active under OLD; NaN: none is.
-        weight_error_after: The same with the live weights.
-    """
-
-    error_before: float
-    error_after: float
-    weight_error_before: float
-    weight_error_after: float
-
-    @classmethod
-    def of(cls, before: DecisionSums, after: DecisionSums) -> Self:
-        """Divide the sums of the two proximal policies."""
-        return cls(
-            error_before=_by_count(before),
-            error_after=_by_count(after),
-            weight_error_before=_by_weight(before),
-            weight_error_after=_by_weight(after),
-        )
-
-
 class ExactAudit:
-    """Compares a route's decisions with those of OLD.
+    """Compares a proximal policy's decisions with those of OLD; emits one `audit` event per audited batch.
 
-    Args:
-        config: The run.
-        trainer: Holds the versions; its store keeps them as long as tokens of theirs are in flight.
-        events: Takes one `audit` event per audited batch.
-        clock: Seconds since some fixed point.
+    The trainer's store keeps versions as long as tokens of theirs are in flight.
     """
 
     def __init__(self, config: RunConfig, trainer: ScoringHandle, events: EventSink, clock: Callable[[], float]) -> None:
@@ -113,24 +77,23 @@ class ExactAudit:
 
     def conclude(self, scores: AuditScores | None, result: UpdateResult, *, version: PolicyVersion) -> None:
         """Tell what the audit found, and of a reset of the average after the update, with what it is worth."""
-        effect = self.judge(scores, result, version=version)
+        errors = self.judge(scores, result, version=version)
         if result.average_reset is not None:
-            errors = asdict(effect) if effect else {}
-            self._events.emit(AverageWasReset(version=version, **asdict(result.average_reset), **errors))
+            told = asdict(result.average_reset) | errors
+            self._events.emit(AverageWasReset(version=version, **told))
 
-    def judge(self, scores: AuditScores | None, result: UpdateResult, *, version: PolicyVersion) -> ResetEffect | None:
+    def judge(self, scores: AuditScores | None, result: UpdateResult, *, version: PolicyVersion) -> dict[str, float]:
         """Write down how the update's active set differs from that of OLD under the same THETA.
 
-        Args:
-            scores: What `score` returned.
-            result: Of the update.
-            version: The version that the update made.
-
         Returns:
-            What the reset after the update is worth; None without a reset, or where the batch is not audited.
+            The errors of an `average_reset` event, what the reset after the update is worth; empty without a reset, or where
+            the batch is not audited. All are over the same tokens, under the same THETA and against the same OLD. Before: with
+            the average as it was used. After: with the live weights in its place, as they were before the first optimizer
+            step, those of `AverageReset.kept_live`. The reset itself comes after the steps: what later batches make of it is in
+            their own `audit` events.
         """
         if scores is None:
-            return None
+            return {}
         column = {name: torch.from_numpy(np.ascontiguousarray(result.table[name])) for name in _COLUMNS}
         column["sequence"] = torch.from_numpy(np.unique(result.table["trajectory"], return_inverse=True)[1])
         old, proximal = torch.from_numpy(scores.old), self._variant.proximal
@@ -139,10 +102,11 @@ class ExactAudit:
         by_staleness = {name: values.tolist() for name, values in asdict(sums).items()}
         self._events.emit(Audited(version=version, policy=proximal.value, seconds_s=self._seconds_s, **by_staleness))
         if result.average_reset is None or scores.live is None:
-            return None
+            return {}
         live = torch.from_numpy(scores.live)
         live_active = self._active(self._variant, proximal, live, column)
-        return ResetEffect.of(sums, self._sums(live, old, live_active, exact_active, column))
+        after = self._sums(live, old, live_active, exact_active, column)
+        return _errors("before", sums) | _errors("after", after)
 
     def _active(self, row: Variant, policy: Policy, values: Tensor, column: Mapping[str, Tensor]) -> Tensor:
         """The tokens that are active under a row whose proximal policy has these log-probs."""
@@ -174,9 +138,8 @@ class ExactAudit:
         )
 
 
-def _by_count(sums: DecisionSums) -> float:
-    return float((sums.wrongly_kept + sums.wrongly_masked).sum() / sums.num_tokens.sum())
-
-
-def _by_weight(sums: DecisionSums) -> float:
-    return float((sums.weight_wrongly_kept + sums.weight_wrongly_masked).sum() / sums.weight.sum())
+def _errors(when: str, sums: DecisionSums) -> dict[str, float]:
+    """Tokens decided otherwise than by OLD / loss tokens; and ``sum |R A|`` over them / over those active under OLD, or NaN."""
+    wrong, weight = sums.wrongly_kept + sums.wrongly_masked, sums.weight_wrongly_kept + sums.weight_wrongly_masked
+    by_count, by_weight = wrong.sum() / sums.num_tokens.sum(), weight.sum() / sums.weight.sum()
+    return {f"error_{when}": float(by_count), f"weight_error_{when}": float(by_weight)}

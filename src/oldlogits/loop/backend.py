@@ -29,16 +29,8 @@ class BackendSpec:
         model_folder: The Hugging Face folder that the run starts from.
         probe_ids: Fixed tokens on which engine and trainer are compared.
         folder: The run folder; servers leave their messages there.
-        trainer: What the trainer is told.
-        scorer: What the dedicated scorer is told; None: the source needs none.
-        engine: The kind of engine.
-        sampler: What the engine is told.
-        servers: What the recipe says of servers.
-        env: The environments' section.
-        rollout: The section of groups of episodes.
-        lockstep: The section of the backend lockstep.
-        ray: The section of the backend ray.
-        seed: The run's seed.
+        scorer: The dedicated scorer's part; None: the source needs none.
+        sampler: The engine's part.
     """
 
     model_folder: Path
@@ -60,8 +52,8 @@ class Backend:
     """What the loop works with; each kind of backend defines what differs.
 
     Args:
-        engine: Samples.
-        trainer: Trains and scores.
+        engine: The engine, which samples.
+        trainer: The trainer, which trains and scores.
         run_environment: Runs environment code.
         scorer: A second model that only scores; None: the source needs none.
         workers: Tasks that must not end while the run goes on; their errors end it.

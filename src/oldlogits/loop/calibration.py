@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Final
 
 import numpy as np
@@ -46,33 +46,6 @@ IN_DOUBT: Final = 0.01
 """Nats of mean ``-log mu`` above which tokens are not certain, so that numerics must show."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Calibration:
-    """``r_d = old / mu`` of tokens that mu sampled at lag 0; a token whose r_d is not finite counts as masked.
-
-    Args:
-        num_trajectories: Measured.
-        num_tokens: Their sampled tokens.
-        log_r_d_abs_mean: Mean ``|log r_d|``, nats, of the finite ones.
-        log_r_d_abs_max: The largest.
-        r_d_mean: Mean r_d of the finite ones; its expectation is 1.
-        r_d_mean_error: Its standard error, clustered by trajectory; inf with fewer than two.
-        bands: Ascending.
-        masked: The share of tokens outside each band.
-        kept: The share that the recipe's own mask keeps: rho at lag 0, before the first step. 1 where it has no mask.
-    """
-
-    num_trajectories: int
-    num_tokens: int
-    log_r_d_abs_mean: float
-    log_r_d_abs_max: float
-    r_d_mean: float
-    r_d_mean_error: float
-    bands: tuple[float, ...]
-    masked: tuple[float, ...]
-    kept: float
-
-
 class Calibrator:
     """Measures once in a run, before its first optimizer step, what the engine's own noise makes of the recipe's band.
 
@@ -94,20 +67,23 @@ class Calibrator:
         """Measure on the first batch of a run, if the recipe asks for it."""
         if not self._config.eval.num_calibration:
             return
-        found = await calibrate(self._config, self._trainer, batch, expected_noise=self._expected_noise)
-        self._events.emit(Calibrated(version=version, **asdict(found)))
+        found = await calibrate(self._config, self._trainer, batch, version=version, expected_noise=self._expected_noise)
+        self._events.emit(found)
         for caution in doubts(found, self._config):
             self._events.emit(Warned(version=version, **asdict(caution)))
 
 
-async def calibrate(config: RunConfig, trainer: ScoringHandle, batch: TokenBatch, *, expected_noise: float) -> Calibration:
+async def calibrate(
+    config: RunConfig, trainer: ScoringHandle, batch: TokenBatch, *, version: PolicyVersion, expected_noise: float
+) -> Calibrated:
     """Measure on `eval.num_calibration` trajectories of the batch in training, evenly spaced.
 
     Args:
         config: The run.
         trainer: Holds the batch; its live weights are those that sampled it.
         batch: The first of a run.
-        expected_noise: Nats; what the engine's numerics change the probe tokens' log-probs by at most, with these weights.
+        version: The version that sampled it.
+        expected_noise: Nats by which the engine's numerics change the probe tokens' log-probs at most, with these weights.
 
     Raises:
         MissingLogprobError: The engine's log-probs are the trainer's, though the engine's numerics give others.
@@ -118,16 +94,23 @@ async def calibrate(config: RunConfig, trainer: ScoringHandle, batch: TokenBatch
     tokens = np.flatnonzero(np.isin(sequence, chosen))
     old, mu = await trainer.score(tokens, None), batch.logp_mu[batch.loss_mask][tokens]
     _refuse_substitute(config.engine.precision, expected_noise, old, mu)
-    return measure(config, old - mu, sequence[tokens])
+    return measure(config, old - mu, sequence[tokens], version=version)
 
 
-def measure(config: RunConfig, log_r_d: NDArray[np.float32], sequence: NDArray[np.int64]) -> Calibration:
-    """The figures of a calibration.
+def measure(
+    config: RunConfig, log_r_d: NDArray[np.float32], sequence: NDArray[np.int64], *, version: PolicyVersion
+) -> Calibrated:
+    """The figures of a calibration, of ``r_d = old / mu`` of tokens that mu sampled at lag 0.
+
+    Means and maxima are over the finite ratios, and a ratio that is not finite counts as masked. The expected mean of r_d is 1;
+    its standard error is clustered by trajectory, and inf with fewer than two. `kept` is what the recipe's own mask keeps:
+    rho at lag 0, before the first step; 1 where it has no mask.
 
     Args:
         config: The run.
-        log_r_d: float32 [token], natural log of ``old / mu``.
+        log_r_d: float32 [token], natural logs.
         sequence: int64 [token]; the trajectory of each.
+        version: The version that sampled them.
     """
     has_band = math.isfinite(config.band) and not find_variant(config.variant).r_d.is_one
     bands = sorted({*BANDS, config.band} if has_band else BANDS)
@@ -136,7 +119,8 @@ def measure(config: RunConfig, log_r_d: NDArray[np.float32], sequence: NDArray[n
     size = np.abs(log_r_d[finite])
     r_d = np.exp(log_r_d[finite].astype(np.float64))
     mean = float(r_d.mean()) if len(r_d) else math.nan
-    return Calibration(
+    return Calibrated(
+        version=version,
         num_trajectories=len(np.unique(sequence)),
         num_tokens=len(log_r_d),
         log_r_d_abs_mean=float(size.mean()) if len(size) else math.nan,
@@ -149,7 +133,7 @@ def measure(config: RunConfig, log_r_d: NDArray[np.float32], sequence: NDArray[n
     )
 
 
-def doubts(found: Calibration, config: RunConfig) -> Iterator[Caution]:
+def doubts(found: Calibrated, config: RunConfig) -> Iterator[Caution]:
     """What the figures say about the recipe."""
     variant, tau = find_variant(config.variant), config.proximal.reset_below
     if not variant.r_d.is_one and found.kept < tau:

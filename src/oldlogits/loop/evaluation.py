@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.loop.task import Task
@@ -14,14 +15,7 @@ from oldlogits.rollout.groups import evaluate
 
 
 class Evaluator:
-    """Plays held-out rows and tells what came of them.
-
-    Args:
-        task: What is learned.
-        events: Takes the progress and the results.
-        clock: Seconds since some fixed point.
-        num_running: Episodes that are played at the same time.
-    """
+    """Plays held-out rows, `num_running` at the same time, and tells what came of them."""
 
     def __init__(self, task: Task, events: EventSink, clock: Callable[[], float], *, num_running: int) -> None:
         self._task, self._events, self._clock, self._num_running = task, events, clock, num_running
@@ -50,10 +44,7 @@ class Evaluator:
                     version=version,
                     stage=stage,
                     mode=mode,
-                    mean=rate.mean,
-                    low=rate.low,
-                    high=rate.high,
-                    num_episodes=rate.num_episodes,
+                    **asdict(rate),
                     rewards=outcome.rewards,
                     seconds_s=self._clock() - started,
                     trajectories=outcome.trajectories,

@@ -51,18 +51,7 @@ from oldlogits.train.step import UpdateResult
 
 
 class Loop:
-    """One run: evaluation before, updates, evaluation after.
-
-    Args:
-        config: The values of the recipe that the loop works with.
-        task: What is learned.
-        backend: What the runtime supplies.
-        source: The route to the proximal policy's log-probs.
-        sync: Brings the engine from version to version.
-        audit: Compares the source's decisions with those of OLD.
-        calibrator: Measures the engine's own noise on the first batch.
-        recording: Takes every event, and holds checkpoints.
-    """
+    """One run: evaluation before, updates, evaluation after."""
 
     def __init__(
         self,
@@ -94,10 +83,7 @@ class Loop:
         self.buffer.account = TrajectoryCounts(**state.account)
 
     async def run(self, cautions: Sequence[Caution] = ()) -> None:
-        """Run to the end.
-
-        Args:
-            cautions: What a reader of the results should know of the recipe.
+        """Run to the end; `cautions` are what a reader of the results should know of the recipe.
 
         Raises:
             OldLogitsError: What stopped it.
@@ -118,7 +104,7 @@ class Loop:
             await self.source.close()
 
     def cancel_all(self) -> None:
-        """The run is over: count what is outstanding as cancelled."""
+        """Count what is outstanding as cancelled, now that the run is over."""
         self.source.drop(self.buffer.cancel_all())
 
     async def _train(self) -> None:
@@ -158,7 +144,7 @@ class Loop:
         )
 
     async def _update(self, rollouts: Rollouts) -> None:
-        """From waiting for a batch to the engine's new weights: one version, made whole or not at all."""
+        """Make one version, from waiting for a batch to the engine's new weights; whole or not at all."""
         before, timer = await self._counters(), UpdateTimer(self._backend.clock, self._last_ended)
         with timer.part("wait_batch"):
             groups = await self.buffer.take(self.version)
@@ -274,10 +260,7 @@ class Loop:
                 policy=scored.policy.value,
                 num_switches=scored.num_switches,
                 versions=list(versions),
-                read_tokens=work.read_tokens,
-                num_checkouts=work.num_checkouts,
-                switch_s=work.switch_s,
-                check_s=work.witness_s,
+                **asdict(work),
                 seconds_s=seconds_s,
             )
         )
@@ -311,7 +294,7 @@ class Loop:
         return published
 
     async def _between_updates(self, rollouts: Rollouts) -> None:
-        """Evaluation points and checkpoints."""
+        """Evaluate and write a checkpoint, where they are due."""
         done = self.version >= self._config.num_updates
         every = self._config.eval_every
         if every and self.version % every == 0 and not (done and self._config.num_eval):
@@ -337,7 +320,7 @@ class Loop:
         """
         account = asdict(self.buffer.account)
         account["cancelled"] += self.buffer.queued + self.buffer.running
-        state = replace(self.state, account=account, num_events=self._recording.log.num_events)
+        state = replace(self.state, account=account, num_events=self._recording.log.num_lines)
         with self._recording.folder.checkpoint(self.version) as folder:
             await self._backend.trainer.save(folder)
             state.write(folder)

@@ -17,14 +17,7 @@ from oldlogits.sources import make_source
 
 
 def make_loop(config: RunConfig, task: Task, backend: Backend, recording: Recording) -> Loop:
-    """Build the loop of a recipe.
-
-    Args:
-        config: The recipe.
-        task: What is learned.
-        backend: What the runtime supplies.
-        recording: Takes every event.
-    """
+    """Build the loop of a recipe."""
     source = make_source(config.proximal.source, backend.trainer, backend.scorer)
     return Loop(
         LoopConfig.of(config),
@@ -39,14 +32,7 @@ def make_loop(config: RunConfig, task: Task, backend: Backend, recording: Record
 
 
 async def run_started(config: RunConfig, backend: Backend, *, version: PolicyVersion, num_kept: int | None) -> RunStarted:
-    """The event with which a run begins, or goes on.
-
-    Args:
-        config: The recipe.
-        backend: Tells how large the model is.
-        version: The version from which it goes on.
-        num_kept: Events that belong to the run that goes on; None for a run that begins.
-    """
+    """The event with which a run begins, or goes on from `version`; `num_kept` is what `RunStarted` says."""
     variant, objective, trainer = find_variant(config.variant), config.objective, await backend.trainer.state()
     truncates = objective.clip == "truncated"
     return RunStarted(

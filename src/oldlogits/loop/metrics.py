@@ -14,11 +14,7 @@ from oldlogits.train.reports import TrainerState
 
 
 class UpdateTimer:
-    """Times the parts of an update.
-
-    Args:
-        clock: Seconds since some fixed point.
-        last_ended: When the update before ended; None: there was none.
+    """Times the parts of an update; `last_ended` is when the update before ended.
 
     Example:
         >>> now = iter([0.0, 1.0, 3.0, 4.0])
@@ -71,13 +67,7 @@ def counters(engine: EngineStats, trainer: TrainerState) -> dict[str, float]:
 
 
 def usage_metrics(before: Mapping[str, float], after: Mapping[str, float], wall_s: float) -> dict[str, float]:
-    """What engine and trainer did in an update.
-
-    Args:
-        before: The counters at its start.
-        after: The counters at its end.
-        wall_s: Seconds in between.
-    """
+    """What engine and trainer did in an update, from the counters at its start and its end, `wall_s` seconds later."""
     used = {name: value - before[name] for name, value in after.items()}
     sampled, engine_s, trainer_s = (used.pop(name) for name in ("engine/sampled_tokens", "engine/busy_s", "trainer/busy_s"))
     while_busy = {"throughput/engine_busy_tokens_per_s": sampled / engine_s} if engine_s > 0 and sampled else {}
@@ -91,13 +81,7 @@ def usage_metrics(before: Mapping[str, float], after: Mapping[str, float], wall_
 
 
 def batch_metrics(groups: Sequence[TrajectoryGroup], lags: Mapping[int, int], wall_s: float) -> dict[str, float]:
-    """What was trained.
-
-    Args:
-        groups: The groups of the batch.
-        lags: Its loss tokens by staleness.
-        wall_s: Seconds of the update.
-    """
+    """What was trained: the groups of the batch, and its loss tokens by staleness; `wall_s` are the update's seconds."""
     trajectories = [t for group in groups for t in group.trajectories]
     num, num_loss_tokens = len(trajectories), sum(lags.values())
     return {

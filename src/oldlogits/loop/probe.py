@@ -32,8 +32,8 @@ class AllowedError:
     """By how many nats the log-probs of an engine that holds the right weights may differ.
 
     Args:
-        statistic: Of any token, or of their mean.
-        nats: That many.
+        statistic: What is held against `nats`: the largest difference of a token, or their mean.
+        nats: The bound.
         routed: The model chooses experts: a tie between two may move some tokens further, where any token is judged.
     """
 
@@ -60,13 +60,9 @@ class ProbeResult:
 
 
 def allowed_error(numerics: str, tolerance: float | Literal["auto"], *, routed: bool, arithmetic: str = "fp32") -> AllowedError:
-    """The error that the probe allows.
+    """The error that the probe allows an engine of these numerics, which computes in `arithmetic`.
 
-    Args:
-        numerics: The engine's.
-        tolerance: Largest mean |difference| in nats; "auto": as known of the numerics.
-        routed: Whether the model chooses experts.
-        arithmetic: What the engine computes in.
+    A `tolerance` in nats is the largest mean |difference|; "auto" allows what is known of the numerics.
     """
     if tolerance != "auto":
         return AllowedError(statistic="mean", nats=tolerance)
@@ -88,11 +84,11 @@ async def probe(
     """Compare the engine's log-probs of the probe tokens with those that `version` must give them.
 
     Args:
-        engine: Holds `version`.
+        engine: The engine, which should hold `version`.
         probe_ids: The fixed prompt.
-        expected: float32 [len(probe_ids) - 1]: the trainer's, with the engine's numerics, at publish.
-        version: The version that the engine should hold.
-        allowed: From `allowed_error`.
+        expected: float32 [len(probe_ids) - 1]: the trainer's log-probs, with the engine's numerics, at publish.
+        version: The published version.
+        allowed: The allowed error, from `allowed_error`.
 
     Raises:
         ProbeError: They differ by more, or the engine sampled with another version.

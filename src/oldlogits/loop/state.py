@@ -16,7 +16,6 @@ class LoopState:
     """Counts and rows.
 
     Args:
-        num_updates: Updates made.
         num_events: Events recorded when it was written; None: the run begins. Those after them are done anew.
         is_evaluated: Whether the evaluation before the first update is done.
         next_row: The first training row that was never started.

@@ -24,23 +24,15 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopConfig:
-    """The values that the loop works with.
+    """The values that the loop works with; `oldlogits show recipe` explains those that a recipe names.
 
     Args:
-        num_updates: Versions to make.
         max_lag: The staleness that admission allows for: `max_staleness`, or less where the runtime controls the lag.
-        prompts_per_update: Groups of a batch.
-        group_size: Episodes of a group.
         max_running_groups: Groups sampled at the same time; 0: as many as are admitted.
-        filter_uniform: Whether groups whose rewards are all equal are left out.
-        minibatches: Optimizer steps of an update.
-        advantage: How rewards of a group become advantages.
         keeps_all_versions: Whether the store keeps every version in flight, whatever the source needs.
         bytes_per_parameter: Bytes of a parameter of a version.
         num_eval: Episodes of the evaluations before and after training.
-        num_eval_during: Episodes of an evaluation during training.
-        eval_every: Updates between two of them; 0: none.
-        eval_concurrent: Episodes of an evaluation that are played at the same time.
+        eval_every: Updates between two evaluations; 0: none.
         checkpoint_every: Updates between two checkpoints; 0: only at the end.
     """
 

@@ -6,7 +6,7 @@ pause -> source.on_paused -> update_weights -> resume -> probe, consistency chec
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -25,13 +25,7 @@ from oldlogits.train.reports import PublishedVersion
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncResult:
-    """What brought the engine a version.
-
-    Args:
-        num_bytes: Bytes that travelled, those that were refused included.
-        is_patch: Whether a patch was enough.
-        refused: Why the engine's host could not take a patch; empty where it could, or where none was sent.
-    """
+    """What brought the engine a version: bytes that travelled, refused ones included; and why a patch was refused."""
 
     num_bytes: int
     is_patch: bool
@@ -47,26 +41,16 @@ class Paused:
 
 
 class WeightSync:
-    """Brings the engine from one version to the next.
+    """Brings the engine from one version to the next, and tells the source of every pause and every published version.
 
-    Args:
-        config: The run.
-        probe_ids: The fixed prompt on which engine and trainer are compared.
-        backend: What the runtime supplies.
-        source: Is told of every pause and every published version.
-        events: Takes every update of the weights, and every probe.
+    Engine and trainer are compared on the fixed prompt `probe_ids`.
 
     Raises:
         ConfigError: The source needs to know what running turns have sampled, and the engine does not tell.
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        probe_ids: Sequence[int],
-        backend: Backend,
-        source: LogprobSource,
-        events: EventSink,
+        self, config: RunConfig, probe_ids: Sequence[int], backend: Backend, source: LogprobSource, events: EventSink
     ) -> None:
         check_partials(source, backend.engine, config.proximal.source)
         self._config, self._probe_ids, self._backend = config, probe_ids, backend
@@ -84,14 +68,11 @@ class WeightSync:
         return paused
 
     async def give(self, published: PublishedVersion, paused: Paused | None) -> float:
-        """Give the engine the new weights, let it go on, and check it.
+        """Give the engine the new weights, let it go on, and check it; returns the seconds that it stood still.
 
         Args:
-            published: The version.
-            paused: What `pause` returned; None: pause now.
-
-        Returns:
-            The seconds that the engine stood still.
+            published: The new version.
+            paused: The result of `pause`; None: pause now.
 
         Raises:
             ProbeError: The engine does not hold the version as the trainer published it.
@@ -140,14 +121,11 @@ class WeightSync:
         ]
         result = max(results, key=lambda result: result.max_abs_error)
         of_trainer = (await self._backend.trainer.state()).consistency
-        worst = np.fmax(of_trainer.publish_max_abs_error, self._source.witness_max_abs_error)
+        worst = np.fmax(of_trainer.publish_max_abs_error, self._source.consistency_max_abs_error)
         self._events.emit(
             Probed(
                 version=published.version,
-                max_abs_error=result.max_abs_error,
-                mean_abs_error=result.mean_abs_error,
-                num_tokens=result.num_tokens,
-                num_above=result.num_above,
+                **asdict(result),
                 consistency_publish_max_abs_error=float(worst),
                 consistency_lag0_max_abs_error=of_trainer.lag0_max_abs_error,
             )
@@ -155,7 +133,7 @@ class WeightSync:
 
 
 def check_partials(source: LogprobSource, engine: RolloutEngine, name: str) -> None:
-    """Refuse a route that scores before the step, where the engine does not tell what it has sampled by then."""
+    """Refuse a source that scores before the step, where the engine does not tell what it has sampled by then."""
     if source.needs_pause and not engine.capabilities.partials:
         raise ConfigError(
             f"source '{name}' scores what running turns have sampled, and this engine does not tell",

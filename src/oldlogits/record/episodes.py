@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Literal, Self, cast
+from typing import Any, Final, Literal, cast
 
 from oldlogits.core.trajectory import Sampled, Segment, Trajectory
 from oldlogits.record.bus import Event
@@ -28,10 +27,7 @@ class EpisodeSegment:
     """Text that the agent read, or that one version of it sampled.
 
     Args:
-        kind: "context" or "sampled".
-        text: The decoded tokens.
-        num_tokens: How many.
-        version: The version that sampled them; None for context.
+        version: The version that sampled it; None for context.
         tokens: The decoded tokens one by one; may be left empty.
         logp_mu: The log-prob of each; empty, or as many as `tokens`.
     """
@@ -46,19 +42,11 @@ class EpisodeSegment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Episode:
-    """One episode.
+    """One episode; `segments` holds its text, which is left out for most.
 
     Args:
-        id: The trajectory's id.
-        group: Its group's id.
         version: The version that its update made; for an evaluation, the version that was evaluated.
-        split: Of the environment's rows.
-        stage: "train", or the evaluation's stage.
-        reward: The environment's reward.
-        stop_reason: Why it ended.
-        num_turns: The agent's turns.
         versions: The distinct versions that sampled it, ascending.
-        segments: Its text in order; left out for most episodes.
     """
 
     id: str
@@ -73,35 +61,20 @@ class Episode:
     segments: tuple[EpisodeSegment, ...] = ()
 
 
-class EpisodeLog:
+class EpisodeLog(LineFile):
     """Appends episodes to ``episodes.jsonl``."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = LineFile(path)
-
-    def append(self, episode: Episode) -> None:
+    def take(self, episode: Episode) -> None:
         """Write one episode."""
-        self._file.append(asdict(episode))
-
-    def close(self) -> None:
-        """Close the file; a second call does nothing."""
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        """The log itself."""
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Close the file."""
-        self.close()
+        self.append(asdict(episode))
 
 
 class EpisodeRecorder:
     """Writes the episodes of updates and, a few of each, of evaluations.
 
     Args:
-        log: Where they are written.
-        decode: Token ids to text, for transcripts.
+        log: The file to write to.
+        decode: Turns token ids into text, for transcripts.
         every: Updates between two of which the first group is written with its text; 0: none is.
         others: Whoever else takes each episode.
     """
@@ -109,7 +82,7 @@ class EpisodeRecorder:
     def __init__(
         self, log: EpisodeLog, decode: Decode, *, every: int, others: Sequence[Callable[[Episode], None]] = ()
     ) -> None:
-        self._take, self._decode, self._every = (log.append, *others), decode, every
+        self._take, self._decode, self._every = (log.take, *others), decode, every
 
     def emit(self, event: Event) -> None:
         """Write the episodes that an event brings."""

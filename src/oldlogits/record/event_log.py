@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from oldlogits.record.bus import Event, EventKind
-from oldlogits.record.jsonl import Json, LineFile, RecordError, encode, number, read_lines
+from oldlogits.record.jsonl import Json, LineFile, RecordError, number, read_lines
 
 _HEAD: Final = frozenset({"seq", "kind", "version"})
 _RATIO_NAME: Final = re.compile(r"(^|[/_])r_s$")
@@ -23,11 +21,7 @@ _FORMER_KINDS: Final[Mapping[str, EventKind]] = {"referee": EventKind.AUDIT}
 class RecordedEvent:
     """An event as it was read back.
 
-    Args:
-        seq: Its number in the log, from 0.
-        kind: What happened.
-        version: The trainer's version; -1 before there is one.
-        fields: The values of this kind; an earlier version of oldlogits may have written fewer or more.
+    Its fields are those of its kind; an earlier version of oldlogits may have written fewer or more.
     """
 
     seq: int
@@ -36,20 +30,8 @@ class RecordedEvent:
     fields: Mapping[str, Json]
 
 
-class EventLog:
-    """Writes events to a file, each on disk when `emit` returns; `seq` goes on where the file ends.
-
-    Args:
-        path: ``events.jsonl`` of a run folder.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._file = LineFile(path)
-
-    @property
-    def num_events(self) -> int:
-        """The events in the file, which is the next one's `seq`."""
-        return self._file.num_lines
+class EventLog(LineFile):
+    """Writes events to a file, each on disk when `emit` returns; `seq` goes on where the file ends."""
 
     def emit(self, event: Event) -> None:
         """Append one event; those that have no kind are not recorded.
@@ -58,31 +40,7 @@ class EventLog:
             RecordError: A key that is named like a wall-clock value holds no number.
         """
         if event.kind is not None:
-            self._file.append(_line(self.num_events, event.kind, event))
-
-    def close(self) -> None:
-        """Close the file; a second call does nothing."""
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        """Return the log itself."""
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Close the file."""
-        self.close()
-
-
-class MemoryLog:
-    """Keeps events in a list, as they would be read back from a file: for tests."""
-
-    def __init__(self) -> None:
-        self.events: list[RecordedEvent] = []
-
-    def emit(self, event: Event) -> None:
-        """Append one event; raises what `EventLog.emit` raises."""
-        if event.kind is not None:
-            self.events.append(_event(json.loads(encode(_line(len(self.events), event.kind, event)))))
+            self.append(_line(self.num_lines, event.kind, event))
 
 
 def read_events(path: Path) -> Iterator[RecordedEvent]:

@@ -18,7 +18,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Final, Self
@@ -34,15 +33,14 @@ PACKAGES: Final = ("oldlogits", "torch", "transformers", "safetensors", "numpy",
 _VERSION_NAME: Final = re.compile(r"v(\d{6,})")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RunFolder:
-    """The files of one run. `create` makes it; ``RunFolder(path=...)`` reads an existing one.
+    """The files of one run. `create` makes it; ``RunFolder(path=...)`` reads an existing one."""
 
-    Args:
-        path: The folder itself.
-    """
-
-    path: Path
+    def __init__(self, *, path: Path) -> None:
+        self.path = path
+        self.config, self.summary, self.report = path / "config.toml", path / "summary.json", path / "report.html"
+        self.events, self.episodes = path / "events.jsonl", path / "episodes.jsonl"
+        self.tokens, self.checkpoints, self.versions = path / "tokens", path / "checkpoints", path / "versions"
 
     @classmethod
     def create(cls, path: Path, *, resume: bool = False) -> Self:
@@ -65,46 +63,6 @@ class RunFolder:
             part.mkdir(parents=True, exist_ok=True)
         write_json(folder.path / "environment.json", describe_environment())
         return folder
-
-    @property
-    def config(self) -> Path:
-        """``config.toml``: the recipe as resolved."""
-        return self.path / "config.toml"
-
-    @property
-    def events(self) -> Path:
-        """``events.jsonl``."""
-        return self.path / "events.jsonl"
-
-    @property
-    def episodes(self) -> Path:
-        """``episodes.jsonl``."""
-        return self.path / "episodes.jsonl"
-
-    @property
-    def tokens(self) -> Path:
-        """``tokens/``: one Parquet table an update."""
-        return self.path / "tokens"
-
-    @property
-    def checkpoints(self) -> Path:
-        """``checkpoints/``."""
-        return self.path / "checkpoints"
-
-    @property
-    def versions(self) -> Path:
-        """``versions/``: the version store's files."""
-        return self.path / "versions"
-
-    @property
-    def summary(self) -> Path:
-        """``summary.json``."""
-        return self.path / "summary.json"
-
-    @property
-    def report(self) -> Path:
-        """``report.html``."""
-        return self.path / "report.html"
 
     def write_config(self, config: Mapping[str, object]) -> None:
         """Write the resolved recipe."""
@@ -174,7 +132,7 @@ def _installed(name: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """Of the working tree that this code lies in, if it does in one; "-dirty" where files differ from it."""
+    """The commit of the working tree that this code lies in, if it does in one; "-dirty" where files differ from it."""
     here = Path(__file__).parent
     found = []
     for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", str(here.parent)]):

@@ -24,6 +24,11 @@ class Interval:
     num_episodes: int
 
 
+def verdict_of(gain: Interval) -> str:
+    """Say in words whether a gain is beyond chance."""
+    return "better" if gain.low > 0 else "worse" if gain.high < 0 else "no difference beyond chance"
+
+
 def wilson(successes: int, n: int) -> Interval:
     """Wilson's 95% score interval of a success rate ``p = successes / n``.
 

@@ -41,8 +41,7 @@ def number(value: Json) -> float | None:
 class LineFile:
     """Appends JSON lines to a file, each flushed as it is written. One thread writes at a time.
 
-    Args:
-        path: Created when absent; an incomplete last line is cut.
+    An absent file is created; of an existing one an incomplete last line is cut.
     """
 
     def __init__(self, path: Path) -> None:

@@ -29,7 +29,7 @@ from oldlogits.record.events import (
     Updated,
     Warned,
 )
-from oldlogits.record.intervals import Interval
+from oldlogits.record.intervals import Interval, verdict_of
 from oldlogits.record.summary import Summary
 
 _ROWS: Final[Mapping[str, Mapping[str, str]]] = {
@@ -75,12 +75,7 @@ _REFRESH_PER_S: Final = 4
 
 
 class LiveView:
-    """A panel that follows the run; one plain line an update where the output is no terminal.
-
-    Args:
-        total_updates: The updates that the run will make in all.
-        title: Of the panel.
-        console: Where to draw; standard output by default.
+    """A panel that follows a run of `total_updates` in all; one plain line an update where the output is no terminal.
 
     Example:
         >>> import io
@@ -156,20 +151,14 @@ class LiveView:
                 values.append(metrics[key])
         if not self._console.is_terminal:
             shown = [template.format(metrics[key]) for key, template in _PLAIN.items() if key in metrics]
-            self._print("  ".join([f"update {version}/{self._total}", *shown]))
+            self.note("  ".join([f"update {version}/{self._total}", *shown]))
 
     def show(self, metrics: Mapping[str, float]) -> None:
-        """Take values between updates: ``queue/*``, ``eval/mean``, ``eval/low``, ``eval/high``, ``probe/max_abs_error``, ...
-
-        ``queue/admission_open`` is 1 or 0.
-        """
+        """Take values between updates, by the names that the rows show; ``queue/admission_open`` is 1 or 0."""
         self._latest.update(metrics)
 
     def note(self, text: str) -> None:
         """Print a line that stays above the panel."""
-        self._print(text)
-
-    def _print(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=not self._console.is_terminal)
 
     def _panel(self) -> RenderableType:
@@ -251,9 +240,8 @@ def learned_sentence(summary: Summary) -> str:
     text = f"Held-out success {_percent(before)} -> {_percent(after)}"
     if gain is None:
         return text + "."
-    verdict = "better" if gain.low > 0 else "worse" if gain.high < 0 else "no difference beyond chance"
     points = f"{100 * gain.mean:+.1f} points [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
-    return f"{text}: {points} on the same {gain.num_episodes} episodes, {verdict}."
+    return f"{text}: {points} on the same {gain.num_episodes} episodes, {verdict_of(gain)}."
 
 
 def staleness_sentence(summary: Summary) -> str:

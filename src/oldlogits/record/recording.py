@@ -17,13 +17,7 @@ from oldlogits.record.trackers.feed import TrackerFeed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recording:
-    """What the loop writes to, and where it lies.
-
-    Args:
-        folder: The run folder.
-        events: Takes every event of the run.
-        log: The file of events, whose length a checkpoint remembers.
-    """
+    """What the loop writes to: the bus, which takes every event, and the log, whose length a checkpoint remembers."""
 
     folder: RunFolder
     events: EventBus
@@ -43,9 +37,9 @@ def record_run(
     """Open the files of a run folder and close them in the end.
 
     Args:
-        folder: Where to write.
+        folder: The run folder.
         view: Shows the run in the terminal.
-        decode: Token ids to text, for transcripts.
+        decode: Turns token ids into text, for transcripts.
         tokens_every: Updates between two token tables; 0: none.
         transcripts_every: Updates between two transcripts; 0: none.
         trackers: The tracking tools that follow the run.

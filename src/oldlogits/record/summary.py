@@ -29,51 +29,7 @@ ACCOUNTS: Final = ("submitted", "trained", "filtered", "failed", "cancelled", "q
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """What came out of a run; None means that it was not measured.
-
-    Args:
-        success_before: Held-out success of sampled episodes, before the first update.
-        success_after: The same after the last.
-        greedy_before: Held-out success of greedy decoding, before.
-        greedy_after: The same after.
-        gain: Paired difference of sampled success, after - before.
-        num_updates: Versions made.
-        num_trajectories: Trajectories trained on.
-        num_multi_version_trajectories: Those whose tokens come from more than one version.
-        staleness_mean: Over trained tokens, in versions.
-        staleness_max: Over trained tokens.
-        provenance: Trained tokens by how the log-probs of their proximal policy were obtained.
-        consistency_publish_max_abs_error: Largest ``|logp_old(store) - logp(live weights)|`` right after a publish.
-        consistency_lag0_max_abs_error: Largest ``|logp_theta - logp_old|`` of tokens of lag 0 before the first step.
-        probe_max_abs_error: Largest ``|logp_mu - logp(live weights in the engine's numerics)|`` on the fixed prompt.
-        log_r_d_mean_abs: Mean ``|log r_d|`` over loss tokens.
-        log_r_d_max_abs: Largest ``|log r_d|`` over loss tokens.
-        rho_mean: Mean over updates of the share of loss tokens left active.
-        num_dropped_nonfinite: Tokens dropped for a log-prob that is not finite.
-        version_bytes_mean: Bytes that the store keeps for one version beside the resident copy.
-        version_share_of_copy: The same / bytes of a full copy of the forward weights.
-        version_share_of_average: The same / bytes of an fp32 average of what is trained.
-        switch_mean_s: Seconds until the scoring module was at a version, checkout included.
-        sync_bytes_mean: Bytes that travelled to the engine per version.
-        num_patch_syncs: Versions that reached the engine as a patch.
-        num_full_syncs: Versions that reached it as a full copy.
-        num_refused_patches: Patches that the engine's host could not take; a full copy followed.
-        trainer_copies_max: Most copies of what is trained that the trainer kept: the live weights, all that its store holds, an
-            average. A dedicated scorer's process has its own.
-        engine_copies_max: Most copies on the engine's side: those of its replicas, and those that these load from.
-        num_servers_down: Times that a server of the engine failed.
-        num_lost_tokens: Tokens that servers had sampled when they failed or left and that did not arrive, by their own
-            counts: a lower bound. They are sampled anew.
-        train_wall_s: Seconds of the training loop.
-        engine_idle_share: Share of it in which the engine had nothing to sample.
-        trainer_idle_share: Share of it in which the trainer waited.
-        runtime: The runtime that supplied engine and trainer.
-        variant: A name in the table of variants.
-        source: The route to the proximal policy's log-probs.
-        seed: The run's seed.
-        ended: Why it ended; None: no end was recorded, so it still runs or was killed.
-        accounting: Trajectories: submitted, trained, filtered, failed, cancelled, queued, running.
-    """
+    """What came out of a run; None means that it was not measured. docs/run-folder.md says what each field means."""
 
     success_before: Interval | None
     success_after: Interval | None
@@ -146,11 +102,7 @@ def _revive(found: dict[str, Any]) -> dict[str, Any] | Interval:
 
 
 def summarise(events: Iterable[RecordedEvent]) -> Summary:
-    """Add up the events of a run, whole or not.
-
-    Args:
-        events: All events of its file, in order.
-    """
+    """Add up the events of a run, whole or not: all of its file, in order."""
     found = _Events(history(events))
     started, metrics = found.last(EventKind.RUN_STARTED), found.metrics
     tokens = [sum(counts.values()) for counts in found.counts("staleness_counts")]
@@ -248,20 +200,20 @@ class _Events:
 
     def rate(self, stage: str, mode: str) -> Interval | None:
         """The success rate of the last evaluation of a stage."""
-        for event in reversed(self.of[EventKind.EVALUATION]):
-            if (event.fields["stage"], event.fields["mode"]) == (stage, mode):
-                mean, low, high, num = (number(event.fields[name]) for name in ("mean", "low", "high", "num_episodes"))
-                if mean is not None and low is not None and high is not None:
-                    return Interval(mean=mean, low=low, high=high, num_episodes=int(num or 0))
-        return None
+        played = self._evaluation(stage, mode)
+        mean, low, high, num = (number(played.get(name)) for name in ("mean", "low", "high", "num_episodes"))
+        if mean is None or low is None or high is None:
+            return None
+        return Interval(mean=mean, low=low, high=high, num_episodes=int(num or 0))
 
     def rewards(self, stage: str) -> list[float]:
         """The rewards of the last sampled evaluation of a stage; empty where none was recorded."""
-        for event in reversed(self.of[EventKind.EVALUATION]):
-            if (event.fields["stage"], event.fields["mode"]) == (stage, "sampled"):
-                rewards = event.fields.get("rewards")
-                return [number(reward) or 0.0 for reward in rewards] if isinstance(rewards, list) else []
-        return []
+        rewards = self._evaluation(stage, "sampled").get("rewards")
+        return [number(reward) or 0.0 for reward in rewards] if isinstance(rewards, list) else []
+
+    def _evaluation(self, stage: str, mode: str) -> Mapping[str, Json]:
+        played = [e.fields for e in self.of[EventKind.EVALUATION] if (e.fields["stage"], e.fields["mode"]) == (stage, mode)]
+        return played[-1] if played else {}
 
     def accounting(self) -> Mapping[str, int]:
         """What became of the trajectories, as the end of the run counted it.

@@ -38,12 +38,7 @@ _KINDS: Final = {"string": "UTO", "int": "iu", "float": "f", "bool": "b"}
 
 
 class TokenTables:
-    """Writes the tokens of updates.
-
-    Args:
-        folder: ``tokens/`` of a run folder.
-        every: Updates between two tables; 0: none is written.
-    """
+    """Writes the tokens of one update in `every` into ``tokens/`` of a run folder; 0: of none."""
 
     def __init__(self, folder: Path, *, every: int) -> None:
         self._folder, self._every = folder, every
@@ -58,7 +53,7 @@ def write_tokens(folder: Path, version: int, columns: Mapping[str, Column]) -> P
     """Write the tokens of the update that made `version` to ``folder/v000012.parquet``.
 
     Args:
-        folder: ``tokens/`` of a run folder.
+        folder: The folder ``tokens/`` of a run folder.
         version: The version that the update made.
         columns: One array ``[token]`` for every column of `SCHEMA`.
 
@@ -85,10 +80,10 @@ def sample_tokens(folder: Path, *, names: Sequence[str], max_rows: int, seed: in
     """Rows of all tables of a folder, thinned uniformly at random to about `max_rows`.
 
     Args:
-        folder: ``tokens/`` of a run folder; it may be absent or empty.
+        folder: The folder ``tokens/`` of a run folder; it may be absent or empty.
         names: The columns to read.
         max_rows: The expected number of rows; all rows are read when there are fewer.
-        seed: Of the thinning.
+        seed: The seed of the thinning.
 
     Returns:
         One array ``[row]`` a column; of length 0 when there is no table.

@@ -24,13 +24,7 @@ def pace_of(update_s: float, prompts_per_update: int) -> float:
 
 
 class Admission(ABC):
-    """Starts groups; what a group is, a subclass knows.
-
-    Args:
-        buffer: Says what the staleness bound admits.
-        tasks: Supervises what is started.
-        max_running_groups: Groups sampled at the same time; 0: as many as are admitted.
-    """
+    """Starts groups, at most `max_running_groups` at the same time (0: any number); what a group is, a subclass knows."""
 
     def __init__(self, buffer: Buffer, tasks: asyncio.TaskGroup, *, max_running_groups: int) -> None:
         self._buffer, self._tasks = buffer, tasks
@@ -47,10 +41,10 @@ class Admission(ABC):
         """Admit a group to the buffer and start it; its task calls `group_ended` as soon as the buffer has closed it."""
 
     def admit(self, version: int, *, num_wanted: int, pace_s: float) -> None:
-        """The engine holds `version` now: start what the bound admits.
+        """Start what the bound admits now that the engine holds `version`.
 
         Args:
-            version: Of the engine.
+            version: The engine's version.
             num_wanted: Groups that the run still trains; no more are started.
             pace_s: Seconds between two starts unless the trainer waits; 0: always start at once.
         """
@@ -71,7 +65,7 @@ class Admission(ABC):
             self._running.add(self.start_group())
 
     def group_ended(self) -> None:
-        """The group of the current task was closed: it holds back no other."""
+        """Note that the group of the current task was closed, so that it holds back no other."""
         task = asyncio.current_task()
         assert task is not None
         self._running.discard(task)

@@ -54,9 +54,7 @@ class Closed:
 class Buffer:
     """Admits groups within the staleness bound, collects their trajectories, and hands out batches.
 
-    Args:
-        bound: The staleness bound.
-        filter_uniform: Leave out groups whose rewards are all equal.
+    With `filter_uniform` groups whose rewards are all equal are left out.
     """
 
     def __init__(self, bound: StalenessBound, *, filter_uniform: bool) -> None:
@@ -122,16 +120,16 @@ class Buffer:
         return self._bound.capacity - self.num_outstanding
 
     def end(self, trajectory: Trajectory) -> None:
-        """A trajectory ended well."""
+        """Take a trajectory that ended well."""
         self._entries[trajectory.group_id].ended.append(trajectory)
 
     def fail(self, group_id: str) -> None:
-        """A trajectory was ended by its environment."""
+        """Count a trajectory that its environment ended."""
         self._entries[group_id].num_failed += 1
         self.account.failed += 1
 
     def close(self, group_id: str) -> Closed:
-        """All members ended: queue the group, or filter it."""
+        """Queue a group whose members have all ended, or filter it."""
         entry = self._entries[group_id]
         members = sorted(entry.ended, key=lambda t: t.id)
         uniform = len({t.reward for t in members}) < 2
@@ -144,7 +142,7 @@ class Buffer:
         return Closed(trajectories=tuple(members), num_failed=entry.num_failed, filtered=entry.group is None)
 
     def cancel_all(self) -> list[str]:
-        """The run ends: count what is outstanding as cancelled; returns the trajectories that had ended."""
+        """Count what is outstanding as cancelled, since the run ends; returns the trajectories that had ended."""
         self.account.cancelled += self.running + self.queued
         ended = [t.id for entry in self._entries.values() for t in entry.ended]
         ended += [t.id for group in self._in_training for t in group.trajectories]
@@ -173,7 +171,7 @@ class Buffer:
         return groups
 
     def confirm_trained(self) -> None:
-        """The groups last taken were trained and the engine holds the version that came of it: make room for others."""
+        """Make room for others: the groups last taken are trained, and the engine holds the version that came of it."""
         self.account.trained += self._num_in_training
         self._in_training = []
 
@@ -182,7 +180,7 @@ class Buffer:
         return sum(len(group.trajectories) for group in self._in_training)
 
     def check(self) -> None:
-        """The invariant: no trajectory is lost or counted twice.
+        """Check the invariant that no trajectory is lost or counted twice.
 
         Raises:
             AccountingError: It does not hold.
@@ -198,9 +196,9 @@ class Buffer:
             )
 
     def _choose(self, version: int) -> list[str] | None:
-        names = list(self._entries)
+        window, names = self._bound.max_staleness, list(self._entries)
         outstanding = [
-            Outstanding(deadline=entry.admitted_version + self._bound.max_staleness, ready=entry.group is not None)
+            Outstanding(deadline=entry.admitted_version + window, ready=entry.group is not None)
             for entry in self._entries.values()
         ]
         chosen = self._bound.choose(version, outstanding)

@@ -48,7 +48,7 @@ class ThreadRunner:
     Args:
         timeout_s: Seconds that one call may take, once it runs.
         latency_s: Mean of a simulated, exponentially distributed latency before a tool answers; 0: none.
-        seed: Of the latency.
+        seed: The seed of the latency.
     """
 
     def __init__(self, *, timeout_s: float, latency_s: float, seed: int) -> None:

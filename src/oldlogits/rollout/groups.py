@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 from oldlogits.core.environment import Environment, Row
@@ -33,11 +34,11 @@ class Rollouts(Admission):
 
     Args:
         agent: Plays the episodes.
-        environment_class: One instance per episode.
+        environment_class: The class of which every episode has an instance.
         rows: The tasks.
-        buffer: Admits and collects.
-        source: Told of trajectories that grow, of groups that end, and of those that are not trained.
-        events: Written to as groups start, end and fail.
+        buffer: Admits groups and collects their trajectories.
+        source: Is told of trajectories that grow, of groups that end, and of those that are not trained.
+        events: Takes an event whenever a group starts or ends, or an episode fails.
         tasks: Supervises the episodes: an error of the engine in one of them ends the run.
         group_size: Episodes per group.
         max_running_groups: Groups sampled at the same time; 0: as many as are admitted.
@@ -113,14 +114,12 @@ class Rollouts(Admission):
         else:
             await self._source.on_arrival(closed.trajectories)
 
-    async def _play(self, id: str, group_id: str, row: Row) -> Trajectory | Failure:
-        return await run_episode(self._agent, self._class, row, id=id, group_id=group_id)
-
     async def _play_member(self, group_id: str, member: int, row: Row) -> None:
         id = f"{group_id}.{member}"
         self.latency.started(id)
         try:
-            while isinstance(outcome := await self._play(id, group_id, row), Failure) and outcome.begins_again:
+            play = partial(run_episode, self._agent, self._class, row, id=id, group_id=group_id)
+            while isinstance(outcome := await play(), Failure) and outcome.begins_again:
                 self._source.drop([id])
                 self._events.emit(
                     TrajectoryRestarted(
@@ -189,11 +188,11 @@ async def evaluate(
     """Play one episode per row.
 
     Args:
-        agent: Plays; its sampling temperature is replaced.
-        environment_class: One instance per episode.
+        agent: Plays the episodes; its sampling temperature is replaced.
+        environment_class: The class of which every episode has an instance.
         rows: The tasks.
-        name: Of the evaluation: a prefix of trajectory ids.
-        temperature: 0 for greedy decoding.
+        name: The prefix of trajectory ids.
+        temperature: The sampling temperature; 0 for greedy decoding.
         num_running: Episodes played at the same time.
         on_progress: Called with the number of episodes that ended.
 
@@ -208,9 +207,9 @@ async def evaluate(
     async def work() -> None:
         nonlocal num_ended
         for i in waiting:
-            outcome = await run_episode(player, environment_class, rows[i], id=f"{name}.{i}", group_id=name)
-            while isinstance(outcome, Failure) and outcome.begins_again:
-                outcome = await run_episode(player, environment_class, rows[i], id=f"{name}.{i}", group_id=name)
+            play = partial(run_episode, player, environment_class, rows[i], id=f"{name}.{i}", group_id=name)
+            while isinstance(outcome := await play(), Failure) and outcome.begins_again:
+                pass
             outcomes[i] = outcome
             failures.count(outcome)
             num_ended += 1
@@ -220,7 +219,5 @@ async def evaluate(
         for _ in range(min(num_running, len(rows))):
             workers.create_task(work())
     trajectories = tuple(o for o in outcomes if isinstance(o, Trajectory))
-    return Evaluation(
-        rewards=tuple(o.reward if isinstance(o, Trajectory) else 0.0 for o in outcomes),
-        trajectories=trajectories,
-    )
+    rewards = tuple(o.reward if isinstance(o, Trajectory) else 0.0 for o in outcomes)
+    return Evaluation(rewards=rewards, trajectories=trajectories)

@@ -19,12 +19,7 @@ from oldlogits.core.errors import AccountingError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outstanding:
-    """A group that was admitted and not yet trained.
-
-    Args:
-        deadline: The last version at which it may be trained: admitted version + max_staleness.
-        ready: Whether all its episodes ended.
-    """
+    """A group that was admitted and not yet trained: the last version at which it may be, and whether its episodes ended."""
 
     deadline: int
     ready: bool
@@ -51,7 +46,7 @@ class StalenessBound:
 
         Args:
             version: The trainer's version.
-            outstanding: In order of admission.
+            outstanding: The groups in order of admission.
 
         Returns:
             B positions in `outstanding`, ascending by (deadline, admission).

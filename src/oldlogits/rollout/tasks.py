@@ -15,13 +15,13 @@ ROWS_PER_SEED = 1_000_000
 
 
 class TaskDataset:
-    """Training rows in a fixed order, and held-out rows that are the same for every seed.
+    """Training rows in an order that depends on the seed, and held-out rows that are the same for every seed.
 
     Args:
         environment_class: The class that plays the rows; it makes them as well where no file is named.
-        seed: The run's seed, on which the order of the training rows depends.
-        train_data: A JSONL file of training rows; empty: the class makes them.
-        eval_data: A JSONL file of held-out rows; empty: the class makes them.
+        seed: The run's seed.
+        train_data: A JSONL file of training rows.
+        eval_data: A JSONL file of held-out rows.
         needs_heldout: Whether the run evaluates, so that held-out rows must be there.
 
     Raises:
@@ -79,9 +79,8 @@ class TaskDataset:
                 f"{self._class.__name__} makes no rows and the recipe names none",
                 got=f"{key} = ''",
                 allowed=f"{key} = FILE.jsonl, or a static method make_row(split, index) -> dict",
-                fix=f"write a JSONL file of reset(**row) arguments and set {key}, or eval.num_episodes = 0 and eval.every = 0"
-                if split == "heldout"
-                else f"write a JSONL file of reset(**row) arguments and set {key}",
+                fix=f"write a JSONL file of reset(**row) arguments and set {key}"
+                + (", or eval.num_episodes = 0 and eval.every = 0" if split == "heldout" else ""),
             )
 
 

@@ -22,11 +22,7 @@ QUANTILES: Final = (50, 90, 99)
 
 
 class TurnLatency:
-    """Seconds in which a trajectory is not the engine's.
-
-    Args:
-        clock: Seconds since some fixed point.
-    """
+    """Seconds in which a trajectory is not the engine's."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
@@ -39,18 +35,18 @@ class TurnLatency:
         return len(self._since)
 
     def started(self, trajectory_id: str) -> None:
-        """The episode of this trajectory begins."""
+        """Note that the episode of this trajectory begins."""
         self._since[trajectory_id] = ("first", self._clock())
 
     def grew(self, trajectory_id: str, segments: Sequence[Segment]) -> None:
-        """A running trajectory has these segments now: a sampled last one begins a gap, a context ends it."""
+        """Note the segments of a running trajectory: a sampled last one begins a gap, a context ends it."""
         if isinstance(segments[-1], Sampled):
             self._since[trajectory_id] = ("gap", self._clock())
         else:
             self._note(trajectory_id)
 
     def ended(self, trajectory_id: str, *, well: bool) -> None:
-        """Its episode is over and is forgotten; the time after its last turn counts where it ended `well`."""
+        """Forget an episode that is over; the time after its last turn counts where it ended `well`."""
         if well and trajectory_id in self._since:
             self._note(trajectory_id, kind="last")
         self._since.pop(trajectory_id, None)

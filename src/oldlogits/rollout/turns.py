@@ -59,8 +59,8 @@ class TurnLimits:
     """Where an episode is cut off.
 
     Args:
-        max_turns: Assistant turns.
-        max_tokens_per_turn: Sampled tokens of one assistant turn.
+        max_turns: The assistant's turns.
+        max_tokens_per_turn: Sampled tokens of one turn.
         max_tokens: Tokens of the whole episode, context included.
     """
 
@@ -84,14 +84,9 @@ class Agent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """An episode that the environment ended: an exception or a time-out.
+    """An episode that the environment ended, by an exception or a time-out, after `num_tokens` were sampled.
 
-    Args:
-        id: Of the trajectory.
-        group_id: Of its group.
-        reason: What happened.
-        begins_again: Whether the environment was lost with its worker: the episode is played once more.
-        num_tokens: That it had sampled.
+    It `begins_again` where the environment was lost with its worker.
     """
 
     id: str
@@ -104,17 +99,14 @@ class Failure:
 async def run_episode(
     agent: Agent, environment_class: type[Environment], row: Row, *, id: str, group_id: str
 ) -> Trajectory | Failure:
-    """Play one episode.
+    """Play one episode in an environment of its own; returns the trajectory, or a failure that says what the environment did.
 
     Args:
         agent: The agent.
-        environment_class: Instantiated for this episode only.
+        environment_class: The class of the environment.
         row: The task: the arguments of `reset`.
-        id: Of the trajectory; requests to the engine are named ``{id}/{turn}``.
-        group_id: Of its group.
-
-    Returns:
-        The trajectory, or a failure that says what the environment did.
+        id: The trajectory's id; requests to the engine are named ``{id}/{turn}``.
+        group_id: The id of its group.
 
     Raises:
         WorkerDiedError: The engine ended.

@@ -78,7 +78,7 @@ class Cost:
         optimizer_bytes: AdamW's two moments.
         activation_bytes: A bound of what one micro-batch keeps for its backward pass, on each rank.
         gathered_bytes: Whole layers on each rank of several.
-        store_bytes: A bound of what the store holds; 0 where neither the source nor the referee needs it.
+        store_bytes: A bound of what the store holds; 0 where neither the source nor the audit needs it.
         expected_store_bytes: The same with patches as they were measured.
         scorer_bytes: The model and the versions of a dedicated scorer.
         average_bytes: The fp32 average of a source that has one.

@@ -69,7 +69,7 @@ class DedicatedSource(IncrementalSource):
         """Give the scorer a version. It carries out calls in order, so it is asked for the new window only from now on."""
         self.hold((*self._held, version)[-self._dedicated.window :])
         error = await self._dedicated.publish(version, update, probe_logps)
-        self.witness_max_abs_error = float(np.fmax(self.witness_max_abs_error, error))
+        self.consistency_max_abs_error = float(np.fmax(self.consistency_max_abs_error, error))
 
     def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         """Start a task whose error the next `acquire` raises."""

@@ -129,7 +129,7 @@ class IncrementalSource(LogprobSource):
                 self._counted["source/score_s"] += scored.seconds_s
                 self._counted["source/num_checkouts"] += 1
                 self._counted["source/switch_s"] += scored.switch_s
-                self._counted["source/check_s"] += scored.witness_s
+                self._counted["source/check_s"] += scored.check_s
                 self._counted["source/read_tokens"] += sum(span.num_read for span in spans)
                 self._counted["source/fallback_tokens"] += 0 if is_held else len(scored.values)
                 self._num_switches += version != self._last_version

@@ -44,13 +44,13 @@ class ScoringWork:
         read_tokens: Tokens that forward passes have read, each sequence up to its last scored token.
         num_checkouts: How often weights were asked for, those that scored last included.
         switch_s: Seconds until the module pointed at them, checkout included.
-        witness_s: Seconds of the consistency checks that followed.
+        check_s: Seconds of the consistency checks that followed.
     """
 
     read_tokens: int = 0
     num_checkouts: int = 0
     switch_s: float = 0.0
-    witness_s: float = 0.0
+    check_s: float = 0.0
 
     def __add__(self, other: ScoringWork) -> ScoringWork:
         """Add the work of two pieces."""

@@ -90,9 +90,7 @@ class Scorer:
         with self._scoring_at(at):
             values = self._read(self._live.scoring, *pack(pieces))
         work = self.work - before
-        return ScoredSpans(
-            values=values, seconds_s=time.perf_counter() - started, switch_s=work.switch_s, witness_s=work.witness_s
-        )
+        return ScoredSpans(values=values, seconds_s=time.perf_counter() - started, switch_s=work.switch_s, check_s=work.check_s)
 
     def score_average(self, tokens: NDArray[np.int64]) -> AverageScores:
         """Score loss tokens of the batch, by position, under the weights averaged up to the current version."""
@@ -161,7 +159,7 @@ class Scorer:
                 try:
                     self.checks.check_checkout(live.scoring, at)
                 finally:
-                    self.work += ScoringWork(witness_s=time.perf_counter() - started)
+                    self.work += ScoringWork(check_s=time.perf_counter() - started)
             yield
 
     def _checkout(self, version: PolicyVersion) -> AbstractContextManager[Mapping[str, Tensor]]:

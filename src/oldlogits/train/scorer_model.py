@@ -59,7 +59,7 @@ class ScorerModel:
             switched = time.perf_counter()
             values = self._score(*pack(spans))
         seconds_s = time.perf_counter() - started
-        return ScoredSpans(values=values, seconds_s=seconds_s, switch_s=switched - started, witness_s=0.0)
+        return ScoredSpans(values=values, seconds_s=seconds_s, switch_s=switched - started, check_s=0.0)
 
     def _score(self, sequences: Sequences, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         return score_tokens(self._model, sequences, tokens, **self._spec.sizes)

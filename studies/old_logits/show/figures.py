@@ -9,7 +9,7 @@ from statistics import median
 from typing import Final, Literal
 
 from oldlogits.record.report import charts
-from oldlogits.record.report.charts import Dot, Line, Mark, Row
+from oldlogits.record.report.charts import Line
 from oldlogits.record.report.figures import Figure
 from studies.old_logits.analyse.contrasts import (
     COLLAPSE,
@@ -24,6 +24,7 @@ from studies.old_logits.analyse.contrasts import (
 from studies.old_logits.layout import interval, plus_minus
 from studies.old_logits.measure.decision import DecisionError
 from studies.old_logits.results import LearningRun, Regime, Study
+from studies.old_logits.show.charts import Dot, Mark, Row, row_chart, scatter_chart
 from studies.old_logits.show.cost_tables import choices
 from studies.old_logits.show.decision_tables import main_band, stand_ins
 from studies.old_logits.show.learning_tables import VIEW_NAMES
@@ -139,7 +140,7 @@ def cost_figures(study: Study) -> list[list[Figure]]:
                 title=f"{engine}: decision error against cost",
                 caption="Left and low is better. The dashed line joins those that no other one beats; costs within the "
                 "noise count as equal. Overlapped work and stalls of the engine are not in the seconds.",
-                svg=charts.scatter_chart(x, y, marks, x_label="seconds that the route adds to an update", path=path),
+                svg=scatter_chart(x, y, marks, x_label="seconds that the route adds to an update", path=path),
             )
         )
     return [shown[at : at + 2] for at in range(0, len(shown), 2)]
@@ -172,7 +173,7 @@ def _forest(study: Study, contrasts: Sequence[Contrast], axis: Axis) -> Figure:
     return Figure(
         title=title,
         caption=f"{how}, {primary}: first minus second, paired over blocks, with 95% t intervals.",
-        svg=charts.row_chart(x, rows, x_label="difference in success", null=0.0),
+        svg=row_chart(x, rows, x_label="difference in success", null=0.0),
     )
 
 
@@ -193,7 +194,7 @@ def _every_run(study: Study, regime: Regime, rows: Sequence[MethodRow]) -> Figur
         title=f"{regime.name}: every run",
         caption=f"Final success, {VIEW_NAMES[study.declaration.primary]}: each run, and the mean with its 95% interval. "
         f"Collapsed: below {bar:.3f}, {COLLAPSE:g} of the best mean of the regime in any view.",
-        svg=charts.row_chart(charts.x_axis(0.0, 1.0), shown, x_label="held-out success"),
+        svg=row_chart(charts.x_axis(0.0, 1.0), shown, x_label="held-out success"),
         legend=((_BAD, "collapsed"),),
     )
 

@@ -46,24 +46,14 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunData:
-    """A run as recorded.
+    """A run as recorded, in order; after a resume, the line of history that went on.
 
     Args:
-        path: The run folder.
         started: The fields of ``run_started``; empty when the run never started.
-        updates: By version, ascending; after a resume, those of the line of history that went on.
-        evaluations: In order.
-        probe_max_abs_error: The largest of all probes.
-        audits: The events of the exact audit.
-        resets: The events of resets of the weight average.
         calibration: The fields of ``calibration``; empty when there was none.
-        warnings: In order, each once.
         ended: The reason in ``run_ended``; None when the process was killed.
-        error: The error in ``run_ended``.
-        summary: What the events add up to.
-        tokens: A sample of the loss tokens, one array a column; of length 0 without tables.
+        tokens: A sample of the loss tokens, one array a column; arrays of length 0 without tables.
         episodes: Those with text, each id once.
-        config: The text of ``config.toml``.
     """
 
     path: Path

@@ -18,22 +18,19 @@ from oldlogits.record.report.data import RunData
 from oldlogits.record.report.figures import Figure
 
 Sums = Mapping[str, float]
-"""The sums of a `audit` event at one staleness, or over several."""
+"""The sums of an `audit` event at one staleness, or over several."""
 
 _NAMES = tuple(sorted(FIELDS[EventKind.AUDIT] - {"policy", "seconds_s"}))
 
-_COLUMNS = (
-    "staleness",
-    "tokens",
-    "mean |log-prob error|",
-    "kept wrongly",
-    "masked wrongly",
-    "kept, A ≠ 0",
-    "masked, A ≠ 0",
-    "kept, by weight",
-    "masked, by weight",
-)
-
+_SHARES: Final = {
+    "kept wrongly": ("wrongly_kept", "num_tokens"),
+    "masked wrongly": ("wrongly_masked", "num_tokens"),
+    "kept, A ≠ 0": ("wrongly_kept_nonzero", "num_nonzero"),
+    "masked, A ≠ 0": ("wrongly_masked_nonzero", "num_nonzero"),
+    "kept, by weight": ("weight_wrongly_kept", "weight"),
+    "masked, by weight": ("weight_wrongly_masked", "weight"),
+}
+"""The columns of the table that are one sum over another."""
 
 _ERRORS: Final = ("error_before", "error_after", "weight_error_before", "weight_error_after")
 
@@ -67,9 +64,9 @@ def _audit(run: RunData) -> Figure:
     by_staleness = pooled(run.audits)
     policy = str(run.audits[-1].fields["policy"])
     caption = (
-        f"Over {len(run.audits)} batches whose exact log-probs were computed beside the route. Shares are of the loss tokens, "
-        "of those with A ≠ 0, and by weight: the sum of |R A| over the differing tokens over that of the tokens active under "
-        "OLD, R = theta/mu."
+        f"Over {len(run.audits)} batches whose exact log-probs were computed beside the source's. Shares are of the loss "
+        "tokens, of those with A ≠ 0, and by weight: the sum of |R A| over the differing tokens over that of the tokens active "
+        "under OLD, R = theta/mu."
     )
     everything = {name: sum(sums[name] for sums in by_staleness.values()) for name in _NAMES}
     rows = [_row(str(lag), sums) for lag, sums in by_staleness.items()] + [_row("all", everything)]
@@ -78,7 +75,7 @@ def _audit(run: RunData) -> Figure:
         caption=caption,
         svg=_chart(by_staleness),
         legend=(("c0", "masked wrongly"), ("c1", "kept wrongly")),
-        table=(_COLUMNS, *rows),
+        table=(("staleness", "tokens", "mean |log-prob error|", *_SHARES), *rows),
     )
 
 
@@ -132,19 +129,8 @@ def pooled(events: Iterable[RecordedEvent]) -> dict[int, Sums]:
 
 def _row(label: str, sums: Sums) -> tuple[str, ...]:
     error = sums["logp_error"] / sums["num_compared"] if sums["num_compared"] else float("nan")
-    shares = (
-        ("wrongly_kept", "num_tokens"),
-        ("wrongly_masked", "num_tokens"),
-        ("wrongly_kept_nonzero", "num_nonzero"),
-        ("wrongly_masked_nonzero", "num_nonzero"),
-        ("weight_wrongly_kept", "weight"),
-        ("weight_wrongly_masked", "weight"),
-    )
-    return label, f"{sums['num_tokens']:,.0f}", f"{error:.2g}", *(_share(sums, top, bottom) for top, bottom in shares)
-
-
-def _share(sums: Sums, top: str, bottom: str) -> str:
-    return f"{sums[top] / sums[bottom]:.2%}" if sums[bottom] else "—"
+    shares = (f"{sums[top] / sums[bottom]:.2%}" if sums[bottom] else "—" for top, bottom in _SHARES.values())
+    return label, f"{sums['num_tokens']:,.0f}", f"{error:.2g}", *shares
 
 
 def _chart(by_staleness: Mapping[int, Sums]) -> Markup:

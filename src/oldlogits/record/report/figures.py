@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,6 +24,7 @@ Bools = npt.NDArray[np.bool_]
 _MAX_POINTS: Final = 240
 _NUM_BINS: Final = 60
 _MIN_TOKENS: Final = 20
+_MARKS: Final = {"sampled": "c1", "greedy": "c3"}
 _TIMES: Final = {
     "time/wait_batch_s": "wait for a batch",
     "time/score_s": "score the proximal policy",
@@ -45,50 +47,67 @@ class Figure:
     table: tuple[tuple[str, ...], ...] = ()
 
 
+Draw = Callable[[RunData, Sequence[Update]], Figure | None]
+"""Draws a figure of a run and of its updates; None: nothing was recorded for it."""
+
+
 def figures(run: RunData) -> dict[str, list[Figure]]:
     """The figures by section, in the order of the page; sections without figures are left out."""
     updates = binned(run.updates, _MAX_POINTS)
-    sections = {
-        "Learning": [_learning(run, updates), _over_versions(updates, "Gradient norm", {"grad/norm": "norm"}, "")],
-        "What the masks keep": [
-            _over_versions(
-                updates,
-                "Active tokens (rho)",
-                {"mask/rho": "active", "mask/rho_band": "kept by the band", "mask/rho_clip": "kept by the clip"},
-                "Share of loss tokens left after the discrepancy band and the PPO clip.",
-                percent=True,
-            ),
-            _staleness(run),
-        ],
-        "The two ratios": [_r_d(run), _r_s(run), _by_staleness(run), _sizes(updates), _kl(updates), _ess(updates)],
-        "The system": [
-            _over_versions(
-                updates,
-                "Tokens per second",
-                {"throughput/engine_tokens_per_s": "engine, sampled", "throughput/trainer_tokens_per_s": "trainer, trained"},
-                "",
-                from_zero=True,
-            ),
-            _over_versions(
-                updates,
-                "Idle time",
-                {"idle/engine_share": "engine", "idle/trainer_share": "trainer"},
-                "Share of the time in which a side waits for the other.",
-                percent=True,
-                from_zero=True,
-            ),
-            _over_versions(
-                updates,
-                "Trajectories in flight",
-                {"queue/running": "running", "queue/queued": "queued"},
-                "Running in the engine, and finished but not yet trained.",
-                from_zero=True,
-            ),
-            _times(updates),
-        ],
-    }
-    found = {name: [figure for figure in group if figure] for name, group in sections.items()}
+    found = {name: [figure for draw in group if (figure := draw(run, updates))] for name, group in _sections().items()}
     return {name: group for name, group in found.items() if group}
+
+
+def _sections() -> dict[str, tuple[Draw, ...]]:
+    """What each section shows, in order."""
+    rho = {"mask/rho": "active", "mask/rho_band": "kept by the band", "mask/rho_clip": "kept by the clip"}
+    tokens = {"throughput/engine_tokens_per_s": "engine, sampled", "throughput/trainer_tokens_per_s": "trainer, trained"}
+    idle = {"idle/engine_share": "engine", "idle/trainer_share": "trainer"}
+    queue = {"queue/running": "running", "queue/queued": "queued"}
+    sizes = {"ratio/log_r_d_abs_mean": "|log r_d|", "ratio/log_r_s_abs_mean": "|log r_s|"}
+    of_rho = "Share of loss tokens left after the discrepancy band and the PPO clip."
+    of_ess = "Of the total ratio r_d r_s, as a share of the loss tokens before masking."
+    of_sizes = "Mean over the loss tokens of each update."
+    of_idle = "Share of the time in which a side waits for the other."
+    of_queue = "Running in the engine, and finished but not yet trained."
+    return {
+        "Learning": (_learning, _metrics("Gradient norm", {"grad/norm": "norm"}, "")),
+        "What the masks keep": (_metrics("Active tokens (rho)", rho, of_rho, percent=True), _staleness),
+        "The two ratios": (
+            _r_d,
+            _r_s,
+            _by_staleness,
+            _metrics("Size of the ratios over the run", sizes, of_sizes, from_zero=True),
+            _kl,
+            _metrics("Effective sample size", {"ratio/ess": "share"}, of_ess, percent=True),
+        ),
+        "The system": (
+            _metrics("Tokens per second", tokens, "", from_zero=True),
+            _metrics("Idle time", idle, of_idle, percent=True, from_zero=True),
+            _metrics("Trajectories in flight", queue, of_queue, from_zero=True),
+            _times,
+        ),
+    }
+
+
+def _metrics(title: str, labels: Mapping[str, str], caption: str, *, percent: bool = False, from_zero: bool = False) -> Draw:
+    """Draw the labelled metrics over versions, as recorded."""
+
+    def draw(_: RunData, updates: Sequence[Update]) -> Figure | None:
+        found = {key: points for key in labels if (points := _series(updates, key))}
+        if not found:
+            return None
+        text = ("{:.2%}" if percent else "{:.4g}").format
+        lines = [
+            Line(label=labels[key], points=points, colour=f"c{index % 5}", text=text)
+            for index, (key, points) in enumerate(found.items())
+        ]
+        values = [value for points in found.values() for _, value in points]
+        y = charts.y_axis(0.0 if from_zero else min(values), max(values), percent=percent)
+        svg = charts.line_chart(_versions_axis(updates), y, lines, x_label="version")
+        return Figure(title=title, caption=caption, svg=svg, legend=_legend(lines) if len(lines) > 1 else ())
+
+    return draw
 
 
 def _learning(run: RunData, updates: Sequence[Update]) -> Figure | None:
@@ -110,56 +129,18 @@ def _learning(run: RunData, updates: Sequence[Update]) -> Figure | None:
     return Figure(title="Reward", caption=caption, svg=svg, legend=tuple(legend))
 
 
-_MARKS: Final = {"sampled": "c1", "greedy": "c3"}
-
-
 def _evaluation_mark(evaluation: Evaluation) -> Whisker:
     tip = (
         f"{evaluation.stage}, {evaluation.mode}: {evaluation.mean:.3f} [{evaluation.low:.3f}, {evaluation.high:.3f}]\n"
         f"{evaluation.num_episodes} episodes at version {evaluation.version}"
     )
-    shift = 0.0 if evaluation.mode == "sampled" else 0.4
-    return Whisker(
-        x=evaluation.version + shift,
-        mean=evaluation.mean,
-        low=evaluation.low,
-        high=evaluation.high,
-        colour=_MARKS.get(evaluation.mode, "c4"),
-        tip=tip,
-    )
+    x, colour = evaluation.version + (0.0 if evaluation.mode == "sampled" else 0.4), _MARKS.get(evaluation.mode, "c4")
+    return Whisker(x=x, mean=evaluation.mean, low=evaluation.low, high=evaluation.high, colour=colour, tip=tip)
 
 
-def _over_versions(
-    updates: Sequence[Update],
-    title: str,
-    labels: Mapping[str, str],
-    caption: str,
-    *,
-    percent: bool = False,
-    from_zero: bool = False,
-    text: Callable[[float], str] = "{:.4g}".format,
-) -> Figure | None:
-    """Metrics over versions, as recorded."""
-    found = {key: points for key in labels if (points := _series(updates, key))}
-    if not found:
-        return None
-    lines = [
-        Line(label=labels[key], points=points, colour=f"c{index % 5}", text="{:.2%}".format if percent else text)
-        for index, (key, points) in enumerate(found.items())
-    ]
-    values = [value for points in found.values() for _, value in points]
-    low = 0.0 if from_zero else min(values)
-    y = charts.y_axis(low, max(values), percent=percent)
-    svg = charts.line_chart(_versions_axis(updates), y, lines, x_label="version")
-    return Figure(title=title, caption=caption, svg=svg, legend=_legend(lines) if len(lines) > 1 else ())
-
-
-def _staleness(run: RunData) -> Figure | None:
-    counts: dict[int, int] = {}
-    for update in run.updates:
-        for lag, count in update.staleness_counts.items():
-            counts[lag] = counts.get(lag, 0) + count
-    total = sum(counts.values())
+def _staleness(run: RunData, _: Sequence[Update]) -> Figure | None:
+    counts = sum((Counter(update.staleness_counts) for update in run.updates), Counter[int]())
+    total = counts.total()
     if not total:
         return None
     bound = run.bound("max_staleness")
@@ -177,7 +158,7 @@ def _staleness(run: RunData) -> Figure | None:
     )
 
 
-def _r_d(run: RunData) -> Figure | None:
+def _r_d(run: RunData, _: Sequence[Update]) -> Figure | None:
     band = run.bound("band")
     bounds = [Bound(x=1 / band, label=f"1/{band:g}"), Bound(x=band, label=f"band {band:g}")] if band else []
     kept = _column(run, "band_mask").astype(bool)
@@ -188,7 +169,7 @@ def _r_d(run: RunData) -> Figure | None:
     return _ratio_histogram(f"r_d = {run.setting('r_d')}", caption, _column(run, "log_r_d"), kept, bounds, "outside the band")
 
 
-def _r_s(run: RunData) -> Figure | None:
+def _r_s(run: RunData, _: Sequence[Update]) -> Figure | None:
     low, high = run.bound("eps_low"), run.bound("eps_high")
     bounds = [Bound(x=1 - low, label=f"1 - {low:g}")] if low is not None and low < 1 else []
     bounds += [Bound(x=1 + high, label=f"1 + {high:g}")] if high is not None else []
@@ -223,10 +204,11 @@ def _ratio_histogram(
     clipped = np.clip(log_ratio, low, high)
     shares = np.histogram(clipped, edges)[0] / total
     masked = np.histogram(clipped[~kept], edges)[0] / total
-    bars = [
-        Bar(low=math.exp(a), high=math.exp(b), value=float(s), marked=float(m), tip=_bin_tip(a, b, s, m, marked))
-        for (a, b), s, m in zip(pairwise(edges), shares, masked, strict=True)
-    ]
+    bars = []
+    for ends_of_bin, share, part in zip(pairwise(edges), shares, masked, strict=True):
+        a, b = map(math.exp, ends_of_bin)
+        tip = f"{a:.4g} to {b:.4g}\n{share:.3%} of the tokens\n{part:.3%} {marked}"
+        bars.append(Bar(low=a, high=b, value=float(share), marked=float(part), tip=tip))
     x = charts.x_axis(math.exp(low), math.exp(high), transform="log")
     y = charts.y_axis(max(0.5 / total, 1e-7), float(shares.max()), transform="log")
     svg = charts.bar_chart(x, y, bars, x_label="ratio (log axis); bars: share of tokens (log axis)", bounds=near)
@@ -234,11 +216,7 @@ def _ratio_histogram(
     return Figure(title=title, caption=caption, svg=svg, legend=legend)
 
 
-def _bin_tip(low: float, high: float, share: float, masked: float, marked: str) -> str:
-    return f"{math.exp(low):.4g} to {math.exp(high):.4g}\n{share:.3%} of the tokens\n{masked:.3%} {marked}"
-
-
-def _by_staleness(run: RunData) -> Figure | None:
+def _by_staleness(run: RunData, _: Sequence[Update]) -> Figure | None:
     lag = _column(run, "staleness")
     lines = []
     for name, label, colour in (("log_r_d", "|log r_d|", "c0"), ("log_r_s", "|log r_s|", "c1")):
@@ -263,24 +241,13 @@ def _by_staleness(run: RunData) -> Figure | None:
     )
 
 
-def _sizes(updates: Sequence[Update]) -> Figure | None:
-    labels = {"ratio/log_r_d_abs_mean": "|log r_d|", "ratio/log_r_s_abs_mean": "|log r_s|"}
-    caption = "Mean over the loss tokens of each update."
-    return _over_versions(updates, "Size of the ratios over the run", labels, caption, from_zero=True)
-
-
-def _kl(updates: Sequence[Update]) -> Figure | None:
+def _kl(run: RunData, updates: Sequence[Update]) -> Figure | None:
     keys = sorted({key for update in updates for key in update.metrics if key.startswith("kl/") and "@" not in key})
     labels = {key: key.removeprefix("kl/") for key in keys}
-    return _over_versions(updates, "KL divergence", labels, "In nats, over all loss tokens before masking.", from_zero=False)
+    return _metrics("KL divergence", labels, "In nats, over all loss tokens before masking.")(run, updates)
 
 
-def _ess(updates: Sequence[Update]) -> Figure | None:
-    caption = "Of the total ratio r_d r_s, as a share of the loss tokens before masking."
-    return _over_versions(updates, "Effective sample size", {"ratio/ess": "share"}, caption, percent=True)
-
-
-def _times(updates: Sequence[Update]) -> Figure | None:
+def _times(_: RunData, updates: Sequence[Update]) -> Figure | None:
     timed = [update for update in updates if any(key in update.metrics for key in _TIMES)]
     if not timed:
         return None

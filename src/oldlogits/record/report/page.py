@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from oldlogits.record.folder import RunFolder, write_atomic
+from oldlogits.record.intervals import verdict_of
 from oldlogits.record.report.calibration import calibration
 from oldlogits.record.report.data import Evaluation, RunData, read_run
 from oldlogits.record.report.decisions import decisions
@@ -20,24 +21,24 @@ from oldlogits.record.summary import Summary
 
 Tone = Literal["plain", "good", "bad"]
 
-_DETAILS: Final = (
-    ("source", "source"),
-    ("runtime", "runtime"),
-    ("engine numerics", "numerics"),
-    ("model", "model"),
-    ("parameters", "num_parameters"),
-    ("max. staleness", "max_staleness"),
-    ("band", "band"),
-    ("eps low", "eps_low"),
-    ("eps high", "eps_high"),
-    ("truncation", "truncation"),
-    ("denominator", "denominator"),
-    ("groups x size", "prompts_per_update"),
-    ("seed", "seed"),
-)
+_DETAILS: Final = {
+    "source": "source",
+    "runtime": "runtime",
+    "engine numerics": "numerics",
+    "model": "model",
+    "parameters": "num_parameters",
+    "max. staleness": "max_staleness",
+    "band": "band",
+    "eps low": "eps_low",
+    "eps high": "eps_high",
+    "truncation": "truncation",
+    "denominator": "denominator",
+    "groups x size": "prompts_per_update",
+    "seed": "seed",
+}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Card:
     """One figure of the run in large type."""
 
@@ -91,35 +92,27 @@ def _formula(run: RunData) -> Markup:
     return Markup(" \u00a0 ").join(parts)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """What was learned: a headline and the evidence."""
-
-    headline: str
-    evidence: str
-    tone: Tone = "plain"
-
-
-def _verdict(run: RunData) -> Verdict:
-    summary = run.summary
-    before = _found(run.evaluations, "before")
-    after = _found(run.evaluations, "after")
+def _verdict(run: RunData) -> Card:
+    """What was learned, and the evidence."""
+    label, before, after, gain = (
+        "verdict",
+        _found(run.evaluations, "before"),
+        _found(run.evaluations, "after"),
+        run.summary.gain,
+    )
     if before is None or after is None:
         latest = run.evaluations[-1] if run.evaluations else None
         measured = f"Latest evaluation ({latest.mode}, version {latest.version}): {_rate(latest)}." if latest else ""
-        return Verdict(headline="No comparison of before and after", evidence=measured or "No evaluation was recorded.")
+        return Card(label, "No comparison of before and after", measured or "No evaluation was recorded.")
     evidence = f"Sampled on held-out episodes: {_rate(before)} before, {_rate(after)} after."
     headline = f"{before.mean:.1%} → {after.mean:.1%}"
-    if summary.gain is None:
-        return Verdict(headline=headline, evidence=evidence)
-    gain = summary.gain
+    if gain is None:
+        return Card(label, headline, evidence)
     points = f"{100 * gain.mean:+.1f} points, 95% interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f}"
     evidence += f" Paired over the same {gain.num_episodes} episodes: {points}."
-    if gain.low > 0:
-        return Verdict(headline=headline + ": better", evidence=evidence, tone="good")
-    if gain.high < 0:
-        return Verdict(headline=headline + ": worse", evidence=evidence, tone="bad")
-    return Verdict(headline=headline + ": no difference beyond chance", evidence=evidence)
+    tones: dict[str, Tone] = {"better": "good", "worse": "bad"}
+    verdict = verdict_of(gain)
+    return Card(label, f"{headline}: {verdict}", evidence, tones.get(verdict, "plain"))
 
 
 def _found(evaluations: Sequence[Evaluation], stage: str) -> Evaluation | None:
@@ -132,81 +125,64 @@ def _rate(evaluation: Evaluation) -> str:
 
 def _cards(run: RunData) -> list[Card]:
     ended = run.ended or "killed or running"
-    cards = [
-        Card(
-            label="updates", value=f"{len(run.updates)}", detail=f"ended: {ended}", tone="bad" if ended == "error" else "plain"
-        )
-    ]
+    cards = [Card("updates", f"{len(run.updates)}", f"ended: {ended}", "bad" if ended == "error" else "plain")]
     lags = [lag for update in run.updates for lag in update.staleness_counts]
     bound = run.bound("max_staleness")
     if lags and bound is not None:
         holds = max(lags) <= bound
         detail = f"bound {bound:g}: {'kept' if holds else 'broken'}"
-        cards.append(Card(label="largest staleness", value=str(max(lags)), detail=detail, tone="good" if holds else "bad"))
+        cards.append(Card("largest staleness", str(max(lags)), detail, "good" if holds else "bad"))
     if run.probe_max_abs_error is not None:
-        detail = "engine against trainer, after each publish"
-        cards.append(Card(label="probe, largest error", value=f"{run.probe_max_abs_error:.1e}", detail=detail))
-    return cards + (_summary_cards(run.summary) if run.updates else [])
+        error = f"{run.probe_max_abs_error:.1e}"
+        cards.append(Card("probe, largest error", error, "engine against trainer, after each publish"))
+    return [*cards, *_summary_cards(run.summary)] if run.updates else cards
 
 
-def _summary_cards(summary: Summary) -> list[Card]:
+def _summary_cards(summary: Summary) -> Iterator[Card]:
     trained, several = summary.num_trajectories, summary.num_multi_version_trajectories
-    cards = [
-        Card(label="trajectories", value=f"{trained:,}", detail="trained on"),
-        Card(
-            label="of several versions",
-            value=_share(several / trained if trained else None),
-            detail=f"{several:,} trajectories",
-        ),
-    ]
+    yield Card("trajectories", f"{trained:,}", "trained on")
+    yield Card("of several versions", _share(several / trained if trained else None), f"{several:,} trajectories")
     tokens = sum(summary.provenance.values())
     if tokens:
         exact = summary.provenance.get("exact", 0) / tokens
         others = ", ".join(kind for kind, count in sorted(summary.provenance.items()) if count and kind != "exact")
         detail = f"of {tokens:,} tokens" + (f"; others: {others}" if others else "")
-        cards.append(Card(label="exact old logits", value=_share(exact), detail=detail, tone="good" if exact == 1 else "plain"))
-    consistency = (
+        yield Card("exact old logits", _share(exact), detail, "good" if exact == 1 else "plain")
+    measured = (
         ("consistency at publish", summary.consistency_publish_max_abs_error, "store against live weights"),
         ("consistency at lag 0", summary.consistency_lag0_max_abs_error, "theta against old, before the step"),
         ("mean |log r_d|", summary.log_r_d_mean_abs, f"largest {_small(summary.log_r_d_max_abs)}"),
     )
-    cards += [
-        Card(label=label, value=_small(value), detail=detail) for label, value, detail in consistency if value is not None
-    ]
+    yield from (Card(label, _small(value), detail) for label, value, detail in measured if value is not None)
     idle = f"idle: engine {_share(summary.engine_idle_share)}, trainer {_share(summary.trainer_idle_share)}"
-    cards.append(Card(label="training time", value=_duration(summary.train_wall_s), detail=idle))
-    cards += _version_cards(summary)
+    yield Card("training time", _duration(summary.train_wall_s), idle)
+    yield from _version_cards(summary)
     if summary.num_servers_down:
         lost = f"{summary.num_lost_tokens:,} sampled tokens lost, sampled anew"
-        cards.append(Card(label="server failures", value=str(summary.num_servers_down), detail=lost))
+        yield Card("server failures", str(summary.num_servers_down), lost)
     if summary.num_dropped_nonfinite:
-        cards.append(
-            Card(label="tokens dropped", value=str(summary.num_dropped_nonfinite), detail="log-prob not finite", tone="bad")
-        )
-    return cards
+        yield Card("tokens dropped", str(summary.num_dropped_nonfinite), "log-prob not finite", "bad")
 
 
-def _version_cards(summary: Summary) -> list[Card]:
+def _version_cards(summary: Summary) -> Iterator[Card]:
     """What a version costs to keep, to switch to and to send."""
-    cards = []
     if summary.version_bytes_mean is not None:
         shares = f"{_share(summary.version_share_of_copy)} of a copy, {_share(summary.version_share_of_average)} of an average"
-        cards.append(Card(label="a stored version", value=_bytes(summary.version_bytes_mean), detail=shares))
+        yield Card("a stored version", _bytes(summary.version_bytes_mean), shares)
     if summary.switch_mean_s is not None:
-        cards.append(Card(label="a switch", value=f"{1e3 * summary.switch_mean_s:.2f} ms", detail="to another version, mean"))
+        yield Card("a switch", f"{1e3 * summary.switch_mean_s:.2f} ms", "to another version, mean")
     if summary.sync_bytes_mean is not None:
-        kinds = f"{summary.num_patch_syncs} patches, {summary.num_full_syncs} full"
         refused = f", {summary.num_refused_patches} refused" if summary.num_refused_patches else ""
-        cards.append(Card(label="sent per version", value=_bytes(summary.sync_bytes_mean), detail=kinds + refused))
+        kinds = f"{summary.num_patch_syncs} patches, {summary.num_full_syncs} full{refused}"
+        yield Card("sent per version", _bytes(summary.sync_bytes_mean), kinds)
     if summary.trainer_copies_max is not None:
         copies = f"{summary.trainer_copies_max:.2f} + {summary.engine_copies_max}"
-        cards.append(Card(label="copies of the weights", value=copies, detail="trainer + engine, at most"))
-    return cards
+        yield Card("copies of the weights", copies, "trainer + engine, at most")
 
 
 def _bytes(num: float) -> str:
-    unit = next((unit for unit in (10**9, 10**6, 10**3) if num >= unit), 1)
-    return f"{num / unit:.3g} {({10**9: 'GB', 10**6: 'MB', 10**3: 'kB', 1: 'B'})[unit]}"
+    size, unit = next((found for found in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")) if num >= found[0]), (1, "B"))
+    return f"{num / size:.3g} {unit}"
 
 
 def _missing(run: RunData) -> list[str]:
@@ -225,14 +201,12 @@ def _missing(run: RunData) -> list[str]:
 
 
 def _details(run: RunData) -> list[tuple[str, str]]:
-    found = [(label, run.setting(name), name) for label, name in _DETAILS]
-    return [(label, _detail(run, name, value)) for label, value, name in found if value]
-
-
-def _detail(run: RunData, name: str, value: str) -> str:
-    if name == "num_parameters" and value.isdigit():
-        return f"{int(value):,}"
-    return f"{value} x {run.setting('group_size')}" if name == "prompts_per_update" else value
+    shown = {name: run.setting(name) for name in _DETAILS.values()}
+    if shown["num_parameters"].isdigit():
+        shown["num_parameters"] = f"{int(shown['num_parameters']):,}"
+    if shown["prompts_per_update"]:
+        shown["prompts_per_update"] += f" x {run.setting('group_size')}"
+    return [(label, shown[name]) for label, name in _DETAILS.items() if shown[name]]
 
 
 def _share(value: float | None) -> str:

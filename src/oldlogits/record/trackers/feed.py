@@ -67,19 +67,14 @@ def flat(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
 
 
 class TrackerFeed:
-    """Follows a run for one tracker.
-
-    Args:
-        name: The tracker's name in the recipe.
-        kind: The tracker.
-        run: What it is opened with.
-    """
+    """Follows a run for one tracker, which is named so in the recipe and opened with `run`."""
 
     def __init__(self, name: str, kind: type[Tracker], run: TrackedRun) -> None:
         self.name = name
         self._work: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._rows: list[Mapping[str, Cell]] = []
-        self._error, self._is_told, self._warn = "", False, _NOBODY
+        self._error, self._is_told = "", False
+        self._warn: EventSink | None = None
         self._thread = threading.Thread(target=self._serve, args=(kind, run), name=f"tracker-{name}", daemon=True)
         self._thread.start()
 
@@ -98,7 +93,7 @@ class TrackerFeed:
         elif isinstance(event, Evaluated):
             rate = {"success": event.mean, "success_low": event.low, "success_high": event.high, "seconds_s": event.seconds_s}
             self._pass_on({f"eval/{event.mode}_{key}": value for key, value in rate.items()}, step=event.version)
-        if self._error and not self._is_told:
+        if self._error and self._warn is not None and not self._is_told:
             self._is_told = True
             message = f"tracker '{self.name}' failed and is not told of this run any more: {self._error}"
             self._warn.emit(Warned(version=event.version, name="tracker", message=message, figures={}))
@@ -141,13 +136,3 @@ def _row(episode: Episode) -> Mapping[str, Cell]:
         "versions": ", ".join(map(str, episode.versions)),
         "text": "".join(segment.text for segment in episode.segments),
     }
-
-
-class _Nobody:
-    """Takes events and does nothing."""
-
-    def emit(self, event: Event) -> None:
-        """Do nothing."""
-
-
-_NOBODY: Final[EventSink] = _Nobody()

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oldlogits.record.report.charts import Dot, Mark, Row, row_chart, scatter_chart, x_axis, y_axis
+from oldlogits.record.report.charts import x_axis, y_axis
+from studies.old_logits.show.charts import Dot, Mark, Row, row_chart, scatter_chart
 
 shares = st.floats(0, 1).map(lambda share: round(share, 3))
 
