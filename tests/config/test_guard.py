@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oldlogits.config import cautions, check, config_from_table, kept_at_lag_0
-from oldlogits.core.bounds import a3po_weight, effective_bounds, supremum_r_s
+from oldlogits.config.bounds import a3po_weight, effective_bounds, supremum_r_s
 from oldlogits.core.errors import ConfigError
 from oldlogits.objective import a3po_weight_mu
 

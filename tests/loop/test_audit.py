@@ -19,8 +19,8 @@ from oldlogits.record.event_log import without_wall_clock
 from oldlogits.record.report.data import read_run
 from oldlogits.record.report.decisions import pooled
 from oldlogits.run.run import run
-from oldlogits.train.average import AverageReset
 from oldlogits.train.step import UpdateResult
+from oldlogits.train.weights.average import AverageReset
 
 ENVIRONMENT = '''
 class Parity:

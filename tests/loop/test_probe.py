@@ -23,7 +23,7 @@ from oldlogits.models.load import load_model, named_weights
 from oldlogits.record.bus import EventKind
 from oldlogits.run.run import run
 from oldlogits.train.consistency import is_routed
-from oldlogits.train.engine_view import EngineView
+from oldlogits.train.weights.engine_view import EngineView
 from order_desk.tiny import TinyMoeSize, TinySize, save_tiny, tiny_model, tiny_tokenizer
 
 from ..engines.reference import logp_of

@@ -1,4 +1,4 @@
-"""Proposition 1 on tensors: which tokens the effective bounds of core/bounds.py keep, from the total ratio alone."""
+"""Proposition 1 on tensors: which tokens the effective bounds of config/bounds.py keep, from the total ratio alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from oldlogits.core.bounds import EffectiveBounds
+from oldlogits.config.bounds import EffectiveBounds
 
 
 def active(

@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from oldlogits.core.bounds import EffectiveBounds, effective_bounds
+from oldlogits.config.bounds import EffectiveBounds, effective_bounds
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, MU, THETA, VARIANTS, Policy
 from oldlogits.objective import linear_logp, loglinear_logp, split_ratio, surrogate

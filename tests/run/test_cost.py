@@ -24,7 +24,7 @@ from oldlogits.models.lora import add_adapters
 from oldlogits.models.mixed_kv import MixedForward
 from oldlogits.models.scorer import action_logps
 from oldlogits.run.cost import Cost, estimate
-from oldlogits.train.engine_view import EngineView
+from oldlogits.train.weights.engine_view import EngineView
 from oldlogits.versions import PatchStore
 
 from ..builders import batch_of, sampled, trajectory

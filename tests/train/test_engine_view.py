@@ -13,9 +13,9 @@ from oldlogits.engines.embedded.engine import EngineCore
 from oldlogits.engines.embedded.numerics import Numerics
 from oldlogits.models.load import load_model, named_weights
 from oldlogits.run.specs import trainer_spec
-from oldlogits.train import engine_view
-from oldlogits.train.engine_view import EngineView, engine_weights
 from oldlogits.train.trainer import Trainer
+from oldlogits.train.weights import engine_view
+from oldlogits.train.weights.engine_view import EngineView, engine_weights
 
 from ..builders import batch_of, sampled, trajectory
 from ..engines.reference import MODELS, VOCAB, load, logp_of, make_model, perturbed, save, weights_of

@@ -14,8 +14,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from oldlogits.config.bounds import Interpolation, effective_bounds
 from oldlogits.config.schema import RunConfig
-from oldlogits.core.bounds import Interpolation, effective_bounds
 from oldlogits.core.errors import ConfigError
 
 _DEFAULT: Final = RunConfig()

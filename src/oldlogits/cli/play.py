@@ -91,7 +91,7 @@ def play(options: PlayOptions, number: int, console: Console, read: Callable[[st
     Args:
         options: What to play, and who.
         number: The episode, from 0.
-        console: Where to print.
+        console: The console to print to.
         read: Asks the person for a line.
 
     Raises:

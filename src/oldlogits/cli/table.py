@@ -55,7 +55,7 @@ def column_widths(lines: Sequence[Sequence[str]], width: int) -> list[int] | Non
 
     Args:
         lines: The cells of every line, headers included.
-        width: Of the console, in characters.
+        width: The console's width in characters.
 
     Example:
         >>> [column_widths([["a", "two words"], ["b", "more words here"]], width) for width in (20, 10, 8)]
@@ -89,7 +89,7 @@ def wrapped(text: str, width: int | None = None, *, indent: str = "", later: str
 
     Args:
         text: One paragraph.
-        width: Of a line, in characters; by default the terminal's.
+        width: The width of a line in characters; by default the terminal's.
         indent: What each line begins with.
         later: What all lines but the first begin with instead.
     """

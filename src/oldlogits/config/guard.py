@@ -1,6 +1,6 @@
 """The guard at the door: a correction that can never act is refused, and a doubtful recipe is warned of with figures.
 
-An interpolated stand-in turns band and clip into bounds on the total ratio ``R = theta / mu`` (core/bounds.py); a bound of 0
+An interpolated stand-in turns band and clip into bounds on the total ratio ``R = theta / mu`` (config/bounds.py); a bound of 0
 or inf does not exist. Each rule with its figures: docs/guard.md. Imports no torch.
 """
 
@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from oldlogits.config.bounds import EffectiveBounds, Interpolation, a3po_weight, effective_bounds, supremum_r_s
 from oldlogits.config.schema import RunConfig
-from oldlogits.core.bounds import EffectiveBounds, Interpolation, a3po_weight, effective_bounds, supremum_r_s
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.loss import LOSSES
 from oldlogits.core.policies import AGED, ASYNC, EWMA, LINEAR, LOGLINEAR, OLD, RESCORE, Policy, find_variant
@@ -23,7 +23,7 @@ class Caution:
     """Something that a reader of the results should know.
 
     Args:
-        name: Of the rule, for programs.
+        name: The rule's name, for programs.
         message: What, with its figures and a remedy.
         figures: The figures again, by name.
     """

@@ -35,7 +35,7 @@ def build(kind: type[T], table: Table, unknown: Callable[[str, Table], ConfigErr
 
     Args:
         kind: A dataclass; its annotations hold types and ranges.
-        table: As a TOML or JSON file holds it.
+        table: The nested tables of a TOML or JSON file.
         unknown: Makes the error for an unknown key from its dotted name and its table; by default the nearest key is named.
 
     Raises:

@@ -19,7 +19,7 @@ class TrackedRun:
 
     Args:
         name: The name of the run, which is that of its folder.
-        folder: Where the tracker keeps what it writes on this machine; it exists.
+        folder: An existing folder for what the tracker writes on this machine.
         config: The recipe as resolved, by dotted key.
     """
 

@@ -36,11 +36,11 @@ class ModelShape:
     """What bytes depend on.
 
     Args:
-        num_parameters: Of the model without adapters, a tied head once.
-        trained_parameters: Of its adapters, or of all of it.
-        head_parameters: Of the head, tied or not.
+        num_parameters: Parameters of the model without adapters, a tied head counted once.
+        trained_parameters: Parameters that are trained: those of the adapters, or all.
+        head_parameters: Parameters of the head, tied or not.
         is_tied: Whether the head is the embedding.
-        layer_parameters: Of the largest layer.
+        layer_parameters: Parameters of the largest layer.
         layers: Decoder layers.
         hidden: Width of the residual stream.
         heads: Query heads.
@@ -71,7 +71,7 @@ class Cost:
     """Bytes of the parts of a run; those of the trainer over all of its ranks, but for activations and gathered layers.
 
     Args:
-        shape: Of the model.
+        shape: The model's shape.
         version_bytes: One version: a full copy of the forward weights, or of the adapters.
         masters_bytes: The weights in fp32, those of a frozen base included.
         gradient_bytes: Their gradient.

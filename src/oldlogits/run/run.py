@@ -81,7 +81,7 @@ def run(
         out: The run folder; absent or empty, or to resume.
         resume: Go on from the latest checkpoint in `out`.
         open_backend: Opens what supplies engine and trainer; that of the recipe's kind of backend by default.
-        console: Where to show progress; standard output by default.
+        console: The console that shows progress; standard output by default.
 
     Raises:
         OldLogitsError: It could not be started.

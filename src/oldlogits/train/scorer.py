@@ -22,11 +22,11 @@ from oldlogits.models.load import point_at
 from oldlogits.models.mixed_kv import MixedForward
 from oldlogits.models.scorer import ForwardSizes, score_tokens
 from oldlogits.sources import EngineScores
-from oldlogits.train.average import Averaging
 from oldlogits.train.consistency import ConsistencyChecks, probe_of
-from oldlogits.train.live import LiveModel
 from oldlogits.train.reports import ScoringWork
-from oldlogits.train.trainer_store import TrainerVersionStore
+from oldlogits.train.weights.average import Averaging
+from oldlogits.train.weights.live import LiveModel
+from oldlogits.train.weights.trainer_store import TrainerVersionStore
 from oldlogits.versions import AverageScores
 
 

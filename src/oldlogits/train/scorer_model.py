@@ -17,8 +17,8 @@ from oldlogits.models.forward import FORWARD_DTYPES, round_at_use
 from oldlogits.models.load import point_at
 from oldlogits.models.scorer import score_tokens
 from oldlogits.train.consistency import check_consistency, max_error, probe_of
-from oldlogits.train.load import load_policy
 from oldlogits.train.spec import ScorerSpec
+from oldlogits.train.weights.load import load_policy
 from oldlogits.versions import LazyPatchStore
 
 

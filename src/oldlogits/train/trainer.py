@@ -19,17 +19,17 @@ from oldlogits.core.scoring import Scored
 from oldlogits.core.weights import FullWeights, PolicyVersion
 from oldlogits.models.load import load_tokenizer
 from oldlogits.models.ranks import ALONE, Ranks
-from oldlogits.train.average import Averaging
 from oldlogits.train.consistency import is_routed
-from oldlogits.train.live import load_live
 from oldlogits.train.optimizer import Optimizer
 from oldlogits.train.reports import PublishedVersion, TrainerState
 from oldlogits.train.scorer import Scorer
 from oldlogits.train.spec import TrainerSpec
 from oldlogits.train.step import UpdateResult, update
 from oldlogits.train.trainer_checkpoint import TrainerCheckpoint, write_batch
-from oldlogits.train.trainer_store import TrainerVersionStore, shards_of
 from oldlogits.train.update_config import UpdateConfig
+from oldlogits.train.weights.average import Averaging
+from oldlogits.train.weights.live import load_live
+from oldlogits.train.weights.trainer_store import TrainerVersionStore, shards_of
 
 
 class Trainer:

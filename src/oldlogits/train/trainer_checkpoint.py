@@ -18,13 +18,13 @@ from oldlogits.core.errors import RunFolderError
 from oldlogits.core.scoring import Scored
 from oldlogits.models.load import local, point_at, write_model
 from oldlogits.models.lora import write_adapters
-from oldlogits.train.average import Averaging
 from oldlogits.train.checkpoint import of_kind, read_state, sliced, write_state
 from oldlogits.train.consistency import ConsistencyChecks
-from oldlogits.train.live import LiveModel
-from oldlogits.train.load import folder_weights
 from oldlogits.train.optimizer import Optimizer
 from oldlogits.train.reports import ConsistencyErrors
+from oldlogits.train.weights.average import Averaging
+from oldlogits.train.weights.live import LiveModel
+from oldlogits.train.weights.load import folder_weights
 
 
 class TrainerCheckpoint:

@@ -28,9 +28,9 @@ from oldlogits.core.weights import FullWeights
 from oldlogits.models.load import load_model, point_at
 from oldlogits.models.scorer import ForwardSizes, score_tokens
 from oldlogits.sources.aged import aged_logp
-from oldlogits.train.average import Averaging
 from oldlogits.train.reports import PublishedVersion
 from oldlogits.train.step import UpdateResult
+from oldlogits.train.weights.average import Averaging
 from studies.old_logits.measure.driver import EngineScores, drive
 from studies.old_logits.measure.full_copies import FullCopyStore
 

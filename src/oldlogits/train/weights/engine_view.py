@@ -18,7 +18,7 @@ from oldlogits.models.forward import under
 from oldlogits.models.load import named_weights
 from oldlogits.models.ranks import ALONE, Ranks
 from oldlogits.models.sharding import place_model
-from oldlogits.train.load import plain_copy, plain_weights
+from oldlogits.train.weights.load import plain_copy, plain_weights
 
 
 def engine_weights(

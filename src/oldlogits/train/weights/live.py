@@ -17,9 +17,9 @@ from oldlogits.models.forward import FORWARD_DTYPES, round_at_use
 from oldlogits.models.load import named_weights, point_at, recompute_layers
 from oldlogits.models.ranks import Ranks
 from oldlogits.models.sharding import place_model, whole_weights
-from oldlogits.train.engine_view import EngineView
-from oldlogits.train.load import load_policy, share_base
 from oldlogits.train.spec import TrainerSpec
+from oldlogits.train.weights.engine_view import EngineView
+from oldlogits.train.weights.load import load_policy, share_base
 
 
 @dataclass(slots=True, kw_only=True)
