@@ -31,9 +31,8 @@ def snippets(text: str) -> dict[str, str]:
     return dict(re.findall(r"```\w+ file=(\S+)\n(.*?)```", text, flags=re.DOTALL))
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/variants.md"])
-def test_the_variant_table_of_a_document_is_the_one_in_code(document: str) -> None:
-    assert TABLES["variants"].markdown() in (ROOT / document).read_text(encoding="utf-8")
+def test_the_variant_table_of_the_documents_is_the_one_in_code() -> None:
+    assert TABLES["variants"].markdown() in (ROOT / "docs" / "variants.md").read_text(encoding="utf-8")
 
 
 def test_every_relative_link_of_the_documents_leads_to_a_file() -> None:
@@ -113,7 +112,8 @@ def test_every_emitted_metric_is_documented_and_every_documented_one_is_emitted(
 
 
 def test_the_objective_of_the_readme_computes_a_loss() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    (code,) = (block for block in blocks if "split_ratio" in block)
     theta = torch.tensor([-1.0, -2.0], requires_grad=True)
     names = {"logp_mu": torch.tensor([-1.0, -2.0]), "logp_old": torch.tensor([-1.0, -2.0]), "logp_theta": theta}
     names |= {"advantages": torch.tensor([1.0, -1.0]), "loss_mask": torch.tensor([True, True])}

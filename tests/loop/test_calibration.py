@@ -251,9 +251,9 @@ def test_a_checkpoint_that_lies_on_the_engines_grid_trains_though_r_d_is_1_at_ve
 
 
 def test_log_probs_of_the_trainer_in_place_of_the_engines_end_the_run(tiny_folder, tmp_path, monkeypatch):
-    async def substituted(config, trainer, batch, *, expected_noise):
+    async def substituted(config, trainer, batch, *, version, expected_noise):
         mu = batch.logp_mu[batch.loss_mask]
-        return await calibrate(config, Trainer(mu), batch, version=0, expected_noise=expected_noise)
+        return await calibrate(config, Trainer(mu), batch, version=version, expected_noise=expected_noise)
 
     monkeypatch.setattr(calibration, "calibrate", substituted)
     result = run(recipe(tiny_folder, engine={"precision": "bf16"}), tmp_path / "run")
