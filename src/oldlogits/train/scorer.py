@@ -84,11 +84,11 @@ class Scorer:
                 forward.score(version)
         return forward.logps, forward.computed_at
 
-    def score_spans(self, pieces: Sequence[ScoringSpan], at: PolicyVersion) -> ScoredSpans:
-        """Score pieces of any trajectories at a stored version, or at the live one."""
+    def score_spans(self, spans: Sequence[ScoringSpan], at: PolicyVersion) -> ScoredSpans:
+        """Score spans of any trajectories at a stored version, or at the live one."""
         started, before = time.perf_counter(), self.work
         with self._scoring_at(at):
-            values = self._read(self._live.scoring, *pack(pieces))
+            values = self._read(self._live.scoring, *pack(spans))
         work = self.work - before
         return ScoredSpans(values=values, seconds_s=time.perf_counter() - started, switch_s=work.switch_s, check_s=work.check_s)
 
