@@ -9,7 +9,7 @@ import pytest
 
 from oldlogits.cli.main import run as command
 from oldlogits.core.source import SOURCES
-from oldlogits.engines.embedded import kind
+from oldlogits.engines.embedded import engine
 from oldlogits.engines.embedded.engine import EngineCore
 from oldlogits.loop.resume import sampler_seed
 from oldlogits.record.bus import EventKind
@@ -120,7 +120,7 @@ def test_a_resumed_run_draws_numbers_that_it_has_not_drawn_and_always_the_same(f
             seeds.append(spec.seed)
             super().__init__(spec)
 
-    monkeypatch.setattr(kind, "EngineCore", Watched)
+    monkeypatch.setattr(engine, "EngineCore", Watched)
     weights = []
     for name in ("a", "b"):
         run = shutil.copytree(finished, tmp_path / name)
