@@ -31,5 +31,5 @@ def test_a_run_starts_two_servers_of_a_protocol_of_ones_own_and_trains_on_exact_
 
 
 def test_numerics_that_its_servers_are_not_started_with_are_refused():
-    with pytest.raises(ConfigError, match="own_protocol:OwnProtocol' are not started with these numerics"):
+    with pytest.raises(ConfigError, match="own_protocol:OwnProtocol' that the run starts cannot have these numerics"):
         check(config_from_table({"engine": {"type": "vllm", "server": NAME, "precision": "int8"}}))

@@ -125,6 +125,6 @@ def _check_started(engine: EngineConfig) -> None:
         raise ConfigError(
             f"a server '{engine.server}' that the run starts cannot have these numerics",
             got=f"engine.precision = '{engine.precision}'",
-            allowed=", ".join(sorted(numerics)) + ", or engine.server = 'embedded'",
-            fix="set engine.precision = 'fp8'",
+            allowed=", ".join(sorted(numerics)),
+            fix=f"set engine.precision to one of these, or engine.server to a protocol whose servers can sample in {engine.precision}",
         )

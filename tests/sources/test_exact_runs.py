@@ -71,7 +71,7 @@ def play(tmp_path, monkeypatch, chatml_llama):
             "proximal": {"source": route},
             "model": {"path": str(chatml_llama)},
             "env": {"target": "route_game:Game", "train_data": str(rows), "eval_data": str(rows)}
-            | {"max_tokens_per_turn": 12, "max_tokens": 160, **more.pop("env", {})},
+            | {"max_tokens_per_turn": 12, "max_episode_tokens": 160, **more.pop("env", {})},
             "rollout": {"group_size": 4, "prompts_per_update": 3, "filter_uniform": True},
             "trainer": {"lr": 1e-3, "warmup_steps": 0},
             "runtime": {"type": runtime},

@@ -1,4 +1,4 @@
-"""Whole runs under rescore: what the stand-in is at lag 0 and without noise, and what is measured of the rest."""
+"""Whole runs under rescore: what the proximal policy is at lag 0 and without noise, and what is measured of the rest."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ RESCORE = {"variant": "rescore_train_infer", "proximal": {"source": "rescore"}}
 COLUMNS = ("staleness", "provenance", "logp_mu", "logp_theta", "logp_proximal")
 
 
-def rescored(out: Path, folder: Path, numerics: str, *, window: int = 2, **sections: object) -> dict[str, np.ndarray]:
+def rescored(out: Path, folder: Path, numerics: str, **sections: object) -> dict[str, np.ndarray]:
     """Run, and return the trained tokens; with one step per version THETA is the trainer before that step."""
-    runtime = {"window": window, **sections.pop("runtime", {})}
     trainer = {"minibatches_per_update": 1}
-    config = recipe(folder, **RESCORE, engine={"precision": numerics}, runtime=runtime, trainer=trainer, **sections)
+    config = recipe(folder, **RESCORE, engine={"precision": numerics}, trainer=trainer, **sections)
     assert run(config, out).error is None
     check_accounting(out)
     tokens = tokens_of(out, *COLUMNS)
@@ -39,7 +38,7 @@ def correlations(out: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_at_lag_0_it_is_old_however_coarse_the_engine(numerics, temperature, tmp_path, tiny_folder):
     sampling = {"temperature": temperature}
-    tokens = rescored(tmp_path, tiny_folder, numerics, window=0, max_staleness=0, sampling=sampling)
+    tokens = rescored(tmp_path, tiny_folder, numerics, lockstep={"max_lag": 0}, max_staleness=0, sampling=sampling)
     assert np.abs(tokens["logp_mu"] - tokens["logp_theta"]).max() > 1e-3
     assert np.abs(tokens["logp_proximal"] - tokens["logp_theta"]).max() <= 1e-5
     for measured in correlations(tmp_path):

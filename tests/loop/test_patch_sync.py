@@ -66,7 +66,7 @@ def test_a_refused_patch_is_followed_by_full_weights_and_counted(tiny_folder, tm
 
 
 def test_full_weights_are_sent_where_the_recipe_wants_them_and_where_all_values_change(tiny_folder, tmp_path):
-    out = trained(tiny_folder, tmp_path, versions={"sync": "full"})
+    out = trained(tiny_folder, tmp_path, engine={"weight_sync": "full"})
     assert {event.fields["sent"] for event in events_of(out, EventKind.WEIGHTS_UPDATED)} == {"full"}
     (tmp_path / "second").mkdir()
     moving = trained(tiny_folder, tmp_path / "second", trainer={"lr": 1e-3, "warmup_steps": 0})
