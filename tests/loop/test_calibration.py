@@ -22,7 +22,7 @@ from oldlogits.config import config_from_table
 from oldlogits.core.errors import MissingLogprobError
 from oldlogits.engines.embedded.slots import SlotTable
 from oldlogits.loop import calibration
-from oldlogits.loop.calibration import BANDS, MISMATCH, ROUNDING, calibrate, doubts, measure
+from oldlogits.loop.calibration import BANDS, MISMATCH, ROUNDING, CalibrationOptions, calibrate, doubts, measure
 from oldlogits.record.bus import EventKind
 from oldlogits.record.event_log import without_wall_clock
 from oldlogits.record.events import Calibrated
@@ -277,7 +277,7 @@ def test_the_trajectories_measured_are_evenly_spaced_over_the_batch():
 
 
 def config_of(variant="decoupled_exact", **table):
-    return config_from_table({"variant": variant, **table})
+    return CalibrationOptions.of(config_from_table({"variant": variant, **table}))
 
 
 def measured(log_r_d, sequence=None, config=None):

@@ -191,6 +191,6 @@ def test_a_route_that_needs_the_pause_is_refused_where_the_engine_does_not_tell_
         class capabilities:
             partials = False
 
-    with pytest.raises(ConfigError, match="source 'interruption' scores what running turns have sampled"):
-        check_partials(Source(None), Engine, "interruption")
-    check_partials(NoSource(None), Engine, "none")
+    with pytest.raises(ConfigError, match="Source scores what running turns have sampled"):
+        check_partials(Source(None), Engine)
+    check_partials(NoSource(None), Engine)

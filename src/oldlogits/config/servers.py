@@ -126,5 +126,5 @@ def _check_started(engine: EngineConfig) -> None:
             f"a server '{engine.server}' that the run starts cannot have these numerics",
             got=f"engine.precision = '{engine.precision}'",
             allowed=", ".join(sorted(numerics)),
-            fix=f"set engine.precision to one of these, or engine.server to a protocol whose servers can sample in {engine.precision}",
+            fix=f"set engine.precision to one of these, or engine.server to one that has {engine.precision}",
         )

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from oldlogits.config import RunConfig
-from oldlogits.core.loss import LOSSES, LossInputs
-from oldlogits.core.policies import MU, OLD, THETA, Policy, Variant, find_variant
+from oldlogits.core.loss import LOSSES, Loss, LossInputs, Objective
+from oldlogits.core.policies import MU, OLD, THETA, Policy, Variant
 from oldlogits.core.scoring import BatchTokens, ScoringHandle
 from oldlogits.core.source import SourceHandles
 from oldlogits.core.weights import PolicyVersion
@@ -46,22 +46,52 @@ class AuditScores:
     live: NDArray[np.float32] | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditOptions:
+    """What an audit goes by.
+
+    Args:
+        share: The share of batches that are audited.
+        loss: The run's loss, which says which tokens are active.
+        objective: The knobs of the loss, the run's variant among them.
+        watches_resets: Whether an average may be reset to the live weights.
+        max_staleness: The staleness up to which decisions are told apart.
+    """
+
+    share: float
+    loss: Loss
+    objective: Objective
+    watches_resets: bool
+    max_staleness: int
+
+    @classmethod
+    def of(cls, config: RunConfig) -> AuditOptions:
+        """Take the values from a recipe."""
+        return cls(
+            share=config.audit.share,
+            loss=LOSSES.find(config.objective.loss),
+            objective=objective_of(config.objective, variant=config.variant, band=config.band),
+            watches_resets=config.proximal.reset != "none",
+            max_staleness=config.max_staleness,
+        )
+
+
 class ExactAudit:
     """Compares a proximal policy's decisions with those of OLD; emits one `audit` event per audited batch.
 
     The trainer's store keeps versions as long as tokens of theirs are in flight.
     """
 
-    def __init__(self, config: RunConfig, trainer: ScoringHandle, events: EventSink, clock: Callable[[], float]) -> None:
+    def __init__(self, config: AuditOptions, trainer: ScoringHandle, events: EventSink, clock: Callable[[], float]) -> None:
         self._config, self._events, self._clock = config, events, clock
         self._trainer, self._source = trainer, SnapshotSource(SourceHandles(trainer=trainer))
-        self._variant, self._loss = find_variant(config.variant), LOSSES.find(config.objective.loss)
-        self._watches_resets = config.proximal.reset != "none" and bool(self._variant.needs)
+        self._variant = config.objective.variant
+        self._watches_resets = config.watches_resets and bool(self._variant.needs)
         self._seconds_s = 0.0
 
     def is_due(self, version: PolicyVersion) -> bool:
         """Whether the batch that enters training at `version` is audited: evenly spaced ones, of the recipe's share."""
-        share = self._config.audit.share
+        share = self._config.share
         return math.floor((version + 1) * share) > math.floor(version * share)
 
     async def score(self, batch: BatchTokens) -> AuditScores | None:
@@ -118,9 +148,8 @@ class ExactAudit:
             sequence_index=column["sequence"],
             num_sequences=int(column["sequence"].max()) + 1,
         )
-        c = self._config
-        objective = replace(objective_of(c.objective, variant=c.variant, band=c.band), variant=row)
-        return column["loss_mask"] & self._loss(tokens, objective).active_mask
+        objective = replace(self._config.objective, variant=row)
+        return column["loss_mask"] & self._config.loss(tokens, objective).active_mask
 
     def _sums(
         self, proximal: Tensor, old: Tensor, active: Tensor, exact_active: Tensor, column: Mapping[str, Tensor]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Final
 
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from oldlogits.batch import TokenBatch
 from oldlogits.config import Caution, RunConfig, kept_at_lag_0
 from oldlogits.core.errors import MissingLogprobError
-from oldlogits.core.policies import find_variant
+from oldlogits.core.policies import Variant, find_variant
 from oldlogits.core.scoring import ScoringHandle
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.record.bus import EventSink
@@ -46,16 +46,49 @@ IN_DOUBT: Final = 0.01
 """Nats of mean ``-log mu`` above which tokens are not certain, so that numerics must show."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationOptions:
+    """What a calibration goes by, and what it judges.
+
+    Args:
+        num_trajectories: Trajectories of the first batch that are measured; 0: none, and nothing is judged.
+        numerics: The engine's, as the recipe calls them.
+        variant: The run's variant.
+        band: The run's band on r_d.
+        kept: The smallest and the largest ``old / mu`` that the run's mask keeps at lag 0; 0 and inf without a mask.
+        enough_kept: The share of kept tokens below which the band is doubtful.
+    """
+
+    num_trajectories: int
+    numerics: str
+    variant: Variant
+    band: float
+    kept: tuple[float, float]
+    enough_kept: float
+
+    @classmethod
+    def of(cls, config: RunConfig) -> CalibrationOptions:
+        """Take the values from a recipe."""
+        return cls(
+            num_trajectories=config.eval.num_calibration,
+            numerics=config.engine.precision,
+            variant=find_variant(config.variant),
+            band=config.band,
+            kept=kept_at_lag_0(config),
+            enough_kept=config.proximal.reset_below,
+        )
+
+
 class Calibrator:
     """Measures once in a run, before its first optimizer step, what the engine's own noise makes of the recipe's band.
 
     Args:
-        config: The run.
+        config: What it goes by.
         trainer: Scores with the live weights.
         events: Takes the figures, and what is doubtful about the recipe.
     """
 
-    def __init__(self, config: RunConfig, trainer: ScoringHandle, events: EventSink) -> None:
+    def __init__(self, config: CalibrationOptions, trainer: ScoringHandle, events: EventSink) -> None:
         self._config, self._trainer, self._events = config, trainer, events
         self._expected_noise = 0.0
 
@@ -65,7 +98,7 @@ class Calibrator:
 
     async def measure(self, batch: TokenBatch, *, version: PolicyVersion) -> None:
         """Measure on the first batch of a run, if the recipe asks for it."""
-        if not self._config.eval.num_calibration:
+        if not self._config.num_trajectories:
             return
         found = await calibrate(self._config, self._trainer, batch, version=version, expected_noise=self._expected_noise)
         self._events.emit(found)
@@ -74,12 +107,12 @@ class Calibrator:
 
 
 async def calibrate(
-    config: RunConfig, trainer: ScoringHandle, batch: TokenBatch, *, version: PolicyVersion, expected_noise: float
+    config: CalibrationOptions, trainer: ScoringHandle, batch: TokenBatch, *, version: PolicyVersion, expected_noise: float
 ) -> Calibrated:
-    """Measure on `eval.num_calibration` trajectories of the batch in training, evenly spaced.
+    """Measure on some trajectories of the batch in training, evenly spaced.
 
     Args:
-        config: The run.
+        config: Says how many trajectories, and of which engine.
         trainer: Holds the batch; its live weights are those that sampled it.
         batch: The first of a run.
         version: The version that sampled it.
@@ -88,17 +121,17 @@ async def calibrate(
     Raises:
         MissingLogprobError: The engine's log-probs are the trainer's, though the engine's numerics give others.
     """
-    num = min(config.eval.num_calibration, batch.num_sequences)
+    num = min(config.num_trajectories, batch.num_sequences)
     chosen = np.linspace(0, batch.num_sequences - 1, num).astype(np.int64)
     sequence = batch.sequence[batch.loss_mask]
     tokens = np.flatnonzero(np.isin(sequence, chosen))
     old, mu = await trainer.score(tokens, None), batch.logp_mu[batch.loss_mask][tokens]
-    _refuse_substitute(config.engine.precision, expected_noise, old, mu)
+    _refuse_substitute(config.numerics, expected_noise, old, mu)
     return measure(config, old - mu, sequence[tokens], version=version)
 
 
 def measure(
-    config: RunConfig, log_r_d: NDArray[np.float32], sequence: NDArray[np.int64], *, version: PolicyVersion
+    config: CalibrationOptions, log_r_d: NDArray[np.float32], sequence: NDArray[np.int64], *, version: PolicyVersion
 ) -> Calibrated:
     """The figures of a calibration, of ``r_d = old / mu`` of tokens that mu sampled at lag 0.
 
@@ -107,14 +140,14 @@ def measure(
     rho at lag 0, before the first step; 1 where it has no mask.
 
     Args:
-        config: The run.
+        config: Says what the run's own mask keeps.
         log_r_d: float32 [token], natural logs.
         sequence: int64 [token]; the trajectory of each.
         version: The version that sampled them.
     """
-    has_band = math.isfinite(config.band) and not find_variant(config.variant).r_d.is_one
+    has_band = math.isfinite(config.band) and not config.variant.r_d.is_one
     bands = sorted({*BANDS, config.band} if has_band else BANDS)
-    low, high = kept_at_lag_0(config)
+    low, high = config.kept
     finite = np.isfinite(log_r_d)
     size = np.abs(log_r_d[finite])
     r_d = np.exp(log_r_d[finite].astype(np.float64))
@@ -133,9 +166,9 @@ def measure(
     )
 
 
-def doubts(found: Calibrated, config: RunConfig) -> Iterator[Caution]:
+def doubts(found: Calibrated, config: CalibrationOptions) -> Iterator[Caution]:
     """What the figures say about the recipe."""
-    variant, tau = find_variant(config.variant), config.proximal.reset_below
+    variant, tau = config.variant, config.enough_kept
     if not variant.r_d.is_one and found.kept < tau:
         enough = next((band for band, share in zip(found.bands, found.masked, strict=True) if 1 - share >= tau), None)
         yield Caution(

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from oldlogits.config import RunConfig
+from oldlogits.config.schema import EngineConfig, SamplingConfig
 from oldlogits.core.engine import RolloutEngine, trajectory_of
 from oldlogits.core.errors import ConfigError, ReceiverBehindError
 from oldlogits.core.source import LogprobSource
@@ -50,19 +50,25 @@ class WeightSync:
     """
 
     def __init__(
-        self, config: RunConfig, probe_ids: Sequence[int], backend: Backend, source: LogprobSource, events: EventSink
+        self,
+        config: EngineConfig,
+        sampling: SamplingConfig,
+        probe_ids: Sequence[int],
+        backend: Backend,
+        source: LogprobSource,
+        events: EventSink,
     ) -> None:
-        check_partials(source, backend.engine, config.proximal.source)
-        self._config, self._probe_ids, self._backend = config, probe_ids, backend
+        check_partials(source, backend.engine)
+        self._config, self._sampling, self._probe_ids, self._backend = config, sampling, probe_ids, backend
         self._source, self._events = source, events
 
     async def pause(self) -> Paused:
         """Bring the engine to rest, and tell the source what unfinished turns have sampled so far."""
         engine, clock, started = self._backend.engine, self._backend.clock, self._backend.clock()
-        await engine.pause("keep", self._config.engine.kv)
+        await engine.pause("keep", self._config.kv)
         paused = Paused(at_s=clock(), pause_s=clock() - started)
         if self._source.needs_partials and engine.capabilities.partials:
-            temperature = self._config.sampling.temperature
+            temperature = self._sampling.temperature
             partials = await engine.partials()
             await self._source.on_paused({trajectory_of(i): sampled_segments(g, temperature) for i, g in partials.items()})
         return paused
@@ -112,7 +118,7 @@ class WeightSync:
 
     async def _check(self, published: PublishedVersion) -> None:
         """Probe the engine, every replica of it, and ask the trainer for its checks; the worst of each counts."""
-        config, can = self._config.engine, self._backend.engine.capabilities
+        config, can = self._config, self._backend.engine.capabilities
         allowed = allowed_error(config.precision, config.probe_tolerance, routed=published.is_routed, arithmetic=can.arithmetic)
         expected, version = published.engine_probe_logps, published.version
         results = [
@@ -132,12 +138,12 @@ class WeightSync:
         )
 
 
-def check_partials(source: LogprobSource, engine: RolloutEngine, name: str) -> None:
+def check_partials(source: LogprobSource, engine: RolloutEngine) -> None:
     """Refuse a source that scores before the step, where the engine does not tell what it has sampled by then."""
     if source.needs_pause and not engine.capabilities.partials:
         raise ConfigError(
-            f"source '{name}' scores what running turns have sampled, and this engine does not tell",
+            f"{type(source).__name__} scores what running turns have sampled, and this engine does not tell",
             got="an engine without partials",
             allowed="an engine with partials, or another source",
-            fix="use source 'snapshot'",
+            fix="proximal.source = 'snapshot'",
         )
