@@ -67,7 +67,7 @@ def test_the_desk_agent_trains_on_vllm_with_partial_rollouts_and_exact_old_logit
 @needs_vllm
 def test_without_the_repair_the_tied_head_stays_old_and_the_probe_stops_the_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    assert train(tmp_path, flags=["--worker-extension-cls", "broken_worker.Extension"], numerics="fp32") == 1
+    assert train(tmp_path, flags=["--worker-extension-cls", "broken_worker.Extension"], precision="fp32") == 1
     assert "the engine does not hold version 1" in capsys.readouterr().err
 
 
@@ -82,7 +82,7 @@ def test_patches_reach_vllm_also_after_it_was_killed_and_it_keeps_no_memory_of_t
         os.killpg(group, signal.SIGKILL)
 
     thread = after_updates(run, 3, look_and_kill)
-    assert train(tmp_path, num_updates=8, trainer={"lr": 3e-10, "warmup_steps": 0}, numerics="fp32") == 0
+    assert train(tmp_path, num_updates=8, trainer={"lr": 3e-10, "warmup_steps": 0}, precision="fp32") == 0
     thread.join()
     assert kept == []
     [down] = events_of(run, EventKind.SERVER_DOWN)
@@ -106,7 +106,7 @@ def test_patches_reach_vllm_also_after_it_was_killed_and_it_keeps_no_memory_of_t
 @needs_vllm
 def test_vllm_gets_adapters_and_adds_them_to_its_own_folder(tmp_path):
     model = {"lora_rank": 4, "lora_alpha": 8.0}
-    assert train(tmp_path, num_updates=3, trainer={"lr": 3e-2, "warmup_steps": 0}, numerics="fp32", model=model) == 0
+    assert train(tmp_path, num_updates=3, trainer={"lr": 3e-2, "warmup_steps": 0}, precision="fp32", model=model) == 0
     run = tmp_path / "run"
     probes = events_of(run, EventKind.PROBE)
     assert [event.version for event in probes] == list(range(4))
