@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class LockstepKind(BackendKind["BackendSpec", "Backend"]):
     """One process in virtual time, bit for bit repeatable: it controls every lag."""
 
-    section: ClassVar[str] = "lockstep"
+    controls_lag: ClassVar[bool] = True
     steps_engine: ClassVar[bool] = True
 
     def open(self, spec: BackendSpec) -> AbstractAsyncContextManager[Backend]:
@@ -39,7 +39,7 @@ class LocalKind(BackendKind["BackendSpec", "Backend"]):
 class RayKind(BackendKind["BackendSpec", "Backend"]):
     """Actors of a Ray cluster, on one node or several."""
 
-    section: ClassVar[str] = "ray"
+    on_cluster: ClassVar[bool] = True
     moves_trajectories: ClassVar[bool] = True
 
     def open(self, spec: BackendSpec) -> AbstractAsyncContextManager[Backend]:

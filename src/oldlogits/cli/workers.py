@@ -12,6 +12,7 @@ from typing import Annotated
 import tyro
 
 from oldlogits.backends.ray.desired_workers import read_wanted, write_wanted
+from oldlogits.core.backend import BACKENDS
 from oldlogits.core.errors import ConfigError
 from oldlogits.record.folder import RunFolder
 
@@ -34,7 +35,7 @@ def command(arguments: Sequence[str]) -> int:
     if not config.exists():
         raise ConfigError("there is no run", got=str(options.run), allowed="a run folder", fix="name the folder given as --out")
     recipe = tomllib.loads(config.read_text(encoding="utf-8"))
-    if recipe["runtime"]["type"] != "ray":
+    if not BACKENDS.find(recipe["runtime"]["type"]).on_cluster:
         raise ConfigError(
             "only runs with the runtime ray have workers that join and leave",
             got=f"runtime.type = '{recipe['runtime']['type']}'",

@@ -294,7 +294,7 @@ class RunConfig:
     def trainer_device(self) -> Literal["auto", "cpu", "cuda"]:
         """`trainer.device`, where "auto" is decided by the recipe alone."""
         runtime, engine = BACKENDS.find(self.runtime.type), self.engine
-        if runtime.section == "ray":
+        if runtime.on_cluster:
             has_no_gpu = not self.ray.trainer_gpus
         else:
             starts_servers = ENGINES.find(engine.type)().has_servers and not engine.urls
@@ -304,4 +304,4 @@ class RunConfig:
     @property
     def window(self) -> int:
         """The largest lag that this runtime can produce, in versions."""
-        return self.lockstep.max_lag if BACKENDS.find(self.runtime.type).section == "lockstep" else self.max_staleness
+        return self.lockstep.max_lag if BACKENDS.find(self.runtime.type).controls_lag else self.max_staleness

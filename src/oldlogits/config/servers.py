@@ -51,7 +51,7 @@ def check_servers(config: RunConfig) -> None:
 def _check_ray(config: RunConfig) -> None:
     """Refuse keys of [ray] that nothing reads, and what its workers cannot have."""
     ray, default, runtime = config.ray, RayConfig(), BACKENDS.find(config.runtime.type)
-    if runtime.section != "ray":
+    if not runtime.on_cluster:
         for name in sorted(field.name for field in fields(RayConfig)):
             if getattr(ray, name) != getattr(default, name):
                 raise ConfigError(

@@ -23,8 +23,10 @@ class BackendKind(Protocol[Spec, Opened]):
     is imported when a recipe is read, so it imports heavy packages inside its methods only.
     """
 
-    section: ClassVar[str] = ""
-    """The section of the recipe that only this backend reads; empty: there is none."""
+    controls_lag: ClassVar[bool] = False
+    """Whether it decides how stale every token is, as the section [lockstep] says."""
+    on_cluster: ClassVar[bool] = False
+    """Whether it places workers on a cluster and reserves their CPUs and GPUs, as the section [ray] says."""
     steps_engine: ClassVar[bool] = False
     """Whether it steps the engine itself, in the process of the trainer and in virtual time: the engine is then given the
     trainer's own tensors, never patches."""
