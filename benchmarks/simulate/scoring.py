@@ -1,7 +1,7 @@
 """Trainer and dedicated scorer that only pass time: what the routes of `oldlogits.sources` call in a simulation.
 
-A stand-in trajectory has one token for each context, and one for each stretch that one version sampled; how many tokens
-these are stands in its `Flight`. So the routes decide what is scored when, and the seconds follow from the real counts.
+A placeholder trajectory has one token for each context, and one for each stretch that one version sampled; how many tokens
+these are is in its `Flight`. So the routes decide what is scored when, and the seconds follow from the real counts.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from oldlogits.sources import EngineScores
 from oldlogits.versions import AverageScores
 
 READ = Context(token_ids=(0,))
-"""The stand-in of everything that is read between two turns."""
+"""The placeholder of everything that is read between two turns."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Flight:
-    """One trajectory: its stand-in segments, and how many tokens these are.
+    """One trajectory: its placeholder segments, and how many tokens these are.
 
     Args:
         id: Of the trajectory.
         cached: What the engine has of it.
-        segments: The stand-ins, as the routes see them.
-        ends: Of each sampled stand-in, in order: real tokens up to its last.
-        counts: Of each sampled stand-in, in order: version and real tokens.
+        segments: The placeholders, as the routes see them.
+        ends: Of each sampled placeholder, in order: real tokens up to its last.
+        counts: Of each sampled placeholder, in order: version and real tokens.
     """
 
     id: str
@@ -55,7 +55,7 @@ class Flight:
         end = self.cached.num_tokens - sum(num for _, num in spans)
         for version, num in spans:
             end += num
-            self.segments.append(stand_in(version))
+            self.segments.append(placeholder(version))
             self.ends.append(end)
             self.counts.append((version, num))
 
@@ -70,11 +70,11 @@ class Flight:
         return max([*ends, self.running_ends.get(version, 0)])
 
     def trajectory(self, group_id: str, reward: float) -> Trajectory:
-        """The stand-in, as it goes to the buffer."""
+        """The placeholder, as it goes to the buffer."""
         return Trajectory(id=self.id, group_id=group_id, segments=tuple(self.segments), reward=reward, stop_reason="done")
 
 
-def stand_in(version: PolicyVersion) -> Sampled:
+def placeholder(version: PolicyVersion) -> Sampled:
     """One token that stands for all that a version sampled in one go."""
     return Sampled(token_ids=(0,), logp_mu=(-1.0,), version=version, kv="fresh", temperature=1.0)
 

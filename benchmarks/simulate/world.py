@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.simulate.clock import run_virtually
 from benchmarks.simulate.engine import Cached, Engine
 from benchmarks.simulate.scenario import Episode, Scenario
-from benchmarks.simulate.scoring import Flight, SimulatedScorer, SimulatedTrainer, stand_in
+from benchmarks.simulate.scoring import Flight, SimulatedScorer, SimulatedTrainer, placeholder
 from oldlogits.core.scoring import BatchTokens
 from oldlogits.core.source import LogprobSource
 from oldlogits.core.trajectory import Sampled, TrajectoryGroup
@@ -284,7 +284,7 @@ class _World:
             spans_of = {id: spans for engine in self.engines for id, spans in engine.partials()}
             for id, spans in spans_of.items():
                 self.flights[id].paused(spans)
-            running = {id: [stand_in(version) for version, _ in spans] for id, spans in spans_of.items()}
+            running = {id: [placeholder(version) for version, _ in spans] for id, spans in spans_of.items()}
             await self.source.on_paused(running)
         return paused_at
 

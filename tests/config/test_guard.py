@@ -39,7 +39,7 @@ def warned(variant, source=None, **table):
 
 @pytest.mark.parametrize("variant", LINEAR)
 @pytest.mark.parametrize("eps_high", [0.1, 0.28, 1.0])
-def test_a_linear_stand_in_whose_ratio_cannot_reach_the_upper_clip_is_refused(variant, eps_high):
+def test_a_linear_interpolation_whose_ratio_cannot_reach_the_upper_clip_is_refused(variant, eps_high):
     """``r_s < 1 / (1 - a)``: the clip at ``1 + eps_high`` exists where ``1 / (1 - a)`` is above it."""
     edge = 1 - 1 / (1 + eps_high)
     for weight_mu in (0.5 * edge, edge - 1e-9):
@@ -51,7 +51,7 @@ def test_a_linear_stand_in_whose_ratio_cannot_reach_the_upper_clip_is_refused(va
 
 
 @pytest.mark.parametrize("variant", LINEAR + LOGLINEAR)
-def test_a_stand_in_that_is_theta_itself_has_no_clip_and_is_refused(variant):
+def test_a_proximal_policy_that_is_theta_itself_has_no_clip_and_is_refused(variant):
     assert "no clip for A > 0 and A < 0 at weight_mu 0" in refusal(variant, objective={"interpolation_mu": 0.0}).what
 
 
@@ -61,7 +61,7 @@ def test_a_log_linear_clip_exists_at_every_weight_until_its_bound_leaves_the_flo
     assert "no clip" in refusal(variant, objective={"interpolation_mu": 1e-4}).what  # 1.28^10000
 
 
-def test_a_stand_in_that_is_mu_itself_is_refused_where_it_is_to_mask_and_kept_where_it_is_to_clip():
+def test_a_proximal_policy_that_is_mu_itself_is_refused_where_it_is_to_mask_and_kept_where_it_is_to_clip():
     for variant in ("linear_train_infer", "loglinear_train_infer"):
         for band in (1.5, INF):
             error = refusal(variant, band=band, objective={"interpolation_mu": 1.0})
@@ -117,7 +117,7 @@ def test_a_recipe_that_says_that_it_does_not_clip_is_not_told_so():
 
 @pytest.mark.parametrize("variant", LINEAR)
 @pytest.mark.parametrize("weight_mu", [0.25, 0.5, 0.8])
-def test_a_truncation_that_a_linear_stand_ins_ratio_cannot_exceed_is_refused(variant, weight_mu):
+def test_a_truncation_that_a_linear_interpolations_ratio_cannot_exceed_is_refused(variant, weight_mu):
     """``r_s < 1 / (1 - a)``, which it approaches as R grows."""
     largest = 1 / (1 - weight_mu)
     assert 1e12 / (weight_mu + (1 - weight_mu) * 1e12) == pytest.approx(largest, rel=1e-6)
@@ -131,7 +131,7 @@ def test_a_truncation_that_a_linear_stand_ins_ratio_cannot_exceed_is_refused(var
     check(recipe(variant, objective={"interpolation_mu": weight_mu, "is_cap": largest}))  # ppo: truncates nothing
 
 
-def test_a_log_linear_ratio_exceeds_every_truncation_unless_the_stand_in_is_theta():
+def test_a_log_linear_ratio_exceeds_every_truncation_unless_the_proximal_policy_is_theta():
     for variant in LOGLINEAR:
         check(recipe(variant, objective={"clip": "truncated", "interpolation_mu": 0.01, "is_cap": 100.0}))
     for variant in LINEAR + LOGLINEAR:
@@ -163,7 +163,7 @@ def test_the_shipped_defaults_give_no_warning():
 
 
 @pytest.mark.parametrize(
-    ("variant", "steps", "max_staleness", "stand_in"),
+    ("variant", "steps", "max_staleness", "proximal"),
     [
         ("decoupled_async", 1, 4, "ASYNC"),
         ("decoupled_async", 2, 4, None),
@@ -183,12 +183,12 @@ def test_the_shipped_defaults_give_no_warning():
         ("loglinear_prox", 1, 0, None),
     ],
 )
-def test_one_step_at_the_stand_ins_own_weights_is_warned_of_as_without_a_clip(variant, steps, max_staleness, stand_in):
+def test_one_step_at_the_proximal_policys_own_weights_is_warned_of_as_without_a_clip(variant, steps, max_staleness, proximal):
     found = warned(variant, max_staleness=max_staleness, trainer={"minibatches_per_update": steps})
-    assert found.keys() == ({"no-clip"} if stand_in else set())
+    assert found.keys() == ({"no-clip"} if proximal else set())
     for caution in found.values():
         assert caution.figures == {"minibatches_per_update": 1, "clipped": 0}
-        assert f"THETA is {stand_in} at the only step" in caution.message
+        assert f"THETA is {proximal} at the only step" in caution.message
 
 
 def test_at_lag_0_an_average_is_the_live_weights_under_every_decay_but_a_fixed_one():

@@ -99,7 +99,7 @@ def test_an_fp32_engine_has_no_noise_that_any_band_would_mask(calibrated):
     assert names_of(calibrated("fp32")) == []
 
 
-def test_the_stand_in_does_not_change_what_is_measured(calibrated):
+def test_the_proximal_policy_does_not_change_what_is_measured(calibrated):
     exact = fields_of(calibrated("int4"))
     for variant, source in (("decoupled_async", "arrival"), ("ppo_clip_train_infer", "none"), ("ppo_ewma", "ewma")):
         found = fields_of(calibrated("int4", variant, source))
@@ -143,7 +143,9 @@ def test_warnings_are_events_with_figures_lines_on_the_console_and_notes_in_the_
     "variant, source",
     [("ppo_ewma_train_infer", "ewma"), ("aged_train_infer", "aged"), ("rescore_train_infer", "rescore")],
 )
-def test_where_nothing_is_stale_one_step_starts_at_the_stand_in_and_the_warning_says_so(variant, source, tiny_folder, tmp_path):
+def test_where_nothing_is_stale_one_step_starts_at_the_proximal_policy_and_the_warning_says_so(
+    variant, source, tiny_folder, tmp_path
+):
     more = {"max_staleness": 0, "lockstep": {"max_lag": 0}, "trainer": {"minibatches_per_update": 1}}
     config = recipe(
         tiny_folder, variant=variant, proximal={"source": source}, num_updates=2, engine={"precision": "int4"}, **more

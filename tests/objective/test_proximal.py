@@ -76,7 +76,7 @@ def test_a_number_outside_the_unit_interval_is_refused_and_a_token_outside_it_is
 
 
 @given(behave=st.integers(0, 9), lag=st.integers(0, 9), mu=logps, theta=logps)
-def test_loglinear_is_a3pos_stand_in_with_its_coefficient_on_the_other_side(behave, lag, mu, theta):
+def test_loglinear_is_a3pos_policy_with_its_coefficient_on_the_other_side(behave, lag, mu, theta):
     current = behave + lag
     on_theta = 0.0 if lag == 0 else min(max((current - 1 - behave) / (current - behave), 0.0), 1.0)
     expected = mu + on_theta * (theta - mu)

@@ -30,19 +30,19 @@ SeedRatio = tuple[int, float]
 """A trace's seed, and a ratio found on it."""
 
 StandIns = Mapping[str, DecisionError]
-"""The rows of one trace under one band, by stand-in."""
+"""The rows of one trace under one band, by proximal policy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pooled:
-    """One stand-in in one setting, over the traces of that setting.
+    """One proximal policy in one setting, over the traces of that setting.
 
     Args:
         engine: The engine's numerics.
         lag: How lags are spread over the window.
         window: The largest lag, in versions.
         band: The discrepancy band.
-        stand_in: Its name.
+        proximal_policy: Its name.
         ratio: Geometric mean over seeds, and over the traces of each, of ``(error + h) / (arrival's error + h)``, h = `HALF`
             a token, with the t interval of the logarithm over seeds; n is the number of seeds.
         num_traces: That it is over.
@@ -55,7 +55,7 @@ class Pooled:
     lag: str
     window: int
     band: float
-    stand_in: str
+    proximal_policy: str
     ratio: Estimate
     num_traces: int
     median: float
@@ -87,14 +87,14 @@ class Check:
 
 
 def pooled(errors: Iterable[DecisionError], measure: Measure = "by_count") -> tuple[Pooled, ...]:
-    """Every stand-in beside arrival, by engine, lag, window and band, in the order in which they come up.
+    """Every proximal policy beside arrival, by engine, lag, window and band, in the order in which they come up.
 
     Args:
         errors: Of any traces; those of one setting are pooled whatever their driver.
         measure: Which error.
 
     Raises:
-        ConfigError: A trace has no row of arrival, or two rows of one stand-in.
+        ConfigError: A trace has no row of arrival, or two rows of one proximal policy.
     """
     cells: dict[tuple[str, str, int, float, str], list[StandIns]] = {}
     for rows in _traces(errors):
@@ -107,7 +107,7 @@ def pooled(errors: Iterable[DecisionError], measure: Measure = "by_count") -> tu
             lag=lag,
             window=window,
             band=band,
-            stand_in=name,
+            proximal_policy=name,
             ratio=_over_seeds([_ratio(rows, name, ("arrival",), measure) for rows in traces]),
             num_traces=len(traces),
             median=median(_error(rows[name], measure) for rows in traces),
@@ -184,22 +184,22 @@ def frontier(points: Sequence[tuple[str, float, float]], tolerance: float = 0.0)
 
 
 def _traces(errors: Iterable[DecisionError]) -> list[StandIns]:
-    """The rows of each trace under each band, by stand-in."""
+    """The rows of each trace under each band, by proximal policy."""
     traces: dict[tuple[object, ...], dict[str, DecisionError]] = {}
     for e in errors:
         rows = traces.setdefault((e.engine, e.lag, e.window, e.band, e.driver, e.trace, e.seed), {})
-        if e.stand_in in rows:
+        if e.proximal_policy in rows:
             raise ConfigError(
-                f"two rows of stand-in '{e.stand_in}' on one trace",
+                f"two rows of proximal policy '{e.proximal_policy}' on one trace",
                 got=f"driver {e.driver}, trace {e.trace}, seed {e.seed}, band {e.band}",
                 allowed="one",
                 fix="number the traces",
             )
-        rows[e.stand_in] = e
+        rows[e.proximal_policy] = e
     for rows in traces.values():
         if "arrival" not in rows:
             raise ConfigError(
-                "a trace without the stand-in that the others are compared with",
+                "a trace without the proximal policy that the others are compared with",
                 got=", ".join(rows),
                 allowed="rows with arrival",
                 fix="pass all rows of `decision_errors`",
@@ -216,7 +216,7 @@ def _error(e: DecisionError, measure: Measure) -> float:
 
 
 def _ratio(rows: StandIns, name: str, others: Sequence[str], measure: Measure) -> SeedRatio:
-    """A stand-in's error over the smallest of the others', half a token added to both."""
+    """A proximal policy's error over the smallest of the others', half a token added to both."""
     half = HALF / rows[name].num_tokens
     ratio = (_error(rows[name], measure) + half) / (min(_error(rows[other], measure) for other in others) + half)
     return rows[name].seed, ratio

@@ -46,7 +46,7 @@ class RouteCost:
         num_switches: Switches of the scoring weights from one version to another, mean per update.
         switch_s: Seconds until the scoring module points at a version's weights, checkout included, mean over all checkouts;
             the witness that follows is a part of `score_s`; None: no switch.
-        forwards: Tokens that the forward passes for the stand-in read / tokens of the batches, context included.
+        forwards: Tokens that the forward passes for the proximal policy read / tokens of the batches, context included.
         score_s: The scorer worked.
         wait_s: The update waited for scores.
         keep_s: Storing a version, or taking it into the average.

@@ -1,7 +1,7 @@
-"""Decision error: how often each stand-in lets another token into the update than OLD does, read from recorded traces.
+"""Decision error: how often each proximal policy lets another token into the update than OLD does, read from recorded traces.
 
 What is compared: on the same tokens, with the same MU, THETA, advantages, band and clip, the active set of
-``r_d = X/MU, r_s = THETA/X`` and that of ``r_d = OLD/MU, r_s = THETA/OLD``. The stand-in X is the only difference; THETA
+``r_d = X/MU, r_s = THETA/X`` and that of ``r_d = OLD/MU, r_s = THETA/OLD``. The proximal policy X is the only difference; THETA
 is that of the run that made the trace. For ``mu``, X = MU: no band acts, and the clip is on the total ratio. The
 interpolations are judged in this form too (Proposition 1 speaks of it), not in the ``r_d = 1`` form of the paper's table.
 """
@@ -26,7 +26,7 @@ Columns = Mapping[str, Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecisionError:
-    """What one stand-in decides otherwise than OLD on one trace, under one band. ``R = theta / mu``.
+    """What one proximal policy decides otherwise than OLD on one trace, under one band. ``R = theta / mu``.
 
     Shares by weight are ``sum |R A|`` over the differing tokens, divided by that over the tokens active under OLD; 0
     where those have no weight.
@@ -39,16 +39,16 @@ class DecisionError:
         trace: Number of the trace.
         seed: Of the run.
         band: The discrepancy band.
-        stand_in: Its name, one of `STAND_INS`.
+        proximal_policy: Its name, one of `PROXIMAL_POLICIES`.
         num_tokens: Loss tokens.
         num_nonzero: Those with A != 0.
         staleness: Mean over the loss tokens, in versions.
-        beta: Of the average that the stand-in takes part in, mean over the recorded updates; None: it has no average.
+        beta: Of the average that the proximal policy takes part in, mean over the recorded updates; None: it has no average.
         log_error: Mean ``|log X - log OLD|``, nats.
         by_count: Share of the loss tokens whose decision differs; ``wrongly_kept + wrongly_masked``.
         by_weight: The same by weight; ``by_weight_kept + by_weight_masked``.
-        wrongly_kept: Share of the loss tokens that are active under the stand-in and not under OLD.
-        wrongly_masked: Share of the loss tokens that are active under OLD and not under the stand-in.
+        wrongly_kept: Share of the loss tokens that are active under the proximal policy and not under OLD.
+        wrongly_masked: Share of the loss tokens that are active under OLD and not under the proximal policy.
         wrongly_kept_nonzero: The same of the tokens with A != 0.
         wrongly_masked_nonzero: The same of the tokens with A != 0.
         by_weight_kept: The wrongly kept tokens by weight.
@@ -62,7 +62,7 @@ class DecisionError:
     trace: int
     seed: int
     band: float
-    stand_in: str
+    proximal_policy: str
     num_tokens: int
     num_nonzero: int
     staleness: float
@@ -80,7 +80,7 @@ class DecisionError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StandIn:
-    """How a stand-in's log-probs follow from a trace.
+    """How a proximal policy's log-probs follow from a trace.
 
     Args:
         logp: From the columns of the trace and the weight on MU.
@@ -95,7 +95,7 @@ def _recorded(column: str) -> Callable[[Columns, float], Tensor]:
     return lambda columns, weight_mu: columns[f"logp_{column}"]
 
 
-STAND_INS: Final[Mapping[str, StandIn]] = MappingProxyType(
+PROXIMAL_POLICIES: Final[Mapping[str, StandIn]] = MappingProxyType(
     {
         "arrival": StandIn(logp=_recorded("async")),
         "linear": StandIn(logp=lambda c, weight_mu: linear_logp(c["logp_mu"], c["logp_theta"], weight_mu)),
@@ -106,7 +106,7 @@ STAND_INS: Final[Mapping[str, StandIn]] = MappingProxyType(
         "mu": StandIn(logp=_recorded("mu")),
     }
 )
-"""Stand-in by name."""
+"""Proximal policy by name."""
 
 
 def decision_errors(
@@ -120,7 +120,7 @@ def decision_errors(
     dual_clip: float | None,
     weight_mu: float = 0.5,
 ) -> tuple[DecisionError, ...]:
-    """The decision errors of every stand-in on a trace, under every band.
+    """The decision errors of every proximal policy on a trace, under every band.
 
     Args:
         table: Of `record_trace`.
@@ -149,15 +149,15 @@ def decision_errors(
             trace=trace,
             seed=info.seed,
             band=band,
-            stand_in=name,
+            proximal_policy=name,
             num_tokens=num_tokens,
             num_nonzero=num_nonzero,
             staleness=staleness,
-            beta=info.beta.get(stand_in.average),
-            **_shares(judge.sums(stand_in.logp(columns, weight_mu), band)),
+            beta=info.beta.get(proximal_policy.average),
+            **_shares(judge.sums(proximal_policy.logp(columns, weight_mu), band)),
         )
         for band in bands
-        for name, stand_in in STAND_INS.items()
+        for name, proximal_policy in PROXIMAL_POLICIES.items()
     )
 
 
@@ -183,7 +183,7 @@ class _Judge:
         ).active_mask
 
     def sums(self, logp: Tensor, band: float) -> DecisionSums:
-        """Stand-in against OLD, all lags in one."""
+        """Proximal policy against OLD, all lags in one."""
         c = self._columns
         return decision_sums(
             logp,

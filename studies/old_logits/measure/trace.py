@@ -1,10 +1,10 @@
-"""A trace: the log-probs that every stand-in gives the same tokens, recorded beside a run that trains with one of them.
+"""A trace: the log-probs that every proximal policy gives the same tokens, recorded beside a run that trains with one of them.
 
     publish -> copy of the version, and each average of the panel takes it in        (every update)
     train:     OLD, ASYNC, averages, AGED, RESCORE score the batch -> the driver's own steps -> rows   (the last updates)
 
 The panel has weights and a scoring module of its own; nothing that the driver reads depends on it. Bands, clips and the
-stand-ins that are formed at loss time need no further run: they are computed from the table (study/decision.py).
+proximal policies that are formed at loss time need no further run: they are computed from the table (study/decision.py).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from studies.old_logits.measure.full_copies import FullCopyStore
 Decay = Literal["max-lag", "mean-lag", "auto"]
 
 AVERAGES: Final[Mapping[str, Decay]] = {"ewma": "max-lag", "ewma-mean-lag": "mean-lag", "ewma-auto": "auto"}
-"""The averages of the panel by the stand-in that they are, and how each chooses its beta; none is ever reset."""
+"""The averages of the panel by the proximal policy that they are, and how each chooses its beta; none is ever reset."""
 
 _KEY: Final = b"oldlogits.trace"
 
@@ -116,7 +116,7 @@ def record_trace(config: RunConfig, out: Path, num_scored: int) -> pa.Table:
 
 
 class Panel:
-    """Scores what the driver trains, under OLD and every stand-in, with weights and a scoring module of its own.
+    """Scores what the driver trains, under OLD and every proximal policy, with weights and a scoring module of its own.
 
     Args:
         config: The run.
@@ -179,7 +179,7 @@ class Panel:
             self._tables.append(_rows(batch, result, self._version, self._scores))
 
     async def _score(self, batch: TokenBatch, engine_scores: EngineScores) -> dict[str, NDArray[np.float32]]:
-        """Log-probs of the batch's loss tokens under OLD and every stand-in that needs weights."""
+        """Log-probs of the batch's loss tokens under OLD and every proximal policy that needs weights."""
         flat = np.flatnonzero(batch.loss_mask)
         versions = batch.version[flat]
         old = np.empty(len(flat), np.float32)

@@ -10,7 +10,7 @@ from itertools import product
 from studies.old_logits.analyse.contrasts import all_contrasts, method_rows
 from studies.old_logits.declare.methods import find_method
 from studies.old_logits.layout import DASH, Table, blocks_named, counted
-from studies.old_logits.measure.decision import STAND_INS
+from studies.old_logits.measure.decision import PROXIMAL_POLICIES
 from studies.old_logits.results import Study
 from studies.old_logits.show.learning_tables import VIEW_NAMES
 
@@ -69,9 +69,9 @@ def _runs(study: Study) -> Iterator[_Part]:
 
 def _cross(study: Study) -> _Part:
     cross = study.declaration.cross
-    traces = Counter((e.window, e.lag, e.engine, e.band, e.stand_in) for e in study.decision)
+    traces = Counter((e.window, e.lag, e.engine, e.band, e.proximal_policy) for e in study.decision)
     cells = list(product(cross.windows, cross.lags, cross.engines, cross.bands))
-    short = [cell for cell in cells if any(traces[*cell, name] < cross.num_traces for name in STAND_INS)]
+    short = [cell for cell in cells if any(traces[*cell, name] < cross.num_traces for name in PROXIMAL_POLICIES)]
     names = [f"{engine}, {lag} lags, window {window}, band {band:g}" for window, lag, engine, band in short]
     title = f"decision errors, settings with {counted(cross.num_traces, 'trace')}"
     return _Part(name=title, declared=len(cells), num_missing=len(short), missing=names)

@@ -1,4 +1,4 @@
-"""The tables of the system cost, ours beside the paper's, and which stand-in is worth which cost."""
+"""The tables of the system cost, ours beside the paper's, and which proximal policy is worth which cost."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROUTES: Final[Mapping[str, str]] = {
     "rescore": "rescore",
     "mu": "none",
 }
-"""The route that feeds a stand-in."""
+"""The route that feeds a proximal policy."""
 
 NOISE: Final = 0.05
 """Costs that differ by no more than this share of the median update are not told apart."""
@@ -40,7 +40,7 @@ class Choice:
     """A way to an update, with what it decides otherwise and what it costs, under one engine.
 
     Args:
-        name: An exact route, or a stand-in.
+        name: An exact route, or a proximal policy.
         error: Median share of tokens decided otherwise than with the old logits; 0 for exact routes.
         cost: Of its route.
         on_frontier: Whether no other choice has a smaller error at no higher cost, or a lower cost at an equal error; costs
@@ -72,7 +72,7 @@ def _choices(errors: Sequence[DecisionError], cost: Sequence[RouteCost]) -> tupl
     routes = {one.route: one for one in cost}
     by_count: dict[str, list[float]] = {}
     for e in errors:
-        by_count.setdefault(e.stand_in, []).append(e.by_count)
+        by_count.setdefault(e.proximal_policy, []).append(e.by_count)
     points = [(name, 0.0, one) for name, one in routes.items() if SOURCES.find(name).provides is OLD]
     points += [(name, median(own), routes[ROUTES[name]]) for name, own in by_count.items() if ROUTES[name] in routes]
     tolerance = NOISE * median(one.update_s for one in cost)
@@ -92,9 +92,9 @@ def cost_tables(study: Study) -> list[Table]:
         header=header,
         rows=tuple(rows),
         caption="Runtime local, one run at a time; by update, after the first two. Stored: beside the live weights. Copies: of "
-        "the weights on the trainer's side. Forwards: tokens read for the stand-in over tokens of the batch. Extra s: what the "
-        "update waits for scores, and for storing or averaging. Stall s: the engine stands still. Hidden: scoring that nobody "
-        "waited for.",
+        "the weights on the trainer's side. Forwards: tokens read for the proximal policy over tokens of the batch. "
+        "Extra s: what the update waits for scores, and for storing or averaging. Stall s: the engine stands still. "
+        "Hidden: scoring that nobody waited for.",
         legend=("Rows of the paper: as printed, on its own machines; a dash where it prints nothing.",),
     )
     return [cost, *_frontier(study)]
@@ -114,7 +114,7 @@ def _frontier(study: Study) -> list[Table]:
         Table(
             part=PART,
             title="Which one is worth its cost",
-            header=("exact route or stand-in", "extra s", "update s", "copies", *by_engine),
+            header=("exact route or proximal policy", "extra s", "update s", "copies", *by_engine),
             rows=tuple(
                 (
                     name,

@@ -15,9 +15,9 @@ from studies.old_logits.results import Cross, Study
 PART: Final = "Decision error"
 
 FORM: Final = (
-    "Every stand-in X in the form r_d = X/mu, r_s = theta/X; the learning runs of linear and log-linear have r_d = 1 instead."
+    "Every proximal policy X in the form r_d = X/mu, r_s = theta/X; "
+    "the learning runs of linear and log-linear have r_d = 1 instead."
 )
-
 STAGE: Final = "A longer window is a later stage of training: a trace ends soon after its window is full."
 
 _NOT_ONE: Final = "*: the 95% interval does not hold 1."
@@ -50,9 +50,9 @@ def main_band(errors: Iterable[DecisionError]) -> float:
     return CHECKED_BAND if CHECKED_BAND in bands else min(bands)
 
 
-def stand_ins(errors: Iterable[DecisionError]) -> list[str]:
+def proximal_policies(errors: Iterable[DecisionError]) -> list[str]:
     """The names in the order in which they come up."""
-    return list(dict.fromkeys(e.stand_in for e in errors))
+    return list(dict.fromkeys(e.proximal_policy for e in errors))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,7 @@ class Level:
         factor: One of `FACTORS`.
         level: Its level.
         arrival: Median error of arrival, by count.
-        ratios: By stand-in, the geometric mean of its ratio to arrival over the settings of the level.
+        ratios: By proximal policy, the geometric mean of its ratio to arrival over the settings of the level.
     """
 
     factor: str
@@ -84,11 +84,11 @@ def levels(errors: Sequence[DecisionError]) -> tuple[Level, ...]:
 def _level(factor: str, level: str, errors: Sequence[DecisionError]) -> Level:
     by_name: dict[str, list[float]] = {}
     for cell in pooled(errors):
-        by_name.setdefault(cell.stand_in, []).append(cell.ratio.mean)
+        by_name.setdefault(cell.proximal_policy, []).append(cell.ratio.mean)
     return Level(
         factor=factor,
         level=level,
-        arrival=median(e.by_count for e in errors if e.stand_in == "arrival"),
+        arrival=median(e.by_count for e in errors if e.proximal_policy == "arrival"),
         ratios={name: geometric_mean(ratios) for name, ratios in by_name.items()},
     )
 
@@ -112,7 +112,7 @@ def _checks(checks: Sequence[Check]) -> Table:
 
 
 def _by_factor(errors: Sequence[DecisionError]) -> Table:
-    names = [name for name in stand_ins(errors) if name != "arrival"]
+    names = [name for name in proximal_policies(errors) if name != "arrival"]
     return Table(
         part=PART,
         title="What moves the error",
@@ -134,15 +134,15 @@ def _drivers(errors: Sequence[DecisionError]) -> str:
 def _kinds(errors: Sequence[DecisionError], band: float) -> Table:
     rows = []
     for engine in dict.fromkeys(e.engine for e in errors):
-        for name in stand_ins(errors):
-            kept = [e for e in errors if (e.engine, e.stand_in, e.band) == (engine, name, band)]
+        for name in proximal_policies(errors):
+            kept = [e for e in errors if (e.engine, e.proximal_policy, e.band) == (engine, name, band)]
             if kept:
                 rows.append((engine, name, f"{median(e.log_error for e in kept):.4f}", *_shares(kept)))
     return Table(
         part=PART,
         title=f"Kinds of error, band {band:g}",
         header=(
-            "engine", "stand-in", "|log-prob error|", "by count", "by weight", "kept wrongly", "masked wrongly",
+            "engine", "proximal policy", "|log-prob error|", "by count", "by weight", "kept wrongly", "masked wrongly",
             "kept, A ≠ 0", "masked, A ≠ 0", "kept, by weight", "masked, by weight",
         ),
         rows=tuple(rows),
@@ -167,13 +167,13 @@ def _shares(kept: Sequence[DecisionError]) -> list[str]:
 
 
 def _settings(cells: Sequence[Pooled], band: float, cross: Cross, *, is_detail: bool) -> Table:
-    """One row an engine, lag shape and stand-in, one column a window: arrival's error, and the others' ratios to it."""
+    """One row an engine, lag shape and proximal policy, one column a window: arrival's error, and the others' ratios to it."""
     here = [cell for cell in cells if cell.band == band]
     windows = sorted({cell.window for cell in here} | set(cross.windows))
-    found = {(cell.engine, cell.lag, cell.stand_in, cell.window): cell for cell in here}
+    found = {(cell.engine, cell.lag, cell.proximal_policy, cell.window): cell for cell in here}
     rows = []
     for engine, lag in dict.fromkeys((cell.engine, cell.lag) for cell in here):
-        names = dict.fromkeys(cell.stand_in for cell in here)
+        names = dict.fromkeys(cell.proximal_policy for cell in here)
         by_window = {w: next((c for c in here if (c.engine, c.lag, c.window) == (engine, lag, w)), None) for w in windows}
         own = [f"{cell.median_arrival:.2%}" if cell else DASH for cell in by_window.values()]
         rows.append((engine, lag, "arrival", *own))
@@ -182,8 +182,8 @@ def _settings(cells: Sequence[Pooled], band: float, cross: Cross, *, is_detail: 
     zeros = sum(cell.num_zero for cell in here)
     return Table(
         part=PART,
-        title=f"Error of each stand-in over that of arrival, band {band:g}",
-        header=("engine", "lags", "stand-in", *(f"window {w}" for w in windows)),
+        title=f"Error of each proximal policy over that of arrival, band {band:g}",
+        header=("engine", "lags", "proximal policy", *(f"window {w}" for w in windows)),
         rows=tuple(rows),
         caption="Rows of arrival: its own error by count, median over traces. Other rows: geometric mean over traces of the "
         f"ratio to it, with the 95% t interval of the logarithm over seeds. {FORM}",

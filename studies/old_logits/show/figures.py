@@ -26,7 +26,7 @@ from studies.old_logits.measure.decision import DecisionError
 from studies.old_logits.results import LearningRun, Regime, Study
 from studies.old_logits.show.charts import Dot, Mark, Row, row_chart, scatter_chart
 from studies.old_logits.show.cost_tables import choices
-from studies.old_logits.show.decision_tables import main_band, stand_ins
+from studies.old_logits.show.decision_tables import main_band, proximal_policies
 from studies.old_logits.show.learning_tables import VIEW_NAMES
 
 Style = Literal["plain", "raw", "dashed", "dots"]
@@ -51,7 +51,7 @@ LOOKS: Final[dict[str, tuple[str, Style]]] = {
     "truncated-is": ("c4", "dashed"),
     "synchronous": ("c6", "dots"),
 }
-"""Colour and line of a method or stand-in: one colour a family, the same on the whole page."""
+"""Colour and line of a method or proximal policy: one colour a family, the same on the whole page."""
 
 _BAD: Final = "bad"
 
@@ -79,8 +79,10 @@ def decision_figures(errors: Sequence[DecisionError]) -> list[list[Figure]]:
     kept = [e for e in errors if e.band == band]
     medians = {
         (engine, lag, name, window): median(found)
-        for engine, lag, name, window in dict.fromkeys((e.engine, e.lag, e.stand_in, e.window) for e in kept)
-        if (found := [e.by_count for e in kept if (e.engine, e.lag, e.stand_in, e.window) == (engine, lag, name, window)])
+        for engine, lag, name, window in dict.fromkeys((e.engine, e.lag, e.proximal_policy, e.window) for e in kept)
+        if (
+            found := [e.by_count for e in kept if (e.engine, e.lag, e.proximal_policy, e.window) == (engine, lag, name, window)]
+        )
     }
     positive = [value for value in medians.values() if value > 0]
     if not positive:
@@ -104,8 +106,8 @@ def decision_figures(errors: Sequence[DecisionError]) -> list[list[Figure]]:
 
 
 def decision_legend(errors: Sequence[DecisionError]) -> tuple[tuple[str, str], ...]:
-    """The look of every stand-in, and its name."""
-    return tuple((" ".join(LOOKS[name]), name) for name in stand_ins(errors))
+    """The look of every proximal policy, and its name."""
+    return tuple((" ".join(LOOKS[name]), name) for name in proximal_policies(errors))
 
 
 def _by_window(medians: dict[tuple[str, str, str, int], float], engine: str, lag: str, windows: Sequence[int]) -> list[Line]:

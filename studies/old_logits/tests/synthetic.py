@@ -83,29 +83,29 @@ ERRORS = {
     "arrival": 0.05, "linear": 0.03, "log-linear": 0.045, "ewma": 0.04, "ewma-mean-lag": 0.041, "ewma-auto": 0.039,
     "aged": 0.035, "rescore": 0.018, "mu": 0.016,
 }  # fmt: skip
-"""Decision error of a stand-in at window 4, band 1.1; twice that at window 16, half of it at band 1.5."""
+"""Decision error of a proximal policy at window 4, band 1.1; twice that at window 16, half of it at band 1.5."""
 
 TRACE_NOISE = (0.9, 1.0, 1.1, 1.05, 0.95)
 
 
-def error_of(stand_in: str, window: int, band: float, trace: int) -> float:
-    own = TRACE_NOISE[(trace + len(stand_in)) % 5]
-    return ERRORS[stand_in] * (2.0 if window == 16 else 1.0) * (0.5 if band == 1.5 else 1.0) * own
+def error_of(proximal_policy: str, window: int, band: float, trace: int) -> float:
+    own = TRACE_NOISE[(trace + len(proximal_policy)) % 5]
+    return ERRORS[proximal_policy] * (2.0 if window == 16 else 1.0) * (0.5 if band == 1.5 else 1.0) * own
 
 
 def decision_rows() -> tuple[DecisionError, ...]:
     """Every declared cell: errors by count as above, by weight half of them, a quarter of it kept wrongly."""
     rows = []
-    for window, band, trace, stand_in in product((4, 16), (1.1, 1.5), range(5), ERRORS):
-        error = error_of(stand_in, window, band, trace)
+    for window, band, trace, proximal_policy in product((4, 16), (1.1, 1.5), range(5), ERRORS):
+        error = error_of(proximal_policy, window, band, trace)
         shares = {"by_count": error, "wrongly_kept": error / 4, "wrongly_masked": 3 * error / 4, "by_weight": error / 2}
         shares |= {"wrongly_kept_nonzero": error / 4, "wrongly_masked_nonzero": 3 * error / 4}
         shares |= {"by_weight_kept": error / 8, "by_weight_masked": 3 * error / 8}
         rows.append(
             DecisionError(
                 window=window, lag="even", engine="fp8", driver="exact", trace=trace, seed=trace, band=band,
-                stand_in=stand_in, num_tokens=10_000, num_nonzero=10_000, staleness=window / 2,
-                beta=window / (window + 2) if "ewma" in stand_in else None, log_error=error, **shares,
+                proximal_policy=proximal_policy, num_tokens=10_000, num_nonzero=10_000, staleness=window / 2,
+                beta=window / (window + 2) if "ewma" in proximal_policy else None, log_error=error, **shares,
             )
         )  # fmt: skip
     return tuple(rows)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from studies.old_logits.measure.decision import STAND_INS, decision_errors
+from studies.old_logits.measure.decision import PROXIMAL_POLICIES, decision_errors
 from studies.old_logits.measure.trace import TraceInfo
 from tests.objective.oracle import Objective, interpolate, token
 
@@ -50,15 +50,15 @@ def trace(seed: int, num_tokens: int = 300, noise: float = 0.15, far: bool = Tru
 
 
 def tokens_of(row: dict, band: float):
-    """The oracle's verdict on one token with OLD, and with each stand-in in its place."""
+    """The oracle's verdict on one token with OLD, and with each proximal policy in its place."""
     prob = {name.removeprefix("logp_"): math.exp(value) for name, value in row.items() if name.startswith("logp_")}
     mixed = interpolate(prob["mu"], prob["theta"], WEIGHT_MU)
     knobs = Objective(band=band, eps_low=EPS_LOW, eps_high=EPS_HIGH, dual_clip=DUAL_CLIP)
-    stand_ins = {"old": prob["old"]} | {name: prob[column] for name, column in RECORDED.items()}
-    stand_ins |= {name: mixed[column] for name, column in LINEAR.items()}
+    proximal_policies = {"old": prob["old"]} | {name: prob[column] for name, column in RECORDED.items()}
+    proximal_policies |= {name: mixed[column] for name, column in LINEAR.items()}
     return {
         name: (x, token("decoupled_exact", {"mu": prob["mu"], "old": x, "theta": prob["theta"]}, row["advantage"], knobs))
-        for name, x in stand_ins.items()
+        for name, x in proximal_policies.items()
     }
 
 
@@ -84,7 +84,7 @@ def test_every_figure_is_that_of_the_plain_arithmetic(noise):
     table = trace(0, noise=noise)
     rows = table.to_pylist()
     found = errors_of(table)
-    assert [(e.band, e.stand_in) for e in found] == [(band, name) for band in BANDS for name in STAND_INS]
+    assert [(e.band, e.proximal_policy) for e in found] == [(band, name) for band in BANDS for name in PROXIMAL_POLICIES]
     num_nonzero = sum(row["advantage"] != 0 for row in rows)
     assert 0 < num_nonzero < len(rows)
     seen = set()
@@ -93,13 +93,13 @@ def test_every_figure_is_that_of_the_plain_arithmetic(noise):
         weight = weight_kept = weight_masked = log_error = 0.0
         for row in rows:
             verdicts = tokens_of(row, e.band)
-            (old, exact), (x, stand_in) = verdicts["old"], verdicts[e.stand_in]
+            (old, exact), (x, proximal_policy) = verdicts["old"], verdicts[e.proximal_policy]
             here = math.exp(row["logp_theta"] - row["logp_mu"]) * abs(row["advantage"])
             log_error += abs(math.log(x / old))
             weight += here * exact.active
-            if stand_in.active and not exact.active:
+            if proximal_policy.active and not exact.active:
                 kept, kept_nonzero, weight_kept = kept + 1, kept_nonzero + (row["advantage"] != 0), weight_kept + here
-            if exact.active and not stand_in.active:
+            if exact.active and not proximal_policy.active:
                 masked, masked_nonzero = masked + 1, masked_nonzero + (row["advantage"] != 0)
                 weight_masked += here
         seen |= {("kept", kept > 0), ("masked", masked > 0)}
@@ -123,7 +123,7 @@ def test_exact_against_itself_is_0(seed, name):
     column = f"logp_{RECORDED[name]}"
     same = table.set_column(table.column_names.index(column), column, table.column("logp_old"))
     for e in errors_of(same):
-        if e.stand_in == name:
+        if e.proximal_policy == name:
             shares = [value for key, value in asdict(e).items() if key.startswith(("by_", "wrongly_", "log_"))]
             assert shares == [0.0] * 9
 
@@ -134,8 +134,8 @@ def test_rows_say_what_they_are_of_and_survive_parquet_and_json(tmp_path):
     found = errors_of(pq.read_table(tmp_path / "trace.parquet"))
     assert found == errors_of(table)
     assert {(e.window, e.lag, e.engine, e.driver, e.trace, e.seed) for e in found} == {(8, "even", "fp8", "exact", 3, 7)}
-    betas = {e.stand_in: e.beta for e in found}
-    assert betas == dict.fromkeys(STAND_INS) | INFO.beta | {"aged": 0.8}
+    betas = {e.proximal_policy: e.beta for e in found}
+    assert betas == dict.fromkeys(PROXIMAL_POLICIES) | INFO.beta | {"aged": 0.8}
     assert json.loads(json.dumps(asdict(found[0]), allow_nan=False)) == asdict(found[0])
 
 

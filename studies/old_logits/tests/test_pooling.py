@@ -17,7 +17,7 @@ CROSS = Cross(windows=(0, 8, 32), lags=("even", "skewed"), engines=("fp8", "int4
 
 
 def error(
-    stand_in: str, count: int, *, trace: int = 0, by_weight: float = 0.0, beta: float | None = None, **more
+    proximal_policy: str, count: int, *, trace: int = 0, by_weight: float = 0.0, beta: float | None = None, **more
 ) -> DecisionError:
     """`count` wrong decisions among 1,000 tokens."""
     row = DecisionError(
@@ -28,7 +28,7 @@ def error(
         trace=trace,
         seed=trace,
         band=1.1,
-        stand_in=stand_in,
+        proximal_policy=proximal_policy,
         num_tokens=N,
         num_nonzero=N,
         staleness=4.0,
@@ -57,7 +57,7 @@ def test_a_ratio_is_the_geometric_mean_over_traces_with_half_a_token_added_to_bo
     assert found.ratio.high == pytest.approx(math.exp((first + second) / 2 + half), rel=1e-4)
     assert (found.ratio.n, found.num_zero) == (2, 0)
     assert (found.median, found.median_arrival) == (0.05, 0.05)
-    assert (found.engine, found.lag, found.window, found.band, found.stand_in) == ("fp8", "even", 8, 1.1, "ewma")
+    assert (found.engine, found.lag, found.window, found.band, found.proximal_policy) == ("fp8", "even", 8, 1.1, "ewma")
 
 
 def test_a_trace_without_errors_counts_and_is_named():
@@ -107,7 +107,7 @@ def test_settings_are_kept_apart_and_drivers_are_pooled():
     kinds = [{"band": 1.5}, {"window": 16}, {"lag": "skewed"}, {"engine": "int4"}, {}, {"driver": "mu"}]
     rows = [error(name, count, **kind) for kind in kinds for name, count in (("ewma", 5), ("arrival", 10), ("mu", 1))]
     found = pooled(rows)
-    assert [p.stand_in for p in found] == ["ewma", "mu"] * 5
+    assert [p.proximal_policy for p in found] == ["ewma", "mu"] * 5
     assert [p.num_traces for p in found] == [1] * 8 + [2] * 2
     assert [p.ratio.mean for p in found[::2]] == pytest.approx([5.5 / 10.5] * 5)
 

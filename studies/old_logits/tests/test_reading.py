@@ -114,7 +114,7 @@ def test_the_guarded_reset_is_a_default_only_above_its_bar():
 
 def test_the_declared_checks_hold_or_do_not():
     assert "against the bar 0.95, 5 seeds, 5 of 5 declared traces; it holds." in section("Decision error", study())
-    worse = tuple(replace(e, by_count=1.5 * e.by_count) if e.stand_in == "ewma" else e for e in decision_rows())
+    worse = tuple(replace(e, by_count=1.5 * e.by_count) if e.proximal_policy == "ewma" else e for e in decision_rows())
     assert "against the bar 0.95, 5 seeds, 5 of 5 declared traces; it does not hold." in section(
         "Decision error", study(decision=worse)
     )
@@ -146,7 +146,7 @@ def test_a_factor_whose_seeds_disagree_is_not_said_to_decide():
 
 def test_a_factor_with_a_level_of_no_error_is_named():
     quiet = tuple(
-        replace(e, engine="bf16", by_count=0.0 if e.stand_in == "arrival" else e.by_count, trace=e.trace + 5)
+        replace(e, engine="bf16", by_count=0.0 if e.proximal_policy == "arrival" else e.by_count, trace=e.trace + 5)
         for e in decision_rows()
     )
     text = section("What decides", study(decision=decision_rows() + quiet))

@@ -13,7 +13,7 @@ from rich.console import Console
 from studies.old_logits.analyse.stats import Estimate, mean_interval
 from studies.old_logits.declare.methods import METHODS as ALL_METHODS
 from studies.old_logits.layout import Table, figure, interval, p_value, plus_minus
-from studies.old_logits.measure.decision import STAND_INS
+from studies.old_logits.measure.decision import PROXIMAL_POLICIES
 from studies.old_logits.results import Cross
 from studies.old_logits.show.completeness import missing
 from studies.old_logits.show.cost_tables import ROUTES, choices
@@ -160,7 +160,7 @@ def test_the_pilot_marks_what_was_taken_and_whether_seeds_are_shared():
 
 
 def test_the_ratios_to_arrival_are_geometric_means_over_traces():
-    table = found("Error of each stand-in over that of arrival, band 1.1")
+    table = found("Error of each proximal policy over that of arrival, band 1.1")
     for name, window in (("ewma", 4), ("mu", 16)):
         half = 0.5 / 10_000
         logs = [log((error_of(name, window, 1.1, t) + half) / (error_of("arrival", window, 1.1, t) + half)) for t in range(5)]
@@ -175,7 +175,7 @@ def test_a_declared_check_prints_its_seeds_and_how_many_of_the_declared_traces_i
     few = tuple(e for e in decision_rows() if (e.window, e.trace) != (16, 3))
     row = cells(found("The declared checks", decision=few), "ewma / arrival: even lags, windows 8 to 32, fp8, band 1.1")
     assert (row["seeds"], row["declared traces"]) == ("4", "4 of 5")
-    table = found("Error of each stand-in over that of arrival, band 1.1", decision=few)
+    table = found("Error of each proximal policy over that of arrival, band 1.1", decision=few)
     assert table.legend[1].startswith("4 to 5 traces of 4 to 5 seeds a cell.")
 
 
@@ -187,14 +187,14 @@ def test_drivers_that_have_seeds_of_their_own_are_named_and_not_compared():
     assert "later stage of training" in table.caption
 
 
-def test_the_form_of_the_stand_ins_is_said_where_their_errors_stand():
-    titles = ("The declared checks", "What moves", "Kinds of", "Error of each stand-in over that of arrival, band 1.1")
+def test_the_form_of_the_proximal_policies_is_said_where_their_errors_stand():
+    titles = ("The declared checks", "What moves", "Kinds of", "Error of each proximal policy over that of arrival, band 1.1")
     for title in titles:
         assert "r_d = X/mu, r_s = theta/X" in found(title).caption
 
 
 def test_the_first_band_is_that_of_the_checks_and_the_others_are_folded():
-    settings = [table for table in tables_of(study()) if table.title.startswith("Error of each stand-in")]
+    settings = [table for table in tables_of(study()) if table.title.startswith("Error of each proximal policy")]
     assert [(table.title[-8:], table.is_detail) for table in settings] == [("band 1.1", False), ("band 1.5", True)]
 
 
@@ -220,7 +220,7 @@ def test_the_frontier_holds_what_no_other_choice_beats():
     assert {name for name, choice in own.items() if choice.on_frontier} == {"mu", "snapshot"}
     assert "rescore" not in own, "its route was not measured"
     row = cells(found("Which one is worth its cost"), "mu")
-    known = {"exact route or stand-in": "mu", "extra s": "0.000", "update s": "2.00", "copies": "6.0"}
+    known = {"exact route or proximal policy": "mu", "extra s": "0.000", "update s": "2.00", "copies": "6.0"}
     assert row == known | {"fp8": f"{own['mu'].error:.2%} ●"}
     caption = found("Which one is worth its cost").caption
     assert "Work that overlaps with the update and stalls of the engine are not in the extra seconds" in caption
@@ -244,7 +244,7 @@ def test_what_is_missing_is_counted_part_by_part():
     short = tuple(r for r in learning_runs(declaration()) if (r.regime, r.method, r.block) != ("loose", "arrival", 9))
     gaps = missing(study(learning=short))
     assert "contrasts at equal band: 4 of 6; missing: ewma - arrival in loose; exact - arrival in loose." in gaps
-    rows = tuple(e for e in decision_rows() if (e.window, e.band, e.trace, e.stand_in) != (16, 1.5, 2, "aged"))
+    rows = tuple(e for e in decision_rows() if (e.window, e.band, e.trace, e.proximal_policy) != (16, 1.5, 2, "aged"))
     gaps = missing(study(decision=rows, cost=()))
     assert "decision errors, settings with 5 traces: 3 of 4; missing: fp8, even lags, window 16, band 1.5." in gaps
     assert "routes whose cost is measured: 0 of 4; missing: exact; arrival; ewma; mu." in gaps
@@ -262,9 +262,9 @@ def test_a_study_without_a_part_has_no_tables_of_it():
     assert cells(found("The 6", nothing), "tight", "exact - ewma")["reading"] == "missing"
 
 
-def test_every_method_and_stand_in_has_a_look_and_every_stand_in_a_route():
-    assert set(ALL_METHODS) | set(STAND_INS) <= set(LOOKS)
-    assert set(ROUTES) == set(STAND_INS)
+def test_every_method_and_proximal_policy_has_a_look_and_every_proximal_policy_a_route():
+    assert set(ALL_METHODS) | set(PROXIMAL_POLICIES) <= set(LOOKS)
+    assert set(ROUTES) == set(PROXIMAL_POLICIES)
 
 
 def test_the_three_renderings_hold_the_same_cells():

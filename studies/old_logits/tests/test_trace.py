@@ -98,7 +98,7 @@ def test_arrival_is_theta_before_the_first_step_and_old_at_lag_0(traced):
     assert aged[columns["staleness"] == 0].max() <= 1e-5 < 1e-3 < aged[columns["staleness"] > 0].max()
 
 
-def test_without_lag_every_stand_in_is_old(traced):
+def test_without_lag_every_proximal_policy_is_old(traced):
     _, columns, info = traced("exact", window=0)
     assert columns["staleness"].max() == 0
     assert info.beta == dict.fromkeys(AVERAGES, 0.0)
