@@ -29,13 +29,19 @@ def encode(value: Json) -> str:
     return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
 
 
+def revived(value: Json) -> Json:
+    """What was recorded, at any depth with the non-finite numbers that `encode` writes as strings."""
+    if isinstance(value, Mapping):
+        return {key: revived(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [revived(item) for item in value]
+    return float(value) if value in ("nan", "inf", "-inf") else value
+
+
 def number(value: Json) -> float | None:
     """A recorded number, non-finite ones included; None where the value is no number."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    if isinstance(value, str) and value not in ("nan", "inf", "-inf"):
-        return None
-    return float(value)
+    value = revived(value)
+    return None if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
 
 
 class LineFile:

@@ -10,10 +10,11 @@ from typing import Final, Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from oldlogits.record.events import Evaluated
 from oldlogits.record.folder import RunFolder, write_atomic
 from oldlogits.record.intervals import verdict_of
 from oldlogits.record.report.calibration import calibration
-from oldlogits.record.report.data import Evaluation, RunData, read_run
+from oldlogits.record.report.data import RunData, read_run
 from oldlogits.record.report.decisions import decisions
 from oldlogits.record.report.figures import figures
 from oldlogits.record.report.transcripts import chosen_transcripts
@@ -115,25 +116,25 @@ def _verdict(run: RunData) -> Card:
     return Card(label, f"{headline}: {verdict}", evidence, tones.get(verdict, "plain"))
 
 
-def _found(evaluations: Sequence[Evaluation], stage: str) -> Evaluation | None:
+def _found(evaluations: Sequence[Evaluated], stage: str) -> Evaluated | None:
     return next((e for e in reversed(evaluations) if e.stage == stage and e.mode == "sampled"), None)
 
 
-def _rate(evaluation: Evaluation) -> str:
+def _rate(evaluation: Evaluated) -> str:
     return f"{evaluation.mean:.1%} [{evaluation.low:.1%}, {evaluation.high:.1%}]"
 
 
 def _cards(run: RunData) -> list[Card]:
     ended = run.ended or "killed or running"
     cards = [Card("updates", f"{len(run.updates)}", f"ended: {ended}", "bad" if ended == "error" else "plain")]
-    lags = [lag for update in run.updates for lag in update.staleness_counts]
+    lags = [int(lag) for update in run.updates for lag in update.staleness_counts]
     bound = run.bound("max_staleness")
     if lags and bound is not None:
         holds = max(lags) <= bound
         detail = f"bound {bound:g}: {'kept' if holds else 'broken'}"
         cards.append(Card("largest staleness", str(max(lags)), detail, "good" if holds else "bad"))
-    if run.probe_max_abs_error is not None:
-        error = f"{run.probe_max_abs_error:.1e}"
+    if run.summary.probe_max_abs_error is not None:
+        error = f"{run.summary.probe_max_abs_error:.1e}"
         cards.append(Card("probe, largest error", error, "engine against trainer, after each publish"))
     return [*cards, *_summary_cards(run.summary)] if run.updates else cards
 
@@ -190,7 +191,7 @@ def _missing(run: RunData) -> list[str]:
     absent = {
         "The run never started: there is no run_started event.": not run.started,
         "No end was recorded: the process was killed, or is still running.": run.ended is None,
-        f"The run ended with an error: {run.error}": run.error is not None,
+        f"The run ended with an error: {run.error}": bool(run.error),
         "The run was interrupted before its last update.": run.ended == "interrupted",
         "No update was recorded.": not run.updates,
         "No evaluation was recorded.": not run.evaluations,
