@@ -16,7 +16,6 @@ from rich.text import Text
 
 from oldlogits.config.bounds import Interpolation, effective_bounds
 from oldlogits.config.schema import RunConfig
-from oldlogits.core.errors import ConfigError
 
 _DEFAULT: Final = RunConfig()
 
@@ -28,24 +27,25 @@ class BoundsOptions:
     What a band masks of an engine's own noise is measured when a run starts, and printed by `oldlogits train`.
     """
 
-    weight_mu: float = _DEFAULT.objective.interpolation_mu
-    """The weight on MU of the linear and the log-linear stand-in, in [0, 1]."""
+    interpolation_mu: float = _DEFAULT.objective.interpolation_mu
+    """The weight on MU of the linear and the log-linear proximal policy, in [0, 1]."""
     band: float = _DEFAULT.band
     """The discrepancy band [1/band, band], > 1; inf: no band."""
-    eps: str = f"{_DEFAULT.objective.eps_low},{_DEFAULT.objective.eps_high}"
-    """eps_low,eps_high: the clip of r_s, 1 - eps_low for A < 0 and 1 + eps_high for A > 0."""
+    eps_low: float = _DEFAULT.objective.eps_low
+    """The clip of r_s for A < 0 is 1 - eps_low; at 1 or more there is none."""
+    eps_high: float = _DEFAULT.objective.eps_high
+    """The clip of r_s for A > 0 is 1 + eps_high."""
     dual_clip: float = _DEFAULT.objective.dual_clip
     """Upper bound of r_s for A < 0, > 1; inf: none."""
 
 
 def command(arguments: Sequence[str]) -> int:
     """Print table, picture and words."""
-    options = tyro.cli(BoundsOptions, prog="oldlogits bounds", args=list(arguments))
-    eps_low, eps_high = _pair(options.eps)
-    readings = read(options.weight_mu, options.band, eps_low, eps_high, options.dual_clip)
+    o = tyro.cli(BoundsOptions, prog="oldlogits bounds", args=list(arguments))
+    readings = read(o.interpolation_mu, o.band, o.eps_low, o.eps_high, o.dual_clip)
     title = (
-        f"weight_mu {options.weight_mu:g}, band {options.band:g}, eps {eps_low:g} / {eps_high:g}, "
-        f"dual clip {options.dual_clip:g}; R = theta / mu"
+        f"interpolation_mu {o.interpolation_mu:g}, band {o.band:g}, eps {o.eps_low:g} / {o.eps_high:g}, "
+        f"dual clip {o.dual_clip:g}; R = theta / mu"
     )
     console = Console(highlight=False)
     console.print(Group(Text(title, style="bold"), table(readings), Text(), picture(readings), Text(), words(readings)))
@@ -103,7 +103,7 @@ class Reading:
         return self.mask.ratio == self.positive.ratio
 
     def without_mask(self) -> Reading:
-        """The row of the same stand-in with ``r_d = 1``."""
+        """The row of the same proximal policy with ``r_d = 1``."""
         return dataclasses.replace(
             self,
             variant=self.variant.replace("_train_infer", "_prox"),
@@ -237,12 +237,3 @@ def _axis(step: float) -> str:
         if 0 <= start <= _COLUMNS - len(label) and not "".join(axis[around]).strip():
             axis[start : start + len(label)] = label
     return "".join(axis).rstrip()
-
-
-def _pair(eps: str) -> tuple[float, float]:
-    """``"0.2,0.28"`` -> (0.2, 0.28)."""
-    try:
-        low, high = map(float, eps.split(","))
-    except ValueError as error:
-        raise ConfigError("--eps takes two numbers", got=eps, allowed="eps_low,eps_high", fix="--eps 0.2,0.28") from error
-    return low, high

@@ -148,7 +148,7 @@ def _check(
 ) -> None:
     rules = (
         ("kind", kind, kind in ("linear", "loglinear"), "'linear', 'loglinear'", "choose one of these"),
-        ("weight_mu", weight_mu, 0 <= weight_mu <= 1, "in [0, 1]: the weight on mu", "a weight on theta is 1 - weight_mu"),
+        ("weight_mu (interpolation_mu)", weight_mu, 0 <= weight_mu <= 1, "in [0, 1]", "a weight on theta: 1 - it"),
         ("band", band, band > 1, "> 1, or inf for no band", "band = 1.5, for example"),
         ("eps_low", eps_low, eps_low >= 0, ">= 0; 1 or more for no lower bound", "eps_low = 0.2, for example"),
         ("eps_high", eps_high, eps_high >= 0, ">= 0", "eps_high = 0.28, for example"),
