@@ -29,7 +29,7 @@ from oldlogits.record.events import (
     Updated,
     Warned,
 )
-from oldlogits.record.intervals import Interval, verdict_of
+from oldlogits.record.intervals import verdict_of
 from oldlogits.record.summary import Summary
 
 _ROWS: Final[Mapping[str, Mapping[str, str]]] = {
@@ -207,7 +207,7 @@ def sparkline(values: list[float]) -> str:
 
 
 def calibration_lines(found: Calibrated, started: RunStarted | None) -> Iterator[str]:
-    """The figures of a calibration as a small table; the recipe's own band is marked."""
+    """The figures of a calibration as a small table of at most 80 columns; the recipe's own band is marked."""
     yield (
         f"engine noise at lag 0: mean |log r_d| {found.log_r_d_abs_mean:.2g} nats, largest {found.log_r_d_abs_max:.2g}; "
         f"mean r_d - 1: {found.r_d_mean - 1:+.1e} +- {found.r_d_mean_error:.1e}; "
@@ -215,9 +215,9 @@ def calibration_lines(found: Calibrated, started: RunStarted | None) -> Iterator
     )
     own = started.band if started is not None and started.r_d != "1" else None
     names = [f"{'*' if band == own else ''}{band:g}" for band in found.bands]
-    remark = "   (this recipe has no band: r_d = 1)" if own is None else f"   (*: this recipe, which keeps {found.kept:.1%})"
-    yield "  a band of  " + "".join(f"{name:>8}" for name in names) + remark
+    yield "  a band of  " + "".join(f"{name:>8}" for name in names)
     yield "  would mask " + "".join(f"{share:>8.2%}" for share in found.masked)
+    yield "  this recipe has no band: r_d = 1" if own is None else f"  *: this recipe, which keeps {found.kept:.1%}"
 
 
 def print_summary(summary: Summary, run_folder: Path, *, console: Console | None = None) -> None:
@@ -236,8 +236,8 @@ def learned_sentence(summary: Summary) -> str:
     before, after, gain = summary.success_before, summary.success_after, summary.gain
     if before is None or after is None:
         only = before or after
-        return f"Held-out success {_percent(only)}; no comparison." if only else "Held-out success was not measured."
-    text = f"Held-out success {_percent(before)} -> {_percent(after)}"
+        return f"Held-out success {only}; no comparison." if only else "Held-out success was not measured."
+    text = f"Held-out success {before} -> {after}"
     if gain is None:
         return text + "."
     points = f"{100 * gain.mean:+.1f} points [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
@@ -252,10 +252,6 @@ def staleness_sentence(summary: Summary) -> str:
     if summary.staleness_max is not None and summary.staleness_mean is not None:
         text += f"; staleness mean {summary.staleness_mean:.2f}, max {summary.staleness_max}"
     return text + (f"; proximal log-probs: {kinds}." if kinds else ".")
-
-
-def _percent(interval: Interval) -> str:
-    return f"{interval.mean:.1%} [{interval.low:.1%}, {interval.high:.1%}]"
 
 
 def _clock(seconds: float) -> str:

@@ -178,15 +178,9 @@ def _event_of(news: Incident | Caution, version: int) -> Event:
         return Warned(version=version, **dataclasses.asdict(news))
     if news.what == "up":
         return ServerUp(version=version, server=news.server, reason=news.reason)
-    return ServerDown(
-        version=version,
-        server=news.server,
-        reason=news.reason,
-        num_requests=news.num_requests,
-        num_kept_tokens=news.num_kept_tokens,
-        num_lost_tokens=news.num_lost_tokens,
-        is_failure=news.is_failure,
-    )
+    fields = dataclasses.asdict(news)
+    del fields["what"]
+    return ServerDown(version=version, **fields)
 
 
 async def _finish(config: RunConfig, loop: Loop, backend: Backend, recording: Recording, note: Callable[[str], None]) -> End:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -10,7 +10,6 @@ from typing import Final, Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from oldlogits.record.events import Evaluated
 from oldlogits.record.folder import RunFolder, write_atomic
 from oldlogits.record.intervals import verdict_of
 from oldlogits.record.report.calibration import calibration
@@ -95,33 +94,22 @@ def _formula(run: RunData) -> Markup:
 
 def _verdict(run: RunData) -> Card:
     """What was learned, and the evidence."""
-    label, before, after, gain = (
-        "verdict",
-        _found(run.evaluations, "before"),
-        _found(run.evaluations, "after"),
-        run.summary.gain,
-    )
+    before, after, gain = run.summary.success_before, run.summary.success_after, run.summary.gain
     if before is None or after is None:
-        latest = run.evaluations[-1] if run.evaluations else None
-        measured = f"Latest evaluation ({latest.mode}, version {latest.version}): {_rate(latest)}." if latest else ""
-        return Card(label, "No comparison of before and after", measured or "No evaluation was recorded.")
-    evidence = f"Sampled on held-out episodes: {_rate(before)} before, {_rate(after)} after."
+        measured = "No evaluation was recorded."
+        if run.evaluations:
+            e = run.evaluations[-1]
+            measured = f"Latest evaluation ({e.mode}, version {e.version}): {e.mean:.1%} [{e.low:.1%}, {e.high:.1%}]."
+        return Card("verdict", "No comparison of before and after", measured)
+    evidence = f"Sampled on held-out episodes: {before} before, {after} after."
     headline = f"{before.mean:.1%} → {after.mean:.1%}"
     if gain is None:
-        return Card(label, headline, evidence)
+        return Card("verdict", headline, evidence)
     points = f"{100 * gain.mean:+.1f} points, 95% interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f}"
     evidence += f" Paired over the same {gain.num_episodes} episodes: {points}."
     tones: dict[str, Tone] = {"better": "good", "worse": "bad"}
     verdict = verdict_of(gain)
-    return Card(label, f"{headline}: {verdict}", evidence, tones.get(verdict, "plain"))
-
-
-def _found(evaluations: Sequence[Evaluated], stage: str) -> Evaluated | None:
-    return next((e for e in reversed(evaluations) if e.stage == stage and e.mode == "sampled"), None)
-
-
-def _rate(evaluation: Evaluated) -> str:
-    return f"{evaluation.mean:.1%} [{evaluation.low:.1%}, {evaluation.high:.1%}]"
+    return Card("verdict", f"{headline}: {verdict}", evidence, tones.get(verdict, "plain"))
 
 
 def _cards(run: RunData) -> list[Card]:
