@@ -47,7 +47,7 @@ def test_the_example_in_the_document_is_what_the_command_prints(capsys):
     assert printed.strip() in DOCS.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("setting", ["", "--interpolation-mu 0.9 --band 3 --eps-low 1 --eps-high 0", "--band inf"])
+@pytest.mark.parametrize("setting", ["", "--interpolation-mu 0.9 --band 3 --eps-low 0.9 --eps-high 0.01", "--band inf"])
 def test_what_is_printed_fits_eighty_columns_and_needs_no_colour(capsys, setting):
     assert run(["bounds", *setting.split()]) == 0
     printed = capsys.readouterr().out
@@ -129,9 +129,9 @@ def test_an_interval_reads_as_it_is_written(interval, text):
     "wrong, got",
     [
         (["--band", "0.9"], "band = 0.9"),
-        (["--interpolation-mu", "1.5"], "weight_mu (interpolation_mu) = 1.5"),
-        (["--dual-clip", "1"], "dual_clip = 1.0"),
-        (["--eps-high", "nan"], "eps_high = nan"),
+        (["--interpolation-mu", "1.5"], "objective.interpolation_mu = 1.5"),
+        (["--dual-clip", "1"], "objective.dual_clip = 1.0"),
+        (["--eps-high", "nan"], "objective.eps_high = nan"),
     ],
 )
 def test_a_wrong_option_ends_with_status_2_and_says_what_got_allowed_and_fix(capsys, wrong, got):

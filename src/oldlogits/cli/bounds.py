@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from oldlogits.config.bounds import Interpolation, effective_bounds
+from oldlogits.config.reader import build
 from oldlogits.config.schema import RunConfig
 
 _DEFAULT: Final = RunConfig()
@@ -32,7 +33,7 @@ class BoundsOptions:
     band: float = _DEFAULT.band
     """The discrepancy band [1/band, band], > 1; inf: no band."""
     eps_low: float = _DEFAULT.objective.eps_low
-    """The clip of r_s for A < 0 is 1 - eps_low; at 1 or more there is none."""
+    """The clip of r_s for A < 0 is 1 - eps_low."""
     eps_high: float = _DEFAULT.objective.eps_high
     """The clip of r_s for A > 0 is 1 + eps_high."""
     dual_clip: float = _DEFAULT.objective.dual_clip
@@ -42,6 +43,8 @@ class BoundsOptions:
 def command(arguments: Sequence[str]) -> int:
     """Print table, picture and words."""
     o = tyro.cli(BoundsOptions, prog="oldlogits bounds", args=list(arguments))
+    objective = {key: value for key, value in dataclasses.asdict(o).items() if key != "band"}
+    build(RunConfig, {"band": o.band, "objective": objective})  # the ranges are the recipe's
     readings = read(o.interpolation_mu, o.band, o.eps_low, o.eps_high, o.dual_clip)
     title = (
         f"interpolation_mu {o.interpolation_mu:g}, band {o.band:g}, eps {o.eps_low:g} / {o.eps_high:g}, "

@@ -135,12 +135,8 @@ def _where_r_s_is(value: float, kind: Interpolation, weight_mu: float, *, never:
 
 def _root(value: float, power: float) -> float:
     """``value^(1 / power)``; beyond the range of float64, 0 or inf."""
-    exponent = _log(value) / power
+    exponent = math.log(value) / power if value > 0 else -math.inf
     return math.exp(exponent) if exponent < _LOG_MAX else math.inf
-
-
-def _log(value: float) -> float:
-    return math.log(value) if value > 0 else -math.inf
 
 
 def _check(
@@ -148,7 +144,7 @@ def _check(
 ) -> None:
     rules = (
         ("kind", kind, kind in ("linear", "loglinear"), "'linear', 'loglinear'", "choose one of these"),
-        ("weight_mu (interpolation_mu)", weight_mu, 0 <= weight_mu <= 1, "in [0, 1]", "a weight on theta: 1 - it"),
+        ("weight_mu", weight_mu, 0 <= weight_mu <= 1, "in [0, 1]: the weight on mu", "a weight on theta is 1 - weight_mu"),
         ("band", band, band > 1, "> 1, or inf for no band", "band = 1.5, for example"),
         ("eps_low", eps_low, eps_low >= 0, ">= 0; 1 or more for no lower bound", "eps_low = 0.2, for example"),
         ("eps_high", eps_high, eps_high >= 0, ">= 0", "eps_high = 0.28, for example"),

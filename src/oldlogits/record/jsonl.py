@@ -82,23 +82,20 @@ def read_lines(path: Path) -> Iterator[Mapping[str, Json]]:
         return
     with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
         for index, line in enumerate(file, start=1):
-            if line.endswith("\n"):
-                yield _parse(line, path, index)
-
-
-def _parse(line: str, path: Path, index: int) -> Mapping[str, Json]:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        value = str(error)
-    if not isinstance(value, dict):
-        raise RecordError(
-            f"line {index} of {path.name} is damaged",
-            got=repr(line[:80]),
-            allowed="one JSON object a line",
-            fix=f"remove the line from {path}",
-        )
-    return value
+            if not line.endswith("\n"):
+                continue
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError:
+                value = None
+            if not isinstance(value, dict):
+                raise RecordError(
+                    f"line {index} of {path.name} is damaged",
+                    got=repr(line[:80]),
+                    allowed="one JSON object a line",
+                    fix=f"remove the line from {path}",
+                )
+            yield value
 
 
 def _finite(value: Json) -> Json:

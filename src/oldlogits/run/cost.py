@@ -15,11 +15,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from oldlogits.config import RunConfig
 from oldlogits.config.engine import engine_spec, server_options
-from oldlogits.core.backend import BACKENDS
 from oldlogits.core.engine import ENGINES
 from oldlogits.core.environment import MODELS, DescribedModel, is_model_folder
 from oldlogits.core.source import SOURCES
 from oldlogits.models.load import decoder_layers, meta_model, read_model_config
+from oldlogits.run.specs import trainer_spec
 
 RANKS: Final = (1, 2, 4, 8)
 """Numbers of ranks that share a trainer, for which its bytes are said."""
@@ -36,11 +36,11 @@ class ModelShape:
     """What bytes depend on: counts of parameters, and widths.
 
     Args:
-        num_parameters: Without adapters, a tied head counted once.
-        trained_parameters: Those of the adapters, or all.
-        head_parameters: Of the head, tied or not.
+        num_parameters: Parameters without adapters, a tied head counted once.
+        trained_parameters: Parameters that are trained: those of the adapters, or all.
+        head_parameters: Parameters of the head, tied or not.
         is_tied: Whether the head is the embedding.
-        layer_parameters: Of the largest layer.
+        layer_parameters: Parameters of the largest layer.
         hidden: Width of the residual stream.
         mlp: Width of what serves a token: of the MLP, or of its experts together.
         norms_heads: Whether query and key heads are normed.
@@ -140,7 +140,7 @@ def estimate(config: RunConfig) -> Cost | None:
     kind, spec = ENGINES.find(config.engine.type)(), engine_spec(config, Path(config.model.path))
     source = SOURCES.find(config.proximal.source)
     stored = config.window + 2 if config.audit.share > 0 else source.most_stored(config.window)  # at a publish
-    may_patch = config.engine.weight_sync == "auto" and not BACKENDS.find(config.runtime.type).steps_engine
+    sends_patches = trainer_spec(config).sends_patches and stored and 2 * patch <= version
     return Cost(
         shape=shape,
         version_bytes=version,
@@ -157,7 +157,7 @@ def estimate(config: RunConfig) -> Cost | None:
         engine_bytes=kind.weight_bytes(spec, num_parameters=num, head_parameters=own_head),
         cache_bytes=kind.cache_bytes(spec, token_bytes=per_token),
         mixed_bytes=_most_chains(config) * config.env.max_episode_tokens * per_token,
-        sync_bytes=patch if may_patch and stored and 2 * patch <= version else version,
+        sync_bytes=patch if sends_patches else version,
     )
 
 
