@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from oldlogits.cli.player import EndedEarlyError, Player, Role
 from oldlogits.config import config_from_table, read_toml
 from oldlogits.config.schema import EnvConfig
 from oldlogits.core.environment import (
@@ -40,19 +41,8 @@ from oldlogits.rollout.tasks import TaskDataset
 from oldlogits.rollout.turns import EnvironmentFailed, only_call
 
 T = TypeVar("T")
-Role = Literal["user", "tool"]
-Player = Callable[[Role, str], tuple[str, Sequence[ToolCall | Malformed]]]
-"""An agent for one episode: it is given what the agent reads, and returns what it writes with the calls in that."""
 
 _STYLES: Final[Mapping[str, str]] = MappingProxyType({"policy": "dim", "customer": "cyan", "agent": "bold", "tool": "green"})
-
-
-class EndedEarlyError(Exception):
-    """An agent may write no more; `reason` is the stop reason of the trajectory, `text` what the agent wrote last."""
-
-    def __init__(self, reason: str, text: str = "") -> None:
-        super().__init__(reason)
-        self.reason, self.text = reason, text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

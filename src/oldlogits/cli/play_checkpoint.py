@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from oldlogits.cli.play import EndedEarlyError, Player, Role
+from oldlogits.cli.player import EndedEarlyError, Player, Role
 from oldlogits.config import check_model_folder, config_from_table, read_toml
 from oldlogits.config.schema import EnvConfig
 from oldlogits.core.engine import EngineSpec, Sampling
