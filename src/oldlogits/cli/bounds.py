@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -92,18 +92,13 @@ class Reading:
     variant: str
     remark: str
     mask: Interval
-    positive: Interval
-    negative: Interval
-
-    @property
-    def clips(self) -> tuple[tuple[str, Interval], tuple[str, Interval]]:
-        """The clip of each sign of the advantage."""
-        return ("A > 0", self.positive), ("A < 0", self.negative)
+    clips: Mapping[str, Interval]
+    """The clip of each sign of the advantage."""
 
     @property
     def is_entangled(self) -> bool:
         """Whether mask and clip bound the same ratio."""
-        return self.mask.ratio == self.positive.ratio
+        return self.mask.ratio == self.clips["A > 0"].ratio
 
     def without_mask(self) -> Reading:
         """The row of the same proximal policy with ``r_d = 1``."""
@@ -129,8 +124,10 @@ def read(weight_mu: float, band: float, eps_low: float, eps_high: float, dual_cl
             variant=f"{kind}_train_infer",
             remark="mask and clip both bound R",
             mask=Interval(ratio="R", low=bounds.mask_low, high=bounds.mask_high),
-            positive=Interval(ratio="R", high=bounds.positive_high),
-            negative=Interval(ratio="R", low=bounds.negative_low, high=bounds.negative_high),
+            clips={
+                "A > 0": Interval(ratio="R", high=bounds.positive_high),
+                "A < 0": Interval(ratio="R", low=bounds.negative_low, high=bounds.negative_high),
+            },
         )
 
     return (
@@ -141,8 +138,10 @@ def read(weight_mu: float, band: float, eps_low: float, eps_high: float, dual_cl
             variant="decoupled_exact",
             remark="mask and clip bound two ratios; R alone does not decide",
             mask=Interval(ratio="r_d", low=1 / band, high=band),
-            positive=Interval(ratio="r_s", high=1 + eps_high),
-            negative=Interval(ratio="r_s", low=max(1 - eps_low, 0.0), high=dual_clip),
+            clips={
+                "A > 0": Interval(ratio="r_s", high=1 + eps_high),
+                "A < 0": Interval(ratio="r_s", low=max(1 - eps_low, 0.0), high=dual_clip),
+            },
         ),
     )
 
@@ -154,8 +153,8 @@ def table(readings: Sequence[Reading]) -> Table:
     for reading in readings:
         numbers.add_column(f"{reading.name}\n{reading.variant}")
     numbers.add_row("mask", *(str(reading.mask) for reading in readings))
-    numbers.add_row("clip A > 0", *(str(reading.positive) for reading in readings))
-    numbers.add_row("clip A < 0", *(str(reading.negative) for reading in readings))
+    for sign in ("A > 0", "A < 0"):
+        numbers.add_row(f"clip {sign}", *(str(reading.clips[sign]) for reading in readings))
     return numbers
 
 
@@ -166,7 +165,7 @@ def words(readings: Sequence[Reading]) -> Text:
         for row in (reading, reading.without_mask()) if reading.is_entangled else (reading,):
             text.append(row.variant, style="bold")
             text.append(f": {row.remark}\n")
-            for sign, clip in row.clips:
+            for sign, clip in row.clips.items():
                 text.append(f"  for {sign} a token is {_trained(row.mask, clip)}\n")
     text.rstrip()
     return text
@@ -218,15 +217,15 @@ def _lines(readings: Sequence[Reading]) -> Iterator[tuple[str, str, str, Interva
     for reading in readings:
         if not reading.is_entangled:
             yield reading.name, reading.mask.ratio, "any A", reading.mask, Interval(ratio=reading.mask.ratio)
-        for sign, clip in reading.clips:
+        for sign, clip in reading.clips.items():
             mask = reading.mask if reading.is_entangled else Interval(ratio=clip.ratio)
             yield reading.name, clip.ratio, sign, mask, clip
 
 
 def _reach(readings: Sequence[Reading]) -> float:
     """Half the axis, in nats: a little beyond the farthest bound, the dual clip's aside."""
-    bounds = [b for r in readings for b in (r.mask.low, r.mask.high, r.positive.high, r.negative.low) if 0 < b < math.inf]
-    farthest = max((abs(math.log(bound)) for bound in bounds), default=0.0)
+    bounds = [b for r in readings for b in (r.mask.low, r.mask.high, r.clips["A > 0"].high, r.clips["A < 0"].low)]
+    farthest = max((abs(math.log(bound)) for bound in bounds if 0 < bound < math.inf), default=0.0)
     return min(max(1.2 * farthest, math.log(1.2)), math.log(12))
 
 
