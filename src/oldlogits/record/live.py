@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress_bar import ProgressBar
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -91,15 +90,25 @@ class LiveView:
         self._console = console or Console()
         self._latest: dict[str, float] = {}
         self._history: dict[str, list[float]] = {"reward/mean": [], "reward/success": []}
-        self._version = 0
         self._started: RunStarted | None = None
-        self._first_version: int | None = None
-        self._started_s = self._first_update_s = time.monotonic()
+        self._progress = Progress(
+            TextColumn("[bold]update {task.completed}/{task.total}"),
+            BarColumn(bar_width=None, complete_style="blue"),
+            TimeElapsedColumn(),
+            TextColumn("elapsed"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=self._console,
+            auto_refresh=False,
+            expand=True,
+            speed_estimate_period=math.inf,
+        )
+        self._task = self._progress.add_task("", total=max(total_updates, 1))
         self._live = Live(console=self._console, get_renderable=self._panel, refresh_per_second=_REFRESH_PER_S)
 
     def __enter__(self) -> Self:
         """Start drawing."""
-        self._started_s = time.monotonic()
+        self._progress.reset(self._task)
         if self._console.is_terminal:
             self._live.start()
         return self
@@ -143,9 +152,7 @@ class LiveView:
     def update(self, metrics: Mapping[str, float], *, version: int) -> None:
         """Show the metrics of the update that made `version`."""
         self.show(metrics)
-        self._version = version
-        if self._first_version is None:
-            self._first_version, self._first_update_s = version, time.monotonic()
+        self._progress.update(self._task, completed=version)
         for key, values in self._history.items():
             if key in metrics:
                 values.append(metrics[key])
@@ -168,21 +175,7 @@ class LiveView:
         for label, parts in _ROWS.items():
             if row := self._row(parts):
                 grid.add_row(label, row)
-        return Panel(Group(self._progress(), "", grid), title=escape(self._title), title_align="left", border_style="blue")
-
-    def _progress(self) -> RenderableType:
-        now_s = time.monotonic()
-        times = f"{_clock(now_s - self._started_s)} elapsed"
-        if self._first_version is not None and self._version > self._first_version:
-            per_update_s = (now_s - self._first_update_s) / (self._version - self._first_version)
-            times += f", {_clock(per_update_s * max(self._total - self._version, 0))} left"
-        row = Table.grid(padding=(0, 2), expand=True)
-        row.add_column(no_wrap=True)
-        row.add_column(ratio=1)
-        row.add_column(no_wrap=True)
-        bar = ProgressBar(total=max(self._total, 1), completed=self._version, complete_style="blue")
-        row.add_row(Text(f"update {self._version}/{self._total}", style="bold"), bar, times)
-        return row
+        return Panel(Group(self._progress, "", grid), title=escape(self._title), title_align="left", border_style="blue")
 
     def _row(self, parts: Mapping[str, str]) -> str:
         shown = [template.format(self._latest[key]) for key, template in parts.items() if key in self._latest]
@@ -252,9 +245,3 @@ def staleness_sentence(summary: Summary) -> str:
     if summary.staleness_max is not None and summary.staleness_mean is not None:
         text += f"; staleness mean {summary.staleness_mean:.2f}, max {summary.staleness_max}"
     return text + (f"; proximal log-probs: {kinds}." if kinds else ".")
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
