@@ -134,19 +134,18 @@ def cautions(config: RunConfig) -> tuple[Caution, ...]:
     """What the recipe alone shows to be doubtful, if its loss is a built-in one."""
     if config.objective.loss not in LOSSES.names:
         return ()
-    return tuple(_without_clip(config)) + tuple(_without_band(config)) + tuple(_hidden_bounds(config))
-
-
-def _without_clip(config: RunConfig) -> Iterator[Caution]:
-    """One step, taken where THETA still is the proximal policy."""
-    proximal, steps = find_variant(config.variant).proximal, config.trainer.minibatches_per_update
-    if config.objective.clip == "ppo" and steps == 1 and _starts_at_theta(proximal, config):
-        yield Caution(
-            name="no-clip",
-            message=f"no clip acts: with trainer.minibatches_per_update = 1 THETA is {proximal.name} at the only step, "
-            "so r_s = 1 and the clip masks 0 tokens; two steps or more give it something to do",
-            figures={"minibatches_per_update": steps, "clipped": 0},
+    variant, steps = find_variant(config.variant), config.trainer.minibatches_per_update
+    found: list[Caution] = []
+    if config.objective.clip == "ppo" and steps == 1 and _starts_at_theta(variant.proximal, config):
+        message = (
+            f"no clip acts: with trainer.minibatches_per_update = 1 THETA is {variant.proximal.name} at the only step, "
+            "so r_s = 1 and the clip masks 0 tokens; two steps or more give it something to do"
         )
+        found.append(Caution(name="no-clip", message=message, figures={"minibatches_per_update": steps, "clipped": 0}))
+    if config.band == math.inf and not variant.r_d.is_one:
+        message = "no mask: band = inf, so r_d only weights, however large it is; set band = 1.5 for a mask"
+        found.append(Caution(name="no-band", message=message, figures={"band": config.band}))
+    return (*found, *_hidden_bounds(config))
 
 
 def _starts_at_theta(proximal: Policy, config: RunConfig) -> bool:
@@ -158,15 +157,6 @@ def _starts_at_theta(proximal: Policy, config: RunConfig) -> bool:
     if proximal is EWMA:
         return config.window == 0 and config.proximal.decay != "fixed"
     return proximal is ASYNC or (config.window == 0 and proximal in (OLD, RESCORE, AGED))
-
-
-def _without_band(config: RunConfig) -> Iterator[Caution]:
-    if config.band == math.inf and not find_variant(config.variant).r_d.is_one:
-        yield Caution(
-            name="no-band",
-            message="no mask: band = inf, so r_d only weights, however large it is; set band = 1.5 for a mask",
-            figures={"band": config.band},
-        )
 
 
 def _hidden_bounds(config: RunConfig) -> Iterator[Caution]:
