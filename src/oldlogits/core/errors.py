@@ -16,7 +16,7 @@ OldLogitsError
 ├── StoreFullError        (MemoryError)       the byte budget has no room for another version
 ├── LogBusyError          (BlockingIOError)   another process owns the folder of versions
 ├── LogWriteError         (OSError)           a version could not be written to disk
-├── LogDamagedError       (ValueError)        a record of the log of versions is not what was written
+├── LogDamagedError       (ValueError)        a file of versions is not what was written
 ├── ExactnessError        (ArithmeticError)   a consistency check contradicts values that were claimed to be exact
 ├── ProbeError            (ArithmeticError)   engine and trainer disagree right after a weight update
 ├── NonFiniteError        (FloatingPointError) a loss or gradient that is not finite
@@ -95,11 +95,11 @@ class LogBusyError(OldLogitsError, BlockingIOError):
 
 
 class LogWriteError(OldLogitsError, OSError):
-    """The log of versions could not be written, such as on a full disk; what it held before is intact."""
+    """A version could not be written to disk, such as a full one; what was there before is intact."""
 
 
 class LogDamagedError(OldLogitsError, ValueError):
-    """A record of the log of versions is not what was written."""
+    """A file of versions is not what was written."""
 
 
 class LayoutError(OldLogitsError, ValueError):

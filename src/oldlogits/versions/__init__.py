@@ -9,7 +9,7 @@ from oldlogits.versions.patches.flat import FlatWeights
 from oldlogits.versions.patches.kernel_choice import kernels_in_use
 from oldlogits.versions.patches.layout import Entry, Layout, Shard
 from oldlogits.versions.patches.patch import Patch, concatenate
-from oldlogits.versions.store import LazyPatchStore, PatchStore
+from oldlogits.versions.store import PatchStore
 
 __all__ = [
     "AverageScores",
@@ -17,7 +17,6 @@ __all__ = [
     "FlatWeights",
     "HostCopy",
     "Layout",
-    "LazyPatchStore",
     "Patch",
     "PatchStore",
     "Shard",

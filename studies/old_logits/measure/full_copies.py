@@ -12,7 +12,7 @@ from torch import Tensor
 
 from oldlogits.core.weights import PolicyVersion, StoreReceipt
 from oldlogits.versions.patches.flat import same_bits
-from oldlogits.versions.retention import Retention, check_ascends, check_held, published_twice
+from oldlogits.versions.retention import check_ascends, check_held, published_twice
 
 
 class FullCopyStore:
@@ -23,7 +23,7 @@ class FullCopyStore:
 
     def __init__(self) -> None:
         self._copies: dict[PolicyVersion, Mapping[str, Tensor]] = {}
-        self._retention = Retention()
+        self._oldest_needed: PolicyVersion = 0
         self._lock = threading.RLock()
 
     @property
@@ -72,35 +72,10 @@ class FullCopyStore:
             copy = self._copies[version]
         yield copy
 
-    @contextmanager
-    def walk(self) -> Iterator[None]:
-        """Nothing to save here: a checkout of a full copy costs nothing."""
-        yield
-
     def retain(self, oldest_needed: PolicyVersion) -> list[PolicyVersion]:
-        """Versions below `oldest_needed` are no longer needed, but for the newest and those held; returns those dropped."""
+        """Versions below `oldest_needed` are no longer needed, but for the newest; returns those dropped."""
         with self._lock:
-            self._retention.oldest_needed = oldest_needed
-            return self._drop()
-
-    def hold(self, version: PolicyVersion) -> None:
-        """Keep a version until `release`, whatever `retain` says.
-
-        Raises:
-            VersionEvictedError: The version is not in the store.
-        """
-        with self._lock:
-            check_held(version, self.versions)
-            self._retention.hold(version)
-
-    def release(self, version: PolicyVersion) -> list[PolicyVersion]:
-        """Take one `hold` back; returns the versions dropped.
-
-        Raises:
-            StoreUseError: The version is not held.
-        """
-        with self._lock:
-            self._retention.release(version)
+            self._oldest_needed = oldest_needed
             return self._drop()
 
     def rewind(self, version: PolicyVersion) -> None:
@@ -117,9 +92,9 @@ class FullCopyStore:
         """Nothing to give up."""
 
     def _drop(self) -> list[PolicyVersion]:
-        needed = set(self._retention.needed(self._copies))
-        dropped = [version for version in self._copies if version not in needed]
-        self._copies = {version: copy for version, copy in self._copies.items() if version in needed}
+        oldest = min(self._oldest_needed, max(self._copies, default=0))
+        dropped = [version for version in self._copies if version < oldest]
+        self._copies = {version: copy for version, copy in self._copies.items() if version >= oldest}
         return dropped
 
 
