@@ -23,7 +23,7 @@ Example:
 from oldlogits.objective.advantages import AdvantageMode, group_advantages
 from oldlogits.objective.aggregate import Aggregation, aggregate, token_weights, weighted_loss
 from oldlogits.objective.decision import DecisionSums, decision_sums, exact_variant
-from oldlogits.objective.diagnostics import QUANTILES, Diagnostics, TokenStatistics, diagnose, to_metrics
+from oldlogits.objective.diagnostics import QUANTILES, diagnose, to_metrics
 from oldlogits.objective.masks import band_mask, clip_log_ratio, clip_mask, finite_mask, kept_mask, truncate_log_ratio
 from oldlogits.objective.proximal import a3po_weight_mu, linear_logp, loglinear_logp
 from oldlogits.objective.ratios import SplitRatio, log_discrepancy, split_ratio
@@ -34,11 +34,9 @@ __all__ = [
     "AdvantageMode",
     "Aggregation",
     "DecisionSums",
-    "Diagnostics",
     "Discrepancy",
     "SplitRatio",
     "Surrogate",
-    "TokenStatistics",
     "a3po_weight_mu",
     "aggregate",
     "band_mask",
