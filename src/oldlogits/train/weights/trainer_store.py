@@ -97,6 +97,4 @@ def _together(parts: Sequence[StoreReceipt]) -> StoreReceipt:
         stored_bytes=sum(part.stored_bytes for part in parts),
         full_bytes=full_bytes,
         share_changed=sum(part.share_changed * part.full_bytes for part in parts) / full_bytes,
-        encode_s=max(part.encode_s for part in parts),
-        log_bytes=sum(part.log_bytes for part in parts),
     )
