@@ -51,16 +51,12 @@ class StoreReceipt:
         stored_bytes: The memory that the version takes, which is the price of keeping it: its patch, or its copy.
         full_bytes: The bytes of a full copy of the version.
         share_changed: The share of its values with other bits than in the version before; NaN where they were not compared.
-        encode_s: Seconds until it was stored, without writing to disk.
-        log_bytes: Bytes that were written to disk.
     """
 
     version: PolicyVersion
     stored_bytes: int
     full_bytes: int
     share_changed: float
-    encode_s: float
-    log_bytes: int = 0
 
 
 class VersionStore(Protocol):

@@ -148,12 +148,10 @@ class Disk:
         """Bytes of all files that the manifest names."""
         return sum(file.num_bytes for file in (self.held.copy, *self.held.patches))
 
-    def begin(self, version: PolicyVersion, flat: FlatWeights) -> int:
-        """Write the first version; returns the bytes written."""
+    def begin(self, version: PolicyVersion, flat: FlatWeights) -> None:
+        """Write the first version."""
         frozen = {name: fingerprint(name, tensor) for name, tensor in flat.frozen.items()}
-        copy = self._write_copy(version, flat)
-        self._commit(Manifest(copy=copy, oldest=version, frozen=frozen))
-        return copy.num_bytes
+        self._commit(Manifest(copy=self._write_copy(version, flat), oldest=version, frozen=frozen))
 
     def append(self, patch: StoredFile, content: bytes | memoryview) -> StoredFile:
         """Write the patch to a new version, wholly or not at all; returns it with its size and checksum."""

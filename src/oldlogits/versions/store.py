@@ -11,7 +11,6 @@ holds it for its block, so a publish or a checkout from another thread waits for
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -175,10 +174,9 @@ class PatchStore:
             chain = self._chain
             chain.move_to(chain.versions[-1])
             if version == chain.at:
-                started = time.perf_counter()
                 if not chain.agrees(weights):
                     raise published_twice(version)
-                return self._receipt(version, 0, 0.0, time.perf_counter() - started, 0)
+                return self._receipt(version, 0, 0.0)
             return self._extend(version, lambda: chain.absorb(version, weights))
 
     def take(self, version: PolicyVersion, update: PatchWeights) -> StoreReceipt:
@@ -260,28 +258,24 @@ class PatchStore:
         self.close()
 
     def _publish_first(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> StoreReceipt:
-        started = time.perf_counter()
         flat = FlatWeights.of(weights, frozen=self._frozen, dtype=self._dtype, shards=self._shards, device=None)
-        encode_s, full_bytes = time.perf_counter() - started, flat.layout.num_bytes
         with defer_sigint():
-            log_bytes = self._disk.begin(version, flat) if self._disk is not None else 0
+            if self._disk is not None:
+                self._disk.begin(version, flat)
             self._chain = Chain(flat, version, self._disk)
-        return self._receipt(version, full_bytes, 1.0, encode_s, log_bytes)
+        return self._receipt(version, flat.layout.num_bytes, 1.0)
 
     def _extend(self, version: PolicyVersion, step: Callable[[], Patch]) -> StoreReceipt:
         """Bring the copy from the newest version to a new one, and keep the patch; on an error all is as it was."""
-        chain, newest, is_kept, log_bytes = self._held(), self.versions[-1], False, 0
-        started = time.perf_counter()
+        chain, newest, is_kept = self._held(), self.versions[-1], False
         try:
             patch = step()
-            encode_s = time.perf_counter() - started
             with defer_sigint():
-                if self._disk is not None:
-                    file = StoredFile(newest, patch.base, version, patch.target, 0, 0)
-                    chain.links[-1].file = file = self._disk.append(file, chain.serialised(chain.links[-1]))
-                    log_bytes = file.num_bytes
-                else:
+                if self._disk is None:
                     self._check_room()
+                else:
+                    link, file = chain.links[-1], StoredFile(newest, patch.base, version, patch.target, 0, 0)
+                    link.file = self._disk.append(file, chain.serialised(link))
                 is_kept = True
         except BaseException:
             if not is_kept:
@@ -290,19 +284,11 @@ class PatchStore:
             raise
         self._drop()
         chain.save_memory(self._hot, self._budget_bytes)
-        return self._receipt(version, patch.num_bytes, patch.share_changed, encode_s, log_bytes)
+        return self._receipt(version, patch.num_bytes, patch.share_changed)
 
-    def _receipt(
-        self, version: PolicyVersion, stored_bytes: int, share_changed: float, encode_s: float, log_bytes: int
-    ) -> StoreReceipt:
-        return StoreReceipt(
-            version=version,
-            stored_bytes=stored_bytes,
-            full_bytes=self._held().flat.layout.num_bytes,
-            share_changed=share_changed,
-            encode_s=encode_s,
-            log_bytes=log_bytes,
-        )
+    def _receipt(self, version: PolicyVersion, stored_bytes: int, share_changed: float) -> StoreReceipt:
+        full_bytes = self._held().flat.layout.num_bytes
+        return StoreReceipt(version=version, stored_bytes=stored_bytes, full_bytes=full_bytes, share_changed=share_changed)
 
     def _check_room(self) -> None:
         """Refuse a newest version with which all that are needed do not fit the budget, compressed."""

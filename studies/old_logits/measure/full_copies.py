@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -45,7 +44,6 @@ class FullCopyStore:
         """
         with self._lock:
             check_ascends(version, self.versions)
-            started = time.perf_counter()
             copy = {name: tensor.detach().clone() for name, tensor in weights.items()}
             num_bytes = sum(tensor.nbytes for tensor in copy.values())
             if version in self._copies and not _same(copy, self._copies[version]):
@@ -57,7 +55,6 @@ class FullCopyStore:
                 stored_bytes=num_bytes,
                 full_bytes=num_bytes,
                 share_changed=math.nan,
-                encode_s=time.perf_counter() - started,
             )
 
     @contextmanager
