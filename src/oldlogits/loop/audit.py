@@ -26,7 +26,8 @@ from oldlogits.core.weights import PolicyVersion
 from oldlogits.objective import DecisionSums, decision_sums, exact_variant
 from oldlogits.record.bus import EventSink
 from oldlogits.record.events import Audited, AverageWasReset
-from oldlogits.sources import SnapshotSource, check_scored
+from oldlogits.sources import check_scored
+from oldlogits.sources.snapshot import SnapshotSource
 from oldlogits.train.spec import objective_of
 from oldlogits.train.step import UpdateResult
 

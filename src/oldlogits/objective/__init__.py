@@ -27,7 +27,7 @@ from oldlogits.objective.diagnostics import QUANTILES, diagnose, to_metrics
 from oldlogits.objective.masks import band_mask, clip_log_ratio, clip_mask, finite_mask, kept_mask, truncate_log_ratio
 from oldlogits.objective.proximal import a3po_weight_mu, linear_logp, loglinear_logp
 from oldlogits.objective.ratios import SplitRatio, log_discrepancy, split_ratio
-from oldlogits.objective.surrogate import Discrepancy, Surrogate, surrogate
+from oldlogits.objective.surrogate import Discrepancy, surrogate
 
 __all__ = [
     "QUANTILES",
@@ -36,7 +36,6 @@ __all__ = [
     "DecisionSums",
     "Discrepancy",
     "SplitRatio",
-    "Surrogate",
     "a3po_weight_mu",
     "aggregate",
     "band_mask",

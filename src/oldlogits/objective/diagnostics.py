@@ -41,8 +41,8 @@ def diagnose(
     Args:
         log_r_d: The log of the discrepancy ratio.
         log_r_s: The log of the staleness ratio.
-        band_mask: `Surrogate.band_mask`.
-        clip_mask: `Surrogate.clip_mask`.
+        band_mask: `LossTerms.band_mask`.
+        clip_mask: `LossTerms.clip_mask`.
         loss_mask: Sampled tokens.
         staleness: Trainer version minus behaviour version; any value outside `loss_mask`.
         advantages: The sign tells which clip bound a token met.
