@@ -13,7 +13,7 @@ from benchmarks.versions.entropy import change
 from benchmarks.versions.rows import Row, Subject
 from oldlogits.bench.lab import BF16, Chain, Lab, Timed
 from oldlogits.versions import Patch, apply
-from oldlogits.versions.patches.cold import pack
+from oldlogits.versions.patches.patch import pack
 
 WALK: Final = 4
 """How many versions a walk passes."""

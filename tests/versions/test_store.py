@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oldlogits.core.errors import ExactnessError, LayoutError, PatchError, StoreFullError, StoreUseError, VersionEvictedError
+from oldlogits.core.errors import ExactnessError, LayoutError, PatchError, StoreUseError, VersionEvictedError
 from oldlogits.core.weights import VersionStore
 from oldlogits.versions import FlatWeights, PatchStore, apply
 from tests.versions.states import assert_bits, assert_holds, changed, history, state
@@ -270,31 +270,6 @@ def test_with_a_folder_the_oldest_go_to_disk_until_the_budget_is_kept(tmp_path):
         assert in_memory == sorted(in_memory)
         assert 0 < sum(in_memory) < 8
         assert_holds(store, dict(enumerate(states)))
-
-
-def test_without_room_a_publication_is_refused_and_the_store_is_as_it_was():
-    states = large_history(9)
-    store = PatchStore(budget_bytes=400)
-    with pytest.raises(StoreFullError, match="budget_bytes = 400"):
-        filled(store, states)
-    held = len(store.versions)
-    assert 1 < held < 9
-    assert store.patch_bytes <= 400
-    assert_holds(store, dict(enumerate(states[:held])))
-    store.retain(held - 1)
-    store.publish(held, states[held])
-    assert_holds(store, {v: states[v] for v in (held - 1, held)})
-
-
-def test_a_version_with_which_older_ones_go_needs_room_for_what_stays_only():
-    states = large_history(9)
-    store = PatchStore(budget_bytes=400)
-    with pytest.raises(StoreFullError):
-        filled(store, states)
-    newest = store.versions[-1]
-    store.retain(newest + 1)
-    store.publish(newest + 1, states[newest + 1])
-    assert_holds(store, {newest + 1: states[newest + 1]})
 
 
 def test_damage_to_the_copy_is_noticed_with_the_version_named():

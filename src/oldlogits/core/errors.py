@@ -13,7 +13,6 @@ OldLogitsError
 ├── PatchError            (ValueError)        bytes that are no patch, or a damaged one
 ├── ReceiverBehindError   (LookupError)       a receiver of weights that cannot go on from the version it holds
 ├── StoreUseError         (RuntimeError)      the store was asked for what its order of calls does not allow
-├── StoreFullError        (MemoryError)       the byte budget has no room for another version
 ├── LogBusyError          (BlockingIOError)   another process owns the folder of versions
 ├── LogWriteError         (OSError)           a version could not be written to disk
 ├── LogDamagedError       (ValueError)        a file of versions is not what was written
@@ -84,10 +83,6 @@ class VersionEvictedError(OldLogitsError, LookupError):
 
 class StoreUseError(OldLogitsError, RuntimeError):
     """The store of versions was asked for what its order of calls does not allow."""
-
-
-class StoreFullError(OldLogitsError, MemoryError):
-    """The byte budget of the store has no room for another version; the store is as it was before."""
 
 
 class LogBusyError(OldLogitsError, BlockingIOError):

@@ -40,10 +40,9 @@ from oldlogits.objective import (
     weighted_loss,
 )
 from oldlogits.train.consistency import CONSISTENCY_TOLERANCE, check_consistency, is_routed, judged_error, num_excused
-from oldlogits.train.loss_tokens import LossTokens, TokenRecord
+from oldlogits.train.loss_tokens import Column, LossTokens, TokenRecord, count_provenance, provenance_label, token_table
 from oldlogits.train.optimizer import Optimizer
 from oldlogits.train.spec import TrainerSpec
-from oldlogits.train.token_table import Column, count_provenance, provenance_label, token_table
 from oldlogits.train.weights.average import AverageReset
 
 INTERPOLATE = {LINEAR: linear_logp, LOGLINEAR: loglinear_logp}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from oldlogits.core.weights import FullWeights, PolicyVersion
 from oldlogits.models.load import load_tokenizer, local, point_at, write_model
 from oldlogits.models.lora import write_adapters
 from oldlogits.models.ranks import ALONE, Ranks
+from oldlogits.rpc.client import Dispatcher
+from oldlogits.train.calls import TrainerCalls
 from oldlogits.train.checkpoint import of_kind, read_state, sliced, write_state
 from oldlogits.train.consistency import is_routed
 from oldlogits.train.optimizer import Optimizer
@@ -193,9 +195,25 @@ class Trainer:
         """Take the new version into the average."""
         assert self._averaging is not None
         started = time.perf_counter()
-        taken = self._averaging.take_in(self.live.weights, self.version, result.metrics, result.staleness_counts)
-        metrics = {**result.metrics, **taken.metrics, "average/take_in_s": time.perf_counter() - started}
-        return replace(result, metrics=metrics, average_reset=taken.reset)
+        found, reset = self._averaging.take_in(self.live.weights, self.version, result.metrics, result.staleness_counts)
+        metrics = {**result.metrics, **found, "average/take_in_s": time.perf_counter() - started}
+        return replace(result, metrics=metrics, average_reset=reset)
+
+
+class TrainerService(Dispatcher):
+    """Carries out `TrainerCalls` by a trainer and its scorer, and counts the seconds by `clock`."""
+
+    def __init__(self, trainer: Trainer, clock: Callable[[], float]) -> None:
+        super().__init__(TrainerCalls, trainer, trainer.scorer)
+        self._trainer, self._clock = trainer, clock
+
+    def call(self, method: str, arguments: tuple[object, ...]) -> object:
+        """Carry out a call."""
+        started = self._clock()
+        try:
+            return super().call(method, arguments)
+        finally:
+            self._trainer.busy_s += self._clock() - started
 
 
 def _write_batch(folder: Path, batch: TokenBatch, scored: Scored | None) -> None:

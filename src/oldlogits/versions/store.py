@@ -19,7 +19,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from oldlogits.core.errors import ExactnessError, LayoutError, PatchError, StoreFullError, StoreUseError
+from oldlogits.core.errors import ExactnessError, LayoutError, PatchError, StoreUseError
 from oldlogits.core.weights import PatchWeights, PolicyVersion, StoreReceipt
 from oldlogits.versions.chain import Chain
 from oldlogits.versions.defer_sigint import defer_sigint
@@ -39,8 +39,8 @@ class PatchStore:
         dtype: The dtype that floating-point values are kept in, such as bfloat16 for float32 masters; None: each in its own.
         shards: The part of each parameter that is published here, by name; others are whole.
         hot: How many of the newest patches stay in the memory tier; older ones are compressed.
-        budget_bytes: The most that all patches take in memory. Over it everything is compressed; then, with a folder, the
-            oldest are left on disk only; without one, `publish` refuses a version for which there is no room. None: no bound.
+        budget_bytes: The most that all patches are to take in memory. Over it everything is compressed; then, with a folder,
+            the oldest are left on disk only. Without one, `retain` alone bounds what is left. None: no bound.
 
     Attributes:
         cut: What `open` found damaged, and gave up with all that it led to; None: nothing was.
@@ -121,7 +121,7 @@ class PatchStore:
 
     @property
     def patch_bytes(self) -> int:
-        """Bytes of memory beside the resident copy: within the budget whenever no publication is going on."""
+        """Bytes of memory beside the resident copy; on disk too, they are within the budget while no publication goes on."""
         return self._chain.num_bytes if self._chain is not None else 0
 
     @contextmanager
@@ -163,7 +163,6 @@ class PatchStore:
         Raises:
             StoreUseError: The version is below the newest, or is the newest and has other bits, or the caller is in a checkout.
             LayoutError: The weights do not fit those before.
-            StoreFullError: There is no room. The store is as it was before.
             LogWriteError: The disk does not take it. The store is as it was before.
         """
         with self._lock:
@@ -271,9 +270,7 @@ class PatchStore:
         try:
             patch = step()
             with defer_sigint():
-                if self._disk is None:
-                    self._check_room()
-                else:
+                if self._disk is not None:
                     link, file = chain.links[-1], StoredFile(newest, patch.base, version, patch.target, 0, 0)
                     link.file = self._disk.append(file, chain.serialised(link))
                 is_kept = True
@@ -290,30 +287,12 @@ class PatchStore:
         full_bytes = self._held().flat.layout.num_bytes
         return StoreReceipt(version=version, stored_bytes=stored_bytes, full_bytes=full_bytes, share_changed=share_changed)
 
-    def _check_room(self) -> None:
-        """Refuse a newest version with which all that are needed do not fit the budget, compressed."""
-        if self._budget_bytes is None:
-            return
-        chain = self._held()
-        chain.save_memory(self._hot, self._budget_bytes)
-        needed_bytes = sum(link.num_bytes for link in chain.links if link.target > self._oldest())
-        if needed_bytes > self._budget_bytes:
-            raise StoreFullError(
-                "the versions that are needed do not fit the byte budget of the store",
-                got=f"{needed_bytes:,} bytes of patches, compressed",
-                allowed=f"budget_bytes = {self._budget_bytes:,}",
-                fix="call retain(oldest version in flight) earlier, raise budget_bytes, or give the store a folder",
-            )
-
-    def _oldest(self) -> PolicyVersion:
-        """The oldest version that is needed."""
-        return next((version for version in self.versions if version >= self._oldest_needed), self.versions[-1])
-
     def _drop(self) -> list[PolicyVersion]:
         """Drop what is not needed, outside of checkouts, and return it; the copy leaves a version that goes."""
         if self._chain is None or self._depth:
             return []
-        chain, oldest = self._chain, self._oldest()
+        chain = self._chain
+        oldest = next((version for version in chain.versions if version >= self._oldest_needed), chain.versions[-1])
         dropped = [version for version in chain.versions if version < oldest]
         if dropped:
             chain.move_to(max(chain.at, oldest))

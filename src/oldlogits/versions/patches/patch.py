@@ -9,7 +9,7 @@ The bytes of a patch::
     header    JSON: tier, base and target digest, bytes of each section as stored and as they were
     sections  layout (JSON), blocks, gaps, values, wide, dense
 
-In the cold tier every section is compressed apart (`cold.py`).
+In the cold tier every section is compressed apart, words as byte planes: all first bytes, then all second bytes, ...
 """
 
 from __future__ import annotations
@@ -21,19 +21,24 @@ import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 import zstandard
+from numpy.typing import NDArray
 
 from oldlogits.core.errors import LayoutError, PatchError, ReceiverBehindError
-from oldlogits.versions.patches.cold import Tier, pack, unpack
 from oldlogits.versions.patches.digest import MASK
 from oldlogits.versions.patches.layout import Layout
 from oldlogits.versions.patches.streams import BLOCK, BLOCK_SIZE, SKIP, Blocks, Ints, Streams, stream_lengths
 
+Tier = Literal["memory", "cold"]
+Bytes = NDArray[np.uint8]
+
 FORMAT = 2
 _MAGIC = b"oldpatch"
+_ZSTD_LEVEL = 1
 _PREFIX = struct.Struct("<8sHHII")
 _BYTE_ORDERS = {"little": 1, "big": 2}
 
@@ -143,6 +148,34 @@ def concatenate(patches: Sequence[Patch]) -> Patch:
         blocks=np.concatenate(tables) if tables else np.zeros(0, BLOCK),
         streams=Streams.cat(parts),
     )
+
+
+def pack(content: Bytes, tier: Tier, runs: Sequence[tuple[int, int]] = ()) -> bytes:
+    """The bytes to store; `runs` is what the content is made of: (bytes, bytes of a word); none: bytes."""
+    if tier == "memory":
+        return content.tobytes()
+    return zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(_transposed(content, runs, splits=True).data)
+
+
+def unpack(stored: memoryview, num_bytes: int, tier: Tier, runs: Sequence[tuple[int, int]] = ()) -> Bytes:
+    """The content that `pack` was given, writable; a `ValueError` if its length is not `num_bytes` or not that of the runs."""
+    content: bytes | bytearray = bytearray(stored)
+    if tier == "cold":
+        content = zstandard.ZstdDecompressor().decompress(stored, max_output_size=num_bytes)
+    if len(content) != num_bytes or (runs and num_bytes != sum(length for length, _ in runs)):
+        raise ValueError(f"a section of {len(content)} bytes, which is not what the header or the table of blocks says")
+    array = np.frombuffer(content, np.uint8)
+    return array if tier == "memory" else _transposed(array, runs, splits=False)
+
+
+def _transposed(content: Bytes, runs: Sequence[tuple[int, int]], *, splits: bool) -> Bytes:
+    """Split words into byte planes, run by run, or join the planes to words again."""
+    parts, at = [], 0
+    for length, width in runs:
+        form = (-1, width) if splits else (width, -1)
+        parts.append(content[at : at + length].reshape(form).T.reshape(-1))
+        at += length
+    return np.concatenate(parts) if parts else content.copy()
 
 
 def part_of(patch: Patch, dtype: torch.dtype) -> tuple[slice, Streams]:
