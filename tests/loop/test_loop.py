@@ -122,7 +122,7 @@ class FakeTrainer:
             is_routed=False,
             store_bytes=80,
             store_s=0.0,
-            publication=StoreReceipt(version=self.version, stored_bytes=8, full_bytes=40, share_changed=0.5, encode_s=0.0),
+            publication=StoreReceipt(version=self.version, stored_bytes=8, full_bytes=40, share_changed=0.5),
         )
 
     async def put_batch(self, batch):

@@ -15,7 +15,7 @@ from oldlogits.core.errors import ConfigError, WorkerDiedError
 from oldlogits.loop import make
 from oldlogits.loop.weight_sync import check_partials
 from oldlogits.run.run import run
-from oldlogits.sources import NoSource
+from oldlogits.sources.none import NoSource
 
 from ..runs import after_updates
 

@@ -51,18 +51,12 @@ class StoreReceipt:
         stored_bytes: The memory that the version takes, which is the price of keeping it: its patch, or its copy.
         full_bytes: The bytes of a full copy of the version.
         share_changed: The share of its values with other bits than in the version before; NaN where they were not compared.
-        encode_s: Seconds until it was stored, without waiting.
-        log_bytes: Bytes that were written to disk.
-        waited_s: Seconds that it was held back until there was room.
     """
 
     version: PolicyVersion
     stored_bytes: int
     full_bytes: int
     share_changed: float
-    encode_s: float
-    log_bytes: int = 0
-    waited_s: float = 0.0
 
 
 class VersionStore(Protocol):
@@ -85,17 +79,8 @@ class VersionStore(Protocol):
     def checkout(self, version: PolicyVersion) -> AbstractContextManager[Mapping[str, Tensor]]:
         """The weights of `version`, for reading inside the context."""
 
-    def walk(self) -> AbstractContextManager[None]:
-        """Inside it, checkouts in the order of their versions cost one way down and one way back in all."""
-
     def retain(self, oldest_needed: PolicyVersion) -> list[PolicyVersion]:
-        """Versions below `oldest_needed` are no longer needed, but for the newest and those held; returns those dropped."""
-
-    def hold(self, version: PolicyVersion) -> None:
-        """Keep a version until `release`, whatever `retain` says."""
-
-    def release(self, version: PolicyVersion) -> list[PolicyVersion]:
-        """Take one `hold` back; returns the versions dropped."""
+        """Versions below `oldest_needed` are no longer needed, but for the newest; returns those dropped."""
 
     def rewind(self, version: PolicyVersion) -> None:
         """Forget all versions above one, which becomes the newest: a run goes on from an older checkpoint."""

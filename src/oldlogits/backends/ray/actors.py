@@ -36,9 +36,8 @@ from oldlogits.rpc.child import Call, Reply, answer
 from oldlogits.rpc.client import CarryOut
 from oldlogits.rpc.processes import name_process
 from oldlogits.train.reports import PublishedVersion
-from oldlogits.train.service import TrainerService
 from oldlogits.train.spec import TrainerSpec
-from oldlogits.train.trainer import Trainer
+from oldlogits.train.trainer import Trainer, TrainerService
 
 Bytes = NDArray[np.uint8]
 
