@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 from oldlogits.backends.lag import Plan, draw_plan
 from oldlogits.backends.processes import scorer_client
@@ -99,6 +99,10 @@ class LockstepEngine:
         """Go on sampling; trajectories do so when the driver is idle, and the groups in training are confirmed by then."""
         await self._engine.resume()
 
+    async def stats(self) -> EngineStats:
+        """Return the counters."""
+        return await self._engine.stats()
+
     async def drive(self) -> None:
         """Step the engine whenever it can sample, until it is cancelled; a stall is an `AccountingError`."""
         num_idle = 0
@@ -167,34 +171,8 @@ class LockstepEngine:
         return group if dot and group.startswith("g") else None
 
 
-class LockstepBackend(Backend):
-    """Engine and trainer of this process, in virtual time."""
-
-    real_time: ClassVar[bool] = False
-
-    def __init__(
-        self,
-        engine: LockstepEngine,
-        sampler: StepwiseEngine,
-        driver: asyncio.Task[None],
-        *,
-        trainer: TrainerCalls,
-        scorer: DedicatedScorer | None,
-    ) -> None:
-        super().__init__(engine=engine, trainer=trainer, run_environment=run_inline, scorer=scorer, workers=[driver])
-        self._lockstep, self._sampler = engine, sampler
-
-    async def engine_stats(self) -> EngineStats:
-        """The engine's counters."""
-        return await self._sampler.stats()
-
-    def watch(self, buffer: Buffer) -> None:
-        """Take the order of training from this buffer."""
-        self._lockstep.watch(buffer)
-
-
 @asynccontextmanager
-async def open_lockstep(spec: BackendSpec) -> AsyncIterator[LockstepBackend]:
+async def open_lockstep(spec: BackendSpec) -> AsyncIterator[Backend]:
     """Build engine and trainer in this process."""
     trainer = spec.trainer
     in_flight = (spec.lockstep.max_lag + 1) * spec.rollout.prompts_per_update * spec.rollout.group_size
@@ -207,7 +185,15 @@ async def open_lockstep(spec: BackendSpec) -> AsyncIterator[LockstepBackend]:
     scorer = _scorer(spec)
     driver = asyncio.create_task(engine.drive())
     try:
-        yield LockstepBackend(engine, sampler, driver, trainer=calls, scorer=scorer)
+        yield Backend(
+            engine=engine,
+            trainer=calls,
+            run_environment=run_inline,
+            scorer=scorer,
+            workers=(driver,),
+            real_time=False,
+            watch=engine.watch,
+        )
     finally:
         driver.cancel()
 

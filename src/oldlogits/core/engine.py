@@ -215,6 +215,9 @@ class RolloutEngine(Protocol):
     async def resume(self) -> None:
         """Go on sampling."""
 
+    async def stats(self) -> EngineStats:
+        """Return the counters."""
+
 
 def trajectory_of(request_id: str) -> str:
     """The trajectory whose turn a request to the engine is: requests are named ``{trajectory}/{turn}``."""
@@ -223,7 +226,7 @@ def trajectory_of(request_id: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenEngine:
-    """An engine that is being started: `engine` samples once `ready` has returned, and `stats` returns its counters.
+    """An engine that is being started: `engine` samples once `ready` has returned.
 
     Args:
         supervise: Runs beside the engine, where it must be watched; ends only by an error.
@@ -231,7 +234,6 @@ class OpenEngine:
     """
 
     engine: RolloutEngine
-    stats: Callable[[], Awaitable[EngineStats]]
     ready: Callable[[], Awaitable[None]]
     supervise: Callable[[], Coroutine[None, None, None]] | None = None
     listen: Callable[[Callable[[Incident], None]], None] = lambda hear: None
@@ -254,9 +256,6 @@ class StepwiseEngine(RolloutEngine, Protocol):
 
     def drive_once(self) -> bool:
         """Take one step; returns False if there was nothing to do."""
-
-    async def stats(self) -> EngineStats:
-        """Return the counters."""
 
 
 class EngineKind(Protocol):

@@ -56,9 +56,9 @@ def piece(size: float, seconds_s: float) -> Line:
     return Line(num=1.0, size=size, size_sq=size**2, seconds_s=seconds_s, size_s=size * seconds_s)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class EngineStats:
-    """Counters since the engine was built.
+    """Counters since the engine was built, which counts in one and gives copies.
 
     Args:
         num_prefill_tokens: Prompt tokens computed, recomputation included.
@@ -70,13 +70,13 @@ class EngineStats:
         prefill: Prefills between two decode steps; the size of one is the tokens that it computed.
     """
 
-    version: PolicyVersion
-    num_steps: int
-    num_decode_tokens: int
-    num_prefill_tokens: int
-    num_prefix_hit_tokens: int
-    busy_s: float
-    idle_s: float
+    version: PolicyVersion = 0
+    num_steps: int = 0
+    num_decode_tokens: int = 0
+    num_prefill_tokens: int = 0
+    num_prefix_hit_tokens: int = 0
+    busy_s: float = 0.0
+    idle_s: float = 0.0
     waiting_s: float = 0.0
     num_requests: int = 0
     decode: Line = field(default_factory=Line)

@@ -30,39 +30,12 @@ from oldlogits.backends.ray.weights import ClusterWeights
 from oldlogits.backends.ray.workers import Workers
 from oldlogits.config import Caution
 from oldlogits.core.engine import ServerOptions
-from oldlogits.core.engine_stats import EngineStats, Incident
-from oldlogits.core.environment import Environment
+from oldlogits.core.engine_stats import Incident
 from oldlogits.core.server import LaunchSpec
 from oldlogits.engines.http.engine import HttpEngine
 from oldlogits.loop.backend import Backend, BackendSpec
 from oldlogits.rpc.client import client
 from oldlogits.train.calls import TrainerCalls
-
-
-class RayBackend(Backend):
-    """Actors of a cluster."""
-
-    def __init__(self, spec: BackendSpec, engine: HttpEngine, workers: Workers, models: Models) -> None:
-        super().__init__(
-            engine=engine,
-            trainer=client(TrainerCalls, models.trainer),  # type: ignore[type-abstract]
-            run_environment=AwaitingRunner(latency_s=spec.env.latency_s, seed=spec.sampler.seed),
-            scorer=scorer_client(spec.scorer, models.scorer),
-        )
-        self._http, self._rollout_workers = engine, workers
-
-    async def engine_stats(self) -> EngineStats:
-        """The counters of all servers."""
-        return await self._http.stats()
-
-    def listen(self, hear: Callable[[Incident | Caution], None]) -> None:
-        """Tell `hear` what happens to servers, and what is wrong with a wish for workers."""
-        self._http.fleet.listen = self._rollout_workers.warn = hear
-
-    def host_environment(self, environment_class: type[Environment]) -> type[Environment]:
-        """A class of the same methods whose instances live in the workers."""
-        return remote_class(environment_class, self._rollout_workers)
-
 
 Place = Mapping[str, Any]
 
@@ -101,7 +74,7 @@ class Models:
 
 
 @asynccontextmanager
-async def open_ray(spec: BackendSpec) -> AsyncIterator[RayBackend]:
+async def open_ray(spec: BackendSpec) -> AsyncIterator[Backend]:
     """Join or start a cluster and its actors; on leaving none of them stays behind, whatever happened."""
     async with AsyncExitStack() as stack:
         stack.enter_context(cluster.connected(spec.ray, num_cpus=_needed_cpus(spec)))
@@ -122,11 +95,21 @@ async def open_ray(spec: BackendSpec) -> AsyncIterator[RayBackend]:
         workers.fleet = engine.fleet
         stack.push_async_callback(engine.close)
         await engine.start()
-        backend = RayBackend(spec, engine, workers, models)
-        watched = [engine.supervise(), workers.follow(), *models.watches()]
-        backend.workers = tuple(map(asyncio.create_task, watched))
-        stack.push_async_callback(cancel, backend.workers)
-        yield backend
+        watched = tuple(map(asyncio.create_task, [engine.supervise(), workers.follow(), *models.watches()]))
+        stack.push_async_callback(cancel, watched)
+
+        def listen(hear: Callable[[Incident | Caution], None]) -> None:
+            engine.fleet.listen = workers.warn = hear
+
+        yield Backend(
+            engine=engine,
+            trainer=client(TrainerCalls, models.trainer),  # type: ignore[type-abstract]
+            run_environment=AwaitingRunner(latency_s=spec.env.latency_s, seed=spec.sampler.seed),
+            scorer=scorer_client(spec.scorer, models.scorer),
+            workers=watched,
+            listen=listen,
+            host_environment=partial(remote_class, places=workers),
+        )
 
 
 def _servers(spec: BackendSpec) -> ServerOptions:

@@ -32,7 +32,7 @@ class EmbeddedKind(EngineKind):
 
         engine = EngineProcess(spec)
         try:
-            yield OpenEngine(engine=engine, stats=engine.stats, ready=_at_once)
+            yield OpenEngine(engine=engine, ready=_at_once)
         finally:
             engine.close()
 

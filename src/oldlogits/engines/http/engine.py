@@ -78,8 +78,8 @@ class HttpEngine:
         self._requests: dict[str, PendingRequest] = {}
         self._probes = itertools.count()
         self._probe: tuple[PolicyVersion, GenerateRequest, tuple[float, ...]] | None = None  # the last one
-        self._num_sampled = self._num_prompt = self._num_answers = 0
-        self._busy_s, self._looked_at, self._built_at = 0.0, time.perf_counter(), time.perf_counter()
+        self._count = EngineStats()
+        self._looked_at = self._built_at = time.perf_counter()
         self._was_busy = False
 
     async def start(self) -> None:
@@ -167,9 +167,9 @@ class HttpEngine:
             return None
         request.keep(answer, spans)
         replica.receive(len(answer.token_ids))
-        self._num_sampled += len(answer.token_ids)
-        self._num_prompt += len(asked.token_ids)
-        self._num_answers += 1
+        self._count.num_steps += 1
+        self._count.num_decode_tokens += len(answer.token_ids)
+        self._count.num_prefill_tokens += len(asked.token_ids)
         if asked.sampling.prompt_logprobs:
             self._probe = (self._version, asked, answer.prompt_logprobs)
         if answer.finish_reason == "abort" and not attempt.why:
@@ -247,15 +247,8 @@ class HttpEngine:
     async def stats(self) -> EngineStats:
         """Counters, as far as they are seen from here: a step is an answer."""
         self._look_at_clock()
-        return EngineStats(
-            version=self._version,
-            num_steps=self._num_answers,
-            num_decode_tokens=self._num_sampled,
-            num_prefill_tokens=self._num_prompt,
-            num_prefix_hit_tokens=0,
-            busy_s=self._busy_s,
-            idle_s=time.perf_counter() - self._built_at - self._busy_s,
-        )
+        idle_s = time.perf_counter() - self._built_at - self._count.busy_s
+        return replace(self._count, version=self._version, idle_s=idle_s)
 
     @property
     def _label(self) -> str:
@@ -283,5 +276,5 @@ class HttpEngine:
     def _look_at_clock(self) -> None:
         """Count the seconds in which a server had something to do."""
         now = time.perf_counter()
-        self._busy_s += (now - self._looked_at) * self._was_busy
+        self._count.busy_s += (now - self._looked_at) * self._was_busy
         self._looked_at, self._was_busy = now, self.fleet.num_running > 0 and not self.fleet.paused
