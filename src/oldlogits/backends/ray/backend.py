@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any
 
 from oldlogits.backends.local import cancel
-from oldlogits.backends.processes import build_scorer, scorer_client
+from oldlogits.backends.processes import build_scorer, build_trainer, scorer_client
 from oldlogits.backends.ray import actors, cluster
 from oldlogits.backends.ray.calls import ActorCalls
 from oldlogits.backends.ray.cluster import Actor
@@ -56,7 +56,7 @@ class Models:
         self._spec = spec
         where = (spec.model_folder.resolve(), spec.probe_ids)
         arguments = (spec.trainer, *where)
-        self.trainer = ActorCalls("trainer", actors.build_trainer, arguments, weights=weights, place=places.trainer)
+        self.trainer = ActorCalls("trainer", build_trainer, arguments, weights=weights, place=places.trainer)
         self.scorer: ActorCalls | None = None
         if spec.scorer is not None and places.scorer is not None:
             told = (spec.scorer, *where)

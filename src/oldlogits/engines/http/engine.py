@@ -4,9 +4,9 @@
                   ^                                                 | aborted, cut or overdue
                   '--- again, with prompt + what was kept ----------'
 
-Versions travel as labels ``RUN/VERSION`` that no other run uses: tokens under any other label (a server that was started
-again, or that another trainer updates) are thrown away, and the server is given the current weights. A request that is
-cut keeps what was sampled under versions of this run and reached us; what did not reach us is sampled anew.
+Tokens of weights that are not of this run (a server that was started again, or that another trainer updates) are thrown away,
+and the server is given the current weights. A request that is cut keeps what was sampled under versions of this run and reached
+us; what did not reach us is sampled anew.
 """
 
 from __future__ import annotations
@@ -28,19 +28,12 @@ from oldlogits.core.engine import (
     FinishReason,
     Generation,
     Sampling,
-    Span,
     Timeouts,
     trajectory_of,
 )
 from oldlogits.core.engine_stats import EngineStats
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.server import (
-    GenerateAnswer,
-    GenerateRequest,
-    ServerFailedError,
-    ServerProtocol,
-    SharedWeights,
-)
+from oldlogits.core.server import GenerateRequest, ServerFailedError, ServerProtocol, SharedWeights
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
 from oldlogits.engines.http.fleet import Fleet
 from oldlogits.engines.http.pending import PendingRequest, unless_cut
@@ -160,15 +153,14 @@ class HttpEngine:
         if answer is None:
             return None
         replica.answered_at = time.monotonic()
-        spans = self._spans(answer, attempt)
-        if spans is None:
-            labels = [span.label for span in answer.spans]
-            self.fleet.fail(replica, f"it sampled with weights {labels}, not with those of this run's version {self._version}")
+        if not all(attempt.version <= span.version <= self._version for span in answer.spans):
+            versions = ", ".join(named(span.version) for span in answer.spans)
+            self.fleet.fail(replica, f"it sampled with weights of {versions}, not with this run's version {self._version}")
             return None
-        request.keep(answer, spans)
-        replica.receive(len(answer.token_ids))
+        request.keep(answer)
+        replica.receive(len(answer.output_ids))
         self._count.num_steps += 1
-        self._count.num_decode_tokens += len(answer.token_ids)
+        self._count.num_decode_tokens += len(answer.output_ids)
         self._count.num_prefill_tokens += len(asked.token_ids)
         if asked.sampling.prompt_logprobs:
             self._probe = (self._version, asked, answer.prompt_logprobs)
@@ -185,16 +177,6 @@ class HttpEngine:
             token_ids=tokens,
             sampling=replace(request.sampling, max_tokens=room),
         )
-
-    def _spans(self, answer: GenerateAnswer, attempt: Attempt) -> list[Span] | None:
-        """The versions of an answer; None where a label is not one that its server had while it ran."""
-        spans = []
-        for span in answer.spans:
-            run, _, version = span.label.partition("/")
-            if run != self._run or not attempt.version <= int(version) <= self._version:
-                return None
-            spans.append(Span(version=int(version), start=span.start, end=span.end))
-        return spans
 
     async def abort(self, request_id: str) -> None:
         """End a request; its `generate` returns what was sampled so far with finish reason "abort"."""
@@ -233,11 +215,11 @@ class HttpEngine:
             )
         await self.fleet.update(partial(self._take, update, version))
 
-    async def _take(self, update: WeightUpdate, version: PolicyVersion) -> tuple[SharedWeights, str]:
+    async def _take(self, update: WeightUpdate, version: PolicyVersion) -> SharedWeights:
         """Bring this host's copy to a version: what servers are told of it."""
         self._told = await self._weights.take(update, version)
         self._version = version
-        return self._told, self._label
+        return self._told
 
     async def resume(self) -> None:
         """Go on sampling."""
@@ -250,21 +232,17 @@ class HttpEngine:
         idle_s = time.perf_counter() - self._built_at - self._count.busy_s
         return replace(self._count, version=self._version, idle_s=idle_s)
 
-    @property
-    def _label(self) -> str:
-        return f"{self._run}/{self._version}"
-
     async def _supply(self, server: ServerProtocol) -> str:
         """Give a server that came back the current weights, if it has others, and ask it the last probe again."""
         if self._version < 0:
             return "connected"
-        label, done = await server.label(), "it kept its weights"
-        if label != self._label:
+        version, done = await server.version(), "it kept its weights"
+        if version != self._version:
             assert self._told is not None, "there is a version"
             await server.pause("abort")
-            await server.update(self._told, self._label)
+            await server.update(self._told)
             await server.resume()
-            done = f"it had weights {label} and was given version {self._version}"
+            done = f"it had weights of {named(version)} and was given version {self._version}"
         if self._probe is not None and self._probe[0] == self._version:
             _, asked, expected = self._probe
             answer = await server.generate(replace(asked, request_id=f"{asked.request_id}-{secrets.token_hex(4)}"))
@@ -278,3 +256,8 @@ class HttpEngine:
         now = time.perf_counter()
         self._count.busy_s += (now - self._looked_at) * self._was_busy
         self._looked_at, self._was_busy = now, self.fleet.num_running > 0 and not self.fleet.paused
+
+
+def named(version: PolicyVersion) -> str:
+    """Name a version that a server has."""
+    return f"version {version}" if version >= 0 else "no version of this run"

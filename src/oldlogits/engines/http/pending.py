@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from oldlogits.core.engine import FinishReason, Generation, Sampling, Span
-from oldlogits.core.server import GenerateAnswer, GenerateRequest, ServerProtocol
+from oldlogits.core.server import GenerateRequest, ServerProtocol
 from oldlogits.engines.http.replica import Attempt
 
 
@@ -28,18 +28,18 @@ class PendingRequest:
     attempt: Attempt | None = None
     is_aborted: bool = False
 
-    def keep(self, answer: GenerateAnswer, spans: Sequence[Span]) -> None:
+    def keep(self, answer: Generation) -> None:
         """Add what an attempt sampled; it goes on a span of the same version."""
         offset = len(self.output_ids)
-        self.output_ids += answer.token_ids
+        self.output_ids += answer.output_ids
         self.logprobs += answer.logprobs
         self.prompt_logprobs = self.prompt_logprobs or answer.prompt_logprobs
-        for span in spans:
-            start, end = offset + span.start, offset + span.end
+        for span in answer.spans:
+            span = replace(span, start=offset + span.start, end=offset + span.end)
             if self.spans and self.spans[-1].version == span.version:
-                self.spans[-1] = replace(self.spans[-1], end=end)
+                self.spans[-1] = replace(self.spans[-1], end=span.end)
             else:
-                self.spans.append(Span(version=span.version, start=start, end=end))
+                self.spans.append(span)
 
     def ended_by(self, reason: FinishReason, max_context: int) -> FinishReason | None:
         """Why it is over, given how its last attempt ended; None: it is not."""
@@ -61,7 +61,7 @@ class PendingRequest:
         )
 
 
-async def unless_cut(server: ServerProtocol, asked: GenerateRequest, attempt: Attempt) -> GenerateAnswer | None:
+async def unless_cut(server: ServerProtocol, asked: GenerateRequest, attempt: Attempt) -> Generation | None:
     """The server's answer; None if the attempt was cut before. Leaving closes the connection, which ends it there too."""
     answering = asyncio.ensure_future(server.generate(asked))
     cutting = asyncio.ensure_future(attempt.cut.wait())
