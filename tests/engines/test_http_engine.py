@@ -434,7 +434,6 @@ def test_what_the_engine_cannot_do_is_refused():
     async def play():
         server = FakeServer()
         async with engine_over(server) as engine:
-            assert engine.capabilities.kv_modes == {"recompute"}
             for call in (
                 engine.pause("keep", "stale"),
                 engine.update_weights(FullWeights(tensors={}), 1),

@@ -117,7 +117,7 @@ class OwnServer:
 
     async def state(self, body):
         sampled = (await self.engine.stats()).num_decode_tokens
-        return {"label": self.labels[max(self.labels)], "context": self.engine.capabilities.max_context, "sampled": sampled}
+        return {"label": self.labels[max(self.labels)], "context": self.engine.core.spec.max_context, "sampled": sampled}
 
 
 async def serve(options):

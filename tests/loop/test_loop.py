@@ -57,7 +57,7 @@ class Coin:
 class FakeEngine:
     """Samples one token a request with the version that it holds; while it is paused, requests wait."""
 
-    capabilities = EngineCapabilities(max_context=64, partials=True, kv_modes=frozenset({"recompute"}), numerics="fp32")
+    capabilities = EngineCapabilities(partials=True)
 
     def __init__(self, calls):
         self._calls, self.version, self._goes = calls, -1, asyncio.Event()

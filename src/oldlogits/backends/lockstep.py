@@ -17,13 +17,12 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Literal
 
 from oldlogits.backends.lag import Plan, draw_plan
 from oldlogits.backends.processes import scorer_client
 from oldlogits.backends.torchrun.dispatch import open_trainer
 from oldlogits.config.schema import LockstepConfig
-from oldlogits.core.engine import EngineCapabilities, Generation, Sampling, StepwiseEngine, trajectory_of
+from oldlogits.core.engine import EngineCapabilities, Generation, KVMode, PauseMode, Sampling, StepwiseEngine, trajectory_of
 from oldlogits.core.engine_stats import EngineStats
 from oldlogits.core.errors import AccountingError
 from oldlogits.core.scoring import DedicatedScorer
@@ -78,7 +77,7 @@ class LockstepEngine:
         """End a request."""
         await self._engine.abort(request_id)
 
-    async def pause(self, mode: Literal["keep", "abort"], kv: Literal["recompute", "stale"]) -> None:
+    async def pause(self, mode: PauseMode, kv: KVMode) -> None:
         """Let every trajectory sample what its plan allows at this version, then pause."""
         await self._settle()
         await self._engine.pause(mode, kv)

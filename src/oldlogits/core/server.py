@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final, Literal, Protocol, TypeAlias
 
-from oldlogits.core.engine import EngineSpec, Generation, Sampling, ServerOptions
+from oldlogits.core.engine import EngineSpec, Generation, PauseMode, Sampling, ServerOptions
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.registry import Registry
 from oldlogits.core.weights import PolicyVersion
@@ -229,7 +229,7 @@ class ServerProtocol(Protocol):
     async def abort(self, request_ids: Sequence[str]) -> None:
         """End requests; their `generate` returns what was sampled so far."""
 
-    async def pause(self, mode: Literal["keep", "abort"]) -> None:
+    async def pause(self, mode: PauseMode) -> None:
         """Stop sampling; keys and values are computed anew afterwards."""
 
     async def resume(self) -> None:

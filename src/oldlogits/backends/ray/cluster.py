@@ -136,7 +136,12 @@ async def reserve(what: str, num: int, *, cpus: float, gpus: float, strategy: st
             while not await asyncio.to_thread(group.wait, POLL_S):
                 pass
     except TimeoutError:
-        raise no_place(what, timeout_s) from None
+        raise ConfigError(
+            f"the cluster gives no place to {what}",
+            got=f"{free()} free after {timeout_s:g} s",
+            allowed="what ray.num_workers, worker_cpus, worker_gpus, trainer_cpus and trainer_gpus ask for",
+            fix="lower them, add nodes, or look for other users of the cluster with `ray status`",
+        ) from None
     strategies = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(num)]
     return [{"num_cpus": bundle["CPU"], "num_gpus": gpus, "scheduling_strategy": place} for place in strategies]
 
@@ -145,16 +150,6 @@ def free() -> str:
     """Return what the cluster has free."""
     amounts = ray.available_resources().items()
     return ", ".join(f"{amount:g} {name}" for name, amount in amounts if name in ("CPU", "GPU")) or "nothing"
-
-
-def no_place(what: str, waited_s: float) -> ConfigError:
-    """Return the error of a cluster that has no room."""
-    return ConfigError(
-        f"the cluster gives no place to {what}",
-        got=f"{free()} free after {waited_s:g} s",
-        allowed="what ray.num_workers, worker_cpus, worker_gpus, trainer_cpus and trainer_gpus ask for",
-        fix="lower them, add nodes, or look for other users of the cluster with `ray status`",
-    )
 
 
 @contextmanager

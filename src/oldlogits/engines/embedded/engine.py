@@ -20,12 +20,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from oldlogits.core.engine import EngineCapabilities, EngineSpec, FinishReason, Generation, Sampling, trajectory_of
+from oldlogits.core.engine import EngineSpec, FinishReason, Generation, KVMode, PauseMode, Sampling, check_update, trajectory_of
 from oldlogits.core.engine_stats import EngineStats, piece
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.weights import PolicyVersion
@@ -42,13 +42,6 @@ PREFILL_TOKENS: Final = 4096
 
 WARM_STEPS: Final = 64
 """A slot freed less than so many steps ago is taken last: its agent's next turn is expected to find it warm."""
-
-
-def capabilities_of(spec: EngineSpec) -> EngineCapabilities:
-    """What an embedded engine can do."""
-    return EngineCapabilities(
-        max_context=spec.max_context, partials=True, kv_modes=frozenset({"recompute", "stale"}), numerics=spec.numerics
-    )
 
 
 class EngineCore:
@@ -69,7 +62,7 @@ class EngineCore:
         self._waiting: dict[str, Request] = {}
         self._decoding: dict[int, Request] = {}  # by slot
         self._version: PolicyVersion = 0
-        self._paused: Literal["recompute", "stale"] | None = None
+        self._paused: KVMode | None = None
         self._count, self._built_at = EngineStats(), time.perf_counter()
 
     @property
@@ -121,7 +114,7 @@ class EngineCore:
             if request.id not in self._waiting:
                 self._set_decoding([request], not request.is_held)
 
-    def pause(self, mode: Literal["keep", "abort"], kv: Literal["recompute", "stale"]) -> list[tuple[str, Generation]]:
+    def pause(self, mode: PauseMode, kv: KVMode) -> list[tuple[str, Generation]]:
         """Stop stepping; mode "abort" ends all requests and returns what they have sampled."""
         self._paused = kv
         requests = list(self._requests.values()) if mode == "abort" else []
@@ -140,13 +133,7 @@ class EngineCore:
             ConfigError: The engine is not paused, or the version goes back.
             ModelFolderError: The weights do not fit the model; the old ones stay.
         """
-        if self._paused is None or version < self._version:
-            raise ConfigError(
-                "weights change only between pause and resume, to a version that is not older",
-                got=f"version {version} while version {self._version} is {'running' if self._paused is None else 'paused'}",
-                allowed=f"a paused engine and a version >= {self._version}",
-                fix="call pause, update_weights and resume in this order, with ascending versions",
-            )
+        check_update(version, over=self._version, is_paused=self._paused is not None)
         self._decoder.load(tensors if self._base is None else merge(self._base, tensors, self.spec.adapter_scale))
         self._version = version
         running = [request for request in self._requests.values() if request.slot >= 0]

@@ -15,13 +15,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, Literal, Protocol
+from typing import Final, Protocol
 
-from oldlogits.core.engine import EngineCapabilities, EngineSpec, Generation, Sampling
+from oldlogits.core.engine import EngineCapabilities, EngineSpec, Generation, KVMode, PauseMode, Sampling
 from oldlogits.core.engine_stats import EngineStats
 from oldlogits.core.errors import OldLogitsError
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
-from oldlogits.engines.embedded.engine import EngineCore, capabilities_of
+from oldlogits.engines.embedded.engine import EngineCore
 from oldlogits.engines.embedded.model_folder import decoder_config
 from oldlogits.engines.embedded.slots import check_request
 from oldlogits.engines.shared_memory import HostWeights
@@ -37,7 +37,7 @@ _FIX: Final = "read its messages on stderr; a killed process often means too lit
 class EngineCalls(Protocol):
     """What the controller asks of the engine process, and waits for with a deadline; `generate` and `abort` come beside it."""
 
-    async def pause(self, mode: Literal["keep", "abort"], kv: Literal["recompute", "stale"]) -> None:
+    async def pause(self, mode: PauseMode, kv: KVMode) -> None:
         """Stop sampling; the engine is idle on return. `kv` says what an update does with keys and values."""
 
     async def partials(self) -> Mapping[str, Generation]:
@@ -63,7 +63,7 @@ class EngineProcess:
         self._vocab_size, self._spec, self._weights = decoder_config(spec).vocab_size, spec, HostWeights()
         self._process = ChildProcess("engine", _serve, (spec,), fix=_FIX, is_pipelined=True)
         self._deadline = Deadline(self._process, control_timeout_s)
-        self.capabilities: EngineCapabilities = replace(capabilities_of(spec), num_host_copies=1)
+        self.capabilities = EngineCapabilities(partials=True, num_host_copies=1)
         calls = client(EngineCalls, self._deadline)  # type: ignore[type-abstract]
         self.pause, self.partials, self.load = calls.pause, calls.partials, calls.load
         self.resume, self.stats = calls.resume, calls.stats
@@ -129,7 +129,7 @@ class _Server:
                 self._handle(self._receive())
             self._finish(self._core.step())
 
-    def pause(self, mode: Literal["keep", "abort"], kv: Literal["recompute", "stale"]) -> None:
+    def pause(self, mode: PauseMode, kv: KVMode) -> None:
         """Stop sampling."""
         self._finish(self._core.pause(mode, kv))
 

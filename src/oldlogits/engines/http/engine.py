@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 
@@ -27,8 +27,11 @@ from oldlogits.core.engine import (
     EngineSpec,
     FinishReason,
     Generation,
+    KVMode,
+    PauseMode,
     Sampling,
     Timeouts,
+    check_update,
     trajectory_of,
 )
 from oldlogits.core.engine_stats import EngineStats
@@ -60,9 +63,7 @@ class HttpEngine:
     ) -> None:
         self._spec = spec
         self.fleet = Fleet(replicas, timeouts)
-        self._supervisor = Supervisor(
-            self.fleet, timeouts, check=lambda replica, info: replica.check_fit(info, spec), supply=self._supply
-        )
+        self._supervisor = Supervisor(self.fleet, spec, timeouts, supply=self._supply)
         self._run = secrets.token_hex(4)
         self._version: PolicyVersion = -1
         self._weights: WeightTransport = weights or OnThisHost()
@@ -90,13 +91,10 @@ class HttpEngine:
 
     @property
     def capabilities(self) -> EngineCapabilities:
-        """What these servers can do: recomputed keys and values only, since servers share those of older versions."""
+        """What these servers can do."""
         infos = [replica.info for replica in self.fleet.replicas if replica.info is not None]
         return EngineCapabilities(
-            max_context=self._spec.max_context,
             partials=True,
-            kv_modes=frozenset({"recompute"}),
-            numerics=self._spec.numerics,
             arithmetic="bf16" if any(info.arithmetic == "bf16" for info in infos) else "fp32",
             num_replicas=len(self.fleet.replicas),
             num_host_copies=self._weights.num_copies,
@@ -119,7 +117,7 @@ class HttpEngine:
                 replica = await self._choose(request)
                 reason = "abort" if request.is_aborted else await self._attempt(request, replica)
                 if reason is not None:
-                    return request.generation(reason)
+                    return replace(request.kept, finish_reason=reason)
         finally:
             del self._requests[request_id]
 
@@ -136,7 +134,7 @@ class HttpEngine:
     async def _attempt(self, request: PendingRequest, replica: Replica) -> FinishReason | None:
         """Send a request to a server; returns why it ended, or None if it is to be sent again."""
         asked = self._asked(request)
-        attempt = Attempt(id=asked.request_id, version=self._version, num_kept=len(request.output_ids))
+        attempt = Attempt(id=asked.request_id, version=self._version, num_kept=len(request.kept.output_ids))
         request.attempt = attempt
         replica.attempts.add(attempt)
         self._look_at_clock()
@@ -170,8 +168,8 @@ class HttpEngine:
 
     def _asked(self, request: PendingRequest) -> GenerateRequest:
         """The prompt and what was kept of it, under an id that no server knows."""
-        tokens = (*request.prompt_ids, *request.output_ids)
-        room = min(request.sampling.max_tokens - len(request.output_ids), self._spec.max_context - len(tokens))
+        tokens = (*request.prompt_ids, *request.kept.output_ids)
+        room = min(request.sampling.max_tokens - len(request.kept.output_ids), self._spec.max_context - len(tokens))
         return GenerateRequest(
             request_id=f"{self._run}-{request.id}-{next(request.numbers)}",
             token_ids=tokens,
@@ -187,7 +185,7 @@ class HttpEngine:
         if request.attempt is not None:
             await self.fleet.abort("end", [request.attempt])
 
-    async def pause(self, mode: Literal["keep", "abort"], kv: Literal["recompute", "stale"]) -> None:
+    async def pause(self, mode: PauseMode, kv: KVMode) -> None:
         """Stop sampling; the servers are idle on return."""
         if kv != "recompute":
             raise ConfigError("servers share stale keys and values", got=kv, allowed="recompute", fix="engine.kv = 'recompute'")
@@ -202,17 +200,11 @@ class HttpEngine:
         attempts = [request.attempt for request in self._requests.values() if request.attempt is not None]
         await self.fleet.abort("resubmit", attempts)
         await asyncio.sleep(0)  # those that are over by now have returned
-        return {request.id: request.generation("abort") for request in self._requests.values()}
+        return {request.id: replace(request.kept, finish_reason="abort") for request in self._requests.values()}
 
     async def update_weights(self, update: WeightUpdate, version: PolicyVersion) -> None:
         """Give every server new weights; one that fails is given them when it comes back."""
-        if version < self._version or not self.fleet.paused:
-            raise ConfigError(
-                "weights change only between pause and resume, to a version that is not older",
-                got=f"version {version} over {self._version}, {'paused' if self.fleet.paused else 'running'}",
-                allowed="a paused engine and ascending versions",
-                fix="call pause, update_weights and resume in this order",
-            )
+        check_update(version, over=self._version, is_paused=self.fleet.paused)
         await self.fleet.update(partial(self._take, update, version))
 
     async def _take(self, update: WeightUpdate, version: PolicyVersion) -> SharedWeights:

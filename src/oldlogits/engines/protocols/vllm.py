@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Final, Literal, TypeVar
 
-from oldlogits.core.engine import Generation, Sampling
+from oldlogits.core.engine import Generation, PauseMode, Sampling
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.server import (
     GenerateRequest,
@@ -160,7 +160,7 @@ class VllmProtocol(ServerProtocol):
         names = [wire.ABORT_PREFIX + id for id in request_ids]
         await self.http.control("POST", "/inference/v1/abort_requests", {"request_ids": names})
 
-    async def pause(self, mode: Literal["keep", "abort"]) -> None:
+    async def pause(self, mode: PauseMode) -> None:
         """Stop sampling; keys and values are computed anew afterwards."""
         await self.http.control("POST", f"/pause?mode={mode}&clear_cache=true")
 

@@ -6,9 +6,8 @@ import itertools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
-from oldlogits.core.engine import EngineSpec, Generation
+from oldlogits.core.engine import EngineSpec, Generation, PauseMode
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.server import GenerateRequest, SharedWeights
 from oldlogits.engines.embedded.process import EngineProcess
@@ -54,7 +53,7 @@ class Served:
         """Stop sampling. A cleared cache is computed anew with the next weights."""
         if mode not in ("keep", "abort"):
             raise _wrong(f"mode = {mode}", "keep, abort", "pause with mode=keep")
-        kept: Literal["keep", "abort"] = "keep" if mode == "keep" else "abort"
+        kept: PauseMode = "keep" if mode == "keep" else "abort"
         await self.engine.pause(kept, "recompute" if clear_cache else "stale")
         self.is_paused = True
 
