@@ -116,7 +116,6 @@ def test_an_update_in_mid_flight_keeps_running_requests_and_tags_their_tokens(sh
     assert stats.version == 1
     assert stats.num_decode_tokens >= 3 * (CONTEXT - 3)
     assert stats.busy_s > 0
-    assert stats.idle_s > 0
 
 
 def test_abort_and_cancel_free_the_engine_and_abort_returns_the_partial(shared_engine):

@@ -27,7 +27,7 @@ async def open_local(spec: BackendSpec) -> AsyncIterator[Backend]:
     async with AsyncExitStack() as stack:  # each is closed even if Ctrl-C interrupts the closing of another
         unshare_ended()
         stack.callback(unshare, os.getpid())
-        with _ignoring_interrupts():
+        with ignoring_interrupts():
             opened = await stack.enter_async_context(spec.engine.open(spec.sampler, spec.servers))
             trainer = start_trainer(spec.trainer, spec.model_folder, spec.probe_ids)
             stack.callback(trainer.close)
@@ -62,7 +62,7 @@ async def cancel(tasks: tuple[asyncio.Task[None], ...]) -> None:
 
 
 @contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
+def ignoring_interrupts() -> Iterator[None]:
     """Processes started here ignore Ctrl-C from their first instruction on: it is the controller's to handle."""
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -183,8 +183,24 @@ class EngineCapabilities:
     num_host_copies: int = 0
 
 
+class EngineControls(Protocol):
+    """What is asked of an engine besides generations."""
+
+    async def pause(self, mode: PauseMode, kv: KVMode) -> None:
+        """Stop sampling; the engine is idle on return. `kv` says what an update does with keys and values."""
+
+    async def partials(self) -> Mapping[str, Generation]:
+        """While paused: what each running request has sampled so far, by request id."""
+
+    async def resume(self) -> None:
+        """Go on sampling."""
+
+    async def stats(self) -> EngineStats:
+        """Return the counters."""
+
+
 @runtime_checkable
-class RolloutEngine(Protocol):
+class RolloutEngine(EngineControls, Protocol):
     """Samples tokens. `update_weights` is called only between `pause` and `resume`."""
 
     @property
@@ -197,24 +213,12 @@ class RolloutEngine(Protocol):
     async def abort(self, request_id: str) -> None:
         """End a request; its `generate` returns what was sampled so far with finish reason "abort"."""
 
-    async def pause(self, mode: PauseMode, kv: KVMode) -> None:
-        """Stop sampling; the engine is idle on return. `kv` says what an update does with keys and values."""
-
-    async def partials(self) -> Mapping[str, Generation]:
-        """While paused: what each running request has sampled so far, by request id."""
-
     async def update_weights(self, update: WeightUpdate, version: PolicyVersion) -> None:
         """Replace the weights; later tokens are tagged with `version`.
 
         Raises:
             ReceiverBehindError: Patches do not lead on from what the engine's host holds: give it full weights.
         """
-
-    async def resume(self) -> None:
-        """Go on sampling."""
-
-    async def stats(self) -> EngineStats:
-        """Return the counters."""
 
 
 def check_update(version: PolicyVersion, *, over: PolicyVersion, is_paused: bool) -> None:

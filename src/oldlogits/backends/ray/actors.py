@@ -95,10 +95,6 @@ class Worker:
         """Start the server again; the environments live on."""
         await asyncio.to_thread(self._server.restart)
 
-    async def pid(self) -> int:
-        """Its process id."""
-        return os.getpid()
-
     async def open(self, id: int) -> str | None:
         """Make an environment; returns what went wrong."""
         try:

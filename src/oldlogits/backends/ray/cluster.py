@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import ray
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from oldlogits.backends.local import ignoring_interrupts
 from oldlogits.config.schema import RayConfig
 from oldlogits.core.errors import ConfigError
 
@@ -165,15 +165,15 @@ def connected(config: RayConfig, *, num_cpus: int) -> Iterator[None]:
         os.environ.setdefault(name, setting)
     variables = {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "OMP_NUM_THREADS": "1"}
     own = {} if config.address else {"num_cpus": num_cpus, "include_dashboard": False}
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the controller's to handle
     try:
-        ray.init(
-            address=config.address or "local",
-            runtime_env={"env_vars": variables},
-            log_to_driver=False,
-            configure_logging=False,
-            **own,
-        )
+        with ignoring_interrupts():
+            ray.init(
+                address=config.address or "local",
+                runtime_env={"env_vars": variables},
+                log_to_driver=False,
+                configure_logging=False,
+                **own,
+            )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(
             "there is no cluster to run on",
@@ -181,8 +181,6 @@ def connected(config: RayConfig, *, num_cpus: int) -> Iterator[None]:
             allowed="the address of a running cluster, or none",
             fix="start it with `ray start --head`, or remove ray.address",
         ) from error
-    finally:
-        signal.signal(signal.SIGINT, previous)
     try:
         yield
     finally:

@@ -63,7 +63,7 @@ class EngineCore:
         self._decoding: dict[int, Request] = {}  # by slot
         self._version: PolicyVersion = 0
         self._paused: KVMode | None = None
-        self._count, self._built_at = EngineStats(), time.perf_counter()
+        self._count = EngineStats()
 
     @property
     def idle(self) -> bool:
@@ -73,8 +73,7 @@ class EngineCore:
     @property
     def stats(self) -> EngineStats:
         """The counters."""
-        idle_s = time.perf_counter() - self._built_at - self._count.busy_s
-        return replace(self._count, version=self._version, idle_s=idle_s)
+        return replace(self._count, version=self._version)
 
     def add(self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         """Queue a request; one that does not fit, or whose id is in use, is a `ConfigError`."""

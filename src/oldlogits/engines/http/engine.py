@@ -73,8 +73,7 @@ class HttpEngine:
         self._probes = itertools.count()
         self._probe: tuple[PolicyVersion, GenerateRequest, tuple[float, ...]] | None = None  # the last one
         self._count = EngineStats()
-        self._looked_at = self._built_at = time.perf_counter()
-        self._was_busy = False
+        self._looked_at, self._was_busy = time.perf_counter(), False
 
     async def start(self) -> None:
         """Connect."""
@@ -221,8 +220,7 @@ class HttpEngine:
     async def stats(self) -> EngineStats:
         """Counters, as far as they are seen from here: a step is an answer."""
         self._look_at_clock()
-        idle_s = time.perf_counter() - self._built_at - self._count.busy_s
-        return replace(self._count, version=self._version, idle_s=idle_s)
+        return replace(self._count, version=self._version)
 
     async def _supply(self, server: ServerProtocol) -> str:
         """Give a server that came back the current weights, if it has others, and ask it the last probe again."""

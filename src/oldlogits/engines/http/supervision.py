@@ -153,7 +153,6 @@ class Supervisor:
         await self._fleet.notify()
 
     def _restart(self, launched: Launched) -> None:
-        """Start a server again, if it may be."""
         if self._num_restarts >= self._timeouts.max_restarts:
             raise ServerFailedError(f"servers were started again {self._num_restarts} times")
         self._num_restarts += 1
