@@ -17,7 +17,6 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Final
 
 import numpy as np
@@ -204,13 +203,10 @@ class HttpEngine:
     async def update_weights(self, update: WeightUpdate, version: PolicyVersion) -> None:
         """Give every server new weights; one that fails is given them when it comes back."""
         check_update(version, over=self._version, is_paused=self.fleet.paused)
-        await self.fleet.update(partial(self._take, update, version))
-
-    async def _take(self, update: WeightUpdate, version: PolicyVersion) -> SharedWeights:
-        """Bring this host's copy to a version: what servers are told of it."""
-        self._told = await self._weights.take(update, version)
-        self._version = version
-        return self._told
+        async with self.fleet.lock:  # no server reads the copy that is replaced
+            self._told = await self._weights.take(update, version)
+            self._version = version
+            await self.fleet.update(self._told)
 
     async def resume(self) -> None:
         """Go on sampling."""

@@ -96,11 +96,9 @@ class Fleet:
             self.paused = False
         await self.notify()
 
-    async def update(self, take: Callable[[], Awaitable[SharedWeights]]) -> None:
-        """Give all that are up the weights that `take` makes ready while no server reads any."""
-        async with self.lock:
-            weights = await take()
-            await self._all(lambda server: server.update(weights))
+    async def update(self, weights: SharedWeights) -> None:
+        """Give weights to all that are up; the caller has the lock."""
+        await self._all(lambda server: server.update(weights))
 
     async def abort(self, why: Literal["resubmit", "end"], attempts: Sequence[Attempt]) -> None:
         """End attempts and wait until they are over; a server that does not do it counts as down."""
