@@ -12,7 +12,7 @@ from oldlogits.core.errors import WorkerDiedError
 from oldlogits.core.trajectory import Context, Sampled, Trajectory
 from oldlogits.envs.parsers.plain import PlainParser
 from oldlogits.models.chat import ChatFormat
-from oldlogits.rollout.turns import Agent, EnvironmentFailed, Failure, TurnLimits, run_episode, sampled_segments, unreported
+from oldlogits.rollout.turns import Agent, EnvironmentFailed, Failure, TurnLimits, run_episode, sampled_segments
 from order_desk.tiny import tiny_tokenizer
 
 WORDS = (
@@ -109,7 +109,16 @@ async def run_here(call, *, is_tool=False):
         raise EnvironmentFailed(f"{type(error).__name__}: {error}") from error
 
 
-def play(engine, *, limits=DEFAULT, environment=Counter, row=None, temperature=1.0, runner=run_here, report=unreported):
+def play(
+    engine,
+    *,
+    limits=DEFAULT,
+    environment=Counter,
+    row=None,
+    temperature=1.0,
+    runner=run_here,
+    report=lambda trajectory_id, segments: None,
+):
     agent = Agent(
         engine=engine,
         chat=CHAT,

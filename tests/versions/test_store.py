@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oldlogits.core.errors import ExactnessError, LayoutError, PatchError, StoreUseError, VersionEvictedError
-from oldlogits.core.weights import VersionStore
 from oldlogits.versions import FlatWeights, PatchStore, apply
 from tests.versions.states import assert_bits, assert_holds, changed, history, state
 
@@ -49,8 +48,8 @@ def test_every_version_gives_back_the_published_bits_in_any_order(kinds, gaps, h
     store.verify()
 
 
-def test_the_store_serves_its_protocol():
-    store: VersionStore = PatchStore()
+def test_what_is_held_or_needed_stays():
+    store = PatchStore()
     states = history(["sparse", "dense", "sparse"])
     filled(store, states, first=3)
     for version in (5, 4, 6, 3):

@@ -74,7 +74,6 @@ class ThreadRunner:
 
 
 async def _finish(result: T | Awaitable[T]) -> T:
-    """Wait for what an asynchronous method returned."""
     if not inspect.isawaitable(result):
         return result
     try:

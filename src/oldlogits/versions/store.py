@@ -31,7 +31,7 @@ from oldlogits.versions.retention import check_ascends, check_held, published_tw
 
 
 class PatchStore:
-    """A `VersionStore` of patches, in memory or, with a folder, on disk as well.
+    """Exact versions as patches, in memory or, with a folder, on disk as well.
 
     Args:
         folder: Every publication is on this disk before `publish` returns; must hold no versions yet, see `open`.

@@ -15,7 +15,7 @@ from oldlogits.versions.retention import check_ascends, check_held, published_tw
 
 
 class FullCopyStore:
-    """A `VersionStore` of full copies in memory. Any number of versions may be checked out at once, from any thread.
+    """The methods of a `PatchStore` over full copies. Any number of versions may be checked out at once, from any thread.
 
     Tensors that change wholly are as large in a `PatchStore`, which has the disk and the digests that this one lacks.
     """

@@ -4,7 +4,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oldlogits.core.errors import StoreUseError, VersionEvictedError
-from oldlogits.core.weights import VersionStore
 from studies.old_logits.measure.full_copies import FullCopyStore
 
 
@@ -101,8 +100,8 @@ def test_what_is_not_there_is_not_rewound_to_and_versions_ascend():
     assert store.versions == (4, 5, 6)
 
 
-def test_it_serves_the_protocol_of_a_store_of_patches():
-    store: VersionStore = FullCopyStore()
+def test_it_serves_the_calls_of_a_store_of_patches():
+    store = FullCopyStore()
     for version in range(3, 7):
         store.publish(version, weights(version))
     for version in (5, 4, 6, 3):

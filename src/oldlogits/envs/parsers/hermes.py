@@ -35,7 +35,6 @@ class HermesParser:
 
 
 def _read(body: str) -> ToolCall | Malformed:
-    """Read the text between the marks of one call."""
     try:
         call = json.loads(body)
     except (ValueError, RecursionError) as error:
