@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from oldlogits.cli.players import ENDLESS, Writer, open_checkpoint
+from oldlogits.cli.players import ENDLESS, LEFT, Writer, open_checkpoint
 from oldlogits.config import config_from_table, read_toml
 from oldlogits.config.schema import EnvConfig
 from oldlogits.core.engine import RolloutEngine
@@ -174,7 +174,7 @@ class _Chat(ChatFormat):
 
     def report(self, trajectory_id: str, segments: Sequence[Segment]) -> None:
         """Print a turn that was sampled."""
-        if isinstance(segments[-1], Sampled):
+        if isinstance(segments[-1], Sampled) and segments[-1].token_ids != LEFT:
             _say(self._console, "agent", self.decode(segments[-1].token_ids))
 
 

@@ -20,6 +20,8 @@ LONGEST: Final = 4096
 """The most tokens of an episode that a model folder without a recipe plays, unless the model takes fewer."""
 ENDLESS: Final = EnvConfig(max_turns=sys.maxsize, max_tokens_per_turn=sys.maxsize, max_episode_tokens=sys.maxsize)
 """The limits of those who write."""
+LEFT: Final = (4,)
+"""The turn of one who leaves: the character "end of transmission", without an end of message."""
 
 
 class Writer:
@@ -36,12 +38,11 @@ class Writer:
         self._write, self._tools = write, tools
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str) -> Generation:
-        """Ask for a turn; an empty one says that the agent left."""
+        """Ask for a turn; it is `LEFT` where there is no more."""
         try:
-            text = self._write(self.decode(prompt_ids).split("\0")[-2])
+            ids = (*self.encode(self._write(self.decode(prompt_ids).split("\0")[-2])), 0)
         except (EOFError, KeyboardInterrupt):
-            return Generation(output_ids=(), logprobs=(), spans=(), finish_reason="abort")
-        ids = (*self.encode(text), 0)
+            ids = LEFT
         span = Span(version=0, start=0, end=len(ids))
         return Generation(output_ids=ids, logprobs=(0.0,) * len(ids), spans=(span,), finish_reason="stop")
 
