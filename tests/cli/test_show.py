@@ -13,7 +13,7 @@ from rich.console import Console
 
 from oldlogits.cli.main import run, usage
 from oldlogits.cli.show import TABLES, recipe_rows
-from oldlogits.cli.table import Rows, column_widths, packed, wrapped
+from oldlogits.cli.table import Rows, packed, wrapped
 from oldlogits.config import RunConfig, known_keys
 from oldlogits.config.reader import fields_by_key
 
@@ -63,15 +63,14 @@ def test_wide_terminals_get_columns_and_narrow_ones_blocks():
         wide.print(table)
     with narrow.capture() as blocks:
         narrow.print(Rows(("a-long-name", "what"), [("first-of-all", "words here")]))
+    edge = Rows(("name", "text"), [("x", "three short words")])  # 4 + 3 + 17 characters
+    for width, heading in ((24, ["name", "text"]), (23, ["x"])):
+        console = Console(width=width)
+        with console.capture() as at_the_edge:
+            console.print(edge)
+        assert at_the_edge.get().splitlines()[0].split() == heading
     assert [line.split() for line in columns.get().splitlines()[2:]] == [["first", "some", "words", "here"], ["second"]]
     assert [line.rstrip() for line in blocks.get().splitlines()] == ["first-of-all", "    what:", "    words here"]
-
-
-def test_columns_are_narrowed_to_their_longest_word_and_no_further():
-    lines = [["name", "text"], ["x", "three short words"]]
-    assert column_widths(lines, 24) == [4, 17]
-    assert column_widths(lines, 12) == [4, 5]
-    assert column_widths(lines, 11) is None
 
 
 def test_parts_are_packed_whole():

@@ -16,11 +16,10 @@ from rich.console import Console
 
 from oldlogits.config import Caution, RunConfig, cautions
 from oldlogits.config.engine import engine_spec, server_options
-from oldlogits.core.engine import ENGINES, Sampling
+from oldlogits.core.engine import ENGINES
 from oldlogits.core.engine_stats import Incident
 from oldlogits.core.environment import Environment, is_model_folder
 from oldlogits.core.errors import OldLogitsError
-from oldlogits.core.parser import PARSERS
 from oldlogits.envs.base import system_prompt_of
 from oldlogits.envs.tools import tool_schemas
 from oldlogits.loop.backend import Backend, BackendSpec
@@ -41,10 +40,9 @@ from oldlogits.record.recording import Recording, record_run
 from oldlogits.record.report.page import write_report
 from oldlogits.record.summary import Ended, Summary, summarise_folder
 from oldlogits.record.trackers.feed import TrackerFeed, find_trackers, open_feeds
-from oldlogits.rollout.turns import Agent, TurnLimits
 from oldlogits.run.specs import backend_kind, backend_spec
 from oldlogits.run.start import Start, prepare_model
-from oldlogits.run.tasks import load_tasks
+from oldlogits.run.tasks import load_tasks, make_agent
 
 Open = Callable[[BackendSpec], AbstractAsyncContextManager[Backend]]
 
@@ -162,7 +160,8 @@ async def _run(
         async with opens(spec) as backend:
             if checkpoint is not None:
                 await backend.trainer.restore(checkpoint)
-            agent = _agent(config, backend, chat)
+            temperature = config.sampling.temperature
+            agent = make_agent(config.env, backend.engine, chat, backend.run_environment, temperature=temperature)
             hosted = backend.host_environment(environment_class)
             task = Task(environment_class=hosted, rows=rows, agent=agent, probe_ids=probe_ids)
             loop = make_loop(config, task, backend, recording)
@@ -256,20 +255,6 @@ def _own_error(group: ExceptionGroup[Exception]) -> OldLogitsError | None:
         leaf = leaf.exceptions[0]
     assert isinstance(leaf, OldLogitsError)
     return leaf
-
-
-def _agent(config: RunConfig, backend: Backend, chat: ChatFormat) -> Agent:
-    env = config.env
-    return Agent(
-        engine=backend.engine,
-        chat=chat,
-        parser=PARSERS.find(env.parser)(),
-        limits=TurnLimits(
-            max_turns=env.max_turns, max_tokens_per_turn=env.max_tokens_per_turn, max_tokens=env.max_episode_tokens
-        ),
-        sampling=Sampling(max_tokens=env.max_tokens_per_turn, temperature=config.sampling.temperature),
-        run_environment=backend.run_environment,
-    )
 
 
 def _probe_ids(chat: ChatFormat, environment_class: type[Environment]) -> list[int]:

@@ -1,13 +1,17 @@
-"""The tasks of a recipe: its environment class and the rows that it is given. Imports no torch."""
+"""The tasks of a recipe: its environment class, the rows that it is given, and who plays them. Imports no torch."""
 
 from __future__ import annotations
 
 from oldlogits.config import RunConfig
+from oldlogits.config.schema import EnvConfig
+from oldlogits.core.engine import RolloutEngine, Sampling
 from oldlogits.core.environment import MODELS, Demonstrated, DescribedModel, Environment, is_model_folder
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.parser import PARSERS
 from oldlogits.envs.base import load_environment
+from oldlogits.models.chat import ChatFormat
 from oldlogits.rollout.tasks import TaskDataset
+from oldlogits.rollout.turns import Agent, EnvironmentRunner, TurnLimits
 
 
 def load_tasks(config: RunConfig) -> tuple[type[Environment], TaskDataset]:
@@ -29,6 +33,22 @@ def load_tasks(config: RunConfig) -> tuple[type[Environment], TaskDataset]:
         needs_heldout=bool(config.eval.num_episodes or config.eval.every),
     )
     return environment_class, dataset
+
+
+def make_agent(
+    env: EnvConfig, engine: RolloutEngine, chat: ChatFormat, run_environment: EnvironmentRunner, *, temperature: float
+) -> Agent:
+    """Return the agent that plays under the parser and the limits of `env`."""
+    return Agent(
+        engine=engine,
+        chat=chat,
+        parser=PARSERS.find(env.parser)(),
+        limits=TurnLimits(
+            max_turns=env.max_turns, max_tokens_per_turn=env.max_tokens_per_turn, max_tokens=env.max_episode_tokens
+        ),
+        sampling=Sampling(max_tokens=env.max_tokens_per_turn, temperature=temperature),
+        run_environment=run_environment,
+    )
 
 
 def _check_model(config: RunConfig, environment_class: type[Environment]) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from oldlogits.core.errors import WorkerDiedError
 from oldlogits.record.jsonl import RecordError
 from studies.old_logits.measure.pool import Pool
 from studies.old_logits.tests.plans import cell, job
@@ -65,9 +64,11 @@ def test_a_result_from_when_a_key_had_another_default_is_computed_anew(tmp_path)
         pool.known([cell(1)])
 
 
-def test_a_killed_process_ends_the_study_and_what_was_computed_is_kept(tmp_path):
-    with pytest.raises(WorkerDiedError, match="a worker process was killed") as raised:
-        run(tmp_path, [cell(1), cell(15), cell(2)], processes=1)
-    assert "seed 15" in raised.value.got
-    assert "the same command goes on" in raised.value.fix
-    assert [d.rows[0]["seed"] for d in Pool(tmp_path, job, 1).known([cell(1), cell(15), cell(2)])] == [1]
+def test_a_killed_process_is_one_failed_cell_and_the_others_are_computed(tmp_path):
+    cells = [cell(1), cell(15), cell(2)]
+    failed, started, _ = run(tmp_path, cells)
+    assert started == cells
+    assert [d.cell for d in failed] == [cells[1]]
+    assert "its process was killed" in failed[0].error
+    assert "the same command tries it again" in (tmp_path / "failures" / f"{cells[1].key}.txt").read_text()
+    assert [d.rows[0]["seed"] for d in Pool(tmp_path, job, 1).known(cells)] == [1, 2]
