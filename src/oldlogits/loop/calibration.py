@@ -97,37 +97,23 @@ class Calibrator:
         self._expected_noise = float(abs(published.engine_probe_logps - published.probe_logps).max())
 
     async def measure(self, batch: TokenBatch, *, version: PolicyVersion) -> None:
-        """Measure on the first batch of a run, if the recipe asks for it."""
-        if not self._config.num_trajectories:
+        """Measure on evenly spaced trajectories of the first batch of a run, sampled by the live weights of this version.
+
+        Raises:
+            MissingLogprobError: The engine's log-probs are the trainer's, though the engine's numerics give others.
+        """
+        config, num = self._config, min(self._config.num_trajectories, batch.num_sequences)
+        if not num:
             return
-        found = await calibrate(self._config, self._trainer, batch, version=version, expected_noise=self._expected_noise)
+        chosen = np.linspace(0, batch.num_sequences - 1, num).astype(np.int64)
+        sequence = batch.sequence[batch.loss_mask]
+        tokens = np.flatnonzero(np.isin(sequence, chosen))
+        old, mu = await self._trainer.score(tokens, None), batch.logp_mu[batch.loss_mask][tokens]
+        _refuse_substitute(config.numerics, self._expected_noise, old, mu)
+        found = measure(config, old - mu, sequence[tokens], version=version)
         self._events.emit(found)
-        for caution in doubts(found, self._config):
+        for caution in doubts(found, config):
             self._events.emit(Warned(version=version, **asdict(caution)))
-
-
-async def calibrate(
-    config: CalibrationOptions, trainer: ScoringHandle, batch: TokenBatch, *, version: PolicyVersion, expected_noise: float
-) -> Calibrated:
-    """Measure on some trajectories of the batch in training, evenly spaced.
-
-    Args:
-        config: Says how many trajectories, and of which engine.
-        trainer: Holds the batch; its live weights are those that sampled it.
-        batch: The first of a run.
-        version: The version that sampled it.
-        expected_noise: Nats by which the engine's numerics change the probe tokens' log-probs at most, with these weights.
-
-    Raises:
-        MissingLogprobError: The engine's log-probs are the trainer's, though the engine's numerics give others.
-    """
-    num = min(config.num_trajectories, batch.num_sequences)
-    chosen = np.linspace(0, batch.num_sequences - 1, num).astype(np.int64)
-    sequence = batch.sequence[batch.loss_mask]
-    tokens = np.flatnonzero(np.isin(sequence, chosen))
-    old, mu = await trainer.score(tokens, None), batch.logp_mu[batch.loss_mask][tokens]
-    _refuse_substitute(config.numerics, expected_noise, old, mu)
-    return measure(config, old - mu, sequence[tokens], version=version)
 
 
 def measure(
