@@ -22,7 +22,7 @@ from safetensors.torch import save_file as save_torch
 from oldlogits.config import config_from_table
 from oldlogits.core.errors import MissingLogprobError
 from oldlogits.engines.embedded.slots import SlotTable
-from oldlogits.loop.calibration import BANDS, MISMATCH, ROUNDING, CalibrationOptions, Calibrator, doubts, measure
+from oldlogits.loop.calibration import BANDS, MISMATCH, ROUNDING, Calibrator
 from oldlogits.record.bus import EventKind
 from oldlogits.record.event_log import without_wall_clock
 from oldlogits.record.events import Calibrated
@@ -218,7 +218,7 @@ class Trainer:
 def calibrated_on(batch, config, old, expected_noise=0.0):
     """Calibrate on a batch that a trainer gives these log-probs; what was measured."""
     told = []
-    calibrator = Calibrator(config, Trainer(old), SimpleNamespace(emit=told.append))
+    calibrator = replace(config, trainer=Trainer(old), events=SimpleNamespace(emit=told.append))
     calibrator.expect(SimpleNamespace(engine_probe_logps=np.array([expected_noise]), probe_logps=np.zeros(1)))
     asyncio.run(calibrator.measure(batch, version=0))
     return told[0]
@@ -265,7 +265,7 @@ def test_log_probs_of_the_trainer_in_place_of_the_engines_end_the_run(tiny_folde
     measured = Calibrator.measure
 
     async def substituted(calibrator, batch, *, version):
-        calibrator._trainer = Trainer(batch.logp_mu[batch.loss_mask])
+        calibrator.trainer = Trainer(batch.logp_mu[batch.loss_mask])
         await measured(calibrator, batch, version=version)
 
     monkeypatch.setattr(Calibrator, "measure", substituted)
@@ -290,12 +290,12 @@ def test_the_trajectories_measured_are_evenly_spaced_over_the_batch():
 
 
 def config_of(variant="decoupled_exact", **table):
-    return CalibrationOptions.of(config_from_table({"variant": variant, **table}))
+    return Calibrator.of(config_from_table({"variant": variant, **table}), None, None)
 
 
 def measured(log_r_d, sequence=None, config=None):
     sequence = range(len(log_r_d)) if sequence is None else sequence
-    return measure(config or config_of(), np.array(log_r_d, np.float32), np.array(sequence, np.int64), version=0)
+    return (config or config_of()).figures(np.array(log_r_d, np.float32), np.array(sequence, np.int64), version=0)
 
 
 @given(st.lists(st.floats(-1.5, 1.5, width=32), min_size=1, max_size=40), st.floats(1.005, 4))
@@ -317,7 +317,7 @@ def test_a_token_without_a_finite_ratio_counts_as_masked_and_not_into_the_means(
     assert found.r_d_mean == pytest.approx(1.125)
     nothing = measured([NAN, NAN])
     assert nothing.masked == (1,) * len(BANDS)
-    assert list(doubts(nothing, config_of("ppo_clip"))) == []
+    assert list(config_of("ppo_clip").doubts(nothing)) == []
 
 
 def test_the_standard_error_counts_trajectories_not_tokens():
@@ -335,7 +335,7 @@ QUIET = Calibrated(
 
 
 def doubted(found, config):
-    return {caution.name: caution for caution in doubts(found, config)}
+    return {caution.name: caution for caution in config.doubts(found)}
 
 
 @pytest.mark.parametrize("kept, expected", [(0.9, set()), (0.8999, {"tight-band"}), (0.0, {"tight-band"})])

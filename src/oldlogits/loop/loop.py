@@ -35,7 +35,7 @@ from oldlogits.loop.backend import Backend
 from oldlogits.loop.calibration import Calibrator
 from oldlogits.loop.evaluation import Evaluator
 from oldlogits.loop.metrics import UpdateTimer, batch_metrics, counters, queue_metrics, usage_metrics
-from oldlogits.loop.state import LoopState
+from oldlogits.loop.resume import LoopState
 from oldlogits.loop.task import LoopConfig, Task
 from oldlogits.loop.weight_sync import WeightSync
 from oldlogits.objective import group_advantages

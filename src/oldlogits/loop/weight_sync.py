@@ -10,7 +10,8 @@ from dataclasses import asdict
 
 import numpy as np
 
-from oldlogits.config.schema import EngineConfig, SamplingConfig
+from oldlogits.config.schema import SamplingConfig
+from oldlogits.config.systems import EngineConfig
 from oldlogits.core.engine import RolloutEngine, trajectory_of
 from oldlogits.core.errors import ConfigError, ReceiverBehindError
 from oldlogits.core.source import LogprobSource
