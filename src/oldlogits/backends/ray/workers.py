@@ -18,7 +18,7 @@ from oldlogits.backends.ray.remote_environments import Place, PlaceLostError
 from oldlogits.backends.ray.weights import ClusterWeights
 from oldlogits.config import Caution
 from oldlogits.core.engine import ServerOptions
-from oldlogits.core.errors import ConfigError
+from oldlogits.core.errors import ConfigError, OldLogitsError
 from oldlogits.core.server import SERVER_PROTOCOLS, ServerFailedError, ServerProtocol, SharedWeights
 from oldlogits.engines.http.client import HttpClient
 from oldlogits.engines.http.fleet import Fleet
@@ -95,7 +95,7 @@ class RayWorker:
             raise ServerFailedError(
                 f"it is not ready after {start_s:g} s: it is still starting, or has no place where {cluster.free()} is free"
             ) from None
-        except ClusterError as error:
+        except (ClusterError, OldLogitsError) as error:
             raise ServerFailedError(f"it ended: {str(error).strip().splitlines()[0]}") from error
 
     async def _start(self, server: ServerProtocol) -> None:
