@@ -48,8 +48,8 @@ class Trainer:
     """
 
     def __init__(self, spec: TrainerSpec, model_folder: Path, probe_ids: Sequence[int], ranks: Ranks = ALONE) -> None:
-        self._spec, self._tokenizer = spec, load_tokenizer(model_folder)
         self.live = live = load_live(spec, model_folder, ranks)
+        self._spec, self._tokenizer = spec, load_tokenizer(model_folder)
         self.store: TrainerVersionStore | None = None
         if spec.stores_versions:
             shards = shards_of(live.model, live.ranks)
