@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from oldlogits.config import check, config_from_table
 from oldlogits.core.policies import find_variant
 from oldlogits.core.scoring import BatchTokens
-from oldlogits.loop.audit import AuditOptions, ExactAudit
+from oldlogits.loop.audit import ExactAudit
 from oldlogits.record.bus import EventKind
 from oldlogits.record.event_log import without_wall_clock
 from oldlogits.record.report.data import read_run
@@ -242,7 +242,7 @@ def audit_of(old, share=1.0, variant="ppo_ewma_train_infer", reset="none", live=
     table = {"variant": variant, "proximal": {"source": "ewma", "reset": reset}, "audit": {"share": share}}
     table |= {"band": 1.1, "max_staleness": 2, "objective": {"eps_high": eps_high}}
     log, store = Log(), Store(old, live)
-    return ExactAudit(AuditOptions.of(config_from_table(table)), store, log, lambda: 0.0), log, store
+    return ExactAudit.of(config_from_table(table), store, log, lambda: 0.0), log, store
 
 
 @pytest.mark.parametrize("share, due", [(0.0, []), (0.25, [3, 7, 11]), (0.5, [1, 3, 5, 7, 9, 11]), (1.0, list(range(12)))])

@@ -9,6 +9,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,8 +22,7 @@ from safetensors.torch import save_file as save_torch
 from oldlogits.config import config_from_table
 from oldlogits.core.errors import MissingLogprobError
 from oldlogits.engines.embedded.slots import SlotTable
-from oldlogits.loop import calibration
-from oldlogits.loop.calibration import BANDS, MISMATCH, ROUNDING, CalibrationOptions, calibrate, doubts, measure
+from oldlogits.loop.calibration import BANDS, MISMATCH, ROUNDING, Calibrator
 from oldlogits.record.bus import EventKind
 from oldlogits.record.event_log import without_wall_clock
 from oldlogits.record.events import Calibrated
@@ -215,6 +215,15 @@ class Trainer:
         return self.old[tokens]
 
 
+def calibrated_on(batch, config, old, expected_noise=0.0):
+    """Calibrate on a batch that a trainer gives these log-probs; what was measured."""
+    told = []
+    calibrator = replace(config, trainer=Trainer(old), events=SimpleNamespace(emit=told.append))
+    calibrator.expect(SimpleNamespace(engine_probe_logps=np.array([expected_noise]), probe_logps=np.zeros(1)))
+    asyncio.run(calibrator.measure(batch, version=0))
+    return told[0]
+
+
 @pytest.mark.parametrize("expected_noise, mu, old, refused", [
     (1e-3, (-1.0, -0.5), (-1.0, -0.5), True),
     (2e-5, (-1.0, -0.5), (-1.0, -0.500005), True),
@@ -224,12 +233,12 @@ class Trainer:
 ])  # fmt: skip
 def test_log_probs_that_cannot_be_the_engines_own_are_refused(expected_noise, mu, old, refused):
     batch = batch_of([trajectory([1], sampled([2, 3], logp=mu))])
-    call = calibrate(config_of(engine={"precision": "fp8"}), Trainer(old), batch, version=0, expected_noise=expected_noise)
+    config = config_of(engine={"precision": "fp8"})
     if refused:
         with pytest.raises(MissingLogprobError, match="r_d is 1 on all 2 tokens, though the engine computes in fp8"):
-            asyncio.run(call)
+            calibrated_on(batch, config, old, expected_noise)
     else:
-        assert asyncio.run(call).num_tokens == 2
+        assert calibrated_on(batch, config, old, expected_noise).num_tokens == 2
 
 
 def rounded_to_bf16(folder: Path, to: Path) -> Path:
@@ -253,11 +262,13 @@ def test_a_checkpoint_that_lies_on_the_engines_grid_trains_though_r_d_is_1_at_ve
 
 
 def test_log_probs_of_the_trainer_in_place_of_the_engines_end_the_run(tiny_folder, tmp_path, monkeypatch):
-    async def substituted(config, trainer, batch, *, version, expected_noise):
-        mu = batch.logp_mu[batch.loss_mask]
-        return await calibrate(config, Trainer(mu), batch, version=version, expected_noise=expected_noise)
+    measured = Calibrator.measure
 
-    monkeypatch.setattr(calibration, "calibrate", substituted)
+    async def substituted(calibrator, batch, *, version):
+        calibrator.trainer = Trainer(batch.logp_mu[batch.loss_mask])
+        await measured(calibrator, batch, version=version)
+
+    monkeypatch.setattr(Calibrator, "measure", substituted)
     result = run(recipe(tiny_folder, engine={"precision": "bf16"}), tmp_path / "run")
     assert isinstance(result.error, MissingLogprobError)
     assert "though the engine computes in bf16" in result.error.what
@@ -270,7 +281,7 @@ def test_the_trajectories_measured_are_evenly_spaced_over_the_batch():
     old = [-1 + math.log(1 + i / 100) for i in range(9)]
     for num, chosen in ((1, [0]), (2, [0, 8]), (3, [0, 4, 8]), (5, [0, 2, 4, 6, 8]), (100, range(9))):
         config = config_of(eval={"num_calibration": num})
-        found = asyncio.run(calibrate(config, Trainer(old), batch_of(trajectories), version=0, expected_noise=0.0))
+        found = calibrated_on(batch_of(trajectories), config, old)
         assert found.num_trajectories == len(chosen)
         assert found.r_d_mean == pytest.approx(1 + sum(chosen) / len(chosen) / 100, rel=1e-6)
 
@@ -279,12 +290,12 @@ def test_the_trajectories_measured_are_evenly_spaced_over_the_batch():
 
 
 def config_of(variant="decoupled_exact", **table):
-    return CalibrationOptions.of(config_from_table({"variant": variant, **table}))
+    return Calibrator.of(config_from_table({"variant": variant, **table}), None, None)
 
 
 def measured(log_r_d, sequence=None, config=None):
     sequence = range(len(log_r_d)) if sequence is None else sequence
-    return measure(config or config_of(), np.array(log_r_d, np.float32), np.array(sequence, np.int64), version=0)
+    return (config or config_of()).figures(np.array(log_r_d, np.float32), np.array(sequence, np.int64), version=0)
 
 
 @given(st.lists(st.floats(-1.5, 1.5, width=32), min_size=1, max_size=40), st.floats(1.005, 4))
@@ -306,7 +317,7 @@ def test_a_token_without_a_finite_ratio_counts_as_masked_and_not_into_the_means(
     assert found.r_d_mean == pytest.approx(1.125)
     nothing = measured([NAN, NAN])
     assert nothing.masked == (1,) * len(BANDS)
-    assert list(doubts(nothing, config_of("ppo_clip"))) == []
+    assert list(config_of("ppo_clip").doubts(nothing)) == []
 
 
 def test_the_standard_error_counts_trajectories_not_tokens():
@@ -324,7 +335,7 @@ QUIET = Calibrated(
 
 
 def doubted(found, config):
-    return {caution.name: caution for caution in doubts(found, config)}
+    return {caution.name: caution for caution in config.doubts(found)}
 
 
 @pytest.mark.parametrize("kept, expected", [(0.9, set()), (0.8999, {"tight-band"}), (0.0, {"tight-band"})])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from oldlogits.cli.main import run as command
-from oldlogits.config.schema import RayConfig
+from oldlogits.config.systems import RayConfig
 from oldlogits.core.errors import ConfigError
 from oldlogits.record.bus import EventKind
 

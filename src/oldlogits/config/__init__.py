@@ -4,13 +4,12 @@ from oldlogits.config.check import check, check_model_folder, resolve
 from oldlogits.config.guard import Caution, cautions, kept_at_lag_0
 from oldlogits.config.load import config_from_table, known_keys, load_config, override, read_toml
 from oldlogits.config.reader import Table, build
-from oldlogits.config.schema import RunConfig, VersionsConfig
+from oldlogits.config.schema import RunConfig
 
 __all__ = [
     "Caution",
     "RunConfig",
     "Table",
-    "VersionsConfig",
     "build",
     "cautions",
     "check",

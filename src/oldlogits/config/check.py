@@ -39,10 +39,6 @@ def resolve(config: RunConfig) -> RunConfig:
 def check(config: RunConfig, *, needs_model: bool = True) -> None:
     """Refuse a recipe that cannot be run as written.
 
-    Args:
-        config: The recipe.
-        needs_model: Whether the model folder must be there.
-
     Raises:
         ConfigError: What is wrong, what was found, what is allowed, and how to fix it.
         ModelFolderError: The model folder does not exist or lacks its config.
@@ -53,7 +49,6 @@ def check(config: RunConfig, *, needs_model: bool = True) -> None:
     _check_names(config)
     check_source(config.variant, config.proximal.source)
     _check_against_each_other(config)
-    _check_one_distribution(config)
     check_servers(config)
     _check_kv(config)
     _check_average(config)
@@ -76,10 +71,6 @@ MODEL_FIX = f"pass --model.path FOLDER, or a starting model ({', '.join(MODELS.n
 
 def check_model_folder(folder: Path, fix: str = MODEL_FIX) -> None:
     """Refuse a model folder without `config.json` or weights.
-
-    Args:
-        folder: The folder.
-        fix: What to do if it is none.
 
     Raises:
         ModelFolderError: The folder or a part of it is missing.
@@ -111,7 +102,10 @@ def _check_against_each_other(config: RunConfig) -> None:
     num, longest = config.rollout.prompts_per_update, config.max_staleness
     in_prompts = f"1 .. rollout.prompts_per_update ({num}): each step needs a group"
     has_beta = p.beta > 0 if p.decay == "fixed" else p.beta == 0
+    whole = "in training, where mu has the full support of the trained policy; reshape only in evaluation"
     for key, holds, allowed in (
+        ("sampling.top_p", config.sampling.top_p == 1.0, f"1.0 {whole}"),
+        ("sampling.top_k", config.sampling.top_k == 0, f"0 {whole}"),
         ("trainer.minibatches_per_update", t.minibatches_per_update <= num, in_prompts),
         ("lockstep.max_lag", config.window <= longest, f"0 .. max_staleness ({longest})"),
         ("model.lora_targets", 0 < len(set(targets)) == len(targets), "layers by the last part of their name, each once"),
@@ -122,19 +116,6 @@ def _check_against_each_other(config: RunConfig) -> None:
         if not holds:
             got = f"{key} = {attrgetter(key)(config)}"
             raise ConfigError(f"{key} is out of range", got=got, allowed=allowed, fix="correct the value")
-
-
-def _check_one_distribution(config: RunConfig) -> None:
-    """Refuse rollouts from a part of the support."""
-    for key, full in {"sampling.top_p": 1.0, "sampling.top_k": 0}.items():
-        value = attrgetter(key)(config)
-        if value != full:
-            raise ConfigError(
-                f"{key} is out of range",
-                got=f"{key} = {value}",
-                allowed=f"{full} in training, since mu would have another support than the trained policy",
-                fix="remove it: training samples from the full support; reshape only in evaluation",
-            )
 
 
 def _check_kv(config: RunConfig) -> None:

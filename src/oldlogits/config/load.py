@@ -17,12 +17,7 @@ from oldlogits.core.errors import ConfigError
 
 
 def load_config(recipe: Path, overrides: Sequence[str] = (), *, needs_model: bool = True) -> RunConfig:
-    """Read a recipe, apply ``--dotted.key value`` overrides, and check the result.
-
-    Args:
-        recipe: A TOML file.
-        overrides: Words of a command line.
-        needs_model: Whether the model folder must be there.
+    """Read a TOML recipe, apply ``--dotted.key value`` overrides, and check the result.
 
     Raises:
         ConfigError: The recipe does not exist, is no TOML, has unknown keys, wrong types or values out of range.

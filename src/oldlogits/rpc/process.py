@@ -154,10 +154,8 @@ class ChildProcess:
                 self._take(post.call.number)
                 post.future.set_exception(error)
                 continue
-            try:
+            with contextlib.suppress(OSError):  # the child has ended: the reader tells why
                 self._pipe.send_bytes(message)
-            except OSError:
-                self._die(died(self.name, self._exit(), self._fix))
             if post.call.number and not self._is_pipelined:
                 wait_for([post.future])
 

@@ -15,7 +15,6 @@ from types import FrameType
 from rich.console import Console
 
 from oldlogits.config import Caution, RunConfig, cautions
-from oldlogits.config.engine import engine_spec, server_options
 from oldlogits.core.engine import ENGINES
 from oldlogits.core.engine_stats import Incident
 from oldlogits.core.environment import Environment, is_model_folder
@@ -26,8 +25,7 @@ from oldlogits.loop.backend import Backend, BackendSpec
 from oldlogits.loop.loop import Loop
 from oldlogits.loop.make import make_loop, run_started
 from oldlogits.loop.probe import PROBE_TOKENS
-from oldlogits.loop.resume import refuse_another_run, sampler_seed
-from oldlogits.loop.state import LoopState
+from oldlogits.loop.resume import LoopState, refuse_another_run, sampler_seed
 from oldlogits.loop.task import Task
 from oldlogits.models.chat import ChatFormat
 from oldlogits.models.load import load_tokenizer
@@ -40,7 +38,7 @@ from oldlogits.record.recording import Recording, record_run
 from oldlogits.record.report.page import write_report
 from oldlogits.record.summary import Ended, Summary, summarise_folder
 from oldlogits.record.trackers.feed import TrackerFeed, find_trackers, open_feeds
-from oldlogits.run.specs import backend_kind, backend_spec
+from oldlogits.run.specs import backend_kind, backend_spec, engine_spec, server_options
 from oldlogits.run.start import Start, prepare_model
 from oldlogits.run.tasks import load_tasks, make_agent
 
