@@ -19,8 +19,8 @@ import torch
 
 from oldlogits.config import RunConfig, config_from_table
 from oldlogits.config.check import check
-from oldlogits.record.bus import EventKind
-from oldlogits.record.event_log import RecordedEvent, read_events
+from oldlogits.record.bus import Event, EventKind
+from oldlogits.record.event_log import read_events
 from oldlogits.train.checkpoint import read_state
 
 from .waiting import HUNG_S, wait_until
@@ -82,7 +82,7 @@ def write_recipe(path: Path, config: RunConfig) -> Path:
     return path
 
 
-def events_of(run: Path, kind: EventKind | None = None) -> list[RecordedEvent]:
+def events_of(run: Path, kind: EventKind | None = None) -> list[Event]:
     return [event for event in read_events(run / "events.jsonl") if kind in (None, event.kind)]
 
 

@@ -94,7 +94,7 @@ def emitted_metrics(tmp_path: Path, name: str, config: RunConfig) -> set[str]:
     """The names in the updates of a run, without the staleness that they are restricted to."""
     assert run(config, tmp_path / name).error is None
     updates = [e for e in read_events(tmp_path / name / "events.jsonl") if e.kind is EventKind.UPDATE]
-    return {metric.partition("@")[0] for update in updates for metric in update.fields["metrics"]}
+    return {metric.partition("@")[0] for update in updates for metric in update.metrics}
 
 
 def test_every_emitted_metric_is_documented_and_every_documented_one_is_emitted(tmp_path, tiny_folder, tiny_moe_folder) -> None:

@@ -11,8 +11,9 @@ import pytest
 
 from oldlogits.loop import loop as loop_module
 from oldlogits.record.bus import EventKind
-from oldlogits.record.event_log import EventLog, without_wall_clock
+from oldlogits.record.event_log import EventLog
 from oldlogits.run.run import run
+from tests.memory_log import without_wall_clock
 
 from ..runs import assert_same_state, check_accounting, events_of, recipe, summary_of, tokens_of
 
@@ -71,7 +72,7 @@ def test_another_seed_gives_another_run(trained):
 
 def test_every_update_moves_the_weights(trained):
     """Else every other law here would hold for want of trying."""
-    norms = [event.fields["metrics"]["grad/norm"] for event in events_of(trained("even"), EventKind.UPDATE)]
+    norms = [event.metrics["grad/norm"] for event in events_of(trained("even"), EventKind.UPDATE)]
     assert len(norms) == 6
     assert min(norms) > 1e-3
 
@@ -164,11 +165,11 @@ def test_an_environment_that_always_fails_ends_the_run_with_its_reason(tiny_fold
             r"8 episodes in a row were ended by the environment; got: the last: KeyError: 'shop'", str(result.error)
         )
         [ended] = events_of(tmp_path / name, EventKind.RUN_ENDED)
-        assert ended.fields["reason"] == "error"
+        assert ended.reason == "error"
         assert (tmp_path / name / "report.html").stat().st_size > 1000
         check_accounting(tmp_path / name)
     failed = events_of(tmp_path / "training", EventKind.TRAJECTORY_FAILED)
-    assert {event.fields["reason"] for event in failed} == {"KeyError: 'shop'"}
+    assert {event.reason for event in failed} == {"KeyError: 'shop'"}
 
 
 @pytest.mark.slow

@@ -87,7 +87,7 @@ def test_two_ranks_give_the_losses_the_old_logits_and_the_weights_of_one_process
     assert one["token_id"] == two["token_id"]
     for name in ("logp_proximal", "logp_theta", "log_r_d", "log_r_s"):
         assert gap(one, two, name) <= 1e-5
-    first, again = (events_of(tmp_path / name, EventKind.UPDATE)[0].fields["metrics"] for name in ("one", "two"))
+    first, again = (events_of(tmp_path / name, EventKind.UPDATE)[0].metrics for name in ("one", "two"))
     assert first["loss/value"] == pytest.approx(again["loss/value"], abs=1e-5)
     assert first["grad/norm"] == pytest.approx(again["grad/norm"], rel=1e-5)
     assert first["grad/norm"] > 1e-3

@@ -78,11 +78,11 @@ def check_exact(run, num_updates, ended="done"):
     account = check_accounting(run)
     assert account["failed"] == 0
     assert account["trained"] == num_updates * 3 * 4
-    groups = [group for event in events_of(run, EventKind.BATCH) for group in event.fields["groups"]]
+    groups = [group for event in events_of(run, EventKind.BATCH) for group in event.groups]
     assert len(set(groups)) == len(groups), "no group is trained twice"
     probes = events_of(run, EventKind.PROBE)
     assert [event.version for event in probes] == list(range(num_updates + 1))
-    assert max(event.fields["max_abs_error"] for event in probes) <= 1e-4
+    assert max(event.max_abs_error for event in probes) <= 1e-4
     return tokens
 
 
@@ -162,7 +162,7 @@ def test_rounded_weights_are_the_servers_and_the_probe_knows_them(tiny_folder, t
         status, run = train(tmp_path, tiny_folder, engine={"urls": [server.url], "precision": "fp8"})
     assert status == 0
     assert np.abs(tokens_of(run, "log_r_d")["log_r_d"]).max() > 1e-3, "the discrepancy is real"
-    assert max(event.fields["max_abs_error"] for event in events_of(run, EventKind.PROBE)) <= 1e-4
+    assert max(event.max_abs_error for event in events_of(run, EventKind.PROBE)) <= 1e-4
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
@@ -172,9 +172,9 @@ def test_of_two_servers_one_dies_or_hangs_and_the_run_goes_on_with_the_other(num
         act = lambda: second.signal(number)  # noqa: E731
         run = train_until(tmp_path, tiny_folder, act, (EventKind.SERVER_DOWN, 1), engine=engine)
     [down] = events_of(run, EventKind.SERVER_DOWN)
-    assert down.fields["server"] == second.url
+    assert down.server == second.url
     summary = summary_of(run)
-    assert (summary["num_servers_down"], summary["num_lost_tokens"]) == (1, down.fields["num_lost_tokens"])
+    assert (summary["num_servers_down"], summary["num_lost_tokens"]) == (1, down.num_lost_tokens)
     assert not events_of(run, EventKind.SERVER_UP)
 
 
@@ -201,9 +201,9 @@ def test_a_server_that_comes_back_with_old_weights_is_given_the_current_ones(tin
 
         run = train_until(tmp_path, tiny_folder, die_and_return, (EventKind.SERVER_UP, 1), engine={"urls": [server.url]})
     [down] = events_of(run, EventKind.SERVER_DOWN)
-    assert down.fields["num_requests"] >= 1
+    assert down.num_requests >= 1
     [up] = events_of(run, EventKind.SERVER_UP)
-    assert "it had weights of no version of this run and was given version" in up.fields["reason"]
+    assert "it had weights of no version of this run and was given version" in up.reason
 
 
 def test_when_no_server_comes_back_the_run_ends_and_says_so(tiny_folder, tmp_path, capsys):

@@ -22,7 +22,7 @@ def test_a_run_starts_two_servers_of_a_protocol_of_ones_own_and_trains_on_exact_
     assert result.error is None
     probes = events_of(tmp_path / "run", EventKind.PROBE)
     assert [event.version for event in probes] == [0, 1, 2, 3, 4]
-    assert max(event.fields["max_abs_error"] for event in probes) <= 1e-4
+    assert max(event.max_abs_error for event in probes) <= 1e-4
     tokens = tokens_of(tmp_path / "run", "log_r_d", "provenance")
     assert set(tokens["provenance"]) == {"exact"}
     assert np.abs(tokens["log_r_d"]).max() <= 1e-4

@@ -30,7 +30,7 @@ def test_a_run_is_fed_by_it_with_the_exact_old_log_probs_of_every_token(tiny_fol
     np.testing.assert_array_equal(own["token_id"][:first], snapshot["token_id"][:first])
     np.testing.assert_allclose(own["logp_proximal"][:first], snapshot["logp_proximal"][:first], rtol=0, atol=1e-5)
     updates = events_of(tmp_path / NAME.partition(":")[0], EventKind.UPDATE)
-    counts = [event.fields["metrics"]["source/num_calls"] for event in updates]
+    counts = [event.metrics["source/num_calls"] for event in updates]
     assert counts == sorted(set(counts))
     assert counts[0] >= 3
 

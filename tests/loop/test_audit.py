@@ -15,12 +15,12 @@ from oldlogits.core.policies import find_variant
 from oldlogits.core.scoring import BatchTokens
 from oldlogits.loop.audit import AuditOptions, ExactAudit
 from oldlogits.record.bus import EventKind
-from oldlogits.record.event_log import without_wall_clock
 from oldlogits.record.report.data import read_run
 from oldlogits.record.report.decisions import pooled
 from oldlogits.run.run import run
 from oldlogits.train.step import UpdateResult
 from oldlogits.train.weights.average import AverageReset
+from tests.memory_log import without_wall_clock
 
 ENVIRONMENT = '''
 class Parity:

@@ -24,10 +24,10 @@ from oldlogits.engines.embedded.slots import SlotTable
 from oldlogits.loop import calibration
 from oldlogits.loop.calibration import BANDS, MISMATCH, ROUNDING, CalibrationOptions, calibrate, doubts, measure
 from oldlogits.record.bus import EventKind
-from oldlogits.record.event_log import without_wall_clock
 from oldlogits.record.events import Calibrated
 from oldlogits.record.report.data import read_run
 from oldlogits.run.run import run
+from tests.memory_log import without_wall_clock
 
 from ..builders import batch_of, sampled, trajectory
 from ..runs import events_of, recipe, summary_of, tokens_of
@@ -62,11 +62,11 @@ def calibrated(tiny_folder, tmp_path_factory):
 
 def fields_of(out: Path) -> dict:
     [event] = events_of(out, EventKind.CALIBRATION)
-    return dict(event.fields)
+    return dict(event.recorded())
 
 
 def names_of(out: Path) -> list[str]:
-    return [str(event.fields["name"]) for event in events_of(out, EventKind.WARNING)]
+    return [str(event.name) for event in events_of(out, EventKind.WARNING)]
 
 
 @pytest.mark.parametrize("numerics", ["fp8", "int4"])
@@ -123,15 +123,15 @@ def test_warnings_are_events_with_figures_lines_on_the_console_and_notes_in_the_
     found = fields_of(tmp_path / "run")
     assert found["kept"] < config.proximal.reset_below
     clip, band = events_of(tmp_path / "run", EventKind.WARNING)
-    assert (clip.fields["name"], clip.fields["figures"]) == ("no-clip", {"minibatches_per_update": 1, "clipped": 0})
-    assert (band.fields["name"], band.version) == ("tight-band", 0)
-    assert band.fields["figures"] == {"band": 1.03, "kept": found["kept"], "tau": 0.9}
+    assert (clip.name, clip.figures) == ("no-clip", {"minibatches_per_update": 1, "clipped": 0})
+    assert (band.name, band.version) == ("tight-band", 0)
+    assert band.figures == {"band": 1.03, "kept": found["kept"], "tau": 0.9}
     [update] = events_of(tmp_path / "run", EventKind.UPDATE)
-    assert update.fields["metrics"]["mask/rho_clip"] == 1  # the warning is right
-    assert update.fields["metrics"]["mask/rho_band"] == pytest.approx(found["kept"], abs=1e-6)
+    assert update.metrics["mask/rho_clip"] == 1  # the warning is right
+    assert update.metrics["mask/rho_band"] == pytest.approx(found["kept"], abs=1e-6)
     said = capsys.readouterr().out
     page = (tmp_path / "run" / "report.html").read_text()
-    for message in (str(clip.fields["message"]), str(band.fields["message"])):
+    for message in (str(clip.message), str(band.message)):
         assert said.count(f"warning: {message}\n") == 1
         assert page.count(f"<li>Warning: {message}".replace("'", "&#39;")) == 1
     assert "   *1.03 " in said

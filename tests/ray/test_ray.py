@@ -102,7 +102,7 @@ def check_exact(run):
     assert account["failed"] == 0
     probes = events_of(run, EventKind.PROBE)
     assert {event.version for event in probes} == set(range(updates + 1))
-    assert max(event.fields["max_abs_error"] for event in probes) <= 1e-4
+    assert max(event.max_abs_error for event in probes) <= 1e-4
     assert summary_of(run)["consistency_publish_max_abs_error"] <= 1e-5
 
 
@@ -131,10 +131,10 @@ def test_a_run_outlives_its_workers_and_takes_in_new_ones(tmp_path, tiny_folder,
     assert status == 130
     killed, *left = events_of(run, EventKind.SERVER_DOWN)
     returned, joined = events_of(run, EventKind.SERVER_UP)
-    assert "asked to leave" not in killed.fields["reason"]
-    assert [event.fields["reason"] for event in left] == ["it was asked to leave"] * 2
-    assert returned.fields["reason"].startswith("started again")
-    assert joined.fields["reason"].startswith("it joined")
+    assert "asked to leave" not in killed.reason
+    assert [event.reason for event in left] == ["it was asked to leave"] * 2
+    assert returned.reason.startswith("started again")
+    assert joined.reason.startswith("it joined")
     assert pids("ray::Worker") == []
     assert summary_of(run)["engine_copies_max"] == 4 + 3 + 1  # four engines, one copy a node, the one that nodes fetch
     wait_until(lambda: not servers(tiny_folder), "no server is left")
@@ -187,7 +187,7 @@ def test_adapters_reach_every_worker(tmp_path, tiny_folder, cluster):
     status, run = train(tmp_path, tiny_folder, cluster, num_updates=3, model=model, trainer=trainer)
     assert status == 0
     check_exact(run)
-    sent = max(event.fields["bytes"] for event in events_of(run, EventKind.WEIGHTS_UPDATED))
+    sent = max(event.bytes for event in events_of(run, EventKind.WEIGHTS_UPDATED))
     assert sent < 0.5 * (tiny_folder / "model.safetensors").stat().st_size, "adapters alone travel"
 
 

@@ -153,10 +153,10 @@ def test_a_tracker_that_fails_is_warned_of_once_and_left_alone(tmp_path):
     for version in (2, 3):
         bus.emit(Updated(version=version, metrics={}, staleness_counts={}))
     assert Failing.asked == ["r", "log 1"]
-    [warning] = [event.fields for event in log.events if event.kind == "warning"]
-    assert warning["name"] == "tracker"
-    assert "tracker 'mine' failed" in warning["message"]
-    assert "ConnectionError: no route to host" in warning["message"]
+    [warning] = [event for event in log.events if event.kind == "warning"]
+    assert warning.name == "tracker"
+    assert "tracker 'mine' failed" in warning.message
+    assert "ConnectionError: no route to host" in warning.message
     assert feed.finish(RunFolder(path=tmp_path)) == "", "told already"
 
 

@@ -53,14 +53,14 @@ def test_the_desk_agent_trains_on_vllm_with_partial_rollouts_and_exact_old_logit
     assert 1e-3 < deviation.mean() < 0.1, "r_d is real, and small"
     probes = events_of(run, EventKind.PROBE)
     assert [event.version for event in probes] == list(range(NUM_UPDATES + 1))
-    assert max(event.fields["max_abs_error"] for event in probes) <= 1e-4, "the server holds what was published"
+    assert max(event.max_abs_error for event in probes) <= 1e-4, "the server holds what was published"
     summary = summary_of(run)
     assert summary["num_updates"] == NUM_UPDATES
     assert summary["consistency_lag0_max_abs_error"] <= 1e-5
     assert check_accounting(run)["trained"] == NUM_UPDATES * 8 * 8
     assert not events_of(run, EventKind.SERVER_DOWN)
     assert shared_files() == set()
-    success = [event.fields["metrics"]["reward/success"] for event in events_of(run, EventKind.UPDATE)]
+    success = [event.metrics["reward/success"] for event in events_of(run, EventKind.UPDATE)]
     assert sum(success[-8:]) > sum(success[:8]), "it learns"
 
 
@@ -86,16 +86,16 @@ def test_patches_reach_vllm_also_after_it_was_killed_and_it_keeps_no_memory_of_t
     thread.join()
     assert kept == []
     [down] = events_of(run, EventKind.SERVER_DOWN)
-    assert down.fields["num_lost_tokens"] is not None, "vLLM counts what it samples"
+    assert down.num_lost_tokens is not None, "vLLM counts what it samples"
     [up] = events_of(run, EventKind.SERVER_UP)
-    assert "started again" in up.fields["reason"]
-    assert "was given version" in up.fields["reason"]
-    sent = [event.fields["sent"] for event in events_of(run, EventKind.WEIGHTS_UPDATED)]
+    assert "started again" in up.reason
+    assert "was given version" in up.reason
+    sent = [event.sent for event in events_of(run, EventKind.WEIGHTS_UPDATED)]
     assert sent == ["full"] + ["patch"] * 8
-    assert all(0 < event.fields["changed"] < 0.5 for event in events_of(run, EventKind.PUBLISHED)[1:])
+    assert all(0 < event.changed < 0.5 for event in events_of(run, EventKind.PUBLISHED)[1:])
     probes = events_of(run, EventKind.PROBE)
     assert [event.version for event in probes] == list(range(9))
-    assert max(event.fields["max_abs_error"] for event in probes) <= 1e-4
+    assert max(event.max_abs_error for event in probes) <= 1e-4
     tokens = tokens_of(run, "log_r_d", "provenance")
     assert set(tokens["provenance"]) == {"exact"}
     assert np.abs(tokens["log_r_d"]).max() <= 1e-3, "vLLM and the trainer both compute in fp32"
@@ -110,7 +110,7 @@ def test_vllm_gets_adapters_and_adds_them_to_its_own_folder(tmp_path):
     run = tmp_path / "run"
     probes = events_of(run, EventKind.PROBE)
     assert [event.version for event in probes] == list(range(4))
-    assert max(event.fields["max_abs_error"] for event in probes) <= 1e-4
+    assert max(event.max_abs_error for event in probes) <= 1e-4
     tokens = tokens_of(run, "log_r_d", "log_r_s", "provenance")
     assert set(tokens["provenance"]) == {"exact"}
     assert np.abs(tokens["log_r_d"]).max() <= 1e-3, "vLLM and the trainer both compute in fp32"

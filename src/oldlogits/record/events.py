@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from oldlogits.core.trajectory import Trajectory
-from oldlogits.record.bus import Event, EventKind, recorded_names
+from oldlogits.record.bus import Event, EventKind
 
 _UNRECORDED: Final = {"recorded": False}
 
@@ -303,9 +302,3 @@ class RunEnded(Event):
     reason: str
     error: str
     accounting: Mapping[str, int] | None
-
-
-FIELDS: Final[Mapping[EventKind, frozenset[str]]] = MappingProxyType(
-    {kind.kind: frozenset(recorded_names(kind)) for kind in Event.__subclasses__() if kind.kind is not None}
-)
-"""The recorded fields of each kind."""

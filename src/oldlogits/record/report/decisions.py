@@ -8,8 +8,8 @@ from typing import Final
 
 from markupsafe import Markup
 
-from oldlogits.record.bus import EventKind
-from oldlogits.record.events import FIELDS, Audited, AverageWasReset
+from oldlogits.record.bus import recorded_names
+from oldlogits.record.events import Audited, AverageWasReset
 from oldlogits.record.report import charts
 from oldlogits.record.report.charts import Bar
 from oldlogits.record.report.data import RunData
@@ -18,7 +18,7 @@ from oldlogits.record.report.figures import Figure
 Sums = Mapping[str, float]
 """The sums of an `audit` event at one staleness, or over several."""
 
-_NAMES = tuple(sorted(FIELDS[EventKind.AUDIT] - {"policy", "seconds_s"}))
+_NAMES = tuple(sorted(set(recorded_names(Audited)) - {"policy", "seconds_s"}))
 
 _SHARES: Final = {
     "kept wrongly": ("wrongly_kept", "num_tokens"),
