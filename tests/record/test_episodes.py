@@ -69,8 +69,8 @@ def test_one_episode_is_shown_once_and_none_is_no_error():
 
 def test_sampled_segments_of_one_turn_are_joined_and_each_version_has_its_colour():
     (transcript,) = chosen_transcripts([episode("a", segments=SEGMENTS)])
-    context, sampled = transcript.turns
-    assert (context.text, context.spans) == ("Hi <b>&\n", ())
-    assert [(span.version, span.tint) for span in sampled.spans] == [(0, 0), (1, 1)]
-    assert [token.tip for token in sampled.spans[0].tokens] == ["version 0\nlog-prob -0.500", "version 0\nlog-prob -inf"]
-    assert [token.tip for token in sampled.spans[1].tokens] == ["version 1"]
+    (context,), (first, second) = transcript.turns
+    assert context.text == "Hi <b>&\n"
+    assert [(segment.version, transcript.tint(segment)) for segment in (first, second)] == [(0, 0), (1, 1)]
+    assert list(transcript.tokens(first)) == [("a", "version 0\nlog-prob -0.500"), ("b", "version 0\nlog-prob -inf")]
+    assert list(transcript.tokens(second)) == [("c", "version 1")]

@@ -101,6 +101,20 @@ class Bound:
     label: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """A chart with its title, its legend (colour class and label), a sentence on how to read it, and its numbers.
+
+    A table is a row of column names and the rows below it.
+    """
+
+    title: str
+    caption: str
+    svg: Markup
+    legend: tuple[tuple[str, str], ...] = ()
+    table: tuple[tuple[str, ...], ...] = ()
+
+
 def x_axis(low: float, high: float, *, transform: Transform = "linear", whole: bool = False) -> Axis:
     """A horizontal axis over exactly ``[low, high]``; `whole` labels integers only."""
     if high <= low:
@@ -152,10 +166,10 @@ def log_ticks(low: float, high: float) -> tuple[float, ...]:
 
 def line_chart(x: Axis, y: Axis, lines: Sequence[Line], *, x_label: str, whiskers: Sequence[Whisker] = ()) -> Markup:
     """Lines over x, points with intervals on top, and a tooltip for every x."""
-    parts = [draw_line(line, x, y) for line in lines]
+    parts = [_line(line, x, y) for line in lines]
     parts += _columns(lines, x, x_label)
     parts += [_whisker(whisker, x, y) for whisker in whiskers]
-    return frame(x, y, parts, x_label)
+    return _frame(x, y, parts, x_label)
 
 
 def bar_chart(x: Axis, y: Axis, bars: Sequence[Bar], *, x_label: str, bounds: Sequence[Bound] = ()) -> Markup:
@@ -166,14 +180,14 @@ def bar_chart(x: Axis, y: Axis, bars: Sequence[Bar], *, x_label: str, bounds: Se
         for value, colour in ((bar.value, "c0"), (bar.marked, "c1")):
             if value > 0:
                 top = y.at(value)
-                parts.append(draw_rect(f"fill {colour}", left, top, width, max(BOTTOM - top, 1)))
-        parts.append(draw_rect("hit", left, TOP, width + 1, BOTTOM - TOP, bar.tip))
+                parts.append(_rect(f"fill {colour}", left, top, width, max(BOTTOM - top, 1)))
+        parts.append(_rect("hit", left, TOP, width + 1, BOTTOM - TOP, bar.tip))
     for index, bound in enumerate(bounds):
         at, row = x.at(bound.x), TOP + 10 + 13 * (index % 2)
         anchor, offset = ("end", -4) if at > (LEFT + RIGHT) / 2 else ("start", 4)
-        parts.append(draw_segment("bound", (at, at), (TOP, BOTTOM)))
-        parts.append(draw_text(at + offset, row, bound.label, f'class="boundlabel" text-anchor="{anchor}"'))
-    return frame(x, y, parts, x_label)
+        parts.append(_segment("bound", (at, at), (TOP, BOTTOM)))
+        parts.append(_text(at + offset, row, bound.label, f'class="boundlabel" text-anchor="{anchor}"'))
+    return _frame(x, y, parts, x_label)
 
 
 def stacked_chart(x: Axis, y: Axis, lines: Sequence[Line], *, x_label: str) -> Markup:
@@ -188,29 +202,26 @@ def stacked_chart(x: Axis, y: Axis, lines: Sequence[Line], *, x_label: str) -> M
         )
         parts.append(f'<polygon class="fill {line.colour}" points="{" ".join(upper + lower[::-1])}"/>')
         base = top
-    return frame(x, y, parts + _columns(lines, x, x_label), x_label)
+    return _frame(x, y, parts + _columns(lines, x, x_label), x_label)
 
 
-def frame(x: Axis, y: Axis | None, parts: Sequence[str], x_label: str, *, bottom: float = BOTTOM) -> Markup:
-    """The picture: grid lines of y, or of x where there is no y axis; ticks, labels, and the parts on top."""
+def _frame(x: Axis, y: Axis, parts: Sequence[str], x_label: str) -> Markup:
+    """The picture: grid lines of y, ticks, labels, and the parts on top."""
     drawn = []
-    for tick in y.ticks if y else ():
-        assert y is not None
+    for tick in y.ticks:
         at = y.at(tick)
-        drawn.append(draw_segment("grid", (LEFT, RIGHT), (at, at)))
-        drawn.append(draw_text(LEFT - 7, at + 4, y.text(tick), 'text-anchor="end"'))
-    style, top = ("tick", bottom) if y else ("grid", TOP)
+        drawn.append(_segment("grid", (LEFT, RIGHT), (at, at)))
+        drawn.append(_text(LEFT - 7, at + 4, y.text(tick), 'text-anchor="end"'))
     for tick in x.ticks:
         at = x.at(tick)
-        drawn.append(draw_segment(style, (at, at), (top, bottom + 4)))
-        drawn.append(draw_text(at, bottom + 18, x.text(tick), 'text-anchor="middle"'))
-    drawn.append(draw_segment("base", (x.start, RIGHT), (bottom, bottom)))
-    drawn.append(draw_text((x.start + RIGHT) / 2, bottom + 36, x_label, 'text-anchor="middle" class="axislabel"'))
-    size = f"0 0 {WIDTH} {bottom + HEIGHT - BOTTOM}"
-    return Markup(f'<svg viewBox="{size}" role="img">{"".join(drawn)}{"".join(parts)}</svg>')
+        drawn.append(_segment("tick", (at, at), (BOTTOM, BOTTOM + 4)))
+        drawn.append(_text(at, BOTTOM + 18, x.text(tick), 'text-anchor="middle"'))
+    drawn.append(_segment("base", (x.start, RIGHT), (BOTTOM, BOTTOM)))
+    drawn.append(_text((x.start + RIGHT) / 2, BOTTOM + 36, x_label, 'text-anchor="middle" class="axislabel"'))
+    return Markup(f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(drawn)}{"".join(parts)}</svg>')
 
 
-def draw_line(line: Line, x: Axis, y: Axis) -> str:
+def _line(line: Line, x: Axis, y: Axis) -> str:
     """The line, interrupted where a value is not finite; and its points, where they are to be marked or there is only one."""
     commands, pen, dots = [], "M", []
     for at, value in line.points:
@@ -219,29 +230,27 @@ def draw_line(line: Line, x: Axis, y: Axis) -> str:
             continue
         commands.append(f"{pen}{x.at(at):.1f},{y.at(value):.1f}")
         if line.style == "dots" or len(line.points) == 1:
-            dots.append(draw_dot(line.colour, x.at(at), y.at(value), "3"))
+            dots.append(_dot(line.colour, x.at(at), y.at(value), "3"))
         pen = "L"
     return f'<path class="line {line.colour} {line.style}" d="{"".join(commands)}"/>' + "".join(dots)
 
 
-def draw_dot(colour: str, left: float, top: float, radius: str, tip: str = "") -> str:
-    """A filled circle."""
+def _dot(colour: str, left: float, top: float, radius: str, tip: str = "") -> str:
     return f'<circle class="dot {colour}" cx="{left:.1f}" cy="{top:.1f}" r="{radius}"{_tip(tip)}/>'
 
 
-def draw_rect(style: str, left: float, top: float, width: float, height: float, tip: str = "") -> str:
+def _rect(style: str, left: float, top: float, width: float, height: float, tip: str = "") -> str:
     """A rectangle; one of style "hit" is invisible and holds a tooltip."""
     size = f'width="{max(width, 0):.1f}" height="{height:.1f}"'
     return f'<rect class="{style}" x="{left:.1f}" y="{top:.1f}" {size}{_tip(tip)}/>'
 
 
-def draw_segment(style: str, across: Point, down: Point) -> str:
-    """A straight line from one corner of a box to the opposite one."""
+def _segment(style: str, across: Point, down: Point) -> str:
     (x1, x2), (y1, y2) = across, down
     return f'<line class="{style}" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>'
 
 
-def draw_text(left: float, top: float, text: str, attributes: str) -> str:
+def _text(left: float, top: float, text: str, attributes: str) -> str:
     """A text, escaped; `attributes` are SVG's."""
     return f'<text x="{left:.1f}" y="{top:.1f}" {attributes}>{Markup.escape(text)}</text>'
 
@@ -261,7 +270,7 @@ def _columns(lines: Sequence[Line], x: Axis, name: str) -> list[str]:
     places = sorted(values)
     edges = [x.low, *((a + b) / 2 for a, b in pairwise(places)), x.high]
     return [
-        draw_rect("hit", x.at(low), TOP, x.at(high) - x.at(low), BOTTOM - TOP, "\n".join([f"{name} {x.text(at)}", *values[at]]))
+        _rect("hit", x.at(low), TOP, x.at(high) - x.at(low), BOTTOM - TOP, "\n".join([f"{name} {x.text(at)}", *values[at]]))
         for at, (low, high) in zip(places, pairwise(edges), strict=True)
     ]
 
@@ -269,8 +278,8 @@ def _columns(lines: Sequence[Line], x: Axis, name: str) -> list[str]:
 def _whisker(whisker: Whisker, x: Axis, y: Axis) -> str:
     at, low, mean, high = x.at(whisker.x), y.at(whisker.low), y.at(whisker.mean), y.at(whisker.high)
     caps = f"M{at - 4:.1f},{low:.1f}h8M{at - 4:.1f},{high:.1f}h8M{at:.1f},{low:.1f}V{high:.1f}"
-    hit = draw_rect("hit", at - 7, min(high, mean) - 5, 14, abs(low - high) + 10, whisker.tip)
-    return f'<path class="whisker {whisker.colour}" d="{caps}"/>{draw_dot(whisker.colour, at, mean, "4.5")}{hit}'
+    hit = _rect("hit", at - 7, min(high, mean) - 5, 14, abs(low - high) + 10, whisker.tip)
+    return f'<path class="whisker {whisker.colour}" d="{caps}"/>{_dot(whisker.colour, at, mean, "4.5")}{hit}'
 
 
 def _percent(value: float) -> str:

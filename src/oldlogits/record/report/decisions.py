@@ -9,11 +9,10 @@ from typing import Final
 from markupsafe import Markup
 
 from oldlogits.record.bus import recorded_names
-from oldlogits.record.events import Audited, AverageWasReset
+from oldlogits.record.events import Audited, AverageWasReset, Updated
 from oldlogits.record.report import charts
-from oldlogits.record.report.charts import Bar
+from oldlogits.record.report.charts import Bar, Figure
 from oldlogits.record.report.data import RunData
-from oldlogits.record.report.figures import Figure
 
 Sums = Mapping[str, float]
 """The sums of an `audit` event at one staleness, or over several."""
@@ -48,17 +47,10 @@ _RESET_COLUMNS: Final = (
 _MAX_RESETS: Final = 50
 
 
-def decisions(run: RunData) -> dict[str, list[Figure]]:
-    """The sections by their names; none without an audit and resets."""
-    sections = {}
-    if run.audits:
-        sections["The exact audit"] = [_audit(run)]
-    if run.resets:
-        sections["Resets of the average"] = [_resets(run.resets)]
-    return sections
-
-
-def _audit(run: RunData) -> Figure:
+def audit(run: RunData, _: Sequence[Updated]) -> Figure | None:
+    """Draw which tokens the source's policy decided otherwise than OLD, by staleness; None without an audit."""
+    if not run.audits:
+        return None
     by_staleness = pooled(run.audits)
     policy = run.audits[-1].policy
     caption = (
@@ -77,8 +69,11 @@ def _audit(run: RunData) -> Figure:
     )
 
 
-def _resets(events: Sequence[AverageWasReset]) -> Figure:
-    """One row a reset, the newest ones, and the mean over all that were audited."""
+def resets(run: RunData, _: Sequence[Updated]) -> Figure | None:
+    """List the newest resets, and the mean over all that were audited; None without a reset."""
+    events = run.resets
+    if not events:
+        return None
     errors = [found for event in events if (found := _errors(event)) is not None]
     means = tuple(f"{fmean(column):.2%}" for column in zip(*errors, strict=True)) or ("—",) * len(_ERRORS)
     shown = events[-_MAX_RESETS:]
