@@ -91,4 +91,4 @@ def test_the_report_shows_chart_and_table_and_a_run_without_an_audit_shows_neith
     assert section.findtext(".//h3") == "Tokens that ewma decides otherwise than old"
     assert [row.findtext("td") for row in section.iter("tr")][1:] == ["0", "1", "all"]
     assert "staleness 1: 40 tokens&#10;5.00% kept wrongly, 15.00% masked wrongly" in page.replace("\n", "&#10;")
-    assert figures(read_run(fake_run(3))) == {}
+    assert not {"The exact audit", "Resets of the average"} & set(figures(read_run(fake_run(3))))

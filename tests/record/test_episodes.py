@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from oldlogits.record.episodes import Episode, EpisodeLog, EpisodeSegment, read_episodes
+from oldlogits.record.episodes import Episode, EpisodeSegment, read_episodes
 from oldlogits.record.jsonl import LineFile, RecordError
 from oldlogits.record.report.transcripts import chosen_transcripts
 
@@ -33,9 +34,9 @@ SEGMENTS = (
 
 def test_episodes_are_read_back_equal_with_and_without_their_text(tmp_path: Path):
     written = [episode("a", segments=SEGMENTS), episode("b", reward=float("inf"), stage="after")]
-    with EpisodeLog(tmp_path / "episodes.jsonl") as log:
+    with LineFile(tmp_path / "episodes.jsonl") as log:
         for one in written:
-            log.take(one)
+            log.append(asdict(one))
     assert list(read_episodes(tmp_path / "episodes.jsonl")) == written
 
 

@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -15,9 +15,10 @@ import pytest
 
 from oldlogits.cli.report import report
 from oldlogits.core.errors import ConfigError
-from oldlogits.record.episodes import Episode, EpisodeLog, EpisodeSegment
+from oldlogits.record.episodes import Episode, EpisodeSegment
 from oldlogits.record.event_log import EventLog, read_events
 from oldlogits.record.events import Updated, Warned
+from oldlogits.record.jsonl import LineFile
 from oldlogits.record.report.charts import Bar, Bound, Line, bar_chart, line_chart, log_ticks, nice_ticks, x_axis, y_axis
 from oldlogits.record.report.data import binned, read_run
 from oldlogits.record.report.page import write_report
@@ -65,8 +66,8 @@ def test_what_episodes_and_recipes_say_is_escaped(fake_run):
         id="x", group="g", version=9, split="train", stage="train", reward=1.0,
         stop_reason=EVIL, num_turns=1, versions=(9,), segments=segments,
     )  # fmt: skip
-    with EpisodeLog(run / "episodes.jsonl") as log:
-        log.take(evil)
+    with LineFile(run / "episodes.jsonl") as log:
+        log.append(asdict(evil))
     with EventLog(run / "events.jsonl") as log:
         log.emit(Warned(version=2, name="a", message=EVIL, figures={}))
     (run / "config.toml").write_text(f"x = '''{EVIL}'''")
