@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.loss import LOSSES, LossInputs, Objective
 from oldlogits.core.policies import OLD, THETA, VARIANTS
-from oldlogits.record.bus import EventKind
 from oldlogits.record.events import Audited
 from oldlogits.run.run import run
 
@@ -95,7 +94,7 @@ def table_of(folder, version):
 
 def test_a_run_trains_with_it_and_its_numbers_are_those_of_the_formula(trained):
     clipped = 0
-    for event in events_of(trained[8192], EventKind.UPDATE):
+    for event in events_of(trained[8192], "update"):
         table, metrics = table_of(trained[8192], event.version), event.metrics
         rows = defaultdict(list)
         for row, name in enumerate(table["trajectory"]):
