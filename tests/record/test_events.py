@@ -24,11 +24,11 @@ from oldlogits.record.events import (
 from oldlogits.record.jsonl import LineFile, RecordError, encode, read_lines, revived
 from tests.memory_log import MemoryLog, without_wall_clock
 
-NAMES = """
-    audit average_reset batch calibration checkpoint evaluation group_admitted group_closed probe published
-    run_ended run_started scored server_down server_up trajectory_failed trajectory_restarted update warm_start
-    warning weights_updated
-""".split()
+NAMES = [
+    "audit", "average_reset", "batch", "calibration", "checkpoint", "evaluation", "group_admitted",
+    "group_closed", "probe", "published", "run_ended", "run_started", "scored", "server_down", "server_up",
+    "trajectory_failed", "trajectory_restarted", "update", "warm_start", "warning", "weights_updated",
+]  # fmt: skip
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),

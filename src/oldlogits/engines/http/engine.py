@@ -154,7 +154,8 @@ class HttpEngine:
             self.fleet.fail(replica, f"it sampled with weights of {versions}, not with this run's version {self._version}")
             return None
         request.keep(answer)
-        replica.receive(len(answer.output_ids))
+        if replica.num_received is not None:
+            replica.num_received += len(answer.output_ids)
         self._count.num_steps += 1
         self._count.num_decode_tokens += len(answer.output_ids)
         self._count.num_prefill_tokens += len(asked.token_ids)
