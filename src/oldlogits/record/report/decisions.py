@@ -74,7 +74,7 @@ def resets(run: RunData, _: Sequence[Updated]) -> Figure | None:
     events = run.resets
     if not events:
         return None
-    errors = [found for event in events if (found := _errors(event)) is not None]
+    errors = [[getattr(event, name) for name in _ERRORS] for event in events if event.error_before is not None]
     means = tuple(f"{fmean(column):.2%}" for column in zip(*errors, strict=True)) or ("—",) * len(_ERRORS)
     shown = events[-_MAX_RESETS:]
     caption = (
@@ -89,7 +89,7 @@ def resets(run: RunData, _: Sequence[Updated]) -> Figure | None:
 
 
 def _reset_row(event: AverageWasReset) -> tuple[str, ...]:
-    errors = _errors(event)
+    errors = (getattr(event, name) for name in _ERRORS)
     return (
         str(event.version),
         event.rule,
@@ -97,14 +97,8 @@ def _reset_row(event: AverageWasReset) -> tuple[str, ...]:
         f"{event.age:.1f}",
         f"{event.kept_average:.2%}",
         f"{event.kept_live:.2%}",
-        *([f"{error:.2%}" for error in errors] if errors else ["—"] * len(_ERRORS)),
+        *("—" if error is None else f"{error:.2%}" for error in errors),
     )
-
-
-def _errors(event: AverageWasReset) -> tuple[float, ...] | None:
-    """The four decision errors of a reset; None without an audit."""
-    errors: list[float | None] = [getattr(event, name) for name in _ERRORS]
-    return tuple(error for error in errors if error is not None) if None not in errors else None
 
 
 def pooled(events: Iterable[Audited]) -> dict[int, Sums]:
