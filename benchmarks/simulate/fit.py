@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -64,11 +64,11 @@ def straight_line(sums: Line) -> tuple[float, float]:
         Sizes 1 and 3 that took 2 s and 4 s: a fixed second, and one for each unit.
     """
     if not sums.num or not sums.size:
-        return (sums.seconds_s / sums.num if sums.num else 0.0), 0.0
+        return (sums.s / sums.num if sums.num else 0.0), 0.0
     spread = sums.size_sq - sums.size**2 / sums.num
-    slope = (sums.size_s - sums.size * sums.seconds_s / sums.num) / spread if spread > 1e-9 * sums.size_sq else 0.0
-    slope = min(max(0.0, slope), sums.seconds_s / sums.size)
-    return (sums.seconds_s - slope * sums.size) / sums.num, slope
+    slope = (sums.size_s - sums.size * sums.s / sums.num) / spread if spread > 1e-9 * sums.size_sq else 0.0
+    slope = min(max(0.0, slope), sums.s / sums.size)
+    return (sums.s - slope * sums.size) / sums.num, slope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,8 +231,7 @@ class MeasuredRun:
         return tuple(Condition(trainer=float(t), engine=float(e)) for t, e in zip(trainer, engine, strict=True))
 
     def _line(self, name: str) -> Line:
-        part = {"num": "_num", "size": "_size", "size_sq": "_size_sq", "seconds_s": "_s", "size_s": "_size_s"}
-        return Line(**{field: self.total(f"engine/{name}{end}") for field, end in part.items()})
+        return Line(**{field.name: self.total(f"engine/{name}_{field.name}") for field in fields(Line)})
 
     @property
     def trainer_times(self) -> TrainerTimes:
