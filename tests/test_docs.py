@@ -13,7 +13,6 @@ import torch
 from oldlogits.cli.show import TABLES
 from oldlogits.config import RunConfig, load_config
 from oldlogits.envs.base import load_environment
-from oldlogits.record.bus import EventKind
 from oldlogits.record.event_log import read_events
 from oldlogits.run.run import run
 from order_desk.data import ruling
@@ -93,8 +92,8 @@ def documented_metrics() -> set[str]:
 def emitted_metrics(tmp_path: Path, name: str, config: RunConfig) -> set[str]:
     """The names in the updates of a run, without the staleness that they are restricted to."""
     assert run(config, tmp_path / name).error is None
-    updates = [e for e in read_events(tmp_path / name / "events.jsonl") if e.kind is EventKind.UPDATE]
-    return {metric.partition("@")[0] for update in updates for metric in update.fields["metrics"]}
+    updates = [e for e in read_events(tmp_path / name / "events.jsonl") if e.kind == "update"]
+    return {metric.partition("@")[0] for update in updates for metric in update.metrics}
 
 
 def test_every_emitted_metric_is_documented_and_every_documented_one_is_emitted(tmp_path, tiny_folder, tiny_moe_folder) -> None:

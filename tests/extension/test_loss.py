@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.loss import LOSSES, LossInputs, Objective
 from oldlogits.core.policies import OLD, THETA, VARIANTS
-from oldlogits.record.bus import EventKind
+from oldlogits.record.events import Audited
 from oldlogits.run.run import run
 
 from ..runs import events_of, recipe
@@ -94,8 +94,8 @@ def table_of(folder, version):
 
 def test_a_run_trains_with_it_and_its_numbers_are_those_of_the_formula(trained):
     clipped = 0
-    for event in events_of(trained[8192], EventKind.UPDATE):
-        table, metrics = table_of(trained[8192], event.version), event.fields["metrics"]
+    for event in events_of(trained[8192], "update"):
+        table, metrics = table_of(trained[8192], event.version), event.metrics
         rows = defaultdict(list)
         for row, name in enumerate(table["trajectory"]):
             rows[name].append(row)
@@ -128,11 +128,11 @@ def test_its_numbers_do_not_depend_on_the_size_of_micro_batches_since_no_sequenc
 
 
 def test_the_audit_decides_with_the_same_loss(trained):
-    audits = [event for event in events_of(trained[8192]) if "wrongly_kept" in event.fields]
+    audits = [event for event in events_of(trained[8192]) if isinstance(event, Audited)]
     assert len(audits) == 2
     for event in audits:
-        assert sum(event.fields["wrongly_kept"]) == sum(event.fields["wrongly_masked"]) == 0
-        assert sum(event.fields["num_tokens"]) > 0
+        assert sum(event.wrongly_kept) == sum(event.wrongly_masked) == 0
+        assert sum(event.num_tokens) > 0
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,12 @@ from oldlogits.config import check, config_from_table
 from oldlogits.core.policies import find_variant
 from oldlogits.core.scoring import BatchTokens
 from oldlogits.loop.audit import ExactAudit
-from oldlogits.record.bus import EventKind
-from oldlogits.record.event_log import without_wall_clock
 from oldlogits.record.report.data import read_run
 from oldlogits.record.report.decisions import pooled
 from oldlogits.run.run import run
 from oldlogits.train.step import UpdateResult
 from oldlogits.train.weights.average import AverageReset
+from tests.memory_log import without_wall_clock
 
 ENVIRONMENT = '''
 class Parity:
@@ -293,7 +292,7 @@ def test_an_event_holds_the_sums_by_staleness_with_the_exact_rows_active_set():
     assert store.asked == [(3, [1, 2, 3, 4]), (5, [0])]
     assert audit.judge(scores, result_of(TOKENS), version=6) == {}
     ((kind, version, fields),) = record.events
-    assert (kind, version, fields.pop("policy"), fields.pop("seconds_s")) == (EventKind.AUDIT, 6, "ewma", 0.0)
+    assert (kind, version, fields.pop("policy"), fields.pop("seconds_s")) == ("audit", 6, "ewma", 0.0)
     expected = {
         "num_tokens": [1, 0, 4], "num_nonzero": [1, 0, 3], "num_compared": [1, 0, 4],
         "logp_error": [0, 0, 3 * LOG_1_2],

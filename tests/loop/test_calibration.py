@@ -23,11 +23,10 @@ from oldlogits.config import config_from_table
 from oldlogits.core.errors import MissingLogprobError
 from oldlogits.engines.embedded.slots import SlotTable
 from oldlogits.loop.calibration import BANDS, MISMATCH, ROUNDING, Calibrator
-from oldlogits.record.bus import EventKind
-from oldlogits.record.event_log import without_wall_clock
 from oldlogits.record.events import Calibrated
 from oldlogits.record.report.data import read_run
 from oldlogits.run.run import run
+from tests.memory_log import without_wall_clock
 
 from ..builders import batch_of, sampled, trajectory
 from ..runs import events_of, recipe, summary_of, tokens_of
@@ -61,12 +60,12 @@ def calibrated(tiny_folder, tmp_path_factory):
 
 
 def fields_of(out: Path) -> dict:
-    [event] = events_of(out, EventKind.CALIBRATION)
-    return dict(event.fields)
+    [event] = events_of(out, "calibration")
+    return dict(event.recorded())
 
 
 def names_of(out: Path) -> list[str]:
-    return [str(event.fields["name"]) for event in events_of(out, EventKind.WARNING)]
+    return [str(event.name) for event in events_of(out, "warning")]
 
 
 @pytest.mark.parametrize("numerics", ["fp8", "int4"])
@@ -122,16 +121,16 @@ def test_warnings_are_events_with_figures_lines_on_the_console_and_notes_in_the_
     run(config, tmp_path / "run")
     found = fields_of(tmp_path / "run")
     assert found["kept"] < config.proximal.reset_below
-    clip, band = events_of(tmp_path / "run", EventKind.WARNING)
-    assert (clip.fields["name"], clip.fields["figures"]) == ("no-clip", {"minibatches_per_update": 1, "clipped": 0})
-    assert (band.fields["name"], band.version) == ("tight-band", 0)
-    assert band.fields["figures"] == {"band": 1.03, "kept": found["kept"], "tau": 0.9}
-    [update] = events_of(tmp_path / "run", EventKind.UPDATE)
-    assert update.fields["metrics"]["mask/rho_clip"] == 1  # the warning is right
-    assert update.fields["metrics"]["mask/rho_band"] == pytest.approx(found["kept"], abs=1e-6)
+    clip, band = events_of(tmp_path / "run", "warning")
+    assert (clip.name, clip.figures) == ("no-clip", {"minibatches_per_update": 1, "clipped": 0})
+    assert (band.name, band.version) == ("tight-band", 0)
+    assert band.figures == {"band": 1.03, "kept": found["kept"], "tau": 0.9}
+    [update] = events_of(tmp_path / "run", "update")
+    assert update.metrics["mask/rho_clip"] == 1  # the warning is right
+    assert update.metrics["mask/rho_band"] == pytest.approx(found["kept"], abs=1e-6)
     said = capsys.readouterr().out
     page = (tmp_path / "run" / "report.html").read_text()
-    for message in (str(clip.fields["message"]), str(band.fields["message"])):
+    for message in (str(clip.message), str(band.message)):
         assert said.count(f"warning: {message}\n") == 1
         assert page.count(f"<li>Warning: {message}".replace("'", "&#39;")) == 1
     assert "   *1.03 " in said
@@ -180,7 +179,7 @@ def test_training_is_the_same_bit_for_bit_with_and_without_it(variant, source, t
 
     assert plain(without) == plain(with_it)
     assert fields_of(with_it)["num_trajectories"] == 5
-    assert events_of(without, EventKind.CALIBRATION) == []
+    assert events_of(without, "calibration") == []
     assert without_wall_clock(summary_of(without)) == without_wall_clock(summary_of(with_it))
     assert read_run(without).calibration is None
 
@@ -189,8 +188,8 @@ def test_a_resumed_run_is_not_calibrated_again_and_its_report_says_each_warning_
     config = recipe(tiny_folder, num_updates=1, max_staleness=0, lockstep={"max_lag": 0}, trainer={"minibatches_per_update": 1})
     run(config, tmp_path / "run")
     run(replace(config, num_updates=2), tmp_path / "run", resume=True)
-    assert len(events_of(tmp_path / "run", EventKind.UPDATE)) == 2
-    assert [event.version for event in events_of(tmp_path / "run", EventKind.CALIBRATION)] == [0]
+    assert len(events_of(tmp_path / "run", "update")) == 2
+    assert [event.version for event in events_of(tmp_path / "run", "calibration")] == [0]
     assert names_of(tmp_path / "run") == ["no-clip", "no-clip"]
     assert len(read_run(tmp_path / "run").warnings) == 1
 
@@ -201,7 +200,7 @@ def test_an_engine_without_log_probs_ends_the_run_before_anything_is_trained(tin
     assert isinstance(result.error, MissingLogprobError)
     assert result.error.fix.startswith("ask the engine for the log-probs")
     assert result.summary.num_updates == 0
-    assert events_of(tmp_path / "run", EventKind.UPDATE) == []
+    assert events_of(tmp_path / "run", "update") == []
 
 
 class Trainer:
@@ -272,7 +271,7 @@ def test_log_probs_of_the_trainer_in_place_of_the_engines_end_the_run(tiny_folde
     result = run(recipe(tiny_folder, engine={"precision": "bf16"}), tmp_path / "run")
     assert isinstance(result.error, MissingLogprobError)
     assert "though the engine computes in bf16" in result.error.what
-    assert events_of(tmp_path / "run", EventKind.UPDATE) == []
+    assert events_of(tmp_path / "run", "update") == []
 
 
 def test_the_trajectories_measured_are_evenly_spaced_over_the_batch():

@@ -20,7 +20,6 @@ from oldlogits.engines.embedded.numerics import Numerics
 from oldlogits.engines.embedded.stepwise import EmbeddedEngine
 from oldlogits.loop.probe import AllowedError, ProbeResult, allowed_error, probe
 from oldlogits.models.load import load_model, named_weights
-from oldlogits.record.bus import EventKind
 from oldlogits.run.run import run
 from oldlogits.train.consistency import is_routed
 from oldlogits.train.weights.engine_view import EngineView
@@ -211,7 +210,7 @@ def test_a_run_stops_at_the_first_version_that_an_fp8_engine_does_not_take_over(
     result = low_run(tiny_folder, tmp_path / "run")
     assert isinstance(result.error, ProbeError)
     assert "does not hold version 2" in str(result.error)
-    assert [event.version for event in events_of(tmp_path / "run", EventKind.PROBE)] == [0, 1]
+    assert [event.version for event in events_of(tmp_path / "run", "probe")] == [0, 1]
 
 
 def test_the_largest_error_of_a_sound_run_is_rounding_with_coarse_numerics_too(tiny_folder, tmp_path):

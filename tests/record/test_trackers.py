@@ -12,9 +12,10 @@ from oldlogits.core.errors import ConfigError
 from oldlogits.core.tracker import TrackedRun
 from oldlogits.core.trajectory import Context, Sampled, Trajectory
 from oldlogits.record.bus import EventBus
-from oldlogits.record.episodes import EpisodeLog, EpisodeRecorder
+from oldlogits.record.episodes import EpisodeRecorder
 from oldlogits.record.events import Evaluated, Updated
 from oldlogits.record.folder import RunFolder
+from oldlogits.record.jsonl import LineFile
 from oldlogits.record.trackers.feed import TrackerFeed, find_trackers, flat, open_feeds
 from tests.memory_log import MemoryLog
 
@@ -42,7 +43,7 @@ def follow(tmp_path: Path, name: str) -> RunFolder:
     folder = RunFolder.create(tmp_path / "my-run")
     [feed] = open_feeds(find_trackers([name]), folder, CONFIG)
     log = MemoryLog()
-    with EpisodeLog(folder.episodes) as episodes:
+    with LineFile(folder.episodes) as episodes:
         recorder = EpisodeRecorder(episodes, lambda ids: " ".join(map(str, ids)), every=1, others=[feed.take])
         bus = EventBus(log, recorder, feed)
         feed.warn_on(bus)
@@ -153,10 +154,10 @@ def test_a_tracker_that_fails_is_warned_of_once_and_left_alone(tmp_path):
     for version in (2, 3):
         bus.emit(Updated(version=version, metrics={}, staleness_counts={}))
     assert Failing.asked == ["r", "log 1"]
-    [warning] = [event.fields for event in log.events if event.kind == "warning"]
-    assert warning["name"] == "tracker"
-    assert "tracker 'mine' failed" in warning["message"]
-    assert "ConnectionError: no route to host" in warning["message"]
+    [warning] = [event for event in log.events if event.kind == "warning"]
+    assert warning.name == "tracker"
+    assert "tracker 'mine' failed" in warning.message
+    assert "ConnectionError: no route to host" in warning.message
     assert feed.finish(RunFolder(path=tmp_path)) == "", "told already"
 
 

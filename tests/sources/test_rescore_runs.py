@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from oldlogits.record.bus import EventKind
 from oldlogits.run.run import run
 
 from ..runs import check_accounting, events_of, recipe, summary_of, tokens_of
@@ -30,7 +29,7 @@ def rescored(out: Path, folder: Path, numerics: str, **sections: object) -> dict
 
 def correlations(out: Path) -> list[dict[str, float]]:
     """Of every update."""
-    found = [event.fields["metrics"] for event in events_of(out, EventKind.UPDATE)]
+    found = [event.metrics for event in events_of(out, "update")]
     return [{name: value for name, value in metrics.items() if name.startswith("source/")} for metrics in found]
 
 
@@ -63,7 +62,7 @@ def test_the_noise_correlates_fully_at_lag_0_and_less_at_larger_lags_and_no_vers
     error = np.abs(tokens["logp_proximal"] - tokens["logp_theta"])
     assert error[~lagging].max() <= 1e-5
     assert error[lagging].max() > 1e-2
-    assert {event.fields["bytes"] for event in events_of(tmp_path, EventKind.PUBLISHED)} == {0}
+    assert {event.bytes for event in events_of(tmp_path, "published")} == {0}
 
 
 @pytest.mark.slow

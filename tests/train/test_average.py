@@ -11,12 +11,12 @@ from oldlogits.core.errors import RunFolderError
 from oldlogits.core.policies import EWMA
 from oldlogits.core.scoring import Scored
 from oldlogits.models.load import load_model, named_weights
-from oldlogits.record.event_log import without_wall_clock
 from oldlogits.run.specs import trainer_spec
 from oldlogits.train.checkpoint import read_state
 from oldlogits.train.trainer import Trainer
 from oldlogits.train.weights.average import RECENT_LAGS, Averaging
 from oldlogits.versions import best_beta, growth_exponent
+from tests.memory_log import without_wall_clock
 
 from ..builders import batch_of, sampled, trajectory
 

@@ -1,14 +1,8 @@
 """The seams of environments and starting models: what a run needs of them, and how a recipe names them.
 
-    class Desk:
-        system_prompt = "..."                            # optional
-        def reset(self, **row) -> str | None             # the first user message
-        def get_reward(self) -> float
-        def reply(self, message) -> str | None           # optional: the conversation partner; None ends the episode
-        def any_other_public_method(self, order: str)    # a tool, with a docstring; it may be async
-
-`env.target` says which environment, and `env.adapter` how its words become such a class: the built-in adapter "class"
-imports one that is written in this shape; another one wraps what was written for another project.
+The shape of an environment class, whose public methods are its tools, is described in docs/environments.md. `env.target` says
+which environment, and `env.adapter` how its words become such a class: the built-in adapter "class" imports one that is
+written in this shape; another one wraps what was written for another project.
 
 `model.path` is a folder, a built-in name of `MODELS`, or "package.module:function". A function is enough; an object that is
 called may say more about its model (`DescribedModel`).

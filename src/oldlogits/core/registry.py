@@ -48,7 +48,9 @@ class Registry(Generic[T]):
         path = self.builtin.get(name, name)
         module_name, _, attribute = path.partition(":")
         if not module_name or not attribute:
-            raise self._error(f"unknown {self.kind}", repr(name), self._nearest(name))
+            near = difflib.get_close_matches(name, self.names, n=1)
+            fix = f"did you mean '{near[0]}'?" if near else "choose one of these"
+            raise self._error(f"unknown {self.kind}", repr(name), fix)
         found = self._import(module_name, name)
         for part in attribute.split("."):
             if not hasattr(found, part):
@@ -78,10 +80,6 @@ class Registry(Generic[T]):
                 f"{type(error).__name__}: {error}",
                 "install the package that holds it, or run in the folder where it lies",
             ) from error
-
-    def _nearest(self, name: str) -> str:
-        near = difflib.get_close_matches(name, self.names, n=1)
-        return f"did you mean '{near[0]}'?" if near else "choose one of these"
 
     def _error(self, what: str, got: str, fix: str) -> ConfigError:
         allowed = f"{self.key} = {', '.join(self.names)}" if self.names else f"{self.key} ="

@@ -38,12 +38,6 @@ def revived(value: Json) -> Json:
     return float(value) if value in ("nan", "inf", "-inf") else value
 
 
-def number(value: Json) -> float | None:
-    """A recorded number, non-finite ones included; None where the value is no number."""
-    value = revived(value)
-    return None if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
-
-
 class LineFile:
     """Appends JSON lines to a file, each flushed as it is written. One thread writes at a time.
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from oldlogits.core.errors import ConfigError
-from oldlogits.record.event_log import without_wall_clock
 from oldlogits.run.run import run
 from studies.old_logits.measure.trace import AVERAGES, TraceInfo, record_trace
+from tests.memory_log import without_wall_clock
 from tests.runs import assert_same_state, recipe, tokens_of
 
 WINDOW, UPDATES, SCORED = 3, 6, 3

@@ -6,7 +6,7 @@ import asyncio
 import importlib.util
 import os
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -87,15 +87,12 @@ def start(spec: EngineSpec, servers: ServerOptions) -> list[Replica]:
             "or start `oldlogits serve MODEL` and set engine.urls",
         )
     replicas: list[Replica] = []
-    try:
+    with ExitStack() as started:
         for number in range(servers.num_servers):
             own = replace(spec, seed=spec.seed + number)
             launched = ServerProcess(LaunchSpec(engine=own, servers=servers), f"server-{number}")
+            started.callback(launched.close)
             http = HttpClient(launched.url, token=launched.token, control_timeout_s=servers.timeouts.control_s)
             replicas.append(Replica(server=protocol(http), launched=launched))
-    except BaseException:
-        for replica in replicas:
-            assert replica.launched is not None
-            replica.launched.close()
-        raise
+        started.pop_all()  # all have started: they are the engine's to close
     return replicas

@@ -101,6 +101,20 @@ class Bound:
     label: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """A chart with its title, its legend (colour class and label), a sentence on how to read it, and its numbers.
+
+    A table is a row of column names and the rows below it.
+    """
+
+    title: str
+    caption: str
+    svg: Markup
+    legend: tuple[tuple[str, str], ...] = ()
+    table: tuple[tuple[str, ...], ...] = ()
+
+
 def x_axis(low: float, high: float, *, transform: Transform = "linear", whole: bool = False) -> Axis:
     """A horizontal axis over exactly ``[low, high]``; `whole` labels integers only."""
     if high <= low:
