@@ -20,8 +20,9 @@ from pathlib import Path
 from statistics import median
 
 from oldlogits.backends.processes import start_scorer, start_trainer
-from oldlogits.batch import collate
-from oldlogits.config import RunConfig, config_from_table, load_config
+from oldlogits.batch.collate import collate
+from oldlogits.config.load import config_from_table, load_config
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.scoring import BatchTokens, DedicatedScorer
 from oldlogits.core.trajectory import Context, Sampled, Segment, Trajectory, TrajectoryGroup
 from oldlogits.record.event_log import read_events, typed

@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 import tomli_w
 import torch
 
-from oldlogits.config import RunConfig, config_from_table
 from oldlogits.config.check import check
+from oldlogits.config.load import config_from_table
+from oldlogits.config.schema import RunConfig
 from oldlogits.record.bus import Event
 from oldlogits.record.event_log import read_events
 from oldlogits.train.checkpoint import read_state

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from oldlogits.cli.show import TABLES
-from oldlogits.config import RunConfig, load_config
+from oldlogits.config.load import load_config
+from oldlogits.config.schema import RunConfig
 from oldlogits.envs.base import load_environment
 from oldlogits.record.event_log import read_events
 from oldlogits.run.run import run

@@ -30,7 +30,8 @@ from benchmarks.simulate.scenario import (
     TrainerTimes,
     Turn,
 )
-from oldlogits.config import RunConfig, load_config
+from oldlogits.config.load import load_config
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.engine_stats import Line
 from oldlogits.core.errors import ConfigError
 from oldlogits.record.bus import Event

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oldlogits.batch import collate
+from oldlogits.batch.collate import collate
 from oldlogits.core.errors import TrajectoryError
 from oldlogits.core.trajectory import Context, TrajectoryGroup
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oldlogits.batch import micro_batches, plan, read_lengths
+from oldlogits.batch.pad import micro_batches, plan, read_lengths
 
 from ..builders import batch_of, sampled, trajectory
 from .test_collate import trajectories

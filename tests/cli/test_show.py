@@ -14,8 +14,9 @@ from rich.console import Console
 from oldlogits.cli.main import run, usage
 from oldlogits.cli.show import TABLES, recipe_rows
 from oldlogits.cli.table import Rows, packed, wrapped
-from oldlogits.config import RunConfig, known_keys
+from oldlogits.config.load import known_keys
 from oldlogits.config.reader import fields_by_key
+from oldlogits.config.schema import RunConfig
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 WIDTHS = [80, 120]

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from oldlogits.cli.main import run
-from oldlogits.config import config_from_table, load_config
+from oldlogits.config.load import config_from_table, load_config
 from oldlogits.models.load import load_model
 
 from ..runs import check_accounting, children, events_of, recipe, summary_of, tokens_of, write_recipe

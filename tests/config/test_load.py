@@ -10,8 +10,10 @@ import typing
 
 import pytest
 
-from oldlogits.config import RunConfig, check, config_from_table, known_keys, load_config, override, resolve, schema
-from oldlogits.config.load import _names
+from oldlogits.config import schema
+from oldlogits.config.check import check, resolve
+from oldlogits.config.load import _names, config_from_table, known_keys, load_config, override
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import ConfigError, MissingPolicyError
 from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, VARIANTS, find_variant
 from oldlogits.core.source import SOURCES, provided

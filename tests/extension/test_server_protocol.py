@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from oldlogits.config import check, config_from_table
+from oldlogits.config.check import check
+from oldlogits.config.load import config_from_table
 from oldlogits.core.errors import ConfigError
 from oldlogits.run.run import run
 

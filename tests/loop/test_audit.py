@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
-from oldlogits.config import check, config_from_table
+from oldlogits.config.check import check
+from oldlogits.config.load import config_from_table
 from oldlogits.core.policies import find_variant
 from oldlogits.core.scoring import BatchTokens
 from oldlogits.loop.audit import ExactAudit

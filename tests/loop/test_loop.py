@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from oldlogits.config import config_from_table
+from oldlogits.config.load import config_from_table
 from oldlogits.core.engine import EngineCapabilities, Generation, Sampling, Span
 from oldlogits.core.engine_stats import EngineStats
 from oldlogits.core.errors import NonFiniteError, ProbeError

@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from oldlogits.batch import TokenBatch
+from oldlogits.batch.collate import TokenBatch
 from oldlogits.cli.main import run as command
 from oldlogits.core.engine import EngineSpec, Sampling
 from oldlogits.core.errors import ExactnessError

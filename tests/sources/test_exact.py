@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from oldlogits.config import config_from_table
+from oldlogits.config.load import config_from_table
 from oldlogits.core.errors import ExactnessError, VersionEvictedError
 from oldlogits.core.policies import OLD
 from oldlogits.core.scoring import BatchTokens, DedicatedScorer

@@ -15,8 +15,8 @@ from benchmarks.scaling import __main__ as bench_scaling
 from benchmarks.scaling import measure as scaling
 from benchmarks.scaling.measure import Cpu, Measured, Report, Setting, Workload, measure, read_cpu, settings
 from oldlogits.cli.main import REFUSED, attempt
-from oldlogits.config import config_from_table
 from oldlogits.config.check import check
+from oldlogits.config.load import config_from_table
 from oldlogits.core.errors import ConfigError, WorkerDiedError
 from order_desk.slow import SlowOrderDesk
 

@@ -94,14 +94,8 @@ def variant_rows() -> Iterator[tuple[str, ...]]:
     for name, variant in {**VARIANTS, **EXPERIMENTAL_VARIANTS}.items():
         remarks = [] if variant.corrects_mismatch else ["mismatch uncorrected"]
         remarks += ["experimental"] if name in EXPERIMENTAL_VARIANTS else []
-        yield (
-            name,
-            str(variant.r_d),
-            str(variant.r_s),
-            str(variant.total),
-            ", ".join(sources_for(name)) or "-",
-            ", ".join(remarks),
-        )
+        ratios = (str(variant.r_d), str(variant.r_s), str(variant.total))
+        yield name, *ratios, ", ".join(sources_for(name)) or "-", ", ".join(remarks)
 
 
 def source_rows() -> Iterator[tuple[str, ...]]:

@@ -9,7 +9,7 @@ A built-in name stands for such a path as well, so nothing is imported before a 
 from __future__ import annotations
 
 import difflib
-import importlib
+import importlib.util
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,3 +84,18 @@ class Registry(Generic[T]):
     def _error(self, what: str, got: str, fix: str) -> ConfigError:
         allowed = f"{self.key} = {', '.join(self.names)}" if self.names else f"{self.key} ="
         return ConfigError(what, got=got, allowed=f'{allowed} or "package.module:Name"', fix=fix)
+
+
+def require(extra: str, *packages: str, what: str) -> None:
+    """Refuse `what` where one of the packages that an extra installs is missing.
+
+    Raises:
+        ConfigError: It names the missing packages and the command that installs them.
+    """
+    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+        raise ConfigError(
+            f"{what} needs a package that is not installed",
+            got=f"no {', '.join(missing)}",
+            allowed=f"the extra '{extra}'",
+            fix=f"pip install 'oldlogits[{extra}]'",
+        )

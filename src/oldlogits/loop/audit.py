@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oldlogits.config import RunConfig
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.loss import LOSSES, Loss, LossInputs, Objective
 from oldlogits.core.policies import MU, OLD, THETA, Policy, Variant
 from oldlogits.core.scoring import BatchTokens, ScoringHandle

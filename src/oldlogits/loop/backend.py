@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from oldlogits.config import Caution
+from oldlogits.config.guard import Caution
 from oldlogits.config.schema import EnvConfig, RolloutConfig
 from oldlogits.config.systems import LockstepConfig, RayConfig
 from oldlogits.core.engine import EngineKind, EngineSpec, RolloutEngine, ServerOptions

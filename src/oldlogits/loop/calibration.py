@@ -17,8 +17,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from oldlogits.batch import TokenBatch
-from oldlogits.config import Caution, RunConfig, kept_at_lag_0
+from oldlogits.batch.collate import TokenBatch
+from oldlogits.config.guard import Caution, kept_at_lag_0
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import MissingLogprobError
 from oldlogits.core.policies import Variant, find_variant
 from oldlogits.core.scoring import ScoringHandle

@@ -24,8 +24,8 @@ from dataclasses import asdict, replace
 
 import torch
 
-from oldlogits.batch import TokenBatch, collate
-from oldlogits.config import Caution
+from oldlogits.batch.collate import TokenBatch, collate
+from oldlogits.config.guard import Caution
 from oldlogits.core.errors import NonFiniteError
 from oldlogits.core.scoring import BatchTokens, Scored
 from oldlogits.core.source import LogprobSource

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from oldlogits.config import RunConfig
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.policies import find_variant
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.loop.audit import ExactAudit

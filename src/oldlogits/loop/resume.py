@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final
 
-from oldlogits.config import RunConfig, config_from_table
+from oldlogits.config.load import config_from_table
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import RunFolderError
 from oldlogits.record.folder import RunFolder
 

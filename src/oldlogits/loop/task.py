@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from oldlogits.config import RunConfig
-from oldlogits.config.schema import EvalConfig, RecordConfig, RolloutConfig
+from oldlogits.config.schema import EvalConfig, RecordConfig, RolloutConfig, RunConfig
 from oldlogits.core.environment import Environment
 from oldlogits.objective.advantages import AdvantageMode
 from oldlogits.rollout.tasks import TaskDataset

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from oldlogits.core.errors import ConfigError
+from oldlogits.core.registry import require
 from oldlogits.models.adapters import is_adapter
 
 if TYPE_CHECKING:
@@ -44,13 +45,10 @@ def add_adapters(model: PreTrainedModel, *, rank: int, alpha: float, targets: Se
             allowed=", ".join(sorted(linear)),
             fix="correct model.lora_targets",
         )
-    try:
-        from peft import inject_adapter_in_model
-        from peft.tuners.lora import LoraLayer
-    except ImportError as error:
-        raise ConfigError(
-            "model.lora_rank needs peft", got=str(error), allowed="peft 0.17 or newer", fix="pip install 'oldlogits[lora]'"
-        ) from error
+    require("lora", "peft", what="model.lora_rank")
+    from peft import inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
     inject_adapter_in_model(_lora_config(rank, alpha, targets), model)
     for module in model.modules():
         if isinstance(module, LoraLayer):

@@ -13,7 +13,7 @@ from typing import Final
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from oldlogits.config import RunConfig
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.engine import ENGINES
 from oldlogits.core.environment import MODELS, DescribedModel, is_model_folder
 from oldlogits.core.source import SOURCES

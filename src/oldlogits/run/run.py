@@ -14,7 +14,8 @@ from types import FrameType
 
 from rich.console import Console
 
-from oldlogits.config import Caution, RunConfig, cautions
+from oldlogits.config.guard import Caution, cautions
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.engine import ENGINES
 from oldlogits.core.engine_stats import Incident
 from oldlogits.core.environment import Environment, is_model_folder

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from oldlogits.config import RunConfig
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.backend import BACKENDS, BackendKind
 from oldlogits.core.engine import ENGINES, EngineSpec, ServerOptions, Timeouts
 from oldlogits.core.source import SOURCES

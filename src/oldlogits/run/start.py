@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from oldlogits.config import RunConfig
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.environment import MODELS, Demonstrated, Environment, ModelOrder, is_model_folder
 from oldlogits.models.cache import cache_folder
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from oldlogits.config import RunConfig
-from oldlogits.config.schema import EnvConfig
+from oldlogits.config.schema import EnvConfig, RunConfig
 from oldlogits.core.engine import RolloutEngine, Sampling
 from oldlogits.core.environment import MODELS, Demonstrated, DescribedModel, Environment, is_model_folder
 from oldlogits.core.errors import ConfigError

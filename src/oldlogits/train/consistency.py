@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
-from oldlogits.batch import Sequences
+from oldlogits.batch.sequences import Sequences
 from oldlogits.core.errors import ExactnessError
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.train.reports import ConsistencyErrors

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from oldlogits.batch import Sequences, TokenBatch, pack, read_lengths
+from oldlogits.batch.collate import TokenBatch
+from oldlogits.batch.pad import read_lengths
+from oldlogits.batch.sequences import Sequences, pack
 from oldlogits.core.errors import VersionEvictedError
 from oldlogits.core.scoring import AverageScores, EngineScores, ScoredSpans, ScoringSpan
 from oldlogits.core.weights import PolicyVersion

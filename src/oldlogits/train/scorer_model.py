@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from oldlogits.batch import Sequences, pack
+from oldlogits.batch.sequences import Sequences, pack
 from oldlogits.core.scoring import ScoredSpans, ScoringSpan
 from oldlogits.core.weights import FullWeights, PolicyVersion, WeightUpdate
 from oldlogits.models.device import find_device

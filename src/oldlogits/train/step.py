@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from oldlogits.batch import TokenBatch, shard_micro_batches
+from oldlogits.batch.collate import TokenBatch
+from oldlogits.batch.shard import shard_micro_batches
 from oldlogits.core.errors import MissingLogprobError, NonFiniteError
 from oldlogits.core.loss import LOSSES
 from oldlogits.core.policies import LINEAR, LOGLINEAR, MU, OLD, THETA

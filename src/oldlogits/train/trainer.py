@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from oldlogits.batch import TokenBatch
+from oldlogits.batch.collate import TokenBatch
 from oldlogits.core.errors import RunFolderError
 from oldlogits.core.scoring import Scored
 from oldlogits.core.weights import FullWeights, PolicyVersion

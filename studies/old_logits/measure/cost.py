@@ -11,8 +11,8 @@ from pathlib import Path
 from statistics import median
 from typing import Final
 
-from oldlogits.config import RunConfig
 from oldlogits.config.check import check
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, VARIANTS
 from oldlogits.core.source import SOURCES, provided

@@ -6,7 +6,7 @@ import itertools
 import time
 from pathlib import Path
 
-from oldlogits.config import RunConfig
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import NonFiniteError
 from oldlogits.record.bus import Event
 from oldlogits.record.event_log import read_events, typed

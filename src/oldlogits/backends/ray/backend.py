@@ -28,7 +28,7 @@ from oldlogits.backends.ray.cluster import Actor
 from oldlogits.backends.ray.remote_environments import AwaitingRunner, remote_class
 from oldlogits.backends.ray.weights import ClusterWeights
 from oldlogits.backends.ray.workers import Workers
-from oldlogits.config import Caution
+from oldlogits.config.guard import Caution
 from oldlogits.core.engine import ServerOptions
 from oldlogits.core.engine_stats import Incident
 from oldlogits.core.server import LaunchSpec

@@ -16,7 +16,7 @@ from oldlogits.backends.ray.cluster import Actor, ActorEndedError, ClusterError,
 from oldlogits.backends.ray.desired_workers import read_wanted
 from oldlogits.backends.ray.remote_environments import Place, PlaceLostError
 from oldlogits.backends.ray.weights import ClusterWeights
-from oldlogits.config import Caution
+from oldlogits.config.guard import Caution
 from oldlogits.core.engine import ServerOptions
 from oldlogits.core.errors import ConfigError, OldLogitsError
 from oldlogits.core.server import SERVER_PROTOCOLS, ServerFailedError, ServerProtocol, SharedWeights

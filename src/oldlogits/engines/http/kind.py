@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from oldlogits.core.engine import EngineKind, EngineSpec, OpenEngine, ServerOptions
 from oldlogits.core.engine_stats import Incident
 from oldlogits.core.errors import ConfigError
+from oldlogits.core.registry import require
 from oldlogits.core.server import SERVER_PROTOCOLS, LaunchSpec
 
 if TYPE_CHECKING:
@@ -31,13 +32,7 @@ class HttpKind(EngineKind):
     @asynccontextmanager
     async def open(self, spec: EngineSpec, servers: ServerOptions) -> AsyncIterator[OpenEngine]:
         """Connect to the servers of the recipe, or start some; on leaving none of the latter stays behind."""
-        if importlib.util.find_spec("aiohttp") is None:
-            raise ConfigError(
-                "an engine over HTTP needs a package that is not installed",
-                got="no aiohttp",
-                allowed="the extra 'vllm'",
-                fix="pip install 'oldlogits[vllm]'",
-            )
+        require("vllm", "aiohttp", what="an engine over HTTP")
         from oldlogits.engines.http.engine import HttpEngine
 
         replicas = attach(servers) if servers.urls else start(spec, servers)
