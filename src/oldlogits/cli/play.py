@@ -109,9 +109,12 @@ def play(options: PlayOptions, number: int, console: Console, read: Callable[[st
     _introduce(environment_class, options.mode, console)
     with asyncio.Runner() as loop:
         wait = loop.get_loop().run_until_complete  # not loop.run, so that Ctrl-C reaches whoever reads a line
-        played = wait(run_episode(agent, environment_class, row, id="play", group_id="play"))
+        try:
+            played = wait(run_episode(agent, environment_class, row, id="play", group_id="play"))
+        except KeyboardInterrupt:
+            played = Failure(id="play", group_id="play", reason="interrupted")
         if isinstance(played, Failure):
-            console.print(Text(f"the episode ended early: {played.reason}", style="yellow"))
+            console.print(Text(f"the episode ended early: {played.reason}\nreward 0 (failed)", style="yellow"))
             return 0.0
         if played.stop_reason != "done":
             left = "the agent left" if options.mode == "human" else f"the episode ended early: {played.stop_reason}"

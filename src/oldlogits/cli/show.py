@@ -40,9 +40,8 @@ def command(arguments: Sequence[str]) -> int:
     console = Console(highlight=False)
     if options.what in TABLES:
         table = TABLES[options.what]
-        console.print(
-            table.markdown() if options.markdown else table.rich(console.width), markup=False, soft_wrap=options.markdown
-        )
+        shown = table.markdown() if options.markdown else table.rich(console.width)
+        console.print(shown, markup=False, soft_wrap=options.markdown)
     elif (folder := Path(options.what)).is_dir():
         from oldlogits.record.live import print_summary
         from oldlogits.record.summary import Summary

@@ -71,7 +71,12 @@ def run_jobs(
             while waiting and idle:
                 job, worker = waiting.popleft(), idle.pop()
                 on_start(job)
-                running[worker.submit(_compute, work, job)] = job, worker, time.perf_counter()
+                try:
+                    future = worker.submit(_compute, work, job)
+                except BrokenProcessPool:  # killed while it waited
+                    worker = open_worker()
+                    future = worker.submit(_compute, work, job)
+                running[future] = job, worker, time.perf_counter()
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 job, worker, started = running.pop(future)
                 try:

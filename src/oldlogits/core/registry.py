@@ -87,11 +87,7 @@ class Registry(Generic[T]):
 
 
 def require(extra: str, *packages: str, what: str) -> None:
-    """Refuse `what` where one of the packages that an extra installs is missing.
-
-    Raises:
-        ConfigError: It names the missing packages and the command that installs them.
-    """
+    """Refuse `what` by a `ConfigError` where one of the packages that an extra installs is missing."""
     if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
         raise ConfigError(
             f"{what} needs a package that is not installed",

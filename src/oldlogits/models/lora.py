@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.registry import require
 from oldlogits.models.adapters import is_adapter
 
 if TYPE_CHECKING:
@@ -45,10 +44,12 @@ def add_adapters(model: PreTrainedModel, *, rank: int, alpha: float, targets: Se
             allowed=", ".join(sorted(linear)),
             fix="correct model.lora_targets",
         )
-    require("lora", "peft", what="model.lora_rank")
-    from peft import inject_adapter_in_model
-    from peft.tuners.lora import LoraLayer
-
+    try:
+        from peft import inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
+    except ImportError as error:
+        allowed, fix = "peft 0.18 or newer", "pip install 'oldlogits[lora]'"
+        raise ConfigError("model.lora_rank needs peft", got=str(error), allowed=allowed, fix=fix) from error
     inject_adapter_in_model(_lora_config(rank, alpha, targets), model)
     for module in model.modules():
         if isinstance(module, LoraLayer):

@@ -132,7 +132,7 @@ def read_episodes(path: Path) -> Iterator[Episode]:
     adapter = TypeAdapter(Episode)
     for line in read_lines(path):
         try:
-            yield adapter.validate_python(line)
+            yield adapter.validate_python(line, extra="forbid")
         except ValidationError as error:
             raise RecordError(
                 f"a line of {path.name} is no episode",

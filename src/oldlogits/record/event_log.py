@@ -43,6 +43,8 @@ def read_events(path: Path) -> Iterator[Event]:
     for line in read_lines(path):
         fields: dict[str, Any] = {key: revived(value) for key, value in line.items() if key not in ("seq", "kind")}
         try:
+            if not isinstance(fields.get("version"), int):
+                raise TypeError("no version")
             yield kinds[str(line["kind"])](**fields)
         except (KeyError, TypeError) as error:
             raise RecordError(
@@ -86,7 +88,7 @@ def _check_wall_clock(kind: str, fields: Mapping[str, Json]) -> None:
     for key, value in fields.items():
         if isinstance(value, Mapping):
             _check_wall_clock(kind, value)
-        elif is_wall_clock(key) and not isinstance(value, int | float | None):
+        elif is_wall_clock(key) and type(value) not in (int, float, type(None)):
             raise RecordError(
                 f"key '{key}' of event '{kind}' has the name of a wall-clock value",
                 got=repr(value),

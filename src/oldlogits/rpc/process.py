@@ -154,8 +154,11 @@ class ChildProcess:
                 self._take(post.call.number)
                 post.future.set_exception(error)
                 continue
-            with contextlib.suppress(OSError):  # the child has ended: the reader tells why
+            try:
                 self._pipe.send_bytes(message)
+            except OSError as error:
+                if not isinstance(error, ConnectionError):  # then the child has ended, and the reader tells why
+                    self.give_up(f"a call that cannot be sent: {error}")
             if post.call.number and not self._is_pipelined:
                 wait_for([post.future])
 

@@ -19,10 +19,9 @@ def write_wanted(folder: Path, num_workers: int) -> None:
 
 def read_wanted(folder: Path) -> int | None:
     """Return how many workers are wanted; None: nobody has said."""
-    try:
-        text = (folder / NAME).read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not (path := folder / NAME).exists():
         return None
+    text = path.read_text(encoding="utf-8")
     try:
         num = json.loads(text)["num_workers"]
     except (ValueError, TypeError, KeyError):
