@@ -17,7 +17,7 @@ from tests.memory_log import without_wall_clock
 from ..runs import assert_same_state, check_accounting, events_of, recipe, summary_of, tokens_of
 
 TOLERANCE = 1e-4
-"""Nats: what two fp32 engines may differ by (witness c)."""
+"""Nats: what two fp32 engines may differ by (the probe)."""
 
 LAGS = ("fresh_first", "even", "skewed", "random")
 

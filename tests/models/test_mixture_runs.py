@@ -13,7 +13,9 @@ from ..runs import check_accounting, events_of, recipe, tokens_of
 @pytest.mark.parametrize("numerics", ["fp32", "fp8"])
 def test_every_version_is_what_was_published_and_in_fp32_the_engines_agree_across_updates(tiny_moe_folder, numerics, tmp_path):
     config = recipe(tiny_moe_folder, engine={"precision": numerics}, num_updates=3)
-    assert run(config, tmp_path / "run").error is None  # the probe, and the witness at lag 0, stop a run that is not exact
+    assert (
+        run(config, tmp_path / "run").error is None
+    )  # the probe, and the consistency check at lag 0, stop a run that is not exact
     check_accounting(tmp_path / "run")
     assert len(events_of(tmp_path / "run", "probe")) == 1 + config.num_updates
     tokens = tokens_of(tmp_path / "run", "logp_mu", "logp_proximal", "staleness")

@@ -46,7 +46,7 @@ class RouteCost:
         resident_copies: Copies of the weights on the trainer's side: ``1 + stored_bytes / weights_bytes``.
         num_switches: Switches of the scoring weights from one version to another, mean per update.
         switch_s: Seconds until the scoring module points at a version's weights, checkout included, mean over all checkouts;
-            the witness that follows is a part of `score_s`; None: no switch.
+            the consistency check that follows is a part of `score_s`; None: no switch.
         forwards: Tokens that the forward passes for the proximal policy read / tokens of the batches, context included.
         score_s: The scorer worked.
         wait_s: The update waited for scores.
@@ -105,7 +105,7 @@ PRINTED: Final = (
 
 
 def route_config(config: RunConfig, route: str) -> RunConfig:
-    """A recipe under another route, with the variant that the route is for; without evaluation, resets and referee.
+    """A recipe under another route, with the variant that the route is for; without evaluation, resets and audit.
 
     Args:
         config: The recipe.
@@ -136,13 +136,13 @@ def measure_route(config: RunConfig, out: Path) -> RouteCost:
         out: The run folder.
 
     Raises:
-        ConfigError: There are too few updates, or a referee, whose stored versions would be counted.
+        ConfigError: There are too few updates, or an audit, whose stored versions would be counted.
         RecordError: The run was interrupted.
         OldLogitsError: The run failed.
     """
     if config.num_updates <= WARM_UP or config.audit.share > 0:
         raise ConfigError(
-            "the cost of a route is measured over the updates after the first two, without a referee",
+            "the cost of a route is measured over the updates after the first two, without an audit",
             got=f"num_updates = {config.num_updates}, audit.share = {config.audit.share}",
             allowed=f"num_updates > {WARM_UP}, audit.share = 0",
             fix="num_updates = 12, and remove audit.share",

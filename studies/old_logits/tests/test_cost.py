@@ -143,7 +143,7 @@ def test_a_route_gets_the_variant_that_it_is_for_and_nothing_that_would_be_measu
 
 @pytest.mark.parametrize("more", [{"num_updates": 2}, {"num_updates": 9, "audit": {"share": 0.1}}])
 def test_what_cannot_be_measured_is_refused_before_it_runs(more, tiny_folder, tmp_path):
-    with pytest.raises(ConfigError, match="measured over the updates after the first two, without a referee"):
+    with pytest.raises(ConfigError, match="measured over the updates after the first two, without an audit"):
         measure_route(recipe(tiny_folder, **more), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
