@@ -143,7 +143,7 @@ def _row(options: PlayOptions, number: int, env: EnvConfig, environment_class: t
             f"{environment_class.__name__} makes no rows",
             got="no row",
             allowed="a row: the arguments of reset as a JSON object",
-            fix="add --row '{...}', or define a static method make_row(split, index) -> dict",
+            fix="play a recipe that names rows, or add --row '{...}', or define make_row(split, index) -> dict",
         )
     dataset, index = TaskDataset(environment_class, seed=0, train_data=named, eval_data=named), options.index + number
     return dataset.train(index) if options.split == "train" else dataset.heldout(index + 1)[-1]
@@ -196,4 +196,4 @@ def _introduce(environment_class: type[Environment], mode: str, console: Console
             function = cast("dict[str, Row]", schema)["function"]
             arguments = cast("dict[str, Row]", function["parameters"])["properties"]
             table.add_row(Text(" ".join([str(function["name"]), *arguments])), Text(str(function["description"])))
-        console.print(table, Text("Write a call, or a message. Ctrl-D leaves.", style="dim"))
+        console.print(table, Text("Write a call, its arguments after it, or a message. Ctrl-D leaves.", style="dim"))

@@ -35,7 +35,7 @@ def read_toml(recipe: Path) -> Table:
         ConfigError: It does not exist, or is no TOML.
     """
     if not recipe.is_file():
-        found = ", ".join(sorted(str(p) for p in Path("recipes").glob("*.toml"))) or "no recipes/ folder here"
+        found = ", ".join(sorted(str(p) for p in Path("recipes").glob("*.toml"))) or "an empty file, a recipe of defaults"
         raise ConfigError("the recipe does not exist", got=str(recipe), allowed="a TOML file", fix=f"try one of: {found}")
     try:
         return tomllib.loads(recipe.read_text(encoding="utf-8"))

@@ -68,5 +68,5 @@ def _check_model(config: RunConfig, environment_class: type[Environment]) -> Non
             f"the model '{m.path}' knows only the words of {model.only_environment.__name__}",
             got=f"model.path = '{m.path}', env.target = '{config.env.target}'",
             allowed="model.path = FOLDER with this environment",
-            fix="set model.path to a Hugging Face folder whose tokenizer has a chat template",
+            fix="set model.path to a Hugging Face folder whose tokenizer has a chat template, or to smollm2 (93 MB)",
         )
