@@ -214,7 +214,7 @@ def test_the_default_recipe_is_valid_and_an_empty_recipe_is_the_default(tmp_path
 def test_config_loads_a_recipe_without_torch(tmp_path):
     (tmp_path / "r.toml").write_text('variant = "decoupled_async"\n[proximal]\nsource = "arrival"\n')
     code = (
-        "import sys; from pathlib import Path; from oldlogits.config import load_config;"
+        "import sys; from pathlib import Path; from oldlogits.config.load import load_config;"
         f"c = load_config(Path({str(tmp_path / 'r.toml')!r}), ['--band', '2']); assert c.band == 2;"
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
