@@ -59,6 +59,7 @@ def test_the_files_of_the_documents_are_those_of_the_example() -> None:
     assert snippets(ENVIRONMENTS) == files
 
 
+@pytest.mark.slow
 def test_the_environment_of_the_documents_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chatml_llama: Path) -> None:
     for path in filter(Path.is_file, NUMBER_GUESS.iterdir()):
         shutil.copy(path, tmp_path)
@@ -97,6 +98,7 @@ def emitted_metrics(tmp_path: Path, name: str, config: RunConfig) -> set[str]:
     return {metric.partition("@")[0] for update in updates for metric in update.metrics}
 
 
+@pytest.mark.slow
 def test_every_emitted_metric_is_documented_and_every_documented_one_is_emitted(tmp_path, tiny_folder, tiny_moe_folder) -> None:
     average = {"variant": "ppo_ewma_train_infer", "proximal": {"source": "ewma", "decay": "auto"}}
     rescored = {"variant": "rescore_train_infer", "proximal": {"source": "rescore"}, "engine": {"precision": "int8"}}

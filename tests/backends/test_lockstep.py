@@ -69,6 +69,7 @@ def test_another_seed_gives_another_run(trained):
     assert weights_of(trained("even")) != weights_of(trained("even", seed=1))
 
 
+@pytest.mark.slow
 def test_every_update_moves_the_weights(trained):
     """Else every other law here would hold for want of trying."""
     norms = [event.metrics["grad/norm"] for event in events_of(trained("even"), "update")]
@@ -95,6 +96,7 @@ def test_staleness_stays_within_the_window_and_is_spread_as_the_lag_says(trained
         assert min(share) > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lag", LAGS)
 def test_in_fp32_every_trained_token_is_exact_though_trajectories_span_versions(trained, lag):
     out = trained(lag)
@@ -113,6 +115,7 @@ def test_in_fp32_every_trained_token_is_exact_though_trajectories_span_versions(
     assert check_accounting(out)["trained"] == 6 * 3 * 4
 
 
+@pytest.mark.slow
 def test_one_version_tag_that_is_off_by_one_is_seen_in_r_d(tiny_folder, tmp_path, monkeypatch):
     """The tokens of one trajectory's oldest version are tagged one too high, in one batch."""
     collate, shifted = loop_module.collate, []

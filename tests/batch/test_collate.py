@@ -48,6 +48,7 @@ def test_a_batch_by_hand():
     assert batch.versions == (3, 4)
 
 
+@pytest.mark.slow
 @given(trajectories(), st.integers(1, 3))
 def test_every_token_keeps_what_its_segment_says_in_order(made, num_steps):
     batch = batch_of(made, [float(i) for i in range(len(made))], num_steps=num_steps)

@@ -33,6 +33,7 @@ def test_a_plan_goes_from_long_to_short_and_fills_each_micro_batch(n, budget):
         assert (len(rows) + 1) * n[rows].max() > budget
 
 
+@pytest.mark.slow
 @given(trajectories(), budgets, st.data())
 def test_every_token_asked_for_is_scored_exactly_once_under_any_budget(made, budget, data):
     batch = batch_of(made)

@@ -36,6 +36,7 @@ def words(text):
     return text.split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", SHOWN)
 def test_no_line_of_an_output_is_longer_than_the_terminal(name, width, capsys, monkeypatch):
@@ -45,6 +46,7 @@ def test_no_line_of_an_output_is_longer_than_the_terminal(name, width, capsys, m
     assert [line for line in lines if len(line.rstrip()) > width and not line.startswith("lora_targets")] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", TABLES)
 def test_no_cell_of_a_table_is_broken_in_the_middle_of_a_word(name, width, capsys, monkeypatch):
@@ -116,6 +118,7 @@ def test_every_verb_has_a_line_that_fits():
     assert max(map(len, usage().splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_an_error_is_wrapped_in_a_terminal_and_one_line_a_part_elsewhere():
     done = subprocess.run([sys.executable, "-m", "oldlogits", "show", "x"], capture_output=True, text=True)
     assert [line.split(":")[0].strip() for line in done.stderr.splitlines()] == ["error", "got", "allowed", "fix"]

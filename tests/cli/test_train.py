@@ -149,6 +149,7 @@ def test_the_config_in_a_run_folder_is_the_resolved_recipe(lockstep_run, tiny_fo
     assert config_from_table(tomllib.loads(tomli_w.dumps(asdict(config_from_table(recorded))))) == config_from_table(recorded)
 
 
+@pytest.mark.slow
 def test_show_prints_a_runs_summary_and_the_tables(lockstep_run, capsys):
     assert run(["show", str(lockstep_run)]) == 0
     shown = " ".join(capsys.readouterr().out.split())

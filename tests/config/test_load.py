@@ -155,6 +155,7 @@ def test_overrides_win_over_the_recipe_and_leave_the_rest(tmp_path):
     assert all(value_at(config, key) == value_at(resolve(RunConfig()), key) for key in unchanged)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", known_keys())
 def test_every_key_can_be_overridden_by_its_dotted_name(key):
     value = default_of(key)
@@ -211,6 +212,7 @@ def test_the_default_recipe_is_valid_and_an_empty_recipe_is_the_default(tmp_path
     assert load_config(tmp_path / "r.toml") == resolve(RunConfig())
 
 
+@pytest.mark.slow
 def test_config_loads_a_recipe_without_torch(tmp_path):
     (tmp_path / "r.toml").write_text('variant = "decoupled_async"\n[proximal]\nsource = "arrival"\n')
     code = (

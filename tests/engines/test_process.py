@@ -86,6 +86,7 @@ def test_the_process_samples_what_the_core_samples(own_engine, spec):
     assert own_engine.capabilities == EngineCapabilities(partials=True, num_host_copies=1)
 
 
+@pytest.mark.slow
 def test_an_update_in_mid_flight_keeps_running_requests_and_tags_their_tokens(shared_engine, model):
     first = weights_of(model)
     new = perturbed(first, 1, 0.05)
@@ -174,6 +175,7 @@ def test_errors_of_the_engine_come_back_as_what_they_are_and_it_lives_on(shared_
     asyncio.run(play())
 
 
+@pytest.mark.slow
 def test_a_killed_engine_fails_pending_and_later_calls(own_engine):
     async def play():
         tasks = start(own_engine, *map(str, range(5)))

@@ -91,6 +91,7 @@ async def update(client, weights, label):
         host.close()
 
 
+@pytest.mark.slow
 def test_tokens_come_out_with_the_log_probs_of_the_distribution_that_they_were_sampled_from(served, model):
     async def play():
         async with client_of(served) as client:
@@ -113,6 +114,7 @@ def test_tokens_come_out_with_the_log_probs_of_the_distribution_that_they_were_s
     assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 20, "total_tokens": 23}
 
 
+@pytest.mark.slow
 def test_a_request_that_meets_an_update_says_which_weights_sampled_what(served, model):
     weights = perturbed(weights_of(model), seed=1)
 

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from oldlogits.run.run import run
 
 from ..runs import check_accounting, events_of, recipe, tokens_of
@@ -10,6 +12,7 @@ from .own_engine import LoggingEngine
 HERE = __name__.rpartition(".")[0]
 
 
+@pytest.mark.slow
 def test_a_run_is_made_of_ones_own_things_alone(tiny_folder, tmp_path):
     LoggingEngine.built.clear()
     config = recipe(

@@ -41,6 +41,7 @@ logs = st.floats(-3, -0.1)
 one_sequence = st.lists(st.tuples(logs, st.floats(-0.2, 0.2)), min_size=1, max_size=5)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(one_sequence, st.sampled_from([-1.5, 0.0, 1.0])), min_size=1, max_size=4), st.randoms())
 def test_the_loss_is_the_clipped_geometric_mean_ratio_of_each_sequence_whatever_the_order_of_their_tokens(found, rng):
     sequences = [([old for old, _ in part], [old + d for old, d in part], advantage) for part, advantage in found]

@@ -13,6 +13,7 @@ from ..runs import check_accounting, events_of, recipe, tokens_of
 NAME = "tests.extension.own_protocol:OwnProtocol"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("source", ["snapshot", "interruption"])
 def test_a_run_starts_two_servers_of_a_protocol_of_ones_own_and_trains_on_exact_old_logits(source, tiny_folder, tmp_path):

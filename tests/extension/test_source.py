@@ -14,6 +14,7 @@ NAME = f"{SmallSteps.__module__}:SmallSteps"
 COLUMNS = ("token_id", "staleness", "provenance", "logp_mu", "logp_proximal", "logp_theta")
 
 
+@pytest.mark.slow
 def test_a_run_is_fed_by_it_with_the_exact_old_log_probs_of_every_token(tiny_folder, tmp_path):
     tokens = {}
     for source in (NAME, "snapshot"):

@@ -68,6 +68,7 @@ def names_of(out: Path) -> list[str]:
     return [str(event.name) for event in events_of(out, "warning")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numerics", ["fp8", "int4"])
 def test_the_shares_are_those_of_the_recorded_log_probs_and_kept_is_the_first_updates_own_band_mask(calibrated, numerics):
     found = fields_of(calibrated(numerics))
@@ -98,6 +99,7 @@ def test_an_fp32_engine_has_no_noise_that_any_band_would_mask(calibrated):
     assert names_of(calibrated("fp32")) == []
 
 
+@pytest.mark.slow
 def test_the_proximal_policy_does_not_change_what_is_measured(calibrated):
     exact = fields_of(calibrated("int4"))
     for variant, source in (("decoupled_async", "arrival"), ("ppo_clip_train_infer", "none"), ("ppo_ewma", "ewma")):
@@ -115,6 +117,7 @@ def test_of_an_interpolation_the_kept_share_is_that_of_its_own_mask_before_the_f
     assert found["kept"] == pytest.approx(np.mean(np.abs(0.5 * log_total) <= math.log(1.03)), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_warnings_are_events_with_figures_lines_on_the_console_and_notes_in_the_report(tiny_folder, tmp_path, capsys):
     more = {"num_updates": 1, "engine": {"precision": "int4"}, "trainer": {"minibatches_per_update": 1}}
     config = recipe(tiny_folder, variant="decoupled_async", proximal={"source": "arrival"}, band=1.03, **more)
@@ -138,6 +141,7 @@ def test_warnings_are_events_with_figures_lines_on_the_console_and_notes_in_the_
     assert "1.03 (this run)" in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant, source",
     [("ppo_ewma_train_infer", "ewma"), ("aged_train_infer", "aged"), ("rescore_train_infer", "rescore")],
@@ -156,6 +160,7 @@ def test_where_nothing_is_stale_one_step_starts_at_the_proximal_policy_and_the_w
     assert tokens["clip_mask"].all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant, source", [("decoupled_exact", "snapshot"), ("loglinear_prox", "none")])
 def test_training_is_the_same_bit_for_bit_with_and_without_it(variant, source, tiny_folder, tmp_path):
     def train(num: int) -> Path:
@@ -184,6 +189,7 @@ def test_training_is_the_same_bit_for_bit_with_and_without_it(variant, source, t
     assert read_run(without).calibration is None
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_not_calibrated_again_and_its_report_says_each_warning_once(tiny_folder, tmp_path):
     config = recipe(tiny_folder, num_updates=1, max_staleness=0, lockstep={"max_lag": 0}, trainer={"minibatches_per_update": 1})
     run(config, tmp_path / "run")
@@ -248,6 +254,7 @@ def rounded_to_bf16(folder: Path, to: Path) -> Path:
     return to
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_lies_on_the_engines_grid_trains_though_r_d_is_1_at_version_0(tiny_folder, tmp_path):
     model = rounded_to_bf16(tiny_folder, tmp_path / "model")
     config = recipe(model, num_updates=2, engine={"precision": "bf16"})
@@ -260,6 +267,7 @@ def test_a_checkpoint_that_lies_on_the_engines_grid_trains_though_r_d_is_1_at_ve
     assert abs(tokens["log_r_d"]).max() > ROUNDING, "after a step the weights are off the grid"
 
 
+@pytest.mark.slow
 def test_log_probs_of_the_trainer_in_place_of_the_engines_end_the_run(tiny_folder, tmp_path, monkeypatch):
     measured = Calibrator.measure
 
@@ -297,6 +305,7 @@ def measured(log_r_d, sequence=None, config=None):
     return (config or config_of()).figures(np.array(log_r_d, np.float32), np.array(sequence, np.int64), version=0)
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(-1.5, 1.5, width=32), min_size=1, max_size=40), st.floats(1.005, 4))
 def test_a_wider_band_never_masks_more_and_each_share_counts_the_tokens_outside(log_r_d, band):
     found = measured(log_r_d, config=config_of(band=band))

@@ -47,6 +47,7 @@ def test_versions_reach_the_engine_as_patches_and_old_logits_stay_exact(tiny_fol
     assert shared_files() <= files
 
 
+@pytest.mark.slow
 def test_a_refused_patch_is_followed_by_full_weights_and_counted(tiny_folder, tmp_path, monkeypatch):
     taken = HostCopy.take
 
@@ -64,6 +65,7 @@ def test_a_refused_patch_is_followed_by_full_weights_and_counted(tiny_folder, tm
     assert summary_of(out)["probe_max_abs_error"] <= 1e-5
 
 
+@pytest.mark.slow
 def test_full_weights_are_sent_where_the_recipe_wants_them_and_where_all_values_change(tiny_folder, tmp_path):
     out = trained(tiny_folder, tmp_path, engine={"weight_sync": "full"})
     assert {event.sent for event in events_of(out, "weights_updated")} == {"full"}
@@ -75,6 +77,7 @@ def test_full_weights_are_sent_where_the_recipe_wants_them_and_where_all_values_
     assert all(kind == "full" for kind, share in zip(sent, changed, strict=True) if share > 0.9)
 
 
+@pytest.mark.slow
 def test_versions_over_the_budget_lie_in_the_run_folder(tiny_folder, tmp_path):
     out = trained(tiny_folder, tmp_path, trainer={"lr": 1e-3, "warmup_steps": 0}, versions={"budget_bytes": 1000})
     assert any((out / "versions").iterdir())

@@ -38,6 +38,7 @@ def steps_of(checkpoint):
     return {value.item() for name, value in state.items() if name.startswith("step|")}
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_to_more_updates_and_its_summary_counts_them_all(copied, capsys):
     before = summary_of(copied)
     assert command(["train", "--resume", str(copied), "--num-updates", "5"]) == 0
@@ -102,6 +103,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_under_every_route(route, 
         assert [update.metrics["average/num_versions"] for update in run.updates] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_optimizer_schedule_and_rows_go_on(copied, finished):
     assert command(["train", "--resume", str(copied), "--num-updates", "3"]) == 0
     assert steps_of(finished / "checkpoints/v000002") == {2 * 2.0}
@@ -112,6 +114,7 @@ def test_optimizer_schedule_and_rows_go_on(copied, finished):
     assert admitted == [f"g{row:06d}" for row in range(3 * 3)], "no row is played twice"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_draws_numbers_that_it_has_not_drawn_and_always_the_same(finished, tmp_path, monkeypatch):
     seeds = []
 

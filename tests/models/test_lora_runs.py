@@ -82,6 +82,7 @@ def test_the_laws_hold_under_every_route_and_a_version_is_its_adapters(sections,
     assert max(sent) == size * num_adapter_parameters(tiny_folder)
 
 
+@pytest.mark.slow
 def test_what_versions_cost_is_measured_against_the_adapters_that_are_trained_not_against_the_base(tiny_folder, tmp_path):
     summary = summary_of(trained(tiny_folder, tmp_path))
     assert summary["version_share_of_average"] == summary["version_share_of_copy"], "both have 4 bytes a trained parameter"
@@ -143,6 +144,7 @@ def test_layers_without_an_adapter_keep_every_bit(finished, tiny_folder):
     assert changed == {name for name in before if name.endswith("_proj.weight")}
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_checkpoint(finished, tmp_path):
     copied = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(copied / "checkpoints/v000004")

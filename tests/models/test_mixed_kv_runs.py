@@ -43,6 +43,7 @@ def test_old_is_what_the_engine_gave_over_entries_of_several_versions(lag, playe
     assert np.abs(tokens["log_r_s"][~is_mixed & (tokens["staleness"] == 0)]).max() <= 1e-5
 
 
+@pytest.mark.slow
 def test_the_referees_old_is_that_of_the_engines_own_entries(tiny_folder, tmp_path):
     sections = {"variant": "ppo_clip_train_infer", "proximal": {"source": "none"}, "audit": {"share": 1.0}}
     assert run(recipe(tiny_folder, engine=STALE["engine"], **sections), tmp_path / "run").error is None

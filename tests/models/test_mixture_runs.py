@@ -10,6 +10,7 @@ from oldlogits.run.run import run
 from ..runs import check_accounting, events_of, recipe, tokens_of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numerics", ["fp32", "fp8"])
 def test_every_version_is_what_was_published_and_in_fp32_the_engines_agree_across_updates(tiny_moe_folder, numerics, tmp_path):
     config = recipe(tiny_moe_folder, engine={"precision": numerics}, num_updates=3)

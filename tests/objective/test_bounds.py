@@ -144,6 +144,7 @@ knobs_strategy = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(
     total=ratios,
     kind=st.sampled_from(KINDS),

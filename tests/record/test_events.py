@@ -40,6 +40,7 @@ def refuse(constant: str) -> None:
     raise AssertionError(f"{constant} is no JSON")
 
 
+@pytest.mark.slow
 @given(JSON)
 def test_whatever_is_encoded_is_one_line_of_strict_json(value):
     line = encode(value)

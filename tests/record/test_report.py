@@ -157,6 +157,7 @@ def test_bins_are_means_of_consecutive_updates():
     assert binned([], 5) == []
 
 
+@pytest.mark.slow
 def test_the_report_needs_no_torch(fake_run):
     code = f"import sys; from pathlib import Path; from oldlogits.cli.report import command; command([{str(fake_run(1))!r}])"
     done = subprocess.run(

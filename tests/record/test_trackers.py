@@ -72,6 +72,7 @@ def test_tensorboard_holds_metrics_evaluation_config_episodes_and_the_place_of_t
     assert str(folder.report) in texts["report/text_summary"]
 
 
+@pytest.mark.slow
 @pytest.mark.trackers
 @pytest.mark.filterwarnings("default")  # its database layer uses what SQLAlchemy has deprecated
 def test_mlflow_holds_metrics_evaluation_config_episodes_and_the_report(tmp_path, monkeypatch):
@@ -93,6 +94,7 @@ def test_mlflow_holds_metrics_evaluation_config_episodes_and_the_report(tmp_path
     assert [path.read_text() for path in (own / "artifacts").rglob("report.html")] == ["<p>the report</p>"]
 
 
+@pytest.mark.slow
 @pytest.mark.trackers
 def test_wandb_writes_a_whole_offline_run_into_the_run_folder(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb", reason="pip install wandb")

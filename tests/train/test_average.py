@@ -209,6 +209,7 @@ def test_band_shares_of_the_first_step_compare_the_average_with_the_weights_befo
     assert 0 < first.sum() < len(first)
 
 
+@pytest.mark.slow
 def test_a_restored_trainer_keeps_its_average_bit_for_bit(tiny_folder, recipe, tmp_path):
     config = config_of(recipe)
     straight = Trainer(trainer_spec(config), tiny_folder, PROBE)

@@ -218,6 +218,7 @@ def test_an_interrupt_while_a_version_is_written_leaves_memory_and_disk_agreed(t
         assert_holds(again, dict(enumerate(states)))
 
 
+@pytest.mark.slow
 def test_the_copy_is_written_anew_when_most_of_the_folder_is_no_longer_needed(tmp_path):
     states, window = history(["sparse"] * 150), 5
     store, largest = PatchStore(tmp_path), 0
@@ -258,6 +259,7 @@ def test_a_compaction_that_finds_no_room_is_put_off(tmp_path, monkeypatch):
         assert_holds(again, {99: states[0]})
 
 
+@pytest.mark.slow
 def test_two_processes_never_have_one_folder(tmp_path):
     states, _ = written(tmp_path)
     program = (
@@ -292,6 +294,7 @@ for version in range(store.versions[-1] + 1 if store.versions else 0, len(states
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_at_any_moment_leaves_every_version_that_it_had_published(tmp_path):
     states = history(["sparse", "dense", "special"] * 100)
     for delay_s in (0.0, 0.06):

@@ -146,6 +146,7 @@ def test_a_wrong_option_is_refused(capsys):
     assert "nothing to run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_told_with_its_last_words(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(Workload, "recipe", lambda self, setting, rows, seed: {"trainer": {"lr": -1.0}})
     with pytest.raises(WorkerDiedError, match=r"a run of the bench failed \(local\).*trainer\.lr.*00-local-1\.log"):

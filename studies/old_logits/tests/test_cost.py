@@ -43,6 +43,7 @@ def metrics_of(folder):
     return [fields["metrics"] for fields in of_kind(folder, "update")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", SOURCES.names)
 def test_seconds_and_rates_are_those_of_the_updates_after_the_first_two(route, measured):
     folder, cost = measured(route)
@@ -154,6 +155,7 @@ def test_a_run_that_is_too_short_has_no_cost(tiny_folder, tmp_path):
         read_cost(tmp_path / "short")
 
 
+@pytest.mark.slow
 def test_a_run_that_failed_or_was_interrupted_is_not_measured(tiny_folder, tmp_path, monkeypatch):
     done = run(recipe(tiny_folder, num_updates=3), tmp_path / "run")
     summary = dataclasses.replace(done.summary, ended="interrupted")
