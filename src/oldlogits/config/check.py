@@ -115,7 +115,7 @@ def _check_against_each_other(config: RunConfig) -> None:
     ):
         if not holds:
             got = f"{key} = {attrgetter(key)(config)}"
-            raise ConfigError(f"{key} is out of range", got=got, allowed=allowed, fix="correct the value")
+            raise ConfigError(f"{key} is out of range", got=got, allowed=allowed, fix="remove it, or correct the value")
 
 
 def _check_kv(config: RunConfig) -> None:
