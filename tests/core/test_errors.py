@@ -27,6 +27,7 @@ TREE = {
     "ProbeError": ArithmeticError,
     "NonFiniteError": FloatingPointError,
     "AccountingError": RuntimeError,
+    "RolloutError": RuntimeError,
     "UnknownCallError": AttributeError,
     "WorkerDiedError": RuntimeError,
 }

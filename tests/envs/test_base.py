@@ -52,15 +52,7 @@ def test_a_tool_that_takes_any_arguments_is_refused():
         check_environment(Loose)
 
 
-def test_a_class_without_tools_and_a_non_class_are_refused():
-    class Empty:
-        def reset(self) -> None: ...
-
-        def get_reward(self) -> float:
-            return 0.0
-
-    with pytest.raises(EnvironmentShapeError, match="Empty has no tool"):
-        check_environment(Empty)
+def test_an_instance_is_refused():
     with pytest.raises(EnvironmentShapeError, match="an environment is a class"):
         check_environment(Shop())
 

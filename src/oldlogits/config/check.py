@@ -99,13 +99,14 @@ def _check_names(config: RunConfig) -> None:
 def _check_against_each_other(config: RunConfig) -> None:
     """Refuse values whose range depends on another key, and files that are not there."""
     t, p, env, targets = config.trainer, config.proximal, config.env, config.model.lora_targets
-    num, longest = config.rollout.prompts_per_update, config.max_staleness
+    group, num, longest = config.rollout, config.rollout.prompts_per_update, config.max_staleness
     in_prompts = f"1 .. rollout.prompts_per_update ({num}): each step needs a group"
     has_beta = p.beta > 0 if p.decay == "fixed" else p.beta == 0
     whole = "in training, where mu has the full support of the trained policy; reshape only in evaluation"
     for key, holds, allowed in (
         ("sampling.top_p", config.sampling.top_p == 1.0, f"1.0 {whole}"),
         ("sampling.top_k", config.sampling.top_k == 0, f"0 {whole}"),
+        ("rollout.min_group_size", group.min_group_size <= group.group_size, f"2 .. rollout.group_size ({group.group_size})"),
         ("trainer.minibatches_per_update", t.minibatches_per_update <= num, in_prompts),
         ("lockstep.max_lag", config.window <= longest, f"0 .. max_staleness ({longest})"),
         ("model.lora_targets", 0 < len(set(targets)) == len(targets), "layers by the last part of their name, each once"),

@@ -135,7 +135,10 @@ class EnvConfig:
     max_episode_tokens: Annotated[int, Ge(2)] = 256
     """Tokens per episode, its prompt and all answers of tools included."""
     timeout_s: Annotated[float, Gt(0)] = 20.0
-    """Seconds that one tool call, reply, reset or reward may take."""
+    """Seconds that one call of environment code may take: the constructor, reset, a tool call, a reply, the reward."""
+    tool_errors: Literal["declared", "answer", "fail"] = "declared"
+    """What a tool's exception does. declared: one that the class names in `tool_errors` is an answer to the agent, with its
+    message; any other one ends the episode as failed. answer: every one is an answer. fail: every one ends the episode."""
     latency_s: NotNegative = 0.0
     """Mean seconds of a simulated, exponentially distributed tool latency (runtime local); 0: none."""
 
@@ -164,6 +167,16 @@ class RolloutConfig:
     """Groups sampled at the same time; auto: as many as the staleness bound admits."""
     filter_uniform: bool = False
     """Leave out groups whose rewards are all equal (no advantage); they are counted as filtered."""
+    max_filtered_batches: Positive = 64
+    """Groups left out since the last update, in batches, at which the run stops; it warns at an eighth of them."""
+    min_group_size: Annotated[int, Ge(2)] = 2
+    """Members that a group is trained with although others failed; with fewer it is left out. rollout.group_size: a group
+    with a failure is left out."""
+    max_replays: Count = 0
+    """How often a failed episode is played again, in the same group."""
+    max_failed_share: Annotated[float, Gt(0), Le(1)] = 0.5
+    """The run stops when more than this share of 256 episodes was failed by the environment, the last ones of training, or of
+    an evaluation; it warns above 5%. 1: never."""
 
     @property
     def running_limit(self) -> int:

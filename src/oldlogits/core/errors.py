@@ -95,6 +95,10 @@ class NonFiniteError(OldLogitsError, FloatingPointError):
     """A loss or a gradient is not finite."""
 
 
+class RolloutError(OldLogitsError, RuntimeError):
+    """Sampling goes on without anything to train: episodes fail, or groups are left out."""
+
+
 class AccountingError(OldLogitsError, RuntimeError):
     """Trajectories were lost, counted twice, or would be trained beyond the staleness bound."""
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from typing import cast
+from collections.abc import Callable
+from typing import Literal, cast
 
 from oldlogits.core.environment import ADAPTERS, ENVIRONMENTS, Environment
 from oldlogits.core.errors import EnvironmentShapeError
 from oldlogits.envs.tools import check_tool, public_names, tool_names
+
+
+ToolErrors = Literal["declared", "answer", "fail"]
+"""What `env.tool_errors` says."""
 
 
 def load_environment(target: str, adapter: str = "class") -> type[Environment]:
@@ -16,20 +21,40 @@ def load_environment(target: str, adapter: str = "class") -> type[Environment]:
 
 
 def import_environment(target: str) -> type[Environment]:
-    """Import a class that is written in the shape of an environment: the built-in adapter "class"."""
-    return check_environment(ENVIRONMENTS.find(target))
+    """Import a class that is written in the shape of an environment, or a function that makes one: the adapter "class"."""
+    found = ENVIRONMENTS.find(target)
+    if callable(found) and not isinstance(found, type) and not hasattr(found, "get_reward"):
+        found = _class_of(found, target)
+    return check_environment(found)
+
+
+def _class_of(factory: Callable[[], object], target: str) -> type:
+    """A class whose instances are what a factory makes; the factory is called once to see what that is."""
+    try:
+        made = type(factory())
+    except Exception as error:  # the user's code
+        raise EnvironmentShapeError(
+            f"the factory {target} raised",
+            got=f"{type(error).__name__}: {error}",
+            allowed="a function that makes an environment when it is called without arguments",
+            fix="give its arguments defaults, or name the class",
+        ) from error
+    return type(made.__name__, (made,), {"__new__": lambda cls: factory(), "__doc__": made.__doc__})
 
 
 def check_environment(found: object) -> type[Environment]:
     """Return `found` itself, if it has the shape of an environment.
 
     Raises:
-        EnvironmentShapeError: It is no class, lacks `reset` or `get_reward`, has no tool, or has a tool that has no docstring,
-            takes ``*args``, or has a parameter that JSON cannot fill.
+        EnvironmentShapeError: It is no class, lacks `reset` or `get_reward`, has a tool that has no docstring, takes
+            ``*args``, or has a parameter that JSON cannot fill, or it declares something else than exceptions.
     """
     if not isinstance(found, type):
         raise EnvironmentShapeError(
-            "an environment is a class", got=repr(found), allowed="a class", fix="name the class, not an instance"
+            "an environment is a class",
+            got=repr(found),
+            allowed="a class, or a function that makes an instance of one",
+            fix="name the class, not an instance",
         )
     for name in ("reset", "get_reward"):
         if not callable(inspect.getattr_static(found, name, None)):
@@ -41,16 +66,30 @@ def check_environment(found: object) -> type[Environment]:
             )
     for name in tool_names(found):
         check_tool(found, name)
-    if not tool_names(found):
-        raise EnvironmentShapeError(
-            f"{found.__name__} has no tool",
-            got=f"public names {public_names(found)}",
-            allowed="at least one further public method with a docstring",
-            fix="add a tool",
-        )
+    answered_errors(found)
     return cast("type[Environment]", found)
 
 
 def system_prompt_of(environment_class: type[Environment]) -> str:
-    """Return the class's `system_prompt`, or an empty text."""
-    return str(inspect.getattr_static(environment_class, "system_prompt", ""))
+    """Return the text that the class itself has as `system_prompt`; empty where each episode has its own, or there is none."""
+    written = inspect.getattr_static(environment_class, "system_prompt", "")
+    return written if isinstance(written, str) else ""
+
+
+def answered_errors(environment_class: type, mode: ToolErrors = "declared") -> tuple[type[Exception], ...]:
+    """Return the exceptions of tools that are answers to the agent, by `env.tool_errors` and what the class declares.
+
+    Raises:
+        EnvironmentShapeError: The class declares something else than exceptions.
+    """
+    declared = inspect.getattr_static(environment_class, "tool_errors", ())
+    declared = declared if isinstance(declared, tuple) else (declared,)
+    strangers = [one for one in declared if not (isinstance(one, type) and issubclass(one, Exception))]
+    if strangers:
+        raise EnvironmentShapeError(
+            f"{environment_class.__name__}.tool_errors is no tuple of exceptions",
+            got=repr(strangers[0]),
+            allowed="subclasses of Exception, such as tool_errors = (ValueError,)",
+            fix="name the exceptions of tools that the agent shall read",
+        )
+    return {"declared": declared, "answer": (Exception,), "fail": ()}[mode]

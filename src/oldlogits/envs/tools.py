@@ -1,6 +1,6 @@
 """The tools of an environment class: their names and schemas, and the binding of an agent's calls to them.
 
-A tool is a public method with a docstring. pydantic derives the JSON schema of each parameter from its annotation, and checks
+A tool is a public method with a docstring, a static or class method included. pydantic derives the JSON schema of each parameter from its annotation, and checks
 and converts what the agent wrote. Nothing here raises on what an agent can write: a call that does not fit becomes a
 `Malformed`, whose reason the agent is told.
 """
@@ -14,7 +14,7 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Final
+from typing import Final, cast
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
@@ -23,8 +23,10 @@ from oldlogits.core.environment import Environment, JsonValue, Row
 from oldlogits.core.errors import EnvironmentShapeError
 from oldlogits.core.parser import Malformed, ToolCall
 
-NO_TOOLS: Final = frozenset({"reset", "get_reward", "reply", "explain_reward", "make_row", "system_prompt"})
-"""Public names that belong to the environment, not to the agent; static methods are never tools either."""
+NO_TOOLS: Final = frozenset(
+    {"reset", "get_reward", "reply", "explain_reward", "make_row", "make_oracle", "warm_start", "system_prompt"}
+)
+"""Public names that belong to the environment, not to the agent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +61,14 @@ def tool_names(environment: type) -> tuple[str, ...]:
     return tuple(
         name
         for name in dict.fromkeys(written)
-        if not name.startswith("_") and name not in NO_TOOLS and inspect.isfunction(inspect.getattr_static(environment, name))
+        if not name.startswith("_") and name not in NO_TOOLS and inspect.isfunction(tool_function(environment, name))
     )
+
+
+def tool_function(environment: type, name: str) -> Callable[..., object]:
+    """Return what is written under a name of the class; of static and class methods the function itself."""
+    found = inspect.getattr_static(environment, name)
+    return found.__func__ if isinstance(found, staticmethod | classmethod) else cast("Callable[..., object]", found)
 
 
 def check_tool(environment: type, tool: str) -> None:
@@ -69,7 +77,7 @@ def check_tool(environment: type, tool: str) -> None:
     Raises:
         EnvironmentShapeError: It has no docstring, takes ``*args``, or has a parameter that JSON cannot fill.
     """
-    if not inspect.getdoc(inspect.getattr_static(environment, tool)):
+    if not inspect.getdoc(tool_function(environment, tool)):
         raise EnvironmentShapeError(
             f"{environment.__name__}.{tool} is public but has no docstring",
             got="a method without docstring",
@@ -88,14 +96,15 @@ def check_tool(environment: type, tool: str) -> None:
 
 
 def _signature(environment: type, tool: str) -> list[inspect.Parameter]:
-    """Return the parameters of a tool, `self` left out."""
-    return list(inspect.signature(inspect.getattr_static(environment, tool)).parameters.values())[1:]
+    """Return the parameters of a tool, `self` or `cls` left out."""
+    is_static = isinstance(inspect.getattr_static(environment, tool), staticmethod)
+    return list(inspect.signature(tool_function(environment, tool)).parameters.values())[0 if is_static else 1 :]
 
 
 @cache
 def _parameters(environment: type, tool: str) -> Mapping[str, _Parameter]:
     """Return the parameters of a tool by name; one without an annotation takes text."""
-    hints = typing.get_type_hints(inspect.getattr_static(environment, tool), include_extras=True)
+    hints = _hints(environment, tool)
     found = {}
     for parameter in _signature(environment, tool):
         hint = hints.get(parameter.name, str)
@@ -113,6 +122,25 @@ def _parameters(environment: type, tool: str) -> Mapping[str, _Parameter]:
     return found
 
 
+def _hints(environment: type, tool: str) -> Mapping[str, object]:
+    """Return the annotations of a tool's parameters, those that are written as text evaluated."""
+    function = inspect.unwrap(tool_function(environment, tool))
+    names = {parameter.name for parameter in _signature(environment, tool)}
+    nested = {name: found for name, found in vars(environment).items() if isinstance(found, type)}
+    written = {name: hint for name, hint in function.__annotations__.items() if name in names}
+    try:
+        return typing.get_type_hints(
+            types.SimpleNamespace(__annotations__=written), function.__globals__, nested, include_extras=True
+        )
+    except Exception as error:  # an annotation is code of the user
+        raise EnvironmentShapeError(
+            f"{environment.__name__}.{tool} has an annotation that cannot be evaluated",
+            got=f"{written}: {type(error).__name__}: {error}",
+            allowed="names that exist when the module is imported, not only under TYPE_CHECKING",
+            fix="import the name at run time",
+        ) from error
+
+
 def tool_schemas(environment: type) -> list[Row]:
     """Return the tools in the JSON form that chat templates take: one `{"type": "function", "function": {...}}` each."""
     return [
@@ -120,7 +148,7 @@ def tool_schemas(environment: type) -> list[Row]:
             "type": "function",
             "function": {
                 "name": name,
-                "description": inspect.getdoc(inspect.getattr_static(environment, name)) or "",
+                "description": inspect.getdoc(tool_function(environment, name)) or "",
                 "parameters": {
                     "type": "object",
                     "properties": {key: p.adapter.json_schema() for key, p in _parameters(environment, name).items()},
@@ -138,7 +166,7 @@ def bind(environment: Environment, call: ToolCall) -> Callable[[], object] | Mal
     if call.name not in tool_names(cls):
         return Malformed(reason=f"error : no tool {call.name} ; tools are {' '.join(tool_names(cls))}")
     parameters = _parameters(cls, call.name)
-    method = types.MethodType(inspect.getattr_static(cls, call.name), environment)
+    method = inspect.getattr_static(cls, call.name).__get__(environment, cls)
     try:
         bound = inspect.signature(method).bind(*call.positional, **call.named)
     except TypeError:

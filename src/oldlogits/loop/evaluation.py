@@ -9,19 +9,36 @@ from oldlogits.core.weights import PolicyVersion
 from oldlogits.loop.task import Task
 from oldlogits.record.bus import EventSink
 from oldlogits.record.episodes import Stage
-from oldlogits.record.events import Evaluated, EvaluationProgressed
-from oldlogits.record.intervals import wilson
-from oldlogits.rollout.groups import evaluate
+from oldlogits.record.events import Evaluated, EvaluationProgressed, TrajectoryFailed
+from oldlogits.record.intervals import NOT_MEASURED, wilson
+from oldlogits.rollout.groups import Outcome, evaluate, restarted
+from oldlogits.rollout.turns import Failure
+from oldlogits.rollout.watches import FailureWatch
 
 
 class Evaluator:
-    """Plays held-out rows, `num_running` at the same time, and tells what came of them."""
+    """Plays held-out rows, `num_running` at the same time, and tells what came of them.
 
-    def __init__(self, task: Task, events: EventSink, clock: Callable[[], float], *, num_running: int) -> None:
+    Args:
+        task: What is played.
+        events: Takes what comes of it.
+        clock: Seconds.
+        num_running: Episodes played at the same time.
+        max_failed_share: `rollout.max_failed_share`.
+    """
+
+    def __init__(
+        self, task: Task, events: EventSink, clock: Callable[[], float], *, num_running: int, max_failed_share: float
+    ) -> None:
         self._task, self._events, self._clock, self._num_running = task, events, clock, num_running
+        self._max_failed_share = max_failed_share
 
     async def play(self, stage: Stage, num_episodes: int, *, version: PolicyVersion) -> None:
-        """Play episodes of this version, sampled and, but during training, greedy; with 0 episodes nothing is done."""
+        """Play episodes of this version, sampled and, but during training, greedy; with 0 episodes nothing is done.
+
+        Raises:
+            RolloutError: Too many of them fail.
+        """
         if not num_episodes:
             return
         rows = self._task.rows.heldout(num_episodes)
@@ -34,11 +51,10 @@ class Evaluator:
                 name=f"e{stage}-{mode}-{version}",
                 temperature=temperature,
                 num_running=self._num_running,
-                on_progress=lambda num: self._events.emit(
-                    EvaluationProgressed(version=version, num_ended=num, num_episodes=len(rows))
-                ),
+                tell=self._teller(stage, mode, len(rows), version),
             )
-            rate = wilson(outcome.num_successes, len(outcome.rewards))
+            num_played = len(outcome.trajectories)
+            rate = wilson(outcome.num_successes, num_played) if num_played else NOT_MEASURED
             self._events.emit(
                 Evaluated(
                     version=version,
@@ -50,3 +66,26 @@ class Evaluator:
                     trajectories=outcome.trajectories,
                 )
             )
+
+    def _teller(self, stage: Stage, mode: str, num_episodes: int, version: PolicyVersion) -> Callable[[Outcome], None]:
+        """Makes events of the outcomes of an evaluation, and counts the failures among them."""
+        watch = FailureWatch(self._events, f"{mode} episodes of the evaluation {stage} training", self._max_failed_share)
+        num_ended = num_failed = 0
+
+        def tell(outcome: Outcome) -> None:
+            nonlocal num_ended, num_failed
+            failure = outcome if isinstance(outcome, Failure) else None
+            if failure is not None and failure.begins_again:
+                self._events.emit(restarted(failure, version))
+                return
+            num_ended, num_failed = num_ended + 1, num_failed + (failure is not None)
+            if failure is not None:
+                self._events.emit(
+                    TrajectoryFailed(version=version, trajectory=failure.id, stage=stage, reason=failure.reason)
+                )
+            self._events.emit(
+                EvaluationProgressed(version=version, num_ended=num_ended, num_failed=num_failed, num_episodes=num_episodes)
+            )
+            watch.count(failure, version)
+
+        return tell

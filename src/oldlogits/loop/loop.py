@@ -45,6 +45,7 @@ from oldlogits.rollout.admission import pace_of
 from oldlogits.rollout.buffer import Buffer, TrajectoryCounts
 from oldlogits.rollout.groups import Rollouts
 from oldlogits.rollout.staleness import StalenessBound
+from oldlogits.rollout.watches import FailureWatch, FilterWatch
 from oldlogits.sources import check_scored
 from oldlogits.train.reports import PublishedVersion
 from oldlogits.train.step import UpdateResult
@@ -68,9 +69,12 @@ class Loop:
         self._config, self._task, self._backend, self.source = config, task, backend, source
         self._sync, self._audit, self._calibrator = sync, audit, calibrator
         self._recording, self._events = recording, recording.events
-        self._evaluator = Evaluator(task, recording.events, backend.clock, num_running=config.eval.max_concurrent)
-        bound = StalenessBound(max_staleness=config.max_lag, prompts_per_update=config.rollout.prompts_per_update)
-        self.buffer = Buffer(bound, filter_uniform=config.rollout.filter_uniform)
+        rollout, num_running = config.rollout, config.eval.max_concurrent
+        self._evaluator = Evaluator(
+            task, self._events, backend.clock, num_running=num_running, max_failed_share=rollout.max_failed_share
+        )
+        bound = StalenessBound(max_staleness=config.max_lag, prompts_per_update=rollout.prompts_per_update)
+        self.buffer = Buffer(bound, filter_uniform=rollout.filter_uniform, min_size=rollout.min_group_size)
         self.state = LoopState()
         self.version = 0
         self._num_trained = 0
@@ -119,6 +123,7 @@ class Loop:
                 rollouts.stop()
 
     def _start_rollouts(self, tasks: asyncio.TaskGroup) -> Rollouts:
+        config = self._config.rollout
         rollouts = Rollouts(
             agent=self._task.agent,
             environment_class=self._task.environment_class,
@@ -127,8 +132,11 @@ class Loop:
             source=self.source,
             events=self._events,
             tasks=tasks,
-            group_size=self._config.rollout.group_size,
-            max_running_groups=self._config.rollout.running_limit,
+            group_size=config.group_size,
+            max_replays=config.max_replays,
+            failures=FailureWatch(self._events, "training episodes", config.max_failed_share),
+            left_out=FilterWatch(self._events, config.prompts_per_update, config.max_filtered_batches),
+            max_running_groups=config.running_limit,
             first_row=self.state.next_row,
             restart_rows=self.state.unfinished_rows,
         )
@@ -148,7 +156,7 @@ class Loop:
         before, timer = await self._counters(), UpdateTimer(self._backend.clock, self._last_ended)
         with timer.part("wait_batch"):
             groups = await self.buffer.take(self.version)
-            rollouts.fill()
+            rollouts.batch_taken()
         update = asyncio.create_task(self._train_on(groups, rollouts, timer, before))
         try:
             await asyncio.shield(update)
@@ -188,7 +196,8 @@ class Loop:
         self._last_ended = timer.ended
         used = usage_metrics(before, await self._counters(), times["time/update_s"])
         of_loop = batch_metrics(groups, result.staleness_counts, times["time/update_s"]) | queue_metrics(self.buffer)
-        of_parts = {**self.source.metrics(), **rollouts.latency.metrics()}
+        of_rollouts = rollouts.latency.metrics() | {"rollout/failed_share": rollouts.failures.share}
+        of_parts = {**self.source.metrics(), **of_rollouts}
         metrics = {**result.metrics, **times, **of_parts, **of_loop, **used}
         self._tell_update(result, metrics | self._copies(published, metrics), groups)
         self._audit.conclude(audited, result, version=self.version)
@@ -234,7 +243,7 @@ class Loop:
         return in_flight if self._config.keeps_all_versions else self.source.oldest_needed(in_flight)
 
     def _advantages(self, groups: Sequence[TrajectoryGroup]) -> list[float]:
-        rewards = torch.tensor([t.reward for group in groups for t in group.trajectories])
+        rewards = torch.tensor([t.reward for group in groups for t in group.trajectories], dtype=torch.float64)
         index = torch.tensor([i for i, group in enumerate(groups) for _ in group.trajectories])
         advantages: list[float] = group_advantages(rewards, index, self._config.advantage).tolist()
         return advantages

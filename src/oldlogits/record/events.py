@@ -63,15 +63,19 @@ class WarmStarted(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationProgressed(Event):
-    """An evaluation goes on: so many of its episodes have ended."""
+    """An evaluation goes on: so many of its episodes have ended, some of them failed."""
 
     num_ended: int
+    num_failed: int
     num_episodes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated(Event):
-    """Held-out episodes were played: their success rate with its 95% interval, and their rewards in the order of the rows."""
+    """Held-out episodes were played: their success rate with its 95% interval, and their rewards in the order of the rows.
+
+    The reward of an episode that failed is None: rate and interval are over the `num_episodes` that were played.
+    """
 
     kind = "evaluation"
     stage: str
@@ -80,7 +84,7 @@ class Evaluated(Event):
     low: float
     high: float
     num_episodes: int
-    rewards: Sequence[float]
+    rewards: Sequence[float | None]
     seconds_s: float
     trajectories: Sequence[Trajectory] = field(default=(), metadata=_UNRECORDED)
 
@@ -107,10 +111,11 @@ class GroupClosed(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrajectoryFailed(Event):
-    """An exception or a time-out of its environment ended an episode."""
+    """An exception or a time-out of its environment ended an episode, of training or of an evaluation (`stage`)."""
 
     kind = "trajectory_failed"
     trajectory: str
+    stage: str
     reason: str
 
 

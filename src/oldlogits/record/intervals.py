@@ -28,6 +28,10 @@ class Interval:
         return f"{self.mean:.1%} [{self.low:.1%}, {self.high:.1%}]"
 
 
+NOT_MEASURED: Final = Interval(mean=math.nan, low=0.0, high=1.0, num_episodes=0)
+"""What is known of a success rate when no episode could be played."""
+
+
 def verdict_of(gain: Interval) -> str:
     """Say in words whether a gain is beyond chance."""
     return "better" if gain.low > 0 else "worse" if gain.high < 0 else "no difference beyond chance"

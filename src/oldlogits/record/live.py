@@ -21,13 +21,16 @@ from oldlogits.record.events import (
     Calibrated,
     Evaluated,
     EvaluationProgressed,
+    GroupClosed,
     Probed,
     RunStarted,
     ServerDown,
     ServerUp,
+    TrajectoryFailed,
     Updated,
     Warned,
 )
+from oldlogits.record.failures import FailureTally, in_words
 from oldlogits.record.intervals import verdict_of
 from oldlogits.record.summary import Summary
 
@@ -36,6 +39,7 @@ _ROWS: Final[Mapping[str, Mapping[str, str]]] = {
     "success": {"reward/success": "{:.3f}"},
     "rho": {"mask/rho": "{:.3f}", "mask/rho_band": "band {:.3f}", "mask/rho_clip": "clip {:.3f}"},
     "staleness": {"staleness/mean": "mean {:.2f}", "staleness/max": "max {:.0f}"},
+    "failed": {"failed/num": "{:.0f} of", "failed/ended": "{:.0f} episodes:"},
     "queue": {"queue/running": "{:.0f} running", "queue/queued": "{:.0f} queued"},
     "tokens/s": {
         "throughput/engine_busy_tokens_per_s": "engine, while it samples: {:,.0f}",
@@ -48,7 +52,8 @@ _ROWS: Final[Mapping[str, Mapping[str, str]]] = {
     },
     "evaluation": {
         "eval/ended": "{:.0f}",
-        "eval/rows": "of {:.0f} played",
+        "eval/rows": "of {:.0f} ended,",
+        "eval/failed": "{:.0f} of them failed",
         "eval/mean": "{:.1%}",
         "eval/low": "95% interval {:.1%}",
         "eval/high": "to {:.1%}",
@@ -71,6 +76,8 @@ _PLAIN: Final[Mapping[str, str]] = {
 _BARS: Final = "▁▂▃▄▅▆▇█"
 _HISTORY: Final = 24
 _REFRESH_PER_S: Final = 4
+_MOST_KINDS: Final = 8
+"""Kinds of failures whose first episode is told."""
 
 
 class LiveView:
@@ -91,6 +98,7 @@ class LiveView:
         self._latest: dict[str, float] = {}
         self._history: dict[str, list[float]] = {"reward/mean": [], "reward/success": []}
         self._started: RunStarted | None = None
+        self._failures, self._num_failed, self._num_ended = FailureTally(), 0, 0
         self._progress = Progress(
             TextColumn("[bold]update {task.completed}/{task.total}"),
             BarColumn(bar_width=None, complete_style="blue"),
@@ -124,7 +132,12 @@ class LiveView:
         elif isinstance(event, Updated):
             self.update(event.metrics, version=event.version)
         elif isinstance(event, EvaluationProgressed):
-            self.show({"eval/ended": event.num_ended, "eval/rows": event.num_episodes})
+            self.show({"eval/ended": event.num_ended, "eval/rows": event.num_episodes, "eval/failed": event.num_failed})
+        elif isinstance(event, TrajectoryFailed):
+            self._failed(event)
+        elif isinstance(event, GroupClosed):
+            self._num_ended += len(event.rewards)
+            self._show_failures()
         elif isinstance(event, Evaluated):
             self._evaluated(event)
         elif isinstance(event, Probed):
@@ -140,14 +153,28 @@ class LiveView:
             what = "down" if isinstance(event, ServerDown) else "up"
             self.note(f"server {event.server} is {what}: {event.reason}")
 
+    def _failed(self, event: TrajectoryFailed) -> None:
+        """Count a failed episode; the first ones of another kind are told."""
+        num_kinds = len(self._failures.by_reason())
+        self._failures.add(event.reason)
+        if num_kinds < len(self._failures.by_reason()) <= _MOST_KINDS:
+            self.note(f"{'an' if event.stage == 'train' else 'a held-out'} episode failed: {event.reason}")
+        if event.stage == "train":
+            self._num_failed, self._num_ended = self._num_failed + 1, self._num_ended + 1
+            self._show_failures()
+
+    def _show_failures(self) -> None:
+        if self._num_failed:
+            self.show({"failed/num": self._num_failed, "failed/ended": self._num_ended})
+
     def _evaluated(self, event: Evaluated) -> None:
-        if event.mode == "sampled":
+        if event.mode == "sampled" and event.num_episodes:
             self.show({"eval/mean": event.mean, "eval/low": event.low, "eval/high": event.high})
         when = f"at version {event.version}" if event.stage == "during" else f"{event.stage} training"
-        self.note(
-            f"held-out success {when}, {event.mode}: {event.mean:.1%} [{event.low:.1%}, {event.high:.1%}] "
-            f"of {event.num_episodes}, {event.seconds_s:.0f} s"
-        )
+        num, rows = event.num_episodes, len(event.rewards)
+        played = f"of {num}" if num == rows else f"of {num} played; {rows - num} of {rows} rows failed"
+        rate = f"{event.mean:.1%} [{event.low:.1%}, {event.high:.1%}] " if num else ""
+        self.note(f"held-out success {when}, {event.mode}: {rate}{played}, {event.seconds_s:.0f} s")
 
     def update(self, metrics: Mapping[str, float], *, version: int) -> None:
         """Show the metrics of the update that made `version`."""
@@ -158,6 +185,7 @@ class LiveView:
                 values.append(metrics[key])
         if not self._console.is_terminal:
             shown = [template.format(metrics[key]) for key, template in _PLAIN.items() if key in metrics]
+            shown += [f"failed {self._num_failed} of {self._num_ended}"] if self._num_failed else []
             self.note("  ".join([f"update {version}/{self._total}", *shown]))
 
     def show(self, metrics: Mapping[str, float]) -> None:
@@ -182,6 +210,8 @@ class LiveView:
         shown += [sparkline(self._history[key]) for key in parts if key in self._history]
         if "queue/queued" in parts and "queue/admission_open" in self._latest:
             shown.append("admission " + ("open" if self._latest["queue/admission_open"] else "closed: too much in flight"))
+        if shown and "failed/num" in parts:
+            shown.append(in_words(self._failures.by_reason(), most=2))
         return "  ".join(shown).strip()
 
 
@@ -216,7 +246,7 @@ def calibration_lines(found: Calibrated, started: RunStarted | None) -> Iterator
 def print_summary(summary: Summary, run_folder: Path, *, console: Console | None = None) -> None:
     """Say in plain words what was learned, whether the old logits were exact, and where the report is."""
     out = console or Console()
-    lines = [learned_sentence(summary), staleness_sentence(summary)]
+    lines = [learned_sentence(summary), staleness_sentence(summary), *failure_sentences(summary)]
     if summary.ended != "done":
         lines.insert(0, f"The run ended early ({summary.ended}).")
     body = Text("\n".join(lines) + "\n")
@@ -235,6 +265,16 @@ def learned_sentence(summary: Summary) -> str:
         return text + "."
     points = f"{100 * gain.mean:+.1f} points [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
     return f"{text}: {points} on the same {gain.num_episodes} episodes, {verdict_of(gain)}."
+
+
+def failure_sentences(summary: Summary) -> Iterator[str]:
+    """How many episodes of training and of evaluations their environment ended, and for which reasons; nothing without any."""
+    for what, num, failures in (
+        ("training", summary.accounting.get("submitted", 0), summary.failures),
+        ("held-out", summary.num_evaluation_episodes, summary.evaluation_failures),
+    ):
+        if failures:
+            yield f"{sum(failures.values())} of {num} {what} episodes failed: {in_words(failures)}."
 
 
 def staleness_sentence(summary: Summary) -> str:

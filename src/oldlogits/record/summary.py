@@ -26,10 +26,12 @@ from oldlogits.record.events import (
     RunEnded,
     RunStarted,
     ServerDown,
+    TrajectoryFailed,
     Updated,
     VersionPublished,
     WeightsUpdated,
 )
+from oldlogits.record.failures import tallied
 from oldlogits.record.folder import RunFolder, write_atomic
 from oldlogits.record.intervals import Interval, paired_gain
 from oldlogits.record.jsonl import RecordError, encode
@@ -83,6 +85,9 @@ class Summary:
     seed: int
     ended: Ended | None
     accounting: Mapping[str, int]
+    failures: Mapping[str, int]
+    evaluation_failures: Mapping[str, int]
+    num_evaluation_episodes: int
 
     def write(self, path: Path) -> None:
         """Write ``summary.json`` atomically; non-finite numbers become strings."""
@@ -119,6 +124,7 @@ def summarise(events: Iterable[Event]) -> Summary:
     lags = sum((Counter(update.staleness_counts) for update in updates), Counter[str]())
     num_tokens, wall = sum(tokens), [m.get("time/update_s", 0.0) for m in metrics]
     stored_bytes, num_trained = sum(version.version_bytes for version in stored), started.num_trained if started else 0
+    failed = typed(kept, TrajectoryFailed)
     num_patches = sum(update.sent == "patch" for update in sent)
     return Summary(
         success_before=_rate(evaluations, "before", "sampled"),
@@ -160,6 +166,9 @@ def summarise(events: Iterable[Event]) -> Summary:
         seed=started.seed if started else 0,
         ended=cast(Ended, ends[0].reason) if ends else None,
         accounting=_accounting(ends[0] if ends else None, metrics[-1] if metrics else {}),
+        failures=tallied(one.reason for one in failed if one.stage == "train"),
+        evaluation_failures=tallied(one.reason for one in failed if one.stage != "train"),
+        num_evaluation_episodes=sum(len(evaluation.rewards) for evaluation in evaluations),
     )
 
 
@@ -185,9 +194,9 @@ def _last(evaluations: Sequence[Evaluated], stage: str, mode: str) -> Evaluated 
 
 
 def _rate(evaluations: Sequence[Evaluated], stage: str, mode: str) -> Interval | None:
-    """The success rate of the last evaluation of a stage."""
+    """The success rate of the last evaluation of a stage; None also where none of its episodes could be played."""
     last = _last(evaluations, stage, mode)
-    return None if last is None else Interval(mean=last.mean, low=last.low, high=last.high, num_episodes=last.num_episodes)
+    return None if last is None or not last.num_episodes else Interval(mean=last.mean, low=last.low, high=last.high, num_episodes=last.num_episodes)
 
 
 def _accounting(end: RunEnded | None, metrics: Mapping[str, float]) -> Mapping[str, int]:
@@ -209,9 +218,12 @@ def _gain(before: Evaluated | None, after: Evaluated | None) -> Interval | None:
     """The gain over the episodes that both evaluations played: a resumed run may evaluate more rows, or fewer."""
     if before is None or after is None:
         return None
-    num = min(len(before.rewards), len(after.rewards))
-    successes = ([float(is_success(reward)) for reward in played.rewards[:num]] for played in (before, after))
-    return paired_gain(*successes) if num else None
+    pairs = [
+        (float(is_success(first)), float(is_success(last)))
+        for first, last in zip(before.rewards, after.rewards, strict=False)
+        if first is not None and last is not None
+    ]
+    return paired_gain([first for first, _ in pairs], [last for _, last in pairs]) if pairs else None
 
 
 def _of(metrics: Sequence[Mapping[str, float]], name: str) -> list[float]:

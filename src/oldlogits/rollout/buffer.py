@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from oldlogits.core.errors import AccountingError
 from oldlogits.core.trajectory import Trajectory, TrajectoryGroup
@@ -29,13 +30,14 @@ class TrajectoryCounts:
 
 @dataclass(slots=True, kw_only=True)
 class AdmittedGroup:
-    """A group that was admitted: its members as they end, and `group` once it is closed, unless it was filtered."""
+    """A group that was admitted: its members as they end, and `group` once it is closed, or why it is left out."""
 
     admitted_version: int
     size: int
     trajectories: list[Trajectory] = field(default_factory=list)
     num_failed: int = 0
     group: TrajectoryGroup | None = None
+    left_out: Literal["", "small", "uniform"] = ""
 
     @property
     def num_running(self) -> int:
@@ -46,11 +48,11 @@ class AdmittedGroup:
 class Buffer:
     """Admits groups within the staleness bound, collects their trajectories, and hands out batches.
 
-    With `filter_uniform` groups whose rewards are all equal are left out.
+    Groups of fewer than `min_size` members are left out, with `filter_uniform` also those whose rewards are all equal.
     """
 
-    def __init__(self, bound: StalenessBound, *, filter_uniform: bool) -> None:
-        self._bound, self._filter_uniform = bound, filter_uniform
+    def __init__(self, bound: StalenessBound, *, filter_uniform: bool, min_size: int = 2) -> None:
+        self._bound, self._filter_uniform, self._min_size = bound, filter_uniform, min_size
         self._entries: dict[str, AdmittedGroup] = {}
         self._changed = asyncio.Event()
         self._in_training: list[TrajectoryGroup] = []
@@ -115,17 +117,23 @@ class Buffer:
         """Take a trajectory that ended well."""
         self._entries[trajectory.group_id].trajectories.append(trajectory)
 
-    def fail(self, group_id: str) -> None:
-        """Count a trajectory that its environment ended."""
-        self._entries[group_id].num_failed += 1
+    def fail(self, group_id: str, *, again: bool = False) -> None:
+        """Count a trajectory that its environment ended; with `again` another one is played in its place."""
         self.account.failed += 1
+        if again:
+            self.account.submitted += 1
+        else:
+            self._entries[group_id].num_failed += 1
 
     def close(self, group_id: str) -> AdmittedGroup:
         """Queue a group whose members have all ended, or filter it."""
         entry = self._entries[group_id]
         members = entry.trajectories = sorted(entry.trajectories, key=lambda t: t.id)
-        uniform = len({t.reward for t in members}) < 2
-        if len(members) < 2 or (uniform and self._filter_uniform):
+        if len(members) < self._min_size:
+            entry.left_out = "small"
+        elif self._filter_uniform and len({t.reward for t in members}) < 2:
+            entry.left_out = "uniform"
+        if entry.left_out:
             del self._entries[group_id]
             self.account.filtered += len(members)
         else:

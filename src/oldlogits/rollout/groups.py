@@ -10,13 +10,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Final
+from typing import TypeGuard
 
 from oldlogits.core.environment import Environment, Row
-from oldlogits.core.errors import EnvironmentShapeError
 from oldlogits.core.source import LogprobSource
 from oldlogits.core.trajectory import Segment, Trajectory, is_success
+from oldlogits.core.weights import PolicyVersion
 from oldlogits.record.bus import EventSink
 from oldlogits.record.events import GroupAdmitted, GroupClosed, TrajectoryFailed, TrajectoryRestarted
 from oldlogits.rollout.admission import Admission
@@ -24,9 +23,9 @@ from oldlogits.rollout.buffer import Buffer
 from oldlogits.rollout.tasks import TaskDataset
 from oldlogits.rollout.turn_latency import TurnLatency
 from oldlogits.rollout.turns import Agent, Failure, run_episode
+from oldlogits.rollout.watches import FailureWatch, FilterWatch
 
-FAILURES_IN_A_ROW: Final = 256
-"""Failed episodes without one that ended well, after which the run ends: the environment is broken."""
+Outcome = Trajectory | Failure
 
 
 class Rollouts(Admission):
@@ -41,6 +40,9 @@ class Rollouts(Admission):
         events: Takes an event whenever a group starts or ends, or an episode fails.
         tasks: Supervises the episodes: an error of the engine in one of them ends the run.
         group_size: Episodes per group.
+        max_replays: How often a failed episode is played again.
+        failures: Counts the failed episodes, and ends the run where they are too many.
+        left_out: Counts the groups that are left out, and ends the run where they are too many.
         max_running_groups: Groups sampled at the same time; 0: as many as are admitted.
         first_row: The first training row that was never started.
         restart_rows: Rows to start before it: those in flight when the run was last saved.
@@ -57,6 +59,9 @@ class Rollouts(Admission):
         events: EventSink,
         tasks: asyncio.TaskGroup,
         group_size: int,
+        max_replays: int,
+        failures: FailureWatch,
+        left_out: FilterWatch,
         max_running_groups: int,
         first_row: int,
         restart_rows: Sequence[int] = (),
@@ -66,8 +71,8 @@ class Rollouts(Admission):
         self._agent = replace(agent, report=self._report)
         self._class, self._rows = environment_class, rows
         self._source, self._events = source, events
-        self._group_size = group_size
-        self._failures = _Failures()
+        self._group_size, self._max_replays = group_size, max_replays
+        self.failures, self._left_out = failures, left_out
         self.next_row = first_row
         self._restart_rows = list(restart_rows)
 
@@ -83,6 +88,11 @@ class Rollouts(Admission):
         else:
             self.next_row += 1
         return self._tasks.create_task(self._play_group(group_id, row))
+
+    def batch_taken(self) -> None:
+        """Start groups in the place of those that are trained from here on."""
+        self._left_out.batch_taken()
+        self.fill()
 
     @property
     def unfinished_rows(self) -> list[int]:
@@ -108,6 +118,7 @@ class Rollouts(Admission):
                 filtered=closed.group is None,
             )
         )
+        self._left_out.count(closed, self.version)
         self.group_ended()
         if closed.group is None:
             self._source.drop(t.id for t in closed.trajectories)
@@ -115,64 +126,65 @@ class Rollouts(Admission):
             await self._source.on_arrival(closed.trajectories)
 
     async def _play_member(self, group_id: str, member: int, row: Row) -> None:
-        id = f"{group_id}.{member}"
+        """Play an episode; where it fails, play it again as `g000012.3r1`, `g000012.3r2`, ..."""
+        for replay in range(self._max_replays + 1):
+            id = f"{group_id}.{member}" + (f"r{replay}" if replay else "")
+            outcome = await self._play(id, group_id, row)
+            if not isinstance(outcome, Failure):
+                self._buffer.end(outcome)
+                self.failures.count(None, self.version)
+                return
+            self._source.drop([id])
+            self._buffer.fail(group_id, again=replay < self._max_replays)
+            self._events.emit(TrajectoryFailed(version=self.version, trajectory=id, stage="train", reason=outcome.reason))
+            self.failures.count(outcome, self.version)
+
+    async def _play(self, id: str, group_id: str, row: Row) -> Outcome:
+        """Play an episode to its end; one whose environment is lost begins again."""
         self.latency.started(id)
         try:
-            play = partial(run_episode, self._agent, self._class, row, id=id, group_id=group_id)
-            while isinstance(outcome := await play(), Failure) and outcome.begins_again:
+            while _is_lost(outcome := await run_episode(self._agent, self._class, row, id=id, group_id=group_id)):
                 self._source.drop([id])
-                self._events.emit(
-                    TrajectoryRestarted(
-                        version=self.version, trajectory=id, reason=outcome.reason, num_lost_tokens=outcome.num_tokens
-                    )
-                )
+                self._events.emit(restarted(outcome, self.version))
         except asyncio.CancelledError:
             self.latency.ended(id, well=False)
             self._source.drop([id])
             raise
         self.latency.ended(id, well=not isinstance(outcome, Failure))
-        if isinstance(outcome, Failure):
-            self._source.drop([id])
-            self._buffer.fail(group_id)
-            self._events.emit(TrajectoryFailed(version=self.version, trajectory=outcome.id, reason=outcome.reason))
-        else:
-            self._buffer.end(outcome)
-        self._failures.count(outcome)
+        return outcome
 
 
-class _Failures:
-    """Counts the failures in a row."""
+def _is_lost(outcome: Outcome) -> TypeGuard[Failure]:
+    return isinstance(outcome, Failure) and outcome.begins_again
 
-    def __init__(self) -> None:
-        self._num_in_a_row = 0
 
-    def count(self, outcome: Trajectory | Failure) -> None:
-        """Count an outcome.
-
-        Raises:
-            EnvironmentShapeError: The environment is broken.
-        """
-        self._num_in_a_row = self._num_in_a_row + 1 if isinstance(outcome, Failure) else 0
-        if isinstance(outcome, Failure) and self._num_in_a_row >= FAILURES_IN_A_ROW:
-            raise EnvironmentShapeError(
-                f"{self._num_in_a_row} episodes in a row were ended by the environment",
-                got=f"the last: {outcome.reason}",
-                allowed="episodes that end by themselves",
-                fix="try the environment with `oldlogits play` on its own rows, or raise env.timeout_s",
-            )
+def restarted(failure: Failure, version: PolicyVersion) -> TrajectoryRestarted:
+    """The event of an episode that begins again."""
+    return TrajectoryRestarted(
+        version=version, trajectory=failure.id, reason=failure.reason, num_lost_tokens=failure.num_tokens
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Rewards of held-out episodes, in the order of their rows; an episode that its environment ended has reward 0."""
+    """What came of held-out episodes, in the order of their rows: a trajectory, or the failure of an episode."""
 
-    rewards: tuple[float, ...]
-    trajectories: tuple[Trajectory, ...]
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def rewards(self) -> tuple[float | None, ...]:
+        """The reward of every row; None where its episode failed."""
+        return tuple(None if isinstance(o, Failure) else o.reward for o in self.outcomes)
+
+    @property
+    def trajectories(self) -> tuple[Trajectory, ...]:
+        """Those that were played."""
+        return tuple(o for o in self.outcomes if isinstance(o, Trajectory))
 
     @property
     def num_successes(self) -> int:
         """Episodes of reward >= 1."""
-        return sum(map(is_success, self.rewards))
+        return sum(is_success(t.reward) for t in self.trajectories)
 
 
 async def evaluate(
@@ -183,7 +195,7 @@ async def evaluate(
     name: str,
     temperature: float,
     num_running: int,
-    on_progress: Callable[[int], None],
+    tell: Callable[[Outcome], None],
 ) -> Evaluation:
     """Play one episode per row.
 
@@ -194,30 +206,25 @@ async def evaluate(
         name: The prefix of trajectory ids.
         temperature: The sampling temperature; 0 for greedy decoding.
         num_running: Episodes played at the same time.
-        on_progress: Called with the number of episodes that ended.
-
-    Raises:
-        EnvironmentShapeError: The environment is broken.
+        tell: Is given every outcome as it is there: one for each row, and those of episodes that begin again.
     """
     player = replace(agent, sampling=replace(agent.sampling, temperature=temperature))
-    outcomes: list[Trajectory | Failure | None] = [None] * len(rows)
+    outcomes: dict[int, Outcome] = {}
     waiting = iter(range(len(rows)))
-    num_ended, failures = 0, _Failures()
 
     async def work() -> None:
-        nonlocal num_ended
         for i in waiting:
-            play = partial(run_episode, player, environment_class, rows[i], id=f"{name}.{i}", group_id=name)
-            while isinstance(outcome := await play(), Failure) and outcome.begins_again:
-                pass
+            id = f"{name}.{i}"
+            while _is_lost(outcome := await run_episode(player, environment_class, rows[i], id=id, group_id=name)):
+                tell(outcome)
             outcomes[i] = outcome
-            failures.count(outcome)
-            num_ended += 1
-            on_progress(num_ended)
+            tell(outcome)
 
     async with asyncio.TaskGroup() as workers:
         for _ in range(min(num_running, len(rows))):
             workers.create_task(work())
-    trajectories = tuple(o for o in outcomes if isinstance(o, Trajectory))
-    rewards = tuple(o.reward if isinstance(o, Trajectory) else 0.0 for o in outcomes)
-    return Evaluation(rewards=rewards, trajectories=trajectories)
+    for i in range(len(rows)):  # a task group takes a task that was cancelled from inside for one that is done
+        if i not in outcomes:
+            outcomes[i] = Failure(id=f"{name}.{i}", group_id=name, reason="not played: its task was cancelled")
+            tell(outcomes[i])
+    return Evaluation(outcomes=tuple(outcomes[i] for i in range(len(rows))))

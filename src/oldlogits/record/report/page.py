@@ -10,6 +10,7 @@ from typing import Final, Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from oldlogits.record.failures import in_words
 from oldlogits.record.folder import RunFolder, write_atomic
 from oldlogits.record.intervals import verdict_of
 from oldlogits.record.report.data import RunData, read_run
@@ -74,6 +75,10 @@ def write_report(run_folder: Path) -> Path:
         transcripts=chosen_transcripts(run.episodes),
         provenance=sorted(run.summary.provenance.items()),
         accounting=list(run.summary.accounting.items()),
+        failures={
+            "Failed episodes of training, by reason": run.summary.failures,
+            "Failed episodes of evaluations, by reason": run.summary.evaluation_failures,
+        },
     )
     write_atomic(folder.report, text)
     return folder.report
@@ -142,6 +147,9 @@ def _summary_cards(summary: Summary) -> Iterator[Card]:
     idle = f"idle: engine {_share(summary.engine_idle_share)}, trainer {_share(summary.trainer_idle_share)}"
     yield Card("training time", _duration(summary.train_wall_s), idle)
     yield from _version_cards(summary)
+    if summary.failures:
+        share = sum(summary.failures.values()) / max(summary.accounting.get("submitted", 0), 1)
+        yield Card("failed episodes", _share(share), in_words(summary.failures), "bad")
     if summary.num_servers_down:
         lost = f"{summary.num_lost_tokens:,} sampled tokens lost, sampled anew"
         yield Card("server failures", str(summary.num_servers_down), lost)
@@ -179,10 +187,20 @@ def _missing(run: RunData) -> list[str]:
         "The run was interrupted before its last update.": run.ended == "interrupted",
         "No update was recorded.": not run.updates,
         "No evaluation was recorded.": not run.evaluations,
+        **_unplayed(run),
         "There are no token tables: the distributions of the ratios are not shown.": not len(run.tokens["log_r_s"]),
         "No episode was recorded with its text.": not run.episodes,
     }
     return [text for text, is_absent in absent.items() if is_absent]
+
+
+def _unplayed(run: RunData) -> dict[str, bool]:
+    """Evaluations in which episodes failed, in words: rates and intervals are over those played."""
+    return {
+        f"The {e.mode} evaluation {'at version ' + str(e.version) if e.stage == 'during' else e.stage + ' training'} is of "
+        f"{e.num_episodes} of {len(e.rewards)} episodes played; the others failed.": e.num_episodes < len(e.rewards)
+        for e in run.evaluations
+    }
 
 
 def _details(run: RunData) -> list[tuple[str, str]]:

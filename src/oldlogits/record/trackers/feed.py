@@ -85,7 +85,9 @@ class TrackerFeed:
         if isinstance(event, Updated):
             self._pass_on(event.metrics, step=event.version)
         elif isinstance(event, Evaluated):
-            rate = {"success": event.mean, "success_low": event.low, "success_high": event.high, "seconds_s": event.seconds_s}
+            num_failed = len(event.rewards) - event.num_episodes
+            rate = {"success": event.mean, "success_low": event.low, "success_high": event.high}
+            rate |= {"num_failed": num_failed, "seconds_s": event.seconds_s}
             self._pass_on({f"eval/{event.mode}_{key}": value for key, value in rate.items()}, step=event.version)
         if self._error and self._warn is not None and not self._is_told:
             self._is_told = True
