@@ -130,7 +130,7 @@ def test_every_kind_has_one_class_and_states_its_fields():
 
 def test_what_is_only_shown_is_not_recorded_and_takes_no_number():
     log = MemoryLog()
-    log.emit(EvaluationProgressed(version=1, num_ended=3, num_episodes=8))
+    log.emit(EvaluationProgressed(version=1, num_ended=3, num_failed=1, num_episodes=8))
     log.emit(CheckpointWritten(version=1, path="x"))
     assert log.events == [CheckpointWritten(version=1, path="x")]
 

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from oldlogits.record.events import Evaluated, ServerUp, Updated, Warned
+from oldlogits.record.events import Evaluated, GroupClosed, ServerUp, TrajectoryFailed, Updated, Warned
 from oldlogits.record.intervals import Interval
 from oldlogits.record.live import LiveView, learned_sentence, print_summary, sparkline
 from oldlogits.record.summary import Summary
@@ -68,7 +69,7 @@ def test_the_speed_beside_an_evaluation_is_that_of_the_engine_while_it_samples()
 
 def test_what_happens_between_updates_is_one_line_each():
     out = io.StringIO()
-    rate = {"mean": 0.5, "low": 0.25, "high": 0.75, "num_episodes": 4, "rewards": [], "seconds_s": 2.0}
+    rate = {"mean": 0.5, "low": 0.25, "high": 0.75, "num_episodes": 4, "rewards": [1.0, 0.0] * 2, "seconds_s": 2.0}
     with LiveView(total_updates=2, title="t", console=Console(file=out, width=200)) as view:
         view.emit(Evaluated(version=0, stage="before", mode="greedy", **rate))
         view.emit(Warned(version=0, name="a", message="look", figures={}))
@@ -77,6 +78,45 @@ def test_what_happens_between_updates_is_one_line_each():
         "held-out success before training, greedy: 50.0% [25.0%, 75.0%] of 4, 2 s",
         "warning: look",
         "server http://a is up: started again",
+    ]
+
+
+def failed(reason, *, stage="train"):
+    return TrajectoryFailed(version=0, trajectory="g000000.0", stage=stage, reason=reason)
+
+
+def closed(*rewards, num_failed):
+    return GroupClosed(version=0, group="g0", rewards=rewards, oldest_version=0, num_failed=num_failed, filtered=False)
+
+
+def test_the_first_failure_of_each_kind_is_told_and_every_line_of_an_update_counts_them():
+    out = io.StringIO()
+    with LiveView(total_updates=2, title="t", console=Console(file=out, width=200)) as view:
+        for number in range(3):
+            view.emit(failed(f"get_reward: ValueError: judge {number} is down"))
+        view.emit(failed("look: timed out after 2 s", stage="before"))
+        view.emit(closed(1.0, 0.0, 0.0, num_failed=3))
+        view.emit(updated(1, reward__mean=0.5))
+        panel = io.StringIO()
+        Console(file=panel, width=120).print(view._panel())
+    assert out.getvalue().splitlines() == [
+        "an episode failed: get_reward: ValueError: judge 0 is down",
+        "a held-out episode failed: look: timed out after 2 s",
+        "update 1/2  reward 0.500  success 0.250  rho 0.970  staleness 1.50  max 4  failed 3 of 6",
+    ]
+    assert "3 of  6 episodes:  3 x get_reward: ValueError: judge 0 is down" in panel.getvalue()
+
+
+def test_an_evaluation_with_failures_says_how_many_of_its_rows_were_played():
+    out = io.StringIO()
+    rate = {"mean": 0.5, "low": 0.25, "high": 0.75, "num_episodes": 2, "rewards": [1.0, None, 0.0], "seconds_s": 2.0}
+    none = rate | {"mean": math.nan, "num_episodes": 0, "rewards": [None, None]}
+    with LiveView(total_updates=2, title="t", console=Console(file=out, width=200)) as view:
+        view.emit(Evaluated(version=3, stage="during", mode="sampled", **rate))
+        view.emit(Evaluated(version=0, stage="after", mode="greedy", **none))
+    assert out.getvalue().splitlines() == [
+        "held-out success at version 3, sampled: 50.0% [25.0%, 75.0%] of 2 played; 1 of 3 rows failed, 2 s",
+        "held-out success after training, greedy: of 0 played; 2 of 2 rows failed, 2 s",
     ]
 
 

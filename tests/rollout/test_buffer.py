@@ -25,12 +25,19 @@ def member(group, index, *, first=0, last=0, reward=0.0):
 class BufferMachine(RuleBasedStateMachine):
     """A run in any order of events: admission, ends and failures in any order, filters, batches, publications."""
 
-    @initialize(window=st.integers(0, 3), batch_size=st.integers(1, 2), size=st.integers(2, 3), filter_uniform=st.booleans())
-    def start(self, window, batch_size, size, filter_uniform):
+    @initialize(
+        window=st.integers(0, 3),
+        batch_size=st.integers(1, 2),
+        size=st.integers(2, 3),
+        min_size=st.integers(2, 3),
+        filter_uniform=st.booleans(),
+    )
+    def start(self, window, batch_size, size, min_size, filter_uniform):
+        self.min_size = min(size, min_size)
         self.loop = asyncio.new_event_loop()
         self.window, self.batch_size, self.size, self.filter_uniform = window, batch_size, size, filter_uniform
         bound = StalenessBound(max_staleness=window, prompts_per_update=batch_size)
-        self.buffer = Buffer(bound, filter_uniform=filter_uniform)
+        self.buffer = Buffer(bound, filter_uniform=filter_uniform, min_size=self.min_size)
         self.version, self.next, self.in_training = 0, 0, []
         self.admitted = {}  # group -> version, as long as it is outstanding
         self.running = {}  # group -> indices of running members
@@ -51,6 +58,14 @@ class BufferMachine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from([g for g, members in self.running.items() if members]))
         self.end(name, data.draw(st.sampled_from(sorted(self.running[name]))), None if fails else reward)
 
+    @precondition(lambda self: any(self.running.values()))
+    @rule(data=st.data())
+    def play_one_again(self, data):
+        name = data.draw(st.sampled_from([g for g, members in self.running.items() if members]))
+        self.buffer.fail(name, again=True)
+        self.became["failed"] += 1
+        self.became["submitted"] += 1
+
     def end(self, name, index, reward):
         self.running[name].remove(index)
         if reward is None:
@@ -65,7 +80,7 @@ class BufferMachine(RuleBasedStateMachine):
 
     def close(self, name):
         rewards = self.ended[name]
-        expected = len(rewards) < 2 or (self.filter_uniform and len(set(rewards.values())) == 1)
+        expected = len(rewards) < self.min_size or (self.filter_uniform and len(set(rewards.values())) == 1)
         closed = self.buffer.close(name)
         assert (closed.group is None) is expected
         assert closed.num_failed == self.size - len(rewards)
@@ -234,6 +249,18 @@ def test_uniform_groups_are_filtered_on_request_and_groups_of_less_than_two_alwa
     closed = buffer.close("g0")
     assert (closed.group is None, closed.num_failed, len(closed.trajectories)) == (filtered, 3 - len(rewards), len(rewards))
     assert buffer.account.filtered == (len(rewards) if filtered else 0)
+    buffer.check()
+
+
+@pytest.mark.parametrize("min_size, rewards, why", [(3, (0.0, 1.0), "small"), (2, (0.0, 1.0), ""), (2, (1.0, 1.0), "uniform")])
+def test_a_group_that_is_left_out_says_why(min_size, rewards, why):
+    bound = StalenessBound(max_staleness=1, prompts_per_update=1)
+    buffer = Buffer(bound, filter_uniform=True, min_size=min_size)
+    buffer.admit("g0", size=3, version=0)
+    buffer.fail("g0")
+    for index, reward in enumerate(rewards):
+        buffer.end(member("g0", index, reward=reward))
+    assert buffer.close("g0").left_out == why
     buffer.check()
 
 

@@ -6,14 +6,15 @@ from types import SimpleNamespace
 import pytest
 
 from oldlogits.core.engine import Generation, Sampling, Span
-from oldlogits.core.errors import EnvironmentShapeError, WorkerDiedError
+from oldlogits.core.errors import RolloutError, WorkerDiedError
 from oldlogits.envs.parsers.plain import PlainParser
 from oldlogits.models.chat import ChatFormat
 from oldlogits.rollout.buffer import Buffer
 from oldlogits.rollout.environment_runner import run_inline
-from oldlogits.rollout.groups import FAILURES_IN_A_ROW, Rollouts, evaluate
+from oldlogits.rollout.groups import Rollouts, evaluate
 from oldlogits.rollout.staleness import StalenessBound
-from oldlogits.rollout.turns import Agent, TurnLimits
+from oldlogits.rollout.turns import Agent, Failure, TurnLimits
+from oldlogits.rollout.watches import WINDOW, FailureWatch, FilterWatch
 from oldlogits.sources.none import NoSource
 from order_desk.tiny import tiny_tokenizer
 
@@ -23,12 +24,14 @@ CHAT = ChatFormat(tiny_tokenizer(["hello"]))
 
 
 class Task:
-    """The reward is the member's turn to be created: 0, 1, 2, ...; a row may make it fail."""
+    """The reward is the member's turn to be created: 0, 1, 2, ...; a row may make it fail, always or the first times."""
 
     num_made = 0
+    num_failed = 0
 
-    def reset(self, *, fails=False, reward=None):
-        if fails:
+    def reset(self, *, fails=False, times=0, reward=None):
+        if fails or Task.num_failed < times:
+            Task.num_failed += 1
             raise RuntimeError("no shop")
         self.reward = Task.num_made if reward is None else reward
         Task.num_made += 1
@@ -99,8 +102,19 @@ class WatchfulSource(NoSource):
 class World:
     """Rollouts with everything that they need, W = 1, B = 2, two members a group."""
 
-    def __init__(self, tasks, *, rows=lambda index: {}, max_running_groups=0, first_row=0, filter_uniform=False):
-        Task.num_made = 0
+    def __init__(
+        self,
+        tasks,
+        *,
+        rows=lambda index: {},
+        max_running_groups=0,
+        first_row=0,
+        filter_uniform=False,
+        max_replays=0,
+        max_failed_share=0.5,
+        max_filtered_batches=64,
+    ):
+        Task.num_made = Task.num_failed = 0
         self.engine, self.events = GatedEngine(), Events()
         bound = StalenessBound(max_staleness=1, prompts_per_update=2)
         self.buffer = Buffer(bound, filter_uniform=filter_uniform)
@@ -114,6 +128,9 @@ class World:
             events=self.events,
             tasks=tasks,
             group_size=2,
+            max_replays=max_replays,
+            failures=FailureWatch(self.events, "training episodes", max_failed_share),
+            left_out=FilterWatch(self.events, 2, max_filtered_batches),
             max_running_groups=max_running_groups,
             first_row=first_row,
         )
@@ -216,8 +233,8 @@ def test_a_group_that_fails_is_counted_told_and_replaced():
         assert (account.submitted, account.failed, account.filtered, world.buffer.queued) == (6, 2, 0, 4)
         failed = world.events.of("trajectory_failed")
         assert [(event.trajectory, event.reason) for event in failed] == [
-            ("g000000.0", "RuntimeError: no shop"),
-            ("g000000.1", "RuntimeError: no shop"),
+            ("g000000.0", "reset: RuntimeError: no shop"),
+            ("g000000.1", "reset: RuntimeError: no shop"),
         ]
         assert {group.id for group in await world.buffer.take(0)} == {"g000001", "g000002"}
         world.buffer.check()
@@ -308,25 +325,106 @@ def errors_of(scenario, **settings):
     return leaves(caught.value)
 
 
-def test_an_environment_that_only_fails_ends_the_run_with_its_last_reason():
-    errors = errors_of(play_on, rows=lambda index: {"fails": True})
-    assert {type(error) for error in errors} == {EnvironmentShapeError}
-    assert errors[0].what == f"{FAILURES_IN_A_ROW} episodes in a row were ended by the environment"
-    assert errors[0].got == "the last: RuntimeError: no shop"
+def test_an_environment_that_fails_too_often_ends_the_run_with_figures_and_the_last_reason():
+    worlds = []
+
+    async def scenario(world):
+        worlds.append(world)
+        await play_on(world)
+
+    errors = errors_of(scenario, rows=lambda index: {"fails": True})
+    assert {type(error) for error in errors} == {RolloutError}
+    assert errors[0].what == f"{WINDOW // 2 + 1} of the last {WINDOW // 2 + 1} training episodes were ended by their environment"
+    assert errors[0].got == "the last: reset: RuntimeError: no shop"
+    assert errors[0].allowed == f"at most 50% of {WINDOW} (rollout.max_failed_share)"
+    warned = worlds[0].events.of("warning")
+    assert [(w.name, w.figures) for w in warned if w.name == "failed-episodes"] == [
+        ("failed-episodes", {"failed": 4, "ended": 4})
+    ]
 
 
-def test_failures_between_successes_do_not_end_the_run():
+def test_failures_up_to_the_share_that_the_recipe_names_do_not_end_the_run():
     async def scenario(world):
         world.engine.gate.set()
         await world.admit(num_wanted=4)
-        for version in range(FAILURES_IN_A_ROW // 4):
+        for version in range(WINDOW // 2):
             await world.buffer.take(version)
+            world.rollouts.batch_taken()
             world.buffer.confirm_trained()
             world.engine.version = version + 1
             await world.admit(version=version + 1, num_wanted=4)
-        assert world.buffer.account.failed > FAILURES_IN_A_ROW
+        assert world.buffer.account.failed > WINDOW
 
-    in_world(scenario, rows=lambda index: {"fails": index % 2 == 0})
+    in_world(scenario, rows=lambda index: {"fails": index % 2 == 0}, max_failed_share=0.6)
+
+
+def test_a_failed_episode_is_played_again_in_its_group_and_every_one_is_accounted_for():
+    async def scenario(world):
+        world.engine.gate.set()
+        await world.admit(num_wanted=1)
+        (closed,) = world.events.of("group_closed")
+        assert (len(closed.rewards), closed.num_failed, closed.filtered) == (2, 0, False)
+        assert [e.trajectory for e in world.events.of("trajectory_failed")] == ["g000000.0", "g000000.1", "g000000.0r1"]
+        account = world.buffer.account
+        assert (account.submitted, account.failed, world.buffer.queued) == (5, 3, 2)
+        assert world.source.arrived == [["g000000.0r2", "g000000.1r1"]]
+        world.buffer.check()
+
+    in_world(scenario, rows=lambda index: {"times": 3}, max_replays=2)
+
+
+def test_a_row_that_always_fails_is_played_again_only_so_often():
+    async def scenario(world):
+        world.engine.gate.set()
+        await world.admit(num_wanted=1)
+        assert world.admitted() == ["g000000", "g000001"]
+        assert (world.buffer.account.submitted, world.buffer.account.failed) == (2 * 3 + 2, 2 * 3)
+        assert world.events.of("group_closed")[0].num_failed == 2
+        world.buffer.check()
+
+    in_world(scenario, rows=lambda index: {"fails": index == 0}, max_replays=2)
+
+
+def test_groups_that_are_left_out_without_end_are_warned_of_and_end_the_run_with_figures():
+    worlds = []
+
+    async def scenario(world):
+        worlds.append(world)
+        await play_on(world)
+
+    errors = errors_of(scenario, rows=lambda index: {"reward": 1.0}, filter_uniform=True, max_filtered_batches=16)
+    assert {type(error) for error in errors} == {RolloutError}
+    assert errors[0].what == (
+        "since the last update 32 of 32 groups were left out: 32 with equal rewards, 0 with too many failed episodes"
+    )
+    (warned,) = worlds[0].events.of("warning")
+    assert (warned.name, warned.figures) == ("filtered-groups", {"uniform": 4, "failed": 0, "kept": 0})
+    assert warned.message.endswith("the run stops at 32")
+
+
+def test_groups_that_are_left_out_between_updates_do_not_end_the_run():
+    async def scenario(world):
+        world.engine.gate.set()
+        await world.admit(num_wanted=4)
+        for version in range(20):
+            await world.buffer.take(version)
+            world.rollouts.batch_taken()
+            world.buffer.confirm_trained()
+            world.engine.version = version + 1
+            await world.admit(version=version + 1, num_wanted=4)
+        assert world.buffer.account.filtered > 2 * 32
+
+    rewards = lambda index: {"reward": 1.0} if index % 3 else {}  # noqa: E731
+    in_world(scenario, rows=rewards, filter_uniform=True, max_filtered_batches=8)
+
+
+@pytest.mark.parametrize("num_failed, warned", [(3, False), (4, True)])
+def test_a_few_failures_at_the_start_are_no_share(num_failed, warned):
+    events = Events()
+    watch = FailureWatch(events, "episodes", 0.5)
+    for _ in range(num_failed):
+        watch.count(Failure(id="a", group_id="g", reason="r"), 0)
+    assert bool(events.of("warning")) is warned
 
 
 def test_an_engine_that_dies_ends_the_run():
@@ -337,12 +435,13 @@ def test_an_engine_that_dies_ends_the_run():
     assert {str(error) for error in errors_of(scenario)} == {"the engine is gone"}
 
 
-def evaluate_rows(rows, *, num_running, temperature=1.0):
-    engine, progress = None, []
+def evaluate_rows(rows, *, num_running, temperature=1.0, engine_class=GatedEngine):
+    engine, told = None, []
+    Task.num_made = Task.num_failed = 0
 
     async def main():
         nonlocal engine
-        engine = GatedEngine()
+        engine = engine_class()
         engine.gate.set()
         return await evaluate(
             agent_of(engine),
@@ -351,27 +450,41 @@ def evaluate_rows(rows, *, num_running, temperature=1.0):
             name="ebefore",
             temperature=temperature,
             num_running=num_running,
-            on_progress=progress.append,
+            tell=told.append,
         )
 
-    return asyncio.run(main()), engine, progress
+    return asyncio.run(main()), engine, told
 
 
 @pytest.mark.parametrize("num_running", [1, 3, 100])
 def test_an_evaluation_plays_every_row_once_and_keeps_their_order(num_running):
     rows = [{"reward": i / 10} for i in range(10)]
-    found, engine, progress = evaluate_rows(rows, num_running=num_running)
+    found, engine, told = evaluate_rows(rows, num_running=num_running)
     assert found.rewards == tuple(i / 10 for i in range(10))
     assert [t.id for t in found.trajectories] == [f"ebefore.{i}" for i in range(10)]
     assert engine.most_running == min(num_running, 10)
-    assert progress == list(range(1, 11))
+    assert sorted(one.id for one in told) == [f"ebefore.{i}" for i in range(10)]
 
 
-def test_an_episode_that_fails_counts_as_reward_0_in_its_place():
-    found, _, _ = evaluate_rows([{"reward": 1.0}, {"fails": True}, {"reward": 2.0}, {"reward": 0.99}], num_running=2)
-    assert found.rewards == (1.0, 0.0, 2.0, 0.99)
+def test_an_episode_that_fails_has_no_reward_in_its_place_and_is_told():
+    found, _, told = evaluate_rows([{"reward": 1.0}, {"fails": True}, {"reward": 2.0}, {"reward": 0.99}], num_running=2)
+    assert found.rewards == (1.0, None, 2.0, 0.99)
     assert found.num_successes == 2
     assert [t.id for t in found.trajectories] == ["ebefore.0", "ebefore.2", "ebefore.3"]
+    assert [one.reason for one in told if isinstance(one, Failure)] == ["reset: RuntimeError: no shop"]
+
+
+def test_rows_whose_task_was_cancelled_from_inside_are_named_as_not_played():
+    class Leaking(GatedEngine):
+        async def generate(self, prompt_ids, sampling, request_id):
+            if request_id == "ebefore.1/0":
+                raise asyncio.CancelledError
+            return await super().generate(prompt_ids, sampling, request_id)
+
+    found, _, told = evaluate_rows([{"reward": 1.0}] * 4, num_running=1, engine_class=Leaking)
+    assert found.rewards == (1.0, None, None, None), "one task played all rows"
+    assert [one.id for one in told] == [f"ebefore.{i}" for i in range(4)]
+    assert told[3].reason == "not played: its task was cancelled"
 
 
 def test_an_evaluation_samples_at_its_own_temperature():
@@ -380,5 +493,5 @@ def test_an_evaluation_samples_at_its_own_temperature():
 
 
 def test_an_evaluation_of_nothing_is_empty():
-    found, _, progress = evaluate_rows([], num_running=4)
-    assert (found.rewards, found.trajectories, found.num_successes, progress) == ((), (), 0, [])
+    found, _, told = evaluate_rows([], num_running=4)
+    assert (found.rewards, found.trajectories, found.num_successes, told) == ((), (), 0, [])

@@ -127,7 +127,7 @@ def read_figures(planned: PlannedRun) -> RunFigures:
     """Read what came out of a run that is done."""
     folder = RunFolder(path=planned.folder)
     events = list(read_events(folder.events))
-    success = [played.mean for played in typed(events, Evaluated) if played.mode == "sampled"]
+    success = [e.mean if e.num_episodes else None for e in typed(events, Evaluated) if e.mode == "sampled"]
     metrics = {update.version: update.metrics for update in typed(events, Updated)}  # a run that was resumed made some twice
     audits = typed(events, Audited)
     num_tokens = sum(sum(audit.num_tokens) for audit in audits)

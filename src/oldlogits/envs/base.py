@@ -10,7 +10,6 @@ from oldlogits.core.environment import ADAPTERS, ENVIRONMENTS, Environment
 from oldlogits.core.errors import EnvironmentShapeError
 from oldlogits.envs.tools import check_tool, public_names, tool_names
 
-
 ToolErrors = Literal["declared", "answer", "fail"]
 """What `env.tool_errors` says."""
 

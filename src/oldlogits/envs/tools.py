@@ -1,8 +1,8 @@
 """The tools of an environment class: their names and schemas, and the binding of an agent's calls to them.
 
-A tool is a public method with a docstring, a static or class method included. pydantic derives the JSON schema of each parameter from its annotation, and checks
-and converts what the agent wrote. Nothing here raises on what an agent can write: a call that does not fit becomes a
-`Malformed`, whose reason the agent is told.
+A tool is a public method with a docstring; it may be a static or a class method. pydantic derives the JSON schema of each
+parameter from its annotation, and checks and converts what the agent wrote. Nothing here raises on what an agent can write: a
+call that does not fit becomes a `Malformed`, whose reason the agent is told.
 """
 
 from __future__ import annotations

@@ -80,9 +80,7 @@ class Evaluator:
                 return
             num_ended, num_failed = num_ended + 1, num_failed + (failure is not None)
             if failure is not None:
-                self._events.emit(
-                    TrajectoryFailed(version=version, trajectory=failure.id, stage=stage, reason=failure.reason)
-                )
+                self._events.emit(TrajectoryFailed(version=version, trajectory=failure.id, stage=stage, reason=failure.reason))
             self._events.emit(
                 EvaluationProgressed(version=version, num_ended=num_ended, num_failed=num_failed, num_episodes=num_episodes)
             )

@@ -196,7 +196,9 @@ def _last(evaluations: Sequence[Evaluated], stage: str, mode: str) -> Evaluated 
 def _rate(evaluations: Sequence[Evaluated], stage: str, mode: str) -> Interval | None:
     """The success rate of the last evaluation of a stage; None also where none of its episodes could be played."""
     last = _last(evaluations, stage, mode)
-    return None if last is None or not last.num_episodes else Interval(mean=last.mean, low=last.low, high=last.high, num_episodes=last.num_episodes)
+    if last is None or not last.num_episodes:
+        return None
+    return Interval(mean=last.mean, low=last.low, high=last.high, num_episodes=last.num_episodes)
 
 
 def _accounting(end: RunEnded | None, metrics: Mapping[str, float]) -> Mapping[str, int]:

@@ -97,8 +97,8 @@ class FilterWatch:
             return
         num = self._num_uniform + self._num_small
         said = (
-            f"since the last update {num} of {num + self._num_kept} groups were left out: {self._num_uniform} with equal rewards, "
-            f"{self._num_small} with too many failed episodes"
+            f"since the last update {num} of {num + self._num_kept} groups were left out: {self._num_uniform} with equal "
+            f"rewards, {self._num_small} with too many failed episodes"
         )
         if num >= self._max:
             raise RolloutError(

@@ -97,9 +97,9 @@ def _verdict(run: RunData) -> Card:
     """What was learned, and the evidence."""
     before, after, gain = run.summary.success_before, run.summary.success_after, run.summary.gain
     if before is None or after is None:
-        measured = "No evaluation was recorded."
-        if run.evaluations:
-            e = run.evaluations[-1]
+        measured = "No held-out episode was played."
+        if played := [e for e in run.evaluations if e.num_episodes]:
+            e = played[-1]
             measured = f"Latest evaluation ({e.mode}, version {e.version}): {e.mean:.1%} [{e.low:.1%}, {e.high:.1%}]."
         return Card("verdict", "No comparison of before and after", measured)
     evidence = f"Sampled on held-out episodes: {before} before, {after} after."
