@@ -7,7 +7,7 @@ import inspect
 import json
 import threading
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, List, Literal
 
 import pytest
 from pydantic import BaseModel, Field
@@ -189,3 +189,65 @@ def test_arguments_by_position_are_given_their_names():
     assert with_names(Shop, ToolCall(name="add", positional=("1",), named={"b": 2})) == ToolCall(
         name="add", named={"a": "1", "b": 2}
     )
+
+
+if TYPE_CHECKING:
+    from decimal import Decimal
+
+
+class Kinds:
+    """Tools of every kind of method."""
+
+    unit = "g"
+
+    def reset(self) -> None: ...
+
+    def get_reward(self) -> float:
+        return 0.0
+
+    @staticmethod
+    def add(a: int, b: int = 1) -> int:
+        """Add."""
+        return a + b
+
+    @classmethod
+    def weigh(cls, grams: float) -> str:
+        """Weigh."""
+        return f"{grams} {cls.unit}"
+
+    def count(self, words: List) -> int:  # noqa: UP006
+        """Count."""
+        return len(words)
+
+    def price(self, of: str) -> Decimal:
+        """A return annotation is nobody's business."""
+        return of
+
+    @staticmethod
+    def make_oracle():
+        raise AssertionError("no tool")
+
+
+def test_static_and_class_methods_are_tools_with_their_own_parameters():
+    check_environment(Kinds)
+    assert tool_names(Kinds) == ("add", "weigh", "count", "price")
+    schemas = {s["function"]["name"]: s["function"]["parameters"] for s in tool_schemas(Kinds)}
+    assert list(schemas["add"]["properties"]) == ["a", "b"]
+    assert (schemas["add"]["required"], schemas["weigh"]["required"]) == (["a"], ["grams"])
+    assert bind(Kinds(), ToolCall(name="add", named={"a": 2}))() == 3
+    assert bind(Kinds(), ToolCall(name="weigh", named={"grams": 2.5}))() == "2.5 g"
+
+
+def test_a_bare_list_takes_any_list():
+    assert bind(Kinds(), ToolCall(name="count", named={"words": ["a", 1, None]}))() == 3
+    assert isinstance(bind(Kinds(), ToolCall(name="count", named={"words": "ab"})), Malformed)
+
+
+def test_a_parameter_whose_annotation_exists_only_for_type_checkers_is_refused_by_name():
+    class Checked(Kinds):
+        def pay(self, amount: Decimal) -> str:
+            """Pay."""
+            return str(amount)
+
+    with pytest.raises(EnvironmentShapeError, match=r"Checked\.pay has an annotation.*amount.*NameError.*TYPE_CHECKING"):
+        check_environment(Checked)
