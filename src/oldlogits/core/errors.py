@@ -6,6 +6,7 @@ OldLogitsError
 ├── RunFolderError        (FileExistsError)   the run folder is not empty, or cannot be resumed
 ├── ModelFolderError      (FileNotFoundError) a model folder that is missing or of an unknown family
 ├── EnvironmentShapeError (TypeError)         a class that is no environment
+├── ContentError          (ValueError)        words of an environment that the model cannot be shown as they are
 ├── TrajectoryError       (ValueError)        segments that contradict each other
 ├── MissingLogprobError   (ValueError)        a token without the log-prob that the objective needs
 ├── VersionEvictedError   (LookupError)       a version that the store no longer holds
@@ -68,6 +69,10 @@ class ModelFolderError(OldLogitsError, FileNotFoundError):
 
 class EnvironmentShapeError(OldLogitsError, TypeError):
     """A class does not have the shape of an environment."""
+
+
+class ContentError(OldLogitsError, ValueError):
+    """Words of an environment cannot be shown to the model as they are."""
 
 
 class TrajectoryError(OldLogitsError, ValueError):
