@@ -28,7 +28,7 @@ from oldlogits.core.parser import PARSERS, Malformed, ToolCall, WritingParser
 from oldlogits.envs.parsers.plain import PlainParser
 from oldlogits.envs.tools import bind, render_result, tool_names, tool_schemas, with_names
 from oldlogits.models.cache import cache_folder, cached
-from oldlogits.models.chat import ChatFormat, Message
+from oldlogits.models.chat import ChatFormat
 from oldlogits.models.load import load_model, load_tokenizer
 from order_desk.clerk import MIXTURE, Clerk, ErrorRates, demonstrator
 from order_desk.data import WORDS, DeskRow
@@ -147,7 +147,7 @@ def warm_start(spec: WarmStartSpec, progress: Progress = lambda step, loss: None
     """
     begun = Path(spec.folder)
     tokenizer = load_tokenizer(begun) if spec.folder else desk_tokenizer()
-    chat = ChatFormat(tokenizer)
+    chat = ChatFormat(tokenizer, tool_schemas(OrderDesk), OrderDesk.system_prompt)
     key = _key(spec, chat, tokenizer)
 
     def fill(unfinished: Path) -> None:
@@ -190,8 +190,7 @@ def demonstrate(row: DeskRow, clerk: Clerk, chat: ChatFormat, parser: str = "pla
     heard, writer = PlainParser(), cast(WritingParser, PARSERS.find(parser)())
     desk = OrderDesk()
     seen: str | None = desk.reset(**row)
-    messages: list[Message] = [{"role": "system", "content": OrderDesk.system_prompt}, {"role": "user", "content": seen or ""}]
-    ids = chat.prompt_ids(messages, tool_schemas(OrderDesk))
+    ids = chat.prompt_ids(seen or "")
     mask = [False] * len(ids)
     next(clerk)
     while seen is not None:

@@ -10,7 +10,9 @@ import pytest
 from oldlogits.core.engine import Generation, Sampling, Span, trajectory_of
 from oldlogits.core.errors import WorkerDiedError
 from oldlogits.core.trajectory import Context, Sampled, Trajectory
+from oldlogits.envs.base import system_prompt_of
 from oldlogits.envs.parsers.plain import PlainParser
+from oldlogits.envs.tools import tool_schemas
 from oldlogits.models.chat import ChatFormat
 from oldlogits.rollout.turns import Agent, EnvironmentFailed, Failure, TurnLimits, run_episode, sampled_segments, unreported
 from order_desk.tiny import tiny_tokenizer
@@ -109,10 +111,14 @@ async def run_here(call, *, is_tool=False):
         raise EnvironmentFailed(f"{type(error).__name__}: {error}") from error
 
 
+def chat_of(environment):
+    return ChatFormat(TOKENIZER, tool_schemas(environment), system_prompt_of(environment))
+
+
 def play(engine, *, limits=DEFAULT, environment=Counter, row=None, temperature=1.0, runner=run_here, report=unreported):
     agent = Agent(
         engine=engine,
-        chat=CHAT,
+        chat=chat_of(environment),
         parser=PlainParser(),
         limits=limits,
         sampling=Sampling(max_tokens=1, temperature=temperature),

@@ -17,11 +17,11 @@ from oldlogits.core.errors import ConfigError
 from oldlogits.core.parser import PARSERS, Malformed, ToolCall
 from oldlogits.engines.embedded.engine import EngineCore
 from oldlogits.engines.embedded.model_folder import read_config
+from oldlogits.envs.base import system_prompt_of
 from oldlogits.envs.tools import tool_schemas
 from oldlogits.models.chat import ChatFormat
 from oldlogits.models.load import load_tokenizer
 from oldlogits.record.folder import RunFolder
-from oldlogits.rollout.turns import opening_messages
 
 LONGEST: Final = 4096
 """The most tokens of an episode that a model folder without a recipe plays, unless the model takes fewer."""
@@ -42,7 +42,7 @@ class CheckpointPlayer:
         self, model: Path, environment_class: type[Environment], env: EnvConfig, *, temperature: float, seed: int
     ) -> None:
         self._class, self._env, self._parser = environment_class, env, PARSERS.find(env.parser)()
-        self._chat = ChatFormat(load_tokenizer(model))
+        self._chat = ChatFormat(load_tokenizer(model), tool_schemas(environment_class), system_prompt_of(environment_class))
         spec = EngineSpec(model_path=str(model), max_num_seqs=1, max_context=env.max_episode_tokens, seed=seed)
         self._core = EngineCore(spec)
         stop_ids = self._chat.stop_ids
@@ -86,10 +86,7 @@ class CheckpointPlayer:
         Raises:
             EndedEarlyError: A limit ends the episode.
         """
-        if self._ids:
-            read = self._chat.continuation_ids(role, seen)
-        else:
-            read = self._chat.prompt_ids(opening_messages(self._class, seen), tool_schemas(self._class))
+        read = self._chat.continuation_ids(role, seen) if self._ids else self._chat.prompt_ids(seen)
         room = self._env.max_episode_tokens - len(self._ids) - len(read)
         if room <= 0 or self._num_turns == self._env.max_turns:
             raise EndedEarlyError("max_tokens" if room <= 0 else "max_turns")

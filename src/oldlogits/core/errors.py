@@ -131,6 +131,10 @@ class NonFiniteError(OldLogitsError, FloatingPointError):
     """A loss or a gradient is not finite."""
 
 
+class RunInterrupted(KeyboardInterrupt):
+    """The user wants a run to stop at once; no environment's code can raise it by accident, as it can a KeyboardInterrupt."""
+
+
 class AccountingError(OldLogitsError, RuntimeError):
     """Trajectories were lost, counted twice, or would be trained beyond the staleness bound."""
 

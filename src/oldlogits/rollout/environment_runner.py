@@ -12,9 +12,14 @@ from functools import partial
 from queue import SimpleQueue
 from typing import TypeVar, cast
 
+from oldlogits.core.errors import RunInterrupted
+from oldlogits.core.text import readable
 from oldlogits.rollout.turns import EnvironmentFailed
 
 T = TypeVar("T")
+
+LONGEST_REASON = 2000
+"""Characters of a failure that are kept."""
 
 NUM_THREADS = 64
 """Calls of environment code that run at the same time; one that timed out no longer counts."""
@@ -37,8 +42,8 @@ async def run_inline(call: Callable[[], T | Awaitable[T]], *, is_tool: bool = Fa
             pass
     except StopIteration as end:
         return cast(T, end.value)
-    except (Exception, SystemExit) as error:  # as in _attempt
-        raise EnvironmentFailed(_describe(error)) from error
+    except BaseException as error:  # as in _attempt
+        raise _failure(error) from error
     raise EnvironmentFailed("asynchronous code that waits needs real time: use runtime.type = 'local'")
 
 
@@ -79,8 +84,13 @@ async def _finish(result: T | Awaitable[T]) -> T:
         return result
     try:
         return await cast(Awaitable[T], result)
-    except (Exception, SystemExit) as error:  # as in _attempt
-        raise EnvironmentFailed(_describe(error)) from error
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():  # by the deadline, or because the run ends
+            raise
+        raise _failure(error) from error
+    except BaseException as error:  # as in _attempt
+        raise _failure(error) from error
 
 
 class _DaemonThreads:
@@ -114,11 +124,26 @@ def _fulfil(future: Future[T], call: Callable[[], T]) -> None:
 
 
 def _attempt(call: Callable[[], T | Awaitable[T]]) -> T | Awaitable[T]:
+    """Call environment code; whatever it raises ends the episode and not the run.
+
+    `asyncio.CancelledError`, `GeneratorExit`, `KeyboardInterrupt` and `SystemExit` are included: the code is the user's.
+    """
     try:
         return call()
-    except (Exception, SystemExit) as error:  # environment code is the user's: what it raises ends the episode, not the run
-        raise EnvironmentFailed(_describe(error)) from error
+    except BaseException as error:
+        raise _failure(error) from error
 
 
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+def _failure(error: BaseException) -> EnvironmentFailed:
+    """What ends the episode; the interruption of the run itself is raised on.
+
+    Raises:
+        RunInterrupted: The user wants the run to stop at once, while this code ran in the main thread.
+    """
+    if isinstance(error, RunInterrupted):
+        raise error
+    try:
+        said = f"{type(error).__name__}: {error}"
+    except Exception as own:
+        said = f"{type(error).__name__}, which raised {type(own).__name__} when it was to be printed"
+    return EnvironmentFailed(readable(said)[:LONGEST_REASON])

@@ -19,10 +19,8 @@ from oldlogits.config.engine import engine_spec, server_options
 from oldlogits.core.engine import ENGINES, Sampling
 from oldlogits.core.engine_stats import Incident
 from oldlogits.core.environment import Environment, is_model_folder
-from oldlogits.core.errors import OldLogitsError
+from oldlogits.core.errors import OldLogitsError, RunInterrupted
 from oldlogits.core.parser import PARSERS
-from oldlogits.envs.base import system_prompt_of
-from oldlogits.envs.tools import tool_schemas
 from oldlogits.loop.backend import Backend, BackendSpec
 from oldlogits.loop.loop import Loop
 from oldlogits.loop.make import make_loop, run_started
@@ -42,6 +40,7 @@ from oldlogits.record.report.page import write_report
 from oldlogits.record.summary import Ended, Summary, summarise_folder
 from oldlogits.record.trackers.feed import TrackerFeed, find_trackers, open_feeds
 from oldlogits.rollout.turns import Agent, TurnLimits
+from oldlogits.run.chat import chat_format
 from oldlogits.run.specs import backend_kind, backend_spec
 from oldlogits.run.start import Start, prepare_model
 from oldlogits.run.tasks import load_tasks
@@ -134,7 +133,7 @@ def _check_task(config: RunConfig) -> type[Environment]:
     environment_class, _ = load_tasks(config)
     if is_model_folder(config.model.path):
         ENGINES.find(config.engine.type)().check(engine_spec(config, Path(config.model.path)), server_options(config))
-        ChatFormat(load_tokenizer(Path(config.model.path)))
+        chat_format(config.model, Path(config.model.path), environment_class)
     return environment_class
 
 
@@ -148,11 +147,11 @@ async def _run(
     feeds: Sequence[TrackerFeed],
 ) -> End:
     tokenizer = load_tokenizer(start.model)
-    chat = ChatFormat(tokenizer)
     environment_class, rows = load_tasks(config)
+    chat = chat_format(config.model, start.model, environment_class)
     state = LoopState() if checkpoint is None else LoopState.read(checkpoint)
     seed = sampler_seed(config.seed, state.num_updates)
-    probe_ids = _probe_ids(chat, environment_class)
+    probe_ids = chat.prompt_ids("hello")[-PROBE_TOKENS:]  # a fixed prompt: system prompt and tools
     every = {"tokens_every": config.record.tokens_every, "transcripts_every": config.record.transcripts_every}
     with record_run(folder, view, lambda ids: str(tokenizer.decode(ids)), **every, trackers=feeds) as recording:
         if checkpoint is None and start.is_warm:
@@ -243,7 +242,7 @@ async def _interruptible(note: Callable[[str], None]) -> AsyncIterator[asyncio.E
         nonlocal num_signals
         num_signals += 1
         if num_signals > 1:  # whatever runs, environment code that hangs in this process included
-            raise KeyboardInterrupt
+            raise RunInterrupted
         loop.call_soon_threadsafe(note, "interrupted: finishing the update, then a checkpoint (again to stop at once)")
         loop.call_soon_threadsafe(interruption.set)
 
@@ -279,9 +278,3 @@ def _agent(config: RunConfig, backend: Backend, chat: ChatFormat) -> Agent:
         sampling=Sampling(max_tokens=env.max_tokens_per_turn, temperature=config.sampling.temperature),
         run_environment=backend.run_environment,
     )
-
-
-def _probe_ids(chat: ChatFormat, environment_class: type[Environment]) -> list[int]:
-    """A fixed prompt of the environment: its system prompt and tools."""
-    messages = [{"role": "system", "content": system_prompt_of(environment_class)}, {"role": "user", "content": "hello"}]
-    return chat.prompt_ids(messages, tool_schemas(environment_class))[-PROBE_TOKENS:]
