@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from oldlogits.core.policies import MU, OLD, THETA, VARIANTS
-from oldlogits.objective import aggregate, split_ratio, surrogate
+from oldlogits.objective import split_ratio, surrogate, token_weights, weighted_loss
 
 BAND, EPS_LOW, EPS_HIGH, DUAL_CLIP = 1.5, 0.2, 0.28, 3.0
 Batch = dict[str, Tensor]
@@ -76,7 +76,7 @@ def our_loss(mu: Tensor, old: Tensor, theta: Tensor, advantages: Tensor, loss_ma
         dual_clip=DUAL_CLIP,
         discrepancy="weight_and_mask",
     )
-    return aggregate(tokens.values, loss_mask, mode="token-mean")
+    return weighted_loss(tokens.values, token_weights(loss_mask, mode="token-mean"))
 
 
 def run(loss: Callable[..., Tensor], data: Batch) -> tuple[Tensor, Tensor]:

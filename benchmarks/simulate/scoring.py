@@ -15,11 +15,9 @@ from numpy.typing import NDArray
 
 from benchmarks.simulate.engine import Cached
 from benchmarks.simulate.scenario import ScorerTimes, TrainerTimes
-from oldlogits.core.scoring import BatchTokens, ScoredSpans, ScoringSpan
+from oldlogits.core.scoring import AverageScores, BatchTokens, EngineScores, ScoredSpans, ScoringSpan
 from oldlogits.core.trajectory import Context, Sampled, Segment, Trajectory
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
-from oldlogits.sources import EngineScores
-from oldlogits.versions import AverageScores
 
 READ = Context(token_ids=(0,))
 """The placeholder of everything that is read between two turns."""

@@ -135,7 +135,7 @@ class _Rollouts(Admission):
                 members.create_task(world.play(f"{group_id}.{i}", group_id, episode, reward))
         closed = self._buffer.close(group_id)
         self.group_ended()
-        if closed.filtered:
+        if closed.group is None:
             world.forget([t.id for t in closed.trajectories])
         else:
             await world.source.on_arrival(closed.trajectories)

@@ -13,7 +13,7 @@ from benchmarks.versions.entropy import change
 from benchmarks.versions.rows import Row, Subject
 from oldlogits.bench.lab import BF16, Chain, Lab, Timed
 from oldlogits.versions import Patch, apply
-from oldlogits.versions.patches.cold import pack
+from oldlogits.versions.patches.patch import pack
 
 WALK: Final = 4
 """How many versions a walk passes."""
@@ -113,4 +113,4 @@ def module_of(weights: Mapping[str, Tensor]) -> nn.Module:
 def zstd_xor(old: Tensor, new: Tensor) -> bytes:
     """What others send for a new version: the bits of both states XORed, then zstd at level 1."""
     flipped = old.view(torch.int16) ^ new.view(torch.int16)
-    return pack("xor", flipped.cpu().numpy().view(np.uint8), "cold")[1]
+    return pack(flipped.cpu().numpy().view(np.uint8), "cold")

@@ -18,8 +18,7 @@ from oldlogits.models.load import load_model, named_weights
 from oldlogits.rpc.client import Inline, client
 from oldlogits.run.specs import trainer_spec
 from oldlogits.train.calls import TrainerCalls
-from oldlogits.train.service import TrainerService
-from oldlogits.train.trainer import Trainer
+from oldlogits.train.trainer import Trainer, TrainerService
 
 from ..builders import batch_of, sampled, trajectory
 from ..waiting import HUNG_S

@@ -39,12 +39,12 @@ def warned(variant, source=None, **table):
 
 @pytest.mark.parametrize("variant", LINEAR)
 @pytest.mark.parametrize("eps_high", [0.1, 0.28, 1.0])
-def test_a_linear_interpolation_whose_ratio_cannot_reach_the_upper_clip_is_refused(variant, eps_high):
+def test_a_linear_proximal_policy_whose_ratio_cannot_reach_the_upper_clip_is_refused(variant, eps_high):
     """``r_s < 1 / (1 - a)``: the clip at ``1 + eps_high`` exists where ``1 / (1 - a)`` is above it."""
     edge = 1 - 1 / (1 + eps_high)
     for weight_mu in (0.5 * edge, edge - 1e-9):
         error = refusal(variant, objective={"interpolation_mu": weight_mu, "eps_high": eps_high})
-        assert error.what.startswith(f"variant '{variant}' has no clip for A > 0 at weight_mu")
+        assert error.what.startswith(f"variant '{variant}' has no clip for A > 0 at interpolation_mu")
         assert f"{edge:.4g}" in error.allowed
         assert f"variant '{variant.replace('linear', 'loglinear')}'" in error.fix
     check(recipe(variant, objective={"interpolation_mu": edge + 1e-9, "eps_high": eps_high}))
@@ -52,7 +52,7 @@ def test_a_linear_interpolation_whose_ratio_cannot_reach_the_upper_clip_is_refus
 
 @pytest.mark.parametrize("variant", LINEAR + LOGLINEAR)
 def test_a_proximal_policy_that_is_theta_itself_has_no_clip_and_is_refused(variant):
-    assert "no clip for A > 0 and A < 0 at weight_mu 0" in refusal(variant, objective={"interpolation_mu": 0.0}).what
+    assert "no clip for A > 0 and A < 0 at interpolation_mu 0" in refusal(variant, objective={"interpolation_mu": 0.0}).what
 
 
 @pytest.mark.parametrize("variant", LOGLINEAR)
@@ -65,7 +65,7 @@ def test_a_proximal_policy_that_is_mu_itself_is_refused_where_it_is_to_mask_and_
     for variant in ("linear_train_infer", "loglinear_train_infer"):
         for band in (1.5, INF):
             error = refusal(variant, band=band, objective={"interpolation_mu": 1.0})
-            assert "its stand-in is MU and r_d is 1" in error.what
+            assert "its proximal policy is MU and r_d is 1" in error.what
             assert "ppo_clip_train_infer" in error.fix
         check(recipe(variant, objective={"interpolation_mu": 0.99}))
     for variant in ("linear_prox", "loglinear_prox"):
@@ -103,7 +103,7 @@ def test_no_band_is_refused_where_r_d_only_masks_and_warned_of_where_it_weights(
 
 def test_a_dual_clip_that_is_switched_off_or_out_of_reach_is_neither_refused_nor_warned_of():
     assert warned("decoupled_exact", objective={"dual_clip": INF}) == {}
-    assert warned("linear_prox", objective={"dual_clip": 3.0}) == {}  # r_s < 2 at weight_mu 0.5
+    assert warned("linear_prox", objective={"dual_clip": 3.0}) == {}  # r_s < 2 at interpolation_mu 0.5
 
 
 def test_a_recipe_that_says_that_it_does_not_clip_is_not_told_so():
@@ -117,13 +117,13 @@ def test_a_recipe_that_says_that_it_does_not_clip_is_not_told_so():
 
 @pytest.mark.parametrize("variant", LINEAR)
 @pytest.mark.parametrize("weight_mu", [0.25, 0.5, 0.8])
-def test_a_truncation_that_a_linear_interpolations_ratio_cannot_exceed_is_refused(variant, weight_mu):
+def test_a_truncation_that_a_linear_proximal_policys_ratio_cannot_exceed_is_refused(variant, weight_mu):
     """``r_s < 1 / (1 - a)``, which it approaches as R grows."""
     largest = 1 / (1 - weight_mu)
     assert 1e12 / (weight_mu + (1 - weight_mu) * 1e12) == pytest.approx(largest, rel=1e-6)
     for truncation in (largest, 1.01 * largest):
         error = refusal(variant, objective={"clip": "truncated", "interpolation_mu": weight_mu, "is_cap": truncation})
-        assert error.what.startswith(f"variant '{variant}' has nothing to truncate at weight_mu {weight_mu:g}")
+        assert error.what.startswith(f"variant '{variant}' has nothing to truncate at interpolation_mu {weight_mu:g}")
         assert error.allowed == f"a truncation below {largest:.4g}, or inf: none"
         assert error.fix.endswith(f"variant '{variant.replace('linear', 'loglinear')}', or a smaller objective.is_cap")
     for truncation in (0.99 * largest, INF):
@@ -136,7 +136,7 @@ def test_a_log_linear_ratio_exceeds_every_truncation_unless_the_proximal_policy_
         check(recipe(variant, objective={"clip": "truncated", "interpolation_mu": 0.01, "is_cap": 100.0}))
     for variant in LINEAR + LOGLINEAR:
         error = refusal(variant, objective={"clip": "truncated", "interpolation_mu": 0.0, "is_cap": 1.01})
-        assert "nothing to truncate at weight_mu 0: r_s is 1" in error.what
+        assert "nothing to truncate at interpolation_mu 0: r_s is 1" in error.what
         assert "smaller objective.is_cap" not in error.fix
 
 
@@ -163,7 +163,7 @@ def test_the_shipped_defaults_give_no_warning():
 
 
 @pytest.mark.parametrize(
-    ("variant", "steps", "max_staleness", "proximal"),
+    ("variant", "steps", "max_staleness", "proximal_policy"),
     [
         ("decoupled_async", 1, 4, "ASYNC"),
         ("decoupled_async", 2, 4, None),
@@ -183,12 +183,12 @@ def test_the_shipped_defaults_give_no_warning():
         ("loglinear_prox", 1, 0, None),
     ],
 )
-def test_one_step_at_the_proximal_policys_own_weights_is_warned_of_as_without_a_clip(variant, steps, max_staleness, proximal):
+def test_one_step_at_the_proximal_policys_own_weights_is_warned_of(variant, steps, max_staleness, proximal_policy):
     found = warned(variant, max_staleness=max_staleness, trainer={"minibatches_per_update": steps})
-    assert found.keys() == ({"no-clip"} if proximal else set())
+    assert found.keys() == ({"no-clip"} if proximal_policy else set())
     for caution in found.values():
         assert caution.figures == {"minibatches_per_update": 1, "clipped": 0}
-        assert f"THETA is {proximal} at the only step" in caution.message
+        assert f"THETA is {proximal_policy} at the only step" in caution.message
 
 
 def test_at_lag_0_an_average_is_the_live_weights_under_every_decay_but_a_fixed_one():
@@ -211,12 +211,12 @@ def test_bounds_of_an_interpolation_that_lie_beyond_its_mask_are_warned_of_with_
     }  # fmt: skip
     assert caution.figures == pytest.approx(expected, rel=1e-12)
     assert caution.message == (
-        "bounds of linear_train_infer that never act, at band 1.05: weight_mu 0.5: clip of A > 0, clip of A < 0 "
-        "(weight_mu 0.5: mask 0.905 <= R <= 1.1, clip 0.667 <= R <= 1.78; oldlogits bounds)"
+        "bounds of linear_train_infer that never act, at band 1.05: interpolation_mu 0.5: clip of A > 0, clip of A < 0 "
+        "(interpolation_mu 0.5: mask 0.905 <= R <= 1.1, clip 0.667 <= R <= 1.78; oldlogits bounds)"
     )
     (caution,) = warned("linear_train_infer", band=3.0).values()  # 1/3 <= a: no lower end
     assert caution.figures["mask_low"] == 0
-    assert "weight_mu 0.5: mask from below" in caution.message
+    assert "interpolation_mu 0.5: mask from below" in caution.message
     assert "clip of" not in caution.message
     assert warned("linear_prox", band=1.05) == {}
 

@@ -20,7 +20,6 @@ TREE = {  # the docstring's tree
     "PatchError": ValueError,
     "ReceiverBehindError": LookupError,
     "StoreUseError": RuntimeError,
-    "StoreFullError": MemoryError,
     "LogBusyError": BlockingIOError,
     "LogWriteError": OSError,
     "LogDamagedError": ValueError,

@@ -6,16 +6,9 @@ from contextlib import asynccontextmanager
 import pytest
 import torch
 
-from oldlogits.core.engine import EngineSpec, RolloutEngine, Sampling, Span, Timeouts
+from oldlogits.core.engine import EngineSpec, Generation, RolloutEngine, Sampling, Span, Timeouts
 from oldlogits.core.errors import ConfigError, WorkerDiedError
-from oldlogits.core.server import (
-    GenerateAnswer,
-    GenerateRequest,
-    LabelledSpan,
-    ServerFailedError,
-    ServerInfo,
-    ServerProtocol,
-)
+from oldlogits.core.server import GenerateRequest, ServerFailedError, ServerInfo, ServerProtocol
 from oldlogits.core.weights import FullWeights
 from oldlogits.engines.http.engine import HttpEngine
 from oldlogits.engines.http.fleet import SLACK
@@ -23,7 +16,7 @@ from oldlogits.engines.http.replica import Replica
 
 from ..waiting import HUNG_S
 
-STARTING_LABEL = "default"
+STARTING = -1
 SPEC = EngineSpec(model_path="", max_context=50)
 PATIENCE = Timeouts(recover_s=60, request_s=60, control_s=0.5, poll_s=0.01)
 HASTY = Timeouts(recover_s=0.3, request_s=0.2, control_s=0.5, poll_s=0.01)
@@ -31,21 +24,21 @@ HASTY = Timeouts(recover_s=0.3, request_s=0.2, control_s=0.5, poll_s=0.01)
 
 class Running:
     def __init__(self, request):
-        self.request, self.tokens, self.labels, self.done = request, [], [], asyncio.get_running_loop().create_future()
+        self.request, self.tokens, self.versions, self.done = request, [], [], asyncio.get_running_loop().create_future()
 
     def end(self, reason):
         spans = []
-        for i, label in enumerate(self.labels):
-            if spans and spans[-1].label == label:
-                spans[-1] = LabelledSpan(label=label, start=spans[-1].start, end=i + 1)
+        for i, version in enumerate(self.versions):
+            if spans and spans[-1].version == version:
+                spans[-1] = Span(version=version, start=spans[-1].start, end=i + 1)
             else:
-                spans.append(LabelledSpan(label=label, start=i, end=i + 1))
+                spans.append(Span(version=version, start=i, end=i + 1))
         if not self.done.done():
             prompt = tuple(-float(i) for i in self.request.token_ids[1:]) if self.request.sampling.prompt_logprobs else ()
             logprobs = tuple(-float(token) for token in self.tokens)
             self.done.set_result(
-                GenerateAnswer(
-                    token_ids=tuple(self.tokens),
+                Generation(
+                    output_ids=tuple(self.tokens),
                     logprobs=logprobs,
                     spans=tuple(spans),
                     finish_reason=reason,
@@ -58,7 +51,7 @@ class FakeServer(ServerProtocol):
     """Samples when told to; `fails` holds the names of calls that fail, `hangs` of those that never return."""
 
     def __init__(self, url="http://fake"):
-        self._url, self.name = url, STARTING_LABEL
+        self._url, self.has = url, STARTING
         self.running, self.log = {}, []
         self.fails, self.hangs = set(), set()
         self.max_context = 100
@@ -96,7 +89,7 @@ class FakeServer(ServerProtocol):
             for _ in range(num):
                 if len(running.tokens) < running.request.sampling.max_tokens:
                     running.tokens.append(len(running.request.token_ids) + len(running.tokens))
-                    running.labels.append(self.name)
+                    running.versions.append(self.has)
                     self.num_tokens += 1
             if len(running.tokens) == running.request.sampling.max_tokens:
                 running.end("length")
@@ -116,12 +109,12 @@ class FakeServer(ServerProtocol):
     async def resume(self):
         await self._called("resume")
 
-    async def update(self, info, label):
+    async def update(self, weights):
         await self._called("update")
-        self.name = label
+        self.has = weights.version
 
-    async def label(self):
-        return self.name
+    async def version(self):
+        return self.has
 
     async def check_health(self, timeout_s):
         await self._called("health")
@@ -293,7 +286,7 @@ def test_a_server_that_fails_in_mid_update_gets_the_weights_when_it_is_back():
             assert engine.fleet.up[0].server is second
             first.fails.clear()
             await until(lambda: len(engine.fleet.up) == 2)
-            assert first.name == second.name
+            assert first.has == second.has
             assert [incident.what for incident in engine.incidents] == ["down", "up"]
             assert "was given version 1" in engine.incidents[1].reason
 
@@ -306,12 +299,12 @@ def test_tokens_of_weights_that_are_not_this_runs_are_thrown_away_and_the_server
         async with engine_over(server) as engine:
             asked = ask(engine)
             await until(lambda: server.running)
-            server.name = STARTING_LABEL  # it was started again, unseen
+            server.has = STARTING  # it was started again, unseen
             server.sample(6)
-            await until(lambda: server.name.endswith("/0") and server.running)
+            await until(lambda: server.has == 0 and server.running)
             server.sample(6)
             check_whole(await asked, (0, 6))
-            assert "default" in engine.incidents[0].reason
+            assert "no version of this run" in engine.incidents[0].reason
 
     asyncio.run(play())
 
@@ -330,7 +323,7 @@ def test_a_server_whose_log_probs_are_not_those_of_the_last_probe_does_not_come_
             running.request = GenerateRequest(
                 request_id="x", token_ids=(0, 9), sampling=Sampling(max_tokens=1, prompt_logprobs=True)
             )
-            running.tokens, running.labels = [1], [server.name]
+            running.tokens, running.versions = [1], [server.has]
             running.end("length")
             await asyncio.sleep(0.05)
             assert not engine.fleet.up
@@ -350,7 +343,7 @@ def test_a_request_that_runs_too_long_is_sent_again_with_what_it_has():
                 await asyncio.sleep(0.02)
                 for running in list(server.running.values()):
                     if running.request.sampling.max_tokens == 1:
-                        running.tokens, running.labels = [3], [server.name]
+                        running.tokens, running.versions = [3], [server.has]
                         running.end("length")
             await until(lambda: any(len(r.request.token_ids) == 5 for r in server.running.values()))
             server.sample(4)
@@ -398,7 +391,7 @@ def test_a_pause_that_hangs_does_not_hold_the_update():
             first.fails |= {"pause", "connect"}
             await update(engine, 1)
             assert [replica.server for replica in engine.fleet.up] == [second]
-            assert second.name.endswith("/1")
+            assert second.has == 1
 
     asyncio.run(play())
 
@@ -441,7 +434,6 @@ def test_what_the_engine_cannot_do_is_refused():
     async def play():
         server = FakeServer()
         async with engine_over(server) as engine:
-            assert engine.capabilities.kv_modes == {"recompute"}
             for call in (
                 engine.pause("keep", "stale"),
                 engine.update_weights(FullWeights(tensors={}), 1),

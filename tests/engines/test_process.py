@@ -3,16 +3,15 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from oldlogits.core.engine import EngineSpec, RolloutEngine, Sampling, Span
+from oldlogits.core.engine import EngineCapabilities, EngineSpec, RolloutEngine, Sampling, Span
 from oldlogits.core.errors import ConfigError, ModelFolderError, WorkerDiedError
 from oldlogits.core.weights import FullWeights
-from oldlogits.engines.embedded.engine import EngineCore, capabilities_of
+from oldlogits.engines.embedded.engine import EngineCore
 from oldlogits.engines.embedded.process import EngineProcess
 
 from ..runs import files_of
@@ -84,7 +83,7 @@ def test_the_process_samples_what_the_core_samples(own_engine, spec):
 
     assert isinstance(own_engine, RolloutEngine)
     assert asyncio.run(play()) == expected
-    assert own_engine.capabilities == replace(capabilities_of(spec), num_host_copies=1)
+    assert own_engine.capabilities == EngineCapabilities(partials=True, num_host_copies=1)
 
 
 def test_an_update_in_mid_flight_keeps_running_requests_and_tags_their_tokens(shared_engine, model):
@@ -117,7 +116,6 @@ def test_an_update_in_mid_flight_keeps_running_requests_and_tags_their_tokens(sh
     assert stats.version == 1
     assert stats.num_decode_tokens >= 3 * (CONTEXT - 3)
     assert stats.busy_s > 0
-    assert stats.idle_s > 0
 
 
 def test_abort_and_cancel_free_the_engine_and_abort_returns_the_partial(shared_engine):

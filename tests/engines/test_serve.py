@@ -264,7 +264,7 @@ REQUEST = GenerateRequest(request_id="a", token_ids=(3, 1), sampling=Sampling(ma
 
 
 def answer_of(body):
-    return wire.read(wire.AnswerBody, json.dumps(body).encode()).answer(REQUEST)
+    return wire.read(wire.AnswerBody, json.dumps(body).encode()).answer(REQUEST, int)
 
 
 def vllm_answer(**changes):
@@ -294,9 +294,9 @@ def vllm_answer(**changes):
 
 def test_an_answer_of_vllm_is_read_value_by_value():
     answer = answer_of(vllm_answer())
-    assert answer.token_ids == (7, 9)
+    assert answer.output_ids == (7, 9)
     assert answer.logprobs == (-0.5, -1.5)
-    assert [(s.label, s.start, s.end) for s in answer.spans] == [("4", 0, 1), ("5", 1, 2)]
+    assert [(s.version, s.start, s.end) for s in answer.spans] == [(4, 0, 1), (5, 1, 2)]
     assert answer.finish_reason == "stop"
     assert answer.prompt_logprobs == (-2.0,)
 
@@ -314,4 +314,5 @@ def test_requests_and_answers_survive_their_json():
     asked = wire.read(wire.GenerateBody, wire.GenerateBody.of(REQUEST).model_dump_json().encode())
     assert asked.request(default_id="x", default_max_tokens=1) == REQUEST
     answer = answer_of(vllm_answer())
-    assert answer_of(json.loads(wire.AnswerBody.of(answer, REQUEST, model="m").model_dump_json())) == answer
+    body = wire.AnswerBody.of(answer, REQUEST, model="m", labels={4: "4", 5: "5"})
+    assert answer_of(json.loads(body.model_dump_json())) == answer

@@ -203,7 +203,7 @@ def test_a_server_that_comes_back_with_old_weights_is_given_the_current_ones(tin
     [down] = events_of(run, EventKind.SERVER_DOWN)
     assert down.fields["num_requests"] >= 1
     [up] = events_of(run, EventKind.SERVER_UP)
-    assert "it had weights default and was given version" in up.fields["reason"]
+    assert "it had weights of no version of this run and was given version" in up.fields["reason"]
 
 
 def test_when_no_server_comes_back_the_run_ends_and_says_so(tiny_folder, tmp_path, capsys):

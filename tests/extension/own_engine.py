@@ -38,4 +38,4 @@ class OwnEngine(EngineKind):
     @asynccontextmanager
     async def open(self, spec, servers):
         engine = LoggingEngine(spec)
-        yield OpenEngine(engine=engine, stats=engine.stats, ready=engine.resume)
+        yield OpenEngine(engine=engine, ready=engine.resume)

@@ -10,8 +10,8 @@ import json
 import sys
 from pathlib import Path
 
-from oldlogits.core.engine import Sampling
-from oldlogits.core.server import GenerateAnswer, LabelledSpan, ServerFailedError, ServerInfo, ServerProtocol
+from oldlogits.core.engine import Generation, Sampling, Span
+from oldlogits.core.server import ServerFailedError, ServerInfo, ServerProtocol
 
 
 class OwnProtocol(ServerProtocol):
@@ -36,10 +36,10 @@ class OwnProtocol(ServerProtocol):
         body |= {"stops": s.stop_token_ids, "scored": s.prompt_logprobs}
         reply = await self.http.call("POST", "/complete", body, timeout_s=None)
         said = json.loads(self.http.accepted(reply).content)
-        return GenerateAnswer(
-            token_ids=tuple(said["ids"]),
+        return Generation(
+            output_ids=tuple(said["ids"]),
             logprobs=tuple(said["logps"]),
-            spans=tuple(LabelledSpan(label=label, start=start, end=end) for label, start, end in said["spans"]),
+            spans=tuple(Span(version=self.version_of(label), start=start, end=end) for label, start, end in said["spans"]),
             finish_reason=said["why"],
             prompt_logprobs=tuple(said["prompt"]),
         )
@@ -53,12 +53,12 @@ class OwnProtocol(ServerProtocol):
     async def resume(self):
         await self.http.control("POST", "/go", {})
 
-    async def update(self, weights, label):
-        there = await self.http.located(weights)
+    async def update(self, weights):
+        there, label = await self.http.located(weights), self.label_of(weights.version)
         await self.http.control("POST", "/load", {"path": str(there.path), "version": there.version, "label": label})
 
-    async def label(self):
-        return (await self._ask("GET", "/state"))["label"]
+    async def version(self):
+        return self.version_of((await self._ask("GET", "/state"))["label"])
 
     async def check_health(self, timeout_s):
         if (await self.http.call("GET", "/state", timeout_s=timeout_s)).status != 200:
@@ -117,7 +117,7 @@ class OwnServer:
 
     async def state(self, body):
         sampled = (await self.engine.stats()).num_decode_tokens
-        return {"label": self.labels[max(self.labels)], "context": self.engine.capabilities.max_context, "sampled": sampled}
+        return {"label": self.labels[max(self.labels)], "context": self.engine.core.spec.max_context, "sampled": sampled}
 
 
 async def serve(options):

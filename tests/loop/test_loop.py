@@ -1,6 +1,7 @@
 """The order of calls and events of the loop, with an engine, a trainer and a source that only note what they are asked."""
 
 import asyncio
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -56,7 +57,7 @@ class Coin:
 class FakeEngine:
     """Samples one token a request with the version that it holds; while it is paused, requests wait."""
 
-    capabilities = EngineCapabilities(max_context=64, partials=True, kv_modes=frozenset({"recompute"}), numerics="fp32")
+    capabilities = EngineCapabilities(partials=True)
 
     def __init__(self, calls):
         self._calls, self.version, self._goes = calls, -1, asyncio.Event()
@@ -92,6 +93,9 @@ class FakeEngine:
         self.paused = False
         self._goes.set()
 
+    async def stats(self):
+        return EngineStats()
+
 
 class FakeTrainer:
     """Makes versions out of nothing. `gate` holds up the optimizer steps; `error` is raised by them."""
@@ -122,7 +126,7 @@ class FakeTrainer:
             is_routed=False,
             store_bytes=80,
             store_s=0.0,
-            publication=StoreReceipt(version=self.version, stored_bytes=8, full_bytes=40, share_changed=0.5, encode_s=0.0),
+            publication=StoreReceipt(version=self.version, stored_bytes=8, full_bytes=40, share_changed=0.5),
         )
 
     async def put_batch(self, batch):
@@ -182,25 +186,6 @@ class FakeSource(LogprobSource):
         self._calls.append("close")
 
 
-class FakeBackend(Backend):
-    """Counts nothing; each look at its clock is a second later."""
-
-    real_time = False
-
-    def __init__(self, **parts):
-        super().__init__(**parts)
-        self.now = 0
-
-    async def engine_stats(self):
-        return EngineStats(
-            version=0, num_steps=0, num_decode_tokens=0, num_prefill_tokens=0, num_prefix_hit_tokens=0, busy_s=0.0, idle_s=0.0
-        )
-
-    def clock(self):
-        self.now += 1
-        return float(self.now)
-
-
 class World:
     """A loop over fakes; `calls` holds their calls and, as ``event kind``, the events, in one order."""
 
@@ -217,7 +202,10 @@ class World:
             "record": {"checkpoint_every": 1}, "runtime": {"type": "local"},
         }  # fmt: skip
         config = config_from_table(table)
-        backend = FakeBackend(engine=self.engine, trainer=self.trainer, run_environment=run_inline)
+        backend = Backend(
+            engine=self.engine, trainer=self.trainer, run_environment=run_inline, real_time=False,
+            clock=itertools.count(1.0).__next__,  # each look is a second later
+        )  # fmt: skip
         limits = TurnLimits(max_turns=1, max_tokens_per_turn=4, max_tokens=40)
         agent = Agent(
             engine=self.engine, chat=CHAT, parser=PlainParser(), limits=limits, sampling=Sampling(max_tokens=4),

@@ -52,7 +52,7 @@ def test_the_loss_is_one_graph_without_breaks_and_compiles_to_the_same_numbers()
         tokens = objective.surrogate(
             split, advantages, loss_mask, band=1.5, eps_low=0.2, eps_high=0.28, dual_clip=3.0, discrepancy="weight_and_mask"
         )
-        return objective.aggregate(tokens.values, loss_mask, mode="token-mean")
+        return objective.weighted_loss(tokens.values, objective.token_weights(loss_mask, mode="token-mean"))
 
     eager, compiled = logp[THETA].clone().requires_grad_(), logp[THETA].clone().requires_grad_()
     expected = loss(eager)

@@ -229,19 +229,18 @@ def test_a_non_finite_input_drops_its_token_from_all_masks_and_leaves_the_others
     loss_mask = torch.tensor([True, False, True])
     tokens = surrogate(split_ratio(VARIANTS["decoupled_exact"], logp), advantages, loss_mask, **{**KNOBS, "band": band})
     tokens.values.sum().backward()
-    assert tokens.nonfinite_mask.tolist() == [True, False, False]
     for mask in (tokens.band_mask, tokens.clip_mask, tokens.active_mask):
         assert mask.tolist() == [False, False, True]
     assert tokens.values.tolist() == [0.0, 0.0, 2.0]
     assert logp[THETA].grad.tolist() == [0.0, 0.0, 2.0]
 
 
-def test_context_tokens_are_never_active_and_never_counted_as_non_finite():
-    split = SplitRatio(log_r_d=torch.tensor([0.0, NAN]), log_r_s=torch.tensor([0.0, NAN]))
+def test_context_tokens_have_neither_a_value_nor_a_gradient():
+    log_r_s = torch.tensor([0.0, NAN], requires_grad=True)
+    split = SplitRatio(log_r_d=torch.tensor([0.0, NAN]), log_r_s=log_r_s)
     tokens = surrogate(split, torch.ones(2), torch.zeros(2, dtype=torch.bool), **KNOBS)
-    assert not tokens.active_mask.any()
-    assert not tokens.nonfinite_mask.any()
-    assert tokens.values.tolist() == [0.0, 0.0]
+    tokens.values.sum().backward()
+    assert tokens.values.tolist() == log_r_s.grad.tolist() == [0.0, 0.0]
 
 
 def test_an_empty_batch_has_an_empty_surrogate():

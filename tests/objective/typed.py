@@ -16,10 +16,8 @@ def checked(function: F) -> F:
 
 
 a3po_weight_mu = checked(objective.a3po_weight_mu)
-aggregate = checked(objective.aggregate)
 band_mask = checked(objective.band_mask)
 clip_log_ratio = checked(objective.clip_log_ratio)
-clip_mask = checked(objective.clip_mask)
 decision_sums = checked(objective.decision_sums)
 diagnose = checked(objective.diagnose)
 exact_variant = checked(objective.exact_variant)
@@ -35,3 +33,13 @@ to_metrics = checked(objective.to_metrics)
 token_weights = checked(objective.token_weights)
 truncate_log_ratio = checked(objective.truncate_log_ratio)
 weighted_loss = checked(objective.weighted_loss)
+
+
+def aggregate(values, loss_mask, **denominator):
+    """The loss of a whole batch at once."""
+    return weighted_loss(values, token_weights(loss_mask, **denominator, dtype=values.dtype))
+
+
+def clip_mask(log_r_s, *arguments, **bounds):
+    """The tokens whose ratio the clip leaves as it is."""
+    return clip_log_ratio(log_r_s, *arguments, **bounds) == log_r_s

@@ -17,6 +17,7 @@ from oldlogits.record.event_log import (
     history,
     is_wall_clock,
     read_events,
+    typed,
     without_wall_clock,
 )
 from oldlogits.record.events import FIELDS, CheckpointWritten, EvaluationProgressed, Probed, Updated, VersionPublished, Warned
@@ -155,16 +156,11 @@ def test_a_run_that_goes_on_keeps_the_events_up_to_its_checkpoint_and_no_later_o
     assert [kept.seq for kept in history(numbered(again))] == [0, 1, 4, 5, 6, 7, 8]
 
 
-def test_in_a_folder_that_does_not_say_what_is_kept_later_versions_are_left_out():
-    event = RecordedEvent(seq=0, kind=EventKind.UPDATE, version=1, fields={})
-    line = [started(0), event, replace(event, version=2), started(1), replace(event, version=2)]
-    assert [kept.seq for kept in history(numbered(line))] == [0, 1, 3, 4]
-
-
-def test_the_audit_of_an_old_run_folder_is_read_under_its_new_name(tmp_path: Path):
-    with LineFile(tmp_path / "events.jsonl") as file:
-        file.append({"seq": 0, "kind": "referee", "version": 0})
-    assert [event.kind for event in read_events(tmp_path / "events.jsonl")] == [EventKind.AUDIT]
+def test_an_event_that_lacks_a_field_of_its_kind_is_refused_where_it_is_read_as_one():
+    event = RecordedEvent(seq=0, kind=EventKind.CHECKPOINT, version=1, fields={"path": "x"})
+    assert typed([event], CheckpointWritten) == [CheckpointWritten(version=1, path="x")]
+    with pytest.raises(RecordError, match=r"'checkpoint' has other fields.*path"):
+        typed([replace(event, fields={})], CheckpointWritten)
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ class BufferMachine(RuleBasedStateMachine):
         rewards = self.ended[name]
         expected = len(rewards) < 2 or (self.filter_uniform and len(set(rewards.values())) == 1)
         closed = self.buffer.close(name)
-        assert closed.filtered is expected
+        assert (closed.group is None) is expected
         assert closed.num_failed == self.size - len(rewards)
         assert {int(t.id.rpartition(".")[2]): t.reward for t in closed.trajectories} == rewards
         if expected:
@@ -205,7 +205,7 @@ def test_take_wakes_when_a_group_ends(event):
         taking = asyncio.ensure_future(buffer.take(0))
         await asyncio.sleep(0)
         if event == "filter":
-            assert fill(buffer, "g0", 1.0, 1.0).filtered
+            assert fill(buffer, "g0", 1.0, 1.0).group is None
             await asyncio.sleep(0)
             assert not taking.done()
         fill(buffer, "g1", 0.0, 1.0)
@@ -232,7 +232,7 @@ def test_uniform_groups_are_filtered_on_request_and_groups_of_less_than_two_alwa
     for _ in range(3 - len(rewards)):
         buffer.fail("g0")
     closed = buffer.close("g0")
-    assert (closed.filtered, closed.num_failed, len(closed.trajectories)) == (filtered, 3 - len(rewards), len(rewards))
+    assert (closed.group is None, closed.num_failed, len(closed.trajectories)) == (filtered, 3 - len(rewards), len(rewards))
     assert buffer.account.filtered == (len(rewards) if filtered else 0)
     buffer.check()
 

@@ -15,7 +15,7 @@ from oldlogits.rollout.environment_runner import run_inline
 from oldlogits.rollout.groups import FAILURES_IN_A_ROW, Rollouts, evaluate
 from oldlogits.rollout.staleness import StalenessBound
 from oldlogits.rollout.turns import Agent, TurnLimits
-from oldlogits.sources import NoSource
+from oldlogits.sources.none import NoSource
 from order_desk.tiny import tiny_tokenizer
 
 from ..waiting import HUNG_S

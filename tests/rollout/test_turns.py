@@ -14,7 +14,7 @@ from oldlogits.envs.base import system_prompt_of
 from oldlogits.envs.parsers.plain import PlainParser
 from oldlogits.envs.tools import tool_schemas
 from oldlogits.models.chat import ChatFormat
-from oldlogits.rollout.turns import Agent, EnvironmentFailed, Failure, TurnLimits, run_episode, sampled_segments, unreported
+from oldlogits.rollout.turns import Agent, EnvironmentFailed, Failure, TurnLimits, run_episode, sampled_segments
 from order_desk.tiny import tiny_tokenizer
 
 WORDS = (
@@ -115,7 +115,16 @@ def chat_of(environment):
     return ChatFormat(TOKENIZER, tool_schemas(environment), system_prompt_of(environment))
 
 
-def play(engine, *, limits=DEFAULT, environment=Counter, row=None, temperature=1.0, runner=run_here, report=unreported):
+def play(
+    engine,
+    *,
+    limits=DEFAULT,
+    environment=Counter,
+    row=None,
+    temperature=1.0,
+    runner=run_here,
+    report=lambda trajectory_id, segments: None,
+):
     agent = Agent(
         engine=engine,
         chat=chat_of(environment),
@@ -338,7 +347,8 @@ def test_every_call_into_the_environment_goes_through_the_runner_and_only_tools_
         return await run_here(call)
 
     play(ScriptedEngine(CALL, "<call> nothing </call>", "bye", "bye", "bye"), runner=runner)
-    assert seen == [False, False, True, True, True, True, False]  # class, reset, add, three replies, reward
+    # class, reset, add: reading the call, the call, its result; a call that cannot be read, three replies, reward
+    assert seen == [False, False, False, True, False, False, True, True, True, False]
 
 
 def test_every_episode_has_an_environment_of_its_own():

@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oldlogits.core.policies import AGED, EWMA, Provenance
-from oldlogits.core.scoring import BatchTokens
+from oldlogits.core.scoring import AverageScores, BatchTokens
 from oldlogits.core.source import SourceHandles
-from oldlogits.sources import AgedSource, EwmaSource, check_scored
-from oldlogits.versions import AverageScores
+from oldlogits.sources import check_scored
+from oldlogits.sources.aged import AgedSource
+from oldlogits.sources.ewma import EwmaSource
 
 logps = st.floats(-20, 0, width=32)
 tokens = st.lists(st.tuples(st.integers(0, 8), logps, logps), min_size=1, max_size=20)

@@ -25,8 +25,7 @@ from oldlogits.run.specs import scorer_spec, trainer_spec
 from oldlogits.sources import check_scored, make_source
 from oldlogits.train.calls import TrainerCalls
 from oldlogits.train.scorer_model import ScorerModel
-from oldlogits.train.service import TrainerService
-from oldlogits.train.trainer import Trainer
+from oldlogits.train.trainer import Trainer, TrainerService
 
 from ..builders import batch_of, sampled, trajectory
 

@@ -12,10 +12,11 @@ from safetensors.numpy import load_file
 
 from oldlogits.config import check, config_from_table
 from oldlogits.core.errors import ConfigError, WorkerDiedError
+from oldlogits.core.source import SourceHandles
 from oldlogits.loop import make
 from oldlogits.loop.weight_sync import check_partials
 from oldlogits.run.run import run
-from oldlogits.sources import NoSource
+from oldlogits.sources.none import NoSource
 
 from ..runs import after_updates
 
@@ -192,5 +193,5 @@ def test_a_route_that_needs_the_pause_is_refused_where_the_engine_does_not_tell_
             partials = False
 
     with pytest.raises(ConfigError, match="Source scores what running turns have sampled"):
-        check_partials(Source(None), Engine)
-    check_partials(NoSource(None), Engine)
+        check_partials(Source(SourceHandles(trainer=None)), Engine)
+    check_partials(NoSource(SourceHandles(trainer=None)), Engine)

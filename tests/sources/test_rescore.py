@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oldlogits.core.policies import OLD, PROXIMAL_PROVENANCE, RESCORE, Provenance
-from oldlogits.core.scoring import BatchTokens
+from oldlogits.core.scoring import BatchTokens, EngineScores
 from oldlogits.core.source import SourceHandles
-from oldlogits.sources import EngineScores, RescoreSource, check_scored
+from oldlogits.sources import check_scored
+from oldlogits.sources.rescore import RescoreSource
 
 TRAINER_VERSION = 6
 LIVE = [0.5, -1.0, 0.25, 2.0]

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from oldlogits.core.errors import ExactnessError, MissingLogprobError, VersionEvictedError
 from oldlogits.core.policies import ASYNC, OLD
-from oldlogits.core.scoring import BatchTokens, Scored
+from oldlogits.core.scoring import AverageScores, BatchTokens, EngineScores, Scored
 from oldlogits.core.source import SOURCES, SourceHandles
-from oldlogits.sources import ArrivalSource, EngineScores, SnapshotSource, check_scored, make_source
-from oldlogits.versions import AverageScores
+from oldlogits.sources import check_scored, make_source
+from oldlogits.sources.arrival import ArrivalSource
+from oldlogits.sources.snapshot import SnapshotSource
 
 LIVE = 1000
 

@@ -43,7 +43,7 @@ def take_in(averaging, version, counts=None, **metrics):
 
 
 def betas(averaging, histories):
-    return [take_in(averaging, v, counts).metrics["average/beta"] for v, counts in enumerate(histories, 1)]
+    return [take_in(averaging, v, counts)[0]["average/beta"] for v, counts in enumerate(histories, 1)]
 
 
 HISTORY = [{0: 10}, {0: 5, 1: 5}, {1: 4, 3: 6}, {0: 1, 4: 9}]
@@ -73,7 +73,7 @@ def test_auto_takes_the_best_beta_for_the_measured_lags_and_the_measured_growth(
     for version in range(8):
         auto.note_probe(version, logps[version])
         auto.note_probe(version, logps[version])  # published again after a resume
-        found = take_in(auto, version + 1, HISTORY[-1]).metrics
+        found = take_in(auto, version + 1, HISTORY[-1])[0]
     exponent = growth_exponent(np.array(logps, np.float64), WINDOW)
     assert 1.1 < exponent < 1.99
     assert found["average/exponent"] == pytest.approx(exponent)
@@ -82,13 +82,13 @@ def test_auto_takes_the_best_beta_for_the_measured_lags_and_the_measured_growth(
 
 def test_metrics_tell_the_age_of_the_average_that_served_the_update_not_of_the_next(averaging):
     fixed = averaging(decay="fixed", beta=0.5)
-    ages = [take_in(fixed, version).metrics["average/age"] for version in (1, 2, 3)]
+    ages = [take_in(fixed, version)[0]["average/age"] for version in (1, 2, 3)]
     assert ages == pytest.approx([0, 1 / 3, (0.5 * 1 + 0.25 * 2) / 1.75])
     assert fixed.average.num_versions == 4
 
 
 def resets(averaging, **metrics):
-    return [take_in(averaging, version, **metrics).reset is not None for version in range(1, 8)]
+    return [take_in(averaging, version, **metrics)[1] is not None for version in range(1, 8)]
 
 
 LOW = {"mask/rho": 0.85}
@@ -114,7 +114,7 @@ def test_without_a_rule_nothing_resets(averaging):
 def test_a_reset_leaves_the_new_version_alone_and_tells_its_figures(averaging):
     paper = averaging(reset="paper", decay="fixed", beta=0.5)
     take_in(paper, 1)
-    reset = take_in(paper, 2, **LOW).reset
+    reset = take_in(paper, 2, **LOW)[1]
     assert dataclasses.asdict(reset) == {
         "rule": "paper", "rho": 0.85, "tau": 0.9, "kept_average": 0.95, "kept_live": 0.97, "age": pytest.approx(1 / 3),
     }  # fmt: skip

@@ -17,7 +17,6 @@ from oldlogits.run.specs import trainer_spec
 from oldlogits.train import step as step_module
 from oldlogits.train.loss_tokens import LossTokens, TokenRecord
 from oldlogits.train.step import update
-from oldlogits.train.update_config import UpdateConfig
 
 from ..builders import batch_of, sampled, trajectory
 
@@ -160,9 +159,7 @@ class Recording:
 
 def run(case, config, scored, batch=None, version=VERSION):
     optimizer = Recording(case.model)
-    result = update(
-        case.model, optimizer, batch or case.batch, scored, version=version, config=UpdateConfig.of(trainer_spec(config))
-    )
+    result = update(case.model, optimizer, batch or case.batch, scored, version=version, spec=trainer_spec(config))
     return result, optimizer.grads
 
 
@@ -382,7 +379,7 @@ def test_a_gradient_that_is_not_finite_ends_the_update_before_the_step_with_vers
     config = config_of(recipe, "decoupled_exact", trainer={"minibatches_per_update": 2})
     optimizer = Recording(case.model)
     with pytest.raises(NonFiniteError, match=f"not finite at version {VERSION}, optimizer step 1"):
-        update(case.model, optimizer, batch, case.scored(OLD), version=VERSION, config=UpdateConfig.of(trainer_spec(config)))
+        update(case.model, optimizer, batch, case.scored(OLD), version=VERSION, spec=trainer_spec(config))
     assert len(optimizer.grads) == 1
     assert all(torch.equal(w, before[name]) for name, w in named_weights(case.model).items())
 
@@ -447,5 +444,5 @@ def test_a_step_computes_on_the_device_of_the_model(variant, policy, denominator
     config = recipe(variant=variant, band=BAND, objective={"loss_aggregation": denominator}, trainer={"head_chunk_tokens": 3})
     tokens = LossTokens.of(case.batch, case.scored(policy) if policy else None, VERSION).to(there)
     seen = TokenRecord.empty(len(tokens.flat), there)
-    loss = step_module._accumulate(model, case.batch, tokens, 0, seen, UpdateConfig.of(trainer_spec(config)), ALONE)
+    loss = step_module._accumulate(model, case.batch, tokens, 0, seen, trainer_spec(config), ALONE)
     assert {loss.device, *(p.grad.device for p in model.parameters())} == {there}

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,7 @@ import torch
 import oldlogits
 from oldlogits.core.errors import ExactnessError, LayoutError, LogBusyError, LogDamagedError, LogWriteError
 from oldlogits.versions import PatchStore
-from oldlogits.versions.disk import log as log_module
-from oldlogits.versions.disk.log_format import Kind
+from oldlogits.versions import disk as disk_module
 from oldlogits.versions.patches import codec as codec_module
 from tests.versions.states import assert_bits, assert_holds, changed, history
 
@@ -34,16 +34,16 @@ def publish_all(store, states, first=0):
 
 
 def written(folder, states=None):
-    """A closed store in a folder: its states, the bytes of its log, and where records end."""
+    """A closed store in a folder: its states, and the files of its patches."""
     states = states or history(["sparse", "dense", "none", "special"])
-    with PatchStore(folder, sync=False) as store:
+    with PatchStore(folder) as store:
         publish_all(store, states)
-        ends = [record.end for record in store._disk.log.records]
-    return states, (folder / "versions.log").read_bytes(), ends
+        files = [folder / patch.name for patch in store._disk.held.patches]
+    return states, files
 
 
 def test_a_store_is_opened_with_all_that_was_published_and_goes_on(tmp_path):
-    states, _, _ = written(tmp_path)
+    states, _ = written(tmp_path)
     with PatchStore.open(tmp_path) as store:
         assert store.cut is None
         assert_holds(store, dict(enumerate(states)))
@@ -60,7 +60,7 @@ def test_frozen_tensors_are_not_written_and_must_be_the_same_again(tmp_path):
     with PatchStore(tmp_path, frozen=["base"]) as store:
         for version, weights in enumerate(states):
             store.publish(version, weights | {"base": base})
-        assert store._disk.log.num_bytes < 5000
+        assert store._disk.num_bytes < 5000
         base[7] *= -1
         with pytest.raises(LayoutError, match="base: not the frozen tensor"):
             store.verify()
@@ -73,55 +73,43 @@ def test_frozen_tensors_are_not_written_and_must_be_the_same_again(tmp_path):
         assert_holds(store, {version: weights | {"base": base} for version, weights in enumerate(states)})
 
 
-def test_a_log_torn_at_any_byte_gives_back_every_whole_version(tmp_path):
-    states, whole, ends = written(tmp_path, tiny())
-    for size in range(ends[0], len(whole) + 1):
-        (tmp_path / "versions.log").write_bytes(whole[:size])
-        kept = sum(end <= size for end in ends)
-        with PatchStore.open(tmp_path, sync=False) as store:
-            assert store.versions == tuple(range(kept))
-            assert store.cut is None or (store.cut.offset, store.cut.num_bytes) == (ends[kept - 1], size - ends[kept - 1])
-            assert (store.cut is None) == (size in ends)
-            assert_holds(store, dict(enumerate(states[:kept])))
-    for size in (0, 5, 16, 20, ends[0] - 1):
-        (tmp_path / "versions.log").write_bytes(whole[:size])
-        with pytest.raises(LogDamagedError, match="does not begin"):
-            PatchStore.open(tmp_path)
-
-
 def test_a_flipped_bit_at_any_byte_is_named_and_never_gives_wrong_bits(tmp_path):
-    states, whole, ends = written(tmp_path, tiny())
-    for position in range(len(whole)):
-        damaged = bytearray(whole)
-        damaged[position] ^= 1 << position % 8
-        (tmp_path / "versions.log").write_bytes(damaged)
-        with pytest.raises(LogDamagedError) as caught:
-            PatchStore.open(tmp_path)
-        hit = sum(end <= position for end in ends)
-        assert (f"record {hit} " if position >= 16 else "does not begin as a log") in caught.value.what
-        if hit:
-            assert f"version {hit - 1}" in caught.value.what or f"version {hit}" in caught.value.what
-            with PatchStore.open(tmp_path, cut_damage=True, sync=False) as store:
-                assert_holds(store, dict(enumerate(states[:hit])))
-                assert "is damaged" in store.cut.reason
+    states, files = written(tmp_path, tiny())
+    (copy,) = tmp_path.glob("*.copy")
+    for number, path in enumerate([copy, *files]):
+        whole = path.read_bytes()
+        for position in range(len(whole)):
+            damaged = bytearray(whole)
+            damaged[position] ^= 1 << position % 8
+            path.write_bytes(damaged)
+            with pytest.raises(LogDamagedError, match=path.name):
+                PatchStore.open(tmp_path)
+        path.write_bytes(whole)
+        if number:
+            kept = tmp_path / f"kept{number}"
+            shutil.copytree(tmp_path, kept, ignore=shutil.ignore_patterns("kept*"))
+            (kept / path.name).write_bytes(damaged)
+            with PatchStore.open(kept, cut_damage=True) as store:
+                assert_holds(store, dict(enumerate(states[:number])))
+                assert "is damaged" in store.cut
 
 
 def test_a_flipped_bit_under_an_open_store_is_noticed_when_the_patch_is_read(tmp_path):
-    states, _, ends = written(tmp_path)
+    states, files = written(tmp_path)
     with PatchStore.open(tmp_path) as store:
-        with (tmp_path / "versions.log").open("r+b") as file:
-            file.seek(ends[1] + 60)
+        with files[1].open("r+b") as file:
+            file.seek(60)
             byte = file.read(1)
-            file.seek(ends[1] + 60)
+            file.seek(60)
             file.write(bytes([byte[0] ^ 1]))
-        with pytest.raises(LogDamagedError, match="patch of version 2"), store.checkout(0):
+        with pytest.raises(LogDamagedError, match=files[1].name), store.checkout(0):
             pass
         for version in (4, 3, 2):
             with store.checkout(version) as found:
                 assert_bits(found, states[version])
 
 
-@pytest.mark.parametrize("call", ["pwrite", "fdatasync"])
+@pytest.mark.parametrize("call", ["fsync", "replace"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_a_disk_that_refuses_leaves_the_store_in_memory_and_on_disk_as_it_was(tmp_path, monkeypatch, call, number):
     states = history(["sparse", "dense", "sparse"])
@@ -133,23 +121,23 @@ def test_a_disk_that_refuses_leaves_the_store_in_memory_and_on_disk_as_it_was(tm
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr(log_module.os, "pwrite", refuse)
+        patch.setattr(disk_module.os, "fsync", refuse)
         with pytest.raises(LogWriteError):
             store.publish(0, states[0])
         assert store.versions == ()
     store.publish(0, states[0])
     store.publish(1, states[1])
     with monkeypatch.context() as patch:
-        patch.setattr(log_module.os, call, refuse)
+        patch.setattr(disk_module.os, call, refuse)
         with pytest.raises(LogWriteError, match=os.strerror(number)):
             store.publish(2, states[2])
         assert_holds(store, dict(enumerate(states[:2])))
-        patch.setattr(log_module.os, "pwrite", refuse)
+        patch.setattr(disk_module.os, "fsync", refuse)
         with pytest.raises(LogWriteError):
             store.rewind(0)
         assert_holds(store, dict(enumerate(states[:2])))
         assert store.retain(1) == [0]
-        assert [record.kind for record in store._disk.log.records] == [Kind.COPY, Kind.PATCH]
+        assert (store._disk.held.oldest, len(store._disk.held.patches)) == (0, 1)
     assert_holds(store, {1: states[1]})
     store.publish(2, states[2])
     store.close()
@@ -210,13 +198,13 @@ def test_an_interrupt_while_a_version_is_written_leaves_memory_and_disk_agreed(t
     store = PatchStore(tmp_path)
     store.publish(0, states[0])
 
-    def interrupted(*arguments, real=os.fdatasync):
+    def interrupted(*arguments, real=os.fsync):
         os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments)
 
     for version in (1, 2, 3):
         with monkeypatch.context() as patch:
-            patch.setattr(log_module.os, "fdatasync", interrupted)
+            patch.setattr(disk_module.os, "fsync", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 store.publish(version, states[version])
         assert store.versions[-1] == version
@@ -226,52 +214,48 @@ def test_an_interrupt_while_a_version_is_written_leaves_memory_and_disk_agreed(t
         assert_holds(again, dict(enumerate(states)))
 
 
-def test_the_log_is_written_anew_when_most_of_it_is_no_longer_needed(tmp_path):
+def test_the_copy_is_written_anew_when_most_of_the_folder_is_no_longer_needed(tmp_path):
     states, window = history(["sparse"] * 150), 5
-    with PatchStore(tmp_path, sync=False) as store:
-        largest = 0
-        for version, weights in enumerate(states):
-            store.publish(version, weights)
-            store.retain(version - window + 1)
-            largest = max(largest, store._disk.log.num_bytes)
-            if version % 20 == 19:
-                store.close()
-                store = PatchStore.open(tmp_path, sync=False)
-                assert_holds(store, {v: states[v] for v in range(max(0, version - window + 1), version + 1)})
-        record = store._disk.log.num_bytes / len(store._disk.log.records)
-        assert largest < 30 * record
-        store.close()
+    store, largest = PatchStore(tmp_path), 0
+    for version, weights in enumerate(states):
+        store.publish(version, weights)
+        store.retain(version - window + 1)
+        files = [path.stat().st_size for path in tmp_path.iterdir()]
+        largest = max(largest, len(files))
+        assert sum(files) >= store._disk.num_bytes
+        if version % 20 == 19:
+            store.close()
+            store = PatchStore.open(tmp_path)
+            assert_holds(store, {v: states[v] for v in range(max(0, version - window + 1), version + 1)})
+    assert largest < 30
+    store.close()
 
 
 def test_a_compaction_that_finds_no_room_is_put_off(tmp_path, monkeypatch):
     states, refused = history(["sparse"] * 60), []
 
-    def refuse(entries):
-        refused.append(entries)
+    def refuse(*arguments):
+        refused.append(arguments)
         raise LogWriteError("no room")
 
-    with PatchStore(tmp_path, sync=False) as store:
-        monkeypatch.setattr(store._disk.log, "rewrite", refuse)
-        for version, weights in enumerate(states):
-            if version:
-                store.publish(version, weights)
-                store.retain(version)
-            else:
-                monkeypatch.undo()
-                store.publish(version, weights)
-                monkeypatch.setattr(store._disk.log, "rewrite", refuse)
+    with PatchStore(tmp_path) as store:
+        store.publish(0, states[0])
+        monkeypatch.setattr(store._disk, "_write_copy", refuse)
+        for version in range(1, len(states)):
+            store.publish(version, states[version])
+            store.retain(version)
         assert refused
-        assert sum(record.kind is Kind.PATCH for record in store._disk.log.records) == len(states) - 1
+        assert len(store._disk.held.patches) == len(states) - 1
         monkeypatch.undo()
         store.publish(99, states[0])
         store.retain(99)
-        assert [record.kind for record in store._disk.log.records] == [Kind.COPY]
+        assert (store._disk.held.copy.target, store._disk.held.patches) == (99, ())
     with PatchStore.open(tmp_path) as again:
         assert_holds(again, {99: states[0]})
 
 
 def test_two_processes_never_have_one_folder(tmp_path):
-    states, _, _ = written(tmp_path)
+    states, _ = written(tmp_path)
     program = (
         "import pathlib, sys; from oldlogits.versions import PatchStore; "
         f"store = PatchStore.open(pathlib.Path({str(tmp_path)!r})); print('open', flush=True); sys.stdin.read()"
@@ -293,10 +277,10 @@ from oldlogits.versions import PatchStore
 from tests.versions.states import history
 folder = pathlib.Path(sys.argv[1])
 states = history(["sparse", "dense", "special"] * 100)
-if (folder / "versions.log").exists():
-    store = PatchStore.open(folder, sync=False)
+if (folder / "versions.json").exists():
+    store = PatchStore.open(folder)
 else:
-    store = PatchStore(folder, sync=False)
+    store = PatchStore(folder)
 for version in range(store.versions[-1] + 1 if store.versions else 0, len(states)):
     store.publish(version, states[version])
     store.retain(version - 4)
@@ -322,19 +306,12 @@ def test_a_process_that_is_killed_at_any_moment_leaves_every_version_that_it_had
             store.verify()
 
 
-def test_records_that_do_not_follow_one_another_are_refused(tmp_path):
-    written(tmp_path)
-    log = log_module.VersionLog.open(tmp_path)
-    entries = [(record.kind, record.version, [log.read(record)]) for record in log.records]
-    for wrong in (entries[1:], entries[:1] + entries[2:], entries[:2] + entries[3:]):
-        log.rewrite(wrong)
-        log.close()
-        with pytest.raises(LogDamagedError, match="leads to no version"):
-            PatchStore.open(tmp_path)
-        log = log_module.VersionLog.open(tmp_path)
-    copy = bytearray(entries[0][2][0])
-    copy[4 + int.from_bytes(copy[:4], "little")] ^= 1
-    log.rewrite([(entries[0][0], 0, [bytes(copy)])])
-    log.close()
+def test_a_copy_with_other_bits_than_its_digest_is_refused(tmp_path):
+    written(tmp_path, tiny())
+    disk = disk_module.Disk.open(tmp_path)
+    (held, wrong) = disk.held, disk.read_copy({}, None)
+    wrong.weights["w"][0] += 1
+    disk._commit(replace(held, copy=disk._write_copy(0, wrong), patches=()))
+    disk.close()
     with pytest.raises(ExactnessError, match="bits of version 0"):
         PatchStore.open(tmp_path)

@@ -10,13 +10,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 
-from oldlogits.backends.processes import ModelProcess, scorer_client, start_scorer, start_trainer
-from oldlogits.config import Caution
-from oldlogits.core.engine import OpenEngine
-from oldlogits.core.engine_stats import EngineStats, Incident
+from oldlogits.backends.processes import scorer_client, start_scorer, start_trainer
 from oldlogits.engines.shared_memory import unshare, unshare_ended
 from oldlogits.loop.backend import Backend, BackendSpec
 from oldlogits.rollout.environment_runner import ThreadRunner
@@ -24,34 +21,13 @@ from oldlogits.rpc.client import client
 from oldlogits.train.calls import TrainerCalls
 
 
-class LocalBackend(Backend):
-    """Processes of this machine."""
-
-    def __init__(self, opened: OpenEngine, spec: BackendSpec, trainer: ModelProcess, scorer: ModelProcess | None) -> None:
-        super().__init__(
-            engine=opened.engine,
-            trainer=client(TrainerCalls, trainer),  # type: ignore[type-abstract]
-            run_environment=ThreadRunner(timeout_s=spec.env.timeout_s, latency_s=spec.env.latency_s, seed=spec.sampler.seed),
-            scorer=scorer_client(spec.scorer, scorer),
-        )
-        self._opened = opened
-
-    async def engine_stats(self) -> EngineStats:
-        """The engine's counters."""
-        return await self._opened.stats()
-
-    def listen(self, hear: Callable[[Incident | Caution], None]) -> None:
-        """Tell `hear` what happens to servers."""
-        self._opened.listen(hear)
-
-
 @asynccontextmanager
-async def open_local(spec: BackendSpec) -> AsyncIterator[LocalBackend]:
+async def open_local(spec: BackendSpec) -> AsyncIterator[Backend]:
     """Start the processes; on leaving none of them stays behind, whatever happened."""
     async with AsyncExitStack() as stack:  # each is closed even if Ctrl-C interrupts the closing of another
         unshare_ended()
         stack.callback(unshare, os.getpid())
-        with _ignoring_interrupts():
+        with ignoring_interrupts():
             opened = await stack.enter_async_context(spec.engine.open(spec.sampler, spec.servers))
             trainer = start_trainer(spec.trainer, spec.model_folder, spec.probe_ids)
             stack.callback(trainer.close)
@@ -66,10 +42,16 @@ async def open_local(spec: BackendSpec) -> AsyncIterator[LocalBackend]:
             watched.append(scorer.watch())  # most of its calls are nobody's to wait for
         if opened.supervise is not None:
             watched.append(opened.supervise())
-        backend = LocalBackend(opened, spec, trainer, scorer)
-        backend.workers = tuple(map(asyncio.create_task, watched))
-        stack.push_async_callback(cancel, backend.workers)
-        yield backend
+        workers = tuple(map(asyncio.create_task, watched))
+        stack.push_async_callback(cancel, workers)
+        yield Backend(
+            engine=opened.engine,
+            trainer=client(TrainerCalls, trainer),  # type: ignore[type-abstract]
+            run_environment=ThreadRunner(timeout_s=spec.env.timeout_s, latency_s=spec.env.latency_s, seed=spec.sampler.seed),
+            scorer=scorer_client(spec.scorer, scorer),
+            workers=workers,
+            listen=opened.listen,
+        )
 
 
 async def cancel(tasks: tuple[asyncio.Task[None], ...]) -> None:
@@ -80,7 +62,7 @@ async def cancel(tasks: tuple[asyncio.Task[None], ...]) -> None:
 
 
 @contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
+def ignoring_interrupts() -> Iterator[None]:
     """Processes started here ignore Ctrl-C from their first instruction on: it is the controller's to handle."""
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

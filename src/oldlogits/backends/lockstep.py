@@ -17,13 +17,12 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import ClassVar, Literal
 
 from oldlogits.backends.lag import Plan, draw_plan
 from oldlogits.backends.processes import scorer_client
 from oldlogits.backends.torchrun.dispatch import open_trainer
 from oldlogits.config.schema import LockstepConfig
-from oldlogits.core.engine import EngineCapabilities, Generation, Sampling, StepwiseEngine, trajectory_of
+from oldlogits.core.engine import EngineCapabilities, Generation, KVMode, PauseMode, Sampling, StepwiseEngine, trajectory_of
 from oldlogits.core.engine_stats import EngineStats
 from oldlogits.core.errors import AccountingError
 from oldlogits.core.scoring import DedicatedScorer
@@ -78,7 +77,7 @@ class LockstepEngine:
         """End a request."""
         await self._engine.abort(request_id)
 
-    async def pause(self, mode: Literal["keep", "abort"], kv: Literal["recompute", "stale"]) -> None:
+    async def pause(self, mode: PauseMode, kv: KVMode) -> None:
         """Let every trajectory sample what its plan allows at this version, then pause."""
         await self._settle()
         await self._engine.pause(mode, kv)
@@ -98,6 +97,10 @@ class LockstepEngine:
     async def resume(self) -> None:
         """Go on sampling; trajectories do so when the driver is idle, and the groups in training are confirmed by then."""
         await self._engine.resume()
+
+    async def stats(self) -> EngineStats:
+        """Return the counters."""
+        return await self._engine.stats()
 
     async def drive(self) -> None:
         """Step the engine whenever it can sample, until it is cancelled; a stall is an `AccountingError`."""
@@ -167,34 +170,8 @@ class LockstepEngine:
         return group if dot and group.startswith("g") else None
 
 
-class LockstepBackend(Backend):
-    """Engine and trainer of this process, in virtual time."""
-
-    real_time: ClassVar[bool] = False
-
-    def __init__(
-        self,
-        engine: LockstepEngine,
-        sampler: StepwiseEngine,
-        driver: asyncio.Task[None],
-        *,
-        trainer: TrainerCalls,
-        scorer: DedicatedScorer | None,
-    ) -> None:
-        super().__init__(engine=engine, trainer=trainer, run_environment=run_inline, scorer=scorer, workers=[driver])
-        self._lockstep, self._sampler = engine, sampler
-
-    async def engine_stats(self) -> EngineStats:
-        """The engine's counters."""
-        return await self._sampler.stats()
-
-    def watch(self, buffer: Buffer) -> None:
-        """Take the order of training from this buffer."""
-        self._lockstep.watch(buffer)
-
-
 @asynccontextmanager
-async def open_lockstep(spec: BackendSpec) -> AsyncIterator[LockstepBackend]:
+async def open_lockstep(spec: BackendSpec) -> AsyncIterator[Backend]:
     """Build engine and trainer in this process."""
     trainer = spec.trainer
     in_flight = (spec.lockstep.max_lag + 1) * spec.rollout.prompts_per_update * spec.rollout.group_size
@@ -207,7 +184,15 @@ async def open_lockstep(spec: BackendSpec) -> AsyncIterator[LockstepBackend]:
     scorer = _scorer(spec)
     driver = asyncio.create_task(engine.drive())
     try:
-        yield LockstepBackend(engine, sampler, driver, trainer=calls, scorer=scorer)
+        yield Backend(
+            engine=engine,
+            trainer=calls,
+            run_environment=run_inline,
+            scorer=scorer,
+            workers=(driver,),
+            real_time=False,
+            watch=engine.watch,
+        )
     finally:
         driver.cancel()
 

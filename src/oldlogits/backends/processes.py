@@ -10,18 +10,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from safetensors.torch import load_file
+import numpy as np
 
+from oldlogits.backends.packed import Packed, pack, put_back, set_aside, unpack
 from oldlogits.backends.torchrun.dispatch import open_trainer
 from oldlogits.backends.torchrun.launch import launched
 from oldlogits.core.scoring import DedicatedScorer
-from oldlogits.core.weights import FullWeights, PatchWeights, PolicyVersion, WeightUpdate
-from oldlogits.engines.shared_memory import share, share_bytes, take_bytes, unshare
+from oldlogits.engines.shared_memory import share_bytes, take_bytes, unshare
 from oldlogits.models.device import configure_process
 from oldlogits.rpc.child import Codec, serve_calls
 from oldlogits.rpc.client import CarryOut, Dispatcher, Transport, client
 from oldlogits.rpc.process import ChildProcess
-from oldlogits.train.reports import PublishedVersion
 from oldlogits.train.scorer_model import ScorerModel
 from oldlogits.train.spec import ScorerSpec, TrainerSpec
 
@@ -50,7 +49,7 @@ class ModelProcess(ChildProcess):
 
 def start_trainer(spec: TrainerSpec, model_folder: Path, probe_ids: Sequence[int]) -> ModelProcess:
     """Start a trainer process; the transport of `TrainerCalls`."""
-    return ModelProcess("trainer", _build_trainer, spec, model_folder, probe_ids)
+    return ModelProcess("trainer", build_trainer, spec, model_folder, probe_ids)
 
 
 def start_scorer(spec: ScorerSpec, model_folder: Path, probe_ids: Sequence[int]) -> ModelProcess:
@@ -58,7 +57,8 @@ def start_scorer(spec: ScorerSpec, model_folder: Path, probe_ids: Sequence[int])
     return ModelProcess("scorer", build_scorer, spec, model_folder, probe_ids)
 
 
-def _build_trainer(spec: TrainerSpec, model_folder: Path, probe_ids: Sequence[int]) -> CarryOut:
+def build_trainer(spec: TrainerSpec, model_folder: Path, probe_ids: Sequence[int]) -> CarryOut:
+    """Build what carries out `TrainerCalls` in its process."""
     if launched() is not None:
         atexit.register(os._exit, 0)  # the usual way out waits for exchanges with ranks that may be gone
     configure_process(num_threads=spec.trainer.num_threads, seed=spec.seed)
@@ -79,27 +79,13 @@ def scorer_client(spec: ScorerSpec | None, transport: Transport | None) -> Dedic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _FullInFile:
-    """All weights, in a safetensors file."""
+class _InFile:
+    """A value whose weights lie in a file; `packed` has no parts, but their lengths are here."""
 
-    path: Path
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _PatchesInFile:
-    """Patches, one after another in a file."""
-
-    base: PolicyVersion
+    value: object
+    packed: Packed
     path: Path
     lengths: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _PublishedInFile:
-    """A published version whose update lies in a file."""
-
-    published: PublishedVersion
-    update: _FullInFile | _PatchesInFile
 
 
 class WeightsInFiles(Codec):
@@ -107,28 +93,16 @@ class WeightsInFiles(Codec):
 
     def encode(self, value: object) -> object:
         """Write the weights of a value to a file."""
-        if isinstance(value, PublishedVersion):
-            nothing = FullWeights(tensors={})
-            return _PublishedInFile(published=replace(value, update=nothing), update=_shared(value.update))
-        return _shared(value) if isinstance(value, FullWeights | PatchWeights) else value
+        rest, update = set_aside(value)
+        if update is None:
+            return value
+        packed = pack(update)
+        path, lengths = share_bytes([part.data for part in packed.parts])
+        return _InFile(value=rest, packed=replace(packed, parts=()), path=path, lengths=lengths)
 
     def decode(self, value: object) -> object:
         """Map the weights of a value from their file, and delete it."""
-        if isinstance(value, _PublishedInFile):
-            return replace(value.published, update=_taken(value.update))
-        return _taken(value) if isinstance(value, _FullInFile | _PatchesInFile) else value
-
-
-def _shared(update: WeightUpdate) -> _FullInFile | _PatchesInFile:
-    if isinstance(update, FullWeights):
-        return _FullInFile(path=share(update.tensors))
-    path, lengths = share_bytes(update.patches)
-    return _PatchesInFile(base=update.base, path=path, lengths=lengths)
-
-
-def _taken(shared: _FullInFile | _PatchesInFile) -> WeightUpdate:
-    if isinstance(shared, _PatchesInFile):
-        return PatchWeights(base=shared.base, patches=take_bytes(shared.path, shared.lengths))
-    tensors = load_file(shared.path)
-    shared.path.unlink()  # the mapping stays valid
-    return FullWeights(tensors=tensors)
+        if not isinstance(value, _InFile):
+            return value
+        parts = tuple(np.frombuffer(part, np.uint8) for part in take_bytes(value.path, value.lengths))
+        return put_back(value.value, unpack(replace(value.packed, parts=parts)))

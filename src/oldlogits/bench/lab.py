@@ -156,8 +156,9 @@ class Lab:
         timed("publish", lambda: self.store.publish(newest + 1, self.chain.masters))
 
         def checkout() -> None:
-            with self.store.checkout(newest):
-                pass
+            for version in (newest, newest + 1):
+                with self.store.checkout(version):
+                    pass
 
         for _ in range(2):
             timed("checkout", checkout)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from oldlogits.config.bounds import Interpolation, effective_bounds
+from oldlogits.config.reader import build
 from oldlogits.config.schema import RunConfig
-from oldlogits.core.errors import ConfigError
 
 _DEFAULT: Final = RunConfig()
 
@@ -28,24 +28,27 @@ class BoundsOptions:
     What a band masks of an engine's own noise is measured when a run starts, and printed by `oldlogits train`.
     """
 
-    weight_mu: float = _DEFAULT.objective.interpolation_mu
-    """The weight on MU of the linear and the log-linear stand-in, in [0, 1]."""
+    interpolation_mu: float = _DEFAULT.objective.interpolation_mu
+    """The weight on MU of the linear and the log-linear proximal policy, in [0, 1]."""
     band: float = _DEFAULT.band
     """The discrepancy band [1/band, band], > 1; inf: no band."""
-    eps: str = f"{_DEFAULT.objective.eps_low},{_DEFAULT.objective.eps_high}"
-    """eps_low,eps_high: the clip of r_s, 1 - eps_low for A < 0 and 1 + eps_high for A > 0."""
+    eps_low: float = _DEFAULT.objective.eps_low
+    """The clip of r_s for A < 0 is 1 - eps_low."""
+    eps_high: float = _DEFAULT.objective.eps_high
+    """The clip of r_s for A > 0 is 1 + eps_high."""
     dual_clip: float = _DEFAULT.objective.dual_clip
     """Upper bound of r_s for A < 0, > 1; inf: none."""
 
 
 def command(arguments: Sequence[str]) -> int:
     """Print table, picture and words."""
-    options = tyro.cli(BoundsOptions, prog="oldlogits bounds", args=list(arguments))
-    eps_low, eps_high = _pair(options.eps)
-    readings = read(options.weight_mu, options.band, eps_low, eps_high, options.dual_clip)
+    o = tyro.cli(BoundsOptions, prog="oldlogits bounds", args=list(arguments))
+    objective = {key: value for key, value in dataclasses.asdict(o).items() if key != "band"}
+    build(RunConfig, {"band": o.band, "objective": objective})  # the ranges are the recipe's
+    readings = read(o.interpolation_mu, o.band, o.eps_low, o.eps_high, o.dual_clip)
     title = (
-        f"weight_mu {options.weight_mu:g}, band {options.band:g}, eps {eps_low:g} / {eps_high:g}, "
-        f"dual clip {options.dual_clip:g}; R = theta / mu"
+        f"interpolation_mu {o.interpolation_mu:g}, band {o.band:g}, eps {o.eps_low:g} / {o.eps_high:g}, "
+        f"dual clip {o.dual_clip:g}; R = theta / mu"
     )
     console = Console(highlight=False)
     console.print(Group(Text(title, style="bold"), table(readings), Text(), picture(readings), Text(), words(readings)))
@@ -89,21 +92,16 @@ class Reading:
     variant: str
     remark: str
     mask: Interval
-    positive: Interval
-    negative: Interval
-
-    @property
-    def clips(self) -> tuple[tuple[str, Interval], tuple[str, Interval]]:
-        """The clip of each sign of the advantage."""
-        return ("A > 0", self.positive), ("A < 0", self.negative)
+    clips: Mapping[str, Interval]
+    """The clip of each sign of the advantage."""
 
     @property
     def is_entangled(self) -> bool:
         """Whether mask and clip bound the same ratio."""
-        return self.mask.ratio == self.positive.ratio
+        return self.mask.ratio == self.clips["A > 0"].ratio
 
     def without_mask(self) -> Reading:
-        """The row of the same stand-in with ``r_d = 1``."""
+        """The row of the same proximal policy with ``r_d = 1``."""
         return dataclasses.replace(
             self,
             variant=self.variant.replace("_train_infer", "_prox"),
@@ -126,8 +124,10 @@ def read(weight_mu: float, band: float, eps_low: float, eps_high: float, dual_cl
             variant=f"{kind}_train_infer",
             remark="mask and clip both bound R",
             mask=Interval(ratio="R", low=bounds.mask_low, high=bounds.mask_high),
-            positive=Interval(ratio="R", high=bounds.positive_high),
-            negative=Interval(ratio="R", low=bounds.negative_low, high=bounds.negative_high),
+            clips={
+                "A > 0": Interval(ratio="R", high=bounds.positive_high),
+                "A < 0": Interval(ratio="R", low=bounds.negative_low, high=bounds.negative_high),
+            },
         )
 
     return (
@@ -138,8 +138,10 @@ def read(weight_mu: float, band: float, eps_low: float, eps_high: float, dual_cl
             variant="decoupled_exact",
             remark="mask and clip bound two ratios; R alone does not decide",
             mask=Interval(ratio="r_d", low=1 / band, high=band),
-            positive=Interval(ratio="r_s", high=1 + eps_high),
-            negative=Interval(ratio="r_s", low=max(1 - eps_low, 0.0), high=dual_clip),
+            clips={
+                "A > 0": Interval(ratio="r_s", high=1 + eps_high),
+                "A < 0": Interval(ratio="r_s", low=max(1 - eps_low, 0.0), high=dual_clip),
+            },
         ),
     )
 
@@ -151,8 +153,8 @@ def table(readings: Sequence[Reading]) -> Table:
     for reading in readings:
         numbers.add_column(f"{reading.name}\n{reading.variant}")
     numbers.add_row("mask", *(str(reading.mask) for reading in readings))
-    numbers.add_row("clip A > 0", *(str(reading.positive) for reading in readings))
-    numbers.add_row("clip A < 0", *(str(reading.negative) for reading in readings))
+    for sign in ("A > 0", "A < 0"):
+        numbers.add_row(f"clip {sign}", *(str(reading.clips[sign]) for reading in readings))
     return numbers
 
 
@@ -163,7 +165,7 @@ def words(readings: Sequence[Reading]) -> Text:
         for row in (reading, reading.without_mask()) if reading.is_entangled else (reading,):
             text.append(row.variant, style="bold")
             text.append(f": {row.remark}\n")
-            for sign, clip in row.clips:
+            for sign, clip in row.clips.items():
                 text.append(f"  for {sign} a token is {_trained(row.mask, clip)}\n")
     text.rstrip()
     return text
@@ -215,15 +217,15 @@ def _lines(readings: Sequence[Reading]) -> Iterator[tuple[str, str, str, Interva
     for reading in readings:
         if not reading.is_entangled:
             yield reading.name, reading.mask.ratio, "any A", reading.mask, Interval(ratio=reading.mask.ratio)
-        for sign, clip in reading.clips:
+        for sign, clip in reading.clips.items():
             mask = reading.mask if reading.is_entangled else Interval(ratio=clip.ratio)
             yield reading.name, clip.ratio, sign, mask, clip
 
 
 def _reach(readings: Sequence[Reading]) -> float:
     """Half the axis, in nats: a little beyond the farthest bound, the dual clip's aside."""
-    bounds = [b for r in readings for b in (r.mask.low, r.mask.high, r.positive.high, r.negative.low) if 0 < b < math.inf]
-    farthest = max((abs(math.log(bound)) for bound in bounds), default=0.0)
+    bounds = [b for r in readings for b in (r.mask.low, r.mask.high, r.clips["A > 0"].high, r.clips["A < 0"].low)]
+    farthest = max((abs(math.log(bound)) for bound in bounds if 0 < bound < math.inf), default=0.0)
     return min(max(1.2 * farthest, math.log(1.2)), math.log(12))
 
 
@@ -237,12 +239,3 @@ def _axis(step: float) -> str:
         if 0 <= start <= _COLUMNS - len(label) and not "".join(axis[around]).strip():
             axis[start : start + len(label)] = label
     return "".join(axis).rstrip()
-
-
-def _pair(eps: str) -> tuple[float, float]:
-    """``"0.2,0.28"`` -> (0.2, 0.28)."""
-    try:
-        low, high = map(float, eps.split(","))
-    except ValueError as error:
-        raise ConfigError("--eps takes two numbers", got=eps, allowed="eps_low,eps_high", fix="--eps 0.2,0.28") from error
-    return low, high

@@ -61,8 +61,14 @@ def command(arguments: Sequence[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     console.print(f"{out}: {len(planned)} runs, {len(planned) - len(missing)} of them done")
+    failed: list[Outcome[PlannedRun, None]] = []
+
+    def told(outcome: Outcome[PlannedRun, None]) -> None:
+        failed.extend([outcome] if outcome.error else [])
+        console.print(f"{outcome.job.label}: {'FAILED' if outcome.error else f'{outcome.wall_s:.0f} s'}")
+
     try:
-        failed = _run(missing, options.processes, out, console)
+        run_jobs(missing, perform, processes=options.processes, log=out / "log.txt", on_done=told)
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on")
         return INTERRUPTED
@@ -75,15 +81,3 @@ def command(arguments: Sequence[str]) -> int:
     for outcome in failed:
         console.print(f"failed: {outcome.job.label}: {outcome.error.strip().splitlines()[-1]} (see {out / 'log.txt'})")
     return FAILED if failed else 0
-
-
-def _run(missing: Sequence[PlannedRun], processes: int, out: Path, console: Console) -> list[Outcome[PlannedRun, None]]:
-    """Run what is missing, and say so run by run; returns those that failed."""
-    failed: list[Outcome[PlannedRun, None]] = []
-
-    def told(outcome: Outcome[PlannedRun, None]) -> None:
-        failed.extend([outcome] if outcome.error else [])
-        console.print(f"{outcome.job.label}: {'FAILED' if outcome.error else f'{outcome.wall_s:.0f} s'}")
-
-    run_jobs(missing, perform, processes=processes, log=out / "log.txt", on_done=told)
-    return failed

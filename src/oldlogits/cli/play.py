@@ -99,41 +99,44 @@ def play(options: PlayOptions, number: int, console: Console, read: Callable[[st
         EnvironmentShapeError: The class does not have the shape of an environment.
         ModelFolderError: The model folder is missing or incomplete.
     """
-    target = options.target
-    is_recipe = target.endswith(".toml")
-    env = config_from_table(read_toml(Path(target))).env if is_recipe else EnvConfig(target=target, adapter=options.adapter)
+    recipe = config_from_table(read_toml(Path(options.target))).env if options.target.endswith(".toml") else None
+    env = recipe or EnvConfig(target=options.target, adapter=options.adapter)
     environment_class = load_environment(env.target, env.adapter)
-    row = _read_row(options.row) if options.row else _own_row(environment_class, env, options.split, options.index + number)
-    player = _player(options, number, env if is_recipe else None, environment_class, read)
+    row = _row(options, number, env, environment_class)
+    if options.mode == "checkpoint":
+        from oldlogits.cli.play_checkpoint import checkpoint_player
+
+        seed = options.seed + number
+        player = checkpoint_player(options.model, environment_class, recipe, greedy=options.greedy, seed=seed)
+    else:
+        player = _oracle(environment_class) if options.mode == "oracle" else _person(environment_class, read)
     stage = _Stage(console, ThreadRunner(timeout_s=env.timeout_s, latency_s=0.0, seed=0))
     _introduce(environment_class, options.mode, stage)
     environment = stage.run(environment_class)
     try:
         _converse(environment, player, str(stage.run(lambda: environment.reset(**row)) or ""), stage)
-    except EndedEarlyError as end:
-        if end.text:
+    except (EndedEarlyError, EnvironmentFailed) as end:
+        if isinstance(end, EndedEarlyError) and end.text:
             stage.say("agent", end.text)
-        console.print(Text(f"the episode ended early: {end.reason}", style="yellow"))
-    except EnvironmentFailed as failure:
-        console.print(Text(f"the episode ended early: {failure}", style="yellow"))
+        console.print(Text(f"the episode ended early: {end}", style="yellow"))
     except (EOFError, KeyboardInterrupt):
         console.print(Text("the agent left", style="yellow"))
     return _conclude(environment, stage)
 
 
-def _read_row(text: str) -> Row:
-    try:
-        row = json.loads(text)
-    except ValueError as error:
-        raise ConfigError("--row is no JSON", got=f"{text}: {error}", allowed="a JSON object", fix="quote it") from error
-    if not isinstance(row, dict):
-        raise ConfigError("--row is no JSON object", got=text, allowed="the arguments of reset", fix="""write '{"key": ...}'""")
-    return row
-
-
-def _own_row(environment_class: type[Environment], env: EnvConfig, split: Split, index: int) -> Row:
-    """Return a row of the recipe's file, or of the class."""
-    named = env.train_data if split == "train" else env.eval_data
+def _row(options: PlayOptions, number: int, env: EnvConfig, environment_class: type[Environment]) -> Row:
+    """Return the row of the command line, of the recipe's file, or of the class."""
+    if options.row:
+        try:
+            row = json.loads(options.row)
+        except ValueError as error:
+            got = f"{options.row}: {error}"
+            raise ConfigError("--row is no JSON", got=got, allowed="a JSON object", fix="quote it") from error
+        if not isinstance(row, dict):
+            fix = """write '{"key": ...}'"""
+            raise ConfigError("--row is no JSON object", got=options.row, allowed="the arguments of reset", fix=fix)
+        return row
+    named = env.train_data if options.split == "train" else env.eval_data
     if not named and not isinstance(environment_class, RowSource):
         raise ConfigError(
             f"{environment_class.__name__} makes no rows",
@@ -141,36 +144,30 @@ def _own_row(environment_class: type[Environment], env: EnvConfig, split: Split,
             allowed="a row: the arguments of reset as a JSON object",
             fix="add --row '{...}', or define a static method make_row(split, index) -> dict",
         )
-    dataset = TaskDataset(environment_class, seed=0, train_data=named, eval_data=named)
-    return dataset.train(index) if split == "train" else dataset.heldout(index + 1)[-1]
+    dataset, index = TaskDataset(environment_class, seed=0, train_data=named, eval_data=named), options.index + number
+    return dataset.train(index) if options.split == "train" else dataset.heldout(index + 1)[-1]
 
 
-def _player(
-    options: PlayOptions, number: int, env: EnvConfig | None, environment_class: type[Environment], read: Callable[[str], str]
-) -> Player:
-    parser = PlainParser()
-    if options.mode == "oracle" and isinstance(environment_class, Scripted):
-        write = environment_class.make_oracle()
-        return lambda role, seen: ((text := write(seen)), parser.parse(text))
-    if options.mode == "checkpoint":
-        from oldlogits.cli.play_checkpoint import CheckpointPlayer
-
-        seed = options.seed + number
-        return CheckpointPlayer.open(options.model, environment_class, env, greedy=options.greedy, seed=seed).write
-    if options.mode == "oracle":
+def _oracle(environment_class: type[Environment]) -> Player:
+    if not isinstance(environment_class, Scripted):
         raise ConfigError(
             f"mode 'oracle' cannot play {environment_class.__name__}",
             got="mode = 'oracle'",
             allowed="human and checkpoint (every environment), oracle (one with a static method make_oracle)",
             fix="choose mode 'human', or 'checkpoint'",
         )
+    write = environment_class.make_oracle()
+    return lambda role, seen: ((text := write(seen)), PlainParser().parse(text))
+
+
+def _person(environment_class: type[Environment], read: Callable[[str], str]) -> Player:
+    """Ask a person: a line that starts with a tool's name is a call, every other a message."""
 
     def ask(role: Role, seen: str) -> tuple[str, Sequence[ToolCall | Malformed]]:
-        """A line that starts with a tool's name is a call, every other a message."""
         line = read("> ")
         name, *words = line.split() or [""]
         is_call = name in tool_names(environment_class)
-        return line, [ToolCall(name=name, positional=tuple(words))] if is_call else parser.parse(line)
+        return line, [ToolCall(name=name, positional=tuple(words))] if is_call else PlainParser().parse(line)
 
     return ask
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from oldlogits.backends.ray.desired_workers import read_wanted, write_wanted
+from oldlogits.config import config_from_table, read_toml
 from oldlogits.core.backend import BACKENDS
 from oldlogits.core.errors import ConfigError
 from oldlogits.record.folder import RunFolder
@@ -31,14 +30,14 @@ def command(arguments: Sequence[str]) -> int:
     """Write the wish, or print it."""
     options = tyro.cli(WorkersOptions, prog="oldlogits workers", args=list(arguments))
     folder = RunFolder(path=options.run)
-    config = options.run / "config.toml"
+    config = folder.config
     if not config.exists():
         raise ConfigError("there is no run", got=str(options.run), allowed="a run folder", fix="name the folder given as --out")
-    recipe = tomllib.loads(config.read_text(encoding="utf-8"))
-    if not BACKENDS.find(recipe["runtime"]["type"]).on_cluster:
+    recipe = config_from_table(read_toml(config))
+    if not BACKENDS.find(recipe.runtime.type).on_cluster:
         raise ConfigError(
             "only runs with the runtime ray have workers that join and leave",
-            got=f"runtime.type = '{recipe['runtime']['type']}'",
+            got=f"runtime.type = '{recipe.runtime.type}'",
             allowed="runtime.type = 'ray'",
             fix="start the run with --runtime.type ray",
         )
@@ -47,7 +46,7 @@ def command(arguments: Sequence[str]) -> int:
             raise ConfigError("a run needs a worker", got=f"--num {options.num}", allowed=">= 1", fix="--num 1")
         write_wanted(folder.path, options.num)
     wanted = read_wanted(folder.path)
-    print(f"{recipe['ray']['num_workers'] if wanted is None else wanted} workers are wanted")
+    print(f"{recipe.ray.num_workers if wanted is None else wanted} workers are wanted")
     if folder.summary.exists():
-        print(f"the run has ended: see {os.fspath(folder.summary)}")
+        print(f"the run has ended: see {folder.summary}")
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -14,10 +14,9 @@ import tomli_w
 
 from oldlogits.config import RunConfig, load_config
 from oldlogits.core.errors import ConfigError
-from oldlogits.record.bus import EventKind
-from oldlogits.record.event_log import read_events
+from oldlogits.record.event_log import read_events, typed
+from oldlogits.record.events import Audited, Evaluated, Updated, VersionPublished
 from oldlogits.record.folder import RunFolder
-from oldlogits.record.jsonl import number
 from oldlogits.record.summary import Summary
 
 METRICS: Final = ("success", "reward", "decision_error", "seconds", "bytes")
@@ -125,32 +124,20 @@ def perform(planned: PlannedRun) -> None:
 
 def read_figures(planned: PlannedRun) -> RunFigures:
     """Read what came out of a run that is done."""
-    success, stored = None, [0.0]
-    rewards: dict[int, float] = {}  # by version: a run that was resumed made some twice
-    num_tokens = num_wrong = average_bytes = 0.0
-    for event in read_events(RunFolder(path=planned.folder).events):
-        fields = event.fields
-        if event.kind is EventKind.EVALUATION and fields["mode"] == "sampled":
-            success = number(fields["mean"])
-        elif event.kind is EventKind.PUBLISHED:
-            stored.append(number(fields["bytes"]) or 0.0)
-        elif event.kind is EventKind.AUDIT:
-            num_tokens += sum(_numbers(fields["num_tokens"]))
-            num_wrong += sum((*_numbers(fields["wrongly_kept"]), *_numbers(fields["wrongly_masked"])))
-        elif event.kind is EventKind.UPDATE and isinstance(metrics := fields["metrics"], dict):
-            rewards[event.version] = number(metrics["reward/mean"]) or 0.0
-            average_bytes = max(average_bytes, number(metrics.get("average/stored_bytes")) or 0.0)
+    folder = RunFolder(path=planned.folder)
+    events = list(read_events(folder.events))
+    success = [played.mean for played in typed(events, Evaluated) if played.mode == "sampled"]
+    metrics = {update.version: update.metrics for update in typed(events, Updated)}  # a run that was resumed made some twice
+    audits = typed(events, Audited)
+    num_tokens = sum(sum(audit.num_tokens) for audit in audits)
+    num_wrong = sum(sum(audit.wrongly_kept) + sum(audit.wrongly_masked) for audit in audits)
+    stored = max((version.bytes for version in typed(events, VersionPublished)), default=0)
+    average = max((found.get("average/stored_bytes", 0.0) for found in metrics.values()), default=0.0)
     values = {
-        "success": success,
-        "reward": fmean(rewards.values()) if rewards else None,
+        "success": success[-1] if success else None,
+        "reward": fmean(found["reward/mean"] for found in metrics.values()) if metrics else None,
         "decision_error": num_wrong / num_tokens if num_tokens else None,
-        "seconds": Summary.read(RunFolder(path=planned.folder).summary).train_wall_s,
-        "bytes": max(stored) + average_bytes,
+        "seconds": Summary.read(folder.summary).train_wall_s,
+        "bytes": stored + average,
     }
     return RunFigures(name=planned.name, seed=planned.config.seed, values=values)
-
-
-def _numbers(values: object) -> Iterator[float]:
-    """Yield the numbers of a list in an event."""
-    if isinstance(values, list):
-        yield from (found for value in values if (found := number(value)) is not None)

@@ -135,12 +135,8 @@ def _where_r_s_is(value: float, kind: Interpolation, weight_mu: float, *, never:
 
 def _root(value: float, power: float) -> float:
     """``value^(1 / power)``; beyond the range of float64, 0 or inf."""
-    exponent = _log(value) / power
+    exponent = math.log(value) / power if value > 0 else -math.inf
     return math.exp(exponent) if exponent < _LOG_MAX else math.inf
-
-
-def _log(value: float) -> float:
-    return math.log(value) if value > 0 else -math.inf
 
 
 def _check(

@@ -1,7 +1,7 @@
 """The guard at the door: a correction that can never act is refused, and a doubtful recipe is warned of with figures.
 
-An interpolated stand-in turns band and clip into bounds on the total ratio ``R = theta / mu`` (config/bounds.py); a bound of 0
-or inf does not exist. Each rule with its figures: docs/guard.md. Imports no torch.
+An interpolated proximal policy turns band and clip into bounds on the total ratio ``R = theta / mu`` (config/bounds.py); a
+bound of 0 or inf does not exist. Each rule with its figures: docs/guard.md. Imports no torch.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Weighted:
 
     @property
     def where(self) -> str:
-        return f"weight_mu {self.weight_mu:g}" if self.staleness is None else f"staleness {self.staleness}"
+        return f"interpolation_mu {self.weight_mu:g}" if self.staleness is None else f"staleness {self.staleness}"
 
     @property
     def has_mask(self) -> bool:
@@ -77,7 +77,7 @@ def refuse_idle(config: RunConfig) -> None:
     if masks and weighted and all(one.weight_mu == 1 or (config.band < math.inf and not one.has_mask) for one in weighted):
         scheduled = config.objective.interpolation_schedule != "fixed"
         raise ConfigError(
-            f"variant '{config.variant}' masks nothing at any weight of this recipe: its stand-in is MU and r_d is 1",
+            f"variant '{config.variant}' masks nothing at any weight of this recipe: its proximal policy is MU and r_d is 1",
             got=", ".join(one.where for one in weighted),
             allowed="a max_staleness (lockstep: lockstep.max_lag) of 2 or more"
             if scheduled
@@ -120,7 +120,7 @@ def _refuse_missing_truncation(config: RunConfig, at: _Weighted) -> None:
 
 
 def _more_weight(config: RunConfig) -> list[str]:
-    """What moves a stand-in away from THETA, or lets its r_s grow without bound."""
+    """What moves a proximal policy away from THETA, or lets its r_s grow without bound."""
     weight = (
         "a larger objective.interpolation_mu"
         if config.objective.interpolation_schedule == "fixed"
@@ -134,39 +134,29 @@ def cautions(config: RunConfig) -> tuple[Caution, ...]:
     """What the recipe alone shows to be doubtful, if its loss is a built-in one."""
     if config.objective.loss not in LOSSES.names:
         return ()
-    return tuple(_without_clip(config)) + tuple(_without_band(config)) + tuple(_hidden_bounds(config))
-
-
-def _without_clip(config: RunConfig) -> Iterator[Caution]:
-    """One step, taken where THETA still is the stand-in."""
-    stand_in, steps = find_variant(config.variant).proximal, config.trainer.minibatches_per_update
-    if config.objective.clip == "ppo" and steps == 1 and _starts_at_theta(stand_in, config):
-        yield Caution(
-            name="no-clip",
-            message=f"no clip acts: with trainer.minibatches_per_update = 1 THETA is {stand_in.name} at the only step, "
-            "so r_s = 1 and the clip masks 0 tokens; two steps or more give it something to do",
-            figures={"minibatches_per_update": steps, "clipped": 0},
+    variant, steps = find_variant(config.variant), config.trainer.minibatches_per_update
+    found: list[Caution] = []
+    if config.objective.clip == "ppo" and steps == 1 and _starts_at_theta(variant.proximal, config):
+        message = (
+            f"no clip acts: with trainer.minibatches_per_update = 1 THETA is {variant.proximal.name} at the only step, "
+            "so r_s = 1 and the clip masks 0 tokens; two steps or more give it something to do"
         )
+        found.append(Caution(name="no-clip", message=message, figures={"minibatches_per_update": steps, "clipped": 0}))
+    if config.band == math.inf and not variant.r_d.is_one:
+        message = "no mask: band = inf, so r_d only weights, however large it is; set band = 1.5 for a mask"
+        found.append(Caution(name="no-band", message=message, figures={"band": config.band}))
+    return (*found, *_hidden_bounds(config))
 
 
-def _starts_at_theta(stand_in: Policy, config: RunConfig) -> bool:
-    """Whether the stand-in is THETA before the first step: ASYNC always, and others where no token can be stale.
+def _starts_at_theta(proximal: Policy, config: RunConfig) -> bool:
+    """Whether the proximal policy is THETA before the first step: ASYNC always, and others where no token can be stale.
 
     With a window of 0 AGED moves by a lag of 0, RESCORE takes out the very noise that MU has, and every decay but a fixed one
     is 0, so that EWMA is the live weights.
     """
-    if stand_in is EWMA:
+    if proximal is EWMA:
         return config.window == 0 and config.proximal.decay != "fixed"
-    return stand_in is ASYNC or (config.window == 0 and stand_in in (OLD, RESCORE, AGED))
-
-
-def _without_band(config: RunConfig) -> Iterator[Caution]:
-    if config.band == math.inf and not find_variant(config.variant).r_d.is_one:
-        yield Caution(
-            name="no-band",
-            message="no mask: band = inf, so r_d only weights, however large it is; set band = 1.5 for a mask",
-            figures={"band": config.band},
-        )
+    return proximal is ASYNC or (config.window == 0 and proximal in (OLD, RESCORE, AGED))
 
 
 def _hidden_bounds(config: RunConfig) -> Iterator[Caution]:
@@ -214,7 +204,7 @@ def _hidden(bounds: EffectiveBounds, clips: bool) -> tuple[str, ...]:
 def kept_at_lag_0(config: RunConfig) -> tuple[float, float]:
     """The ``R = old / mu`` that the mask keeps where nothing is stale and nothing learned, both ends included.
 
-    There THETA is OLD, and so is every stand-in that is no interpolation: the band itself. 0 and inf where there is no mask.
+    There THETA is OLD, and so is every proximal policy that is no interpolation: the band itself. 0 and inf: there is no mask.
     """
     if find_variant(config.variant).r_d.is_one:
         return 0.0, math.inf
@@ -224,7 +214,7 @@ def kept_at_lag_0(config: RunConfig) -> tuple[float, float]:
 
 
 def _weighted(config: RunConfig) -> Iterator[_Weighted]:
-    """The bounds on R by the weight on mu, staleness ascending; nothing where the stand-in is no interpolation."""
+    """The bounds on R by the weight on mu, staleness ascending; nothing where the proximal policy is no interpolation."""
     variant, objective = find_variant(config.variant), config.objective
     if variant.proximal not in (LINEAR, LOGLINEAR):
         return

@@ -5,7 +5,6 @@ A range stands in the annotation of its field; the string below a field is what 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -122,8 +121,8 @@ class ModelConfig:
     """Where the model reads of its tools. template: the chat template writes them, and one that leaves out names, descriptions
     or parameters is refused. system, user: in the system message, or at the beginning of the first user message together with
     the system prompt; results of tools are then user messages."""
-    chat_template_kwargs: Mapping[str, bool | int | float | str] = field(default_factory=dict)
-    """Further variables of the chat template, such as {enable_thinking = false}; they are given to every rendering."""
+    chat_template_kwargs: str = ""
+    """Further variables of the chat template as JSON, such as '{"enable_thinking": false}'; every rendering gets them."""
     forward_dtype: Literal["fp32", "bf16"] = "fp32"
     """The type of the forward weights, whose bits are a version. bf16: they are rounded from fp32 masters, which the optimizer
     steps and nothing scores; patches of versions are small. The arithmetic is that of fp32 (docs/sharding.md)."""

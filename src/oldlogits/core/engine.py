@@ -21,6 +21,10 @@ from oldlogits.core.trajectory import KV
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
 
 FinishReason = Literal["stop", "length", "abort"]
+PauseMode = Literal["keep", "abort"]
+"""What becomes of running requests: they go on after the pause, or they end."""
+KVMode = Literal["recompute", "stale"]
+"""What an update does with keys and values of running requests."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,27 +170,37 @@ class EngineCapabilities:
     """What an engine can do, read when it starts.
 
     Args:
-        max_context: The most tokens (prompt + output) of one sequence.
         partials: Whether `RolloutEngine.partials` exists; if not, a request is interrupted by abort and resubmit.
-        kv_modes: What `pause` can promise about keys and values after the update. "stale": a trajectory keeps its own, and
-            shares none of older versions with others.
         arithmetic: What it computes in; all but fp32 adds to the differences that its numerics make.
         num_replicas: Engines behind this one, each with a copy of the weights; requests for a prompt's log-probs go to one
             after the other.
         num_host_copies: Further copies of the weights, from which these engines load.
     """
 
-    max_context: int
     partials: bool
-    kv_modes: frozenset[Literal["recompute", "stale"]]
-    numerics: str
     arithmetic: Literal["fp32", "bf16"] = "fp32"
     num_replicas: int = 1
     num_host_copies: int = 0
 
 
+class EngineControls(Protocol):
+    """What is asked of an engine besides generations."""
+
+    async def pause(self, mode: PauseMode, kv: KVMode) -> None:
+        """Stop sampling; the engine is idle on return. `kv` says what an update does with keys and values."""
+
+    async def partials(self) -> Mapping[str, Generation]:
+        """While paused: what each running request has sampled so far, by request id."""
+
+    async def resume(self) -> None:
+        """Go on sampling."""
+
+    async def stats(self) -> EngineStats:
+        """Return the counters."""
+
+
 @runtime_checkable
-class RolloutEngine(Protocol):
+class RolloutEngine(EngineControls, Protocol):
     """Samples tokens. `update_weights` is called only between `pause` and `resume`."""
 
     @property
@@ -199,12 +213,6 @@ class RolloutEngine(Protocol):
     async def abort(self, request_id: str) -> None:
         """End a request; its `generate` returns what was sampled so far with finish reason "abort"."""
 
-    async def pause(self, mode: Literal["keep", "abort"], kv: Literal["recompute", "stale"]) -> None:
-        """Stop sampling; the engine is idle on return. `kv` says what an update does with keys and values."""
-
-    async def partials(self) -> Mapping[str, Generation]:
-        """While paused: what each running request has sampled so far, by request id."""
-
     async def update_weights(self, update: WeightUpdate, version: PolicyVersion) -> None:
         """Replace the weights; later tokens are tagged with `version`.
 
@@ -212,8 +220,16 @@ class RolloutEngine(Protocol):
             ReceiverBehindError: Patches do not lead on from what the engine's host holds: give it full weights.
         """
 
-    async def resume(self) -> None:
-        """Go on sampling."""
+
+def check_update(version: PolicyVersion, *, over: PolicyVersion, is_paused: bool) -> None:
+    """Refuse an update of the weights while an engine samples, or to a version before the one that it has."""
+    if not is_paused or version < over:
+        raise ConfigError(
+            "weights change only between pause and resume, to a version that is not older",
+            got=f"version {version} while version {over} is {'paused' if is_paused else 'running'}",
+            allowed=f"a paused engine and a version >= {over}",
+            fix="call pause, update_weights and resume in this order, with ascending versions",
+        )
 
 
 def trajectory_of(request_id: str) -> str:
@@ -223,7 +239,7 @@ def trajectory_of(request_id: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenEngine:
-    """An engine that is being started: `engine` samples once `ready` has returned, and `stats` returns its counters.
+    """An engine that is being started: `engine` samples once `ready` has returned.
 
     Args:
         supervise: Runs beside the engine, where it must be watched; ends only by an error.
@@ -231,7 +247,6 @@ class OpenEngine:
     """
 
     engine: RolloutEngine
-    stats: Callable[[], Awaitable[EngineStats]]
     ready: Callable[[], Awaitable[None]]
     supervise: Callable[[], Coroutine[None, None, None]] | None = None
     listen: Callable[[Callable[[Incident], None]], None] = lambda hear: None
@@ -255,9 +270,6 @@ class StepwiseEngine(RolloutEngine, Protocol):
     def drive_once(self) -> bool:
         """Take one step; returns False if there was nothing to do."""
 
-    async def stats(self) -> EngineStats:
-        """Return the counters."""
-
 
 class EngineKind(Protocol):
     """A kind of engine: what a recipe may ask of it, and how it is opened.
@@ -268,8 +280,9 @@ class EngineKind(Protocol):
 
     has_servers: ClassVar[bool] = False
     """Whether it samples on servers, so that engine.urls, engine.server and the keys beside them have an effect."""
-    kv_modes: ClassVar[frozenset[Literal["recompute", "stale"]]] = frozenset({"recompute"})
-    """What it can do with keys and values of running sequences when the weights change."""
+    kv_modes: ClassVar[frozenset[KVMode]] = frozenset({"recompute"})
+    """What it can do with keys and values of running sequences when the weights change; "stale" ones are those of one
+    trajectory, and are never shared with others."""
     is_stepwise: ClassVar[bool] = False
     """Whether `build` makes a `StepwiseEngine`."""
     served_by: ClassVar[str] = ""

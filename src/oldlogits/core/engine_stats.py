@@ -19,26 +19,7 @@ class Line:
     size_s: float = 0.0
 
     def __add__(self, other: Line) -> Line:
-        return self._with(other, 1.0)
-
-    def __sub__(self, other: Line) -> Line:
-        return self._with(other, -1.0)
-
-    def _with(self, other: Line, sign: float) -> Line:
-        return Line(**{name: value + sign * getattr(other, name) for name, value in asdict(self).items()})
-
-    def fit(self) -> tuple[float, float]:
-        """The fixed seconds and those for a unit, by least squares, neither below 0; they reproduce the sum of the seconds.
-
-        Example:
-            Sizes 1 and 3 that took 2 s and 4 s: a fixed second, and one for each unit.
-        """
-        if not self.num or not self.size:
-            return (self.seconds_s / self.num if self.num else 0.0), 0.0
-        spread = self.size_sq - self.size**2 / self.num
-        slope = (self.size_s - self.size * self.seconds_s / self.num) / spread if spread > 1e-9 * self.size_sq else 0.0
-        slope = min(max(0.0, slope), self.seconds_s / self.size)
-        return (self.seconds_s - slope * self.size) / self.num, slope
+        return Line(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
 
     def metrics(self, name: str) -> dict[str, float]:
         """The sums, under names that begin with `name`."""
@@ -56,27 +37,25 @@ def piece(size: float, seconds_s: float) -> Line:
     return Line(num=1.0, size=size, size_sq=size**2, seconds_s=seconds_s, size_s=size * seconds_s)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class EngineStats:
-    """Counters since the engine was built.
+    """Counters since the engine was built, which counts in one and gives copies.
 
     Args:
         num_prefill_tokens: Prompt tokens computed, recomputation included.
         num_prefix_hit_tokens: Prompt tokens that were found in the cache instead.
         busy_s: Seconds inside `EngineCore.step`.
-        idle_s: Seconds outside it.
-        waiting_s: The part of them with nothing to do: paused, or nothing to sample.
+        waiting_s: Seconds outside it with nothing to do: paused, or nothing to sample.
         decode: Decode steps; the size of one is the sequences that it decoded.
         prefill: Prefills between two decode steps; the size of one is the tokens that it computed.
     """
 
-    version: PolicyVersion
-    num_steps: int
-    num_decode_tokens: int
-    num_prefill_tokens: int
-    num_prefix_hit_tokens: int
-    busy_s: float
-    idle_s: float
+    version: PolicyVersion = 0
+    num_steps: int = 0
+    num_decode_tokens: int = 0
+    num_prefill_tokens: int = 0
+    num_prefix_hit_tokens: int = 0
+    busy_s: float = 0.0
     waiting_s: float = 0.0
     num_requests: int = 0
     decode: Line = field(default_factory=Line)

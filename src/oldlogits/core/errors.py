@@ -14,10 +14,9 @@ OldLogitsError
 ├── PatchError            (ValueError)        bytes that are no patch, or a damaged one
 ├── ReceiverBehindError   (LookupError)       a receiver of weights that cannot go on from the version it holds
 ├── StoreUseError         (RuntimeError)      the store was asked for what its order of calls does not allow
-├── StoreFullError        (MemoryError)       the byte budget has no room for another version
 ├── LogBusyError          (BlockingIOError)   another process owns the folder of versions
 ├── LogWriteError         (OSError)           a version could not be written to disk
-├── LogDamagedError       (ValueError)        a record of the log of versions is not what was written
+├── LogDamagedError       (ValueError)        a file of versions is not what was written
 ├── ExactnessError        (ArithmeticError)   a consistency check contradicts values that were claimed to be exact
 ├── ProbeError            (ArithmeticError)   engine and trainer disagree right after a weight update
 ├── NonFiniteError        (FloatingPointError) a loss or gradient that is not finite
@@ -91,20 +90,16 @@ class StoreUseError(OldLogitsError, RuntimeError):
     """The store of versions was asked for what its order of calls does not allow."""
 
 
-class StoreFullError(OldLogitsError, MemoryError):
-    """The byte budget of the store has no room for another version; the store is as it was before."""
-
-
 class LogBusyError(OldLogitsError, BlockingIOError):
     """Another owner has the folder of versions open."""
 
 
 class LogWriteError(OldLogitsError, OSError):
-    """The log of versions could not be written, such as on a full disk; what it held before is intact."""
+    """A version could not be written to disk, such as a full one; what was there before is intact."""
 
 
 class LogDamagedError(OldLogitsError, ValueError):
-    """A record of the log of versions is not what was written."""
+    """A file of versions is not what was written."""
 
 
 class LayoutError(OldLogitsError, ValueError):

@@ -10,18 +10,23 @@ hangs or broke: another one, or the same one later, may do it) and errors of thi
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final, Literal, Protocol, TypeAlias
 
-from oldlogits.core.engine import EngineSpec, FinishReason, Sampling, ServerOptions
+from oldlogits.core.engine import EngineSpec, Generation, PauseMode, Sampling, ServerOptions
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.registry import Registry
 from oldlogits.core.weights import PolicyVersion
 
 Json: TypeAlias = "Mapping[str, Json] | Sequence[Json] | str | int | float | bool | None"
 """A JSON value."""
+LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
+"""Hosts of this machine, which need no token and no proxy."""
+_REFUSALS: Final = (400, 401, 403, 404, 413, 422)
+"""Answers that say that the request is wrong, not that the server is broken."""
 
 
 class ServerFailedError(Exception):
@@ -77,29 +82,6 @@ class GenerateRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LabelledSpan:
-    """Output tokens ``[start, end)`` were sampled with the weights of one label."""
-
-    label: str
-    start: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateAnswer:
-    """What a server has sampled for a request; as `Generation`, but with labels in place of versions.
-
-    A server knows versions by labels: any text, chosen by the client.
-    """
-
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    spans: tuple[LabelledSpan, ...]
-    finish_reason: FinishReason
-    prompt_logprobs: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
     """What a server answered, whole."""
 
@@ -114,18 +96,18 @@ class Reply:
 
 
 class Transport(Protocol):
-    """Carries calls to one server: address, token, proxy, time-outs, and whose files the server can read."""
+    """Carries calls to one server: address, token, proxy, time-outs, and whose files the server can read.
 
-    @property
-    def url(self) -> str:
-        """The server's base address."""
+    Args:
+        url: The server's base address.
+        control_timeout_s: How long a control call may take.
+    """
 
-    @property
-    def control_timeout_s(self) -> float:
-        """How long a control call may take."""
+    url: str
+    control_timeout_s: float
 
     async def call(self, method: str, path: str, body: Json = None, *, timeout_s: float | None) -> Reply:
-        """Call a route, with its query; a cancellation closes the connection.
+        """Call a route; a cancellation closes the connection, which ends the request there too.
 
         Args:
             method: "GET" or "POST".
@@ -144,12 +126,20 @@ class Transport(Protocol):
             ServerFailedError: There is no answer, or the server is broken.
             ConfigError: The server refuses the request.
         """
+        return self.accepted(await self.call(method, path, body, timeout_s=self.control_timeout_s))
 
     def accepted(self, reply: Reply) -> Reply:
         """Return an answer of status 200; raise what `control` raises for another one."""
+        got = f"{reply.path} answers {reply.status}: {reply.text[:300]}"
+        if reply.status in _REFUSALS:
+            raise self.refused(got, "a request that it serves", "correct what it names")
+        if reply.status != 200:
+            raise ServerFailedError(got)
+        return reply
 
     def refused(self, got: str, allowed: str, fix: str) -> ConfigError:
         """Make the error that says why this server cannot be used."""
+        return ConfigError(f"the server {self.url} cannot be used", got=got, allowed=allowed, fix=fix)
 
     async def share(self, text: str) -> Path:
         """Write a text to a file where the weights for this server will be."""
@@ -167,6 +157,9 @@ class Transport(Protocol):
 class ServerProtocol(Protocol):
     """How servers of one kind are started and spoken to; an instance speaks to one server.
 
+    A server knows versions by labels: texts that its client chooses. A server with a label that `label_of` did not make was
+    started again, or is updated by another trainer.
+
     One's own inherits from this class; `engine.server = "package.module:Name"` names it. Its module is imported when a
     recipe is read, so it imports heavy packages inside its methods only. Every call raises `ServerFailedError` or `ConfigError`
     as the head of this module says.
@@ -180,9 +173,19 @@ class ServerProtocol(Protocol):
     """The module that the server's interpreter must have; empty: none."""
     http: Transport
     """Carries the calls of this server."""
+    _run: str
 
     def __init__(self, http: Transport) -> None:
-        self.http = http
+        self.http, self._run = http, secrets.token_hex(4)
+
+    def label_of(self, version: PolicyVersion) -> str:
+        """Return what the server is to call a version: a text that no other client uses."""
+        return f"{self._run}/{version}"
+
+    def version_of(self, label: str) -> PolicyVersion:
+        """Return the version that `label_of` made the label of; -1: it made no such label."""
+        run, _, version = label.partition("/")
+        return int(version) if run == self._run else -1
 
     @property
     def url(self) -> str:
@@ -220,23 +223,23 @@ class ServerProtocol(Protocol):
     async def connect(self) -> ServerInfo:
         """Ask what the server can do, and refuse one that cannot do what training needs."""
 
-    async def generate(self, request: GenerateRequest) -> GenerateAnswer:
-        """Sample a completion; takes as long as it takes."""
+    async def generate(self, request: GenerateRequest) -> Generation:
+        """Sample a completion; takes as long as it takes. Spans of weights with somebody else's label have version -1."""
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """End requests; their `generate` returns what was sampled so far."""
 
-    async def pause(self, mode: Literal["keep", "abort"]) -> None:
+    async def pause(self, mode: PauseMode) -> None:
         """Stop sampling; keys and values are computed anew afterwards."""
 
     async def resume(self) -> None:
         """Go on sampling."""
 
-    async def update(self, weights: SharedWeights, label: str) -> None:
-        """Take over weights, while the server is paused, and call them `label` from then on."""
+    async def update(self, weights: SharedWeights) -> None:
+        """Take over weights, while the server is paused, and give them the label of their version."""
 
-    async def label(self) -> str:
-        """What the server's weights are called."""
+    async def version(self) -> PolicyVersion:
+        """Return the version of the server's weights; -1: their label is somebody else's."""
 
     async def check_health(self, timeout_s: float) -> None:
         """Return if the server answers that it is well."""

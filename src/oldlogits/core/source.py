@@ -57,11 +57,13 @@ class LogprobSource(Protocol):
     """Whether the engine is paused from before the first optimizer step until it holds the next version."""
     needs_partials: ClassVar[bool] = False
     """Whether `on_paused` is to be called."""
+    _trainer: ScoringHandle
     consistency_max_abs_error: float = math.nan
     """The largest error in nats of checks of exactness that the trainer does not make; NaN: there is none."""
 
     def __init__(self, handles: SourceHandles) -> None:
         """Keep the handles that the source asks."""
+        self._trainer = handles.trainer
 
     @classmethod
     def most_stored(cls, window: int) -> int:

@@ -1,11 +1,10 @@
-"""Versions of the weights: how they travel to an engine, and the store that keeps them."""
+"""Versions of the weights, and how they travel to an engine."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,54 +50,9 @@ class StoreReceipt:
         stored_bytes: The memory that the version takes, which is the price of keeping it: its patch, or its copy.
         full_bytes: The bytes of a full copy of the version.
         share_changed: The share of its values with other bits than in the version before; NaN where they were not compared.
-        encode_s: Seconds until it was stored, without waiting.
-        log_bytes: Bytes that were written to disk.
-        waited_s: Seconds that it was held back until there was room.
     """
 
     version: PolicyVersion
     stored_bytes: int
     full_bytes: int
     share_changed: float
-    encode_s: float
-    log_bytes: int = 0
-    waited_s: float = 0.0
-
-
-class VersionStore(Protocol):
-    """Keeps the exact forward weights of every version that tokens in flight still need.
-
-    A call that names a version that is not there raises `VersionEvictedError`, which says what is held, and the remedy.
-    """
-
-    @property
-    def versions(self) -> tuple[PolicyVersion, ...]:
-        """The versions that are there, ascending."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of memory that all of them take."""
-
-    def publish(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> StoreReceipt:
-        """Store the bits of `weights` as `version`, which is above all others."""
-
-    def checkout(self, version: PolicyVersion) -> AbstractContextManager[Mapping[str, Tensor]]:
-        """The weights of `version`, for reading inside the context."""
-
-    def walk(self) -> AbstractContextManager[None]:
-        """Inside it, checkouts in the order of their versions cost one way down and one way back in all."""
-
-    def retain(self, oldest_needed: PolicyVersion) -> list[PolicyVersion]:
-        """Versions below `oldest_needed` are no longer needed, but for the newest and those held; returns those dropped."""
-
-    def hold(self, version: PolicyVersion) -> None:
-        """Keep a version until `release`, whatever `retain` says."""
-
-    def release(self, version: PolicyVersion) -> list[PolicyVersion]:
-        """Take one `hold` back; returns the versions dropped."""
-
-    def rewind(self, version: PolicyVersion) -> None:
-        """Forget all versions above one, which becomes the newest: a run goes on from an older checkpoint."""
-
-    def close(self) -> None:
-        """Give up what it has open; a second call does nothing."""

@@ -1,6 +1,6 @@
 """Weights on their way to other processes of this machine: files in shared memory.
 
-`HostWeights` is the one copy that all engines of a host take over; `share` and `share_bytes` make files for one reader.
+`HostWeights` is the one copy that all engines of a host take over; `share_bytes` makes a file for one reader.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Final, Protocol
 from zlib import crc32
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from oldlogits.core.errors import ReceiverBehindError
@@ -28,6 +28,8 @@ from oldlogits.versions import HostCopy
 
 _SHARED_MEMORY: Final = Path("/dev/shm")
 _SUFFIX: Final = ".weights"
+_ALIGNMENT: Final = 64
+"""Each part of a file begins at a multiple of so many bytes."""
 
 
 class HostWeights:
@@ -113,17 +115,6 @@ class OnThisHost:
         self._weights.close()
 
 
-def share(tensors: Mapping[str, Tensor]) -> Path:
-    """Write tensors to a new file in shared memory if it has room for them, else in the temporary folder.
-
-    The reader deletes the file.
-    """
-    separate = _without_aliases(tensors)
-    with _new_file(sum(tensor.nbytes for tensor in separate.values())) as path:
-        save_file(separate, path)
-    return path
-
-
 def share_text(text: str) -> Path:
     """Write a text to a new file where weights would go; the writer deletes it."""
     path = shared_file(len(text))
@@ -132,15 +123,31 @@ def share_text(text: str) -> Path:
 
 
 def is_shared(path: Path) -> bool:
-    """Whether a path is one that `share` could have made: what another process may be asked to read."""
+    """Whether a path is one that `shared_file` could have made: what another process may be asked to read."""
     own = path.name.startswith("oldlogits-") and path.suffix == _SUFFIX
     return own and path.parent in (_SHARED_MEMORY, Path(tempfile.gettempdir())) and not path.is_symlink()
 
 
-def share_bytes(parts: Sequence[bytes | memoryview]) -> tuple[Path, tuple[int, ...]]:
-    """Write bytes to a new file as `share` does; returns it and the length of each part, for `take_bytes`."""
-    with _new_file(sum(map(len, parts))) as path, path.open("wb") as file:
-        file.writelines(parts)
+def says(path: Path, text: str) -> bool:
+    """Whether a file is one that `share_text` could have made, and holds this text: then it was written on this machine."""
+    return is_shared(path) and path.is_file() and path.read_text(encoding="utf-8") == text
+
+
+def share_bytes(parts: Sequence[memoryview]) -> tuple[Path, tuple[int, ...]]:
+    """Write bytes to a new file in shared memory if it has room for them, else in the temporary folder.
+
+    Returns:
+        The file, which its reader deletes, and the length of each part, for `take_bytes`.
+    """
+    path = shared_file(sum(len(part) + _ALIGNMENT for part in parts))
+    try:
+        with path.open("wb") as file:
+            for part in parts:
+                file.write(part)
+                file.seek(-file.tell() % _ALIGNMENT, os.SEEK_CUR)
+    except BaseException:  # no room after all, or interrupted: leave no half file behind
+        path.unlink()
+        raise
     return path, tuple(map(len, parts))
 
 
@@ -149,8 +156,8 @@ def take_bytes(path: Path, lengths: Sequence[int]) -> tuple[memoryview, ...]:
     with path.open("r+b") as file:
         view = memoryview(mmap.mmap(file.fileno(), 0))
     path.unlink()
-    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
-    return tuple(view[end - length : end] for end, length in zip(ends, lengths, strict=True))
+    starts = accumulate((length + -length % _ALIGNMENT for length in lengths), initial=0)
+    return tuple(view[start : start + length] for start, length in zip(starts, lengths, strict=False))
 
 
 def shared_file(num_bytes: int) -> Path:
@@ -160,16 +167,6 @@ def shared_file(num_bytes: int) -> Path:
     handle, name = tempfile.mkstemp(prefix=prefix, suffix=_SUFFIX, dir=_SHARED_MEMORY if fits else None)
     os.close(handle)
     return Path(name)
-
-
-@contextmanager
-def _new_file(num_bytes: int) -> Iterator[Path]:
-    path = shared_file(num_bytes)
-    try:
-        yield path
-    except BaseException:  # no room after all, or interrupted: leave no half file behind
-        path.unlink()
-        raise
 
 
 def unshare(pid: int) -> None:
@@ -214,14 +211,3 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:  # somebody else's
         return True
     return True
-
-
-def _without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors, each with a memory of its own, as safetensors wants them: a tied head is written twice."""
-    seen: set[int] = set()
-    separate = {}
-    for name, tensor in tensors.items():
-        detached = tensor.detach()
-        separate[name] = detached.clone() if detached.data_ptr() in seen else detached.contiguous()
-        seen.add(detached.data_ptr())
-    return separate

@@ -26,9 +26,10 @@ from oldlogits.core.weights import PolicyVersion
 from oldlogits.objective import DecisionSums, decision_sums, exact_variant
 from oldlogits.record.bus import EventSink
 from oldlogits.record.events import Audited, AverageWasReset
-from oldlogits.sources import SnapshotSource, check_scored
+from oldlogits.sources import check_scored
+from oldlogits.sources.snapshot import SnapshotSource
+from oldlogits.train.spec import objective_of
 from oldlogits.train.step import UpdateResult
-from oldlogits.train.update_config import objective_of
 
 _COLUMNS: Final = ("logp_mu", "logp_theta", "logp_proximal", "advantage", "loss_mask", "active_mask", "staleness")
 

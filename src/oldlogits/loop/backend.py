@@ -7,12 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from oldlogits.config import Caution
 from oldlogits.config.schema import EnvConfig, LockstepConfig, RayConfig, RolloutConfig
 from oldlogits.core.engine import EngineKind, EngineSpec, RolloutEngine, ServerOptions
-from oldlogits.core.engine_stats import EngineStats, Incident
+from oldlogits.core.engine_stats import Incident
 from oldlogits.core.environment import Environment
 from oldlogits.core.scoring import DedicatedScorer
 from oldlogits.rollout.buffer import Buffer
@@ -48,8 +47,9 @@ class BackendSpec:
     seed: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
-    """What the loop works with; each kind of backend defines what differs.
+    """What the loop works with.
 
     Args:
         engine: The engine, which samples.
@@ -57,39 +57,20 @@ class Backend:
         run_environment: Runs environment code.
         scorer: A second model that only scores; None: the source needs none.
         workers: Tasks that must not end while the run goes on; their errors end it.
+        real_time: Whether the starts of groups may be spread over time.
+        clock: The time in seconds since some fixed point; only for what is recorded as wall-clock time.
+        watch: Takes the run's buffer; a backend that controls the lags reads the order of training from it.
+        listen: Takes a function that is told what happens to servers, and what a reader of the results should know.
+        host_environment: The class whose instances the episodes use; another one where environments live in other processes.
     """
 
-    real_time: ClassVar[bool] = True
-    """Whether the starts of groups may be spread over time."""
-
-    def __init__(
-        self,
-        *,
-        engine: RolloutEngine,
-        trainer: TrainerCalls,
-        run_environment: EnvironmentRunner,
-        scorer: DedicatedScorer | None = None,
-        workers: Sequence[asyncio.Task[None]] = (),
-    ) -> None:
-        self.engine, self.trainer, self.scorer = engine, trainer, scorer
-        self.run_environment, self.workers = run_environment, tuple(workers)
-
-    async def engine_stats(self) -> EngineStats:
-        """The engine's counters."""
-        raise NotImplementedError
-
-    def clock(self) -> float:
-        """The time in seconds since some fixed point; only for what is recorded as wall-clock time."""
-        return time.perf_counter()
-
-    def watch(self, buffer: Buffer) -> None:
-        """Take note of the run's buffer; a backend that controls the lags reads the order of training from it."""
-        return
-
-    def listen(self, hear: Callable[[Incident | Caution], None]) -> None:
-        """Tell `hear` from now on what happens to servers, and what a reader of the results should know."""
-        return
-
-    def host_environment(self, environment_class: type[Environment]) -> type[Environment]:
-        """The class whose instances the episodes use; another one where environments live in other processes."""
-        return environment_class
+    engine: RolloutEngine
+    trainer: TrainerCalls
+    run_environment: EnvironmentRunner
+    scorer: DedicatedScorer | None = None
+    workers: Sequence[asyncio.Task[None]] = ()
+    real_time: bool = True
+    clock: Callable[[], float] = time.perf_counter
+    watch: Callable[[Buffer], None] = lambda buffer: None
+    listen: Callable[[Callable[[Incident | Caution], None]], None] = lambda hear: None
+    host_environment: Callable[[type[Environment]], type[Environment]] = lambda environment_class: environment_class

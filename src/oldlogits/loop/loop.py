@@ -193,7 +193,7 @@ class Loop:
         self._audit.conclude(audited, result, version=self.version)
 
     async def _counters(self) -> dict[str, float]:
-        return counters(await self._backend.engine_stats(), await self._backend.trainer.state())
+        return counters(await self._backend.engine.stats(), await self._backend.trainer.state())
 
     def _tell_batch(self, groups: Sequence[TrajectoryGroup], timer: UpdateTimer) -> None:
         self._events.emit(

@@ -32,14 +32,16 @@ class ContentEncoder:
     """Encodes what a chat template has written around somebody's words.
 
     Args:
-        tokenizer: Any tokenizer of Hugging Face; all of its added tokens count as control tokens.
+        tokenizer: Any tokenizer of Hugging Face; all of its added tokens count as control tokens, but for that of unknown
+            words, which words may well become.
     """
 
     def __init__(self, tokenizer: Encoder) -> None:
         self._tokenizer = tokenizer
-        self._control = frozenset(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
-        spellings = sorted((str(token) for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
-        self._spelling = re.compile("|".join(map(re.escape, filter(None, spellings))) or r"(?!)")
+        control = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items() if id != tokenizer.unk_token_id}
+        self._control = frozenset(control)
+        spellings = sorted(filter(None, control.values()), key=len, reverse=True)
+        self._spelling = re.compile("|".join(map(re.escape, spellings)) or r"(?!)")
 
     def encode(self, text: str) -> list[int]:
         """Encode a text of the template alone; control tokens that it spells are control tokens."""

@@ -16,34 +16,29 @@ Example:
     ...     split_ratio(VARIANTS["decoupled_exact"], logp), torch.tensor([2.0]), loss_mask,
     ...     band=1.5, eps_low=0.2, eps_high=0.28, dual_clip=3.0, discrepancy="weight_and_mask",
     ... )
-    >>> aggregate(tokens.values, loss_mask, mode="token-mean")
+    >>> weighted_loss(tokens.values, token_weights(loss_mask, mode="token-mean"))
     tensor(-2.6400)
 """
 
 from oldlogits.objective.advantages import AdvantageMode, group_advantages
-from oldlogits.objective.aggregate import Aggregation, aggregate, token_weights, weighted_loss
+from oldlogits.objective.aggregate import Aggregation, token_weights, weighted_loss
 from oldlogits.objective.decision import DecisionSums, decision_sums, exact_variant
-from oldlogits.objective.diagnostics import QUANTILES, Diagnostics, TokenStatistics, diagnose, to_metrics
-from oldlogits.objective.masks import band_mask, clip_log_ratio, clip_mask, finite_mask, kept_mask, truncate_log_ratio
+from oldlogits.objective.diagnostics import QUANTILES, diagnose, to_metrics
+from oldlogits.objective.masks import band_mask, clip_log_ratio, finite_mask, kept_mask, truncate_log_ratio
 from oldlogits.objective.proximal import a3po_weight_mu, linear_logp, loglinear_logp
 from oldlogits.objective.ratios import SplitRatio, log_discrepancy, split_ratio
-from oldlogits.objective.surrogate import Discrepancy, Surrogate, surrogate
+from oldlogits.objective.surrogate import Discrepancy, surrogate
 
 __all__ = [
     "QUANTILES",
     "AdvantageMode",
     "Aggregation",
     "DecisionSums",
-    "Diagnostics",
     "Discrepancy",
     "SplitRatio",
-    "Surrogate",
-    "TokenStatistics",
     "a3po_weight_mu",
-    "aggregate",
     "band_mask",
     "clip_log_ratio",
-    "clip_mask",
     "decision_sums",
     "diagnose",
     "exact_variant",

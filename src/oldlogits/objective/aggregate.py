@@ -80,29 +80,6 @@ def weighted_loss(values: Float[Tensor, " token"], weights: Float[Tensor, " toke
     return -(values * weights).sum()
 
 
-def aggregate(
-    values: Float[Tensor, " token"],
-    loss_mask: Bool[Tensor, " token"],
-    *,
-    mode: Aggregation,
-    sequence_index: Int[Tensor, " token"] | None = None,
-    num_sequences: int | None = None,
-    kept_mask: Bool[Tensor, " token"] | None = None,
-    constant: float | None = None,
-) -> Float[Tensor, ""]:
-    """Form the loss of a whole batch at once: `weighted_loss` under its `token_weights`."""
-    weights = token_weights(
-        loss_mask,
-        mode=mode,
-        sequence_index=sequence_index,
-        num_sequences=num_sequences,
-        kept_mask=kept_mask,
-        constant=constant,
-        dtype=values.dtype,
-    )
-    return weighted_loss(values, weights)
-
-
 def _needed(value: T | None, mode: str, name: str) -> T:
     if value is None:
         raise ConfigError(f"denominator '{mode}' needs {name}", got="None", allowed=name, fix=f"pass {name}")

@@ -78,8 +78,8 @@ def decision_sums(
         logp_old: Log-probs of OLD.
         log_total: ``log R = log theta - log mu``, whatever the variant.
         advantages: ``A``.
-        active_mask: `Surrogate.active_mask` with the proximal policy.
-        exact_active_mask: `Surrogate.active_mask` of `exact_variant`.
+        active_mask: `LossTerms.active_mask` with the proximal policy.
+        exact_active_mask: `LossTerms.active_mask` of `exact_variant`.
         loss_mask: Sampled tokens.
         staleness: Trainer version minus behaviour version, in [0, num_staleness) where `loss_mask` holds.
         num_staleness: The length of the result.

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -17,57 +18,6 @@ from oldlogits.objective.masks import finite_mask
 
 QUANTILES: Final = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 """The quantiles of both log-ratios, linearly interpolated."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenStatistics:
-    """Statistics of the loss tokens of each group. Ratios count finite tokens only, float64, NaN where there is none.
-
-    Args:
-        num_tokens: Loss tokens.
-        num_nonfinite: Loss tokens with a ratio that is NaN or infinite.
-        num_clipped_high: Loss tokens clipped where A > 0: ``r_s > 1 + eps_high``.
-        num_clipped_low: Loss tokens clipped where A < 0: ``r_s < 1 - eps_low``.
-        num_clipped_dual: Loss tokens clipped where A < 0: ``r_s > d``.
-        rho_band: Share of loss tokens that the band keeps.
-        rho_clip: Share of loss tokens that the clip keeps.
-        rho: Share of loss tokens still active.
-        ess: Effective sample size of ``w = r_d r_s`` over the number of tokens: ``(sum w)^2 / (n sum w^2)``.
-        kl_mu_prox_k1: Mean of ``-log r_d``, nats.
-        kl_mu_prox_k3: Mean of ``r_d - 1 - log r_d``, nats.
-        kl_prox_theta_k3: Mean of ``r_d (r_s - 1 - log r_s)``, nats.
-        log_r_d_abs_mean: Mean of ``|log r_d|``.
-        log_r_d_abs_max: Largest ``|log r_d|``.
-        log_r_s_abs_mean: Mean of ``|log r_s|``.
-        log_r_d_quantiles: The `QUANTILES` of ``log r_d``.
-        log_r_s_quantiles: The `QUANTILES` of ``log r_s``.
-    """
-
-    num_tokens: Int[Tensor, " group"]
-    num_nonfinite: Int[Tensor, " group"]
-    num_clipped_high: Int[Tensor, " group"]
-    num_clipped_low: Int[Tensor, " group"]
-    num_clipped_dual: Int[Tensor, " group"]
-    rho_band: Float[Tensor, " group"]
-    rho_clip: Float[Tensor, " group"]
-    rho: Float[Tensor, " group"]
-    ess: Float[Tensor, " group"]
-    kl_mu_prox_k1: Float[Tensor, " group"]
-    kl_mu_prox_k3: Float[Tensor, " group"]
-    kl_prox_theta_k3: Float[Tensor, " group"]
-    log_r_d_abs_mean: Float[Tensor, " group"]
-    log_r_d_abs_max: Float[Tensor, " group"]
-    log_r_s_abs_mean: Float[Tensor, " group"]
-    log_r_d_quantiles: Float[Tensor, "group quantile"]
-    log_r_s_quantiles: Float[Tensor, "group quantile"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Diagnostics:
-    """Statistics over all loss tokens, as one group, and by staleness, where group s holds the tokens of staleness s."""
-
-    overall: TokenStatistics
-    by_staleness: TokenStatistics
 
 
 @torch.no_grad()
@@ -81,17 +31,18 @@ def diagnose(
     staleness: Int[Tensor, " token"],
     advantages: Float[Tensor, " token"],
     num_staleness: int,
-) -> Diagnostics:
-    """Diagnose one update from its ratios and the masks of its surrogate.
+) -> Mapping[str, Float[Tensor, " group"] | Int[Tensor, " group"]]:
+    """Diagnose one update from its ratios and the masks of its surrogate: ``area/name`` to its value in each group.
 
-    "prox" in a name is the variant's proximal policy, whichever that is; where the variant has ``r_d = 1`` the figures of
-    ``log r_d`` are 0.
+    The first group is that of all loss tokens, group 1 + s that of the loss tokens of staleness s. Ratios count finite tokens
+    only; their figures are float64, NaN where there is none. "prox" in a name is the variant's proximal policy, whichever that
+    is; where the variant has ``r_d = 1`` the figures of ``log r_d`` are 0.
 
     Args:
         log_r_d: The log of the discrepancy ratio.
         log_r_s: The log of the staleness ratio.
-        band_mask: `Surrogate.band_mask`.
-        clip_mask: `Surrogate.clip_mask`.
+        band_mask: `LossTerms.band_mask`.
+        clip_mask: `LossTerms.clip_mask`.
         loss_mask: Sampled tokens.
         staleness: Trainer version minus behaviour version; any value outside `loss_mask`.
         advantages: The sign tells which clip bound a token met.
@@ -101,44 +52,25 @@ def diagnose(
         Two loss tokens with r_d = 1.25 and 0.8: ``kl_mu_prox_k1 = 0``, ``kl_mu_prox_k3 = (0.25 - 0.2) / 2 = 0.025``.
     """
     finite = loss_mask & finite_mask(log_r_d, log_r_s, advantages)
-
     tokens = (log_r_d.double(), log_r_s.double(), band_mask, clip_mask, loss_mask, finite, advantages)
-    everything = _Groups(index=torch.zeros_like(staleness), num_groups=1)
     told_apart = (staleness >= 0) & (staleness < num_staleness)
+    everything = _Groups(index=torch.zeros_like(staleness), num_groups=1)
     by_staleness = _Groups(index=torch.where(told_apart, staleness, num_staleness), num_groups=num_staleness)
-    return Diagnostics(overall=_statistics(everything, *tokens), by_staleness=_statistics(by_staleness, *tokens))
+    overall, apart = _statistics(everything, *tokens), _statistics(by_staleness, *tokens)
+    return {name: torch.cat([overall[name], apart[name]]) for name in overall}
 
 
-def to_metrics(diagnostics: Diagnostics) -> dict[str, float]:
+def to_metrics(diagnostics: Mapping[str, Float[Tensor, " group"] | Int[Tensor, " group"]]) -> dict[str, float]:
     """Give ``area/name`` to number, staleness s as ``area/name@lag{s}``; waits for the device.
 
     A group without loss tokens has no metrics, and a statistic without a finite token is left out.
     """
-    metrics = _named(diagnostics.overall, "")
-    num_staleness = diagnostics.by_staleness.num_tokens.shape[0]
-    return metrics | _named(diagnostics.by_staleness, *(f"@lag{lag}" for lag in range(num_staleness)))
-
-
-def _metric_of(name: str) -> str:
-    """Name the metric of a statistic: mask/num_tokens, mask/rho, kl/mu_prox_k1, ratio/ess, ratio/log_r_d (its quantiles)."""
-    if name.startswith("kl_"):
-        return f"kl/{name.removeprefix('kl_')}"
-    return f"{'mask' if name.startswith(('num_', 'rho')) else 'ratio'}/{name.removesuffix('_quantiles')}"
-
-
-def _named(statistics: TokenStatistics, *suffixes: str) -> dict[str, float]:
-    columns: dict[str, list[float]] = {}
-    for field in fields(statistics):
-        name, tensor = _metric_of(field.name), getattr(statistics, field.name).cpu()
-        if tensor.ndim == 1:
-            columns[name] = tensor.tolist()
-        else:
-            columns |= {f"{name}_q{round(100 * q):02d}": tensor[:, k].tolist() for k, q in enumerate(QUANTILES)}
+    columns = {name: values.tolist() for name, values in diagnostics.items()}
     return {
-        name + suffix: float(values[group])
-        for group, suffix in enumerate(suffixes)
+        name + (f"@lag{group - 1}" if group else ""): float(values[group])
+        for group, num_tokens in enumerate(columns["mask/num_tokens"])
         for name, values in columns.items()
-        if columns["mask/num_tokens"][group] and not math.isnan(values[group])
+        if num_tokens and not math.isnan(values[group])
     }
 
 
@@ -193,29 +125,32 @@ def _statistics(
     loss_mask: Tensor,
     finite: Tensor,
     advantages: Tensor,
-) -> TokenStatistics:
+) -> dict[str, Tensor]:
+    """Give every statistic by its metric's name, [group]; docs/metrics.md has the formulas."""
     loss, of_finite = groups.only(loss_mask), groups.only(finite)
     clipped = finite & ~clip_mask
     log_total = log_r_d + log_r_s
     log_largest = of_finite.max(log_total)
     # The effective sample size does not change when all weights are divided by the largest.
     weight = (log_total - torch.cat([log_largest, log_largest.new_zeros(1)])[of_finite.index]).exp()
-    return TokenStatistics(
-        num_tokens=loss.sum(loss_mask),
-        num_nonfinite=loss.sum(~finite),
-        num_clipped_high=loss.sum(clipped & (advantages > 0)),
-        num_clipped_low=loss.sum(clipped & (advantages < 0) & (log_r_s < 0)),
-        num_clipped_dual=loss.sum(clipped & (advantages < 0) & (log_r_s > 0)),
-        rho_band=loss.mean((band_mask & finite).double()),
-        rho_clip=loss.mean((clip_mask & finite).double()),
-        rho=loss.mean((band_mask & clip_mask & finite).double()),
-        ess=of_finite.mean(weight).square() / of_finite.mean(weight.square()),
-        kl_mu_prox_k1=of_finite.mean(-log_r_d),
-        kl_mu_prox_k3=of_finite.mean(log_r_d.expm1() - log_r_d),
-        kl_prox_theta_k3=of_finite.mean(log_r_d.exp() * (log_r_s.expm1() - log_r_s)),
-        log_r_d_abs_mean=of_finite.mean(log_r_d.abs()),
-        log_r_d_abs_max=of_finite.max(log_r_d.abs()),
-        log_r_s_abs_mean=of_finite.mean(log_r_s.abs()),
-        log_r_d_quantiles=of_finite.quantiles(log_r_d),
-        log_r_s_quantiles=of_finite.quantiles(log_r_s),
-    )
+    found = {
+        "mask/num_tokens": loss.sum(loss_mask),
+        "mask/num_nonfinite": loss.sum(~finite),
+        "mask/num_clipped_high": loss.sum(clipped & (advantages > 0)),
+        "mask/num_clipped_low": loss.sum(clipped & (advantages < 0) & (log_r_s < 0)),
+        "mask/num_clipped_dual": loss.sum(clipped & (advantages < 0) & (log_r_s > 0)),
+        "mask/rho_band": loss.mean((band_mask & finite).double()),
+        "mask/rho_clip": loss.mean((clip_mask & finite).double()),
+        "mask/rho": loss.mean((band_mask & clip_mask & finite).double()),
+        "ratio/ess": of_finite.mean(weight).square() / of_finite.mean(weight.square()),
+        "kl/mu_prox_k1": of_finite.mean(-log_r_d),
+        "kl/mu_prox_k3": of_finite.mean(log_r_d.expm1() - log_r_d),
+        "kl/prox_theta_k3": of_finite.mean(log_r_d.exp() * (log_r_s.expm1() - log_r_s)),
+        "ratio/log_r_d_abs_mean": of_finite.mean(log_r_d.abs()),
+        "ratio/log_r_d_abs_max": of_finite.max(log_r_d.abs()),
+        "ratio/log_r_s_abs_mean": of_finite.mean(log_r_s.abs()),
+    }
+    for name, log_ratio in (("log_r_d", log_r_d), ("log_r_s", log_r_s)):
+        quantiles = of_finite.quantiles(log_ratio).unbind(1)
+        found |= {f"ratio/{name}_q{round(100 * q):02d}": column for q, column in zip(QUANTILES, quantiles, strict=True)}
+    return found

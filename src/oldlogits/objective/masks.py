@@ -97,23 +97,6 @@ def truncate_log_ratio(log_r_s: Float[Tensor, " token"], truncation: float) -> F
     return log_r_s.clamp(max=math.log(truncation))
 
 
-def clip_mask(
-    log_r_s: Float[Tensor, " token"],
-    advantages: Float[Tensor, " token"],
-    eps_low: float,
-    eps_high: float,
-    dual_clip: float | None,
-) -> Bool[Tensor, " token"]:
-    """Keep a token whose ratio the clip leaves as it is; ``A = 0`` keeps.
-
-    ``not (A > 0 and r_s > 1 + eps_high, or A < 0 and (r_s < 1 - eps_low or r_s > d))``. NaN is not kept.
-
-    Example:
-        eps_low = .2, eps_high = .28, d = 3: r_s = 1.5 is masked for A = 1 and kept for A = -1 and A = 0.
-    """
-    return clip_log_ratio(log_r_s, advantages, eps_low, eps_high, dual_clip) == log_r_s
-
-
 def _check_clip(eps_low: float, eps_high: float, dual_clip: float | None) -> None:
     if eps_low >= 0 and eps_high >= 0 and (dual_clip is None or dual_clip > 1):
         return

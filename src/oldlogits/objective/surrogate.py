@@ -7,7 +7,6 @@ An active token's surrogate is ``A * exp(log r_s)`` up to detached factors, so i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
@@ -16,30 +15,12 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from oldlogits.core.errors import ConfigError
+from oldlogits.core.loss import LossTerms
 from oldlogits.objective.masks import band_mask, clip_log_ratio, finite_mask, truncate_log_ratio
 from oldlogits.objective.ratios import SplitRatio
 
 Discrepancy = Literal["weight_and_mask", "mask"]
 """What ``r_d`` does beside masking: multiply the surrogate, or nothing."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Surrogate:
-    """The surrogate of each token and the masks that shaped it. True = kept.
-
-    Args:
-        values: ``S``, to be maximised; 0 where not (loss token, finite, inside the band).
-        band_mask: Finite and inside the band.
-        clip_mask: Finite and not clipped; ``A = 0`` is kept.
-        active_mask: Loss token, inside the band and not clipped: where the gradient is.
-        nonfinite_mask: Loss token with a ratio or an advantage that is NaN or infinite: dropped, to be counted.
-    """
-
-    values: Float[Tensor, " token"]
-    band_mask: Bool[Tensor, " token"]
-    clip_mask: Bool[Tensor, " token"]
-    active_mask: Bool[Tensor, " token"]
-    nonfinite_mask: Bool[Tensor, " token"]
 
 
 def surrogate(
@@ -53,7 +34,7 @@ def surrogate(
     dual_clip: float | None,
     discrepancy: Discrepancy,
     truncation: float | None = None,
-) -> Surrogate:
+) -> LossTerms:
     """``S = sg(r_d) * band * A * h`` per token (PAPER, "The objective, spelled out").
 
     With ``discrepancy = "mask"`` the factor ``sg(r_d)`` is left out. Where ``r_d = X/MU`` is a weight and there is no
@@ -62,6 +43,9 @@ def surrogate(
     With a `truncation` ``c`` (truncated importance sampling) no token is clipped, and ``h`` is the function of ``r_s`` whose
     gradient is ``min(r_s, c) * grad log theta``, whatever the advantage's sign:
     ``h = r_s`` up to ``c``, and ``h = c (1 + log(r_s / c))`` beyond, where the gradient ``A r_d c`` does depend on X.
+
+    A token with a ratio or an advantage that is NaN or infinite is in neither mask, and has the value 0 as those outside of the
+    band and context have.
 
     Args:
         split: The two log-ratios; the gradient reaches ``log_r_s``, once (no double backward).
@@ -95,20 +79,19 @@ def surrogate(
     if truncation is not None:
         log_h, unclipped = truncate_log_ratio(log_r_s, truncation), finite
     kept = loss_mask & in_band
-    active = kept & unclipped
     log_weight = log_h + log_r_d if discrepancy == "weight_and_mask" else log_h
     counted = kept & (advantages != 0)  # A = 0 gives exactly 0, however large the ratio
     weight = torch.where(counted, log_weight, 0.0).exp()  # masked before exp: no inf * 0
     values = torch.where(counted, advantages * weight, 0.0)
-    slope = torch.where(active, values, 0.0)
+    slope = torch.where(kept & unclipped, values, 0.0)
     if truncation is not None:
         values = values * (1 + torch.where(counted, log_r_s - log_h, 0.0))
-    return Surrogate(
+    return LossTerms(
         values=cast(Tensor, _WithSlope.apply(split.log_r_s, values, slope)),  # type: ignore[no-untyped-call]
+        log_r_d=log_r_d,
+        log_r_s=log_r_s,
         band_mask=in_band,
         clip_mask=unclipped,
-        active_mask=active,
-        nonfinite_mask=loss_mask & ~finite,
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Final, Literal, cast
+
+from pydantic import TypeAdapter, ValidationError
 
 from oldlogits.core.trajectory import Sampled, Segment, Trajectory
 from oldlogits.record.bus import Event
@@ -136,24 +138,14 @@ def read_episodes(path: Path) -> Iterator[Episode]:
     Raises:
         RecordError: A line is no episode.
     """
+    adapter = TypeAdapter(Episode)
     for line in read_lines(path):
         try:
-            yield _episode(line)
-        except (KeyError, TypeError, ValueError) as error:
+            yield adapter.validate_python(line)
+        except ValidationError as error:
             raise RecordError(
                 f"a line of {path.name} is no episode",
                 got=repr(error),
                 allowed="the fields of Episode",
                 fix="read the folder with the version of oldlogits that wrote it",
             ) from error
-
-
-def _episode(line: Mapping[str, Any]) -> Episode:
-    """The inverse of `asdict` and JSON: lists back to tuples, "nan" back to a float."""
-    versions, segments = tuple(line["versions"]), tuple(map(_segment, line["segments"]))
-    return Episode(**{**line, "reward": float(line["reward"]), "versions": versions, "segments": segments})
-
-
-def _segment(line: Mapping[str, Any]) -> EpisodeSegment:
-    logp_mu = tuple(float(value) for value in line["logp_mu"])
-    return EpisodeSegment(**{**line, "tokens": tuple(line["tokens"]), "logp_mu": logp_mu})

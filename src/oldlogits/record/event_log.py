@@ -6,23 +6,20 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar, cast
 
 from oldlogits.record.bus import Event, EventKind
-from oldlogits.record.jsonl import Json, LineFile, RecordError, number, read_lines
+from oldlogits.record.jsonl import Json, LineFile, RecordError, number, read_lines, revived
 
 _HEAD: Final = frozenset({"seq", "kind", "version"})
 _RATIO_NAME: Final = re.compile(r"(^|[/_])r_s$")
-_FORMER_KINDS: Final[Mapping[str, EventKind]] = {"referee": EventKind.AUDIT}
-"""Kinds that earlier versions of oldlogits wrote under another name."""
+
+E = TypeVar("E", bound=Event)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedEvent:
-    """An event as it was read back.
-
-    Its fields are those of its kind; an earlier version of oldlogits may have written fewer or more.
-    """
+    """An event as it was read back, its fields by their names; `typed` makes it what was emitted."""
 
     seq: int
     kind: EventKind
@@ -52,21 +49,34 @@ def read_events(path: Path) -> Iterator[RecordedEvent]:
     return (_event(line) for line in read_lines(path))
 
 
+def typed(events: Iterable[RecordedEvent], kind: type[E]) -> list[E]:
+    """The events of one kind as they were emitted, without what is not recorded.
+
+    Raises:
+        RecordError: One has other fields than its kind.
+    """
+    try:
+        return [kind(version=e.version, **cast("dict[str, Any]", e.fields)) for e in events if e.kind is kind.kind]
+    except TypeError as error:
+        raise RecordError(
+            f"an event '{kind.kind}' has other fields than its kind",
+            got=str(error),
+            allowed=f"the fields of {kind.__name__}",
+            fix="read the folder with the version of oldlogits that wrote it",
+        ) from error
+
+
 def history(events: Iterable[RecordedEvent]) -> list[RecordedEvent]:
     """The events that count: those after the checkpoint from which a run went on are of an abandoned line of history.
 
     A `run_started` event says how many of the events before it are kept: those up to its checkpoint. Everything after them was
-    done anew, so that no token is counted twice. Run folders of earlier versions do not say it; there the events of later
-    versions are left out.
+    done anew, so that no token is counted twice.
     """
     kept: list[RecordedEvent] = []
     for event in events:
-        if event.kind is EventKind.RUN_STARTED:
-            num_kept = event.fields.get("num_kept")
-            if isinstance(num_kept, int):
-                kept = [earlier for earlier in kept if earlier.seq < num_kept]
-            else:
-                kept = [earlier for earlier in kept if earlier.version <= event.version]
+        num_kept = event.fields.get("num_kept") if event.kind is EventKind.RUN_STARTED else None
+        if isinstance(num_kept, int):
+            kept = [earlier for earlier in kept if earlier.seq < num_kept]
         kept.append(event)
     return kept
 
@@ -110,8 +120,7 @@ def _check_wall_clock(kind: EventKind, found: Mapping[str, Json]) -> None:
 
 
 def _event(line: Mapping[str, Json]) -> RecordedEvent:
-    seq, name, version = line.get("seq"), line.get("kind"), line.get("version")
-    kind = _FORMER_KINDS.get(str(name), name)
+    seq, kind, version = line.get("seq"), line.get("kind"), line.get("version")
     if not isinstance(seq, int) or not isinstance(version, int) or kind not in list(EventKind):
         raise RecordError(
             "a line of the event log is no event",
@@ -119,5 +128,5 @@ def _event(line: Mapping[str, Json]) -> RecordedEvent:
             allowed="seq and version as integers, kind one of " + ", ".join(EventKind),
             fix="read the folder with the version of oldlogits that wrote it",
         )
-    fields = {key: value for key, value in line.items() if key not in _HEAD}
+    fields = {key: revived(value) for key, value in line.items() if key not in _HEAD}
     return RecordedEvent(seq=seq, kind=EventKind(str(kind)), version=version, fields=fields)

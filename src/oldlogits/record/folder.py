@@ -50,9 +50,14 @@ class RunFolder:
             RunFolderError: It is not empty, or there is nothing to resume from.
         """
         folder = cls(path=path)
-        if resume:
-            folder._check_resumable()
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if resume and (folder.latest_checkpoint() is None or not folder.config.exists()):
+            raise RunFolderError(
+                f"{path} cannot be resumed",
+                got="no complete checkpoint" if folder.config.exists() else "no config.toml",
+                allowed="a run folder with a checkpoint",
+                fix="start the run in a new folder, without --resume",
+            )
+        if not resume and path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise RunFolderError(
                 f"{path} is not an empty folder",
                 got="a file" if path.is_file() else ", ".join(sorted(entry.name for entry in path.iterdir())[:6]),
@@ -82,17 +87,8 @@ class RunFolder:
 
     def latest_checkpoint(self) -> Path | None:
         """The complete checkpoint of the highest version."""
-        found = [(int(match[1]), entry) for entry, match in _named_versions(self.checkpoints) if entry.is_dir()]
-        return max(found)[1] if found else None
-
-    def _check_resumable(self) -> None:
-        if self.latest_checkpoint() is None or not self.config.exists():
-            raise RunFolderError(
-                f"{self.path} cannot be resumed",
-                got="no complete checkpoint" if self.config.exists() else "no config.toml",
-                allowed="a run folder with a checkpoint",
-                fix="start the run in a new folder, without --resume",
-            )
+        named = [(entry, _VERSION_NAME.fullmatch(entry.name)) for entry in self.checkpoints.glob("v*") if entry.is_dir()]
+        return max(((int(match[1]), entry) for entry, match in named if match), default=(0, None))[1]
 
 
 def version_name(version: int) -> str:
@@ -145,10 +141,3 @@ def _git_commit() -> str | None:
         found.append(done.stdout.strip())
     commit, changes = found
     return f"{commit}-dirty" if changes else commit
-
-
-def _named_versions(folder: Path) -> Iterator[tuple[Path, re.Match[str]]]:
-    if folder.is_dir():
-        for entry in folder.iterdir():
-            if match := _VERSION_NAME.fullmatch(entry.name):
-                yield entry, match

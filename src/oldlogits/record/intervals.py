@@ -23,6 +23,10 @@ class Interval:
     high: float
     num_episodes: int
 
+    def __str__(self) -> str:
+        """``37.4% [34.5%, 40.4%]``."""
+        return f"{self.mean:.1%} [{self.low:.1%}, {self.high:.1%}]"
+
 
 def verdict_of(gain: Interval) -> str:
     """Say in words whether a gain is beyond chance."""

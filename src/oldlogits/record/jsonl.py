@@ -29,13 +29,19 @@ def encode(value: Json) -> str:
     return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
 
 
+def revived(value: Json) -> Json:
+    """What was recorded, at any depth with the non-finite numbers that `encode` writes as strings."""
+    if isinstance(value, Mapping):
+        return {key: revived(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [revived(item) for item in value]
+    return float(value) if value in ("nan", "inf", "-inf") else value
+
+
 def number(value: Json) -> float | None:
     """A recorded number, non-finite ones included; None where the value is no number."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    if isinstance(value, str) and value not in ("nan", "inf", "-inf"):
-        return None
-    return float(value)
+    value = revived(value)
+    return None if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
 
 
 class LineFile:
@@ -76,23 +82,20 @@ def read_lines(path: Path) -> Iterator[Mapping[str, Json]]:
         return
     with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
         for index, line in enumerate(file, start=1):
-            if line.endswith("\n"):
-                yield _parse(line, path, index)
-
-
-def _parse(line: str, path: Path, index: int) -> Mapping[str, Json]:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        value = str(error)
-    if not isinstance(value, dict):
-        raise RecordError(
-            f"line {index} of {path.name} is damaged",
-            got=repr(line[:80]),
-            allowed="one JSON object a line",
-            fix=f"remove the line from {path}",
-        )
-    return value
+            if not line.endswith("\n"):
+                continue
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError:
+                value = None
+            if not isinstance(value, dict):
+                raise RecordError(
+                    f"line {index} of {path.name} is damaged",
+                    got=repr(line[:80]),
+                    allowed="one JSON object a line",
+                    fix=f"remove the line from {path}",
+                )
+            yield value
 
 
 def _finite(value: Json) -> Json:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress_bar import ProgressBar
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -29,7 +28,7 @@ from oldlogits.record.events import (
     Updated,
     Warned,
 )
-from oldlogits.record.intervals import Interval, verdict_of
+from oldlogits.record.intervals import verdict_of
 from oldlogits.record.summary import Summary
 
 _ROWS: Final[Mapping[str, Mapping[str, str]]] = {
@@ -91,15 +90,25 @@ class LiveView:
         self._console = console or Console()
         self._latest: dict[str, float] = {}
         self._history: dict[str, list[float]] = {"reward/mean": [], "reward/success": []}
-        self._version = 0
         self._started: RunStarted | None = None
-        self._first_version: int | None = None
-        self._started_s = self._first_update_s = time.monotonic()
+        self._progress = Progress(
+            TextColumn("[bold]update {task.completed}/{task.total}"),
+            BarColumn(bar_width=None, complete_style="blue"),
+            TimeElapsedColumn(),
+            TextColumn("elapsed"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=self._console,
+            auto_refresh=False,
+            expand=True,
+            speed_estimate_period=math.inf,
+        )
+        self._task = self._progress.add_task("", total=max(total_updates, 1))
         self._live = Live(console=self._console, get_renderable=self._panel, refresh_per_second=_REFRESH_PER_S)
 
     def __enter__(self) -> Self:
         """Start drawing."""
-        self._started_s = time.monotonic()
+        self._progress.reset(self._task)
         if self._console.is_terminal:
             self._live.start()
         return self
@@ -143,9 +152,7 @@ class LiveView:
     def update(self, metrics: Mapping[str, float], *, version: int) -> None:
         """Show the metrics of the update that made `version`."""
         self.show(metrics)
-        self._version = version
-        if self._first_version is None:
-            self._first_version, self._first_update_s = version, time.monotonic()
+        self._progress.update(self._task, completed=version)
         for key, values in self._history.items():
             if key in metrics:
                 values.append(metrics[key])
@@ -168,21 +175,7 @@ class LiveView:
         for label, parts in _ROWS.items():
             if row := self._row(parts):
                 grid.add_row(label, row)
-        return Panel(Group(self._progress(), "", grid), title=escape(self._title), title_align="left", border_style="blue")
-
-    def _progress(self) -> RenderableType:
-        now_s = time.monotonic()
-        times = f"{_clock(now_s - self._started_s)} elapsed"
-        if self._first_version is not None and self._version > self._first_version:
-            per_update_s = (now_s - self._first_update_s) / (self._version - self._first_version)
-            times += f", {_clock(per_update_s * max(self._total - self._version, 0))} left"
-        row = Table.grid(padding=(0, 2), expand=True)
-        row.add_column(no_wrap=True)
-        row.add_column(ratio=1)
-        row.add_column(no_wrap=True)
-        bar = ProgressBar(total=max(self._total, 1), completed=self._version, complete_style="blue")
-        row.add_row(Text(f"update {self._version}/{self._total}", style="bold"), bar, times)
-        return row
+        return Panel(Group(self._progress, "", grid), title=escape(self._title), title_align="left", border_style="blue")
 
     def _row(self, parts: Mapping[str, str]) -> str:
         shown = [template.format(self._latest[key]) for key, template in parts.items() if key in self._latest]
@@ -207,7 +200,7 @@ def sparkline(values: list[float]) -> str:
 
 
 def calibration_lines(found: Calibrated, started: RunStarted | None) -> Iterator[str]:
-    """The figures of a calibration as a small table; the recipe's own band is marked."""
+    """The figures of a calibration as a small table of at most 80 columns; the recipe's own band is marked."""
     yield (
         f"engine noise at lag 0: mean |log r_d| {found.log_r_d_abs_mean:.2g} nats, largest {found.log_r_d_abs_max:.2g}; "
         f"mean r_d - 1: {found.r_d_mean - 1:+.1e} +- {found.r_d_mean_error:.1e}; "
@@ -215,9 +208,9 @@ def calibration_lines(found: Calibrated, started: RunStarted | None) -> Iterator
     )
     own = started.band if started is not None and started.r_d != "1" else None
     names = [f"{'*' if band == own else ''}{band:g}" for band in found.bands]
-    remark = "   (this recipe has no band: r_d = 1)" if own is None else f"   (*: this recipe, which keeps {found.kept:.1%})"
-    yield "  a band of  " + "".join(f"{name:>8}" for name in names) + remark
+    yield "  a band of  " + "".join(f"{name:>8}" for name in names)
     yield "  would mask " + "".join(f"{share:>8.2%}" for share in found.masked)
+    yield "  this recipe has no band: r_d = 1" if own is None else f"  *: this recipe, which keeps {found.kept:.1%}"
 
 
 def print_summary(summary: Summary, run_folder: Path, *, console: Console | None = None) -> None:
@@ -236,8 +229,8 @@ def learned_sentence(summary: Summary) -> str:
     before, after, gain = summary.success_before, summary.success_after, summary.gain
     if before is None or after is None:
         only = before or after
-        return f"Held-out success {_percent(only)}; no comparison." if only else "Held-out success was not measured."
-    text = f"Held-out success {_percent(before)} -> {_percent(after)}"
+        return f"Held-out success {only}; no comparison." if only else "Held-out success was not measured."
+    text = f"Held-out success {before} -> {after}"
     if gain is None:
         return text + "."
     points = f"{100 * gain.mean:+.1f} points [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
@@ -252,13 +245,3 @@ def staleness_sentence(summary: Summary) -> str:
     if summary.staleness_max is not None and summary.staleness_mean is not None:
         text += f"; staleness mean {summary.staleness_mean:.2f}, max {summary.staleness_max}"
     return text + (f"; proximal log-probs: {kinds}." if kinds else ".")
-
-
-def _percent(interval: Interval) -> str:
-    return f"{interval.mean:.1%} [{interval.low:.1%}, {interval.high:.1%}]"
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -8,18 +8,31 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, Self, get_args
+from typing import Final, Literal, Self, cast
+
+from pydantic import TypeAdapter, ValidationError
 
 from oldlogits.core.trajectory import is_success
 from oldlogits.record.bus import EventKind
-from oldlogits.record.event_log import RecordedEvent, history, read_events
+from oldlogits.record.event_log import RecordedEvent, history, read_events, typed
+from oldlogits.record.events import (
+    BatchScored,
+    Evaluated,
+    Probed,
+    RunEnded,
+    RunStarted,
+    ServerDown,
+    Updated,
+    VersionPublished,
+    WeightsUpdated,
+)
 from oldlogits.record.folder import RunFolder, write_atomic
 from oldlogits.record.intervals import Interval, paired_gain
-from oldlogits.record.jsonl import Json, RecordError, encode, number
+from oldlogits.record.jsonl import RecordError, encode
 
 Ended = Literal["done", "interrupted", "error"]
 
@@ -81,82 +94,72 @@ class Summary:
         """Read ``summary.json``.
 
         Raises:
-            RecordError: Its keys are not those of a summary.
+            RecordError: It is no summary.
         """
-        found = json.loads(path.read_text(encoding="utf-8"), object_hook=_revive)
-        names = {field.name for field in fields(cls)}
-        if not isinstance(found, dict) or found.keys() != names:
+        try:
+            return TypeAdapter(cls).validate_json(path.read_text(encoding="utf-8"), extra="forbid")
+        except ValidationError as error:
             raise RecordError(
                 f"{path.name} is no summary",
-                got=", ".join(sorted(found)) if isinstance(found, dict) else type(found).__name__,
-                allowed=", ".join(sorted(names)),
+                got="; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:3]),
+                allowed="the fields of Summary",
                 fix="read the folder with the version of oldlogits that wrote it",
-            )
-        return cls(**found)
-
-
-def _revive(found: dict[str, Any]) -> dict[str, Any] | Interval:
-    """Undo `encode`: "inf" back to a number, a table with an interval's keys back to an `Interval`."""
-    revived: dict[str, Any] = {key: float(value) if value in ("nan", "inf", "-inf") else value for key, value in found.items()}
-    return Interval(**revived) if revived.keys() == {field.name for field in fields(Interval)} else revived
+            ) from error
 
 
 def summarise(events: Iterable[RecordedEvent]) -> Summary:
     """Add up the events of a run, whole or not: all of its file, in order."""
-    found = _Events(history(events))
-    started, metrics = found.last(EventKind.RUN_STARTED), found.metrics
-    tokens = [sum(counts.values()) for counts in found.counts("staleness_counts")]
-    lags = {int(lag): num for lag, num in sum(found.counts("staleness_counts"), Counter()).items()}
+    kept = history(events)
+    started = next(reversed(typed(kept, RunStarted)), None)
+    ends = typed(kept[-1:], RunEnded)
+    updates, evaluations, probes = typed(kept, Updated), typed(kept, Evaluated), typed(kept, Probed)
+    scored, sent, down, stored = typed(kept, BatchScored), typed(kept, WeightsUpdated), typed(kept, ServerDown), _stored(kept)
+    metrics = [update.metrics for update in updates]
+    tokens = [sum(update.staleness_counts.values()) for update in updates]
+    lags = sum((Counter(update.staleness_counts) for update in updates), Counter[str]())
     num_tokens, wall = sum(tokens), [m.get("time/update_s", 0.0) for m in metrics]
-    sizes = [m.get("ratio/log_r_d_abs_mean", 0.0) * num for m, num in zip(metrics, tokens, strict=True)]
-    stored = found.later_versions()
-    stored_bytes, num_stored = sum(found.numbers(stored, "version_bytes")), len(stored)
-    full_bytes, num_trained = sum(found.numbers(stored, "full_bytes")), number(started.get("num_trained")) or 0.0
-    scored, sent, down = (found.of[kind] for kind in (EventKind.SCORED, EventKind.WEIGHTS_UPDATED, EventKind.SERVER_DOWN))
-    num_patches = sum(event.fields.get("sent") == "patch" for event in sent)
-    probe = found.of[EventKind.PROBE]
+    stored_bytes, num_trained = sum(version.version_bytes for version in stored), started.num_trained if started else 0
+    num_patches = sum(update.sent == "patch" for update in sent)
     return Summary(
-        success_before=found.rate("before", "sampled"),
-        success_after=found.rate("after", "sampled"),
-        greedy_before=found.rate("before", "greedy"),
-        greedy_after=found.rate("after", "greedy"),
-        gain=_gain(found.rewards("before"), found.rewards("after")),
-        num_updates=len(metrics),
-        num_trajectories=round(sum(m.get("episode/num", 0.0) for m in metrics)),
-        num_multi_version_trajectories=round(
-            sum(m.get("episode/multi_version", 0.0) * m.get("episode/num", 0.0) for m in metrics)
-        ),
-        staleness_mean=_ratio(sum(lag * num for lag, num in lags.items()), num_tokens),
-        staleness_max=max(lags, default=None),
-        provenance=dict(sum(found.counts("provenance"), Counter())),
-        consistency_publish_max_abs_error=_worst(found.numbers(probe, "consistency_publish_max_abs_error")),
-        consistency_lag0_max_abs_error=_worst(found.numbers(probe, "consistency_lag0_max_abs_error")),
-        probe_max_abs_error=_worst(found.numbers(probe, "max_abs_error")),
-        log_r_d_mean_abs=_ratio(sum(sizes), num_tokens),
+        success_before=_rate(evaluations, "before", "sampled"),
+        success_after=_rate(evaluations, "after", "sampled"),
+        greedy_before=_rate(evaluations, "before", "greedy"),
+        greedy_after=_rate(evaluations, "after", "greedy"),
+        gain=_gain(_last(evaluations, "before", "sampled"), _last(evaluations, "after", "sampled")),
+        num_updates=len(updates),
+        num_trajectories=round(sum(_of(metrics, "episode/num"))),
+        num_multi_version_trajectories=round(_product(metrics, "episode/multi_version", _of(metrics, "episode/num"))),
+        staleness_mean=_ratio(sum(int(lag) * num for lag, num in lags.items()), num_tokens),
+        staleness_max=max(map(int, lags), default=None),
+        provenance=dict(sum((Counter(update.provenance) for update in updates), Counter[str]())),
+        consistency_publish_max_abs_error=_worst(probe.consistency_publish_max_abs_error for probe in probes),
+        consistency_lag0_max_abs_error=_worst(probe.consistency_lag0_max_abs_error for probe in probes),
+        probe_max_abs_error=_worst(probe.max_abs_error for probe in probes),
+        log_r_d_mean_abs=_ratio(_product(metrics, "ratio/log_r_d_abs_mean", tokens), num_tokens),
         log_r_d_max_abs=_worst(m["ratio/log_r_d_abs_max"] for m in metrics if "ratio/log_r_d_abs_max" in m),
-        rho_mean=_ratio(sum(m.get("mask/rho", 0.0) for m in metrics), len(metrics)),
-        num_dropped_nonfinite=round(sum(m.get("mask/num_nonfinite", 0.0) for m in metrics)),
-        version_bytes_mean=_ratio(stored_bytes, num_stored),
-        version_share_of_copy=_ratio(stored_bytes, full_bytes),
-        version_share_of_average=_ratio(stored_bytes, num_stored * 4 * num_trained),
-        switch_mean_s=_ratio(sum(found.numbers(scored, "switch_s")), sum(found.numbers(scored, "num_checkouts"))),
-        sync_bytes_mean=_ratio(sum(found.numbers(sent, "bytes")), len(sent)),
+        rho_mean=_ratio(sum(_of(metrics, "mask/rho")), len(metrics)),
+        num_dropped_nonfinite=round(sum(_of(metrics, "mask/num_nonfinite"))),
+        version_bytes_mean=_ratio(stored_bytes, len(stored)),
+        version_share_of_copy=_ratio(stored_bytes, sum(version.full_bytes for version in stored)),
+        version_share_of_average=_ratio(stored_bytes, len(stored) * 4 * num_trained),
+        switch_mean_s=_ratio(sum(batch.switch_s for batch in scored), sum(batch.num_checkouts for batch in scored)),
+        sync_bytes_mean=_ratio(sum(update.bytes for update in sent), len(sent)),
         num_patch_syncs=num_patches,
         num_full_syncs=len(sent) - num_patches,
-        num_refused_patches=sum(bool(event.fields.get("refused")) for event in sent),
+        num_refused_patches=sum(bool(update.refused) for update in sent),
         trainer_copies_max=_worst(m["copies/trainer"] for m in metrics if "copies/trainer" in m),
         engine_copies_max=_whole(_worst(m["copies/engine"] for m in metrics if "copies/engine" in m)),
-        num_servers_down=sum(event.fields.get("is_failure", True) is True for event in down),
-        num_lost_tokens=round(sum(found.numbers(down, "num_lost_tokens"))),
+        num_servers_down=sum(one.is_failure for one in down),
+        num_lost_tokens=sum(one.num_lost_tokens or 0 for one in down),
         train_wall_s=sum(wall),
-        engine_idle_share=_ratio(_product(wall, metrics, "idle/engine_share"), sum(wall)),
-        trainer_idle_share=_ratio(_product(wall, metrics, "idle/trainer_share"), sum(wall)),
-        runtime=str(started.get("runtime", "")),
-        variant=str(started.get("variant", "")),
-        source=str(started.get("source", "")),
-        seed=int(number(started.get("seed")) or 0),
-        ended=found.ended,
-        accounting=found.accounting(),
+        engine_idle_share=_ratio(_product(metrics, "idle/engine_share", wall), sum(wall)),
+        trainer_idle_share=_ratio(_product(metrics, "idle/trainer_share", wall), sum(wall)),
+        runtime=started.runtime if started else "",
+        variant=started.variant if started else "",
+        source=started.source if started else "",
+        seed=started.seed if started else 0,
+        ended=cast(Ended, ends[0].reason) if ends else None,
+        accounting=_accounting(ends[0] if ends else None, metrics[-1] if metrics else {}),
     )
 
 
@@ -165,87 +168,59 @@ def summarise_folder(folder: RunFolder) -> Summary:
     return summarise(read_events(folder.events))
 
 
-class _Events:
-    """The events that count, by kind, and the questions that a summary asks of them."""
-
-    def __init__(self, events: Sequence[RecordedEvent]) -> None:
-        self.of: Mapping[EventKind, list[RecordedEvent]] = defaultdict(list)
-        for event in events:
-            self.of[event.kind].append(event)
-        self.metrics = [_numbers(event.fields.get("metrics")) for event in self.of[EventKind.UPDATE]]
-        end = events[-1] if events and events[-1].kind is EventKind.RUN_ENDED else None
-        self._end = end.fields if end else {}
-        reason = self._end.get("reason")
-        self.ended: Ended | None = next((known for known in get_args(Ended) if known == reason), None)
-
-    def last(self, kind: EventKind) -> Mapping[str, Json]:
-        """The fields of the last event of a kind; empty where there is none."""
-        return self.of[kind][-1].fields if self.of[kind] else {}
-
-    def numbers(self, events: Iterable[RecordedEvent], name: str) -> list[float]:
-        """A field of some events, where it is a number."""
-        return [value for event in events if (value := number(event.fields.get(name))) is not None]
-
-    def counts(self, name: str) -> list[Counter[str]]:
-        """A field of the updates that counts tokens by something."""
-        found = (_numbers(event.fields.get(name)) for event in self.of[EventKind.UPDATE])
-        return [Counter({key: round(value) for key, value in counts.items()}) for counts in found]
-
-    def later_versions(self) -> list[RecordedEvent]:
-        """The versions that the store keeps as a difference: not the first after each start, which is the resident copy."""
-        starts = [event.seq for event in self.of[EventKind.RUN_STARTED]]
-        published = self.of[EventKind.PUBLISHED]
-        first = {min((e.seq for e in published if e.seq > start), default=-1) for start in starts}
-        return [event for event in published if event.seq not in first and event.fields.get("full_bytes")]
-
-    def rate(self, stage: str, mode: str) -> Interval | None:
-        """The success rate of the last evaluation of a stage."""
-        played = self._evaluation(stage, mode)
-        mean, low, high, num = (number(played.get(name)) for name in ("mean", "low", "high", "num_episodes"))
-        if mean is None or low is None or high is None:
-            return None
-        return Interval(mean=mean, low=low, high=high, num_episodes=int(num or 0))
-
-    def rewards(self, stage: str) -> list[float]:
-        """The rewards of the last sampled evaluation of a stage; empty where none was recorded."""
-        rewards = self._evaluation(stage, "sampled").get("rewards")
-        return [number(reward) or 0.0 for reward in rewards] if isinstance(rewards, list) else []
-
-    def _evaluation(self, stage: str, mode: str) -> Mapping[str, Json]:
-        played = [e.fields for e in self.of[EventKind.EVALUATION] if (e.fields["stage"], e.fields["mode"]) == (stage, mode)]
-        return played[-1] if played else {}
-
-    def accounting(self) -> Mapping[str, int]:
-        """What became of the trajectories, as the end of the run counted it.
-
-        Where nobody could count at the end, the last update's account stands, and what was outstanding then was cancelled; of a
-        run without a recorded end it is still queued or running.
-        """
-        counted = _numbers(self._end.get("accounting"))
-        if counted:
-            return {name: round(counted.get(name, 0.0)) for name in ACCOUNTS}
-        last = self.metrics[-1] if self.metrics else {}
-        found = {name: round(last.get(f"accounting/{name}", last.get(f"queue/{name}", 0.0))) for name in ACCOUNTS}
-        if self.ended is not None:
-            done = found["trained"] + found["filtered"] + found["failed"]
-            found |= {"cancelled": found["submitted"] - done, "queued": 0, "running": 0}
-        return found
+def _stored(events: Iterable[RecordedEvent]) -> list[VersionPublished]:
+    """The versions that the store keeps as a difference: not the first after each start, which is the resident copy."""
+    found, is_resident = list[RecordedEvent](), False
+    for event in events:
+        if event.kind is EventKind.RUN_STARTED:
+            is_resident = True
+        elif event.kind is EventKind.PUBLISHED:
+            found += [] if is_resident else [event]
+            is_resident = False
+    return [version for version in typed(found, VersionPublished) if version.full_bytes]
 
 
-def _gain(before: Sequence[float], after: Sequence[float]) -> Interval | None:
+def _last(evaluations: Sequence[Evaluated], stage: str, mode: str) -> Evaluated | None:
+    return next((e for e in reversed(evaluations) if (e.stage, e.mode) == (stage, mode)), None)
+
+
+def _rate(evaluations: Sequence[Evaluated], stage: str, mode: str) -> Interval | None:
+    """The success rate of the last evaluation of a stage."""
+    last = _last(evaluations, stage, mode)
+    return None if last is None else Interval(mean=last.mean, low=last.low, high=last.high, num_episodes=last.num_episodes)
+
+
+def _accounting(end: RunEnded | None, metrics: Mapping[str, float]) -> Mapping[str, int]:
+    """What became of the trajectories, as the end of the run counted it.
+
+    Where nobody could count at the end, the last update's account stands, and what was outstanding then was cancelled; of a
+    run without a recorded end it is still queued or running.
+    """
+    if end is not None and end.accounting:
+        return {name: end.accounting.get(name, 0) for name in ACCOUNTS}
+    found = {name: round(metrics.get(f"accounting/{name}", metrics.get(f"queue/{name}", 0.0))) for name in ACCOUNTS}
+    if end is not None:
+        done = found["trained"] + found["filtered"] + found["failed"]
+        found |= {"cancelled": found["submitted"] - done, "queued": 0, "running": 0}
+    return found
+
+
+def _gain(before: Evaluated | None, after: Evaluated | None) -> Interval | None:
     """The gain over the episodes that both evaluations played: a resumed run may evaluate more rows, or fewer."""
-    num = min(len(before), len(after))
-    successes = ([float(is_success(reward)) for reward in rewards[:num]] for rewards in (before, after))
+    if before is None or after is None:
+        return None
+    num = min(len(before.rewards), len(after.rewards))
+    successes = ([float(is_success(reward)) for reward in played.rewards[:num]] for played in (before, after))
     return paired_gain(*successes) if num else None
 
 
-def _numbers(value: Json) -> dict[str, float]:
-    items: Iterator[tuple[str, Json]] = iter(value.items() if isinstance(value, Mapping) else ())
-    return {name: found for name, raw in items if (found := number(raw)) is not None}
+def _of(metrics: Sequence[Mapping[str, float]], name: str) -> list[float]:
+    """A metric of each update; 0 where it has none."""
+    return [found.get(name, 0.0) for found in metrics]
 
 
-def _product(weights: Sequence[float], metrics: Sequence[Mapping[str, float]], name: str) -> float:
-    return sum(weight * found.get(name, 0.0) for weight, found in zip(weights, metrics, strict=True))
+def _product(metrics: Sequence[Mapping[str, float]], name: str, weights: Sequence[float]) -> float:
+    return sum(value * weight for value, weight in zip(_of(metrics, name), weights, strict=True))
 
 
 def _ratio(total: float, count: float) -> float | None:

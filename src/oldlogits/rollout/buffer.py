@@ -28,27 +28,19 @@ class TrajectoryCounts:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Entry:
-    """A group that was admitted: its members as they end."""
+class AdmittedGroup:
+    """A group that was admitted: its members as they end, and `group` once it is closed, unless it was filtered."""
 
     admitted_version: int
     size: int
-    ended: list[Trajectory] = field(default_factory=list)
+    trajectories: list[Trajectory] = field(default_factory=list)
     num_failed: int = 0
     group: TrajectoryGroup | None = None
 
     @property
     def num_running(self) -> int:
-        return self.size - len(self.ended) - self.num_failed
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Closed:
-    """A group whose episodes have all ended: its members, those that failed, and whether it was filtered."""
-
-    trajectories: tuple[Trajectory, ...]
-    num_failed: int
-    filtered: bool
+        """Members whose episode goes on."""
+        return self.size - len(self.trajectories) - self.num_failed
 
 
 class Buffer:
@@ -59,7 +51,7 @@ class Buffer:
 
     def __init__(self, bound: StalenessBound, *, filter_uniform: bool) -> None:
         self._bound, self._filter_uniform = bound, filter_uniform
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, AdmittedGroup] = {}
         self._changed = asyncio.Event()
         self._in_training: list[TrajectoryGroup] = []
         self.account = TrajectoryCounts()
@@ -88,7 +80,7 @@ class Buffer:
     @property
     def queued(self) -> int:
         """Trajectories that ended and are not trained yet: their group runs, waits, or is in training."""
-        return self._num_in_training + sum(len(entry.ended) for entry in self._entries.values())
+        return self._num_in_training + sum(len(entry.trajectories) for entry in self._entries.values())
 
     @property
     def oldest_needed(self) -> int | None:
@@ -112,7 +104,7 @@ class Buffer:
                 allowed=f"fewer than {self._bound.capacity}, each id once",
                 fix="ask num_admissible first",
             )
-        self._entries[group_id] = _Entry(admitted_version=version, size=size)
+        self._entries[group_id] = AdmittedGroup(admitted_version=version, size=size)
         self.account.submitted += size
 
     def num_admissible(self) -> int:
@@ -121,17 +113,17 @@ class Buffer:
 
     def end(self, trajectory: Trajectory) -> None:
         """Take a trajectory that ended well."""
-        self._entries[trajectory.group_id].ended.append(trajectory)
+        self._entries[trajectory.group_id].trajectories.append(trajectory)
 
     def fail(self, group_id: str) -> None:
         """Count a trajectory that its environment ended."""
         self._entries[group_id].num_failed += 1
         self.account.failed += 1
 
-    def close(self, group_id: str) -> Closed:
+    def close(self, group_id: str) -> AdmittedGroup:
         """Queue a group whose members have all ended, or filter it."""
         entry = self._entries[group_id]
-        members = sorted(entry.ended, key=lambda t: t.id)
+        members = entry.trajectories = sorted(entry.trajectories, key=lambda t: t.id)
         uniform = len({t.reward for t in members}) < 2
         if len(members) < 2 or (uniform and self._filter_uniform):
             del self._entries[group_id]
@@ -139,12 +131,12 @@ class Buffer:
         else:
             entry.group = TrajectoryGroup(id=group_id, trajectories=tuple(members))
         self._changed.set()
-        return Closed(trajectories=tuple(members), num_failed=entry.num_failed, filtered=entry.group is None)
+        return entry
 
     def cancel_all(self) -> list[str]:
         """Count what is outstanding as cancelled, since the run ends; returns the trajectories that had ended."""
         self.account.cancelled += self.running + self.queued
-        ended = [t.id for entry in self._entries.values() for t in entry.ended]
+        ended = [t.id for entry in self._entries.values() for t in entry.trajectories]
         ended += [t.id for group in self._in_training for t in group.trajectories]
         self._entries.clear()
         self._in_training = []

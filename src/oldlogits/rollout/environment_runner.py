@@ -79,7 +79,6 @@ class ThreadRunner:
 
 
 async def _finish(result: T | Awaitable[T]) -> T:
-    """Wait for what an asynchronous method returned."""
     if not inspect.isawaitable(result):
         return result
     try:

@@ -105,11 +105,11 @@ class Rollouts(Admission):
                 rewards=[t.reward for t in closed.trajectories],
                 oldest_version=min((t.versions[0] for t in closed.trajectories), default=self.version),
                 num_failed=closed.num_failed,
-                filtered=closed.filtered,
+                filtered=closed.group is None,
             )
         )
         self.group_ended()
-        if closed.filtered:
+        if closed.group is None:
             self._source.drop(t.id for t in closed.trajectories)
         else:
             await self._source.on_arrival(closed.trajectories)

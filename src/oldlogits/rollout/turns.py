@@ -44,10 +44,6 @@ Report = Callable[[str, Sequence[Segment]], None]
 """Told of a trajectory that grew: its id, and all its segments so far; they go on growing."""
 
 
-def unreported(trajectory_id: str, segments: Sequence[Segment]) -> None:
-    """Nobody watches."""
-
-
 class EnvironmentFailed(Exception):  # noqa: N818 - an outcome of an episode, not an error of this package
     """Environment code raised or timed out; the text says what and where."""
 
@@ -81,7 +77,7 @@ class Agent:
     limits: TurnLimits
     sampling: Sampling
     run_environment: EnvironmentRunner
-    report: Report = unreported
+    report: Report = lambda trajectory_id, segments: None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import GenerationConfig
 
 from oldlogits.config.schema import ModelConfig
 from oldlogits.core.environment import Environment
-from oldlogits.core.errors import ModelFolderError
+from oldlogits.core.errors import ConfigError, ModelFolderError
+from oldlogits.core.text import read_json
 from oldlogits.envs.base import system_prompt_of
 from oldlogits.envs.tools import tool_schemas
 from oldlogits.models.chat import ChatFormat, ChatOptions
@@ -22,10 +24,29 @@ def chat_format(config: ModelConfig, folder: Path, environment_class: type[Envir
         ModelFolderError: There is no tokenizer, it has no chat template, or its generation config cannot be read.
         ConfigError: The template cannot write what the environment needs.
     """
-    options = ChatOptions(
-        tools_in=config.chat_tools, template_kwargs=dict(config.chat_template_kwargs), eos_ids=end_ids(folder)
-    )
+    options = ChatOptions(tools_in=config.chat_tools, template_kwargs=template_kwargs(config), eos_ids=end_ids(folder))
     return ChatFormat(load_tokenizer(folder), tool_schemas(environment_class), system_prompt_of(environment_class), options)
+
+
+def template_kwargs(config: ModelConfig) -> Mapping[str, object]:
+    """The variables that a recipe gives to the chat template.
+
+    Raises:
+        ConfigError: They are no JSON object.
+    """
+    try:
+        read = read_json(config.chat_template_kwargs or "{}")
+        if isinstance(read, dict):
+            return read
+        error = ValueError("it is no object")
+    except ValueError as raised:
+        error = raised
+    raise ConfigError(
+        "the variables of the chat template cannot be read",
+        got=f"model.chat_template_kwargs = {config.chat_template_kwargs!r}: {error}",
+        allowed="a JSON object",
+        fix="""model.chat_template_kwargs = '{"enable_thinking": false}'""",
+    ) from error
 
 
 def end_ids(folder: Path) -> tuple[int, ...]:

@@ -15,11 +15,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from oldlogits.config import RunConfig
 from oldlogits.config.engine import engine_spec, server_options
-from oldlogits.core.backend import BACKENDS
 from oldlogits.core.engine import ENGINES
 from oldlogits.core.environment import MODELS, DescribedModel, is_model_folder
 from oldlogits.core.source import SOURCES
 from oldlogits.models.load import decoder_layers, meta_model, read_model_config
+from oldlogits.run.specs import trainer_spec
 
 RANKS: Final = (1, 2, 4, 8)
 """Numbers of ranks that share a trainer, for which its bytes are said."""
@@ -33,21 +33,16 @@ PATCH_SHARES: Final[Mapping[float, float]] = {1e-6: 0.011, 1e-5: 0.065}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """What bytes depend on.
+    """What bytes depend on: counts of parameters, and widths.
 
     Args:
-        num_parameters: Parameters of the model without adapters, a tied head counted once.
+        num_parameters: Parameters without adapters, a tied head counted once.
         trained_parameters: Parameters that are trained: those of the adapters, or all.
         head_parameters: Parameters of the head, tied or not.
         is_tied: Whether the head is the embedding.
         layer_parameters: Parameters of the largest layer.
-        layers: Decoder layers.
         hidden: Width of the residual stream.
-        heads: Query heads.
-        kv_heads: Key and value heads.
-        head_dim: Width of a head.
         mlp: Width of what serves a token: of the MLP, or of its experts together.
-        vocabulary: Rows of the head.
         norms_heads: Whether query and key heads are normed.
     """
 
@@ -68,25 +63,18 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """Bytes of the parts of a run; those of the trainer over all of its ranks, but for activations and gathered layers.
+    """Bytes of the parts of a run, as `lines` names them; the trainer's are those over all of its ranks where it is not said.
 
     Args:
-        shape: The model's shape.
-        version_bytes: One version: a full copy of the forward weights, or of the adapters.
+        version_bytes: A full copy of the forward weights, or of the adapters.
         masters_bytes: The weights in fp32, those of a frozen base included.
-        gradient_bytes: Their gradient.
-        optimizer_bytes: AdamW's two moments.
         activation_bytes: A bound of what one micro-batch keeps for its backward pass, on each rank.
         gathered_bytes: Whole layers on each rank of several.
         store_bytes: A bound of what the store holds; 0 where neither the source nor the audit needs it.
         expected_store_bytes: The same with patches as they were measured.
-        scorer_bytes: The model and the versions of a dedicated scorer.
-        average_bytes: The fp32 average of a source that has one.
         view_bytes: The trainer's copy of the weights in the engine's numerics, fp32 with a head of its own; none for fp32.
-        engine_bytes: The weights of one engine.
-        cache_bytes: The embedded engine's keys and values.
         mixed_bytes: A bound of the keys and values of the mixed-version forward, where OLD is one.
-        sync_bytes: What a weight update sends: a patch as measured, or a full copy.
+        sync_bytes: A patch as measured, or a full copy.
     """
 
     shape: ModelShape
@@ -108,60 +96,51 @@ class Cost:
 
     def rank_bytes(self, num_ranks: int) -> int:
         """What each rank of a trainer holds at most, at the widest moment."""
-        shared = (
-            self.masters_bytes
-            + self.gradient_bytes
-            + self.optimizer_bytes
-            + self.expected_store_bytes
-            + self.average_bytes
-            + self.view_bytes
-        )
-        return (
-            -(-shared // num_ranks) + self.activation_bytes + self.mixed_bytes + (self.gathered_bytes if num_ranks > 1 else 0)
-        )
+        weights = self.masters_bytes + self.gradient_bytes + self.optimizer_bytes
+        shared = weights + self.expected_store_bytes + self.average_bytes + self.view_bytes
+        gathered = self.gathered_bytes if num_ranks > 1 else 0
+        return -(-shared // num_ranks) + self.activation_bytes + self.mixed_bytes + gathered
 
     def lines(self) -> list[str]:
         """One line per part."""
         ranks = ", ".join(f"{_size(self.rank_bytes(n))} on each of {n}" for n in RANKS[1:])
-        return [
-            f"parameters       {self.shape.num_parameters:,}",
-            f"trained          {self.shape.trained_parameters:,}",
-            f"a version        {_size(self.version_bytes)}: a full copy of what is trained",
-            f"masters          {_size(self.masters_bytes)}",
-            f"gradient         {_size(self.gradient_bytes)}",
-            f"optimizer        {_size(self.optimizer_bytes)}",
-            f"activations      at most {_size(self.activation_bytes)}: of one micro-batch, on each rank",
-            f"version store    {_size(self.expected_store_bytes)}, at most {_size(self.store_bytes)}: one copy, and patches",
-            f"dedicated scorer {_size(self.scorer_bytes)}",
-            f"weight average   {_size(self.average_bytes)}",
-            f"engine's view    {_size(self.view_bytes)}: the trainer's copy in the engine's numerics",
-            f"mixed forward    at most {_size(self.mixed_bytes)}",
-            f"trainer in all   {_size(self.rank_bytes(1))} on one rank; {ranks}",
-            f"engine's weights {_size(self.engine_bytes)} each",
-            f"engine's cache   {_size(self.cache_bytes)}",
-            f"weight update    {_size(self.sync_bytes)} sent for each version",
-        ]
+        parts = {
+            "parameters": f"{self.shape.num_parameters:,}",
+            "trained": f"{self.shape.trained_parameters:,}",
+            "a version": f"{_size(self.version_bytes)}: a full copy of what is trained",
+            "masters": _size(self.masters_bytes),
+            "gradient": _size(self.gradient_bytes),
+            "optimizer": _size(self.optimizer_bytes),
+            "activations": f"at most {_size(self.activation_bytes)}: of one micro-batch, on each rank",
+            "version store": f"{_size(self.expected_store_bytes)}, at most {_size(self.store_bytes)}: one copy, and patches",
+            "dedicated scorer": _size(self.scorer_bytes),
+            "weight average": _size(self.average_bytes),
+            "engine's view": f"{_size(self.view_bytes)}: the trainer's copy in the engine's numerics",
+            "mixed forward": f"at most {_size(self.mixed_bytes)}",
+            "trainer in all": f"{_size(self.rank_bytes(1))} on one rank; {ranks}",
+            "engine's weights": f"{_size(self.engine_bytes)} each",
+            "engine's cache": _size(self.cache_bytes),
+            "weight update": f"{_size(self.sync_bytes)} sent for each version",
+        }
+        return [f"{label:<16} {text}" for label, text in parts.items()]
 
 
 def estimate(config: RunConfig) -> Cost | None:
-    """The bytes that a recipe will take; None: there is no ``config.json`` in its model folder.
-
-    Args:
-        config: A checked recipe.
-    """
+    """The bytes that a checked recipe will take; None: there is no ``config.json`` in its model folder."""
     model = _model(config)
-    return None if model is None else _cost(config, _shape_of(model, config))
-
-
-def _cost(config: RunConfig, shape: ModelShape) -> Cost:
+    if model is None:
+        return None
+    shape = _shape_of(model, config)
     num, trained = shape.num_parameters, shape.trained_parameters
     masters = 4 * (num + trained if config.model.lora_rank else num)
-    version = _forward_size(config) * trained
+    version = (2 if config.model.forward_dtype == "bf16" else 4) * trained
     patch = _patch_bytes(config, version)
     own_head = shape.head_parameters if shape.is_tied else 0
     per_token = 2 * 4 * shape.layers * shape.kv_heads * shape.head_dim
     kind, spec = ENGINES.find(config.engine.type)(), engine_spec(config, Path(config.model.path))
-    stored, source = _stored_versions(config), SOURCES.find(config.proximal.source)
+    source = SOURCES.find(config.proximal.source)
+    stored = config.window + 2 if config.audit.share > 0 else source.most_stored(config.window)  # at a publish
+    sends_patches = trainer_spec(config).sends_patches and stored and 2 * patch <= version
     return Cost(
         shape=shape,
         version_bytes=version,
@@ -178,7 +157,7 @@ def _cost(config: RunConfig, shape: ModelShape) -> Cost:
         engine_bytes=kind.weight_bytes(spec, num_parameters=num, head_parameters=own_head),
         cache_bytes=kind.cache_bytes(spec, token_bytes=per_token),
         mixed_bytes=_most_chains(config) * config.env.max_episode_tokens * per_token,
-        sync_bytes=patch if _sends_patches(config, version, patch) else version,
+        sync_bytes=patch if sends_patches else version,
     )
 
 
@@ -202,11 +181,6 @@ def activation_bytes(config: RunConfig, shape: ModelShape) -> int:
     return 4 * (tokens * (kept + 3 * s.hidden + 2 * s.head_dim + 8) + head + rounded)
 
 
-def _forward_size(config: RunConfig) -> int:
-    """Bytes of one forward weight."""
-    return 2 if config.model.forward_dtype == "bf16" else 4
-
-
 def _patch_bytes(config: RunConfig, version_bytes: int) -> int:
     """What a version takes beside the newest: by the learning rate, on a line through the logarithms of what was measured."""
     if config.model.forward_dtype != "bf16":
@@ -217,26 +191,11 @@ def _patch_bytes(config: RunConfig, version_bytes: int) -> int:
     return math.ceil(version_bytes * min(1.0, share))
 
 
-def _sends_patches(config: RunConfig, version_bytes: int, patch_bytes: int) -> bool:
-    stores = _stored_versions(config) > 0
-    return (
-        not BACKENDS.find(config.runtime.type).steps_engine
-        and config.engine.weight_sync == "auto"
-        and stores
-        and 2 * patch_bytes <= version_bytes
-    )
-
-
 def _most_chains(config: RunConfig) -> int:
     """A bound of a batch's chains of several versions: each holds an update, and after the first each begins with a turn."""
     if config.engine.kv != "stale" or not config.proximal.accept_mixed_kv:
         return 0
     return config.rollout.prompts_per_update * config.rollout.group_size * min(config.window, config.env.max_turns)
-
-
-def _stored_versions(config: RunConfig) -> int:
-    """The most versions in the trainer's store, at the moment of a publish."""
-    return config.window + 2 if config.audit.share > 0 else SOURCES.find(config.proximal.source).most_stored(config.window)
 
 
 def _model(config: RunConfig) -> PreTrainedModel | None:

@@ -177,42 +177,33 @@ def _event_of(news: Incident | Caution, version: int) -> Event:
         return Warned(version=version, **dataclasses.asdict(news))
     if news.what == "up":
         return ServerUp(version=version, server=news.server, reason=news.reason)
-    return ServerDown(
-        version=version,
-        server=news.server,
-        reason=news.reason,
-        num_requests=news.num_requests,
-        num_kept_tokens=news.num_kept_tokens,
-        num_lost_tokens=news.num_lost_tokens,
-        is_failure=news.is_failure,
-    )
+    fields = dataclasses.asdict(news)
+    del fields["what"]
+    return ServerDown(version=version, **fields)
 
 
 async def _finish(config: RunConfig, loop: Loop, backend: Backend, recording: Recording, note: Callable[[str], None]) -> End:
     """Run the loop to its end, by itself, by Ctrl-C or by an error."""
-    ended: Ended = "done"
-    error: OldLogitsError | None = None
-    defect: Exception | None = None
-    num_kept = loop.state.num_events
+    end, num_kept = End(reason="done"), loop.state.num_events
     async with _interruptible(note) as interruption:
         try:
             version = (await backend.trainer.state()).version
             recording.events.emit(await run_started(config, backend, version=version, num_kept=num_kept))
             if not await _supervise(loop, cautions(config), backend, interruption):
-                ended = "interrupted"
+                end = End(reason="interrupted")
                 await loop.checkpoint()
-        except OldLogitsError as raised:
-            ended, error = "error", raised
+        except OldLogitsError as error:
+            end = End(reason="error", error=error)
         except ExceptionGroup as group:
-            ended, error = "error", _own_error(group)
-            defect = None if error else group
-        except Exception as raised:  # a defect: everything is written down before it is raised
-            ended, defect = "error", raised
+            own = _own_error(group)
+            end = End(reason="error", error=own, defect=None if own else group)
+        except Exception as defect:  # everything is written down before it is raised
+            end = End(reason="error", defect=defect)
     loop.cancel_all()
     account = {**dataclasses.asdict(loop.buffer.account), "queued": loop.buffer.queued, "running": loop.buffer.running}
-    what = str(error or defect or "")
-    recording.events.emit(RunEnded(version=loop.version, reason=ended, error=what, accounting=account))
-    return End(reason=ended, error=error, defect=defect)
+    what = str(end.error or end.defect or "")
+    recording.events.emit(RunEnded(version=loop.version, reason=end.reason, error=what, accounting=account))
+    return end
 
 
 async def _supervise(loop: Loop, known: Sequence[Caution], backend: Backend, interruption: asyncio.Event) -> bool:

@@ -1,4 +1,4 @@
-"""The built-in sources of the proximal policy's log-probs, one file each. Imports no torch."""
+"""The built-in sources of the proximal policy's log-probs, one file each; `SOURCES` names them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,17 +7,8 @@ from numpy.typing import NDArray
 
 from oldlogits.core.errors import ExactnessError, MissingLogprobError
 from oldlogits.core.policies import OLD
-from oldlogits.core.scoring import DedicatedScorer, EngineScores, Scored, ScoringHandle
+from oldlogits.core.scoring import DedicatedScorer, Scored, ScoringHandle
 from oldlogits.core.source import SOURCES, LogprobSource, SourceHandles
-from oldlogits.sources.aged import AgedSource
-from oldlogits.sources.arrival import ArrivalSource
-from oldlogits.sources.dedicated import DedicatedSource
-from oldlogits.sources.eager import EagerSource
-from oldlogits.sources.ewma import EwmaSource
-from oldlogits.sources.interruption import InterruptionSource
-from oldlogits.sources.none import NoSource
-from oldlogits.sources.rescore import RescoreSource
-from oldlogits.sources.snapshot import SnapshotSource
 
 
 def make_source(name: str, trainer: ScoringHandle, scorer: DedicatedScorer | None) -> LogprobSource:
@@ -48,19 +39,3 @@ def check_scored(scored: Scored, versions: NDArray[np.int64]) -> None:
             allowed="every token at the version that sampled it",
             fix="score tokens at their own version, or provide another policy than OLD",
         )
-
-
-__all__ = [
-    "AgedSource",
-    "ArrivalSource",
-    "DedicatedSource",
-    "EagerSource",
-    "EngineScores",
-    "EwmaSource",
-    "InterruptionSource",
-    "NoSource",
-    "RescoreSource",
-    "SnapshotSource",
-    "check_scored",
-    "make_source",
-]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from oldlogits.core.policies import AGED, Provenance
 from oldlogits.core.scoring import BatchTokens, Scored
-from oldlogits.core.source import LogprobSource, SourceHandles
+from oldlogits.core.source import LogprobSource
 
 MIN_AGE: Final = 0.5
 """Below this age of the average, in versions, the drift cannot be told from its noise: the arrival weights are used."""
@@ -33,9 +33,6 @@ class AgedSource(LogprobSource):
     provides = AGED
     cost = "two forwards, one fp32 copy"
     keeps_average = True
-
-    def __init__(self, handles: SourceHandles) -> None:
-        self._trainer = handles.trainer
 
     async def acquire(self, batch: BatchTokens) -> Scored:
         """Score the batch twice, with the average and with the live weights."""

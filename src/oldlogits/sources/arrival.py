@@ -6,7 +6,7 @@ import numpy as np
 
 from oldlogits.core.policies import ASYNC
 from oldlogits.core.scoring import BatchTokens, Scored
-from oldlogits.core.source import LogprobSource, SourceHandles
+from oldlogits.core.source import LogprobSource
 
 
 class ArrivalSource(LogprobSource):
@@ -17,9 +17,6 @@ class ArrivalSource(LogprobSource):
 
     provides = ASYNC
     cost = "one forward, no storage"
-
-    def __init__(self, handles: SourceHandles) -> None:
-        self._trainer = handles.trainer
 
     async def acquire(self, batch: BatchTokens) -> Scored:
         """Score every token with the trainer's current weights."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from oldlogits.core.policies import EWMA
 from oldlogits.core.scoring import BatchTokens, Scored
-from oldlogits.core.source import LogprobSource, SourceHandles
+from oldlogits.core.source import LogprobSource
 
 
 class EwmaSource(LogprobSource):
@@ -18,9 +18,6 @@ class EwmaSource(LogprobSource):
     provides = EWMA
     cost = "one forward, one fp32 copy"
     keeps_average = True
-
-    def __init__(self, handles: SourceHandles) -> None:
-        self._trainer = handles.trainer
 
     async def acquire(self, batch: BatchTokens) -> Scored:
         """Score every token with the average, which holds the trainer's version and earlier ones."""

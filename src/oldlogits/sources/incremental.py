@@ -45,7 +45,7 @@ class IncrementalSource(LogprobSource):
     needs_partials = True
 
     def __init__(self, handles: SourceHandles) -> None:
-        self._trainer = handles.trainer
+        super().__init__(handles)
         self._scorer: SpanScorer = handles.trainer
         self._lock = asyncio.Lock()  # nothing is scored twice
         self.in_flight = InFlightTokens()

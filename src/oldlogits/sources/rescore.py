@@ -29,7 +29,7 @@ class RescoreSource(LogprobSource):
     cost = "two forwards, no storage"
 
     def __init__(self, handles: SourceHandles) -> None:
-        self._trainer = handles.trainer
+        super().__init__(handles)
         self._metrics: dict[str, float] = {}
 
     async def acquire(self, batch: BatchTokens) -> Scored:

@@ -6,7 +6,7 @@ import numpy as np
 
 from oldlogits.core.policies import OLD
 from oldlogits.core.scoring import BatchTokens, Scored
-from oldlogits.core.source import LogprobSource, SourceHandles
+from oldlogits.core.source import LogprobSource
 
 
 class SnapshotSource(LogprobSource):
@@ -21,9 +21,6 @@ class SnapshotSource(LogprobSource):
     cost = "stores every version that is still needed"
     stores_versions = True
     mixes_versions = True
-
-    def __init__(self, handles: SourceHandles) -> None:
-        self._trainer = handles.trainer
 
     async def acquire(self, batch: BatchTokens) -> Scored:
         """Score every token at its own version; never at another one."""

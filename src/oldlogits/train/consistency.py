@@ -101,7 +101,8 @@ class ConsistencyChecks:
     def check_checkout(self, module: PreTrainedModel, version: PolicyVersion) -> None:
         """Check that the weights about to score reproduce what the live ones gave the probe tokens at publish."""
         error = max_error(self._score_probe(module), self.published[version])
-        self.errors = replace(self.errors, publish_max_abs_error=_worst(self.errors.publish_max_abs_error, error))
+        worst = float(np.fmax(self.errors.publish_max_abs_error, error))
+        self.errors = replace(self.errors, publish_max_abs_error=worst)
         check_consistency(error, f"the checkout of version {version}", "the live weights at its publish")
 
     def check_restored(
@@ -123,13 +124,8 @@ class ConsistencyChecks:
 
     def note_lag0(self, error: float) -> None:
         """Note how far OLD was from THETA on lag-0 tokens before the first optimizer step; NaN: there were none."""
-        self.errors = replace(self.errors, lag0_max_abs_error=_worst(self.errors.lag0_max_abs_error, error))
+        self.errors = replace(self.errors, lag0_max_abs_error=float(np.fmax(self.errors.lag0_max_abs_error, error)))
 
     def keep(self, versions: Container[PolicyVersion]) -> None:
         """Forget what other versions gave the probe tokens."""
         self.published = {version: logps for version, logps in self.published.items() if version in versions}
-
-
-def _worst(before: float, now: float) -> float:
-    """Give the larger error; NaN says that there was none."""
-    return float(np.fmax(before, now))

@@ -1,4 +1,4 @@
-"""The loss tokens of a batch: what a loss reads of them, and what an update records of them."""
+"""The loss tokens of a batch: what a loss reads of them, what an update records of them, and the per-token table."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from torch import Tensor
 
 from oldlogits.batch import TokenBatch
 from oldlogits.core.loss import LossInputs, LossTerms
-from oldlogits.core.policies import MU, THETA, Policy
+from oldlogits.core.policies import MU, OLD, PROXIMAL_PROVENANCE, THETA, Policy, Provenance
 from oldlogits.core.scoring import Scored
 from oldlogits.models.ranks import Ranks
+
+Column = NDArray[np.generic]
 
 MASKS: Final = ("band_mask", "clip_mask", "active_mask")
 
@@ -123,3 +125,46 @@ class TokenRecord:
             return
         for column in self._columns:
             column[chosen] = ranks.sum(column[chosen].float()).to(column.dtype)
+
+
+def provenance_label(proximal: Policy, scored: Scored | None) -> Provenance:
+    """Tell how the proximal policy's values were obtained, where keys and values were fresh."""
+    if scored is not None and scored.policy is proximal and scored.provenance is not None:
+        return scored.provenance
+    return PROXIMAL_PROVENANCE[proximal]
+
+
+def count_provenance(mixed_kv: NDArray[np.bool_], proximal: Policy, label: Provenance) -> dict[str, int]:
+    """Count loss tokens by provenance. OLD over stale keys and values has a label of its own; other policies keep theirs."""
+    mixed = int(mixed_kv.sum()) if proximal is OLD else 0
+    counts = {label.value: len(mixed_kv) - mixed, Provenance.MIXED_KV.value: mixed}
+    return {name: count for name, count in counts.items() if count}
+
+
+def token_table(
+    batch: TokenBatch, tokens: LossTokens, record: TokenRecord, *, proximal: Policy, label: Provenance, version: int
+) -> Mapping[str, Column]:
+    """Lay out one row per loss token of a batch; `label` is its provenance. docs/run-folder.md describes the columns."""
+    flat = tokens.flat
+    sequence = tokens.sequence.numpy()
+    mixed = batch.mixed_kv[flat] & (proximal is OLD)
+    return {
+        "trajectory": np.array(batch.trajectory_ids)[sequence],
+        "index": (flat - batch.starts[sequence]).astype(np.int32),
+        "token_id": batch.token_ids[flat].astype(np.int32),
+        "version": batch.version[flat].astype(np.int32),
+        "trainer_version": np.full(len(flat), version, np.int32),
+        "staleness": tokens.staleness.numpy().astype(np.int32),
+        "provenance": np.where(mixed, Provenance.MIXED_KV.value, label.value),
+        "reward": batch.rewards[sequence],
+        "advantage": tokens.advantages.numpy(),
+        "logp_mu": batch.logp_mu[flat],
+        "logp_proximal": record.proximal.numpy(),
+        "logp_theta": record.theta.numpy(),
+        "log_r_d": record.log_r_d.numpy(),
+        "log_r_s": record.log_r_s.numpy(),
+        "loss_mask": np.ones(len(flat), np.bool_),
+        "band_mask": record.band_mask.numpy(),
+        "clip_mask": record.clip_mask.numpy(),
+        "active_mask": record.active_mask.numpy(),
+    }

@@ -16,18 +16,16 @@ from transformers import PreTrainedModel
 
 from oldlogits.batch import Sequences, TokenBatch, pack, read_lengths
 from oldlogits.core.errors import VersionEvictedError
-from oldlogits.core.scoring import ScoredSpans, ScoringSpan
+from oldlogits.core.scoring import AverageScores, EngineScores, ScoredSpans, ScoringSpan
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.models.load import point_at
 from oldlogits.models.mixed_kv import MixedForward
 from oldlogits.models.scorer import ForwardSizes, score_tokens
-from oldlogits.sources import EngineScores
 from oldlogits.train.consistency import ConsistencyChecks, probe_of
 from oldlogits.train.reports import ScoringWork
 from oldlogits.train.weights.average import Averaging
 from oldlogits.train.weights.live import LiveModel
 from oldlogits.train.weights.trainer_store import TrainerVersionStore
-from oldlogits.versions import AverageScores
 
 
 class Scorer:

@@ -19,7 +19,7 @@ from oldlogits.models.scorer import score_tokens
 from oldlogits.train.consistency import check_consistency, max_error, probe_of
 from oldlogits.train.spec import ScorerSpec
 from oldlogits.train.weights.load import load_policy
-from oldlogits.versions import LazyPatchStore
+from oldlogits.versions import PatchStore
 
 
 class ScorerModel:
@@ -35,7 +35,7 @@ class ScorerModel:
         self._spec, self._device = spec, find_device(spec.device)
         self._model = load_policy(spec.model, model_folder).requires_grad_(False).to(self._device)
         round_at_use(self._model, FORWARD_DTYPES[spec.model.forward_dtype])
-        self._store = LazyPatchStore(hot=spec.uncompressed)
+        self._store = PatchStore(hot=spec.uncompressed)
         self._probe = probe_of(probe_ids)
 
     def publish(self, version: PolicyVersion, update: WeightUpdate, probe_logps: NDArray[np.float32]) -> float:

@@ -5,10 +5,13 @@ Whoever starts a run decides (run/specs.py); neither of the two sees the rest of
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from oldlogits.config.schema import ModelConfig, ObjectiveConfig, ProximalConfig, TrainerConfig, VersionsConfig
+from oldlogits.core.loss import Objective
+from oldlogits.core.policies import find_variant
 from oldlogits.engines.embedded.numerics import Numerics
 from oldlogits.models.scorer import ForwardSizes
 
@@ -72,6 +75,11 @@ class TrainerSpec(ForwardSpec):
     sends_patches: bool
     keeps_average: bool
 
+    @property
+    def knobs(self) -> Objective:
+        """The knobs of the objective, as a loss receives them."""
+        return objective_of(self.objective, variant=self.variant, band=self.band)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScorerSpec(ForwardSpec):
@@ -86,3 +94,16 @@ class ScorerSpec(ForwardSpec):
     window: int
     uncompressed: int
     seed: int
+
+
+def objective_of(o: ObjectiveConfig, *, variant: str, band: float) -> Objective:
+    """Give the knobs of a recipe's objective, as a loss receives them."""
+    return Objective(
+        variant=find_variant(variant),
+        band=band,
+        eps_low=o.eps_low,
+        eps_high=o.eps_high,
+        dual_clip=None if math.isinf(o.dual_clip) else o.dual_clip,
+        mismatch_correction=o.mismatch_correction,
+        is_cap=o.is_cap if o.clip == "truncated" else None,
+    )

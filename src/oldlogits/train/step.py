@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from oldlogits.batch import TokenBatch, shard_micro_batches
 from oldlogits.core.errors import MissingLogprobError, NonFiniteError
+from oldlogits.core.loss import LOSSES
 from oldlogits.core.policies import LINEAR, LOGLINEAR, MU, OLD, THETA
 from oldlogits.core.scoring import Scored
 from oldlogits.models.ranks import ALONE, Ranks
@@ -39,10 +40,9 @@ from oldlogits.objective import (
     weighted_loss,
 )
 from oldlogits.train.consistency import CONSISTENCY_TOLERANCE, check_consistency, is_routed, judged_error, num_excused
-from oldlogits.train.loss_tokens import LossTokens, TokenRecord
+from oldlogits.train.loss_tokens import Column, LossTokens, TokenRecord, count_provenance, provenance_label, token_table
 from oldlogits.train.optimizer import Optimizer
-from oldlogits.train.token_table import Column, count_provenance, provenance_label, token_table
-from oldlogits.train.update_config import UpdateConfig
+from oldlogits.train.spec import TrainerSpec
 from oldlogits.train.weights.average import AverageReset
 
 INTERPOLATE = {LINEAR: linear_logp, LOGLINEAR: loglinear_logp}
@@ -78,10 +78,10 @@ def update(
     scored: Scored | None,
     *,
     version: int,
-    config: UpdateConfig,
+    spec: TrainerSpec,
     ranks: Ranks = ALONE,
 ) -> UpdateResult:
-    """Train one batch in ``config.num_steps`` optimizer steps.
+    """Train one batch in ``trainer.minibatches_per_update`` optimizer steps.
 
     Args:
         model: The model with the live weights THETA.
@@ -89,19 +89,19 @@ def update(
         batch: The trajectories.
         scored: The proximal policy's log-probs, or None for a variant that needs no source.
         version: The trainer's version before the first step.
-        config: The objective, and the sizes of steps and micro-batches.
+        spec: The objective, and the sizes of steps and micro-batches.
         ranks: The ranks that hold the model; all make this call with the same batch, and return the same.
     """
-    proximal = config.objective.variant.proximal
+    proximal = spec.knobs.variant.proximal
     tokens = LossTokens.of(batch, scored, version)
-    _check_policies(tokens, config)
+    _check_policies(tokens, spec)
     there, record = tokens.to(model.device), TokenRecord.empty(len(tokens.flat), model.device)
     losses, norms, lag0 = [], [], math.nan
     lag0_above: Mapping[str, float] = {}
-    for step in range(config.num_steps):
+    for step in range(spec.trainer.minibatches_per_update):
         optimizer.zero_grad()
-        losses.append(_accumulate(model, batch, there, step, record, config, ranks))
-        norms.append(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)))
+        losses.append(_accumulate(model, batch, there, step, record, spec, ranks))
+        norms.append(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), spec.trainer.max_grad_norm)))
         if step == 0 and proximal is OLD:
             lag0, lag0_above = _check_lag0(model, tokens, record.cpu(), torch.from_numpy(batch.mixed_kv[tokens.flat]))
         _check_finite(losses[-1], norms[-1], version, step)
@@ -113,10 +113,10 @@ def update(
             "loss/value": float(torch.stack(losses).mean()),
             "grad/norm": float(torch.stack(norms).mean()),
             "grad/norm_max": float(torch.stack(norms).max()),
-            **_diagnostics(tokens, record, config),
-            **_band_shares(tokens, record, config.objective.band),
+            **_diagnostics(tokens, record, spec),
+            **_band_shares(tokens, record, spec.band),
             **lag0_above,
-            "mask/num_truncated": _num_truncated(record, config.objective.is_cap),
+            "mask/num_truncated": _num_truncated(record, spec.knobs.is_cap),
         },
         staleness_counts=_counts(tokens.staleness.numpy()),
         provenance=count_provenance(batch.mixed_kv[tokens.flat], proximal, label),
@@ -125,11 +125,11 @@ def update(
     )
 
 
-def _check_policies(tokens: LossTokens, config: UpdateConfig) -> None:
-    missing = [policy.name for policy in config.objective.variant.needs if policy not in tokens.logp]
+def _check_policies(tokens: LossTokens, spec: TrainerSpec) -> None:
+    missing = [policy.name for policy in spec.knobs.variant.needs if policy not in tokens.logp]
     if missing:
         raise MissingLogprobError(
-            f"variant '{config.variant_name}' needs log-probs of {', '.join(missing)}",
+            f"variant '{spec.variant}' needs log-probs of {', '.join(missing)}",
             got="none for this batch",
             allowed="one per loss token",
             fix="pass the batch through its source first",
@@ -142,27 +142,27 @@ def _accumulate(
     tokens: LossTokens,
     step: int,
     record: TokenRecord,
-    config: UpdateConfig,
+    spec: TrainerSpec,
     ranks: Ranks,
 ) -> Tensor:
     """Accumulate the gradient of one optimizer step, and return its loss (0-d, detached).
 
     Ranks average their gradients: each computes that of its own micro-batches times the number of ranks.
     """
-    proximal = config.objective.variant.proximal
+    proximal, form_terms = spec.knobs.variant.proximal, LOSSES.find(spec.objective.loss)
     chosen = tokens.step == step
-    weights = _step_weights(model, batch, tokens, chosen, config, ranks)
+    weights = _step_weights(model, batch, tokens, chosen, spec, ranks)
     total = torch.zeros((), device=weights.device)
     record.clear(chosen)
-    flat, budget = tokens.flat[chosen.cpu().numpy()], config.sizes["micro_batch_tokens"]
+    flat, budget = tokens.flat[chosen.cpu().numpy()], spec.sizes["micro_batch_tokens"]
     for one in shard_micro_batches(batch, flat, budget, rank=ranks.rank, num_ranks=ranks.num_ranks):
         micro = one.micro
         here = torch.from_numpy(np.searchsorted(tokens.flat, micro.flat.numpy())).to(weights.device)
-        theta = action_logps(model, micro, head_chunk_tokens=config.sizes["head_chunk_tokens"])
+        theta = action_logps(model, micro, head_chunk_tokens=spec.sizes["head_chunk_tokens"])
         logp = {policy: values[here] for policy, values in tokens.logp.items()} | {THETA: theta}
         if proximal in INTERPOLATE:
-            logp[proximal] = _interpolate(logp[MU], theta, tokens.staleness[here], config)
-        terms = config.loss(tokens.inputs(here, logp), config.objective)
+            logp[proximal] = _interpolate(logp[MU], theta, tokens.staleness[here], spec)
+        terms = form_terms(tokens.inputs(here, logp), spec.knobs)
         loss = weighted_loss(terms.values, weights[here] * float(not one.is_padding))
         (loss * ranks.num_ranks).backward()  # type: ignore[no-untyped-call]
         if one.is_padding:
@@ -174,35 +174,36 @@ def _accumulate(
 
 
 def _step_weights(
-    model: PreTrainedModel, batch: TokenBatch, tokens: LossTokens, chosen: Tensor, config: UpdateConfig, ranks: Ranks
+    model: PreTrainedModel, batch: TokenBatch, tokens: LossTokens, chosen: Tensor, spec: TrainerSpec, ranks: Ranks
 ) -> Tensor:
     """Give each token's share of the loss of its optimizer step; 0 for tokens of other steps.
 
     "token-mean-kept" counts the tokens whose r_d is inside the band, whatever the loss makes of it.
     """
-    variant, kept = config.objective.variant, chosen
-    if config.aggregation == "token-mean-kept":
+    variant, kept = spec.knobs.variant, chosen
+    if spec.objective.loss_aggregation == "token-mean-kept":
         logp = dict(tokens.logp)
         if variant.proximal in INTERPOLATE and not variant.r_d.is_one:
             theta = torch.zeros(len(tokens.flat), device=chosen.device)
-            scores = score_tokens(model, batch, tokens.flat[chosen.cpu().numpy()], **config.sizes, ranks=ranks)
+            scores = score_tokens(model, batch, tokens.flat[chosen.cpu().numpy()], **spec.sizes, ranks=ranks)
             theta[chosen] = torch.from_numpy(scores).to(chosen.device)
-            logp[variant.proximal] = _interpolate(logp[MU], theta, tokens.staleness, config)
-        kept = kept_mask(log_discrepancy(variant, logp), chosen, config.objective.band)
+            logp[variant.proximal] = _interpolate(logp[MU], theta, tokens.staleness, spec)
+        kept = kept_mask(log_discrepancy(variant, logp), chosen, spec.band)
     return token_weights(
         chosen,
-        mode=config.aggregation,
+        mode=spec.objective.loss_aggregation,
         sequence_index=tokens.sequence,
         num_sequences=tokens.num_sequences,
         kept_mask=kept,
-        constant=config.aggregation_tokens,
+        constant=spec.objective.loss_aggregation_tokens,
     )
 
 
-def _interpolate(logp_mu: Tensor, theta: Tensor, staleness: Tensor, config: UpdateConfig) -> Tensor:
+def _interpolate(logp_mu: Tensor, theta: Tensor, staleness: Tensor, spec: TrainerSpec) -> Tensor:
     """Interpolate the proximal policy, with the recipe's weight on MU or that of each token's staleness."""
-    weight_mu = a3po_weight_mu(staleness) if config.weight_mu is None else config.weight_mu
-    return INTERPOLATE[config.objective.variant.proximal](logp_mu, theta, weight_mu)
+    o = spec.objective
+    weight_mu = a3po_weight_mu(staleness) if o.interpolation_schedule == "a3po" else o.interpolation_mu
+    return INTERPOLATE[spec.knobs.variant.proximal](logp_mu, theta, weight_mu)
 
 
 def _check_lag0(
@@ -232,7 +233,7 @@ def _check_finite(loss: Tensor, norm: Tensor, version: int, step: int) -> None:
         )
 
 
-def _diagnostics(tokens: LossTokens, record: TokenRecord, config: UpdateConfig) -> dict[str, float]:
+def _diagnostics(tokens: LossTokens, record: TokenRecord, spec: TrainerSpec) -> dict[str, float]:
     return to_metrics(
         diagnose(
             record.log_r_d,
@@ -242,7 +243,7 @@ def _diagnostics(tokens: LossTokens, record: TokenRecord, config: UpdateConfig) 
             loss_mask=torch.ones_like(record.band_mask),
             staleness=tokens.staleness,
             advantages=tokens.advantages,
-            num_staleness=config.max_staleness + 1,
+            num_staleness=spec.max_staleness + 1,
         )
     )
 

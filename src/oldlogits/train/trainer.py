@@ -9,26 +9,35 @@ and patches.
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
 from oldlogits.batch import TokenBatch
+from oldlogits.core.errors import RunFolderError
 from oldlogits.core.scoring import Scored
 from oldlogits.core.weights import FullWeights, PolicyVersion
-from oldlogits.models.load import load_tokenizer
+from oldlogits.models.load import load_tokenizer, local, point_at, write_model
+from oldlogits.models.lora import write_adapters
 from oldlogits.models.ranks import ALONE, Ranks
+from oldlogits.rpc.client import Dispatcher
+from oldlogits.train.calls import TrainerCalls
+from oldlogits.train.checkpoint import of_kind, read_state, sliced, write_state
 from oldlogits.train.consistency import is_routed
 from oldlogits.train.optimizer import Optimizer
-from oldlogits.train.reports import PublishedVersion, TrainerState
+from oldlogits.train.reports import ConsistencyErrors, PublishedVersion, TrainerState
 from oldlogits.train.scorer import Scorer
 from oldlogits.train.spec import TrainerSpec
 from oldlogits.train.step import UpdateResult, update
-from oldlogits.train.trainer_checkpoint import TrainerCheckpoint, write_batch
-from oldlogits.train.update_config import UpdateConfig
 from oldlogits.train.weights.average import Averaging
 from oldlogits.train.weights.live import load_live
+from oldlogits.train.weights.load import folder_weights
 from oldlogits.train.weights.trainer_store import TrainerVersionStore, shards_of
 
 
@@ -43,7 +52,7 @@ class Trainer:
     """
 
     def __init__(self, spec: TrainerSpec, model_folder: Path, probe_ids: Sequence[int], ranks: Ranks = ALONE) -> None:
-        self._update_config = UpdateConfig.of(spec)
+        self._spec, self._tokenizer = spec, load_tokenizer(model_folder)
         self.live = live = load_live(spec, model_folder, ranks)
         self.store: TrainerVersionStore | None = None
         if spec.stores_versions:
@@ -52,14 +61,6 @@ class Trainer:
         self._averaging = Averaging(spec.proximal, spec.window, live.weights) if spec.keeps_average else None
         self.scorer = Scorer(live, self.store, self._averaging, probe_ids=probe_ids, sizes=spec.sizes, window=spec.window)
         self.optimizer = Optimizer(live.model, spec)
-        self._checkpoint = TrainerCheckpoint(
-            spec.model,
-            load_tokenizer(model_folder),
-            live=live,
-            optimizer=self.optimizer,
-            checks=self.scorer.checks,
-            averaging=self._averaging,
-        )
         self._scored: Scored | None = None
         self.busy_s = 0.0
         """Seconds that calls have taken; counted by what carries them out."""
@@ -105,8 +106,8 @@ class Trainer:
         """Train the batch; the trainer's version rises by one."""
         batch = self.scorer.current_batch()
         self._scored = scored
-        live, config = self.live, self._update_config
-        result = update(live.model, self.optimizer, batch, scored, version=live.version, config=config, ranks=live.ranks)
+        live = self.live
+        result = update(live.model, self.optimizer, batch, scored, version=live.version, spec=self._spec, ranks=live.ranks)
         self.scorer.checks.note_lag0(result.lag0_max_abs_error)
         self.scorer.batch = None
         live.version += 1
@@ -121,16 +122,63 @@ class Trainer:
     def save_batch(self, folder: Path) -> Path:
         """Write the batch in training, and the proximal policy's log-probs of it, to a folder for a post-mortem."""
         if self.live.ranks.is_first:
-            write_batch(folder, self.scorer.current_batch(), self._scored)
+            _write_batch(folder, self.scorer.current_batch(), self._scored)
         return folder
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint."""
-        self._checkpoint.save(folder)
+        """Write a checkpoint: ``model/`` in the standard format, and ``state/``, to a folder that is the same on all ranks.
+
+        With adapters ``model/`` has them added, and ``adapter/`` holds them by themselves, as peft reads them.
+        """
+        m, live, checks, state = self._spec.model, self.live, self.scorer.checks, folder / "state"
+        weights = folder_weights(live.model, live.dtype, m.adapter_scale, live.ranks)
+        adapters = live.full_weights().tensors if m.lora_rank else {}
+        if live.ranks.is_first:
+            if m.lora_rank:
+                write_adapters(
+                    folder / "adapter", adapters, rank=m.lora_rank, alpha=m.lora_alpha, targets=m.lora_targets, base=m.path
+                )
+            write_model(live.model.config, live.model.generation_config, weights, folder / "model")
+            self._tokenizer.save_pretrained(folder / "model")
+            state.mkdir(parents=True, exist_ok=True)
+            logps = checks.published.get(live.version, np.empty(0)).tolist()
+            counters = {"version": live.version, "schedule_steps": self.optimizer.num_steps, "probe_logps": logps}
+            counters |= asdict(checks.errors) | {"device": live.ranks.device.type}
+            (state / "trainer.json").write_text(json.dumps(counters, indent=1))
+        live.ranks.gather(None)  # the folder is there
+        tensors = {"rng": torch.get_rng_state(), **self.optimizer.state(), **sliced("master", live.weights, live.model)}
+        if self._averaging is not None:
+            tensors |= {f"averaging|{key}": value for key, value in self._averaging.state().items()}
+            tensors |= sliced("averaged", self._averaging.average.weights, live.model)
+        write_state(state, tensors, live.ranks)
 
     def restore(self, folder: Path) -> None:
-        """Go on from a checkpoint."""
-        self._checkpoint.restore(folder)
+        """Go on from a checkpoint, written by any number of ranks; the model's weights are loaded too."""
+        live, checks, counters_file = self.live, self.scorer.checks, folder / "state" / "trainer.json"
+        with live.ranks.agreeing():
+            if not counters_file.is_file():
+                raise RunFolderError(
+                    f"the checkpoint lacks {counters_file.name}",
+                    got=str(folder),
+                    allowed="a folder with model/ and state/, which every rank reads",
+                    fix="resume from another run folder",
+                )
+        counters = json.loads(counters_file.read_text())
+        state = read_state(folder / "state", live.model, live.ranks)
+        torch.set_rng_state(state["rng"])
+        parameters = dict(live.model.named_parameters())
+        for name, master in of_kind("master", state).items():
+            parameters[name].data.copy_(master)
+        self.optimizer.load(state, counters.pop("schedule_steps"))
+        live.version = counters.pop("version")
+        same_device = counters.pop("device", live.ranks.device.type) == live.ranks.device.type
+        published = np.array(counters.pop("probe_logps"), np.float32)
+        point_at(live.scoring, live.weights)
+        checks.check_restored(live.scoring, live.version, published, same_device=same_device)
+        checks.errors = ConsistencyErrors(**counters)
+        if self._averaging is not None:
+            weights = {name: local(weight) for name, weight in of_kind("averaged", state).items()}
+            self._averaging.load(of_kind("averaging", state), weights)
 
     def state(self) -> TrainerState:
         """Tell the version, the largest errors of the consistency checks, and what the trainer has worked."""
@@ -147,6 +195,36 @@ class Trainer:
         """Take the new version into the average."""
         assert self._averaging is not None
         started = time.perf_counter()
-        taken = self._averaging.take_in(self.live.weights, self.version, result.metrics, result.staleness_counts)
-        metrics = {**result.metrics, **taken.metrics, "average/take_in_s": time.perf_counter() - started}
-        return replace(result, metrics=metrics, average_reset=taken.reset)
+        found, reset = self._averaging.take_in(self.live.weights, self.version, result.metrics, result.staleness_counts)
+        metrics = {**result.metrics, **found, "average/take_in_s": time.perf_counter() - started}
+        return replace(result, metrics=metrics, average_reset=reset)
+
+
+class TrainerService(Dispatcher):
+    """Carries out `TrainerCalls` by a trainer and its scorer, and counts the seconds by `clock`."""
+
+    def __init__(self, trainer: Trainer, clock: Callable[[], float]) -> None:
+        super().__init__(TrainerCalls, trainer, trainer.scorer)
+        self._trainer, self._clock = trainer, clock
+
+    def call(self, method: str, arguments: tuple[object, ...]) -> object:
+        """Carry out a call."""
+        started = self._clock()
+        try:
+            return super().call(method, arguments)
+        finally:
+            self._trainer.busy_s += self._clock() - started
+
+
+def _write_batch(folder: Path, batch: TokenBatch, scored: Scored | None) -> None:
+    """Write a batch, and the proximal policy's log-probs of it, one for each loss token."""
+    columns = asdict(batch)
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = columns.pop("trajectory_ids")
+    if scored is not None:
+        columns[f"logp_{scored.policy}"] = scored.values
+    save_file(
+        {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in columns.items()},
+        folder / "batch.safetensors",
+    )
+    (folder / "trajectories.json").write_text(json.dumps(list(ids)))

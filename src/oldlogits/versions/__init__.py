@@ -1,6 +1,5 @@
 """Exact versions of the forward weights, and their average."""
 
-from oldlogits.core.scoring import AverageScores
 from oldlogits.versions.decay import best_beta, growth_exponent, mean_lag_beta, window_beta
 from oldlogits.versions.ewma import WeightAverage
 from oldlogits.versions.host_copy import HostCopy
@@ -9,15 +8,13 @@ from oldlogits.versions.patches.flat import FlatWeights
 from oldlogits.versions.patches.kernel_choice import kernels_in_use
 from oldlogits.versions.patches.layout import Entry, Layout, Shard
 from oldlogits.versions.patches.patch import Patch, concatenate
-from oldlogits.versions.store import LazyPatchStore, PatchStore
+from oldlogits.versions.store import PatchStore
 
 __all__ = [
-    "AverageScores",
     "Entry",
     "FlatWeights",
     "HostCopy",
     "Layout",
-    "LazyPatchStore",
     "Patch",
     "PatchStore",
     "Shard",

@@ -11,9 +11,7 @@ from torch import Tensor
 from oldlogits.core.errors import ExactnessError, PatchError
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.versions.defer_sigint import defer_sigint
-from oldlogits.versions.disk.log import VersionLog
-from oldlogits.versions.disk.log_format import Record
-from oldlogits.versions.disk.records import Step, read_step
+from oldlogits.versions.disk import Disk, StoredFile
 from oldlogits.versions.patches.codec import apply, encode
 from oldlogits.versions.patches.flat import FlatWeights
 from oldlogits.versions.patches.patch import Patch
@@ -25,22 +23,22 @@ _REMEDY: Final = "its memory was written to or is faulty: open the store again f
 
 @dataclass(slots=True, kw_only=True)
 class Link:
-    """The patch between two consecutive versions; at least one of `raw`, `cold` and `record` is there.
+    """The patch between two consecutive versions; at least one of `raw`, `cold` and `file` is there.
 
     Args:
-        step: The version and the digest that it leads from, and the digest that it leads to.
+        base: The version that it leads from.
         target: The version that it leads to.
         raw: The memory tier: fast to apply.
         cold: The compressed tier.
-        record: Its place in the log.
+        file: The patch on disk.
         is_incompressible: The compressed tier would take more than the memory tier; such a patch stays as it is.
     """
 
-    step: Step
+    base: PolicyVersion
     target: PolicyVersion
     raw: Patch | None = None
     cold: bytes | None = None
-    record: Record | None = None
+    file: StoredFile | None = None
     is_incompressible: bool = False
 
     @property
@@ -50,28 +48,85 @@ class Link:
 
 
 class Chain:
-    """Links in the order of their versions; those that are on disk only are read from `log`."""
+    """A resident copy, which holds the version `at`, and the links that it goes along, in the order of their versions.
 
-    def __init__(self, log: VersionLog | None = None, links: Sequence[Link] = ()) -> None:
-        self._log, self.links = log, list(links)
+    Args:
+        flat: The copy.
+        at: Its version.
+        disk: The versions on disk, whose patches are the first links; None: there are none.
+    """
+
+    def __init__(self, flat: FlatWeights, at: PolicyVersion, disk: Disk | None = None) -> None:
+        assert flat.digest is not None, "the copy holds a version"
+        self.flat, self.at, self._disk = flat, at, disk
+        files = disk.held.patches if disk is not None else ()
+        self.links = [Link(base=file.base, target=file.target, file=file) for file in files]
+        ends = {file.base: file.base_digest for file in files} | {file.target: file.target_digest for file in files}
+        self.digests = dict(sorted(({at: flat.digest} | ends).items()))
+        """The digests of all versions, ascending."""
+
+    @property
+    def versions(self) -> tuple[PolicyVersion, ...]:
+        """The versions that can be reached, ascending."""
+        return tuple(self.digests)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of memory that all links take."""
         return sum(link.num_bytes for link in self.links)
 
+    def absorb(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> Patch:
+        """Take new bits, which become `version`, and add the patch that leads to them to the end of the chain."""
+        with defer_sigint():
+            return self._add(version, encode(self.flat, weights))
+
+    def follow(self, version: PolicyVersion, patch: Patch) -> Patch:
+        """Apply a patch that leads to `version`, and add it to the end of the chain; an error leaves all as it was."""
+        with defer_sigint():
+            apply(self.flat, [patch], 1)
+            return self._add(version, patch)
+
+    def agrees(self, weights: Mapping[str, Tensor]) -> bool:
+        """Tell whether these weights have the bits that the copy has."""
+        with defer_sigint():
+            patch = encode(self.flat, weights)
+            apply(self.flat, [patch], -1)
+        return not patch.num_changed
+
+    def drop_below(self, oldest: PolicyVersion) -> None:
+        """Drop the versions below `oldest`, and the links from them."""
+        self.links = [link for link in self.links if link.target > oldest]
+        self.digests = {version: digest for version, digest in self.digests.items() if version >= oldest}
+
+    def drop_above(self, newest: PolicyVersion) -> None:
+        """Drop the versions above `newest`, and the links to them."""
+        self.links = [link for link in self.links if link.target <= newest]
+        self.digests = {version: digest for version, digest in self.digests.items() if version <= newest}
+
     def between(self, a: PolicyVersion, b: PolicyVersion) -> list[Link]:
         """The links between two versions, oldest first."""
         low, high = min(a, b), max(a, b)
         return [link for link in self.links if low < link.target <= high]
 
-    def keep_above(self, oldest: PolicyVersion) -> None:
-        """Drop the links that lead to `oldest` and to what is older."""
-        self.links = [link for link in self.links if link.target > oldest]
+    def move_to(self, version: PolicyVersion) -> None:
+        """Apply the patches on the way to `version`; an `ExactnessError` if they lead to other bits than were published."""
+        forwards, way = version > self.at, self.between(self.at, version)
+        for links, patches in self._runs(way if forwards else way[::-1], max(_RUN_BYTES, self.flat.num_bytes // 4)):
+            reached = links[-1].target if forwards else links[-1].base
+            with defer_sigint():
+                try:
+                    apply(self.flat, patches if forwards else patches[::-1], 1 if forwards else -1)
+                except ExactnessError as error:
+                    raise _not_published(reached, error.got, error.allowed) from error
+                self.at = reached
+        self.check(self.flat.digest)
 
-    def keep_below(self, newest: PolicyVersion) -> None:
-        """Drop the links that lead to what is newer than `newest`."""
-        self.links = [link for link in self.links if link.target <= newest]
+    def check(self, found: int | None) -> None:
+        """Refuse a digest of the copy's bits that is not the one they were published with (None: a change broke off)."""
+        published = self.digests[self.at]
+        if found != published:
+            got = "no digest: a change that broke off" if found is None else f"digest {found:016x}"
+            raise _not_published(self.at, got, f"digest {published:016x}")
 
     def patch(self, link: Link) -> Patch:
         """A link's patch, from the fastest tier that has it; an error if its bytes are not those that were written."""
@@ -80,19 +135,39 @@ class Chain:
         try:
             return Patch.from_bytes(self.serialised(link))
         except PatchError as error:
-            what = f"the patch from version {link.step.base} to {link.target}: {error.what}"
+            what = f"the patch from version {link.base} to {link.target}: {error.what}"
             raise PatchError(what, got=error.got, allowed=error.allowed, fix=_REMEDY) from error
 
     def serialised(self, link: Link) -> bytes | memoryview:
         """A link's patch as bytes of the cold tier."""
         if link.cold is not None:
             return link.cold
-        if link.record is not None and self._log is not None:
-            return read_step(self._log.read(link.record))[1]
+        if link.file is not None and self._disk is not None:
+            return self._disk.read(link.file)
         assert link.raw is not None, "a link is in one tier at least"
         return link.raw.to_bytes("cold")
 
-    def runs(self, way: Sequence[Link], most_bytes: int) -> Iterator[tuple[list[Link], list[Patch]]]:
+    def save_memory(self, num_hot: int, budget_bytes: int | None) -> None:
+        """Compress all but the newest links; over the budget compress all, then leave the oldest on disk only, if there."""
+        self._compress(num_hot)
+        if budget_bytes is None or self.num_bytes <= budget_bytes:
+            return
+        self._compress(0)
+        excess = self.num_bytes - budget_bytes
+        for link in self.links:
+            if excess <= 0:
+                break
+            if link.file is not None:
+                excess -= link.num_bytes
+                link.raw = link.cold = None
+
+    def _add(self, version: PolicyVersion, patch: Patch) -> Patch:
+        self.links.append(Link(base=self.at, target=version, raw=patch))
+        self.digests[version] = patch.target
+        self.at = version
+        return patch
+
+    def _runs(self, way: Sequence[Link], most_bytes: int) -> Iterator[tuple[list[Link], list[Patch]]]:
         """The links of a way and their patches: as many at a time as take `most_bytes`, but at least one."""
         links, patches = list[Link](), list[Patch]()
         for link in way:
@@ -105,20 +180,6 @@ class Chain:
         if patches:
             yield links, patches
 
-    def save_memory(self, num_hot: int, budget_bytes: int | None) -> None:
-        """Compress all but the newest links; over the budget compress all, then leave the oldest on disk only, if there."""
-        self._compress(num_hot)
-        if budget_bytes is None or self.num_bytes <= budget_bytes:
-            return
-        self._compress(0)
-        excess = self.num_bytes - budget_bytes
-        for link in self.links:
-            if excess <= 0:
-                break
-            if link.record is not None:
-                excess -= link.num_bytes
-                link.raw = link.cold = None
-
     def _compress(self, num_hot: int) -> None:
         for link in self.links[: max(0, len(self.links) - num_hot)]:
             if link.raw is not None and not link.is_incompressible:
@@ -126,62 +187,6 @@ class Chain:
                 link.is_incompressible = len(cold) >= link.raw.num_bytes
                 if not link.is_incompressible:
                     link.cold, link.raw = cold, None
-
-
-class Resident:
-    """Flat weights, with their digest, that hold the version `at` and go along a chain of patches."""
-
-    def __init__(self, flat: FlatWeights, at: PolicyVersion, chain: Chain) -> None:
-        self.flat, self.at, self._chain = flat, at, chain
-
-    def absorb(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> Link:
-        """Take new bits, which become `version`, and add the patch that leads to them to the end of the chain."""
-        with defer_sigint():
-            return self._arrived(version, encode(self.flat, weights))
-
-    def follow(self, version: PolicyVersion, patch: Patch) -> Link:
-        """Apply a patch that leads to `version`, and add it to the end of the chain; an error leaves all as it was."""
-        with defer_sigint():
-            apply(self.flat, [patch], 1)
-            return self._arrived(version, patch)
-
-    def _arrived(self, version: PolicyVersion, patch: Patch) -> Link:
-        step = Step(base=self.at, base_digest=patch.base, target_digest=patch.target)
-        link = Link(step=step, target=version, raw=patch)
-        self._chain.links.append(link)
-        self.at = version
-        return link
-
-    def agrees(self, weights: Mapping[str, Tensor]) -> bool:
-        """Whether these weights have the bits that the copy has."""
-        with defer_sigint():
-            patch = encode(self.flat, weights)
-            apply(self.flat, [patch], -1)
-        return not patch.num_changed
-
-    def give_up(self, base: PolicyVersion) -> None:
-        """Go back to `base` and drop the links beyond it."""
-        with defer_sigint():
-            self.move_to(base)
-            self._chain.keep_below(base)
-
-    def move_to(self, version: PolicyVersion) -> None:
-        """Apply the patches on the way to `version`; an `ExactnessError` if they lead to other bits than were published."""
-        forwards, way = version > self.at, self._chain.between(self.at, version)
-        for links, patches in self._chain.runs(way if forwards else way[::-1], max(_RUN_BYTES, self.flat.num_bytes // 4)):
-            reached = links[-1].target if forwards else links[-1].step.base
-            with defer_sigint():
-                try:
-                    apply(self.flat, patches if forwards else patches[::-1], 1 if forwards else -1)
-                except ExactnessError as error:
-                    raise _not_published(reached, error.got, error.allowed) from error
-                self.at = reached
-
-    def check(self, published: int, found: int | None) -> None:
-        """Refuse a digest of the copy's bits that is not the one they were published with (None: a change broke off)."""
-        if found != published:
-            got = "no digest: a change that broke off" if found is None else f"digest {found:016x}"
-            raise _not_published(self.at, got, f"digest {published:016x}")
 
 
 def _not_published(version: PolicyVersion, got: str, allowed: str) -> ExactnessError:

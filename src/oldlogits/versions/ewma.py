@@ -32,29 +32,19 @@ class WeightAverage:
     Args:
         weights: The first version, by name; its age is 0.
 
+    Attributes:
+        weights: The average by name, float32; views that the next `add` changes.
+        age: The mean age of the averaged versions, in versions; 0 right after a reset.
+        num_versions: The versions taken in since the last reset, that of the reset included.
+
     Example:
         beta = .5, versions 1, 2, 4 (one weight): (1 * .25 + 2 * .5 + 4) / 1.75 = 3; age (2 * .25 + .5) / 1.75 = .571.
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        self._buffers, self._views = _flat(weights)
-        self._weight_sum, self._age, self._num_versions = 1.0, 0.0, 1
+        self._buffers, self.weights = _flat(weights)
+        self._weight_sum, self.age, self.num_versions = 1.0, 0.0, 1
         self.reset(weights)
-
-    @property
-    def weights(self) -> Mapping[str, Tensor]:
-        """The average by name, float32; views that the next `add` changes."""
-        return self._views
-
-    @property
-    def age(self) -> float:
-        """Mean age of the averaged versions, in versions; 0 right after a reset."""
-        return self._age
-
-    @property
-    def num_versions(self) -> int:
-        """Versions taken in since the last reset, that of the reset included."""
-        return self._num_versions
 
     @property
     def num_bytes(self) -> int:
@@ -68,28 +58,28 @@ class WeightAverage:
             raise ConfigError("beta is no decay", got=str(beta), allowed="in [0, 1)", fix="beta = W / (W + 2)")
         earlier = beta * self._weight_sum
         self._weight_sum = earlier + 1
-        self._age = earlier * (self._age + 1) / self._weight_sum
-        self._num_versions += 1
-        for name, view in self._views.items():
+        self.age = earlier * (self.age + 1) / self._weight_sum
+        self.num_versions += 1
+        for name, view in self.weights.items():
             view.lerp_(weights[name].to(torch.float32), 1 / self._weight_sum)
 
     @torch.no_grad()
     def reset(self, to: Mapping[str, Tensor]) -> None:
         """Forget all versions but `to`, which has age 0."""
-        for name, view in self._views.items():
+        for name, view in self.weights.items():
             view.copy_(to[name])
-        self._weight_sum, self._age, self._num_versions = 1.0, 0.0, 1
+        self._weight_sum, self.age, self.num_versions = 1.0, 0.0, 1
 
     @property
     def counters(self) -> Tensor:
         """What `load` needs beside the weights: float64 [3]."""
-        return torch.tensor([self._weight_sum, self._age, self._num_versions], dtype=torch.float64)
+        return torch.tensor([self._weight_sum, self.age, self.num_versions], dtype=torch.float64)
 
     def load(self, weights: Mapping[str, Tensor], counters: Tensor) -> None:
         """Go on from the averaged weights and `counters` of an average of the same model."""
         self.reset(weights)
-        self._weight_sum, self._age, num_versions = counters.tolist()
-        self._num_versions = int(num_versions)
+        self._weight_sum, self.age, num_versions = counters.tolist()
+        self.num_versions = int(num_versions)
 
 
 def _flat(weights: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:

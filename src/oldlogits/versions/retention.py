@@ -1,53 +1,11 @@
-"""Retention: which versions are still needed, and the error for one that is gone."""
+"""Which versions a store takes and gives: the errors for one that is gone, out of order, or there with other bits."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from oldlogits.core.errors import StoreUseError, VersionEvictedError
 from oldlogits.core.weights import PolicyVersion
-
-
-class Retention:
-    """A version is needed while it is the newest, at or above the oldest that was asked for last, or held.
-
-    Example:
-        >>> retention = Retention()
-        >>> retention.hold(2)
-        >>> retention.oldest_needed = 4
-        >>> retention.needed([1, 2, 3, 4, 5])
-        [2, 4, 5]
-    """
-
-    def __init__(self) -> None:
-        self.oldest_needed: PolicyVersion | None = None
-        """The version that `retain` was last called with; None: all versions are needed."""
-        self._holds: Counter[PolicyVersion] = Counter()
-
-    def hold(self, version: PolicyVersion) -> None:
-        """Count one more reference to a version."""
-        self._holds[version] += 1
-
-    def release(self, version: PolicyVersion) -> None:
-        """Count one reference less to a version; a `StoreUseError` if it has none."""
-        if not self._holds[version]:
-            del self._holds[version]
-            raise StoreUseError(
-                f"version {version} was released more often than it was held",
-                got="a release without a hold",
-                allowed=f"held: {sorted(self._holds) or 'nothing'}",
-                fix="call release(version) once for each hold(version)",
-            )
-        self._holds[version] -= 1
-        if not self._holds[version]:
-            del self._holds[version]
-
-    def needed(self, versions: Iterable[PolicyVersion]) -> list[PolicyVersion]:
-        """The versions that are needed, among those given in ascending order."""
-        all_versions = list(versions)
-        oldest, newest = self.oldest_needed, all_versions[-1:]
-        return [v for v in all_versions if oldest is None or v >= oldest or v in self._holds or v in newest]
 
 
 def check_held(version: PolicyVersion, versions: Sequence[PolicyVersion]) -> None:
@@ -57,7 +15,7 @@ def check_held(version: PolicyVersion, versions: Sequence[PolicyVersion]) -> Non
             f"version {version} is not in the store",
             got=f"version {version}",
             allowed=_spans(versions) or "nothing was published yet",
-            fix="keep what tokens in flight need: call retain(oldest version in flight), or hold(version)",
+            fix="keep what tokens in flight need: call retain(oldest version in flight)",
         )
 
 

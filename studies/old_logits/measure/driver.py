@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -60,8 +61,7 @@ def drive(config: RunConfig, out: Path, observe: Callable[[Path], Observer]) -> 
     async def open_observed(spec: BackendSpec) -> AsyncIterator[Backend]:
         async with open_lockstep(spec) as backend:
             observed = _Observed(backend.trainer, observe(spec.model_folder))
-            backend.trainer = client(TrainerCalls, observed)  # type: ignore[type-abstract]
-            yield backend
+            yield replace(backend, trainer=client(TrainerCalls, observed))  # type: ignore[type-abstract]
 
     result = run(config, out, open_backend=open_observed, console=Console(quiet=True))
     if result.error is not None:

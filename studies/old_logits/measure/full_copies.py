@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -12,18 +11,18 @@ from torch import Tensor
 
 from oldlogits.core.weights import PolicyVersion, StoreReceipt
 from oldlogits.versions.patches.flat import same_bits
-from oldlogits.versions.retention import Retention, check_ascends, check_held, published_twice
+from oldlogits.versions.retention import check_ascends, check_held, published_twice
 
 
 class FullCopyStore:
-    """A `VersionStore` of full copies in memory. Any number of versions may be checked out at once, from any thread.
+    """The methods of a `PatchStore` over full copies. Any number of versions may be checked out at once, from any thread.
 
     Tensors that change wholly are as large in a `PatchStore`, which has the disk and the digests that this one lacks.
     """
 
     def __init__(self) -> None:
         self._copies: dict[PolicyVersion, Mapping[str, Tensor]] = {}
-        self._retention = Retention()
+        self._oldest_needed: PolicyVersion = 0
         self._lock = threading.RLock()
 
     @property
@@ -45,7 +44,6 @@ class FullCopyStore:
         """
         with self._lock:
             check_ascends(version, self.versions)
-            started = time.perf_counter()
             copy = {name: tensor.detach().clone() for name, tensor in weights.items()}
             num_bytes = sum(tensor.nbytes for tensor in copy.values())
             if version in self._copies and not _same(copy, self._copies[version]):
@@ -57,7 +55,6 @@ class FullCopyStore:
                 stored_bytes=num_bytes,
                 full_bytes=num_bytes,
                 share_changed=math.nan,
-                encode_s=time.perf_counter() - started,
             )
 
     @contextmanager
@@ -72,35 +69,10 @@ class FullCopyStore:
             copy = self._copies[version]
         yield copy
 
-    @contextmanager
-    def walk(self) -> Iterator[None]:
-        """Nothing to save here: a checkout of a full copy costs nothing."""
-        yield
-
     def retain(self, oldest_needed: PolicyVersion) -> list[PolicyVersion]:
-        """Versions below `oldest_needed` are no longer needed, but for the newest and those held; returns those dropped."""
+        """Versions below `oldest_needed` are no longer needed, but for the newest; returns those dropped."""
         with self._lock:
-            self._retention.oldest_needed = oldest_needed
-            return self._drop()
-
-    def hold(self, version: PolicyVersion) -> None:
-        """Keep a version until `release`, whatever `retain` says.
-
-        Raises:
-            VersionEvictedError: The version is not in the store.
-        """
-        with self._lock:
-            check_held(version, self.versions)
-            self._retention.hold(version)
-
-    def release(self, version: PolicyVersion) -> list[PolicyVersion]:
-        """Take one `hold` back; returns the versions dropped.
-
-        Raises:
-            StoreUseError: The version is not held.
-        """
-        with self._lock:
-            self._retention.release(version)
+            self._oldest_needed = oldest_needed
             return self._drop()
 
     def rewind(self, version: PolicyVersion) -> None:
@@ -117,9 +89,9 @@ class FullCopyStore:
         """Nothing to give up."""
 
     def _drop(self) -> list[PolicyVersion]:
-        needed = set(self._retention.needed(self._copies))
-        dropped = [version for version in self._copies if version not in needed]
-        self._copies = {version: copy for version, copy in self._copies.items() if version in needed}
+        oldest = min(self._oldest_needed, max(self._copies, default=0))
+        dropped = [version for version in self._copies if version < oldest]
+        self._copies = {version: copy for version, copy in self._copies.items() if version >= oldest}
         return dropped
 
 

@@ -163,8 +163,8 @@ class Panel:
                 self._betas[name] = 0.0
             elif self._last is not None:
                 counts, metrics = self._last.staleness_counts, self._last.metrics
-                taken = self._averages[name].take_in(tensors, published.version, metrics, counts)
-                self._betas[name] = taken.metrics["average/beta"]
+                found, _ = self._averages[name].take_in(tensors, published.version, metrics, counts)
+                self._betas[name] = found["average/beta"]
             self._averages[name].note_probe(published.version, published.probe_logps)
 
     async def before_train(self, batch: TokenBatch, engine_scores: EngineScores) -> None:

@@ -4,7 +4,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oldlogits.core.errors import StoreUseError, VersionEvictedError
-from oldlogits.core.weights import VersionStore
 from studies.old_logits.measure.full_copies import FullCopyStore
 
 
@@ -82,62 +81,33 @@ def test_an_empty_store_says_that_nothing_was_published_and_retains_nothing():
         pass
 
 
-@given(st.lists(st.tuples(st.sampled_from(["publish", "retain", "hold", "release"]), st.integers(0, 9)), max_size=30))
-def test_a_version_is_there_exactly_while_it_is_the_newest_or_retained_or_held(steps):
-    store, held, oldest, there = FullCopyStore(), [], None, []
-    for what, number in steps:
-        if what == "publish":
-            version = (there[-1] if there else 0) + 1 + number
-            publication = store.publish(version, weights(version))
-            assert (publication.version, publication.stored_bytes, publication.full_bytes) == (version, 32, 32)
-            there.append(version)
-        elif what == "retain":
-            oldest = (there[-1] if there else 0) - number
-            dropped = store.retain(oldest)
-        elif what == "hold" and there:
-            held.append(there[number % len(there)])
-            store.hold(held[-1])
-        elif what == "release" and held:
-            store.release(held.pop(number % len(held)))
-        there = [v for v in there if oldest is None or v >= oldest or v in held or v == there[-1]]
-        assert store.versions == tuple(there)
-        if what == "retain":
-            assert not set(dropped) & set(there)
-
-
-def test_what_is_not_there_is_neither_held_nor_rewound_to_and_versions_ascend():
+def test_what_is_not_there_is_not_rewound_to_and_versions_ascend():
     store = FullCopyStore()
     for version in (4, 5, 8):
         store.publish(version, weights(version))
-    for refused in (store.hold, store.rewind):
-        with pytest.raises(VersionEvictedError) as caught:
-            refused(6)
-        assert caught.value.allowed == "4..5, 8"
+    with pytest.raises(VersionEvictedError) as caught:
+        store.rewind(6)
+    assert caught.value.allowed == "4..5, 8"
     with pytest.raises(StoreUseError, match="version 7 cannot follow version 8"):
         store.publish(7, weights(7))
     with pytest.raises(StoreUseError, match="version 8 was published already, with other bits"):
         store.publish(8, weights(7))
     store.publish(8, weights(8))
-    with pytest.raises(StoreUseError, match="version 5 was released more often"):
-        store.release(5)
     store.rewind(5)
     store.publish(6, weights(60))
-    with store.walk(), store.checkout(6) as found:
+    with store.checkout(6) as found:
         assert found["a"][0, 0] == 60
     assert store.versions == (4, 5, 6)
 
 
-def test_it_serves_the_protocol_of_a_store_of_patches():
-    store: VersionStore = FullCopyStore()
+def test_it_serves_the_calls_of_a_store_of_patches():
+    store = FullCopyStore()
     for version in range(3, 7):
         store.publish(version, weights(version))
-    with store.walk():
-        for version in (5, 4, 6, 3):
-            with store.checkout(version) as found:
-                assert torch.equal(found["a"], weights(version)["a"])
-    store.hold(4)
-    assert store.retain(6) == [3, 5]
-    assert store.release(4) == [4]
+    for version in (5, 4, 6, 3):
+        with store.checkout(version) as found:
+            assert torch.equal(found["a"], weights(version)["a"])
+    assert store.retain(6) == [3, 4, 5]
     assert store.versions == (6,)
     assert store.publish(7, weights(7)).full_bytes == 6 * 4 + 4 * 2
     store.rewind(6)

@@ -11,84 +11,23 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 from pathlib import Path
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
+from oldlogits.backends.packed import Aside, Packed, pack, set_aside, unpack
 from oldlogits.config.schema import EnvConfig
 from oldlogits.core.errors import OldLogitsError
 from oldlogits.core.server import LaunchSpec
-from oldlogits.core.weights import FullWeights, PatchWeights, PolicyVersion, WeightUpdate
+from oldlogits.core.weights import FullWeights, PolicyVersion
 from oldlogits.engines.http.launch import ServerProcess
 from oldlogits.engines.shared_memory import HostWeights, share_text, unshare
 from oldlogits.envs.base import load_environment
-from oldlogits.models.device import configure_process
 from oldlogits.rollout.environment_runner import ThreadRunner
 from oldlogits.rollout.turns import EnvironmentFailed
 from oldlogits.rpc.child import Call, Reply, answer
 from oldlogits.rpc.client import CarryOut
 from oldlogits.rpc.processes import name_process
-from oldlogits.train.reports import PublishedVersion
-from oldlogits.train.service import TrainerService
-from oldlogits.train.spec import TrainerSpec
-from oldlogits.train.trainer import Trainer
-
-Bytes = NDArray[np.uint8]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Packed:
-    """An update as arrays of bytes, which a cluster's object store shares without copying.
-
-    Args:
-        base: The version that patches begin at; None: all weights.
-        parts: uint8; patches, or weights: each tensor that has memory of its own once.
-        tensors: The part, the dtype and the shape of each weight, by name; empty for patches.
-    """
-
-    base: PolicyVersion | None
-    parts: tuple[Bytes, ...]
-    tensors: Mapping[str, tuple[int, torch.dtype, tuple[int, ...]]]
-
-
-def pack(update: WeightUpdate) -> Packed:
-    """Views of an update."""
-    if isinstance(update, PatchWeights):
-        return Packed(base=update.base, parts=tuple(np.frombuffer(patch, np.uint8) for patch in update.patches), tensors={})
-    parts: list[Bytes] = []
-    places: dict[tuple[int, torch.dtype, tuple[int, ...]], int] = {}
-    tensors = {}
-    for name, tensor in update.tensors.items():
-        whole = tensor.detach().contiguous()
-        key = (whole.data_ptr(), whole.dtype, tuple(whole.shape))
-        if key not in places:
-            places[key] = len(parts)
-            parts.append(whole.reshape(-1).view(torch.uint8).numpy())
-        tensors[name] = (places[key], whole.dtype, tuple(whole.shape))
-    return Packed(base=None, parts=tuple(parts), tensors=tensors)
-
-
-def unpack(packed: Packed) -> WeightUpdate:
-    """The update, over the same memory; it is for reading only."""
-    if packed.base is not None:
-        return PatchWeights(base=packed.base, patches=tuple(memoryview(part.data) for part in packed.parts))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*not writable.*")  # nobody writes
-        parts = [torch.from_numpy(part) for part in packed.parts]
-    return FullWeights(tensors={name: parts[i].view(dtype).view(shape) for name, (i, dtype, shape) in packed.tensors.items()})
-
-
-class Aside(Enum):
-    """What stands in a call or a reply where weights are, which travel beside it through the object store."""
-
-    WEIGHTS = "weights"
 
 
 class Calls:
@@ -108,22 +47,12 @@ class Calls:
             return Reply(number=1, error=self._failure), None
         given = tuple(unpack(weights) if weights and argument is Aside.WEIGHTS else argument for argument in arguments)
         reply = answer(Call(number=1, method=method, arguments=given), self._carry_out)
-        value = reply.value
-        if isinstance(value, PublishedVersion):
-            return replace(reply, value=replace(value, update=FullWeights(tensors={}))), pack(value.update)
-        if isinstance(value, FullWeights):
-            return replace(reply, value=Aside.WEIGHTS), pack(value)
-        return reply, None
+        value, update = set_aside(reply.value)
+        return replace(reply, value=value), None if update is None else pack(update)
 
     def live(self) -> None:
         """Return never: who waits for it learns of the end of this process."""
         threading.Event().wait()
-
-
-def build_trainer(spec: TrainerSpec, model_folder: Path, probe_ids: Sequence[int]) -> CarryOut:
-    """What carries out `TrainerCalls`."""
-    configure_process(num_threads=spec.trainer.num_threads, seed=spec.seed)
-    return TrainerService(Trainer(spec, model_folder, probe_ids), time.perf_counter).call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,10 +95,6 @@ class Worker:
         """Start the server again; the environments live on."""
         await asyncio.to_thread(self._server.restart)
 
-    async def pid(self) -> int:
-        """Its process id."""
-        return os.getpid()
-
     async def open(self, id: int) -> str | None:
         """Make an environment; returns what went wrong."""
         try:
@@ -204,7 +129,7 @@ class NodeWeightCache:
     """The newest weights of a node."""
 
     def __init__(self) -> None:
-        name_process("keeper")
+        name_process("weights")
         self._weights = HostWeights()
 
     def take(self, packed: Packed, version: PolicyVersion) -> Path | OldLogitsError:

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from oldlogits.backends.local import cancel
-from oldlogits.backends.processes import build_scorer, scorer_client
+from oldlogits.backends.processes import build_scorer, build_trainer, scorer_client
 from oldlogits.backends.ray import actors, cluster
 from oldlogits.backends.ray.calls import ActorCalls
 from oldlogits.backends.ray.cluster import Actor
@@ -30,88 +30,30 @@ from oldlogits.backends.ray.weights import ClusterWeights
 from oldlogits.backends.ray.workers import Workers
 from oldlogits.config import Caution
 from oldlogits.core.engine import ServerOptions
-from oldlogits.core.engine_stats import EngineStats, Incident
-from oldlogits.core.environment import Environment
+from oldlogits.core.engine_stats import Incident
 from oldlogits.core.server import LaunchSpec
 from oldlogits.engines.http.engine import HttpEngine
 from oldlogits.loop.backend import Backend, BackendSpec
 from oldlogits.rpc.client import client
 from oldlogits.train.calls import TrainerCalls
 
-
-class RayBackend(Backend):
-    """Actors of a cluster."""
-
-    def __init__(self, spec: BackendSpec, engine: HttpEngine, workers: Workers, models: Models) -> None:
-        super().__init__(
-            engine=engine,
-            trainer=client(TrainerCalls, models.trainer),  # type: ignore[type-abstract]
-            run_environment=AwaitingRunner(latency_s=spec.env.latency_s, seed=spec.sampler.seed),
-            scorer=scorer_client(spec.scorer, models.scorer),
-        )
-        self._http, self._rollout_workers = engine, workers
-
-    async def engine_stats(self) -> EngineStats:
-        """The counters of all servers."""
-        return await self._http.stats()
-
-    def listen(self, hear: Callable[[Incident | Caution], None]) -> None:
-        """Tell `hear` what happens to servers, and what is wrong with a wish for workers."""
-        self._http.fleet.listen = self._rollout_workers.warn = hear
-
-    def host_environment(self, environment_class: type[Environment]) -> type[Environment]:
-        """A class of the same methods whose instances live in the workers."""
-        return remote_class(environment_class, self._rollout_workers)
-
-
 Place = Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Places:
-    """The places on the cluster that are reserved for a run."""
-
-    trainer: Place
-    scorer: Place | None
-    workers: Sequence[Place]
-
-
-class Models:
-    """The actors that hold a model: the trainer, and the dedicated scorer where the source asks one."""
-
-    def __init__(self, spec: BackendSpec, weights: ClusterWeights, places: Places) -> None:
-        self._spec = spec
-        where = (spec.model_folder.resolve(), spec.probe_ids)
-        arguments = (spec.trainer, *where)
-        self.trainer = ActorCalls("trainer", actors.build_trainer, arguments, weights=weights, place=places.trainer)
-        self.scorer: ActorCalls | None = None
-        if spec.scorer is not None and places.scorer is not None:
-            told = (spec.scorer, *where)
-            self.scorer = ActorCalls("scorer", build_scorer, told, weights=weights, place=places.scorer)
-
-    async def ready(self) -> None:
-        """Wait until they are built."""
-        await self.trainer.ready(self._spec.ray.start_timeout_s)
-        if self.scorer is not None:
-            await self.scorer.ready(self._spec.ray.start_timeout_s)
-
-    def watches(self) -> list[Coroutine[None, None, None]]:
-        """What ends by an error when one of them does."""
-        return [self.trainer.watch(), *([self.scorer.watch()] if self.scorer is not None else [])]
-
-
 @asynccontextmanager
-async def open_ray(spec: BackendSpec) -> AsyncIterator[RayBackend]:
+async def open_ray(spec: BackendSpec) -> AsyncIterator[Backend]:
     """Join or start a cluster and its actors; on leaving none of them stays behind, whatever happened."""
     async with AsyncExitStack() as stack:
         stack.enter_context(cluster.connected(spec.ray, num_cpus=_needed_cpus(spec)))
         weights = ClusterWeights()
-        places = await _reserve(spec)
-        models = Models(spec, weights, places)
-        await models.ready()
+        model_places, worker_places = await _reserve(spec)
+        trainer, scorer = _models(spec, weights, model_places)
+        models = [trainer] if scorer is None else [trainer, scorer]
+        for model in models:
+            await model.ready(spec.ray.start_timeout_s)
         servers = _servers(spec)
         workers = Workers(
-            _maker(spec, servers, places.workers),
+            _maker(spec, servers, worker_places),
             spec.folder,
             weights,
             num_workers=spec.ray.num_workers,
@@ -122,11 +64,30 @@ async def open_ray(spec: BackendSpec) -> AsyncIterator[RayBackend]:
         workers.fleet = engine.fleet
         stack.push_async_callback(engine.close)
         await engine.start()
-        backend = RayBackend(spec, engine, workers, models)
-        watched = [engine.supervise(), workers.follow(), *models.watches()]
-        backend.workers = tuple(map(asyncio.create_task, watched))
-        stack.push_async_callback(cancel, backend.workers)
-        yield backend
+        watched = tuple(map(asyncio.create_task, [engine.supervise(), workers.follow(), *(model.watch() for model in models)]))
+        stack.push_async_callback(cancel, watched)
+
+        def listen(hear: Callable[[Incident | Caution], None]) -> None:
+            engine.fleet.listen = workers.warn = hear
+
+        yield Backend(
+            engine=engine,
+            trainer=client(TrainerCalls, trainer),  # type: ignore[type-abstract]
+            run_environment=AwaitingRunner(latency_s=spec.env.latency_s, seed=spec.sampler.seed),
+            scorer=scorer_client(spec.scorer, scorer),
+            workers=watched,
+            listen=listen,
+            host_environment=partial(remote_class, places=workers),
+        )
+
+
+def _models(spec: BackendSpec, weights: ClusterWeights, places: Sequence[Place]) -> tuple[ActorCalls, ActorCalls | None]:
+    """Start the actors that hold a model: the trainer, and the dedicated scorer where the source asks one."""
+    where = (spec.model_folder.resolve(), spec.probe_ids)
+    trainer = ActorCalls("trainer", build_trainer, (spec.trainer, *where), weights=weights, place=places[0])
+    if spec.scorer is None:
+        return trainer, None
+    return trainer, ActorCalls("scorer", build_scorer, (spec.scorer, *where), weights=weights, place=places[1])
 
 
 def _servers(spec: BackendSpec) -> ServerOptions:
@@ -143,12 +104,12 @@ def _needed_cpus(spec: BackendSpec) -> int:
     return math.ceil(models + 4 * max(r.num_workers, 2) * r.worker_cpus) + 1
 
 
-async def _reserve(spec: BackendSpec) -> Places:
-    """Reserve all places before anything starts: a cluster without room for some is known before a model is loaded."""
+async def _reserve(spec: BackendSpec) -> tuple[list[Place], list[Place]]:
+    """Reserve the places of models and workers before anything starts: what has no room is known before a model is loaded."""
     r = spec.ray
     of_model = partial(cluster.reserve, num=1, cpus=r.trainer_cpus, gpus=r.trainer_gpus, strategy="PACK")
-    [trainer] = await of_model("the trainer", timeout_s=r.start_timeout_s)
-    [scorer] = await of_model("the scorer", timeout_s=r.start_timeout_s) if spec.scorer is not None else [None]
+    names = ["the trainer"] if spec.scorer is None else ["the trainer", "the scorer"]
+    models = [place for name in names for place in await of_model(name, timeout_s=r.start_timeout_s)]
     workers = await cluster.reserve(
         f"{r.num_workers} workers ({r.placement})",
         r.num_workers,
@@ -157,7 +118,7 @@ async def _reserve(spec: BackendSpec) -> Places:
         strategy=r.placement,
         timeout_s=r.start_timeout_s,
     )
-    return Places(trainer=trainer, scorer=scorer, workers=workers)
+    return models, workers
 
 
 def _maker(spec: BackendSpec, servers: ServerOptions, places: Sequence[Place]) -> Callable[[int], Actor]:

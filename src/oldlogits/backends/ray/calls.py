@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
+from oldlogits.backends.packed import Aside, put_back, set_aside
 from oldlogits.backends.ray import actors
-from oldlogits.backends.ray.actors import Aside
 from oldlogits.backends.ray.cluster import Actor, ActorEndedError, fetch
 from oldlogits.backends.ray.weights import ClusterWeights
 from oldlogits.core.errors import ConfigError, WorkerDiedError
-from oldlogits.core.weights import FullWeights, PatchWeights
 from oldlogits.rpc.child import READY, Reply
 from oldlogits.rpc.client import CarryOut
 from oldlogits.train.reports import PublishedVersion
@@ -51,9 +49,9 @@ class ActorCalls:
 
     async def call(self, method: str, arguments: tuple[object, ...]) -> object:
         """Carry out a call, after those that were made before."""
-        update = next((a for a in arguments if isinstance(a, FullWeights | PatchWeights)), None)
-        beside = None if update is None else self._weights.reference(update)
-        rest = tuple(Aside.WEIGHTS if a is update and a is not None else a for a in arguments)
+        parted = [set_aside(argument) for argument in arguments]
+        rest = tuple(argument for argument, _ in parted)
+        beside = next((self._weights.reference(update) for _, update in parted if update is not None), None)
         answered, weights = self._actor.call("call", method, rest, beside, num_returns=2)
         try:
             reply: Reply = await fetch(answered)
@@ -61,9 +59,9 @@ class ActorCalls:
             raise self._died(error) from error
         if reply.error is not None:
             raise reply.error
-        if isinstance(reply.value, PublishedVersion):
-            return replace(reply.value, update=await self._weights.sent(weights))
-        return await self._weights.sent(weights) if reply.value is Aside.WEIGHTS else reply.value
+        if not isinstance(reply.value, Aside | PublishedVersion):
+            return reply.value
+        return put_back(reply.value, await self._weights.sent(weights))
 
     async def watch(self) -> None:
         """Wait until it ends by itself, which is a `WorkerDiedError`."""

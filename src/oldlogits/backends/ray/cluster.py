@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import ray
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from oldlogits.backends.local import ignoring_interrupts
 from oldlogits.config.schema import RayConfig
 from oldlogits.core.errors import ConfigError
 
@@ -136,7 +136,12 @@ async def reserve(what: str, num: int, *, cpus: float, gpus: float, strategy: st
             while not await asyncio.to_thread(group.wait, POLL_S):
                 pass
     except TimeoutError:
-        raise no_place(what, timeout_s) from None
+        raise ConfigError(
+            f"the cluster gives no place to {what}",
+            got=f"{free()} free after {timeout_s:g} s",
+            allowed="what ray.num_workers, worker_cpus, worker_gpus, trainer_cpus and trainer_gpus ask for",
+            fix="lower them, add nodes, or look for other users of the cluster with `ray status`",
+        ) from None
     strategies = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(num)]
     return [{"num_cpus": bundle["CPU"], "num_gpus": gpus, "scheduling_strategy": place} for place in strategies]
 
@@ -145,16 +150,6 @@ def free() -> str:
     """Return what the cluster has free."""
     amounts = ray.available_resources().items()
     return ", ".join(f"{amount:g} {name}" for name, amount in amounts if name in ("CPU", "GPU")) or "nothing"
-
-
-def no_place(what: str, waited_s: float) -> ConfigError:
-    """Return the error of a cluster that has no room."""
-    return ConfigError(
-        f"the cluster gives no place to {what}",
-        got=f"{free()} free after {waited_s:g} s",
-        allowed="what ray.num_workers, worker_cpus, worker_gpus, trainer_cpus and trainer_gpus ask for",
-        fix="lower them, add nodes, or look for other users of the cluster with `ray status`",
-    )
 
 
 @contextmanager
@@ -170,15 +165,15 @@ def connected(config: RayConfig, *, num_cpus: int) -> Iterator[None]:
         os.environ.setdefault(name, setting)
     variables = {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "OMP_NUM_THREADS": "1"}
     own = {} if config.address else {"num_cpus": num_cpus, "include_dashboard": False}
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the controller's to handle
     try:
-        ray.init(
-            address=config.address or "local",
-            runtime_env={"env_vars": variables},
-            log_to_driver=False,
-            configure_logging=False,
-            **own,
-        )
+        with ignoring_interrupts():
+            ray.init(
+                address=config.address or "local",
+                runtime_env={"env_vars": variables},
+                log_to_driver=False,
+                configure_logging=False,
+                **own,
+            )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(
             "there is no cluster to run on",
@@ -186,8 +181,6 @@ def connected(config: RayConfig, *, num_cpus: int) -> Iterator[None]:
             allowed="the address of a running cluster, or none",
             fix="start it with `ray start --head`, or remove ray.address",
         ) from error
-    finally:
-        signal.signal(signal.SIGINT, previous)
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
+from oldlogits.backends.packed import pack, unpack
 from oldlogits.backends.ray import actors, cluster
 from oldlogits.backends.ray.cluster import Actor, ClusterError, Ref, fetch
 from oldlogits.core.errors import OldLogitsError, WorkerDiedError
@@ -35,7 +36,7 @@ class ClusterWeights:
     async def sent(self, weights: Ref) -> WeightUpdate:
         """The update behind a reference, over the memory of the object store."""
         try:
-            update = actors.unpack(await fetch(weights))
+            update = unpack(await fetch(weights))
         except ClusterError as error:
             raise _lost(error) from error
         self._last = (update, weights)
@@ -44,7 +45,7 @@ class ClusterWeights:
     def reference(self, update: WeightUpdate) -> Ref:
         """What is passed to actors in place of an update."""
         if self._last is None or self._last[0] is not update:
-            self._last = (update, cluster.put(actors.pack(update)))
+            self._last = (update, cluster.put(pack(update)))
         return self._last[1]
 
     async def take(self, update: WeightUpdate, version: PolicyVersion) -> SharedWeights:

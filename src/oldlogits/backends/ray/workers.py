@@ -57,14 +57,9 @@ class RayWorker:
         self._restarts_server = False
         self._watch: asyncio.Task[None] | None = None
         self._dropped: list[int] = []
-        self._open: set[int] = set()  # environments of this actor: those of one before it are gone
+        self.environments: set[int] = set()  # those of this actor: those of one before it are gone
         self._has_left = False
         self.node_id, self.exit_code = "", cast("int | None", None)
-
-    @property
-    def num_environments(self) -> int:
-        """How many environments live there."""
-        return len(self._open)
 
     @property
     def actor(self) -> Actor:
@@ -106,7 +101,7 @@ class RayWorker:
     async def _start(self, server: ServerProtocol) -> None:
         if not self.is_up:
             self._actor, self.exit_code = self._make(), None
-            self._open, self._dropped = set(), []
+            self.environments, self._dropped = set(), []
             self._watch = asyncio.create_task(self._live(self._actor))
         elif self._restarts_server:
             await fetch(self.actor.call("restart"))
@@ -123,7 +118,7 @@ class RayWorker:
 
     def close(self) -> None:
         """End it and all that it has started, for good."""
-        self._has_left, self._open = True, set()
+        self._has_left, self.environments = True, set()
         if self._watch is not None:
             self._watch.cancel()
         if self._actor is not None:
@@ -132,7 +127,7 @@ class RayWorker:
 
     async def open(self, id: int) -> None:
         """Make an environment."""
-        actor, here = self.actor, self._open
+        actor, here = self.actor, self.environments
         here.add(id)
         failure = await self._answer(actor.call("open", id))
         if failure is not None:
@@ -140,7 +135,7 @@ class RayWorker:
 
     async def call(self, id: int, method: str, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
         """Call a method of an environment."""
-        if id not in self._open:
+        if id not in self.environments:
             raise PlaceLostError
         succeeded, answer = cast("tuple[bool, object]", await self._answer(self.actor.call("call", id, method, args, kwargs)))
         if not succeeded:
@@ -149,9 +144,9 @@ class RayWorker:
 
     def drop(self, id: int) -> None:
         """Forget an environment; told in batches."""
-        if id not in self._open:
+        if id not in self.environments:
             return
-        self._open.remove(id)
+        self.environments.remove(id)
         self._dropped.append(id)
         if len(self._dropped) >= 32 and self.is_up:
             self.actor.call("drop", self._dropped)
@@ -209,7 +204,7 @@ class Workers:
         while True:
             up = [worker for replica, worker in self._workers.items() if worker.is_up and replica in self.fleet.replicas]
             if up:
-                return min(up, key=lambda worker: worker.num_environments)
+                return min(up, key=lambda worker: len(worker.environments))
             await self.fleet.choose()  # waits, and raises when there will be none
             await asyncio.sleep(0.1)
 

@@ -26,9 +26,8 @@ from oldlogits.models.device import configure_process
 from oldlogits.models.ranks import Ranks, is_lost, join
 from oldlogits.rpc.client import CarryOut
 from oldlogits.train.calls import TrainerCalls
-from oldlogits.train.service import TrainerService
 from oldlogits.train.spec import TrainerSpec
-from oldlogits.train.trainer import Trainer
+from oldlogits.train.trainer import Trainer, TrainerService
 
 TIMEOUT_S: Final = 600.0
 """A rank that has not come to an exchange after so many seconds is lost: the ranks do the same work at the same time."""

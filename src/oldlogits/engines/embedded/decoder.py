@@ -105,14 +105,13 @@ class Decoder:
 
     def _add_experts(self, x: Tensor, normed: Tensor, layer: _Layer, router: Tensor) -> Tensor:
         """``x + sum_e p_e MLP_e(normed)`` over the experts e that are likeliest for a token; p in float32."""
-        routing = self.config.routing
-        assert routing is not None
-        weight, chosen = F.linear(normed, router).softmax(-1).topk(routing.num_chosen)
-        if routing.normed:
+        num_chosen = self.config.num_experts_per_tok
+        weight, chosen = F.linear(normed, router).softmax(-1).topk(num_chosen)
+        if self.config.norm_topk_prob:
             weight /= weight.sum(-1, keepdim=True)
         order = chosen.flatten().argsort()  # of (token, choice): by expert
-        token = order // routing.num_chosen
-        ends = torch.bincount(chosen.flatten(), minlength=routing.num_experts).cumsum(0, dtype=torch.int32)
+        token = order // num_chosen
+        ends = torch.bincount(chosen.flatten(), minlength=self.config.num_experts).cumsum(0, dtype=torch.int32)
         gate, up = F.grouped_mm(normed[token], layer.gate_up.mT, offs=ends).chunk(2, dim=-1)
         served = F.grouped_mm(self._round(F.silu(gate).mul_(up)), layer.down, offs=ends)
         return x.index_add(0, token, served.mul_(weight.flatten()[order, None]))
@@ -143,9 +142,9 @@ class _Fuser:
 
     def layer(self, prefix: str) -> _Layer:
         config, attention, mlp = self._config, prefix + "self_attn.", prefix + "mlp."
-        hidden, routing = config.hidden_size, config.routing
+        hidden = config.hidden_size
         width = config.num_heads * config.head_dim
-        gate_up, down = self._mlp(mlp) if routing is None else self._experts(mlp + "experts.", routing.num_experts)
+        gate_up, down = self._experts(mlp + "experts.") if config.is_routed else self._mlp(mlp)
         return _Layer(
             input_norm=self.other(prefix + "input_layernorm.weight", hidden),
             qkv=self._join_qkv(attention, "weight", hidden),
@@ -154,7 +153,7 @@ class _Fuser:
             output=self.linear(attention + "o_proj.weight", hidden, width).t(),
             output_bias=self.other(attention + "o_proj.bias", hidden) if config.output_bias else None,
             mlp_norm=self.other(prefix + "post_attention_layernorm.weight", hidden),
-            router=None if routing is None else self.other(mlp + "gate.weight", routing.num_experts, hidden),
+            router=self.other(mlp + "gate.weight", config.num_experts, hidden) if config.is_routed else None,
             gate_up=gate_up,
             down=down.mT,
         )
@@ -165,9 +164,9 @@ class _Fuser:
         gate, up = (self.linear(f"{prefix}{name}_proj.weight", inner, hidden) for name in ("gate", "up"))
         return torch.cat((gate, up)), self.linear(prefix + "down_proj.weight", hidden, inner)
 
-    def _experts(self, prefix: str, num: int) -> tuple[Tensor, Tensor]:
+    def _experts(self, prefix: str) -> tuple[Tensor, Tensor]:
         """[E, 2I, hidden] and [E, hidden, I]: stacked already, as modules hold them, or expert by expert, as folders do."""
-        hidden, inner = self._config.hidden_size, self._config.intermediate_size
+        num, hidden, inner = self._config.num_experts, self._config.hidden_size, self._config.intermediate_size
         if prefix + "gate_up_proj" in self._weights:
             gate_up = self.linear(prefix + "gate_up_proj", num, 2 * inner, hidden)
             return gate_up, self.linear(prefix + "down_proj", num, hidden, inner)

@@ -18,17 +18,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from oldlogits.core.engine import EngineCapabilities, EngineSpec, FinishReason, Generation, Sampling, trajectory_of
+from oldlogits.core.engine import EngineSpec, FinishReason, Generation, KVMode, PauseMode, Sampling, check_update, trajectory_of
 from oldlogits.core.engine_stats import EngineStats, piece
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.weights import PolicyVersion
-from oldlogits.engines.embedded.counters import Counters
 from oldlogits.engines.embedded.decoder import TILE, DecodeAttention, Decoder, PrefillAttention
 from oldlogits.engines.embedded.model_folder import decoder_config, read_weights
 from oldlogits.engines.embedded.numerics import check_numerics
@@ -42,13 +42,6 @@ PREFILL_TOKENS: Final = 4096
 
 WARM_STEPS: Final = 64
 """A slot freed less than so many steps ago is taken last: its agent's next turn is expected to find it warm."""
-
-
-def capabilities_of(spec: EngineSpec) -> EngineCapabilities:
-    """What an embedded engine can do."""
-    return EngineCapabilities(
-        max_context=spec.max_context, partials=True, kv_modes=frozenset({"recompute", "stale"}), numerics=spec.numerics
-    )
 
 
 class EngineCore:
@@ -69,8 +62,8 @@ class EngineCore:
         self._waiting: dict[str, Request] = {}
         self._decoding: dict[int, Request] = {}  # by slot
         self._version: PolicyVersion = 0
-        self._paused: Literal["recompute", "stale"] | None = None
-        self._count = Counters()
+        self._paused: KVMode | None = None
+        self._count = EngineStats()
 
     @property
     def idle(self) -> bool:
@@ -80,7 +73,7 @@ class EngineCore:
     @property
     def stats(self) -> EngineStats:
         """The counters."""
-        return self._count.stats(self._version)
+        return replace(self._count, version=self._version)
 
     def add(self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         """Queue a request; one that does not fit, or whose id is in use, is a `ConfigError`."""
@@ -97,7 +90,7 @@ class EngineCore:
             keys=chain_keys(tokens[:-1]),
         )
         self._requests[request_id] = request
-        self._count.requests += 1
+        self._count.num_requests += 1
         if sampling.prompt_logprobs:  # a probe: the trainer waits for it
             self._waiting = {request_id: request, **self._waiting}
         else:
@@ -120,7 +113,7 @@ class EngineCore:
             if request.id not in self._waiting:
                 self._set_decoding([request], not request.is_held)
 
-    def pause(self, mode: Literal["keep", "abort"], kv: Literal["recompute", "stale"]) -> list[tuple[str, Generation]]:
+    def pause(self, mode: PauseMode, kv: KVMode) -> list[tuple[str, Generation]]:
         """Stop stepping; mode "abort" ends all requests and returns what they have sampled."""
         self._paused = kv
         requests = list(self._requests.values()) if mode == "abort" else []
@@ -139,13 +132,7 @@ class EngineCore:
             ConfigError: The engine is not paused, or the version goes back.
             ModelFolderError: The weights do not fit the model; the old ones stay.
         """
-        if self._paused is None or version < self._version:
-            raise ConfigError(
-                "weights change only between pause and resume, to a version that is not older",
-                got=f"version {version} while version {self._version} is {'running' if self._paused is None else 'paused'}",
-                allowed=f"a paused engine and a version >= {self._version}",
-                fix="call pause, update_weights and resume in this order, with ascending versions",
-            )
+        check_update(version, over=self._version, is_paused=self._paused is not None)
         self._decoder.load(tensors if self._base is None else merge(self._base, tensors, self.spec.adapter_scale))
         self._version = version
         running = [request for request in self._requests.values() if request.slot >= 0]
@@ -173,21 +160,21 @@ class EngineCore:
         if self.idle:
             return []
         started = time.perf_counter()
-        self._count.steps += 1
+        self._count.num_steps += 1
         with torch.inference_mode():
-            before = self._count.prefill_tokens
+            before = self._count.num_prefill_tokens
             is_prefill = False
             while wave := self._admit():
                 is_prefill = True
                 self._prefill(wave)
             prefilled = time.perf_counter()
             if is_prefill:
-                self._count.prefills += piece(self._count.prefill_tokens - before, prefilled - started)
+                self._count.prefill += piece(self._count.num_prefill_tokens - before, prefilled - started)
             num_rows = len(self._decoding)
             finished = self._decode() if num_rows else []
         ended = time.perf_counter()
         if num_rows:
-            self._count.decodes += piece(num_rows, ended - prefilled)
+            self._count.decode += piece(num_rows, ended - prefilled)
         self._count.busy_s += ended - started
         return finished
 
@@ -235,13 +222,13 @@ class EngineCore:
             self._cache[:, :, slot, :, :length] = self._cache[:, :, match.slot, :, :length]
         self._own.take(slot)
         self._index.hold(slot, request.tokens[:length] if match.kv == "fresh" else [], request.keys)
-        self._count.hit_tokens += length
+        self._count.num_prefix_hit_tokens += length
 
     def _choose_slot(self, match: Match) -> int:
         """The slot of the match if it is free and holds nothing else; else the lowest slot that has cooled down."""
         if match.kv == "mixed" or (match.slot in self._freed_at and self._index.length(match.slot) == match.length):
             return match.slot
-        cool = [slot for slot, freed_at in self._freed_at.items() if self._count.steps - freed_at >= WARM_STEPS]
+        cool = [slot for slot, freed_at in self._freed_at.items() if self._count.num_steps - freed_at >= WARM_STEPS]
         return min(cool) if cool else min(self._freed_at, key=lambda slot: (self._freed_at[slot], slot))
 
     def _prefill(self, wave: list[tuple[Request, Match]]) -> None:
@@ -267,7 +254,7 @@ class EngineCore:
         attention = PrefillAttention([request.slot for request in requests], starts, counts, self._cache)
         tokens = [token for count, start, request in batch for token in request.tokens[start : start + count]]
         hidden = self._decoder.forward(torch.tensor(tokens), attention.positions, self._cache, attention)
-        self._count.prefill_tokens += len(tokens)
+        self._count.num_prefill_tokens += len(tokens)
         for (count, _, request), rows in zip(batch, torch.split(hidden, list(counts)), strict=True):
             if request.sampling.prompt_logprobs and not request.marks:
                 logp = torch.log_softmax(self._decoder.logits(rows), dim=-1)
@@ -292,7 +279,7 @@ class EngineCore:
         table.tokens.view(-1)[at] = tokens
         table.logprobs.view(-1)[at] = logprobs
         position += active
-        self._count.decode_tokens += len(self._decoding)
+        self._count.num_decode_tokens += len(self._decoding)
         stopped = (table.stop_ids[:num_rows] == tokens[:, None]).any(dim=1)
         done = (active & (stopped | (position >= table.limit[:num_rows]))).nonzero().squeeze(1)
         if not len(done):
@@ -330,5 +317,5 @@ class EngineCore:
                 self._own.leave(request.slot, trajectory, request.tokens[:-1], request.kv)
         if request.slot >= 0:
             self._set_decoding([request], False)
-            self._freed_at[request.slot] = self._count.steps
+            self._freed_at[request.slot] = self._count.num_steps
         return request.generation(self._table.output_logprobs(request), reason)

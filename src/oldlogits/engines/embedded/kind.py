@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
-from oldlogits.core.engine import EngineKind, EngineSpec, OpenEngine, ServerOptions
+from oldlogits.core.engine import EngineKind, EngineSpec, KVMode, OpenEngine, ServerOptions
 
 if TYPE_CHECKING:
     from oldlogits.engines.embedded.stepwise import EmbeddedEngine
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class EmbeddedKind(EngineKind):
     """A small CPU decoder of the Llama and Qwen family: a process of the run, or steps of the caller's."""
 
-    kv_modes: ClassVar[frozenset[Literal["recompute", "stale"]]] = frozenset({"recompute", "stale"})
+    kv_modes: ClassVar[frozenset[KVMode]] = frozenset({"recompute", "stale"})
     is_stepwise: ClassVar[bool] = True
     served_by: ClassVar[str] = "embedded"
 
@@ -32,7 +32,7 @@ class EmbeddedKind(EngineKind):
 
         engine = EngineProcess(spec)
         try:
-            yield OpenEngine(engine=engine, stats=engine.stats, ready=_at_once)
+            yield OpenEngine(engine=engine, ready=_at_once)
         finally:
             engine.close()
 

@@ -6,7 +6,6 @@ What the decoder does not compute has a type of one value below, so that a confi
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
@@ -20,21 +19,6 @@ from oldlogits.engines.embedded.numerics import check_numerics
 
 _EXPECTED: Final = {"int_type": "an integer", "float_type": "a number", "bool_type": "true or false", "missing": "a value"}
 """What a value should have been, by pydantic's name of the error."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Routing:
-    """How the tokens of a mixture of experts find their gated MLPs.
-
-    Args:
-        num_experts: Gated MLPs of each layer.
-        num_chosen: The likeliest so many serve a token, each times its probability.
-        normed: The probabilities of the chosen ones are divided by their sum.
-    """
-
-    num_experts: int
-    num_chosen: int
-    normed: bool
 
 
 class _Section(BaseModel):
@@ -87,8 +71,8 @@ class DecoderConfig(_Section):
     mlp_only_layers: list[int] = Field(default=[], max_length=0)
     expert_size: int = Field(default=0, validation_alias="moe_intermediate_size")
     num_experts: int = Field(default=0, validation_alias="num_local_experts")
-    num_experts_per_tok: int = 0
-    norm_topk_prob: bool = False
+    num_experts_per_tok: int = 0  # the likeliest so many serve a token, each times its probability
+    norm_topk_prob: bool = False  # whether these probabilities are divided by their sum
 
     @model_validator(mode="before")
     @classmethod
@@ -125,14 +109,12 @@ class DecoderConfig(_Section):
     @property
     def intermediate_size(self) -> int:
         """Width of the gated MLP, or of each expert."""
-        return self.mlp_size if self.routing is None else self.expert_size
+        return self.expert_size if self.is_routed else self.mlp_size
 
     @property
-    def routing(self) -> Routing | None:
-        """How tokens find their experts; None where each layer has one MLP."""
-        if self.family != "qwen3_moe":
-            return None
-        return Routing(num_experts=self.num_experts, num_chosen=self.num_experts_per_tok, normed=self.norm_topk_prob)
+    def is_routed(self) -> bool:
+        """Whether each layer has several MLPs, of which a router picks those that serve a token."""
+        return self.family == "qwen3_moe"
 
 
 def read_config(folder: Path) -> DecoderConfig:
@@ -153,7 +135,7 @@ def read_config(folder: Path) -> DecoderConfig:
         expected = first.get("ctx", {}).get("expected")
         allowed = str(expected).replace(", ", " or ") if expected else _EXPECTED.get(first["type"], first["msg"])
         raise _unsupported(key, first["input"], allowed, path) from error
-    if config.routing is not None:
+    if config.is_routed:
         for key, size in {"hidden_size": config.hidden_size, "moe_intermediate_size": config.expert_size}.items():
             if size % 4:  # grouped_mm wants rows of 16 bytes
                 raise _unsupported(f"{key} % 4", size % 4, "0", path)

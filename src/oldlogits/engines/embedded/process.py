@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, Literal, Protocol
+from typing import Final, Protocol
 
-from oldlogits.core.engine import EngineCapabilities, EngineSpec, Generation, Sampling
+from oldlogits.core.engine import EngineCapabilities, EngineControls, EngineSpec, Generation, KVMode, PauseMode, Sampling
 from oldlogits.core.engine_stats import EngineStats
 from oldlogits.core.errors import OldLogitsError
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
-from oldlogits.engines.embedded.engine import EngineCore, capabilities_of
+from oldlogits.engines.embedded.engine import EngineCore
 from oldlogits.engines.embedded.model_folder import decoder_config
 from oldlogits.engines.embedded.slots import check_request
 from oldlogits.engines.shared_memory import HostWeights
@@ -34,23 +34,11 @@ from oldlogits.versions import HostCopy
 _FIX: Final = "read its messages on stderr; a killed process often means too little memory: lower max_num_seqs or max_context"
 
 
-class EngineCalls(Protocol):
+class EngineCalls(EngineControls, Protocol):
     """What the controller asks of the engine process, and waits for with a deadline; `generate` and `abort` come beside it."""
-
-    async def pause(self, mode: Literal["keep", "abort"], kv: Literal["recompute", "stale"]) -> None:
-        """Stop sampling; the engine is idle on return. `kv` says what an update does with keys and values."""
-
-    async def partials(self) -> Mapping[str, Generation]:
-        """What each request has sampled so far, by request id."""
 
     async def load(self, copy: Path, held: PolicyVersion, version: PolicyVersion) -> None:
         """Replace the weights by those that a `HostCopy` holds as version `held`; later tokens are tagged with `version`."""
-
-    async def resume(self) -> None:
-        """Go on sampling."""
-
-    async def stats(self) -> EngineStats:
-        """The engine's counters."""
 
 
 class EngineProcess:
@@ -63,7 +51,7 @@ class EngineProcess:
         self._vocab_size, self._spec, self._weights = decoder_config(spec).vocab_size, spec, HostWeights()
         self._process = ChildProcess("engine", _serve, (spec,), fix=_FIX, is_pipelined=True)
         self._deadline = Deadline(self._process, control_timeout_s)
-        self.capabilities: EngineCapabilities = replace(capabilities_of(spec), num_host_copies=1)
+        self.capabilities = EngineCapabilities(partials=True, num_host_copies=1)
         calls = client(EngineCalls, self._deadline)  # type: ignore[type-abstract]
         self.pause, self.partials, self.load = calls.pause, calls.partials, calls.load
         self.resume, self.stats = calls.resume, calls.stats
@@ -107,7 +95,6 @@ class EngineProcess:
 
 
 def _serve(inbox: Inbox, spec: EngineSpec) -> None:
-    """The engine process."""
     configure_process(num_threads=1, seed=spec.seed)
     _Server(inbox, EngineCore(spec)).run()
 
@@ -129,7 +116,7 @@ class _Server:
                 self._handle(self._receive())
             self._finish(self._core.step())
 
-    def pause(self, mode: Literal["keep", "abort"], kv: Literal["recompute", "stale"]) -> None:
+    def pause(self, mode: PauseMode, kv: KVMode) -> None:
         """Stop sampling."""
         self._finish(self._core.pause(mode, kv))
 

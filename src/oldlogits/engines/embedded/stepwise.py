@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
-from oldlogits.core.engine import EngineCapabilities, Generation, Sampling
+from oldlogits.core.engine import EngineCapabilities, Generation, KVMode, PauseMode, Sampling
 from oldlogits.core.engine_stats import EngineStats
 from oldlogits.core.errors import ReceiverBehindError
 from oldlogits.core.weights import FullWeights, PolicyVersion, WeightUpdate
-from oldlogits.engines.embedded.engine import EngineCore, capabilities_of
+from oldlogits.engines.embedded.engine import EngineCore
 
 
 class EmbeddedEngine:
@@ -18,7 +17,7 @@ class EmbeddedEngine:
 
     def __init__(self, core: EngineCore) -> None:
         self.core = core
-        self.capabilities: EngineCapabilities = capabilities_of(core.spec)
+        self.capabilities = EngineCapabilities(partials=True)
         self._futures: dict[str, asyncio.Future[Generation]] = {}
 
     @property
@@ -62,7 +61,7 @@ class EmbeddedEngine:
         if generation is not None:
             self._resolve([(request_id, generation)])
 
-    async def pause(self, mode: Literal["keep", "abort"], kv: Literal["recompute", "stale"]) -> None:
+    async def pause(self, mode: PauseMode, kv: KVMode) -> None:
         """Stop sampling; `kv` says what an update does with keys and values."""
         self._resolve(self.core.pause(mode, kv))
 

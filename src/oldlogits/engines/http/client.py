@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Final
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
-from oldlogits.core.errors import ConfigError
-from oldlogits.core.server import Json, Reply, ServerFailedError, SharedWeights
+from oldlogits.core.server import LOOPBACK, Json, Reply, ServerFailedError, SharedWeights, Transport
 from oldlogits.engines.shared_memory import share_text
 
-LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
-"""Hosts that need no token and no proxy."""
-_REFUSALS: Final = (400, 401, 403, 404, 413, 422)
-"""Answers that say that the request is wrong, not that the server is broken."""
 
-
-class HttpClient:
+class HttpClient(Transport):
     """A `Transport` to a server of this machine, or of one that has the same shared memory."""
 
     def __init__(self, url: str, *, token: str, control_timeout_s: float) -> None:
@@ -51,7 +44,7 @@ class HttpClient:
         return weights
 
     async def call(self, method: str, path: str, body: Json = None, *, timeout_s: float | None) -> Reply:
-        """Call a route; see `Transport.call`. A cancellation closes the connection, which ends the request there too."""
+        """Call a route; see `Transport.call`."""
         route = path.partition("?")[0]
         if self._is_closed:
             raise ServerFailedError(f"{method} {path}: it was given up")
@@ -71,23 +64,6 @@ class HttpClient:
             how = f"no answer within {timeout_s:g} s" if timed_out and timeout_s else str(error) or type(error).__name__
             how = "it was given up" if self._is_closed else how
             raise ServerFailedError(f"{method} {route}: {how}", timed_out=timed_out) from error
-
-    async def control(self, method: str, path: str, body: Json = None) -> Reply:
-        """Call a route within the time of control calls; see `Transport.control`."""
-        return self.accepted(await self.call(method, path, body, timeout_s=self.control_timeout_s))
-
-    def accepted(self, reply: Reply) -> Reply:
-        """Return an answer of status 200; see `Transport.accepted`."""
-        got = f"{reply.path} answers {reply.status}: {reply.text[:300]}"
-        if reply.status in _REFUSALS:
-            raise self.refused(got, "a request that it serves", "correct what it names")
-        if reply.status != 200:
-            raise ServerFailedError(got)
-        return reply
-
-    def refused(self, got: str, allowed: str, fix: str) -> ConfigError:
-        """Make the error that says why this server cannot be used."""
-        return ConfigError(f"the server {self.url} cannot be used", got=got, allowed=allowed, fix=fix)
 
     @property
     def _session(self) -> aiohttp.ClientSession:

@@ -4,9 +4,9 @@
                   ^                                                 | aborted, cut or overdue
                   '--- again, with prompt + what was kept ----------'
 
-Versions travel as labels ``RUN/VERSION`` that no other run uses: tokens under any other label (a server that was started
-again, or that another trainer updates) are thrown away, and the server is given the current weights. A request that is
-cut keeps what was sampled under versions of this run and reached us; what did not reach us is sampled anew.
+Tokens of weights that are not of this run (a server that was started again, or that another trainer updates) are thrown away,
+and the server is given the current weights. A request that is cut keeps what was sampled under versions of this run and reached
+us; what did not reach us is sampled anew.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 
@@ -27,20 +26,16 @@ from oldlogits.core.engine import (
     EngineSpec,
     FinishReason,
     Generation,
+    KVMode,
+    PauseMode,
     Sampling,
-    Span,
     Timeouts,
+    check_update,
     trajectory_of,
 )
 from oldlogits.core.engine_stats import EngineStats
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.server import (
-    GenerateAnswer,
-    GenerateRequest,
-    ServerFailedError,
-    ServerProtocol,
-    SharedWeights,
-)
+from oldlogits.core.server import GenerateRequest, ServerFailedError, ServerProtocol, SharedWeights
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
 from oldlogits.engines.http.fleet import Fleet
 from oldlogits.engines.http.pending import PendingRequest, unless_cut
@@ -67,9 +62,7 @@ class HttpEngine:
     ) -> None:
         self._spec = spec
         self.fleet = Fleet(replicas, timeouts)
-        self._supervisor = Supervisor(
-            self.fleet, timeouts, check=lambda replica, info: replica.check_fit(info, spec), supply=self._supply
-        )
+        self._supervisor = Supervisor(self.fleet, spec, timeouts, supply=self._supply)
         self._run = secrets.token_hex(4)
         self._version: PolicyVersion = -1
         self._weights: WeightTransport = weights or OnThisHost()
@@ -78,9 +71,8 @@ class HttpEngine:
         self._requests: dict[str, PendingRequest] = {}
         self._probes = itertools.count()
         self._probe: tuple[PolicyVersion, GenerateRequest, tuple[float, ...]] | None = None  # the last one
-        self._num_sampled = self._num_prompt = self._num_answers = 0
-        self._busy_s, self._looked_at, self._built_at = 0.0, time.perf_counter(), time.perf_counter()
-        self._was_busy = False
+        self._count = EngineStats()
+        self._looked_at, self._was_busy = time.perf_counter(), False
 
     async def start(self) -> None:
         """Connect."""
@@ -97,13 +89,10 @@ class HttpEngine:
 
     @property
     def capabilities(self) -> EngineCapabilities:
-        """What these servers can do: recomputed keys and values only, since servers share those of older versions."""
+        """What these servers can do."""
         infos = [replica.info for replica in self.fleet.replicas if replica.info is not None]
         return EngineCapabilities(
-            max_context=self._spec.max_context,
             partials=True,
-            kv_modes=frozenset({"recompute"}),
-            numerics=self._spec.numerics,
             arithmetic="bf16" if any(info.arithmetic == "bf16" for info in infos) else "fp32",
             num_replicas=len(self.fleet.replicas),
             num_host_copies=self._weights.num_copies,
@@ -126,7 +115,7 @@ class HttpEngine:
                 replica = await self._choose(request)
                 reason = "abort" if request.is_aborted else await self._attempt(request, replica)
                 if reason is not None:
-                    return request.generation(reason)
+                    return replace(request.kept, finish_reason=reason)
         finally:
             del self._requests[request_id]
 
@@ -143,7 +132,7 @@ class HttpEngine:
     async def _attempt(self, request: PendingRequest, replica: Replica) -> FinishReason | None:
         """Send a request to a server; returns why it ended, or None if it is to be sent again."""
         asked = self._asked(request)
-        attempt = Attempt(id=asked.request_id, version=self._version, num_kept=len(request.output_ids))
+        attempt = Attempt(id=asked.request_id, version=self._version, num_kept=len(request.kept.output_ids))
         request.attempt = attempt
         replica.attempts.add(attempt)
         self._look_at_clock()
@@ -160,16 +149,15 @@ class HttpEngine:
         if answer is None:
             return None
         replica.answered_at = time.monotonic()
-        spans = self._spans(answer, attempt)
-        if spans is None:
-            labels = [span.label for span in answer.spans]
-            self.fleet.fail(replica, f"it sampled with weights {labels}, not with those of this run's version {self._version}")
+        if not all(attempt.version <= span.version <= self._version for span in answer.spans):
+            versions = ", ".join(named(span.version) for span in answer.spans)
+            self.fleet.fail(replica, f"it sampled with weights of {versions}, not with this run's version {self._version}")
             return None
-        request.keep(answer, spans)
-        replica.receive(len(answer.token_ids))
-        self._num_sampled += len(answer.token_ids)
-        self._num_prompt += len(asked.token_ids)
-        self._num_answers += 1
+        request.keep(answer)
+        replica.receive(len(answer.output_ids))
+        self._count.num_steps += 1
+        self._count.num_decode_tokens += len(answer.output_ids)
+        self._count.num_prefill_tokens += len(asked.token_ids)
         if asked.sampling.prompt_logprobs:
             self._probe = (self._version, asked, answer.prompt_logprobs)
         if answer.finish_reason == "abort" and not attempt.why:
@@ -178,23 +166,13 @@ class HttpEngine:
 
     def _asked(self, request: PendingRequest) -> GenerateRequest:
         """The prompt and what was kept of it, under an id that no server knows."""
-        tokens = (*request.prompt_ids, *request.output_ids)
-        room = min(request.sampling.max_tokens - len(request.output_ids), self._spec.max_context - len(tokens))
+        tokens = (*request.prompt_ids, *request.kept.output_ids)
+        room = min(request.sampling.max_tokens - len(request.kept.output_ids), self._spec.max_context - len(tokens))
         return GenerateRequest(
             request_id=f"{self._run}-{request.id}-{next(request.numbers)}",
             token_ids=tokens,
             sampling=replace(request.sampling, max_tokens=room),
         )
-
-    def _spans(self, answer: GenerateAnswer, attempt: Attempt) -> list[Span] | None:
-        """The versions of an answer; None where a label is not one that its server had while it ran."""
-        spans = []
-        for span in answer.spans:
-            run, _, version = span.label.partition("/")
-            if run != self._run or not attempt.version <= int(version) <= self._version:
-                return None
-            spans.append(Span(version=int(version), start=span.start, end=span.end))
-        return spans
 
     async def abort(self, request_id: str) -> None:
         """End a request; its `generate` returns what was sampled so far with finish reason "abort"."""
@@ -205,7 +183,7 @@ class HttpEngine:
         if request.attempt is not None:
             await self.fleet.abort("end", [request.attempt])
 
-    async def pause(self, mode: Literal["keep", "abort"], kv: Literal["recompute", "stale"]) -> None:
+    async def pause(self, mode: PauseMode, kv: KVMode) -> None:
         """Stop sampling; the servers are idle on return."""
         if kv != "recompute":
             raise ConfigError("servers share stale keys and values", got=kv, allowed="recompute", fix="engine.kv = 'recompute'")
@@ -220,24 +198,15 @@ class HttpEngine:
         attempts = [request.attempt for request in self._requests.values() if request.attempt is not None]
         await self.fleet.abort("resubmit", attempts)
         await asyncio.sleep(0)  # those that are over by now have returned
-        return {request.id: request.generation("abort") for request in self._requests.values()}
+        return {request.id: replace(request.kept, finish_reason="abort") for request in self._requests.values()}
 
     async def update_weights(self, update: WeightUpdate, version: PolicyVersion) -> None:
         """Give every server new weights; one that fails is given them when it comes back."""
-        if version < self._version or not self.fleet.paused:
-            raise ConfigError(
-                "weights change only between pause and resume, to a version that is not older",
-                got=f"version {version} over {self._version}, {'paused' if self.fleet.paused else 'running'}",
-                allowed="a paused engine and ascending versions",
-                fix="call pause, update_weights and resume in this order",
-            )
-        await self.fleet.update(partial(self._take, update, version))
-
-    async def _take(self, update: WeightUpdate, version: PolicyVersion) -> tuple[SharedWeights, str]:
-        """Bring this host's copy to a version: what servers are told of it."""
-        self._told = await self._weights.take(update, version)
-        self._version = version
-        return self._told, self._label
+        check_update(version, over=self._version, is_paused=self.fleet.paused)
+        async with self.fleet.lock:  # no server reads the copy that is replaced
+            self._told = await self._weights.take(update, version)
+            self._version = version
+            await self.fleet.update(self._told)
 
     async def resume(self) -> None:
         """Go on sampling."""
@@ -247,31 +216,19 @@ class HttpEngine:
     async def stats(self) -> EngineStats:
         """Counters, as far as they are seen from here: a step is an answer."""
         self._look_at_clock()
-        return EngineStats(
-            version=self._version,
-            num_steps=self._num_answers,
-            num_decode_tokens=self._num_sampled,
-            num_prefill_tokens=self._num_prompt,
-            num_prefix_hit_tokens=0,
-            busy_s=self._busy_s,
-            idle_s=time.perf_counter() - self._built_at - self._busy_s,
-        )
-
-    @property
-    def _label(self) -> str:
-        return f"{self._run}/{self._version}"
+        return replace(self._count, version=self._version)
 
     async def _supply(self, server: ServerProtocol) -> str:
         """Give a server that came back the current weights, if it has others, and ask it the last probe again."""
         if self._version < 0:
             return "connected"
-        label, done = await server.label(), "it kept its weights"
-        if label != self._label:
+        version, done = await server.version(), "it kept its weights"
+        if version != self._version:
             assert self._told is not None, "there is a version"
             await server.pause("abort")
-            await server.update(self._told, self._label)
+            await server.update(self._told)
             await server.resume()
-            done = f"it had weights {label} and was given version {self._version}"
+            done = f"it had weights of {named(version)} and was given version {self._version}"
         if self._probe is not None and self._probe[0] == self._version:
             _, asked, expected = self._probe
             answer = await server.generate(replace(asked, request_id=f"{asked.request_id}-{secrets.token_hex(4)}"))
@@ -283,5 +240,10 @@ class HttpEngine:
     def _look_at_clock(self) -> None:
         """Count the seconds in which a server had something to do."""
         now = time.perf_counter()
-        self._busy_s += (now - self._looked_at) * self._was_busy
+        self._count.busy_s += (now - self._looked_at) * self._was_busy
         self._looked_at, self._was_busy = now, self.fleet.num_running > 0 and not self.fleet.paused
+
+
+def named(version: PolicyVersion) -> str:
+    """Name a version that a server has."""
+    return f"version {version}" if version >= 0 else "no version of this run"

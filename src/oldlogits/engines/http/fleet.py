@@ -17,7 +17,7 @@ import copy
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Literal
 
-from oldlogits.core.engine import Timeouts
+from oldlogits.core.engine import PauseMode, Timeouts
 from oldlogits.core.engine_stats import Incident
 from oldlogits.core.errors import ConfigError, WorkerDiedError
 from oldlogits.core.server import ServerFailedError, ServerProtocol, SharedWeights
@@ -81,11 +81,9 @@ class Fleet:
         """A server leaves: what runs on it is sent again to others."""
         self.fail(replica, "it was asked to leave", is_failure=False)
         self.replicas.remove(replica)
-        if replica.launched is not None:
-            replica.launched.close()
-        await replica.server.close()
+        await replica.close()
 
-    async def pause(self, mode: Literal["keep", "abort"]) -> None:
+    async def pause(self, mode: PauseMode) -> None:
         """Pause all that are up."""
         async with self.lock:
             self.paused = True
@@ -98,11 +96,9 @@ class Fleet:
             self.paused = False
         await self.notify()
 
-    async def update(self, take: Callable[[], Awaitable[tuple[SharedWeights, str]]]) -> None:
-        """Give all that are up the weights that `take` makes ready while no server reads any."""
-        async with self.lock:
-            weights, label = await take()
-            await self._all(lambda server: server.update(weights, label))
+    async def update(self, weights: SharedWeights) -> None:
+        """Give weights to all that are up; the caller has the lock."""
+        await self._all(lambda server: server.update(weights))
 
     async def abort(self, why: Literal["resubmit", "end"], attempts: Sequence[Attempt]) -> None:
         """End attempts and wait until they are over; a server that does not do it counts as down."""
@@ -145,10 +141,7 @@ class Fleet:
     async def close(self) -> None:
         """Leave no connection and no process."""
         for replica in self.replicas:
-            if replica.launched is not None:
-                replica.launched.close()
-        for replica in self.replicas:
-            await replica.server.close()
+            await replica.close()
 
     async def _all(self, call: Callable[[ServerProtocol], Awaitable[None]]) -> None:
         """Call every server that is up; those that fail count as down."""

@@ -47,7 +47,7 @@ class HttpKind(EngineKind):
             engine.fleet.listen = hear
 
         try:
-            yield OpenEngine(engine=engine, stats=engine.stats, ready=engine.start, supervise=engine.supervise, listen=listen)
+            yield OpenEngine(engine=engine, ready=engine.start, supervise=engine.supervise, listen=listen)
         finally:
             await asyncio.shield(engine.close())
 

@@ -31,11 +31,6 @@ class ServerProcess:
         self._process = self._start()
 
     @property
-    def pid(self) -> int:
-        """Its process id, which is that of its group, too."""
-        return self._process.pid
-
-    @property
     def exit_code(self) -> int | None:
         """None while it lives."""
         return self._process.poll()

@@ -112,6 +112,12 @@ class Replica:
         if self.num_received is not None:
             self.num_received += num_tokens
 
+    async def close(self) -> None:
+        """End its process, if the run started it, and leave no connection."""
+        if self.launched is not None:
+            self.launched.close()
+        await self.server.close()
+
     def go_down(self, reason: str, *, is_failure: bool) -> Incident:
         """Cut what runs on it; returns what its end interrupts."""
         self.is_up, self.is_broken, self.num_misses = False, True, 0

@@ -11,10 +11,10 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from oldlogits.core.engine import Timeouts
+from oldlogits.core.engine import EngineSpec, Timeouts
 from oldlogits.core.engine_stats import Incident
 from oldlogits.core.errors import ConfigError, WorkerDiedError
-from oldlogits.core.server import ServerFailedError, ServerInfo, ServerProtocol
+from oldlogits.core.server import ServerFailedError, ServerProtocol
 from oldlogits.engines.http.fleet import HEALTH_TIMEOUT_S, Fleet
 from oldlogits.engines.http.replica import Launched, Replica
 
@@ -26,20 +26,19 @@ class Supervisor:
     """Keeps a fleet up.
 
     Args:
-        check: Refuses a server that does not fit the run.
+        spec: What the run needs; a server that does not fit it is refused.
         supply: Gives a server that is up again the current weights, and checks that it holds them; returns what it did.
     """
 
     def __init__(
         self,
         fleet: Fleet,
+        spec: EngineSpec,
         timeouts: Timeouts,
         *,
-        check: Callable[[Replica, ServerInfo], None],
         supply: Callable[[ServerProtocol], Awaitable[str]],
     ) -> None:
-        self._fleet, self._timeouts = fleet, timeouts
-        self._check, self._supply = check, supply
+        self._fleet, self._spec, self._timeouts, self._supply = fleet, spec, timeouts, supply
         self._seen_up_at = time.monotonic()
         self._num_restarts = 0
 
@@ -154,7 +153,6 @@ class Supervisor:
         await self._fleet.notify()
 
     def _restart(self, launched: Launched) -> None:
-        """Start a server again, if it may be."""
         if self._num_restarts >= self._timeouts.max_restarts:
             raise ServerFailedError(f"servers were started again {self._num_restarts} times")
         self._num_restarts += 1
@@ -162,7 +160,7 @@ class Supervisor:
 
     async def _connect(self, replica: Replica) -> None:
         info = await replica.server.connect()
-        self._check(replica, info)
+        replica.check_fit(info, self._spec)
         replica.info = info
 
     def _died(self, got: str) -> WorkerDiedError:

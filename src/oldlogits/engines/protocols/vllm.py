@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Final, Literal, TypeVar
 
-from oldlogits.core.engine import Sampling
+from oldlogits.core.engine import Generation, PauseMode, Sampling
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.server import (
-    GenerateAnswer,
     GenerateRequest,
     Json,
     LaunchSpec,
@@ -24,6 +23,7 @@ from oldlogits.core.server import (
     ServerProtocol,
     SharedWeights,
 )
+from oldlogits.core.weights import PolicyVersion
 from oldlogits.engines.protocols import vllm_messages as wire
 
 OLDEST: Final = (0, 32)
@@ -131,7 +131,7 @@ class VllmProtocol(ServerProtocol):
         reply = await self.http.call("POST", _GENERATE, body, timeout_s=self.http.control_timeout_s)
         if reply.status in (403, 404):
             raise self.http.refused(f"no {_GENERATE}", "the token-in/token-out route", "start it with --enable-scale-out")
-        wire.read(wire.AnswerBody, self.http.accepted(reply).content).answer(request)
+        wire.read(wire.AnswerBody, self.http.accepted(reply).content).answer(request, self.version_of)
 
     async def _check_transfer(self) -> None:
         """Whether it reads the files that weights come in."""
@@ -150,17 +150,17 @@ class VllmProtocol(ServerProtocol):
         finally:
             path.unlink(missing_ok=True)
 
-    async def generate(self, request: GenerateRequest) -> GenerateAnswer:
+    async def generate(self, request: GenerateRequest) -> Generation:
         """Sample a completion; takes as long as it takes."""
         reply = await self.http.call("POST", _GENERATE, wire.GenerateBody.of(request).model_dump(), timeout_s=None)
-        return wire.read(wire.AnswerBody, self.http.accepted(reply).content).answer(request)
+        return wire.read(wire.AnswerBody, self.http.accepted(reply).content).answer(request, self.version_of)
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """End requests; their `generate` returns what was sampled so far."""
         names = [wire.ABORT_PREFIX + id for id in request_ids]
         await self.http.control("POST", "/inference/v1/abort_requests", {"request_ids": names})
 
-    async def pause(self, mode: Literal["keep", "abort"]) -> None:
+    async def pause(self, mode: PauseMode) -> None:
         """Stop sampling; keys and values are computed anew afterwards."""
         await self.http.control("POST", f"/pause?mode={mode}&clear_cache=true")
 
@@ -168,17 +168,18 @@ class VllmProtocol(ServerProtocol):
         """Go on sampling."""
         await self.http.control("POST", "/resume")
 
-    async def update(self, weights: SharedWeights, label: str) -> None:
-        """Take over weights, while the server is paused, and call them `label` from then on."""
+    async def update(self, weights: SharedWeights) -> None:
+        """Take over weights, while the server is paused, and give them the label of their version."""
         there = await self.http.located(weights)
         await self.http.control("POST", "/start_weight_update")
         info: Json = {"path": str(there.path), "version": there.version}
         await self.http.control("POST", "/update_weights", {"update_info": info})
-        await self.http.control("POST", "/finish_weight_update", {"weight_version": label})
+        await self.http.control("POST", "/finish_weight_update", {"weight_version": self.label_of(weights.version)})
 
-    async def label(self) -> str:
-        """What the server's weights are called."""
-        return str(wire.read(wire.StateBody, (await self.http.control("GET", "/weight_info")).content).weight_version)
+    async def version(self) -> PolicyVersion:
+        """Return the version of the server's weights; -1: their label is somebody else's."""
+        said = wire.read(wire.StateBody, (await self.http.control("GET", "/weight_info")).content)
+        return self.version_of(str(said.weight_version))
 
     async def check_health(self, timeout_s: float) -> None:
         """Return if the server answers that it is well."""

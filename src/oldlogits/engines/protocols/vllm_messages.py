@@ -8,14 +8,15 @@ POST /inference/v1/generate
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from oldlogits.core.engine import FinishReason, Sampling
+from oldlogits.core.engine import FinishReason, Generation, Sampling, Span
 from oldlogits.core.errors import ConfigError, MissingLogprobError
-from oldlogits.core.server import GenerateAnswer, GenerateRequest, Json, LabelledSpan, ServerFailedError
+from oldlogits.core.server import GenerateRequest, Json, ServerFailedError
+from oldlogits.core.weights import PolicyVersion
 
 STARTING_LABEL: Final = "default"
 """The label of the weights that a server read from its model folder."""
@@ -146,16 +147,16 @@ class Choice(Message):
             )
         return tuple(entry.logprob for entry in entries)
 
-    def spans_of(self, token_ids: tuple[int, ...]) -> tuple[LabelledSpan, ...]:
+    def spans(self, version_of: Callable[[str], PolicyVersion]) -> tuple[Span, ...]:
         """Which weights sampled which tokens."""
-        if self.weight_versions is None and token_ids:
+        if self.weight_versions is None and self.token_ids:
             raise MissingLogprobError(
                 "a server does not say which weights sampled its tokens",
                 got="no weight_versions",
                 allowed="weight_versions of all tokens",
                 fix="use vLLM 0.32 or later",
             )
-        return tuple(LabelledSpan(label=s.version, start=s.start, end=s.end) for s in self.weight_versions or [])
+        return tuple(Span(version=version_of(s.version), start=s.start, end=s.end) for s in self.weight_versions or [])
 
 
 class PromptLogprob(Message):
@@ -176,16 +177,16 @@ class AnswerBody(Message):
     usage: dict[str, object] | None = None
 
     @classmethod
-    def of(cls, answer: GenerateAnswer, request: GenerateRequest, *, model: str) -> Self:
-        """The body of the answer to `request`."""
-        ids, prompt = list(answer.token_ids), request.token_ids
+    def of(cls, answer: Generation, request: GenerateRequest, *, model: str, labels: Mapping[PolicyVersion, str]) -> Self:
+        """The body of the answer to `request`, with the labels of versions."""
+        ids, prompt = list(answer.output_ids), request.token_ids
         content = [TokenLogprob(token_id=token, logprob=logp) for token, logp in zip(ids, answer.logprobs, strict=True)]
         choice = Choice(
             token_ids=ids,
             logprobs={"content": content},
             finish_reason=answer.finish_reason,
             stop_reason=ids[-1] if answer.finish_reason == "stop" else None,
-            weight_versions=[WeightSpan(version=span.label, start=span.start, end=span.end) for span in answer.spans],
+            weight_versions=[WeightSpan(version=labels[span.version], start=span.start, end=span.end) for span in answer.spans],
         )
         of_prompt: list[dict[str, PromptLogprob] | None] | None = None
         if request.sampling.prompt_logprobs:
@@ -195,14 +196,14 @@ class AnswerBody(Message):
         name = ABORT_PREFIX + request.request_id
         return cls(request_id=name, model=model, choices=[choice], prompt_logprobs=of_prompt, usage=dict(total))
 
-    def answer(self, request: GenerateRequest) -> GenerateAnswer:
-        """The answer to `request`."""
+    def answer(self, request: GenerateRequest, version_of: Callable[[str], PolicyVersion]) -> Generation:
+        """The answer to `request`, with the versions of labels."""
         [choice] = self.choices
         token_ids = tuple(choice.token_ids or ())
-        return GenerateAnswer(
-            token_ids=token_ids,
+        return Generation(
+            output_ids=token_ids,
             logprobs=choice.logprobs_of(token_ids),
-            spans=choice.spans_of(token_ids),
+            spans=choice.spans(version_of),
             finish_reason=choice.finish_reason,
             prompt_logprobs=self._of_prompt(request.token_ids) if request.sampling.prompt_logprobs else (),
         )
@@ -257,13 +258,6 @@ class NonceFile(Message):
 
     path: str
     nonce: str
-
-
-class WeightsFile(Message):
-    """The file of a `HostCopy`, and the version that it holds."""
-
-    path: str
-    version: int
 
 
 def read(kind: type[M], content: bytes) -> M:

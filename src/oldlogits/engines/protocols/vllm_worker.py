@@ -19,23 +19,20 @@ model was loaded, and a reload packs anew what was loaded, which is the embeddin
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, cast
 
 import torch
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
+from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from oldlogits.core.server import SharedWeights
 from oldlogits.engines.embedded.model_folder import read_weights
 from oldlogits.engines.embedded.numerics import Numerics, check_numerics, round_linear
+from oldlogits.engines.protocols.vllm_messages import NonceFile
 from oldlogits.engines.protocols.wide_heads import Widening
-from oldlogits.engines.shared_memory import is_shared
+from oldlogits.engines.shared_memory import is_shared, says
 from oldlogits.models.adapters import merge
 from oldlogits.versions import HostCopy
 
@@ -44,33 +41,17 @@ _IN_ITS_DTYPE: Final = ("fp32", "bf16")
 """Numerics that the server's own dtype makes; the others are rounded here."""
 
 
-@dataclass
-class FileInit(WeightTransferInitInfo):  # type: ignore[misc] # vLLM is untyped here
-    """A file of the trainer's machine, and what it says, to see that it is this one."""
-
-    path: str = ""
-    nonce: str = ""
-
-
-@dataclass
-class FileUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """The file of a `HostCopy`, and the version that it holds."""
-
-    path: str
-    version: int
-
-
-class FileTransfer(WeightTransferEngine[FileInit, FileUpdate]):  # type: ignore[misc]
+class FileTransfer(WeightTransferEngine):  # type: ignore[misc] # vLLM is untyped here
     """Loads all weights from a `HostCopy`."""
 
-    init_info_cls = FileInit
-    update_info_cls = FileUpdate
+    init_info_cls = NonceFile
+    update_info_cls = SharedWeights
     supports_draft_weight_update = False
 
-    def init_transfer_engine(self, init_info: FileInit) -> None:
+    def init_transfer_engine(self, init_info: NonceFile) -> None:
         """Refuse a trainer whose files cannot be read here."""
         path = Path(init_info.path)
-        if not is_shared(path) or not path.is_file() or path.read_text(encoding="utf-8") != init_info.nonce:
+        if not says(path, init_info.nonce):
             raise ValueError(f"{path} is no file of this machine that says the nonce: run server and trainer on one machine")
 
     def start_weight_update(self) -> None:
@@ -90,7 +71,7 @@ class FileTransfer(WeightTransferEngine[FileInit, FileUpdate]):  # type: ignore[
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
 
-    def receive_weights(self, update_info: FileUpdate) -> None:
+    def receive_weights(self, update_info: SharedWeights) -> None:
         """Load what the trainer shares."""
         path = Path(update_info.path)
         if not is_shared(path):

@@ -22,15 +22,14 @@ from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from oldlogits import __version__
+from oldlogits.core.engine import Generation
 from oldlogits.core.errors import ConfigError, OldLogitsError, WorkerDiedError
-from oldlogits.core.server import GenerateAnswer
+from oldlogits.core.server import LOOPBACK, SharedWeights
 from oldlogits.engines.protocols import vllm_messages as wire
 from oldlogits.engines.server.served import Served
 
 SPOKEN: Final = "0.32.0"
 """The version of vLLM whose routes these are; /version names it, with this package's own behind."""
-LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
-"""Hosts of this machine, which need no token."""
 
 _CLIENT_LEFT: Final = 499
 
@@ -63,7 +62,7 @@ async def _generate(body: wire.GenerateBody, request: Request, served: Engine) -
     answer = await _unless_left(request, served.generate(asked))
     if answer is None:
         return Response(status_code=_CLIENT_LEFT)
-    said = wire.AnswerBody.of(answer, asked, model=served.name)
+    said = wire.AnswerBody.of(answer, asked, model=served.name, labels=served.labels)
     return Response(said.model_dump_json(), media_type="application/json")
 
 
@@ -98,7 +97,7 @@ async def _start(served: Engine) -> Said:
 
 
 @routes.post("/update_weights")
-async def _update(update_info: Annotated[wire.WeightsFile, Body(embed=True)], served: Engine) -> Said:
+async def _update(update_info: Annotated[SharedWeights, Body(embed=True)], served: Engine) -> Said:
     await served.load(update_info)
     return {"message": "Weights updated"}
 
@@ -217,7 +216,7 @@ def check_host(host: str, token: str) -> None:
         )
 
 
-async def _unless_left(request: Request, answer: Awaitable[GenerateAnswer]) -> GenerateAnswer | None:
+async def _unless_left(request: Request, answer: Awaitable[Generation]) -> Generation | None:
     """Wait for an answer as long as somebody waits for it; None: the client left, and the request is aborted."""
     working = asyncio.ensure_future(answer)
     leaving = asyncio.ensure_future(_left(request))

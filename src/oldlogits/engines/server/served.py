@@ -6,14 +6,13 @@ import itertools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
-from oldlogits.core.engine import EngineSpec, Generation
+from oldlogits.core.engine import EngineSpec, Generation, PauseMode
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.server import GenerateAnswer, GenerateRequest, LabelledSpan
+from oldlogits.core.server import GenerateRequest, SharedWeights
 from oldlogits.engines.embedded.process import EngineProcess
-from oldlogits.engines.protocols.vllm_messages import ABORT_PREFIX, STARTING_LABEL, NonceFile, WeightsFile
-from oldlogits.engines.shared_memory import is_shared
+from oldlogits.engines.protocols.vllm_messages import ABORT_PREFIX, STARTING_LABEL, NonceFile
+from oldlogits.engines.shared_memory import is_shared, says
 
 
 class Served:
@@ -21,7 +20,7 @@ class Served:
 
     def __init__(self, engine: EngineProcess, spec: EngineSpec, name: str) -> None:
         self.engine, self.spec, self.name = engine, spec, name
-        self._labels = {0: STARTING_LABEL}  # by the engine's own version, which counts updates
+        self.labels = {0: STARTING_LABEL}  # by the engine's own version, which counts updates
         self._running: dict[str, list[str]] = {}  # the engine's ids of requests, by the ids that they are aborted under
         self.numbers = itertools.count()
         self.is_paused = self._updating = False
@@ -31,28 +30,17 @@ class Served:
         """How many requests were not answered yet."""
         return sum(map(len, self._running.values()))
 
-    async def generate(self, request: GenerateRequest) -> GenerateAnswer:
+    async def generate(self, request: GenerateRequest) -> Generation:
         """Sample a completion."""
         known_as = ABORT_PREFIX + request.request_id
         own_id = f"{request.request_id}/{next(self.numbers)}"  # the engine wants unique ones
         self._running.setdefault(known_as, []).append(own_id)
         try:
-            generation = await self.engine.generate(request.token_ids, request.sampling, own_id)
+            return await self.engine.generate(request.token_ids, request.sampling, own_id)
         finally:
             self._running[known_as].remove(own_id)
             if not self._running[known_as]:
                 del self._running[known_as]
-        return self._answer(generation)
-
-    def _answer(self, generation: Generation) -> GenerateAnswer:
-        spans = (LabelledSpan(label=self._labels[s.version], start=s.start, end=s.end) for s in generation.spans)
-        return GenerateAnswer(
-            token_ids=generation.output_ids,
-            logprobs=generation.logprobs,
-            spans=tuple(spans),
-            finish_reason=generation.finish_reason,
-            prompt_logprobs=generation.prompt_logprobs,
-        )
 
     async def abort(self, names: Sequence[str]) -> int:
         """End requests by the names that they are aborted under; returns how many. No name: all."""
@@ -65,7 +53,7 @@ class Served:
         """Stop sampling. A cleared cache is computed anew with the next weights."""
         if mode not in ("keep", "abort"):
             raise _wrong(f"mode = {mode}", "keep, abort", "pause with mode=keep")
-        kept: Literal["keep", "abort"] = "keep" if mode == "keep" else "abort"
+        kept: PauseMode = "keep" if mode == "keep" else "abort"
         await self.engine.pause(kept, "recompute" if clear_cache else "stale")
         self.is_paused = True
 
@@ -78,9 +66,8 @@ class Served:
 
     def check_transfer(self, info: NonceFile) -> None:
         """Refuse a trainer whose files cannot be read here: it sends a file, and what it says."""
-        path = Path(info.path)
-        if not is_shared(path) or not path.is_file() or path.read_text(encoding="utf-8") != info.nonce:
-            raise _wrong(f"path = {path}", "a file of this machine that says the nonce", "serve on the trainer's machine")
+        if not says(Path(info.path), info.nonce):
+            raise _wrong(f"path = {info.path}", "a file of this machine that says the nonce", "serve on the trainer's machine")
 
     def start_update(self) -> None:
         """Begin a weight update."""
@@ -88,16 +75,16 @@ class Served:
             raise _wrong("no pause" if not self.is_paused else "a second start", "pause, then one start", "pause first")
         self._updating = True
 
-    async def load(self, info: WeightsFile) -> None:
+    async def load(self, shared: SharedWeights) -> None:
         """Take over the weights of a `HostCopy`."""
-        path = Path(info.path)
+        path = shared.path
         if not self._updating:
             raise _wrong("no update was started", "start_weight_update first", "start the update")
         if not is_shared(path) or not path.is_file():
             raise _wrong(f"path = {path}", f"a file oldlogits-*.weights in /dev/shm or {tempfile.gettempdir()}", "share it")
-        version = max(self._labels) + 1
-        self._labels[version] = self._labels[version - 1]
-        await self.engine.load(path, info.version, version)
+        version = max(self.labels) + 1
+        self.labels[version] = self.labels[version - 1]
+        await self.engine.load(path, shared.version, version)
 
     def finish_update(self, label: str | None) -> None:
         """End a weight update, and give the weights their label."""
@@ -105,12 +92,12 @@ class Served:
             raise _wrong("no update was started", "start_weight_update first", "start the update")
         self._updating = False
         if label is not None:
-            self._labels[max(self._labels)] = label
+            self.labels[max(self.labels)] = label
 
     @property
     def label(self) -> str:
         """The label of the weights."""
-        return self._labels[max(self._labels)]
+        return self.labels[max(self.labels)]
 
 
 def _wrong(got: str, allowed: str, fix: str) -> ConfigError:

@@ -34,7 +34,6 @@ class HermesParser:
 
 
 def _read(body: str) -> ToolCall | Malformed:
-    """Read the text between the marks of one call."""
     try:
         call = read_json(body)
     except ValueError as error:

@@ -9,9 +9,8 @@ from oldlogits.objective.surrogate import surrogate
 
 def masked_is(tokens: LossInputs, objective: Objective) -> LossTerms:
     """``S = sg(r_d) * band * A * h`` per token (PAPER, "The objective, spelled out"): `split_ratio`, then `surrogate`."""
-    split = split_ratio(objective.variant, tokens.logp)
-    found = surrogate(
-        split,
+    return surrogate(
+        split_ratio(objective.variant, tokens.logp),
         tokens.advantages,
         tokens.loss_mask,
         band=objective.band,
@@ -20,11 +19,4 @@ def masked_is(tokens: LossInputs, objective: Objective) -> LossTerms:
         dual_clip=objective.dual_clip,
         discrepancy=objective.mismatch_correction,
         truncation=objective.is_cap,
-    )
-    return LossTerms(
-        values=found.values,
-        log_r_d=split.log_r_d,
-        log_r_s=split.log_r_s.detach(),
-        band_mask=found.band_mask,
-        clip_mask=found.clip_mask,
     )

@@ -9,9 +9,7 @@ from typing import Final
 from markupsafe import Markup
 
 from oldlogits.record.bus import EventKind
-from oldlogits.record.event_log import RecordedEvent
-from oldlogits.record.events import FIELDS
-from oldlogits.record.jsonl import number
+from oldlogits.record.events import FIELDS, Audited, AverageWasReset
 from oldlogits.record.report import charts
 from oldlogits.record.report.charts import Bar
 from oldlogits.record.report.data import RunData
@@ -62,7 +60,7 @@ def decisions(run: RunData) -> dict[str, list[Figure]]:
 
 def _audit(run: RunData) -> Figure:
     by_staleness = pooled(run.audits)
-    policy = str(run.audits[-1].fields["policy"])
+    policy = run.audits[-1].policy
     caption = (
         f"Over {len(run.audits)} batches whose exact log-probs were computed beside the source's. Shares are of the loss "
         "tokens, of those with A ≠ 0, and by weight: the sum of |R A| over the differing tokens over that of the tokens active "
@@ -79,7 +77,7 @@ def _audit(run: RunData) -> Figure:
     )
 
 
-def _resets(events: Sequence[RecordedEvent]) -> Figure:
+def _resets(events: Sequence[AverageWasReset]) -> Figure:
     """One row a reset, the newest ones, and the mean over all that were audited."""
     errors = [found for event in events if (found := _errors(event)) is not None]
     means = tuple(f"{fmean(column):.2%}" for column in zip(*errors, strict=True)) or ("—",) * len(_ERRORS)
@@ -95,35 +93,32 @@ def _resets(events: Sequence[RecordedEvent]) -> Figure:
     return Figure(title="What each reset was worth", caption=caption, svg=Markup(), table=table)
 
 
-def _reset_row(event: RecordedEvent) -> tuple[str, ...]:
-    rho, tau, average, live = (number(event.fields[name]) or 0.0 for name in ("rho", "tau", "kept_average", "kept_live"))
+def _reset_row(event: AverageWasReset) -> tuple[str, ...]:
     errors = _errors(event)
     return (
         str(event.version),
-        str(event.fields["rule"]),
-        f"{rho:.2%} < {tau:.0%}",
-        f"{number(event.fields['age']) or 0.0:.1f}",
-        f"{average:.2%}",
-        f"{live:.2%}",
+        event.rule,
+        f"{event.rho:.2%} < {event.tau:.0%}",
+        f"{event.age:.1f}",
+        f"{event.kept_average:.2%}",
+        f"{event.kept_live:.2%}",
         *([f"{error:.2%}" for error in errors] if errors else ["—"] * len(_ERRORS)),
     )
 
 
-def _errors(event: RecordedEvent) -> tuple[float, ...] | None:
+def _errors(event: AverageWasReset) -> tuple[float, ...] | None:
     """The four decision errors of a reset; None without an audit."""
-    errors = [number(event.fields.get(name)) for name in _ERRORS]
+    errors: list[float | None] = [getattr(event, name) for name in _ERRORS]
     return tuple(error for error in errors if error is not None) if None not in errors else None
 
 
-def pooled(events: Iterable[RecordedEvent]) -> dict[int, Sums]:
+def pooled(events: Iterable[Audited]) -> dict[int, Sums]:
     """The sums of all events by staleness, ascending; only where there are tokens."""
     total: dict[int, dict[str, float]] = {}
     for event in events:
         for name in _NAMES:
-            values = event.fields[name]
-            for lag, value in enumerate(values if isinstance(values, list) else []):
-                sums = total.setdefault(lag, dict.fromkeys(_NAMES, 0.0))
-                sums[name] += number(value) or 0.0
+            for lag, value in enumerate(getattr(event, name)):
+                total.setdefault(lag, dict.fromkeys(_NAMES, 0.0))[name] += value
     return {lag: sums for lag, sums in sorted(total.items()) if sums["num_tokens"]}
 
 

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
+from oldlogits.record.events import Evaluated, Updated
 from oldlogits.record.report import charts
 from oldlogits.record.report.charts import Bar, Bound, Line, Whisker
-from oldlogits.record.report.data import Evaluation, RunData, Update, binned
+from oldlogits.record.report.data import RunData, binned
 
 Floats = npt.NDArray[np.floating]
 Bools = npt.NDArray[np.bool_]
@@ -47,7 +48,7 @@ class Figure:
     table: tuple[tuple[str, ...], ...] = ()
 
 
-Draw = Callable[[RunData, Sequence[Update]], Figure | None]
+Draw = Callable[[RunData, Sequence[Updated]], Figure | None]
 """Draws a figure of a run and of its updates; None: nothing was recorded for it."""
 
 
@@ -93,7 +94,7 @@ def _sections() -> dict[str, tuple[Draw, ...]]:
 def _metrics(title: str, labels: Mapping[str, str], caption: str, *, percent: bool = False, from_zero: bool = False) -> Draw:
     """Draw the labelled metrics over versions, as recorded."""
 
-    def draw(_: RunData, updates: Sequence[Update]) -> Figure | None:
+    def draw(_: RunData, updates: Sequence[Updated]) -> Figure | None:
         found = {key: points for key in labels if (points := _series(updates, key))}
         if not found:
             return None
@@ -110,7 +111,7 @@ def _metrics(title: str, labels: Mapping[str, str], caption: str, *, percent: bo
     return draw
 
 
-def _learning(run: RunData, updates: Sequence[Update]) -> Figure | None:
+def _learning(run: RunData, updates: Sequence[Updated]) -> Figure | None:
     lines, legend = [], []
     for key, label, colour in (("reward/mean", "training reward", "c0"), ("reward/success", "training success", "c2")):
         points = _series(updates, key)
@@ -129,7 +130,7 @@ def _learning(run: RunData, updates: Sequence[Update]) -> Figure | None:
     return Figure(title="Reward", caption=caption, svg=svg, legend=tuple(legend))
 
 
-def _evaluation_mark(evaluation: Evaluation) -> Whisker:
+def _evaluation_mark(evaluation: Evaluated) -> Whisker:
     tip = (
         f"{evaluation.stage}, {evaluation.mode}: {evaluation.mean:.3f} [{evaluation.low:.3f}, {evaluation.high:.3f}]\n"
         f"{evaluation.num_episodes} episodes at version {evaluation.version}"
@@ -138,8 +139,10 @@ def _evaluation_mark(evaluation: Evaluation) -> Whisker:
     return Whisker(x=x, mean=evaluation.mean, low=evaluation.low, high=evaluation.high, colour=colour, tip=tip)
 
 
-def _staleness(run: RunData, _: Sequence[Update]) -> Figure | None:
-    counts = sum((Counter(update.staleness_counts) for update in run.updates), Counter[int]())
+def _staleness(run: RunData, _: Sequence[Updated]) -> Figure | None:
+    counts = Counter[int]()
+    for update in run.updates:
+        counts.update({int(lag): num for lag, num in update.staleness_counts.items()})
     total = counts.total()
     if not total:
         return None
@@ -158,7 +161,7 @@ def _staleness(run: RunData, _: Sequence[Update]) -> Figure | None:
     )
 
 
-def _r_d(run: RunData, _: Sequence[Update]) -> Figure | None:
+def _r_d(run: RunData, _: Sequence[Updated]) -> Figure | None:
     band = run.bound("band")
     bounds = [Bound(x=1 / band, label=f"1/{band:g}"), Bound(x=band, label=f"band {band:g}")] if band else []
     kept = _column(run, "band_mask").astype(bool)
@@ -169,7 +172,7 @@ def _r_d(run: RunData, _: Sequence[Update]) -> Figure | None:
     return _ratio_histogram(f"r_d = {run.setting('r_d')}", caption, _column(run, "log_r_d"), kept, bounds, "outside the band")
 
 
-def _r_s(run: RunData, _: Sequence[Update]) -> Figure | None:
+def _r_s(run: RunData, _: Sequence[Updated]) -> Figure | None:
     low, high = run.bound("eps_low"), run.bound("eps_high")
     bounds = [Bound(x=1 - low, label=f"1 - {low:g}")] if low is not None and low < 1 else []
     bounds += [Bound(x=1 + high, label=f"1 + {high:g}")] if high is not None else []
@@ -216,7 +219,7 @@ def _ratio_histogram(
     return Figure(title=title, caption=caption, svg=svg, legend=legend)
 
 
-def _by_staleness(run: RunData, _: Sequence[Update]) -> Figure | None:
+def _by_staleness(run: RunData, _: Sequence[Updated]) -> Figure | None:
     lag = _column(run, "staleness")
     lines = []
     for name, label, colour in (("log_r_d", "|log r_d|", "c0"), ("log_r_s", "|log r_s|", "c1")):
@@ -241,13 +244,13 @@ def _by_staleness(run: RunData, _: Sequence[Update]) -> Figure | None:
     )
 
 
-def _kl(run: RunData, updates: Sequence[Update]) -> Figure | None:
+def _kl(run: RunData, updates: Sequence[Updated]) -> Figure | None:
     keys = sorted({key for update in updates for key in update.metrics if key.startswith("kl/") and "@" not in key})
     labels = {key: key.removeprefix("kl/") for key in keys}
     return _metrics("KL divergence", labels, "In nats, over all loss tokens before masking.")(run, updates)
 
 
-def _times(_: RunData, updates: Sequence[Update]) -> Figure | None:
+def _times(_: RunData, updates: Sequence[Updated]) -> Figure | None:
     timed = [update for update in updates if any(key in update.metrics for key in _TIMES)]
     if not timed:
         return None
@@ -266,7 +269,7 @@ def _times(_: RunData, updates: Sequence[Update]) -> Figure | None:
     return Figure(title="Seconds per update", caption="What the trainer's time goes into.", svg=svg, legend=_legend(lines))
 
 
-def _series(updates: Sequence[Update], key: str) -> list[charts.Point]:
+def _series(updates: Sequence[Updated], key: str) -> list[charts.Point]:
     points = [(float(update.version), update.metrics[key]) for update in updates if key in update.metrics]
     return [point for point in points if math.isfinite(point[1])]
 
@@ -281,7 +284,7 @@ def _smooth(label: str, points: Sequence[charts.Point], colour: str) -> Line:
     return Line(label=f"{label}, moving average", points=mean, colour=colour)
 
 
-def _versions_axis(updates: Sequence[Update]) -> charts.Axis:
+def _versions_axis(updates: Sequence[Updated]) -> charts.Axis:
     return charts.x_axis(updates[0].version, updates[-1].version, whole=True)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -13,7 +13,7 @@ from markupsafe import Markup
 from oldlogits.record.folder import RunFolder, write_atomic
 from oldlogits.record.intervals import verdict_of
 from oldlogits.record.report.calibration import calibration
-from oldlogits.record.report.data import Evaluation, RunData, read_run
+from oldlogits.record.report.data import RunData, read_run
 from oldlogits.record.report.decisions import decisions
 from oldlogits.record.report.figures import figures
 from oldlogits.record.report.transcripts import chosen_transcripts
@@ -94,46 +94,35 @@ def _formula(run: RunData) -> Markup:
 
 def _verdict(run: RunData) -> Card:
     """What was learned, and the evidence."""
-    label, before, after, gain = (
-        "verdict",
-        _found(run.evaluations, "before"),
-        _found(run.evaluations, "after"),
-        run.summary.gain,
-    )
+    before, after, gain = run.summary.success_before, run.summary.success_after, run.summary.gain
     if before is None or after is None:
-        latest = run.evaluations[-1] if run.evaluations else None
-        measured = f"Latest evaluation ({latest.mode}, version {latest.version}): {_rate(latest)}." if latest else ""
-        return Card(label, "No comparison of before and after", measured or "No evaluation was recorded.")
-    evidence = f"Sampled on held-out episodes: {_rate(before)} before, {_rate(after)} after."
+        measured = "No evaluation was recorded."
+        if run.evaluations:
+            e = run.evaluations[-1]
+            measured = f"Latest evaluation ({e.mode}, version {e.version}): {e.mean:.1%} [{e.low:.1%}, {e.high:.1%}]."
+        return Card("verdict", "No comparison of before and after", measured)
+    evidence = f"Sampled on held-out episodes: {before} before, {after} after."
     headline = f"{before.mean:.1%} → {after.mean:.1%}"
     if gain is None:
-        return Card(label, headline, evidence)
+        return Card("verdict", headline, evidence)
     points = f"{100 * gain.mean:+.1f} points, 95% interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f}"
     evidence += f" Paired over the same {gain.num_episodes} episodes: {points}."
     tones: dict[str, Tone] = {"better": "good", "worse": "bad"}
     verdict = verdict_of(gain)
-    return Card(label, f"{headline}: {verdict}", evidence, tones.get(verdict, "plain"))
-
-
-def _found(evaluations: Sequence[Evaluation], stage: str) -> Evaluation | None:
-    return next((e for e in reversed(evaluations) if e.stage == stage and e.mode == "sampled"), None)
-
-
-def _rate(evaluation: Evaluation) -> str:
-    return f"{evaluation.mean:.1%} [{evaluation.low:.1%}, {evaluation.high:.1%}]"
+    return Card("verdict", f"{headline}: {verdict}", evidence, tones.get(verdict, "plain"))
 
 
 def _cards(run: RunData) -> list[Card]:
     ended = run.ended or "killed or running"
     cards = [Card("updates", f"{len(run.updates)}", f"ended: {ended}", "bad" if ended == "error" else "plain")]
-    lags = [lag for update in run.updates for lag in update.staleness_counts]
+    lags = [int(lag) for update in run.updates for lag in update.staleness_counts]
     bound = run.bound("max_staleness")
     if lags and bound is not None:
         holds = max(lags) <= bound
         detail = f"bound {bound:g}: {'kept' if holds else 'broken'}"
         cards.append(Card("largest staleness", str(max(lags)), detail, "good" if holds else "bad"))
-    if run.probe_max_abs_error is not None:
-        error = f"{run.probe_max_abs_error:.1e}"
+    if run.summary.probe_max_abs_error is not None:
+        error = f"{run.summary.probe_max_abs_error:.1e}"
         cards.append(Card("probe, largest error", error, "engine against trainer, after each publish"))
     return [*cards, *_summary_cards(run.summary)] if run.updates else cards
 
@@ -190,7 +179,7 @@ def _missing(run: RunData) -> list[str]:
     absent = {
         "The run never started: there is no run_started event.": not run.started,
         "No end was recorded: the process was killed, or is still running.": run.ended is None,
-        f"The run ended with an error: {run.error}": run.error is not None,
+        f"The run ended with an error: {run.error}": bool(run.error),
         "The run was interrupted before its last update.": run.ended == "interrupted",
         "No update was recorded.": not run.updates,
         "No evaluation was recorded.": not run.evaluations,

@@ -52,26 +52,17 @@ def chosen_transcripts(episodes: Sequence[Episode]) -> list[Transcript]:
     """The lowest and the highest reward, early and late in training; of equals, those of the most versions."""
     training = sorted((e for e in episodes if e.stage == "train"), key=lambda e: e.version)
     third = -(-len(training) // 3)
+    early, late = training[:third], training[third:][-third:][::-1]
     chosen: dict[str, Transcript] = {}
-    for period, pool in (("Early", training[:third]), ("Late", training[third:][-third:][::-1])):
-        for pick in (_lowest, _highest):
-            if pool:
-                _add(chosen, f"{period} in training", pick(pool))
-    if not chosen and episodes:
-        _add(chosen, "Evaluation", episodes[-1])
+    for period, pool in (("Early in training", early), ("Late in training", late)):
+        if pool:
+            lowest = min(pool, key=lambda e: (e.reward, -len(e.versions)))
+            highest = max(pool, key=lambda e: (e.reward, len(e.versions)))
+            for episode in (lowest, highest):
+                chosen.setdefault(episode.id, Transcript(title=period, episode=episode, turns=tuple(_turns(episode))))
+    if not chosen:
+        return [Transcript(title="Evaluation", episode=e, turns=tuple(_turns(e))) for e in episodes[-1:]]
     return list(chosen.values())
-
-
-def _lowest(pool: Sequence[Episode]) -> Episode:
-    return min(pool, key=lambda e: (e.reward, -len(e.versions)))
-
-
-def _highest(pool: Sequence[Episode]) -> Episode:
-    return max(pool, key=lambda e: (e.reward, len(e.versions)))
-
-
-def _add(chosen: dict[str, Transcript], title: str, episode: Episode) -> None:
-    chosen.setdefault(episode.id, Transcript(title=title, episode=episode, turns=tuple(_turns(episode))))
 
 
 def _turns(episode: Episode) -> Iterator[Turn]:

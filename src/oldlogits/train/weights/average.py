@@ -48,14 +48,6 @@ class AverageReset:
     age: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TakenIn:
-    """What became of the average in one update: metrics of the average that served it, and the reset after it."""
-
-    metrics: Mapping[str, float]
-    reset: AverageReset | None
-
-
 class Averaging:
     """The average under the recipe's decay and reset rules.
 
@@ -83,7 +75,7 @@ class Averaging:
         version: PolicyVersion,
         metrics: Mapping[str, float],
         staleness_counts: Mapping[int, int],
-    ) -> TakenIn:
+    ) -> tuple[Mapping[str, float], AverageReset | None]:
         """Take in the version that an update has made, or reset the average to it.
 
         Args:
@@ -91,6 +83,9 @@ class Averaging:
             version: Their version.
             metrics: What the update measured; its masks decide about a reset.
             staleness_counts: The update's loss tokens by staleness.
+
+        Returns:
+            Metrics of the average that served the update, and the reset after it; None: there was none.
         """
         num_lags = self._window + 1
         self._lags.append(np.array([staleness_counts.get(lag, 0) for lag in range(num_lags)], np.int64))
@@ -103,10 +98,10 @@ class Averaging:
         if reset is not None:
             self.average.reset(weights)
             self._no_reset_before = version + num_lags
-            return TakenIn(metrics=served, reset=reset)
+            return served, reset
         chosen = self._choose_beta()
         self.average.add(weights, chosen["average/beta"])
-        return TakenIn(metrics=served | chosen, reset=None)
+        return served | chosen, None
 
     def _choose_beta(self) -> dict[str, float]:
         """Choose the beta for the next version, and what it was chosen from, as metrics."""

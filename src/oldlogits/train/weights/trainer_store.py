@@ -17,7 +17,7 @@ from oldlogits.config import VersionsConfig
 from oldlogits.core.weights import PatchWeights, PolicyVersion, StoreReceipt
 from oldlogits.models.load import version_parameters
 from oldlogits.models.ranks import Ranks
-from oldlogits.versions import LazyPatchStore, Patch, Shard, concatenate
+from oldlogits.versions import Patch, PatchStore, Shard, concatenate
 
 PATCH_SHARE = 0.5
 """Patches above this share of a full copy are not worth it: the full weights are sent."""
@@ -26,8 +26,7 @@ PATCH_SHARE = 0.5
 class TrainerVersionStore:
     """A store of patches whose resident copy the scoring module reads.
 
-    It is one walk from beginning to end: a checkout leaves the copy where it is, the next publication or checkout takes it on
-    from there, so that a batch scored version by version goes over the chain once.
+    A checkout leaves the copy where it is, so that a batch scored version by version goes over the chain once.
 
     Args:
         config: The tiers and the budget of the store.
@@ -42,7 +41,7 @@ class TrainerVersionStore:
     ) -> None:
         folder = Path(config.folder) / ("" if ranks.num_ranks == 1 else f"rank{ranks.rank}") if config.budget_bytes else None
         hot, budget = config.uncompressed, config.budget_bytes or None
-        self.store = LazyPatchStore(folder, dtype=dtype, shards=shards, hot=hot, budget_bytes=budget, wait_s=0.0, sync=False)
+        self.store = PatchStore(folder, dtype=dtype, shards=shards, hot=hot, budget_bytes=budget)
         self._ranks, self._sends_patches = ranks, sends_patches
         self._sent: PolicyVersion | None = None
 
@@ -98,7 +97,4 @@ def _together(parts: Sequence[StoreReceipt]) -> StoreReceipt:
         stored_bytes=sum(part.stored_bytes for part in parts),
         full_bytes=full_bytes,
         share_changed=sum(part.share_changed * part.full_bytes for part in parts) / full_bytes,
-        encode_s=max(part.encode_s for part in parts),
-        log_bytes=sum(part.log_bytes for part in parts),
-        waited_s=max(part.waited_s for part in parts),
     )

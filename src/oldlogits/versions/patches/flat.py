@@ -174,6 +174,27 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return bool(torch.equal(words_of(a.detach().contiguous()), words_of(b.detach().to(a.device).contiguous())))
 
 
+def fingerprint(name: str, tensor: Tensor) -> str:
+    """Dtype, shape and digest of a tensor, in one word."""
+    whole = tensor.detach().contiguous()
+    zero, numel, key = (np.array([n], dtype=np.int64) for n in (0, whole.numel(), signed(key_of(name))))
+    digest = kernels_for(whole).digest(words_of(whole), zero, zero, numel, key) & MASK
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}-{digest:016x}"
+
+
+def check_fingerprints(expected: Mapping[str, str], given: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not those with these fingerprints; a `LayoutError` names one that is missing or differs."""
+    for name, print_then in expected.items():
+        found = fingerprint(name, given[name]) if name in given else "no such tensor"
+        if found != print_then:
+            raise LayoutError(
+                f"{name}: not the frozen tensor that the versions on disk were published with",
+                got=found,
+                allowed=print_then,
+                fix="open the store with frozen= the tensors of the model that it began with",
+            )
+
+
 def _unfit(name: str, got: str, allowed: str) -> LayoutError:
     return LayoutError(
         f"{name}: the weights do not fit the layout of the versions before",

@@ -194,11 +194,11 @@ class Layout:
         try:
             content = json.loads(text)
             entries = tuple(
-                Entry(name=name, dtype=_dtype(dtype), shape=tuple(shape), start=start, stop=stop)
+                Entry(name=name, dtype=getattr(torch, dtype), shape=tuple(shape), start=start, stop=stop)
                 for name, dtype, shape, start, stop in content["entries"]
             )
             return cls(entries=entries, aliases=content["aliases"], frozen=frozenset(content["frozen"]))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             if isinstance(error, LayoutError):
                 raise
             raise LayoutError("a text is no layout", got=str(error), allowed="what Layout.to_json wrote") from error
@@ -250,13 +250,6 @@ def _merged(entries: Sequence[Entry]) -> Entry:
     if len({(entry.dtype, entry.shape) for entry in entries}) > 1:
         raise _contradiction(first.name, "shards of different dtypes or shapes")
     return replace(first, start=held[0].start, stop=held[-1].stop, offset=0)
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise LayoutError("an unknown dtype", got=name, allowed="a dtype of torch", fix="upgrade torch")
-    return dtype
 
 
 def _contradiction(name: str, got: str) -> LayoutError:

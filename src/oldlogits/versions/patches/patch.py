@@ -5,11 +5,11 @@ directions: ``new = old + delta``, ``old = new - delta``, whatever the values ar
 
 The bytes of a patch::
 
-    prefix    magic, format version, byte order, length of the header, crc32 of all that and the header
-    header    JSON: tier, base and target digest, sections (name, bytes stored, bytes raw, crc32)
+    prefix    magic, format version, byte order, length of the header, crc32 of all that follows
+    header    JSON: tier, base and target digest, bytes of each section as stored and as they were
     sections  layout (JSON), blocks, gaps, values, wide, dense
 
-In the cold tier every section is compressed apart (`cold.py`).
+In the cold tier every section is compressed apart, words as byte planes: all first bytes, then all second bytes, ...
 """
 
 from __future__ import annotations
@@ -21,21 +21,26 @@ import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
+import zstandard
+from numpy.typing import NDArray
 
 from oldlogits.core.errors import LayoutError, PatchError, ReceiverBehindError
-from oldlogits.versions.patches.cold import Section, Tier, damaged, pack, unpack
 from oldlogits.versions.patches.digest import MASK
 from oldlogits.versions.patches.layout import Layout
 from oldlogits.versions.patches.streams import BLOCK, BLOCK_SIZE, SKIP, Blocks, Ints, Streams, stream_lengths
 
-FORMAT = 1
+Tier = Literal["memory", "cold"]
+Bytes = NDArray[np.uint8]
+
+FORMAT = 2
 _MAGIC = b"oldpatch"
-_PREFIX, _CRC = struct.Struct("<8sHHI"), struct.Struct("<I")
+_ZSTD_LEVEL = 1
+_PREFIX = struct.Struct("<8sHHII")
 _BYTE_ORDERS = {"little": 1, "big": 2}
-_SECTIONS = ("layout", "blocks", "gaps", "values", "wide", "dense")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,15 +80,12 @@ class Patch:
         """The patch as bytes: "memory" raw, "cold" compressed."""
         contents = [np.frombuffer(self.layout.to_json().encode(), np.uint8), np.ascontiguousarray(self.blocks).view(np.uint8)]
         contents += [stream.cpu().numpy().view(np.uint8) for stream in self.streams]
-        packed = [
-            pack(name, content, tier, runs)
-            for name, content, runs in zip(_SECTIONS, contents, _runs(self.layout, self.blocks), strict=True)
-        ]
-        sections = [[section.name, section.stored, section.raw, section.crc] for section, _ in packed]
-        header = json.dumps({"tier": tier, "base": self.base, "target": self.target, "sections": sections}).encode()
-        start = _PREFIX.pack(_MAGIC, FORMAT, _BYTE_ORDERS[sys.byteorder], len(header)) + header
-        head = start[: _PREFIX.size] + _CRC.pack(zlib.crc32(start)) + header
-        return b"".join([head, *(stored for _, stored in packed)])
+        runs = _runs(self.layout, self.blocks)
+        stored = [pack(content, tier, run) for content, run in zip(contents, runs, strict=True)]
+        sizes = [(len(part), len(content)) for part, content in zip(stored, contents, strict=True)]
+        header = json.dumps({"tier": tier, "base": self.base, "target": self.target, "sizes": sizes}).encode()
+        body = b"".join([header, *stored])
+        return _PREFIX.pack(_MAGIC, FORMAT, _BYTE_ORDERS[sys.byteorder], len(header), zlib.crc32(body)) + body
 
     @classmethod
     def from_bytes(cls, content: bytes | bytearray | memoryview, *, layout: Layout | None = None) -> Patch:
@@ -94,34 +96,32 @@ class Patch:
             layout: The receiver's, if the patch is to be refused where its own differs.
 
         Raises:
-            PatchError: Not a patch, of another format or byte order, or damaged; says where.
+            PatchError: Not a patch, of another format or byte order, or damaged.
             LayoutError: The patch is of other tensors.
         """
         view = memoryview(content)
-        tier, base, target, sections, at = _read_header(view)
-        if len(view) - at != sum(section.stored for section in sections):
-            raise damaged("length", f"{len(view)} bytes")
-        parts = []
-        for section in sections:
-            parts.append((section, view[at : at + section.stored]))
-            at += section.stored
-        own = _layout_of(unpack(*parts[0], tier).tobytes())
+        length = _check_prefix(view)
+        try:
+            at = _PREFIX.size + length
+            header = json.loads(bytes(view[_PREFIX.size : at]))
+            tier, base, target, sizes = (header[key] for key in ("tier", "base", "target", "sizes"))
+            parts: list[tuple[memoryview, int]] = []
+            for stored, raw in sizes:
+                parts.append((view[at : at + stored], raw))
+                at += stored
+            own = _layout_of(unpack(*parts[0], tier).tobytes())
+            blocks = unpack(*parts[1], tier, [(parts[1][1], BLOCK.itemsize)]).view(BLOCK)
+            _check_blocks(own, blocks)
+            runs = _runs(own, blocks)[2:]
+            streams = [torch.from_numpy(unpack(*part, tier, run)) for part, run in zip(parts[2:], runs, strict=True)]
+        except (ValueError, TypeError, KeyError, IndexError, zstandard.ZstdError) as error:
+            raise _damaged(str(error)) from error
         if layout is not None and own != layout:
             raise foreign(layout.difference(own))
-        words = unpack(*parts[1], tier, [(parts[1][0].raw, BLOCK.itemsize)])
-        if len(words) % BLOCK.itemsize:
-            raise damaged("blocks", f"{len(words)} bytes")
-        blocks = words.view(BLOCK)
-        _check_blocks(own, blocks)
-        runs = _runs(own, blocks)
-        for (section, _), run in zip(parts[2:], runs[2:], strict=True):
-            if section.raw != sum(length for length, _ in run):
-                raise damaged(section.name, f"{section.raw} bytes, which is not what the table of blocks says")
-        gaps, values, wide, dense = (
-            torch.from_numpy(unpack(*part, tier, run)) for part, run in zip(parts[2:], runs[2:], strict=True)
+        gaps, values, wide, dense = streams
+        return cls(
+            layout=own, base=base, target=target, blocks=blocks, streams=Streams(gaps, values.view(torch.int8), wide, dense)
         )
-        streams = Streams(gaps, values.view(torch.int8), wide, dense)
-        return cls(layout=own, base=base, target=target, blocks=blocks, streams=streams)
 
 
 def concatenate(patches: Sequence[Patch]) -> Patch:
@@ -148,6 +148,34 @@ def concatenate(patches: Sequence[Patch]) -> Patch:
         blocks=np.concatenate(tables) if tables else np.zeros(0, BLOCK),
         streams=Streams.cat(parts),
     )
+
+
+def pack(content: Bytes, tier: Tier, runs: Sequence[tuple[int, int]] = ()) -> bytes:
+    """The bytes to store; `runs` is what the content is made of: (bytes, bytes of a word); none: bytes."""
+    if tier == "memory":
+        return content.tobytes()
+    return zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(_transposed(content, runs, splits=True).data)
+
+
+def unpack(stored: memoryview, num_bytes: int, tier: Tier, runs: Sequence[tuple[int, int]] = ()) -> Bytes:
+    """The content that `pack` was given, writable; a `ValueError` if its length is not `num_bytes` or not that of the runs."""
+    content: bytes | bytearray = bytearray(stored)
+    if tier == "cold":
+        content = zstandard.ZstdDecompressor().decompress(stored, max_output_size=num_bytes)
+    if len(content) != num_bytes or (runs and num_bytes != sum(length for length, _ in runs)):
+        raise ValueError(f"a section of {len(content)} bytes, which is not what the header or the table of blocks says")
+    array = np.frombuffer(content, np.uint8)
+    return array if tier == "memory" else _transposed(array, runs, splits=False)
+
+
+def _transposed(content: Bytes, runs: Sequence[tuple[int, int]], *, splits: bool) -> Bytes:
+    """Split words into byte planes, run by run, or join the planes to words again."""
+    parts, at = [], 0
+    for length, width in runs:
+        form = (-1, width) if splits else (width, -1)
+        parts.append(content[at : at + length].reshape(form).T.reshape(-1))
+        at += length
+    return np.concatenate(parts) if parts else content.copy()
 
 
 def part_of(patch: Patch, dtype: torch.dtype) -> tuple[slice, Streams]:
@@ -191,28 +219,18 @@ def _runs(layout: Layout, blocks: Blocks) -> list[list[tuple[int, int]]]:
     return [[], [(blocks.nbytes, BLOCK.itemsize)], gaps, values, *words]
 
 
-def _read_header(view: memoryview) -> tuple[Tier, int, int, list[Section], int]:
-    """Tier, base, target, sections, and where the first section begins."""
-    body = _PREFIX.size + _CRC.size
-    if len(view) < body or bytes(view[: len(_MAGIC)]) != _MAGIC:
+def _check_prefix(view: memoryview) -> int:
+    """Refuse bytes that are no patch, or not as they were written; returns the length of the header."""
+    if len(view) < _PREFIX.size or bytes(view[: len(_MAGIC)]) != _MAGIC:
         raise _unreadable("bytes are no patch", got=repr(bytes(view[: len(_MAGIC)])), allowed=repr(_MAGIC))
-    _, version, order, length = _PREFIX.unpack_from(view)
+    _, version, order, length, crc = _PREFIX.unpack_from(view)
     if version != FORMAT:
         raise _unreadable("a patch of another format", got=f"format {version}", allowed=f"format {FORMAT}")
     if order != _BYTE_ORDERS[sys.byteorder]:
         raise _unreadable("a patch of another byte order", got=f"byte order {order}", allowed=f"{sys.byteorder} endian")
-    header = bytes(view[body : body + length])
-    if len(header) != length or _CRC.pack(zlib.crc32(bytes(view[: _PREFIX.size]) + header)) != view[_PREFIX.size : body]:
-        raise damaged("header", f"{len(header)} of {length} bytes, or another checksum")
-    try:
-        content = json.loads(header)
-        sections = [Section(name=name, stored=stored, raw=raw, crc=crc) for name, stored, raw, crc in content["sections"]]
-        tier, base, target = (content[key] for key in ("tier", "base", "target"))
-    except (ValueError, TypeError, KeyError) as error:
-        raise damaged("header", f"JSON of another form: {error}") from error
-    if tuple(section.name for section in sections) != _SECTIONS or tier not in ("memory", "cold"):
-        raise damaged("header", f"tier {tier!r}, sections {[section.name for section in sections]}")
-    return tier, base, target, sections, body + length
+    if zlib.crc32(view[_PREFIX.size :]) != crc:
+        raise _damaged(f"{len(view)} bytes with another checksum than the one recorded")
+    return int(length)
 
 
 @functools.lru_cache(maxsize=4)
@@ -229,14 +247,23 @@ def _check_blocks(layout: Layout, blocks: Blocks) -> None:
     order = {dtype: i for i, dtype in enumerate(layout.dtypes)}
     groups = np.array([order[entry.dtype] for entry in layout.entries], np.int64)
     if entries.max() >= len(layout.entries) or (np.diff(groups[entries]) < 0).any():
-        raise damaged("blocks", "entries that the layout lacks, or out of order")
+        raise ValueError("entries that the layout lacks, or out of order")
     starts, stops = (np.array([getattr(e, side) for e in layout.entries], np.uint64)[entries] for side in ("start", "stop"))
     if (blocks["first"] < starts).any() or (blocks["first"] + blocks["count"] > stops).any():
-        raise damaged("blocks", "elements outside of their entry")
+        raise ValueError("elements outside of their entry")
     counts = blocks["count"].astype(np.int64)
     if counts.max() > BLOCK_SIZE or (blocks["changes"] > counts).any() or (blocks["gaps"] > counts + counts // SKIP).any():
-        raise damaged("blocks", "more changes than elements")
+        raise ValueError("more changes than elements")
 
 
 def _unreadable(what: str, *, got: str, allowed: str) -> PatchError:
     return PatchError(what, got=got, allowed=allowed, fix="write and read patches with the same release on like machines")
+
+
+def _damaged(got: str) -> PatchError:
+    return PatchError(
+        "a patch is damaged",
+        got=got,
+        allowed="the bytes that Patch.to_bytes wrote",
+        fix="fetch the patch again, or fall back on a full copy of the weights",
+    )
