@@ -26,8 +26,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from oldlogits.record.bus import EventKind
-from oldlogits.record.event_log import read_events
+from oldlogits.record.event_log import read_events, typed
+from oldlogits.record.events import Updated
 from oldlogits.rpc.processes import PREFIX
 
 NUM_UPDATES = 40  # so many that none is over before its kill, at most 6 s after the first
@@ -197,7 +197,7 @@ def wait_for_update(process: subprocess.Popen[bytes], run: Path) -> bool:
 def updates_of(run: Path) -> int:
     """Updates so far."""
     path = run / "events.jsonl"
-    return sum(event.kind == EventKind.UPDATE for event in read_events(path)) if path.exists() else 0
+    return len(typed(read_events(path), Updated)) if path.exists() else 0
 
 
 def family(root: int) -> list[tuple[int, str]]:

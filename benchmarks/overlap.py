@@ -20,12 +20,13 @@ from pathlib import Path
 from statistics import median
 
 from oldlogits.backends.processes import start_scorer, start_trainer
-from oldlogits.batch import collate
-from oldlogits.config import RunConfig, config_from_table, load_config
+from oldlogits.batch.collate import collate
+from oldlogits.config.load import config_from_table, load_config
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.scoring import BatchTokens, DedicatedScorer
 from oldlogits.core.trajectory import Context, Sampled, Segment, Trajectory, TrajectoryGroup
-from oldlogits.record.bus import EventKind
-from oldlogits.record.event_log import read_events
+from oldlogits.record.event_log import read_events, typed
+from oldlogits.record.events import WeightsUpdated
 from oldlogits.rpc.client import client
 from oldlogits.run.run import run
 from oldlogits.run.specs import scorer_spec, trainer_spec
@@ -214,8 +215,8 @@ def pauses(recipe: Path, overrides: list[str]) -> None:
                 result = run(load_config(recipe, [*overrides, "--proximal.source", route]), out)
                 if result.error is not None:
                     raise result.error
-                events = [e for e in read_events(out / "events.jsonl") if e.kind is EventKind.WEIGHTS_UPDATED]
-                stalls[route] += [float(str(e.fields["stall_s"])) for e in events[1:]]
+                events = typed(read_events(out / "events.jsonl"), WeightsUpdated)
+                stalls[route] += [event.stall_s for event in events[1:]]
     found = {route: median(values) for route, values in stalls.items()}
     print(f"stall at a weight update, median: {found}, eager / snapshot: {found['eager'] / found['snapshot']:.2f}")
 

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from statistics import fmean
 
-from oldlogits.config import load_config
+from oldlogits.config.load import load_config
 from oldlogits.record.intervals import Interval
 from oldlogits.record.summary import Summary
 from oldlogits.run.run import run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from oldlogits.batch import TokenBatch, collate
+from oldlogits.batch.collate import TokenBatch, collate
 from oldlogits.core.trajectory import KV, Context, Sampled, Trajectory, TrajectoryGroup
 
 

@@ -17,10 +17,11 @@ import pyarrow.parquet as pq
 import tomli_w
 import torch
 
-from oldlogits.config import RunConfig, config_from_table
 from oldlogits.config.check import check
-from oldlogits.record.bus import EventKind
-from oldlogits.record.event_log import RecordedEvent, read_events
+from oldlogits.config.load import config_from_table
+from oldlogits.config.schema import RunConfig
+from oldlogits.record.bus import Event
+from oldlogits.record.event_log import read_events
 from oldlogits.train.checkpoint import read_state
 
 from .waiting import HUNG_S, wait_until
@@ -82,7 +83,7 @@ def write_recipe(path: Path, config: RunConfig) -> Path:
     return path
 
 
-def events_of(run: Path, kind: EventKind | None = None) -> list[RecordedEvent]:
+def events_of(run: Path, kind: str | None = None) -> list[Event]:
     return [event for event in read_events(run / "events.jsonl") if kind in (None, event.kind)]
 
 
@@ -124,7 +125,7 @@ def files_of(process: int | str) -> set[Path]:
 
 def num_updates_of(run: Path) -> int:
     """How many updates a run has made so far; it may not have begun."""
-    return len(events_of(run, EventKind.UPDATE)) if (run / "events.jsonl").exists() else 0
+    return len(events_of(run, "update")) if (run / "events.jsonl").exists() else 0
 
 
 def wait_for_updates(run: Path, num: int, *, hung_s: float = HUNG_S) -> None:

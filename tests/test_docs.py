@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from oldlogits.cli.show import TABLES
-from oldlogits.config import RunConfig, load_config
+from oldlogits.config.load import load_config
+from oldlogits.config.schema import RunConfig
 from oldlogits.envs.base import load_environment
-from oldlogits.record.bus import EventKind
 from oldlogits.record.event_log import read_events
 from oldlogits.run.run import run
 from order_desk.data import ruling
@@ -59,6 +59,7 @@ def test_the_files_of_the_documents_are_those_of_the_example() -> None:
     assert snippets(ENVIRONMENTS) == files
 
 
+@pytest.mark.slow
 def test_the_environment_of_the_documents_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chatml_llama: Path) -> None:
     for path in filter(Path.is_file, NUMBER_GUESS.iterdir()):
         shutil.copy(path, tmp_path)
@@ -93,10 +94,11 @@ def documented_metrics() -> set[str]:
 def emitted_metrics(tmp_path: Path, name: str, config: RunConfig) -> set[str]:
     """The names in the updates of a run, without the staleness that they are restricted to."""
     assert run(config, tmp_path / name).error is None
-    updates = [e for e in read_events(tmp_path / name / "events.jsonl") if e.kind is EventKind.UPDATE]
-    return {metric.partition("@")[0] for update in updates for metric in update.fields["metrics"]}
+    updates = [e for e in read_events(tmp_path / name / "events.jsonl") if e.kind == "update"]
+    return {metric.partition("@")[0] for update in updates for metric in update.metrics}
 
 
+@pytest.mark.slow
 def test_every_emitted_metric_is_documented_and_every_documented_one_is_emitted(tmp_path, tiny_folder, tiny_moe_folder) -> None:
     average = {"variant": "ppo_ewma_train_infer", "proximal": {"source": "ewma", "decay": "auto"}}
     rescored = {"variant": "rescore_train_infer", "proximal": {"source": "rescore"}, "engine": {"precision": "int8"}}

@@ -182,6 +182,7 @@ def test_events_stand_on_their_lines_alone():
     assert modules == {"oldlogits.record", *EVENTS, "oldlogits.record.jsonl"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["embedded.kind", "http.kind", "protocols.vllm", "protocols.embedded"])
 def test_an_engine_or_a_protocol_that_a_recipe_names_is_imported_without_heavy_packages(module):
     code = f"import sys, oldlogits.engines.{module}; print(sorted({{'torch', 'transformers', 'aiohttp'}} & set(sys.modules)))"

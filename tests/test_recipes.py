@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from oldlogits.cli.main import run
-from oldlogits.config import known_keys, load_config
+from oldlogits.config.load import known_keys, load_config
 from oldlogits.core.environment import is_model_folder
 from oldlogits.run.cost import estimate
 

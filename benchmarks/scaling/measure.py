@@ -27,8 +27,8 @@ import tomli_w
 
 from benchmarks.machine import Machine, this_machine
 from oldlogits.core.errors import ConfigError, WorkerDiedError
-from oldlogits.record.bus import EventKind
-from oldlogits.record.event_log import RecordedEvent, read_events
+from oldlogits.record.event_log import read_events, typed
+from oldlogits.record.events import Updated
 from order_desk.environment import OrderDesk
 
 Runtime = Literal["local", "ray"]
@@ -254,13 +254,13 @@ def _watch(setting: Setting, recipe: Path, workload: Workload) -> Measured:
             _end(run)
     if first is None or last is None or status != 0:
         raise _failed(setting, f"exit status {run.returncode}", log)
-    updates = [event for event in read_events(out / "events.jsonl") if event.kind == EventKind.UPDATE][NUM_WARM_UP - 1 :]
+    updates = typed(read_events(out / "events.jsonl"), Updated)[NUM_WARM_UP - 1 :]
     seconds_s = last.at_s - first.at_s
     return Measured(
         setting=setting,
         trajectories_per_s=(_num_ended(updates[-1]) - _num_ended(updates[0])) / seconds_s,
         cpu_share=last.cpu.share_since(first.cpu),
-        staleness_mean=statistics.fmean(_metric(event, "staleness/mean") for event in updates[1:]),
+        staleness_mean=statistics.fmean(event.metrics["staleness/mean"] for event in updates[1:]),
         seconds_s=seconds_s,
     )
 
@@ -316,7 +316,7 @@ def _reading_at(num_updates: int, run: subprocess.Popen[bytes], out: Path, ends:
     path = out / "events.jsonl"
     while True:
         ended = run.poll() is not None  # before the events are read: the last ones are written before the end
-        if path.exists() and sum(event.kind == EventKind.UPDATE for event in read_events(path)) >= num_updates:
+        if path.exists() and len(typed(read_events(path), Updated)) >= num_updates:
             return Reading(at_s=time.monotonic(), cpu=read_cpu(Path("/proc/stat")))
         if ended:
             return None
@@ -333,14 +333,6 @@ def read_cpu(stat: Path) -> Cpu:
     return Cpu(busy=sum(ticks) - ticks[3] - ticks[4], total=sum(ticks))
 
 
-def _metric(update: RecordedEvent, name: str) -> float:
-    metrics = update.fields["metrics"]
-    assert isinstance(metrics, dict), "an update has metrics"
-    value = metrics[name]
-    assert isinstance(value, int | float), "metrics are numbers"
-    return float(value)
-
-
-def _num_ended(update: RecordedEvent) -> float:
+def _num_ended(update: Updated) -> float:
     """Trajectories that have ended: a batch that waits for the trainer was made, too."""
-    return _metric(update, "accounting/submitted") - _metric(update, "queue/running")
+    return update.metrics["accounting/submitted"] - update.metrics["queue/running"]

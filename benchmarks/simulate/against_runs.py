@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.simulate.fit import MeasuredRun
 from benchmarks.simulate.validate import BARS, Comparison, compare
-from oldlogits.config import load_config
+from oldlogits.config.load import load_config
 from oldlogits.run.run import run
 
 RECIPE = Path("recipes/desk.toml")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,11 +30,24 @@ from benchmarks.simulate.scenario import (
     TrainerTimes,
     Turn,
 )
-from oldlogits.config import RunConfig, load_config
+from oldlogits.config.load import load_config
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.engine_stats import Line
 from oldlogits.core.errors import ConfigError
-from oldlogits.record.bus import EventKind
-from oldlogits.record.event_log import RecordedEvent, read_events
+from oldlogits.record.bus import Event
+from oldlogits.record.event_log import read_events, typed
+from oldlogits.record.events import (
+    BatchScored,
+    BatchTaken,
+    CheckpointWritten,
+    Evaluated,
+    GroupClosed,
+    Probed,
+    RunStarted,
+    Updated,
+    VersionPublished,
+    WeightsUpdated,
+)
 from oldlogits.record.folder import RunFolder
 from oldlogits.rollout.turn_latency import KINDS, Kind
 
@@ -52,11 +65,11 @@ def straight_line(sums: Line) -> tuple[float, float]:
         Sizes 1 and 3 that took 2 s and 4 s: a fixed second, and one for each unit.
     """
     if not sums.num or not sums.size:
-        return (sums.seconds_s / sums.num if sums.num else 0.0), 0.0
+        return (sums.s / sums.num if sums.num else 0.0), 0.0
     spread = sums.size_sq - sums.size**2 / sums.num
-    slope = (sums.size_s - sums.size * sums.seconds_s / sums.num) / spread if spread > 1e-9 * sums.size_sq else 0.0
-    slope = min(max(0.0, slope), sums.seconds_s / sums.size)
-    return (sums.seconds_s - slope * sums.size) / sums.num, slope
+    slope = (sums.size_s - sums.size * sums.s / sums.num) / spread if spread > 1e-9 * sums.size_sq else 0.0
+    slope = min(max(0.0, slope), sums.s / sums.size)
+    return (sums.s - slope * sums.size) / sums.num, slope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +81,7 @@ class MeasuredRun:
         updates: The metrics of every update.
         num_tokens: Of every update's batch, context included.
         num_trajectories: Of every update's batch.
-        events: Of the last start of the run, by kind.
+        events: All of the run.
         workload: Its episodes and the gaps between their turns.
     """
 
@@ -76,7 +89,7 @@ class MeasuredRun:
     updates: Sequence[Mapping[str, float]]
     num_tokens: Sequence[int]
     num_trajectories: Sequence[int]
-    events: Mapping[EventKind, Sequence[RecordedEvent]]
+    events: Sequence[Event]
     workload: MeasuredWorkload
 
     @classmethod
@@ -92,25 +105,22 @@ class MeasuredRun:
                 "no run folder", got=str(path), allowed="a folder with events.jsonl", fix="oldlogits train RECIPE --out FOLDER"
             )
         config = load_config(path / "config.toml")
-        events: dict[EventKind, list[RecordedEvent]] = defaultdict(list)
-        for event in read_events(folder.events):
-            events[event.kind].append(event)
-        updates = [_mapping(event.fields["metrics"]) for event in events[EventKind.UPDATE]]
+        events = list(read_events(folder.events))
+        updates, num_starts = [event.metrics for event in typed(events, Updated)], len(typed(events, RunStarted))
         paths = sorted(folder.tokens.glob("v*.parquet"))
-        usable = config.runtime.type == "local" and len(events[EventKind.RUN_STARTED]) == 1 and len(updates) >= SKIP + 3
+        usable = config.runtime.type == "local" and num_starts == 1 and len(updates) >= SKIP + 3
         if not usable or not any(update.get("engine/decode_num") for update in updates[SKIP:]) or not paths:
             raise ConfigError(
                 "this run cannot be simulated",
-                got=f"runtime {config.runtime.type}, {len(events[EventKind.RUN_STARTED])} starts, {len(updates)} updates, "
-                f"{len(paths)} token tables",
+                got=f"runtime {config.runtime.type}, {num_starts} starts, {len(updates)} updates, {len(paths)} token tables",
                 allowed=f"runtime local, one start, at least {SKIP + 3} updates with engine/decode_num above 0, a token table",
                 fix="train it anew with runtime.type = 'local', engine.type = 'embedded' and record.tokens_every = 1",
             )
-        common = 1 + int(str(events[EventKind.PROBE][0].fields["num_tokens"]))  # the system prompt; its first token is given
+        common = 1 + typed(events, Probed)[0].num_tokens  # the system prompt; its first token is given
         return cls(
             config=config,
             updates=updates,
-            num_tokens=[int(str(event.fields["num_tokens"])) for event in events[EventKind.BATCH]],
+            num_tokens=[event.num_tokens for event in typed(events, BatchTaken)],
             num_trajectories=_trained(updates),
             events=events,
             workload=MeasuredWorkload(groups=_groups(paths), gaps_s=_gaps(updates[SKIP:]), common_tokens=common),
@@ -133,8 +143,8 @@ class MeasuredRun:
         total_s = wall_s + self.total("time/between_s")
         decoded, tokens = self.total("engine/decode_size"), sum(self.num_tokens[SKIP:])
         lags: dict[int, int] = defaultdict(int)
-        for event in self.events[EventKind.UPDATE][SKIP:]:
-            for lag, num in _mapping(event.fields["staleness_counts"]).items():
+        for event in typed(self.events, Updated)[SKIP:]:
+            for lag, num in event.staleness_counts.items():
                 lags[int(lag)] += int(num)
         return Forecast(
             trajectories_per_s=sum(self.num_trajectories[SKIP:]) / total_s,
@@ -166,7 +176,7 @@ class MeasuredRun:
         """
         c = config or self.config
         n, latency_s = self.num_counted, c.env.latency_s - self.config.env.latency_s
-        closed = self.events[EventKind.GROUP_CLOSED]
+        closed = typed(self.events, GroupClosed)
         return Scenario(
             name=f"{c.proximal.source}, {c.num_updates} updates",
             route=c.proximal.source,
@@ -175,8 +185,8 @@ class MeasuredRun:
             trainer=self.trainer_times,
             scorer=self._scorer_times(c) if c.proximal.source == "dedicated" else None,
             max_num_seqs=c.engine.max_num_seqs,
-            pause_s=_mean(self.events[EventKind.WEIGHTS_UPDATED][SKIP:], "pause_s"),
-            load_s=_mean(self.events[EventKind.WEIGHTS_UPDATED][SKIP:], "load_s"),
+            pause_s=_mean(typed(self.events, WeightsUpdated)[SKIP:], "pause_s"),
+            load_s=_mean(typed(self.events, WeightsUpdated)[SKIP:], "load_s"),
             group_size=c.rollout.group_size,
             prompts_per_update=c.rollout.prompts_per_update,
             max_running_groups=c.rollout.running_limit,
@@ -187,7 +197,7 @@ class MeasuredRun:
             conditions=self.conditions,
             recompute=c.engine.kv == "recompute",
             found_share=self.total("engine/found_tokens") / self.total("engine/prefill_size", "engine/found_tokens"),
-            filtered_share=sum(event.fields["filtered"] is True for event in closed) / len(closed) if n else 0.0,
+            filtered_share=sum(event.filtered is True for event in closed) / len(closed) if n else 0.0,
             seed=seed,
         )
 
@@ -197,7 +207,7 @@ class MeasuredRun:
         step_s, sequence_s = straight_line(self._line("decode"))
         wave_s, prefill_s = straight_line(self._line("prefill"))
         wall_s, busy_s = self.total("time/update_s"), _busy_s(self.updates[SKIP:], "engine")
-        load_s = _sum(self.events[EventKind.WEIGHTS_UPDATED][1 + SKIP :], "load_s")
+        load_s = _sum(typed(self.events, WeightsUpdated)[1 + SKIP :], "load_s")
         message_s = max(0.0, wall_s - busy_s - self.total("engine/waiting_s") - load_s)
         return EngineTimes(
             step_s=step_s,
@@ -222,8 +232,7 @@ class MeasuredRun:
         return tuple(Condition(trainer=float(t), engine=float(e)) for t, e in zip(trainer, engine, strict=True))
 
     def _line(self, name: str) -> Line:
-        part = {"num": "_num", "size": "_size", "size_sq": "_size_sq", "seconds_s": "_s", "size_s": "_size_s"}
-        return Line(**{field: self.total(f"engine/{name}{end}") for field, end in part.items()})
+        return Line(**{field.name: self.total(f"engine/{name}_{field.name}") for field in fields(Line)})
 
     @property
     def trainer_times(self) -> TrainerTimes:
@@ -234,9 +243,9 @@ class MeasuredRun:
         named = ("time/wait_batch_s", "time/score_s", "time/step_s", "time/publish_s")
         rest_s = self.total("time/update_s") - sum(map(self.total, named)) + self.total("time/score_s") - self._acquire_s
         if self._route == "interruption":  # the pause precedes the scores
-            rest_s -= _sum(self.events[EventKind.WEIGHTS_UPDATED][1 + SKIP :], "pause_s")
-        publish_s = _mean(self.events[EventKind.PUBLISHED][1 + SKIP :], "seconds_s")  # the first is that of version 0
-        updated = self.events[EventKind.WEIGHTS_UPDATED][1 + SKIP :]
+            rest_s -= _sum(typed(self.events, WeightsUpdated)[1 + SKIP :], "pause_s")
+        publish_s = _mean(typed(self.events, VersionPublished)[1 + SKIP :], "seconds_s")  # the first is that of version 0
+        updated = typed(self.events, WeightsUpdated)[1 + SKIP :]
         given_s = publish_s + _mean(updated, "pause_s") + _mean(updated, "load_s")
         own_s = self.total("time/update_s") - self.total("time/wait_batch_s")
         busy_s = _busy_s(self.updates[SKIP:], "trainer") - self._trainer_scores_s
@@ -257,7 +266,7 @@ class MeasuredRun:
     @property
     def _between_s(self) -> float:
         """Without evaluations and checkpoints: the mean where the run has none between updates, else the median."""
-        others = [*self.events[EventKind.CHECKPOINT], *self.events[EventKind.EVALUATION]]
+        others = [*typed(self.events, CheckpointWritten), *typed(self.events, Evaluated)]
         has_others = any(0 < event.version < len(self.updates) for event in others)
         between_s = [update["time/between_s"] for update in self.updates[SKIP:]]
         return float(np.median(between_s) if has_others else np.mean(between_s))
@@ -270,7 +279,7 @@ class MeasuredRun:
     def _num_read(self) -> float:
         if self._route in AHEAD:
             return self.total("source/read_tokens")
-        return _sum(self.events[EventKind.SCORED][SKIP:], "read_tokens")
+        return _sum(typed(self.events, BatchScored)[SKIP:], "read_tokens")
 
     @property
     def _score_after_s(self) -> float:
@@ -282,13 +291,13 @@ class MeasuredRun:
         """Seconds that the trainer has scored."""
         if self._route in AHEAD:
             return 0.0 if self._route == "dedicated" else self.total("source/score_s")
-        return _sum(self.events[EventKind.SCORED][SKIP:], "seconds_s")
+        return _sum(typed(self.events, BatchScored)[SKIP:], "seconds_s")
 
     @property
     def _acquire_s(self) -> float:
         """Seconds of waits for the route before the steps."""
         in_all = self.total("source/wait_s") if self._route == "interruption" else 0.0
-        return max(in_all, _sum(self.events[EventKind.SCORED][SKIP:], "seconds_s"))
+        return max(in_all, _sum(typed(self.events, BatchScored)[SKIP:], "seconds_s"))
 
     @property
     def _score_times(self) -> tuple[float, float]:
@@ -296,7 +305,7 @@ class MeasuredRun:
         if self._route in AHEAD:
             parts = {name: self.total(f"source/{name}") for name in ("score_s", "switch_s", "check_s", "num_checkouts")}
         else:
-            scored = self.events[EventKind.SCORED][SKIP:]
+            scored = typed(self.events, BatchScored)[SKIP:]
             parts = {name: _sum(scored, name) for name in ("switch_s", "check_s", "num_checkouts")}
             parts["score_s"] = _sum(scored, "seconds_s")
         if not self._num_read:
@@ -401,14 +410,9 @@ def _slower(workload: MeasuredWorkload, latency_s: float) -> MeasuredWorkload:
     return replace(workload, gaps_s={**workload.gaps_s, **gaps_s})
 
 
-def _mapping(value: object) -> Mapping[str, float]:
-    assert isinstance(value, Mapping), "an event's field of this kind is a table"
-    return value
+def _sum(events: Sequence[Event], key: str) -> float:
+    return sum(float(getattr(event, key)) for event in events)
 
 
-def _sum(events: Sequence[RecordedEvent], key: str) -> float:
-    return sum(float(str(event.fields[key])) for event in events)
-
-
-def _mean(events: Sequence[RecordedEvent], key: str) -> float:
+def _mean(events: Sequence[Event], key: str) -> float:
     return _sum(events, key) / max(1, len(events))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final
+import time
+from collections.abc import Callable, Mapping
+from typing import Final, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from benchmarks.versions.entropy import change
-from benchmarks.versions.rows import Row, Subject
-from oldlogits.bench.lab import BF16, Chain, Lab, Timed
+from benchmarks.versions.rows import Row, Seconds, Subject
+from oldlogits.bench.lab import BF16, Chain, Lab
 from oldlogits.versions import Patch, apply
 from oldlogits.versions.patches.patch import pack
+
+T = TypeVar("T")
 
 WALK: Final = 4
 """How many versions a walk passes."""
@@ -35,15 +38,23 @@ class ComparedLab(Lab):
         self._patches: list[Patch] = []
         self._num_rounds = 0
 
-    def also(self, timed: Timed, patch: Patch) -> None:
-        """Walk over the last versions, load whole states, and compare the bytes with other codes."""
+    def timed(self, name: str, work: Callable[[], T]) -> T:
+        """Keep the wall time of a piece of work as well."""
+        started = time.perf_counter()
+        result = super().timed(name, work)
+        self.samples[f"{name} (wall)"].append(time.perf_counter() - started)
+        return result
+
+    def measure(self) -> Patch:
+        """Walk over the last versions, load whole states, and compare the bytes with other codes, in the same round."""
+        patch = super().measure()
         self._num_rounds += 1
         self._patches = [*self._patches, patch][-WALK:]
-        self._walk(timed)
-        timed("memcpy", lambda: self.scratch.buffers[BF16].copy_(self.resident.buffers[BF16]))
+        self._walk()
+        self.memcpy()
         for _ in range(2):
-            timed("load_state_dict", lambda: self._module.load_state_dict(self.old.weights))
-            timed("load_state_dict", lambda: self._module.load_state_dict(self.scratch.weights))
+            self.timed("load_state_dict", lambda: self._module.load_state_dict(self.old.weights))
+            self.timed("load_state_dict", lambda: self._module.load_state_dict(self.scratch.weights))
         if self._num_rounds % self._compare_every == 0:
             full = self.resident.layout.num_bytes
             old, new = self.old.buffers[BF16], self.resident.buffers[BF16]
@@ -51,8 +62,9 @@ class ComparedLab(Lab):
             self.values["bytes.entropy"].append(change(old, new).entropy_share)
             self.values["bytes.xor"].append(xor_bytes / full)
             self.values["bytes.of_xor"].append(len(patch.to_bytes("cold")) / xor_bytes)
+        return patch
 
-    def _walk(self, timed: Timed) -> None:
+    def _walk(self) -> None:
         """Go there and back over several patches: in one pass, and with a stop at each on the way there."""
         patches = self._patches
         if len(patches) < WALK:
@@ -63,14 +75,16 @@ class ComparedLab(Lab):
                 apply(self.resident, [patch], -1)
             apply(self.resident, patches, 1)
 
-        timed("pass", lambda: apply(self.resident, patches, -1))
-        timed("pass", lambda: apply(self.resident, patches, 1))
-        timed("stops", stops)
+        self.timed("pass", lambda: apply(self.resident, patches, -1))
+        self.timed("pass", lambda: apply(self.resident, patches, 1))
+        self.timed("stops", stops)
 
     def rows(self) -> list[Row]:
         """Return all figures; call it after at least `WALK` rounds."""
-        times, subject, net = self.times, self._subject, self.net_encode()
+        names, subject = [name for name in self.times if not name.endswith(" (wall)")], self._subject
+        times = {name: self._seconds(name) for name in names}
         memcpy, cast = times["memcpy"], times["cast"]
+        net = [encode - cast for encode, cast in zip(times["encode"], cast, strict=True)]
         cold = [encode + pack for encode, pack in zip(net, times["pack"], strict=True)]
         walked = memcpy[WALK - 1 :]
         double = [work * 2 for work in times["load_state_dict"]]
@@ -94,6 +108,11 @@ class ComparedLab(Lab):
             subject.milliseconds("ms.switch", times["switch"]),
             subject.milliseconds("ms.encode", times["encode"]),
         ]
+
+    def _seconds(self, name: str) -> list[Seconds]:
+        """The times of every round on both clocks."""
+        pairs = zip(self.times[name], self.times[f"{name} (wall)"], strict=True)
+        return [Seconds(busy_s=busy_s, wall_s=wall_s) for busy_s, wall_s in pairs]
 
 
 def module_of(weights: Mapping[str, Tensor]) -> nn.Module:

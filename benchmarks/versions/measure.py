@@ -20,9 +20,9 @@ import torch
 from benchmarks.machine import this_machine
 from benchmarks.versions.bars import ANY, DEMO, FAST, GPU_PARAMS, MIDDLE, SLOW
 from benchmarks.versions.lab import WALK, ComparedLab
-from benchmarks.versions.rows import Report, Row, Steps, Subject
+from benchmarks.versions.rows import Report, Row, Seconds, Steps, Subject
 from oldlogits.bench.chains import RealModel, SyntheticModel
-from oldlogits.bench.lab import Chain, Seconds, clock_of
+from oldlogits.bench.lab import Chain, time_busy
 from oldlogits.core.environment import MODELS, ModelOrder
 from oldlogits.core.errors import ConfigError
 from oldlogits.models.cache import cache_folder
@@ -156,7 +156,12 @@ class _Bench:
         """The update of the weight average, against a copy of the masters."""
         masters = SyntheticModel(num_params=self._plan.num_params, lr=SLOW, device=self._plan.device).masters
         average, copy = WeightAverage(masters), {name: torch.empty_like(master) for name, master in masters.items()}
-        clock, times = clock_of(self._plan.device), defaultdict[str, list[Seconds]](list)
+        device, times = torch.device(self._plan.device), defaultdict[str, list[Seconds]](list)
+
+        def timed(name: str, work: Callable[[], object]) -> None:
+            started = time.perf_counter()
+            _, busy_s = time_busy(work, device)
+            times[name].append(Seconds(busy_s=busy_s, wall_s=time.perf_counter() - started))
 
         def copied() -> None:
             for name, master in masters.items():
@@ -165,8 +170,8 @@ class _Bench:
         copied()
         for _ in range(self._plan.num_rounds):
             self._advance("the weight average")
-            times["copy"].append(clock(copied))
-            times["add"].append(clock(lambda: average.add(masters, 0.8)))
+            timed("copy", copied)
+            timed("add", lambda: average.add(masters, 0.8))
         subject = Subject(model=self._model, lr=ANY, num_params=average.num_bytes // 4)
         self.rows += [subject.ratios("ewma", times["add"], times["copy"]), subject.milliseconds("ms.ewma", times["add"])]
 

@@ -10,7 +10,23 @@ from pathlib import Path
 
 from benchmarks.machine import Machine
 from benchmarks.versions.bars import BY_NAME, Model, Quantity
-from oldlogits.bench.lab import Seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seconds:
+    """How long a piece of work took. `busy_s`: CPU time of the calling thread, or an accelerator's time between two events."""
+
+    busy_s: float
+    wall_s: float
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(busy_s=self.busy_s + other.busy_s, wall_s=self.wall_s + other.wall_s)
+
+    def __sub__(self, other: Seconds) -> Seconds:
+        return Seconds(busy_s=self.busy_s - other.busy_s, wall_s=self.wall_s - other.wall_s)
+
+    def __mul__(self, factor: float) -> Seconds:
+        return Seconds(busy_s=self.busy_s * factor, wall_s=self.wall_s * factor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

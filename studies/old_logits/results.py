@@ -14,7 +14,7 @@ from typing import Final, Literal, Self, TypeVar, cast
 
 from oldlogits.core.errors import ConfigError
 from oldlogits.record.folder import write_atomic
-from oldlogits.record.jsonl import Json, RecordError, encode, number
+from oldlogits.record.jsonl import Json, RecordError, encode, revived
 from studies.old_logits.declare.methods import Settings, find_method
 from studies.old_logits.measure.cost import RouteCost
 from studies.old_logits.measure.decision import DecisionError
@@ -298,8 +298,8 @@ def _read(kind: object, value: Json, where: str) -> object:
         return [_read(arguments[0], part, f"{where}[]") for part in value]
     if origin is Literal and value in arguments:
         return value
-    if kind is float and (found := number(value)) is not None:
-        return found
+    if kind is float and isinstance(found := revived(value), int | float) and not isinstance(found, bool):
+        return float(found)
     if kind in (str, int, bool, types.NoneType) and type(value) is kind:
         return value
     if origin in (types.UnionType, typing.Union):

@@ -72,7 +72,6 @@ class Comparison:
 
         Raises:
             RunFolderError: Another process works on the folder.
-            WorkerDiedError: A process was killed; the results so far are kept.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         failed: list[Done] = []

@@ -125,6 +125,7 @@ def test_its_own_failure_ends_the_episode():
     assert not isinstance(caught.value, EnvironmentLost)
 
 
+@pytest.mark.slow
 def test_what_nobody_needs_any_more_is_dropped():
     place = Place()
     play(Places(place))

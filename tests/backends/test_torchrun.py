@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from oldlogits.record.bus import EventKind
 from oldlogits.run.run import run
 from oldlogits.train.checkpoint import of_kind, read_state
 
@@ -87,7 +86,7 @@ def test_two_ranks_give_the_losses_the_old_logits_and_the_weights_of_one_process
     assert one["token_id"] == two["token_id"]
     for name in ("logp_proximal", "logp_theta", "log_r_d", "log_r_s"):
         assert gap(one, two, name) <= 1e-5
-    first, again = (events_of(tmp_path / name, EventKind.UPDATE)[0].fields["metrics"] for name in ("one", "two"))
+    first, again = (events_of(tmp_path / name, "update")[0].metrics for name in ("one", "two"))
     assert first["loss/value"] == pytest.approx(again["loss/value"], abs=1e-5)
     assert first["grad/norm"] == pytest.approx(again["grad/norm"], rel=1e-5)
     assert first["grad/norm"] > 1e-3
@@ -136,7 +135,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_in_one_process(tiny_folder, tmp_path)
     before = state_of(tmp_path / "two")
     longer = recipe(tiny_folder, num_updates=4, model={"forward_dtype": "bf16"})
     assert run(longer, tmp_path / "two", resume=True).error is None
-    assert [e.version for e in events_of(tmp_path / "two", EventKind.UPDATE)] == [1, 2, 3, 4]
+    assert [e.version for e in events_of(tmp_path / "two", "update")] == [1, 2, 3, 4]
     assert {value.item() for value in of_kind("step", state_of(tmp_path / "two")).values()} == {8.0}
     assert {value.item() for value in of_kind("step", before).values()} == {4.0}
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from oldlogits.backends.processes import WeightsInFiles, start_trainer
-from oldlogits.config import config_from_table
+from oldlogits.config.load import config_from_table
 from oldlogits.core.errors import ModelFolderError, VersionEvictedError, WorkerDiedError
 from oldlogits.core.policies import OLD
 from oldlogits.core.scoring import Scored

@@ -6,7 +6,6 @@ import pytest
 
 from oldlogits.backends.ray import workers as ray_workers
 from oldlogits.backends.ray.desired_workers import write_wanted
-from oldlogits.backends.ray.weights import ClusterWeights
 from oldlogits.backends.ray.workers import Workers
 from oldlogits.core.engine import ServerOptions, Timeouts
 from oldlogits.engines.http.fleet import Fleet
@@ -25,7 +24,7 @@ def followed(tmp_path, monkeypatch):
         workers = Workers(
             lambda number: None,
             tmp_path,
-            ClusterWeights(),
+            None,  # the weights of the cluster: no worker is started that would ask for them
             num_workers=2,
             environment_timeout_s=20.0,
             servers=ServerOptions(protocol="vllm"),

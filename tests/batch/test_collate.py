@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oldlogits.batch import collate
+from oldlogits.batch.collate import collate
 from oldlogits.core.errors import TrajectoryError
 from oldlogits.core.trajectory import Context, TrajectoryGroup
 
@@ -48,6 +48,7 @@ def test_a_batch_by_hand():
     assert batch.versions == (3, 4)
 
 
+@pytest.mark.slow
 @given(trajectories(), st.integers(1, 3))
 def test_every_token_keeps_what_its_segment_says_in_order(made, num_steps):
     batch = batch_of(made, [float(i) for i in range(len(made))], num_steps=num_steps)

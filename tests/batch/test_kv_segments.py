@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oldlogits.batch import kv_chains, segment_sequences
+from oldlogits.batch.kv_segments import kv_chains, segment_sequences
 from oldlogits.core.errors import TrajectoryError
 from oldlogits.core.trajectory import Context
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oldlogits.batch import micro_batches, plan, read_lengths
+from oldlogits.batch.pad import micro_batches, plan, read_lengths
 
 from ..builders import batch_of, sampled, trajectory
 from .test_collate import trajectories
@@ -33,6 +33,7 @@ def test_a_plan_goes_from_long_to_short_and_fills_each_micro_batch(n, budget):
         assert (len(rows) + 1) * n[rows].max() > budget
 
 
+@pytest.mark.slow
 @given(trajectories(), budgets, st.data())
 def test_every_token_asked_for_is_scored_exactly_once_under_any_budget(made, budget, data):
     batch = batch_of(made)

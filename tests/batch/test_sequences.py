@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oldlogits.batch import pack
+from oldlogits.batch.sequences import pack
 from oldlogits.core.scoring import ScoringSpan
 
 

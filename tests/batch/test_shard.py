@@ -3,8 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oldlogits.batch import Sequences, micro_batches, shard_micro_batches
-from oldlogits.batch.shard import shares
+from oldlogits.batch.pad import micro_batches
+from oldlogits.batch.sequences import Sequences
+from oldlogits.batch.shard import shard_micro_batches, shares
 
 
 def sequences_of(lengths):

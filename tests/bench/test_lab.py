@@ -1,13 +1,11 @@
 """The lab measures what it says: exact versions, real bytes, every figure with a sample a round."""
 
-import time
-
 import pytest
 import torch
 
 from oldlogits.bench import lab as lab_module
 from oldlogits.bench.chains import SyntheticModel
-from oldlogits.bench.lab import WINDOW, Lab, Seconds, clock_of
+from oldlogits.bench.lab import WINDOW, Lab, time_busy
 from oldlogits.versions import Patch
 
 NUM_PARAMS = 200_000
@@ -69,18 +67,23 @@ def test_the_chain_ends_at_the_masters_bits(monkeypatch: pytest.MonkeyPatch):
     assert lab.resident.full_digest() == seen[-1].target
 
 
-def test_sleeping_passes_time_and_keeps_nothing_busy():
-    asleep = clock_of("cpu")(lambda: time.sleep(0.05))
-    assert asleep.wall_s >= 0.05
-    assert asleep.busy_s < 0.02
+def test_work_that_is_timed_is_run_once_and_gives_its_result_and_the_threads_cpu_time(monkeypatch: pytest.MonkeyPatch):
+    ticks = iter([7.0, 7.25])
+    monkeypatch.setattr(lab_module.time, "thread_time", lambda: next(ticks))
+    runs: list[str] = []
+    assert time_busy(lambda: runs.append("now") or "done", torch.device("cpu")) == ("done", 0.25)
+    assert runs == ["now"]
 
 
-def test_work_keeps_the_thread_busy():
-    busy = clock_of("cpu")(lambda: sum(range(1_000_000)))
-    assert 0 < busy.busy_s <= busy.wall_s + 0.01
+def test_of_work_that_a_round_does_several_times_the_median_is_kept(monkeypatch: pytest.MonkeyPatch):
+    seconds = iter([5.0, 1.0, 2.0])
+    monkeypatch.setattr(lab_module, "time_busy", lambda work, device: (work(), next(seconds)))
 
+    class Short(Lab):
+        def measure(self):
+            for _ in range(3):
+                self.memcpy()
 
-def test_seconds_are_added_and_scaled_on_both_clocks():
-    a, b = Seconds(busy_s=1, wall_s=2), Seconds(busy_s=0.5, wall_s=1)
-    assert a + b == Seconds(busy_s=1.5, wall_s=3)
-    assert a - b == b == a * 0.5
+    lab = Short(source())
+    lab.round()
+    assert lab.times == {"memcpy": [2.0]}

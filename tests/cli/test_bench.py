@@ -25,11 +25,13 @@ def test_a_random_model_is_measured_at_every_learning_rate_and_the_figures_are_w
     assert figures["1e-06"]["bytes.cold"] < figures["0.0001"]["bytes.cold"]
 
 
+@pytest.mark.slow
 def test_a_model_folder_is_measured_under_real_steps(chatml_llama: Path, capsys):
     assert run([*SMALL, "--model", str(chatml_llama), "--lr", "1e-3"]) == 0
     assert "at lr 0.001, 2 rounds" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words, said",
     [

@@ -1,4 +1,4 @@
-"""`oldlogits bounds`: numbers, picture and words agree with each other, with the objective and with docs/bounds.md."""
+"""`oldlogits bounds`: numbers and words agree with each other, with the objective and with docs/bounds.md."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from oldlogits.cli.bounds import Interval, picture, read, words
+from oldlogits.cli.bounds import Interval, read, words
 from oldlogits.cli.main import run
 from oldlogits.config.schema import RunConfig
 
@@ -18,15 +18,6 @@ TIGHT = {"weight_mu": 0.5, "band": 1.05, "eps_low": 0.2, "eps_high": 0.28, "dual
 @pytest.fixture(autouse=True)
 def _eighty_columns(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-
-
-def _rows(**setting) -> dict[tuple[str, str, str], str]:
-    """The marks of each line of the picture, by variant, ratio and sign."""
-    rows, name = {}, ""
-    for line in picture(read(**{**TIGHT, **setting})).plain.splitlines()[:-2]:
-        name = line[:11].strip() or name
-        rows[name, line[11:15].strip(), line[15:21].strip()] = line[21:]
-    return rows
 
 
 def _sentences(**setting) -> dict[tuple[str, str], str]:
@@ -88,28 +79,6 @@ def test_without_any_bound_a_token_is_always_trained():
     assert said["linear_train_infer", "A > 0"] == said["loglinear_prox", "A < 0"] == "always trained"
     assert said["decoupled_exact", "A > 0"] == "trained while r_s <= 1.28"
     assert said["decoupled_exact", "A < 0"] == "always trained"
-
-
-def test_the_picture_marks_each_ratio_by_mask_and_clip():
-    rows = _rows(band=1.5)
-    reach = 1.2 * math.log(3)  # the farthest bound is the linear mask's (1/1.5 - .5) * 2 = 1/3
-    totals = [math.exp(reach * (column - 28) / 28) for column in range(57)]
-    positive = "".join(
-        ("x" if R > 1.28 / 0.72 else "m") if not 1 / 3 <= R <= 2 else "c" if R > 0.64 / 0.36 else "█" for R in totals
-    )
-    assert rows["linear", "R", "A > 0"] == positive
-    negative = "".join(("x" if R < 2 / 3 else "m") if not 1 / 3 <= R <= 2 else "c" if R < 2 / 3 else "█" for R in totals)
-    assert rows["linear", "R", "A < 0"] == negative
-    assert rows["exact", "r_d", "any A"] == "".join("█" if 1 / 1.5 <= r <= 1.5 else "m" for r in totals)
-    assert rows["exact", "r_s", "A > 0"] == "".join("█" if r <= 1.28 else "c" for r in totals)
-    assert rows["exact", "r_s", "A < 0"] == "".join("█" if 0.8 <= r <= 3 else "c" for r in totals)
-
-
-@pytest.mark.parametrize("band", [1.001, 1.05, 1.5, 20.0, math.inf])
-def test_the_middle_of_the_picture_is_a_ratio_of_one_which_is_always_trained(band):
-    assert {marks[28] for marks in _rows(band=band).values()} == {"█"}
-    axis = picture(read(**{**TIGHT, "band": band})).plain.splitlines()[-2]
-    assert axis[21 + 28] == "1"
 
 
 @pytest.mark.parametrize(

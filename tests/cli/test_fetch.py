@@ -34,7 +34,7 @@ def test_it_fetches_once_and_says_what_to_type_next(filled, tmp_path, capsys):
     assert said[1].endswith(f"s: {out}")
     assert said[2].endswith(f"oldlogits train RECIPE --model.path {out}")
     assert run(["fetch", "smollm2", "--out", str(out)]) == 0
-    assert capsys.readouterr().out.splitlines()[0] == f"was there: {out}"
+    assert capsys.readouterr().out.splitlines()[0] == f"taken from the cache: {out}"
     assert len(filled) == 1
 
 

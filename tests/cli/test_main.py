@@ -73,6 +73,7 @@ WRONG_RECIPES = {  # content -> what is wrong, got, allowed, fix
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", WRONG_RECIPES, ids=lambda content: content.replace("\n", " "))
 def test_a_wrong_recipe_ends_soon_and_says_what_got_allowed_and_fix(content, tiny_folder, tmp_path):
     (tmp_path / "model").symlink_to(tiny_folder)
@@ -85,6 +86,7 @@ def test_a_wrong_recipe_ends_soon_and_says_what_got_allowed_and_fix(content, tin
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_missing_recipe_names_those_that_are_there(tmp_path):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes/mine.toml").touch()
@@ -94,6 +96,7 @@ def test_a_missing_recipe_names_those_that_are_there(tmp_path):
     assert "the first word names no recipe" in refused("train", cwd=tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, says",
     [

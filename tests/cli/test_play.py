@@ -121,6 +121,17 @@ def test_leaving_in_the_middle_still_gives_the_verdict():
     assert "was told nothing" in text
 
 
+def test_ctrl_c_at_the_prompt_leaves_as_the_end_of_the_input_does():
+    def interrupt(_: str) -> str:
+        raise KeyboardInterrupt
+
+    console = Console(width=120)
+    with console.capture() as capture:
+        assert play(PlayOptions(target="desk", row=json.dumps(ROW)), 0, console, interrupt) == 0.0
+    assert "the agent left" in capture.get()
+    assert capture.get().rstrip().endswith("reward 0")
+
+
 def test_a_class_of_ones_own_with_async_tools_and_no_partner_is_played():
     reward, text = _played("guess 3", "guess 4", "I give up", target=RIDDLE, row={"answer": 4})
     assert reward == 1.0
@@ -142,8 +153,9 @@ def test_what_cannot_be_played_is_a_config_error():
 
 
 def test_what_an_environment_raises_ends_the_episode_and_is_shown():
-    _, text = _played("guess 3", target=f"{__name__}:Broken", row={"answer": 4})
+    reward, text = _played("guess 3", target=f"{__name__}:Broken", row={"answer": 4})
     assert "the episode ended early: RuntimeError: lost" in text
+    assert reward == 0.0
 
 
 class Broken(Riddle):

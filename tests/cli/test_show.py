@@ -13,9 +13,10 @@ from rich.console import Console
 
 from oldlogits.cli.main import run, usage
 from oldlogits.cli.show import TABLES, recipe_rows
-from oldlogits.cli.table import Rows, column_widths, packed, wrapped
-from oldlogits.config import RunConfig, known_keys
+from oldlogits.cli.table import Rows, packed, wrapped
+from oldlogits.config.load import known_keys
 from oldlogits.config.reader import fields_by_key
+from oldlogits.config.schema import RunConfig
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 WIDTHS = [80, 120]
@@ -35,6 +36,7 @@ def words(text):
     return text.split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", SHOWN)
 def test_no_line_of_an_output_is_longer_than_the_terminal(name, width, capsys, monkeypatch):
@@ -44,6 +46,7 @@ def test_no_line_of_an_output_is_longer_than_the_terminal(name, width, capsys, m
     assert [line for line in lines if len(line.rstrip()) > width and not line.startswith("lora_targets")] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", TABLES)
 def test_no_cell_of_a_table_is_broken_in_the_middle_of_a_word(name, width, capsys, monkeypatch):
@@ -63,15 +66,14 @@ def test_wide_terminals_get_columns_and_narrow_ones_blocks():
         wide.print(table)
     with narrow.capture() as blocks:
         narrow.print(Rows(("a-long-name", "what"), [("first-of-all", "words here")]))
+    edge = Rows(("name", "text"), [("x", "three short words")])  # 4 + 3 + 17 characters
+    for width, heading in ((24, ["name", "text"]), (23, ["x"])):
+        console = Console(width=width)
+        with console.capture() as at_the_edge:
+            console.print(edge)
+        assert at_the_edge.get().splitlines()[0].split() == heading
     assert [line.split() for line in columns.get().splitlines()[2:]] == [["first", "some", "words", "here"], ["second"]]
     assert [line.rstrip() for line in blocks.get().splitlines()] == ["first-of-all", "    what:", "    words here"]
-
-
-def test_columns_are_narrowed_to_their_longest_word_and_no_further():
-    lines = [["name", "text"], ["x", "three short words"]]
-    assert column_widths(lines, 24) == [4, 17]
-    assert column_widths(lines, 12) == [4, 5]
-    assert column_widths(lines, 11) is None
 
 
 def test_parts_are_packed_whole():
@@ -116,6 +118,7 @@ def test_every_verb_has_a_line_that_fits():
     assert max(map(len, usage().splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_an_error_is_wrapped_in_a_terminal_and_one_line_a_part_elsewhere():
     done = subprocess.run([sys.executable, "-m", "oldlogits", "show", "x"], capture_output=True, text=True)
     assert [line.split(":")[0].strip() for line in done.stderr.splitlines()] == ["error", "got", "allowed", "fix"]

@@ -6,7 +6,7 @@ import tomli_w
 
 from oldlogits.backends.ray.desired_workers import read_wanted
 from oldlogits.cli.main import run
-from oldlogits.config import config_from_table
+from oldlogits.config.load import config_from_table
 
 
 def folder(tmp_path, runtime):

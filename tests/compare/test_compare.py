@@ -10,6 +10,8 @@ from oldlogits.cli.main import FAILED, REFUSED, run
 from oldlogits.compare.runs import perform, plan_runs, read_figures
 from tests.runs import recipe, summary_of, write_recipe
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def recipes(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:

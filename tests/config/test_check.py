@@ -5,8 +5,10 @@ import re
 
 import pytest
 
-from oldlogits.config import RunConfig, check, check_model_folder, config_from_table, known_keys
-from oldlogits.config import check as check_function
+from oldlogits.config.check import check, check_model_folder
+from oldlogits.config.check import check as check_function
+from oldlogits.config.load import config_from_table, known_keys
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import ConfigError, MissingPolicyError, ModelFolderError
 
 from .test_load import default_of

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oldlogits.config import cautions, check, config_from_table, kept_at_lag_0
 from oldlogits.config.bounds import a3po_weight, effective_bounds, supremum_r_s
+from oldlogits.config.check import check
+from oldlogits.config.guard import cautions, kept_at_lag_0
+from oldlogits.config.load import config_from_table
 from oldlogits.core.errors import ConfigError
 from oldlogits.objective import a3po_weight_mu
 

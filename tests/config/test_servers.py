@@ -2,8 +2,8 @@
 
 import pytest
 
-from oldlogits.config import config_from_table
 from oldlogits.config.check import check
+from oldlogits.config.load import config_from_table
 from oldlogits.core.errors import ConfigError
 
 URL = "http://127.0.0.1:8000"

@@ -43,6 +43,7 @@ async def answering():
         await asyncio.wait(answered)  # the other ends close, too
 
 
+@pytest.mark.slow
 def test_a_request_that_is_cancelled_at_any_step_loses_no_connection():
     """Such as idle ones that had to be closed first."""
 

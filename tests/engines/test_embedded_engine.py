@@ -424,6 +424,7 @@ def test_one_seed_and_one_order_of_calls_give_one_result(make_core, versions):
     assert play(0) != play(1)
 
 
+@pytest.mark.slow
 def test_tokens_are_drawn_from_the_models_distribution(make_core, model, versions):
     core, ids, n = make_core(max_num_seqs=64), prompt(4, 3), 4000
     for i in range(n):
@@ -547,6 +548,7 @@ def test_a_spec_out_of_range_is_refused(folder, change):
         EngineCore(EngineSpec(**{"model_path": folder, "max_context": 64, **change}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv", [["recompute"], ["stale"], ["recompute", "stale"]])
 @pytest.mark.parametrize("seed", range(4))
 def test_any_schedule_gives_each_request_one_result_whose_every_token_belongs_to_its_version(

@@ -66,6 +66,7 @@ def test_each_output_channel_is_rounded_with_its_own_scale(name, first, data):
     assert result.tolist() == [rounded_row(first, name), rounded_row(second, name)]
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(rows)
 def test_bf16_rounds_every_weight_to_its_upper_sixteen_bits(row):

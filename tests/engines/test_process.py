@@ -86,6 +86,7 @@ def test_the_process_samples_what_the_core_samples(own_engine, spec):
     assert own_engine.capabilities == EngineCapabilities(partials=True, num_host_copies=1)
 
 
+@pytest.mark.slow
 def test_an_update_in_mid_flight_keeps_running_requests_and_tags_their_tokens(shared_engine, model):
     first = weights_of(model)
     new = perturbed(first, 1, 0.05)
@@ -174,14 +175,15 @@ def test_errors_of_the_engine_come_back_as_what_they_are_and_it_lives_on(shared_
     asyncio.run(play())
 
 
+@pytest.mark.slow
 def test_a_killed_engine_fails_pending_and_later_calls(own_engine):
     async def play():
         tasks = start(own_engine, *map(str, range(5)))
         await own_engine.ready()
-        os.kill(own_engine.pid, signal.SIGSTOP)  # in the middle of its work
+        os.kill(own_engine._process.pid, signal.SIGSTOP)  # in the middle of its work
         paused = asyncio.create_task(own_engine.pause("keep", "recompute"))
         await asyncio.sleep(0)
-        os.kill(own_engine.pid, signal.SIGKILL)
+        os.kill(own_engine._process.pid, signal.SIGKILL)
         for result in await asyncio.gather(*tasks.values(), paused, return_exceptions=True):
             assert isinstance(result, WorkerDiedError)
             assert "exit code -9" in str(result)
@@ -196,7 +198,7 @@ def test_a_killed_engine_fails_pending_and_later_calls(own_engine):
 @pytest.mark.slow
 def test_an_engine_that_stops_answering_is_killed_after_the_time_out(spec):
     engine = EngineProcess(spec, control_timeout_s=HUNG_S)
-    pid = engine.pid
+    pid = engine._process.pid
 
     async def play():
         await engine.ready()
@@ -218,7 +220,7 @@ def test_an_engine_that_stops_answering_is_killed_after_the_time_out(spec):
 def test_closing_ends_the_process_and_fails_what_is_pending(spec, shared_files):
     files = shared_files()
     engine = EngineProcess(spec)
-    pid = engine.pid
+    pid = engine._process.pid
 
     async def play():
         await engine.ready()
@@ -247,7 +249,7 @@ from oldlogits.core.engine import EngineSpec
 if __name__ == "__main__":
     engine = EngineProcess({spec!r})
     asyncio.run(engine.ready())
-    print(engine.pid, flush=True)
+    print(engine._process.pid, flush=True)
     os.kill(os.getpid(), 9)
 """
     path = Path(spec.model_path) / "parent.py"

@@ -35,6 +35,7 @@ def named():
     return {path.name for path in folder.iterdir() if path.name.startswith(("psm_", "sem.mp-"))} if folder.exists() else set()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not list what a process has mapped")
 @pytest.mark.parametrize("how", ["let go", "end"])
 def test_a_group_leaves_nothing_in_shared_memory(tmp_path, how):

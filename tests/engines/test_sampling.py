@@ -27,6 +27,7 @@ def draw(row, temperature, uniform):
     return tokens.item(), logprobs.item()
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(row=logit_rows, temperature=st.floats(0.25, 4, width=32), uniform=st.floats(0, 1, exclude_max=True))
 def test_the_token_is_where_the_cumulative_probability_passes_the_uniform(row, temperature, uniform):
@@ -83,6 +84,7 @@ def support(row, temperature, top_p, top_k):
     return kept, mass
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     row=st.lists(st.integers(-20, 20), min_size=2, max_size=7, unique=True),

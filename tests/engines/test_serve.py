@@ -91,6 +91,7 @@ async def update(client, weights, label):
         host.close()
 
 
+@pytest.mark.slow
 def test_tokens_come_out_with_the_log_probs_of_the_distribution_that_they_were_sampled_from(served, model):
     async def play():
         async with client_of(served) as client:
@@ -113,6 +114,7 @@ def test_tokens_come_out_with_the_log_probs_of_the_distribution_that_they_were_s
     assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 20, "total_tokens": 23}
 
 
+@pytest.mark.slow
 def test_a_request_that_meets_an_update_says_which_weights_sampled_what(served, model):
     weights = perturbed(weights_of(model), seed=1)
 
@@ -166,7 +168,7 @@ def test_what_is_out_of_order_or_unknown_is_refused_and_changes_nothing(served, 
                 ("/start_weight_update", None, "pause"),
                 ("/update_weights", {"update_info": {"path": "/dev/shm/x", "version": 1}}, "start"),
                 ("/finish_weight_update", {}, "start"),
-                ("/pause?mode=wait", None, "keep, abort"),
+                ("/pause?mode=wait", None, "'keep' or 'abort'"),
                 ("/inference/v1/generate", ask(min_p=0.1), "min_p"),
                 ("/inference/v1/generate", ask(logprobs=0) | {"stream": True}, "stream"),
                 ("/inference/v1/generate", ask() | {"token_ids": []}, "tokens"),

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from oldlogits.cli.main import run as command
-from oldlogits.record.bus import EventKind
 
 from ..runs import (
     after_updates,
@@ -47,7 +46,7 @@ def train_until(tmp_path, tiny_folder, act, seen, **arguments):
             act()
             kind, num = seen
             wait_until(lambda: len(events_of(run, kind)) >= num, f"{num} events {kind}")
-            wait_for_updates(run, len(events_of(run, EventKind.UPDATE)) + 3)
+            wait_for_updates(run, len(events_of(run, "update")) + 3)
         finally:  # a failure here ends the run, too, but not what comes after it
             if not over.is_set():
                 os.kill(os.getpid(), signal.SIGINT)
@@ -59,7 +58,7 @@ def train_until(tmp_path, tiny_folder, act, seen, **arguments):
         over.set()
     thread.join()
     assert status == 130
-    check_exact(run, len(events_of(run, EventKind.UPDATE)), "interrupted")
+    check_exact(run, len(events_of(run, "update")), "interrupted")
     return run
 
 
@@ -78,11 +77,11 @@ def check_exact(run, num_updates, ended="done"):
     account = check_accounting(run)
     assert account["failed"] == 0
     assert account["trained"] == num_updates * 3 * 4
-    groups = [group for event in events_of(run, EventKind.BATCH) for group in event.fields["groups"]]
+    groups = [group for event in events_of(run, "batch") for group in event.groups]
     assert len(set(groups)) == len(groups), "no group is trained twice"
-    probes = events_of(run, EventKind.PROBE)
+    probes = events_of(run, "probe")
     assert [event.version for event in probes] == list(range(num_updates + 1))
-    assert max(event.fields["max_abs_error"] for event in probes) <= 1e-4
+    assert max(event.max_abs_error for event in probes) <= 1e-4
     return tokens
 
 
@@ -115,7 +114,7 @@ def test_over_http_every_trained_token_is_exact_and_trajectories_span_versions(s
     trajectories = tokens_of(run, "trajectory")["trajectory"]
     spans = [len(set(tokens["version"][trajectories == name])) for name in set(trajectories)]
     assert sum(n >= 2 for n in spans) >= 3
-    assert not events_of(run, EventKind.SERVER_DOWN)
+    assert not events_of(run, "server_down")
 
 
 def test_a_route_that_needs_partials_gets_them_by_abort_and_resubmit(server, token, tiny_folder, tmp_path):
@@ -162,7 +161,7 @@ def test_rounded_weights_are_the_servers_and_the_probe_knows_them(tiny_folder, t
         status, run = train(tmp_path, tiny_folder, engine={"urls": [server.url], "precision": "fp8"})
     assert status == 0
     assert np.abs(tokens_of(run, "log_r_d")["log_r_d"]).max() > 1e-3, "the discrepancy is real"
-    assert max(event.fields["max_abs_error"] for event in events_of(run, EventKind.PROBE)) <= 1e-4
+    assert max(event.max_abs_error for event in events_of(run, "probe")) <= 1e-4
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
@@ -170,12 +169,12 @@ def test_of_two_servers_one_dies_or_hangs_and_the_run_goes_on_with_the_other(num
     with serving(tiny_folder) as first, serving(tiny_folder) as second:
         engine = {"urls": [first.url, second.url], "control_timeout_s": 10.0}
         act = lambda: second.signal(number)  # noqa: E731
-        run = train_until(tmp_path, tiny_folder, act, (EventKind.SERVER_DOWN, 1), engine=engine)
-    [down] = events_of(run, EventKind.SERVER_DOWN)
-    assert down.fields["server"] == second.url
+        run = train_until(tmp_path, tiny_folder, act, ("server_down", 1), engine=engine)
+    [down] = events_of(run, "server_down")
+    assert down.server == second.url
     summary = summary_of(run)
-    assert (summary["num_servers_down"], summary["num_lost_tokens"]) == (1, down.fields["num_lost_tokens"])
-    assert not events_of(run, EventKind.SERVER_UP)
+    assert (summary["num_servers_down"], summary["num_lost_tokens"]) == (1, down.num_lost_tokens)
+    assert not events_of(run, "server_up")
 
 
 def stopped_in_mid_work(server):
@@ -199,11 +198,11 @@ def test_a_server_that_comes_back_with_old_weights_is_given_the_current_ones(tin
             server.kill()
             server.start()
 
-        run = train_until(tmp_path, tiny_folder, die_and_return, (EventKind.SERVER_UP, 1), engine={"urls": [server.url]})
-    [down] = events_of(run, EventKind.SERVER_DOWN)
-    assert down.fields["num_requests"] >= 1
-    [up] = events_of(run, EventKind.SERVER_UP)
-    assert "it had weights of no version of this run and was given version" in up.fields["reason"]
+        run = train_until(tmp_path, tiny_folder, die_and_return, ("server_up", 1), engine={"urls": [server.url]})
+    [down] = events_of(run, "server_down")
+    assert down.num_requests >= 1
+    [up] = events_of(run, "server_up")
+    assert "it had weights of no version of this run and was given version" in up.reason
 
 
 def test_when_no_server_comes_back_the_run_ends_and_says_so(tiny_folder, tmp_path, capsys):
@@ -229,9 +228,9 @@ def test_servers_of_the_run_share_its_load_and_one_that_is_killed_is_started_aga
         os.killpg(pids[0], signal.SIGKILL)
 
     engine = {"server": "embedded", "num_servers": 2, "max_num_seqs": 16}
-    run = train_until(tmp_path, tiny_folder, kill, (EventKind.SERVER_UP, 1), engine=engine)
+    run = train_until(tmp_path, tiny_folder, kill, ("server_up", 1), engine=engine)
     assert len(pids) == 2
-    assert len(events_of(run, EventKind.SERVER_DOWN)) == 1
+    assert len(events_of(run, "server_down")) == 1
     assert summary_of(run)["engine_copies_max"] == 2 + 1  # one each, and the one that both load from
     assert not servers_of_this_process()
     assert sorted(path.name for path in (run / "servers").iterdir()) == ["server-0.log", "server-1.log"]

@@ -27,6 +27,7 @@ def test_a_plain_call_reads_back_as_it_was_written(name, words):
     assert plain.parse(plain.write(call)) == [call]
 
 
+@pytest.mark.slow
 @given(st.lists(WORD, max_size=6))
 def test_text_without_call_marks_is_a_message_for_both_parsers(words):
     assert plain.parse(" ".join(words)) == hermes.parse(" ".join(words)) == []

@@ -2,7 +2,8 @@
 
 import json
 
-from oldlogits.record.bus import EventKind
+import pytest
+
 from oldlogits.run.run import run
 
 from ..runs import check_accounting, events_of, recipe, tokens_of
@@ -11,6 +12,7 @@ from .own_engine import LoggingEngine
 HERE = __name__.rpartition(".")[0]
 
 
+@pytest.mark.slow
 def test_a_run_is_made_of_ones_own_things_alone(tiny_folder, tmp_path):
     LoggingEngine.built.clear()
     config = recipe(
@@ -32,7 +34,7 @@ def test_a_run_is_made_of_ones_own_things_alone(tiny_folder, tmp_path):
     assert set(tokens_of(out, "provenance")["provenance"]) == {"exact"}
     [engine] = LoggingEngine.built
     assert engine.versions == [0, 1, 2, 3, 4]
-    updates = [event.fields["metrics"] for event in events_of(out, EventKind.UPDATE)]
+    updates = [event.metrics for event in events_of(out, "update")]
     assert all(metrics["source/num_calls"] > 0 for metrics in updates)
     [told] = (out / "trackers").rglob("told.jsonl")
     opened, *rest = map(json.loads, told.read_text().splitlines())

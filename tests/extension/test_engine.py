@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from oldlogits.config import check, config_from_table
+from oldlogits.config.check import check
+from oldlogits.config.load import config_from_table
 from oldlogits.core.errors import ConfigError
 from oldlogits.run.run import run
 
@@ -13,6 +14,7 @@ from .own_engine import LoggingEngine
 NAME = "tests.extension.own_engine:OwnEngine"
 
 
+@pytest.mark.slow
 def test_an_engine_of_ones_own_samples_a_lockstep_run_and_is_given_every_version(tiny_folder, tmp_path):
     LoggingEngine.built.clear()
     result = run(recipe(tiny_folder, engine={"type": NAME}), tmp_path / "run")

@@ -16,6 +16,7 @@ from . import own_adapter
 ADAPTER, QUIZ = f"{own_adapter.__name__}:adapt_quiz", f"{own_adapter.__name__}:NUMBERS"
 
 
+@pytest.mark.slow
 def test_it_makes_an_environment_of_what_was_written_for_something_else(tiny_folder: Path, tmp_path: Path) -> None:
     config = recipe(tiny_folder, num_updates=2, env={"target": QUIZ, "adapter": ADAPTER})
     assert run(config, tmp_path / "run").error is None

@@ -25,6 +25,7 @@ def test_a_parser_of_ones_own_is_found_by_its_import_path_and_may_read_several_c
     ]
 
 
+@pytest.mark.slow
 def test_a_run_makes_the_calls_that_it_reads(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looked_at: list[str] = []
 

@@ -10,17 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
-from oldlogits.config import check, config_from_table
+from oldlogits.config.check import check
+from oldlogits.config.load import config_from_table
 from oldlogits.core.policies import find_variant
 from oldlogits.core.scoring import BatchTokens
-from oldlogits.loop.audit import AuditOptions, ExactAudit
-from oldlogits.record.bus import EventKind
-from oldlogits.record.event_log import without_wall_clock
+from oldlogits.loop.audit import ExactAudit
 from oldlogits.record.report.data import read_run
 from oldlogits.record.report.decisions import pooled
 from oldlogits.run.run import run
 from oldlogits.train.step import UpdateResult
 from oldlogits.train.weights.average import AverageReset
+from tests.memory_log import without_wall_clock
 
 ENVIRONMENT = '''
 class Parity:
@@ -125,6 +125,7 @@ CHECKED = "consistency_publish_max_abs_error"  # the audit checks versions out, 
 EFFECT = ("error_before", "error_after", "weight_error_before", "weight_error_after")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant, source",
     [
@@ -149,6 +150,7 @@ def test_with_the_audit_on_the_training_is_the_same_bit_for_bit(lockstep, varian
         assert (0 < len(resets_of(folder)) < NUM_UPDATES) == ("reset" in source)
 
 
+@pytest.mark.slow
 def test_the_audit_finds_no_error_in_the_exact_route_and_the_lag_0_tokens_of_arrival_and_some_elsewhere(lockstep):
     exact = pooled(read_run(lockstep("exact", "decoupled_exact", {}, 1.0)).audits)
     arrival = pooled(read_run(lockstep("arrival", "decoupled_async", {"source": "arrival"}, 1.0)).audits)
@@ -165,6 +167,7 @@ def resets_of(folder):
     return [event for event in events_of(folder) if event["kind"] == "average_reset"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["ewma", "aged"])
 def test_a_reset_has_the_decision_error_of_its_batch_and_that_of_the_weights_before_its_steps(lockstep, source, monkeypatch):
     seen = []
@@ -199,6 +202,7 @@ def test_a_reset_has_the_decision_error_of_its_batch_and_that_of_the_weights_bef
     assert any(event["error_before"] != event["error_after"] for event in resets)
 
 
+@pytest.mark.slow
 def test_a_reset_whose_batch_is_not_audited_has_no_decision_error(lockstep):
     folder = lockstep("some", "ppo_ewma_train_infer", RESET, 0.5)
     found = {event["version"]: [event[name] for name in EFFECT] for event in resets_of(folder)}
@@ -209,6 +213,7 @@ def test_a_reset_whose_batch_is_not_audited_has_no_decision_error(lockstep):
     assert weight_before == weight_after > 0
 
 
+@pytest.mark.slow
 def test_the_average_is_kept_through_a_checkpoint(lockstep):
     lockstep("resumed", "ppo_ewma_train_infer", EWMA, 0.0, num_updates=2)
     resumed = lockstep("resumed", "ppo_ewma_train_infer", EWMA, 0.0, resume=True)
@@ -242,7 +247,7 @@ def audit_of(old, share=1.0, variant="ppo_ewma_train_infer", reset="none", live=
     table = {"variant": variant, "proximal": {"source": "ewma", "reset": reset}, "audit": {"share": share}}
     table |= {"band": 1.1, "max_staleness": 2, "objective": {"eps_high": eps_high}}
     log, store = Log(), Store(old, live)
-    return ExactAudit(AuditOptions.of(config_from_table(table)), store, log, lambda: 0.0), log, store
+    return ExactAudit.of(config_from_table(table), store, log, lambda: 0.0), log, store
 
 
 @pytest.mark.parametrize("share, due", [(0.0, []), (0.25, [3, 7, 11]), (0.5, [1, 3, 5, 7, 9, 11]), (1.0, list(range(12)))])
@@ -293,7 +298,7 @@ def test_an_event_holds_the_sums_by_staleness_with_the_exact_rows_active_set():
     assert store.asked == [(3, [1, 2, 3, 4]), (5, [0])]
     assert audit.judge(scores, result_of(TOKENS), version=6) == {}
     ((kind, version, fields),) = record.events
-    assert (kind, version, fields.pop("policy"), fields.pop("seconds_s")) == (EventKind.AUDIT, 6, "ewma", 0.0)
+    assert (kind, version, fields.pop("policy"), fields.pop("seconds_s")) == ("audit", 6, "ewma", 0.0)
     expected = {
         "num_tokens": [1, 0, 4], "num_nonzero": [1, 0, 3], "num_compared": [1, 0, 4],
         "logp_error": [0, 0, 3 * LOG_1_2],
@@ -345,6 +350,7 @@ def test_the_live_weights_are_scored_only_where_a_reset_may_put_them_into_the_ob
     assert None not in [at for at, _ in store.asked]
 
 
+@pytest.mark.slow
 def test_sums_of_several_events_are_pooled_by_staleness_without_the_empty_ones(lockstep):
     folder = lockstep("half", "ppo_ewma_train_infer", EWMA, 0.5)
     events = [event for event in events_of(folder) if event["kind"] == "audit"]

@@ -9,6 +9,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,16 +19,14 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
-from oldlogits.config import config_from_table
+from oldlogits.config.load import config_from_table
 from oldlogits.core.errors import MissingLogprobError
 from oldlogits.engines.embedded.slots import SlotTable
-from oldlogits.loop import calibration
-from oldlogits.loop.calibration import BANDS, MISMATCH, ROUNDING, CalibrationOptions, calibrate, doubts, measure
-from oldlogits.record.bus import EventKind
-from oldlogits.record.event_log import without_wall_clock
+from oldlogits.loop.calibration import BANDS, MISMATCH, ROUNDING, Calibrator
 from oldlogits.record.events import Calibrated
 from oldlogits.record.report.data import read_run
 from oldlogits.run.run import run
+from tests.memory_log import without_wall_clock
 
 from ..builders import batch_of, sampled, trajectory
 from ..runs import events_of, recipe, summary_of, tokens_of
@@ -61,14 +60,15 @@ def calibrated(tiny_folder, tmp_path_factory):
 
 
 def fields_of(out: Path) -> dict:
-    [event] = events_of(out, EventKind.CALIBRATION)
-    return dict(event.fields)
+    [event] = events_of(out, "calibration")
+    return dict(event.recorded())
 
 
 def names_of(out: Path) -> list[str]:
-    return [str(event.fields["name"]) for event in events_of(out, EventKind.WARNING)]
+    return [str(event.name) for event in events_of(out, "warning")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numerics", ["fp8", "int4"])
 def test_the_shares_are_those_of_the_recorded_log_probs_and_kept_is_the_first_updates_own_band_mask(calibrated, numerics):
     found = fields_of(calibrated(numerics))
@@ -99,6 +99,7 @@ def test_an_fp32_engine_has_no_noise_that_any_band_would_mask(calibrated):
     assert names_of(calibrated("fp32")) == []
 
 
+@pytest.mark.slow
 def test_the_proximal_policy_does_not_change_what_is_measured(calibrated):
     exact = fields_of(calibrated("int4"))
     for variant, source in (("decoupled_async", "arrival"), ("ppo_clip_train_infer", "none"), ("ppo_ewma", "ewma")):
@@ -116,22 +117,23 @@ def test_of_an_interpolation_the_kept_share_is_that_of_its_own_mask_before_the_f
     assert found["kept"] == pytest.approx(np.mean(np.abs(0.5 * log_total) <= math.log(1.03)), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_warnings_are_events_with_figures_lines_on_the_console_and_notes_in_the_report(tiny_folder, tmp_path, capsys):
     more = {"num_updates": 1, "engine": {"precision": "int4"}, "trainer": {"minibatches_per_update": 1}}
     config = recipe(tiny_folder, variant="decoupled_async", proximal={"source": "arrival"}, band=1.03, **more)
     run(config, tmp_path / "run")
     found = fields_of(tmp_path / "run")
     assert found["kept"] < config.proximal.reset_below
-    clip, band = events_of(tmp_path / "run", EventKind.WARNING)
-    assert (clip.fields["name"], clip.fields["figures"]) == ("no-clip", {"minibatches_per_update": 1, "clipped": 0})
-    assert (band.fields["name"], band.version) == ("tight-band", 0)
-    assert band.fields["figures"] == {"band": 1.03, "kept": found["kept"], "tau": 0.9}
-    [update] = events_of(tmp_path / "run", EventKind.UPDATE)
-    assert update.fields["metrics"]["mask/rho_clip"] == 1  # the warning is right
-    assert update.fields["metrics"]["mask/rho_band"] == pytest.approx(found["kept"], abs=1e-6)
+    clip, band = events_of(tmp_path / "run", "warning")
+    assert (clip.name, clip.figures) == ("no-clip", {"minibatches_per_update": 1, "clipped": 0})
+    assert (band.name, band.version) == ("tight-band", 0)
+    assert band.figures == {"band": 1.03, "kept": found["kept"], "tau": 0.9}
+    [update] = events_of(tmp_path / "run", "update")
+    assert update.metrics["mask/rho_clip"] == 1  # the warning is right
+    assert update.metrics["mask/rho_band"] == pytest.approx(found["kept"], abs=1e-6)
     said = capsys.readouterr().out
     page = (tmp_path / "run" / "report.html").read_text()
-    for message in (str(clip.fields["message"]), str(band.fields["message"])):
+    for message in (str(clip.message), str(band.message)):
         assert said.count(f"warning: {message}\n") == 1
         assert page.count(f"<li>Warning: {message}".replace("'", "&#39;")) == 1
     assert "   *1.03 " in said
@@ -139,6 +141,7 @@ def test_warnings_are_events_with_figures_lines_on_the_console_and_notes_in_the_
     assert "1.03 (this run)" in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant, source",
     [("ppo_ewma_train_infer", "ewma"), ("aged_train_infer", "aged"), ("rescore_train_infer", "rescore")],
@@ -157,6 +160,7 @@ def test_where_nothing_is_stale_one_step_starts_at_the_proximal_policy_and_the_w
     assert tokens["clip_mask"].all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant, source", [("decoupled_exact", "snapshot"), ("loglinear_prox", "none")])
 def test_training_is_the_same_bit_for_bit_with_and_without_it(variant, source, tiny_folder, tmp_path):
     def train(num: int) -> Path:
@@ -180,17 +184,18 @@ def test_training_is_the_same_bit_for_bit_with_and_without_it(variant, source, t
 
     assert plain(without) == plain(with_it)
     assert fields_of(with_it)["num_trajectories"] == 5
-    assert events_of(without, EventKind.CALIBRATION) == []
+    assert events_of(without, "calibration") == []
     assert without_wall_clock(summary_of(without)) == without_wall_clock(summary_of(with_it))
     assert read_run(without).calibration is None
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_not_calibrated_again_and_its_report_says_each_warning_once(tiny_folder, tmp_path):
     config = recipe(tiny_folder, num_updates=1, max_staleness=0, lockstep={"max_lag": 0}, trainer={"minibatches_per_update": 1})
     run(config, tmp_path / "run")
     run(replace(config, num_updates=2), tmp_path / "run", resume=True)
-    assert len(events_of(tmp_path / "run", EventKind.UPDATE)) == 2
-    assert [event.version for event in events_of(tmp_path / "run", EventKind.CALIBRATION)] == [0]
+    assert len(events_of(tmp_path / "run", "update")) == 2
+    assert [event.version for event in events_of(tmp_path / "run", "calibration")] == [0]
     assert names_of(tmp_path / "run") == ["no-clip", "no-clip"]
     assert len(read_run(tmp_path / "run").warnings) == 1
 
@@ -201,7 +206,7 @@ def test_an_engine_without_log_probs_ends_the_run_before_anything_is_trained(tin
     assert isinstance(result.error, MissingLogprobError)
     assert result.error.fix.startswith("ask the engine for the log-probs")
     assert result.summary.num_updates == 0
-    assert events_of(tmp_path / "run", EventKind.UPDATE) == []
+    assert events_of(tmp_path / "run", "update") == []
 
 
 class Trainer:
@@ -215,6 +220,15 @@ class Trainer:
         return self.old[tokens]
 
 
+def calibrated_on(batch, config, old, expected_noise=0.0):
+    """Calibrate on a batch that a trainer gives these log-probs; what was measured."""
+    told = []
+    calibrator = replace(config, trainer=Trainer(old), events=SimpleNamespace(emit=told.append))
+    calibrator.expect(SimpleNamespace(engine_probe_logps=np.array([expected_noise]), probe_logps=np.zeros(1)))
+    asyncio.run(calibrator.measure(batch, version=0))
+    return told[0]
+
+
 @pytest.mark.parametrize("expected_noise, mu, old, refused", [
     (1e-3, (-1.0, -0.5), (-1.0, -0.5), True),
     (2e-5, (-1.0, -0.5), (-1.0, -0.500005), True),
@@ -224,12 +238,12 @@ class Trainer:
 ])  # fmt: skip
 def test_log_probs_that_cannot_be_the_engines_own_are_refused(expected_noise, mu, old, refused):
     batch = batch_of([trajectory([1], sampled([2, 3], logp=mu))])
-    call = calibrate(config_of(engine={"precision": "fp8"}), Trainer(old), batch, version=0, expected_noise=expected_noise)
+    config = config_of(engine={"precision": "fp8"})
     if refused:
         with pytest.raises(MissingLogprobError, match="r_d is 1 on all 2 tokens, though the engine computes in fp8"):
-            asyncio.run(call)
+            calibrated_on(batch, config, old, expected_noise)
     else:
-        assert asyncio.run(call).num_tokens == 2
+        assert calibrated_on(batch, config, old, expected_noise).num_tokens == 2
 
 
 def rounded_to_bf16(folder: Path, to: Path) -> Path:
@@ -240,6 +254,7 @@ def rounded_to_bf16(folder: Path, to: Path) -> Path:
     return to
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_lies_on_the_engines_grid_trains_though_r_d_is_1_at_version_0(tiny_folder, tmp_path):
     model = rounded_to_bf16(tiny_folder, tmp_path / "model")
     config = recipe(model, num_updates=2, engine={"precision": "bf16"})
@@ -252,16 +267,19 @@ def test_a_checkpoint_that_lies_on_the_engines_grid_trains_though_r_d_is_1_at_ve
     assert abs(tokens["log_r_d"]).max() > ROUNDING, "after a step the weights are off the grid"
 
 
+@pytest.mark.slow
 def test_log_probs_of_the_trainer_in_place_of_the_engines_end_the_run(tiny_folder, tmp_path, monkeypatch):
-    async def substituted(config, trainer, batch, *, version, expected_noise):
-        mu = batch.logp_mu[batch.loss_mask]
-        return await calibrate(config, Trainer(mu), batch, version=version, expected_noise=expected_noise)
+    measured = Calibrator.measure
 
-    monkeypatch.setattr(calibration, "calibrate", substituted)
+    async def substituted(calibrator, batch, *, version):
+        calibrator.trainer = Trainer(batch.logp_mu[batch.loss_mask])
+        await measured(calibrator, batch, version=version)
+
+    monkeypatch.setattr(Calibrator, "measure", substituted)
     result = run(recipe(tiny_folder, engine={"precision": "bf16"}), tmp_path / "run")
     assert isinstance(result.error, MissingLogprobError)
     assert "though the engine computes in bf16" in result.error.what
-    assert events_of(tmp_path / "run", EventKind.UPDATE) == []
+    assert events_of(tmp_path / "run", "update") == []
 
 
 def test_the_trajectories_measured_are_evenly_spaced_over_the_batch():
@@ -270,7 +288,7 @@ def test_the_trajectories_measured_are_evenly_spaced_over_the_batch():
     old = [-1 + math.log(1 + i / 100) for i in range(9)]
     for num, chosen in ((1, [0]), (2, [0, 8]), (3, [0, 4, 8]), (5, [0, 2, 4, 6, 8]), (100, range(9))):
         config = config_of(eval={"num_calibration": num})
-        found = asyncio.run(calibrate(config, Trainer(old), batch_of(trajectories), version=0, expected_noise=0.0))
+        found = calibrated_on(batch_of(trajectories), config, old)
         assert found.num_trajectories == len(chosen)
         assert found.r_d_mean == pytest.approx(1 + sum(chosen) / len(chosen) / 100, rel=1e-6)
 
@@ -279,14 +297,15 @@ def test_the_trajectories_measured_are_evenly_spaced_over_the_batch():
 
 
 def config_of(variant="decoupled_exact", **table):
-    return CalibrationOptions.of(config_from_table({"variant": variant, **table}))
+    return Calibrator.of(config_from_table({"variant": variant, **table}), None, None)
 
 
 def measured(log_r_d, sequence=None, config=None):
     sequence = range(len(log_r_d)) if sequence is None else sequence
-    return measure(config or config_of(), np.array(log_r_d, np.float32), np.array(sequence, np.int64), version=0)
+    return (config or config_of()).figures(np.array(log_r_d, np.float32), np.array(sequence, np.int64), version=0)
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(-1.5, 1.5, width=32), min_size=1, max_size=40), st.floats(1.005, 4))
 def test_a_wider_band_never_masks_more_and_each_share_counts_the_tokens_outside(log_r_d, band):
     found = measured(log_r_d, config=config_of(band=band))
@@ -306,7 +325,7 @@ def test_a_token_without_a_finite_ratio_counts_as_masked_and_not_into_the_means(
     assert found.r_d_mean == pytest.approx(1.125)
     nothing = measured([NAN, NAN])
     assert nothing.masked == (1,) * len(BANDS)
-    assert list(doubts(nothing, config_of("ppo_clip"))) == []
+    assert list(config_of("ppo_clip").doubts(nothing)) == []
 
 
 def test_the_standard_error_counts_trajectories_not_tokens():
@@ -324,7 +343,7 @@ QUIET = Calibrated(
 
 
 def doubted(found, config):
-    return {caution.name: caution for caution in doubts(found, config)}
+    return {caution.name: caution for caution in config.doubts(found)}
 
 
 @pytest.mark.parametrize("kept, expected", [(0.9, set()), (0.8999, {"tight-band"}), (0.0, {"tight-band"})])

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from oldlogits.config import config_from_table
+from oldlogits.config.load import config_from_table
 from oldlogits.core.engine import EngineCapabilities, Generation, Sampling, Span
 from oldlogits.core.engine_stats import EngineStats
 from oldlogits.core.errors import NonFiniteError, ProbeError
@@ -16,11 +16,11 @@ from oldlogits.core.scoring import Scored
 from oldlogits.core.source import LogprobSource
 from oldlogits.core.weights import FullWeights, StoreReceipt
 from oldlogits.envs.parsers.plain import PlainParser
-from oldlogits.loop.audit import AuditOptions, ExactAudit
+from oldlogits.loop.audit import ExactAudit
 from oldlogits.loop.backend import Backend
-from oldlogits.loop.calibration import CalibrationOptions, Calibrator
+from oldlogits.loop.calibration import Calibrator
 from oldlogits.loop.loop import Loop
-from oldlogits.loop.state import LoopState
+from oldlogits.loop.resume import LoopState
 from oldlogits.loop.task import LoopConfig, Task
 from oldlogits.loop.weight_sync import WeightSync
 from oldlogits.models.chat import ChatFormat
@@ -217,8 +217,8 @@ class World:
         self.loop = Loop(
             LoopConfig.of(config), task, backend, source,
             sync=WeightSync(config.engine, config.sampling, PROBE, backend, source, events),
-            audit=ExactAudit(AuditOptions.of(config), self.trainer, events, backend.clock),
-            calibrator=Calibrator(CalibrationOptions.of(config), self.trainer, events),
+            audit=ExactAudit.of(config, self.trainer, events, backend.clock),
+            calibrator=Calibrator.of(config, self.trainer, events),
             recording=recording,
         )  # fmt: skip
 

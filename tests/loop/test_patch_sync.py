@@ -5,7 +5,6 @@ import pytest
 
 from oldlogits.cli.main import run as command
 from oldlogits.core.errors import ReceiverBehindError
-from oldlogits.record.bus import EventKind
 from oldlogits.versions import HostCopy
 
 from ..runs import events_of, recipe, summary_of, tokens_of, write_recipe
@@ -25,10 +24,10 @@ def trained(tiny_folder, tmp_path, **more):
 def test_versions_reach_the_engine_as_patches_and_old_logits_stay_exact(tiny_folder, tmp_path, route, shared_files):
     files = shared_files()
     out = trained(tiny_folder, tmp_path, proximal={"source": route})
-    sent = [event.fields for event in events_of(out, EventKind.WEIGHTS_UPDATED)]
+    sent = [dict(event.recorded()) for event in events_of(out, "weights_updated")]
     assert [fields["sent"] for fields in sent] == ["full"] + ["patch"] * 5
     assert all(0 < fields["bytes"] < 0.5 * sent[0]["bytes"] and not fields["refused"] for fields in sent[1:])
-    stored = [event.fields for event in events_of(out, EventKind.PUBLISHED)]
+    stored = [dict(event.recorded()) for event in events_of(out, "published")]
     assert all(0 <= fields["changed"] < 0.5 for fields in stored[1:])
     assert max(fields["changed"] for fields in stored[1:]) > 0.001
     summary = summary_of(out)
@@ -48,6 +47,7 @@ def test_versions_reach_the_engine_as_patches_and_old_logits_stay_exact(tiny_fol
     assert shared_files() <= files
 
 
+@pytest.mark.slow
 def test_a_refused_patch_is_followed_by_full_weights_and_counted(tiny_folder, tmp_path, monkeypatch):
     taken = HostCopy.take
 
@@ -58,24 +58,26 @@ def test_a_refused_patch_is_followed_by_full_weights_and_counted(tiny_folder, tm
 
     monkeypatch.setattr(HostCopy, "take", take)
     out = trained(tiny_folder, tmp_path)
-    sent = [event.fields for event in events_of(out, EventKind.WEIGHTS_UPDATED)]
+    sent = [dict(event.recorded()) for event in events_of(out, "weights_updated")]
     assert [fields["sent"] for fields in sent] == ["full", "patch", "full", "patch", "patch", "patch"]
     assert "a patch that was lost" in sent[2]["refused"]
     assert summary_of(out)["num_refused_patches"] == 1
     assert summary_of(out)["probe_max_abs_error"] <= 1e-5
 
 
+@pytest.mark.slow
 def test_full_weights_are_sent_where_the_recipe_wants_them_and_where_all_values_change(tiny_folder, tmp_path):
     out = trained(tiny_folder, tmp_path, engine={"weight_sync": "full"})
-    assert {event.fields["sent"] for event in events_of(out, EventKind.WEIGHTS_UPDATED)} == {"full"}
+    assert {event.sent for event in events_of(out, "weights_updated")} == {"full"}
     (tmp_path / "second").mkdir()
     moving = trained(tiny_folder, tmp_path / "second", trainer={"lr": 1e-3, "warmup_steps": 0})
-    sent = [event.fields["sent"] for event in events_of(moving, EventKind.WEIGHTS_UPDATED)]
-    changed = [event.fields["changed"] for event in events_of(moving, EventKind.PUBLISHED)]
+    sent = [event.sent for event in events_of(moving, "weights_updated")]
+    changed = [event.changed for event in events_of(moving, "published")]
     assert max(changed[1:]) > 0.9
     assert all(kind == "full" for kind, share in zip(sent, changed, strict=True) if share > 0.9)
 
 
+@pytest.mark.slow
 def test_versions_over_the_budget_lie_in_the_run_folder(tiny_folder, tmp_path):
     out = trained(tiny_folder, tmp_path, trainer={"lr": 1e-3, "warmup_steps": 0}, versions={"budget_bytes": 1000})
     assert any((out / "versions").iterdir())

@@ -44,6 +44,7 @@ def _chatml(template: str, eos: str = CLOSE) -> PreTrainedTokenizerFast:
 TOKENIZERS = {"tiny": tiny_tokenizer(WORDS), "chatml": _chatml(CHATML)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(opening=TEXT, turns=st.lists(st.tuples(TEXT, st.sampled_from(["tool", "user"]), TEXT), max_size=4))
 def test_turns_put_together_are_the_conversation_as_the_template_writes_it(name, opening, turns):

@@ -18,7 +18,8 @@ from transformers import (
     Phi3Config,
 )
 
-from oldlogits.config import check, config_from_table
+from oldlogits.config.check import check
+from oldlogits.config.load import config_from_table
 from oldlogits.core.errors import ModelFolderError
 from oldlogits.models.load import decoder_layers, load_model, recompute_layers
 from oldlogits.models.scorer import score_tokens

@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from oldlogits.batch import TokenBatch
+from oldlogits.batch.collate import TokenBatch
 from oldlogits.cli.main import run as command
 from oldlogits.core.engine import EngineSpec, Sampling
 from oldlogits.core.errors import ExactnessError
@@ -23,7 +23,6 @@ from oldlogits.core.weights import FullWeights
 from oldlogits.engines.embedded.engine import EngineCore
 from oldlogits.models.adapters import is_adapter
 from oldlogits.models.load import load_model
-from oldlogits.record.bus import EventKind
 from oldlogits.run.specs import trainer_spec
 from oldlogits.train.trainer import Trainer
 
@@ -78,15 +77,16 @@ def test_the_laws_hold_under_every_route_and_a_version_is_its_adapters(sections,
     assert tokens["staleness"].max() > 0
     if summary["provenance"].keys() == {"exact"} and sections.get("engine", {}).get("precision") is None:
         assert np.abs(tokens["log_r_d"]).max() <= 1e-4, "two engines, one version"
-    sent = [event.fields["bytes"] for event in events_of(out, EventKind.WEIGHTS_UPDATED)]
+    sent = [event.bytes for event in events_of(out, "weights_updated")]
     size = 2 if sections.get("model", {}).get("forward_dtype") == "bf16" else 4
     assert max(sent) == size * num_adapter_parameters(tiny_folder)
 
 
+@pytest.mark.slow
 def test_what_versions_cost_is_measured_against_the_adapters_that_are_trained_not_against_the_base(tiny_folder, tmp_path):
     summary = summary_of(trained(tiny_folder, tmp_path))
     assert summary["version_share_of_average"] == summary["version_share_of_copy"], "both have 4 bytes a trained parameter"
-    published = [event.fields for event in events_of(tmp_path / "run", EventKind.PUBLISHED)]
+    published = [dict(event.recorded()) for event in events_of(tmp_path / "run", "published")]
     live = 4 * num_adapter_parameters(tiny_folder)
     assert {fields["full_bytes"] for fields in published} == {live}
     most = max(fields["bytes"] for fields in published[1:])
@@ -100,11 +100,11 @@ def test_a_server_adds_the_adapters_to_its_own_folder(numerics, tiny_folder, tmp
         engine = {"type": "vllm", "urls": [server.url], "precision": numerics}
         out = trained(tiny_folder, tmp_path, runtime={"type": "local"}, engine=engine)
     check_accounting(out)
-    assert max(event.fields["max_abs_error"] for event in events_of(out, EventKind.PROBE)) <= 1e-4
+    assert max(event.max_abs_error for event in events_of(out, "probe")) <= 1e-4
     tokens = tokens_of(out, "log_r_d", "provenance")
     assert set(tokens["provenance"]) == {"exact"}
     assert (np.abs(tokens["log_r_d"]).max() <= 1e-4) == (numerics == "fp32")
-    sent = [event.fields["bytes"] for event in events_of(out, EventKind.WEIGHTS_UPDATED)]
+    sent = [event.bytes for event in events_of(out, "weights_updated")]
     assert max(sent) == 4 * num_adapter_parameters(tiny_folder), "adapters alone travel"
 
 
@@ -144,6 +144,7 @@ def test_layers_without_an_adapter_keep_every_bit(finished, tiny_folder):
     assert changed == {name for name in before if name.endswith("_proj.weight")}
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_checkpoint(finished, tmp_path):
     copied = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(copied / "checkpoints/v000004")

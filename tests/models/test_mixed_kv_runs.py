@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from oldlogits.record.bus import EventKind
 from oldlogits.run.run import run
 
 from ..runs import check_accounting, events_of, recipe, summary_of, tokens_of
@@ -44,10 +43,11 @@ def test_old_is_what_the_engine_gave_over_entries_of_several_versions(lag, playe
     assert np.abs(tokens["log_r_s"][~is_mixed & (tokens["staleness"] == 0)]).max() <= 1e-5
 
 
+@pytest.mark.slow
 def test_the_referees_old_is_that_of_the_engines_own_entries(tiny_folder, tmp_path):
     sections = {"variant": "ppo_clip_train_infer", "proximal": {"source": "none"}, "audit": {"share": 1.0}}
     assert run(recipe(tiny_folder, engine=STALE["engine"], **sections), tmp_path / "run").error is None
-    refereed = [event.fields for event in events_of(tmp_path / "run", EventKind.AUDIT)]
+    refereed = [dict(event.recorded()) for event in events_of(tmp_path / "run", "audit")]
     assert sum(sum(fields["num_compared"]) for fields in refereed) > 500
     assert max(max(fields["logp_error"]) for fields in refereed) <= 1e-4, "mu is OLD, whatever it attended to"
 

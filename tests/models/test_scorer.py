@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oldlogits.batch import micro_batches
+from oldlogits.batch.pad import micro_batches
 from oldlogits.models.load import load_model
 from oldlogits.models.scorer import action_logps, score_tokens
 

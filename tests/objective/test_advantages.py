@@ -36,6 +36,7 @@ def advantages(batch, mode, dtype=torch.float64):
     return group_advantages(rewards, torch.tensor([g for _, g in batch], dtype=torch.int64), mode).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @given(batch=batches)
 def test_advantages_equal_the_formula_in_plain_python(mode, batch):
@@ -49,6 +50,7 @@ def test_a_group_of_equal_rewards_is_exactly_zero_throughout(mode, dtype, value,
     assert advantages([(value, 0)] * size + [(1.0, 1), (2.0, 1)], mode, dtype)[:size] == [0.0] * size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @given(batch=batches)
 def test_advantages_of_a_group_sum_to_zero(mode, batch):

@@ -43,6 +43,7 @@ def needs(kept, sequence):
     return {"kept_mask": kept, "sequence_index": sequence, "num_sequences": 4, "constant": 7.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @given(tokens=batches)
 def test_each_denominator_is_what_its_name_says(mode, tokens):
@@ -51,6 +52,7 @@ def test_each_denominator_is_what_its_name_says(mode, tokens):
     assert loss_value.item() == pytest.approx(by_hand(tokens, mode), abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @given(tokens=batches, cuts=st.lists(st.integers(0, 24), max_size=4))
 def test_micro_batches_add_up_to_the_loss_and_gradient_of_the_whole_batch(mode, tokens, cuts):

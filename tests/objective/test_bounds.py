@@ -8,8 +8,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from oldlogits.config.bounds import EffectiveBounds, effective_bounds
-from oldlogits.core.errors import ConfigError
+from oldlogits.config import bounds as config_bounds
+from oldlogits.config.bounds import EffectiveBounds
 from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, MU, THETA, VARIANTS, Policy
 from oldlogits.objective import linear_logp, loglinear_logp, split_ratio, surrogate
 
@@ -22,6 +22,11 @@ INF, NAN = math.inf, math.nan
 KINDS = ("linear", "loglinear")
 MASKED, UNMASKED = "train_infer", "prox"
 COMMON = {"weight_mu": 0.5, "band": 1.05, "eps_low": 0.2, "eps_high": 0.28, "dual_clip": 3.0}
+
+
+def effective_bounds(kind, *, dual_clip, **knobs):
+    """Bounds with None for no dual clip, as the objective takes it."""
+    return config_bounds.effective_bounds(kind, dual_clip=INF if dual_clip is None else dual_clip, **knobs)
 
 
 def bounds_of(kind, **overrides):
@@ -139,6 +144,7 @@ knobs_strategy = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(
     total=ratios,
     kind=st.sampled_from(KINDS),
@@ -253,36 +259,3 @@ def test_a_token_that_is_not_finite_is_not_active_even_without_a_bound():
     free = EffectiveBounds(mask_low=0.0, mask_high=INF, positive_high=INF, negative_low=0.0, negative_high=INF)
     total, advantages = torch.tensor([NAN, INF, -INF, 0.0, 0.0, 700.0]), torch.tensor([1.0, 1.0, -1.0, NAN, INF, 1.0])
     assert active(total, advantages, free).tolist() == [False, False, False, False, False, True]
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"weight_mu": -0.1},
-        {"weight_mu": 1.1},
-        {"weight_mu": NAN},
-        {"band": 1.0},
-        {"band": NAN},
-        {"eps_low": -0.1},
-        {"eps_high": NAN},
-        {"dual_clip": 1.0},
-    ],
-)
-def test_a_value_out_of_range_is_refused_by_its_name(wrong):
-    (name,) = wrong
-    with pytest.raises(ConfigError, match=f"{name} is out of range") as caught:
-        effective_bounds("linear", **{**COMMON, **wrong})
-    assert caught.value.got == f"{name} = {wrong[name]}"
-    assert caught.value.allowed
-    assert caught.value.fix
-
-
-def test_an_unknown_kind_is_refused():
-    with pytest.raises(ConfigError, match="kind is out of range"):
-        effective_bounds("geometric", **COMMON)
-
-
-@pytest.mark.parametrize("wrong", [{"mask_low": 1.1}, {"mask_high": 0.9}, {"negative_low": -0.1}, {"positive_high": NAN}])
-def test_bounds_that_do_not_enclose_one_are_refused(wrong):
-    with pytest.raises(ConfigError, match="must enclose 1"):
-        dataclasses.replace(effective_bounds("linear", **COMMON), **wrong)

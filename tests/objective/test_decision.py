@@ -111,6 +111,7 @@ def test_a_row_stands_in_for_the_exact_row_that_corrects_the_mismatch_as_it_does
     assert exact_variant(find_variant(name)) == find_variant(EXACT[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["ppo_ewma_train_infer", "ppo_ewma", "decoupled_async", "ppo_clip_train_infer"])
 @given(tokens=st.lists(a_token, min_size=1, max_size=12))
 @settings(max_examples=80)
@@ -132,6 +133,7 @@ def test_sums_of_two_batches_add_up_to_those_of_both(one, other):
         torch.testing.assert_close(a + b, c)
 
 
+@pytest.mark.slow
 @given(st.lists(a_token, min_size=1, max_size=12))
 def test_old_itself_decides_nothing_otherwise(tokens):
     exact = sums_of([(mu, old, old, theta, a, loss, lag) for mu, old, _, theta, a, loss, lag in tokens])

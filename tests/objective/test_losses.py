@@ -31,6 +31,7 @@ def inputs_of(logp, advantages, sequence_index=None):
     )
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(logs, logs, logs, st.sampled_from([-1.0, 0.0, 2.0])), min_size=1, max_size=12),
     st.sampled_from([{}, {"mismatch_correction": "mask"}, {"is_cap": 1.2}, {"dual_clip": None}, {"band": math.inf}]),

@@ -19,6 +19,7 @@ def test_the_table_has_the_papers_rows_and_no_others():
     assert set(ALL) == set(ROWS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 @given(probs=st.fixed_dictionaries(dict.fromkeys(Policy, probability)))
 def test_both_factors_are_the_quotients_of_the_papers_row(name, probs):

@@ -43,6 +43,7 @@ def of_ratios(log_r_d, log_r_s, advantages, **overrides):
     return tokens, gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 @given(tokens=st.lists(a_token, min_size=1, max_size=8), weight_mu=st.floats(0, 1), objective=knobs)
 @settings(max_examples=60)
@@ -82,6 +83,7 @@ def test_every_variant_equals_the_scalar_oracle_in_value_gradient_and_masks(name
         assert gradient[i].item() == pytest.approx(want.gradient, rel=1e-10, abs=1e-12)
 
 
+@pytest.mark.slow
 @given(tokens=st.lists(a_token, min_size=1, max_size=8), objective=knobs)
 def test_identity_a_kept_tokens_gradient_is_the_total_ratio_whatever_the_proximal_policy(tokens, objective):
     """The proximal policy acts through the active set only: given that set, the three gradients are one formula."""

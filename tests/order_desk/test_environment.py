@@ -244,6 +244,7 @@ def test_held_out_rows_show_only_pairs_that_training_never_shows(desk):
     assert share == 0.25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("desk", [OrderDesk, LongOrderDesk])
 def test_every_held_out_word_is_trained_and_in_the_vocabulary(desk):
     def words(split: str, num: int) -> set[str]:

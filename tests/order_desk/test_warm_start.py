@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oldlogits.core.environment import MODELS, ModelOrder
 from oldlogits.core.errors import ConfigError
-from oldlogits.envs.tools import tool_names
+from oldlogits.envs.tools import tool_names, tool_schemas
 from oldlogits.models.chat import ChatFormat
 from oldlogits.models.load import load_model, load_tokenizer
 from order_desk.clerk import LONG_MIXTURE, MIXTURE, ErrorRates, oracle
@@ -35,7 +35,7 @@ from order_desk.warm_start import (
 )
 
 TOKENIZER = tiny_tokenizer([*WORDS, *tool_names(OrderDesk)])
-CHAT = ChatFormat(TOKENIZER)
+CHAT = ChatFormat(TOKENIZER, tool_schemas(OrderDesk), OrderDesk.system_prompt)
 SMALL = TinySize(hidden=16, layers=1, heads=2, kv_heads=1, mlp=24)
 
 
@@ -70,6 +70,7 @@ def test_the_same_specification_gives_the_same_bytes(tmp_path: Path, monkeypatch
         assert path.read_bytes() == (second / path.name).read_bytes(), path.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -93,6 +94,7 @@ def test_a_run_decides_the_size_the_desk_and_the_seed_of_its_warm_start():
     assert (MODELS.find("tiny").size, MODELS.find("tiny-moe").size) == (TinySize(), TinyMoeSize())
 
 
+@pytest.mark.slow
 def test_demonstrators_of_long_episodes_are_right_in_a_tenth_to_a_third_of_them():
     spec = tiny_spec(ordered(LongOrderDesk), TinySize())
     shown = list(islice(demonstrations(spec, CHAT), 300))
@@ -115,6 +117,7 @@ def test_a_folder_begins_where_it_is_and_keeps_its_tokenizer_and_template(tmp_pa
     assert folder_spec(ordered(folder=str(begun))).steps == 0
 
 
+@pytest.mark.slow
 def test_another_file_of_weights_in_the_folder_is_another_warm_start(tmp_path: Path):
     begun = Path(shutil.copytree(warm_start(QUICK), tmp_path / "mine"))
     spec = replace(QUICK, folder=str(begun))
@@ -220,6 +223,7 @@ def test_every_demonstration_has_a_row_of_its_own_that_no_run_and_no_other_seed_
     assert all(split == "train" and index < 0 for split, index in asked)
 
 
+@pytest.mark.slow
 def test_the_mixture_is_right_less_than_half_the_time_and_the_oracle_always():
     shown = list(islice(demonstrations(QUICK, CHAT), 800))
     assert 0.35 < sum(one.reward for one in shown) / 800 < 0.5
@@ -227,12 +231,14 @@ def test_the_mixture_is_right_less_than_half_the_time_and_the_oracle_always():
     assert all(one.reward == 1.0 for one in flawless)
 
 
+@pytest.mark.slow
 def test_every_demonstration_is_short_and_in_the_vocabulary():
     shown = list(islice(demonstrations(QUICK, CHAT), 400))
     assert max(len(one.token_ids) for one in shown) <= 200
     assert all(TOKENIZER.unk_token_id not in one.token_ids for one in shown)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_well_below_that_of_a_uniform_guess():
     losses: list[float] = []
     spec = WarmStartSpec(steps=60, batch_size=8, lr=5e-3, warmup_steps=5, size=replace(SMALL, hidden=32))

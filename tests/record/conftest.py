@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from oldlogits.record.episodes import Episode, EpisodeLog, EpisodeSegment
+from oldlogits.record.episodes import Episode, EpisodeSegment
 from oldlogits.record.event_log import EventLog
 from oldlogits.record.events import Evaluated, Probed, RunEnded, RunStarted, Updated, WarmStarted
 from oldlogits.record.folder import RunFolder
 from oldlogits.record.intervals import wilson
+from oldlogits.record.jsonl import LineFile
 from oldlogits.record.summary import summarise_folder
 from oldlogits.record.tables import write_tokens
 
@@ -35,7 +37,7 @@ def write_fake_run(path: Path, *, num_updates: int, seed: int = 0) -> Path:
     rng = np.random.default_rng(seed)
     folder = RunFolder.create(path)
     folder.write_config({"variant": "decoupled_exact", "seed": seed, "trainer": {"lr": 5e-4, "minibatches_per_update": 2}})
-    with EventLog(folder.events) as log, EpisodeLog(folder.episodes) as episodes:
+    with EventLog(folder.events) as log, LineFile(folder.episodes) as episodes:
         _start(log, seed)
         _evaluate(log, "before", 0, 0.24)
         for version in range(1, num_updates + 1):
@@ -47,8 +49,8 @@ def write_fake_run(path: Path, *, num_updates: int, seed: int = 0) -> Path:
                 _evaluate(log, "during", version, success)
             if version % max(num_updates // 6, 1) == 1 or version == num_updates:
                 for reward in (0.0, 1.0):
-                    episodes.take(_episode(rng, version, reward))
-            episodes.take(_silent_episode(version))
+                    episodes.append(asdict(_episode(rng, version, reward)))
+            episodes.append(asdict(_silent_episode(version)))
         _evaluate(log, "after", num_updates, 0.71)
         log.emit(RunEnded(version=num_updates, reason="done", error="", accounting=_account(num_updates)))
     summarise_folder(folder).write(folder.summary)

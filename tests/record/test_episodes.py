@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from oldlogits.record.episodes import Episode, EpisodeLog, EpisodeSegment, read_episodes
+from oldlogits.record.episodes import Episode, EpisodeSegment, read_episodes
 from oldlogits.record.jsonl import LineFile, RecordError
 from oldlogits.record.report.transcripts import chosen_transcripts
 
@@ -33,9 +34,9 @@ SEGMENTS = (
 
 def test_episodes_are_read_back_equal_with_and_without_their_text(tmp_path: Path):
     written = [episode("a", segments=SEGMENTS), episode("b", reward=float("inf"), stage="after")]
-    with EpisodeLog(tmp_path / "episodes.jsonl") as log:
+    with LineFile(tmp_path / "episodes.jsonl") as log:
         for one in written:
-            log.take(one)
+            log.append(asdict(one))
     assert list(read_episodes(tmp_path / "episodes.jsonl")) == written
 
 
@@ -69,8 +70,8 @@ def test_one_episode_is_shown_once_and_none_is_no_error():
 
 def test_sampled_segments_of_one_turn_are_joined_and_each_version_has_its_colour():
     (transcript,) = chosen_transcripts([episode("a", segments=SEGMENTS)])
-    context, sampled = transcript.turns
-    assert (context.text, context.spans) == ("Hi <b>&\n", ())
-    assert [(span.version, span.tint) for span in sampled.spans] == [(0, 0), (1, 1)]
-    assert [token.tip for token in sampled.spans[0].tokens] == ["version 0\nlog-prob -0.500", "version 0\nlog-prob -inf"]
-    assert [token.tip for token in sampled.spans[1].tokens] == ["version 1"]
+    (context,), (first, second) = transcript.turns
+    assert context.text == "Hi <b>&\n"
+    assert [(segment.version, transcript.tint(segment)) for segment in (first, second)] == [(0, 0), (1, 1)]
+    assert list(transcript.tokens(first)) == [("a", "version 0\nlog-prob -0.500"), ("b", "version 0\nlog-prob -inf")]
+    assert list(transcript.tokens(second)) == [("c", "version 1")]

@@ -24,6 +24,7 @@ TOML = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.dictionaries(TEXT, TOML, max_size=5))
 def test_what_is_written_as_toml_is_read_back_by_the_standard_library(table):
     assert tomllib.loads(tomli_w.dumps(table)) == table

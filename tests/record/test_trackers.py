@@ -12,9 +12,10 @@ from oldlogits.core.errors import ConfigError
 from oldlogits.core.tracker import TrackedRun
 from oldlogits.core.trajectory import Context, Sampled, Trajectory
 from oldlogits.record.bus import EventBus
-from oldlogits.record.episodes import EpisodeLog, EpisodeRecorder
+from oldlogits.record.episodes import EpisodeRecorder
 from oldlogits.record.events import Evaluated, Updated
 from oldlogits.record.folder import RunFolder
+from oldlogits.record.jsonl import LineFile
 from oldlogits.record.trackers.feed import TrackerFeed, find_trackers, flat, open_feeds
 from tests.memory_log import MemoryLog
 
@@ -42,7 +43,7 @@ def follow(tmp_path: Path, name: str) -> RunFolder:
     folder = RunFolder.create(tmp_path / "my-run")
     [feed] = open_feeds(find_trackers([name]), folder, CONFIG)
     log = MemoryLog()
-    with EpisodeLog(folder.episodes) as episodes:
+    with LineFile(folder.episodes) as episodes:
         recorder = EpisodeRecorder(episodes, lambda ids: " ".join(map(str, ids)), every=1, others=[feed.take])
         bus = EventBus(log, recorder, feed)
         feed.warn_on(bus)
@@ -71,6 +72,7 @@ def test_tensorboard_holds_metrics_evaluation_config_episodes_and_the_place_of_t
     assert str(folder.report) in texts["report/text_summary"]
 
 
+@pytest.mark.slow
 @pytest.mark.trackers
 @pytest.mark.filterwarnings("default")  # its database layer uses what SQLAlchemy has deprecated
 def test_mlflow_holds_metrics_evaluation_config_episodes_and_the_report(tmp_path, monkeypatch):
@@ -92,6 +94,7 @@ def test_mlflow_holds_metrics_evaluation_config_episodes_and_the_report(tmp_path
     assert [path.read_text() for path in (own / "artifacts").rglob("report.html")] == ["<p>the report</p>"]
 
 
+@pytest.mark.slow
 @pytest.mark.trackers
 def test_wandb_writes_a_whole_offline_run_into_the_run_folder(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb", reason="pip install wandb")
@@ -153,10 +156,10 @@ def test_a_tracker_that_fails_is_warned_of_once_and_left_alone(tmp_path):
     for version in (2, 3):
         bus.emit(Updated(version=version, metrics={}, staleness_counts={}))
     assert Failing.asked == ["r", "log 1"]
-    [warning] = [event.fields for event in log.events if event.kind == "warning"]
-    assert warning["name"] == "tracker"
-    assert "tracker 'mine' failed" in warning["message"]
-    assert "ConnectionError: no route to host" in warning["message"]
+    [warning] = [event for event in log.events if event.kind == "warning"]
+    assert warning.name == "tracker"
+    assert "tracker 'mine' failed" in warning.message
+    assert "ConnectionError: no route to host" in warning.message
     assert feed.finish(RunFolder(path=tmp_path)) == "", "told already"
 
 

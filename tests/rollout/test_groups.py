@@ -9,7 +9,6 @@ from oldlogits.core.engine import Generation, Sampling, Span
 from oldlogits.core.errors import EnvironmentShapeError, WorkerDiedError
 from oldlogits.envs.parsers.plain import PlainParser
 from oldlogits.models.chat import ChatFormat
-from oldlogits.record.bus import EventKind
 from oldlogits.rollout.buffer import Buffer
 from oldlogits.rollout.environment_runner import run_inline
 from oldlogits.rollout.groups import FAILURES_IN_A_ROW, Rollouts, evaluate
@@ -128,7 +127,7 @@ class World:
             await asyncio.sleep(0)
 
     def admitted(self):
-        return [event.group for event in self.events.of(EventKind.GROUP_ADMITTED)]
+        return [event.group for event in self.events.of("group_admitted")]
 
 
 def in_world(scenario, **settings):
@@ -201,7 +200,7 @@ def test_a_closed_group_tells_rewards_oldest_version_and_failures():
         world.engine.version = 2
         world.engine.gate.set()
         await world.admit(version=2, num_wanted=1)
-        (closed,) = world.events.of(EventKind.GROUP_CLOSED)
+        (closed,) = world.events.of("group_closed")
         assert (closed.group, closed.rewards, closed.oldest_version) == ("g000000", [0.0, 1.0], 2)
         assert (closed.num_failed, closed.filtered) == (0, False)
 
@@ -215,7 +214,7 @@ def test_a_group_that_fails_is_counted_told_and_replaced():
         assert world.admitted() == ["g000000", "g000001", "g000002"]
         account = world.buffer.account
         assert (account.submitted, account.failed, account.filtered, world.buffer.queued) == (6, 2, 0, 4)
-        failed = world.events.of(EventKind.TRAJECTORY_FAILED)
+        failed = world.events.of("trajectory_failed")
         assert [(event.trajectory, event.reason) for event in failed] == [
             ("g000000.0", "RuntimeError: no shop"),
             ("g000000.1", "RuntimeError: no shop"),
@@ -242,7 +241,7 @@ def test_uniform_groups_are_filtered_told_and_replaced():
     async def scenario(world):
         world.engine.gate.set()
         await world.admit(num_wanted=2)
-        closed = {event.group: event.filtered for event in world.events.of(EventKind.GROUP_CLOSED)}
+        closed = {event.group: event.filtered for event in world.events.of("group_closed")}
         assert closed == {"g000000": True, "g000001": False, "g000002": False}
         assert world.buffer.account.filtered == 2
 

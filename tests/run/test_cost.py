@@ -14,8 +14,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
 
-from oldlogits.batch import TokenBatch, micro_batches
-from oldlogits.config import config_from_table
+from oldlogits.batch.collate import TokenBatch
+from oldlogits.batch.pad import micro_batches
+from oldlogits.config.load import config_from_table
 from oldlogits.core.engine import EngineSpec
 from oldlogits.core.errors import ModelFolderError
 from oldlogits.engines.embedded.engine import EngineCore

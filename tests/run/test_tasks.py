@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from oldlogits.config import RunConfig, config_from_table
+from oldlogits.config.load import config_from_table
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.environment import is_model_folder
 from oldlogits.core.errors import ConfigError
 from oldlogits.run.tasks import load_tasks

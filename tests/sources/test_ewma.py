@@ -46,6 +46,7 @@ def acquire(source_type, found, age, trainer_version=8):
     return scored, trainer
 
 
+@pytest.mark.slow
 @given(tokens, st.floats(0, 9))
 def test_ewma_scores_the_whole_batch_once_with_the_average_and_says_so(found, age):
     scored, trainer = acquire(EwmaSource, found, age)
@@ -54,6 +55,7 @@ def test_ewma_scores_the_whole_batch_once_with_the_average_and_says_so(found, ag
     assert trainer.calls == [("average", list(range(len(found))))]
 
 
+@pytest.mark.slow
 @given(tokens, st.floats(0.5, 9))
 def test_aged_goes_from_the_live_weights_through_the_average_to_each_tokens_lag_at_most_twice_as_far(found, age):
     scored, _ = acquire(AgedSource, found, age)
@@ -62,6 +64,7 @@ def test_aged_goes_from_the_live_weights_through_the_average_to_each_tokens_lag_
     np.testing.assert_allclose(scored.values, expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(0, 6), st.floats(-3, 0), st.floats(-0.2, 0.2)), min_size=1, max_size=9), st.floats(3, 9))
 def test_aged_is_old_where_log_probs_move_at_constant_speed(found, age):
     drifting = [(lag, live, live - age * speed) for lag, live, speed in found]
@@ -70,6 +73,7 @@ def test_aged_is_old_where_log_probs_move_at_constant_speed(found, age):
     np.testing.assert_allclose(scored.values, old, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @given(tokens, st.floats(0, 0.49))
 def test_with_a_young_average_aged_is_the_arrival_weights_and_labelled_so(found, age):
     scored, trainer = acquire(AgedSource, found, age)

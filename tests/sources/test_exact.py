@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from oldlogits.config import config_from_table
+from oldlogits.config.load import config_from_table
 from oldlogits.core.errors import ExactnessError, VersionEvictedError
 from oldlogits.core.policies import OLD
 from oldlogits.core.scoring import BatchTokens, DedicatedScorer
@@ -194,6 +194,7 @@ def played(name, folder, **settings):
     return world
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_exact_source_gives_what_the_weights_of_each_tokens_own_version_gave(name, seed, tiny_folder):
@@ -205,6 +206,7 @@ def test_every_exact_source_gives_what_the_weights_of_each_tokens_own_version_ga
     assert max(span) > 0.05, "the versions differ, or nothing was tested"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, most", [("eager", 2), ("interruption", 0)])
 def test_a_source_stores_no_more_versions_than_it_says(name, most, tiny_folder):
     world = played(name, tiny_folder)
@@ -212,6 +214,7 @@ def test_a_source_stores_no_more_versions_than_it_says(name, most, tiny_folder):
     assert world.fallback_tokens == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["eager", "dedicated"])
 def test_tokens_that_become_known_too_late_are_scored_from_the_store_and_counted(name, tiny_folder):
     world = played(name, tiny_folder, tells_partials=False)
@@ -227,6 +230,7 @@ def test_a_scorer_with_a_window_of_one_leaves_older_tokens_to_the_store(tiny_fol
     assert world.source.metrics()["source/resident_copies"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["eager", "interruption", "dedicated"])
 def test_a_source_holds_nothing_but_what_is_in_flight(name, tiny_folder):
     world = played(name, tiny_folder)

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
-from oldlogits.config import check, config_from_table
+from oldlogits.config.check import check
+from oldlogits.config.load import config_from_table
 from oldlogits.core.errors import ConfigError, WorkerDiedError
 from oldlogits.core.source import SourceHandles
 from oldlogits.loop import make

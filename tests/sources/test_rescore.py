@@ -52,6 +52,7 @@ logp = st.floats(-20, 0, width=32)
 tokens = st.lists(st.tuples(st.integers(0, TRAINER_VERSION), logp, logp, logp), min_size=1, max_size=20)
 
 
+@pytest.mark.slow
 @given(tokens)
 def test_the_proximal_policy_is_mu_less_the_engines_noise_at_the_live_weights(found):
     scored, _, trainer = acquire(found)
@@ -64,6 +65,7 @@ def test_the_proximal_policy_is_mu_less_the_engines_noise_at_the_live_weights(fo
     assert trainer.calls == [("score", None, everything), ("score_engine", everything)]
 
 
+@pytest.mark.slow
 @given(tokens, st.floats(-1, 1, width=32))
 def test_it_is_old_where_the_noise_is_the_same_at_both_versions(found, noise):
     same = [(lag, live, live + noise, old + noise) for lag, live, _, old in found]
@@ -71,6 +73,7 @@ def test_it_is_old_where_the_noise_is_the_same_at_both_versions(found, noise):
     np.testing.assert_allclose(scored.values, [old for _, _, _, old in found], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @given(tokens)
 def test_without_noise_it_is_mu_and_there_is_no_correlation_to_report(found):
     scored, metrics, _ = acquire([(lag, live, live, mu) for lag, live, _, mu in found], dict.fromkeys(range(7), [0.0] * 3))

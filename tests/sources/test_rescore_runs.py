@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from oldlogits.record.bus import EventKind
 from oldlogits.run.run import run
 
 from ..runs import check_accounting, events_of, recipe, summary_of, tokens_of
@@ -30,10 +29,11 @@ def rescored(out: Path, folder: Path, numerics: str, **sections: object) -> dict
 
 def correlations(out: Path) -> list[dict[str, float]]:
     """Of every update."""
-    found = [event.fields["metrics"] for event in events_of(out, EventKind.UPDATE)]
+    found = [event.metrics for event in events_of(out, "update")]
     return [{name: value for name, value in metrics.items() if name.startswith("source/")} for metrics in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numerics", ["bf16", "fp8", "int8", "int4"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_at_lag_0_it_is_old_however_coarse_the_engine(numerics, temperature, tmp_path, tiny_folder):
@@ -45,6 +45,7 @@ def test_at_lag_0_it_is_old_however_coarse_the_engine(numerics, temperature, tmp
         assert measured == pytest.approx({"source/noise_correlation": 1.0, "source/noise_correlation_min": 1.0}, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_with_an_engine_without_noise_it_is_mu_at_every_lag(tmp_path, tiny_folder):
     tokens = rescored(tmp_path, tiny_folder, "fp32")
     assert set(tokens["staleness"].tolist()) == {0, 1, 2}
@@ -53,6 +54,7 @@ def test_with_an_engine_without_noise_it_is_mu_at_every_lag(tmp_path, tiny_folde
     assert correlations(tmp_path) == [{}] * 4
 
 
+@pytest.mark.slow
 def test_the_noise_correlates_fully_at_lag_0_and_less_at_larger_lags_and_no_version_is_stored(tmp_path, tiny_folder):
     tokens = rescored(tmp_path, tiny_folder, "fp8")
     first, *later = correlations(tmp_path)
@@ -63,7 +65,7 @@ def test_the_noise_correlates_fully_at_lag_0_and_less_at_larger_lags_and_no_vers
     error = np.abs(tokens["logp_proximal"] - tokens["logp_theta"])
     assert error[~lagging].max() <= 1e-5
     assert error[lagging].max() > 1e-2
-    assert {event.fields["bytes"] for event in events_of(tmp_path, EventKind.PUBLISHED)} == {0}
+    assert {event.bytes for event in events_of(tmp_path, "published")} == {0}
 
 
 @pytest.mark.slow

@@ -73,6 +73,7 @@ def test_snapshot_switches_once_per_distinct_version_in_ascending_order(tags):
     assert scored.num_switches == len(set(tags.tolist()))
 
 
+@pytest.mark.slow
 @given(versions)
 def test_snapshot_leaves_a_batch_over_stale_entries_to_the_mixed_version_forward(tags):
     class MixingTrainer(FakeTrainer):

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from oldlogits.config import RunConfig, config_from_table
+from oldlogits.config.load import config_from_table
+from oldlogits.config.schema import RunConfig
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,12 @@ from oldlogits.core.errors import RunFolderError
 from oldlogits.core.policies import EWMA
 from oldlogits.core.scoring import Scored
 from oldlogits.models.load import load_model, named_weights
-from oldlogits.record.event_log import without_wall_clock
 from oldlogits.run.specs import trainer_spec
 from oldlogits.train.checkpoint import read_state
 from oldlogits.train.trainer import Trainer
 from oldlogits.train.weights.average import RECENT_LAGS, Averaging
 from oldlogits.versions import best_beta, growth_exponent
+from tests.memory_log import without_wall_clock
 
 from ..builders import batch_of, sampled, trajectory
 
@@ -209,6 +209,7 @@ def test_band_shares_of_the_first_step_compare_the_average_with_the_weights_befo
     assert 0 < first.sum() < len(first)
 
 
+@pytest.mark.slow
 def test_a_restored_trainer_keeps_its_average_bit_for_bit(tiny_folder, recipe, tmp_path):
     config = config_of(recipe)
     straight = Trainer(trainer_spec(config), tiny_folder, PROBE)

@@ -1,4 +1,4 @@
-"""What a witness judges: all tokens; with a mixture of experts, all but those that one tie can move."""
+"""What a consistency check judges: all tokens; with a mixture of experts, all but those that one tie can move."""
 
 import math
 

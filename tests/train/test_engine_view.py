@@ -55,6 +55,7 @@ def test_the_view_is_what_an_engine_of_the_same_weights_returns(name, numerics, 
     np.testing.assert_allclose(view_logps(load(model, weights), ids, numerics), logps_of(core, ids), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "qwen3", "qwen3 top-1 of 4 experts"])
 def test_with_rounded_activations_the_view_is_the_engine_but_where_a_last_bit_changes_a_code(name, tmp_path):
     errors = []
@@ -109,6 +110,7 @@ def test_looking_leaves_the_model_as_it_was(numerics):
     assert logp_of(model, ids) == logps, "nothing goes on rounding"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numerics", EXACT)
 def test_a_publication_carries_both_views_of_the_probe(numerics, tiny_folder, recipe):
     probe_ids = [3, 9, 10, 11, 12, 2, 4, 13]
@@ -144,6 +146,7 @@ def step(trainer: Trainer, version: int) -> None:
     trainer.train(None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch_tokens", [1, 1000])
 @pytest.mark.parametrize("numerics", EXACT)
 def test_a_batch_is_scored_with_the_published_weights_in_the_engines_numerics(

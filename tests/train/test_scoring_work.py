@@ -82,7 +82,7 @@ class Clock:
         return timed
 
 
-def test_a_switch_ends_when_the_module_points_at_the_weights_and_the_witness_is_told_apart(
+def test_a_switch_ends_when_the_module_points_at_the_weights_and_the_check_is_told_apart(
     trainer, recipe, tiny_folder, monkeypatch
 ):
     scorer = ScorerModel(scorer_spec(recipe(proximal={"source": "dedicated", "scorer_versions": 2})), tiny_folder, PROBE)
@@ -101,8 +101,8 @@ def test_a_switch_ends_when_the_module_points_at_the_weights_and_the_witness_is_
     trainer.scorer.score_average(np.arange(5))
     assert ((trainer.scorer.work - before).switch_s, (trainer.scorer.work - before).check_s) == (1.0, 0.0)
     stored, held = trainer.scorer.score_spans([PIECE], 0), scorer.score_spans([PIECE], 1)
-    assert (stored.switch_s, stored.check_s, stored.seconds_s) == (1.0, 10.0, 21.0), "checkout, witness, forward"
-    assert (held.switch_s, held.check_s, held.seconds_s) == (1.0, 0.0, 11.0), "witnessed when it was received"
+    assert (stored.switch_s, stored.check_s, stored.seconds_s) == (1.0, 10.0, 21.0), "checkout, check, forward"
+    assert (held.switch_s, held.check_s, held.seconds_s) == (1.0, 0.0, 11.0), "checked when it was received"
 
 
 def test_the_mixed_version_forward_reads_every_token_once_but_the_last(trainer):

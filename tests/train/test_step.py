@@ -434,6 +434,7 @@ def test_policies_of_the_oracle_are_those_of_the_package():
     assert {name for row in ROWS.values() for name in row if name} <= {p.value for p in type(THETA)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant, policy", [("decoupled_exact", OLD), ("loglinear_train_infer", None)])
 @pytest.mark.parametrize("denominator", ["token-mean", "token-mean-kept", "sequence-mean", "constant"])
 def test_a_step_computes_on_the_device_of_the_model(variant, policy, denominator, case, recipe, monkeypatch):

@@ -92,6 +92,7 @@ def test_scores_of_some_positions_are_those_of_the_whole(trainer):
     np.testing.assert_allclose(trainer.scorer.score(np.array([1, 5, 11]), 0), whole[[1, 5, 11]], rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_scoring_between_does_not_change_what_training_does(tiny_folder, recipe):
     ended = []
     for num_scores in (0, 3):
@@ -221,6 +222,7 @@ def test_a_publication_tells_version_weights_probe_and_bytes(trainer, tiny_folde
     assert second.publication.full_bytes == 4 * trainer.live.num_parameters
 
 
+@pytest.mark.slow
 def test_a_restored_trainer_goes_on_bit_for_bit(tiny_folder, recipe, tmp_path):
     config = recipe(trainer={"warmup_steps": 3, "minibatches_per_update": 2, "weight_decay": 0.1})
     straight = Trainer(trainer_spec(config), tiny_folder, PROBE)
@@ -242,6 +244,7 @@ def test_a_restored_trainer_goes_on_bit_for_bit(tiny_folder, recipe, tmp_path):
     assert {k: states[0][k] for k in ("version", "schedule_steps")} == {k: states[1][k] for k in ("version", "schedule_steps")}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_before_the_first_step_is_restored_too(tiny_folder, recipe, tmp_path):
     Trainer(trainer_spec(recipe()), tiny_folder, PROBE).save(tmp_path)
     straight, restored = (

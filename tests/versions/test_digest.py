@@ -54,6 +54,7 @@ def test_terms_are_their_definition(case, first, name):
     assert [value % MODULUS for value in found.tolist()] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES)
 @given(widths_and_words)
 def test_a_digest_is_the_sum_of_the_terms_of_all_elements_by_name_and_index(choice, case):
@@ -79,6 +80,7 @@ def test_digests_of_shards_add_up_to_that_of_the_whole(case, data):
     assert total % MODULUS == FlatWeights.of({"w": whole}).digest
 
 
+@pytest.mark.slow
 @given(widths_and_words, st.data())
 def test_one_wrong_word_changes_the_digest_with_certainty(case, data):
     width, words = case
@@ -89,6 +91,7 @@ def test_one_wrong_word_changes_the_digest_with_certainty(case, data):
     assert weights.full_digest() != weights.digest
 
 
+@pytest.mark.slow
 @given(words_of_width(2, st.integers(2, 20)), st.data())
 def test_two_values_that_change_places_change_the_digest(words, data):
     i, j = data.draw(st.tuples(*[st.integers(0, len(words) - 1)] * 2))

@@ -73,6 +73,7 @@ def test_beta_0_and_a_reset_leave_the_newest_version_bit_for_bit(forget):
     assert average.age == 0
 
 
+@pytest.mark.slow
 @given(st.lists(betas, max_size=5), st.lists(betas, max_size=5))
 def test_what_was_before_a_reset_does_not_count(before, later):
     average = after(*before, first=20)

@@ -29,6 +29,7 @@ def layout(*entries, **more):
     return Layout(entries=entries, **more)
 
 
+@pytest.mark.slow
 @given(models, st.randoms())
 def test_a_layout_does_not_depend_on_the_order_of_names(model, random):
     tensors = tensors_of(model)
@@ -36,6 +37,7 @@ def test_a_layout_does_not_depend_on_the_order_of_names(model, random):
     assert Layout.of({name: tensors[name] for name in shuffled}) == Layout.of(tensors)
 
 
+@pytest.mark.slow
 @given(models)
 def test_entries_lie_apart_aligned_and_within_their_buffers(model):
     found = Layout.of(tensors_of(model))
@@ -51,6 +53,7 @@ def test_entries_lie_apart_aligned_and_within_their_buffers(model):
     assert found.num_bytes == sum(math.prod(shape) * dtype.itemsize for dtype, shape in model.values())
 
 
+@pytest.mark.slow
 @given(models)
 def test_json_gives_the_layout_back(model):
     tensors = tensors_of(model)
@@ -103,6 +106,7 @@ def test_masters_take_the_dtype_of_the_layout_and_buffers_keep_theirs():
     assert_bits(flat.weights, masters | {"w": masters["w"].bfloat16()})
 
 
+@pytest.mark.slow
 @given(st.integers(0, 30), st.lists(st.integers(0, 30), max_size=4), st.randoms())
 def test_shards_in_any_order_make_the_layout_of_the_whole(numel, cuts, random):
     cuts = sorted(min(cut, numel) for cut in cuts)

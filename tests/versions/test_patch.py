@@ -86,6 +86,7 @@ def test_every_bit_pattern_of_two_bytes_becomes_any_other_and_back(choice, dtype
         assert_at(flat, {"w": old})
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1)), min_size=1, max_size=30))
 def test_all_bit_patterns_of_float32_come_back(pairs):
     old, new = (torch.tensor([p[i] - 2**31 for p in pairs], dtype=torch.int32).view(torch.float32) for i in (0, 1))
@@ -107,6 +108,7 @@ def test_masters_are_cast_as_torch_casts_them(numel):
     assert flat.digest == patch.base == flat.full_digest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("size", [1 << 18, (1 << 18) - 1, 200])
 def test_masters_of_any_bits_are_cast_as_torch_casts_them(choice, size):

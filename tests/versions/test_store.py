@@ -30,6 +30,7 @@ def large_history(num, *, size=4000, num_changed=40):
     return states
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(kinds, st.lists(st.integers(1, 5), min_size=6, max_size=6), st.integers(0, 3), st.randoms())
 def test_every_version_gives_back_the_published_bits_in_any_order(kinds, gaps, hot, random):
@@ -162,6 +163,7 @@ def test_what_is_retained_inside_a_checkout_goes_when_its_block_ends():
     store.verify()
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.sampled_from(["publish", "retain", "check out"]), st.integers(0, 9)), max_size=30))
 def test_all_is_there_from_the_oldest_that_is_retained_to_the_newest(steps):
     store, oldest, there = PatchStore(), 0, {}
@@ -225,6 +227,7 @@ def test_rewinding_forgets_what_is_newer():
     assert_holds(store, dict(enumerate([*states[:3], other])))
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(kinds, st.integers(0, 5), st.integers(0, 5), st.integers(0, 2))
 def test_patches_lead_a_receiver_from_any_version_to_any_later_one(kinds, base, target, hot):
@@ -312,6 +315,7 @@ def test_a_damaged_patch_in_memory_never_gives_wrong_bits():
     assert_holds(store, dict(enumerate(states)))
 
 
+@pytest.mark.slow
 def test_a_thousand_versions_stay_within_the_budget_while_another_thread_reads_the_window():
     window, size = 8, 3000
     g = torch.Generator().manual_seed(0)

@@ -21,6 +21,10 @@ from tests.versions.states import assert_bits, assert_holds, changed, history
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(oldlogits.__file__).parents[1]), str(Path.cwd())])}
 
 
+def stored_bytes(disk):
+    return sum(file.num_bytes for file in (disk.held.copy, *disk.held.patches))
+
+
 def tiny():
     """Three states of five values."""
     states = [{"w": torch.tensor([0.5, -2.0, 3.0, 1e-3, 7.0]).bfloat16()}]
@@ -60,7 +64,7 @@ def test_frozen_tensors_are_not_written_and_must_be_the_same_again(tmp_path):
     with PatchStore(tmp_path, frozen=["base"]) as store:
         for version, weights in enumerate(states):
             store.publish(version, weights | {"base": base})
-        assert store._disk.num_bytes < 5000
+        assert stored_bytes(store._disk) < 5000
         base[7] *= -1
         with pytest.raises(LayoutError, match="base: not the frozen tensor"):
             store.verify()
@@ -214,6 +218,7 @@ def test_an_interrupt_while_a_version_is_written_leaves_memory_and_disk_agreed(t
         assert_holds(again, dict(enumerate(states)))
 
 
+@pytest.mark.slow
 def test_the_copy_is_written_anew_when_most_of_the_folder_is_no_longer_needed(tmp_path):
     states, window = history(["sparse"] * 150), 5
     store, largest = PatchStore(tmp_path), 0
@@ -222,7 +227,7 @@ def test_the_copy_is_written_anew_when_most_of_the_folder_is_no_longer_needed(tm
         store.retain(version - window + 1)
         files = [path.stat().st_size for path in tmp_path.iterdir()]
         largest = max(largest, len(files))
-        assert sum(files) >= store._disk.num_bytes
+        assert sum(files) >= stored_bytes(store._disk)
         if version % 20 == 19:
             store.close()
             store = PatchStore.open(tmp_path)
@@ -254,6 +259,7 @@ def test_a_compaction_that_finds_no_room_is_put_off(tmp_path, monkeypatch):
         assert_holds(again, {99: states[0]})
 
 
+@pytest.mark.slow
 def test_two_processes_never_have_one_folder(tmp_path):
     states, _ = written(tmp_path)
     program = (
@@ -288,6 +294,7 @@ for version in range(store.versions[-1] + 1 if store.versions else 0, len(states
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_at_any_moment_leaves_every_version_that_it_had_published(tmp_path):
     states = history(["sparse", "dense", "special"] * 100)
     for delay_s in (0.0, 0.06):
@@ -315,3 +322,50 @@ def test_a_copy_with_other_bits_than_its_digest_is_refused(tmp_path):
     disk.close()
     with pytest.raises(ExactnessError, match="bits of version 0"):
         PatchStore.open(tmp_path)
+
+
+def test_what_a_cut_leaves_is_a_store_that_goes_on_even_where_all_that_was_needed_is_lost(tmp_path):
+    states = history(["sparse"] * 10)
+    with PatchStore(tmp_path) as store:
+        publish_all(store, states)
+        store.retain(6)
+        [patch] = [patch for patch in store._disk.held.patches if patch.target == 5]
+    content = bytearray((tmp_path / patch.name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / patch.name).write_bytes(content)
+    for _ in range(2):
+        with PatchStore.open(tmp_path, cut_damage=True) as store:
+            assert store.versions == (4,)
+            assert_holds(store, {4: states[4]})
+    with PatchStore.open(tmp_path) as store:
+        store.publish(5, states[5])
+        assert_holds(store, {4: states[4], 5: states[5]})
+
+
+def test_a_file_that_cannot_be_removed_and_a_folder_that_cannot_be_synced_do_not_part_memory_and_disk(tmp_path, monkeypatch):
+    states, _ = written(tmp_path)
+
+    def refuse(*_, **__):
+        raise OSError(errno.EPERM, "no")
+
+    with PatchStore.open(tmp_path) as store:
+        with monkeypatch.context() as broken:
+            broken.setattr(Path, "unlink", refuse)
+            broken.setattr(disk_module, "_sync", refuse)
+            store.rewind(1)
+            store.publish(2, states[3])
+        assert_holds(store, {0: states[0], 1: states[1], 2: states[3]})
+    with PatchStore.open(tmp_path) as store:
+        assert_holds(store, {0: states[0], 1: states[1], 2: states[3]})
+        assert len(list(tmp_path.glob("*.patch"))) == 2
+
+
+def test_a_folder_is_opened_on_a_full_disk(tmp_path, monkeypatch):
+    states, _ = written(tmp_path)
+    (tmp_path / "9-00000000.copy").write_bytes(b"what a kill left behind")
+    monkeypatch.setattr(
+        disk_module.Disk, "_put", lambda *_: (_ for _ in ()).throw(LogWriteError("full", got="", allowed="", fix=""))
+    )
+    with PatchStore.open(tmp_path) as store:
+        assert_holds(store, dict(enumerate(states)))
+    assert not (tmp_path / "9-00000000.copy").exists()

@@ -11,7 +11,6 @@ import pytest
 import tomli_w
 
 from oldlogits.cli.main import run as command
-from oldlogits.record.bus import EventKind
 
 from ..runs import after_updates, check_accounting, events_of, summary_of, tokens_of
 
@@ -51,16 +50,16 @@ def test_the_desk_agent_trains_on_vllm_with_partial_rollouts_and_exact_old_logit
     assert sum(n >= 2 for n in spans) >= NUM_UPDATES, "trajectories go on over updates"
     deviation = np.abs(tokens["log_r_d"])
     assert 1e-3 < deviation.mean() < 0.1, "r_d is real, and small"
-    probes = events_of(run, EventKind.PROBE)
+    probes = events_of(run, "probe")
     assert [event.version for event in probes] == list(range(NUM_UPDATES + 1))
-    assert max(event.fields["max_abs_error"] for event in probes) <= 1e-4, "the server holds what was published"
+    assert max(event.max_abs_error for event in probes) <= 1e-4, "the server holds what was published"
     summary = summary_of(run)
     assert summary["num_updates"] == NUM_UPDATES
     assert summary["consistency_lag0_max_abs_error"] <= 1e-5
     assert check_accounting(run)["trained"] == NUM_UPDATES * 8 * 8
-    assert not events_of(run, EventKind.SERVER_DOWN)
+    assert not events_of(run, "server_down")
     assert shared_files() == set()
-    success = [event.fields["metrics"]["reward/success"] for event in events_of(run, EventKind.UPDATE)]
+    success = [event.metrics["reward/success"] for event in events_of(run, "update")]
     assert sum(success[-8:]) > sum(success[:8]), "it learns"
 
 
@@ -85,17 +84,17 @@ def test_patches_reach_vllm_also_after_it_was_killed_and_it_keeps_no_memory_of_t
     assert train(tmp_path, num_updates=8, trainer={"lr": 3e-10, "warmup_steps": 0}, precision="fp32") == 0
     thread.join()
     assert kept == []
-    [down] = events_of(run, EventKind.SERVER_DOWN)
-    assert down.fields["num_lost_tokens"] is not None, "vLLM counts what it samples"
-    [up] = events_of(run, EventKind.SERVER_UP)
-    assert "started again" in up.fields["reason"]
-    assert "was given version" in up.fields["reason"]
-    sent = [event.fields["sent"] for event in events_of(run, EventKind.WEIGHTS_UPDATED)]
+    [down] = events_of(run, "server_down")
+    assert down.num_lost_tokens is not None, "vLLM counts what it samples"
+    [up] = events_of(run, "server_up")
+    assert "started again" in up.reason
+    assert "was given version" in up.reason
+    sent = [event.sent for event in events_of(run, "weights_updated")]
     assert sent == ["full"] + ["patch"] * 8
-    assert all(0 < event.fields["changed"] < 0.5 for event in events_of(run, EventKind.PUBLISHED)[1:])
-    probes = events_of(run, EventKind.PROBE)
+    assert all(0 < event.changed < 0.5 for event in events_of(run, "published")[1:])
+    probes = events_of(run, "probe")
     assert [event.version for event in probes] == list(range(9))
-    assert max(event.fields["max_abs_error"] for event in probes) <= 1e-4
+    assert max(event.max_abs_error for event in probes) <= 1e-4
     tokens = tokens_of(run, "log_r_d", "provenance")
     assert set(tokens["provenance"]) == {"exact"}
     assert np.abs(tokens["log_r_d"]).max() <= 1e-3, "vLLM and the trainer both compute in fp32"
@@ -108,9 +107,9 @@ def test_vllm_gets_adapters_and_adds_them_to_its_own_folder(tmp_path):
     model = {"lora_rank": 4, "lora_alpha": 8.0}
     assert train(tmp_path, num_updates=3, trainer={"lr": 3e-2, "warmup_steps": 0}, precision="fp32", model=model) == 0
     run = tmp_path / "run"
-    probes = events_of(run, EventKind.PROBE)
+    probes = events_of(run, "probe")
     assert [event.version for event in probes] == list(range(4))
-    assert max(event.fields["max_abs_error"] for event in probes) <= 1e-4
+    assert max(event.max_abs_error for event in probes) <= 1e-4
     tokens = tokens_of(run, "log_r_d", "log_r_s", "provenance")
     assert set(tokens["provenance"]) == {"exact"}
     assert np.abs(tokens["log_r_d"]).max() <= 1e-3, "vLLM and the trainer both compute in fp32"

@@ -15,8 +15,8 @@ from benchmarks.scaling import __main__ as bench_scaling
 from benchmarks.scaling import measure as scaling
 from benchmarks.scaling.measure import Cpu, Measured, Report, Setting, Workload, measure, read_cpu, settings
 from oldlogits.cli.main import REFUSED, attempt
-from oldlogits.config import config_from_table
 from oldlogits.config.check import check
+from oldlogits.config.load import config_from_table
 from oldlogits.core.errors import ConfigError, WorkerDiedError
 from order_desk.slow import SlowOrderDesk
 
@@ -146,6 +146,7 @@ def test_a_wrong_option_is_refused(capsys):
     assert "nothing to run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_told_with_its_last_words(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(Workload, "recipe", lambda self, setting, rows, seed: {"trainer": {"lr": -1.0}})
     with pytest.raises(WorkerDiedError, match=r"a run of the bench failed \(local\).*trainer\.lr.*00-local-1\.log"):

@@ -17,6 +17,7 @@ def total(pieces):
     return sum((piece(size, seconds) for size, seconds in pieces), Line())
 
 
+@pytest.mark.slow
 @given(PIECES)
 def test_a_line_reproduces_the_sum_of_the_seconds_and_neither_part_is_below_0(pieces) -> None:
     fixed, unit = straight_line(total(pieces))
@@ -26,6 +27,7 @@ def test_a_line_reproduces_the_sum_of_the_seconds_and_neither_part_is_below_0(pi
     assert len(pieces) * fixed + unit * sum(size for size, _ in pieces) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(0, 300), min_size=2, max_size=20, unique=True), st.floats(0.01, 5), st.floats(0.01, 5))
 def test_points_on_a_line_give_the_line(sizes, fixed, unit) -> None:
     found = straight_line(total([(size, fixed + unit * size) for size in sizes]))

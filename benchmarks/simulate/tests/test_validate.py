@@ -87,6 +87,7 @@ def test_a_cluster_is_a_preset_or_the_keys_of_a_file() -> None:
         Cluster().scenario("nothing")
 
 
+@pytest.mark.slow
 def test_the_command_makes_the_tables_of_a_document_anew(capsys, tmp_path: Path) -> None:
     (tmp_path / "small.toml").write_text("num_updates = 4\n[layout]\nnum_gpus = 8\n[rollout]\ngroups_per_gpu = 0.25\n")
     words = [str(tmp_path / "small.toml"), "--gpus", "8", "16", "--routes", "none", "--num-seeds", "1"]

@@ -8,8 +8,7 @@ import pytest
 
 from benchmarks.machine import Machine
 from benchmarks.versions.bars import ANY, BY_NAME, FAST, QUANTITIES, SLOW
-from benchmarks.versions.rows import Report, Steps, Subject
-from oldlogits.bench.lab import Seconds
+from benchmarks.versions.rows import Report, Seconds, Steps, Subject
 
 SUBJECT = Subject(model="synthetic", lr=SLOW, num_params=100)
 MACHINE = Machine(device="a CPU", features=("avx2",), num_cores=2, load=0.5, fast_path="numba", software="Python")
@@ -31,6 +30,12 @@ def test_ratios_are_taken_within_a_round():
     row = SUBJECT.ratios("switch.memory", seconds(1, 3, 8), seconds(4, 2, 1))
     assert (row.median, row.wall) == (1.5, 1.5)
     assert (row.low, row.high) == ((0.25 + 1.5) / 2, (1.5 + 8) / 2)
+
+
+def test_seconds_are_added_and_scaled_on_both_clocks():
+    a, b = Seconds(busy_s=1, wall_s=2), Seconds(busy_s=0.5, wall_s=1)
+    assert a + b == Seconds(busy_s=1.5, wall_s=3)
+    assert a - b == b == a * 0.5
 
 
 def test_wall_time_stands_beside_busy_time():

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, ClassVar
 
 from oldlogits.core.backend import BackendKind
-from oldlogits.core.errors import ConfigError
+from oldlogits.core.registry import require
 
 if TYPE_CHECKING:
     from oldlogits.loop.backend import Backend, BackendSpec
@@ -44,14 +43,7 @@ class RayKind(BackendKind["BackendSpec", "Backend"]):
 
     def open(self, spec: BackendSpec) -> AbstractAsyncContextManager[Backend]:
         """Join or start a cluster and its actors."""
-        for package in ("ray", "aiohttp", "uvicorn"):
-            if importlib.util.find_spec(package) is None:
-                raise ConfigError(
-                    "runtime.type = 'ray' needs a package that is not installed",
-                    got=f"no {package}",
-                    allowed="the extra 'ray'",
-                    fix="pip install 'oldlogits[ray]'",
-                )
+        require("ray", "ray", "aiohttp", "uvicorn", what="runtime.type = 'ray'")
         from oldlogits.backends.ray.backend import open_ray
 
         return open_ray(spec)

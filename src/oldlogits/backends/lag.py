@@ -41,24 +41,19 @@ def draw_plan(lag: Lag, window: int, tokens_per_version: int, rng: random.Random
     allowance = [0.0] * (window + 1)
     if window == 0:
         return (math.inf,)
+    if lag == "random":
+        for at in range(rng.randrange(window + 1), -1, -1):
+            allowance[at] = float(_geometric(1 / tokens_per_version, rng)) if at else math.inf
+        return tuple(allowance)
     if lag == "fresh_first":
         first, last = 1, 0
     elif lag == "even":
         first = rng.randrange(window + 1)
         first, last = (window, 0) if first == 0 else (first, first - 1)
-    elif lag == "skewed":
-        first, last = min(window, _geometric(0.5, rng) - 1), 0
     else:
-        return _random_plan(window, tokens_per_version, rng)
+        first, last = min(window, _geometric(0.5, rng) - 1), 0
     allowance[first] = float(rng.randint(1, 2 * tokens_per_version - 1))
     allowance[last] = math.inf
-    return tuple(allowance)
-
-
-def _random_plan(window: int, tokens_per_version: int, rng: random.Random) -> Plan:
-    allowance = [0.0] * (window + 1)
-    for lag in range(rng.randrange(window + 1), -1, -1):
-        allowance[lag] = float(_geometric(1 / tokens_per_version, rng)) if lag else math.inf
     return tuple(allowance)
 
 

@@ -19,21 +19,19 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from oldlogits.backends.lag import Plan, draw_plan
-from oldlogits.backends.processes import scorer_client
+from oldlogits.backends.processes import build_scorer, scorer_client
 from oldlogits.backends.torchrun.dispatch import open_trainer
-from oldlogits.config.schema import LockstepConfig
+from oldlogits.config.systems import LockstepConfig
 from oldlogits.core.engine import EngineCapabilities, Generation, KVMode, PauseMode, Sampling, StepwiseEngine, trajectory_of
 from oldlogits.core.engine_stats import EngineStats
 from oldlogits.core.errors import AccountingError
-from oldlogits.core.scoring import DedicatedScorer
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
 from oldlogits.loop.backend import Backend, BackendSpec
 from oldlogits.models.device import configure_process
 from oldlogits.rollout.buffer import Buffer
 from oldlogits.rollout.environment_runner import run_inline
-from oldlogits.rpc.client import Dispatcher, Inline, client
+from oldlogits.rpc.client import Inline, client
 from oldlogits.train.calls import TrainerCalls
-from oldlogits.train.scorer_model import ScorerModel
 
 STALLED_ROUNDS = 100_000
 """Idle turns of the driver after which something must be wrong."""
@@ -177,28 +175,21 @@ async def open_lockstep(spec: BackendSpec) -> AsyncIterator[Backend]:
     in_flight = (spec.lockstep.max_lag + 1) * spec.rollout.prompts_per_update * spec.rollout.group_size
     num_seqs = max(spec.sampler.max_num_seqs, in_flight + 1)  # held trajectories keep their slots; one for the probe
     sampler = spec.engine.build(replace(spec.sampler, max_num_seqs=num_seqs))
-    engine = LockstepEngine(sampler, spec.lockstep, seed=spec.seed, prompts_per_update=spec.rollout.prompts_per_update)
+    engine = LockstepEngine(sampler, spec.lockstep, seed=trainer.seed, prompts_per_update=spec.rollout.prompts_per_update)
+    scorer = Inline(build_scorer(spec.scorer, spec.model_folder, spec.probe_ids)) if spec.scorer is not None else None
     configure_process(num_threads=trainer.trainer.num_threads, seed=trainer.seed)
     carry_out = open_trainer(trainer, spec.model_folder, spec.probe_ids, time.perf_counter)
     calls = client(TrainerCalls, Inline(carry_out))  # type: ignore[type-abstract]
-    scorer = _scorer(spec)
     driver = asyncio.create_task(engine.drive())
     try:
         yield Backend(
             engine=engine,
             trainer=calls,
             run_environment=run_inline,
-            scorer=scorer,
+            scorer=scorer_client(spec.scorer, scorer),
             workers=(driver,),
             real_time=False,
             watch=engine.watch,
         )
     finally:
         driver.cancel()
-
-
-def _scorer(spec: BackendSpec) -> DedicatedScorer | None:
-    if spec.scorer is None:
-        return None
-    dispatcher = Dispatcher(DedicatedScorer, ScorerModel(spec.scorer, spec.model_folder, spec.probe_ids))
-    return scorer_client(spec.scorer, Inline(dispatcher.call))

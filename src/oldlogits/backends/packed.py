@@ -53,8 +53,7 @@ def unpack(packed: Packed) -> WeightUpdate:
     """Return the update, over the same memory; it is for reading only."""
     if packed.base is not None:
         return PatchWeights(base=packed.base, patches=tuple(memoryview(part.data) for part in packed.parts))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*not writable.*")  # nobody writes
+    with warnings.catch_warnings(action="ignore"):  # the memory is not writable, and nobody writes
         parts = [torch.from_numpy(part) for part in packed.parts]
     return FullWeights(tensors={name: parts[i].view(dtype).view(shape) for name, (i, dtype, shape) in packed.tensors.items()})
 

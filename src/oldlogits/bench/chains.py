@@ -13,7 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from transformers import PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 import oldlogits
 from oldlogits.models.load import load_model, load_tokenizer, named_weights
@@ -32,8 +32,8 @@ _LONG_AGO: Final = 1_000_000.0
 """Steps that the optimizer believes to have taken: its bias corrections are 1."""
 
 
-def llama_shapes(num_params: int) -> dict[str, tuple[int, ...]]:
-    """Hugging Face names and shapes of a Llama of about so many parameters, at least 100,000, its head tied to the embedding.
+def llama_shapes(num_params: int) -> dict[str, torch.Size]:
+    """Names and shapes of a Llama of about so many parameters, at least 100,000, its head tied to the embedding.
 
     Between 24 and 128 million the width stays 576, and there are fewer layers: the tensors have the same sizes.
 
@@ -41,20 +41,22 @@ def llama_shapes(num_params: int) -> dict[str, tuple[int, ...]]:
         128,000,000: width 576, 28 layers, a vocabulary of 49,152: 127.4 million.
     """
     root = math.sqrt(num_params)
-    hidden = _HEAD * max(1, min(9, round(root / 540)), round(root / 1280))
-    vocabulary = min(_MAX_VOCABULARY, num_params // (4 * hidden))
-    kv, mlp = _HEAD * max(1, hidden // (3 * _HEAD)), 8 * hidden // 3
-    attention = {"q_proj": (hidden, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, hidden)}
-    gated = {"gate_proj": (mlp, hidden), "up_proj": (mlp, hidden), "down_proj": (hidden, mlp)}
-    layer: dict[str, tuple[int, ...]] = {f"self_attn.{name}.weight": shape for name, shape in attention.items()}
-    layer |= {f"mlp.{name}.weight": shape for name, shape in gated.items()}
-    layer |= {f"{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
-    per_layer = sum(math.prod(shape) for shape in layer.values())
-    num_layers = max(1, round((num_params - vocabulary * hidden) / per_layer))
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
-    for index in range(num_layers):
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
-    return shapes | {"model.norm.weight": (hidden,)}
+    heads = max(1, min(9, round(root / 540)), round(root / 1280))
+    hidden, kv_heads = _HEAD * heads, max(1, heads // 3)
+    vocabulary, mlp = min(_MAX_VOCABULARY, num_params // (4 * hidden)), 8 * hidden // 3
+    per_layer = hidden * (2 * hidden + 2 * _HEAD * kv_heads + 3 * mlp + 2)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=max(1, round((num_params - vocabulary * hidden) / per_layer)),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=_HEAD,
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in LlamaForCausalLM(config).named_parameters()}
 
 
 class SyntheticModel:
@@ -74,9 +76,9 @@ class SyntheticModel:
     def __init__(self, *, num_params: int, lr: float, seed: int = 0, device: str = "cpu") -> None:
         shapes = llama_shapes(num_params)
         self._generator = torch.Generator(device).manual_seed(seed)
-        flat = self._normal(torch.empty(sum(math.prod(shape) for shape in shapes.values()), device=device)).mul_(WEIGHT_STD)
-        self._flat = Parameter(flat)
-        parts = torch.split(flat, [math.prod(shape) for shape in shapes.values()])
+        sizes = [shape.numel() for shape in shapes.values()]
+        flat = self._normal(torch.empty(sum(sizes), device=device)).mul_(WEIGHT_STD)
+        self._flat, parts = Parameter(flat), torch.split(flat, sizes)
         self._masters = {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
         self._optimizer = torch.optim.AdamW([self._flat], lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
         self._optimizer.state[self._flat] = {
@@ -92,8 +94,7 @@ class SyntheticModel:
 
     def step(self) -> None:
         """Take one AdamW step on new gradients."""
-        gradient = self._flat.grad = torch.empty_like(self._flat) if self._flat.grad is None else self._flat.grad
-        self._normal(gradient)
+        self._flat.grad = self._normal(torch.empty_like(self._flat) if self._flat.grad is None else self._flat.grad)
         self._optimizer.step()
 
     def _normal(self, empty: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""``oldlogits bounds``: what a setting means for the total ratio, in numbers, as a picture and in words."""
+"""``oldlogits bounds``: what a setting means for the total ratio, in numbers and in words."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -41,17 +41,17 @@ class BoundsOptions:
 
 
 def command(arguments: Sequence[str]) -> int:
-    """Print table, picture and words."""
+    """Print table and words."""
     o = tyro.cli(BoundsOptions, prog="oldlogits bounds", args=list(arguments))
     objective = {key: value for key, value in dataclasses.asdict(o).items() if key != "band"}
     build(RunConfig, {"band": o.band, "objective": objective})  # the ranges are the recipe's
-    readings = read(o.interpolation_mu, o.band, o.eps_low, o.eps_high, o.dual_clip)
+    readings = list(read(o.interpolation_mu, o.band, o.eps_low, o.eps_high, o.dual_clip))
     title = (
         f"interpolation_mu {o.interpolation_mu:g}, band {o.band:g}, eps {o.eps_low:g} / {o.eps_high:g}, "
         f"dual clip {o.dual_clip:g}; R = theta / mu"
     )
     console = Console(highlight=False)
-    console.print(Group(Text(title, style="bold"), table(readings), Text(), picture(readings), Text(), words(readings)))
+    console.print(Group(Text(title, style="bold"), table(readings), Text(), words(readings)))
     return 0
 
 
@@ -62,9 +62,6 @@ class Interval:
     ratio: str
     low: float = 0.0
     high: float = math.inf
-
-    def __contains__(self, value: float) -> bool:
-        return self.low <= value <= self.high
 
     def __and__(self, other: Interval) -> Interval:
         """Where both hold, of one ratio."""
@@ -86,87 +83,66 @@ class Interval:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """What a setting means for one variant: a token is trained where the mask and its sign's clip both hold."""
+    """What a setting means for one variant: a token is trained where the mask and its sign's clip both hold.
 
-    name: str
+    Args:
+        variant: The name of the variant.
+        remark: What to know about it.
+        mask: The bounds of the mask.
+        clips: The clip of each sign of the advantage.
+        heading: The name of its column; empty: it is no column, for it differs from the one before in having no mask.
+    """
+
     variant: str
     remark: str
     mask: Interval
     clips: Mapping[str, Interval]
-    """The clip of each sign of the advantage."""
-
-    @property
-    def is_entangled(self) -> bool:
-        """Whether mask and clip bound the same ratio."""
-        return self.mask.ratio == self.clips["A > 0"].ratio
-
-    def without_mask(self) -> Reading:
-        """The row of the same proximal policy with ``r_d = 1``."""
-        return dataclasses.replace(
-            self,
-            variant=self.variant.replace("_train_infer", "_prox"),
-            remark="r_d = 1, so no mask; mismatch uncorrected",
-            mask=Interval(ratio=self.mask.ratio),
-        )
+    heading: str = ""
 
 
-def read(weight_mu: float, band: float, eps_low: float, eps_high: float, dual_clip: float) -> tuple[Reading, ...]:
-    """Both interpolations, and the exact old logits beside them.
-
-    Raises:
-        ConfigError: A value is out of range.
-    """
-
-    def interpolated(kind: Interpolation, name: str) -> Reading:
+def read(weight_mu: float, band: float, eps_low: float, eps_high: float, dual_clip: float) -> Iterator[Reading]:
+    """Both interpolations, with and without a mask, and the exact old logits beside them."""
+    kinds: tuple[Interpolation, ...] = ("linear", "loglinear")
+    for kind, heading in zip(kinds, ("linear", "log-linear"), strict=True):
         bounds = effective_bounds(kind, weight_mu=weight_mu, band=band, eps_low=eps_low, eps_high=eps_high, dual_clip=dual_clip)
-        return Reading(
-            name=name,
-            variant=f"{kind}_train_infer",
-            remark="mask and clip both bound R",
-            mask=Interval(ratio="R", low=bounds.mask_low, high=bounds.mask_high),
-            clips={
-                "A > 0": Interval(ratio="R", high=bounds.positive_high),
-                "A < 0": Interval(ratio="R", low=bounds.negative_low, high=bounds.negative_high),
-            },
-        )
-
-    return (
-        interpolated("linear", "linear"),
-        interpolated("loglinear", "log-linear"),
-        Reading(
-            name="exact",
-            variant="decoupled_exact",
-            remark="mask and clip bound two ratios; R alone does not decide",
-            mask=Interval(ratio="r_d", low=1 / band, high=band),
-            clips={
-                "A > 0": Interval(ratio="r_s", high=1 + eps_high),
-                "A < 0": Interval(ratio="r_s", low=max(1 - eps_low, 0.0), high=dual_clip),
-            },
-        ),
+        mask = Interval(ratio="R", low=bounds.mask_low, high=bounds.mask_high)
+        clips = {
+            "A > 0": Interval(ratio="R", high=bounds.positive_high),
+            "A < 0": Interval(ratio="R", low=bounds.negative_low, high=bounds.negative_high),
+        }
+        masked, unmasked = "mask and clip both bound R", "r_d = 1, so no mask; mismatch uncorrected"
+        yield Reading(variant=f"{kind}_train_infer", remark=masked, mask=mask, clips=clips, heading=heading)
+        yield Reading(variant=f"{kind}_prox", remark=unmasked, mask=Interval(ratio="R"), clips=clips)
+    yield Reading(
+        variant="decoupled_exact",
+        remark="mask and clip bound two ratios; R alone does not decide",
+        mask=Interval(ratio="r_d", low=1 / band, high=band),
+        clips={
+            "A > 0": Interval(ratio="r_s", high=1 + eps_high),
+            "A < 0": Interval(ratio="r_s", low=max(1 - eps_low, 0.0), high=dual_clip),
+        },
+        heading="exact",
     )
 
 
 def table(readings: Sequence[Reading]) -> Table:
-    """The bounds in numbers, a column for each variant."""
-    numbers = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    numbers.add_column("")
-    for reading in readings:
-        numbers.add_column(f"{reading.name}\n{reading.variant}")
-    numbers.add_row("mask", *(str(reading.mask) for reading in readings))
+    """The bounds in numbers, a column for each variant with a mask."""
+    columns = [reading for reading in readings if reading.heading]
+    numbers = Table("", *(f"{c.heading}\n{c.variant}" for c in columns), box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    numbers.add_row("mask", *(str(column.mask) for column in columns))
     for sign in ("A > 0", "A < 0"):
-        numbers.add_row(f"clip {sign}", *(str(reading.clips[sign]) for reading in readings))
+        numbers.add_row(f"clip {sign}", *(str(column.clips[sign]) for column in columns))
     return numbers
 
 
-def words(readings: Sequence[Reading]) -> Text:
-    """The bounds in plain words; after each interpolation its row without a mask."""
+def words(readings: Iterable[Reading]) -> Text:
+    """The bounds in plain words."""
     text = Text()
-    for reading in readings:
-        for row in (reading, reading.without_mask()) if reading.is_entangled else (reading,):
-            text.append(row.variant, style="bold")
-            text.append(f": {row.remark}\n")
-            for sign, clip in row.clips.items():
-                text.append(f"  for {sign} a token is {_trained(row.mask, clip)}\n")
+    for row in readings:
+        text.append(row.variant, style="bold")
+        text.append(f": {row.remark}\n")
+        for sign, clip in row.clips.items():
+            text.append(f"  for {sign} a token is {_trained(row.mask, clip)}\n")
     text.rstrip()
     return text
 
@@ -179,63 +155,3 @@ def _trained(mask: Interval, clip: Interval) -> str:
         return "always trained"
     idle = "" if mask.is_unbounded else {mask: ": the clip never acts", clip: ": the mask never acts"}.get(bounds[0], "")
     return f"trained while {binding}{idle if len(bounds) == 1 else ''}"
-
-
-_COLUMNS: Final = 57
-_HALF: Final = _COLUMNS // 2
-_MARKS: Final = {
-    (True, True): ("█", "green"),
-    (False, True): ("m", "dim"),
-    (True, False): ("c", "dim"),
-    (False, False): ("x", "dim"),
-}
-"""(inside the mask, inside the clip): mark and style."""
-_TICKS: Final = (1, 0.5, 2, 0.2, 5, 0.1, 10, 0.8, 1.25, 0.9, 1.1, 0.95, 1.05)
-"""Labels of the axis; the first ones find room first."""
-
-
-def picture(readings: Sequence[Reading]) -> Text:
-    """Each ratio on one log axis, and what becomes of a token there."""
-    step = _reach(readings) / _HALF
-    values = [math.exp(step * (column - _HALF)) for column in range(_COLUMNS)]
-    text = Text(no_wrap=True)
-    last = ""
-    for name, ratio, sign, mask, clip in _lines(readings):
-        text.append(f"{'' if name == last else name:<11}", style="bold")
-        text.append(f"{ratio:<4}{sign:<6}")
-        for value in values:
-            text.append(*_MARKS[value in mask, value in clip])
-        text.append("\n")
-        last = name
-    text.append(f"{'ratio':>20} {_axis(step)}\n")
-    text.append(" " * 21 + "█ trained  m masked by the band  c clipped  x both")
-    return text
-
-
-def _lines(readings: Sequence[Reading]) -> Iterator[tuple[str, str, str, Interval, Interval]]:
-    """Name, ratio, sign of the advantage, mask and clip of each line."""
-    for reading in readings:
-        if not reading.is_entangled:
-            yield reading.name, reading.mask.ratio, "any A", reading.mask, Interval(ratio=reading.mask.ratio)
-        for sign, clip in reading.clips.items():
-            mask = reading.mask if reading.is_entangled else Interval(ratio=clip.ratio)
-            yield reading.name, clip.ratio, sign, mask, clip
-
-
-def _reach(readings: Sequence[Reading]) -> float:
-    """Half the axis, in nats: a little beyond the farthest bound, the dual clip's aside."""
-    bounds = [b for r in readings for b in (r.mask.low, r.mask.high, r.clips["A > 0"].high, r.clips["A < 0"].low)]
-    farthest = max((abs(math.log(bound)) for bound in bounds if 0 < bound < math.inf), default=0.0)
-    return min(max(1.2 * farthest, math.log(1.2)), math.log(12))
-
-
-def _axis(step: float) -> str:
-    """The labels below the columns."""
-    axis = [" "] * _COLUMNS
-    for tick in _TICKS:
-        label = f"{tick:g}"
-        start = _HALF + round(math.log(tick) / step) - len(label) // 2
-        around = slice(max(start - 1, 0), start + len(label) + 1)
-        if 0 <= start <= _COLUMNS - len(label) and not "".join(axis[around]).strip():
-            axis[start : start + len(label)] = label
-    return "".join(axis).rstrip()

@@ -28,7 +28,7 @@ class CompareOptions:
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """The seeds of every recipe."""
+    """The seeds themselves, such as `--seeds 0 1`, not how many; each has a starting model of its own without model.seed."""
     vary: tuple[str, ...] = ()
     """KEY=VALUE,VALUE ...: every recipe with each of these values; several keys multiply."""
     out: Path | None = None

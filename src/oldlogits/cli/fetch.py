@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from oldlogits.config import check_model_folder
+from oldlogits.config.check import check_model_folder
 from oldlogits.config.schema import EnvConfig
 from oldlogits.core.environment import MODELS, ModelOrder
 from oldlogits.envs.base import load_environment
@@ -56,6 +56,6 @@ def command(arguments: Sequence[str]) -> int:
         check_model_folder(options.out, fix="choose a folder that does not exist, or delete this one")
     started = time.perf_counter()
     folder = ordered(cache_folder()) if options.out is None else cached(options.out, fill)
-    print(f"{f'fetched in {time.perf_counter() - started:.0f} s' if notes else 'was there'}: {folder}")
+    print(f"{f'fetched in {time.perf_counter() - started:.0f} s' if notes else 'taken from the cache'}: {folder}")
     print(f"train it:  oldlogits train RECIPE --model.path {folder}")
     return 0

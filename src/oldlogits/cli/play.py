@@ -1,48 +1,37 @@
-"""``oldlogits play``: episodes of an environment as readable transcripts, played by a person, its oracle or a checkpoint.
-
-environment -> what the agent reads -> player -> a call or a message -> environment -> ... -> reward, and its reasons
-"""
+"""``oldlogits play``: episodes of an environment as readable transcripts, played by a person, its oracle or a checkpoint."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Annotated, Final, Literal, TypeVar, cast
+from typing import Annotated, Literal, TypeVar, cast
 
 import tyro
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from oldlogits.cli.player import EndedEarlyError, Player, Role
-from oldlogits.config import config_from_table, read_toml
+from oldlogits.cli.players import ENDLESS, LEFT, Writer, open_checkpoint
+from oldlogits.config.load import config_from_table, read_toml
 from oldlogits.config.schema import EnvConfig
-from oldlogits.core.environment import (
-    ConversingEnvironment,
-    Environment,
-    ExplainingEnvironment,
-    Row,
-    RowSource,
-    Scripted,
-    Split,
-)
+from oldlogits.core.engine import RolloutEngine
+from oldlogits.core.environment import Environment, ExplainingEnvironment, Row, RowSource, Scripted, Split
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.parser import Malformed, ToolCall
+from oldlogits.core.trajectory import Sampled, Segment
 from oldlogits.envs.base import load_environment
-from oldlogits.envs.parsers.plain import PlainParser
-from oldlogits.envs.tools import bind, render_result, tool_names, tool_schemas
+from oldlogits.envs.tools import tool_names, tool_schemas
+from oldlogits.models.chat import ChatFormat
+from oldlogits.models.template import ChatTokenizer, Role
 from oldlogits.rollout.environment_runner import ThreadRunner
 from oldlogits.rollout.tasks import TaskDataset
-from oldlogits.rollout.turns import EnvironmentFailed, only_call
+from oldlogits.rollout.turns import Failure, run_episode
+from oldlogits.run.tasks import make_agent
 
 T = TypeVar("T")
-
-_STYLES: Final[Mapping[str, str]] = MappingProxyType({"policy": "dim", "customer": "cyan", "agent": "bold", "tool": "green"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +66,7 @@ def command(arguments: Sequence[str]) -> int:
     console = Console(highlight=False)
     rewards: list[float] = []
     for number in range(options.num_episodes):
-        if rewards:
+        if number:
             console.rule()
         rewards.append(play(options, number, console))
     if len(rewards) > 1:
@@ -86,7 +75,7 @@ def command(arguments: Sequence[str]) -> int:
 
 
 def play(options: PlayOptions, number: int, console: Console, read: Callable[[str], str] = input) -> float:
-    """Play one episode and print it; return the reward.
+    """Play one episode and print it; return the reward, 0 where the environment failed.
 
     Args:
         options: What to play, and who.
@@ -99,29 +88,43 @@ def play(options: PlayOptions, number: int, console: Console, read: Callable[[st
         EnvironmentShapeError: The class does not have the shape of an environment.
         ModelFolderError: The model folder is missing or incomplete.
     """
-    recipe = config_from_table(read_toml(Path(options.target))).env if options.target.endswith(".toml") else None
-    env = recipe or EnvConfig(target=options.target, adapter=options.adapter)
+    recipe = config_from_table(read_toml(Path(options.target))) if options.target.endswith(".toml") else None
+    env = recipe.env if recipe else EnvConfig(target=options.target, adapter=options.adapter)
     environment_class = load_environment(env.target, env.adapter)
-    row = _row(options, number, env, environment_class)
-    if options.mode == "checkpoint":
-        from oldlogits.cli.play_checkpoint import checkpoint_player
+    row, runner = _row(options, number, env, environment_class), ThreadRunner(timeout_s=env.timeout_s, latency_s=0.0, seed=0)
+    made: list[object] = []
 
-        seed = options.seed + number
-        player = checkpoint_player(options.model, environment_class, recipe, greedy=options.greedy, seed=seed)
+    async def run(call: Callable[[], T | Awaitable[T]], *, is_tool: bool = False) -> T:
+        made.append(await runner(call, is_tool=is_tool))
+        return cast(T, made[-1])
+
+    if options.mode == "checkpoint":
+        engine, chat, limits = open_checkpoint(options.model, recipe, environment_class, options.seed + number)
     else:
-        player = _oracle(environment_class) if options.mode == "oracle" else _person(environment_class, read)
-    stage = _Stage(console, ThreadRunner(timeout_s=env.timeout_s, latency_s=0.0, seed=0))
-    _introduce(environment_class, options.mode, stage)
-    environment = stage.run(environment_class)
-    try:
-        _converse(environment, player, str(stage.run(lambda: environment.reset(**row)) or ""), stage)
-    except (EndedEarlyError, EnvironmentFailed) as end:
-        if isinstance(end, EndedEarlyError) and end.text:
-            stage.say("agent", end.text)
-        console.print(Text(f"the episode ended early: {end}", style="yellow"))
-    except (EOFError, KeyboardInterrupt):
-        console.print(Text("the agent left", style="yellow"))
-    return _conclude(environment, stage)
+        write = _oracle(environment_class) if options.mode == "oracle" else lambda seen: read("> ")
+        writer = Writer(write, tool_names(environment_class) if options.mode == "human" else ())
+        engine, chat, limits = cast(RolloutEngine, writer), ChatFormat(cast(ChatTokenizer, writer)), ENDLESS
+    shown = _Shown(chat, console)
+    agent = make_agent(limits, engine, cast(ChatFormat, shown), run, temperature=0.0 if options.greedy else 1.0)
+    agent = replace(agent, report=shown.report, parser=agent.parser if options.mode == "checkpoint" else writer)
+    _introduce(environment_class, options.mode, console)
+    with asyncio.Runner() as loop:
+        wait = loop.get_loop().run_until_complete  # not loop.run, so that Ctrl-C reaches whoever reads a line
+        try:
+            played = wait(run_episode(agent, environment_class, row, id="play", group_id="play"))
+        except KeyboardInterrupt:
+            played = Failure(id="play", group_id="play", reason="interrupted")
+        if isinstance(played, Failure):
+            console.print(Text(f"the episode ended early: {played.reason}\nreward 0 (failed)", style="yellow"))
+            return 0.0
+        if played.stop_reason != "done":
+            left = "the agent left" if options.mode == "human" else f"the episode ended early: {played.stop_reason}"
+            console.print(Text(left, style="yellow"))
+        if hasattr(environment_class, "explain_reward"):
+            reasons = wait(run(cast(ExplainingEnvironment, made[0]).explain_reward))
+            console.print(Text(reasons, style="red"), end="\n" if reasons else "")
+    console.print(Text(f"reward {played.reward:g}", style="bold green" if played.reward > 0 else "bold red"))
+    return played.reward
 
 
 def _row(options: PlayOptions, number: int, env: EnvConfig, environment_class: type[Environment]) -> Row:
@@ -129,9 +132,8 @@ def _row(options: PlayOptions, number: int, env: EnvConfig, environment_class: t
     if options.row:
         try:
             row = json.loads(options.row)
-        except ValueError as error:
-            got = f"{options.row}: {error}"
-            raise ConfigError("--row is no JSON", got=got, allowed="a JSON object", fix="quote it") from error
+        except ValueError:
+            row = None
         if not isinstance(row, dict):
             fix = """write '{"key": ...}'"""
             raise ConfigError("--row is no JSON object", got=options.row, allowed="the arguments of reset", fix=fix)
@@ -142,98 +144,57 @@ def _row(options: PlayOptions, number: int, env: EnvConfig, environment_class: t
             f"{environment_class.__name__} makes no rows",
             got="no row",
             allowed="a row: the arguments of reset as a JSON object",
-            fix="add --row '{...}', or define a static method make_row(split, index) -> dict",
+            fix="play a recipe that names rows, or add --row '{...}', or define make_row(split, index) -> dict",
         )
     dataset, index = TaskDataset(environment_class, seed=0, train_data=named, eval_data=named), options.index + number
     return dataset.train(index) if options.split == "train" else dataset.heldout(index + 1)[-1]
 
 
-def _oracle(environment_class: type[Environment]) -> Player:
-    if not isinstance(environment_class, Scripted):
-        raise ConfigError(
-            f"mode 'oracle' cannot play {environment_class.__name__}",
-            got="mode = 'oracle'",
-            allowed="human and checkpoint (every environment), oracle (one with a static method make_oracle)",
-            fix="choose mode 'human', or 'checkpoint'",
-        )
-    write = environment_class.make_oracle()
-    return lambda role, seen: ((text := write(seen)), PlainParser().parse(text))
+def _oracle(environment_class: type[Environment]) -> Callable[[str], str]:
+    if isinstance(environment_class, Scripted):
+        return environment_class.make_oracle()
+    raise ConfigError(
+        f"mode 'oracle' cannot play {environment_class.__name__}",
+        got="mode = 'oracle'",
+        allowed="human and checkpoint (every environment), oracle (one with a static method make_oracle)",
+        fix="choose mode 'human', or 'checkpoint'",
+    )
 
 
-def _person(environment_class: type[Environment], read: Callable[[str], str]) -> Player:
-    """Ask a person: a line that starts with a tool's name is a call, every other a message."""
+class _Shown:
+    """A chat format that prints what the agent reads and writes."""
 
-    def ask(role: Role, seen: str) -> tuple[str, Sequence[ToolCall | Malformed]]:
-        line = read("> ")
-        name, *words = line.split() or [""]
-        is_call = name in tool_names(environment_class)
-        return line, [ToolCall(name=name, positional=tuple(words))] if is_call else PlainParser().parse(line)
+    def __init__(self, chat: ChatFormat, console: Console) -> None:
+        self._chat, self._console = chat, console
+        self.stop_ids, self.decode = chat.stop_ids, chat.decode
 
-    return ask
+    def prompt_ids(self, opening: str) -> list[int]:
+        _say(self._console, "customer", opening)
+        return self._chat.prompt_ids(opening)
 
+    def continuation_ids(self, role: Role, content: str) -> list[int]:
+        _say(self._console, "tool" if role == "tool" else "customer", content)
+        return self._chat.continuation_ids(role, content)
 
-class _Stage:
-    """Runs the environment's code, and prints who says what."""
-
-    def __init__(self, console: Console, runner: ThreadRunner) -> None:
-        self.console, self._runner = console, runner
-
-    def run(self, call: Callable[[], T | Awaitable[T]]) -> T:
-        """Run environment code, with its deadline.
-
-        Raises:
-            EnvironmentFailed: It raised or took too long.
-        """
-        return asyncio.run(self._runner(call))
-
-    def say(self, who: str, text: str) -> None:
-        """Print one turn: a label, and the text beside it."""
-        grid = Table.grid(Column(width=8, justify="right"), Column(), padding=(0, 2, 0, 0))
-        grid.add_row(who, Text(text))
-        self.console.print(grid, style=_STYLES[who])
+    def report(self, trajectory_id: str, segments: Sequence[Segment]) -> None:
+        """Print a turn that was sampled."""
+        if isinstance(segments[-1], Sampled) and segments[-1].token_ids != LEFT:
+            _say(self._console, "agent", self.decode(segments[-1].token_ids))
 
 
-def _introduce(environment_class: type[Environment], mode: str, stage: _Stage) -> None:
-    stage.say("policy", inspect.getdoc(environment_class) or "")
+def _say(console: Console, who: str, text: str) -> None:
+    """Print one turn: a label, and the text beside it."""
+    grid = Table.grid(Column(width=8, justify="right"), Column(), padding=(0, 2, 0, 0))
+    grid.add_row(who, Text(text))
+    console.print(grid, style={"policy": "dim", "customer": "cyan", "agent": "bold", "tool": "green"}[who])
+
+
+def _introduce(environment_class: type[Environment], mode: str, console: Console) -> None:
+    _say(console, "policy", inspect.getdoc(environment_class) or "")
     if mode == "human":
         table = Table("call", "what it does", box=None, header_style="dim")
         for schema in tool_schemas(environment_class):
             function = cast("dict[str, Row]", schema)["function"]
             arguments = cast("dict[str, Row]", function["parameters"])["properties"]
             table.add_row(Text(" ".join([str(function["name"]), *arguments])), Text(str(function["description"])))
-        stage.console.print(table)
-        stage.console.print(Text("Write a call, or a message. Ctrl-D leaves.", style="dim"))
-
-
-def _converse(environment: Environment, player: Player, seen: str, stage: _Stage) -> None:
-    """Turn after turn, until the partner leaves."""
-    role: Role = "user"
-    stage.say("customer", seen)
-    while True:
-        text, calls = player(role, seen)
-        stage.say("agent", text)
-        if calls:
-            call = only_call(calls)
-            ready = call if isinstance(call, Malformed) else bind(environment, call)
-            role, seen = "tool", ready.reason if isinstance(ready, Malformed) else render_result(stage.run(ready))
-            stage.say("tool", seen)
-            continue
-        if not hasattr(type(environment), "reply"):
-            return
-        partner = cast(ConversingEnvironment, environment)
-        answer = stage.run(lambda: partner.reply(text))  # noqa: B023 - it is run at once
-        if answer is None:
-            return
-        role, seen = "user", answer
-        stage.say("customer", seen)
-
-
-def _conclude(environment: Environment, stage: _Stage) -> float:
-    """Print the reward and, where the environment tells them, its reasons."""
-    reward = float(stage.run(environment.get_reward))
-    if hasattr(type(environment), "explain_reward"):
-        reasons = stage.run(cast(ExplainingEnvironment, environment).explain_reward)
-        if reasons:
-            stage.console.print(Text(reasons, style="red"))
-    stage.console.print(Text(f"reward {reward:g}", style="bold green" if reward > 0 else "bold red"))
-    return reward
+        console.print(table, Text("Write a call, its arguments after it, or a message. Ctrl-D leaves.", style="dim"))

@@ -24,17 +24,7 @@ class ReportOptions:
 
 def command(arguments: Sequence[str]) -> int:
     """Write the report and print where it is."""
-    options = tyro.cli(ReportOptions, prog="oldlogits report", args=list(arguments))
-    print(report(options.run))
-    return 0
-
-
-def report(run: Path) -> Path:
-    """Write ``report.html`` of a run folder, complete or not; returns its path.
-
-    Raises:
-        ConfigError: The folder holds no run.
-    """
+    run = tyro.cli(ReportOptions, prog="oldlogits report", args=list(arguments)).run
     if not RunFolder(path=run).events.exists():
         raise ConfigError(
             f"{run} is no run folder",
@@ -42,4 +32,5 @@ def report(run: Path) -> Path:
             allowed="a folder that oldlogits train has written",
             fix="pass the folder that was given as --out",
         )
-    return write_report(run)
+    print(write_report(run))
+    return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import tyro
 
-from oldlogits.config import RunConfig
-from oldlogits.config.schema import ModelConfig
+from oldlogits.config.schema import ModelConfig, RunConfig
 from oldlogits.core.engine import EngineSpec
-from oldlogits.core.errors import ConfigError
+from oldlogits.core.registry import require
 from oldlogits.envs.base import load_environment
 from oldlogits.rpc.processes import name_process
 from oldlogits.run.start import prepare_model
@@ -60,14 +58,7 @@ def command(arguments: Sequence[str]) -> int:
     """Serve until interrupted."""
     name_process("server")
     options = tyro.cli(ServeOptions, prog="oldlogits serve", args=list(arguments))
-    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            "serving needs packages that are not installed",
-            got=f"no {', '.join(missing)}",
-            allowed="the extra 'serve'",
-            fix="pip install 'oldlogits[serve]'",
-        )
+    require("serve", "fastapi", "uvicorn", what="oldlogits serve")
     from oldlogits.engines.embedded.model_folder import read_config
     from oldlogits.engines.embedded.process import EngineProcess
     from oldlogits.engines.server.app import check_host

@@ -40,9 +40,8 @@ def command(arguments: Sequence[str]) -> int:
     console = Console(highlight=False)
     if options.what in TABLES:
         table = TABLES[options.what]
-        console.print(
-            table.markdown() if options.markdown else table.rich(console.width), markup=False, soft_wrap=options.markdown
-        )
+        shown = table.markdown() if options.markdown else table.rich(console.width)
+        console.print(shown, markup=False, soft_wrap=options.markdown)
     elif (folder := Path(options.what)).is_dir():
         from oldlogits.record.live import print_summary
         from oldlogits.record.summary import Summary
@@ -94,14 +93,8 @@ def variant_rows() -> Iterator[tuple[str, ...]]:
     for name, variant in {**VARIANTS, **EXPERIMENTAL_VARIANTS}.items():
         remarks = [] if variant.corrects_mismatch else ["mismatch uncorrected"]
         remarks += ["experimental"] if name in EXPERIMENTAL_VARIANTS else []
-        yield (
-            name,
-            str(variant.r_d),
-            str(variant.r_s),
-            str(variant.total),
-            ", ".join(sources_for(name)) or "-",
-            ", ".join(remarks),
-        )
+        ratios = (str(variant.r_d), str(variant.r_s), str(variant.total))
+        yield name, *ratios, ", ".join(sources_for(name)) or "-", ", ".join(remarks)
 
 
 def source_rows() -> Iterator[tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""Tables that a narrow terminal does not break: columns where every word has room, one block of lines a row where not."""
+"""Tables that a narrow terminal does not break: columns where every cell has room, one block of lines a row where not."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from typing import Final
 
 from rich import box
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 INDENT: Final = "    "
-_GAP: Final = 3
-"""Characters between two columns."""
 
 
 class Rows:
@@ -26,51 +25,20 @@ class Rows:
     """
 
     def __init__(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        self.columns, self.rows = tuple(columns), [tuple(row) for row in rows]
+        self.columns, self.rows = columns, rows
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Columns if no word has to be broken, else blocks."""
-        widths = column_widths([self.columns, *self.rows], options.max_width)
-        yield self._as_blocks(options.max_width) if widths is None else self._as_columns(widths)
-
-    def _as_columns(self, widths: Sequence[int]) -> Table:
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-        for column, width in zip(self.columns, widths, strict=True):
-            table.add_column(column, width=width)
+        """Columns if every cell has room on one line, else blocks."""
+        table = Table(*self.columns, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for row in self.rows:
             table.add_row(*map(Text, row))
-        return table
-
-    def _as_blocks(self, width: int) -> Group:
-        lines: list[Text] = []
+        if Measurement.get(console, options.update(max_width=10_000), table).maximum <= options.max_width:
+            yield table
+            return
         for name, *cells in self.rows:
-            lines.append(Text(name, style="bold"))
+            yield Text(name, style="bold")
             parts = [f"{column}: {cell}" for column, cell in zip(self.columns[1:], cells, strict=True) if cell]
-            lines += map(Text, packed(parts, width))
-        return Group(*lines)
-
-
-def column_widths(lines: Sequence[Sequence[str]], width: int) -> list[int] | None:
-    """Widths at which all columns stand side by side and every word is whole; None: there are none.
-
-    Args:
-        lines: The cells of every line, headers included.
-        width: The console's width in characters.
-
-    Example:
-        >>> [column_widths([["a", "two words"], ["b", "more words here"]], width) for width in (20, 10, 8)]
-        [[1, 15], [1, 6], None]
-    """
-    cells = list(zip(*lines, strict=True))
-    widths = [max(map(len, column)) for column in cells]
-    longest = [max(len(word) for cell in column for word in cell.split() or [""]) for column in cells]
-    room = width - _GAP * (len(widths) - 1)
-    while sum(widths) > room:
-        wide = [i for i, found in enumerate(widths) if found > longest[i]]
-        if not wide:
-            return None
-        widths[max(wide, key=widths.__getitem__)] -= 1
-    return widths
+            yield Text("\n".join(packed(parts, options.max_width)))
 
 
 def packed(parts: Sequence[str], width: int) -> list[str]:

@@ -18,7 +18,9 @@ import tyro
 from oldlogits.backends.torchrun.launch import launched
 from oldlogits.cli.main import FAILED, INTERRUPTED, print_error
 from oldlogits.cli.table import wrapped
-from oldlogits.config import RunConfig, cautions, load_config
+from oldlogits.config.guard import cautions
+from oldlogits.config.load import load_config
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.policies import find_variant
 from oldlogits.record.folder import RunFolder

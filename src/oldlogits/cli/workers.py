@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from oldlogits.backends.ray.desired_workers import read_wanted, write_wanted
-from oldlogits.config import config_from_table, read_toml
+from oldlogits.config.load import config_from_table, read_toml
 from oldlogits.core.backend import BACKENDS
 from oldlogits.core.errors import ConfigError
 from oldlogits.record.folder import RunFolder

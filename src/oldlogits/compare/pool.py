@@ -1,4 +1,4 @@
-"""Runs jobs over worker processes; a job that fails is told and does not end the others."""
+"""Runs jobs over worker processes; a job that fails, or whose process is killed, is told and does not end the others."""
 
 from __future__ import annotations
 
@@ -7,26 +7,20 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Final, Generic, TypeVar
 
-from oldlogits.core.errors import OldLogitsError, WorkerDiedError
+from oldlogits.core.errors import OldLogitsError
 
-
-class Job(Protocol):
-    """Something to compute in another process."""
-
-    @property
-    def label(self) -> str:
-        """Name it to the person who waits for it."""
-
-
-J = TypeVar("J", bound=Job)
+J = TypeVar("J")
 R = TypeVar("R")
+
+KILLED: Final = "its process was killed, often for want of memory: lower --processes; the same command tries it again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,19 +31,17 @@ class Outcome(Generic[J, R]):
         job: The job.
         value: What it gave; None if it failed.
         error: Why it failed; empty if it did not. An error of this package is told without a traceback.
-        cpu_s: CPU seconds of its process, and of the processes that it started.
         wall_s: Seconds from its beginning to its end.
     """
 
     job: J
     value: R | None
     error: str
-    cpu_s: float
     wall_s: float
 
 
 def run_jobs(
-    jobs: Sequence[J],
+    jobs: Iterable[J],
     work: Callable[[J], R],
     *,
     processes: int,
@@ -66,55 +58,54 @@ def run_jobs(
         log: A file that gets what the workers print.
         on_done: Called in this process after each job.
         on_start: Called in this process before each job.
-
-    Raises:
-        WorkerDiedError: A process was killed.
     """
-    waiting, running = list(reversed(jobs)), dict[Future[Outcome[J, R]], J]()
-    context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=(log,))
+
+    def open_worker() -> ProcessPoolExecutor:
+        """One of one process: a pool of several would end with the first process that is killed."""
+        return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(log,))
+
+    waiting, idle = deque(jobs), [open_worker() for _ in range(processes)]
+    running: dict[Future[tuple[R | None, str]], tuple[J, ProcessPoolExecutor, float]] = {}
     try:
         while waiting or running:
-            while waiting and len(running) < processes:
-                job = waiting.pop()
+            while waiting and idle:
+                job, worker = waiting.popleft(), idle.pop()
                 on_start(job)
-                running[executor.submit(_compute, work, job)] = job
+                try:
+                    future = worker.submit(_compute, work, job)
+                except BrokenProcessPool:  # killed while it waited
+                    worker = open_worker()
+                    future = worker.submit(_compute, work, job)
+                running[future] = job, worker, time.perf_counter()
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                outcome = future.result()
-                del running[future]
-                on_done(outcome)
-    except BrokenProcessPool as error:
-        raise WorkerDiedError(
-            "a worker process was killed",
-            got=", ".join(job.label for job in running.values()),
-            allowed="processes that live as long as the command",
-            fix="often too little memory: lower --processes; the same command goes on with what is left",
-        ) from error
+                job, worker, started = running.pop(future)
+                try:
+                    value, error = future.result()
+                except BrokenProcessPool:
+                    value, error, worker = None, KILLED, open_worker()
+                idle.append(worker)
+                on_done(Outcome(job=job, value=value, error=error, wall_s=time.perf_counter() - started))
     finally:
-        executor.shutdown(wait=False, cancel_futures=True)
+        for worker in (*idle, *(worker for _, worker, _ in running.values())):
+            worker.shutdown(wait=False, cancel_futures=True)
 
 
-def _compute(work: Callable[[J], R], job: J) -> Outcome[J, R]:
-    """Compute one job in a worker, whatever becomes of it."""
-    cpu, wall = sum(os.times()[:4]), time.perf_counter()
-    value, error = None, ""
+def _compute(work: Callable[[J], R], job: J) -> tuple[R | None, str]:
+    """Compute one job in a worker; returns what it gave, and why it failed."""
     try:
-        value = work(job)
+        return work(job), ""
     except OldLogitsError as raised:
-        error = str(raised)
+        return None, str(raised)
     except Exception:  # supervision: one broken job must not end the others; it is reported
-        error = traceback.format_exc()
-    cpu_s, wall_s = sum(os.times()[:4]) - cpu, time.perf_counter() - wall
-    return Outcome(job=job, value=value, error=error, cpu_s=cpu_s, wall_s=wall_s)
+        return None, traceback.format_exc()
 
 
 def _begin(log: Path) -> None:
     """Send a worker's output to the log, and end the worker when its parent ends."""
     threading.Thread(target=_follow_parent, daemon=True).start()
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.close(file)
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
 
 
 def _follow_parent() -> None:

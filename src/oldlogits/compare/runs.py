@@ -12,7 +12,8 @@ from typing import Final
 
 import tomli_w
 
-from oldlogits.config import RunConfig, load_config
+from oldlogits.config.load import load_config
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import ConfigError
 from oldlogits.record.event_log import read_events, typed
 from oldlogits.record.events import Audited, Evaluated, Updated, VersionPublished

@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Final, Literal
-
-from oldlogits.core.errors import ConfigError
 
 Interpolation = Literal["linear", "loglinear"]
 """How the proximal policy X is formed from MU and THETA: as a weighted mean of probabilities, or of log-probs."""
@@ -31,10 +29,8 @@ class EffectiveBounds:
     """The bounds on R of a token: it is active inside the mask and inside the clip of its advantage's sign; equality keeps.
 
     A lower bound that never binds is 0, an upper one ``math.inf``. The mask comes from the band, ``positive_high`` from
-    ``1 + eps_high`` (A > 0), ``negative_low`` from ``1 - eps_low`` and ``negative_high`` from the dual clip (A < 0).
-
-    Raises:
-        ConfigError: A lower bound is not in [0, 1], or an upper one below 1: no band and no clip makes R = 1 inactive.
+    ``1 + eps_high`` (A > 0), ``negative_low`` from ``1 - eps_low`` and ``negative_high`` from the dual clip (A < 0). All
+    enclose 1: no band and no clip makes R = 1 inactive.
     """
 
     mask_low: float
@@ -43,27 +39,13 @@ class EffectiveBounds:
     negative_low: float
     negative_high: float
 
-    def __post_init__(self) -> None:
-        low, high = (self.mask_low, self.negative_low), (self.mask_high, self.positive_high, self.negative_high)
-        if not (all(0 <= bound <= 1 for bound in low) and all(bound >= 1 for bound in high)):
-            raise ConfigError(
-                "bounds on the total ratio must enclose 1",
-                got=", ".join(f"{field.name} = {object.__getattribute__(self, field.name)}" for field in fields(self)),
-                allowed="lower bounds in [0, 1], upper bounds >= 1",
-                fix="use effective_bounds(...)",
-            )
-
 
 def effective_bounds(
-    kind: Interpolation,
-    *,
-    weight_mu: float,
-    band: float,
-    eps_low: float,
-    eps_high: float,
-    dual_clip: float | None,
+    kind: Interpolation, *, weight_mu: float, band: float, eps_low: float, eps_high: float, dual_clip: float
 ) -> EffectiveBounds:
     """The bounds on R of ``linear_train_infer`` or ``loglinear_train_infer``; with ``band = math.inf`` of the ``_prox`` rows.
+
+    Values are in the ranges of the recipe (config/schema.py).
 
     Args:
         kind: How the proximal policy is formed.
@@ -71,23 +53,19 @@ def effective_bounds(
         band: ``1/c <= r_d <= c``; the rows with ``r_d = 1`` have none: ``math.inf``.
         eps_low: ``r_s >= 1 - eps_low`` where A < 0; at 1 or more there is no lower bound.
         eps_high: ``r_s <= 1 + eps_high`` where A > 0.
-        dual_clip: ``r_s <= d`` where A < 0; None for no such bound.
-
-    Raises:
-        ConfigError: A value is out of range.
+        dual_clip: ``r_s <= d`` where A < 0; ``math.inf`` for no such bound.
 
     Example:
         linear, weight_mu = .5, band = 1.05, eps .2 / .28, d = 3: the mask is .905 <= R <= 1.1; A > 0 is clipped above
         ``1.28 * .5 / (1.28 * .5 - .28) = 1.78`` and A < 0 below ``.8 * .5 / (.8 * .5 + .2) = .667``; d never binds,
         since ``r_s < 1 / (1 - .5) = 2``.
     """
-    _check(kind, weight_mu, band, eps_low, eps_high, dual_clip)
     return EffectiveBounds(
         mask_low=_where_r_d_is(1 / band, kind, weight_mu, never=0.0),
         mask_high=_where_r_d_is(band, kind, weight_mu, never=math.inf),
         positive_high=_where_r_s_is(1 + eps_high, kind, weight_mu, never=math.inf),
         negative_low=_where_r_s_is(1 - eps_low, kind, weight_mu, never=0.0),
-        negative_high=_where_r_s_is(math.inf if dual_clip is None else dual_clip, kind, weight_mu, never=math.inf),
+        negative_high=_where_r_s_is(dual_clip, kind, weight_mu, never=math.inf),
     )
 
 
@@ -137,19 +115,3 @@ def _root(value: float, power: float) -> float:
     """``value^(1 / power)``; beyond the range of float64, 0 or inf."""
     exponent = math.log(value) / power if value > 0 else -math.inf
     return math.exp(exponent) if exponent < _LOG_MAX else math.inf
-
-
-def _check(
-    kind: Interpolation, weight_mu: float, band: float, eps_low: float, eps_high: float, dual_clip: float | None
-) -> None:
-    rules = (
-        ("kind", kind, kind in ("linear", "loglinear"), "'linear', 'loglinear'", "choose one of these"),
-        ("weight_mu", weight_mu, 0 <= weight_mu <= 1, "in [0, 1]: the weight on mu", "a weight on theta is 1 - weight_mu"),
-        ("band", band, band > 1, "> 1, or inf for no band", "band = 1.5, for example"),
-        ("eps_low", eps_low, eps_low >= 0, ">= 0; 1 or more for no lower bound", "eps_low = 0.2, for example"),
-        ("eps_high", eps_high, eps_high >= 0, ">= 0", "eps_high = 0.28, for example"),
-        ("dual_clip", dual_clip, dual_clip is None or dual_clip > 1, "> 1, or none (inf)", "dual_clip = 3, for example"),
-    )
-    for name, value, holds, allowed, fix in rules:
-        if not holds:
-            raise ConfigError(f"{name} is out of range", got=f"{name} = {value}", allowed=allowed, fix=fix)

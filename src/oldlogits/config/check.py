@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from operator import attrgetter
 from pathlib import Path
+
+from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from oldlogits.config.guard import refuse_idle
 from oldlogits.config.reader import build, fields_by_key, registry_of
@@ -39,10 +42,6 @@ def resolve(config: RunConfig) -> RunConfig:
 def check(config: RunConfig, *, needs_model: bool = True) -> None:
     """Refuse a recipe that cannot be run as written.
 
-    Args:
-        config: The recipe.
-        needs_model: Whether the model folder must be there.
-
     Raises:
         ConfigError: What is wrong, what was found, what is allowed, and how to fix it.
         ModelFolderError: The model folder does not exist or lacks its config.
@@ -53,8 +52,8 @@ def check(config: RunConfig, *, needs_model: bool = True) -> None:
     _check_names(config)
     check_source(config.variant, config.proximal.source)
     _check_against_each_other(config)
-    _check_one_distribution(config)
     check_servers(config)
+    template_kwargs(config)
     _check_kv(config)
     _check_average(config)
     _check_effects(config)
@@ -71,15 +70,28 @@ def said(config: RunConfig, *keys: str) -> str:
     )
 
 
+def template_kwargs(config: RunConfig) -> Mapping[str, JsonValue]:
+    """Read the variables that a recipe gives to the chat template.
+
+    Raises:
+        ConfigError: They are no JSON object.
+    """
+    try:
+        return TypeAdapter(dict[str, JsonValue]).validate_json(config.model.chat_template_kwargs or "{}")
+    except ValidationError as error:
+        raise ConfigError(
+            "the variables of the chat template cannot be read",
+            got=f"{said(config, 'model.chat_template_kwargs')}: {error.errors()[0]['msg']}",
+            allowed="a JSON object",
+            fix="""model.chat_template_kwargs = '{"enable_thinking": false}'""",
+        ) from error
+
+
 MODEL_FIX = f"pass --model.path FOLDER, or a starting model ({', '.join(MODELS.names)}), such as --model.path {MODELS.names[0]}"
 
 
 def check_model_folder(folder: Path, fix: str = MODEL_FIX) -> None:
     """Refuse a model folder without `config.json` or weights.
-
-    Args:
-        folder: The folder.
-        fix: What to do if it is none.
 
     Raises:
         ModelFolderError: The folder or a part of it is missing.
@@ -111,7 +123,10 @@ def _check_against_each_other(config: RunConfig) -> None:
     num, longest = config.rollout.prompts_per_update, config.max_staleness
     in_prompts = f"1 .. rollout.prompts_per_update ({num}): each step needs a group"
     has_beta = p.beta > 0 if p.decay == "fixed" else p.beta == 0
+    whole = "in training, where mu has the full support of the trained policy; reshape only in evaluation"
     for key, holds, allowed in (
+        ("sampling.top_p", config.sampling.top_p == 1.0, f"1.0 {whole}"),
+        ("sampling.top_k", config.sampling.top_k == 0, f"0 {whole}"),
         ("trainer.minibatches_per_update", t.minibatches_per_update <= num, in_prompts),
         ("lockstep.max_lag", config.window <= longest, f"0 .. max_staleness ({longest})"),
         ("model.lora_targets", 0 < len(set(targets)) == len(targets), "layers by the last part of their name, each once"),
@@ -121,20 +136,7 @@ def _check_against_each_other(config: RunConfig) -> None:
     ):
         if not holds:
             got = f"{key} = {attrgetter(key)(config)}"
-            raise ConfigError(f"{key} is out of range", got=got, allowed=allowed, fix="correct the value")
-
-
-def _check_one_distribution(config: RunConfig) -> None:
-    """Refuse rollouts from a part of the support."""
-    for key, full in {"sampling.top_p": 1.0, "sampling.top_k": 0}.items():
-        value = attrgetter(key)(config)
-        if value != full:
-            raise ConfigError(
-                f"{key} is out of range",
-                got=f"{key} = {value}",
-                allowed=f"{full} in training, since mu would have another support than the trained policy",
-                fix="remove it: training samples from the full support; reshape only in evaluation",
-            )
+            raise ConfigError(f"{key} is out of range", got=got, allowed=allowed, fix="remove it, or correct the value")
 
 
 def _check_kv(config: RunConfig) -> None:

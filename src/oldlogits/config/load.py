@@ -17,12 +17,7 @@ from oldlogits.core.errors import ConfigError
 
 
 def load_config(recipe: Path, overrides: Sequence[str] = (), *, needs_model: bool = True) -> RunConfig:
-    """Read a recipe, apply ``--dotted.key value`` overrides, and check the result.
-
-    Args:
-        recipe: A TOML file.
-        overrides: Words of a command line.
-        needs_model: Whether the model folder must be there.
+    """Read a TOML recipe, apply ``--dotted.key value`` overrides, and check the result.
 
     Raises:
         ConfigError: The recipe does not exist, is no TOML, has unknown keys, wrong types or values out of range.
@@ -40,7 +35,7 @@ def read_toml(recipe: Path) -> Table:
         ConfigError: It does not exist, or is no TOML.
     """
     if not recipe.is_file():
-        found = ", ".join(sorted(str(p) for p in Path("recipes").glob("*.toml"))) or "no recipes/ folder here"
+        found = ", ".join(sorted(str(p) for p in Path("recipes").glob("*.toml"))) or "an empty file, a recipe of defaults"
         raise ConfigError("the recipe does not exist", got=str(recipe), allowed="a TOML file", fix=f"try one of: {found}")
     try:
         return tomllib.loads(recipe.read_text(encoding="utf-8"))

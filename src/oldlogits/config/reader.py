@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import Annotated, Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -62,26 +62,16 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
-def fields_by_key(kind: type) -> dict[str, Any]:
+def fields_by_key(kind: Any, prefix: str = "") -> dict[str, Any]:
     """The annotation of every dotted key under a dataclass."""
-
-    def walk(kind: type, prefix: str) -> Iterator[tuple[str, Any]]:
-        for name, hint in get_type_hints(kind, include_extras=True).items():
-            if dataclasses.is_dataclass(hint):
-                yield from walk(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
-            else:
-                yield prefix + name, hint
-
-    return dict(walk(kind, ""))
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        found |= fields_by_key(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {prefix + name: hint}
+    return found
 
 
 def nearest_key(key: str, names: Mapping[str, str]) -> str:
-    """The key that an unknown one was probably meant to be; empty: none resembles it.
-
-    Args:
-        key: What was written, dotted.
-        names: What may be written, and the key that it stands for.
-    """
+    """The key that an unknown one was probably meant to be, of those that `names` stand for; empty: none resembles it."""
     tails = {name.rpartition(".")[2]: meant for name, meant in reversed(list(names.items()))}
     tail = key.rpartition(".")[2]
     if tail in tails:
@@ -185,21 +175,12 @@ def _allowed(hint: Any) -> str:
     names = next((note for note in notes if isinstance(note, tuple)), None)
     if names is not None:
         return ", ".join(names)
-    low = next(
-        (("(" if isinstance(n, Gt) else "[", n.gt if isinstance(n, Gt) else n.ge) for n in notes if isinstance(n, Gt | Ge)),
-        None,
-    )
-    high = next(
-        ((")" if isinstance(n, Lt) else "]", n.lt if isinstance(n, Lt) else n.le) for n in notes if isinstance(n, Lt | Le)),
-        None,
-    )
-    words = _type_in_words(kind)
-    if low is None:
-        return words
-    if high is not None and high[1] != math.inf:
-        return f"{words} in {low[0]}{low[1]:g}, {high[1]:g}{high[0]}"
-    unbounded = kind is float and high is None
-    return f"{words} {'>' if low[0] == '(' else '>='} {low[1]:g}" + (", or inf" if unbounded else "")
+    bounds = {type(note): next(iter(dataclasses.asdict(note).values())) for note in notes}  # each has one field: its bound
+    words, is_open = _type_in_words(kind), Gt in bounds
+    low, high = bounds.get(Gt, bounds.get(Ge)), bounds.get(Lt, bounds.get(Le))
+    if high not in (None, math.inf):
+        return f"{words} in {'(' if is_open else '['}{low:g}, {high:g}{')' if Lt in bounds else ']'}"
+    return f"{words} {'>' if is_open else '>='} {low:g}" + (", or inf" if kind is float and high is None else "")
 
 
 def _type_in_words(hint: Any) -> str:

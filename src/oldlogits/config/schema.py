@@ -22,25 +22,6 @@ from oldlogits.core.server import SERVER_PROTOCOLS
 from oldlogits.core.source import SOURCES
 from oldlogits.core.tracker import TRACKERS
 
-__all__ = [
-    "AuditConfig",
-    "EngineConfig",
-    "EnvConfig",
-    "EvalConfig",
-    "LockstepConfig",
-    "ModelConfig",
-    "ObjectiveConfig",
-    "ProximalConfig",
-    "RayConfig",
-    "RecordConfig",
-    "RolloutConfig",
-    "RunConfig",
-    "RuntimeConfig",
-    "SamplingConfig",
-    "TrainerConfig",
-    "VersionsConfig",
-]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectiveConfig:

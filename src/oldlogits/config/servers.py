@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
+from operator import attrgetter
 from typing import Final
 from urllib.parse import urlsplit
 
-from oldlogits.config.schema import EngineConfig, RayConfig, RunConfig
+from oldlogits.config.schema import RunConfig
+from oldlogits.config.systems import EngineConfig, RayConfig
 from oldlogits.core.backend import BACKENDS
 from oldlogits.core.engine import ENGINES
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.server import SERVER_PROTOCOLS
 
-_OF_SERVERS: Final = ("urls", "token_env", "server", "num_servers", "flags", "python")
-_OF_STARTED: Final = ("num_servers", "flags", "python")
+_OF_STARTED: Final = ("engine.num_servers", "engine.flags", "engine.python")
+_OF_SERVERS: Final = ("engine.urls", "engine.token_env", "engine.server", *_OF_STARTED)
+_OF_RAY: Final = sorted(f"ray.{field.name}" for field in fields(RayConfig))
 
 
 def check_servers(config: RunConfig) -> None:
@@ -40,9 +44,9 @@ def check_servers(config: RunConfig) -> None:
             fix=f"remove engine.kv = '{engine.kv}'",
         )
     if not kind.has_servers:
-        _refuse_idle(engine, _OF_SERVERS, f"engine.type = '{engine.type}' has no servers", "set engine.type = 'vllm'")
+        _refuse_idle(config, _OF_SERVERS, f"with engine.type = '{engine.type}', which has no servers", "engine.type = 'vllm'")
     elif engine.urls:
-        _refuse_idle(engine, _OF_STARTED, "with engine.urls the run starts no server", "remove it, or remove engine.urls")
+        _refuse_idle(config, _OF_STARTED, "with engine.urls, where the run starts no server", "no engine.urls")
         _check_urls(engine)
     else:
         _check_started(engine)
@@ -50,16 +54,9 @@ def check_servers(config: RunConfig) -> None:
 
 def _check_ray(config: RunConfig) -> None:
     """Refuse keys of [ray] that nothing reads, and what its workers cannot have."""
-    ray, default, runtime = config.ray, RayConfig(), BACKENDS.find(config.runtime.type)
+    ray, runtime = config.ray, BACKENDS.find(config.runtime.type)
     if not runtime.on_cluster:
-        for name in sorted(field.name for field in fields(RayConfig)):
-            if getattr(ray, name) != getattr(default, name):
-                raise ConfigError(
-                    f"ray.{name} has no effect without the runtime ray",
-                    got=f"ray.{name} = {getattr(ray, name)!r}, runtime.type = '{config.runtime.type}'",
-                    allowed="runtime.type = 'ray'",
-                    fix=f"set runtime.type = 'ray', or remove ray.{name}",
-                )
+        _refuse_idle(config, _OF_RAY, "without the runtime ray", "runtime.type = 'ray'")
         return
     if config.trainer.device == "cuda" and not ray.trainer_gpus:
         raise ConfigError(
@@ -92,12 +89,13 @@ def _check_ray(config: RunConfig) -> None:
         )
 
 
-def _refuse_idle(engine: EngineConfig, keys: tuple[str, ...], what: str, fix: str) -> None:
-    default = EngineConfig()
+def _refuse_idle(config: RunConfig, keys: Sequence[str], where: str, needed: str) -> None:
+    """Refuse keys that differ from their defaults and have no effect, for want of what is needed."""
+    default = RunConfig()
     for key in keys:
-        if getattr(engine, key) != getattr(default, key):
-            got = f"engine.{key} = {getattr(engine, key)!r}"
-            raise ConfigError(f"{what}: engine.{key} has no effect", got=got, allowed="no such key", fix=fix)
+        if (value := attrgetter(key)(config)) != attrgetter(key)(default):
+            fix = f"remove {key}, or have {needed}"
+            raise ConfigError(f"{key} has no effect {where}", got=f"{key} = {value!r}", allowed=needed, fix=fix)
 
 
 def _check_urls(engine: EngineConfig) -> None:

@@ -10,12 +10,12 @@ from oldlogits.core.weights import PolicyVersion
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """Sums over pieces of work, from which a straight line of seconds against size can be drawn."""
+    """Sums over pieces of work, from which a straight line of seconds (`s`) against size can be drawn."""
 
     num: float = 0.0
     size: float = 0.0
     size_sq: float = 0.0
-    seconds_s: float = 0.0
+    s: float = 0.0
     size_s: float = 0.0
 
     def __add__(self, other: Line) -> Line:
@@ -23,18 +23,12 @@ class Line:
 
     def metrics(self, name: str) -> dict[str, float]:
         """The sums, under names that begin with `name`."""
-        return {
-            f"{name}_num": self.num,
-            f"{name}_size": self.size,
-            f"{name}_size_sq": self.size_sq,
-            f"{name}_s": self.seconds_s,
-            f"{name}_size_s": self.size_s,
-        }
+        return {f"{name}_{what}": total for what, total in asdict(self).items()}
 
 
 def piece(size: float, seconds_s: float) -> Line:
     """One piece of work."""
-    return Line(num=1.0, size=size, size_sq=size**2, seconds_s=seconds_s, size_s=size * seconds_s)
+    return Line(num=1.0, size=size, size_sq=size**2, s=seconds_s, size_s=size * seconds_s)
 
 
 @dataclass(slots=True, kw_only=True)

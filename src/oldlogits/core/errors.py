@@ -1,31 +1,8 @@
-"""Errors: each says what is wrong, what it got, what is allowed, and how to fix it.
-
-OldLogitsError
-├── ConfigError           (ValueError)        a recipe, an override or an option
-│   └── MissingPolicyError                    a variant asks for log-probs that its source does not provide
-├── RunFolderError        (FileExistsError)   the run folder is not empty, or cannot be resumed
-├── ModelFolderError      (FileNotFoundError) a model folder that is missing or of an unknown family
-├── EnvironmentShapeError (TypeError)         a class that is no environment
-├── ContentError          (ValueError)        words of an environment that the model cannot be shown as they are
-├── TrajectoryError       (ValueError)        segments that contradict each other
-├── MissingLogprobError   (ValueError)        a token without the log-prob that the objective needs
-├── VersionEvictedError   (LookupError)       a version that the store no longer holds
-├── LayoutError           (ValueError)        weights or a patch that do not fit the tensors they are meant for
-├── PatchError            (ValueError)        bytes that are no patch, or a damaged one
-├── ReceiverBehindError   (LookupError)       a receiver of weights that cannot go on from the version it holds
-├── StoreUseError         (RuntimeError)      the store was asked for what its order of calls does not allow
-├── LogBusyError          (BlockingIOError)   another process owns the folder of versions
-├── LogWriteError         (OSError)           a version could not be written to disk
-├── LogDamagedError       (ValueError)        a file of versions is not what was written
-├── ExactnessError        (ArithmeticError)   a consistency check contradicts values that were claimed to be exact
-├── ProbeError            (ArithmeticError)   engine and trainer disagree right after a weight update
-├── NonFiniteError        (FloatingPointError) a loss or gradient that is not finite
-├── AccountingError       (RuntimeError)      trajectories lost, counted twice, or trained beyond the staleness bound
-├── UnknownCallError      (AttributeError)    a process was asked for a call that it does not offer
-└── WorkerDiedError       (RuntimeError)      the engine or the trainer process ended, or stopped answering
-"""
+"""Errors: each says what is wrong, what it got, what is allowed, and how to fix it."""
 
 from __future__ import annotations
+
+from functools import partial
 
 
 class OldLogitsError(Exception):
@@ -43,11 +20,7 @@ class OldLogitsError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         """Keep the four parts when the error crosses a process boundary."""
-        return (_rebuild, (type(self), self.what, self.got, self.allowed, self.fix))
-
-
-def _rebuild(kind: type[OldLogitsError], what: str, got: str, allowed: str, fix: str) -> OldLogitsError:
-    return kind(what, got=got, allowed=allowed, fix=fix)
+        return (partial(type(self), self.what, got=self.got, allowed=self.allowed, fix=self.fix), ())
 
 
 class ConfigError(OldLogitsError, ValueError):

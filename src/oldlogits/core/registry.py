@@ -9,7 +9,7 @@ A built-in name stands for such a path as well, so nothing is imported before a 
 from __future__ import annotations
 
 import difflib
-import importlib
+import importlib.util
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,7 +48,9 @@ class Registry(Generic[T]):
         path = self.builtin.get(name, name)
         module_name, _, attribute = path.partition(":")
         if not module_name or not attribute:
-            raise self._error(f"unknown {self.kind}", repr(name), self._nearest(name))
+            near = difflib.get_close_matches(name, self.names, n=1)
+            fix = f"did you mean '{near[0]}'?" if near else "choose one of these"
+            raise self._error(f"unknown {self.kind}", repr(name), fix)
         found = self._import(module_name, name)
         for part in attribute.split("."):
             if not hasattr(found, part):
@@ -79,10 +81,17 @@ class Registry(Generic[T]):
                 "install the package that holds it, or run in the folder where it lies",
             ) from error
 
-    def _nearest(self, name: str) -> str:
-        near = difflib.get_close_matches(name, self.names, n=1)
-        return f"did you mean '{near[0]}'?" if near else "choose one of these"
-
     def _error(self, what: str, got: str, fix: str) -> ConfigError:
         allowed = f"{self.key} = {', '.join(self.names)}" if self.names else f"{self.key} ="
         return ConfigError(what, got=got, allowed=f'{allowed} or "package.module:Name"', fix=fix)
+
+
+def require(extra: str, *packages: str, what: str) -> None:
+    """Refuse `what` by a `ConfigError` where one of the packages that an extra installs is missing."""
+    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+        raise ConfigError(
+            f"{what} needs a package that is not installed",
+            got=f"no {', '.join(missing)}",
+            allowed=f"the extra '{extra}'",
+            fix=f"pip install 'oldlogits[{extra}]'",
+        )

@@ -21,7 +21,7 @@ from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 from oldlogits.core.environment import Environment, JsonValue, Row
 from oldlogits.core.errors import EnvironmentShapeError
 from oldlogits.core.parser import Malformed, ToolCall
-from oldlogits.core.text import readable, write_json
+from oldlogits.envs.text import readable, write_json
 
 NO_TOOLS: Final = frozenset({"reset", "get_reward", "reply", "explain_reward", "make_row", "system_prompt"})
 """Public names that belong to the environment, not to the agent; static methods are never tools either."""

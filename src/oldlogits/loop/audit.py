@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Final
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oldlogits.config import RunConfig
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.loss import LOSSES, Loss, LossInputs, Objective
 from oldlogits.core.policies import MU, OLD, THETA, Policy, Variant
 from oldlogits.core.scoring import BatchTokens, ScoringHandle
@@ -47,9 +47,11 @@ class AuditScores:
     live: NDArray[np.float32] | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AuditOptions:
-    """What an audit goes by.
+@dataclass(slots=True, kw_only=True)
+class ExactAudit:
+    """Compares a proximal policy's decisions with those of OLD; emits one `audit` event per audited batch.
+
+    The trainer's store keeps versions as long as tokens of theirs are in flight.
 
     Args:
         share: The share of batches that are audited.
@@ -64,46 +66,39 @@ class AuditOptions:
     objective: Objective
     watches_resets: bool
     max_staleness: int
+    trainer: ScoringHandle
+    events: EventSink
+    clock: Callable[[], float]
+    _seconds_s: float = field(default=0.0, init=False)
 
     @classmethod
-    def of(cls, config: RunConfig) -> AuditOptions:
-        """Take the values from a recipe."""
+    def of(cls, config: RunConfig, trainer: ScoringHandle, events: EventSink, clock: Callable[[], float]) -> ExactAudit:
+        """Build the audit of a recipe."""
+        objective = objective_of(config.objective, variant=config.variant, band=config.band)
         return cls(
             share=config.audit.share,
             loss=LOSSES.find(config.objective.loss),
-            objective=objective_of(config.objective, variant=config.variant, band=config.band),
-            watches_resets=config.proximal.reset != "none",
+            objective=objective,
+            watches_resets=config.proximal.reset != "none" and bool(objective.variant.needs),
             max_staleness=config.max_staleness,
+            trainer=trainer,
+            events=events,
+            clock=clock,
         )
-
-
-class ExactAudit:
-    """Compares a proximal policy's decisions with those of OLD; emits one `audit` event per audited batch.
-
-    The trainer's store keeps versions as long as tokens of theirs are in flight.
-    """
-
-    def __init__(self, config: AuditOptions, trainer: ScoringHandle, events: EventSink, clock: Callable[[], float]) -> None:
-        self._config, self._events, self._clock = config, events, clock
-        self._trainer, self._source = trainer, SnapshotSource(SourceHandles(trainer=trainer))
-        self._variant = config.objective.variant
-        self._watches_resets = config.watches_resets and bool(self._variant.needs)
-        self._seconds_s = 0.0
 
     def is_due(self, version: PolicyVersion) -> bool:
         """Whether the batch that enters training at `version` is audited: evenly spaced ones, of the recipe's share."""
-        share = self._config.share
-        return math.floor((version + 1) * share) > math.floor(version * share)
+        return math.floor((version + 1) * self.share) > math.floor(version * self.share)
 
     async def score(self, batch: BatchTokens) -> AuditScores | None:
         """Score the batch in training, before its first optimizer step; None for a batch that is not audited."""
         if not self.is_due(batch.trainer_version):
             return None
-        started = self._clock()
-        scored = await self._source.acquire(batch)
+        started = self.clock()
+        scored = await SnapshotSource(SourceHandles(trainer=self.trainer)).acquire(batch)
         check_scored(scored, batch.versions)
-        live = await self._trainer.score(np.arange(len(batch.versions)), None) if self._watches_resets else None
-        self._seconds_s = self._clock() - started
+        live = await self.trainer.score(np.arange(len(batch.versions)), None) if self.watches_resets else None
+        self._seconds_s = self.clock() - started
         return AuditScores(old=scored.values, live=live)
 
     def conclude(self, scores: AuditScores | None, result: UpdateResult, *, version: PolicyVersion) -> None:
@@ -111,7 +106,7 @@ class ExactAudit:
         errors = self.judge(scores, result, version=version)
         if result.average_reset is not None:
             told = asdict(result.average_reset) | errors
-            self._events.emit(AverageWasReset(version=version, **told))
+            self.events.emit(AverageWasReset(version=version, **told))
 
     def judge(self, scores: AuditScores | None, result: UpdateResult, *, version: PolicyVersion) -> dict[str, float]:
         """Write down how the update's active set differs from that of OLD under the same THETA.
@@ -127,15 +122,15 @@ class ExactAudit:
             return {}
         column = {name: torch.from_numpy(np.ascontiguousarray(result.table[name])) for name in _COLUMNS}
         column["sequence"] = torch.from_numpy(np.unique(result.table["trajectory"], return_inverse=True)[1])
-        old, proximal = torch.from_numpy(scores.old), self._variant.proximal
-        exact_active = self._active(exact_variant(self._variant), OLD, old, column)
+        old, proximal = torch.from_numpy(scores.old), self.objective.variant.proximal
+        exact_active = self._active(exact_variant(self.objective.variant), OLD, old, column)
         sums = self._sums(column["logp_proximal"], old, column["active_mask"], exact_active, column)
         by_staleness = {name: values.tolist() for name, values in asdict(sums).items()}
-        self._events.emit(Audited(version=version, policy=proximal.value, seconds_s=self._seconds_s, **by_staleness))
+        self.events.emit(Audited(version=version, policy=proximal.value, seconds_s=self._seconds_s, **by_staleness))
         if result.average_reset is None or scores.live is None:
             return {}
         live = torch.from_numpy(scores.live)
-        live_active = self._active(self._variant, proximal, live, column)
+        live_active = self._active(self.objective.variant, proximal, live, column)
         after = self._sums(live, old, live_active, exact_active, column)
         return _errors("before", sums) | _errors("after", after)
 
@@ -149,8 +144,7 @@ class ExactAudit:
             sequence_index=column["sequence"],
             num_sequences=int(column["sequence"].max()) + 1,
         )
-        objective = replace(self._config.objective, variant=row)
-        return column["loss_mask"] & self._config.loss(tokens, objective).active_mask
+        return column["loss_mask"] & self.loss(tokens, replace(self.objective, variant=row)).active_mask
 
     def _sums(
         self, proximal: Tensor, old: Tensor, active: Tensor, exact_active: Tensor, column: Mapping[str, Tensor]
@@ -164,7 +158,7 @@ class ExactAudit:
             exact_active_mask=exact_active,
             loss_mask=column["loss_mask"],
             staleness=column["staleness"].long(),
-            num_staleness=self._config.max_staleness + 1,
+            num_staleness=self.max_staleness + 1,
         )
 
 

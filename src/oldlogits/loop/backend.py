@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from oldlogits.config import Caution
-from oldlogits.config.schema import EnvConfig, LockstepConfig, RayConfig, RolloutConfig
+from oldlogits.config.guard import Caution
+from oldlogits.config.schema import EnvConfig, RolloutConfig
+from oldlogits.config.systems import LockstepConfig, RayConfig
 from oldlogits.core.engine import EngineKind, EngineSpec, RolloutEngine, ServerOptions
 from oldlogits.core.engine_stats import Incident
 from oldlogits.core.environment import Environment
@@ -44,7 +45,6 @@ class BackendSpec:
     rollout: RolloutConfig
     lockstep: LockstepConfig
     ray: RayConfig
-    seed: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

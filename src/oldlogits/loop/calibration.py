@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from oldlogits.batch import TokenBatch
-from oldlogits.config import Caution, RunConfig, kept_at_lag_0
+from oldlogits.batch.collate import TokenBatch
+from oldlogits.config.guard import Caution, kept_at_lag_0
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import MissingLogprobError
 from oldlogits.core.policies import Variant, find_variant
 from oldlogits.core.scoring import ScoringHandle
@@ -46,9 +47,9 @@ IN_DOUBT: Final = 0.01
 """Nats of mean ``-log mu`` above which tokens are not certain, so that numerics must show."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CalibrationOptions:
-    """What a calibration goes by, and what it judges.
+@dataclass(slots=True, kw_only=True)
+class Calibrator:
+    """Measures once in a run, before its first optimizer step, what the engine's own noise makes of the recipe's band.
 
     Args:
         num_trajectories: Trajectories of the first batch that are measured; 0: none, and nothing is judged.
@@ -65,10 +66,13 @@ class CalibrationOptions:
     band: float
     kept: tuple[float, float]
     enough_kept: float
+    trainer: ScoringHandle
+    events: EventSink
+    _expected_noise: float = field(default=0.0, init=False)
 
     @classmethod
-    def of(cls, config: RunConfig) -> CalibrationOptions:
-        """Take the values from a recipe."""
+    def of(cls, config: RunConfig, trainer: ScoringHandle, events: EventSink) -> Calibrator:
+        """Build the calibrator of a recipe."""
         return cls(
             num_trajectories=config.eval.num_calibration,
             numerics=config.engine.precision,
@@ -76,122 +80,91 @@ class CalibrationOptions:
             band=config.band,
             kept=kept_at_lag_0(config),
             enough_kept=config.proximal.reset_below,
+            trainer=trainer,
+            events=events,
         )
-
-
-class Calibrator:
-    """Measures once in a run, before its first optimizer step, what the engine's own noise makes of the recipe's band.
-
-    Args:
-        config: What it goes by.
-        trainer: Scores with the live weights.
-        events: Takes the figures, and what is doubtful about the recipe.
-    """
-
-    def __init__(self, config: CalibrationOptions, trainer: ScoringHandle, events: EventSink) -> None:
-        self._config, self._trainer, self._events = config, trainer, events
-        self._expected_noise = 0.0
 
     def expect(self, published: PublishedVersion) -> None:
         """Note what the engine's numerics change the probe tokens' log-probs by at most, with the weights just published."""
         self._expected_noise = float(abs(published.engine_probe_logps - published.probe_logps).max())
 
     async def measure(self, batch: TokenBatch, *, version: PolicyVersion) -> None:
-        """Measure on the first batch of a run, if the recipe asks for it."""
-        if not self._config.num_trajectories:
+        """Measure on evenly spaced trajectories of the first batch of a run, sampled by the live weights of this version.
+
+        Raises:
+            MissingLogprobError: The engine's log-probs are the trainer's, though the engine's numerics give others.
+        """
+        num = min(self.num_trajectories, batch.num_sequences)
+        if not num:
             return
-        found = await calibrate(self._config, self._trainer, batch, version=version, expected_noise=self._expected_noise)
-        self._events.emit(found)
-        for caution in doubts(found, self._config):
-            self._events.emit(Warned(version=version, **asdict(caution)))
+        chosen = np.linspace(0, batch.num_sequences - 1, num).astype(np.int64)
+        sequence = batch.sequence[batch.loss_mask]
+        tokens = np.flatnonzero(np.isin(sequence, chosen))
+        old, mu = await self.trainer.score(tokens, None), batch.logp_mu[batch.loss_mask][tokens]
+        _refuse_substitute(self.numerics, self._expected_noise, old, mu)
+        found = self.figures(old - mu, sequence[tokens], version=version)
+        self.events.emit(found)
+        for caution in self.doubts(found):
+            self.events.emit(Warned(version=version, **asdict(caution)))
 
+    def figures(self, log_r_d: NDArray[np.float32], sequence: NDArray[np.int64], *, version: PolicyVersion) -> Calibrated:
+        """The figures of a calibration, of ``r_d = old / mu`` of tokens that mu sampled at lag 0.
 
-async def calibrate(
-    config: CalibrationOptions, trainer: ScoringHandle, batch: TokenBatch, *, version: PolicyVersion, expected_noise: float
-) -> Calibrated:
-    """Measure on some trajectories of the batch in training, evenly spaced.
+        Means and maxima are over the finite ratios, and a ratio that is not finite counts as masked. The expected mean of r_d
+        is 1; its standard error is clustered by trajectory, and inf with fewer than two. `kept` is what the recipe's own mask
+        keeps: rho at lag 0, before the first step; 1 where it has no mask.
 
-    Args:
-        config: Says how many trajectories, and of which engine.
-        trainer: Holds the batch; its live weights are those that sampled it.
-        batch: The first of a run.
-        version: The version that sampled it.
-        expected_noise: Nats by which the engine's numerics change the probe tokens' log-probs at most, with these weights.
-
-    Raises:
-        MissingLogprobError: The engine's log-probs are the trainer's, though the engine's numerics give others.
-    """
-    num = min(config.num_trajectories, batch.num_sequences)
-    chosen = np.linspace(0, batch.num_sequences - 1, num).astype(np.int64)
-    sequence = batch.sequence[batch.loss_mask]
-    tokens = np.flatnonzero(np.isin(sequence, chosen))
-    old, mu = await trainer.score(tokens, None), batch.logp_mu[batch.loss_mask][tokens]
-    _refuse_substitute(config.numerics, expected_noise, old, mu)
-    return measure(config, old - mu, sequence[tokens], version=version)
-
-
-def measure(
-    config: CalibrationOptions, log_r_d: NDArray[np.float32], sequence: NDArray[np.int64], *, version: PolicyVersion
-) -> Calibrated:
-    """The figures of a calibration, of ``r_d = old / mu`` of tokens that mu sampled at lag 0.
-
-    Means and maxima are over the finite ratios, and a ratio that is not finite counts as masked. The expected mean of r_d is 1;
-    its standard error is clustered by trajectory, and inf with fewer than two. `kept` is what the recipe's own mask keeps:
-    rho at lag 0, before the first step; 1 where it has no mask.
-
-    Args:
-        config: Says what the run's own mask keeps.
-        log_r_d: float32 [token], natural logs.
-        sequence: int64 [token]; the trajectory of each.
-        version: The version that sampled them.
-    """
-    has_band = math.isfinite(config.band) and not config.variant.r_d.is_one
-    bands = sorted({*BANDS, config.band} if has_band else BANDS)
-    low, high = config.kept
-    finite = np.isfinite(log_r_d)
-    size = np.abs(log_r_d[finite])
-    r_d = np.exp(log_r_d[finite].astype(np.float64))
-    mean = float(r_d.mean()) if len(r_d) else math.nan
-    return Calibrated(
-        version=version,
-        num_trajectories=len(np.unique(sequence)),
-        num_tokens=len(log_r_d),
-        log_r_d_abs_mean=float(size.mean()) if len(size) else math.nan,
-        log_r_d_abs_max=float(size.max()) if len(size) else math.nan,
-        r_d_mean=mean,
-        r_d_mean_error=_clustered_error(r_d - mean, sequence[finite]),
-        bands=tuple(bands),
-        masked=tuple(_outside(log_r_d, 1 / band, band) for band in bands),
-        kept=1 - _outside(log_r_d, low, high),
-    )
-
-
-def doubts(found: Calibrated, config: CalibrationOptions) -> Iterator[Caution]:
-    """What the figures say about the recipe."""
-    variant, tau = config.variant, config.enough_kept
-    if not variant.r_d.is_one and found.kept < tau:
-        enough = next((band for band, share in zip(found.bands, found.masked, strict=True) if 1 - share >= tau), None)
-        yield Caution(
-            name="tight-band",
-            message=f"band {config.band:g} keeps {found.kept:.1%} of the tokens at lag 0, less than proximal.reset_below = "
-            f"{tau:g}: it masks the engine's own noise" + (f"; band = {enough:g} would keep enough" if enough else ""),
-            figures={"band": config.band, "kept": found.kept, "tau": tau},
+        Args:
+            log_r_d: float32 [token], natural logs.
+            sequence: int64 [token]; the trajectory of each.
+            version: The version that sampled them.
+        """
+        has_band = math.isfinite(self.band) and not self.variant.r_d.is_one
+        bands = sorted({*BANDS, self.band} if has_band else BANDS)
+        low, high = self.kept
+        finite = np.isfinite(log_r_d)
+        size = np.abs(log_r_d[finite])
+        r_d = np.exp(log_r_d[finite].astype(np.float64))
+        mean = float(r_d.mean()) if len(r_d) else math.nan
+        return Calibrated(
+            version=version,
+            num_trajectories=len(np.unique(sequence)),
+            num_tokens=len(log_r_d),
+            log_r_d_abs_mean=float(size.mean()) if len(size) else math.nan,
+            log_r_d_abs_max=float(size.max()) if len(size) else math.nan,
+            r_d_mean=mean,
+            r_d_mean_error=_clustered_error(r_d - mean, sequence[finite]),
+            bands=tuple(bands),
+            masked=tuple(_outside(log_r_d, 1 / band, band) for band in bands),
+            kept=1 - _outside(log_r_d, low, high),
         )
-    if variant.r_d.is_one and found.log_r_d_abs_mean > MISMATCH:
-        where = "the clipped ratio" if variant.corrects_mismatch else "the gradient, uncorrected"
-        yield Caution(
-            name="mismatch",
-            message=f"r_d = 1 leaves the difference between the engines in {where}: mean |log r_d| = "
-            f"{found.log_r_d_abs_mean:.3f} nats at lag 0, above {MISMATCH:g}; variant 'decoupled_exact' takes it out",
-            figures={"log_r_d_abs_mean": found.log_r_d_abs_mean, "threshold": MISMATCH},
-        )
-    if abs(found.r_d_mean - 1) > max(MEAN_ERRORS * found.r_d_mean_error, MEAN_FLOOR):
-        yield Caution(
-            name="two-distributions",
-            message=f"the mean of r_d over tokens that mu sampled is {found.r_d_mean:.4f} +- {found.r_d_mean_error:.4f}, not 1:"
-            " the engine's log-probs are not those of the distribution that it samples from (temperature, support)",
-            figures={"r_d_mean": found.r_d_mean, "r_d_mean_error": found.r_d_mean_error},
-        )
+
+    def doubts(self, found: Calibrated) -> Iterator[Caution]:
+        """What the figures say about the recipe."""
+        variant, tau = self.variant, self.enough_kept
+        if not variant.r_d.is_one and found.kept < tau:
+            enough = next((band for band, share in zip(found.bands, found.masked, strict=True) if 1 - share >= tau), None)
+            yield Caution(
+                name="tight-band",
+                message=f"band {self.band:g} keeps {found.kept:.1%} of the tokens at lag 0, less than proximal.reset_below = "
+                f"{tau:g}: it masks the engine's own noise" + (f"; band = {enough:g} would keep enough" if enough else ""),
+                figures={"band": self.band, "kept": found.kept, "tau": tau},
+            )
+        if variant.r_d.is_one and found.log_r_d_abs_mean > MISMATCH:
+            where = "the clipped ratio" if variant.corrects_mismatch else "the gradient, uncorrected"
+            yield Caution(
+                name="mismatch",
+                message=f"r_d = 1 leaves the difference between the engines in {where}: mean |log r_d| = "
+                f"{found.log_r_d_abs_mean:.3f} nats at lag 0, above {MISMATCH:g}; variant 'decoupled_exact' takes it out",
+                figures={"log_r_d_abs_mean": found.log_r_d_abs_mean, "threshold": MISMATCH},
+            )
+        if abs(found.r_d_mean - 1) > max(MEAN_ERRORS * found.r_d_mean_error, MEAN_FLOOR):
+            yield Caution(
+                name="two-distributions",
+                message=f"the mean of r_d over tokens that mu sampled is {found.r_d_mean:.4f} +- {found.r_d_mean_error:.4f}, "
+                "not 1: the engine's log-probs are not those of the distribution that it samples from (temperature, support)",
+                figures={"r_d_mean": found.r_d_mean, "r_d_mean_error": found.r_d_mean_error},
+            )
 
 
 def _refuse_substitute(numerics: str, expected_noise: float, old: NDArray[np.float32], mu: NDArray[np.float32]) -> None:

@@ -24,8 +24,8 @@ from dataclasses import asdict, replace
 
 import torch
 
-from oldlogits.batch import TokenBatch, collate
-from oldlogits.config import Caution
+from oldlogits.batch.collate import TokenBatch, collate
+from oldlogits.config.guard import Caution
 from oldlogits.core.errors import NonFiniteError
 from oldlogits.core.scoring import BatchTokens, Scored
 from oldlogits.core.source import LogprobSource
@@ -35,7 +35,7 @@ from oldlogits.loop.backend import Backend
 from oldlogits.loop.calibration import Calibrator
 from oldlogits.loop.evaluation import Evaluator
 from oldlogits.loop.metrics import UpdateTimer, batch_metrics, counters, queue_metrics, usage_metrics
-from oldlogits.loop.state import LoopState
+from oldlogits.loop.resume import LoopState
 from oldlogits.loop.task import LoopConfig, Task
 from oldlogits.loop.weight_sync import WeightSync
 from oldlogits.objective import group_advantages
@@ -68,9 +68,9 @@ class Loop:
         self._config, self._task, self._backend, self.source = config, task, backend, source
         self._sync, self._audit, self._calibrator = sync, audit, calibrator
         self._recording, self._events = recording, recording.events
-        self._evaluator = Evaluator(task, recording.events, backend.clock, num_running=config.eval_concurrent)
-        bound = StalenessBound(max_staleness=config.max_lag, prompts_per_update=config.prompts_per_update)
-        self.buffer = Buffer(bound, filter_uniform=config.filter_uniform)
+        self._evaluator = Evaluator(task, recording.events, backend.clock, num_running=config.eval.max_concurrent)
+        bound = StalenessBound(max_staleness=config.max_lag, prompts_per_update=config.rollout.prompts_per_update)
+        self.buffer = Buffer(bound, filter_uniform=config.rollout.filter_uniform)
         self.state = LoopState()
         self.version = 0
         self._num_trained = 0
@@ -94,12 +94,12 @@ class Loop:
         for caution in cautions:
             self._events.emit(Warned(version=self.version, **asdict(caution)))
         try:
-            await self._sync.give(await self._publish(), None)
+            await self._sync.give(await self._publish())
             if not self.state.num_updates and not self.state.is_evaluated:
-                await self._evaluator.play("before", self._config.num_eval, version=self.version)
+                await self._evaluator.play("before", self._config.eval.num_episodes, version=self.version)
                 self.state.is_evaluated = True
             await self._train()
-            await self._evaluator.play("after", self._config.num_eval, version=self.version)
+            await self._evaluator.play("after", self._config.eval.num_episodes, version=self.version)
         finally:
             await self.source.close()
 
@@ -127,8 +127,8 @@ class Loop:
             source=self.source,
             events=self._events,
             tasks=tasks,
-            group_size=self._config.group_size,
-            max_running_groups=self._config.max_running_groups,
+            group_size=self._config.rollout.group_size,
+            max_running_groups=self._config.rollout.running_limit,
             first_row=self.state.next_row,
             restart_rows=self.state.unfinished_rows,
         )
@@ -136,7 +136,7 @@ class Loop:
         return rollouts
 
     def _admit(self, rollouts: Rollouts) -> None:
-        per_version = self._config.prompts_per_update
+        per_version = self._config.rollout.prompts_per_update
         rollouts.admit(
             self.version,
             num_wanted=(self._config.num_updates - self.version) * per_version,
@@ -166,7 +166,8 @@ class Loop:
             batch = collate(groups, self._advantages(groups), num_steps=self._config.minibatches)
             tokens = self._entering(batch)
             await trainer.put_batch(batch)
-            paused = await self._sync.pause() if self.source.needs_pause else None
+            if self.source.needs_pause:
+                await self._sync.pause()
             scored = await self._score(tokens, batch.versions)
         audited = await self._audit.score(tokens)
         if not self.state.num_updates:
@@ -175,7 +176,7 @@ class Loop:
             result = await self._step(scored)
         with timer.part("publish"):
             published = await self._publish()
-            stall_s = await self._sync.give(published, paused)
+            stall_s = await self._sync.give(published)
             self.buffer.confirm_trained()
             self.source.drop(batch.trajectory_ids)
             self.buffer.check()
@@ -296,10 +297,10 @@ class Loop:
     async def _between_updates(self, rollouts: Rollouts) -> None:
         """Evaluate and write a checkpoint, where they are due."""
         done = self.version >= self._config.num_updates
-        every = self._config.eval_every
-        if every and self.version % every == 0 and not (done and self._config.num_eval):
-            await self._evaluator.play("during", self._config.num_eval_during, version=self.version)
-        every = self._config.checkpoint_every
+        held_out, every = self._config.eval, self._config.eval.every
+        if every and self.version % every == 0 and not (done and held_out.num_episodes):
+            await self._evaluator.play("during", held_out.num_episodes_during, version=self.version)
+        every = self._config.record.checkpoint_every
         if done or (every and self.version % every == 0):
             self._remember_rows(rollouts)
             saving = asyncio.create_task(self.checkpoint())

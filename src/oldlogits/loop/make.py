@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from oldlogits.config import RunConfig
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.policies import find_variant
 from oldlogits.core.weights import PolicyVersion
-from oldlogits.loop.audit import AuditOptions, ExactAudit
+from oldlogits.loop.audit import ExactAudit
 from oldlogits.loop.backend import Backend
-from oldlogits.loop.calibration import CalibrationOptions, Calibrator
+from oldlogits.loop.calibration import Calibrator
 from oldlogits.loop.loop import Loop
 from oldlogits.loop.task import LoopConfig, Task
 from oldlogits.loop.weight_sync import WeightSync
@@ -25,8 +25,8 @@ def make_loop(config: RunConfig, task: Task, backend: Backend, recording: Record
         backend,
         source,
         sync=WeightSync(config.engine, config.sampling, task.probe_ids, backend, source, recording.events),
-        audit=ExactAudit(AuditOptions.of(config), backend.trainer, recording.events, backend.clock),
-        calibrator=Calibrator(CalibrationOptions.of(config), backend.trainer, recording.events),
+        audit=ExactAudit.of(config, backend.trainer, recording.events, backend.clock),
+        calibrator=Calibrator.of(config, backend.trainer, recording.events),
         recording=recording,
     )
 

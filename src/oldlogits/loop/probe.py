@@ -81,14 +81,9 @@ async def probe(
     version: PolicyVersion,
     allowed: AllowedError,
 ) -> ProbeResult:
-    """Compare the engine's log-probs of the probe tokens with those that `version` must give them.
+    """Compare the engine's log-probs of the probe tokens with those that the published `version` must give them.
 
-    Args:
-        engine: The engine, which should hold `version`.
-        probe_ids: The fixed prompt.
-        expected: float32 [len(probe_ids) - 1]: the trainer's log-probs, with the engine's numerics, at publish.
-        version: The published version.
-        allowed: The allowed error, from `allowed_error`.
+    `expected`, float32 [len(probe_ids) - 1], are the trainer's log-probs with the engine's numerics at publish.
 
     Raises:
         ProbeError: They differ by more, or the engine sampled with another version.

@@ -1,14 +1,50 @@
-"""Going on with a run: what a recipe may not change, and what is drawn anew."""
+"""Going on with a run: what it needs from a checkpoint, what its recipe may not change, and what is drawn anew."""
 
 from __future__ import annotations
 
+import json
 import random
 import tomllib
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Final
 
-from oldlogits.config import RunConfig, config_from_table
+from oldlogits.config.load import config_from_table
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import RunFolderError
 from oldlogits.record.folder import RunFolder
+
+FILE: Final = "state/loop.json"
+"""Where the state of the loop lies in a checkpoint."""
+
+
+@dataclass(slots=True, kw_only=True)
+class LoopState:
+    """What the loop needs to go on from a checkpoint, besides the trainer's own state.
+
+    Args:
+        num_events: Events recorded when it was written; None: the run begins. Those after them are done anew.
+        is_evaluated: Whether the evaluation before the first update is done.
+        next_row: The first training row that was never started.
+        unfinished_rows: The rows of the groups in flight, which a resumed run starts anew.
+        account: Trajectories by what became of them.
+    """
+
+    num_updates: int = 0
+    num_events: int | None = None
+    is_evaluated: bool = False
+    next_row: int = 0
+    unfinished_rows: list[int] = field(default_factory=list)
+    account: dict[str, int] = field(default_factory=dict)
+
+    def write(self, checkpoint: Path) -> None:
+        """Write it into the folder of a checkpoint."""
+        (checkpoint / FILE).write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> LoopState:
+        """Read what `write` wrote."""
+        return cls(**json.loads((checkpoint / FILE).read_text(encoding="utf-8")))
 
 
 def refuse_another_run(config: RunConfig, folder: RunFolder) -> None:
@@ -40,7 +76,6 @@ def sampler_seed(seed: int, num_updates: int) -> int:
 
 def _identity(config: RunConfig) -> dict[str, object]:
     """What makes it the same experiment, by dotted key."""
-    model = {f"model.{key}": value for key, value in asdict(config.model).items()}
     return {
         "variant": config.variant,
         "proximal.source": config.proximal.source,
@@ -49,5 +84,5 @@ def _identity(config: RunConfig) -> dict[str, object]:
         "engine.precision": config.engine.precision,
         **{f"env.{key}": value for key, value in asdict(config.env).items()},
         **{f"objective.{key}": value for key, value in asdict(config.objective).items()},
-        **model,
+        **{f"model.{key}": value for key, value in asdict(config.model).items()},
     }

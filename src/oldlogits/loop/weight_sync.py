@@ -6,11 +6,12 @@ pause -> source.on_paused -> update_weights -> resume -> probe, consistency chec
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 
-from oldlogits.config.schema import EngineConfig, SamplingConfig
+from oldlogits.config.schema import SamplingConfig
+from oldlogits.config.systems import EngineConfig
 from oldlogits.core.engine import RolloutEngine, trajectory_of
 from oldlogits.core.errors import ConfigError, ReceiverBehindError
 from oldlogits.core.source import LogprobSource
@@ -21,23 +22,6 @@ from oldlogits.record.bus import EventSink
 from oldlogits.record.events import Probed, WeightsUpdated
 from oldlogits.rollout.turns import sampled_segments
 from oldlogits.train.reports import PublishedVersion
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SyncResult:
-    """What brought the engine a version: bytes that travelled, refused ones included; and why a patch was refused."""
-
-    num_bytes: int
-    is_patch: bool
-    refused: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Paused:
-    """Since when the engine stands still, and how long it took to come to rest."""
-
-    at_s: float
-    pause_s: float
 
 
 class WeightSync:
@@ -61,42 +45,51 @@ class WeightSync:
         check_partials(source, backend.engine)
         self._config, self._sampling, self._probe_ids, self._backend = config, sampling, probe_ids, backend
         self._source, self._events = source, events
+        self._paused: tuple[float, float] | None = None
 
-    async def pause(self) -> Paused:
-        """Bring the engine to rest, and tell the source what unfinished turns have sampled so far."""
+    async def pause(self) -> tuple[float, float]:
+        """Bring the engine to rest until the next `give`, and tell the source what unfinished turns have sampled so far.
+
+        Returns:
+            Since when the engine stands still, and the seconds that it took to come to rest.
+        """
         engine, clock, started = self._backend.engine, self._backend.clock, self._backend.clock()
         await engine.pause("keep", self._config.kv)
-        paused = Paused(at_s=clock(), pause_s=clock() - started)
+        self._paused = clock(), clock() - started
         if self._source.needs_partials and engine.capabilities.partials:
             temperature = self._sampling.temperature
             partials = await engine.partials()
             await self._source.on_paused({trajectory_of(i): sampled_segments(g, temperature) for i, g in partials.items()})
-        return paused
+        return self._paused
 
-    async def give(self, published: PublishedVersion, paused: Paused | None) -> float:
+    async def give(self, published: PublishedVersion) -> float:
         """Give the engine the new weights, let it go on, and check it; returns the seconds that it stood still.
 
-        Args:
-            published: The new version.
-            paused: The result of `pause`; None: pause now.
+        An engine that does not go on from what it holds is given all weights. The engine is paused unless it is already.
 
         Raises:
             ProbeError: The engine does not hold the version as the trainer published it.
         """
         engine, clock, version = self._backend.engine, self._backend.clock, published.version
-        paused = paused or await self.pause()
-        started = clock()
-        sent = await self._send(published)
+        paused_at, pause_s = self._paused or await self.pause()
+        started, sent, refused = clock(), published.update, ""
+        num_bytes = sent.num_bytes
+        try:
+            await engine.update_weights(sent, version)
+        except ReceiverBehindError as error:
+            sent, refused = await self._backend.trainer.full_weights(), str(error)
+            num_bytes += sent.num_bytes
+            await engine.update_weights(sent, version)
         await engine.resume()
-        resumed = clock()
-        stall_s = resumed - paused.at_s
+        resumed, self._paused = clock(), None
+        stall_s = resumed - paused_at
         self._events.emit(
             WeightsUpdated(
                 version=version,
-                sent="patch" if sent.is_patch else "full",
-                bytes=sent.num_bytes,
-                refused=sent.refused,
-                pause_s=paused.pause_s,
+                sent="patch" if isinstance(sent, PatchWeights) else "full",
+                bytes=num_bytes,
+                refused=refused,
+                pause_s=pause_s,
                 load_s=resumed - started,
                 stall_s=stall_s,
             )
@@ -104,17 +97,6 @@ class WeightSync:
         await self._check(published)
         await self._source.on_published(version, published.update, published.probe_logps)
         return stall_s
-
-    async def _send(self, published: PublishedVersion) -> SyncResult:
-        """Give the engine the update, or all weights if it cannot go on from what it holds."""
-        engine, update = self._backend.engine, published.update
-        try:
-            await engine.update_weights(update, published.version)
-        except ReceiverBehindError as error:
-            full = await self._backend.trainer.full_weights()
-            await engine.update_weights(full, published.version)
-            return SyncResult(num_bytes=update.num_bytes + full.num_bytes, is_patch=False, refused=str(error))
-        return SyncResult(num_bytes=update.num_bytes, is_patch=isinstance(update, PatchWeights))
 
     async def _check(self, published: PublishedVersion) -> None:
         """Probe the engine, every replica of it, and ask the trainer for its checks; the worst of each counts."""

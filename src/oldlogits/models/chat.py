@@ -7,87 +7,19 @@ template(messages)                                            -> the text; where
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Final, Literal, Protocol
+from functools import cache, lru_cache, partial
+from typing import Final
 
-from jinja2 import TemplateError
-
+from oldlogits.core.environment import AS_IT_IS, ChatOptions
 from oldlogits.core.errors import ConfigError
-from oldlogits.models.content import ContentEncoder, Encoder, Span
+from oldlogits.models.content import ContentEncoder, Span
+from oldlogits.models.template import SENTINEL, ChatTokenizer, Role, Template
 
-Message = Mapping[str, str]
-"""``{"role": ..., "content": ...}``."""
-
-Role = Literal["tool", "user"]
-Place = Literal["template", "system", "user"]
-
-NAMES_ONLY: Final = "{#- oldlogits: tools by name -#}"
-"""A template that holds this comment shows the names of tools and nothing else of them, and means to."""
-
-_SENTINEL: Final = "SENTINEL7Q"
-_SENTINEL_TOOL: Final = {
-    "type": "function",
-    "function": {
-        "name": "SENTINEL7Qname",
-        "description": "SENTINEL7Qdescription",
-        "parameters": {
-            "type": "object",
-            "properties": {"SENTINEL7Qparameter": {"type": "string"}},
-            "required": ["SENTINEL7Qparameter"],
-        },
-    },
-}
 _NUM_CACHED: Final = 4096
 """Continuations that are kept: tool results repeat, and rendering a template costs more than an environment step."""
 _LARGEST_CACHED: Final = 4096
 """Characters of the longest words whose continuation is kept."""
-
-_HOW_TO_FIX: Final = "set model.chat_tools = 'system' or 'user', or use the chat template of a model that calls tools"
-
-
-class ChatTokenizer(Encoder, Protocol):
-    """The part of a Hugging Face tokenizer that is used here."""
-
-    eos_token_id: int | None
-    chat_template: object
-
-    def apply_chat_template(
-        self,
-        conversation: Sequence[Message],
-        *,
-        tools: object,
-        add_generation_prompt: bool,
-        tokenize: Literal[False],
-        **options: object,
-    ) -> str:
-        """Write the conversation as text."""
-
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
-        """Give the text of token ids."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatOptions:
-    """How conversations are written.
-
-    Args:
-        tools_in: Where tools are described. "template": the chat template does it. "system", "user": in the system message,
-            or at the beginning of the first user message together with the system prompt, for templates without tools or
-            without a system role; results of tools are then user messages.
-        template_kwargs: Further variables of the template, such as ``enable_thinking``.
-        eos_ids: Tokens besides the tokenizer's own eos that end a turn, as ``generation_config.json`` lists them.
-    """
-
-    tools_in: Place = "template"
-    template_kwargs: Mapping[str, object] = field(default_factory=dict)
-    eos_ids: tuple[int, ...] = ()
-
-
-AS_IT_IS: Final = ChatOptions()
-"""The template writes everything."""
 
 
 class ChatFormat:
@@ -103,8 +35,8 @@ class ChatFormat:
         options: How conversations are written.
 
     Raises:
-        ConfigError: The template does not write an assistant turn as its content followed by an end-of-turn token, or drops
-            something that the model must read.
+        ConfigError: The template does not write an assistant turn as its content followed by an end-of-turn token, drops
+            something that the model must read, or changes what the model has read.
     """
 
     def __init__(
@@ -114,10 +46,11 @@ class ChatFormat:
         system_prompt: str = "",
         options: ChatOptions = AS_IT_IS,
     ) -> None:
-        self._tokenizer, self._encoder = tokenizer, ContentEncoder(tokenizer)
-        self._tools, self._system, self._options = list(tools), system_prompt, options
-        after = self._after_turn([], add_generation_prompt=False)
-        ids = self._encoder.encode(after)
+        self._tokenizer, self._encoder, self._system = tokenizer, ContentEncoder(tokenizer), system_prompt
+        self._template = Template(tokenizer, tools, options)
+        after = self._template.after_turn()
+        self._gap: Final = after[: len(after) - len(after.lstrip(" "))]
+        ids = self._encoder.encode(after.lstrip(" "))
         if not self._encoder.control_ids(ids[:1]):
             raise ConfigError(
                 "the chat template does not end an assistant turn with a token of its own",
@@ -126,16 +59,16 @@ class ChatFormat:
                 fix="use an instruct model's chat template",
             )
         self.end_of_turn_id: Final[int] = ids[0]
-        self._end_of_turn: Final = self._decode([ids[0]])
-        self._check_shown()
-        self._after = {role: self._after_turn([self._message(role, _SENTINEL)]) for role in ("tool", "user")}
-        self._kept = lru_cache(maxsize=_NUM_CACHED)(self._continue)
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
+        eos = tokenizer.eos_token_id
+        every_end = (ids[0], *(() if eos is None else (eos,)), *options.eos_ids)
+        self.stop_ids: Final[tuple[int, ...]] = tuple(dict.fromkeys(every_end))
         """Sampling a turn ends after any of these: the end-of-turn token, and every eos of tokenizer and generation config."""
-        eos = self._tokenizer.eos_token_id
-        return tuple(dict.fromkeys((self.end_of_turn_id, *(() if eos is None else (eos,)), *self._options.eos_ids)))
+        self._end_of_turn: Final = self._decode([ids[0]])
+        self._template.check(bool(system_prompt))
+        self._bare = cache(partial(self._after, content=SENTINEL))
+        self._kept = lru_cache(maxsize=_NUM_CACHED)(self._continue)
+        self._head: Final = self._encoder.from_last_control(self._end_of_turn + self._bare("user"))
+        self._turns: Final = ContentEncoder(tokenizer, {*self.stop_ids, *self._control("user")})
 
     def prompt_ids(self, opening: str, system: str | None = None) -> list[int]:
         """Give the tokens up to the start of the first assistant turn.
@@ -146,13 +79,13 @@ class ChatFormat:
 
         Raises:
             ContentError: These words cannot be encoded without control tokens.
+            ConfigError: The template refuses them.
         """
-        own = self._system if system is None else system
-        text = self._render(self._opening(own, opening))
-        words = [_words(self._render(self._opening(own, _SENTINEL)), text)]
+        write, own = self._template.opening, self._system if system is None else system
+        text = write(own, opening)
+        words, bare = [_words(write(own, SENTINEL), text)], write(own if system is None else SENTINEL, SENTINEL)
         if system is not None:
-            words = sorted([_words(self._render(self._opening(_SENTINEL, opening)), text), *words])
-        bare = self._render(self._opening(own if system is None else _SENTINEL, _SENTINEL))
+            words = sorted([_words(write(SENTINEL, opening), text), *words])
         control = self._encoder.control_ids(self._encoder.encode(bare))
         return self._encoder.encode_around(text, words, control_ids=control, anchor=self._end_of_turn, is_start=True)
 
@@ -161,6 +94,7 @@ class ChatFormat:
 
         Raises:
             ContentError: The content cannot be encoded without control tokens.
+            ConfigError: The template refuses it.
         """
         return list((self._kept if len(content) <= _LARGEST_CACHED else self._continue)(role, content))
 
@@ -170,82 +104,34 @@ class ChatFormat:
         return self._decode(kept)
 
     def turn_ids(self, text: str) -> list[int]:
-        """Give the tokens of an assistant turn that a demonstrator wrote, the end-of-turn token included."""
-        return [*self._encoder.encode(text), self.end_of_turn_id]
+        """Give the tokens of an assistant turn that a demonstrator wrote, the end-of-turn token included.
+
+        It may hold control tokens of its own, such as the marks of a call, but none with which a turn begins or ends.
+        """
+        said = text + self._gap
+        words = [(0, len(text))]
+        return [
+            *self._turns.encode_around(said, words, control_ids=(), anchor=self._head, is_start=False),
+            self.end_of_turn_id,
+        ]
+
+    def call_text(self, name: str, arguments: Mapping[str, object]) -> str:
+        """Give the assistant turn that the template writes for a call; empty where it writes none."""
+        return self._template.call_text(name, arguments).partition(self._end_of_turn)[0]
 
     def _continue(self, role: Role, content: str) -> tuple[int, ...]:
-        bare, text = self._after[role], self._after_turn([self._message(role, content)])
-        control = self._encoder.control_ids(self._encoder.encode_after(self._end_of_turn, bare))
-        return tuple(
-            self._encoder.encode_around(
-                text, [_words(bare, text)], control_ids=control, anchor=self._end_of_turn, is_start=False
-            )
-        )
+        text = self._after(role, content)
+        words, control, anchor = [_words(self._bare(role), text)], self._control(role), self._end_of_turn
+        return tuple(self._encoder.encode_around(text, words, control_ids=control, anchor=anchor, is_start=False))
 
-    def _opening(self, system: str, opening: str) -> list[Message]:
-        """The messages before the first assistant turn, the tools among them where the template does not write them."""
-        told = "\n\n".join(filter(None, [system, self._told_tools()]))
-        if self._options.tools_in == "user":
-            return [{"role": "user", "content": "\n\n".join(filter(None, [told, opening]))}]
-        return [*([{"role": "system", "content": told}] if told else []), {"role": "user", "content": opening}]
+    def _control(self, role: Role) -> list[int]:
+        """The control tokens that the template writes between two turns."""
+        return self._encoder.control_ids(self._encoder.encode_after(self._end_of_turn, self._bare(role)))
 
-    def _told_tools(self) -> str:
-        """The tools in words; empty where there are none or the template writes them."""
-        if self._options.tools_in == "template" or not self._tools:
-            return ""
-        lines = [json.dumps(tool["function"], ensure_ascii=False) for tool in self._tools]
-        return "\n".join(["These tools can be called:", *lines])
-
-    def _message(self, role: Role, content: str) -> Message:
-        if role == "tool" and self._options.tools_in != "template":
-            return {"role": "user", "content": f"Result of the call:\n{content}"}
-        return {"role": role, "content": content}
-
-    def _after_turn(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """What the template writes after the content of an assistant turn that `messages` follow; the end of turn left out."""
-        dummy = [*self._opening("", "hi"), {"role": "assistant", "content": _SENTINEL}]
-        text = self._render([*dummy, *messages], add_generation_prompt=add_generation_prompt)
-        _, found, after = text.partition(_SENTINEL)
-        if not found:
-            raise _drops("the content of assistant turns", text)
-        after = after.lstrip(" ")
-        return after.removeprefix(self._end_of_turn) if messages else after
-
-    def _check_shown(self) -> None:
-        """Refuse a template that leaves out what the model must read."""
-        text = self._render(
-            self._opening(f"{_SENTINEL}system" if self._system else "", f"{_SENTINEL}user"), tools=_SENTINEL_TOOL
-        )
-        wanted = {"user messages": f"{_SENTINEL}user"}
-        if self._system:
-            wanted["the system message"] = f"{_SENTINEL}system"
-        if self._tools and self._options.tools_in == "template":
-            shown = ("name",) if NAMES_ONLY in str(self._tokenizer.chat_template) else ("name", "description", "parameter")
-            wanted |= {f"the {part} of a tool": f"{_SENTINEL}{part}" for part in shown}
-        for what, sentinel in wanted.items():
-            if sentinel not in text:
-                raise _drops(what, text)
-        for role in ("tool", "user") if self._tools else ("user",):
-            if _SENTINEL not in (after := self._after_turn([self._message(role, _SENTINEL)])):
-                raise _drops("results of tools" if role == "tool" else "user messages", after)
-
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, tools: object = None) -> str:
-        of_template = [tools] if tools else self._tools
-        try:
-            return self._tokenizer.apply_chat_template(
-                messages,
-                tools=of_template if self._tools and self._options.tools_in == "template" else None,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-                **self._options.template_kwargs,
-            )
-        except (TemplateError, TypeError, KeyError) as error:
-            raise ConfigError(
-                "the chat template refuses a conversation with " + ", ".join(dict.fromkeys(m["role"] for m in messages)),
-                got=f"{type(error).__name__}: {error}",
-                allowed="a template for system, user, assistant and tool messages",
-                fix=_HOW_TO_FIX,
-            ) from error
+    def _after(self, role: Role, content: str) -> str:
+        """What the template writes after an end-of-turn token when `content` follows."""
+        after = self._template.after_turn(then=self._template.message(role, content))
+        return after.lstrip(" ").removeprefix(self._end_of_turn)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -253,7 +139,7 @@ class ChatFormat:
 
 def _words(bare: str, text: str) -> Span:
     """Where `text` differs from what the template writes around the sentinel."""
-    head, _, tail = bare.partition(_SENTINEL)
+    head, _, tail = bare.partition(SENTINEL)
     if text.startswith(head) and text.endswith(tail) and len(head) + len(tail) <= len(text):
         return len(head), len(text) - len(tail)
     start = _num_shared(bare, text)
@@ -263,12 +149,3 @@ def _words(bare: str, text: str) -> Span:
 def _num_shared(a: str, b: str) -> int:
     """Characters with which both begin."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _drops(what: str, text: str) -> ConfigError:
-    return ConfigError(
-        f"the chat template drops {what}",
-        got=repr(text[:400]),
-        allowed="a template that writes all that the model must read",
-        fix=_HOW_TO_FIX,
-    )

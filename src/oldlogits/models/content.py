@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Protocol
+from typing import Final, Protocol
 
 from oldlogits.core.errors import ContentError
+
+_MOST_APART: Final = 10_000
+"""The most characters that are encoded one by one, which takes a second."""
 
 Span = tuple[int, int]
 """Where somebody's words begin and end in a text, in characters."""
@@ -32,13 +35,16 @@ class ContentEncoder:
     """Encodes what a chat template has written around somebody's words.
 
     Args:
-        tokenizer: Any tokenizer of Hugging Face; all of its added tokens count as control tokens, but for that of unknown
-            words, which words may well become.
+        tokenizer: Any tokenizer of Hugging Face.
+        only: The tokens that count as control tokens; None: all of its added ones, marks of tool calls among them, but for
+            that of unknown words, which words may well become.
     """
 
-    def __init__(self, tokenizer: Encoder) -> None:
+    def __init__(self, tokenizer: Encoder, only: Collection[int] | None = None) -> None:
         self._tokenizer = tokenizer
-        control = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items() if id != tokenizer.unk_token_id}
+        added = tokenizer.added_tokens_decoder
+        counted = added.keys() - {tokenizer.unk_token_id} if only is None else only
+        control = {id: str(token) for id, token in added.items() if id in counted}
         self._control = frozenset(control)
         spellings = sorted(filter(None, control.values()), key=len, reverse=True)
         self._spelling = re.compile("|".join(map(re.escape, spellings)) or r"(?!)")
@@ -51,9 +57,15 @@ class ContentEncoder:
         """Encode a text of the template that follows a control token, which is left out of the result.
 
         Alone it would be encoded as the beginning of a text is: with another first token, or with a line break that belongs
-        to the control token.
+        to the control token. The anchor may go on after its control token; where its end would then be one token with the
+        beginning of the text, the text is encoded alone.
         """
-        return self.encode(anchor + text)[len(self.encode(anchor)) :]
+        before, ids = self.encode(anchor), self.encode(anchor + text)
+        return ids[len(before) :] if ids[: len(before)] == before else self.encode(text)
+
+    def from_last_control(self, text: str) -> str:
+        """Give the text from its last control token on."""
+        return text[max((match.start() for match in self._spelling.finditer(text)), default=0) :]
 
     def control_ids(self, ids: Sequence[int]) -> list[int]:
         """Give the control tokens among token ids, in order."""
@@ -72,9 +84,11 @@ class ContentEncoder:
             is_start: Whether the text begins a conversation; otherwise it follows the anchor.
 
         Raises:
-            ContentError: Control tokens arise from the words even one character at a time.
+            ContentError: Control tokens arise from the words even one character at a time, which is tried up to
+                `_MOST_APART` characters.
         """
-        every_one = (i for start, end in words for i in range(start, end + 1))
+        is_short = sum(end - start for start, end in words) <= _MOST_APART
+        every_one = (i for start, end in words if is_short for i in range(start, end + 1))
         for cuts in (self._cuts(text, words), every_one):
             ids: list[int] = []
             for start, end in pairwise([0, *cuts, len(text)]):

@@ -48,9 +48,8 @@ def add_adapters(model: PreTrainedModel, *, rank: int, alpha: float, targets: Se
         from peft import inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
     except ImportError as error:
-        raise ConfigError(
-            "model.lora_rank needs peft", got=str(error), allowed="peft 0.17 or newer", fix="pip install 'oldlogits[lora]'"
-        ) from error
+        allowed, fix = "peft 0.18 or newer", "pip install 'oldlogits[lora]'"
+        raise ConfigError("model.lora_rank needs peft", got=str(error), allowed=allowed, fix=fix) from error
     inject_adapter_in_model(_lora_config(rank, alpha, targets), model)
     for module in model.modules():
         if isinstance(module, LoraLayer):

@@ -22,7 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from oldlogits.batch import KVChain, MicroBatch, TokenBatch, kv_chains, micro_batches, segment_sequences
+from oldlogits.batch.collate import TokenBatch
+from oldlogits.batch.kv_segments import KVChain, kv_chains, segment_sequences
+from oldlogits.batch.pad import MicroBatch, micro_batches
 from oldlogits.models.ranks import ALONE, Ranks
 from oldlogits.models.scorer import ForwardSizes, head_logps, score_tokens
 from oldlogits.models.sharding import in_one_forward

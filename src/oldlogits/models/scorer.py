@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from oldlogits.batch import MicroBatch, Sequences, shard_micro_batches
+from oldlogits.batch.pad import MicroBatch
+from oldlogits.batch.sequences import Sequences
+from oldlogits.batch.shard import shard_micro_batches
 from oldlogits.models.head import logits_of
 from oldlogits.models.ranks import ALONE, Ranks
 from oldlogits.models.sharding import in_one_forward

@@ -7,44 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from enum import StrEnum
 from typing import ClassVar, Protocol
 
 from oldlogits.record.jsonl import Json
-
-
-class EventKind(StrEnum):
-    """The name of each kind in ``events.jsonl``."""
-
-    RUN_STARTED = "run_started"
-    WARM_START = "warm_start"
-    EVALUATION = "evaluation"
-    GROUP_ADMITTED = "group_admitted"
-    GROUP_CLOSED = "group_closed"
-    TRAJECTORY_FAILED = "trajectory_failed"
-    TRAJECTORY_RESTARTED = "trajectory_restarted"
-    BATCH = "batch"
-    SCORED = "scored"
-    UPDATE = "update"
-    PUBLISHED = "published"
-    WEIGHTS_UPDATED = "weights_updated"
-    SERVER_DOWN = "server_down"
-    SERVER_UP = "server_up"
-    PROBE = "probe"
-    CALIBRATION = "calibration"
-    AUDIT = "audit"
-    AVERAGE_RESET = "average_reset"
-    CHECKPOINT = "checkpoint"
-    WARNING = "warning"
-    RUN_ENDED = "run_ended"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     """Something happened while the trainer was at `version`; -1: before there was a version."""
 
-    kind: ClassVar[EventKind | None] = None
-    """The kind in the file; None: it is shown, and never recorded."""
+    kind: ClassVar[str] = ""
+    """The name of the kind in ``events.jsonl``; empty: it is shown, and never recorded."""
 
     version: int
 

@@ -10,12 +10,12 @@ from typing import Final, Literal, cast
 
 from pydantic import TypeAdapter, ValidationError
 
+from oldlogits.core.environment import Split
 from oldlogits.core.trajectory import Sampled, Segment, Trajectory
 from oldlogits.record.bus import Event
 from oldlogits.record.events import Evaluated, Updated
 from oldlogits.record.jsonl import LineFile, RecordError, read_lines
 
-Split = Literal["train", "heldout"]
 Stage = Literal["train", "before", "during", "after"]
 Decode = Callable[[Sequence[int]], str]
 """Token ids to text."""
@@ -63,28 +63,18 @@ class Episode:
     segments: tuple[EpisodeSegment, ...] = ()
 
 
-class EpisodeLog(LineFile):
-    """Appends episodes to ``episodes.jsonl``."""
-
-    def take(self, episode: Episode) -> None:
-        """Write one episode."""
-        self.append(asdict(episode))
-
-
 class EpisodeRecorder:
     """Writes the episodes of updates and, a few of each, of evaluations.
 
     Args:
-        log: The file to write to.
+        file: The file to write to, ``episodes.jsonl``.
         decode: Turns token ids into text, for transcripts.
         every: Updates between two of which the first group is written with its text; 0: none is.
         others: Whoever else takes each episode.
     """
 
-    def __init__(
-        self, log: EpisodeLog, decode: Decode, *, every: int, others: Sequence[Callable[[Episode], None]] = ()
-    ) -> None:
-        self._take, self._decode, self._every = (log.take, *others), decode, every
+    def __init__(self, file: LineFile, decode: Decode, *, every: int, others: Sequence[Callable[[Episode], None]] = ()) -> None:
+        self._file, self._decode, self._every, self._others = file, decode, every, others
 
     def emit(self, event: Event) -> None:
         """Write the episodes that an event brings."""
@@ -110,7 +100,8 @@ class EpisodeRecorder:
             versions=trajectory.versions,
             segments=tuple(map(self._segment, trajectory.segments)) if with_text else (),
         )
-        for take in self._take:
+        self._file.append(asdict(episode))
+        for take in self._others:
             take(episode)
 
     def _segment(self, segment: Segment) -> EpisodeSegment:
@@ -141,7 +132,7 @@ def read_episodes(path: Path) -> Iterator[Episode]:
     adapter = TypeAdapter(Episode)
     for line in read_lines(path):
         try:
-            yield adapter.validate_python(line)
+            yield adapter.validate_python(line, extra="forbid")
         except ValidationError as error:
             raise RecordError(
                 f"a line of {path.name} is no episode",

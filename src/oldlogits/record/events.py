@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from oldlogits.core.trajectory import Trajectory
-from oldlogits.record.bus import Event, EventKind, recorded_names
+from oldlogits.record.bus import Event
 
 _UNRECORDED: Final = {"recorded": False}
 
@@ -28,7 +27,7 @@ class RunStarted(Event):
     `num_kept` is the number of earlier events that belong to the run that goes on; None for a run that begins.
     """
 
-    kind = EventKind.RUN_STARTED
+    kind = "run_started"
     variant: str
     r_d: str
     r_s: str
@@ -55,7 +54,7 @@ class RunStarted(Event):
 class WarmStarted(Event):
     """The model was trained on demonstrations, or taken from the cache."""
 
-    kind = EventKind.WARM_START
+    kind = "warm_start"
     steps: int
     loss: float
     cached: bool
@@ -74,7 +73,7 @@ class EvaluationProgressed(Event):
 class Evaluated(Event):
     """Held-out episodes were played: their success rate with its 95% interval, and their rewards in the order of the rows."""
 
-    kind = EventKind.EVALUATION
+    kind = "evaluation"
     stage: str
     mode: str
     mean: float
@@ -90,7 +89,7 @@ class Evaluated(Event):
 class GroupAdmitted(Event):
     """A group of episodes was started."""
 
-    kind = EventKind.GROUP_ADMITTED
+    kind = "group_admitted"
     group: str
 
 
@@ -98,7 +97,7 @@ class GroupAdmitted(Event):
 class GroupClosed(Event):
     """All episodes of a group have ended."""
 
-    kind = EventKind.GROUP_CLOSED
+    kind = "group_closed"
     group: str
     rewards: Sequence[float]
     oldest_version: int
@@ -110,7 +109,7 @@ class GroupClosed(Event):
 class TrajectoryFailed(Event):
     """An exception or a time-out of its environment ended an episode."""
 
-    kind = EventKind.TRAJECTORY_FAILED
+    kind = "trajectory_failed"
     trajectory: str
     reason: str
 
@@ -119,7 +118,7 @@ class TrajectoryFailed(Event):
 class TrajectoryRestarted(Event):
     """An episode begins again: its environment was lost with its worker and did not answer as before."""
 
-    kind = EventKind.TRAJECTORY_RESTARTED
+    kind = "trajectory_restarted"
     trajectory: str
     reason: str
     num_lost_tokens: int
@@ -129,7 +128,7 @@ class TrajectoryRestarted(Event):
 class BatchTaken(Event):
     """A batch was formed, after the trainer waited for it."""
 
-    kind = EventKind.BATCH
+    kind = "batch"
     groups: Sequence[str]
     num_tokens: int
     staleness_max: int
@@ -140,7 +139,7 @@ class BatchTaken(Event):
 class BatchScored(Event):
     """A source provided the proximal policy's log-probs of a batch."""
 
-    kind = EventKind.SCORED
+    kind = "scored"
     policy: str
     num_switches: int
     versions: Sequence[int]
@@ -155,7 +154,7 @@ class BatchScored(Event):
 class Updated(Event):
     """All optimizer steps of one version were done: its metrics, its tokens and the trajectories that it trained."""
 
-    kind = EventKind.UPDATE
+    kind = "update"
     metrics: Mapping[str, float]
     staleness_counts: Mapping[str, int]
     provenance: Mapping[str, int] = field(default_factory=dict)
@@ -167,7 +166,7 @@ class Updated(Event):
 class VersionPublished(Event):
     """A version was put into the version store, or only counted where the source needs no stored versions."""
 
-    kind = EventKind.PUBLISHED
+    kind = "published"
     bytes: int
     version_bytes: int
     full_bytes: int
@@ -180,7 +179,7 @@ class VersionPublished(Event):
 class WeightsUpdated(Event):
     """The engine was paused, took the new weights, and went on."""
 
-    kind = EventKind.WEIGHTS_UPDATED
+    kind = "weights_updated"
     sent: str
     bytes: int
     refused: str
@@ -193,7 +192,7 @@ class WeightsUpdated(Event):
 class ServerDown(Event):
     """A server that samples failed, or was asked to leave: what ran on it is sent again, with what it had sampled."""
 
-    kind = EventKind.SERVER_DOWN
+    kind = "server_down"
     server: str
     reason: str
     num_requests: int
@@ -206,7 +205,7 @@ class ServerDown(Event):
 class ServerUp(Event):
     """A server that had failed samples again, with the current weights."""
 
-    kind = EventKind.SERVER_UP
+    kind = "server_up"
     server: str
     reason: str
 
@@ -215,7 +214,7 @@ class ServerUp(Event):
 class Probed(Event):
     """Engine and trainer were compared on a fixed prompt; beside it the largest errors of the consistency checks so far."""
 
-    kind = EventKind.PROBE
+    kind = "probe"
     max_abs_error: float
     mean_abs_error: float
     num_tokens: int
@@ -228,7 +227,7 @@ class Probed(Event):
 class Calibrated(Event):
     """The engine's own noise was measured at lag 0: the share of tokens that each band would mask."""
 
-    kind = EventKind.CALIBRATION
+    kind = "calibration"
     num_trajectories: int
     num_tokens: int
     log_r_d_abs_mean: float
@@ -244,7 +243,7 @@ class Calibrated(Event):
 class Audited(Event):
     """A proximal policy's decisions were compared with those of OLD: sums over the tokens of staleness 0, 1, ..."""
 
-    kind = EventKind.AUDIT
+    kind = "audit"
     policy: str
     num_tokens: Sequence[float]
     num_nonzero: Sequence[float]
@@ -264,7 +263,7 @@ class Audited(Event):
 class AverageWasReset(Event):
     """The weight average was reset to the live weights; the errors are None where no audit tells them."""
 
-    kind = EventKind.AVERAGE_RESET
+    kind = "average_reset"
     rule: str
     rho: float
     tau: float
@@ -281,7 +280,7 @@ class AverageWasReset(Event):
 class CheckpointWritten(Event):
     """A checkpoint was completed; `path` is relative to the run folder."""
 
-    kind = EventKind.CHECKPOINT
+    kind = "checkpoint"
     path: str
 
 
@@ -289,7 +288,7 @@ class CheckpointWritten(Event):
 class Warned(Event):
     """Something that a reader of the results should know."""
 
-    kind = EventKind.WARNING
+    kind = "warning"
     name: str
     message: str
     figures: Mapping[str, float]
@@ -299,13 +298,7 @@ class Warned(Event):
 class RunEnded(Event):
     """The run ended, and why; `accounting` is None where it was cut off and nobody could count any more."""
 
-    kind = EventKind.RUN_ENDED
+    kind = "run_ended"
     reason: str
     error: str
     accounting: Mapping[str, int] | None
-
-
-FIELDS: Final[Mapping[EventKind, frozenset[str]]] = MappingProxyType(
-    {kind.kind: frozenset(recorded_names(kind)) for kind in Event.__subclasses__() if kind.kind is not None}
-)
-"""The recorded fields of each kind."""

@@ -1,11 +1,4 @@
-"""The run folder: its layout, its refusal to overwrite, and its atomic writes.
-
-config.toml         the recipe as resolved              events.jsonl     what happened, in order
-environment.json    versions of what ran it             episodes.jsonl   episodes, some with their text
-summary.json        what came out                       tokens/          v000012.parquet: one row a token
-report.html         the same, to look at                checkpoints/     v000040/{model/,state/}
-                                                        versions/        the version store's files
-"""
+"""The run folder: its layout (docs/run-folder.md), its refusal to overwrite, and its atomic writes."""
 
 from __future__ import annotations
 

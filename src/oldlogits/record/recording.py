@@ -7,9 +7,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from oldlogits.record.bus import EventBus
-from oldlogits.record.episodes import Decode, EpisodeLog, EpisodeRecorder
+from oldlogits.record.episodes import Decode, EpisodeRecorder
 from oldlogits.record.event_log import EventLog
 from oldlogits.record.folder import RunFolder
+from oldlogits.record.jsonl import LineFile
 from oldlogits.record.live import LiveView
 from oldlogits.record.tables import TokenTables
 from oldlogits.record.trackers.feed import TrackerFeed
@@ -46,7 +47,7 @@ def record_run(
     """
     with ExitStack() as stack:
         log = stack.enter_context(EventLog(folder.events))
-        episodes = stack.enter_context(EpisodeLog(folder.episodes))
+        episodes = stack.enter_context(LineFile(folder.episodes))
         bus = EventBus(
             log,
             TokenTables(folder.tokens, every=tokens_every),

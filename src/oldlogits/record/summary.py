@@ -17,8 +17,8 @@ from typing import Final, Literal, Self, cast
 from pydantic import TypeAdapter, ValidationError
 
 from oldlogits.core.trajectory import is_success
-from oldlogits.record.bus import EventKind
-from oldlogits.record.event_log import RecordedEvent, history, read_events, typed
+from oldlogits.record.bus import Event
+from oldlogits.record.event_log import history, read_events, typed
 from oldlogits.record.events import (
     BatchScored,
     Evaluated,
@@ -107,7 +107,7 @@ class Summary:
             ) from error
 
 
-def summarise(events: Iterable[RecordedEvent]) -> Summary:
+def summarise(events: Iterable[Event]) -> Summary:
     """Add up the events of a run, whole or not: all of its file, in order."""
     kept = history(events)
     started = next(reversed(typed(kept, RunStarted)), None)
@@ -168,16 +168,16 @@ def summarise_folder(folder: RunFolder) -> Summary:
     return summarise(read_events(folder.events))
 
 
-def _stored(events: Iterable[RecordedEvent]) -> list[VersionPublished]:
+def _stored(events: Iterable[Event]) -> list[VersionPublished]:
     """The versions that the store keeps as a difference: not the first after each start, which is the resident copy."""
-    found, is_resident = list[RecordedEvent](), False
+    found, is_resident = list[VersionPublished](), False
     for event in events:
-        if event.kind is EventKind.RUN_STARTED:
+        if isinstance(event, RunStarted):
             is_resident = True
-        elif event.kind is EventKind.PUBLISHED:
-            found += [] if is_resident else [event]
+        elif isinstance(event, VersionPublished):
+            found += [] if is_resident or not event.full_bytes else [event]
             is_resident = False
-    return [version for version in typed(found, VersionPublished) if version.full_bytes]
+    return found
 
 
 def _last(evaluations: Sequence[Evaluated], stage: str, mode: str) -> Evaluated | None:

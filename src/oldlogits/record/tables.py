@@ -76,14 +76,13 @@ def write_tokens(folder: Path, version: int, columns: Mapping[str, Column]) -> P
     return path
 
 
-def sample_tokens(folder: Path, *, names: Sequence[str], max_rows: int, seed: int = 0) -> dict[str, Column]:
+def sample_tokens(folder: Path, *, names: Sequence[str], max_rows: int) -> dict[str, Column]:
     """Rows of all tables of a folder, thinned uniformly at random to about `max_rows`.
 
     Args:
         folder: The folder ``tokens/`` of a run folder; it may be absent or empty.
         names: The columns to read.
         max_rows: The expected number of rows; all rows are read when there are fewer.
-        seed: The seed of the thinning.
 
     Returns:
         One array ``[row]`` a column; of length 0 when there is no table.
@@ -91,7 +90,7 @@ def sample_tokens(folder: Path, *, names: Sequence[str], max_rows: int, seed: in
     paths = sorted(folder.glob("v*.parquet"))
     num_rows = sum(pq.read_metadata(path).num_rows for path in paths)
     keep_share = min(1.0, max_rows / max(num_rows, 1))
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     parts: list[dict[str, Column]] = []
     for path in paths:
         table = pq.read_table(path, columns=list(names))

@@ -13,7 +13,7 @@ from queue import SimpleQueue
 from typing import TypeVar, cast
 
 from oldlogits.core.errors import RunInterrupted
-from oldlogits.core.text import readable
+from oldlogits.envs.text import readable
 from oldlogits.rollout.turns import EnvironmentFailed
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ async def run_inline(call: Callable[[], T | Awaitable[T]], *, is_tool: bool = Fa
     Raises:
         EnvironmentFailed: It raised, or it waits.
     """
-    result = _attempt(call)
+    result = attempt(call)
     if not inspect.isawaitable(result):
         return result
     steps = cast(Awaitable[T], result).__await__()
@@ -42,7 +42,7 @@ async def run_inline(call: Callable[[], T | Awaitable[T]], *, is_tool: bool = Fa
             pass
     except StopIteration as end:
         return cast(T, end.value)
-    except BaseException as error:  # as in _attempt
+    except BaseException as error:  # as in attempt
         raise _failure(error) from error
     raise EnvironmentFailed("asynchronous code that waits needs real time: use runtime.type = 'local'")
 
@@ -72,7 +72,7 @@ class ThreadRunner:
             await asyncio.sleep(self._rng.expovariate(1 / self._latency_s))
         try:
             async with self._room, asyncio.timeout(self._timeout_s):
-                result = await asyncio.wrap_future(self._threads.submit(partial(_attempt, call)))
+                result = await asyncio.wrap_future(self._threads.submit(partial(attempt, call)))
                 return await _finish(result)
         except TimeoutError as error:  # the deadline's: one that the environment raises is an EnvironmentFailed by now
             raise EnvironmentFailed(f"timed out after {self._timeout_s:g} s") from error
@@ -88,7 +88,7 @@ async def _finish(result: T | Awaitable[T]) -> T:
         if task is not None and task.cancelling():  # by the deadline, or because the run ends
             raise
         raise _failure(error) from error
-    except BaseException as error:  # as in _attempt
+    except BaseException as error:  # as in attempt
         raise _failure(error) from error
 
 
@@ -122,7 +122,7 @@ def _fulfil(future: Future[T], call: Callable[[], T]) -> None:
         future.set_exception(error)
 
 
-def _attempt(call: Callable[[], T | Awaitable[T]]) -> T | Awaitable[T]:
+def attempt(call: Callable[[], T | Awaitable[T]]) -> T | Awaitable[T]:
     """Call environment code; whatever it raises ends the episode and not the run.
 
     `asyncio.CancelledError`, `GeneratorExit`, `KeyboardInterrupt` and `SystemExit` are included: the code is the user's.

@@ -18,10 +18,10 @@ from typing import Literal, Protocol, TypeVar, cast
 
 from oldlogits.core.engine import Generation, RolloutEngine, Sampling
 from oldlogits.core.environment import ConversingEnvironment, Environment, Row
-from oldlogits.core.errors import ContentError
+from oldlogits.core.errors import ConfigError, ContentError
 from oldlogits.core.parser import Malformed, Parser, ToolCall
-from oldlogits.core.text import readable, spoken
 from oldlogits.core.trajectory import Context, Sampled, Segment, Trajectory
+from oldlogits.envs.text import readable, spoken
 from oldlogits.envs.tools import bind, render_result
 from oldlogits.models.chat import ChatFormat
 
@@ -146,10 +146,10 @@ def _reward_of(value: object) -> float:
 
 
 def _shown(encode: Callable[..., list[int]], *words: str) -> list[int]:
-    """The token ids of words of the environment."""
+    """The token ids of words of the environment; words that the tokenizer or the template refuses end the episode."""
     try:
         return encode(*words)
-    except ContentError as error:
+    except (ContentError, ConfigError) as error:
         raise EnvironmentFailed(str(error)) from error
 
 
@@ -188,22 +188,17 @@ class _Episode:
     async def _answer(self, text: str) -> tuple[Literal["tool", "user"], str] | None:
         """What the environment says to a turn: a tool result, a user's reply, or None at the end."""
         run, environment, aloud = self._agent.run_environment, self._environment, spoken(text)
-        calls = self._agent.parser.parse(aloud)
-        if not calls:
-            if not hasattr(type(environment), "reply"):
-                return None
-            partner = cast(ConversingEnvironment, environment)
-            reply = await run(lambda: partner.reply(aloud), is_tool=True)
-            heard = _text_of("reply", reply)
-            return None if heard is None else ("user", heard)
-        call = only_call(calls)
-        if not isinstance(call, Malformed):
-            ready: Callable[[], object] | Malformed = await run(partial(bind, environment, call))
-            if not isinstance(ready, Malformed):
-                result: object = await run(ready, is_tool=True)
-                return "tool", await run(partial(render_result, result))
-            call = ready
-        return "tool", readable(call.reason)
+        call = await run(partial(_call_of, self._agent.parser, environment, aloud))
+        if isinstance(call, Malformed):
+            return "tool", readable(call.reason)
+        if call is not None:
+            result: object = await run(call, is_tool=True)
+            return "tool", await run(partial(render_result, result))
+        if not hasattr(type(environment), "reply"):
+            return None
+        partner = cast(ConversingEnvironment, environment)
+        heard = _text_of("reply", await run(lambda: partner.reply(aloud), is_tool=True))
+        return None if heard is None else ("user", heard)
 
     async def _sample(self, turn: int, max_tokens: int) -> tuple[int, ...]:
         sampling = replace(self._agent.sampling, max_tokens=max_tokens, stop_token_ids=self._agent.chat.stop_ids)
@@ -217,6 +212,14 @@ class _Episode:
         self._tokens += ids
         self.segments.append(Context(token_ids=tuple(ids)))
         self._agent.report(self._id, self.segments)
+
+
+def _call_of(parser: Parser, environment: Environment, aloud: str) -> Callable[[], object] | Malformed | None:
+    """The call of a turn, ready to run; None where the turn is a message. Parsers may be the user's code, as types of tools."""
+    if not (calls := parser.parse(aloud)):
+        return None
+    call = only_call(calls)
+    return call if isinstance(call, Malformed) else bind(environment, call)
 
 
 def only_call(calls: Sequence[ToolCall | Malformed]) -> ToolCall | Malformed:

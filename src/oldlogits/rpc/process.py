@@ -156,8 +156,9 @@ class ChildProcess:
                 continue
             try:
                 self._pipe.send_bytes(message)
-            except OSError:
-                self._die(died(self.name, self._exit(), self._fix))
+            except OSError as error:
+                if not isinstance(error, ConnectionError):  # then the child has ended, and the reader tells why
+                    self.give_up(f"a call that cannot be sent: {error}")
             if post.call.number and not self._is_pipelined:
                 wait_for([post.future])
 

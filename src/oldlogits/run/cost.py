@@ -13,13 +13,12 @@ from typing import Final
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from oldlogits.config import RunConfig
-from oldlogits.config.engine import engine_spec, server_options
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.engine import ENGINES
 from oldlogits.core.environment import MODELS, DescribedModel, is_model_folder
 from oldlogits.core.source import SOURCES
 from oldlogits.models.load import decoder_layers, meta_model, read_model_config
-from oldlogits.run.specs import trainer_spec
+from oldlogits.run.specs import engine_spec, server_options, trainer_spec
 
 RANKS: Final = (1, 2, 4, 8)
 """Numbers of ranks that share a trainer, for which its bytes are said."""

@@ -14,21 +14,18 @@ from types import FrameType
 
 from rich.console import Console
 
-from oldlogits.config import Caution, RunConfig, cautions
-from oldlogits.config.engine import engine_spec, server_options
-from oldlogits.core.engine import ENGINES, Sampling
+from oldlogits.config.guard import Caution, cautions
+from oldlogits.config.schema import RunConfig
+from oldlogits.core.engine import ENGINES
 from oldlogits.core.engine_stats import Incident
 from oldlogits.core.environment import Environment, is_model_folder
 from oldlogits.core.errors import OldLogitsError, RunInterrupted
-from oldlogits.core.parser import PARSERS
 from oldlogits.loop.backend import Backend, BackendSpec
 from oldlogits.loop.loop import Loop
 from oldlogits.loop.make import make_loop, run_started
 from oldlogits.loop.probe import PROBE_TOKENS
-from oldlogits.loop.resume import refuse_another_run, sampler_seed
-from oldlogits.loop.state import LoopState
+from oldlogits.loop.resume import LoopState, refuse_another_run, sampler_seed
 from oldlogits.loop.task import Task
-from oldlogits.models.chat import ChatFormat
 from oldlogits.models.load import load_tokenizer
 from oldlogits.record.bus import Event
 from oldlogits.record.event_log import EventLog
@@ -39,11 +36,10 @@ from oldlogits.record.recording import Recording, record_run
 from oldlogits.record.report.page import write_report
 from oldlogits.record.summary import Ended, Summary, summarise_folder
 from oldlogits.record.trackers.feed import TrackerFeed, find_trackers, open_feeds
-from oldlogits.rollout.turns import Agent, TurnLimits
-from oldlogits.run.chat import chat_format
-from oldlogits.run.specs import backend_kind, backend_spec
+from oldlogits.run.chat import chat_cautions, chat_format
+from oldlogits.run.specs import backend_kind, backend_spec, engine_spec, server_options
 from oldlogits.run.start import Start, prepare_model
-from oldlogits.run.tasks import load_tasks
+from oldlogits.run.tasks import load_tasks, make_agent
 
 Open = Callable[[BackendSpec], AbstractAsyncContextManager[Backend]]
 
@@ -133,7 +129,7 @@ def _check_task(config: RunConfig) -> type[Environment]:
     environment_class, _ = load_tasks(config)
     if is_model_folder(config.model.path):
         ENGINES.find(config.engine.type)().check(engine_spec(config, Path(config.model.path)), server_options(config))
-        chat_format(config.model, Path(config.model.path), environment_class)
+        chat_format(config, Path(config.model.path), environment_class)
     return environment_class
 
 
@@ -148,7 +144,7 @@ async def _run(
 ) -> End:
     tokenizer = load_tokenizer(start.model)
     environment_class, rows = load_tasks(config)
-    chat = chat_format(config.model, start.model, environment_class)
+    chat = chat_format(config, start.model, environment_class)
     state = LoopState() if checkpoint is None else LoopState.read(checkpoint)
     seed = sampler_seed(config.seed, state.num_updates)
     probe_ids = chat.prompt_ids("hello")[-PROBE_TOKENS:]  # a fixed prompt: system prompt and tools
@@ -161,14 +157,16 @@ async def _run(
         async with opens(spec) as backend:
             if checkpoint is not None:
                 await backend.trainer.restore(checkpoint)
-            agent = _agent(config, backend, chat)
+            temperature = config.sampling.temperature
+            agent = make_agent(config.env, backend.engine, chat, backend.run_environment, temperature=temperature)
             hosted = backend.host_environment(environment_class)
             task = Task(environment_class=hosted, rows=rows, agent=agent, probe_ids=probe_ids)
             loop = make_loop(config, task, backend, recording)
             loop.go_on(state)
             backend.watch(loop.buffer)
             backend.listen(lambda news: recording.events.emit(_event_of(news, loop.version)))
-            return await _finish(config, loop, backend, recording, view.note)
+            known = [*cautions(config), *chat_cautions(config, chat)]
+            return await _finish(config, loop, backend, recording, view.note, known)
 
 
 def _event_of(news: Incident | Caution, version: int) -> Event:
@@ -182,14 +180,16 @@ def _event_of(news: Incident | Caution, version: int) -> Event:
     return ServerDown(version=version, **fields)
 
 
-async def _finish(config: RunConfig, loop: Loop, backend: Backend, recording: Recording, note: Callable[[str], None]) -> End:
+async def _finish(
+    config: RunConfig, loop: Loop, backend: Backend, recording: Recording, note: Callable[[str], None], known: Sequence[Caution]
+) -> End:
     """Run the loop to its end, by itself, by Ctrl-C or by an error."""
     end, num_kept = End(reason="done"), loop.state.num_events
     async with _interruptible(note) as interruption:
         try:
             version = (await backend.trainer.state()).version
             recording.events.emit(await run_started(config, backend, version=version, num_kept=num_kept))
-            if not await _supervise(loop, cautions(config), backend, interruption):
+            if not await _supervise(loop, known, backend, interruption):
                 end = End(reason="interrupted")
                 await loop.checkpoint()
         except OldLogitsError as error:
@@ -255,17 +255,3 @@ def _own_error(group: ExceptionGroup[Exception]) -> OldLogitsError | None:
         leaf = leaf.exceptions[0]
     assert isinstance(leaf, OldLogitsError)
     return leaf
-
-
-def _agent(config: RunConfig, backend: Backend, chat: ChatFormat) -> Agent:
-    env = config.env
-    return Agent(
-        engine=backend.engine,
-        chat=chat,
-        parser=PARSERS.find(env.parser)(),
-        limits=TurnLimits(
-            max_turns=env.max_turns, max_tokens_per_turn=env.max_tokens_per_turn, max_tokens=env.max_episode_tokens
-        ),
-        sampling=Sampling(max_tokens=env.max_tokens_per_turn, temperature=config.sampling.temperature),
-        run_environment=backend.run_environment,
-    )

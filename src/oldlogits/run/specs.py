@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from oldlogits.config import RunConfig
-from oldlogits.config.engine import engine_spec, server_options
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.backend import BACKENDS, BackendKind
-from oldlogits.core.engine import ENGINES
+from oldlogits.core.engine import ENGINES, EngineSpec, ServerOptions, Timeouts
 from oldlogits.core.source import SOURCES
 from oldlogits.loop.backend import BackendSpec
 from oldlogits.train.spec import ScorerSpec, TrainerSpec
@@ -62,6 +61,39 @@ def scorer_spec(config: RunConfig) -> ScorerSpec | None:
     )
 
 
+def engine_spec(config: RunConfig, model_folder: Path, *, seed: int = 0) -> EngineSpec:
+    """What the engine of a recipe is told, over a model folder."""
+    return EngineSpec(
+        model_path=str(model_folder),
+        numerics=config.engine.precision,
+        max_num_seqs=config.engine.max_num_seqs,
+        max_context=config.env.max_episode_tokens,
+        seed=seed,
+        adapter_scale=config.model.adapter_scale,
+    )
+
+
+def server_options(config: RunConfig, log_folder: Path = Path()) -> ServerOptions:
+    """What servers of a recipe are told; their messages go to `log_folder`."""
+    e = config.engine
+    return ServerOptions(
+        protocol=e.server,
+        urls=e.urls,
+        token_env=e.token_env,
+        num_servers=e.num_servers,
+        flags=e.flags,
+        python=e.python,
+        log_folder=log_folder,
+        timeouts=Timeouts(
+            recover_s=e.recover_s,
+            request_s=e.request_timeout_s,
+            control_s=e.control_timeout_s,
+            start_s=e.start_timeout_s,
+            max_restarts=e.max_restarts,
+        ),
+    )
+
+
 def backend_spec(
     config: RunConfig, model_folder: Path, probe_ids: Sequence[int], *, sampler_seed: int, folder: Path
 ) -> BackendSpec:
@@ -87,5 +119,4 @@ def backend_spec(
         rollout=config.rollout,
         lockstep=config.lockstep,
         ray=config.ray,
-        seed=config.seed,
     )

@@ -1,13 +1,16 @@
-"""The tasks of a recipe: its environment class and the rows that it is given. Imports no torch."""
+"""The tasks of a recipe: its environment class, the rows that it is given, and who plays them. Imports no torch."""
 
 from __future__ import annotations
 
-from oldlogits.config import RunConfig
+from oldlogits.config.schema import EnvConfig, RunConfig
+from oldlogits.core.engine import RolloutEngine, Sampling
 from oldlogits.core.environment import MODELS, Demonstrated, DescribedModel, Environment, is_model_folder
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.parser import PARSERS
 from oldlogits.envs.base import load_environment
+from oldlogits.models.chat import ChatFormat
 from oldlogits.rollout.tasks import TaskDataset
+from oldlogits.rollout.turns import Agent, EnvironmentRunner, TurnLimits
 
 
 def load_tasks(config: RunConfig) -> tuple[type[Environment], TaskDataset]:
@@ -31,6 +34,22 @@ def load_tasks(config: RunConfig) -> tuple[type[Environment], TaskDataset]:
     return environment_class, dataset
 
 
+def make_agent(
+    env: EnvConfig, engine: RolloutEngine, chat: ChatFormat, run_environment: EnvironmentRunner, *, temperature: float
+) -> Agent:
+    """Return the agent that plays under the parser and the limits of `env`."""
+    return Agent(
+        engine=engine,
+        chat=chat,
+        parser=PARSERS.find(env.parser)(),
+        limits=TurnLimits(
+            max_turns=env.max_turns, max_tokens_per_turn=env.max_tokens_per_turn, max_tokens=env.max_episode_tokens
+        ),
+        sampling=Sampling(max_tokens=env.max_tokens_per_turn, temperature=temperature),
+        run_environment=run_environment,
+    )
+
+
 def _check_model(config: RunConfig, environment_class: type[Environment]) -> None:
     """Refuse a model that does not know the environment's words, and a warm start without demonstrations."""
     m, name = config.model, environment_class.__name__
@@ -49,5 +68,5 @@ def _check_model(config: RunConfig, environment_class: type[Environment]) -> Non
             f"the model '{m.path}' knows only the words of {model.only_environment.__name__}",
             got=f"model.path = '{m.path}', env.target = '{config.env.target}'",
             allowed="model.path = FOLDER with this environment",
-            fix="set model.path to a Hugging Face folder whose tokenizer has a chat template",
+            fix="set model.path to a Hugging Face folder whose tokenizer has a chat template, or to smollm2 (93 MB)",
         )

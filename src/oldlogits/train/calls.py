@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from oldlogits.batch import TokenBatch
+from oldlogits.batch.collate import TokenBatch
 from oldlogits.core.scoring import Scored, ScoringHandle
 from oldlogits.core.weights import FullWeights, PolicyVersion
 from oldlogits.train.reports import PublishedVersion, TrainerState

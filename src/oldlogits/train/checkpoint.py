@@ -6,8 +6,7 @@ Every rank writes the slices that it holds; a reader takes from the files the sl
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -26,29 +25,23 @@ from oldlogits.models.sharding import as_slice_of
 def write_state(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks = ALONE) -> None:
     """Write tensors to a folder that is the same on all ranks; all ranks call it.
 
-    Args:
-        folder: The folder of the state.
-        tensors: By key: those of which each rank holds a slice as `as_slice_of` gives them, others equal on all ranks.
-        ranks: The ranks that call it.
+    Tensors of which each rank holds a slice are as `as_slice_of` gives them; others are equal on all ranks.
     """
-    with _silent():
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # one process that writes by itself is remarked on
         save(dict(tensors), checkpoint_id=folder, no_dist=ranks.mesh is None)
 
 
 def read_state(folder: Path, model: nn.Module | None = None, ranks: Ranks = ALONE) -> dict[str, Tensor]:
     """Read everything that `write_state` wrote, by any number of ranks; all ranks call it.
 
-    Args:
-        folder: The folder of the state.
-        model: Tensors under the names of its parameters are sliced as these are; None: all are whole.
-        ranks: The ranks that call it.
+    Tensors under the names of a model's parameters are sliced as these are; without a model all are whole.
 
     Raises:
         RunFolderError: A file is missing or damaged.
     """
     parameters = dict(model.named_parameters()) if model is not None else {}
     try:
-        with _silent():
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
             described = FileSystemReader(folder).read_metadata().state_dict_metadata
             found = {key: _empty(entry, parameters.get(key.rpartition("|")[2])) for key, entry in described.items()}
             load(found, checkpoint_id=folder, no_dist=ranks.mesh is None)
@@ -74,16 +67,7 @@ def of_kind(kind: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _empty(entry: object, parameter: Tensor | None) -> Tensor:
-    """Make room for a tensor that is described so."""
     assert isinstance(entry, TensorStorageMetadata), "a state holds tensors only"
     if parameter is not None and entry.size == parameter.shape:
         return torch.empty_like(parameter, dtype=entry.properties.dtype, requires_grad=False)
     return torch.empty(entry.size, dtype=entry.properties.dtype)
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without torch's remark that one process writes by itself."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield

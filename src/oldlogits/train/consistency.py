@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
-from oldlogits.batch import Sequences
+from oldlogits.batch.sequences import Sequences
 from oldlogits.core.errors import ExactnessError
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.train.reports import ConsistencyErrors
@@ -28,11 +28,6 @@ def probe_of(probe_ids: Sequence[int]) -> tuple[Sequences, NDArray[np.int64]]:
     n = len(probe_ids)
     ids, starts = np.asarray(probe_ids, np.int64), np.array([0, n], np.int64)
     return Sequences(token_ids=ids, temperature=np.ones(n, np.float32), starts=starts), np.arange(1, n)
-
-
-def max_error(again: NDArray[np.float32], published: NDArray[np.float32]) -> float:
-    """Give the largest difference in nats, as `judged_error` without excuses."""
-    return judged_error(np.abs(again - published), 0)
 
 
 def is_routed(model: nn.Module) -> bool:
@@ -61,7 +56,7 @@ def num_excused(sequence: NDArray[np.int64], *, routed: bool) -> int:
     return min(n // 2, max(int(np.unique(sequence, return_counts=True)[1].max()), n // 100))
 
 
-def judged_error(errors: NDArray[np.float32], num_excused: int) -> float:
+def judged_error(errors: NDArray[np.float32], num_excused: int = 0) -> float:
     """Give the largest error, in nats, but for those that are excused; NaN: there was nothing to compare.
 
     An error that is not finite is never excused, and a NaN is an infinite one, since it reproduces nothing.
@@ -87,40 +82,21 @@ def check_consistency(error: float, what: str, against: str, tolerance: float = 
 
 
 class ConsistencyChecks:
-    """What published versions gave the probe tokens, and the largest errors of the checks against it.
-
-    Args:
-        score_probe: Scores the probe tokens with a module, float32 [probe token].
-    """
+    """What published versions gave the probe tokens, float32 [probe token], and the largest errors of the checks against it."""
 
     def __init__(self, score_probe: Callable[[PreTrainedModel], NDArray[np.float32]]) -> None:
         self._score_probe = score_probe
         self.published: dict[PolicyVersion, NDArray[np.float32]] = {}
         self.errors = ConsistencyErrors()
 
-    def check_checkout(self, module: PreTrainedModel, version: PolicyVersion) -> None:
-        """Check that the weights about to score reproduce what the live ones gave the probe tokens at publish."""
-        error = max_error(self._score_probe(module), self.published[version])
+    def check(
+        self, module: PreTrainedModel, what: str, published: NDArray[np.float32], tolerance: float = CONSISTENCY_TOLERANCE
+    ) -> None:
+        """Check that a module, `what` in words, gives the probe tokens what the live weights gave them at the publish."""
+        error = judged_error(np.abs(self._score_probe(module) - published))
         worst = float(np.fmax(self.errors.publish_max_abs_error, error))
         self.errors = replace(self.errors, publish_max_abs_error=worst)
-        check_consistency(error, f"the checkout of version {version}", "the live weights at its publish")
-
-    def check_restored(
-        self, module: PreTrainedModel, version: PolicyVersion, published: NDArray[np.float32], *, same_device: bool
-    ) -> None:
-        """Check that restored weights give the probe tokens what the version gave them: the base of adapters is the same.
-
-        Args:
-            module: Scores with the restored weights.
-            version: Their version.
-            published: float32 [probe token]; empty: the version was never published.
-            same_device: Whether that was on a device of the same kind.
-        """
-        if not len(published):
-            return
-        tolerance = CONSISTENCY_TOLERANCE if same_device else OTHER_DEVICE_TOLERANCE
-        error = max_error(self._score_probe(module), published)
-        check_consistency(error, f"the restored version {version}", "the live weights at its publish", tolerance)
+        check_consistency(error, what, "the live weights at its publish", tolerance)
 
     def note_lag0(self, error: float) -> None:
         """Note how far OLD was from THETA on lag-0 tokens before the first optimizer step; NaN: there were none."""

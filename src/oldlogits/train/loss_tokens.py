@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oldlogits.batch import TokenBatch
+from oldlogits.batch.collate import TokenBatch
 from oldlogits.core.loss import LossInputs, LossTerms
 from oldlogits.core.policies import MU, OLD, PROXIMAL_PROVENANCE, THETA, Policy, Provenance
 from oldlogits.core.scoring import Scored

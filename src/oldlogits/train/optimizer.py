@@ -52,11 +52,9 @@ class Optimizer:
         return {f"{kind}|{self._names[i]}": value for i, entry in moments.items() for kind, value in entry.items()}
 
     def load(self, state: Mapping[str, Tensor], num_steps: int) -> None:
-        """Go on from the moments of a checkpoint's state; the recipe's learning rate may be another one.
+        """Go on after `num_steps` from the moments of a checkpoint's state, which are used and not copied.
 
-        Args:
-            state: The moments, by the keys of the state; they are used, not copied.
-            num_steps: The steps taken before it was written.
+        The recipe's learning rate may be another one.
         """
         index = {name: i for i, name in enumerate(self._names)}
         moments: dict[int, dict[str, Tensor]] = {}

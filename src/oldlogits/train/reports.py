@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,15 +54,11 @@ class ScoringWork:
 
     def __add__(self, other: ScoringWork) -> ScoringWork:
         """Add the work of two pieces."""
-        return self._combine(other, 1)
+        return ScoringWork(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
 
     def __sub__(self, other: ScoringWork) -> ScoringWork:
         """Take what was done before off what was done in all."""
-        return self._combine(other, -1)
-
-    def _combine(self, other: ScoringWork, sign: int) -> ScoringWork:
-        names = [field.name for field in fields(self)]
-        return ScoringWork(**{name: getattr(self, name) + sign * getattr(other, name) for name in names})
+        return ScoringWork(**{name: value - getattr(other, name) for name, value in asdict(self).items()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

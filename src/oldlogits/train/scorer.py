@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from oldlogits.batch import Sequences, TokenBatch, pack, read_lengths
+from oldlogits.batch.collate import TokenBatch
+from oldlogits.batch.pad import read_lengths
+from oldlogits.batch.sequences import Sequences, pack
 from oldlogits.core.errors import VersionEvictedError
 from oldlogits.core.scoring import AverageScores, EngineScores, ScoredSpans, ScoringSpan
 from oldlogits.core.weights import PolicyVersion
@@ -31,13 +33,8 @@ from oldlogits.train.weights.trainer_store import TrainerVersionStore
 class Scorer:
     """Scores with the live weights, with stored versions, with the average, and as the engine computes.
 
-    Args:
-        live: The live weights and the modules that score.
-        store: The stored versions; None: nobody asks for them.
-        averaging: The averaged weights; None: nobody asks for them.
-        probe_ids: Fixed tokens, at least two, that check every published version.
-        sizes: The sizes of a forward pass.
-        window: The largest lag, in versions: what the engine's numerics do to the probe tokens is kept for as long.
+    There is no store and no average where nobody asks for them. `window` is the largest lag, in versions: what the engine's
+    numerics do to the probe tokens is kept for as long.
     """
 
     def __init__(
@@ -58,12 +55,7 @@ class Scorer:
         self.batch: TokenBatch | None = None
 
     def score(self, tokens: NDArray[np.int64], at: PolicyVersion | None) -> NDArray[np.float32]:
-        """Score loss tokens of the batch with a stored version, or with the live weights.
-
-        Args:
-            tokens: int64, ascending positions among the batch's loss tokens.
-            at: The version; None: the live weights.
-        """
+        """Score loss tokens of the batch, by ascending position, with a stored version, or with the live weights (None)."""
         batch = self.current_batch()
         with self._scoring_at(at):
             return self._read(self._live.scoring, batch, np.flatnonzero(batch.loss_mask)[tokens])
@@ -155,7 +147,7 @@ class Scorer:
             if at is not None:
                 started = time.perf_counter()
                 try:
-                    self.checks.check_checkout(live.scoring, at)
+                    self.checks.check(live.scoring, f"the checkout of version {at}", self.checks.published[at])
                 finally:
                     self.work += ScoringWork(check_s=time.perf_counter() - started)
             yield

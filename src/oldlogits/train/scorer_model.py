@@ -9,27 +9,21 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from oldlogits.batch import Sequences, pack
+from oldlogits.batch.sequences import Sequences, pack
 from oldlogits.core.scoring import ScoredSpans, ScoringSpan
 from oldlogits.core.weights import FullWeights, PolicyVersion, WeightUpdate
 from oldlogits.models.device import find_device
 from oldlogits.models.forward import FORWARD_DTYPES, round_at_use
 from oldlogits.models.load import point_at
 from oldlogits.models.scorer import score_tokens
-from oldlogits.train.consistency import check_consistency, max_error, probe_of
+from oldlogits.train.consistency import check_consistency, judged_error, probe_of
 from oldlogits.train.spec import ScorerSpec
 from oldlogits.train.weights.load import load_policy
 from oldlogits.versions import PatchStore
 
 
 class ScorerModel:
-    """Scores spans of trajectories at the versions of its window, with the trainer's own forward pass.
-
-    Args:
-        spec: The window, and how the trainer batches.
-        model_folder: A Hugging Face folder: the shape of the model.
-        probe_ids: The tokens that check every version.
-    """
+    """Scores spans of trajectories at the versions of its window, with the trainer's own forward pass."""
 
     def __init__(self, spec: ScorerSpec, model_folder: Path, probe_ids: Sequence[int]) -> None:
         self._spec, self._device = spec, find_device(spec.device)
@@ -47,7 +41,7 @@ class ScorerModel:
         self._store.retain(version - self._spec.window + 1)
         with self._store.checkout(version) as weights:
             point_at(self._model, weights)
-            error = max_error(self._score(*self._probe), probe_logps)
+            error = judged_error(np.abs(self._score(*self._probe) - probe_logps))
         check_consistency(error, f"the dedicated scorer's version {version}", "the live weights at its publish")
         return error
 

@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from oldlogits.config.schema import ModelConfig, ObjectiveConfig, ProximalConfig, TrainerConfig, VersionsConfig
+from oldlogits.config.schema import ModelConfig, ObjectiveConfig, ProximalConfig, TrainerConfig
+from oldlogits.config.systems import VersionsConfig
 from oldlogits.core.loss import Objective
 from oldlogits.core.policies import find_variant
 from oldlogits.engines.embedded.numerics import Numerics

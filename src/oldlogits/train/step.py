@@ -11,16 +11,17 @@ for each optimizer step:
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from oldlogits.batch import TokenBatch, shard_micro_batches
+from oldlogits.batch.collate import TokenBatch
+from oldlogits.batch.shard import shard_micro_batches
 from oldlogits.core.errors import MissingLogprobError, NonFiniteError
 from oldlogits.core.loss import LOSSES
 from oldlogits.core.policies import LINEAR, LOGLINEAR, MU, OLD, THETA
@@ -81,16 +82,10 @@ def update(
     spec: TrainerSpec,
     ranks: Ranks = ALONE,
 ) -> UpdateResult:
-    """Train one batch in ``trainer.minibatches_per_update`` optimizer steps.
+    """Train one batch in ``trainer.minibatches_per_update`` optimizer steps, after which the version is `version` + 1.
 
-    Args:
-        model: The model with the live weights THETA.
-        optimizer: The optimizer over the model's parameters.
-        batch: The trajectories.
-        scored: The proximal policy's log-probs, or None for a variant that needs no source.
-        version: The trainer's version before the first step.
-        spec: The objective, and the sizes of steps and micro-batches.
-        ranks: The ranks that hold the model; all make this call with the same batch, and return the same.
+    `scored` is the proximal policy's log-probs; None for a variant that needs no source. All ranks that hold the model make
+    this call with the same batch, and return the same.
     """
     proximal = spec.knobs.variant.proximal
     tokens = LossTokens.of(batch, scored, version)
@@ -107,7 +102,8 @@ def update(
         _check_finite(losses[-1], norms[-1], version, step)
         optimizer.step()
     record = record.cpu()
-    label = provenance_label(proximal, scored)
+    label, is_cap = provenance_label(proximal, scored), spec.knobs.is_cap
+    is_truncated = record.clip_mask & (record.log_r_s > math.log(is_cap or math.inf))
     return UpdateResult(
         metrics={
             "loss/value": float(torch.stack(losses).mean()),
@@ -116,9 +112,9 @@ def update(
             **_diagnostics(tokens, record, spec),
             **_band_shares(tokens, record, spec.band),
             **lag0_above,
-            "mask/num_truncated": _num_truncated(record, spec.knobs.is_cap),
+            "mask/num_truncated": int(is_truncated.sum()),
         },
-        staleness_counts=_counts(tokens.staleness.numpy()),
+        staleness_counts=dict(sorted(Counter(tokens.staleness.tolist()).items())),
         provenance=count_provenance(batch.mixed_kv[tokens.flat], proximal, label),
         lag0_max_abs_error=lag0,
         table=token_table(batch, tokens, record, proximal=proximal, label=label, version=version),
@@ -220,7 +216,7 @@ def _check_lag0(
     excused = num_excused(tokens.sequence[checked].numpy(), routed=routed)
     check_consistency(judged_error(errors, excused), "OLD of lag-0 tokens", "THETA before the first optimizer step")
     above = {"consistency/num_lag0_above": float(np.count_nonzero(errors > CONSISTENCY_TOLERANCE))} if routed else {}
-    return judged_error(errors, 0), above
+    return judged_error(errors), above
 
 
 def _check_finite(loss: Tensor, norm: Tensor, version: int, step: int) -> None:
@@ -257,13 +253,3 @@ def _band_shares(tokens: LossTokens, record: TokenRecord, band: float) -> dict[s
         return float(kept_mask(logp[first] - mu, all_of_them, band).float().mean())
 
     return {"mask/rho_band_first": share(record.proximal), "mask/rho_band_live": share(record.theta)}
-
-
-def _num_truncated(record: TokenRecord, is_cap: float | None) -> int:
-    """Count the finite loss tokens whose r_s exceeds the cap; 0 where there is none."""
-    return 0 if is_cap is None else int((record.clip_mask & (record.log_r_s > math.log(is_cap))).sum())
-
-
-def _counts(values: NDArray[np.int64]) -> dict[int, int]:
-    kinds, counts = np.unique(values, return_counts=True)
-    return {int(kind): int(count) for kind, count in zip(kinds, counts, strict=True)}

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from oldlogits.batch import TokenBatch
+from oldlogits.batch.collate import TokenBatch
 from oldlogits.core.errors import RunFolderError
 from oldlogits.core.scoring import Scored
 from oldlogits.core.weights import FullWeights, PolicyVersion
@@ -29,7 +29,7 @@ from oldlogits.models.ranks import ALONE, Ranks
 from oldlogits.rpc.client import Dispatcher
 from oldlogits.train.calls import TrainerCalls
 from oldlogits.train.checkpoint import of_kind, read_state, sliced, write_state
-from oldlogits.train.consistency import is_routed
+from oldlogits.train.consistency import CONSISTENCY_TOLERANCE, OTHER_DEVICE_TOLERANCE, is_routed
 from oldlogits.train.optimizer import Optimizer
 from oldlogits.train.reports import ConsistencyErrors, PublishedVersion, TrainerState
 from oldlogits.train.scorer import Scorer
@@ -44,16 +44,12 @@ from oldlogits.train.weights.trainer_store import TrainerVersionStore, shards_of
 class Trainer:
     """Holds the weights and trains them; its `scorer` scores with them. Together they carry out `TrainerCalls`.
 
-    Args:
-        spec: What is trained, and how.
-        model_folder: A Hugging Face folder.
-        probe_ids: Fixed tokens, at least two, that check every published version.
-        ranks: The ranks that hold the model; each has such a trainer.
+    Each rank that holds the model has such a trainer. The probe, at least two fixed tokens, checks every published version.
     """
 
     def __init__(self, spec: TrainerSpec, model_folder: Path, probe_ids: Sequence[int], ranks: Ranks = ALONE) -> None:
-        self._spec, self._tokenizer = spec, load_tokenizer(model_folder)
         self.live = live = load_live(spec, model_folder, ranks)
+        self._spec, self._tokenizer = spec, load_tokenizer(model_folder)
         self.store: TrainerVersionStore | None = None
         if spec.stores_versions:
             shards = shards_of(live.model, live.ranks)
@@ -111,7 +107,12 @@ class Trainer:
         self.scorer.checks.note_lag0(result.lag0_max_abs_error)
         self.scorer.batch = None
         live.version += 1
-        return self._take_in(result) if self._averaging is not None else result
+        if self._averaging is None:
+            return result
+        started = time.perf_counter()
+        found, reset = self._averaging.take_in(live.weights, live.version, result.metrics, result.staleness_counts)
+        metrics = {**result.metrics, **found, "average/take_in_s": time.perf_counter() - started}
+        return replace(result, metrics=metrics, average_reset=reset)
 
     def retain(self, oldest_needed: PolicyVersion) -> None:
         """Drop stored versions that no token in flight needs."""
@@ -121,8 +122,15 @@ class Trainer:
 
     def save_batch(self, folder: Path) -> Path:
         """Write the batch in training, and the proximal policy's log-probs of it, to a folder for a post-mortem."""
-        if self.live.ranks.is_first:
-            _write_batch(folder, self.scorer.current_batch(), self._scored)
+        if not self.live.ranks.is_first:
+            return folder
+        folder.mkdir(parents=True, exist_ok=True)
+        columns = asdict(self.scorer.current_batch())
+        (folder / "trajectories.json").write_text(json.dumps(list(columns.pop("trajectory_ids"))))
+        if self._scored is not None:
+            columns[f"logp_{self._scored.policy}"] = self._scored.values
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in columns.items()}
+        save_file(tensors, folder / "batch.safetensors")
         return folder
 
     def save(self, folder: Path) -> None:
@@ -174,7 +182,9 @@ class Trainer:
         same_device = counters.pop("device", live.ranks.device.type) == live.ranks.device.type
         published = np.array(counters.pop("probe_logps"), np.float32)
         point_at(live.scoring, live.weights)
-        checks.check_restored(live.scoring, live.version, published, same_device=same_device)
+        if len(published):  # empty: the version was never published
+            tolerance = CONSISTENCY_TOLERANCE if same_device else OTHER_DEVICE_TOLERANCE
+            checks.check(live.scoring, f"the restored version {live.version}", published, tolerance)
         checks.errors = ConsistencyErrors(**counters)
         if self._averaging is not None:
             weights = {name: local(weight) for name, weight in of_kind("averaged", state).items()}
@@ -191,14 +201,6 @@ class Trainer:
             busy_s=self.busy_s,
         )
 
-    def _take_in(self, result: UpdateResult) -> UpdateResult:
-        """Take the new version into the average."""
-        assert self._averaging is not None
-        started = time.perf_counter()
-        found, reset = self._averaging.take_in(self.live.weights, self.version, result.metrics, result.staleness_counts)
-        metrics = {**result.metrics, **found, "average/take_in_s": time.perf_counter() - started}
-        return replace(result, metrics=metrics, average_reset=reset)
-
 
 class TrainerService(Dispatcher):
     """Carries out `TrainerCalls` by a trainer and its scorer, and counts the seconds by `clock`."""
@@ -214,17 +216,3 @@ class TrainerService(Dispatcher):
             return super().call(method, arguments)
         finally:
             self._trainer.busy_s += self._clock() - started
-
-
-def _write_batch(folder: Path, batch: TokenBatch, scored: Scored | None) -> None:
-    """Write a batch, and the proximal policy's log-probs of it, one for each loss token."""
-    columns = asdict(batch)
-    folder.mkdir(parents=True, exist_ok=True)
-    ids = columns.pop("trajectory_ids")
-    if scored is not None:
-        columns[f"logp_{scored.policy}"] = scored.values
-    save_file(
-        {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in columns.items()},
-        folder / "batch.safetensors",
-    )
-    (folder / "trajectories.json").write_text(json.dumps(list(ids)))

@@ -14,6 +14,7 @@ The store on disk can be opened again, rewound and verified: this is what a run 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -143,11 +144,6 @@ class Disk:
         assert self._manifest is not None, "there is a manifest once a version was published"
         return self._manifest
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all files that the manifest names."""
-        return sum(file.num_bytes for file in (self.held.copy, *self.held.patches))
-
     def begin(self, version: PolicyVersion, flat: FlatWeights) -> None:
         """Write the first version."""
         frozen = {name: fingerprint(name, tensor) for name, tensor in flat.frozen.items()}
@@ -232,7 +228,11 @@ class Disk:
                 if not cut_damage:
                     raise
                 self.cut = error.what
-        self._commit(replace(held, patches=tuple(sorted(kept))))
+        self._manifest = held
+        if self.cut is None:
+            return self._remove_unnamed()
+        newest = max(held.copy.target, *(patch.target for patch in kept)) if kept else held.copy.target
+        self._commit(replace(held, patches=tuple(sorted(kept)), oldest=min(held.oldest, newest)))
 
     def _write_copy(self, version: PolicyVersion, flat: FlatWeights) -> StoredFile:
         digest = flat.digest
@@ -260,14 +260,20 @@ class Disk:
             self._put(partial, [manifest.to_bytes()])
             try:
                 os.replace(partial, self._path)
-                _sync(self._folder)
             except OSError as error:
                 raise _not_written(self._path, error) from error
             self._manifest = manifest
-            names = {file.name for file in (manifest.copy, *manifest.patches)}
-            for path in [*self._folder.glob("*-*.patch"), *self._folder.glob("*-*.copy")]:
-                if path.name not in names:
-                    path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it has taken effect: a power failure undoes the whole of it or nothing
+                _sync(self._folder)
+            self._remove_unnamed()
+
+    def _remove_unnamed(self) -> None:
+        """Remove the files that the manifest does not name; what cannot be removed is tried again at the next change."""
+        names = {file.name for file in (self.held.copy, *self.held.patches)}
+        for path in (path for kind in ("*-*.patch", "*-*.copy", "*.partial") for path in list(self._folder.glob(kind))):
+            if path.name not in names:
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     def _put(self, path: Path, parts: Iterable[bytes | memoryview]) -> None:
         """Write a file and bring it to the disk; a `LogWriteError` leaves none."""

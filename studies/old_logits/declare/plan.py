@@ -13,7 +13,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from oldlogits.config import RunConfig, build, check, config_from_table, read_toml
+from oldlogits.config.check import check
+from oldlogits.config.load import config_from_table, read_toml
+from oldlogits.config.reader import build
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import ConfigError
 from oldlogits.record.jsonl import Json, encode
 from studies.old_logits.declare.methods import Settings, find_method

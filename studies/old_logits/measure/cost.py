@@ -11,15 +11,16 @@ from pathlib import Path
 from statistics import median
 from typing import Final
 
-from oldlogits.config import RunConfig
 from oldlogits.config.check import check
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, VARIANTS
 from oldlogits.core.source import SOURCES, provided
-from oldlogits.record.bus import EventKind
-from oldlogits.record.event_log import RecordedEvent, read_events
+from oldlogits.record.bus import Event
+from oldlogits.record.event_log import read_events, typed
+from oldlogits.record.events import BatchScored, BatchTaken, RunStarted, Updated, VersionPublished
 from oldlogits.record.folder import RunFolder
-from oldlogits.record.jsonl import RecordError, number
+from oldlogits.record.jsonl import RecordError
 from oldlogits.run.run import run
 from studies.old_logits.layout import DASH
 
@@ -45,7 +46,7 @@ class RouteCost:
         resident_copies: Copies of the weights on the trainer's side: ``1 + stored_bytes / weights_bytes``.
         num_switches: Switches of the scoring weights from one version to another, mean per update.
         switch_s: Seconds until the scoring module points at a version's weights, checkout included, mean over all checkouts;
-            the witness that follows is a part of `score_s`; None: no switch.
+            the consistency check that follows is a part of `score_s`; None: no switch.
         forwards: Tokens that the forward passes for the proximal policy read / tokens of the batches, context included.
         score_s: The scorer worked.
         wait_s: The update waited for scores.
@@ -104,7 +105,7 @@ PRINTED: Final = (
 
 
 def route_config(config: RunConfig, route: str) -> RunConfig:
-    """A recipe under another route, with the variant that the route is for; without evaluation, resets and referee.
+    """A recipe under another route, with the variant that the route is for; without evaluation, resets and audit.
 
     Args:
         config: The recipe.
@@ -135,13 +136,13 @@ def measure_route(config: RunConfig, out: Path) -> RouteCost:
         out: The run folder.
 
     Raises:
-        ConfigError: There are too few updates, or a referee, whose stored versions would be counted.
+        ConfigError: There are too few updates, or an audit, whose stored versions would be counted.
         RecordError: The run was interrupted.
         OldLogitsError: The run failed.
     """
     if config.num_updates <= WARM_UP or config.audit.share > 0:
         raise ConfigError(
-            "the cost of a route is measured over the updates after the first two, without a referee",
+            "the cost of a route is measured over the updates after the first two, without an audit",
             got=f"num_updates = {config.num_updates}, audit.share = {config.audit.share}",
             allowed=f"num_updates > {WARM_UP}, audit.share = 0",
             fix="num_updates = 12, and remove audit.share",
@@ -166,8 +167,8 @@ def read_cost(run_folder: Path) -> RouteCost:
         RecordError: The run made too few updates.
     """
     events = list(read_events(RunFolder(path=run_folder).events))
-    started = next(event.fields for event in events if event.kind is EventKind.RUN_STARTED)
-    route, weights_bytes = str(started["source"]), FP32_BYTES * int(number(started["num_parameters"]) or 0)
+    started = typed(events, RunStarted)[0]
+    route, weights_bytes = started.source, FP32_BYTES * started.num_parameters
     updates = _updates(events, route)
     if len(updates) <= WARM_UP:
         raise RecordError(
@@ -201,30 +202,26 @@ def read_cost(run_folder: Path) -> RouteCost:
     )
 
 
-def _updates(events: Sequence[RecordedEvent], route: str) -> list[Numbers]:
+def _updates(events: Sequence[Event], route: str) -> list[Numbers]:
     """By update, ascending. A route that scores ahead counts its scorer's work; for the others it is the trainer's."""
     numbers: dict[int, dict[str, float]] = {}
     work = ("read_tokens", "num_checkouts", "switch_s")
     nothing = dict.fromkeys(("num_switches", "score_s", "wait_s", *work), 0.0)
     for event in events:
-        before = event.kind in (EventKind.BATCH, EventKind.SCORED)  # these have the version that the update starts from
+        before = isinstance(event, BatchTaken | BatchScored)  # these have the version that the update starts from
         one = numbers.setdefault(event.version + before, nothing.copy())
-        if event.kind is EventKind.BATCH:
-            one |= _numbers(event, "num_tokens")
-        elif event.kind is EventKind.SCORED:
-            one |= _numbers(event, "num_switches", "seconds_s", *work)
-            one["score_s"] = one["wait_s"] = one["seconds_s"]
-        elif event.kind is EventKind.PUBLISHED:
-            one |= _numbers(event, "bytes", "store_s")
-        elif event.kind is EventKind.UPDATE and isinstance(event.fields["metrics"], Mapping):
-            metrics = {name: value for name, raw in event.fields["metrics"].items() if (value := number(raw)) is not None}
+        if isinstance(event, BatchTaken):
+            one["num_tokens"] = event.num_tokens
+        elif isinstance(event, BatchScored):
+            one |= {name: float(getattr(event, name)) for name in ("num_switches", *work)}
+            one["score_s"] = one["wait_s"] = event.seconds_s
+        elif isinstance(event, VersionPublished):
+            one |= {"bytes": event.bytes, "store_s": event.store_s}
+        elif isinstance(event, Updated):
+            metrics = event.metrics
             ahead = {name: f"source/{name}" for name in ("score_s", "wait_s", *work)}
-            one |= metrics | {name: metrics[key] for name, key in ahead.items() if key in metrics}
+            one |= {**metrics} | {name: metrics[key] for name, key in ahead.items() if key in metrics}
     return [one for _, one in sorted(numbers.items()) if "time/update_s" in one]
-
-
-def _numbers(event: RecordedEvent, *names: str) -> dict[str, float]:
-    return {name: number(event.fields[name]) or 0.0 for name in names}
 
 
 def _keep_s(one: Numbers) -> float:

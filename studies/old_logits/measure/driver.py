@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from oldlogits.backends.lockstep import open_lockstep
-from oldlogits.batch import TokenBatch
-from oldlogits.config import RunConfig
+from oldlogits.batch.collate import TokenBatch
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.scoring import Scored
 from oldlogits.core.weights import FullWeights
 from oldlogits.loop.backend import Backend, BackendSpec

@@ -6,11 +6,11 @@ import itertools
 import time
 from pathlib import Path
 
-from oldlogits.config import RunConfig
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import NonFiniteError
-from oldlogits.record.bus import EventKind
-from oldlogits.record.event_log import RecordedEvent, read_events
-from oldlogits.record.jsonl import number
+from oldlogits.record.bus import Event
+from oldlogits.record.event_log import read_events, typed
+from oldlogits.record.events import AverageWasReset, Evaluated, Updated
 from oldlogits.run.run import run
 from studies.old_logits.results import LearningRun, Point
 
@@ -40,8 +40,8 @@ def run_learning(config: RunConfig, folder: Path, *, regime: str, method: str, b
         raise result.error
     cpu_share = (time.process_time() - cpu) / (time.perf_counter() - wall)
     events = list(read_events(folder / "events.jsonl"))
-    updates = [event for event in events if event.kind is EventKind.UPDATE]
-    cpu_s = [0.0, *itertools.accumulate(_seconds(update) * cpu_share for update in updates)]
+    updates = typed(events, Updated)
+    cpu_s = [0.0, *itertools.accumulate(update.metrics["time/update_s"] * cpu_share for update in updates)]
     curve = _curve(events, cpu_s)
     return LearningRun(
         regime=regime,
@@ -56,27 +56,20 @@ def run_learning(config: RunConfig, folder: Path, *, regime: str, method: str, b
         num_updates=len(updates),
         rho=result.summary.rho_mean or 0.0,
         cpu_s=cpu_s[-1],
-        num_resets=sum(event.kind is EventKind.AVERAGE_RESET for event in events),
+        num_resets=len(typed(events, AverageWasReset)),
         curve=curve,
         error=str(result.error or ""),
     )
 
 
-def _curve(events: list[RecordedEvent], cpu_s: list[float]) -> tuple[Point, ...]:
+def _curve(events: list[Event], cpu_s: list[float]) -> tuple[Point, ...]:
     """Held-out success by updates and by CPU seconds of training."""
     return tuple(
         Point(
             update=event.version,
             cpu_s=cpu_s[min(event.version, len(cpu_s) - 1)],
-            success=number(event.fields["mean"]) or 0.0,
+            success=event.mean,
         )
-        for event in events
-        if event.kind is EventKind.EVALUATION and event.fields["mode"] == "sampled"
+        for event in typed(events, Evaluated)
+        if event.mode == "sampled"
     )
-
-
-def _seconds(update: RecordedEvent) -> float:
-    """Seconds of an update. A lockstep run computes in one process, so its share of CPU time is the run's."""
-    metrics = update.fields["metrics"]
-    assert isinstance(metrics, dict), "an update event has metrics"
-    return float(metrics["time/update_s"])

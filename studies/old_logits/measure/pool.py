@@ -6,6 +6,7 @@ cells without a file -> worker processes -> cells/STAGE/KEY.json -> rows
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,7 +33,7 @@ class Done:
     Args:
         cell: The cell.
         rows: Its results; empty if it failed.
-        cpu_s: CPU seconds of its process, and of those that it started.
+        cpu_s: CPU seconds of its process, and of those that it started; 0 if it failed.
         wall_s: Seconds from its beginning to its end.
         commit: Of the code that computed it.
         error: Why it failed; empty: it did not.
@@ -73,17 +74,15 @@ class Pool:
 
         Returns:
             Those that failed.
-
-        Raises:
-            WorkerDiedError: A process was killed; the results so far are kept.
         """
         failed: list[Done] = []
 
-        def ended(outcome: Outcome[Cell, tuple[Plain, ...]]) -> None:
+        def ended(outcome: Outcome[Cell, tuple[tuple[Plain, ...], float]]) -> None:
+            rows, cpu_s = outcome.value or ((), 0.0)
             done = Done(
                 cell=outcome.job,
-                rows=outcome.value or (),
-                cpu_s=outcome.cpu_s,
+                rows=rows,
+                cpu_s=cpu_s,
                 wall_s=outcome.wall_s,
                 commit=self._commit,
                 error=outcome.error,
@@ -143,7 +142,9 @@ def _differs(then: Mapping[str, Json], now: Mapping[str, Json]) -> bool:
     return False
 
 
-def _compute(work: Work, cell: Cell) -> tuple[Plain, ...]:
-    """Compute one cell in a worker, in a folder of its own that is deleted afterwards."""
+def _compute(work: Work, cell: Cell) -> tuple[tuple[Plain, ...], float]:
+    """Compute one cell in a worker, in a folder of its own that is deleted afterwards; with its CPU seconds."""
+    before = sum(os.times()[:4])
     with tempfile.TemporaryDirectory(prefix="oldlogits-cell-", ignore_cleanup_errors=True) as folder:
-        return tuple(work(cell, Path(folder) / "run"))
+        rows = tuple(work(cell, Path(folder) / "run"))
+    return rows, sum(os.times()[:4]) - before

@@ -20,9 +20,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oldlogits.batch import TokenBatch
-from oldlogits.config import RunConfig
-from oldlogits.config.schema import ProximalConfig, RecordConfig
+from oldlogits.batch.collate import TokenBatch
+from oldlogits.config.schema import ProximalConfig, RecordConfig, RunConfig
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.weights import FullWeights
 from oldlogits.models.load import load_model, point_at

@@ -21,7 +21,9 @@ from oldlogits.record.report.charts import (
     draw_rect,
     draw_segment,
     draw_text,
+    draw_x_axis,
     frame,
+    svg,
 )
 
 ROW_LEFT: Final = 150
@@ -81,7 +83,7 @@ def row_chart(x: Axis, rows: Sequence[Row], *, x_label: str, null: float | None 
         parts.append(draw_segment("bound", (x.at(null), x.at(null)), (TOP, bottom)))
     for index, row in enumerate(rows):
         parts += _row(row, x, TOP + ROW_HEIGHT * (index + 0.5))
-    return frame(x, None, parts, x_label, bottom=bottom)
+    return svg([*draw_x_axis(x, "grid", TOP, bottom, x_label), *parts], bottom)
 
 
 def _row(row: Row, x: Axis, middle: float) -> list[str]:

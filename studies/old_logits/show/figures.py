@@ -9,8 +9,7 @@ from statistics import median
 from typing import Final, Literal
 
 from oldlogits.record.report import charts
-from oldlogits.record.report.charts import Line
-from oldlogits.record.report.figures import Figure
+from oldlogits.record.report.charts import Figure, Line
 from studies.old_logits.analyse.contrasts import (
     COLLAPSE,
     Axis,

@@ -11,7 +11,7 @@ from pathlib import Path
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from oldlogits.record.folder import write_atomic
-from oldlogits.record.report.figures import Figure
+from oldlogits.record.report.charts import Figure
 from oldlogits.record.report.page import Card
 from studies.old_logits.analyse.contrasts import COLLAPSE, all_contrasts, collapse_bars
 from studies.old_logits.layout import Table

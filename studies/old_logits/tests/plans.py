@@ -6,7 +6,7 @@ import os
 import signal
 from pathlib import Path
 
-from oldlogits.config import RunConfig
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import ConfigError
 from studies.old_logits.declare.plan import Cell
 

@@ -8,7 +8,6 @@ import pytest
 
 from oldlogits.core.errors import ConfigError, WorkerDiedError
 from oldlogits.core.source import SOURCES
-from oldlogits.record.bus import EventKind
 from oldlogits.record.jsonl import RecordError
 from oldlogits.run.run import run
 from studies.old_logits.measure.cost import HEADER, PRINTED, RouteCost, cost_table, measure_route, read_cost, route_config
@@ -33,19 +32,24 @@ def measured(tiny_folder, tmp_path_factory):
 
 
 def of_kind(folder, kind):
-    return [event.fields for event in events_of(folder, kind)]
+    return [vars_of(event) for event in events_of(folder, kind)]
+
+
+def vars_of(event):
+    return {field.name: getattr(event, field.name) for field in dataclasses.fields(event)}
 
 
 def metrics_of(folder):
-    return [fields["metrics"] for fields in of_kind(folder, EventKind.UPDATE)]
+    return [fields["metrics"] for fields in of_kind(folder, "update")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", SOURCES.names)
 def test_seconds_and_rates_are_those_of_the_updates_after_the_first_two(route, measured):
     folder, cost = measured(route)
     metrics = metrics_of(folder)[SKIPPED:]
-    stored = [fields["store_s"] for fields in of_kind(folder, EventKind.PUBLISHED)][1 + SKIPPED :]
-    scored = [fields["seconds_s"] for fields in of_kind(folder, EventKind.SCORED)][SKIPPED:] or [0.0] * len(metrics)
+    stored = [fields["store_s"] for fields in of_kind(folder, "published")][1 + SKIPPED :]
+    scored = [fields["seconds_s"] for fields in of_kind(folder, "scored")][SKIPPED:] or [0.0] * len(metrics)
     score = [m["source/score_s"] for m in metrics] if route in AHEAD else scored
     wait = [m["source/wait_s"] for m in metrics] if route in AHEAD else scored
     keep = [seconds + m.get("average/take_in_s", 0) for seconds, m in zip(stored, metrics, strict=True)]
@@ -70,7 +74,7 @@ def test_forwards_are_counted_as_the_recorded_tokens_say(measured):
     """Batches in lockstep are the same under every route; arrival's forward pass reads each trajectory but its last tokens."""
     for route in SOURCES.names:
         folder, cost = measured(route)
-        read, total = 0, sum(fields["num_tokens"] for fields in of_kind(folder, EventKind.BATCH)[SKIPPED:])
+        read, total = 0, sum(fields["num_tokens"] for fields in of_kind(folder, "batch")[SKIPPED:])
         for path in sorted((folder / "tokens").iterdir())[SKIPPED:]:
             table = pq.read_table(path, columns=["trajectory", "index", "version"]).to_pydict()
             ends = {}
@@ -82,7 +86,7 @@ def test_forwards_are_counted_as_the_recorded_tokens_say(measured):
             passes = {"arrival": whole, "ewma": whole, "aged": 2 * whole, "rescore": 2 * whole, "none": 0}
             read += passes.get(route, by_version)
         if route in AHEAD:  # they read some of these tokens in an update before: what is read by the end is the same
-            every = [fields["read_tokens"] for fields in of_kind(measured("snapshot")[0], EventKind.SCORED)]
+            every = [fields["read_tokens"] for fields in of_kind(measured("snapshot")[0], "scored")]
             assert sum(m["source/read_tokens"] for m in metrics_of(folder)) == sum(every) > 0
         else:
             assert cost.forwards == pytest.approx(read / total)
@@ -90,17 +94,14 @@ def test_forwards_are_counted_as_the_recorded_tokens_say(measured):
 
 def test_what_is_stored_is_the_store_the_average_the_window_or_the_rounded_copy(measured):
     stored = {route: measured(route)[1].stored_bytes / measured(route)[1].weights_bytes for route in SOURCES.names}
-    published = [fields["bytes"] for fields in of_kind(measured("snapshot")[0], EventKind.PUBLISHED)]
+    published = [fields["bytes"] for fields in of_kind(measured("snapshot")[0], "published")]
     weights_bytes = published[0]
     assert {measured(route)[1].weights_bytes for route in SOURCES.names} == {weights_bytes}
     assert stored["snapshot"] == max(published) / weights_bytes == pytest.approx(4, rel=0.05), (
         "window 2, the newest, and the one that is dropped: dense patches, each a copy and its table"
     )
     assert stored["eager"] == pytest.approx(2, rel=0.05)
-    assert (
-        stored["dedicated"]
-        == 2 + max(f["bytes"] for f in of_kind(measured("dedicated")[0], EventKind.PUBLISHED)) / weights_bytes
-    )
+    assert stored["dedicated"] == 2 + max(f["bytes"] for f in of_kind(measured("dedicated")[0], "published")) / weights_bytes
     assert {stored[route] for route in ("ewma", "aged", "rescore")} == {1}
     assert {stored[route] for route in ("interruption", "arrival", "none")} == {0}
     assert all(measured(route)[1].resident_copies == 1 + stored[route] for route in SOURCES.names)
@@ -109,7 +110,7 @@ def test_what_is_stored_is_the_store_the_average_the_window_or_the_rounded_copy(
 def test_switches_are_those_that_the_source_tells_and_the_seconds_of_one_are_those_of_a_checkout(measured):
     for route in SOURCES.names:
         folder, cost = measured(route)
-        scored, metrics = of_kind(folder, EventKind.SCORED)[SKIPPED:], metrics_of(folder)[SKIPPED:]
+        scored, metrics = of_kind(folder, "scored")[SKIPPED:], metrics_of(folder)[SKIPPED:]
         switches = sum(fields["num_switches"] for fields in scored)
         assert cost.num_switches == switches / (UPDATES - SKIPPED)
         if switches:
@@ -122,7 +123,7 @@ def test_switches_are_those_that_the_source_tells_and_the_seconds_of_one_are_tho
     assert (measured("arrival")[1].num_switches, measured("arrival")[1].switch_s) == (0, None), "the live weights score"
     assert measured("ewma")[1].num_switches == 1
     assert measured("snapshot")[1].num_switches == np.mean(
-        [len(fields["versions"]) for fields in of_kind(measured("snapshot")[0], EventKind.SCORED)][SKIPPED:]
+        [len(fields["versions"]) for fields in of_kind(measured("snapshot")[0], "scored")][SKIPPED:]
     )
 
 
@@ -143,7 +144,7 @@ def test_a_route_gets_the_variant_that_it_is_for_and_nothing_that_would_be_measu
 
 @pytest.mark.parametrize("more", [{"num_updates": 2}, {"num_updates": 9, "audit": {"share": 0.1}}])
 def test_what_cannot_be_measured_is_refused_before_it_runs(more, tiny_folder, tmp_path):
-    with pytest.raises(ConfigError, match="measured over the updates after the first two, without a referee"):
+    with pytest.raises(ConfigError, match="measured over the updates after the first two, without an audit"):
         measure_route(recipe(tiny_folder, **more), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -154,6 +155,7 @@ def test_a_run_that_is_too_short_has_no_cost(tiny_folder, tmp_path):
         read_cost(tmp_path / "short")
 
 
+@pytest.mark.slow
 def test_a_run_that_failed_or_was_interrupted_is_not_measured(tiny_folder, tmp_path, monkeypatch):
     done = run(recipe(tiny_folder, num_updates=3), tmp_path / "run")
     summary = dataclasses.replace(done.summary, ended="interrupted")

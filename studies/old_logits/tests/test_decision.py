@@ -79,6 +79,7 @@ def errors_of(table: pa.Table):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [0.08, 0.3])
 def test_every_figure_is_that_of_the_plain_arithmetic(noise):
     table = trace(0, noise=noise)
@@ -116,6 +117,7 @@ def test_every_figure_is_that_of_the_plain_arithmetic(noise):
     assert {("kept", True), ("masked", True)} <= seen
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(seed=st.integers(0, 50), name=st.sampled_from(["arrival", "ewma", "aged", "rescore"]))
 def test_exact_against_itself_is_0(seed, name):

@@ -5,7 +5,7 @@ import tomllib
 
 import pytest
 
-from oldlogits.config import build
+from oldlogits.config.reader import build
 from studies.old_logits.declare.pilot import best_knobs, rho_bands, suggestion
 from studies.old_logits.declare.plan import Plan
 from studies.old_logits.results import LearningRun

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from oldlogits.config import build
+from oldlogits.config.reader import build
 from oldlogits.core.errors import ConfigError
 from studies.old_logits.declare.plan import (
     Plan,

@@ -171,6 +171,7 @@ def read_page(whole, tmp_path):
     return html, " ".join(" ".join(page.itertext()).split())
 
 
+@pytest.mark.slow
 def test_the_page_is_well_formed_and_holds_every_table_and_sentence(tmp_path):
     whole = study(pilot=(run("tight", "exact", 0, 0.4, seed=9),), notes="A person's view.")
     html, text = read_page(whole, tmp_path)
@@ -192,6 +193,7 @@ def test_the_page_loads_nothing_from_elsewhere_and_escapes_what_it_shows(tmp_pat
     assert text.count(EVIL) == 4  # title twice, commentary, recipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["learning", "decision", "cost", "all"])
 def test_a_study_that_lacks_a_part_still_has_its_page_and_document(tmp_path, part):
     names = ("learning", "decision", "cost") if part == "all" else (part,)
@@ -201,6 +203,7 @@ def test_a_study_that_lacks_a_part_still_has_its_page_and_document(tmp_path, par
     assert "## Missing" in document
 
 
+@pytest.mark.slow
 def test_the_document_holds_the_plan_the_tables_and_the_commentary_apart(tmp_path):
     whole = study(notes="A person's view.\n")
     document = write_document(whole, tmp_path / "study.md").read_text(encoding="utf-8")

@@ -15,6 +15,7 @@ def _at_the_root(monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["study", "study-small"])
 def test_every_cell_of_a_shipped_study_is_a_recipe_that_can_be_run(name):
     plan = read_plan(RECIPES / f"{name}.toml")
@@ -22,6 +23,7 @@ def test_every_cell_of_a_shipped_study_is_a_recipe_that_can_be_run(name):
     assert len(set(keys)) == len(keys) > 10
 
 
+@pytest.mark.slow
 def test_the_study_declares_three_regimes_three_contrasts_ten_blocks_and_every_method():
     plan = read_plan(RECIPES / "study.toml")
     declaration = plan.declaration

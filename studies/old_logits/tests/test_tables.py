@@ -84,6 +84,7 @@ def test_a_method_that_leaves_the_mismatch_uncorrected_is_marked():
     assert [row[1] for row in found("Pilot runs", pilot=tried).rows] == ["exact-r_d-1 (mismatch uncorrected)", "mu"]
 
 
+@pytest.mark.slow
 def test_missing_blocks_methods_and_views_are_named():
     runs = [r for r in learning_runs(declaration()) if (r.method, r.block) != ("ewma", 3) and r.method != "mu"]
     table = found("tight, at equal band", learning=tuple(runs))
@@ -105,6 +106,7 @@ def test_a_run_that_ended_early_is_named_and_counted():
     assert cells(table, "exact")["worst"] == "0.100"
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_before_its_first_evaluation_leaves_page_and_tables_whole(tmp_path):
     runs = list(learning_runs(declaration()))
     ewma = next(i for i, r in enumerate(runs) if (r.regime, r.method, r.block) == ("tight", "ewma", 2))
@@ -187,6 +189,7 @@ def test_drivers_that_have_seeds_of_their_own_are_named_and_not_compared():
     assert "later stage of training" in table.caption
 
 
+@pytest.mark.slow
 def test_the_form_of_the_proximal_policies_is_said_where_their_errors_stand():
     titles = ("The declared checks", "What moves", "Kinds of", "Error of each proximal policy over that of arrival, band 1.1")
     for title in titles:

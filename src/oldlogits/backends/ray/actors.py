@@ -12,7 +12,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from oldlogits.backends.packed import Aside, Packed, pack, set_aside, unpack
@@ -24,8 +24,7 @@ from oldlogits.engines.http.launch import ServerProcess
 from oldlogits.engines.shared_memory import HostWeights, share_text, unshare
 from oldlogits.envs.base import load_environment
 from oldlogits.rollout.environment_runner import ThreadRunner
-from oldlogits.rollout.turns import EnvironmentFailed
-from oldlogits.rpc.child import Call, Reply, answer
+from oldlogits.rpc.child import READY
 from oldlogits.rpc.client import CarryOut
 from oldlogits.rpc.processes import name_process
 
@@ -41,51 +40,35 @@ class Calls:
         except OldLogitsError as error:
             self._failure = error
 
-    def call(self, method: str, arguments: tuple[object, ...], weights: Packed | None = None) -> tuple[Reply, Packed | None]:
-        """Carry out a call, with `Aside.WEIGHTS` in place of weights; returns its reply and the weights that belong there."""
+    def call(self, method: str, arguments: tuple[object, ...], weights: Packed | None = None) -> tuple[object, Packed | None]:
+        """Carry out a call, with `Aside.WEIGHTS` in place of weights; returns its value and the weights that belong there."""
         if self._failure is not None:
-            return Reply(number=1, error=self._failure), None
+            raise self._failure
+        if method == READY:
+            return None, None
         given = tuple(unpack(weights) if weights and argument is Aside.WEIGHTS else argument for argument in arguments)
-        reply = answer(Call(number=1, method=method, arguments=given), self._carry_out)
-        value, update = set_aside(reply.value)
-        return replace(reply, value=value), None if update is None else pack(update)
+        value, update = set_aside(self._carry_out(method, given))
+        return value, None if update is None else pack(update)
 
     def live(self) -> None:
         """Return never: who waits for it learns of the end of this process."""
         threading.Event().wait()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Node:
-    """The node that an actor runs on, and the address on which its servers listen."""
-
-    id: str
-    address: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampler:
-    """Where a worker's server listens."""
-
-    url: str
-    token: str
-    node_id: str
-
-
 class Worker:
-    """A server that samples, and environments; `node` tells in the actor where it runs."""
+    """A server that samples, and environments; `node` tells in the actor its node's id, and the address for servers there."""
 
-    def __init__(self, spec: LaunchSpec, name: str, env: EnvConfig, node: Callable[[], Node]) -> None:
+    def __init__(self, spec: LaunchSpec, name: str, env: EnvConfig, node: Callable[[], tuple[str, str]]) -> None:
         name_process("worker")
-        self._node = node()
-        self._server = ServerProcess(replace(spec, address=self._node.address), name)
+        self._node_id, address = node()
+        self._server = ServerProcess(replace(spec, address=address), name)
         self._class = load_environment(env.target, env.adapter)
         self._runner = ThreadRunner(timeout_s=env.timeout_s, latency_s=0.0, seed=0)
         self._environments: dict[int, object] = {}
 
-    async def sampler(self) -> Sampler:
-        """Where its server listens."""
-        return Sampler(url=self._server.url, token=self._server.token, node_id=self._node.id)
+    async def where(self) -> tuple[str, str, str]:
+        """The URL and the token of its server, and the id of its node."""
+        return self._server.url, self._server.token, self._node_id
 
     async def exit_code(self) -> int | None:
         """The exit code of its server; None while that lives."""
@@ -95,21 +78,14 @@ class Worker:
         """Start the server again; the environments live on."""
         await asyncio.to_thread(self._server.restart)
 
-    async def open(self, id: int) -> str | None:
-        """Make an environment; returns what went wrong."""
-        try:
-            self._environments[id] = await self._runner(self._class)
-        except EnvironmentFailed as failure:
-            return str(failure)
-        return None
+    async def open(self, id: int) -> None:
+        """Make an environment."""
+        self._environments[id] = await self._runner(self._class)
 
-    async def call(self, id: int, method: str, args: Sequence[object], kwargs: Mapping[str, object]) -> tuple[bool, object]:
-        """Call a method of an environment: its answer, or what went wrong."""
+    async def call(self, id: int, method: str, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+        """Call a method of an environment."""
         environment = self._environments[id]
-        try:
-            return True, await self._runner(lambda: getattr(environment, method)(*args, **kwargs))
-        except EnvironmentFailed as failure:
-            return False, str(failure)
+        return await self._runner(lambda: getattr(environment, method)(*args, **kwargs))
 
     async def drop(self, ids: Sequence[int]) -> None:
         """Forget environments."""
@@ -132,12 +108,9 @@ class NodeWeightCache:
         name_process("weights")
         self._weights = HostWeights()
 
-    def take(self, packed: Packed, version: PolicyVersion) -> Path | OldLogitsError:
-        """Bring the node's copy to a version; returns its file, or why it cannot."""
-        try:
-            return self._weights.take(unpack(packed), version)
-        except OldLogitsError as error:
-            return error
+    def take(self, packed: Packed, version: PolicyVersion) -> Path:
+        """Bring the node's copy to a version; returns its file."""
+        return self._weights.take(unpack(packed), version)
 
     def full(self) -> Packed:
         """All weights of the version that it holds."""

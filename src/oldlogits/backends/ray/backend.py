@@ -28,7 +28,7 @@ from oldlogits.backends.ray.cluster import Actor
 from oldlogits.backends.ray.remote_environments import AwaitingRunner, remote_class
 from oldlogits.backends.ray.weights import ClusterWeights
 from oldlogits.backends.ray.workers import Workers
-from oldlogits.config import Caution
+from oldlogits.config.guard import Caution
 from oldlogits.core.engine import ServerOptions
 from oldlogits.core.engine_stats import Incident
 from oldlogits.core.server import LaunchSpec
@@ -136,7 +136,7 @@ def _maker(spec: BackendSpec, servers: ServerOptions, places: Sequence[Place]) -
     return make
 
 
-def _node(home: str) -> actors.Node:
-    """The node that this is called on; on the controller's own, servers listen for this machine alone."""
+def _node(home: str) -> tuple[str, str]:
+    """The node that this is called on, and its address; on the controller's own, servers listen for this machine alone."""
     address = cluster.node_address()
-    return actors.Node(id=cluster.node_id(), address="127.0.0.1" if address == home else address)
+    return cluster.node_id(), "127.0.0.1" if address == home else address

@@ -14,7 +14,7 @@ from oldlogits.backends.ray import actors
 from oldlogits.backends.ray.cluster import Actor, ActorEndedError, fetch
 from oldlogits.backends.ray.weights import ClusterWeights
 from oldlogits.core.errors import ConfigError, WorkerDiedError
-from oldlogits.rpc.child import READY, Reply
+from oldlogits.rpc.child import READY
 from oldlogits.rpc.client import CarryOut
 from oldlogits.train.reports import PublishedVersion
 
@@ -54,14 +54,10 @@ class ActorCalls:
         beside = next((self._weights.reference(update) for _, update in parted if update is not None), None)
         answered, weights = self._actor.call("call", method, rest, beside, num_returns=2)
         try:
-            reply: Reply = await fetch(answered)
+            value: object = await fetch(answered)
         except ActorEndedError as error:
             raise self._died(error) from error
-        if reply.error is not None:
-            raise reply.error
-        if not isinstance(reply.value, Aside | PublishedVersion):
-            return reply.value
-        return put_back(reply.value, await self._weights.sent(weights))
+        return put_back(value, await self._weights.sent(weights)) if isinstance(value, Aside | PublishedVersion) else value
 
     async def watch(self) -> None:
         """Wait until it ends by itself, which is a `WorkerDiedError`."""

@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any, Final
 
 import ray
@@ -16,16 +15,9 @@ from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from oldlogits.backends.local import ignoring_interrupts
-from oldlogits.config.schema import RayConfig
-from oldlogits.core.errors import ConfigError
-
-SETTINGS: Final = MappingProxyType(
-    {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_worker_niceness": "0",  # else the trainer gives way to everything else on its machine
-    }
-)
-"""Environment variables of a cluster that a run starts, unless they are set."""
+from oldlogits.config.systems import RayConfig
+from oldlogits.core.errors import ConfigError, OldLogitsError
+from oldlogits.rollout.turns import EnvironmentFailed
 
 POLL_S: Final = 1.0
 """Seconds for which a thread waits for places at a time; a program that ends waits for that thread."""
@@ -78,6 +70,8 @@ async def fetch(ref: Ref) -> Any:
     """The value of a reference; a cancellation of the wait does not cancel the call.
 
     Raises:
+        OldLogitsError: The actor raised it.
+        EnvironmentFailed: The actor raised it.
         ActorEndedError: The actor that makes it has ended.
         ClusterError: It is lost, or cannot be sent.
     """
@@ -86,6 +80,8 @@ async def fetch(ref: Ref) -> Any:
     except ray.exceptions.RayActorError as error:
         raise ActorEndedError(str(error).strip().splitlines()[0]) from error
     except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, OldLogitsError | EnvironmentFailed):
+            raise error.cause from error
         raise ClusterError(str(error).strip().splitlines()[-1]) from error  # the end of a traceback
     except ray.exceptions.RayError as error:
         raise ClusterError(str(error).strip().splitlines()[0]) from error
@@ -103,14 +99,12 @@ def put(something: object) -> Ref:
 
 def node_id() -> str:
     """Return the id of the node that this is called on."""
-    found: str = ray.get_runtime_context().get_node_id()
-    return found
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def node_address() -> str:
     """Return the address of the node that this is called on."""
-    found: str = ray.util.get_node_ip_address()
-    return found
+    return str(ray.util.get_node_ip_address())
 
 
 def anywhere(*, cpus: float, gpus: float) -> Mapping[str, Any]:
@@ -161,8 +155,8 @@ def connected(config: RayConfig, *, num_cpus: int) -> Iterator[None]:
     Raises:
         ConfigError: The cluster is not there.
     """
-    for name, setting in SETTINGS.items():
-        os.environ.setdefault(name, setting)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else the trainer gives way to everything else on its machine
     variables = {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "OMP_NUM_THREADS": "1"}
     own = {} if config.address else {"num_cpus": num_cpus, "include_dashboard": False}
     try:

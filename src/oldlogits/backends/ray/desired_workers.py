@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
+from typing import Final
 
 from oldlogits.core.errors import ConfigError
+from oldlogits.record.folder import write_json
+
+NAME: Final = "workers.json"
 
 
 def write_wanted(folder: Path, num_workers: int) -> None:
     """Want so many workers from now on."""
-    path = _path(folder)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"num_workers": num_workers}), encoding="utf-8")
-    os.replace(partial, path)
+    write_json(folder / NAME, {"num_workers": num_workers})
 
 
 def read_wanted(folder: Path) -> int | None:
     """Return how many workers are wanted; None: nobody has said."""
-    try:
-        text = _path(folder).read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not (path := folder / NAME).exists():
         return None
+    text = path.read_text(encoding="utf-8")
     try:
         num = json.loads(text)["num_workers"]
     except (ValueError, TypeError, KeyError):
@@ -31,7 +30,3 @@ def read_wanted(folder: Path) -> int | None:
         allowed, fix = '{"num_workers": N} with N >= 1', "use `oldlogits workers RUN_FOLDER --num N`"
         raise ConfigError("workers.json is no wish for workers", got=text[:80], allowed=allowed, fix=fix)
     return num
-
-
-def _path(folder: Path) -> Path:
-    return folder / "workers.json"

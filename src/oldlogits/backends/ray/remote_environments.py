@@ -17,10 +17,10 @@ import itertools
 import random
 import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol, TypeVar, cast
 
 from oldlogits.core.environment import Environment
+from oldlogits.rollout.environment_runner import attempt
 from oldlogits.rollout.turns import EnvironmentFailed, EnvironmentLost
 
 T = TypeVar("T")
@@ -50,23 +50,13 @@ class Places(Protocol):
         """Return the one with the fewest environments; waits while there is none, and raises when there will be none."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Call:
-    """A call that was answered."""
-
-    method: str
-    args: Sequence[object]
-    kwargs: Mapping[str, object]
-    answer: object
-
-
 class RemoteEnvironment:
     """One environment, wherever it lives now."""
 
     def __init__(self, places: Places, id: int) -> None:
         self._places, self._id = places, id
         self._place: Place | None = None
-        self._answered: list[_Call] = []
+        self._answered: list[tuple[str, Sequence[object], Mapping[str, object], object]] = []
 
     async def call(self, method: str, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
         """Call a method, in another place if the environment's own is lost."""
@@ -77,20 +67,20 @@ class RemoteEnvironment:
             except PlaceLostError:
                 self._place = None
                 continue
-            self._answered.append(_Call(method=method, args=args, kwargs=kwargs, answer=answer))
+            self._answered.append((method, args, kwargs, answer))
             return answer
 
     async def _move(self) -> Place:
         """A new environment in another place, brought to where the old one was."""
         place = await self._places.choose()
         await place.open(self._id)
-        for call in self._answered:
+        for method, args, kwargs, answered in self._answered:
             try:
-                answer = await place.call(self._id, call.method, call.args, call.kwargs)
+                answer = await place.call(self._id, method, args, kwargs)
             except EnvironmentFailed as failure:
-                raise EnvironmentLost(f"its worker ended, and {call.method}, called again, failed: {failure}") from None
-            if answer != call.answer:
-                raise EnvironmentLost(f"its worker ended, and {call.method}, called again, answered otherwise")
+                raise EnvironmentLost(f"its worker ended, and {method}, called again, failed: {failure}") from None
+            if answer != answered:
+                raise EnvironmentLost(f"its worker ended, and {method}, called again, answered otherwise")
         self._place = place
         return place
 
@@ -139,5 +129,5 @@ class AwaitingRunner:
         """Wait for a call; raises `EnvironmentFailed` where it raised or took too long."""
         if is_tool and self._latency_s:
             await asyncio.sleep(self._rng.expovariate(1 / self._latency_s))
-        result = call()
+        result = attempt(call)  # what runs here: the parser, and the types of tools and results
         return await result if inspect.isawaitable(result) else result

@@ -52,11 +52,9 @@ class ClusterWeights:
         """Bring the store and every node to a version; nodes that fail are supplied when their servers ask."""
         weights = self.reference(update)
         try:
-            taken = await fetch(self._store.call("take", weights, version))
+            await fetch(self._store.call("take", weights, version))
         except ClusterError as error:
             raise _lost(error) from error
-        if isinstance(taken, OldLogitsError):
-            raise taken
         self._version = version
         await asyncio.gather(*(node.take(weights, version) for node in self._nodes.values()))
         return SharedWeights(path=Path(), version=version)  # each node has a path of its own
@@ -107,12 +105,11 @@ class _Node:
     async def take(self, weights: Ref, version: PolicyVersion) -> None:
         """Take an update; after a failure it is behind."""
         try:
-            taken = await fetch(self.cache.call("take", weights, version))
-        except ClusterError:
+            self.path = await fetch(self.cache.call("take", weights, version))
+        except (ClusterError, OldLogitsError):
             self.version = -1
-            return
-        behind = isinstance(taken, OldLogitsError)
-        self.version, self.path = (-1, None) if behind else (version, taken)
+        else:
+            self.version = version
 
 
 def _weight_cache(node_id: str) -> Actor:

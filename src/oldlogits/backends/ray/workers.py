@@ -16,9 +16,9 @@ from oldlogits.backends.ray.cluster import Actor, ActorEndedError, ClusterError,
 from oldlogits.backends.ray.desired_workers import read_wanted
 from oldlogits.backends.ray.remote_environments import Place, PlaceLostError
 from oldlogits.backends.ray.weights import ClusterWeights
-from oldlogits.config import Caution
+from oldlogits.config.guard import Caution
 from oldlogits.core.engine import ServerOptions
-from oldlogits.core.errors import ConfigError
+from oldlogits.core.errors import ConfigError, OldLogitsError
 from oldlogits.core.server import SERVER_PROTOCOLS, ServerFailedError, ServerProtocol, SharedWeights
 from oldlogits.engines.http.client import HttpClient
 from oldlogits.engines.http.fleet import Fleet
@@ -95,7 +95,7 @@ class RayWorker:
             raise ServerFailedError(
                 f"it is not ready after {start_s:g} s: it is still starting, or has no place where {cluster.free()} is free"
             ) from None
-        except ClusterError as error:
+        except (ClusterError, OldLogitsError) as error:
             raise ServerFailedError(f"it ended: {str(error).strip().splitlines()[0]}") from error
 
     async def _start(self, server: ServerProtocol) -> None:
@@ -106,9 +106,8 @@ class RayWorker:
         elif self._restarts_server:
             await fetch(self.actor.call("restart"))
         self._restarts_server = False
-        sampler = await fetch(self.actor.call("sampler"))
-        self.node_id = sampler.node_id
-        server.http.move_to(sampler.url, sampler.token)
+        url, token, self.node_id = await fetch(self.actor.call("where"))
+        server.http.move_to(url, token)
 
     async def _live(self, actor: Actor) -> None:
         try:
@@ -129,18 +128,13 @@ class RayWorker:
         """Make an environment."""
         actor, here = self.actor, self.environments
         here.add(id)
-        failure = await self._answer(actor.call("open", id))
-        if failure is not None:
-            raise EnvironmentFailed(str(failure))
+        await self._answer(actor.call("open", id))
 
     async def call(self, id: int, method: str, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
         """Call a method of an environment."""
         if id not in self.environments:
             raise PlaceLostError
-        succeeded, answer = cast("tuple[bool, object]", await self._answer(self.actor.call("call", id, method, args, kwargs)))
-        if not succeeded:
-            raise EnvironmentFailed(str(answer))
-        return answer
+        return await self._answer(self.actor.call("call", id, method, args, kwargs))
 
     def drop(self, id: int) -> None:
         """Forget an environment; told in batches."""
@@ -165,12 +159,7 @@ class RayWorker:
 
 
 class Workers:
-    """The rollout workers of a run: as many as are wanted, and where environments are placed.
-
-    Args:
-        make: Makes the actor of a worker, given its number.
-        folder: The run folder, where `oldlogits workers` says how many there are to be.
-    """
+    """The rollout workers of a run: as many as its folder says are wanted, and where environments are placed."""
 
     def __init__(
         self,

@@ -81,9 +81,10 @@ class _Leader:
                 raise
             silent = self._board.silent()
             names = ", ".join(map(str, silent)) or "unknown"
+            first_sentence = str(error).splitlines()[0].partition(". ")[0]
             raise WorkerDiedError(
                 f"rank {names} of {self._launch.num_ranks} ended, or no longer answers",
-                got=f"no sign of life within {SILENT_S:g} seconds; {_first_sentence(error)}",
+                got=f"no sign of life within {SILENT_S:g} seconds; {first_sentence}",
                 allowed="ranks that live until the end of the run",
                 fix="look for a message of that rank, or an out-of-memory kill; go on with --resume from the last checkpoint",
             ) from error
@@ -144,7 +145,3 @@ def _parted(launch: Launch, board: Rendezvous, error: RuntimeError) -> int:
         time.sleep(0.1)
     print(f"rank {launch.rank}: an exchange with the other ranks broke off: {error}", file=sys.stderr)
     return 1
-
-
-def _first_sentence(error: RuntimeError) -> str:
-    return str(error).splitlines()[0].partition(". ")[0]

@@ -56,11 +56,6 @@ class EngineProcess:
         self.pause, self.partials, self.load = calls.pause, calls.partials, calls.load
         self.resume, self.stats = calls.resume, calls.stats
 
-    @property
-    def pid(self) -> int:
-        """The engine's process id."""
-        return self._process.pid
-
     async def ready(self) -> None:
         """Wait until the engine has loaded its weights."""
         await self._deadline.call("", ())

@@ -9,7 +9,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
-from oldlogits.core.server import LOOPBACK, Json, Reply, ServerFailedError, SharedWeights, Transport
+from oldlogits.core.server import LOOPBACK, Json, Reply, ServerFailedError, Transport
 from oldlogits.engines.shared_memory import share_text
 
 
@@ -38,10 +38,6 @@ class HttpClient(Transport):
     async def share(self, text: str) -> Path:
         """Write a text to a file where the weights for this server will be."""
         return share_text(text)
-
-    async def located(self, weights: SharedWeights) -> SharedWeights:
-        """Return the weights as they are: they lie on this machine."""
-        return weights
 
     async def call(self, method: str, path: str, body: Json = None, *, timeout_s: float | None) -> Reply:
         """Call a route; see `Transport.call`."""

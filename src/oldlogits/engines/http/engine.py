@@ -38,7 +38,7 @@ from oldlogits.core.errors import ConfigError
 from oldlogits.core.server import GenerateRequest, ServerFailedError, ServerProtocol, SharedWeights
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
 from oldlogits.engines.http.fleet import Fleet
-from oldlogits.engines.http.pending import PendingRequest, unless_cut
+from oldlogits.engines.http.pending import PendingRequest, unless
 from oldlogits.engines.http.replica import Attempt, Replica
 from oldlogits.engines.http.supervision import Supervisor
 from oldlogits.engines.shared_memory import OnThisHost, WeightTransport
@@ -137,7 +137,7 @@ class HttpEngine:
         replica.attempts.add(attempt)
         self._look_at_clock()
         try:
-            answer = await unless_cut(replica.server, asked, attempt)
+            answer = await unless(attempt.cut.wait(), replica.server.generate(asked))  # leaving closes the connection
         except ServerFailedError as failure:
             await self.fleet.suspect(replica, str(failure))
             return None
@@ -154,7 +154,8 @@ class HttpEngine:
             self.fleet.fail(replica, f"it sampled with weights of {versions}, not with this run's version {self._version}")
             return None
         request.keep(answer)
-        replica.receive(len(answer.output_ids))
+        if replica.num_received is not None:
+            replica.num_received += len(answer.output_ids)
         self._count.num_steps += 1
         self._count.num_decode_tokens += len(answer.output_ids)
         self._count.num_prefill_tokens += len(asked.token_ids)

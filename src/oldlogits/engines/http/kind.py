@@ -6,13 +6,14 @@ import asyncio
 import importlib.util
 import os
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from oldlogits.core.engine import EngineKind, EngineSpec, OpenEngine, ServerOptions
 from oldlogits.core.engine_stats import Incident
 from oldlogits.core.errors import ConfigError
+from oldlogits.core.registry import require
 from oldlogits.core.server import SERVER_PROTOCOLS, LaunchSpec
 
 if TYPE_CHECKING:
@@ -31,13 +32,7 @@ class HttpKind(EngineKind):
     @asynccontextmanager
     async def open(self, spec: EngineSpec, servers: ServerOptions) -> AsyncIterator[OpenEngine]:
         """Connect to the servers of the recipe, or start some; on leaving none of the latter stays behind."""
-        if importlib.util.find_spec("aiohttp") is None:
-            raise ConfigError(
-                "an engine over HTTP needs a package that is not installed",
-                got="no aiohttp",
-                allowed="the extra 'vllm'",
-                fix="pip install 'oldlogits[vllm]'",
-            )
+        require("vllm", "aiohttp", what="an engine over HTTP")
         from oldlogits.engines.http.engine import HttpEngine
 
         replicas = attach(servers) if servers.urls else start(spec, servers)
@@ -87,15 +82,12 @@ def start(spec: EngineSpec, servers: ServerOptions) -> list[Replica]:
             "or start `oldlogits serve MODEL` and set engine.urls",
         )
     replicas: list[Replica] = []
-    try:
+    with ExitStack() as started:
         for number in range(servers.num_servers):
             own = replace(spec, seed=spec.seed + number)
             launched = ServerProcess(LaunchSpec(engine=own, servers=servers), f"server-{number}")
+            started.callback(launched.close)
             http = HttpClient(launched.url, token=launched.token, control_timeout_s=servers.timeouts.control_s)
             replicas.append(Replica(server=protocol(http), launched=launched))
-    except BaseException:
-        for replica in replicas:
-            assert replica.launched is not None
-            replica.launched.close()
-        raise
+        started.pop_all()  # all have started: they are the engine's to close
     return replicas

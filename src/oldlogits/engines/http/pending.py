@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 from oldlogits.core.engine import FinishReason, Generation, Sampling
-from oldlogits.core.server import GenerateRequest, ServerProtocol
 from oldlogits.engines.http.replica import Attempt
 
 NOTHING: Final = Generation(output_ids=(), logprobs=(), spans=(), finish_reason="abort")
@@ -55,15 +54,14 @@ class PendingRequest:
         return "length" if len(self.kept.output_ids) >= self.sampling.max_tokens or used >= max_context else None
 
 
-async def unless_cut(server: ServerProtocol, asked: GenerateRequest, attempt: Attempt) -> Generation | None:
-    """The server's answer; None if the attempt was cut before. Leaving closes the connection, which ends it there too."""
-    answering = asyncio.ensure_future(server.generate(asked))
-    cutting = asyncio.ensure_future(attempt.cut.wait())
+async def unless(ended: Coroutine[None, None, object], answer: Coroutine[None, None, Generation]) -> Generation | None:
+    """The answer; None if `ended` returns first, which cancels the answer."""
+    answering, ending = asyncio.ensure_future(answer), asyncio.ensure_future(ended)
     try:
-        await asyncio.wait({answering, cutting}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({answering, ending}, return_when=asyncio.FIRST_COMPLETED)
         return await answering if answering.done() else None
     finally:
-        cutting.cancel()
+        ending.cancel()
         if not answering.done():
             answering.cancel()
             with contextlib.suppress(asyncio.CancelledError):

@@ -107,11 +107,6 @@ class Replica:
                 fix=f"start it with {self.server.flag('max_context', str(spec.max_context))}",
             )
 
-    def receive(self, num_tokens: int) -> None:
-        """An answer has arrived."""
-        if self.num_received is not None:
-            self.num_received += num_tokens
-
     async def close(self) -> None:
         """End its process, if the run started it, and leave no connection."""
         if self.launched is not None:

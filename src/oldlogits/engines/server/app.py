@@ -10,9 +10,8 @@ bearer token, where there is one; without one the routes are for this machine on
 
 from __future__ import annotations
 
-import asyncio
 import hmac
-from collections.abc import Awaitable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Final
 from urllib.parse import urlsplit
 
@@ -22,9 +21,10 @@ from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from oldlogits import __version__
-from oldlogits.core.engine import Generation
+from oldlogits.core.engine import PauseMode
 from oldlogits.core.errors import ConfigError, OldLogitsError, WorkerDiedError
 from oldlogits.core.server import LOOPBACK, SharedWeights
+from oldlogits.engines.http.pending import unless
 from oldlogits.engines.protocols import vllm_messages as wire
 from oldlogits.engines.server.served import Served
 
@@ -59,7 +59,7 @@ def make_app(served: Served, *, token: str = "") -> FastAPI:
 @routes.post("/inference/v1/generate")
 async def _generate(body: wire.GenerateBody, request: Request, served: Engine) -> Response:
     asked = body.request(default_id=f"{next(served.numbers)}", default_max_tokens=served.spec.max_context)
-    answer = await _unless_left(request, served.generate(asked))
+    answer = await unless(_left(request), served.generate(asked))
     if answer is None:
         return Response(status_code=_CLIENT_LEFT)
     said = wire.AnswerBody.of(answer, asked, model=served.name, labels=served.labels)
@@ -73,7 +73,7 @@ async def _abort(served: Engine, request_ids: Annotated[list[str] | None, Body(e
 
 
 @routes.post("/pause")
-async def _pause(served: Engine, mode: str = "abort", clear_cache: bool = True) -> Said:
+async def _pause(served: Engine, mode: PauseMode = "abort", clear_cache: bool = True) -> Said:
     await served.pause(mode, clear_cache)
     return {"status": "paused"}
 
@@ -216,18 +216,7 @@ def check_host(host: str, token: str) -> None:
         )
 
 
-async def _unless_left(request: Request, answer: Awaitable[Generation]) -> Generation | None:
-    """Wait for an answer as long as somebody waits for it; None: the client left, and the request is aborted."""
-    working = asyncio.ensure_future(answer)
-    leaving = asyncio.ensure_future(_left(request))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return await working if working.done() else None
-    finally:
-        leaving.cancel()
-        working.cancel()
-
-
 async def _left(request: Request) -> None:
+    """Return when nobody waits for the answer any more."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -49,12 +49,9 @@ class Served:
             await self.engine.abort(own_id)
         return len(own_ids)
 
-    async def pause(self, mode: str, clear_cache: bool) -> None:
+    async def pause(self, mode: PauseMode, clear_cache: bool) -> None:
         """Stop sampling. A cleared cache is computed anew with the next weights."""
-        if mode not in ("keep", "abort"):
-            raise _wrong(f"mode = {mode}", "keep, abort", "pause with mode=keep")
-        kept: PauseMode = "keep" if mode == "keep" else "abort"
-        await self.engine.pause(kept, "recompute" if clear_cache else "stale")
+        await self.engine.pause(mode, "recompute" if clear_cache else "stale")
         self.is_paused = True
 
     async def resume(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from oldlogits.core.parser import Malformed, ToolCall
-from oldlogits.core.text import read_json, write_json
+from oldlogits.envs.text import read_json, write_json
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 

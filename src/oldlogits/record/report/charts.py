@@ -101,6 +101,20 @@ class Bound:
     label: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """A chart with its title, its legend (colour class and label), a sentence on how to read it, and its numbers.
+
+    A table is a row of column names and the rows below it.
+    """
+
+    title: str
+    caption: str
+    svg: Markup
+    legend: tuple[tuple[str, str], ...] = ()
+    table: tuple[tuple[str, ...], ...] = ()
+
+
 def x_axis(low: float, high: float, *, transform: Transform = "linear", whole: bool = False) -> Axis:
     """A horizontal axis over exactly ``[low, high]``; `whole` labels integers only."""
     if high <= low:
@@ -191,23 +205,27 @@ def stacked_chart(x: Axis, y: Axis, lines: Sequence[Line], *, x_label: str) -> M
     return frame(x, y, parts + _columns(lines, x, x_label), x_label)
 
 
-def frame(x: Axis, y: Axis | None, parts: Sequence[str], x_label: str, *, bottom: float = BOTTOM) -> Markup:
-    """The picture: grid lines of y, or of x where there is no y axis; ticks, labels, and the parts on top."""
+def frame(x: Axis, y: Axis, parts: Sequence[str], x_label: str) -> Markup:
+    """The picture: grid lines of y, ticks, labels, and the parts on top."""
     drawn = []
-    for tick in y.ticks if y else ():
-        assert y is not None
+    for tick in y.ticks:
         at = y.at(tick)
         drawn.append(draw_segment("grid", (LEFT, RIGHT), (at, at)))
         drawn.append(draw_text(LEFT - 7, at + 4, y.text(tick), 'text-anchor="end"'))
-    style, top = ("tick", bottom) if y else ("grid", TOP)
-    for tick in x.ticks:
-        at = x.at(tick)
-        drawn.append(draw_segment(style, (at, at), (top, bottom + 4)))
-        drawn.append(draw_text(at, bottom + 18, x.text(tick), 'text-anchor="middle"'))
+    return svg(drawn + draw_x_axis(x, "tick", BOTTOM, BOTTOM, x_label) + [*parts], BOTTOM)
+
+
+def draw_x_axis(x: Axis, style: str, top: float, bottom: float, label: str) -> list[str]:
+    """The axis at `bottom`, its ticks from `top` on, and its label."""
+    drawn = [draw_segment(style, (x.at(tick), x.at(tick)), (top, bottom + 4)) for tick in x.ticks]
+    drawn += [draw_text(x.at(tick), bottom + 18, x.text(tick), 'text-anchor="middle"') for tick in x.ticks]
     drawn.append(draw_segment("base", (x.start, RIGHT), (bottom, bottom)))
-    drawn.append(draw_text((x.start + RIGHT) / 2, bottom + 36, x_label, 'text-anchor="middle" class="axislabel"'))
-    size = f"0 0 {WIDTH} {bottom + HEIGHT - BOTTOM}"
-    return Markup(f'<svg viewBox="{size}" role="img">{"".join(drawn)}{"".join(parts)}</svg>')
+    return [*drawn, draw_text((x.start + RIGHT) / 2, bottom + 36, label, 'text-anchor="middle" class="axislabel"')]
+
+
+def svg(parts: Sequence[str], bottom: float) -> Markup:
+    """The picture of parts above an axis at `bottom`."""
+    return Markup(f'<svg viewBox="0 0 {WIDTH} {bottom + HEIGHT - BOTTOM}" role="img">{"".join(parts)}</svg>')
 
 
 def draw_line(line: Line, x: Axis, y: Axis) -> str:

@@ -8,12 +8,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Final
 
-from oldlogits.record.bus import EventKind
 from oldlogits.record.episodes import Episode, read_episodes
 from oldlogits.record.event_log import history, read_events, typed
-from oldlogits.record.events import Audited, AverageWasReset, Calibrated, Evaluated, RunEnded, Updated, Warned
+from oldlogits.record.events import Audited, AverageWasReset, Calibrated, Evaluated, RunEnded, RunStarted, Updated, Warned
 from oldlogits.record.folder import RunFolder
-from oldlogits.record.jsonl import Json, number
 from oldlogits.record.summary import Summary, summarise
 from oldlogits.record.tables import Column, sample_tokens
 
@@ -28,7 +26,7 @@ class RunData:
     """A run as recorded, in order; after a resume, the line of history that went on.
 
     Args:
-        started: The fields of ``run_started``; empty when the run never started.
+        started: None when the run never started.
         calibration: None when there was none.
         ended: The reason in ``run_ended``; None when the process was killed.
         tokens: A sample of the loss tokens, one array a column; arrays of length 0 without tables.
@@ -36,7 +34,7 @@ class RunData:
     """
 
     path: Path
-    started: Mapping[str, Json]
+    started: RunStarted | None
     updates: Sequence[Updated]
     evaluations: Sequence[Evaluated]
     audits: Sequence[Audited]
@@ -52,12 +50,13 @@ class RunData:
 
     def setting(self, name: str) -> str:
         """A field of ``run_started`` as text; "" when absent."""
-        value = self.started.get(name)
+        value = getattr(self.started, name, None)
         return "" if value is None else str(value)
 
     def bound(self, name: str) -> float | None:
         """A numeric field of ``run_started``."""
-        return number(self.started.get(name))
+        value: float | None = getattr(self.started, name, None)
+        return value
 
 
 def read_run(path: Path) -> RunData:
@@ -69,13 +68,12 @@ def read_run(path: Path) -> RunData:
     folder = RunFolder(path=path)
     events = list(read_events(folder.events))
     kept = history(events)
-    started = [event.fields for event in kept if event.kind is EventKind.RUN_STARTED]
     ended = next(iter(typed(kept[-1:], RunEnded)), None)
     tokens = sample_tokens(folder.tokens, names=_TOKEN_COLUMNS, max_rows=MAX_TOKENS)
     loss_mask = tokens["loss_mask"].astype(bool)
     return RunData(
         path=path,
-        started=started[-1] if started else {},
+        started=next(reversed(typed(kept, RunStarted)), None),
         updates=typed(kept, Updated),
         evaluations=typed(kept, Evaluated),
         audits=typed(kept, Audited),

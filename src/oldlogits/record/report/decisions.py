@@ -8,17 +8,16 @@ from typing import Final
 
 from markupsafe import Markup
 
-from oldlogits.record.bus import EventKind
-from oldlogits.record.events import FIELDS, Audited, AverageWasReset
+from oldlogits.record.bus import recorded_names
+from oldlogits.record.events import Audited, AverageWasReset, Updated
 from oldlogits.record.report import charts
-from oldlogits.record.report.charts import Bar
+from oldlogits.record.report.charts import Bar, Figure
 from oldlogits.record.report.data import RunData
-from oldlogits.record.report.figures import Figure
 
 Sums = Mapping[str, float]
 """The sums of an `audit` event at one staleness, or over several."""
 
-_NAMES = tuple(sorted(FIELDS[EventKind.AUDIT] - {"policy", "seconds_s"}))
+_NAMES = tuple(sorted(set(recorded_names(Audited)) - {"policy", "seconds_s"}))
 
 _SHARES: Final = {
     "kept wrongly": ("wrongly_kept", "num_tokens"),
@@ -48,17 +47,10 @@ _RESET_COLUMNS: Final = (
 _MAX_RESETS: Final = 50
 
 
-def decisions(run: RunData) -> dict[str, list[Figure]]:
-    """The sections by their names; none without an audit and resets."""
-    sections = {}
-    if run.audits:
-        sections["The exact audit"] = [_audit(run)]
-    if run.resets:
-        sections["Resets of the average"] = [_resets(run.resets)]
-    return sections
-
-
-def _audit(run: RunData) -> Figure:
+def audit(run: RunData, _: Sequence[Updated]) -> Figure | None:
+    """Draw which tokens the source's policy decided otherwise than OLD, by staleness; None without an audit."""
+    if not run.audits:
+        return None
     by_staleness = pooled(run.audits)
     policy = run.audits[-1].policy
     caption = (
@@ -77,9 +69,12 @@ def _audit(run: RunData) -> Figure:
     )
 
 
-def _resets(events: Sequence[AverageWasReset]) -> Figure:
-    """One row a reset, the newest ones, and the mean over all that were audited."""
-    errors = [found for event in events if (found := _errors(event)) is not None]
+def resets(run: RunData, _: Sequence[Updated]) -> Figure | None:
+    """List the newest resets, and the mean over all that were audited; None without a reset."""
+    events = run.resets
+    if not events:
+        return None
+    errors = [[getattr(event, name) for name in _ERRORS] for event in events if event.error_before is not None]
     means = tuple(f"{fmean(column):.2%}" for column in zip(*errors, strict=True)) or ("—",) * len(_ERRORS)
     shown = events[-_MAX_RESETS:]
     caption = (
@@ -94,7 +89,7 @@ def _resets(events: Sequence[AverageWasReset]) -> Figure:
 
 
 def _reset_row(event: AverageWasReset) -> tuple[str, ...]:
-    errors = _errors(event)
+    errors = (getattr(event, name) for name in _ERRORS)
     return (
         str(event.version),
         event.rule,
@@ -102,14 +97,8 @@ def _reset_row(event: AverageWasReset) -> tuple[str, ...]:
         f"{event.age:.1f}",
         f"{event.kept_average:.2%}",
         f"{event.kept_live:.2%}",
-        *([f"{error:.2%}" for error in errors] if errors else ["—"] * len(_ERRORS)),
+        *("—" if error is None else f"{error:.2%}" for error in errors),
     )
-
-
-def _errors(event: AverageWasReset) -> tuple[float, ...] | None:
-    """The four decision errors of a reset; None without an audit."""
-    errors: list[float | None] = [getattr(event, name) for name in _ERRORS]
-    return tuple(error for error in errors if error is not None) if None not in errors else None
 
 
 def pooled(events: Iterable[Audited]) -> dict[int, Sums]:

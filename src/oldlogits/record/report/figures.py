@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
 from typing import Final, cast
 
 import numpy as np
 import numpy.typing as npt
-from markupsafe import Markup
 
 from oldlogits.record.events import Evaluated, Updated
 from oldlogits.record.report import charts
-from oldlogits.record.report.charts import Bar, Bound, Line, Whisker
+from oldlogits.record.report.charts import Bar, Bound, Figure, Line, Whisker
 from oldlogits.record.report.data import RunData, binned
+from oldlogits.record.report.decisions import audit, resets
 
 Floats = npt.NDArray[np.floating]
 Bools = npt.NDArray[np.bool_]
@@ -32,20 +31,6 @@ _TIMES: Final = {
     "time/step_s": "optimizer steps",
     "time/publish_s": "publish",
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
-    """A chart with its title, its legend (colour class and label), a sentence on how to read it, and its numbers.
-
-    A table is a row of column names and the rows below it.
-    """
-
-    title: str
-    caption: str
-    svg: Markup
-    legend: tuple[tuple[str, str], ...] = ()
-    table: tuple[tuple[str, ...], ...] = ()
 
 
 Draw = Callable[[RunData, Sequence[Updated]], Figure | None]
@@ -88,6 +73,9 @@ def _sections() -> dict[str, tuple[Draw, ...]]:
             _metrics("Trajectories in flight", queue, of_queue, from_zero=True),
             _times,
         ),
+        "The engine's own noise": (_calibration,),
+        "The exact audit": (audit,),
+        "Resets of the average": (resets,),
     }
 
 
@@ -267,6 +255,35 @@ def _times(_: RunData, updates: Sequence[Updated]) -> Figure | None:
     y = charts.y_axis(0, max(totals))
     svg = charts.stacked_chart(_versions_axis(timed), y, lines, x_label="version")
     return Figure(title="Seconds per update", caption="What the trainer's time goes into.", svg=svg, legend=_legend(lines))
+
+
+def _calibration(run: RunData, _: Sequence[Updated]) -> Figure | None:
+    """What each band would mask of the engine's own noise."""
+    found = run.calibration
+    if found is None:
+        return None
+    points = list(zip(found.bands, found.masked, strict=True))
+    band = run.bound("band") if run.setting("r_d") != "1" else None
+    own = [(at, share) for at, share in points if at == band]
+    lines = [Line(label="masked", points=points, colour="c0", style="dots", text="{:.2%}".format)]
+    lines += [Line(label="this run's band", points=own, colour="c1", style="dots", text="{:.2%}".format)] if own else []
+    x = charts.x_axis(points[0][0], points[-1][0], transform="log")
+    y = charts.y_axis(0, max(share for _, share in points), percent=True)
+    caption = (
+        f"r_d = old/mu of {found.num_tokens} tokens at lag 0, before the first step: the engine's numerics alone. "
+        f"Mean |log r_d| {found.log_r_d_abs_mean:.2g} nats, largest {found.log_r_d_abs_max:.2g}; "
+        f"mean r_d {found.r_d_mean:.5f} +- {found.r_d_mean_error:.1g}, and 1 is expected."
+    )
+    return Figure(
+        title="Tokens that a band would mask at lag 0",
+        caption=caption,
+        svg=charts.line_chart(x, y, lines, x_label="band (log axis)"),
+        legend=_legend(lines),
+        table=(
+            ("band", *(f"{at:g}" + (" (this run)" if at == band else "") for at, _ in points)),
+            ("masked", *(f"{share:.2%}" for _, share in points)),
+        ),
+    )
 
 
 def _series(updates: Sequence[Updated], key: str) -> list[charts.Point]:

@@ -12,9 +12,7 @@ from markupsafe import Markup
 
 from oldlogits.record.folder import RunFolder, write_atomic
 from oldlogits.record.intervals import verdict_of
-from oldlogits.record.report.calibration import calibration
 from oldlogits.record.report.data import RunData, read_run
-from oldlogits.record.report.decisions import decisions
 from oldlogits.record.report.figures import figures
 from oldlogits.record.report.transcripts import chosen_transcripts
 from oldlogits.record.summary import Summary
@@ -38,6 +36,15 @@ _DETAILS: Final = {
 }
 
 
+_PAGES: Final = Environment(
+    loader=PackageLoader("oldlogits.record.report"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Card:
     """One figure of the run in large type."""
@@ -55,32 +62,21 @@ def write_report(run_folder: Path) -> Path:
         RecordError: A file is damaged other than by a kill.
     """
     run = read_run(run_folder)
-    page = _environment().get_template("report.html")
     folder = RunFolder(path=run_folder)
-    text = page.render(
+    text = _PAGES.get_template("report.html").render(
         run=run,
         formula=_formula(run),
         verdict=_verdict(run),
         cards=_cards(run),
         missing=_missing(run),
         details=_details(run),
-        sections=figures(run) | calibration(run) | decisions(run),
+        sections=figures(run),
         transcripts=chosen_transcripts(run.episodes),
         provenance=sorted(run.summary.provenance.items()),
         accounting=list(run.summary.accounting.items()),
     )
     write_atomic(folder.report, text)
     return folder.report
-
-
-def _environment() -> Environment:
-    return Environment(
-        loader=PackageLoader("oldlogits.record.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
 
 
 def _formula(run: RunData) -> Markup:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, zip_longest
 from typing import Final
 
 from oldlogits.record.episodes import Episode, EpisodeSegment
@@ -14,38 +14,27 @@ NUM_TINTS: Final = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Token:
-    """A sampled token: its text and its tooltip."""
-
-    text: str
-    tip: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
-    """Tokens of one version, with the number of its colour."""
-
-    version: int
-    tint: int
-    tokens: tuple[Token, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Turn:
-    """What was read (`text`), or what was sampled in one go (`spans`)."""
-
-    text: str = ""
-    num_tokens: int = 0
-    spans: tuple[Span, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Transcript:
     """An episode to show, and why."""
 
     title: str
     episode: Episode
-    turns: tuple[Turn, ...]
+
+    @property
+    def turns(self) -> list[list[EpisodeSegment]]:
+        """Its segments side by side of one kind: what was read, or what was sampled in one go."""
+        return [list(turn) for _, turn in groupby(self.episode.segments, key=lambda segment: segment.kind)]
+
+    def tint(self, segment: EpisodeSegment) -> int:
+        """The number of the colour of a sampled segment's version."""
+        return list[int | None](self.episode.versions).index(segment.version) % NUM_TINTS
+
+    def tokens(self, segment: EpisodeSegment) -> Iterator[tuple[str, str]]:
+        """The text of each sampled token, and its tooltip; all of the text at once where tokens were not recorded."""
+        texts = segment.tokens or (segment.text,)
+        logps = segment.logp_mu if len(segment.logp_mu) == len(texts) else ()
+        for text, logp in zip_longest(texts, logps):
+            yield text, f"version {segment.version}" + ("" if logp is None else f"\nlog-prob {logp:.3f}")
 
 
 def chosen_transcripts(episodes: Sequence[Episode]) -> list[Transcript]:
@@ -59,30 +48,7 @@ def chosen_transcripts(episodes: Sequence[Episode]) -> list[Transcript]:
             lowest = min(pool, key=lambda e: (e.reward, -len(e.versions)))
             highest = max(pool, key=lambda e: (e.reward, len(e.versions)))
             for episode in (lowest, highest):
-                chosen.setdefault(episode.id, Transcript(title=period, episode=episode, turns=tuple(_turns(episode))))
+                chosen.setdefault(episode.id, Transcript(title=period, episode=episode))
     if not chosen:
-        return [Transcript(title="Evaluation", episode=e, turns=tuple(_turns(e))) for e in episodes[-1:]]
+        return [Transcript(title="Evaluation", episode=e) for e in episodes[-1:]]
     return list(chosen.values())
-
-
-def _turns(episode: Episode) -> Iterator[Turn]:
-    tints = {version: index % NUM_TINTS for index, version in enumerate(sorted(set(episode.versions)))}
-    for kind, group in groupby(episode.segments, key=lambda segment: segment.kind):
-        segments = list(group)
-        num_tokens = sum(segment.num_tokens for segment in segments)
-        if kind == "context":
-            yield Turn(text="".join(segment.text for segment in segments), num_tokens=num_tokens)
-        else:
-            yield Turn(spans=tuple(_span(segment, tints) for segment in segments), num_tokens=num_tokens)
-
-
-def _span(segment: EpisodeSegment, tints: dict[int, int]) -> Span:
-    version = -1 if segment.version is None else segment.version
-    texts = segment.tokens or (segment.text,)
-    logps = segment.logp_mu if len(segment.logp_mu) == len(texts) else (None,) * len(texts)
-    tokens = tuple(Token(text=text, tip=_tip(version, logp)) for text, logp in zip(texts, logps, strict=True))
-    return Span(version=version, tint=tints.get(version, 0), tokens=tokens)
-
-
-def _tip(version: int, logp_mu: float | None) -> str:
-    return f"version {version}" if logp_mu is None else f"version {version}\nlog-prob {logp_mu:.3f}"

@@ -6,14 +6,13 @@ bus -> TrackerFeed.emit -> queue -> a thread of the tracker's own -> Tracker.log
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from oldlogits.core.errors import ConfigError
+from oldlogits.core.registry import require
 from oldlogits.core.tracker import TRACKERS, Cell, TrackedRun, Tracker
 from oldlogits.record.bus import Event, EventSink
 from oldlogits.record.episodes import Episode
@@ -33,13 +32,8 @@ def find_trackers(names: Sequence[str]) -> dict[str, type[Tracker]]:
         ConfigError: A name is unknown, or the package of a tracker is not installed.
     """
     for name in names:
-        if name in TRACKERS.names and importlib.util.find_spec(name) is None:
-            raise ConfigError(
-                f"record.trackers names '{name}', whose package is not installed",
-                got=f"no {name}",
-                allowed="trackers whose packages are installed",
-                fix=f"pip install 'oldlogits[{name}]'",
-            )
+        if name in TRACKERS.names:
+            require(name, name, what=f"the tracker '{name}'")
     return {name: TRACKERS.find(name) for name in names}
 
 

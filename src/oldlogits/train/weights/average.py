@@ -49,13 +49,7 @@ class AverageReset:
 
 
 class Averaging:
-    """The average under the recipe's decay and reset rules.
-
-    Args:
-        proximal: The section of the proximal policy: how the average decays, and when it is reset.
-        window: The largest lag of a token, in versions.
-        weights: Version 0.
-    """
+    """The average under the recipe's decay and reset rules; it begins as version 0. `window` is the largest lag of a token."""
 
     def __init__(self, proximal: ProximalConfig, window: int, weights: Mapping[str, Tensor]) -> None:
         self._proximal, self._window = proximal, window
@@ -76,13 +70,9 @@ class Averaging:
         metrics: Mapping[str, float],
         staleness_counts: Mapping[int, int],
     ) -> tuple[Mapping[str, float], AverageReset | None]:
-        """Take in the version that an update has made, or reset the average to it.
+        """Take in the masters of the version that an update has made, or reset the average to them.
 
-        Args:
-            weights: The masters after the update.
-            version: Their version.
-            metrics: What the update measured; its masks decide about a reset.
-            staleness_counts: The update's loss tokens by staleness.
+        What the update measured of its masks decides about a reset, and its loss tokens by staleness about beta.
 
         Returns:
             Metrics of the average that served the update, and the reset after it; None: there was none.

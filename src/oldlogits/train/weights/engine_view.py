@@ -26,13 +26,8 @@ def engine_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield rounded fp32 copies of the model's forward weights, as the engine holds them; a tied head is one of its own.
 
-    Of a sharded model these are this rank's slices, which are whole rows, with their scales.
-
-    Args:
-        model: The module that holds the masters.
-        numerics: The engine's numerics.
-        dtype: The type of the forward weights.
-        scale: The factor of its adapters' product, which is added before rounding; 0 without adapters.
+    Of a sharded model these are this rank's slices, which are whole rows, with their scales. The product of adapters, times
+    `scale`, is added before rounding.
     """
     for name, module, weight in plain_weights(model, dtype, scale):
         rounded = round_linear if _is_linear(module, name.rpartition(".")[2]) else round_other
@@ -48,14 +43,8 @@ class EngineView:
     """A copy of the trainer's model that computes as the engine does.
 
     Exact for all numerics but fp8_dynamic: where two fp32 forwards differ in a last bit, an activation on the edge
-    between two e4m3 codes is rounded to the other one.
-
-    Args:
-        model: The trainer's model, still whole, whose weights are taken over; it stays as it is.
-        numerics: The engine's numerics.
-        dtype: The type of the forward weights.
-        scale: The factor of its adapters' product.
-        ranks: The ranks among which the copy is sharded.
+    between two e4m3 codes is rounded to the other one. The trainer's model is still whole when it is copied, and stays as it
+    is; the copy is sharded among the ranks.
     """
 
     def __init__(

@@ -73,12 +73,7 @@ def plain_weights(model: nn.Module, dtype: torch.dtype, scale: float) -> Iterato
     """Yield the forward weights under their Hugging Face names, adapters added to those of the base.
 
     Each comes with its name and the module that has it; of a sharded model it is this rank's rows. It is in `dtype`, with
-    adapters in float32.
-
-    Args:
-        model: The module that holds the masters.
-        dtype: The type of the forward weights.
-        scale: The factor of the adapters' product.
+    adapters, whose product is scaled by `scale`, in float32.
     """
     parameters = dict(model.named_parameters())
     with_adapters = any(map(is_adapter, parameters))

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from oldlogits.config import VersionsConfig
+from oldlogits.config.systems import VersionsConfig
 from oldlogits.core.weights import PatchWeights, PolicyVersion, StoreReceipt
 from oldlogits.models.load import version_parameters
 from oldlogits.models.ranks import Ranks

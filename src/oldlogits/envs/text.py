@@ -11,7 +11,7 @@ from oldlogits.core.environment import JsonValue
 MAX_DEPTH: Final = 64
 """Arrays and objects inside of each other that a value may have."""
 
-_THOUGHT: Final = re.compile(r"<think>.*?</think>", re.DOTALL)
+_END: Final = "</think>"
 _LONE_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
@@ -43,9 +43,13 @@ def spoken(text: str) -> str:
     """Return what an assistant turn says aloud: all but its thoughts, ``<think>...</think>``.
 
     Where only one of the marks is there, the other one was in the prompt or was not written any more.
+
+    Example:
+        >>> spoken("<think>perhaps</think>yes"), spoken("perhaps</think>yes"), spoken("yes<think>perhaps")
+        ('yes', 'yes', 'yes')
     """
-    aloud = _THOUGHT.sub("", text)
-    return aloud.rpartition("</think>")[2].partition("<think>")[0]
+    first, *others = text.split("<think>")
+    return first.rpartition(_END)[2] + "".join(part.rpartition(_END)[2] for part in others if _END in part)
 
 
 def readable(text: str) -> str:
