@@ -17,6 +17,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from oldlogits.models.template import NAMES_ONLY
 from order_desk.tiny import TinyMoeSize, TinySize, save_tiny, tiny_model, tiny_tokenizer
 
 from .runs import files_of
@@ -56,7 +57,8 @@ def tiny_moe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-CHATML = (
+CHATML = NAMES_ONLY + (
+    "{%- if tools %}<|im_start|>tools {{ tools | map(attribute='function.name') | join(' ') }}<|im_end|>\n{%- endif %}"
     "{%- for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{%- endfor %}"
     "{%- if add_generation_prompt %}<|im_start|>assistant\n{%- endif %}"
 )

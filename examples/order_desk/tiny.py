@@ -24,6 +24,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from oldlogits.models.template import NAMES_ONLY
 from order_desk.starting_models import TinyMoeSize, TinySize
 
 END: Final = "<end>"
@@ -34,7 +35,7 @@ CALL: Final = ("<call>", "</call>")
 SPECIAL: Final = (PAD, UNKNOWN, END, *ROLES)
 
 CHAT_TEMPLATE: Final = (
-    "{%- for message in messages %}"
+    NAMES_ONLY + "{%- for message in messages %}"
     "{{ '<' + message['role'] + '> ' + message['content'] }}"
     "{%- if tools and loop.first %}{{ ' tools :' }}"
     "{%- for tool in tools %}{{ ' ' + tool['function']['name'] }}{%- endfor %}"

@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from oldlogits.core.environment import ModelOrder
+from oldlogits.core.environment import AS_IT_IS, ChatOptions, ModelOrder
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.parser import PARSERS, Malformed, ToolCall, WritingParser
 from oldlogits.envs.parsers.plain import PlainParser
 from oldlogits.envs.tools import bind, render_result, tool_names, tool_schemas, with_names
 from oldlogits.models.cache import cache_folder, cached
-from oldlogits.models.chat import ChatFormat, Message
+from oldlogits.models.chat import ChatFormat
 from oldlogits.models.load import load_model, load_tokenizer
 from order_desk.clerk import MIXTURE, Clerk, ErrorRates, demonstrator
 from order_desk.data import WORDS, DeskRow
@@ -57,6 +57,7 @@ class WarmStartSpec:
         errors: How the demonstrators err.
         desk: The class that makes the rows that they serve.
         parser: The `env.parser` in whose form they write their calls.
+        chat: How their conversations are written; it is in the cache's key by the demonstrations.
         folder: The model folder that is trained instead of a fresh model of `size`; its tokenizer and template are kept.
             Empty: a fresh model.
     """
@@ -73,6 +74,7 @@ class WarmStartSpec:
     errors: ErrorRates = MIXTURE
     desk: type[OrderDesk] = OrderDesk
     parser: str = "plain"
+    chat: ChatOptions = AS_IT_IS
     folder: str = ""
 
     def __post_init__(self) -> None:
@@ -107,6 +109,7 @@ def _at_the_desk(spec: WarmStartSpec, order: ModelOrder) -> WarmStartSpec:
     return replace(
         spec,
         desk=desk,
+        chat=order.chat,
         errors=desk.demonstrators,
         batch_size=min(spec.batch_size, desk.max_demonstrations_per_step),
         steps=spec.steps if order.steps == "auto" else order.steps,
@@ -147,7 +150,7 @@ def warm_start(spec: WarmStartSpec, progress: Progress = lambda step, loss: None
     """
     begun = Path(spec.folder)
     tokenizer = load_tokenizer(begun) if spec.folder else desk_tokenizer()
-    chat = ChatFormat(tokenizer)
+    chat = ChatFormat(tokenizer, tool_schemas(OrderDesk), OrderDesk.system_prompt, spec.chat)
     key = _key(spec, chat, tokenizer)
 
     def fill(unfinished: Path) -> None:
@@ -168,7 +171,7 @@ def _key(spec: WarmStartSpec, chat: ChatFormat, tokenizer: PreTrainedTokenizerBa
     """
     shown = [demonstration.token_ids for demonstration, _ in zip(demonstrations(spec, chat), range(_NUM_HASHED), strict=False)]
     vocabulary: Mapping[str, int] = tokenizer.get_vocab()
-    numbers = {name: value for name, value in asdict(spec).items() if name != "desk"}
+    numbers = {name: value for name, value in asdict(spec).items() if name not in ("desk", "chat")}
     begun = [
         (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(Path(spec.folder).glob("*.safetensors"))
     ]
@@ -190,8 +193,7 @@ def demonstrate(row: DeskRow, clerk: Clerk, chat: ChatFormat, parser: str = "pla
     heard, writer = PlainParser(), cast(WritingParser, PARSERS.find(parser)())
     desk = OrderDesk()
     seen: str | None = desk.reset(**row)
-    messages: list[Message] = [{"role": "system", "content": OrderDesk.system_prompt}, {"role": "user", "content": seen or ""}]
-    ids = chat.prompt_ids(messages, tool_schemas(OrderDesk))
+    ids = chat.prompt_ids(seen or "")
     mask = [False] * len(ids)
     next(clerk)
     while seen is not None:

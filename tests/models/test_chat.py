@@ -49,9 +49,9 @@ TOKENIZERS = {"tiny": tiny_tokenizer(WORDS), "chatml": _chatml(CHATML)}
 @given(opening=TEXT, turns=st.lists(st.tuples(TEXT, st.sampled_from(["tool", "user"]), TEXT), max_size=4))
 def test_turns_put_together_are_the_conversation_as_the_template_writes_it(name, opening, turns):
     tokenizer = TOKENIZERS[name]
-    chat = ChatFormat(tokenizer)
+    chat = ChatFormat(tokenizer, system_prompt="red")
     messages = [{"role": "system", "content": "red"}, {"role": "user", "content": opening}]
-    ids = chat.prompt_ids(messages)
+    ids = chat.prompt_ids(opening)
     for said, role, answer in turns:
         ids += chat.turn_ids(said) + chat.continuation_ids(role, answer)
         messages += [{"role": "assistant", "content": said}, {"role": role, "content": answer}]
@@ -75,11 +75,8 @@ def test_a_returned_continuation_is_the_callers_own():
 
 def test_tools_reach_the_template():
     tools = [{"type": "function", "function": {"name": "green"}}]
-    chat = ChatFormat(TOKENIZERS["tiny"])
-    assert (
-        chat.decode(chat.prompt_ids([{"role": "system", "content": "red"}], tools))
-        == "<system> red tools : green <end> <assistant>"
-    )
+    chat = ChatFormat(TOKENIZERS["tiny"], tools, "red")
+    assert chat.decode(chat.prompt_ids("hi")) == "<system> red tools : green <end> <user> hi <end> <assistant>"
 
 
 def test_sampling_stops_at_the_end_of_turn_and_at_another_eos():

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oldlogits.core.environment import MODELS, ModelOrder
 from oldlogits.core.errors import ConfigError
-from oldlogits.envs.tools import tool_names
+from oldlogits.envs.tools import tool_names, tool_schemas
 from oldlogits.models.chat import ChatFormat
 from oldlogits.models.load import load_model, load_tokenizer
 from order_desk.clerk import LONG_MIXTURE, MIXTURE, ErrorRates, oracle
@@ -35,7 +35,7 @@ from order_desk.warm_start import (
 )
 
 TOKENIZER = tiny_tokenizer([*WORDS, *tool_names(OrderDesk)])
-CHAT = ChatFormat(TOKENIZER)
+CHAT = ChatFormat(TOKENIZER, tool_schemas(OrderDesk), OrderDesk.system_prompt)
 SMALL = TinySize(hidden=16, layers=1, heads=2, kv_heads=1, mlp=24)
 
 

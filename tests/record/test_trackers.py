@@ -34,7 +34,15 @@ UPDATE = Updated(
     trajectories=[TRAJECTORY],
 )
 EVALUATED = Evaluated(
-    version=1, stage="after", mode="sampled", mean=0.5, low=0.25, high=0.75, num_episodes=4, rewards=[1.0, 0.0] * 2, seconds_s=2.0
+    version=1,
+    stage="after",
+    mode="sampled",
+    mean=0.5,
+    low=0.25,
+    high=0.75,
+    num_episodes=4,
+    rewards=[1.0, 0.0] * 2,
+    seconds_s=2.0,
 )
 
 

@@ -334,7 +334,9 @@ def test_an_environment_that_fails_too_often_ends_the_run_with_figures_and_the_l
 
     errors = errors_of(scenario, rows=lambda index: {"fails": True})
     assert {type(error) for error in errors} == {RolloutError}
-    assert errors[0].what == f"{WINDOW // 2 + 1} of the last {WINDOW // 2 + 1} training episodes were ended by their environment"
+    assert (
+        errors[0].what == f"{WINDOW // 2 + 1} of the last {WINDOW // 2 + 1} training episodes were ended by their environment"
+    )
     assert errors[0].got == "the last: reset: RuntimeError: no shop"
     assert errors[0].allowed == f"at most 50% of {WINDOW} (rollout.max_failed_share)"
     warned = worlds[0].events.of("warning")

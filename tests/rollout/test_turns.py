@@ -10,7 +10,9 @@ import pytest
 from oldlogits.core.engine import Generation, Sampling, Span, trajectory_of
 from oldlogits.core.errors import WorkerDiedError
 from oldlogits.core.trajectory import Context, Sampled, Trajectory
+from oldlogits.envs.base import system_prompt_of
 from oldlogits.envs.parsers.plain import PlainParser
+from oldlogits.envs.tools import tool_schemas
 from oldlogits.models.chat import ChatFormat
 from oldlogits.rollout.turns import Agent, EnvironmentFailed, Failure, TurnLimits, run_episode, sampled_segments
 from order_desk.tiny import tiny_tokenizer
@@ -109,6 +111,10 @@ async def run_here(call, *, is_tool=False):
         raise EnvironmentFailed(f"{type(error).__name__}: {error}") from error
 
 
+def chat_of(environment):
+    return ChatFormat(TOKENIZER, tool_schemas(environment), system_prompt_of(environment))
+
+
 def play(
     engine,
     *,
@@ -121,7 +127,7 @@ def play(
 ):
     agent = Agent(
         engine=engine,
-        chat=CHAT,
+        chat=chat_of(environment),
         parser=PlainParser(),
         limits=limits,
         sampling=Sampling(max_tokens=1, temperature=temperature),
@@ -341,7 +347,8 @@ def test_every_call_into_the_environment_goes_through_the_runner_and_only_tools_
         return await run_here(call)
 
     play(ScriptedEngine(CALL, "<call> nothing </call>", "bye", "bye", "bye"), runner=runner)
-    assert seen == [False, False, True, True, True, True, False]  # class, reset, add, three replies, reward
+    # class, reset, add: reading the call, the call, its result; a call that cannot be read, three replies, reward
+    assert seen == [False, False, False, True, False, False, True, True, True, False]
 
 
 def test_every_episode_has_an_environment_of_its_own():

@@ -24,7 +24,8 @@ from oldlogits.core.errors import ConfigError
 from oldlogits.core.trajectory import Sampled, Segment
 from oldlogits.envs.base import load_environment
 from oldlogits.envs.tools import tool_names, tool_schemas
-from oldlogits.models.chat import ChatFormat, ChatTokenizer, Message
+from oldlogits.models.chat import ChatFormat
+from oldlogits.models.template import ChatTokenizer, Role
 from oldlogits.rollout.environment_runner import ThreadRunner
 from oldlogits.rollout.tasks import TaskDataset
 from oldlogits.rollout.turns import Failure, run_episode
@@ -87,8 +88,8 @@ def play(options: PlayOptions, number: int, console: Console, read: Callable[[st
         EnvironmentShapeError: The class does not have the shape of an environment.
         ModelFolderError: The model folder is missing or incomplete.
     """
-    recipe = config_from_table(read_toml(Path(options.target))).env if options.target.endswith(".toml") else None
-    env = recipe or EnvConfig(target=options.target, adapter=options.adapter)
+    recipe = config_from_table(read_toml(Path(options.target))) if options.target.endswith(".toml") else None
+    env = recipe.env if recipe else EnvConfig(target=options.target, adapter=options.adapter)
     environment_class = load_environment(env.target, env.adapter)
     row, runner = _row(options, number, env, environment_class), ThreadRunner(timeout_s=env.timeout_s, latency_s=0.0, seed=0)
     made: list[object] = []
@@ -98,14 +99,14 @@ def play(options: PlayOptions, number: int, console: Console, read: Callable[[st
         return cast(T, made[-1])
 
     if options.mode == "checkpoint":
-        engine, tokenizer, limits = open_checkpoint(options.model, recipe, options.seed + number)
+        engine, chat, limits = open_checkpoint(options.model, recipe, environment_class, options.seed + number)
     else:
         write = _oracle(environment_class) if options.mode == "oracle" else lambda seen: read("> ")
         writer = Writer(write, tool_names(environment_class) if options.mode == "human" else ())
-        engine, tokenizer, limits = cast(RolloutEngine, writer), cast(ChatTokenizer, writer), ENDLESS
-    chat = _Chat(tokenizer, console)
-    agent = make_agent(limits, engine, chat, run, temperature=0.0 if options.greedy else 1.0)
-    agent = replace(agent, report=chat.report, parser=agent.parser if options.mode == "checkpoint" else writer)
+        engine, chat, limits = cast(RolloutEngine, writer), ChatFormat(cast(ChatTokenizer, writer)), ENDLESS
+    shown = _Shown(chat, console)
+    agent = make_agent(limits, engine, cast(ChatFormat, shown), run, temperature=0.0 if options.greedy else 1.0)
+    agent = replace(agent, report=shown.report, parser=agent.parser if options.mode == "checkpoint" else writer)
     _introduce(environment_class, options.mode, console)
     with asyncio.Runner() as loop:
         wait = loop.get_loop().run_until_complete  # not loop.run, so that Ctrl-C reaches whoever reads a line
@@ -160,20 +161,20 @@ def _oracle(environment_class: type[Environment]) -> Callable[[str], str]:
     )
 
 
-class _Chat(ChatFormat):
-    """Prints what the agent reads and writes."""
+class _Shown:
+    """A chat format that prints what the agent reads and writes."""
 
-    def __init__(self, tokenizer: ChatTokenizer, console: Console) -> None:
-        super().__init__(tokenizer)
-        self._console = console
+    def __init__(self, chat: ChatFormat, console: Console) -> None:
+        self._chat, self._console = chat, console
+        self.stop_ids, self.decode = chat.stop_ids, chat.decode
 
-    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[object] = ()) -> list[int]:
-        _say(self._console, "customer", messages[-1]["content"])
-        return super().prompt_ids(messages, tools)
+    def prompt_ids(self, opening: str) -> list[int]:
+        _say(self._console, "customer", opening)
+        return self._chat.prompt_ids(opening)
 
-    def continuation_ids(self, role: Literal["tool", "user"], content: str) -> list[int]:
+    def continuation_ids(self, role: Role, content: str) -> list[int]:
         _say(self._console, "tool" if role == "tool" else "customer", content)
-        return super().continuation_ids(role, content)
+        return self._chat.continuation_ids(role, content)
 
     def report(self, trajectory_id: str, segments: Sequence[Segment]) -> None:
         """Print a turn that was sampled."""

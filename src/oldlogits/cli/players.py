@@ -9,12 +9,14 @@ from typing import Final
 
 from oldlogits.config.check import check_model_folder
 from oldlogits.config.load import config_from_table, read_toml
-from oldlogits.config.schema import EnvConfig
+from oldlogits.config.schema import EnvConfig, RunConfig
 from oldlogits.core.engine import EngineSpec, Generation, RolloutEngine, Sampling, Span
+from oldlogits.core.environment import Environment
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.parser import Malformed, ToolCall
 from oldlogits.envs.parsers.plain import PlainParser
-from oldlogits.models.chat import ChatTokenizer, Message
+from oldlogits.models.chat import ChatFormat
+from oldlogits.models.template import Message
 from oldlogits.record.folder import RunFolder
 
 LONGEST: Final = 4096
@@ -65,22 +67,26 @@ class Writer:
         return "".join(map(chr, token_ids))
 
 
-def open_checkpoint(path: Path | None, env: EnvConfig | None, seed: int) -> tuple[RolloutEngine, ChatTokenizer, EnvConfig]:
-    """Return engine and tokenizer of a model folder or a run's latest checkpoint, and the parser and limits that it plays by.
+def open_checkpoint(
+    path: Path | None, recipe: RunConfig | None, environment_class: type[Environment], seed: int
+) -> tuple[RolloutEngine, ChatFormat, EnvConfig]:
+    """Return engine and chat format of a model folder or a run's latest checkpoint, and the parser and limits it plays by.
 
     Args:
         path: The folder.
-        env: What a model folder plays by; None: a default recipe, within what the model can read. A run plays by its own.
+        recipe: What a model folder plays by; None: a default one, within what the model can read. A run plays by its own.
+        environment_class: The environment that is played.
         seed: The seed of the sampler.
 
     Raises:
-        ConfigError: There is no path, or the run folder has no checkpoint.
+        ConfigError: There is no path, the run folder has no checkpoint, or the chat template cannot write what the environment
+            needs.
         ModelFolderError: The path is neither.
     """
     from oldlogits.engines.embedded.engine import EngineCore  # torch, which those who write do without
     from oldlogits.engines.embedded.model_folder import read_config
     from oldlogits.engines.embedded.stepwise import EmbeddedEngine
-    from oldlogits.models.load import load_tokenizer
+    from oldlogits.run.chat import chat_format
 
     class Engine(EmbeddedEngine):
         async def generate(
@@ -100,8 +106,8 @@ def open_checkpoint(path: Path | None, env: EnvConfig | None, seed: int) -> tupl
         if checkpoint is None:
             allowed, fix = "a run with a checkpoint, or a model folder", "let the run end, or set record.checkpoint_every"
             raise ConfigError("the run has no checkpoint yet", got=str(path), allowed=allowed, fix=fix)
-        path, env = checkpoint / "model", config_from_table(read_toml(run.config)).env
+        path, recipe = checkpoint / "model", config_from_table(read_toml(run.config))
     check_model_folder(path)
-    env = env or EnvConfig(max_episode_tokens=min(LONGEST, read_config(path).max_positions))
+    env = recipe.env if recipe else EnvConfig(max_episode_tokens=min(LONGEST, read_config(path).max_positions))
     core = EngineCore(EngineSpec(model_path=str(path), max_num_seqs=1, max_context=env.max_episode_tokens, seed=seed))
-    return Engine(core), load_tokenizer(path), env
+    return Engine(core), chat_format(recipe or RunConfig(), path, environment_class), env

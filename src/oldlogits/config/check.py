@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from operator import attrgetter
 from pathlib import Path
+
+from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from oldlogits.config.guard import refuse_idle
 from oldlogits.config.reader import build, fields_by_key, registry_of
@@ -50,6 +53,7 @@ def check(config: RunConfig, *, needs_model: bool = True) -> None:
     check_source(config.variant, config.proximal.source)
     _check_against_each_other(config)
     check_servers(config)
+    template_kwargs(config)
     _check_kv(config)
     _check_average(config)
     _check_effects(config)
@@ -64,6 +68,23 @@ def said(config: RunConfig, *keys: str) -> str:
     return ", ".join(
         f"{key} = {value:g}" if isinstance(value, float) else f"{key} = {value!r}" for key, value in values.items()
     )
+
+
+def template_kwargs(config: RunConfig) -> Mapping[str, JsonValue]:
+    """Read the variables that a recipe gives to the chat template.
+
+    Raises:
+        ConfigError: They are no JSON object.
+    """
+    try:
+        return TypeAdapter(dict[str, JsonValue]).validate_json(config.model.chat_template_kwargs or "{}")
+    except ValidationError as error:
+        raise ConfigError(
+            "the variables of the chat template cannot be read",
+            got=f"{said(config, 'model.chat_template_kwargs')}: {error.errors()[0]['msg']}",
+            allowed="a JSON object",
+            fix="""model.chat_template_kwargs = '{"enable_thinking": false}'""",
+        ) from error
 
 
 MODEL_FIX = f"pass --model.path FOLDER, or a starting model ({', '.join(MODELS.names)}), such as --model.path {MODELS.names[0]}"

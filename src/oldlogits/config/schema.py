@@ -98,6 +98,12 @@ class ModelConfig:
     warm_start_steps: Count | Auto = "auto"
     """Supervised steps on demonstrations of the environment before the run, whose result is cached; auto: the starting
     model's own number, and none for a folder."""
+    chat_tools: Literal["template", "system", "user"] = "template"
+    """Where the model reads of its tools. template: the chat template writes them, and one that leaves out names, descriptions
+    or parameters is refused. system, user: in the system message, or at the beginning of the first user message together with
+    the system prompt; results of tools are then user messages."""
+    chat_template_kwargs: str = ""
+    """Further variables of the chat template as JSON, such as '{"enable_thinking": false}'; every rendering gets them."""
     forward_dtype: Literal["fp32", "bf16"] = "fp32"
     """The type of the forward weights, whose bits are a version. bf16: they are rounded from fp32 masters, which the optimizer
     steps and nothing scores; patches of versions are small. The arithmetic is that of fp32 (docs/sharding.md)."""

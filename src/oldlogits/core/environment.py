@@ -11,8 +11,8 @@ called may say more about its model (`DescribedModel`).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -113,12 +113,36 @@ _IMPORT_PATH: Final = re.compile(r"[\w.]+:[\w.]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChatOptions:
+    """How conversations are written.
+
+    Args:
+        tools_in: Where tools are described. "template": the chat template does it. "system", "user": in the system message,
+            or at the beginning of the first user message together with the system prompt, for templates without tools or
+            without a system role; results of tools are then user messages.
+        call_format: How a call is written, which is told with the tools where the template does not describe them.
+        template_kwargs: Further variables of the template, such as ``enable_thinking``.
+        eos_ids: Tokens besides the tokenizer's own eos that end a turn, as ``generation_config.json`` lists them.
+    """
+
+    tools_in: Literal["template", "system", "user"] = "template"
+    call_format: str = ""
+    template_kwargs: Mapping[str, object] = field(default_factory=dict)
+    eos_ids: tuple[int, ...] = ()
+
+
+AS_IT_IS: Final = ChatOptions()
+"""The template writes everything."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOrder:
     """What is known of a run before its model folder exists.
 
     Args:
         steps: Supervised steps before the run (`model.warm_start_steps`); "auto" leaves the number to the maker.
         parser: Name of the tool-call parser that will read the model's turns.
+        chat: How the model's conversations will be written.
         folder: The model folder to begin with; empty where the maker begins with a model of its own.
         cache: The folder for folders that are kept from run to run.
         note: Called with a line of text before a part of the work that takes time.
@@ -128,6 +152,7 @@ class ModelOrder:
     steps: int | Literal["auto"]
     environment: type
     parser: str
+    chat: ChatOptions = AS_IT_IS
     folder: str = ""
     cache: Path
     progress: Progress = lambda step, num_steps, loss: None

@@ -43,6 +43,10 @@ class EnvironmentShapeError(OldLogitsError, TypeError):
     """A class does not have the shape of an environment."""
 
 
+class ContentError(OldLogitsError, ValueError):
+    """Words of an environment cannot be shown to the model as they are."""
+
+
 class TrajectoryError(OldLogitsError, ValueError):
     """The segments of a trajectory contradict each other."""
 
@@ -97,6 +101,10 @@ class NonFiniteError(OldLogitsError, FloatingPointError):
 
 class RolloutError(OldLogitsError, RuntimeError):
     """Sampling goes on without anything to train: episodes fail, or groups are left out."""
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """The user wants a run to stop at once; no environment's code can raise it by accident, as it can a KeyboardInterrupt."""
 
 
 class AccountingError(OldLogitsError, RuntimeError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 from oldlogits.core.environment import JsonValue
 from oldlogits.core.registry import Registry
@@ -37,6 +37,7 @@ class Parser(Protocol):
         """Return the calls of a turn in their order; none: the turn is a plain message."""
 
 
+@runtime_checkable
 class WritingParser(Parser, Protocol):
     """A parser that writes calls as well, which demonstrations need."""
 

@@ -8,7 +8,6 @@ call that does not fit becomes a `Malformed`, whose reason the agent is told.
 from __future__ import annotations
 
 import inspect
-import json
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 from oldlogits.core.environment import Environment, JsonValue, Row
 from oldlogits.core.errors import EnvironmentShapeError
 from oldlogits.core.parser import Malformed, ToolCall
+from oldlogits.envs.text import readable, write_json
 
 NO_TOOLS: Final = frozenset(
     {"reset", "get_reward", "reply", "explain_reward", "make_row", "make_oracle", "warm_start", "system_prompt"}
@@ -39,7 +39,7 @@ class _Parameter:
 
     def read(self, value: JsonValue) -> object:
         """Return a JSON value as the annotated type."""
-        return self.adapter.validate_json(json.dumps(value), strict=True)
+        return self.adapter.validate_json(write_json(value), strict=True)
 
     def read_word(self, word: str) -> object:
         """Return a word of a positional call as the annotated type: as text where that fits, else as the JSON that it is."""
@@ -178,7 +178,7 @@ def bind(environment: Environment, call: ToolCall) -> Callable[[], object] | Mal
             bound.arguments[key] = parameter.read_word(value) if call.positional else parameter.read(value)
         except ValidationError:
             wants = _name_of(parameter.hint)
-            return Malformed(reason=f"error : {call.name} wants {key} as {wants} but got {json.dumps(value)}")
+            return Malformed(reason=f"error : {call.name} wants {key} as {wants} but got {write_json(value)}")
     return partial(method, *bound.args, **bound.kwargs)
 
 
@@ -193,7 +193,10 @@ def _name_of(hint: object) -> str:
 
 
 def render_result(value: object) -> str:
-    """Return what the agent reads of a tool's return value: text as it is, JSON for dicts and lists, else `str`."""
-    if isinstance(value, str):
-        return value
-    return json.dumps(value) if isinstance(value, dict | list | tuple) else str(value)
+    """Return what the agent reads of a tool's return value: text as it is, JSON for dicts and lists, else `str`.
+
+    Raises:
+        TypeError: JSON cannot write it.
+        ValueError: It contains itself.
+    """
+    return readable(write_json(value) if isinstance(value, dict | list | tuple) else str(value))

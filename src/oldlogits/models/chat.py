@@ -1,59 +1,57 @@
-"""From messages to token ids, through the tokenizer's own chat template; what was sampled is never re-tokenised."""
+"""From messages to token ids, through the tokenizer's own chat template; what was sampled is never re-tokenised.
+
+template(messages with SENTINEL in place of somebody's words) -> what the template writes: its control tokens
+template(messages)                                            -> the text; where it differs, there are the words
+-> models/content.py encodes the text, the words without control tokens; both have the same ones, or it is an error
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from typing import Final, Literal, Protocol
+from functools import cache, lru_cache, partial
+from typing import Final
 
-from jinja2 import TemplateError
-
+from oldlogits.core.environment import AS_IT_IS, ChatOptions
 from oldlogits.core.errors import ConfigError
+from oldlogits.models.content import ContentEncoder, Span
+from oldlogits.models.template import SENTINEL, ChatTokenizer, Role, Template
 
-Message = Mapping[str, str]
-"""``{"role": ..., "content": ...}``."""
-
-_SENTINEL: Final = "SENTINEL7Q"
 _NUM_CACHED: Final = 4096
 """Continuations that are kept: tool results repeat, and rendering a template costs more than an environment step."""
-
-
-class ChatTokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that is used here."""
-
-    eos_token_id: int | None
-    added_tokens_decoder: Mapping[int, object]
-
-    def apply_chat_template(
-        self, conversation: Sequence[Message], *, tools: object, add_generation_prompt: bool, tokenize: Literal[False]
-    ) -> str:
-        """Write the conversation as text."""
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Give the token ids of a text."""
-
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
-        """Give the text of token ids."""
+_LARGEST_CACHED: Final = 4096
+"""Characters of the longest words whose continuation is kept."""
 
 
 class ChatFormat:
-    """How one tokenizer writes a conversation.
+    """How one tokenizer writes the conversations of one environment.
 
     ``prompt_ids + sampled turn + continuation_ids + sampled turn + ...`` are the tokens of the whole conversation, where
     every sampled turn ends with its end-of-turn token.
 
     Args:
         tokenizer: A tokenizer with a chat template.
+        tools: What the template is told of the tools: ``{"type": "function", "function": {...}}`` each.
+        system_prompt: The environment's; its author's words, which may spell control tokens. Empty: there is none.
+        options: How conversations are written.
 
     Raises:
-        ConfigError: The template does not write an assistant turn as its content followed by an end-of-turn token.
+        ConfigError: The template does not write an assistant turn as its content followed by an end-of-turn token, drops
+            something that the model must read, or changes what the model has read.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer) -> None:
-        self._tokenizer = tokenizer
-        after = self._after_turn([], add_generation_prompt=False)
-        ids = self._encode(after)
-        if not ids or ids[0] not in tokenizer.added_tokens_decoder:
+    def __init__(
+        self,
+        tokenizer: ChatTokenizer,
+        tools: Sequence[Mapping[str, object]] = (),
+        system_prompt: str = "",
+        options: ChatOptions = AS_IT_IS,
+    ) -> None:
+        self._tokenizer, self._encoder, self._system = tokenizer, ContentEncoder(tokenizer), system_prompt
+        self._template = Template(tokenizer, tools, options)
+        after = self._template.after_turn()
+        self._gap: Final = after[: len(after) - len(after.lstrip(" "))]
+        ids = self._encoder.encode(after.lstrip(" "))
+        if not self._encoder.control_ids(ids[:1]):
             raise ConfigError(
                 "the chat template does not end an assistant turn with a token of its own",
                 got=repr(after),
@@ -61,24 +59,44 @@ class ChatFormat:
                 fix="use an instruct model's chat template",
             )
         self.end_of_turn_id: Final[int] = ids[0]
+        eos = tokenizer.eos_token_id
+        every_end = (ids[0], *(() if eos is None else (eos,)), *options.eos_ids)
+        self.stop_ids: Final[tuple[int, ...]] = tuple(dict.fromkeys(every_end))
+        """Sampling a turn ends after any of these: the end-of-turn token, and every eos of tokenizer and generation config."""
         self._end_of_turn: Final = self._decode([ids[0]])
-        for role in ("tool", "user"):
-            self._after_turn([{"role": role, "content": "ok"}], add_generation_prompt=True)
-        self._continuation = lru_cache(maxsize=_NUM_CACHED)(self._render_continuation)
+        self._template.check(bool(system_prompt))
+        self._bare = cache(partial(self._after, content=SENTINEL))
+        self._kept = lru_cache(maxsize=_NUM_CACHED)(self._continue)
+        self._head: Final = self._encoder.from_last_control(self._end_of_turn + self._bare("user"))
+        self._turns: Final = ContentEncoder(tokenizer, {*self.stop_ids, *self._control("user")})
 
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """Sampling a turn ends after any of these: the end-of-turn token, and the tokenizer's eos where it is another."""
-        eos = self._tokenizer.eos_token_id
-        return (self.end_of_turn_id,) if eos is None or eos == self.end_of_turn_id else (self.end_of_turn_id, eos)
+    def prompt_ids(self, opening: str, system: str | None = None) -> list[int]:
+        """Give the tokens up to the start of the first assistant turn.
 
-    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[object] = ()) -> list[int]:
-        """Give the tokens up to the start of the next assistant turn."""
-        return self._encode(self._render(messages, tools=list(tools) or None, add_generation_prompt=True))
+        Args:
+            opening: What the user says first; somebody's words.
+            system: A system prompt in place of the environment's own, such as a row's; somebody's words.
 
-    def continuation_ids(self, role: Literal["tool", "user"], content: str) -> list[int]:
-        """Give the tokens between a sampled end-of-turn token and the start of the next assistant turn."""
-        return list(self._continuation(role, content))
+        Raises:
+            ContentError: These words cannot be encoded without control tokens.
+            ConfigError: The template refuses them.
+        """
+        write, own = self._template.opening, self._system if system is None else system
+        text = write(own, opening)
+        words, bare = [_words(write(own, SENTINEL), text)], write(own if system is None else SENTINEL, SENTINEL)
+        if system is not None:
+            words = sorted([_words(write(SENTINEL, opening), text), *words])
+        control = self._encoder.control_ids(self._encoder.encode(bare))
+        return self._encoder.encode_around(text, words, control_ids=control, anchor=self._end_of_turn, is_start=True)
+
+    def continuation_ids(self, role: Role, content: str) -> list[int]:
+        """Give the tokens between a sampled end-of-turn token and the start of the next assistant turn.
+
+        Raises:
+            ContentError: The content cannot be encoded without control tokens.
+            ConfigError: The template refuses it.
+        """
+        return list((self._kept if len(content) <= _LARGEST_CACHED else self._continue)(role, content))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Give the text of a sampled turn, its stop token left out."""
@@ -86,42 +104,48 @@ class ChatFormat:
         return self._decode(kept)
 
     def turn_ids(self, text: str) -> list[int]:
-        """Give the tokens of an assistant turn that a demonstrator wrote, the end-of-turn token included."""
-        return [*self._encode(text), self.end_of_turn_id]
+        """Give the tokens of an assistant turn that a demonstrator wrote, the end-of-turn token included.
 
-    def _render_continuation(self, role: str, content: str) -> tuple[int, ...]:
-        after = self._after_turn([{"role": role, "content": content}], add_generation_prompt=True)
-        return tuple(self._encode(after.removeprefix(self._end_of_turn)))
+        It may hold control tokens of its own, such as the marks of a call, but none with which a turn begins or ends.
+        """
+        said = text + self._gap
+        words = [(0, len(text))]
+        return [
+            *self._turns.encode_around(said, words, control_ids=(), anchor=self._head, is_start=False),
+            self.end_of_turn_id,
+        ]
 
-    def _after_turn(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """Give what the template writes after the content of an assistant turn that `messages` follow."""
-        dummy: list[Message] = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": _SENTINEL}]
-        text = self._render([*dummy, *messages], tools=None, add_generation_prompt=add_generation_prompt)
-        _, found, after = text.partition(_SENTINEL)
-        if not found:
-            raise ConfigError(
-                "the chat template drops the content of assistant turns",
-                got=repr(text),
-                allowed="a template that writes the content of every message",
-                fix="use another chat template",
-            )
-        return after.lstrip(" ")
+    def call_text(self, name: str, arguments: Mapping[str, object]) -> str:
+        """Give the assistant turn that the template writes for a call; empty where it writes none."""
+        return self._template.call_text(name, arguments).partition(self._end_of_turn)[0]
 
-    def _render(self, messages: Sequence[Message], *, tools: object, add_generation_prompt: bool) -> str:
-        try:
-            return self._tokenizer.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False
-            )
-        except TemplateError as error:
-            raise ConfigError(
-                "the chat template refuses a conversation with tools",
-                got=f"{type(error).__name__}: {error}",
-                allowed="a template for system, user, assistant and tool messages",
-                fix="use the chat template of a model that calls tools",
-            ) from error
+    def _continue(self, role: Role, content: str) -> tuple[int, ...]:
+        text = self._after(role, content)
+        words, control, anchor = [_words(self._bare(role), text)], self._control(role), self._end_of_turn
+        return tuple(self._encoder.encode_around(text, words, control_ids=control, anchor=anchor, is_start=False))
 
-    def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+    def _control(self, role: Role) -> list[int]:
+        """The control tokens that the template writes between two turns."""
+        return self._encoder.control_ids(self._encoder.encode_after(self._end_of_turn, self._bare(role)))
+
+    def _after(self, role: Role, content: str) -> str:
+        """What the template writes after an end-of-turn token when `content` follows."""
+        after = self._template.after_turn(then=self._template.message(role, content))
+        return after.lstrip(" ").removeprefix(self._end_of_turn)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _words(bare: str, text: str) -> Span:
+    """Where `text` differs from what the template writes around the sentinel."""
+    head, _, tail = bare.partition(SENTINEL)
+    if text.startswith(head) and text.endswith(tail) and len(head) + len(tail) <= len(text):
+        return len(head), len(text) - len(tail)
+    start = _num_shared(bare, text)
+    return start, len(text) - min(_num_shared(bare[::-1], text[::-1]), len(text) - start)
+
+
+def _num_shared(a: str, b: str) -> int:
+    """Characters with which both begin."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -39,14 +39,14 @@ def revived(value: Json) -> Json:
 
 
 class LineFile:
-    """Appends JSON lines to a file, each flushed as it is written. One thread writes at a time.
+    """Appends JSON lines to a file, each flushed as it is written; "?" for what is no Unicode. One thread writes at a time.
 
     An absent file is created; of an existing one an incomplete last line is cut.
     """
 
     def __init__(self, path: Path) -> None:
         self.num_lines = _cut_torn_line(path)
-        self._file = path.open("a", encoding="utf-8", buffering=1, newline="\n")
+        self._file = path.open("a", encoding="utf-8", errors="replace", buffering=1, newline="\n")
 
     def append(self, value: Mapping[str, Json]) -> None:
         """Write one line."""

@@ -12,9 +12,14 @@ from functools import partial
 from queue import SimpleQueue
 from typing import TypeVar, cast
 
+from oldlogits.core.errors import RunInterrupted
+from oldlogits.envs.text import readable
 from oldlogits.rollout.turns import EnvironmentFailed
 
 T = TypeVar("T")
+
+LONGEST_REASON = 2000
+"""Characters of a failure that are kept."""
 
 NUM_THREADS = 64
 """Calls of environment code that run at the same time; one that timed out no longer counts."""
@@ -28,7 +33,7 @@ async def run_inline(call: Callable[[], T | Awaitable[T]], *, is_tool: bool = Fa
     Raises:
         EnvironmentFailed: It raised, or it waits.
     """
-    result = _attempt(call)
+    result = attempt(call)
     if not inspect.isawaitable(result):
         return result
     steps = cast(Awaitable[T], result).__await__()
@@ -37,8 +42,8 @@ async def run_inline(call: Callable[[], T | Awaitable[T]], *, is_tool: bool = Fa
             pass
     except StopIteration as end:
         return cast(T, end.value)
-    except (Exception, SystemExit) as error:  # as in _attempt
-        raise EnvironmentFailed(_describe(error)) from error
+    except BaseException as error:  # as in attempt
+        raise _failure(error) from error
     raise EnvironmentFailed("asynchronous code that waits needs real time: use runtime.type = 'local'")
 
 
@@ -67,7 +72,7 @@ class ThreadRunner:
             await asyncio.sleep(self._rng.expovariate(1 / self._latency_s))
         try:
             async with self._room, asyncio.timeout(self._timeout_s):
-                result = await asyncio.wrap_future(self._threads.submit(partial(_attempt, call)))
+                result = await asyncio.wrap_future(self._threads.submit(partial(attempt, call)))
                 return await _finish(result)
         except TimeoutError as error:  # the deadline's: one that the environment raises is an EnvironmentFailed by now
             raise EnvironmentFailed(f"timed out after {self._timeout_s:g} s") from error
@@ -78,8 +83,13 @@ async def _finish(result: T | Awaitable[T]) -> T:
         return result
     try:
         return await cast(Awaitable[T], result)
-    except (Exception, SystemExit) as error:  # as in _attempt
-        raise EnvironmentFailed(_describe(error)) from error
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():  # by the deadline, or because the run ends
+            raise
+        raise _failure(error) from error
+    except BaseException as error:  # as in attempt
+        raise _failure(error) from error
 
 
 class _DaemonThreads:
@@ -112,12 +122,27 @@ def _fulfil(future: Future[T], call: Callable[[], T]) -> None:
         future.set_exception(error)
 
 
-def _attempt(call: Callable[[], T | Awaitable[T]]) -> T | Awaitable[T]:
+def attempt(call: Callable[[], T | Awaitable[T]]) -> T | Awaitable[T]:
+    """Call environment code; whatever it raises ends the episode and not the run.
+
+    `asyncio.CancelledError`, `GeneratorExit`, `KeyboardInterrupt` and `SystemExit` are included: the code is the user's.
+    """
     try:
         return call()
-    except (Exception, SystemExit) as error:  # environment code is the user's: what it raises ends the episode, not the run
-        raise EnvironmentFailed(_describe(error)) from error
+    except BaseException as error:
+        raise _failure(error) from error
 
 
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+def _failure(error: BaseException) -> EnvironmentFailed:
+    """What ends the episode; the interruption of the run itself is raised on.
+
+    Raises:
+        RunInterrupted: The user wants the run to stop at once, while this code ran in the main thread.
+    """
+    if isinstance(error, RunInterrupted):
+        raise error
+    try:
+        said = f"{type(error).__name__}: {error}"
+    except Exception as own:
+        said = f"{type(error).__name__}, which raised {type(own).__name__} when it was to be printed"
+    return EnvironmentFailed(readable(said)[:LONGEST_REASON])

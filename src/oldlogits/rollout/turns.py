@@ -12,16 +12,18 @@ import copy
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Real
 from typing import Literal, Protocol, TypeVar, cast
 
 from oldlogits.core.engine import Generation, RolloutEngine, Sampling
 from oldlogits.core.environment import ConversingEnvironment, Environment, Row
+from oldlogits.core.errors import ConfigError, ContentError
 from oldlogits.core.parser import Malformed, Parser, ToolCall
 from oldlogits.core.trajectory import Context, Sampled, Segment, Trajectory
-from oldlogits.envs.base import system_prompt_of
-from oldlogits.envs.tools import bind, render_result, tool_schemas
-from oldlogits.models.chat import ChatFormat, Message
+from oldlogits.envs.text import readable, spoken
+from oldlogits.envs.tools import bind, render_result
+from oldlogits.models.chat import ChatFormat
 
 T = TypeVar("T")
 
@@ -126,24 +128,29 @@ async def run_episode(
 
 def _text_of(method: str, value: object) -> str | None:
     """What a method of the environment returned, if it is a text or None."""
-    if value is None or isinstance(value, str):
-        return value
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return readable(value)
     raise EnvironmentFailed(f"{method} returned {type(value).__name__}, not text or None")
 
 
 def _reward_of(value: object) -> float:
-    """What `get_reward` returned, if it is a finite number."""
-    if isinstance(value, Real) and math.isfinite(value):
-        return float(value)
-    raise EnvironmentFailed(f"get_reward returned {value!r}, not a finite number")
-
-
-def _result_of(value: object) -> str:
-    """What a tool returned, as the agent reads it."""
+    """What `get_reward` returned, if it is a number that a float holds."""
     try:
-        return render_result(value)
-    except (TypeError, ValueError) as error:
-        raise EnvironmentFailed(f"a tool returned what JSON cannot write: {error}") from error
+        if isinstance(value, Real) and math.isfinite(value):
+            return float(value)
+    except OverflowError:
+        raise EnvironmentFailed("get_reward returned a number that is too large for a float") from None
+    raise EnvironmentFailed(f"get_reward returned {value!r:.200}, not a finite number")
+
+
+def _shown(encode: Callable[..., list[int]], *words: str) -> list[int]:
+    """The token ids of words of the environment; words that the tokenizer or the template refuses end the episode."""
+    try:
+        return encode(*words)
+    except (ContentError, ConfigError) as error:
+        raise EnvironmentFailed(str(error)) from error
 
 
 class _Episode:
@@ -157,8 +164,7 @@ class _Episode:
     async def play(self, opening: str) -> str:
         """Play until the episode ends; returns why it did."""
         agent = self._agent
-        environment_class = type(self._environment)
-        self._read(agent.chat.prompt_ids(opening_messages(environment_class, opening), tool_schemas(environment_class)))
+        self._read(_shown(agent.chat.prompt_ids, opening))
         if len(self._tokens) >= agent.limits.max_tokens:
             raise EnvironmentFailed(
                 f"a prompt of {len(self._tokens)} tokens fills the episode: "
@@ -172,7 +178,7 @@ class _Episode:
             answer = await self._answer(agent.chat.decode(ids))
             if answer is None:
                 return "done"
-            read = agent.chat.continuation_ids(*answer)
+            read = _shown(agent.chat.continuation_ids, *answer)
             if len(self._tokens) + len(read) >= agent.limits.max_tokens:
                 return "max_tokens"
             if turn + 1 < agent.limits.max_turns:
@@ -181,20 +187,18 @@ class _Episode:
 
     async def _answer(self, text: str) -> tuple[Literal["tool", "user"], str] | None:
         """What the environment says to a turn: a tool result, a user's reply, or None at the end."""
-        run, environment = self._agent.run_environment, self._environment
-        calls = self._agent.parser.parse(text)
-        if not calls:
-            if not hasattr(type(environment), "reply"):
-                return None
-            partner = cast(ConversingEnvironment, environment)
-            reply = await run(lambda: partner.reply(text), is_tool=True)
-            heard = _text_of("reply", reply)
-            return None if heard is None else ("user", heard)
-        call = only_call(calls)
-        ready = call if isinstance(call, Malformed) else bind(environment, call)
-        if isinstance(ready, Malformed):
-            return "tool", ready.reason
-        return "tool", _result_of(await run(ready, is_tool=True))
+        run, environment, aloud = self._agent.run_environment, self._environment, spoken(text)
+        call = await run(partial(_call_of, self._agent.parser, environment, aloud))
+        if isinstance(call, Malformed):
+            return "tool", readable(call.reason)
+        if call is not None:
+            result: object = await run(call, is_tool=True)
+            return "tool", await run(partial(render_result, result))
+        if not hasattr(type(environment), "reply"):
+            return None
+        partner = cast(ConversingEnvironment, environment)
+        heard = _text_of("reply", await run(lambda: partner.reply(aloud), is_tool=True))
+        return None if heard is None else ("user", heard)
 
     async def _sample(self, turn: int, max_tokens: int) -> tuple[int, ...]:
         sampling = replace(self._agent.sampling, max_tokens=max_tokens, stop_token_ids=self._agent.chat.stop_ids)
@@ -210,10 +214,12 @@ class _Episode:
         self._agent.report(self._id, self.segments)
 
 
-def opening_messages(environment_class: type[Environment], opening: str) -> list[Message]:
-    """Return the messages that an episode begins with: the system prompt, if there is one, and what the user says first."""
-    system = system_prompt_of(environment_class)
-    return [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": opening}]
+def _call_of(parser: Parser, environment: Environment, aloud: str) -> Callable[[], object] | Malformed | None:
+    """The call of a turn, ready to run; None where the turn is a message. Parsers may be the user's code, as types of tools."""
+    if not (calls := parser.parse(aloud)):
+        return None
+    call = only_call(calls)
+    return call if isinstance(call, Malformed) else bind(environment, call)
 
 
 def only_call(calls: Sequence[ToolCall | Malformed]) -> ToolCall | Malformed:

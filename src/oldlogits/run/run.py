@@ -19,16 +19,13 @@ from oldlogits.config.schema import RunConfig
 from oldlogits.core.engine import ENGINES
 from oldlogits.core.engine_stats import Incident
 from oldlogits.core.environment import Environment, is_model_folder
-from oldlogits.core.errors import OldLogitsError
-from oldlogits.envs.base import system_prompt_of
-from oldlogits.envs.tools import tool_schemas
+from oldlogits.core.errors import OldLogitsError, RunInterrupted
 from oldlogits.loop.backend import Backend, BackendSpec
 from oldlogits.loop.loop import Loop
 from oldlogits.loop.make import make_loop, run_started
 from oldlogits.loop.probe import PROBE_TOKENS
 from oldlogits.loop.resume import LoopState, refuse_another_run, sampler_seed
 from oldlogits.loop.task import Task
-from oldlogits.models.chat import ChatFormat
 from oldlogits.models.load import load_tokenizer
 from oldlogits.record.bus import Event
 from oldlogits.record.event_log import EventLog
@@ -39,6 +36,7 @@ from oldlogits.record.recording import Recording, record_run
 from oldlogits.record.report.page import write_report
 from oldlogits.record.summary import Ended, Summary, summarise_folder
 from oldlogits.record.trackers.feed import TrackerFeed, find_trackers, open_feeds
+from oldlogits.run.chat import chat_cautions, chat_format
 from oldlogits.run.specs import backend_kind, backend_spec, engine_spec, server_options
 from oldlogits.run.start import Start, prepare_model
 from oldlogits.run.tasks import load_tasks, make_agent
@@ -131,7 +129,7 @@ def _check_task(config: RunConfig) -> type[Environment]:
     environment_class, _ = load_tasks(config)
     if is_model_folder(config.model.path):
         ENGINES.find(config.engine.type)().check(engine_spec(config, Path(config.model.path)), server_options(config))
-        ChatFormat(load_tokenizer(Path(config.model.path)))
+        chat_format(config, Path(config.model.path), environment_class)
     return environment_class
 
 
@@ -145,11 +143,11 @@ async def _run(
     feeds: Sequence[TrackerFeed],
 ) -> End:
     tokenizer = load_tokenizer(start.model)
-    chat = ChatFormat(tokenizer)
     environment_class, rows = load_tasks(config)
+    chat = chat_format(config, start.model, environment_class)
     state = LoopState() if checkpoint is None else LoopState.read(checkpoint)
     seed = sampler_seed(config.seed, state.num_updates)
-    probe_ids = _probe_ids(chat, environment_class)
+    probe_ids = chat.prompt_ids("hello")[-PROBE_TOKENS:]  # a fixed prompt: system prompt and tools
     every = {"tokens_every": config.record.tokens_every, "transcripts_every": config.record.transcripts_every}
     with record_run(folder, view, lambda ids: str(tokenizer.decode(ids)), **every, trackers=feeds) as recording:
         if checkpoint is None and start.is_warm:
@@ -167,7 +165,8 @@ async def _run(
             loop.go_on(state)
             backend.watch(loop.buffer)
             backend.listen(lambda news: recording.events.emit(_event_of(news, loop.version)))
-            return await _finish(config, loop, backend, recording, view.note)
+            known = [*cautions(config), *chat_cautions(config, chat)]
+            return await _finish(config, loop, backend, recording, view.note, known)
 
 
 def _event_of(news: Incident | Caution, version: int) -> Event:
@@ -181,14 +180,16 @@ def _event_of(news: Incident | Caution, version: int) -> Event:
     return ServerDown(version=version, **fields)
 
 
-async def _finish(config: RunConfig, loop: Loop, backend: Backend, recording: Recording, note: Callable[[str], None]) -> End:
+async def _finish(
+    config: RunConfig, loop: Loop, backend: Backend, recording: Recording, note: Callable[[str], None], known: Sequence[Caution]
+) -> End:
     """Run the loop to its end, by itself, by Ctrl-C or by an error."""
     end, num_kept = End(reason="done"), loop.state.num_events
     async with _interruptible(note) as interruption:
         try:
             version = (await backend.trainer.state()).version
             recording.events.emit(await run_started(config, backend, version=version, num_kept=num_kept))
-            if not await _supervise(loop, cautions(config), backend, interruption):
+            if not await _supervise(loop, known, backend, interruption):
                 end = End(reason="interrupted")
                 await loop.checkpoint()
         except OldLogitsError as error:
@@ -232,7 +233,7 @@ async def _interruptible(note: Callable[[str], None]) -> AsyncIterator[asyncio.E
         nonlocal num_signals
         num_signals += 1
         if num_signals > 1:  # whatever runs, environment code that hangs in this process included
-            raise KeyboardInterrupt
+            raise RunInterrupted
         loop.call_soon_threadsafe(note, "interrupted: finishing the update, then a checkpoint (again to stop at once)")
         loop.call_soon_threadsafe(interruption.set)
 
@@ -254,9 +255,3 @@ def _own_error(group: ExceptionGroup[Exception]) -> OldLogitsError | None:
         leaf = leaf.exceptions[0]
     assert isinstance(leaf, OldLogitsError)
     return leaf
-
-
-def _probe_ids(chat: ChatFormat, environment_class: type[Environment]) -> list[int]:
-    """A fixed prompt of the environment: its system prompt and tools."""
-    messages = [{"role": "system", "content": system_prompt_of(environment_class)}, {"role": "user", "content": "hello"}]
-    return chat.prompt_ids(messages, tool_schemas(environment_class))[-PROBE_TOKENS:]

@@ -12,6 +12,7 @@ from typing import cast
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.environment import MODELS, Demonstrated, Environment, ModelOrder, is_model_folder
 from oldlogits.models.cache import cache_folder
+from oldlogits.run.chat import chat_options
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +56,7 @@ def prepare_model(config: RunConfig, environment_class: type[Environment], note:
         steps=steps,
         environment=environment_class,
         parser=config.env.parser,
+        chat=chat_options(config),
         folder=path if is_folder else "",
         cache=cache_folder(),
         progress=progress,

@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol, TypeVar, cast
 
 from oldlogits.core.environment import Environment
+from oldlogits.rollout.environment_runner import attempt
 from oldlogits.rollout.turns import EnvironmentFailed, EnvironmentLost
 
 T = TypeVar("T")
@@ -128,5 +129,5 @@ class AwaitingRunner:
         """Wait for a call; raises `EnvironmentFailed` where it raised or took too long."""
         if is_tool and self._latency_s:
             await asyncio.sleep(self._rng.expovariate(1 / self._latency_s))
-        result = call()
+        result = attempt(call)  # what runs here: the parser, and the types of tools and results
         return await result if inspect.isawaitable(result) else result

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 from oldlogits.core.parser import Malformed, ToolCall
+from oldlogits.envs.text import read_json, write_json
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -31,14 +30,17 @@ class HermesParser:
 
     def write(self, call: ToolCall) -> str:
         """Write a call whose arguments are all named."""
-        return f"{OPEN}{json.dumps({'name': call.name, 'arguments': dict(call.named)})}{CLOSE}"
+        return f"{OPEN}{write_json({'name': call.name, 'arguments': dict(call.named)})}{CLOSE}"
 
 
 def _read(body: str) -> ToolCall | Malformed:
     try:
-        call = json.loads(body)
-    except (ValueError, RecursionError) as error:
+        call = read_json(body)
+    except ValueError as error:
         return Malformed(reason=f"error : the call is not JSON ; {error}")
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not isinstance(call.get("arguments", {}), dict):
-        return Malformed(reason='error : write {"name": tool, "arguments": {...}}')
-    return ToolCall(name=call["name"], named=call.get("arguments", {}))
+    match call:
+        case {"name": str(name), "arguments": dict(arguments)}:
+            return ToolCall(name=name, named=arguments)
+        case {"name": str(name), **others} if not others:
+            return ToolCall(name=name)
+    return Malformed(reason='error : write {"name": tool, "arguments": {...}}')

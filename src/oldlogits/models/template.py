@@ -1,0 +1,175 @@
+"""What a chat template writes of an environment's conversations, and the refusal of one that leaves out or rewrites a part."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Final, Literal, Protocol, cast
+
+from jinja2 import TemplateError
+
+from oldlogits.core.environment import ChatOptions
+from oldlogits.core.errors import ConfigError
+from oldlogits.models.content import Encoder
+
+Message = Mapping[str, str]
+"""``{"role": ..., "content": ...}``."""
+
+Role = Literal["tool", "user"]
+
+NAMES_ONLY: Final = "{#- oldlogits: tools by name -#}"
+"""A template that holds this comment shows the names of tools and nothing else of them, and means to."""
+
+SENTINEL: Final = "SENTINEL7Q"
+"""Stands for somebody's words, to find where the template writes them."""
+
+_HOW_TO_FIX: Final = "set model.chat_tools = 'system' or 'user', or use the chat template of a model that calls tools"
+
+
+class ChatTokenizer(Encoder, Protocol):
+    """The part of a Hugging Face tokenizer that is used here."""
+
+    eos_token_id: int | None
+    chat_template: object
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Message],
+        *,
+        tools: object,
+        add_generation_prompt: bool,
+        tokenize: Literal[False],
+        **options: object,
+    ) -> str:
+        """Write the conversation as text."""
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
+        """Give the text of token ids."""
+
+
+class Template:
+    """The chat template of a tokenizer, given the tools of one environment in every rendering."""
+
+    def __init__(self, tokenizer: ChatTokenizer, tools: Sequence[Mapping[str, object]], options: ChatOptions) -> None:
+        self._tokenizer, self._tools, self._options = tokenizer, list(tools), options
+        self._are_written = bool(tools) and options.tools_in == "template"
+
+    def opening(self, system: str, user: str) -> str:
+        """Return the text up to the start of the first assistant turn."""
+        return self._render(self._first(system, user))
+
+    def after_turn(self, *, then: Message | None = None) -> str:
+        """Return the text after the content of an assistant turn: to the next turn's start, or without a message to the end.
+
+        Raises:
+            ConfigError: The template leaves out the content of assistant turns.
+        """
+        messages = [*self._first("", "hi"), {"role": "assistant", "content": SENTINEL}, *([then] if then else [])]
+        text = self._render(messages, add_generation_prompt=then is not None)
+        _, found, after = text.partition(SENTINEL)
+        if not found:
+            raise _drops("the content of assistant turns", text)
+        return after
+
+    def call_text(self, name: str, arguments: Mapping[str, object]) -> str:
+        """Return what an assistant turn that is a call looks like, and what follows it; empty where the template cannot say."""
+        call = {"id": "call00000", "type": "function", "function": {"name": name, "arguments": arguments}}
+        first = self._first("", "hi")
+        try:
+            turn = cast(Message, {"role": "assistant", "content": "", "tool_calls": [call]})
+            return self._render([*first, turn], add_generation_prompt=False).removeprefix(self._render(first))
+        except ConfigError:
+            return ""
+
+    def message(self, role: Role, content: str) -> Message:
+        """Return what the environment says to a turn, in the role that the template knows it by."""
+        if role == "tool" and self._options.tools_in != "template":
+            return {"role": "user", "content": f"Result of the call:\n{content}"}
+        return {"role": role, "content": content}
+
+    def check(self, has_system: bool) -> None:
+        """Refuse a template that leaves out what the model must read, or writes it otherwise when the conversation goes on.
+
+        Raises:
+            ConfigError: It does.
+        """
+        system = f"{SENTINEL}system" if has_system else ""
+        first = self._first(system, f"{SENTINEL}user")
+        text = self._render(first, tools=[_sentinel_tool(n) for n in (1, 2)])
+        wanted = {"the system message": system, "user messages": f"{SENTINEL}user"}
+        if self._are_written:
+            by_name = NAMES_ONLY in str(self._tokenizer.chat_template)
+            for part in ("name",) if by_name else ("name", "description", "parameter"):
+                wanted |= {f"the {part} of {which} tool": f"{SENTINEL}{part}{n}" for n, which in ((1, "a"), (2, "a second"))}
+        for what, sentinel in wanted.items():
+            if sentinel not in text:
+                raise _drops(what, text)
+        answers: list[Role] = ["tool", "user"] if self._tools else ["user", "user"]
+        for role in answers:
+            if SENTINEL not in (after := self.after_turn(then=self.message(role, SENTINEL))):
+                raise _drops("results of tools" if role == "tool" else "user messages", after)
+        self._check_history(first, [self.message(role, f"{SENTINEL}{role}") for role in answers])
+
+    def _check_history(self, first: list[Message], answers: Sequence[Message]) -> None:
+        """Refuse a template whose text of earlier messages depends on later ones, but for the heads of assistant turns."""
+        messages, parts = [*first], [self._render(first, add_generation_prompt=False)]
+        for n, answer in enumerate(answers):
+            messages += [{"role": "assistant", "content": f"{SENTINEL}turn{n}"}, answer]
+            parts.append(self._render(messages, add_generation_prompt=False).rpartition(f"{SENTINEL}turn{n}")[2])
+        whole = self._render(messages, add_generation_prompt=False)
+        for n, part in enumerate(parts):
+            written, _, whole = whole.partition(f"{SENTINEL}turn{n}")
+            if not written.startswith(part):
+                raise ConfigError(
+                    "the chat template writes earlier messages otherwise when the conversation goes on",
+                    got=f"first {part[-200:]!r}, later {written[-200:]!r}",
+                    allowed="a template under which what the model has read stays as it is",
+                    fix=_HOW_TO_FIX,
+                )
+
+    def _first(self, system: str, user: str) -> list[Message]:
+        """The messages before the first assistant turn, the tools among them where the template does not write them."""
+        told = "\n\n".join(filter(None, [system, self._told_tools()]))
+        if self._options.tools_in == "user":
+            return [{"role": "user", "content": "\n\n".join(filter(None, [told, user]))}]
+        return [*([{"role": "system", "content": told}] if told else []), {"role": "user", "content": user}]
+
+    def _told_tools(self) -> str:
+        """The tools in words; empty where there are none or the template writes them."""
+        if self._are_written or not self._tools:
+            return ""
+        lines = [json.dumps(tool["function"], ensure_ascii=False) for tool in self._tools]
+        how = self._options.call_format
+        return "\n".join(["These tools can be called:", *lines, *([f"Write a call as {how}"] if how else [])])
+
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, tools: object = None) -> str:
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages,
+                tools=(tools or self._tools) if self._are_written else None,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **self._options.template_kwargs,
+            )
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ConfigError(
+                "the chat template refuses a conversation with " + ", ".join(dict.fromkeys(m["role"] for m in messages)),
+                got=f"{type(error).__name__}: {error}",
+                allowed="a template for system, user, assistant and tool messages",
+                fix=_HOW_TO_FIX,
+            ) from error
+
+
+def _sentinel_tool(n: int) -> Mapping[str, object]:
+    parameters = {"type": "object", "properties": {f"{SENTINEL}parameter{n}": {"type": "string"}}, "required": []}
+    described = {"name": f"{SENTINEL}name{n}", "description": f"{SENTINEL}description{n}", "parameters": parameters}
+    return {"type": "function", "function": described}
+
+
+def _drops(what: str, text: str) -> ConfigError:
+    return ConfigError(
+        f"the chat template drops {what}",
+        got=repr(text[:400]),
+        allowed="a template that writes all that the model must read",
+        fix=_HOW_TO_FIX,
+    )
