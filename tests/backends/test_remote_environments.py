@@ -8,7 +8,7 @@ import pytest
 from oldlogits.backends.ray.remote_environments import AwaitingRunner, PlaceLostError, remote_class
 from oldlogits.envs.base import system_prompt_of
 from oldlogits.envs.tools import tool_schemas
-from oldlogits.rollout.turns import EnvironmentFailed, EnvironmentLost
+from oldlogits.rollout.environment_errors import EnvironmentFailed, EnvironmentLost
 
 
 class Counter:

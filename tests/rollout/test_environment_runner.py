@@ -8,7 +8,7 @@ import pytest
 
 from oldlogits.rollout import environment_runner as environment
 from oldlogits.rollout.environment_runner import ThreadRunner, run_inline
-from oldlogits.rollout.turns import EnvironmentFailed
+from oldlogits.rollout.environment_errors import EnvironmentFailed
 
 from ..waiting import HUNG_S
 
@@ -132,7 +132,7 @@ def test_latency_does_not_count_towards_the_deadline(monkeypatch):
 def test_a_tool_that_hangs_does_not_keep_the_interpreter_from_exiting():
     code = """
         import asyncio, threading
-        from oldlogits.rollout.turns import EnvironmentFailed
+        from oldlogits.rollout.environment_errors import EnvironmentFailed
         from oldlogits.rollout.environment_runner import ThreadRunner
 
         async def main():

@@ -14,7 +14,8 @@ from oldlogits.envs.base import system_prompt_of
 from oldlogits.envs.parsers.plain import PlainParser
 from oldlogits.envs.tools import tool_schemas
 from oldlogits.models.chat import ChatFormat
-from oldlogits.rollout.turns import Agent, EnvironmentFailed, Failure, TurnLimits, run_episode, sampled_segments
+from oldlogits.rollout.environment_errors import EnvironmentFailed
+from oldlogits.rollout.turns import Agent, Failure, TurnLimits, run_episode, sampled_segments
 from order_desk.tiny import tiny_tokenizer
 
 WORDS = (

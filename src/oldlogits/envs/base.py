@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Literal, cast
+from typing import Final, Literal, cast
 
 from oldlogits.core.environment import ADAPTERS, ENVIRONMENTS, Environment
 from oldlogits.core.errors import EnvironmentShapeError
 from oldlogits.envs.tools import check_tool, public_names, tool_names
+
+REMOTE_PROMPT: Final = "_oldlogits_system_prompt"
+"""The method of an environment that lives elsewhere which returns the system prompt that it has there."""
 
 ToolErrors = Literal["declared", "answer", "fail"]
 """What `env.tool_errors` says."""
@@ -73,6 +76,14 @@ def system_prompt_of(environment_class: type[Environment]) -> str:
     """Return the text that the class itself has as `system_prompt`; empty where each episode has its own, or there is none."""
     written = inspect.getattr_static(environment_class, "system_prompt", "")
     return written if isinstance(written, str) else ""
+
+
+def prompt_of(environment: object) -> object:
+    """Return the system prompt of one episode after `reset`: an attribute, a property, or what a method returns."""
+    if callable(remote := getattr(environment, REMOTE_PROMPT, None)):
+        return remote()
+    written = getattr(environment, "system_prompt", "")
+    return written() if callable(written) else written
 
 
 def answered_errors(environment_class: type, mode: ToolErrors = "declared") -> tuple[type[Exception], ...]:

@@ -13,13 +13,13 @@ from typing import Final
 
 from oldlogits.core.environment import AS_IT_IS, ChatOptions
 from oldlogits.core.errors import ConfigError
-from oldlogits.models.content import ContentEncoder, Span
+from oldlogits.models.content import ContentEncoder, Span, most_bytes
 from oldlogits.models.template import SENTINEL, ChatTokenizer, Role, Template
 
 _NUM_CACHED: Final = 4096
 """Continuations that are kept: tool results repeat, and rendering a template costs more than an environment step."""
-_LARGEST_CACHED: Final = 4096
-"""Characters of the longest words whose continuation is kept."""
+_LARGEST_CACHED: Final = 256
+"""Characters of the longest words whose continuation is kept: all that are kept are a million, and 50 MB of tokens at most."""
 
 
 class ChatFormat:
@@ -47,6 +47,7 @@ class ChatFormat:
         options: ChatOptions = AS_IT_IS,
     ) -> None:
         self._tokenizer, self._encoder, self._system = tokenizer, ContentEncoder(tokenizer), system_prompt
+        self.most_bytes: Final = most_bytes(tokenizer)
         self._template = Template(tokenizer, tools, options)
         after = self._template.after_turn()
         self._gap: Final = after[: len(after) - len(after.lstrip(" "))]
@@ -65,6 +66,7 @@ class ChatFormat:
         """Sampling a turn ends after any of these: the end-of-turn token, and every eos of tokenizer and generation config."""
         self._end_of_turn: Final = self._decode([ids[0]])
         self._template.check(bool(system_prompt))
+        self._check_system = cache(partial(self._template.check, True))
         self._bare = cache(partial(self._after, content=SENTINEL))
         self._kept = lru_cache(maxsize=_NUM_CACHED)(self._continue)
         self._head: Final = self._encoder.from_last_control(self._end_of_turn + self._bare("user"))
@@ -75,16 +77,19 @@ class ChatFormat:
 
         Args:
             opening: What the user says first; somebody's words.
-            system: A system prompt in place of the environment's own, such as a row's; somebody's words.
+            system: The system prompt of this conversation, such as a row's; somebody's words, unless they are the
+                environment's own.
 
         Raises:
             ContentError: These words cannot be encoded without control tokens.
             ConfigError: The template refuses them.
         """
-        write, own = self._template.opening, self._system if system is None else system
+        is_foreign = system is not None and system != self._system
+        write, own = self._template.opening, system if system is not None else self._system
         text = write(own, opening)
-        words, bare = [_words(write(own, SENTINEL), text)], write(own if system is None else SENTINEL, SENTINEL)
-        if system is not None:
+        words, bare = [_words(write(own, SENTINEL), text)], write(SENTINEL if is_foreign and own else own, SENTINEL)
+        if is_foreign and own:
+            self._check_system()
             words = sorted([_words(write(SENTINEL, opening), text), *words])
         control = self._encoder.control_ids(self._encoder.encode(bare))
         return self._encoder.encode_around(text, words, control_ids=control, anchor=self._end_of_turn, is_start=True)

@@ -6,11 +6,14 @@ and the parts are encoded apart: the text stays the same, and no token of the te
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
+
+from tokenizers.pre_tokenizers import ByteLevel
 
 from oldlogits.core.errors import ContentError
 
@@ -115,3 +118,33 @@ class ContentEncoder:
                 yield at
             else:
                 at = spelled.end()
+
+
+def most_bytes(tokenizer: object) -> float:
+    """Give the most bytes of a text that one of its tokens stands for; inf where there is no such bound.
+
+    There is one where every byte has a token, and nothing of a text is left out or shortened before it is encoded.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values()):
+        return math.inf
+    parts = {part: _state(getattr(backend, part)) for part in ("normalizer", "pre_tokenizer")}
+    kinds = {part: set(re.findall(r'"type": ?"(\w+)"', state)) for part, state in parts.items()}
+    changed = parts["normalizer"].replace('{"type":"Replace","pattern":{"String":" "},"content":"\u2581"}', "")
+    vocabulary = backend.get_vocab()
+    has_bytes = {"ByteLevel"} <= kinds["pre_tokenizer"] and vocabulary.keys() >= set(ByteLevel.alphabet())
+    has_bytes |= getattr(backend.model, "byte_fallback", False) and vocabulary.keys() >= {f"<0x{n:02X}>" for n in range(256)}
+    keeps_all = (
+        kinds["normalizer"] <= {"Sequence", "NFC", "Prepend", "Replace"}
+        and kinds["pre_tokenizer"] <= {"Sequence", "ByteLevel", "Metaspace", "Split", "Digits"}
+        and "Removed" not in parts["pre_tokenizer"]
+        and '"Replace"' not in changed
+    )
+    longest = max((len(token.encode()) for token in vocabulary), default=0)
+    composed = 3 if "NFC" in kinds["normalizer"] else 1  # the most bytes of which NFC makes one
+    return longest * composed if has_bytes and keeps_all else math.inf
+
+
+def _state(part: object) -> str:
+    """A part of a tokenizer as the JSON in which it is saved; empty where there is none."""
+    return "" if part is None else cast("bytes", part.__getstate__()).decode()

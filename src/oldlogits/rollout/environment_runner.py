@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 import random
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from functools import partial
 from queue import SimpleQueue
-from typing import TypeVar, cast
+from typing import Final, Generic, TypeVar, cast
 
 from oldlogits.core.errors import RunInterrupted
 from oldlogits.envs.text import readable
-from oldlogits.rollout.turns import EnvironmentFailed
+from oldlogits.rollout.environment_errors import EnvironmentFailed
 
 T = TypeVar("T")
 
 LONGEST_REASON = 2000
 """Characters of a failure that are kept."""
+
+STEP_S: Final = 0.25
+"""Steps in which the deadline of asynchronous code is counted down: a longer one was the event loop's, held up by others."""
 
 NUM_THREADS = 64
 """Calls of environment code that run at the same time; one that timed out no longer counts."""
@@ -70,19 +75,44 @@ class ThreadRunner:
         """
         if is_tool and self._latency_s:
             await asyncio.sleep(self._rng.expovariate(1 / self._latency_s))
+        async with self._room:
+            running = self._threads.submit(partial(attempt, call))
+            result = await self._in_time(running)
+            if not inspect.isawaitable(result):
+                return result
+            return await self._awaited(result, self._timeout_s - running.took_s)
+
+    async def _in_time(self, running: _Timed[T]) -> T:
+        """Wait for a call in a thread; its time is taken there, whatever holds up the event loop meanwhile."""
+        future = asyncio.wrap_future(running.future)
+        while not future.done() and (left := self._timeout_s - running.took_s) > 0:
+            await asyncio.wait({future}, timeout=left)
+        if running.took_s > self._timeout_s:
+            future.cancel()
+            raise self._timed_out()
+        return await future
+
+    async def _awaited(self, result: Awaitable[T], left_s: float) -> T:
+        """Wait for asynchronous code, which runs on the event loop; what holds up the loop for long does not count."""
+        task = asyncio.ensure_future(_finish(result))
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # seen, also where nobody waits any more
         try:
-            async with self._room, asyncio.timeout(self._timeout_s):
-                result = await asyncio.wrap_future(self._threads.submit(partial(attempt, call)))
-                return await _finish(result)
-        except TimeoutError as error:  # the deadline's: one that the environment raises is an EnvironmentFailed by now
-            raise EnvironmentFailed(f"timed out after {self._timeout_s:g} s") from error
+            while not task.done() and left_s > 0:
+                await asyncio.wait({task}, timeout=min(left_s, STEP_S))
+                left_s -= STEP_S
+            if task.done():
+                return await task
+            raise self._timed_out()
+        finally:
+            task.cancel()
+
+    def _timed_out(self) -> EnvironmentFailed:
+        return EnvironmentFailed(f"timed out after {self._timeout_s:g} s")
 
 
-async def _finish(result: T | Awaitable[T]) -> T:
-    if not inspect.isawaitable(result):
-        return result
+async def _finish(result: Awaitable[T]) -> T:
     try:
-        return await cast(Awaitable[T], result)
+        return await result
     except asyncio.CancelledError as error:
         task = asyncio.current_task()
         if task is not None and task.cancelling():  # by the deadline, or because the run ends
@@ -99,13 +129,13 @@ class _DaemonThreads:
         self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._idle = threading.Semaphore(0)
 
-    def submit(self, call: Callable[[], T]) -> Future[T]:
+    def submit(self, call: Callable[[], T]) -> _Timed[T]:
         """Carry out `call` in an idle thread, or in a new one."""
-        future: Future[T] = Future()
-        self._calls.put(partial(_fulfil, future, call))
+        running = _Timed(call)
+        self._calls.put(running.run)
         if not self._idle.acquire(blocking=False):
             threading.Thread(target=self._serve, name="oldlogits-environment", daemon=True).start()
-        return future
+        return running
 
     def _serve(self) -> None:
         while True:
@@ -113,13 +143,31 @@ class _DaemonThreads:
             self._idle.release()
 
 
-def _fulfil(future: Future[T], call: Callable[[], T]) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        future.set_result(call())
-    except EnvironmentFailed as error:
-        future.set_exception(error)
+class _Timed(Generic[T]):
+    """A call that a thread carries out, and how long that took there."""
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        self._call, self._began_s, self._ended_s = call, math.inf, math.inf
+        self.future: Future[T] = Future()
+
+    @property
+    def took_s(self) -> float:
+        """Seconds since it began, to its end; 0 before."""
+        return max(0.0, min(self._ended_s, time.monotonic()) - self._began_s)
+
+    def run(self) -> None:
+        """Carry it out."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        self._began_s = time.monotonic()
+        try:
+            value = self._call()
+        except EnvironmentFailed as error:
+            self._ended_s = time.monotonic()
+            self.future.set_exception(error)
+        else:
+            self._ended_s = time.monotonic()
+            self.future.set_result(value)
 
 
 def attempt(call: Callable[[], T | Awaitable[T]]) -> T | Awaitable[T]:
@@ -138,8 +186,9 @@ def _failure(error: BaseException) -> EnvironmentFailed:
 
     Raises:
         RunInterrupted: The user wants the run to stop at once, while this code ran in the main thread.
+        EnvironmentFailed: It is one already.
     """
-    if isinstance(error, RunInterrupted):
+    if isinstance(error, RunInterrupted | EnvironmentFailed):
         raise error
     try:
         said = f"{type(error).__name__}: {error}"

@@ -9,23 +9,30 @@ What was sampled is never re-tokenised: a turn's prompt is every token before it
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Real
-from typing import Literal, Protocol, TypeVar, cast
+from typing import Final, Protocol, TypeVar, cast
 
 from oldlogits.core.engine import Generation, RolloutEngine, Sampling
 from oldlogits.core.environment import ConversingEnvironment, Environment, Row
 from oldlogits.core.errors import ConfigError, ContentError
 from oldlogits.core.parser import Malformed, Parser, ToolCall
 from oldlogits.core.trajectory import Context, Sampled, Segment, Trajectory
+from oldlogits.envs.base import ToolErrors, prompt_of
 from oldlogits.envs.text import readable, spoken
-from oldlogits.envs.tools import bind, render_result
+from oldlogits.envs.tools import bind, render_result, tool_names
 from oldlogits.models.chat import ChatFormat
+from oldlogits.models.template import Role
+from oldlogits.rollout.environment_errors import EnvironmentFailed, EnvironmentLost, Raised, answering, errors_of
 
 T = TypeVar("T")
+
+LONG: Final = 1 << 14
+"""Characters above which a text is worked on where environment code runs: the event loop must not wait for it."""
+MAX_REWARD: Final = 1e15
+"""The largest reward: advantages and their gradients stay within float32, and rewards that differ by 1 stay different."""
 
 
 class EnvironmentRunner(Protocol):
@@ -42,14 +49,6 @@ class EnvironmentRunner(Protocol):
 
 Report = Callable[[str, Sequence[Segment]], None]
 """Told of a trajectory that grew: its id, and all its segments so far; they go on growing."""
-
-
-class EnvironmentFailed(Exception):  # noqa: N818 - an outcome of an episode, not an error of this package
-    """Environment code raised or timed out; the text says what and where."""
-
-
-class EnvironmentLost(EnvironmentFailed):
-    """An environment ended through no fault of its own: its episode begins again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +68,10 @@ class TurnLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agent:
-    """What an episode needs besides its task: engine, chat format, parser, limits, sampling, and who watches it grow."""
+    """What an episode needs besides its task: engine, chat format, parser, limits, sampling, and who watches it grow.
+
+    `tool_errors` says which exceptions of tools are answers (`env.tool_errors`).
+    """
 
     engine: RolloutEngine
     chat: ChatFormat
@@ -77,6 +79,7 @@ class Agent:
     limits: TurnLimits
     sampling: Sampling
     run_environment: EnvironmentRunner
+    tool_errors: ToolErrors = "declared"
     report: Report = lambda trajectory_id, segments: None
 
 
@@ -113,17 +116,43 @@ async def run_episode(
     run = agent.run_environment
     episode: _Episode | None = None
     try:
-        environment = await run(environment_class)
+        environment = await named(run, "the constructor", environment_class)
         own_row = copy.deepcopy(row)  # an environment may change its arguments; its group shares the row
-        opening = await run(lambda: environment.reset(**own_row))
+        opening = await named(run, "reset", lambda: environment.reset(**own_row))
+        system = await named(run, "system_prompt", partial(prompt_of, environment))
         episode = _Episode(agent, environment, id)
-        stop_reason = await episode.play(_text_of("reset", opening) or "")
-        reward = _reward_of(await run(environment.get_reward))
+        stop_reason = await episode.play(
+            await off_loop(run, partial(_text_of, "reset", opening), _size(opening)) or "",
+            await off_loop(run, partial(_text_of, "system_prompt", system), _size(system)) or "",
+        )
+        reward = await named(run, "get_reward", environment.get_reward)
+        reward = await off_loop(run, partial(_reward_of, reward), 0 if type(reward) in (int, float, bool) else LONG + 1)
     except EnvironmentFailed as failure:
         num_tokens = sum(len(s.token_ids) for s in episode.segments if isinstance(s, Sampled)) if episode else 0
         again = isinstance(failure, EnvironmentLost)
         return Failure(id=id, group_id=group_id, reason=str(failure), begins_again=again, num_tokens=num_tokens)
     return Trajectory(id=id, group_id=group_id, segments=tuple(episode.segments), reward=reward, stop_reason=stop_reason)
+
+
+async def named(run: EnvironmentRunner, name: str, call: Callable[[], T | Awaitable[T]], *, is_tool: bool = False) -> T:
+    """Run environment code; a failure says which call it was."""
+    try:
+        return await run(call, is_tool=is_tool)
+    except EnvironmentFailed as failure:
+        failure.args = (f"{name}: {failure}",)
+        raise
+
+
+async def off_loop(run: EnvironmentRunner, call: Callable[[], T], size: int) -> T:
+    """Carry out a call whose time grows with the size of a text: a long one not on the event loop."""
+    return await run(call) if size > LONG else call()
+
+
+def _size(text: object) -> int:
+    """The bytes of a text; 0 of anything else."""
+    if not isinstance(text, str):
+        return 0
+    return len(text) if text.isascii() else len(text.encode(errors="replace"))
 
 
 def _text_of(method: str, value: object) -> str | None:
@@ -136,21 +165,25 @@ def _text_of(method: str, value: object) -> str | None:
 
 
 def _reward_of(value: object) -> float:
-    """What `get_reward` returned, if it is a number that a float holds."""
+    """What `get_reward` returned, if it is a number that training can work with; a scalar of numpy or torch is one."""
+    number = value
     try:
-        if isinstance(value, Real) and math.isfinite(value):
-            return float(value)
-    except OverflowError:
-        raise EnvironmentFailed("get_reward returned a number that is too large for a float") from None
-    raise EnvironmentFailed(f"get_reward returned {value!r:.200}, not a finite number")
+        if not isinstance(value, Real) and callable(item := getattr(value, "item", None)):
+            number = item()
+        if isinstance(number, Real) and abs(number) <= MAX_REWARD:
+            return float(number)
+    except (ValueError, TypeError, RuntimeError):  # an array of several numbers, in numpy's and torch's words
+        pass
+    raise EnvironmentFailed(
+        f"get_reward returned {type(value).__name__} {_shortened(value)}, not a number within +-{MAX_REWARD:g}"
+    )
 
 
-def _shown(encode: Callable[..., list[int]], *words: str) -> list[int]:
-    """The token ids of words of the environment; words that the tokenizer or the template refuses end the episode."""
-    try:
-        return encode(*words)
-    except (ContentError, ConfigError) as error:
-        raise EnvironmentFailed(str(error)) from error
+def _shortened(value: object) -> str:
+    """A value as it is printed, cut off; numbers of thousands of digits are not."""
+    if isinstance(value, int) and abs(value) > MAX_REWARD:
+        return f"of {value.bit_length()} bits"
+    return " ".join(f"{value!r:.200}".split())
 
 
 class _Episode:
@@ -161,44 +194,65 @@ class _Episode:
         self._tokens: list[int] = []
         self.segments: list[Segment] = []
 
-    async def play(self, opening: str) -> str:
+    async def play(self, opening: str, system: str) -> str:
         """Play until the episode ends; returns why it did."""
-        agent = self._agent
-        self._read(_shown(agent.chat.prompt_ids, opening))
-        if len(self._tokens) >= agent.limits.max_tokens:
-            raise EnvironmentFailed(
-                f"a prompt of {len(self._tokens)} tokens fills the episode: "
-                f"raise env.max_episode_tokens ({agent.limits.max_tokens})"
-            )
-        for turn in range(agent.limits.max_turns):
-            room = agent.limits.max_tokens - len(self._tokens)
-            ids = await self._sample(turn, min(room, agent.limits.max_tokens_per_turn))
-            if not ids or ids[-1] not in agent.chat.stop_ids:
+        limits = self._agent.limits
+        read = await self._encoded(partial(self._agent.chat.prompt_ids, opening, system), opening + system)
+        if read is None or len(read) >= limits.max_tokens:
+            size = f"{_size(opening + system):,} bytes" if read is None else f"{len(read)} tokens"
+            raise EnvironmentFailed(f"a prompt of {size} fills the episode: raise env.max_episode_tokens ({limits.max_tokens})")
+        self._read(read)
+        for turn in range(limits.max_turns):
+            room = limits.max_tokens - len(self._tokens)
+            ids = await self._sample(turn, min(room, limits.max_tokens_per_turn))
+            if not ids or ids[-1] not in self._agent.chat.stop_ids:
                 return "turn_too_long" if room > len(ids) else "max_tokens"
-            answer = await self._answer(agent.chat.decode(ids))
+            answer = await self._answer(self._agent.chat.decode(ids))
             if answer is None:
                 return "done"
-            read = _shown(agent.chat.continuation_ids, *answer)
-            if len(self._tokens) + len(read) >= agent.limits.max_tokens:
+            read = await self._encoded(partial(self._agent.chat.continuation_ids, *answer), answer[1])
+            if read is None or len(self._tokens) + len(read) >= limits.max_tokens:
                 return "max_tokens"
-            if turn + 1 < agent.limits.max_turns:
+            if turn + 1 < limits.max_turns:
                 self._read(read)
         return "max_turns"
 
-    async def _answer(self, text: str) -> tuple[Literal["tool", "user"], str] | None:
+    async def _encoded(self, encode: Callable[[], list[int]], words: str) -> list[int] | None:
+        """The token ids of words of the environment; None where so many bytes do not fit the rest of the episode.
+
+        Words that the tokenizer or the template refuses end the episode.
+        """
+        size = _size(words)
+        if size > self._agent.chat.most_bytes * (self._agent.limits.max_tokens - len(self._tokens)):
+            return None
+        try:
+            return await off_loop(self._agent.run_environment, encode, size)
+        except (ContentError, ConfigError) as error:
+            raise EnvironmentFailed(str(error)) from error
+
+    async def _answer(self, text: str) -> tuple[Role, str] | None:
         """What the environment says to a turn: a tool result, a user's reply, or None at the end."""
         run, environment, aloud = self._agent.run_environment, self._environment, spoken(text)
         call = await run(partial(_call_of, self._agent.parser, environment, aloud))
         if isinstance(call, Malformed):
             return "tool", readable(call.reason)
         if call is not None:
-            result: object = await run(call, is_tool=True)
-            return "tool", await run(partial(render_result, result))
+            name, tool = call
+            result = await self._call(name, tool)
+            if isinstance(result, Raised):
+                return "tool", result.text
+            return "tool", await named(run, f"the result of {name}", partial(render_result, result))
         if not hasattr(type(environment), "reply"):
             return None
-        partner = cast(ConversingEnvironment, environment)
-        heard = _text_of("reply", await run(lambda: partner.reply(aloud), is_tool=True))
+        reply = await self._call("reply", partial(cast(ConversingEnvironment, environment).reply, aloud))
+        if isinstance(reply, Raised):
+            return None
+        heard = await off_loop(run, partial(_text_of, "reply", reply), _size(reply))
         return None if heard is None else ("user", heard)
+
+    async def _call(self, name: str, call: Callable[[], object]) -> object:
+        errors = errors_of(type(self._environment), name, self._agent.tool_errors)
+        return await named(self._agent.run_environment, name, answering(call, errors), is_tool=True)
 
     async def _sample(self, turn: int, max_tokens: int) -> tuple[int, ...]:
         sampling = replace(self._agent.sampling, max_tokens=max_tokens, stop_token_ids=self._agent.chat.stop_ids)
@@ -214,12 +268,16 @@ class _Episode:
         self._agent.report(self._id, self.segments)
 
 
-def _call_of(parser: Parser, environment: Environment, aloud: str) -> Callable[[], object] | Malformed | None:
-    """The call of a turn, ready to run; None where the turn is a message. Parsers may be the user's code, as types of tools."""
-    if not (calls := parser.parse(aloud)):
+def _call_of(parser: Parser, environment: Environment, aloud: str) -> tuple[str, Callable[[], object]] | Malformed | None:
+    """The tool that a turn calls, and the call, ready to run; None where the turn is a message, as all are without tools.
+
+    Parsers may be the user's code, as types of tools.
+    """
+    if not tool_names(type(environment)) or not (calls := parser.parse(aloud)):
         return None
     call = only_call(calls)
-    return call if isinstance(call, Malformed) else bind(environment, call)
+    bound = call if isinstance(call, Malformed) else bind(environment, call)
+    return bound if isinstance(bound, Malformed) or isinstance(call, Malformed) else (call.name, bound)
 
 
 def only_call(calls: Sequence[ToolCall | Malformed]) -> ToolCall | Malformed:

@@ -47,6 +47,7 @@ def make_agent(
         ),
         sampling=Sampling(max_tokens=env.max_tokens_per_turn, temperature=temperature),
         run_environment=run_environment,
+        tool_errors=env.tool_errors,
     )
 
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from oldlogits.backends.packed import Aside, Packed, pack, set_aside, unpack
+from oldlogits.backends.ray.remote_environments import call_here
 from oldlogits.config.schema import EnvConfig
 from oldlogits.core.errors import OldLogitsError
 from oldlogits.core.server import LaunchSpec
@@ -64,6 +65,7 @@ class Worker:
         self._server = ServerProcess(replace(spec, address=address), name)
         self._class = load_environment(env.target, env.adapter)
         self._runner = ThreadRunner(timeout_s=env.timeout_s, latency_s=0.0, seed=0)
+        self._tool_errors = env.tool_errors
         self._environments: dict[int, object] = {}
 
     async def where(self) -> tuple[str, str, str]:
@@ -85,7 +87,7 @@ class Worker:
     async def call(self, id: int, method: str, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
         """Call a method of an environment."""
         environment = self._environments[id]
-        return await self._runner(lambda: getattr(environment, method)(*args, **kwargs))
+        return await self._runner(lambda: call_here(environment, method, args, kwargs, self._tool_errors))
 
     async def drop(self, ids: Sequence[int]) -> None:
         """Forget environments."""

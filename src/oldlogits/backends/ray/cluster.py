@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from oldlogits.backends.local import ignoring_interrupts
 from oldlogits.config.systems import RayConfig
 from oldlogits.core.errors import ConfigError, OldLogitsError
-from oldlogits.rollout.turns import EnvironmentFailed
+from oldlogits.rollout.environment_errors import EnvironmentFailed
 
 POLL_S: Final = 1.0
 """Seconds for which a thread waits for places at a time; a program that ends waits for that thread."""

@@ -20,8 +20,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol, TypeVar, cast
 
 from oldlogits.core.environment import Environment
+from oldlogits.envs.base import REMOTE_PROMPT, ToolErrors, prompt_of
+from oldlogits.envs.tools import tool_names
+from oldlogits.rollout.environment_errors import EnvironmentFailed, EnvironmentLost, answering, errors_of
 from oldlogits.rollout.environment_runner import attempt
-from oldlogits.rollout.turns import EnvironmentFailed, EnvironmentLost
 
 T = TypeVar("T")
 
@@ -101,22 +103,40 @@ def remote_class(environment_class: type[Environment], places: Places) -> type[E
         self._remote = remote  # type: ignore[attr-defined]
         weakref.finalize(self, remote.drop)
 
-    body: dict[str, object] = {"__init__": init}
+    body: dict[str, object] = {"__new__": lambda cls: object.__new__(cls), "__init__": init}
+    body[REMOTE_PROMPT] = _forwarded(REMOTE_PROMPT, prompt_of)
+    tools = tool_names(environment_class)
     for name in dir(environment_class):
         method = inspect.getattr_static(environment_class, name)
-        if not name.startswith("_") and inspect.isfunction(method):
+        if not name.startswith("_") and (name in tools or inspect.isfunction(method)):
             body[name] = _forwarded(name, method)
     made = type(environment_class.__name__, (environment_class,), body)
     return cast("type[Environment]", made)
 
 
-def _forwarded(name: str, method: Callable[..., object]) -> Callable[..., Awaitable[object]]:
-    @functools.wraps(method)
+def _forwarded(name: str, method: object) -> Callable[..., Awaitable[object]]:
+    function = cast("Callable[..., object]", getattr(method, "__func__", method))  # of a static or class method
+
+    @functools.wraps(function)
     async def call(self: Environment, *args: object, **kwargs: object) -> object:
         remote: RemoteEnvironment = self._remote  # type: ignore[attr-defined]
         return await remote.call(name, args, kwargs)
 
+    if isinstance(method, staticmethod):
+        signature = inspect.signature(function)
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        call.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # type: ignore[attr-defined]
     return call
+
+
+def call_here(
+    environment: object, method: str, args: Sequence[object], kwargs: Mapping[str, object], mode: ToolErrors
+) -> object:
+    """Carry out a call of a proxy on its environment; what its class or the recipe calls an answer is returned as `Raised`."""
+    if method == REMOTE_PROMPT:
+        return prompt_of(environment)
+    call = functools.partial(getattr(environment, method), *args, **kwargs)
+    return answering(call, errors_of(type(environment), method, mode))()
 
 
 class AwaitingRunner:
@@ -129,5 +149,5 @@ class AwaitingRunner:
         """Wait for a call; raises `EnvironmentFailed` where it raised or took too long."""
         if is_tool and self._latency_s:
             await asyncio.sleep(self._rng.expovariate(1 / self._latency_s))
-        result = attempt(call)  # what runs here: the parser, and the types of tools and results
+        result = await asyncio.to_thread(attempt, call)  # what runs here: the parser, and the types of tools and results
         return await result if inspect.isawaitable(result) else result

@@ -23,7 +23,7 @@ from oldlogits.core.server import SERVER_PROTOCOLS, ServerFailedError, ServerPro
 from oldlogits.engines.http.client import HttpClient
 from oldlogits.engines.http.fleet import Fleet
 from oldlogits.engines.http.replica import Replica
-from oldlogits.rollout.turns import EnvironmentFailed
+from oldlogits.rollout.environment_errors import EnvironmentFailed
 
 CALL_S: Final = 30.0
 """Beyond the environments' own time-out: how long a worker may take to answer a call."""
