@@ -158,20 +158,18 @@ def test_at_lag_0_the_proximal_policies_of_snapshot_and_arrival_coincide(tiny_fo
 
 
 def test_an_environment_that_always_fails_ends_the_run_with_its_reason(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("oldlogits.rollout.groups.FAILURES_IN_A_ROW", 8)
+    monkeypatch.setattr("oldlogits.rollout.watches.WINDOW", 8)
     monkeypatch.setattr("tests.runs.Words.reset", lambda self, start: {}["shop"])
     for name, eval_episodes in (("before", 16), ("training", 0)):
         result = run(recipe(tiny_folder, eval={"num_episodes": eval_episodes}), tmp_path / name)
         assert result.summary.ended == "error"
-        assert re.search(
-            r"8 episodes in a row were ended by the environment; got: the last: KeyError: 'shop'", str(result.error)
-        )
+        assert re.search(r"5 of the last 5 .* by their environment; got: the last: reset: KeyError: 'shop'", str(result.error))
         [ended] = events_of(tmp_path / name, "run_ended")
         assert ended.reason == "error"
         assert (tmp_path / name / "report.html").stat().st_size > 1000
         check_accounting(tmp_path / name)
     failed = events_of(tmp_path / "training", "trajectory_failed")
-    assert {event.reason for event in failed} == {"KeyError: 'shop'"}
+    assert {event.reason for event in failed} == {"reset: KeyError: 'shop'"}
 
 
 @pytest.mark.slow

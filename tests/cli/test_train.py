@@ -119,7 +119,7 @@ def test_an_environment_and_a_model_of_ones_own_train_and_trouble_ends_only_its_
     assert account["trained"] == 2 * 2 * 4
     failed = events_of(tmp_path / "run", "trajectory_failed")
     assert account["failed"] == len(failed) >= 4
-    assert {event.reason for event in failed} <= {"RuntimeError: no such tea", "timed out after 0.3 s"}
+    assert {event.reason for event in failed} <= {"reset: RuntimeError: no such tea", "reset: timed out after 0.3 s"}
     assert len(tokens_of(tmp_path / "run", "log_r_d")["log_r_d"]) > 16
     assert children() == []
     assert capfd.readouterr().err == "", "nothing of Hugging Face or torch on the screen"

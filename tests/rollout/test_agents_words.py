@@ -237,7 +237,7 @@ def test_a_call_inside_of_thoughts_is_not_run_and_a_partner_does_not_hear_though
 def test_a_parser_that_raises_ends_the_episode():
     played = play(CHATS["byte-level"], f"{__name__}:Raising", ["hello"])
     assert isinstance(played, Failure)
-    assert played.reason == "IndexError: list index out of range"
+    assert played.reason == "reading a turn: IndexError: list index out of range"
 
 
 class Raising:

@@ -307,7 +307,8 @@ def broken(name, result=None):
 def test_an_exception_of_the_environment_ends_its_episode_as_a_failure_with_the_reason(name):
     outcome = play(ScriptedEngine(CALL, "bye", "bye", "bye"), environment=broken(name))
     assert isinstance(outcome, Failure)
-    assert (outcome.id, outcome.group_id, outcome.reason) == ("g000007.2", "g000007", f"LookupError: {name} broke")
+    called = "the constructor" if name == "__init__" else name
+    assert (outcome.id, outcome.group_id, outcome.reason) == ("g000007.2", "g000007", f"{called}: LookupError: {name} broke")
     assert not outcome.begins_again
     assert (outcome.num_tokens > 0) == (name not in ("__init__", "reset")), "what it had sampled"
 
@@ -316,7 +317,7 @@ def test_an_exception_of_the_environment_ends_its_episode_as_a_failure_with_the_
 def test_a_row_that_does_not_fit_reset_is_a_failure(row):
     outcome = play(ScriptedEngine(), row=row)
     assert isinstance(outcome, Failure)
-    assert outcome.reason.startswith("TypeError")
+    assert outcome.reason.startswith("reset: TypeError")
 
 
 @pytest.mark.parametrize(
@@ -348,8 +349,8 @@ def test_every_call_into_the_environment_goes_through_the_runner_and_only_tools_
         return await run_here(call)
 
     play(ScriptedEngine(CALL, "<call> nothing </call>", "bye", "bye", "bye"), runner=runner)
-    # class, reset, add: reading the call, the call, its result; a call that cannot be read, three replies, reward
-    assert seen == [False, False, False, True, False, False, True, True, True, False]
+    # class, reset, add: reading the call, the call, its result; a call that cannot be read, three messages and replies, reward
+    assert seen == [False, False, False, True, False, False, *[False, True] * 3, False]
 
 
 def test_every_episode_has_an_environment_of_its_own():

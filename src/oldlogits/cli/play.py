@@ -26,6 +26,7 @@ from oldlogits.envs.base import load_environment
 from oldlogits.envs.tools import tool_names, tool_schemas
 from oldlogits.models.chat import ChatFormat
 from oldlogits.models.template import ChatTokenizer, Role
+from oldlogits.rollout.environment_errors import Raised, answering
 from oldlogits.rollout.environment_runner import ThreadRunner
 from oldlogits.rollout.tasks import TaskDataset
 from oldlogits.rollout.turns import Failure, run_episode
@@ -121,8 +122,10 @@ def play(options: PlayOptions, number: int, console: Console, read: Callable[[st
             left = "the agent left" if options.mode == "human" else f"the episode ended early: {played.stop_reason}"
             console.print(Text(left, style="yellow"))
         if hasattr(environment_class, "explain_reward"):
-            reasons = wait(run(cast(ExplainingEnvironment, made[0]).explain_reward))
-            console.print(Text(reasons, style="red"), end="\n" if reasons else "")
+            explain = answering(cast(ExplainingEnvironment, made[0]).explain_reward, (Exception,))
+            reasons = wait(run(explain))
+            said = reasons.text if isinstance(reasons, Raised) else str(reasons or "")
+            console.print(Text(said, style="red"), end="\n" if said else "")
     console.print(Text(f"reward {played.reward:g}", style="bold green" if played.reward > 0 else "bold red"))
     return played.reward
 
@@ -166,14 +169,16 @@ class _Shown:
 
     def __init__(self, chat: ChatFormat, console: Console) -> None:
         self._chat, self._console = chat, console
-        self.stop_ids, self.decode = chat.stop_ids, chat.decode
+        self.stop_ids, self.decode, self.most_bytes = chat.stop_ids, chat.decode, chat.most_bytes
 
-    def prompt_ids(self, opening: str) -> list[int]:
-        _say(self._console, "customer", opening)
-        return self._chat.prompt_ids(opening)
+    def prompt_ids(self, opening: str, system: str | None = None) -> list[int]:
+        if system:
+            _say(self._console, "system", system)
+        _say(self._console, "user", opening)
+        return self._chat.prompt_ids(opening, system)
 
     def continuation_ids(self, role: Role, content: str) -> list[int]:
-        _say(self._console, "tool" if role == "tool" else "customer", content)
+        _say(self._console, role, content)
         return self._chat.continuation_ids(role, content)
 
     def report(self, trajectory_id: str, segments: Sequence[Segment]) -> None:
@@ -186,11 +191,11 @@ def _say(console: Console, who: str, text: str) -> None:
     """Print one turn: a label, and the text beside it."""
     grid = Table.grid(Column(width=8, justify="right"), Column(), padding=(0, 2, 0, 0))
     grid.add_row(who, Text(text))
-    console.print(grid, style={"policy": "dim", "customer": "cyan", "agent": "bold", "tool": "green"}[who])
+    console.print(grid, style={"about": "dim", "system": "dim", "user": "cyan", "agent": "bold", "tool": "green"}[who])
 
 
 def _introduce(environment_class: type[Environment], mode: str, console: Console) -> None:
-    _say(console, "policy", inspect.getdoc(environment_class) or "")
+    _say(console, "about", inspect.getdoc(environment_class) or "")
     if mode == "human":
         table = Table("call", "what it does", box=None, header_style="dim")
         for schema in tool_schemas(environment_class):

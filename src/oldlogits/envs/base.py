@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Final, Literal, cast
 
 from oldlogits.core.environment import ADAPTERS, ENVIRONMENTS, Environment
@@ -80,10 +81,16 @@ def system_prompt_of(environment_class: type[Environment]) -> str:
 
 def prompt_of(environment: object) -> object:
     """Return the system prompt of one episode after `reset`: an attribute, a property, or what a method returns."""
-    if callable(remote := getattr(environment, REMOTE_PROMPT, None)):
-        return remote()
     written = getattr(environment, "system_prompt", "")
     return written() if callable(written) else written
+
+
+def prompt_to_ask(environment: object) -> Callable[[], object] | None:
+    """Return how to ask for the system prompt of one episode where that runs the environment's code, or is known elsewhere."""
+    if callable(remote := getattr(environment, REMOTE_PROMPT, None)):
+        return cast("Callable[[], object]", remote)
+    is_text = isinstance(inspect.getattr_static(environment, "system_prompt", ""), str)
+    return None if is_text else partial(prompt_of, environment)
 
 
 def answered_errors(environment_class: type, mode: ToolErrors = "declared") -> tuple[type[Exception], ...]:

@@ -64,6 +64,8 @@ class TaskDataset:
     def _own(self, split: Split, index: int) -> Row:
         try:
             return cast(type[RowSource], self._class).make_row(split, index)
+        except NotImplementedError as error:  # of a base class: there is none
+            raise self._no_rows(split) from error
         except Exception as error:  # the user's code: what it raises is told as such
             raise EnvironmentShapeError(
                 f"{self._class.__name__}.make_row('{split}', {index}) raised",
@@ -72,16 +74,19 @@ class TaskDataset:
                 fix="take the index modulo the number of tasks",
             ) from error
 
-    def _require_own_rows(self, split: str) -> None:
+    def _require_own_rows(self, split: Split) -> None:
         if not hasattr(self._class, "make_row"):
-            key = "env.train_data" if split == "train" else "env.eval_data"
-            raise ConfigError(
-                f"{self._class.__name__} makes no rows and the recipe names none",
-                got=f"{key} = ''",
-                allowed=f"{key} = FILE.jsonl, or a static method make_row(split, index) -> dict",
-                fix=f"write a JSONL file of reset(**row) arguments and set {key}"
-                + (", or eval.num_episodes = 0 and eval.every = 0" if split == "heldout" else ""),
-            )
+            raise self._no_rows(split)
+
+    def _no_rows(self, split: Split) -> ConfigError:
+        key = "env.train_data" if split == "train" else "env.eval_data"
+        return ConfigError(
+            f"{self._class.__name__} makes no rows and the recipe names none",
+            got=f"{key} = ''",
+            allowed=f"{key} = FILE.jsonl, or a static method make_row(split, index) -> dict",
+            fix=f"write a JSONL file of reset(**row) arguments and set {key}"
+            + (", or eval.num_episodes = 0 and eval.every = 0" if split == "heldout" else ""),
+        )
 
 
 def _read(path: Path) -> list[Row]:

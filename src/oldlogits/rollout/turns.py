@@ -20,7 +20,7 @@ from oldlogits.core.environment import ConversingEnvironment, Environment, Row
 from oldlogits.core.errors import ConfigError, ContentError
 from oldlogits.core.parser import Malformed, Parser, ToolCall
 from oldlogits.core.trajectory import Context, Sampled, Segment, Trajectory
-from oldlogits.envs.base import ToolErrors, prompt_of
+from oldlogits.envs.base import ToolErrors, prompt_of, prompt_to_ask
 from oldlogits.envs.text import readable, spoken
 from oldlogits.envs.tools import bind, render_result, tool_names
 from oldlogits.models.chat import ChatFormat
@@ -119,7 +119,7 @@ async def run_episode(
         environment = await named(run, "the constructor", environment_class)
         own_row = copy.deepcopy(row)  # an environment may change its arguments; its group shares the row
         opening = await named(run, "reset", lambda: environment.reset(**own_row))
-        system = await named(run, "system_prompt", partial(prompt_of, environment))
+        system = await named(run, "system_prompt", ask) if (ask := prompt_to_ask(environment)) else prompt_of(environment)
         episode = _Episode(agent, environment, id)
         stop_reason = await episode.play(
             await off_loop(run, partial(_text_of, "reset", opening), _size(opening)) or "",
@@ -233,7 +233,7 @@ class _Episode:
     async def _answer(self, text: str) -> tuple[Role, str] | None:
         """What the environment says to a turn: a tool result, a user's reply, or None at the end."""
         run, environment, aloud = self._agent.run_environment, self._environment, spoken(text)
-        call = await run(partial(_call_of, self._agent.parser, environment, aloud))
+        call = await named(run, "reading a turn", partial(_call_of, self._agent.parser, environment, aloud))
         if isinstance(call, Malformed):
             return "tool", readable(call.reason)
         if call is not None:
