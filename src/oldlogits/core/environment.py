@@ -41,6 +41,16 @@ class ConversingEnvironment(Environment, Protocol):
         """Return the partner's answer to an agent's message; None ends the episode."""
 
 
+class SavedEnvironment(Environment, Protocol):
+    """An environment that can be saved in mid-episode, so that a run that was ended goes on with it."""
+
+    def save_state(self) -> JsonValue:
+        """Return everything that the episode has changed, as JSON can write it."""
+
+    def load_state(self, state: JsonValue) -> None:
+        """Be as the environment was that returned `state`; called on a new instance in place of `reset`."""
+
+
 class ExplainingEnvironment(Environment, Protocol):
     """An environment that says why its reward is what it is; ``oldlogits play`` prints it."""
 

@@ -9,7 +9,7 @@ before anything is built; so a module that defines a source should import no tor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final, Protocol
 
@@ -24,12 +24,21 @@ from oldlogits.core.trajectory import Sampled, Segment, Trajectory
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
 
 
+Keep = Callable[[str, PolicyVersion, NDArray[np.float32]], None]
+"""Takes note of the values of all tokens of a trajectory that one version sampled."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceHandles:
-    """What a source may ask: the trainer, and for a source with `needs_scorer` the second model that only scores."""
+    """What a source may ask: the trainer, and for a source with `needs_scorer` the second model that only scores.
+
+    A source that scores tokens before their batch enters training tells `keep` of them: the trajectory, the version that
+    sampled them, and the values of all its tokens of that version, float32 in token order. A run that was ended goes on with them.
+    """
 
     trainer: ScoringHandle
     scorer: DedicatedScorer | None = None
+    keep: Keep = lambda trajectory_id, version, values: None
 
 
 class LogprobSource(Protocol):
@@ -73,6 +82,19 @@ class LogprobSource(Protocol):
     def on_segment_closed(self, trajectory_id: str, segments: Sequence[Segment]) -> None:
         """Take note of all segments so far of a running trajectory that has grown; the sequence goes on growing."""
         return
+
+    def restore(
+        self, trajectory_id: str, segments: Sequence[Segment], values: Mapping[PolicyVersion, Sequence[float]]
+    ) -> bool:
+        """Take over a trajectory of a run that goes on; False: the source cannot give the log-probs of all its tokens.
+
+        Args:
+            trajectory_id: The id of the trajectory.
+            segments: All that it has, what its running turn had sampled included.
+            values: What the source had told `SourceHandles.keep` of it, by version.
+        """
+        self.on_segment_closed(trajectory_id, segments)
+        return True
 
     async def on_arrival(self, trajectories: Sequence[Trajectory]) -> None:
         """Take note that the trajectories of a group have ended and wait for training."""

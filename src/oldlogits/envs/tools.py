@@ -28,6 +28,9 @@ NO_TOOLS: Final = frozenset(
 )
 """Public names that belong to the environment, not to the agent."""
 
+_STATE: Final = frozenset({"save_state", "load_state"})
+"""Two further ones, of a class that has both."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Parameter:
@@ -58,11 +61,17 @@ def public_names(environment: type) -> list[str]:
 def tool_names(environment: type) -> tuple[str, ...]:
     """Return the tools of an environment class, in the order in which they are written (inherited ones first)."""
     written = [name for cls in reversed(environment.__mro__) for name in vars(cls)]
+    own = NO_TOOLS | (_STATE if can_be_saved(environment) else frozenset())
     return tuple(
         name
         for name in dict.fromkeys(written)
-        if not name.startswith("_") and name not in NO_TOOLS and inspect.isfunction(tool_function(environment, name))
+        if not name.startswith("_") and name not in own and inspect.isfunction(tool_function(environment, name))
     )
+
+
+def can_be_saved(environment: type) -> bool:
+    """Return whether the environments of a class can be saved in mid-episode."""
+    return all(callable(getattr(environment, name, None)) for name in _STATE)
 
 
 def tool_function(environment: type, name: str) -> Callable[..., object]:

@@ -109,6 +109,10 @@ class Buffer:
         self._entries[group_id] = AdmittedGroup(admitted_version=version, size=size)
         self.account.submitted += size
 
+    def restore(self, group_id: str, *, size: int, version: int, num_failed: int) -> None:
+        """Take over a group in flight of a run that goes on, whose account has its members already."""
+        self._entries[group_id] = AdmittedGroup(admitted_version=version, size=size, num_failed=num_failed)
+
     def num_admissible(self) -> int:
         """How many groups the bound admits now."""
         return self._bound.capacity - self.num_outstanding
@@ -150,13 +154,18 @@ class Buffer:
         self._in_training = []
         return ended
 
-    async def take(self, version: int) -> list[TrajectoryGroup]:
+    async def take(self, version: int, only: Sequence[str] = ()) -> list[TrajectoryGroup]:
         """Wait for the groups to train at `version`, and hand them out.
+
+        Args:
+            version: The trainer's version.
+            only: The groups that the run trained at this version before it was ended; they
+                are waited for, whatever else is ready.
 
         Raises:
             AccountingError: A token would be trained beyond the bound.
         """
-        while (chosen := self._choose(version)) is None:
+        while (chosen := self._again(only) if only else self._choose(version)) is None:
             self.is_waited_for = True
             self._changed.clear()
             await self._changed.wait()
@@ -194,6 +203,10 @@ class Buffer:
                 allowed="submitted == trained + filtered + failed + cancelled + queued + running",
                 fix="this is a defect, please report it with the run folder",
             )
+
+    def _again(self, groups: Sequence[str]) -> list[str] | None:
+        entries = [self._entries.get(name) for name in groups]
+        return list(groups) if all(entry is not None and entry.group is not None for entry in entries) else None
 
     def _choose(self, version: int) -> list[str] | None:
         window, names = self._bound.max_staleness, list(self._entries)

@@ -8,8 +8,9 @@ admit -> group task -> episode tasks -> engine.generate ...      (engine down: t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeGuard
 
 from oldlogits.core.environment import Environment, Row
@@ -20,9 +21,12 @@ from oldlogits.record.bus import EventSink
 from oldlogits.record.events import GroupAdmitted, GroupClosed, TrajectoryFailed, TrajectoryRestarted
 from oldlogits.rollout.admission import Admission
 from oldlogits.rollout.buffer import Buffer
+from oldlogits.rollout.journal.journal import Journal
+from oldlogits.rollout.journal.progress import EpisodeProgress, GroupProgress, Progress, group_of
+from oldlogits.rollout.journal.records import Admitted, Ended, Failed, LeftOut, Restarted, StateSaved
 from oldlogits.rollout.tasks import TaskDataset
 from oldlogits.rollout.turn_latency import TurnLatency
-from oldlogits.rollout.turns import Agent, Failure, run_episode
+from oldlogits.rollout.turns import Agent, Failure, Known, run_episode
 from oldlogits.rollout.watches import FailureWatch, FilterWatch
 
 Outcome = Trajectory | Failure
@@ -44,8 +48,10 @@ class Rollouts(Admission):
         failures: Counts the failed episodes, and ends the run where they are too many.
         left_out: Counts the groups that are left out, and ends the run where they are too many.
         max_running_groups: Groups sampled at the same time; 0: as many as are admitted.
-        first_row: The first training row that was never started.
-        restart_rows: Rows to start before it: those in flight when the run was last saved.
+        journal: Takes note of all that a run needs to go on with its groups.
+        next_row: The first training row that was never started.
+        next_group: The first number that no group has had.
+        restart_rows: Rows to start before `next_row`: those of groups that a run which goes on has lost.
     """
 
     def __init__(
@@ -63,31 +69,56 @@ class Rollouts(Admission):
         failures: FailureWatch,
         left_out: FilterWatch,
         max_running_groups: int,
-        first_row: int,
+        journal: Journal,
+        next_row: int,
+        next_group: int,
         restart_rows: Sequence[int] = (),
     ) -> None:
         super().__init__(buffer, tasks, max_running_groups=max_running_groups)
         self.latency = TurnLatency()
-        self._agent = replace(agent, report=self._report)
+        self._agent = replace(agent, report=self._report, save=self._save)
         self._class, self._rows = environment_class, rows
         self._source, self._events = source, events
         self._group_size, self._max_replays = group_size, max_replays
         self.failures, self._left_out = failures, left_out
-        self.next_row = first_row
+        self._journal = journal
+        self.next_row, self.next_group = next_row, next_group
         self._restart_rows = list(restart_rows)
+        self._foreign_from: PolicyVersion | None = None
+        self._advanced = asyncio.Event()
 
     def start_group(self) -> asyncio.Task[None]:
         """Start the episodes of the next row."""
         index = self._restart_rows[0] if self._restart_rows else self.next_row
         row = self._rows.train(index)
-        group_id = f"g{index:06d}"
-        self._buffer.admit(group_id, size=self._group_size, version=self.version)
+        group_id, size = f"g{self.next_group:06d}", self._group_size
+        self._buffer.admit(group_id, size=size, version=self.version)
+        self._journal.note(Admitted(group=group_id, row=index, version=self.version, size=size))
         self._events.emit(GroupAdmitted(version=self.version, group=group_id))
+        self.next_group += 1
         if self._restart_rows:
             self._restart_rows.pop(0)
         else:
             self.next_row += 1
         return self._tasks.create_task(self._play_group(group_id, row))
+
+    def go_on(self, progress: Progress) -> None:
+        """Go on with the groups of a run that was ended."""
+        for id, group in progress.groups.items():
+            asked, failed = group.admitted, [e.failed for e in group.episodes.values() if e.failed is not None]
+            num_failed = sum(not failure.again for failure in failed)
+            self._buffer.restore(id, size=asked.size, version=asked.version, num_failed=num_failed)
+            self._running.add(self._tasks.create_task(self._play_group(id, self._rows.train(asked.row), group)))
+
+    def admit(self, version: PolicyVersion, *, num_wanted: int, pace_s: float) -> None:
+        """Start what the bound admits, and let episodes go on that wait for this version; see `Admission.admit`."""
+        super().admit(version, num_wanted=num_wanted, pace_s=pace_s)
+        self._advance()
+
+    def begin_again_from(self, version: PolicyVersion) -> None:
+        """Let episodes begin again that have tokens of this version or a newer one: the run has made another one of that number."""
+        self._foreign_from = version
+        self._advance()
 
     def batch_taken(self) -> None:
         """Start groups in the place of those that are trained from here on."""
@@ -97,16 +128,26 @@ class Rollouts(Admission):
     @property
     def unfinished_rows(self) -> list[int]:
         """The rows of the groups in flight, and those still to restart: what a resumed run starts with."""
-        return [*(int(group_id[1:]) for group_id in self._buffer.group_ids), *self._restart_rows]
+        groups = self._journal.progress.groups
+        return [*(groups[group_id].admitted.row for group_id in self._buffer.group_ids), *self._restart_rows]
 
     def _report(self, trajectory_id: str, segments: Sequence[Segment]) -> None:
         self.latency.grew(trajectory_id, segments)
+        self._journal.grew(trajectory_id, segments)
         self._source.on_segment_closed(trajectory_id, segments)
 
-    async def _play_group(self, group_id: str, row: Row) -> None:
+    def _save(self, trajectory_id: str, num_segments: int, state: str) -> None:
+        self._journal.note(StateSaved(episode=trajectory_id, num_segments=num_segments, state=state))
+
+    def _advance(self) -> None:
+        self._advanced.set()
+        self._advanced = asyncio.Event()
+
+    async def _play_group(self, group_id: str, row: Row, known: GroupProgress | None = None) -> None:
+        size, episodes = (known.admitted.size, known.episodes) if known else (self._group_size, {})
         async with asyncio.TaskGroup() as members:
-            for member in range(self._group_size):
-                members.create_task(self._play_member(group_id, member, row))
+            for member in range(size):
+                members.create_task(self._play_member(group_id, member, row, episodes))
         closed = self._buffer.close(group_id)
         self._events.emit(
             GroupClosed(
@@ -121,37 +162,77 @@ class Rollouts(Admission):
         self._left_out.count(closed, self.version)
         self.group_ended()
         if closed.group is None:
+            self._journal.note(LeftOut(group=group_id, num=len(closed.trajectories)))
             self._source.drop(t.id for t in closed.trajectories)
         else:
             await self._source.on_arrival(closed.trajectories)
 
-    async def _play_member(self, group_id: str, member: int, row: Row) -> None:
+    async def _play_member(
+        self, group_id: str, member: int, row: Row, episodes: Mapping[str, EpisodeProgress]
+    ) -> None:
         """Play an episode; where it fails, play it again as `g000012.3r1`, `g000012.3r2`, ..."""
         for replay in range(self._max_replays + 1):
             id = f"{group_id}.{member}" + (f"r{replay}" if replay else "")
-            outcome = await self._play(id, group_id, row)
+            known = episodes.get(id)
+            if known is not None and known.failed is not None:
+                if known.failed.again:
+                    continue
+                return
+            outcome = await self._play(id, group_id, row, known)
             if not isinstance(outcome, Failure):
+                self._journal.note(Ended(episode=id, reward=outcome.reward, stop_reason=outcome.stop_reason))
                 self._buffer.end(outcome)
                 self.failures.count(None, self.version)
                 return
+            again = replay < self._max_replays
             self._source.drop([id])
-            self._buffer.fail(group_id, again=replay < self._max_replays)
+            self._journal.note(Failed(episode=id, again=again))
+            self._buffer.fail(group_id, again=again)
             self._events.emit(TrajectoryFailed(version=self.version, trajectory=id, stage="train", reason=outcome.reason))
             self.failures.count(outcome, self.version)
 
-    async def _play(self, id: str, group_id: str, row: Row) -> Outcome:
-        """Play an episode to its end; one whose environment is lost begins again."""
+    async def _play(self, id: str, group_id: str, row: Row, progress: EpisodeProgress | None) -> Outcome:
+        """Play an episode to its end, from where it was; one that is lost begins again."""
         self.latency.started(id)
         try:
-            while _is_lost(outcome := await run_episode(self._agent, self._class, row, id=id, group_id=group_id)):
-                self._source.drop([id])
-                self._events.emit(restarted(outcome, self.version))
+            known = None if progress is None else await self._take_over(id, progress)
+            if known is not None and progress is not None and (ended := progress.trajectory(id, group_id)) is not None:
+                self.latency.ended(id, well=True)
+                return ended
+            play = partial(run_episode, self._agent, self._class, row, id=id, group_id=group_id)
+            while _is_lost(outcome := await play(known=known)):
+                self._begin_again(outcome)
+                known = None
         except asyncio.CancelledError:
             self.latency.ended(id, well=False)
             self._source.drop([id])
             raise
         self.latency.ended(id, well=not isinstance(outcome, Failure))
         return outcome
+
+
+    async def _take_over(self, id: str, progress: EpisodeProgress) -> Known | None:
+        """Wait until the run has made the versions that an episode has tokens of, and go on with it; None: it begins again."""
+        newest, reason = max(progress.versions, default=0), ""
+        while self.version < newest and not self._is_foreign(newest):
+            await self._advanced.wait()
+        if self._is_foreign(newest):
+            reason = f"the run made another version {newest} when it went on"
+        elif not self._source.restore(id, progress.known, progress.values):
+            reason = "its old log-probs cannot be computed any more"
+        if not reason:
+            num_saved, state = progress.state or (0, "")
+            return Known(segments=progress.known, num_saved=num_saved, state=state)
+        self._begin_again(Failure(id=id, group_id=group_of(id), reason=reason, num_tokens=progress.num_sampled))
+        return None
+
+    def _is_foreign(self, version: PolicyVersion) -> bool:
+        return self._foreign_from is not None and version >= self._foreign_from
+
+    def _begin_again(self, lost: Failure) -> None:
+        self._source.drop([lost.id])
+        self._journal.note(Restarted(episode=lost.id))
+        self._events.emit(restarted(lost, self.version))
 
 
 def _is_lost(outcome: Outcome) -> TypeGuard[Failure]:

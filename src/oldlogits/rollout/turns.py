@@ -9,20 +9,22 @@ What was sampled is never re-tokenised: a turn's prompt is every token before it
 from __future__ import annotations
 
 import copy
-from collections.abc import Awaitable, Callable, Sequence
+import json
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Real
-from typing import Final, Protocol, TypeVar, cast
+from typing import Final, NoReturn, Protocol, TypeVar, cast
 
 from oldlogits.core.engine import Generation, RolloutEngine, Sampling
-from oldlogits.core.environment import ConversingEnvironment, Environment, Row
+from oldlogits.core.environment import ConversingEnvironment, Environment, Row, SavedEnvironment
 from oldlogits.core.errors import ConfigError, ContentError
 from oldlogits.core.parser import Malformed, Parser, ToolCall
 from oldlogits.core.trajectory import Context, Sampled, Segment, Trajectory
 from oldlogits.envs.base import ToolErrors, prompt_of, prompt_to_ask
 from oldlogits.envs.text import readable, spoken
-from oldlogits.envs.tools import bind, render_result, tool_names
+from oldlogits.envs.tools import bind, can_be_saved, render_result, tool_names
 from oldlogits.models.chat import ChatFormat
 from oldlogits.models.template import Role
 from oldlogits.rollout.environment_errors import EnvironmentFailed, EnvironmentLost, Raised, answering, errors_of
@@ -49,6 +51,9 @@ class EnvironmentRunner(Protocol):
 
 Report = Callable[[str, Sequence[Segment]], None]
 """Told of a trajectory that grew: its id, and all its segments so far; they go on growing."""
+
+Save = Callable[[str, int, str], None]
+"""Told of the state of an environment, as JSON text, after so many segments of a trajectory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +86,16 @@ class Agent:
     run_environment: EnvironmentRunner
     tool_errors: ToolErrors = "declared"
     report: Report = lambda trajectory_id, segments: None
+    save: Save | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What is known of an episode that goes on: its segments, and where its environment was saved after `num_saved` of them."""
+
+    segments: Sequence[Segment]
+    num_saved: int = 0
+    state: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +113,7 @@ class Failure:
 
 
 async def run_episode(
-    agent: Agent, environment_class: type[Environment], row: Row, *, id: str, group_id: str
+    agent: Agent, environment_class: type[Environment], row: Row, *, id: str, group_id: str, known: Known | None = None
 ) -> Trajectory | Failure:
     """Play one episode in an environment of its own; returns the trajectory, or a failure that says what the environment did.
 
@@ -108,6 +123,8 @@ async def run_episode(
         row: The task: the arguments of `reset`.
         id: The trajectory's id; requests to the engine are named ``{id}/{turn}``.
         group_id: The id of its group.
+        known: What the episode has so far. An environment that was saved is restored; any other one gets the same calls again,
+            and where it answers otherwise than before, the episode begins again.
 
     Raises:
         WorkerDiedError: The engine ended.
@@ -117,14 +134,17 @@ async def run_episode(
     episode: _Episode | None = None
     try:
         environment = await named(run, "the constructor", environment_class)
-        own_row = copy.deepcopy(row)  # an environment may change its arguments; its group shares the row
-        opening = await named(run, "reset", lambda: environment.reset(**own_row))
-        system = await named(run, "system_prompt", ask) if (ask := prompt_to_ask(environment)) else prompt_of(environment)
-        episode = _Episode(agent, environment, id)
-        stop_reason = await episode.play(
-            await off_loop(run, partial(_text_of, "reset", opening), _size(opening)) or "",
-            await off_loop(run, partial(_text_of, "system_prompt", system), _size(system)) or "",
-        )
+        episode = _Episode(agent, environment, id, known.segments if known else ())
+        if known is not None and known.num_saved:
+            stop_reason = await episode.go_on(known)
+        else:
+            own_row = copy.deepcopy(row)  # an environment may change its arguments; its group shares the row
+            opening = await named(run, "reset", lambda: environment.reset(**own_row))
+            system = await named(run, "system_prompt", ask) if (ask := prompt_to_ask(environment)) else prompt_of(environment)
+            stop_reason = await episode.play(
+                await off_loop(run, partial(_text_of, "reset", opening), _size(opening)) or "",
+                await off_loop(run, partial(_text_of, "system_prompt", system), _size(system)) or "",
+            )
         reward = await named(run, "get_reward", environment.get_reward)
         reward = await off_loop(run, partial(_reward_of, reward), 0 if type(reward) in (int, float, bool) else LONG + 1)
     except EnvironmentFailed as failure:
@@ -189,9 +209,10 @@ def _shortened(value: object) -> str:
 class _Episode:
     """The tokens of one episode, as they grow."""
 
-    def __init__(self, agent: Agent, environment: Environment, id: str) -> None:
+    def __init__(self, agent: Agent, environment: Environment, id: str, known: Iterable[Segment]) -> None:
         self._agent, self._environment, self._id = agent, environment, id
         self._tokens: list[int] = []
+        self._known = deque(known)  # that was sampled and read before, and is not taken up yet
         self.segments: list[Segment] = []
 
     async def play(self, opening: str, system: str) -> str:
@@ -201,20 +222,31 @@ class _Episode:
         if read is None or len(read) >= limits.max_tokens:
             size = f"{_size(opening + system):,} bytes" if read is None else f"{len(read)} tokens"
             raise EnvironmentFailed(f"a prompt of {size} fills the episode: raise env.max_episode_tokens ({limits.max_tokens})")
-        self._read(read)
-        for turn in range(limits.max_turns):
+        await self._read(read)
+        return await self._play_turns(0)
+
+    async def go_on(self, known: Known) -> str:
+        """Go on where the environment was saved; returns why the episode ended."""
+        environment, run = cast(SavedEnvironment, self._environment), self._agent.run_environment
+        await named(run, "load_state", lambda: environment.load_state(json.loads(known.state)))
+        read = [self._take_up() for _ in range(known.num_saved)]
+        return await self._play_turns(sum(isinstance(segment, Context) for segment in read) - 1)
+
+    async def _play_turns(self, first: int) -> str:
+        limits = self._agent.limits
+        for turn in range(first, limits.max_turns):
             room = limits.max_tokens - len(self._tokens)
             ids = await self._sample(turn, min(room, limits.max_tokens_per_turn))
             if not ids or ids[-1] not in self._agent.chat.stop_ids:
                 return "turn_too_long" if room > len(ids) else "max_tokens"
             answer = await self._answer(self._agent.chat.decode(ids))
             if answer is None:
-                return "done"
+                return "done" if not self._known else self._answered_otherwise()
             read = await self._encoded(partial(self._agent.chat.continuation_ids, *answer), answer[1])
             if read is None or len(self._tokens) + len(read) >= limits.max_tokens:
                 return "max_tokens"
             if turn + 1 < limits.max_turns:
-                self._read(read)
+                await self._read(read)
         return "max_turns"
 
     async def _encoded(self, encode: Callable[[], list[int]], words: str) -> list[int] | None:
@@ -255,17 +287,51 @@ class _Episode:
         return await named(self._agent.run_environment, name, answering(call, errors), is_tool=True)
 
     async def _sample(self, turn: int, max_tokens: int) -> tuple[int, ...]:
-        sampling = replace(self._agent.sampling, max_tokens=max_tokens, stop_token_ids=self._agent.chat.stop_ids)
+        """Sample a turn, or what is left of it where its beginning is known."""
+        known: tuple[int, ...] = ()
+        while self._known and isinstance(self._known[0], Sampled):
+            known += self._take_up().token_ids
+        if known and (self._known or known[-1] in self._agent.chat.stop_ids or len(known) >= max_tokens):
+            return known
+        left = max_tokens - len(known)
+        sampling = replace(self._agent.sampling, max_tokens=left, stop_token_ids=self._agent.chat.stop_ids)
         generation = await self._agent.engine.generate(self._tokens, sampling, f"{self._id}/{turn}")
         self._tokens += generation.output_ids
         self.segments += sampled_segments(generation, sampling.temperature)
         self._agent.report(self._id, self.segments)
-        return generation.output_ids
+        return known + generation.output_ids
 
-    def _read(self, ids: list[int]) -> None:
+    async def _read(self, ids: list[int]) -> None:
+        if self._known:
+            if self._take_up() != Context(token_ids=tuple(ids)):
+                self._answered_otherwise()
+            return
         self._tokens += ids
         self.segments.append(Context(token_ids=tuple(ids)))
         self._agent.report(self._id, self.segments)
+        await self._save()
+
+    async def _save(self) -> None:
+        """Tell of the state of the environment, where it can be saved."""
+        save, run, num_segments = self._agent.save, self._agent.run_environment, len(self.segments)
+        if save is not None and can_be_saved(type(self._environment)):
+            environment = cast(SavedEnvironment, self._environment)
+            state = await named(run, "save_state", environment.save_state)
+            save(self._id, num_segments, await named(run, "save_state", partial(_json_of, state)))
+
+    def _take_up(self) -> Segment:
+        """Take up the next segment that is known."""
+        segment = self._known.popleft()
+        self._tokens += segment.token_ids
+        self.segments.append(segment)
+        return segment
+
+    def _answered_otherwise(self) -> NoReturn:
+        raise EnvironmentLost("the run went on from a checkpoint, and the environment answered otherwise than before it")
+
+
+def _json_of(state: object) -> str:
+    return json.dumps(state, allow_nan=False)
 
 
 def _call_of(parser: Parser, environment: Environment, aloud: str) -> tuple[str, Callable[[], object]] | Malformed | None:

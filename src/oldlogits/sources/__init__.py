@@ -11,9 +11,11 @@ from oldlogits.core.scoring import DedicatedScorer, Scored, ScoringHandle
 from oldlogits.core.source import SOURCES, LogprobSource, SourceHandles
 
 
-def make_source(name: str, trainer: ScoringHandle, scorer: DedicatedScorer | None) -> LogprobSource:
+def make_source(
+    name: str, trainer: ScoringHandle, scorer: DedicatedScorer | None, keep: Keep = lambda id, version, values: None
+) -> LogprobSource:
     """Build the source that a recipe names; `scorer` is the second model of one with `needs_scorer`, None for the others."""
-    return SOURCES.find(name)(SourceHandles(trainer=trainer, scorer=scorer))
+    return SOURCES.find(name)(SourceHandles(trainer=trainer, scorer=scorer, keep=keep))
 
 
 def check_scored(scored: Scored, versions: NDArray[np.int64]) -> None:

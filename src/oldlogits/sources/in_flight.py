@@ -9,6 +9,7 @@ pass over the trajectory up to the span's end, and its values are kept until the
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -67,6 +68,21 @@ class InFlightTokens:
         newest = next((s.version for s in reversed(segments) if isinstance(s, Sampled)), 0)
         one.sampled_from = max(one.sampled_from, newest)
 
+    def restore(
+        self, trajectory_id: str, segments: Sequence[Segment], values: Mapping[PolicyVersion, Sequence[float]]
+    ) -> set[PolicyVersion]:
+        """Take note of a trajectory and of its values; returns the versions of its tokens that have none.
+
+        The number of values is that of the version's tokens, or they say nothing.
+        """
+        self.extend(trajectory_id, segments)
+        one, counts = self._trajectories[trajectory_id], Counter[PolicyVersion]()
+        for segment in segments:
+            if isinstance(segment, Sampled):
+                counts[segment.version] += len(segment.token_ids)
+        one.values = {v: np.array(values[v], np.float32) for v in counts if len(values.get(v, ())) == counts[v]}
+        return one.unscored
+
     def end(self, trajectories: Sequence[Trajectory]) -> None:
         """Take note that trajectories are whole."""
         for trajectory in trajectories:
@@ -117,8 +133,15 @@ class InFlightTokens:
         version = min(found)
         return version, [self._span(trajectory_id, version) for trajectory_id in found[version][:at_most]]
 
-    def put(self, spans: Sequence[ScoringSpan], version: PolicyVersion, values: NDArray[np.float32]) -> None:
-        """Keep the values of spans, span after span, but for those of trajectories that were dropped meanwhile."""
+    def put(
+        self, spans: Sequence[ScoringSpan], version: PolicyVersion, values: NDArray[np.float32]
+    ) -> list[tuple[str, NDArray[np.float32]]]:
+        """Keep the values of spans, span after span, but for those of trajectories that were dropped meanwhile.
+
+        Returns:
+            The trajectories whose values are kept, with these.
+        """
+        kept: list[tuple[str, NDArray[np.float32]]] = []
         ends = np.cumsum([len(span.positions) for span in spans])
         for span, part in zip(spans, np.split(values, ends[:-1]), strict=True):
             one = self._trajectories.get(span.trajectory_id)
@@ -126,6 +149,8 @@ class InFlightTokens:
                 one.values[version] = part
                 self.num_repeated_tokens += min(one.num_read, span.num_read)
                 one.num_read = max(one.num_read, span.num_read)
+                kept.append((span.trajectory_id, part))
+        return kept
 
     def values(self, trajectory_ids: Iterable[str]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Give the values of trajectories that have ended, and the version that each was computed at, in token order."""

@@ -48,6 +48,7 @@ class IncrementalSource(LogprobSource):
         super().__init__(handles)
         self._scorer: SpanScorer = handles.trainer
         self._lock = asyncio.Lock()  # nothing is scored twice
+        self._keep = handles.keep
         self.in_flight = InFlightTokens()
         self._held: tuple[PolicyVersion, ...] = ()
         self._most_held = 0
@@ -63,6 +64,16 @@ class IncrementalSource(LogprobSource):
     def on_segment_closed(self, trajectory_id: str, segments: Sequence[Segment]) -> None:
         """Take note of the trajectory's segments."""
         self.in_flight.extend(trajectory_id, segments)
+
+    def restore(
+        self, trajectory_id: str, segments: Sequence[Segment], values: Mapping[PolicyVersion, Sequence[float]]
+    ) -> bool:
+        """Take over a trajectory with its values; without a store, older tokens that have none can never be scored."""
+        unscored = self.in_flight.restore(trajectory_id, segments, values)
+        if self.stores_versions or all(version in self._held for version in unscored):
+            return True
+        self.in_flight.drop([trajectory_id])
+        return False
 
     async def on_arrival(self, trajectories: Sequence[Trajectory]) -> None:
         """Score the trajectories now if the trainer has nothing else to do."""
@@ -125,7 +136,8 @@ class IncrementalSource(LogprobSource):
                 version, spans = found
                 is_held = version in self._held
                 scored = await (self._scorer if is_held else self._trainer).score_spans(spans, version)
-                self.in_flight.put(spans, version, scored.values)
+                for trajectory_id, values in self.in_flight.put(spans, version, scored.values):
+                    self._keep(trajectory_id, version, values)
                 self._counted["source/score_s"] += scored.seconds_s
                 self._counted["source/num_checkouts"] += 1
                 self._counted["source/switch_s"] += scored.switch_s

@@ -1,0 +1,161 @@
+"""How far every group in flight has come: what records say, added up; and as records again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from oldlogits.core.trajectory import Sampled, Segment, Trajectory
+from oldlogits.core.weights import PolicyVersion
+from oldlogits.rollout.journal.records import (
+    Admitted,
+    Ended,
+    Failed,
+    Grew,
+    LeftOut,
+    Published,
+    Record,
+    Restarted,
+    Running,
+    SpanScored,
+    StateSaved,
+    Taken,
+)
+
+
+@dataclass(slots=True, kw_only=True)
+class EpisodeProgress:
+    """One episode: its segments, what its running turn has sampled, and what became of it.
+
+    Args:
+        values: Old log-probs of all its tokens of a version, by version.
+        state: The state of its environment as JSON text, after so many segments.
+    """
+
+    segments: list[Segment] = field(default_factory=list)
+    running: Sequence[Sampled] = ()
+    values: dict[PolicyVersion, Sequence[float]] = field(default_factory=dict)
+    state: tuple[int, str] | None = None
+    ended: Ended | None = None
+    failed: Failed | None = None
+
+    @property
+    def known(self) -> tuple[Segment, ...]:
+        """Its segments, those of the running turn included."""
+        return (*self.segments, *self.running)
+
+    @property
+    def versions(self) -> dict[PolicyVersion, int]:
+        """The number of its sampled tokens by version."""
+        found: dict[PolicyVersion, int] = {}
+        for segment in self.known:
+            if isinstance(segment, Sampled):
+                found[segment.version] = found.get(segment.version, 0) + len(segment.token_ids)
+        return found
+
+    @property
+    def num_sampled(self) -> int:
+        """Its sampled tokens."""
+        return sum(self.versions.values())
+
+    def trajectory(self, id: str, group: str) -> Trajectory | None:
+        """The trajectory, if it ended well."""
+        if self.ended is None:
+            return None
+        reward, reason = self.ended.reward, self.ended.stop_reason
+        return Trajectory(id=id, group_id=group, segments=tuple(self.segments), reward=reward, stop_reason=reason)
+
+    def records(self, id: str) -> Iterator[Record]:
+        """The episode as records."""
+        if self.segments:
+            yield Grew(episode=id, segments=tuple(self.segments))
+        if self.running:
+            yield Running(episode=id, sampled=tuple(self.running))
+        if self.state is not None:
+            yield StateSaved(episode=id, num_segments=self.state[0], state=self.state[1])
+        for version, values in self.values.items():
+            yield SpanScored(episode=id, version=version, values=tuple(values))
+        yield from (one for one in (self.ended, self.failed) if one is not None)
+
+
+@dataclass(slots=True, kw_only=True)
+class GroupProgress:
+    """One group, and its episodes by id."""
+
+    admitted: Admitted
+    episodes: dict[str, EpisodeProgress] = field(default_factory=dict)
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """All groups in flight, by id in the order of admission; and what happened since a checkpoint.
+
+    Args:
+        taken: The groups that were trained at each version.
+        probes: What each version gave the fixed probe tokens.
+        num_submitted: Episodes that were started, those that are played again included.
+        num_failed: Episodes that failed.
+        num_filtered: Episodes that ended well in groups that are not trained.
+    """
+
+    groups: dict[str, GroupProgress] = field(default_factory=dict)
+    taken: dict[PolicyVersion, tuple[str, ...]] = field(default_factory=dict)
+    probes: dict[PolicyVersion, tuple[float, ...]] = field(default_factory=dict)
+    num_submitted: int = 0
+    num_failed: int = 0
+    num_filtered: int = 0
+
+    def apply(self, record: Record) -> None:
+        """Take note of a record; those of groups that are not in flight say nothing."""
+        match record:
+            case Admitted():
+                self.groups[record.group] = GroupProgress(admitted=record)
+                self.num_submitted += record.size
+            case LeftOut():
+                if self.groups.pop(record.group, None) is not None:
+                    self.num_filtered += record.num
+            case Taken():
+                self.taken[record.version] = record.groups
+            case Published():
+                self.probes[record.version] = record.probe
+            case _:
+                self._apply_to_episode(record)
+
+    def records(self) -> Iterator[Record]:
+        """All groups in flight as records."""
+        for group in self.groups.values():
+            yield group.admitted
+            for id, episode in group.episodes.items():
+                yield from episode.records(id)
+
+    def _apply_to_episode(
+        self, record: Grew | Running | StateSaved | SpanScored | Ended | Failed | Restarted
+    ) -> None:
+        group = self.groups.get(group_of(record.episode))
+        if group is None:
+            return
+        if isinstance(record, Restarted):
+            group.episodes.pop(record.episode, None)
+            return
+        episode = group.episodes.setdefault(record.episode, EpisodeProgress())
+        match record:
+            case Grew():
+                episode.segments += record.segments
+                episode.running = ()
+            case Running():
+                episode.running = record.sampled
+            case StateSaved():
+                episode.state = record.num_segments, record.state
+            case SpanScored():
+                episode.values[record.version] = record.values
+            case Ended():
+                episode.ended = record
+            case Failed():
+                episode.failed = record
+                self.num_failed += 1
+                self.num_submitted += record.again
+
+
+def group_of(episode: str) -> str:
+    """The group of an episode, such as ``g000012`` of ``g000012.3``."""
+    return episode.rpartition(".")[0]

@@ -1,0 +1,138 @@
+"""What the journal says: one dataclass for each kind of record, and a line with a checksum for each record."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Final
+
+from pydantic import TypeAdapter
+
+from oldlogits.core.trajectory import Sampled, Segment
+from oldlogits.core.weights import PolicyVersion
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admitted:
+    """A group of `size` episodes of a training row was started at a version."""
+
+    group: str
+    row: int
+    version: PolicyVersion
+    size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grew:
+    """An episode has further segments."""
+
+    episode: str
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """What the running turn of an episode had sampled before a change of versions; its next `Grew` holds it as well."""
+
+    episode: str
+    sampled: tuple[Sampled, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateSaved:
+    """The state of an environment, as JSON text, after the first `num_segments` segments of its episode."""
+
+    episode: str
+    num_segments: int
+    state: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpanScored:
+    """The old log-probs of all tokens of an episode that one version sampled, in nats, in token order."""
+
+    episode: str
+    version: PolicyVersion
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """An episode ended well."""
+
+    episode: str
+    reward: float
+    stop_reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """The environment ended an episode; `again`: another one is played in its place."""
+
+    episode: str
+    again: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restarted:
+    """An episode begins again: what it had is of no use."""
+
+    episode: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftOut:
+    """A group of `num` episodes that ended well is not trained."""
+
+    group: str
+    num: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """The groups that are trained at a version."""
+
+    version: PolicyVersion
+    groups: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """A version, known by the log-probs that its weights give the fixed probe tokens."""
+
+    version: PolicyVersion
+    probe: tuple[float, ...]
+
+
+Record = (
+    Admitted | Grew | Running | StateSaved | SpanScored | Ended | Failed | Restarted | LeftOut | Taken | Published
+)
+
+_KINDS: Final = {
+    kind.__name__: TypeAdapter(kind)
+    for kind in (Admitted, Grew, Running, StateSaved, SpanScored, Ended, Failed, Restarted, LeftOut, Taken, Published)
+}
+
+
+def encode(record: Record) -> bytes:
+    """Write a record as a line: the CRC-32 of the rest, the kind, and JSON (with Python's names of non-finite numbers)."""
+    text = f"{type(record).__name__} {json.dumps(record, default=_fields, separators=(',', ':'))}".encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def decode(line: bytes) -> Record:
+    """Read what `encode` wrote; a line that is something else is a ValueError."""
+    checksum, _, text = line.rstrip(b"\n").partition(b" ")
+    if checksum != b"%08x" % zlib.crc32(text):
+        raise ValueError("another checksum")
+    kind, _, content = text.partition(b" ")
+    if kind.decode() not in _KINDS:
+        raise ValueError(f"no such record: {kind.decode()}")
+    record: Record = _KINDS[kind.decode()].validate_json(content)
+    return record
+
+
+def _fields(value: object) -> object:
+    assert is_dataclass(value), f"{type(value).__name__} in a record"
+    return {field.name: getattr(value, field.name) for field in fields(value)}
