@@ -63,7 +63,7 @@ def test_seq_counts_from_0_and_goes_on_after_a_resume(tmp_path: Path):
     for version in (0, 1):
         with EventLog(path) as log:
             log.emit(Warned(version=version, name="a", message="a", figures={}))
-            log.emit(CheckpointWritten(version=version, path="b"))
+            log.emit(CheckpointWritten(version=version, path="b", bytes=1, stall_s=0.0, seconds_s=0.0))
     assert [(line["seq"], line["kind"], line["version"]) for line in read_lines(path)] == [
         (0, "warning", 0),
         (1, "checkpoint", 0),
@@ -131,8 +131,8 @@ def test_every_kind_has_one_class_and_states_its_fields():
 def test_what_is_only_shown_is_not_recorded_and_takes_no_number():
     log = MemoryLog()
     log.emit(EvaluationProgressed(version=1, num_ended=3, num_episodes=8))
-    log.emit(CheckpointWritten(version=1, path="x"))
-    assert log.events == [CheckpointWritten(version=1, path="x")]
+    log.emit(CheckpointWritten(version=1, path="x", bytes=1, stall_s=0.0, seconds_s=0.0))
+    assert log.events == [CheckpointWritten(version=1, path="x", bytes=1, stall_s=0.0, seconds_s=0.0)]
 
 
 def test_a_bus_hands_an_event_to_its_subscribers_in_their_order():
@@ -140,7 +140,7 @@ def test_a_bus_hands_an_event_to_its_subscribers_in_their_order():
     names = ("first", "second")
     bus = EventBus(*(SimpleNamespace(emit=lambda event, name=name: seen.append((name, event.path))) for name in names))
     for path in ("x", "y"):
-        bus.emit(CheckpointWritten(version=1, path=path))
+        bus.emit(CheckpointWritten(version=1, path=path, bytes=1, stall_s=0.0, seconds_s=0.0))
     assert seen == [("first", "x"), ("second", "x"), ("first", "y"), ("second", "y")]
 
 
@@ -154,7 +154,7 @@ def started(version, num_kept=None):
 
 def test_a_run_that_goes_on_keeps_the_events_up_to_its_checkpoint_and_no_later_one():
     update = Updated(version=1, metrics={}, staleness_counts={})
-    scored = CheckpointWritten(version=1, path="x")
+    scored = CheckpointWritten(version=1, path="x", bytes=1, stall_s=0.0, seconds_s=0.0)
     # 0 start, 1 update 1 and its checkpoint, 2 checkpoint event, 3 update 2, 4 start again, 5 checkpoint event, 6 update 2
     line = [started(0), update, scored, replace(update, version=2), started(1, num_kept=2), scored, replace(update, version=2)]
     assert history(line) == [line[number] for number in (0, 1, 4, 5, 6)]

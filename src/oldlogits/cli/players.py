@@ -80,6 +80,7 @@ def open_checkpoint(path: Path | None, env: EnvConfig | None, seed: int) -> tupl
     from oldlogits.engines.embedded.engine import EngineCore  # torch, which those who write do without
     from oldlogits.engines.embedded.model_folder import read_config
     from oldlogits.engines.embedded.stepwise import EmbeddedEngine
+    from oldlogits.models.checksums import check_model_sums
     from oldlogits.models.load import load_tokenizer
 
     class Engine(EmbeddedEngine):
@@ -102,6 +103,7 @@ def open_checkpoint(path: Path | None, env: EnvConfig | None, seed: int) -> tupl
             raise ConfigError("the run has no checkpoint yet", got=str(path), allowed=allowed, fix=fix)
         path, env = checkpoint / "model", config_from_table(read_toml(run.config)).env
     check_model_folder(path)
+    check_model_sums(path)
     env = env or EnvConfig(max_episode_tokens=min(LONGEST, read_config(path).max_positions))
     core = EngineCore(EngineSpec(model_path=str(path), max_num_seqs=1, max_context=env.max_episode_tokens, seed=seed))
     return Engine(core), load_tokenizer(path), env

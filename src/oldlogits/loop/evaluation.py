@@ -20,10 +20,15 @@ class Evaluator:
     def __init__(self, task: Task, events: EventSink, clock: Callable[[], float], *, num_running: int) -> None:
         self._task, self._events, self._clock, self._num_running = task, events, clock, num_running
 
-    async def play(self, stage: Stage, num_episodes: int, *, version: PolicyVersion) -> None:
-        """Play episodes of this version, sampled and, but during training, greedy; with 0 episodes nothing is done."""
+    async def play(self, stage: Stage, num_episodes: int, *, version: PolicyVersion) -> float | None:
+        """Play episodes of this version, sampled and, but during training, greedy; with 0 episodes nothing is done.
+
+        Returns:
+            The success rate of those sampled; None: none was played.
+        """
+        success = None
         if not num_episodes:
-            return
+            return success
         rows = self._task.rows.heldout(num_episodes)
         for mode, temperature in (("sampled", 1.0), ("greedy", 0.0))[: 1 if stage == "during" else 2]:
             started = self._clock()
@@ -39,6 +44,7 @@ class Evaluator:
                 ),
             )
             rate = wilson(outcome.num_successes, len(outcome.rewards))
+            success = rate.mean if mode == "sampled" else success
             self._events.emit(
                 Evaluated(
                     version=version,
@@ -50,3 +56,4 @@ class Evaluator:
                     trajectories=outcome.trajectories,
                 )
             )
+        return success
