@@ -25,7 +25,7 @@ from oldlogits.record.jsonl import LineFile, RecordError, encode, read_lines, re
 from tests.memory_log import MemoryLog, without_wall_clock
 
 NAMES = [
-    "audit", "average_reset", "batch", "calibration", "checkpoint", "evaluation", "group_admitted",
+    "audit", "average_reset", "batch", "calibration", "checkpoint", "checkpoint_failed", "evaluation", "group_admitted",
     "group_closed", "probe", "published", "run_ended", "run_started", "scored", "server_down", "server_up",
     "trajectory_failed", "trajectory_restarted", "update", "warm_start", "warning", "weights_updated",
 ]  # fmt: skip
@@ -212,6 +212,19 @@ def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path: Path):
     path.write_text('{"a": 1}\n{"a": \n{"a": 2}\n')
     with pytest.raises(RecordError, match=r"line 2 of x\.jsonl is damaged"):
         list(read_lines(path))
+
+
+def test_text_that_spells_a_number_stays_text_and_numbers_that_are_not_finite_come_back(tmp_path: Path):
+    warned = Warned(version=1, name="nan", message="inf", figures={"nan": math.nan, "x": -math.inf})
+    failed = [TrajectoryFailed(version=1, trajectory="inf", reason=text) for text in ("nan", "-inf", "inf")]
+    with EventLog(tmp_path / "events.jsonl") as log:
+        for event in (warned, *failed):
+            log.emit(event)
+    back, *others = read_events(tmp_path / "events.jsonl")
+    assert (back.name, back.message) == ("nan", "inf")
+    assert math.isnan(back.figures["nan"])
+    assert back.figures["x"] == -math.inf
+    assert others == failed
 
 
 def test_a_line_that_is_no_event_is_refused(tmp_path: Path):
