@@ -131,7 +131,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_in_one_process(tiny_folder, tmp_path)
     status, said = finish(launch(file, "--out", tmp_path / "two"))
     assert status == 0, said
     files = {path.name for path in (tmp_path / "two/checkpoints/v000002/state").iterdir()}
-    assert {"__0_0.distcp", "__1_0.distcp", ".metadata"} <= files, "each rank writes what it holds"
+    assert {f"trainer-0000{rank}-of-00002.safetensors" for rank in (0, 1)} <= files, "each rank writes what it holds"
     before = state_of(tmp_path / "two")
     longer = recipe(tiny_folder, num_updates=4, model={"forward_dtype": "bf16"})
     assert run(longer, tmp_path / "two", resume=True).error is None

@@ -72,7 +72,8 @@ def test_a_trainer_process_does_what_a_trainer_does_bit_for_bit_and_leaves_nothi
             await trainer.score(np.arange(6), 7)
         assert caught.value.allowed == "0..1", "an error crosses with its parts"
         state = await trainer.state()  # and the process lives on
-        await trainer.save(tmp_path / "checkpoint")
+        await trainer.begin_checkpoint(tmp_path / "checkpoint", {})
+        assert await trainer.end_checkpoint(wait=True)
         return updates, state
 
     updates, state = in_process(tiny_folder, scenario)

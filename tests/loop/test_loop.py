@@ -153,8 +153,13 @@ class FakeTrainer:
     async def retain(self, oldest_needed):
         self._calls.append(f"retain v{oldest_needed}")
 
-    async def save(self, folder):
+    async def begin_checkpoint(self, folder, parts):
         self._calls.append("save")
+        for name, content in parts.items():
+            (folder / name).write_bytes(content)
+
+    async def end_checkpoint(self, wait):
+        return True
 
     async def save_batch(self, folder):
         self._calls.append("save_batch")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from oldlogits.models.forward import round_at_use
-from oldlogits.models.load import load_model, named_weights, point_at, recompute_layers, write_model
+from oldlogits.models.load import load_model, model_of, named_weights, point_at, recompute_layers
 from order_desk.tiny import TinyMoeSize, TinySize, save_tiny, tiny_model, tiny_tokenizer
 
 SIZES = {
@@ -119,7 +119,7 @@ def test_recomputed_layers_keep_fewer_activations(masters):
 
 def test_a_written_folder_holds_the_version_and_says_its_dtype(masters, tmp_path):
     weights = {name: weight.to(torch.bfloat16) for name, weight in named_weights(masters).items()}
-    write_model(masters.config, masters.generation_config, weights, tmp_path)
+    model_of(masters.config, masters.generation_config, weights).save_pretrained(tmp_path)
     again = load_model(tmp_path)
     assert {name: w.float().numpy().tobytes() for name, w in weights.items()} == {
         name: w.numpy().tobytes() for name, w in named_weights(again).items()

@@ -17,6 +17,7 @@ from oldlogits.record.events import (
     EvaluationProgressed,
     Probed,
     RunStarted,
+    TrajectoryFailed,
     Updated,
     VersionPublished,
     Warned,
@@ -25,7 +26,7 @@ from oldlogits.record.jsonl import LineFile, RecordError, encode, read_lines, re
 from tests.memory_log import MemoryLog, without_wall_clock
 
 NAMES = [
-    "audit", "average_reset", "batch", "calibration", "checkpoint", "evaluation", "group_admitted",
+    "audit", "average_reset", "batch", "calibration", "checkpoint", "checkpoint_failed", "evaluation", "group_admitted",
     "group_closed", "probe", "published", "run_ended", "run_started", "scored", "server_down", "server_up",
     "trajectory_failed", "trajectory_restarted", "update", "warm_start", "warning", "weights_updated",
 ]  # fmt: skip
@@ -63,7 +64,7 @@ def test_seq_counts_from_0_and_goes_on_after_a_resume(tmp_path: Path):
     for version in (0, 1):
         with EventLog(path) as log:
             log.emit(Warned(version=version, name="a", message="a", figures={}))
-            log.emit(CheckpointWritten(version=version, path="b"))
+            log.emit(CheckpointWritten(version=version, path="b", bytes=1, stall_s=0.0, seconds_s=0.0))
     assert [(line["seq"], line["kind"], line["version"]) for line in read_lines(path)] == [
         (0, "warning", 0),
         (1, "checkpoint", 0),
@@ -131,8 +132,8 @@ def test_every_kind_has_one_class_and_states_its_fields():
 def test_what_is_only_shown_is_not_recorded_and_takes_no_number():
     log = MemoryLog()
     log.emit(EvaluationProgressed(version=1, num_ended=3, num_failed=1, num_episodes=8))
-    log.emit(CheckpointWritten(version=1, path="x"))
-    assert log.events == [CheckpointWritten(version=1, path="x")]
+    log.emit(CheckpointWritten(version=1, path="x", bytes=1, stall_s=0.0, seconds_s=0.0))
+    assert log.events == [CheckpointWritten(version=1, path="x", bytes=1, stall_s=0.0, seconds_s=0.0)]
 
 
 def test_a_bus_hands_an_event_to_its_subscribers_in_their_order():
@@ -140,7 +141,7 @@ def test_a_bus_hands_an_event_to_its_subscribers_in_their_order():
     names = ("first", "second")
     bus = EventBus(*(SimpleNamespace(emit=lambda event, name=name: seen.append((name, event.path))) for name in names))
     for path in ("x", "y"):
-        bus.emit(CheckpointWritten(version=1, path=path))
+        bus.emit(CheckpointWritten(version=1, path=path, bytes=1, stall_s=0.0, seconds_s=0.0))
     assert seen == [("first", "x"), ("second", "x"), ("first", "y"), ("second", "y")]
 
 
@@ -154,7 +155,7 @@ def started(version, num_kept=None):
 
 def test_a_run_that_goes_on_keeps_the_events_up_to_its_checkpoint_and_no_later_one():
     update = Updated(version=1, metrics={}, staleness_counts={})
-    scored = CheckpointWritten(version=1, path="x")
+    scored = CheckpointWritten(version=1, path="x", bytes=1, stall_s=0.0, seconds_s=0.0)
     # 0 start, 1 update 1 and its checkpoint, 2 checkpoint event, 3 update 2, 4 start again, 5 checkpoint event, 6 update 2
     line = [started(0), update, scored, replace(update, version=2), started(1, num_kept=2), scored, replace(update, version=2)]
     assert history(line) == [line[number] for number in (0, 1, 4, 5, 6)]
@@ -212,6 +213,19 @@ def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path: Path):
     path.write_text('{"a": 1}\n{"a": \n{"a": 2}\n')
     with pytest.raises(RecordError, match=r"line 2 of x\.jsonl is damaged"):
         list(read_lines(path))
+
+
+def test_text_that_spells_a_number_stays_text_and_numbers_that_are_not_finite_come_back(tmp_path: Path):
+    warned = Warned(version=1, name="nan", message="inf", figures={"nan": math.nan, "x": -math.inf})
+    failed = [TrajectoryFailed(version=1, trajectory="inf", stage="train", reason=text) for text in ("nan", "-inf", "inf")]
+    with EventLog(tmp_path / "events.jsonl") as log:
+        for event in (warned, *failed):
+            log.emit(event)
+    back, *others = read_events(tmp_path / "events.jsonl")
+    assert (back.name, back.message) == ("nan", "inf")
+    assert math.isnan(back.figures["nan"])
+    assert back.figures["x"] == -math.inf
+    assert others == failed
 
 
 def test_a_line_that_is_no_event_is_refused(tmp_path: Path):

@@ -191,7 +191,7 @@ def test_no_token_of_an_abandoned_line_of_history_is_counted():
         version=1, policy="old", num_switches=1, versions=[0], read_tokens=9, num_checkouts=1, switch_s=9.0, check_s=0.0,
         seconds_s=1.0,
     )  # fmt: skip
-    abandoned = (CheckpointWritten(version=1, path="checkpoints/v000001"), scored, TWO[1])
+    abandoned = (CheckpointWritten(version=1, path="checkpoints/v000001", bytes=1, stall_s=0.0, seconds_s=0.0), scored, TWO[1])
     again = replace(START, version=1, num_kept=2)
     ended = RunEnded(version=2, reason="done", error="", accounting=ACCOUNT)
     summary = summary_of(START, TWO[0], *abandoned, again, replace(scored, switch_s=1.0), updated(2, {"1": 5}), ended)

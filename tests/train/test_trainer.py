@@ -274,15 +274,14 @@ def test_a_checkpoint_holds_a_model_folder_in_the_standard_format(trainer, tmp_p
     trainer.save(tmp_path)
     assert_bitwise_equal(named_weights(load_model(tmp_path / "model")), weights_of(trainer))
     assert load_tokenizer(tmp_path / "model").chat_template
-    assert {path.name for path in tmp_path.iterdir()} == {"model", "state"}
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "state", "SHA256SUMS"}
 
 
 @pytest.mark.parametrize(
     "missing",
     [
         "state/trainer.json",
-        "state/.metadata",
-        "state/__0_0.distcp",
+        "state/trainer-00000-of-00001.safetensors",
     ],
 )
 def test_an_incomplete_checkpoint_is_refused(trainer, tmp_path, missing):

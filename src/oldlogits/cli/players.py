@@ -86,6 +86,7 @@ def open_checkpoint(
     from oldlogits.engines.embedded.engine import EngineCore  # torch, which those who write do without
     from oldlogits.engines.embedded.model_folder import read_config
     from oldlogits.engines.embedded.stepwise import EmbeddedEngine
+    from oldlogits.models.checksums import check_model_sums
     from oldlogits.run.chat import chat_format
 
     class Engine(EmbeddedEngine):
@@ -108,6 +109,7 @@ def open_checkpoint(
             raise ConfigError("the run has no checkpoint yet", got=str(path), allowed=allowed, fix=fix)
         path, recipe = checkpoint / "model", config_from_table(read_toml(run.config))
     check_model_folder(path)
+    check_model_sums(path)
     env = recipe.env if recipe else EnvConfig(max_episode_tokens=min(LONGEST, read_config(path).max_positions))
     core = EngineCore(EngineSpec(model_path=str(path), max_num_seqs=1, max_context=env.max_episode_tokens, seed=seed))
     return Engine(core), chat_format(recipe or RunConfig(), path, environment_class), env

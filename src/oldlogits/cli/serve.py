@@ -16,6 +16,7 @@ from oldlogits.config.schema import ModelConfig, RunConfig
 from oldlogits.core.engine import EngineSpec
 from oldlogits.core.registry import require
 from oldlogits.envs.base import load_environment
+from oldlogits.models.checksums import check_model_sums
 from oldlogits.rpc.processes import name_process
 from oldlogits.run.start import prepare_model
 
@@ -87,7 +88,9 @@ def _folder(model: str) -> Path:
     """Return the model's folder; that of a starting model is made first, if it is not cached."""
     config = RunConfig(model=ModelConfig(path=model))
     environment_class = load_environment(config.env.target, config.env.adapter)
-    return prepare_model(config, environment_class, lambda note: print(note, flush=True)).model
+    folder = prepare_model(config, environment_class, lambda note: print(note, flush=True)).model
+    check_model_sums(folder)
+    return folder
 
 
 async def _serve(engine: EngineProcess, served: Served, options: ServeOptions, token: str) -> None:

@@ -251,6 +251,12 @@ class RecordConfig:
     """Updates between full transcripts (one group) in episodes.jsonl; 0: none."""
     checkpoint_every: Count = 20
     """Updates between checkpoints; 0: only at the end."""
+    keep_checkpoints: Positive = 2
+    """The newest checkpoints that stay in the run folder; older ones are removed when the next is whole."""
+    keep_best: bool = True
+    """Keep the checkpoint with the best held-out success, too, among those whose version was evaluated (eval.every)."""
+    keep_every: Count = 0
+    """Keep the checkpoints whose version is a multiple of this, too; 0: none."""
     trackers: tuple[Annotated[str, TRACKERS], ...] = ()
     """Tracking tools that follow the run; each is an optional extra."""
 

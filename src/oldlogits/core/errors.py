@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 
 class OldLogitsError(Exception):
@@ -33,6 +37,10 @@ class MissingPolicyError(ConfigError):
 
 class RunFolderError(OldLogitsError, FileExistsError):
     """The run folder is not empty, or cannot be resumed."""
+
+
+class RunWriteError(OldLogitsError, OSError):
+    """A file of a run cannot be written: the disk is full, or the folder is gone or read-only."""
 
 
 class ModelFolderError(OldLogitsError, FileNotFoundError):
@@ -117,3 +125,26 @@ class UnknownCallError(OldLogitsError, AttributeError):
 
 class WorkerDiedError(OldLogitsError, RuntimeError):
     """The engine or the trainer process ended or stopped answering."""
+
+
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make the folder writable, or choose another"),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ESTALE), "leave the folder in its place while it is written"),
+}
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the file system refuses inside into a `RunWriteError` that names the path."""
+    try:
+        yield
+    except OldLogitsError:
+        raise
+    except OSError as error:
+        raise RunWriteError(
+            f"{path} cannot be written",
+            got=error.strerror or str(error),
+            allowed="a folder that stays in its place, is writable and has room",
+            fix=f"{_REMEDIES.get(error.errno or 0, 'look at that disk')}, then start again or go on with --resume",
+        ) from error

@@ -33,14 +33,18 @@ class Evaluator:
         self._task, self._events, self._clock, self._num_running = task, events, clock, num_running
         self._max_failed_share = max_failed_share
 
-    async def play(self, stage: Stage, num_episodes: int, *, version: PolicyVersion) -> None:
+    async def play(self, stage: Stage, num_episodes: int, *, version: PolicyVersion) -> float | None:
         """Play episodes of this version, sampled and, but during training, greedy; with 0 episodes nothing is done.
+
+        Returns:
+            The success rate of those sampled; None: none was played.
 
         Raises:
             RolloutError: Too many of them fail.
         """
+        success = None
         if not num_episodes:
-            return
+            return success
         rows = self._task.rows.heldout(num_episodes)
         for mode, temperature in (("sampled", 1.0), ("greedy", 0.0))[: 1 if stage == "during" else 2]:
             started = self._clock()
@@ -55,6 +59,7 @@ class Evaluator:
             )
             num_played = len(outcome.trajectories)
             rate = wilson(outcome.num_successes, num_played) if num_played else NOT_MEASURED
+            success = rate.mean if mode == "sampled" and num_played else success
             self._events.emit(
                 Evaluated(
                     version=version,
@@ -66,6 +71,7 @@ class Evaluator:
                     trajectories=outcome.trajectories,
                 )
             )
+        return success
 
     def _teller(self, stage: Stage, mode: str, num_episodes: int, version: PolicyVersion) -> Callable[[Outcome], None]:
         """Makes events of the outcomes of an evaluation, and counts the failures among them."""

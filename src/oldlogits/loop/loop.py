@@ -33,13 +33,14 @@ from oldlogits.core.trajectory import TrajectoryGroup
 from oldlogits.loop.audit import ExactAudit
 from oldlogits.loop.backend import Backend
 from oldlogits.loop.calibration import Calibrator
+from oldlogits.loop.checkpoints import Checkpoints
 from oldlogits.loop.evaluation import Evaluator
 from oldlogits.loop.metrics import UpdateTimer, batch_metrics, counters, queue_metrics, usage_metrics
-from oldlogits.loop.resume import LoopState
+from oldlogits.loop.resume import FILE, LoopState
 from oldlogits.loop.task import LoopConfig, Task
 from oldlogits.loop.weight_sync import WeightSync
 from oldlogits.objective import group_advantages
-from oldlogits.record.events import BatchScored, BatchTaken, CheckpointWritten, Updated, VersionPublished, Warned
+from oldlogits.record.events import BatchScored, BatchTaken, Updated, VersionPublished, Warned
 from oldlogits.record.recording import Recording
 from oldlogits.rollout.admission import pace_of
 from oldlogits.rollout.buffer import Buffer, TrajectoryCounts
@@ -74,6 +75,7 @@ class Loop:
             task, self._events, backend.clock, num_running=num_running, max_failed_share=rollout.max_failed_share
         )
         bound = StalenessBound(max_staleness=config.max_lag, prompts_per_update=rollout.prompts_per_update)
+        self.checkpoints = Checkpoints(config.record, recording, backend.trainer, real_time=backend.real_time)
         self.buffer = Buffer(bound, filter_uniform=rollout.filter_uniform, min_size=rollout.min_group_size)
         self.state = LoopState()
         self.version = 0
@@ -104,6 +106,7 @@ class Loop:
                 self.state.is_evaluated = True
             await self._train()
             await self._evaluator.play("after", self._config.eval.num_episodes, version=self.version)
+            await self.checkpoints.finish()
         finally:
             await self.source.close()
 
@@ -304,37 +307,34 @@ class Loop:
         return published
 
     async def _between_updates(self, rollouts: Rollouts) -> None:
-        """Evaluate and write a checkpoint, where they are due."""
+        """Evaluate and begin a checkpoint, where they are due."""
         done = self.version >= self._config.num_updates
         held_out, every = self._config.eval, self._config.eval.every
+        self.state.success = None
         if every and self.version % every == 0 and not (done and held_out.num_episodes):
-            await self._evaluator.play("during", held_out.num_episodes_during, version=self.version)
+            played = self._evaluator.play("during", held_out.num_episodes_during, version=self.version)
+            self.state.success = await played
         every = self._config.record.checkpoint_every
         if done or (every and self.version % every == 0):
             self._remember_rows(rollouts)
-            saving = asyncio.create_task(self.checkpoint())
+            beginning = asyncio.create_task(self.checkpoint())
             try:
-                await asyncio.shield(saving)
-            except asyncio.CancelledError:  # the trainer goes on writing it: its folder must stay until it is whole
-                await saving
+                await asyncio.shield(beginning)
+            except asyncio.CancelledError:  # a trainer that begins to write is not to find its folder in use
+                await beginning
                 raise
 
     def _remember_rows(self, rollouts: Rollouts) -> None:
         self.state.next_row, self.state.unfinished_rows = rollouts.next_row, rollouts.unfinished_rows
 
     async def checkpoint(self) -> None:
-        """Write a checkpoint of the trainer and of what the loop needs to go on.
+        """Begin to write a checkpoint of the trainer and of what the loop needs to go on.
 
         Trajectories in flight are not saved: they count as cancelled, and a resumed run starts their rows anew. Events that
         are recorded from here on do not count for a run that goes on from this checkpoint.
         """
+        await self.checkpoints.finish()
         account = asdict(self.buffer.account)
         account["cancelled"] += self.buffer.queued + self.buffer.running
         state = replace(self.state, account=account, num_events=self._recording.log.num_lines)
-        with self._recording.folder.checkpoint(self.version) as folder:
-            await self._backend.trainer.save(folder)
-            state.write(folder)
-        latest = self._recording.folder.latest_checkpoint()
-        assert latest is not None, "it was just written"
-        path = str(latest.relative_to(self._recording.folder.path))
-        self._events.emit(CheckpointWritten(version=self.version, path=path))
+        await self.checkpoints.write(self.version, {FILE: state.to_bytes()})

@@ -12,6 +12,9 @@ from typing import Final
 from oldlogits.config.load import config_from_table
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import RunFolderError
+from oldlogits.models.checksums import SUMS, damage_of
+from oldlogits.record.episodes import read_episodes
+from oldlogits.record.event_log import read_events
 from oldlogits.record.folder import RunFolder
 
 FILE: Final = "state/loop.json"
@@ -28,6 +31,7 @@ class LoopState:
         next_row: The first training row that was never started.
         unfinished_rows: The rows of the groups in flight, which a resumed run starts anew.
         account: Trajectories by what became of them.
+        success: The held-out success of the version; None: it was not evaluated.
     """
 
     num_updates: int = 0
@@ -36,15 +40,80 @@ class LoopState:
     next_row: int = 0
     unfinished_rows: list[int] = field(default_factory=list)
     account: dict[str, int] = field(default_factory=dict)
+    success: float | None = None
 
-    def write(self, checkpoint: Path) -> None:
-        """Write it into the folder of a checkpoint."""
-        (checkpoint / FILE).write_text(json.dumps(asdict(self)), encoding="utf-8")
+    def to_bytes(self) -> bytes:
+        """The content of its file in a checkpoint."""
+        return json.dumps(asdict(self)).encode()
 
     @classmethod
     def read(cls, checkpoint: Path) -> LoopState:
-        """Read what `write` wrote."""
-        return cls(**json.loads((checkpoint / FILE).read_text(encoding="utf-8")))
+        """Read it from a checkpoint.
+
+        Raises:
+            RunFolderError: Its file is missing, or of another version of this package.
+        """
+        try:
+            return cls(**json.loads((checkpoint / FILE).read_bytes()))
+        except (OSError, ValueError, TypeError) as error:
+            raise RunFolderError(
+                "the state of the loop cannot be read",
+                got=f"{checkpoint / FILE}: {error}",
+                allowed="what this version of oldlogits writes",
+                fix="resume with the version of oldlogits that wrote it, or from another checkpoint",
+            ) from error
+
+    @classmethod
+    def success_of(cls, checkpoint: Path) -> float | None:
+        """The held-out success of a checkpoint's version; None: it was not evaluated, or nobody knows any more."""
+        try:
+            return cls.read(checkpoint).success
+        except RunFolderError:
+            return None
+
+
+def whole_checkpoint(folder: RunFolder) -> Path:
+    """The newest checkpoint, if every file of it is what was written; a damaged one is refused, and the one before offered.
+
+    Raises:
+        RunFolderError: Files of it are damaged, missing, or were added; each is named.
+    """
+    newest, *older = reversed(folder.all_checkpoints().values())
+    wrong = damage_of(newest)
+    if not wrong:
+        return newest
+    damaged, whole = [newest], None
+    for checkpoint in older:
+        if not damage_of(checkpoint):
+            whole = checkpoint
+            break
+        damaged.append(checkpoint)
+    remove = f"rm -r {' '.join(map(str, damaged))} && oldlogits train --resume {folder.path}"
+    raise RunFolderError(
+        f"checkpoint {newest.name} is not what was written",
+        got=f"{newest}: " + ", ".join(wrong),
+        allowed=f"the files of {SUMS}, bit for bit",
+        fix=f"go on from {whole.name}, which is whole: {remove}" if whole else "restore it from a copy: no other is whole",
+    )
+
+
+def check_records(folder: RunFolder, state: LoopState) -> None:
+    """Refuse records that a run cannot go on with: damaged lines, and fewer events than its checkpoint remembers.
+
+    Raises:
+        RecordError: A line is damaged.
+        RunFolderError: Events are lost.
+    """
+    num_events = sum(1 for _ in read_events(folder.events))
+    for _ in read_episodes(folder.episodes):
+        pass
+    if num_events < (state.num_events or 0):
+        raise RunFolderError(
+            f"{folder.events.name} has lost events",
+            got=f"{num_events} in {folder.events}",
+            allowed=f"at least {state.num_events}, which its checkpoint remembers",
+            fix="restore the file from a copy, or start a new run with model.path = a checkpoint's model/ folder",
+        )
 
 
 def refuse_another_run(config: RunConfig, folder: RunFolder) -> None:

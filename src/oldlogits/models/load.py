@@ -181,18 +181,17 @@ def recompute_layers(model: PreTrainedModel) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
 
 
-def write_model(config: PretrainedConfig, generation: GenerationConfig, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Write a standard model folder, without a tokenizer.
+def model_of(config: PretrainedConfig, generation: GenerationConfig, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+    """Make a model of weights, which are not copied; its `save_pretrained` writes a standard folder, without a tokenizer.
 
     Args:
         config: The model's config; its dtype becomes that of the weights.
         generation: What engines take as their defaults.
         weights: All of `named_weights`, of one dtype.
-        folder: The folder to write.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=next(iter(weights.values())).dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=next(iter(weights.values())).dtype)
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     model.generation_config = generation
-    model.save_pretrained(folder)
+    return model

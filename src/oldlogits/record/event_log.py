@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, get_args, get_type_hints
 
 from oldlogits.record.bus import Event
 from oldlogits.record.events import RunStarted
@@ -40,19 +40,39 @@ def read_events(path: Path) -> Iterator[Event]:
         RecordError: A line is no event, or has other fields than its kind.
     """
     kinds = {kind.kind: kind for kind in Event.__subclasses__() if kind.kind}
-    for line in read_lines(path):
-        fields: dict[str, Any] = {key: revived(value) for key, value in line.items() if key not in ("seq", "kind")}
+    floats_of = {name: _float_fields(kind) for name, kind in kinds.items()}
+    for number, line in enumerate(read_lines(path, _without_event), start=1):
         try:
+            kind, floats = kinds[str(line["kind"])], floats_of[str(line["kind"])]
+            fields: dict[str, Any] = {
+                key: revived(value) if key in floats else value for key, value in line.items() if key not in ("seq", "kind")
+            }
             if not isinstance(fields.get("version"), int):
                 raise TypeError("no version")
-            yield kinds[str(line["kind"])](**fields)
+            event = kind(**fields)
         except (KeyError, TypeError) as error:
             raise RecordError(
-                f"a line of {path.name} is no event",
+                f"line {number} of {path.name} is no event",
                 got=f"{error} in {dict(line)!r}"[:200],
                 allowed="one of " + ", ".join(kinds) + ", with the fields of its class in record/events.py",
-                fix="read the folder with the version of oldlogits that wrote it",
+                fix=f"read the folder with the version of oldlogits that wrote it, or {_without_event(path, number)}",
             ) from error
+        yield event
+
+
+def _without_event(path: Path, number: int) -> str:
+    """Advise how to give up the event of a line: another one takes its place, because checkpoints count the lines."""
+    warning = f'"version": -1, "name": "damaged_line", "message": "line {number} was damaged", "figures": {{}}'
+    return f"""give the event up: sed -i '{number}c\\{{"seq": {number - 1}, "kind": "warning", {warning}}}' {path}"""
+
+
+def _float_fields(kind: type[Event]) -> frozenset[str]:
+    """The fields that hold floats: what is written as "nan" there is a number, and text anywhere else."""
+    return frozenset(name for name, hint in get_type_hints(kind).items() if _has_float(hint))
+
+
+def _has_float(hint: object) -> bool:
+    return hint is float or any(map(_has_float, get_args(hint)))
 
 
 def typed(events: Iterable[Event], kind: type[E]) -> list[E]:

@@ -283,10 +283,21 @@ class AverageWasReset(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointWritten(Event):
-    """A checkpoint was completed; `path` is relative to the run folder."""
+    """A checkpoint was completed; `path` is relative to the run folder. Training waited for `stall_s` of the `seconds_s`."""
 
     kind = "checkpoint"
     path: str
+    bytes: int
+    stall_s: float
+    seconds_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointFailed(Event):
+    """A checkpoint could not be written; the run ends."""
+
+    kind = "checkpoint_failed"
+    error: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,20 +10,25 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Final, Self
 
 import tomli_w
 
-from oldlogits.core.errors import RunFolderError
+from oldlogits.core.errors import RunFolderError, writing
 from oldlogits.record.jsonl import Json
 
 PACKAGES: Final = ("oldlogits", "torch", "transformers", "safetensors", "numpy", "pyarrow", "vllm", "ray")
 """Distributions whose versions are recorded."""
 
+LOCK: Final = "owner.lock"
+"""The file of a run folder that its one owner holds (record/owner.py)."""
+
 _VERSION_NAME: Final = re.compile(r"v(\d{6,})")
+_PARTIAL, _REPLACED = ".partial", ".replaced"
+"""What the names of files and folders end with that do not count, or count only where there is nothing else."""
 
 
 class RunFolder:
@@ -41,26 +46,35 @@ class RunFolder:
 
         Raises:
             RunFolderError: It is not empty, or there is nothing to resume from.
+            RunWriteError: It cannot be written.
         """
         folder = cls(path=path)
-        if resume and (folder.latest_checkpoint() is None or not folder.config.exists()):
+        folder.check_free(resume=resume)
+        with writing(path):
+            for part in (folder.tokens, folder.checkpoints, folder.versions):
+                part.mkdir(parents=True, exist_ok=True)
+            folder._clean()
+        write_json(folder.path / "environment.json", describe_environment())
+        return folder
+
+    def check_free(self, *, resume: bool) -> None:
+        """Refuse a folder that a run may not begin in, or that cannot be resumed; nothing is written."""
+        path, entries = self.path, sorted(entry.name for entry in self.path.iterdir()) if self.path.is_dir() else []
+        is_started = any(not found.name.endswith(_PARTIAL) for found in self.checkpoints.glob("v*"))
+        if resume and not (self.config.is_file() and is_started):
             raise RunFolderError(
                 f"{path} cannot be resumed",
-                got="no complete checkpoint" if folder.config.exists() else "no config.toml",
+                got="no complete checkpoint" if self.config.exists() else "no config.toml",
                 allowed="a run folder with a checkpoint",
                 fix="start the run in a new folder, without --resume",
             )
-        if not resume and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if not resume and path.exists() and (not path.is_dir() or entries not in ([], [LOCK])):
             raise RunFolderError(
                 f"{path} is not an empty folder",
-                got="a file" if path.is_file() else ", ".join(sorted(entry.name for entry in path.iterdir())[:6]),
+                got=", ".join(entries[:6]) or "a file",
                 allowed="a folder that is absent or empty",
                 fix="choose another --out, or go on with --resume",
             )
-        for part in (folder.tokens, folder.checkpoints, folder.versions):
-            part.mkdir(parents=True, exist_ok=True)
-        write_json(folder.path / "environment.json", describe_environment())
-        return folder
 
     def write_config(self, config: Mapping[str, object]) -> None:
         """Write the resolved recipe."""
@@ -69,19 +83,56 @@ class RunFolder:
     @contextmanager
     def checkpoint(self, version: int) -> Iterator[Path]:
         """A folder with ``model/`` and ``state/`` to fill; it gets its name only when the block ends without error."""
-        final = self.checkpoints / version_name(version)
-        partial = final.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        for part in ("model", "state"):
-            (partial / part).mkdir(parents=True)
-        yield partial
-        shutil.rmtree(final, ignore_errors=True)
-        partial.replace(final)
+        yield (partial := self.begin_checkpoint(version))
+        self.name_checkpoint(partial)
+
+    def begin_checkpoint(self, version: int) -> Path:
+        """Make an empty folder with ``model/`` and ``state/``, which counts when `name_checkpoint` has given it its name."""
+        partial = self.checkpoints / f"{version_name(version)}.{os.getpid()}.partial"
+        with writing(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+            for part in ("model", "state"):
+                (partial / part).mkdir(parents=True)
+        return partial
+
+    def name_checkpoint(self, partial: Path) -> Path:
+        """Let a folder that is whole, and on the disk, become the checkpoint of its version.
+
+        One that it replaces is put aside first, and taken back by a resume that finds no other.
+        """
+        final = self.checkpoints / partial.name.partition(".")[0]
+        replaced = final.with_suffix(_REPLACED)
+        with writing(final):
+            if final.exists():
+                final.rename(replaced)
+            partial.rename(final)
+            sync(self.checkpoints)
+            shutil.rmtree(replaced, ignore_errors=True)
+        return final
+
+    def remove_checkpoint(self, checkpoint: Path) -> None:
+        """Remove a checkpoint, whose name goes first: none is seen that is not whole."""
+        gone = checkpoint.with_suffix(_PARTIAL)
+        with writing(gone):
+            checkpoint.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+    def all_checkpoints(self) -> dict[int, Path]:
+        """The complete checkpoints by version, ascending."""
+        named = [(entry, _VERSION_NAME.fullmatch(entry.name)) for entry in self.checkpoints.glob("v*") if entry.is_dir()]
+        return dict(sorted((int(match[1]), entry) for entry, match in named if match))
 
     def latest_checkpoint(self) -> Path | None:
         """The complete checkpoint of the highest version."""
-        named = [(entry, _VERSION_NAME.fullmatch(entry.name)) for entry in self.checkpoints.glob("v*") if entry.is_dir()]
-        return max(((int(match[1]), entry) for entry, match in named if match), default=(0, None))[1]
+        return next(reversed(self.all_checkpoints().values()), None)
+
+    def _clean(self) -> None:
+        """Take back a checkpoint that was about to be replaced, and remove what a kill has left unfinished."""
+        for replaced in self.checkpoints.glob(f"v*{_REPLACED}"):
+            final = replaced.with_suffix("")
+            shutil.rmtree(replaced) if final.exists() else replaced.rename(final)
+        for partial in self.checkpoints.glob(f"v*{_PARTIAL}"):
+            shutil.rmtree(partial)
 
 
 def version_name(version: int) -> str:
@@ -90,10 +141,32 @@ def version_name(version: int) -> str:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a whole text file, or nothing: readers never see a half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    """Write a whole text file, or nothing: readers never see a half of it, not even after a power failure.
+
+    Raises:
+        RunWriteError: It cannot be written.
+    """
+    partial = path.with_name(path.name + _PARTIAL)
+    with writing(path):
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+
+
+def sync(folder: Path) -> None:
+    """Bring the names of a folder's files to the disk."""
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, value: Mapping[str, Json]) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from oldlogits.core.errors import OldLogitsError
+from oldlogits.core.errors import OldLogitsError, writing
 
 Json = str | int | float | bool | None | Sequence["Json"] | Mapping[str, "Json"]
 """What can be recorded. Non-finite floats are written as the strings "nan", "inf" and "-inf"."""
@@ -39,19 +42,41 @@ def revived(value: Json) -> Json:
 
 
 class LineFile:
-    """Appends JSON lines to a file, each flushed as it is written; "?" for what is no Unicode. One thread writes at a time.
+    """Appends JSON lines to a file, each written as a whole or not at all; "?" for what is no Unicode. One thread writes at a time.
 
-    An absent file is created; of an existing one an incomplete last line is cut.
+    An absent file is created; of an existing one an incomplete last line is cut, of `num_cut_bytes`.
     """
 
     def __init__(self, path: Path) -> None:
-        self.num_lines = _cut_torn_line(path)
-        self._file = path.open("a", encoding="utf-8", errors="replace", buffering=1, newline="\n")
+        self._path = path
+        with writing(path):
+            self.num_lines, self.num_cut_bytes = _cut_torn_line(path)
+            self._file = path.open("ab", buffering=0)
 
     def append(self, value: Mapping[str, Json]) -> None:
-        """Write one line."""
-        self._file.write(encode(value) + "\n")
+        """Write one line.
+
+        Raises:
+            RunWriteError: The disk is full, or the file was deleted.
+        """
+        line = (encode(value) + "\n").encode(errors="replace")
+        with writing(self._path):
+            found = os.fstat(self._file.fileno())
+            if not found.st_nlink:
+                raise FileNotFoundError(errno.ENOENT, "the file was deleted")
+            try:
+                while line:
+                    line = line[self._file.write(line) :]
+            except OSError:
+                with suppress(OSError):
+                    self._file.truncate(found.st_size)
+                raise
         self.num_lines += 1
+
+    def sync(self) -> None:
+        """Bring what was written to the disk."""
+        with writing(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
@@ -66,28 +91,36 @@ class LineFile:
         self.close()
 
 
-def read_lines(path: Path) -> Iterator[Mapping[str, Json]]:
+def _without_line(path: Path, number: int) -> str:
+    return f"remove the line: sed -i '{number}d' {path}"
+
+
+def read_lines(path: Path, remedy: Callable[[Path, int], str] = _without_line) -> Iterator[Mapping[str, Json]]:
     """The lines of a file; an incomplete last line is left out, an absent file has none.
+
+    Args:
+        path: The file.
+        remedy: What to advise about a damaged line, by its number from 1.
 
     Raises:
         RecordError: A complete line is no JSON object.
     """
     if not path.exists():
         return
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-        for index, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
                 continue
             try:
-                value = json.loads(line)
-            except json.JSONDecodeError:
+                value = json.loads(line.decode())
+            except (ValueError, RecursionError):
                 value = None
             if not isinstance(value, dict):
                 raise RecordError(
-                    f"line {index} of {path.name} is damaged",
-                    got=repr(line[:80]),
+                    f"line {number} of {path.name} is damaged",
+                    got=repr(line[:80].decode(errors="replace")),
                     allowed="one JSON object a line",
-                    fix=f"remove the line from {path}",
+                    fix=remedy(path, number),
                 )
             yield value
 
@@ -102,11 +135,11 @@ def _finite(value: Json) -> Json:
     return value
 
 
-def _cut_torn_line(path: Path) -> int:
-    """Cut what follows the last newline; returns the number of lines left."""
+def _cut_torn_line(path: Path) -> tuple[int, int]:
+    """Cut what follows the last newline; returns the number of lines left, and of bytes cut."""
     if not path.exists():
-        return 0
+        return 0, 0
     with path.open("r+b") as file:
         content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
-    return content.count(b"\n")
+        file.truncate(whole := content.rfind(b"\n") + 1)
+    return content.count(b"\n"), len(content) - whole

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from oldlogits.record.bus import EventBus
 from oldlogits.record.episodes import Decode, EpisodeRecorder
 from oldlogits.record.event_log import EventLog
+from oldlogits.record.events import Warned
 from oldlogits.record.folder import RunFolder
 from oldlogits.record.jsonl import LineFile
 from oldlogits.record.live import LiveView
@@ -18,11 +20,16 @@ from oldlogits.record.trackers.feed import TrackerFeed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recording:
-    """What the loop writes to: the bus, which takes every event, and the log, whose length a checkpoint remembers."""
+    """What the loop writes to: the bus, which takes every event, and the log, whose length a checkpoint remembers.
+
+    Args:
+        cut: Warnings of incomplete last lines that were cut when the files were opened.
+    """
 
     folder: RunFolder
     events: EventBus
     log: EventLog
+    cut: Sequence[Warned] = ()
 
 
 @contextmanager
@@ -57,4 +64,10 @@ def record_run(
         )
         for tracker in trackers:
             tracker.warn_on(bus)
-        yield Recording(folder=folder, events=bus, log=log)
+        cut = [_cut(path, file) for path, file in ((folder.events, log), (folder.episodes, episodes)) if file.num_cut_bytes]
+        yield Recording(folder=folder, events=bus, log=log, cut=cut)
+
+
+def _cut(path: Path, file: LineFile) -> Warned:
+    message = f"{path.name} ended in an incomplete line, which was cut: one record is lost"
+    return Warned(version=-1, name="cut_line", message=message, figures={"num_bytes": file.num_cut_bytes})

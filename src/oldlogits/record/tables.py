@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from oldlogits.core.errors import writing
 from oldlogits.record.bus import Event
 from oldlogits.record.events import Updated
 from oldlogits.record.folder import version_name
@@ -59,6 +60,7 @@ def write_tokens(folder: Path, version: int, columns: Mapping[str, Column]) -> P
 
     Raises:
         RecordError: A column is missing, unknown, of another length or of another type.
+        RunWriteError: The table cannot be written.
     """
     if set(columns) != set(SCHEMA.names):
         raise RecordError(
@@ -71,8 +73,9 @@ def write_tokens(folder: Path, version: int, columns: Mapping[str, Column]) -> P
     arrays = [_to_arrow(field, columns[field.name], num_rows) for field in SCHEMA]
     path = folder / f"{version_name(version)}.parquet"
     partial = path.with_suffix(".partial")
-    pq.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA), partial, compression="zstd")
-    os.replace(partial, path)
+    with writing(path):
+        pq.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA), partial, compression="zstd")
+        os.replace(partial, path)
     return path
 
 

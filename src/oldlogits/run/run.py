@@ -7,7 +7,7 @@ import dataclasses
 import shutil
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,19 +19,21 @@ from oldlogits.config.schema import RunConfig
 from oldlogits.core.engine import ENGINES
 from oldlogits.core.engine_stats import Incident
 from oldlogits.core.environment import Environment, is_model_folder
-from oldlogits.core.errors import OldLogitsError, RunInterrupted
+from oldlogits.core.errors import OldLogitsError, RunInterrupted, RunWriteError
 from oldlogits.loop.backend import Backend, BackendSpec
 from oldlogits.loop.loop import Loop
 from oldlogits.loop.make import make_loop, run_started
 from oldlogits.loop.probe import PROBE_TOKENS
-from oldlogits.loop.resume import LoopState, refuse_another_run, sampler_seed
+from oldlogits.loop.resume import LoopState, check_records, refuse_another_run, sampler_seed, whole_checkpoint
 from oldlogits.loop.task import Task
+from oldlogits.models.checksums import check_model_sums
 from oldlogits.models.load import load_tokenizer
 from oldlogits.record.bus import Event
 from oldlogits.record.event_log import EventLog
 from oldlogits.record.events import RunEnded, ServerDown, ServerUp, WarmStarted, Warned
 from oldlogits.record.folder import RunFolder
 from oldlogits.record.live import LiveView
+from oldlogits.record.owner import owned
 from oldlogits.record.recording import Recording, record_run
 from oldlogits.record.report.page import write_report
 from oldlogits.record.summary import Ended, Summary, summarise_folder
@@ -84,35 +86,49 @@ def run(
     opens: Open = open_backend or backend_kind(config).open
     environment_class = _check_task(config)
     trackers = find_trackers(config.record.trackers)
-    folder = RunFolder.create(out, resume=resume)
-    checkpoint = folder.latest_checkpoint() if resume else None
-    if checkpoint is not None:
-        refuse_another_run(config, folder)
-    folder.write_config(dataclasses.asdict(config))
-    feeds = open_feeds(trackers, folder, dataclasses.asdict(config))
-    config = _with_versions_folder(config, folder)
-    title = f"oldlogits: {config.env.target}, {config.variant}, {config.runtime.type}"
-    try:
-        with LiveView(total_updates=config.num_updates, title=title, console=console) as view:
-            whole = checkpoint if not config.model.lora_rank else None  # adapters are restored on top of their base
-            start = prepare_model(config, environment_class, view.note) if whole is None else Start(model=whole / "model")
-            view.note(f"starting engine and trainer ({config.runtime.type})")
-            end = asyncio.run(_run(config, folder, view, start, checkpoint, opens, feeds))
-    except KeyboardInterrupt:  # before the loop began, or for the second time
-        end = End(reason="interrupted")
-        with EventLog(folder.events) as log:
-            log.emit(RunEnded(version=-1, reason="interrupted", error="", accounting=None))
-    summary = summarise_folder(folder)
+    RunFolder(path=out).check_free(resume=resume)
+    with owned(out):
+        folder = RunFolder.create(out, resume=resume)
+        checkpoint = whole_checkpoint(folder) if resume else None
+        if checkpoint is not None:
+            refuse_another_run(config, folder)
+            check_records(folder, LoopState.read(checkpoint))
+        folder.write_config(dataclasses.asdict(config))
+        feeds = open_feeds(trackers, folder, dataclasses.asdict(config))
+        config = _with_versions_folder(config, folder)
+        title = f"oldlogits: {config.env.target}, {config.variant}, {config.runtime.type}"
+        try:
+            with LiveView(total_updates=config.num_updates, title=title, console=console) as view:
+                whole = checkpoint if not config.model.lora_rank else None  # adapters are restored on top of their base
+                start = prepare_model(config, environment_class, view.note) if whole is None else Start(model=whole / "model")
+                view.note(f"starting engine and trainer ({config.runtime.type})")
+                end = asyncio.run(_run(config, folder, view, start, checkpoint, opens, feeds))
+        except KeyboardInterrupt:  # before the loop began, or for the second time
+            end = End(reason="interrupted")
+            with suppress(RunWriteError), EventLog(folder.events) as log:
+                log.emit(RunEnded(version=-1, reason="interrupted", error="", accounting=None))
+        result = _conclude(config, folder, end)
+        for trouble in filter(None, [feed.finish(folder) for feed in feeds]):
+            (console or Console()).print(f"warning: {trouble}", markup=False)
+    if end.defect is not None:
+        raise end.defect
+    return result
+
+
+def _conclude(config: RunConfig, folder: RunFolder, end: End) -> RunResult:
+    """Write what came out; a disk that does not take it is the run's error, unless it has one."""
+    summary, error = summarise_folder(folder), end.error
     if not summary.variant:  # it was interrupted before it began
         kind, source = config.runtime.type, config.proximal.source
         summary = dataclasses.replace(summary, runtime=kind, variant=config.variant, source=source, seed=config.seed)
-    summary.write(folder.summary)
-    write_report(folder.path)
-    for trouble in filter(None, [feed.finish(folder) for feed in feeds]):
-        (console or Console()).print(f"warning: {trouble}", markup=False)
-    if end.defect is not None:
-        raise end.defect
-    return RunResult(summary=summary, error=end.error)
+    summary = dataclasses.replace(summary, ended=summary.ended or end.reason)  # a full disk does not take the event
+    try:
+        summary.write(folder.summary)
+        write_report(folder.path)
+    except RunWriteError as refused:
+        error = error or refused
+        summary = dataclasses.replace(summary, ended="error")
+    return RunResult(summary=summary, error=error)
 
 
 def _with_versions_folder(config: RunConfig, folder: RunFolder) -> RunConfig:
@@ -128,6 +144,7 @@ def _check_task(config: RunConfig) -> type[Environment]:
     """Refuse an environment, rows or a model folder that cannot be used, before anything is written; return the environment."""
     environment_class, _ = load_tasks(config)
     if is_model_folder(config.model.path):
+        check_model_sums(Path(config.model.path))
         ENGINES.find(config.engine.type)().check(engine_spec(config, Path(config.model.path)), server_options(config))
         chat_format(config, Path(config.model.path), environment_class)
     return environment_class
@@ -189,9 +206,12 @@ async def _finish(
         try:
             version = (await backend.trainer.state()).version
             recording.events.emit(await run_started(config, backend, version=version, num_kept=num_kept))
+            for warning in recording.cut:
+                recording.events.emit(dataclasses.replace(warning, version=version))
             if not await _supervise(loop, known, backend, interruption):
                 end = End(reason="interrupted")
                 await loop.checkpoint()
+                await loop.checkpoints.finish()
         except OldLogitsError as error:
             end = End(reason="error", error=error)
         except ExceptionGroup as group:
@@ -202,7 +222,10 @@ async def _finish(
     loop.cancel_all()
     account = {**dataclasses.asdict(loop.buffer.account), "queued": loop.buffer.queued, "running": loop.buffer.running}
     what = str(end.error or end.defect or "")
-    recording.events.emit(RunEnded(version=loop.version, reason=end.reason, error=what, accounting=account))
+    try:
+        recording.events.emit(RunEnded(version=loop.version, reason=end.reason, error=what, accounting=account))
+    except RunWriteError as error:
+        end = end if end.error or end.defect else End(reason="error", error=error)
     return end
 
 
@@ -210,12 +233,14 @@ async def _supervise(loop: Loop, known: Sequence[Caution], backend: Backend, int
     """Wait for the loop; an interruption or the end of one of the runtime's workers stops it. False: it was interrupted."""
     main = asyncio.create_task(loop.run(known))
     stop = asyncio.create_task(interruption.wait())
-    await asyncio.wait({main, stop, *backend.workers}, return_when=asyncio.FIRST_COMPLETED)
+    watch = asyncio.create_task(loop.checkpoints.watch())
+    await asyncio.wait({main, stop, watch, *backend.workers}, return_when=asyncio.FIRST_COMPLETED)
     stop.cancel()
     main.cancel()
-    await asyncio.gather(main, return_exceptions=True)  # its error counts as seen, whatever is raised below
-    for worker in backend.workers:
-        if worker.done():
+    watch.cancel()
+    await asyncio.gather(main, watch, return_exceptions=True)  # their errors count as seen, whatever is raised below
+    for worker in (*backend.workers, watch):
+        if worker.done() and not worker.cancelled():
             worker.result()
     if main.cancelled():
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -38,8 +39,15 @@ class TrainerCalls(ScoringHandle, Protocol):
     async def retain(self, oldest_needed: PolicyVersion) -> None:
         """Drop stored versions that no token in flight needs."""
 
-    async def save(self, folder: Path) -> None:
-        """Write a checkpoint."""
+    async def begin_checkpoint(self, folder: Path, parts: Mapping[str, bytes]) -> None:
+        """Copy what a checkpoint holds, and write it beside the calls that follow, with `parts`, other files by their names."""
+
+    async def end_checkpoint(self, wait: bool) -> bool:
+        """Tell whether the checkpoint that was begun is whole and on the disk; with `wait` it is, when this returns.
+
+        Raises:
+            RunWriteError: It cannot be written.
+        """
 
     async def save_batch(self, folder: Path) -> Path:
         """Write the batch in training, for a post-mortem."""

@@ -1,58 +1,161 @@
-"""The state of a checkpoint: torch's distributed format, written and read by any number of ranks.
+"""A checkpoint on its way to the disk and back: safetensors, JSON and checksums, by any number of ranks.
 
-Every rank writes the slices that it holds; a reader takes from the files the slices that it needs. Keys are ``kind|name``.
+    begin (training waits): copy to the host's memory      then a thread: write, bring to the disk, take checksums
+    end (all ranks have written): SHA256SUMS of all files
+
+Each rank writes the rows that it holds to a file of its own; a reader takes from the files the rows that it needs. Keys of
+tensors are ``kind|name``. Nothing that is read here is unpickled.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from oldlogits.core.errors import RunFolderError
+from oldlogits.core.errors import RunFolderError, writing
+from oldlogits.models.checksums import files_of, sums_of
+from oldlogits.models.load import local
 from oldlogits.models.ranks import ALONE, Ranks
 from oldlogits.models.sharding import as_slice_of
 
+STATE: Final = "state"
+"""The folder of a checkpoint with all that the run needs to go on, besides the model."""
 
-def write_state(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks = ALONE) -> None:
-    """Write tensors to a folder that is the same on all ranks; all ranks call it.
+_SHARD: Final = re.compile(r"trainer-(\d{5})-of-(\d{5})\.safetensors")
+_SYSTEM_ERROR: Final = re.compile(r"(.*)\(os error (\d+)\)")
 
-    Tensors of which each rank holds a slice are as `as_slice_of` gives them; others are equal on all ranks.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """All that one rank writes of a checkpoint, in memory that training does not change.
+
+    Args:
+        folder: The folder of the checkpoint, the same on all ranks.
+        state: The rows of tensors that this rank holds, by `host_copy`.
+        parts: The content of other files by their names in the folder; the first rank writes them.
+        folders: What writes ``model/`` and ``adapter/``; nothing but on the first rank.
     """
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # one process that writes by itself is remarked on
-        save(dict(tensors), checkpoint_id=folder, no_dist=ranks.mesh is None)
+
+    folder: Path
+    ranks: Ranks
+    state: Mapping[str, Tensor]
+    parts: Mapping[str, bytes]
+    folders: Sequence[Callable[[], None]]
+
+    def write(self) -> dict[str, str]:
+        """Write everything and bring it to the disk; returns the checksums of what this rank has written.
+
+        Raises:
+            RunWriteError: It cannot be written.
+        """
+        folder = self.folder
+        with writing(folder):
+            shard = write_state(folder / STATE, self.state, self.ranks)
+            if not self.ranks.is_first:
+                return sums_of(folder, [shard])
+            for write in self.folders:
+                with _system_errors():
+                    write()
+            for name, content in self.parts.items():
+                (folder / name).write_bytes(content)
+            of_others = {path for path in shard.parent.iterdir() if _SHARD.fullmatch(path.name)} - {shard}
+            return sums_of(folder, [path for path in files_of(folder) if path not in of_others])
 
 
-def read_state(folder: Path, model: nn.Module | None = None, ranks: Ranks = ALONE) -> dict[str, Tensor]:
-    """Read everything that `write_state` wrote, by any number of ranks; all ranks call it.
+class Saving:
+    """A checkpoint that a thread writes; `outcome` tells its checksums when it has."""
 
-    Tensors under the names of a model's parameters are sliced as these are; without a model all are whole.
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.folder = snapshot.folder
+        self._sums: Future[dict[str, str]] = Future()
+        threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True).start()
+
+    def outcome(self, *, wait: bool) -> dict[str, str] | None:
+        """Give the checksums of this rank's files; None: they are still being written. Raises what writing has raised."""
+        return self._sums.result() if wait or self._sums.done() else None
+
+    def _write(self, snapshot: Snapshot) -> None:
+        try:
+            self._sums.set_result(snapshot.write())
+        except Exception as error:  # supervision: whoever asks for the outcome hears of it
+            self._sums.set_exception(error)
+
+
+def host_copy(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Copy to the CPU what this rank writes of a state: its rows of what is sharded; the rest, which all have, on the first."""
+    return {
+        key: local(tensor).detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for key, tensor in tensors.items()
+        if ranks.is_first or isinstance(tensor, DTensor)
+    }
+
+
+def unshared(weights: Mapping[str, Tensor], live: Mapping[str, Tensor], copies: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give weights in memory that training does not change: where one is a view of a live master, the master's copy.
+
+    The base of adapters is frozen, and what is cast or gathered is no view.
+    """
+    copied = {master.data_ptr(): copies[name] for name, master in live.items()}
+    return {name: copied.get(weight.data_ptr(), weight) for name, weight in weights.items()}
+
+
+def write_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a standard folder."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_state(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks = ALONE) -> Path:
+    """Write what `host_copy` gives, into a folder that is the same on all ranks; returns this rank's file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"trainer-{ranks.rank:05d}-of-{ranks.num_ranks:05d}.safetensors"
+    save_tensors(tensors, path)
+    return path
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file; what the file system refuses is an OSError."""
+    with _system_errors():
+        save_file(dict(tensors), path)
+
+
+def read_state(folder: Path, model: nn.Module | None = None) -> dict[str, Tensor]:
+    """Read everything that the ranks of a trainer have written, of which there may be more or fewer now.
+
+    Tensors under the names of a model's parameters are where these are, and sliced as these are; without a model all are whole.
 
     Raises:
         RunFolderError: A file is missing or damaged.
     """
     parameters = dict(model.named_parameters()) if model is not None else {}
     try:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):
-            described = FileSystemReader(folder).read_metadata().state_dict_metadata
-            found = {key: _empty(entry, parameters.get(key.rpartition("|")[2])) for key, entry in described.items()}
-            load(found, checkpoint_id=folder, no_dist=ranks.mesh is None)
-    except (OSError, CheckpointException) as error:
+        with ExitStack() as stack:
+            held: dict[str, list[safe_open]] = {}
+            for path in _shards(folder):
+                shard = stack.enter_context(safe_open(path, framework="pt"))
+                for key in shard.keys():  # noqa: SIM118
+                    held.setdefault(key, []).append(shard)
+            return {key: _read(key, shards, parameters.get(key.rpartition("|")[2])) for key, shards in held.items()}
+    except (OSError, SafetensorError) as error:
         raise RunFolderError(
             "the checkpoint's state cannot be read",
             got=f"{folder}: {error}",
-            allowed="a folder with .metadata and the files that it names, readable by every rank",
+            allowed="the file of each rank that has written it, which every rank reads",
             fix="resume from another checkpoint",
         ) from error
-    return found
 
 
 def sliced(kind: str, values: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -66,8 +169,45 @@ def of_kind(kind: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(f"{kind}|"): value for key, value in state.items() if key.startswith(f"{kind}|")}
 
 
-def _empty(entry: object, parameter: Tensor | None) -> Tensor:
-    assert isinstance(entry, TensorStorageMetadata), "a state holds tensors only"
-    if parameter is not None and entry.size == parameter.shape:
-        return torch.empty_like(parameter, dtype=entry.properties.dtype, requires_grad=False)
-    return torch.empty(entry.size, dtype=entry.properties.dtype)
+def _shards(folder: Path) -> list[Path]:
+    """The files of all ranks, by rank."""
+    found = {path.name: path for path in sorted(folder.iterdir()) if _SHARD.fullmatch(path.name)}
+    counts = {name.partition("-of-")[2] for name in found} or {"00001.safetensors"}
+    due = [f"trainer-{rank:05d}-of-{count}" for count in counts for rank in range(int(count.partition(".")[0]))]
+    if len(counts) > 1 or list(found) != due:
+        raise FileNotFoundError(f"there is {', '.join(found) or 'no file of the trainer'}, due is {', '.join(due)}")
+    return list(found.values())
+
+
+def _read(key: str, shards: Sequence[safe_open], parameter: Tensor | None) -> Tensor:
+    """Read the rows that this rank holds of a parameter, or all rows: those of the first shard come first."""
+    parts = [shard.get_slice(key) for shard in shards]
+    num_rows = [part.get_shape()[0] if part.get_shape() else 1 for part in parts]
+    shape = [sum(num_rows), *parts[0].get_shape()[1:]] if parts[0].get_shape() else []
+    if parameter is None or list(parameter.shape) != shape:
+        return _joined([shard.get_tensor(key) for shard in shards])
+    if not isinstance(parameter, DTensor):
+        return _joined([shard.get_tensor(key) for shard in shards]).to(parameter.device)
+    most = -(-shape[0] // parameter.device_mesh.size())
+    start = min(most * parameter.device_mesh.get_local_rank(), shape[0])
+    stop, begin, rows = min(start + most, shape[0]), 0, [shards[0].get_tensor(key)[:0]]
+    for part, num in zip(parts, num_rows, strict=True):
+        low, high = max(start, begin), min(stop, begin + num)
+        rows += [part[low - begin : high - begin]] if low < high else []
+        begin += num
+    return as_slice_of(parameter, torch.cat(rows).to(local(parameter).device))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """One tensor, in memory that is no file's."""
+    return parts[0].clone() if len(parts) == 1 else torch.cat(list(parts))
+
+
+@contextmanager
+def _system_errors() -> Iterator[None]:
+    """Raise what the file system said to safetensors, which passes it on as text."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = _SYSTEM_ERROR.search(str(error))
+        raise OSError(int(found[2]), found[1].strip()) if found else OSError(str(error)) from error

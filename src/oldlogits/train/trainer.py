@@ -11,24 +11,37 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from oldlogits.batch.collate import TokenBatch
-from oldlogits.core.errors import RunFolderError
+from oldlogits.core.errors import RunFolderError, writing
 from oldlogits.core.scoring import Scored
 from oldlogits.core.weights import FullWeights, PolicyVersion
-from oldlogits.models.load import load_tokenizer, local, point_at, write_model
+from oldlogits.models.checksums import write_sums
+from oldlogits.models.load import load_tokenizer, local, model_of, point_at
 from oldlogits.models.lora import write_adapters
 from oldlogits.models.ranks import ALONE, Ranks
 from oldlogits.rpc.client import Dispatcher
 from oldlogits.train.calls import TrainerCalls
-from oldlogits.train.checkpoint import of_kind, read_state, sliced, write_state
+from oldlogits.train.checkpoint import (
+    STATE,
+    Saving,
+    Snapshot,
+    host_copy,
+    of_kind,
+    read_state,
+    save_tensors,
+    sliced,
+    unshared,
+    write_model,
+)
 from oldlogits.train.consistency import CONSISTENCY_TOLERANCE, OTHER_DEVICE_TOLERANCE, is_routed
 from oldlogits.train.optimizer import Optimizer
 from oldlogits.train.reports import ConsistencyErrors, PublishedVersion, TrainerState
@@ -39,6 +52,9 @@ from oldlogits.train.weights.average import Averaging
 from oldlogits.train.weights.live import load_live
 from oldlogits.train.weights.load import folder_weights
 from oldlogits.train.weights.trainer_store import TrainerVersionStore, shards_of
+
+TRAINER_FILE: Final = f"{STATE}/trainer.json"
+"""Where version, schedule and the figures of the checks lie in a checkpoint."""
 
 
 class Trainer:
@@ -58,6 +74,7 @@ class Trainer:
         self.scorer = Scorer(live, self.store, self._averaging, probe_ids=probe_ids, sizes=spec.sizes, window=spec.window)
         self.optimizer = Optimizer(live.model, spec)
         self._scored: Scored | None = None
+        self._saving: Saving | None = None
         self.busy_s = 0.0
         """Seconds that calls have taken; counted by what carries them out."""
 
@@ -124,45 +141,75 @@ class Trainer:
         """Write the batch in training, and the proximal policy's log-probs of it, to a folder for a post-mortem."""
         if not self.live.ranks.is_first:
             return folder
-        folder.mkdir(parents=True, exist_ok=True)
         columns = asdict(self.scorer.current_batch())
-        (folder / "trajectories.json").write_text(json.dumps(list(columns.pop("trajectory_ids"))))
+        trajectory_ids = json.dumps(list(columns.pop("trajectory_ids")))
         if self._scored is not None:
             columns[f"logp_{self._scored.policy}"] = self._scored.values
         tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in columns.items()}
-        save_file(tensors, folder / "batch.safetensors")
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "trajectories.json").write_text(trajectory_ids)
+            save_tensors(tensors, folder / "batch.safetensors")
         return folder
 
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint: ``model/`` in the standard format, and ``state/``, to a folder that is the same on all ranks.
+    def begin_checkpoint(self, folder: Path, parts: Mapping[str, bytes]) -> None:
+        """Copy what a checkpoint holds, and let a thread write it while training goes on; `end_checkpoint` ends it.
 
-        With adapters ``model/`` has them added, and ``adapter/`` holds them by themselves, as peft reads them.
+        Args:
+            folder: An empty folder that is the same on all ranks. ``model/`` becomes a standard one; with adapters it has them
+                added, and ``adapter/`` holds them by themselves, as peft reads them.
+            parts: The content of other files by their names in the folder.
         """
-        m, live, checks, state = self._spec.model, self.live, self.scorer.checks, folder / "state"
+        m, live, checks = self._spec.model, self.live, self.scorer.checks
         weights = folder_weights(live.model, live.dtype, m.adapter_scale, live.ranks)
         adapters = live.full_weights().tensors if m.lora_rank else {}
-        if live.ranks.is_first:
-            if m.lora_rank:
-                write_adapters(
-                    folder / "adapter", adapters, rank=m.lora_rank, alpha=m.lora_alpha, targets=m.lora_targets, base=m.path
-                )
-            write_model(live.model.config, live.model.generation_config, weights, folder / "model")
-            self._tokenizer.save_pretrained(folder / "model")
-            state.mkdir(parents=True, exist_ok=True)
-            logps = checks.published.get(live.version, np.empty(0)).tolist()
-            counters = {"version": live.version, "schedule_steps": self.optimizer.num_steps, "probe_logps": logps}
-            counters |= asdict(checks.errors) | {"device": live.ranks.device.type}
-            (state / "trainer.json").write_text(json.dumps(counters, indent=1))
-        live.ranks.gather(None)  # the folder is there
         tensors = {"rng": torch.get_rng_state(), **self.optimizer.state(), **sliced("master", live.weights, live.model)}
         if self._averaging is not None:
             tensors |= {f"averaging|{key}": value for key, value in self._averaging.state().items()}
             tensors |= sliced("averaged", self._averaging.average.weights, live.model)
-        write_state(state, tensors, live.ranks)
+        state = host_copy(tensors, live.ranks)
+        logps = checks.published.get(live.version, np.empty(0)).tolist()
+        counters = {"version": live.version, "schedule_steps": self.optimizer.num_steps, "probe_logps": logps}
+        counters |= asdict(checks.errors) | {"device": live.ranks.device.type}
+        folders: list[Callable[[], None]] = []
+        if live.ranks.is_first:
+            at_rest = partial(unshared, live=live.weights, copies=of_kind("master", state))
+            model = model_of(live.model.config, live.model.generation_config, at_rest(weights))
+            folders += [partial(write_model, folder / "model", model, self._tokenizer)]
+            if m.lora_rank:
+                write = partial(write_adapters, rank=m.lora_rank, alpha=m.lora_alpha, targets=m.lora_targets, base=m.path)
+                folders += [partial(write, folder / "adapter", at_rest(adapters))]
+        parts = {**parts, TRAINER_FILE: json.dumps(counters, indent=1).encode()}
+        self._saving = Saving(Snapshot(folder=folder, ranks=live.ranks, state=state, parts=parts, folders=folders))
+
+    def end_checkpoint(self, wait: bool) -> bool:
+        """Finish the checkpoint that was begun: tell whether it is whole, on the disk and has its checksums.
+
+        All ranks call it. With `wait` it is, when this returns.
+
+        Raises:
+            RunWriteError: A rank cannot write it.
+        """
+        saving, ranks = self._saving, self.live.ranks
+        assert saving is not None, "a checkpoint was begun"
+        with ranks.agreeing():
+            own = saving.outcome(wait=wait)
+        found = [sums for sums in ranks.gather(own) if sums is not None]
+        if len(found) < ranks.num_ranks:
+            return False
+        with ranks.agreeing(), writing(saving.folder):
+            if ranks.is_first:
+                write_sums(saving.folder, {name: value for sums in found for name, value in sums.items()})
+        return True
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint to a folder, and wait until it is on the disk."""
+        self.begin_checkpoint(folder, {})
+        self.end_checkpoint(wait=True)
 
     def restore(self, folder: Path) -> None:
         """Go on from a checkpoint, written by any number of ranks; the model's weights are loaded too."""
-        live, checks, counters_file = self.live, self.scorer.checks, folder / "state" / "trainer.json"
+        live, checks, counters_file = self.live, self.scorer.checks, folder / TRAINER_FILE
         with live.ranks.agreeing():
             if not counters_file.is_file():
                 raise RunFolderError(
@@ -172,7 +219,8 @@ class Trainer:
                     fix="resume from another run folder",
                 )
         counters = json.loads(counters_file.read_text())
-        state = read_state(folder / "state", live.model, live.ranks)
+        with live.ranks.agreeing():
+            state = read_state(folder / STATE, live.model)
         torch.set_rng_state(state["rng"])
         parameters = dict(live.model.named_parameters())
         for name, master in of_kind("master", state).items():
