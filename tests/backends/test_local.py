@@ -123,6 +123,21 @@ def test_a_killed_process_ends_the_run_with_a_clear_error(worker, endless, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("worker", ["engine", "trainer", "scorer"])
+def test_a_frozen_process_is_found_and_ends_the_run_with_a_clear_error(worker, tiny_folder, tmp_path, capsys, clean):
+    local = {**LOCAL, "runtime": {"type": "local", "heartbeat_timeout_s": 5.0}}
+    config = recipe(tiny_folder, **local, num_updates=500, proximal={"source": "dedicated"})
+    out, endless = tmp_path / "run", write_recipe(tmp_path / "endless.toml", config)
+    status = ends_with(endless, out, lambda: os.kill(pid_of(f"oldlogits-{worker}"), signal.SIGSTOP), after=2)
+    assert status == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"error: the {worker} process ended" in error
+    assert "no heartbeat for 5 s: it is frozen" in error
+    assert summary_of(out)["ended"] == "error"
+    check_accounting(out)
+
+
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_stopped(tiny_folder, tmp_path, capsys, clean):
     """Ctrl-C that reaches the parent only; then --resume to the end. The route is the one with the most processes."""
     out = tmp_path / "run"

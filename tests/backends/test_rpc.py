@@ -4,10 +4,14 @@ import asyncio
 import inspect
 import os
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
+import oldlogits
 from oldlogits.core.errors import ConfigError, UnknownCallError, WorkerDiedError
 from oldlogits.rpc.child import Call, serve_calls
 from oldlogits.rpc.client import Dispatcher, Inline, calls_of, client
@@ -16,7 +20,7 @@ from oldlogits.train.calls import TrainerCalls
 from oldlogits.train.scorer import Scorer
 from oldlogits.train.trainer import Trainer
 
-from ..waiting import HUNG_S
+from ..waiting import HUNG_S, is_running, wait_until
 from .notebook import Notes, build, chatter
 
 
@@ -252,3 +256,58 @@ def test_every_call_of_a_trainer_is_a_method_of_the_trainer_or_of_its_scorer_wit
 
 def test_calls_are_values():
     assert Call(number=1, method="read", arguments=()) == Call(number=1, method="read", arguments=())
+
+
+def test_a_frozen_child_is_found_and_killed_and_its_calls_say_so():
+    async def scenario(process, notes):
+        await process.ready()
+        os.kill(process.pid, signal.SIGSTOP)
+        with pytest.raises(WorkerDiedError, match="no heartbeat for 3 s: it is frozen"):
+            await notes.read()
+        with pytest.raises(WorkerDiedError, match="frozen"):
+            await process.watch()
+
+    play(scenario, heartbeat_timeout_s=3.0)
+
+
+@pytest.mark.slow
+def test_a_child_that_is_busy_for_longer_than_its_heartbeats_may_be_missing_is_not_frozen():
+    async def scenario(process, notes):
+        await process.ready()
+        await notes.rest(4.5)
+        return await notes.read()
+
+    assert play(scenario, heartbeat_timeout_s=3.0) == ["one"]
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(oldlogits.__file__).parents[1]), str(Path.cwd())])}
+
+ORPHAN = """
+import asyncio, os, sys, time
+from oldlogits.rpc.child import serve_calls
+from oldlogits.rpc.process import ChildProcess
+from tests.backends.notebook import build
+
+if __name__ == "__main__":
+    process = ChildProcess("notes", serve_calls, (build, ("one",)), fix="ask")
+    asyncio.run(process.ready())
+    if (forked := os.fork()) == 0:
+        time.sleep(1000)
+    print(process.pid, forked, flush=True)
+    time.sleep(1000)
+"""
+
+
+@pytest.mark.slow
+def test_a_child_ends_with_its_parent_even_where_a_fork_of_the_parent_keeps_the_pipe(tmp_path):
+    (tmp_path / "orphan.py").write_text(ORPHAN)
+    parent = subprocess.Popen([sys.executable, tmp_path / "orphan.py"], stdout=subprocess.PIPE, env=ENVIRONMENT, text=True)
+    child, forked = map(int, parent.stdout.readline().split())
+    try:
+        parent.kill()
+        wait_until(lambda: not is_running(child), "the child ends")
+        assert is_running(forked)
+    finally:
+        os.kill(forked, signal.SIGKILL)
+        parent.wait()
+        parent.stdout.close()

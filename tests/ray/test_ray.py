@@ -164,7 +164,7 @@ def test_the_death_of_the_trainer_ends_the_run_and_names_the_checkpoint_to_go_on
     check_exact(run)
 
 
-def test_a_second_model_scores_exactly_and_the_death_of_a_model_ends_the_run(tmp_path, tiny_folder, cluster, capsys):
+def test_a_second_model_scores_exactly_and_a_frozen_model_ends_the_run(tmp_path, tiny_folder, cluster, capsys):
     status, run = train(tmp_path, tiny_folder, cluster, num_updates=4, proximal={"source": "dedicated"})
     assert status == 0
     check_exact(run)
@@ -172,13 +172,14 @@ def test_a_second_model_scores_exactly_and_the_death_of_a_model_ends_the_run(tmp
     other.mkdir()
 
     def act():
-        os.kill(pids("ray::Calls")[-1], signal.SIGKILL)
+        os.kill(pids("ray::Calls")[-1], signal.SIGSTOP)
 
     thread = after_updates(other / "run", 2, act)
-    status, run = train(other, tiny_folder, cluster, num_updates=5000, proximal={"source": "dedicated"})
+    runtime = {"type": "ray", "heartbeat_timeout_s": 10.0}
+    status, run = train(other, tiny_folder, cluster, num_updates=5000, proximal={"source": "dedicated"}, runtime=runtime)
     thread.join()
     assert status == 1
-    assert re.search(r"the (trainer|scorer) actor ended", capsys.readouterr().err)
+    assert re.search(r"the (trainer|scorer) actor ended\s+got: no heartbeat for 10 s", capsys.readouterr().err)
 
 
 def test_adapters_reach_every_worker(tmp_path, tiny_folder, cluster):

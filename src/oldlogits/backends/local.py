@@ -29,9 +29,10 @@ async def open_local(spec: BackendSpec) -> AsyncIterator[Backend]:
         stack.callback(unshare, os.getpid())
         with ignoring_interrupts():
             opened = await stack.enter_async_context(spec.engine.open(spec.sampler, spec.servers))
-            trainer = start_trainer(spec.trainer, spec.model_folder, spec.probe_ids)
+            where = (spec.model_folder, spec.probe_ids, spec.runtime.heartbeat_timeout_s)
+            trainer = start_trainer(spec.trainer, *where)
             stack.callback(trainer.close)
-            scorer = start_scorer(spec.scorer, spec.model_folder, spec.probe_ids) if spec.scorer is not None else None
+            scorer = start_scorer(spec.scorer, *where) if spec.scorer is not None else None
             if scorer is not None:
                 stack.callback(scorer.close)
         await opened.ready()

@@ -37,9 +37,11 @@ class ModelProcess(ChildProcess):
         spec: TrainerSpec | ScorerSpec,
         model_folder: Path,
         probe_ids: Sequence[int],
+        heartbeat_timeout_s: float,
     ) -> None:
         arguments = (spec, model_folder, tuple(probe_ids))
-        super().__init__(name, serve_calls, (build, arguments), fix=_FIX, codec=WeightsInFiles())
+        codec = WeightsInFiles()
+        super().__init__(name, serve_calls, (build, arguments), fix=_FIX, codec=codec, heartbeat_timeout_s=heartbeat_timeout_s)
 
     def close(self) -> None:
         """End the process; pending calls fail. Leaves no process, thread or file."""
@@ -47,14 +49,18 @@ class ModelProcess(ChildProcess):
         unshare(self.pid)
 
 
-def start_trainer(spec: TrainerSpec, model_folder: Path, probe_ids: Sequence[int]) -> ModelProcess:
+def start_trainer(
+    spec: TrainerSpec, model_folder: Path, probe_ids: Sequence[int], heartbeat_timeout_s: float = 60.0
+) -> ModelProcess:
     """Start a trainer process; the transport of `TrainerCalls`."""
-    return ModelProcess("trainer", build_trainer, spec, model_folder, probe_ids)
+    return ModelProcess("trainer", build_trainer, spec, model_folder, probe_ids, heartbeat_timeout_s)
 
 
-def start_scorer(spec: ScorerSpec, model_folder: Path, probe_ids: Sequence[int]) -> ModelProcess:
+def start_scorer(
+    spec: ScorerSpec, model_folder: Path, probe_ids: Sequence[int], heartbeat_timeout_s: float = 60.0
+) -> ModelProcess:
     """Start the process of a dedicated scorer; the transport of `DedicatedScorer`."""
-    return ModelProcess("scorer", build_scorer, spec, model_folder, probe_ids)
+    return ModelProcess("scorer", build_scorer, spec, model_folder, probe_ids, heartbeat_timeout_s)
 
 
 def build_trainer(spec: TrainerSpec, model_folder: Path, probe_ids: Sequence[int]) -> CarryOut:

@@ -56,11 +56,13 @@ class Timeouts:
         request_s: How long one answer may take; then the request is cut and sent again with what it has.
         control_s: How long a control call may take: pause, weight update, resume, abort.
         start_s: How long a server that was started may take until it answers.
+        heartbeat_s: How long a process of the engine may give no heartbeat until it counts as frozen.
         poll_s: The time between two looks at a server.
         max_restarts: How often servers that the run starts are started again, in all.
     """
 
     recover_s: float = 300.0
+    heartbeat_s: float = 60.0
     request_s: float = 600.0
     control_s: float = 60.0
     start_s: float = 300.0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from oldlogits.config.guard import Caution
 from oldlogits.config.schema import EnvConfig, RolloutConfig
-from oldlogits.config.systems import LockstepConfig, RayConfig
+from oldlogits.config.systems import LockstepConfig, RayConfig, RuntimeConfig
 from oldlogits.core.engine import EngineKind, EngineSpec, RolloutEngine, ServerOptions
 from oldlogits.core.engine_stats import Incident
 from oldlogits.core.environment import Environment
@@ -43,6 +43,7 @@ class BackendSpec:
     servers: ServerOptions
     env: EnvConfig
     rollout: RolloutConfig
+    runtime: RuntimeConfig
     lockstep: LockstepConfig
     ray: RayConfig
 

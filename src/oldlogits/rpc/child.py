@@ -3,16 +3,22 @@
 The pipe is private to two processes of one user and carries pickles.
 
     parent: ChildProcess --Call--> Inbox.receive -> carry out -> Inbox.reply --replies--> parent
+                                   Inbox.beat, once a second, beside whatever is carried out
 """
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import os
 import signal
+import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Final
+from typing import Final, cast
 
 from oldlogits.core.errors import OldLogitsError, WorkerDiedError
 from oldlogits.rpc.client import CarryOut
@@ -20,6 +26,11 @@ from oldlogits.rpc.processes import name_process
 
 READY: Final = ""
 """The name of the call that every child answers once it is built."""
+
+BEAT_S: Final = 1.0
+"""Seconds between the heartbeats of a child, and between two looks at whether its parent lives."""
+LEAVE_S: Final = 5.0
+"""Seconds that a child without a parent has to end in order, as it does when it finds its pipe closed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +76,7 @@ class Inbox:
 
     def __init__(self, pipe: Connection, codec: Codec) -> None:
         self._pipe, self._codec = pipe, codec
+        self._sending = threading.Lock()
 
     def poll(self) -> bool:
         """Whether a call waits."""
@@ -94,13 +106,18 @@ class Inbox:
         if wanted:
             self._send(wanted)
 
+    def beat(self) -> None:
+        """Say that this process lives: a message without replies."""
+        self._send([])
+
     def last_words(self, error: OldLogitsError) -> None:
         """Say why this process ends."""
         self._send([Reply(number=0, error=error)])
 
     def _send(self, replies: list[Reply]) -> None:
         try:
-            self._pipe.send(replies)
+            with self._sending:
+                self._pipe.send(replies)
         except OSError as error:
             raise PipeClosedError from error
 
@@ -125,11 +142,12 @@ def serve_calls(inbox: Inbox, build: Callable[..., CarryOut], arguments: tuple[o
 def run_child(
     name: str, pipe: Connection, codec: Codec, serve: Callable[..., None], arguments: tuple[object, ...], fix: str
 ) -> None:
-    """Be a child process, until the pipe closes. Ctrl-C and SIGTERM are the parent's to handle."""
+    """Be a child process, until the pipe closes or the parent is gone. Ctrl-C and SIGTERM are the parent's to handle."""
     name_process(name)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     inbox = Inbox(pipe, codec)
+    threading.Thread(target=_keep_beating, args=(inbox, _parent()), name="heartbeat", daemon=True).start()
     try:
         serve(inbox, *arguments)
     except PipeClosedError:
@@ -139,6 +157,22 @@ def run_child(
     except Exception as error:  # supervision: the parent hears why, then this process dies of it
         inbox.last_words(died(name, "".join(traceback.format_exception_only(error)).strip(), fix))
         raise
+
+
+def _parent() -> int:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a child of multiprocessing has one"
+    return cast(int, parent.pid)
+
+
+def _keep_beating(inbox: Inbox, parent: int) -> None:
+    """Give heartbeats; end this process after its parent, even where what that has forked keeps the pipe open."""
+    while os.getppid() == parent:
+        with contextlib.suppress(PipeClosedError):  # the parent is ending
+            inbox.beat()
+        time.sleep(BEAT_S)
+    time.sleep(LEAVE_S)
+    os._exit(0)
 
 
 def died(name: str, how: str, fix: str) -> WorkerDiedError:

@@ -1,6 +1,6 @@
 """The parent's end of a pipe: a child process, and the calls that wait for its replies.
 
-A child that ends, or whose answers cannot be read, fails every pending and every later call with the same error.
+A child that ends, falls silent, or whose answers cannot be read, fails every pending and every later call with the same error.
 
     event loop              writer thread          child             reader thread
     call -> outbox ------->  encode, send  ------>  carries out ----> decode, resolve the future
@@ -22,10 +22,14 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
 from queue import SimpleQueue
+from typing import Final
 
 from oldlogits.core.errors import OldLogitsError, WorkerDiedError
-from oldlogits.rpc.child import READY, Call, Codec, Reply, died, run_child
+from oldlogits.rpc.child import BEAT_S, READY, Call, Codec, Reply, died, run_child
 from oldlogits.rpc.processes import exit_code
+
+FIRST_BEAT_S: Final = 300.0
+"""Seconds until the first heartbeat: a child imports its packages before it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +49,7 @@ class ChildProcess:
         serve: A function of a module, called in the child with its `Inbox` and `arguments`; `serve_calls`, for example.
         fix: What an error advises when the process ends by itself.
         is_pipelined: Whether a call is sent before those made earlier are answered.
+        heartbeat_timeout_s: A child that gives no heartbeat for so many seconds is frozen: it is killed.
     """
 
     def __init__(
@@ -56,7 +61,9 @@ class ChildProcess:
         fix: str,
         codec: Codec | None = None,
         is_pipelined: bool = False,
+        heartbeat_timeout_s: float = 60.0,
     ) -> None:
+        self._patience_s, self._heartbeat_timeout_s = max(FIRST_BEAT_S, heartbeat_timeout_s), heartbeat_timeout_s
         self.name, self._fix, self._codec, self._is_pipelined = name, fix, codec or Codec(), is_pipelined
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()  # guards the next two
@@ -179,17 +186,25 @@ class ChildProcess:
                 for reply in replies:
                     self._resolve(reply)
             self._die(died(self.name, self._exit(), self._fix))
+        except TimeoutError as error:
+            self.give_up(str(error))
         except Exception as error:  # supervision: whatever makes an answer unreadable, there will be no other one
             self.give_up(f"an answer that cannot be read: {type(error).__name__}: {error}")
 
     def _receive(self) -> list[Reply] | None:
-        """The next replies; None: the child has ended."""
-        if self._pipe not in wait([self._pipe, self._process.sentinel]):
+        """The next replies; none: a heartbeat; None: the child has ended. A frozen one is a `TimeoutError`."""
+        silent_s = 0.0  # of waits, not of the clock: where this process was frozen too, that counts as one
+        while not (ready := wait([self._pipe, self._process.sentinel], BEAT_S)):
+            silent_s += BEAT_S
+            if silent_s >= self._patience_s:
+                raise TimeoutError(f"no heartbeat for {silent_s:g} s: it is frozen")
+        if self._pipe not in ready:
             return None
         try:
             replies: list[Reply] = self._pipe.recv()
         except (EOFError, OSError):
             return None
+        self._patience_s = self._heartbeat_timeout_s
         return replies
 
     def _resolve(self, reply: Reply) -> None:

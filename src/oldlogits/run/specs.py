@@ -86,6 +86,7 @@ def server_options(config: RunConfig, log_folder: Path = Path()) -> ServerOption
         log_folder=log_folder,
         timeouts=Timeouts(
             recover_s=e.recover_s,
+            heartbeat_s=config.runtime.heartbeat_timeout_s,
             request_s=e.request_timeout_s,
             control_s=e.control_timeout_s,
             start_s=e.start_timeout_s,
@@ -117,6 +118,7 @@ def backend_spec(
         servers=server_options(config, folder / "servers"),
         env=config.env,
         rollout=config.rollout,
+        runtime=config.runtime,
         lockstep=config.lockstep,
         ray=config.ray,
     )

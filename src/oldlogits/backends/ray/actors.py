@@ -25,7 +25,7 @@ from oldlogits.engines.http.launch import ServerProcess
 from oldlogits.engines.shared_memory import HostWeights, share_text, unshare
 from oldlogits.envs.base import load_environment
 from oldlogits.rollout.environment_runner import ThreadRunner
-from oldlogits.rpc.child import READY
+from oldlogits.rpc.child import BEAT_S, READY
 from oldlogits.rpc.client import CarryOut
 from oldlogits.rpc.processes import name_process
 
@@ -51,9 +51,9 @@ class Calls:
         value, update = set_aside(self._carry_out(method, given))
         return value, None if update is None else pack(update)
 
-    def live(self) -> None:
-        """Return never: who waits for it learns of the end of this process."""
-        threading.Event().wait()
+    def beat(self) -> None:
+        """Return in `BEAT_S` seconds: who asks for it learns whether this process lives."""
+        threading.Event().wait(BEAT_S)
 
 
 class Worker:
@@ -98,9 +98,9 @@ class Worker:
         """End the server."""
         self._server.close()
 
-    async def live(self) -> None:
-        """Return never: who waits for it learns of the end of this process."""
-        await asyncio.Event().wait()
+    async def beat(self) -> None:
+        """Return in `BEAT_S` seconds: who asks for it learns whether this process lives."""
+        await asyncio.sleep(BEAT_S)
 
 
 class NodeWeightCache:

@@ -84,10 +84,11 @@ async def open_ray(spec: BackendSpec) -> AsyncIterator[Backend]:
 def _models(spec: BackendSpec, weights: ClusterWeights, places: Sequence[Place]) -> tuple[ActorCalls, ActorCalls | None]:
     """Start the actors that hold a model: the trainer, and the dedicated scorer where the source asks one."""
     where = (spec.model_folder.resolve(), spec.probe_ids)
-    trainer = ActorCalls("trainer", build_trainer, (spec.trainer, *where), weights=weights, place=places[0])
+    start = partial(ActorCalls, weights=weights, heartbeat_timeout_s=spec.runtime.heartbeat_timeout_s)
+    trainer = start("trainer", build_trainer, (spec.trainer, *where), place=places[0])
     if spec.scorer is None:
         return trainer, None
-    return trainer, ActorCalls("scorer", build_scorer, (spec.scorer, *where), weights=weights, place=places[1])
+    return trainer, start("scorer", build_scorer, (spec.scorer, *where), place=places[1])
 
 
 def _servers(spec: BackendSpec) -> ServerOptions:

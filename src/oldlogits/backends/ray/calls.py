@@ -30,8 +30,9 @@ class ActorCalls:
         *,
         weights: ClusterWeights,
         place: Mapping[str, Any],
+        heartbeat_timeout_s: float = 60.0,
     ) -> None:
-        self._name, self._weights = name, weights
+        self._name, self._weights, self._heartbeat_timeout_s = name, weights, heartbeat_timeout_s
         self._actor = Actor(actors.Calls, (name, build, arguments), place=place, watched=True)
 
     async def ready(self, start_s: float) -> None:
@@ -60,9 +61,9 @@ class ActorCalls:
         return put_back(value, await self._weights.sent(weights)) if isinstance(value, Aside | PublishedVersion) else value
 
     async def watch(self) -> None:
-        """Wait until it ends by itself, which is a `WorkerDiedError`."""
+        """Wait until it ends by itself or is frozen, which is a `WorkerDiedError`."""
         try:
-            await self._actor.live()
+            await self._actor.watch(self._heartbeat_timeout_s)
         except ActorEndedError as error:
             raise self._died(error) from error
 

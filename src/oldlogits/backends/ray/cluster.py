@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group
@@ -18,9 +18,7 @@ from oldlogits.backends.local import ignoring_interrupts
 from oldlogits.config.systems import RayConfig
 from oldlogits.core.errors import ConfigError, OldLogitsError
 from oldlogits.rollout.environment_errors import EnvironmentFailed
-
-POLL_S: Final = 1.0
-"""Seconds for which a thread waits for places at a time; a program that ends waits for that thread."""
+from oldlogits.rpc.child import BEAT_S
 
 Ref = Any
 """A reference to a value that an actor returns, or that was put into the object store."""
@@ -38,7 +36,7 @@ class Actor:
     """An actor of a class, at a place of `on_node`, `reserve` or `anywhere`.
 
     Args:
-        watched: Whether a second call, `live`, may be carried out beside the others; classes with asynchronous methods
+        watched: Whether a second call, `beat`, may be carried out beside the others; classes with asynchronous methods
             carry out all calls beside each other anyway.
         num_calls: Calls of a class with asynchronous methods that may run beside each other; 0: the default.
     """
@@ -55,10 +53,18 @@ class Actor:
         """Call a method; arguments that are references arrive as their values."""
         return getattr(self._handle, method).options(num_returns=num_returns).remote(*arguments)
 
-    async def live(self) -> None:
-        """Wait until it ends, which is an `ActorEndedError`."""
+    async def watch(self, heartbeat_timeout_s: float) -> None:
+        """Wait until it ends or gives no heartbeat for so long, which is an `ActorEndedError`; a frozen one is killed."""
         options = {"concurrency_group": "watch"} if self._watched else {}
-        await fetch(self._handle.live.options(**options).remote())
+        await fetch(self._handle.beat.options(**options).remote())  # the first one waits until the actor has started
+        while True:
+            beat, silent_s = asyncio.ensure_future(fetch(self._handle.beat.options(**options).remote())), 0.0
+            while not (await asyncio.wait({beat}, timeout=BEAT_S))[0]:
+                silent_s += BEAT_S  # of waits, not of the clock: where this process was frozen too, that counts as one
+                if silent_s >= heartbeat_timeout_s + BEAT_S:
+                    self.kill()
+                    raise ActorEndedError(f"no heartbeat for {heartbeat_timeout_s:g} s: it is frozen")
+            beat.result()
 
     def kill(self) -> None:
         """End it at once."""
@@ -127,8 +133,7 @@ async def reserve(what: str, num: int, *, cpus: float, gpus: float, strategy: st
     group = placement_group([bundle] * num, strategy=strategy)
     try:
         async with asyncio.timeout(timeout_s):
-            while not await asyncio.to_thread(group.wait, POLL_S):
-                pass
+            await fetch(group.ready())  # `group.wait` would hold a thread, at times beyond its own time limit
     except TimeoutError:
         raise ConfigError(
             f"the cluster gives no place to {what}",

@@ -50,8 +50,8 @@ class RayTransport(HttpClient):
 class RayWorker:
     """A worker: the process of a server to the fleet, a place to environments."""
 
-    def __init__(self, name: str, make: Callable[[], Actor], timeout_s: float) -> None:
-        self.name, self._make, self._timeout_s = name, make, timeout_s
+    def __init__(self, name: str, make: Callable[[], Actor], *, timeout_s: float, heartbeat_timeout_s: float) -> None:
+        self.name, self._make, self._timeout_s, self._heartbeat_timeout_s = name, make, timeout_s, heartbeat_timeout_s
         self.where = f"servers/{name}.log of the run folder, on its node"
         self._actor: Actor | None = None
         self._restarts_server = False
@@ -111,7 +111,7 @@ class RayWorker:
 
     async def _live(self, actor: Actor) -> None:
         try:
-            await actor.live()
+            await actor.watch(self._heartbeat_timeout_s)
         except ClusterError:
             self.exit_code = -signal.SIGKILL
 
@@ -181,7 +181,12 @@ class Workers:
 
     def _replica(self) -> Replica:
         number, self._num_made = self._num_made, self._num_made + 1
-        worker = RayWorker(f"worker-{number}", partial(self._make, number), self._environment_timeout_s)
+        worker = RayWorker(
+            f"worker-{number}",
+            partial(self._make, number),
+            timeout_s=self._environment_timeout_s,
+            heartbeat_timeout_s=self._servers.timeouts.heartbeat_s,
+        )
         http = RayTransport(worker, self._weights, control_timeout_s=self._servers.timeouts.control_s)
         replica = Replica(server=SERVER_PROTOCOLS.find(self._servers.protocol)(http), launched=worker)
         self._workers[replica] = worker

@@ -30,7 +30,7 @@ class EmbeddedKind(EngineKind):
         """Start the engine's process; its calls wait until it is ready."""
         from oldlogits.engines.embedded.process import EngineProcess
 
-        engine = EngineProcess(spec)
+        engine = EngineProcess(spec, heartbeat_timeout_s=servers.timeouts.heartbeat_s)
         try:
             yield OpenEngine(engine=engine, ready=_at_once)
         finally:

@@ -47,9 +47,11 @@ class EngineProcess:
     The constructor returns at once; calls wait until the engine is ready.
     """
 
-    def __init__(self, spec: EngineSpec, *, control_timeout_s: float = 300.0) -> None:
+    def __init__(self, spec: EngineSpec, *, control_timeout_s: float = 300.0, heartbeat_timeout_s: float = 60.0) -> None:
         self._vocab_size, self._spec, self._weights = decoder_config(spec).vocab_size, spec, HostWeights()
-        self._process = ChildProcess("engine", _serve, (spec,), fix=_FIX, is_pipelined=True)
+        self._process = ChildProcess(
+            "engine", _serve, (spec,), fix=_FIX, is_pipelined=True, heartbeat_timeout_s=heartbeat_timeout_s
+        )
         self._deadline = Deadline(self._process, control_timeout_s)
         self.capabilities = EngineCapabilities(partials=True, num_host_copies=1)
         calls = client(EngineCalls, self._deadline)  # type: ignore[type-abstract]

@@ -60,16 +60,14 @@ class ServerProcess:
         """End it and whatever it has started."""
         reaper.end_group(self._process.pid)  # its weights are copies: nothing is lost
         self._process.wait()
-        assert self._process.stdin is not None
-        self._process.stdin.close()
 
     def _start(self) -> subprocess.Popen[bytes]:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, reaper.__file__, *self._protocol.command(self._spec, self.port)],
+                [sys.executable, reaper.__file__, str(os.getpid()), *self._protocol.command(self._spec, self.port)],
                 env=self._environment(),
-                stdin=subprocess.PIPE,  # held by the reaper: the server ends with this process, however that ends
+                stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is the controller's to handle; and it ends with all of its children

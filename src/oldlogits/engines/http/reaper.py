@@ -1,6 +1,6 @@
-"""Runs a command in its process group until it ends, or until standard input does: a server never outlives its run.
+"""Runs a command in its process group until it or a given parent ends: a server never outlives its run.
 
-python reaper.py COMMAND ...     ends the command when the holder of the other end of standard input ends, even if killed
+python reaper.py PARENT COMMAND ...     ends the command when the parent, a process id, is gone, even if killed
 
 The command ends with this process, too, however that ends: some supervisors kill children, and not what these have started.
 
@@ -16,19 +16,21 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 _PR_SET_PDEATHSIG: Final = 1
+_LOOK_S: Final = 0.2
 _SHARED_MEMORY: Final = Path("/dev/shm")
 
 
-def main(command: list[str]) -> int:
+def main(parent: int, command: list[str]) -> int:
     """Run it; returns its exit status, or ends all of the group with SIGKILL."""
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)
-    threading.Thread(target=_wait_for_the_end_of_input, daemon=True).start()
+    threading.Thread(target=_outlive, args=(parent,), daemon=True).start()
     status = process.wait()
     return status if status >= 0 else 128 - status
 
@@ -39,9 +41,10 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _wait_for_the_end_of_input() -> None:
-    while os.read(0, 1024):
-        pass
+def _outlive(parent: int) -> None:
+    """End the group after the parent; a pipe would not tell where a fork of the parent holds its other end."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK_S)
     end_group(os.getpgrp())
 
 
@@ -75,4 +78,4 @@ def _mapped_inodes(group: int) -> Iterator[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))
