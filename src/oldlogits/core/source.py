@@ -23,7 +23,6 @@ from oldlogits.core.scoring import BatchTokens, DedicatedScorer, Scored, Scoring
 from oldlogits.core.trajectory import Sampled, Segment, Trajectory
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
 
-
 Keep = Callable[[str, PolicyVersion, NDArray[np.float32]], None]
 """Takes note of the values of all tokens of a trajectory that one version sampled."""
 
@@ -32,8 +31,8 @@ Keep = Callable[[str, PolicyVersion, NDArray[np.float32]], None]
 class SourceHandles:
     """What a source may ask: the trainer, and for a source with `needs_scorer` the second model that only scores.
 
-    A source that scores tokens before their batch enters training tells `keep` of them: the trajectory, the version that
-    sampled them, and the values of all its tokens of that version, float32 in token order. A run that was ended goes on with them.
+    A source that scores tokens before their batch enters training tells `keep` of them, for a run that was ended and goes on:
+    the trajectory, the version that sampled them, and the values of all its tokens of that version, float32 in token order.
     """
 
     trainer: ScoringHandle
@@ -84,7 +83,11 @@ class LogprobSource(Protocol):
         return
 
     def restore(
-        self, trajectory_id: str, segments: Sequence[Segment], values: Mapping[PolicyVersion, Sequence[float]]
+        self,
+        trajectory_id: str,
+        segments: Sequence[Segment],
+        values: Mapping[PolicyVersion, Sequence[float]],
+        oldest_held: PolicyVersion,
     ) -> bool:
         """Take over a trajectory of a run that goes on; False: the source cannot give the log-probs of all its tokens.
 
@@ -92,7 +95,11 @@ class LogprobSource(Protocol):
             trajectory_id: The id of the trajectory.
             segments: All that it has, what its running turn had sampled included.
             values: What the source had told `SourceHandles.keep` of it, by version.
+            oldest_held: The oldest version that the trainer can score at.
         """
+        oldest = min((segment.version for segment in segments if isinstance(segment, Sampled)), default=oldest_held)
+        if self.stores_versions and self.oldest_needed(oldest) < oldest_held:
+            return False
         self.on_segment_closed(trajectory_id, segments)
         return True
 

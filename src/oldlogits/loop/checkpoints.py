@@ -22,6 +22,7 @@ from oldlogits.loop.resume import LoopState
 from oldlogits.models.checksums import files_of
 from oldlogits.record.events import CheckpointFailed, CheckpointWritten
 from oldlogits.record.recording import Recording
+from oldlogits.rollout.journal.journal import Journal
 from oldlogits.train.calls import TrainerCalls
 
 POLL_S: Final = 0.2
@@ -39,8 +40,11 @@ class _Pending:
 class Checkpoints:
     """Writes the checkpoints of a run; where time is not real, each is there when `write` returns."""
 
-    def __init__(self, config: RecordConfig, recording: Recording, trainer: TrainerCalls, *, real_time: bool) -> None:
+    def __init__(
+        self, config: RecordConfig, recording: Recording, trainer: TrainerCalls, journal: Journal, *, real_time: bool
+    ) -> None:
         self._config, self._recording, self._trainer, self._real_time = config, recording, trainer, real_time
+        self._journal = journal
         self._pending: _Pending | None = None
 
     async def write(self, version: PolicyVersion, parts: Mapping[str, bytes]) -> None:
@@ -80,6 +84,7 @@ class Checkpoints:
                 await asyncio.to_thread(folder.remove_checkpoint, checkpoint)
             else:
                 folder.remove_checkpoint(checkpoint)
+        self._journal.forget(min(LoopState.journal_of(path) for path in folder.all_checkpoints().values()))
 
     async def watch(self) -> NoReturn:
         """Finish every checkpoint soon after it is written, until this is cancelled.

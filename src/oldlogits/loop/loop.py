@@ -30,6 +30,7 @@ from oldlogits.core.errors import NonFiniteError
 from oldlogits.core.scoring import BatchTokens, Scored
 from oldlogits.core.source import LogprobSource
 from oldlogits.core.trajectory import TrajectoryGroup
+from oldlogits.core.weights import PolicyVersion
 from oldlogits.loop.audit import ExactAudit
 from oldlogits.loop.backend import Backend
 from oldlogits.loop.calibration import Calibrator
@@ -45,6 +46,9 @@ from oldlogits.record.recording import Recording
 from oldlogits.rollout.admission import pace_of
 from oldlogits.rollout.buffer import Buffer, TrajectoryCounts
 from oldlogits.rollout.groups import Rollouts
+from oldlogits.rollout.journal.journal import FILE as IN_FLIGHT
+from oldlogits.rollout.journal.journal import Journal, to_bytes
+from oldlogits.rollout.journal.records import Published, Taken
 from oldlogits.rollout.staleness import StalenessBound
 from oldlogits.rollout.watches import FailureWatch, FilterWatch
 from oldlogits.sources import check_scored
@@ -66,27 +70,33 @@ class Loop:
         audit: ExactAudit,
         calibrator: Calibrator,
         recording: Recording,
+        journal: Journal,
     ) -> None:
         self._config, self._task, self._backend, self.source = config, task, backend, source
         self._sync, self._audit, self._calibrator = sync, audit, calibrator
-        self._recording, self._events = recording, recording.events
+        self._recording, self._events, self._journal = recording, recording.events, journal
         rollout, num_running = config.rollout, config.eval.max_concurrent
         self._evaluator = Evaluator(
             task, self._events, backend.clock, num_running=num_running, max_failed_share=rollout.max_failed_share
         )
         bound = StalenessBound(max_staleness=config.max_lag, prompts_per_update=rollout.prompts_per_update)
-        self.checkpoints = Checkpoints(config.record, recording, backend.trainer, real_time=backend.real_time)
+        self.checkpoints = Checkpoints(config.record, recording, backend.trainer, journal, real_time=backend.real_time)
         self.buffer = Buffer(bound, filter_uniform=rollout.filter_uniform, min_size=rollout.min_group_size)
         self.state = LoopState()
         self.version = 0
         self._num_trained = 0
         self._last_update_s = 0.0
         self._last_ended: float | None = None
+        self._rollouts: Rollouts | None = None
 
     def go_on(self, state: LoopState) -> None:
         """Start from the state of a checkpoint instead of from nothing."""
-        self.state = state
-        self.buffer.account = TrajectoryCounts(**state.account)
+        self.state, since = state, self._journal.progress
+        account = self.buffer.account = TrajectoryCounts(**state.account)
+        account.submitted += since.num_submitted
+        account.failed += since.num_failed
+        account.filtered += since.num_filtered
+        state.next_row, state.next_group = max(state.next_row, since.next_row), max(state.next_group, since.next_group)
 
     async def run(self, cautions: Sequence[Caution] = ()) -> None:
         """Run to the end; `cautions` are what a reader of the results should know of the recipe.
@@ -115,17 +125,17 @@ class Loop:
         self.source.drop(self.buffer.cancel_all())
 
     async def _train(self) -> None:
+        oldest_held = (await self._backend.trainer.state()).oldest_version
         async with asyncio.TaskGroup() as tasks:
-            rollouts = self._start_rollouts(tasks)
+            rollouts = self._start_rollouts(tasks, oldest_held)
             try:
                 while self.version < self._config.num_updates:
                     await self._update(rollouts)
-                    await self._between_updates(rollouts)
+                    await self._between_updates()
             finally:
-                self._remember_rows(rollouts)
                 rollouts.stop()
 
-    def _start_rollouts(self, tasks: asyncio.TaskGroup) -> Rollouts:
+    def _start_rollouts(self, tasks: asyncio.TaskGroup, oldest_held: PolicyVersion) -> Rollouts:
         config = self._config.rollout
         rollouts = Rollouts(
             agent=self._task.agent,
@@ -140,10 +150,13 @@ class Loop:
             failures=FailureWatch(self._events, "training episodes", config.max_failed_share),
             left_out=FilterWatch(self._events, config.prompts_per_update, config.max_filtered_batches),
             max_running_groups=config.running_limit,
-            first_row=self.state.next_row,
-            restart_rows=self.state.unfinished_rows,
+            journal=self._journal,
+            next_row=self.state.next_row,
+            next_group=self.state.next_group,
         )
+        rollouts.go_on(oldest_held)
         self._admit(rollouts)
+        self._rollouts = rollouts
         return rollouts
 
     def _admit(self, rollouts: Rollouts) -> None:
@@ -158,7 +171,7 @@ class Loop:
         """Make one version, from waiting for a batch to the engine's new weights; whole or not at all."""
         before, timer = await self._counters(), UpdateTimer(self._backend.clock, self._last_ended)
         with timer.part("wait_batch"):
-            groups = await self.buffer.take(self.version)
+            groups = await self.buffer.take(self.version, self._journal.progress.taken.get(self.version, ()))
             rollouts.batch_taken()
         update = asyncio.create_task(self._train_on(groups, rollouts, timer, before))
         try:
@@ -187,8 +200,10 @@ class Loop:
             result = await self._step(scored)
         with timer.part("publish"):
             published = await self._publish()
+            self._compare_with_before(published, rollouts)
             stall_s = await self._sync.give(published)
             self.buffer.confirm_trained()
+            self._journal.progress.forget(group.id for group in groups)
             self.source.drop(batch.trajectory_ids)
             self.buffer.check()
             self._last_update_s = timer.since_part("wait_batch")
@@ -205,10 +220,19 @@ class Loop:
         self._tell_update(result, metrics | self._copies(published, metrics), groups)
         self._audit.conclude(audited, result, version=self.version)
 
+    def _compare_with_before(self, published: PublishedVersion, rollouts: Rollouts) -> None:
+        """Take note of a version; where a run that goes on has made another one than before, its tokens are not of this one."""
+        progress, probe = self._journal.progress, tuple(published.probe_logps.tolist())
+        if progress.probes.get(published.version, probe) != probe:
+            rollouts.begin_again_from(published.version)
+            progress.taken.clear()
+        self._journal.note(Published(version=published.version, probe=probe))
+
     async def _counters(self) -> dict[str, float]:
         return counters(await self._backend.engine.stats(), await self._backend.trainer.state())
 
     def _tell_batch(self, groups: Sequence[TrajectoryGroup], timer: UpdateTimer) -> None:
+        self._journal.note(Taken(version=self.version, groups=tuple(group.id for group in groups)))
         self._events.emit(
             BatchTaken(
                 version=self.version,
@@ -306,7 +330,7 @@ class Loop:
         )
         return published
 
-    async def _between_updates(self, rollouts: Rollouts) -> None:
+    async def _between_updates(self) -> None:
         """Evaluate and begin a checkpoint, where they are due."""
         done = self.version >= self._config.num_updates
         held_out, every = self._config.eval, self._config.eval.every
@@ -316,7 +340,6 @@ class Loop:
             self.state.success = await played
         every = self._config.record.checkpoint_every
         if done or (every and self.version % every == 0):
-            self._remember_rows(rollouts)
             beginning = asyncio.create_task(self.checkpoint())
             try:
                 await asyncio.shield(beginning)
@@ -324,17 +347,17 @@ class Loop:
                 await beginning
                 raise
 
-    def _remember_rows(self, rollouts: Rollouts) -> None:
-        self.state.next_row, self.state.unfinished_rows = rollouts.next_row, rollouts.unfinished_rows
-
     async def checkpoint(self) -> None:
-        """Begin to write a checkpoint of the trainer and of what the loop needs to go on.
+        """Begin to write a checkpoint: the trainer, what the loop needs to go on, and all that is in flight.
 
-        Trajectories in flight are not saved: they count as cancelled, and a resumed run starts their rows anew. Events that
-        are recorded from here on do not count for a run that goes on from this checkpoint.
+        What happens to that from here on is in the journal. A run that goes on does the updates after the checkpoint again, with
+        their batches; events that are recorded from here on do not count for it.
         """
         await self.checkpoints.finish()
-        account = asdict(self.buffer.account)
-        account["cancelled"] += self.buffer.queued + self.buffer.running
-        state = replace(self.state, account=account, num_events=self._recording.log.num_lines)
-        await self.checkpoints.write(self.version, {FILE: state.to_bytes()})
+        if self._rollouts is not None:
+            self.state.next_row, self.state.next_group = self._rollouts.next_row, self._rollouts.next_group
+        number, records = self._journal.begin(self.version)
+        account, num_events = asdict(self.buffer.account), self._recording.log.num_lines
+        state = replace(self.state, account=account, num_events=num_events, journal=number)
+        in_flight = await asyncio.to_thread(to_bytes, records) if self._backend.real_time else to_bytes(records)
+        await self.checkpoints.write(self.version, {FILE: state.to_bytes(), IN_FLIGHT: in_flight})

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.policies import find_variant
 from oldlogits.core.weights import PolicyVersion
@@ -13,22 +18,29 @@ from oldlogits.loop.task import LoopConfig, Task
 from oldlogits.loop.weight_sync import WeightSync
 from oldlogits.record.events import RunStarted
 from oldlogits.record.recording import Recording
+from oldlogits.rollout.journal.journal import Journal
+from oldlogits.rollout.journal.records import SpanScored
 from oldlogits.sources import make_source
 
 
-def make_loop(config: RunConfig, task: Task, backend: Backend, recording: Recording) -> Loop:
+def make_loop(config: RunConfig, task: Task, backend: Backend, recording: Recording, journal: Journal) -> Loop:
     """Build the loop of a recipe."""
-    source = make_source(config.proximal.source, backend.trainer, backend.scorer)
+    source = make_source(config.proximal.source, backend.trainer, backend.scorer, partial(_keep, journal))
     return Loop(
         LoopConfig.of(config),
         task,
         backend,
         source,
-        sync=WeightSync(config.engine, config.sampling, task.probe_ids, backend, source, recording.events),
+        sync=WeightSync(config.engine, config.sampling, task.probe_ids, backend, source, recording.events, journal),
         audit=ExactAudit.of(config, backend.trainer, recording.events, backend.clock),
         calibrator=Calibrator.of(config, backend.trainer, recording.events),
         recording=recording,
+        journal=journal,
     )
+
+
+def _keep(journal: Journal, trajectory_id: str, version: PolicyVersion, values: NDArray[np.float32]) -> None:
+    journal.note(SpanScored(episode=trajectory_id, version=version, values=tuple(values.tolist())))
 
 
 async def run_started(config: RunConfig, backend: Backend, *, version: PolicyVersion, num_kept: int | None) -> RunStarted:

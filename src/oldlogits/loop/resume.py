@@ -29,8 +29,9 @@ class LoopState:
         num_events: Events recorded when it was written; None: the run begins. Those after them are done anew.
         is_evaluated: Whether the evaluation before the first update is done.
         next_row: The first training row that was never started.
-        unfinished_rows: The rows of the groups in flight, which a resumed run starts anew.
-        account: Trajectories by what became of them.
+        next_group: The first number that no group has had.
+        account: Trajectories by what became of them; the others are in flight.
+        journal: The number of the file of the journal that begins there.
         success: The held-out success of the version; None: it was not evaluated.
     """
 
@@ -38,8 +39,9 @@ class LoopState:
     num_events: int | None = None
     is_evaluated: bool = False
     next_row: int = 0
-    unfinished_rows: list[int] = field(default_factory=list)
+    next_group: int = 0
     account: dict[str, int] = field(default_factory=dict)
+    journal: int = 0
     success: float | None = None
 
     def to_bytes(self) -> bytes:
@@ -62,6 +64,14 @@ class LoopState:
                 allowed="what this version of oldlogits writes",
                 fix="resume with the version of oldlogits that wrote it, or from another checkpoint",
             ) from error
+
+    @classmethod
+    def journal_of(cls, checkpoint: Path) -> int:
+        """The number of the file of the journal that begins at a checkpoint; 0, the first, where nobody knows any more."""
+        try:
+            return cls.read(checkpoint).journal
+        except RunFolderError:
+            return 0
 
     @classmethod
     def success_of(cls, checkpoint: Path) -> float | None:

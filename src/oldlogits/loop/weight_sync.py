@@ -20,6 +20,7 @@ from oldlogits.loop.backend import Backend
 from oldlogits.loop.probe import allowed_error, probe
 from oldlogits.record.bus import EventSink
 from oldlogits.record.events import Probed, WeightsUpdated
+from oldlogits.rollout.journal.journal import Journal
 from oldlogits.rollout.turns import sampled_segments
 from oldlogits.train.reports import PublishedVersion
 
@@ -41,10 +42,11 @@ class WeightSync:
         backend: Backend,
         source: LogprobSource,
         events: EventSink,
+        journal: Journal,
     ) -> None:
         check_partials(source, backend.engine)
         self._config, self._sampling, self._probe_ids, self._backend = config, sampling, probe_ids, backend
-        self._source, self._events = source, events
+        self._source, self._events, self._journal = source, events, journal
         self._paused: tuple[float, float] | None = None
 
     async def pause(self) -> tuple[float, float]:
@@ -56,10 +58,11 @@ class WeightSync:
         engine, clock, started = self._backend.engine, self._backend.clock, self._backend.clock()
         await engine.pause("keep", self._config.kv)
         self._paused = clock(), clock() - started
-        if self._source.needs_partials and engine.capabilities.partials:
-            temperature = self._sampling.temperature
-            partials = await engine.partials()
-            await self._source.on_paused({trajectory_of(i): sampled_segments(g, temperature) for i, g in partials.items()})
+        if engine.capabilities.partials and (self._source.needs_partials or self._journal.is_written):
+            temperature, partials = self._sampling.temperature, await engine.partials()
+            running = {trajectory_of(i): sampled_segments(g, temperature) for i, g in partials.items()}
+            self._journal.running(running)
+            await self._source.on_paused(running)
         return self._paused
 
     async def give(self, published: PublishedVersion) -> float:

@@ -39,6 +39,7 @@ class RunFolder:
         self.config, self.summary, self.report = path / "config.toml", path / "summary.json", path / "report.html"
         self.events, self.episodes = path / "events.jsonl", path / "episodes.jsonl"
         self.tokens, self.checkpoints, self.versions = path / "tokens", path / "checkpoints", path / "versions"
+        self.rollouts = path / "rollouts"
 
     @classmethod
     def create(cls, path: Path, *, resume: bool = False) -> Self:

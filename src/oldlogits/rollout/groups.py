@@ -22,7 +22,7 @@ from oldlogits.record.events import GroupAdmitted, GroupClosed, TrajectoryFailed
 from oldlogits.rollout.admission import Admission
 from oldlogits.rollout.buffer import Buffer
 from oldlogits.rollout.journal.journal import Journal
-from oldlogits.rollout.journal.progress import EpisodeProgress, GroupProgress, Progress, group_of
+from oldlogits.rollout.journal.progress import EpisodeProgress, GroupProgress, group_of
 from oldlogits.rollout.journal.records import Admitted, Ended, Failed, LeftOut, Restarted, StateSaved
 from oldlogits.rollout.tasks import TaskDataset
 from oldlogits.rollout.turn_latency import TurnLatency
@@ -51,7 +51,6 @@ class Rollouts(Admission):
         journal: Takes note of all that a run needs to go on with its groups.
         next_row: The first training row that was never started.
         next_group: The first number that no group has had.
-        restart_rows: Rows to start before `next_row`: those of groups that a run which goes on has lost.
     """
 
     def __init__(
@@ -72,7 +71,6 @@ class Rollouts(Admission):
         journal: Journal,
         next_row: int,
         next_group: int,
-        restart_rows: Sequence[int] = (),
     ) -> None:
         super().__init__(buffer, tasks, max_running_groups=max_running_groups)
         self.latency = TurnLatency()
@@ -83,28 +81,24 @@ class Rollouts(Admission):
         self.failures, self._left_out = failures, left_out
         self._journal = journal
         self.next_row, self.next_group = next_row, next_group
-        self._restart_rows = list(restart_rows)
         self._foreign_from: PolicyVersion | None = None
+        self._oldest_held: PolicyVersion = 0
         self._advanced = asyncio.Event()
 
     def start_group(self) -> asyncio.Task[None]:
         """Start the episodes of the next row."""
-        index = self._restart_rows[0] if self._restart_rows else self.next_row
+        index, group_id, size = self.next_row, f"g{self.next_group:06d}", self._group_size
         row = self._rows.train(index)
-        group_id, size = f"g{self.next_group:06d}", self._group_size
         self._buffer.admit(group_id, size=size, version=self.version)
         self._journal.note(Admitted(group=group_id, row=index, version=self.version, size=size))
         self._events.emit(GroupAdmitted(version=self.version, group=group_id))
-        self.next_group += 1
-        if self._restart_rows:
-            self._restart_rows.pop(0)
-        else:
-            self.next_row += 1
+        self.next_row, self.next_group = index + 1, self.next_group + 1
         return self._tasks.create_task(self._play_group(group_id, row))
 
-    def go_on(self, progress: Progress) -> None:
-        """Go on with the groups of a run that was ended."""
-        for id, group in progress.groups.items():
+    def go_on(self, oldest_held: PolicyVersion) -> None:
+        """Go on with what the journal has in flight, where the trainer can score at versions from `oldest_held` on."""
+        self._oldest_held = oldest_held
+        for id, group in self._journal.progress.groups.items():
             asked, failed = group.admitted, [e.failed for e in group.episodes.values() if e.failed is not None]
             num_failed = sum(not failure.again for failure in failed)
             self._buffer.restore(id, size=asked.size, version=asked.version, num_failed=num_failed)
@@ -116,7 +110,7 @@ class Rollouts(Admission):
         self._advance()
 
     def begin_again_from(self, version: PolicyVersion) -> None:
-        """Let episodes begin again that have tokens of this version or a newer one: the run has made another one of that number."""
+        """Let episodes begin again that have tokens from a version on: the run has made another version of that number."""
         self._foreign_from = version
         self._advance()
 
@@ -124,12 +118,6 @@ class Rollouts(Admission):
         """Start groups in the place of those that are trained from here on."""
         self._left_out.batch_taken()
         self.fill()
-
-    @property
-    def unfinished_rows(self) -> list[int]:
-        """The rows of the groups in flight, and those still to restart: what a resumed run starts with."""
-        groups = self._journal.progress.groups
-        return [*(groups[group_id].admitted.row for group_id in self._buffer.group_ids), *self._restart_rows]
 
     def _report(self, trajectory_id: str, segments: Sequence[Segment]) -> None:
         self.latency.grew(trajectory_id, segments)
@@ -167,9 +155,7 @@ class Rollouts(Admission):
         else:
             await self._source.on_arrival(closed.trajectories)
 
-    async def _play_member(
-        self, group_id: str, member: int, row: Row, episodes: Mapping[str, EpisodeProgress]
-    ) -> None:
+    async def _play_member(self, group_id: str, member: int, row: Row, episodes: Mapping[str, EpisodeProgress]) -> None:
         """Play an episode; where it fails, play it again as `g000012.3r1`, `g000012.3r2`, ..."""
         for replay in range(self._max_replays + 1):
             id = f"{group_id}.{member}" + (f"r{replay}" if replay else "")
@@ -210,7 +196,6 @@ class Rollouts(Admission):
         self.latency.ended(id, well=not isinstance(outcome, Failure))
         return outcome
 
-
     async def _take_over(self, id: str, progress: EpisodeProgress) -> Known | None:
         """Wait until the run has made the versions that an episode has tokens of, and go on with it; None: it begins again."""
         newest, reason = max(progress.versions, default=0), ""
@@ -218,7 +203,7 @@ class Rollouts(Admission):
             await self._advanced.wait()
         if self._is_foreign(newest):
             reason = f"the run made another version {newest} when it went on"
-        elif not self._source.restore(id, progress.known, progress.values):
+        elif not self._source.restore(id, progress.known, progress.values, self._oldest_held):
             reason = "its old log-probs cannot be computed any more"
         if not reason:
             num_saved, state = progress.state or (0, "")

@@ -7,7 +7,7 @@ import dataclasses
 import shutil
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -38,6 +38,7 @@ from oldlogits.record.recording import Recording, record_run
 from oldlogits.record.report.page import write_report
 from oldlogits.record.summary import Ended, Summary, summarise_folder
 from oldlogits.record.trackers.feed import TrackerFeed, find_trackers, open_feeds
+from oldlogits.rollout.journal.journal import Journal, read
 from oldlogits.run.chat import chat_cautions, chat_format
 from oldlogits.run.specs import backend_kind, backend_spec, engine_spec, server_options
 from oldlogits.run.start import Start, prepare_model
@@ -163,10 +164,13 @@ async def _run(
     environment_class, rows = load_tasks(config)
     chat = chat_format(config, start.model, environment_class)
     state = LoopState() if checkpoint is None else LoopState.read(checkpoint)
+    progress = None if checkpoint is None else read(checkpoint, folder.rollouts, state.journal)
     seed = sampler_seed(config.seed, state.num_updates)
     probe_ids = chat.prompt_ids("hello")[-PROBE_TOKENS:]  # a fixed prompt: system prompt and tools
     every = {"tokens_every": config.record.tokens_every, "transcripts_every": config.record.transcripts_every}
-    with record_run(folder, view, lambda ids: str(tokenizer.decode(ids)), **every, trackers=feeds) as recording:
+    with ExitStack() as stack:
+        recorded = record_run(folder, view, lambda ids: str(tokenizer.decode(ids)), **every, trackers=feeds)
+        recording = stack.enter_context(recorded)
         if checkpoint is None and start.is_warm:
             cached, steps, loss = not start.steps, start.steps, start.loss
             recording.events.emit(WarmStarted(version=-1, steps=steps, loss=loss, cached=cached, seconds_s=start.seconds_s))
@@ -178,7 +182,7 @@ async def _run(
             agent = make_agent(config.env, backend.engine, chat, backend.run_environment, temperature=temperature)
             hosted = backend.host_environment(environment_class)
             task = Task(environment_class=hosted, rows=rows, agent=agent, probe_ids=probe_ids)
-            loop = make_loop(config, task, backend, recording)
+            loop = make_loop(config, task, backend, recording, stack.enter_context(closing(Journal(folder.rollouts, progress))))
             loop.go_on(state)
             backend.watch(loop.buffer)
             backend.listen(lambda news: recording.events.emit(_event_of(news, loop.version)))

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from oldlogits.core.errors import ExactnessError, MissingLogprobError
 from oldlogits.core.policies import OLD
 from oldlogits.core.scoring import DedicatedScorer, Scored, ScoringHandle
-from oldlogits.core.source import SOURCES, LogprobSource, SourceHandles
+from oldlogits.core.source import SOURCES, Keep, LogprobSource, SourceHandles
 
 
 def make_source(

@@ -66,11 +66,15 @@ class IncrementalSource(LogprobSource):
         self.in_flight.extend(trajectory_id, segments)
 
     def restore(
-        self, trajectory_id: str, segments: Sequence[Segment], values: Mapping[PolicyVersion, Sequence[float]]
+        self,
+        trajectory_id: str,
+        segments: Sequence[Segment],
+        values: Mapping[PolicyVersion, Sequence[float]],
+        oldest_held: PolicyVersion,
     ) -> bool:
-        """Take over a trajectory with its values; without a store, older tokens that have none can never be scored."""
+        """Take over a trajectory with its values; tokens that have none are of versions that are held, or were lost."""
         unscored = self.in_flight.restore(trajectory_id, segments, values)
-        if self.stores_versions or all(version in self._held for version in unscored):
+        if all(version in self._held or (self.stores_versions and version >= oldest_held) for version in unscored):
             return True
         self.in_flight.drop([trajectory_id])
         return False

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oldlogits.core.errors import RunFolderError, writing
+from oldlogits.core.weights import PolicyVersion
 from oldlogits.models.checksums import files_of, sums_of
 from oldlogits.models.load import local
 from oldlogits.models.ranks import ALONE, Ranks
@@ -34,6 +35,10 @@ from oldlogits.models.sharding import as_slice_of
 STATE: Final = "state"
 """The folder of a checkpoint with all that the run needs to go on, besides the model."""
 
+OlderVersions = Mapping[tuple[PolicyVersion, PolicyVersion], bytes]
+"""The patches between stored versions, as `PatchStore.older` gives them."""
+
+_PATCH: Final = re.compile(r"(\d+)-to-(\d+)-(\d{5})-of-(\d{5})\.patch")
 _SHARD: Final = re.compile(r"trainer-(\d{5})-of-(\d{5})\.safetensors")
 _SYSTEM_ERROR: Final = re.compile(r"(.*)\(os error (\d+)\)")
 
@@ -45,7 +50,7 @@ class Snapshot:
     Args:
         folder: The folder of the checkpoint, the same on all ranks.
         state: The rows of tensors that this rank holds, by `host_copy`.
-        parts: The content of other files by their names in the folder; the first rank writes them.
+        parts: The content of other files of this rank by their names in the folder.
         folders: What writes ``model/`` and ``adapter/``; nothing but on the first rank.
     """
 
@@ -63,16 +68,16 @@ class Snapshot:
         """
         folder = self.folder
         with writing(folder):
-            shard = write_state(folder / STATE, self.state, self.ranks)
-            if not self.ranks.is_first:
-                return sums_of(folder, [shard])
+            own = [write_state(folder / STATE, self.state, self.ranks)]
+            for name, content in self.parts.items():
+                (folder / name).write_bytes(content)
+                own.append(folder / name)
             for write in self.folders:
                 with _system_errors():
                     write()
-            for name, content in self.parts.items():
-                (folder / name).write_bytes(content)
-            of_others = {path for path in shard.parent.iterdir() if _SHARD.fullmatch(path.name)} - {shard}
-            return sums_of(folder, [path for path in files_of(folder) if path not in of_others])
+            if self.ranks.is_first:
+                own += [path for path in files_of(folder) if path.parent != folder / STATE]
+            return sums_of(folder, own)
 
 
 class Saving:
@@ -92,6 +97,22 @@ class Saving:
             self._sums.set_result(snapshot.write())
         except Exception as error:  # supervision: whoever asks for the outcome hears of it
             self._sums.set_exception(error)
+
+
+def older_files(older: OlderVersions, ranks: Ranks) -> dict[str, bytes]:
+    """Name the patches between stored versions as files of a checkpoint, each rank its own."""
+    of_rank = f"{ranks.rank:05d}-of-{ranks.num_ranks:05d}"
+    return {f"{STATE}/{base}-to-{target}-{of_rank}.patch": content for (base, target), content in older.items()}
+
+
+def read_older(folder: Path, ranks: Ranks) -> OlderVersions:
+    """Read what `older_files` named; nothing where another number of ranks has written it, since they hold other rows."""
+    named = {path: _PATCH.fullmatch(path.name) for path in (folder / STATE).iterdir()}
+    return {
+        (int(found[1]), int(found[2])): path.read_bytes()
+        for path, found in named.items()
+        if found and (int(found[3]), int(found[4])) == (ranks.rank, ranks.num_ranks)
+    }
 
 
 def host_copy(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:

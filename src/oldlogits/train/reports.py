@@ -85,6 +85,7 @@ class TrainerState:
         num_trained: Those of them that are trained: all, or the adapters'.
         work: What scoring has cost.
         busy_s: Seconds that calls have taken.
+        oldest_version: The oldest version that it can score at.
     """
 
     version: PolicyVersion
@@ -93,3 +94,4 @@ class TrainerState:
     num_trained: int
     work: ScoringWork
     busy_s: float
+    oldest_version: PolicyVersion = 0

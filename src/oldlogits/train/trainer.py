@@ -32,10 +32,13 @@ from oldlogits.rpc.client import Dispatcher
 from oldlogits.train.calls import TrainerCalls
 from oldlogits.train.checkpoint import (
     STATE,
+    OlderVersions,
     Saving,
     Snapshot,
     host_copy,
     of_kind,
+    older_files,
+    read_older,
     read_state,
     save_tensors,
     sliced,
@@ -75,6 +78,7 @@ class Trainer:
         self.optimizer = Optimizer(live.model, spec)
         self._scored: Scored | None = None
         self._saving: Saving | None = None
+        self._older: OlderVersions = {}  # of a checkpoint that was restored, until its version is published
         self.busy_s = 0.0
         """Seconds that calls have taken; counted by what carries them out."""
 
@@ -92,6 +96,9 @@ class Trainer:
         """Store the live weights as the current version, and note what they give the probe tokens."""
         started = time.perf_counter()
         stored, patches = self.store.publish(self.version, self.live.weights) if self.store is not None else (None, None)
+        if self.store is not None:
+            self.store.take_over(self._older)
+            self._older = {}
         store_s = time.perf_counter() - started
         probe_logps, engine_probe_logps = self.scorer.score_published()
         if self._averaging is not None:
@@ -179,7 +186,8 @@ class Trainer:
             if m.lora_rank:
                 write = partial(write_adapters, rank=m.lora_rank, alpha=m.lora_alpha, targets=m.lora_targets, base=m.path)
                 folders += [partial(write, folder / "adapter", at_rest(adapters))]
-        parts = {**parts, TRAINER_FILE: json.dumps(counters, indent=1).encode()}
+        parts = {**parts, TRAINER_FILE: json.dumps(counters, indent=1).encode()} if live.ranks.is_first else {}
+        parts |= older_files(self.store.store.older() if self.store is not None else {}, live.ranks)
         self._saving = Saving(Snapshot(folder=folder, ranks=live.ranks, state=state, parts=parts, folders=folders))
 
     def end_checkpoint(self, wait: bool) -> bool:
@@ -220,7 +228,7 @@ class Trainer:
                 )
         counters = json.loads(counters_file.read_text())
         with live.ranks.agreeing():
-            state = read_state(folder / STATE, live.model)
+            state, self._older = read_state(folder / STATE, live.model), read_older(folder, live.ranks)
         torch.set_rng_state(state["rng"])
         parameters = dict(live.model.named_parameters())
         for name, master in of_kind("master", state).items():
@@ -247,6 +255,9 @@ class Trainer:
             num_trained=self.live.num_trained,
             work=self.scorer.work,
             busy_s=self.busy_s,
+            oldest_version=self.store.store.versions[0]
+            if self.store is not None and self.store.store.versions
+            else self.version,
         )
 
 

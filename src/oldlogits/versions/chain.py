@@ -93,6 +93,28 @@ class Chain:
             apply(self.flat, [patch], -1)
         return not patch.num_changed
 
+    def precede(self, patches: Mapping[tuple[PolicyVersion, PolicyVersion], Patch]) -> None:
+        """Put patches that lead to the first version before all links; a `PatchError` if they lead to other bits."""
+        first = self.versions[0]
+        reached, digest = first, self.digests[first]
+        links = [Link(base=base, target=target, raw=patch) for (base, target), patch in patches.items()]
+        for link in reversed(links):
+            assert link.raw is not None, "it was just read"
+            if link.target != reached or link.raw.target != digest:
+                raise PatchError(
+                    f"the patch from version {link.base} to {link.target} does not lead to version {reached}",
+                    got=f"digest {link.raw.target:016x}",
+                    allowed=f"digest {digest:016x}",
+                    fix="resume from another checkpoint",
+                )
+            reached, digest = link.base, link.raw.base
+        before = {link.base: link.raw.base for link in links if link.raw is not None}
+        self.links, self.digests = links + self.links, before | self.digests
+
+    def written(self, link: Link) -> bytes:
+        """A link's patch as bytes of the tier that it is in."""
+        return bytes(link.raw.to_bytes("memory") if link.raw is not None else self.serialised(link))
+
     def drop_below(self, oldest: PolicyVersion) -> None:
         """Drop the versions below `oldest`, and the links from them."""
         self.links = [link for link in self.links if link.target > oldest]

@@ -213,6 +213,23 @@ class PatchStore:
                 return None
             return [self._held().patch(link) for link in self._held().between(base, target)]
 
+    def older(self) -> dict[tuple[PolicyVersion, PolicyVersion], bytes]:
+        """Give the patch from each version to the next, as bytes: with the newest version they give all others, see `take_over`."""
+        with self._lock:
+            links = self._chain.links if self._chain is not None else []
+            return {(link.base, link.target): self._held().written(link) for link in links}
+
+    def take_over(self, older: Mapping[tuple[PolicyVersion, PolicyVersion], bytes]) -> None:
+        """Hold the versions that patches of `older` lead from, to the one that was published first.
+
+        Raises:
+            PatchError: They do not lead to its bits, one after the other. The store is as it was before.
+        """
+        with self._lock:
+            chain = self._held()
+            read = {ends: Patch.from_bytes(content, layout=chain.flat.layout) for ends, content in sorted(older.items())}
+            chain.precede(read)
+
     def rewind(self, version: PolicyVersion) -> None:
         """Forget all versions above one, which becomes the newest: a run goes on from an older checkpoint.
 

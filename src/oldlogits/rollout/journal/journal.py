@@ -1,40 +1,29 @@
 """Writes the journal, and reads it back.
 
-    Rollouts, source, loop --records--> queue --> writer thread --> rollouts/000007.log
+    Rollouts, source, loop --records--> queue --> writer thread --> rollouts/000007.jsonl
 
-    rollouts/000007.base    all groups in flight at a checkpoint, which knows the number
-    rollouts/000007.log     what happened after it, until the next base
-    resume                  the base of the checkpoint, and all logs from its number on, in order; further records go to the last
+    checkpoint    all groups in flight, and the number of the file that begins there
+    resume        those, and all files from that number on, in their order; what comes is appended to the last
 
-Before the first base nothing is written: there is no checkpoint from which a run could go on. Nothing here is waited for, but
-a base.
+Before the first checkpoint nothing is written: there is none from which a run could go on. Nobody waits for the disk here.
 """
 
 from __future__ import annotations
 
-import asyncio
-import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
 from oldlogits.core.errors import RunFolderError, writing
-from oldlogits.core.trajectory import Segment
-from oldlogits.rollout.journal.progress import Progress, group_of
-from oldlogits.rollout.journal.records import Grew, Record, decode, encode
+from oldlogits.core.trajectory import Sampled, Segment
+from oldlogits.core.weights import PolicyVersion
+from oldlogits.rollout.journal.progress import Progress
+from oldlogits.rollout.journal.records import Grew, Record, Running, decode, encode
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Base:
-    """What a log begins after; None: it is there, and is gone on with."""
-
-    number: int
-    records: Sequence[Record] | None
-    is_there: Future[None] = field(default_factory=Future)
+FILE: Final = "state/rollouts.jsonl"
+"""Where the groups in flight lie in a checkpoint."""
 
 
 class Journal:
@@ -50,12 +39,12 @@ class Journal:
 
     def __init__(self, folder: Path, progress: Progress | None = None) -> None:
         self._folder, self.progress = folder, progress or Progress()
-        self._number = max(_logs(folder), default=0)
-        self._queue: SimpleQueue[Record | _Base | None] = SimpleQueue()
-        self._failure: BaseException | None = None
-        self._is_written = progress is not None
-        if self._is_written:
-            self._queue.put(_Base(number=self._number, records=None))
+        self._number = max(_files(folder), default=0)
+        self._queue: SimpleQueue[Record | Path | None] = SimpleQueue()
+        self._failure: Exception | None = None
+        self.is_written = progress is not None
+        if self.is_written:
+            self._queue.put(_file(folder, self._number))
         self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
         self._thread.start()
 
@@ -63,34 +52,30 @@ class Journal:
         """Take note of something."""
         if self._failure is not None:
             raise self._failure
-        self.progress.apply(record)
-        if self._is_written:
+        if self.progress.apply(record) and self.is_written:
             self._queue.put(record)
 
     def grew(self, episode: str, segments: Sequence[Segment]) -> None:
-        """Take note of all segments that an episode of a group in flight has now."""
-        group = self.progress.groups.get(group_of(episode))
-        if group is not None:
-            known = group.episodes[episode].segments if episode in group.episodes else []
-            self.note(Grew(episode=episode, segments=tuple(segments[len(known) :])))
+        """Take note of all segments that an episode has now."""
+        num_known = self.progress.num_segments(episode)
+        if num_known < len(segments):
+            self.note(Grew(episode=episode, segments=tuple(segments[num_known:])))
 
-    def trained(self, groups: Iterable[str]) -> None:
-        """Forget groups: the next checkpoint holds what they taught."""
-        for group in groups:
-            self.progress.groups.pop(group, None)
+    def running(self, turns: Mapping[str, Sequence[Sampled]]) -> None:
+        """Take note of what the running turn of each episode has sampled."""
+        for episode, sampled in turns.items():
+            self.note(Running(episode=episode, sampled=tuple(sampled)))
 
-    async def begin(self) -> int:
-        """Write what is in flight, for a checkpoint; returns the number by which `read` finds it, once it is on the disk."""
-        self.progress, self._number, self._is_written = Progress(groups=self.progress.groups), self._number + 1, True
-        base = _Base(number=self._number, records=list(self.progress.records()))
-        self._queue.put(base)
-        await asyncio.wrap_future(base.is_there)
-        return self._number
+    def begin(self, version: PolicyVersion) -> tuple[int, list[Record]]:
+        """Begin a file for a checkpoint of `version`; returns its number, and what the checkpoint is to hold."""
+        self.progress, self._number, self.is_written = self.progress.at(version), self._number + 1, True
+        self._queue.put(_file(self._folder, self._number))
+        return self._number, list(self.progress.records())
 
     def forget(self, number: int) -> None:
-        """Remove what is older than a base: no checkpoint needs it any more."""
-        for path in self._folder.glob("*.*"):
-            if path.stem.isdecimal() and int(path.stem) < number:
+        """Remove the files before a number: no checkpoint needs them any more."""
+        for at, path in _files(self._folder).items():
+            if at < number:
                 path.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -100,97 +85,76 @@ class Journal:
 
     def _write(self) -> None:
         """The writer thread. What it has written is the system's, and outlives a kill of this process."""
-        log: BinaryIO | None = None
+        file: BinaryIO | None = None
         try:
-            while (item := self._queue.get()) is not None:
-                if isinstance(item, _Base):
-                    if log is not None:
-                        log.close()
-                    log = self._open(item)
-                elif log is not None:
-                    with writing(self._folder):
-                        log.write(encode(item))
+            with writing(self._folder):
+                while (item := self._queue.get()) is not None:
+                    if isinstance(item, Path):
+                        if file is not None:
+                            file.close()
+                        item.parent.mkdir(exist_ok=True)
+                        file = item.open("ab")
+                    elif file is not None:
+                        file.write(encode(item))
                         if self._queue.empty():
-                            log.flush()
+                            file.flush()
         except Exception as error:  # supervision: whoever calls next hears of it
             self._failure = error
         finally:
-            if log is not None:
-                log.close()
-
-    def _open(self, base: _Base) -> BinaryIO:
-        try:
-            with writing(self._folder):
-                self._folder.mkdir(exist_ok=True)
-                if base.records is not None:
-                    partial = self._folder / "partial"
-                    with partial.open("wb") as file:
-                        file.writelines(map(encode, base.records))
-                        file.flush()
-                        os.fsync(file.fileno())
-                    partial.replace(_base(self._folder, base.number))
-                log = _log(self._folder, base.number).open("ab")
-        except Exception as error:  # supervision: `begin` waits for it
-            base.is_there.set_exception(error)
-            raise
-        base.is_there.set_result(None)
-        return log
+            if file is not None:
+                file.close()
 
 
-def read(folder: Path, number: int) -> Progress:
-    """Read how far groups had come when a run ended that goes on from the checkpoint of a base.
+def to_bytes(records: Iterable[Record]) -> bytes:
+    """Write records as the content of a file."""
+    return b"".join(map(encode, records))
 
-    The incomplete last line of a log, which a kill leaves, is cut off.
+
+def read(checkpoint: Path, folder: Path, number: int) -> Progress:
+    """Read how far groups had come when a run ended that goes on from a checkpoint.
+
+    The incomplete last line of a file, which a kill leaves, is cut off.
+
+    Args:
+        checkpoint: The checkpoint.
+        folder: The folder of the journal.
+        number: That of the first file that counts.
 
     Raises:
         RunFolderError: A file is missing, or a line is not what was written.
     """
     progress = Progress()
-    for record in _records(_base(folder, number)):
+    for record in _records(checkpoint / FILE):
         progress.apply(record)
-    progress = Progress(groups=progress.groups)
-    for log in (path for at, path in sorted(_logs(folder).items()) if at >= number):
-        _cut(log)
-        for record in _records(log):
+    progress = Progress(groups=progress.groups, taken=progress.taken, probes=progress.probes)
+    for path in (path for at, path in sorted(_files(folder).items()) if at >= number):
+        with writing(path), path.open("r+b") as file:
+            content = file.read()
+            file.truncate(content.rfind(b"\n") + 1)
+        for record in _records(path):
             progress.apply(record)
     return progress
 
 
 def _records(path: Path) -> Iterator[Record]:
+    fix = f"restore it from a copy; or remove {path}, and the run goes on without what it had in flight"
     try:
         with path.open("rb") as file:
             for index, line in enumerate(file, start=1):
                 try:
                     yield decode(line)
                 except ValueError as error:
-                    raise RunFolderError(
-                        f"line {index} of {path} is damaged",
-                        got=str(error),
-                        allowed="the bytes that were written",
-                        fix=f"restore it from a copy; or remove {path.parent}, and what was in flight begins again",
-                    ) from error
+                    got = str(error).splitlines()[0]
+                    allowed = "the bytes that were written"
+                    raise RunFolderError(f"line {index} of {path} is damaged", got=got, allowed=allowed, fix=fix) from error
     except OSError as error:
-        raise RunFolderError(
-            f"{path} cannot be read",
-            got=error.strerror or str(error),
-            allowed="the file that the checkpoint was written with",
-            fix=f"restore it from a copy; or remove {path.parent}, and what was in flight begins again",
-        ) from error
+        got, allowed = error.strerror or str(error), "the file of groups in flight"
+        raise RunFolderError(f"{path} cannot be read", got=got, allowed=allowed, fix=fix) from error
 
 
-def _cut(path: Path) -> None:
-    with path.open("r+b") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.jsonl"
 
 
-def _base(folder: Path, number: int) -> Path:
-    return folder / f"{number:06d}.base"
-
-
-def _log(folder: Path, number: int) -> Path:
-    return folder / f"{number:06d}.log"
-
-
-def _logs(folder: Path) -> dict[int, Path]:
-    return {int(path.stem): path for path in folder.glob("*.log") if path.stem.isdecimal()}
+def _files(folder: Path) -> dict[int, Path]:
+    return {int(path.stem): path for path in folder.glob("*.jsonl") if path.stem.isdecimal()}

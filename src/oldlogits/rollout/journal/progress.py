@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from oldlogits.core.trajectory import Sampled, Segment, Trajectory
@@ -96,6 +96,8 @@ class Progress:
         num_submitted: Episodes that were started, those that are played again included.
         num_failed: Episodes that failed.
         num_filtered: Episodes that ended well in groups that are not trained.
+        next_row: The first training row that was not started.
+        next_group: The first number that no group has.
     """
 
     groups: dict[str, GroupProgress] = field(default_factory=dict)
@@ -104,39 +106,64 @@ class Progress:
     num_submitted: int = 0
     num_failed: int = 0
     num_filtered: int = 0
+    next_row: int = 0
+    next_group: int = 0
 
-    def apply(self, record: Record) -> None:
-        """Take note of a record; those of groups that are not in flight say nothing."""
+    def apply(self, record: Record) -> bool:
+        """Take note of a record; False: it is of a group that is not in flight, such as an evaluation, and says nothing."""
         match record:
             case Admitted():
                 self.groups[record.group] = GroupProgress(admitted=record)
                 self.num_submitted += record.size
+                self.next_row, self.next_group = (
+                    max(self.next_row, record.row + 1),
+                    max(self.next_group, number_of(record.group) + 1),
+                )
             case LeftOut():
-                if self.groups.pop(record.group, None) is not None:
-                    self.num_filtered += record.num
+                if self.groups.pop(record.group, None) is None:
+                    return False
+                self.num_filtered += record.num
             case Taken():
                 self.taken[record.version] = record.groups
             case Published():
                 self.probes[record.version] = record.probe
             case _:
-                self._apply_to_episode(record)
+                return self._apply_to_episode(record)
+        return True
 
     def records(self) -> Iterator[Record]:
-        """All groups in flight as records."""
+        """All groups in flight as records, and what is known of versions that are made again."""
         for group in self.groups.values():
             yield group.admitted
             for id, episode in group.episodes.items():
                 yield from episode.records(id)
+        yield from (Taken(version=version, groups=groups) for version, groups in self.taken.items())
+        yield from (Published(version=version, probe=probe) for version, probe in self.probes.items())
 
-    def _apply_to_episode(
-        self, record: Grew | Running | StateSaved | SpanScored | Ended | Failed | Restarted
-    ) -> None:
+    def at(self, version: PolicyVersion) -> Progress:
+        """How far all are at a checkpoint of this version: what happened before it is no longer counted."""
+        taken = {at: groups for at, groups in self.taken.items() if at >= version}
+        probes = {at: probe for at, probe in self.probes.items() if at > version}
+        return Progress(groups=self.groups, taken=taken, probes=probes)
+
+    def num_segments(self, episode: str) -> int:
+        """The segments of an episode that are known."""
+        group = self.groups.get(group_of(episode))
+        known = group.episodes.get(episode) if group is not None else None
+        return len(known.segments) if known is not None else 0
+
+    def forget(self, groups: Iterable[str]) -> None:
+        """Forget groups that were trained: the next checkpoint holds what they taught."""
+        for group in groups:
+            self.groups.pop(group, None)
+
+    def _apply_to_episode(self, record: Grew | Running | StateSaved | SpanScored | Ended | Failed | Restarted) -> bool:
         group = self.groups.get(group_of(record.episode))
         if group is None:
-            return
+            return False
         if isinstance(record, Restarted):
             group.episodes.pop(record.episode, None)
-            return
+            return True
         episode = group.episodes.setdefault(record.episode, EpisodeProgress())
         match record:
             case Grew():
@@ -154,8 +181,14 @@ class Progress:
                 episode.failed = record
                 self.num_failed += 1
                 self.num_submitted += record.again
+        return True
 
 
 def group_of(episode: str) -> str:
     """The group of an episode, such as ``g000012`` of ``g000012.3``."""
     return episode.rpartition(".")[0]
+
+
+def number_of(group: str) -> int:
+    """The number of a group, such as 12 of ``g000012``."""
+    return int(group[1:])

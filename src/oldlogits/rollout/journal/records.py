@@ -105,9 +105,7 @@ class Published:
     probe: tuple[float, ...]
 
 
-Record = (
-    Admitted | Grew | Running | StateSaved | SpanScored | Ended | Failed | Restarted | LeftOut | Taken | Published
-)
+Record = Admitted | Grew | Running | StateSaved | SpanScored | Ended | Failed | Restarted | LeftOut | Taken | Published
 
 _KINDS: Final = {
     kind.__name__: TypeAdapter(kind)

@@ -62,6 +62,14 @@ class TrainerVersionStore:
                 return publication, PatchWeights(base=before, patches=self._joined(found))
         return publication, None
 
+    def take_over(self, older: Mapping[tuple[PolicyVersion, PolicyVersion], bytes]) -> None:
+        """Hold older versions, which a checkpoint of the version just published was written with; all ranks call it.
+
+        A `PatchError` says that they are not of that version.
+        """
+        with self._ranks.agreeing():
+            self.store.take_over(older)
+
     def _joined(self, patches: Sequence[Patch]) -> tuple[bytes, ...]:
         """Join the patches of the whole weights, serialised; nothing but on the first rank."""
         own = tuple(patch.to_bytes("memory") for patch in patches)
