@@ -175,7 +175,7 @@ class Trainer:
             tensors |= {f"averaging|{key}": value for key, value in self._averaging.state().items()}
             tensors |= sliced("averaged", self._averaging.average.weights, live.model)
         state = host_copy(tensors, live.ranks)
-        logps = checks.published.get(live.version, np.empty(0)).tolist()
+        logps = {version: probe_logps.tolist() for version, probe_logps in checks.published.items()}
         counters = {"version": live.version, "schedule_steps": self.optimizer.num_steps, "probe_logps": logps}
         counters |= asdict(checks.errors) | {"device": live.ranks.device.type}
         folders: list[Callable[[], None]] = []
@@ -236,11 +236,12 @@ class Trainer:
         self.optimizer.load(state, counters.pop("schedule_steps"))
         live.version = counters.pop("version")
         same_device = counters.pop("device", live.ranks.device.type) == live.ranks.device.type
-        published = np.array(counters.pop("probe_logps"), np.float32)
+        probe_logps = counters.pop("probe_logps")
+        checks.published = {int(version): np.array(logps, np.float32) for version, logps in probe_logps.items()}
         point_at(live.scoring, live.weights)
-        if len(published):  # empty: the version was never published
+        if live.version in checks.published:  # else it was never published
             tolerance = CONSISTENCY_TOLERANCE if same_device else OTHER_DEVICE_TOLERANCE
-            checks.check(live.scoring, f"the restored version {live.version}", published, tolerance)
+            checks.check(live.scoring, f"the restored version {live.version}", checks.published[live.version], tolerance)
         checks.errors = ConsistencyErrors(**counters)
         if self._averaging is not None:
             weights = {name: local(weight) for name, weight in of_kind("averaged", state).items()}

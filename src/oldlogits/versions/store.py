@@ -214,7 +214,7 @@ class PatchStore:
             return [self._held().patch(link) for link in self._held().between(base, target)]
 
     def older(self) -> dict[tuple[PolicyVersion, PolicyVersion], bytes]:
-        """Give the patch from each version to the next, as bytes: with the newest version they give all others, see `take_over`."""
+        """Give the patch from each version to the next, as bytes: with the newest version they give all; see `take_over`."""
         with self._lock:
             links = self._chain.links if self._chain is not None else []
             return {(link.base, link.target): self._held().written(link) for link in links}

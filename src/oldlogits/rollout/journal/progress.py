@@ -115,10 +115,8 @@ class Progress:
             case Admitted():
                 self.groups[record.group] = GroupProgress(admitted=record)
                 self.num_submitted += record.size
-                self.next_row, self.next_group = (
-                    max(self.next_row, record.row + 1),
-                    max(self.next_group, number_of(record.group) + 1),
-                )
+                self.next_row = max(self.next_row, record.row + 1)
+                self.next_group = max(self.next_group, number_of(record.group) + 1)
             case LeftOut():
                 if self.groups.pop(record.group, None) is None:
                     return False

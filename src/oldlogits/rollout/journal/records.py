@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Final
+from typing import Final, cast
 
 from pydantic import TypeAdapter
 
@@ -127,8 +127,7 @@ def decode(line: bytes) -> Record:
     kind, _, content = text.partition(b" ")
     if kind.decode() not in _KINDS:
         raise ValueError(f"no such record: {kind.decode()}")
-    record: Record = _KINDS[kind.decode()].validate_json(content)
-    return record
+    return cast(Record, _KINDS[kind.decode()].validate_json(content))
 
 
 def _fields(value: object) -> object:
