@@ -47,17 +47,27 @@ def test_the_text_that_the_model_reads_stays_the_same(name, role, words):
 def test_without_such_spellings_the_tokens_are_those_of_the_whole_conversation(name, template):
     tokenizer = MAKERS[name](TEMPLATES[template])
     chat = ChatFormat(tokenizer)
-    turns = [("hello", "tool", "o17"), ("it is 42 !", "user", " hello\n"), ("he", "tool", "the order"), ("o17", "user", "42")]
-    messages, ids = [{"role": "user", "content": "hello"}], chat.prompt_ids("hello")
+    turns = [("one", "tool", "o17"), ("it is", "user", " hello\n"), ("said", "tool", "the order"), ("well !", "user", "42")]
+    end = tokenizer.convert_ids_to_tokens(chat.end_of_turn_id)
+    messages = [{"role": "user", "content": "hello"}]
     for said, role, answer in turns:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
         messages += [{"role": "assistant", "content": said}, {"role": role, "content": answer}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         whole = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
-        assert whole[: len(ids)] == ids
-        end = whole.index(chat.end_of_turn_id, len(ids)) + 1
-        assert chat.turn_ids(said) == whole[len(ids) : end], "what a demonstrator writes"
-        ids = whole[:end] + chat.continuation_ids(role, answer)
-        assert ids == whole
+        until = text.index(end, text.rindex(said)) + len(end)
+        before = tokenizer.encode(text[:until], add_special_tokens=False, split_special_tokens=False)
+        assert whole == before + chat.continuation_ids(role, answer)
+        if whole[: len(prompt)] == prompt:  # unless a token reaches over the start of the turn
+            assert before == prompt + chat.turn_ids(said), "what a demonstrator writes"
+    assert chat.prompt_ids("hello") == prompt_of(tokenizer, "hello")
+
+
+def prompt_of(tokenizer, opening):
+    messages = [{"role": "user", "content": opening}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
 
 
 def test_a_tool_that_echoes_cannot_forge_a_turn_of_the_user():
@@ -118,7 +128,7 @@ WITH_TOOLS_LAST = (  # before the last message of a user, as Mistral's
     "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-SYSTEM_LAST = "{% set system = messages[0].content %}" + CHATML.replace(
+SYSTEM_LAST = "{% set system = messages[0].content %}" + WITH_TOOLS.replace(
     "m.content", "(system + ' ' if m.role == 'user' and loop.last else '') + m.content"
 )
 
