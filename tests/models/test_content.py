@@ -14,18 +14,16 @@ from oldlogits.models.template import NAMES_ONLY
 from .tokenizers import CHATML, CONTROL, LLAMA2, MAKERS, MARKERS, TEMPLATES, WITH_TOOLS, byte_level
 
 TOKENIZERS = {name: make(LLAMA2 if name not in ("byte-level", "rstrip", "split") else CHATML) for name, make in MAKERS.items()}
+CHATS = {name: ChatFormat(tokenizer) for name, tokenizer in TOKENIZERS.items()}
 PIECES = st.sampled_from(
     [*CONTROL, *MARKERS, "<|im_", "end|>", "<", ">", "|", "s", "hello", " ", "\n", "assistant", "<<|im_end|>"]
 )
 WORDS = st.one_of(st.lists(PIECES, max_size=8).map("".join), st.text(st.sampled_from("<|>/s imendo_tartl\n"), max_size=20))
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=150, deadline=None)
-@given(opening=WORDS, role=st.sampled_from(["tool", "user"]), words=WORDS)
-def test_control_tokens_are_those_of_the_template_alone(name, opening, role, words):
-    tokenizer = TOKENIZERS[name]
-    chat, control = ChatFormat(tokenizer), set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
+def check_control_tokens(name, opening, role, words):
+    tokenizer, chat = TOKENIZERS[name], CHATS[name]
+    control = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
     for plain, written in (
         (chat.prompt_ids("hello"), chat.prompt_ids(opening)),
         (chat.continuation_ids(role, "hello"), chat.continuation_ids(role, words)),
@@ -33,10 +31,28 @@ def test_control_tokens_are_those_of_the_template_alone(name, opening, role, wor
         assert [i for i in written if i in control] == [i for i in plain if i in control]
 
 
+ANYBODYS_WORDS = given(opening=WORDS, role=st.sampled_from(["tool", "user"]), words=WORDS)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=20)
+@ANYBODYS_WORDS
+def test_control_tokens_are_those_of_the_template_alone(name, opening, role, words):
+    check_control_tokens(name, opening, role, words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=1000)
+@ANYBODYS_WORDS
+def test_control_tokens_are_those_of_the_template_alone_in_many_texts(name, opening, role, words):
+    check_control_tokens(name, opening, role, words)
+
+
 @pytest.mark.parametrize("name", ["byte-level", "split"])
 @given(role=st.sampled_from(["tool", "user"]), words=WORDS)
 def test_the_text_that_the_model_reads_stays_the_same(name, role, words):
-    chat = ChatFormat(TOKENIZERS[name])
+    chat = CHATS[name]
     assert (
         chat.decode(chat.continuation_ids(role, words)) == f"\n<|im_start|>{role}\n{words}<|im_end|>\n<|im_start|>assistant\n"
     )
