@@ -127,10 +127,10 @@ def check_agents_words(name, parser, turns):
     played = play(chat, parser, turns)
     assert isinstance(played, Trajectory), played
     assert played.stop_reason in ("done", "max_turns")
-    scaffold = {chat.end_of_turn_id, *chat._control("user"), *chat._control("tool")}
+    allowed = [chat._between(role)[1] for role in ("user", "tool")]
+    scaffold = {chat.end_of_turn_id, *allowed[0], *allowed[1]}
     for segment in played.segments[1:]:
         if isinstance(segment, Context):
-            allowed = (chat._control("user"), chat._control("tool"))
             assert [i for i in segment.token_ids if i in scaffold] in allowed, "no turn is forged"
     return played
 
