@@ -18,7 +18,7 @@ from oldlogits.models.template import SENTINEL, ChatTokenizer, Role, Template
 
 _NUM_CACHED: Final = 4096
 """Continuations that are kept: tool results repeat, and rendering a template costs more than an environment step."""
-_LARGEST_CACHED: Final = 4096
+_LARGEST_CACHED: Final = 512
 """Characters of the longest words whose continuation is kept."""
 
 
