@@ -51,7 +51,7 @@ class Echo:
 TOKENIZERS = {"byte-level": byte_level(WITH_TOOLS), "metaspace": metaspace("first", WITH_TOOLS)}
 CHATS = {name: ChatFormat(tokenizer, tool_schemas(Echo), "be kind") for name, tokenizer in TOKENIZERS.items()}
 NUM_TURNS = 4
-NUM_RECORDED = 500
+NUM_RECORDED = 100
 
 SCRAPS = st.sampled_from(
     [
@@ -166,6 +166,7 @@ def test_whatever_an_agent_samples_is_answered_or_ends_the_episode(name, parser,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @PARSERS_AND_TOKENIZERS
 def test_whatever_an_agent_samples_is_answered_and_recorded_in_100_000_turns(name, parser, tmp_path):
     played = []
@@ -174,7 +175,7 @@ def test_whatever_an_agent_samples_is_answered_and_recorded_in_100_000_turns(nam
     @given(turns=TURNS)
     def check(turns):
         outcome = check_agents_words(name, parser, turns)
-        if len(played) < NUM_RECORDED:
+        if len(played) < NUM_RECORDED and sum(len(s.token_ids) for s in outcome.segments) < 1000:
             played.append(outcome)
 
     check()
