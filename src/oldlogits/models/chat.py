@@ -8,7 +8,7 @@ template(messages)                                            -> the text; where
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from typing import Final
 
 from oldlogits.core.environment import AS_IT_IS, ChatOptions
@@ -49,8 +49,9 @@ class ChatFormat:
         self._tokenizer, self._encoder, self._system = tokenizer, ContentEncoder(tokenizer), system_prompt
         self.most_bytes: Final = most_bytes(tokenizer)
         self._template = Template(tokenizer, tools, options)
-        after = self._template.after_turn()
-        self._gap: Final = after[: len(after) - len(after.lstrip(" "))]
+        lead, after = self._template.around_turn()
+        self._around: Final = (" " if lead == " " else "", after[: len(after) - len(after.lstrip(" "))])
+        """Spaces that the template writes before and after the content of an assistant turn."""
         ids = self._encoder.encode(after.lstrip(" "))
         if not self._encoder.control_ids(ids[:1]):
             raise ConfigError(
@@ -67,10 +68,11 @@ class ChatFormat:
         self._end_of_turn: Final = self._decode([ids[0]])
         self._template.check(bool(system_prompt))
         self._check_system = cache(partial(self._template.check, True))
-        self._bare = cache(partial(self._after, content=SENTINEL))
+        self._between = cache(self._bare)
         self._kept = lru_cache(maxsize=_NUM_CACHED)(self._continue)
-        self._head: Final = self._encoder.from_last_control(self._end_of_turn + self._bare("user"))
-        self._turns: Final = ContentEncoder(tokenizer, {*self.stop_ids, *self._control("user")})
+        bare, control = self._between("user")
+        self._head: Final = self._encoder.from_last_control(self._end_of_turn + bare)
+        self._turns: Final = ContentEncoder(tokenizer, {*self.stop_ids, *control})
 
     def prompt_ids(self, opening: str, system: str | None = None) -> list[int]:
         """Give the tokens up to the start of the first assistant turn.
@@ -113,8 +115,8 @@ class ChatFormat:
 
         It may hold control tokens of its own, such as the marks of a call, but none with which a turn begins or ends.
         """
-        said = text + self._gap
-        words = [(0, len(text))]
+        lead, gap = self._around
+        words, said = [(len(lead), len(lead) + len(text))], f"{lead}{text}{gap}"
         return [
             *self._turns.encode_around(said, words, control_ids=(), anchor=self._head, is_start=False),
             self.end_of_turn_id,
@@ -125,17 +127,18 @@ class ChatFormat:
         return self._template.call_text(name, arguments).partition(self._end_of_turn)[0]
 
     def _continue(self, role: Role, content: str) -> tuple[int, ...]:
-        text = self._after(role, content)
-        words, control, anchor = [_words(self._bare(role), text)], self._control(role), self._end_of_turn
+        text, (bare, control), anchor = self._after(role, content), self._between(role), self._end_of_turn
+        words = [_words(bare, text)]
         return tuple(self._encoder.encode_around(text, words, control_ids=control, anchor=anchor, is_start=False))
 
-    def _control(self, role: Role) -> list[int]:
-        """The control tokens that the template writes between two turns."""
-        return self._encoder.control_ids(self._encoder.encode_after(self._end_of_turn, self._bare(role)))
+    def _bare(self, role: Role) -> tuple[str, list[int]]:
+        """What the template writes between two turns around the sentinel, and its control tokens."""
+        bare = self._after(role, SENTINEL)
+        return bare, self._encoder.control_ids(self._encoder.encode_after(self._end_of_turn, bare))
 
     def _after(self, role: Role, content: str) -> str:
         """What the template writes after an end-of-turn token when `content` follows."""
-        after = self._template.after_turn(then=self._template.message(role, content))
+        after = self._template.after_turn(self._template.message(role, content))
         return after.lstrip(" ").removeprefix(self._end_of_turn)
 
     def _decode(self, ids: Sequence[int]) -> str:
