@@ -42,14 +42,14 @@ def _chatml(template: str, eos: str = CLOSE) -> PreTrainedTokenizerFast:
 
 
 TOKENIZERS = {"tiny": tiny_tokenizer(WORDS), "chatml": _chatml(CHATML)}
+CHATS = {name: ChatFormat(tokenizer, system_prompt="red") for name, tokenizer in TOKENIZERS.items()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(opening=TEXT, turns=st.lists(st.tuples(TEXT, st.sampled_from(["tool", "user"]), TEXT), max_size=4))
 def test_turns_put_together_are_the_conversation_as_the_template_writes_it(name, opening, turns):
-    tokenizer = TOKENIZERS[name]
-    chat = ChatFormat(tokenizer, system_prompt="red")
+    tokenizer, chat = TOKENIZERS[name], CHATS[name]
     messages = [{"role": "system", "content": "red"}, {"role": "user", "content": opening}]
     ids = chat.prompt_ids(opening)
     for said, role, answer in turns:
@@ -88,7 +88,7 @@ def test_sampling_stops_at_the_end_of_turn_and_at_another_eos():
 
 @given(TEXT)
 def test_a_decoded_turn_is_its_text_with_or_without_its_stop_token(text):
-    chat = ChatFormat(TOKENIZERS["tiny"])
+    chat = CHATS["tiny"]
     ids = chat.turn_ids(text)
     assert chat.decode(ids) == chat.decode(ids[:-1]) == text
     assert ids[-1] == chat.end_of_turn_id

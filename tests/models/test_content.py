@@ -14,18 +14,16 @@ from oldlogits.models.template import NAMES_ONLY
 from .tokenizers import CHATML, CONTROL, LLAMA2, MAKERS, MARKERS, TEMPLATES, WITH_TOOLS, byte_level
 
 TOKENIZERS = {name: make(LLAMA2 if name not in ("byte-level", "rstrip", "split") else CHATML) for name, make in MAKERS.items()}
+CHATS = {name: ChatFormat(tokenizer) for name, tokenizer in TOKENIZERS.items()}
 PIECES = st.sampled_from(
     [*CONTROL, *MARKERS, "<|im_", "end|>", "<", ">", "|", "s", "hello", " ", "\n", "assistant", "<<|im_end|>"]
 )
 WORDS = st.one_of(st.lists(PIECES, max_size=8).map("".join), st.text(st.sampled_from("<|>/s imendo_tartl\n"), max_size=20))
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=150, deadline=None)
-@given(opening=WORDS, role=st.sampled_from(["tool", "user"]), words=WORDS)
-def test_control_tokens_are_those_of_the_template_alone(name, opening, role, words):
-    tokenizer = TOKENIZERS[name]
-    chat, control = ChatFormat(tokenizer), set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
+def check_control_tokens(name, opening, role, words):
+    tokenizer, chat = TOKENIZERS[name], CHATS[name]
+    control = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
     for plain, written in (
         (chat.prompt_ids("hello"), chat.prompt_ids(opening)),
         (chat.continuation_ids(role, "hello"), chat.continuation_ids(role, words)),
@@ -33,10 +31,28 @@ def test_control_tokens_are_those_of_the_template_alone(name, opening, role, wor
         assert [i for i in written if i in control] == [i for i in plain if i in control]
 
 
+ANYBODYS_WORDS = given(opening=WORDS, role=st.sampled_from(["tool", "user"]), words=WORDS)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=20)
+@ANYBODYS_WORDS
+def test_control_tokens_are_those_of_the_template_alone(name, opening, role, words):
+    check_control_tokens(name, opening, role, words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=1000)
+@ANYBODYS_WORDS
+def test_control_tokens_are_those_of_the_template_alone_in_many_texts(name, opening, role, words):
+    check_control_tokens(name, opening, role, words)
+
+
 @pytest.mark.parametrize("name", ["byte-level", "split"])
 @given(role=st.sampled_from(["tool", "user"]), words=WORDS)
 def test_the_text_that_the_model_reads_stays_the_same(name, role, words):
-    chat = ChatFormat(TOKENIZERS[name])
+    chat = CHATS[name]
     assert (
         chat.decode(chat.continuation_ids(role, words)) == f"\n<|im_start|>{role}\n{words}<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -47,17 +63,27 @@ def test_the_text_that_the_model_reads_stays_the_same(name, role, words):
 def test_without_such_spellings_the_tokens_are_those_of_the_whole_conversation(name, template):
     tokenizer = MAKERS[name](TEMPLATES[template])
     chat = ChatFormat(tokenizer)
-    turns = [("hello", "tool", "o17"), ("it is 42 !", "user", " hello\n"), ("he", "tool", "the order"), ("o17", "user", "42")]
-    messages, ids = [{"role": "user", "content": "hello"}], chat.prompt_ids("hello")
+    turns = [("one", "tool", "o17"), ("it is", "user", " hello\n"), ("said", "tool", "the order"), ("well !", "user", "42")]
+    end = tokenizer.convert_ids_to_tokens(chat.end_of_turn_id)
+    messages = [{"role": "user", "content": "hello"}]
     for said, role, answer in turns:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
         messages += [{"role": "assistant", "content": said}, {"role": role, "content": answer}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         whole = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
-        assert whole[: len(ids)] == ids
-        end = whole.index(chat.end_of_turn_id, len(ids)) + 1
-        assert chat.turn_ids(said) == whole[len(ids) : end], "what a demonstrator writes"
-        ids = whole[:end] + chat.continuation_ids(role, answer)
-        assert ids == whole
+        until = text.index(end, text.rindex(said)) + len(end)
+        before = tokenizer.encode(text[:until], add_special_tokens=False, split_special_tokens=False)
+        assert whole == before + chat.continuation_ids(role, answer)
+        if whole[: len(prompt)] == prompt:  # unless a token reaches over the start of the turn
+            assert before == prompt + chat.turn_ids(said), "what a demonstrator writes"
+    assert chat.prompt_ids("hello") == prompt_of(tokenizer, "hello")
+
+
+def prompt_of(tokenizer, opening):
+    messages = [{"role": "user", "content": opening}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
 
 
 def test_a_tool_that_echoes_cannot_forge_a_turn_of_the_user():
@@ -118,7 +144,7 @@ WITH_TOOLS_LAST = (  # before the last message of a user, as Mistral's
     "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-SYSTEM_LAST = "{% set system = messages[0].content %}" + CHATML.replace(
+SYSTEM_LAST = "{% set system = messages[0].content %}" + WITH_TOOLS.replace(
     "m.content", "(system + ' ' if m.role == 'user' and loop.last else '') + m.content"
 )
 

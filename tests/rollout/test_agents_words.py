@@ -158,7 +158,7 @@ PARSERS_AND_TOKENIZERS = pytest.mark.parametrize(
 
 
 @PARSERS_AND_TOKENIZERS
-@settings(max_examples=100)
+@settings(max_examples=12)
 @given(turns=TURNS)
 def test_whatever_an_agent_samples_is_answered_or_ends_the_episode(name, parser, turns):
     check_agents_words(name, parser, turns)
@@ -181,6 +181,7 @@ def test_whatever_an_agent_samples_is_answered_and_recorded_in_100_000_turns(nam
 ANY_TEXT = st.text(st.characters(), max_size=10) | st.sampled_from([*CONTROL, "\ud800", "<tool_call>", "nan"])
 
 
+@settings(max_examples=10)
 @given(
     said=ANY_TEXT | st.none(), given=VALUES, ends=st.sampled_from([ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
 )

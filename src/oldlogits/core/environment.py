@@ -117,9 +117,9 @@ class ChatOptions:
     """How conversations are written.
 
     Args:
-        tools_in: Where tools are described. "template": the chat template does it. "system", "user": in the system message,
-            or at the beginning of the first user message together with the system prompt, for templates without tools or
-            without a system role; results of tools are then user messages.
+        tools_in: The place where tools are described. "template": the chat template does it. "system", "user": in the system
+            message, or at the beginning of the first user message together with the system prompt, for templates without
+            tools or without a system role; results of tools are then user messages.
         call_format: How a call is written, which is told with the tools where the template does not describe them.
         template_kwargs: Further variables of the template, such as ``enable_thinking``.
         eos_ids: Tokens besides the tokenizer's own eos that end a turn, as ``generation_config.json`` lists them.

@@ -49,8 +49,9 @@ class ChatFormat:
         self._tokenizer, self._encoder, self._system = tokenizer, ContentEncoder(tokenizer), system_prompt
         self.most_bytes: Final = most_bytes(tokenizer)
         self._template = Template(tokenizer, tools, options)
-        after = self._template.after_turn()
-        self._gap: Final = after[: len(after) - len(after.lstrip(" "))]
+        lead, after = self._template.around_turn()
+        self._around: Final = (" " if lead == " " else "", after[: len(after) - len(after.lstrip(" "))])
+        """Spaces that the template writes before and after the content of an assistant turn."""
         ids = self._encoder.encode(after.lstrip(" "))
         if not self._encoder.control_ids(ids[:1]):
             raise ConfigError(
@@ -113,8 +114,8 @@ class ChatFormat:
 
         It may hold control tokens of its own, such as the marks of a call, but none with which a turn begins or ends.
         """
-        said = text + self._gap
-        words = [(0, len(text))]
+        lead, gap = self._around
+        words, said = [(len(lead), len(lead) + len(text))], f"{lead}{text}{gap}"
         return [
             *self._turns.encode_around(said, words, control_ids=(), anchor=self._head, is_start=False),
             self.end_of_turn_id,
@@ -135,7 +136,7 @@ class ChatFormat:
 
     def _after(self, role: Role, content: str) -> str:
         """What the template writes after an end-of-turn token when `content` follows."""
-        after = self._template.after_turn(then=self._template.message(role, content))
+        after = self._template.after_turn(self._template.message(role, content))
         return after.lstrip(" ").removeprefix(self._end_of_turn)
 
     def _decode(self, ids: Sequence[int]) -> str:

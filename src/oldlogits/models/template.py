@@ -58,18 +58,20 @@ class Template:
         """Return the text up to the start of the first assistant turn."""
         return self._render(self._first(system, user))
 
-    def after_turn(self, *, then: Message | None = None) -> str:
-        """Return the text after the content of an assistant turn: to the next turn's start, or without a message to the end.
+    def around_turn(self) -> tuple[str, str]:
+        """Return what stands between the start of an assistant turn and its content, and what follows the content.
 
         Raises:
             ConfigError: The template leaves out the content of assistant turns.
         """
-        messages = [*self._first("", "hi"), {"role": "assistant", "content": SENTINEL}, *([then] if then else [])]
-        text = self._render(messages, add_generation_prompt=then is not None)
-        _, found, after = text.partition(SENTINEL)
-        if not found:
-            raise _drops("the content of assistant turns", text)
-        return after
+        messages = [*self._first("", "hi"), {"role": "assistant", "content": SENTINEL}]
+        before, after = _around(self._render(messages, add_generation_prompt=False))
+        start = self._render(messages[:-1])
+        return before.removeprefix(start) if before.startswith(start) else "", after
+
+    def after_turn(self, then: Message) -> str:
+        """Return the text from the content of an assistant turn, which a message follows, to the start of the next turn."""
+        return _around(self._render([*self._first("", "hi"), {"role": "assistant", "content": SENTINEL}, then]))[1]
 
     def call_text(self, name: str, arguments: Mapping[str, object]) -> str:
         """Return what an assistant turn that is a call looks like, and what follows it; empty where the template cannot say."""
@@ -104,11 +106,11 @@ class Template:
         for what, sentinel in wanted.items():
             if sentinel not in text:
                 raise _drops(what, text)
-        answers: list[Role] = ["tool", "user"] if self._tools else ["user", "user"]
-        for role in answers:
-            if SENTINEL not in (after := self.after_turn(then=self.message(role, SENTINEL))):
+        roles: list[Role] = ["tool", "user"] if self._tools else ["user", "user"]
+        for role in roles:
+            if SENTINEL not in (after := self.after_turn(self.message(role, SENTINEL))):
                 raise _drops("results of tools" if role == "tool" else "user messages", after)
-        self._check_history(first, [self.message(role, f"{SENTINEL}{role}") for role in answers])
+        self._check_history(first, [self.message(role, f"{SENTINEL}answer{n}") for n, role in enumerate(roles)])
 
     def _check_history(self, first: list[Message], answers: Sequence[Message]) -> None:
         """Refuse a template whose text of earlier messages depends on later ones, but for the heads of assistant turns."""
@@ -164,6 +166,14 @@ def _sentinel_tool(n: int) -> Mapping[str, object]:
     parameters = {"type": "object", "properties": {f"{SENTINEL}parameter{n}": {"type": "string"}}, "required": []}
     described = {"name": f"{SENTINEL}name{n}", "description": f"{SENTINEL}description{n}", "parameters": parameters}
     return {"type": "function", "function": described}
+
+
+def _around(text: str) -> tuple[str, str]:
+    """What stands before and after the content of an assistant turn, for which the sentinel stands."""
+    before, found, after = text.partition(SENTINEL)
+    if not found:
+        raise _drops("the content of assistant turns", text)
+    return before, after
 
 
 def _drops(what: str, text: str) -> ConfigError:
