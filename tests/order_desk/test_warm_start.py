@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from oldlogits.core.environment import MODELS, ModelOrder
+from oldlogits.core.environment import MODELS, ChatOptions, ModelOrder
 from oldlogits.core.errors import ConfigError
 from oldlogits.envs.tools import tool_names, tool_schemas
 from oldlogits.models.chat import ChatFormat
@@ -136,6 +136,17 @@ def test_hermes_demonstrations_differ_in_the_writing_of_calls_alone(chatml_llama
         r'<tool_call>{"name": "(\w+)", "arguments": {"order": "(\w+)"}}</tool_call>', r"<call> \1 \2 </call>", texts[1]
     )
     assert as_plain == texts[0] != texts[1]
+
+
+def test_demonstrations_are_written_as_the_recipe_writes_conversations(chatml_llama: Path):
+    order = replace(ordered(folder=str(chatml_llama)), chat=ChatOptions(tools_in="user", call_format="<call> tool </call>"))
+    spec, tokenizer = folder_spec(order), load_tokenizer(chatml_llama)
+    chat = ChatFormat(tokenizer, tool_schemas(OrderDesk), OrderDesk.system_prompt, spec.chat)
+    shown = demonstrate(OrderDesk.make_row("train", -1), oracle(), chat)
+    text = chat.decode(shown.token_ids)
+    assert text.startswith(f"<|im_start|>user\n{OrderDesk.system_prompt}\n\nThese tools can be called:\n")
+    assert "Write a call as <call> tool </call>" in text
+    assert "<|im_start|>tool" not in text
 
 
 def test_another_desk_gives_another_folder(monkeypatch: pytest.MonkeyPatch):
