@@ -20,7 +20,7 @@ from oldlogits.core.environment import ConversingEnvironment, Environment, Row
 from oldlogits.core.errors import ConfigError, ContentError
 from oldlogits.core.parser import Malformed, Parser, ToolCall
 from oldlogits.core.trajectory import Context, Sampled, Segment, Trajectory
-from oldlogits.envs.base import ToolErrors, prompt_of, prompt_to_ask
+from oldlogits.envs.base import ToolErrors, prompt_of, prompt_to_ask, system_prompt_of
 from oldlogits.envs.text import readable, spoken
 from oldlogits.envs.tools import bind, render_result, tool_names
 from oldlogits.models.chat import ChatFormat
@@ -196,8 +196,9 @@ class _Episode:
 
     async def play(self, opening: str, system: str) -> str:
         """Play until the episode ends; returns why it did."""
-        limits = self._agent.limits
-        read = await self._encoded(partial(self._agent.chat.prompt_ids, opening, system), opening + system)
+        limits, own = self._agent.limits, system_prompt_of(type(self._environment))
+        encode = partial(self._agent.chat.prompt_ids, opening, None if system == own else system)
+        read = await self._encoded(encode, opening + system)
         if read is None or len(read) >= limits.max_tokens:
             size = f"{_size(opening + system):,} bytes" if read is None else f"{len(read)} tokens"
             raise EnvironmentFailed(f"a prompt of {size} fills the episode: raise env.max_episode_tokens ({limits.max_tokens})")
