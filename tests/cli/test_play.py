@@ -195,9 +195,7 @@ def test_a_checkpoint_plays_through_the_turn_loop_and_is_judged(clerk_folder, ca
     said = [line.split(maxsplit=1) for line in lines if line.strip()]
     who = [words[0] for words in said if words[0] in ("user", "agent", "tool")]
     assert who[:2] == ["user", "agent"]
-    assert said[[words[0] for words in said].index("user")][1].strip() == OrderDesk().reset(
-        **OrderDesk.make_row("heldout", 3)
-    )
+    assert said[[words[0] for words in said].index("user")][1].strip() == OrderDesk().reset(**OrderDesk.make_row("heldout", 3))
     assert lines[-1] == "reward 0"
     assert lines == _watched("--model", clerk_folder, "--index", 3, capsys=capsys), "the seed decides"
     assert lines != _watched("--model", clerk_folder, "--index", 3, "--seed", 1, capsys=capsys)

@@ -237,6 +237,13 @@ def test_a_system_prompt_of_one_episode_is_what_the_agent_reads(environment, sai
     assert "of the class" not in first
 
 
+def test_a_system_prompt_that_a_base_class_leaves_open_is_none():
+    def left_open(self):
+        raise NotImplementedError
+
+    assert play(type("Open", (Bare,), {"system_prompt": property(left_open)})).read[0].startswith("<|im_start|>user")
+
+
 @pytest.mark.parametrize("value", [7, ["a"]])
 def test_a_system_prompt_that_is_no_text_fails_the_episode(value):
     outcome = play(type("Odd", (Bare,), {"system_prompt": property(lambda self: value)})).outcome

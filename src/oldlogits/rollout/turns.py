@@ -122,8 +122,8 @@ async def run_episode(
         system = await named(run, "system_prompt", ask) if (ask := prompt_to_ask(environment)) else prompt_of(environment)
         episode = _Episode(agent, environment, id)
         stop_reason = await episode.play(
-            await off_loop(run, partial(_text_of, "reset", opening), _size(opening)) or "",
-            await off_loop(run, partial(_text_of, "system_prompt", system), _size(system)) or "",
+            await off_loop(run, partial(_words_of, "reset", opening), _size(opening)),
+            await off_loop(run, partial(_words_of, "system_prompt", system), _size(system)),
         )
         reward = await named(run, "get_reward", environment.get_reward)
         reward = await off_loop(run, partial(_reward_of, reward), 0 if type(reward) in (int, float, bool) else LONG + 1)
@@ -164,13 +164,18 @@ def _text_of(method: str, value: object) -> str | None:
     raise EnvironmentFailed(f"{method} returned {type(value).__name__}, not text or None")
 
 
+def _words_of(method: str, value: object) -> str:
+    """The same, where None is an empty text."""
+    return _text_of(method, value) or ""
+
+
 def _reward_of(value: object) -> float:
     """What `get_reward` returned, if it is a number that training can work with; a scalar of numpy or torch is one."""
     number = value
     try:
         if not isinstance(value, Real) and callable(item := getattr(value, "item", None)):
             number = item()
-        if isinstance(number, Real) and abs(number) <= MAX_REWARD:
+        if isinstance(number, Real) and -MAX_REWARD <= cast(float, number) <= MAX_REWARD:
             return float(number)
     except (ValueError, TypeError, RuntimeError):  # an array of several numbers, in numpy's and torch's words
         pass
@@ -277,8 +282,10 @@ def _call_of(parser: Parser, environment: Environment, aloud: str) -> tuple[str,
     if not tool_names(type(environment)) or not (calls := parser.parse(aloud)):
         return None
     call = only_call(calls)
-    bound = call if isinstance(call, Malformed) else bind(environment, call)
-    return bound if isinstance(bound, Malformed) or isinstance(call, Malformed) else (call.name, bound)
+    if isinstance(call, Malformed):
+        return call
+    bound = bind(environment, call)
+    return bound if isinstance(bound, Malformed) else (call.name, bound)
 
 
 def only_call(calls: Sequence[ToolCall | Malformed]) -> ToolCall | Malformed:
