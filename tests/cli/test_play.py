@@ -23,8 +23,8 @@ from order_desk.tiny import TinySize, save_tiny, tiny_model, tiny_tokenizer
 from ..runs import recipe
 
 ROW = {
-    "user": "anna",
-    "orders": {"o10": {"user": "anna", "item": "lamp", "status": "pending", "days": 0}},
+    "customer": "anna",
+    "orders": {"o10": {"customer": "anna", "item": "lamp", "status": "pending", "days": 0}},
     "wishes": [{"kind": "cancel", "order": "o10", "withheld": True}],
 }
 
