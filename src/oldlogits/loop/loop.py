@@ -52,12 +52,15 @@ from oldlogits.train.step import UpdateResult
 
 
 def advantages_of(groups: Sequence[TrajectoryGroup], mode: AdvantageMode) -> list[float]:
-    """Give the advantage of every trajectory, in order; in float64, in which large rewards that differ stay different.
+    """Give the advantage of every trajectory, in order.
+
+    Only differences within a group count: they are taken in float64, in which large rewards that differ stay different.
 
     Example:
         A group of rewards 1e8 and 1e8 + 1, "leave-one-out": -1 and 1.
     """
-    rewards = torch.tensor([t.reward for group in groups for t in group.trajectories], dtype=torch.float64)
+    least = [min(t.reward for t in group.trajectories) for group in groups]
+    rewards = torch.tensor([t.reward - low for low, group in zip(least, groups, strict=True) for t in group.trajectories])
     index = torch.tensor([i for i, group in enumerate(groups) for _ in group.trajectories])
     advantages: list[float] = group_advantages(rewards, index, mode).tolist()
     return advantages
