@@ -5,10 +5,11 @@ import gc
 
 import pytest
 
-from oldlogits.backends.ray.remote_environments import AwaitingRunner, PlaceLostError, remote_class
-from oldlogits.envs.base import system_prompt_of
-from oldlogits.envs.tools import tool_schemas
-from oldlogits.rollout.environment_errors import EnvironmentFailed, EnvironmentLost
+from oldlogits.backends.ray.remote_environments import AwaitingRunner, PlaceLostError, call_here, remote_class
+from oldlogits.core.parser import ToolCall
+from oldlogits.envs.base import prompt_to_ask, system_prompt_of
+from oldlogits.envs.tools import bind, tool_schemas
+from oldlogits.rollout.environment_errors import EnvironmentFailed, EnvironmentLost, Raised
 
 
 class Counter:
@@ -51,7 +52,7 @@ class Place:
             raise PlaceLostError
         self.calls.append(method)
         try:
-            return getattr(self.living[id], method)(*args, **kwargs)
+            return call_here(self.living[id], method, args, kwargs, "declared")
         except ValueError as error:
             raise EnvironmentFailed(str(error)) from error
 
@@ -131,3 +132,48 @@ def test_what_nobody_needs_any_more_is_dropped():
     play(Places(place))
     gc.collect()
     assert place.living == {}
+
+
+class Kinds(Counter):
+    """Tools of every kind, a declared exception, and a system prompt of the episode."""
+
+    tool_errors = (ZeroDivisionError,)
+
+    def reset(self, start):
+        self.system_prompt = f"from {start}"
+        return super().reset(start)
+
+    @staticmethod
+    def half(number: int) -> int:
+        """Halve."""
+        return number // 2
+
+    @classmethod
+    def name(cls, suffix: str) -> str:
+        """Name."""
+        return cls.__name__ + suffix
+
+    def divide(self, by: int) -> float:
+        """Divide."""
+        return self.count / by
+
+
+def test_static_and_class_methods_declared_exceptions_and_the_prompt_of_the_episode_are_those_of_the_place():
+    place = Place(Kinds)
+
+    class One:
+        async def choose(self):
+            return place
+
+    async def main():
+        cls = remote_class(Kinds, One())
+        assert tool_schemas(cls) == tool_schemas(Kinds)
+        environment = cls()
+        await environment.reset(4)
+        assert await prompt_to_ask(environment)() == "from 4"
+        assert await bind(environment, ToolCall(name="half", named={"number": 9}))() == 4
+        assert await bind(environment, ToolCall(name="name", named={"suffix": "!"}))() == "Kinds!"
+        return await bind(environment, ToolCall(name="divide", named={"by": 0}))()
+
+    assert asyncio.run(main()) == Raised("error : division by zero")
+    assert {"half", "name", "divide"} <= set(place.calls)

@@ -84,11 +84,11 @@ def test_a_person_writes_calls_and_messages_and_sees_what_the_agent_would_see():
     reward, text = _played("which order ?", "status o10", "cancel o10", "it is cancelled")
     assert reward == 1.0
     said = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
-    dialogue = [line for line in said if line[0] in ("customer", "agent", "tool")]
+    dialogue = [line for line in said if line[0] in ("user", "agent", "tool")]
     assert [(who, what.strip()) for who, what in dialogue] == [
-        ("customer", "anna here : please cancel my lamp order"),
+        ("user", "anna here : please cancel my lamp order"),
         ("agent", "which order ?"),
-        ("customer", "it is o10"),
+        ("user", "it is o10"),
         ("agent", "status o10"),
         ("tool", "pending"),
         ("agent", "cancel o10"),
@@ -154,7 +154,7 @@ def test_what_cannot_be_played_is_a_config_error():
 
 def test_what_an_environment_raises_ends_the_episode_and_is_shown():
     reward, text = _played("guess 3", target=f"{__name__}:Broken", row={"answer": 4})
-    assert "the episode ended early: RuntimeError: lost" in text
+    assert "the episode ended early: guess: RuntimeError: lost" in text
     assert reward == 0.0
 
 
@@ -193,11 +193,9 @@ def _watched(*words: object, capsys) -> list[str]:
 def test_a_checkpoint_plays_through_the_turn_loop_and_is_judged(clerk_folder, capsys):
     lines = _watched("--model", clerk_folder, "--index", 3, capsys=capsys)
     said = [line.split(maxsplit=1) for line in lines if line.strip()]
-    who = [words[0] for words in said if words[0] in ("customer", "agent", "tool")]
-    assert who[:2] == ["customer", "agent"]
-    assert said[[words[0] for words in said].index("customer")][1].strip() == OrderDesk().reset(
-        **OrderDesk.make_row("heldout", 3)
-    )
+    who = [words[0] for words in said if words[0] in ("user", "agent", "tool")]
+    assert who[:2] == ["user", "agent"]
+    assert said[[words[0] for words in said].index("user")][1].strip() == OrderDesk().reset(**OrderDesk.make_row("heldout", 3))
     assert lines[-1] == "reward 0"
     assert lines == _watched("--model", clerk_folder, "--index", 3, capsys=capsys), "the seed decides"
     assert lines != _watched("--model", clerk_folder, "--index", 3, "--seed", 1, capsys=capsys)

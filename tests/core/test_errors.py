@@ -13,6 +13,7 @@ TREE = {
     "RunFolderError": FileExistsError,
     "ModelFolderError": FileNotFoundError,
     "EnvironmentShapeError": TypeError,
+    "ContentError": ValueError,
     "TrajectoryError": ValueError,
     "MissingLogprobError": ValueError,
     "VersionEvictedError": LookupError,

@@ -6,8 +6,9 @@ import asyncio
 import inspect
 import json
 import threading
+import typing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, List, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import pytest
 from pydantic import BaseModel, Field
@@ -215,7 +216,7 @@ class Kinds:
         """Weigh."""
         return f"{grams} {cls.unit}"
 
-    def count(self, words: List) -> int:  # noqa: UP006
+    def count(self, words: typing.List) -> int:  # noqa: UP006
         """Count."""
         return len(words)
 

@@ -7,8 +7,8 @@ import threading
 import pytest
 
 from oldlogits.rollout import environment_runner as environment
-from oldlogits.rollout.environment_runner import ThreadRunner, run_inline
 from oldlogits.rollout.environment_errors import EnvironmentFailed
+from oldlogits.rollout.environment_runner import ThreadRunner, run_inline
 
 from ..waiting import HUNG_S
 

@@ -349,8 +349,8 @@ def test_every_call_into_the_environment_goes_through_the_runner_and_only_tools_
         return await run_here(call)
 
     play(ScriptedEngine(CALL, "<call> nothing </call>", "bye", "bye", "bye"), runner=runner)
-    # class, reset, add: reading the call, the call, its result; a call that cannot be read, three messages and replies, reward
-    assert seen == [False, False, False, True, False, False, *[False, True] * 3, False]
+    made, call, unreadable, message, reward = [False, False], [False, True, False], [False], [False, True], [False]
+    assert seen == made + call + unreadable + message * 3 + reward, "what is not delayed reads a turn, or writes a result"
 
 
 def test_every_episode_has_an_environment_of_its_own():

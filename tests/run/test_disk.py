@@ -25,14 +25,18 @@ from ..waiting import HUNG_S, wait_until
 
 ROOT = Path(__file__).parents[2]
 ROOM = 1 << 22
-LIMITED = "import resource, sys; from oldlogits.cli.main import main; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); main()"
+LIMITED = (
+    "import resource, sys; from oldlogits.cli.main import main; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); main()"
+)
 
 
 @pytest.fixture
 def small_disk():
     """A mount of a few megabytes of its own."""
     folder = Path(tempfile.mkdtemp(prefix="small-disk-"))
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "none", str(folder)], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "none", str(folder)], capture_output=True, check=False
+    )
     if mounted.returncode:
         folder.rmdir()
         pytest.skip("mounting is not permitted")

@@ -26,7 +26,7 @@ from oldlogits.envs.base import load_environment
 from oldlogits.envs.tools import tool_names, tool_schemas
 from oldlogits.models.chat import ChatFormat
 from oldlogits.models.template import ChatTokenizer, Role
-from oldlogits.rollout.environment_errors import Raised, answering
+from oldlogits.rollout.environment_errors import EnvironmentFailed, Raised, answering
 from oldlogits.rollout.environment_runner import ThreadRunner
 from oldlogits.rollout.tasks import TaskDataset
 from oldlogits.rollout.turns import Failure, run_episode
@@ -122,9 +122,12 @@ def play(options: PlayOptions, number: int, console: Console, read: Callable[[st
             left = "the agent left" if options.mode == "human" else f"the episode ended early: {played.stop_reason}"
             console.print(Text(left, style="yellow"))
         if hasattr(environment_class, "explain_reward"):
-            explain = answering(cast(ExplainingEnvironment, made[0]).explain_reward, (Exception,))
-            reasons = wait(run(explain))
-            said = reasons.text if isinstance(reasons, Raised) else str(reasons or "")
+            explain = answering(cast(ExplainingEnvironment, made[0]).explain_reward, (NotImplementedError,))
+            try:
+                reasons = wait(run(explain))
+                said = "" if isinstance(reasons, Raised) else str(reasons or "")
+            except EnvironmentFailed as failure:
+                said = f"explain_reward: {failure}"
             console.print(Text(said, style="red"), end="\n" if said else "")
     console.print(Text(f"reward {played.reward:g}", style="bold green" if played.reward > 0 else "bold red"))
     return played.reward

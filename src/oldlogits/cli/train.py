@@ -8,7 +8,7 @@ import sys
 import termios
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,7 +71,8 @@ def _train(arguments: Sequence[str]) -> int:
     options, overrides = tyro.cli(TrainOptions, prog="oldlogits train RECIPE", args=words, return_unknown_args=True)
     recipe = _recipe(named, options)
     config = load_config(recipe, overrides, needs_model=not options.dry_run)
-    load_tasks(config)  # a wrong environment is refused before torch is imported
+    with chdir(Path()):  # back to where it was, wherever the module of an environment went
+        load_tasks(config)  # a wrong environment is refused before torch is imported
     if options.dry_run:
         return _dry_run(config)
     out = options.resume or options.out or Path("runs") / f"{recipe.stem}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -81,8 +81,11 @@ def system_prompt_of(environment_class: type[Environment]) -> str:
 
 def prompt_of(environment: object) -> object:
     """Return the system prompt of one episode after `reset`: an attribute, a property, or what a method returns."""
-    written = getattr(environment, "system_prompt", "")
-    return written() if callable(written) else written
+    try:
+        written = getattr(environment, "system_prompt", "")
+        return written() if callable(written) else written
+    except NotImplementedError:  # of a base class: there is none
+        return ""
 
 
 def prompt_to_ask(environment: object) -> Callable[[], object] | None:

@@ -131,7 +131,7 @@ def _parameters(environment: type, tool: str) -> Mapping[str, _Parameter]:
     return found
 
 
-def _hints(environment: type, tool: str) -> Mapping[str, object]:
+def _hints(environment: type, tool: str) -> Mapping[str, typing.Any]:
     """Return the annotations of a tool's parameters, those that are written as text evaluated."""
     function = inspect.unwrap(tool_function(environment, tool))
     names = {parameter.name for parameter in _signature(environment, tool)}

@@ -40,7 +40,7 @@ from oldlogits.loop.metrics import UpdateTimer, batch_metrics, counters, queue_m
 from oldlogits.loop.resume import FILE, LoopState
 from oldlogits.loop.task import LoopConfig, Task
 from oldlogits.loop.weight_sync import WeightSync
-from oldlogits.objective import group_advantages
+from oldlogits.objective.advantages import AdvantageMode, group_advantages
 from oldlogits.record.events import BatchScored, BatchTaken, Updated, VersionPublished, Warned
 from oldlogits.record.recording import Recording
 from oldlogits.rollout.admission import pace_of
@@ -54,6 +54,21 @@ from oldlogits.rollout.watches import FailureWatch, FilterWatch
 from oldlogits.sources import check_scored
 from oldlogits.train.reports import PublishedVersion
 from oldlogits.train.step import UpdateResult
+
+
+def advantages_of(groups: Sequence[TrajectoryGroup], mode: AdvantageMode) -> list[float]:
+    """Give the advantage of every trajectory, in order.
+
+    Only differences within a group count: they are taken in float64, in which large rewards that differ stay different.
+
+    Example:
+        A group of rewards 1e8 and 1e8 + 1, "leave-one-out": -1 and 1.
+    """
+    least = [min(t.reward for t in group.trajectories) for group in groups]
+    rewards = torch.tensor([t.reward - low for low, group in zip(least, groups, strict=True) for t in group.trajectories])
+    index = torch.tensor([i for i, group in enumerate(groups) for _ in group.trajectories])
+    advantages: list[float] = group_advantages(rewards, index, mode).tolist()
+    return advantages
 
 
 class Loop:
@@ -187,7 +202,7 @@ class Loop:
         trainer = self._backend.trainer
         self._tell_batch(groups, timer)
         with timer.part("score"):
-            batch = collate(groups, self._advantages(groups), num_steps=self._config.minibatches)
+            batch = collate(groups, advantages_of(groups, self._config.advantage), num_steps=self._config.minibatches)
             tokens = self._entering(batch)
             await trainer.put_batch(batch)
             if self.source.needs_pause:
@@ -268,12 +283,6 @@ class Loop:
         in_flight = self.buffer.oldest_needed
         in_flight = self.version if in_flight is None else in_flight
         return in_flight if self._config.keeps_all_versions else self.source.oldest_needed(in_flight)
-
-    def _advantages(self, groups: Sequence[TrajectoryGroup]) -> list[float]:
-        rewards = torch.tensor([t.reward for group in groups for t in group.trajectories], dtype=torch.float64)
-        index = torch.tensor([i for i, group in enumerate(groups) for _ in group.trajectories])
-        advantages: list[float] = group_advantages(rewards, index, self._config.advantage).tolist()
-        return advantages
 
     def _entering(self, batch: TokenBatch) -> BatchTokens:
         return BatchTokens(

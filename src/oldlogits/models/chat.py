@@ -79,18 +79,16 @@ class ChatFormat:
 
         Args:
             opening: What the user says first; somebody's words.
-            system: The system prompt of this conversation, such as a row's; somebody's words, unless they are the
-                environment's own.
+            system: A system prompt in place of the environment's own, such as a row's; somebody's words. Empty: there is none.
 
         Raises:
             ContentError: These words cannot be encoded without control tokens.
             ConfigError: The template refuses them.
         """
-        is_foreign = system is not None and system != self._system
-        write, own = self._template.opening, system if system is not None else self._system
+        write, own = self._template.opening, self._system if system is None else system
         text = write(own, opening)
-        words, bare = [_words(write(own, SENTINEL), text)], write(SENTINEL if is_foreign and own else own, SENTINEL)
-        if is_foreign and own:
+        words, bare = [_words(write(own, SENTINEL), text)], write(SENTINEL if system else own, SENTINEL)
+        if system:
             self._check_system()
             words = sorted([_words(write(SENTINEL, opening), text), *words])
         control = self._encoder.control_ids(self._encoder.encode(bare))

@@ -40,9 +40,10 @@ class TaskDataset:
         self._seed, self._class = seed, environment_class
         self._files: dict[Split, list[Row]] = {}
         self._order: tuple[int, list[int]] = (-1, [])  # of the file's rows, in one pass
-        for split, name in (("train", train_data), ("heldout", eval_data)):
+        files: tuple[tuple[Split, str], ...] = (("train", train_data), ("heldout", eval_data))
+        for split, name in files:
             if name:
-                self._files[cast(Split, split)] = _read(Path(name))
+                self._files[split] = _read(Path(name))
             elif split == "train" or needs_heldout:
                 self._require_own_rows(split)
 

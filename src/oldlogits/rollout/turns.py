@@ -22,7 +22,7 @@ from oldlogits.core.environment import ConversingEnvironment, Environment, Row, 
 from oldlogits.core.errors import ConfigError, ContentError
 from oldlogits.core.parser import Malformed, Parser, ToolCall
 from oldlogits.core.trajectory import Context, Sampled, Segment, Trajectory
-from oldlogits.envs.base import ToolErrors, prompt_of, prompt_to_ask
+from oldlogits.envs.base import ToolErrors, prompt_of, prompt_to_ask, system_prompt_of
 from oldlogits.envs.text import readable, spoken
 from oldlogits.envs.tools import bind, can_be_saved, render_result, tool_names
 from oldlogits.models.chat import ChatFormat
@@ -142,8 +142,8 @@ async def run_episode(
             opening = await named(run, "reset", lambda: environment.reset(**own_row))
             system = await named(run, "system_prompt", ask) if (ask := prompt_to_ask(environment)) else prompt_of(environment)
             stop_reason = await episode.play(
-                await off_loop(run, partial(_text_of, "reset", opening), _size(opening)) or "",
-                await off_loop(run, partial(_text_of, "system_prompt", system), _size(system)) or "",
+                await off_loop(run, partial(_words_of, "reset", opening), _size(opening)),
+                await off_loop(run, partial(_words_of, "system_prompt", system), _size(system)),
             )
         reward = await named(run, "get_reward", environment.get_reward)
         reward = await off_loop(run, partial(_reward_of, reward), 0 if type(reward) in (int, float, bool) else LONG + 1)
@@ -184,13 +184,18 @@ def _text_of(method: str, value: object) -> str | None:
     raise EnvironmentFailed(f"{method} returned {type(value).__name__}, not text or None")
 
 
+def _words_of(method: str, value: object) -> str:
+    """The same, where None is an empty text."""
+    return _text_of(method, value) or ""
+
+
 def _reward_of(value: object) -> float:
     """What `get_reward` returned, if it is a number that training can work with; a scalar of numpy or torch is one."""
     number = value
     try:
         if not isinstance(value, Real) and callable(item := getattr(value, "item", None)):
             number = item()
-        if isinstance(number, Real) and abs(number) <= MAX_REWARD:
+        if isinstance(number, Real) and -MAX_REWARD <= cast(float, number) <= MAX_REWARD:
             return float(number)
     except (ValueError, TypeError, RuntimeError):  # an array of several numbers, in numpy's and torch's words
         pass
@@ -217,8 +222,9 @@ class _Episode:
 
     async def play(self, opening: str, system: str) -> str:
         """Play until the episode ends; returns why it did."""
-        limits = self._agent.limits
-        read = await self._encoded(partial(self._agent.chat.prompt_ids, opening, system), opening + system)
+        limits, own = self._agent.limits, system_prompt_of(type(self._environment))
+        encode = partial(self._agent.chat.prompt_ids, opening, None if system == own else system)
+        read = await self._encoded(encode, opening + system)
         if read is None or len(read) >= limits.max_tokens:
             size = f"{_size(opening + system):,} bytes" if read is None else f"{len(read)} tokens"
             raise EnvironmentFailed(f"a prompt of {size} fills the episode: raise env.max_episode_tokens ({limits.max_tokens})")
@@ -342,8 +348,10 @@ def _call_of(parser: Parser, environment: Environment, aloud: str) -> tuple[str,
     if not tool_names(type(environment)) or not (calls := parser.parse(aloud)):
         return None
     call = only_call(calls)
-    bound = call if isinstance(call, Malformed) else bind(environment, call)
-    return bound if isinstance(bound, Malformed) or isinstance(call, Malformed) else (call.name, bound)
+    if isinstance(call, Malformed):
+        return call
+    bound = bind(environment, call)
+    return bound if isinstance(bound, Malformed) else (call.name, bound)
 
 
 def only_call(calls: Sequence[ToolCall | Malformed]) -> ToolCall | Malformed:

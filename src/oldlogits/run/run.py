@@ -7,7 +7,7 @@ import dataclasses
 import shutil
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, closing, suppress
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, chdir, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -41,7 +41,7 @@ from oldlogits.record.trackers.feed import TrackerFeed, find_trackers, open_feed
 from oldlogits.rollout.journal.journal import Journal, read
 from oldlogits.run.chat import chat_cautions, chat_format
 from oldlogits.run.specs import backend_kind, backend_spec, engine_spec, server_options
-from oldlogits.run.start import Start, prepare_model
+from oldlogits.run.start import Start, anchored, prepare_model
 from oldlogits.run.tasks import load_tasks, make_agent
 
 Open = Callable[[BackendSpec], AbstractAsyncContextManager[Backend]]
@@ -85,6 +85,12 @@ def run(
         OldLogitsError: It could not be started.
     """
     opens: Open = open_backend or backend_kind(config).open
+    with chdir(Path()):  # back to where it was, wherever environment code went
+        return _run_recipe(config, out.absolute(), resume, opens, console)
+
+
+def _run_recipe(recipe: RunConfig, out: Path, resume: bool, opens: Open, console: Console | None) -> RunResult:
+    config = anchored(recipe)
     environment_class = _check_task(config)
     trackers = find_trackers(config.record.trackers)
     RunFolder(path=out).check_free(resume=resume)
@@ -92,10 +98,10 @@ def run(
         folder = RunFolder.create(out, resume=resume)
         checkpoint = whole_checkpoint(folder) if resume else None
         if checkpoint is not None:
-            refuse_another_run(config, folder)
+            refuse_another_run(recipe, folder)
             check_records(folder, LoopState.read(checkpoint))
-        folder.write_config(dataclasses.asdict(config))
-        feeds = open_feeds(trackers, folder, dataclasses.asdict(config))
+        folder.write_config(dataclasses.asdict(recipe))
+        feeds = open_feeds(trackers, folder, dataclasses.asdict(recipe))
         config = _with_versions_folder(config, folder)
         title = f"oldlogits: {config.env.target}, {config.variant}, {config.runtime.type}"
         try:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -32,6 +33,22 @@ class Start:
     steps: int = 0
     loss: float = math.nan
     seconds_s: float = 0.0
+
+
+def anchored(config: RunConfig) -> RunConfig:
+    """Return the recipe with absolute paths: environment code may change the working directory."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).absolute()) if path else ""
+
+    model, env, versions, engine = config.model, config.env, config.versions, config.engine
+    return replace(
+        config,
+        model=replace(model, path=absolute(model.path)) if is_model_folder(model.path) else model,
+        env=replace(env, train_data=absolute(env.train_data), eval_data=absolute(env.eval_data)),
+        versions=replace(versions, folder=absolute(versions.folder)),
+        engine=replace(engine, python=absolute(engine.python)) if os.sep in engine.python else engine,
+    )
 
 
 def prepare_model(config: RunConfig, environment_class: type[Environment], note: Callable[[str], None]) -> Start:

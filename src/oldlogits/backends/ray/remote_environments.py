@@ -149,5 +149,7 @@ class AwaitingRunner:
         """Wait for a call; raises `EnvironmentFailed` where it raised or took too long."""
         if is_tool and self._latency_s:
             await asyncio.sleep(self._rng.expovariate(1 / self._latency_s))
-        result = await asyncio.to_thread(attempt, call)  # what runs here: the parser, and the types of tools and results
+        result: T | Awaitable[T] = await asyncio.to_thread(
+            lambda: attempt(call)
+        )  # what runs here: the parser, and the types of tools and results
         return await result if inspect.isawaitable(result) else result
