@@ -36,12 +36,20 @@ from oldlogits.loop.backend import Backend
 from oldlogits.loop.calibration import Calibrator
 from oldlogits.loop.checkpoints import Checkpoints
 from oldlogits.loop.evaluation import Evaluator
-from oldlogits.loop.metrics import UpdateTimer, batch_metrics, counters, queue_metrics, usage_metrics
+from oldlogits.loop.metrics import (
+    UpdateTimer,
+    batch_metrics,
+    batch_taken,
+    counters,
+    queue_metrics,
+    usage_metrics,
+    version_published,
+)
 from oldlogits.loop.resume import FILE, LoopState
 from oldlogits.loop.task import LoopConfig, Task
 from oldlogits.loop.weight_sync import WeightSync
 from oldlogits.objective.advantages import AdvantageMode, group_advantages
-from oldlogits.record.events import BatchScored, BatchTaken, Updated, VersionPublished, Warned
+from oldlogits.record.events import BatchScored, Updated, Warned
 from oldlogits.record.recording import Recording
 from oldlogits.rollout.admission import pace_of
 from oldlogits.rollout.buffer import Buffer, TrajectoryCounts
@@ -248,15 +256,7 @@ class Loop:
 
     def _tell_batch(self, groups: Sequence[TrajectoryGroup], timer: UpdateTimer) -> None:
         self._journal.note(Taken(version=self.version, groups=tuple(group.id for group in groups)))
-        self._events.emit(
-            BatchTaken(
-                version=self.version,
-                groups=[group.id for group in groups],
-                num_tokens=sum(t.num_tokens for group in groups for t in group.trajectories),
-                staleness_max=self.version - min(group.oldest_version for group in groups),
-                waited_s=timer.seconds("wait_batch"),
-            )
-        )
+        self._events.emit(batch_taken(groups, self.version, timer.seconds("wait_batch")))
 
     def _tell_update(self, result: UpdateResult, metrics: dict[str, float], groups: Sequence[TrajectoryGroup]) -> None:
         self._events.emit(
@@ -324,19 +324,9 @@ class Loop:
     async def _publish(self) -> PublishedVersion:
         started = self._backend.clock()
         published = await self._backend.trainer.publish()
-        self.version, stored = published.version, published.publication
+        self.version = published.version
         self._calibrator.expect(published)
-        self._events.emit(
-            VersionPublished(
-                version=published.version,
-                bytes=published.store_bytes,
-                version_bytes=stored.stored_bytes if stored is not None else 0,
-                full_bytes=stored.full_bytes if stored is not None else 0,
-                changed=stored.share_changed if stored is not None else None,
-                store_s=published.store_s,
-                seconds_s=self._backend.clock() - started,
-            )
-        )
+        self._events.emit(version_published(published, self._backend.clock() - started))
         return published
 
     async def _between_updates(self) -> None:
@@ -359,8 +349,8 @@ class Loop:
     async def checkpoint(self) -> None:
         """Begin to write a checkpoint: the trainer, what the loop needs to go on, and all that is in flight.
 
-        What happens to that from here on is in the journal. A run that goes on does the updates after the checkpoint again, with
-        their batches; events that are recorded from here on do not count for it.
+        What happens to that from here on is in the journal. A run that goes on does the updates after the checkpoint again,
+        with their batches; events that are recorded from here on do not count for it.
         """
         await self.checkpoints.finish()
         if self._rollouts is not None:

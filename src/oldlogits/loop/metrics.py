@@ -1,4 +1,4 @@
-"""The metrics of an update that the objective does not know: batch, queue, engine and trainer; docs/metrics.md."""
+"""What is told of an update that the objective does not know: batch, queue, engine and trainer; docs/metrics.md."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from dataclasses import asdict
 
 from oldlogits.core.engine_stats import EngineStats
 from oldlogits.core.trajectory import TrajectoryGroup, is_success
+from oldlogits.core.weights import PolicyVersion
+from oldlogits.record.events import BatchTaken, VersionPublished
 from oldlogits.rollout.buffer import Buffer
-from oldlogits.train.reports import TrainerState
+from oldlogits.train.reports import PublishedVersion, TrainerState
 
 
 class UpdateTimer:
@@ -106,3 +108,28 @@ def queue_metrics(buffer: Buffer) -> dict[str, float]:
         "queue/admission_open": float(buffer.num_admissible() > 0),
         **{f"accounting/{name}": num for name, num in asdict(buffer.account).items()},
     }
+
+
+def batch_taken(groups: Sequence[TrajectoryGroup], version: PolicyVersion, waited_s: float) -> BatchTaken:
+    """The event of a batch that is trained at a version, after so long a wait."""
+    return BatchTaken(
+        version=version,
+        groups=[group.id for group in groups],
+        num_tokens=sum(t.num_tokens for group in groups for t in group.trajectories),
+        staleness_max=version - min(group.oldest_version for group in groups),
+        waited_s=waited_s,
+    )
+
+
+def version_published(published: PublishedVersion, seconds_s: float) -> VersionPublished:
+    """The event of a version that was published, in so many seconds."""
+    stored = published.publication
+    return VersionPublished(
+        version=published.version,
+        bytes=published.store_bytes,
+        version_bytes=stored.stored_bytes if stored is not None else 0,
+        full_bytes=stored.full_bytes if stored is not None else 0,
+        changed=stored.share_changed if stored is not None else None,
+        store_s=published.store_s,
+        seconds_s=seconds_s,
+    )

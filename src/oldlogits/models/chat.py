@@ -8,7 +8,7 @@ template(messages)                                            -> the text; where
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Final
 
 from oldlogits.core.environment import AS_IT_IS, ChatOptions

@@ -44,7 +44,8 @@ def revived(value: Json) -> Json:
 class LineFile:
     """Appends JSON lines to a file, each written as a whole or not at all. One thread writes at a time.
 
-    What is no Unicode is written as "?". An absent file is created; of an existing one an incomplete last line is cut, of `num_cut_bytes`.
+    What is no Unicode is written as "?". An absent file is created; of an existing one an incomplete last line is cut, of
+    `num_cut_bytes`.
     """
 
     def __init__(self, path: Path) -> None:

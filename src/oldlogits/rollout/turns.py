@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from numbers import Real
 from typing import Final, NoReturn, Protocol, TypeVar, cast
 
 from oldlogits.core.engine import Generation, RolloutEngine, Sampling
@@ -27,14 +26,13 @@ from oldlogits.envs.text import readable, spoken
 from oldlogits.envs.tools import bind, can_be_saved, render_result, tool_names
 from oldlogits.models.chat import ChatFormat
 from oldlogits.models.template import Role
+from oldlogits.rollout.answers import reward_of, size_of, text_of, words_of
 from oldlogits.rollout.environment_errors import EnvironmentFailed, EnvironmentLost, Raised, answering, errors_of
 
 T = TypeVar("T")
 
 LONG: Final = 1 << 14
 """Characters above which a text is worked on where environment code runs: the event loop must not wait for it."""
-MAX_REWARD: Final = 1e15
-"""The largest reward: advantages and their gradients stay within float32, and rewards that differ by 1 stay different."""
 
 
 class EnvironmentRunner(Protocol):
@@ -142,11 +140,11 @@ async def run_episode(
             opening = await named(run, "reset", lambda: environment.reset(**own_row))
             system = await named(run, "system_prompt", ask) if (ask := prompt_to_ask(environment)) else prompt_of(environment)
             stop_reason = await episode.play(
-                await off_loop(run, partial(_words_of, "reset", opening), _size(opening)),
-                await off_loop(run, partial(_words_of, "system_prompt", system), _size(system)),
+                await off_loop(run, partial(words_of, "reset", opening), size_of(opening)),
+                await off_loop(run, partial(words_of, "system_prompt", system), size_of(system)),
             )
         reward = await named(run, "get_reward", environment.get_reward)
-        reward = await off_loop(run, partial(_reward_of, reward), 0 if type(reward) in (int, float, bool) else LONG + 1)
+        reward = await off_loop(run, partial(reward_of, reward), 0 if type(reward) in (int, float, bool) else LONG + 1)
     except EnvironmentFailed as failure:
         num_tokens = sum(len(s.token_ids) for s in episode.segments if isinstance(s, Sampled)) if episode else 0
         again = isinstance(failure, EnvironmentLost)
@@ -168,49 +166,6 @@ async def off_loop(run: EnvironmentRunner, call: Callable[[], T], size: int) -> 
     return await run(call) if size > LONG else call()
 
 
-def _size(text: object) -> int:
-    """The bytes of a text; 0 of anything else."""
-    if not isinstance(text, str):
-        return 0
-    return len(text) if text.isascii() else len(text.encode(errors="replace"))
-
-
-def _text_of(method: str, value: object) -> str | None:
-    """What a method of the environment returned, if it is a text or None."""
-    if value is None:
-        return None
-    if isinstance(value, str):
-        return readable(value)
-    raise EnvironmentFailed(f"{method} returned {type(value).__name__}, not text or None")
-
-
-def _words_of(method: str, value: object) -> str:
-    """The same, where None is an empty text."""
-    return _text_of(method, value) or ""
-
-
-def _reward_of(value: object) -> float:
-    """What `get_reward` returned, if it is a number that training can work with; a scalar of numpy or torch is one."""
-    number = value
-    try:
-        if not isinstance(value, Real) and callable(item := getattr(value, "item", None)):
-            number = item()
-        if isinstance(number, Real) and -MAX_REWARD <= cast(float, number) <= MAX_REWARD:
-            return float(number)
-    except (ValueError, TypeError, RuntimeError):  # an array of several numbers, in numpy's and torch's words
-        pass
-    raise EnvironmentFailed(
-        f"get_reward returned {type(value).__name__} {_shortened(value)}, not a number within +-{MAX_REWARD:g}"
-    )
-
-
-def _shortened(value: object) -> str:
-    """A value as it is printed, cut off; numbers of thousands of digits are not."""
-    if isinstance(value, int) and abs(value) > MAX_REWARD:
-        return f"of {value.bit_length()} bits"
-    return " ".join(f"{value!r:.200}".split())
-
-
 class _Episode:
     """The tokens of one episode, as they grow."""
 
@@ -226,7 +181,7 @@ class _Episode:
         encode = partial(self._agent.chat.prompt_ids, opening, None if system == own else system)
         read = await self._encoded(encode, opening + system)
         if read is None or len(read) >= limits.max_tokens:
-            size = f"{_size(opening + system):,} bytes" if read is None else f"{len(read)} tokens"
+            size = f"{size_of(opening + system):,} bytes" if read is None else f"{len(read)} tokens"
             raise EnvironmentFailed(f"a prompt of {size} fills the episode: raise env.max_episode_tokens ({limits.max_tokens})")
         await self._read(read)
         return await self._play_turns(0)
@@ -260,7 +215,7 @@ class _Episode:
 
         Words that the tokenizer or the template refuses end the episode.
         """
-        size = _size(words)
+        size = size_of(words)
         if size > self._agent.chat.most_bytes * (self._agent.limits.max_tokens - len(self._tokens)):
             return None
         try:
@@ -285,7 +240,7 @@ class _Episode:
         reply = await self._call("reply", partial(cast(ConversingEnvironment, environment).reply, aloud))
         if isinstance(reply, Raised):
             return None
-        heard = await off_loop(run, partial(_text_of, "reply", reply), _size(reply))
+        heard = await off_loop(run, partial(text_of, "reply", reply), size_of(reply))
         return None if heard is None else ("user", heard)
 
     async def _call(self, name: str, call: Callable[[], object]) -> object:
