@@ -51,7 +51,7 @@ class Echo:
 TOKENIZERS = {"byte-level": byte_level(WITH_TOOLS), "metaspace": metaspace("first", WITH_TOOLS)}
 CHATS = {name: ChatFormat(tokenizer, tool_schemas(Echo), "be kind") for name, tokenizer in TOKENIZERS.items()}
 NUM_TURNS = 4
-NUM_RECORDED = 500
+NUM_RECORDED = 100
 
 SCRAPS = st.sampled_from(
     [
@@ -127,10 +127,10 @@ def check_agents_words(name, parser, turns):
     played = play(chat, parser, turns)
     assert isinstance(played, Trajectory), played
     assert played.stop_reason in ("done", "max_turns")
-    scaffold = {chat.end_of_turn_id, *chat._control("user"), *chat._control("tool")}
+    allowed = [chat._between(role)[1] for role in ("user", "tool")]
+    scaffold = {chat.end_of_turn_id, *allowed[0], *allowed[1]}
     for segment in played.segments[1:]:
         if isinstance(segment, Context):
-            allowed = (chat._control("user"), chat._control("tool"))
             assert [i for i in segment.token_ids if i in scaffold] in allowed, "no turn is forged"
     return played
 
@@ -166,6 +166,7 @@ def test_whatever_an_agent_samples_is_answered_or_ends_the_episode(name, parser,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @PARSERS_AND_TOKENIZERS
 def test_whatever_an_agent_samples_is_answered_and_recorded_in_100_000_turns(name, parser, tmp_path):
     played = []
@@ -174,7 +175,7 @@ def test_whatever_an_agent_samples_is_answered_and_recorded_in_100_000_turns(nam
     @given(turns=TURNS)
     def check(turns):
         outcome = check_agents_words(name, parser, turns)
-        if len(played) < NUM_RECORDED:
+        if len(played) < NUM_RECORDED and sum(len(s.token_ids) for s in outcome.segments) < 1000:
             played.append(outcome)
 
     check()

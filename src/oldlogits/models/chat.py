@@ -8,7 +8,7 @@ template(messages)                                            -> the text; where
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from typing import Final
 
 from oldlogits.core.environment import AS_IT_IS, ChatOptions
@@ -67,11 +67,12 @@ class ChatFormat:
         """Sampling a turn ends after any of these: the end-of-turn token, and every eos of tokenizer and generation config."""
         self._end_of_turn: Final = self._decode([ids[0]])
         self._template.check(bool(system_prompt))
-        self._check_system = cache(partial(self._template.check, True))
-        self._bare = cache(partial(self._after, content=SENTINEL))
+        self._check_system = cache(lambda: self._template.check(True))
+        self._between = cache(self._bare)
         self._kept = lru_cache(maxsize=_NUM_CACHED)(self._continue)
-        self._head: Final = self._encoder.from_last_control(self._end_of_turn + self._bare("user"))
-        self._turns: Final = ContentEncoder(tokenizer, {*self.stop_ids, *self._control("user")})
+        bare, control = self._between("user")
+        self._head: Final = self._encoder.from_last_control(self._end_of_turn + bare)
+        self._turns: Final = ContentEncoder(tokenizer, {*self.stop_ids, *control})
 
     def prompt_ids(self, opening: str, system: str | None = None) -> list[int]:
         """Give the tokens up to the start of the first assistant turn.
@@ -124,13 +125,14 @@ class ChatFormat:
         return self._template.call_text(name, arguments).partition(self._end_of_turn)[0]
 
     def _continue(self, role: Role, content: str) -> tuple[int, ...]:
-        text = self._after(role, content)
-        words, control, anchor = [_words(self._bare(role), text)], self._control(role), self._end_of_turn
+        text, (bare, control), anchor = self._after(role, content), self._between(role), self._end_of_turn
+        words = [_words(bare, text)]
         return tuple(self._encoder.encode_around(text, words, control_ids=control, anchor=anchor, is_start=False))
 
-    def _control(self, role: Role) -> list[int]:
-        """The control tokens that the template writes between two turns."""
-        return self._encoder.control_ids(self._encoder.encode_after(self._end_of_turn, self._bare(role)))
+    def _bare(self, role: Role) -> tuple[str, list[int]]:
+        """What the template writes between two turns around the sentinel, and its control tokens."""
+        bare = self._after(role, SENTINEL)
+        return bare, self._encoder.control_ids(self._encoder.encode_after(self._end_of_turn, bare))
 
     def _after(self, role: Role, content: str) -> str:
         """What the template writes after an end-of-turn token when `content` follows."""
