@@ -16,6 +16,7 @@ from oldlogits.record.events import (
     RunStarted,
     ServerDown,
     ServerUp,
+    TrajectoryFailed,
     Updated,
     VersionPublished,
     WeightsUpdated,
@@ -111,6 +112,24 @@ def test_success_is_a_reward_of_1_and_the_gain_pairs_the_episodes_that_both_eval
     assert (summary.success_before.mean, summary.success_after.mean, summary.greedy_after.mean) == (0.4, 0.75, 1.0)
     assert (summary.gain.mean, summary.gain.num_episodes) == (0.5, 4)
     assert summary.greedy_before is None
+
+
+def test_rows_that_failed_in_one_of_two_evaluations_are_left_out_of_the_gain():
+    before = replace(evaluated("before", "sampled", [0.0, None, 1.0, 0.0], 1 / 3), num_episodes=3)
+    after = replace(evaluated("after", "sampled", [1.0, 1.0, None, 0.0], 2 / 3), num_episodes=3)
+    nothing = replace(evaluated("after", "greedy", [None, None], math.nan), num_episodes=0)
+    summary = summary_of(START, before, after, nothing)
+    assert (summary.gain.mean, summary.gain.num_episodes) == (0.5, 2)
+    assert (summary.greedy_after, summary.num_evaluation_episodes) == (None, 10)
+
+
+def test_failures_are_summed_by_reason_those_of_evaluations_apart():
+    def failed(stage, reason):
+        return TrajectoryFailed(version=0, trajectory="a", stage=stage, reason=reason)
+
+    told = [failed("train", f"look: KeyError: {n}") for n in range(3)] + [failed("before", "reset: timed out after 2 s")]
+    summary = summary_of(START, *told)
+    assert (summary.failures, summary.evaluation_failures) == ({"look: KeyError: 0": 3}, {"reset: timed out after 2 s": 1})
 
 
 def test_idle_shares_weigh_updates_by_their_seconds():
