@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+
+_LONGEST = 300
+"""Characters of a library's message that an error quotes."""
 
 
 class OldLogitsError(Exception):
@@ -105,3 +110,27 @@ class UnknownCallError(OldLogitsError, AttributeError):
 
 class WorkerDiedError(OldLogitsError, RuntimeError):
     """The engine or the trainer process ended or stopped answering."""
+
+
+@contextmanager
+def told(kind: type[OldLogitsError], what: str, *, got: str, allowed: str, fix: str) -> Iterator[None]:
+    """Turn whatever is raised while something from outside is read into one error: a model folder, a row file, a recipe.
+
+    This is the one place for that: libraries raise what they like on a damaged file, panics of Rust included, which are no
+    `Exception`. Errors of this package and interruptions pass.
+
+    Args:
+        kind: The error's class.
+        what: What is wrong, in words.
+        got: What was read; the exception's message is put behind it.
+        allowed: What is allowed.
+        fix: How to fix it.
+    """
+    try:
+        yield
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"
+        if isinstance(error, OldLogitsError) or not (is_panic or isinstance(error, Exception)):
+            raise
+        said = " ".join(str(error).split())[:_LONGEST]
+        raise kind(what, got=f"{got}: {said or type(error).__name__}", allowed=allowed, fix=fix) from error

@@ -10,14 +10,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Final, Self
 
 import tomli_w
 
-from oldlogits.core.errors import RunFolderError
+from oldlogits.core.errors import RunFolderError, told
 from oldlogits.record.jsonl import Json
 
 PACKAGES: Final = ("oldlogits", "torch", "transformers", "safetensors", "numpy", "pyarrow", "vllm", "ray")
@@ -82,6 +82,12 @@ class RunFolder:
         """The complete checkpoint of the highest version."""
         named = [(entry, _VERSION_NAME.fullmatch(entry.name)) for entry in self.checkpoints.glob("v*") if entry.is_dir()]
         return max(((int(match[1]), entry) for entry, match in named if match), default=(0, None))[1]
+
+
+def unreadable_run(path: Path) -> AbstractContextManager[None]:
+    """Tell whatever a folder that no run has written raises as an error of that folder."""
+    allowed, fix = "the files that oldlogits train writes", "remove what is damaged, or name another folder"
+    return told(RunFolderError, "the run folder cannot be read", got=str(path), allowed=allowed, fix=fix)
 
 
 def version_name(version: int) -> str:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from oldlogits.batch.collate import TokenBatch
 from oldlogits.core.errors import RunFolderError
+from oldlogits.core.loss import LOSSES
 from oldlogits.core.scoring import Scored
 from oldlogits.core.weights import FullWeights, PolicyVersion
 from oldlogits.models.load import load_tokenizer, local, point_at, write_model
@@ -48,6 +49,7 @@ class Trainer:
     """
 
     def __init__(self, spec: TrainerSpec, model_folder: Path, probe_ids: Sequence[int], ranks: Ranks = ALONE) -> None:
+        LOSSES.find(spec.objective.loss)  # one that is not there is refused here, not at the first step
         self.live = live = load_live(spec, model_folder, ranks)
         self._spec, self._tokenizer = spec, load_tokenizer(model_folder)
         self.store: TrainerVersionStore | None = None
