@@ -2,6 +2,7 @@ import dataclasses
 import inspect
 import math
 import re
+import shutil
 
 import pytest
 
@@ -120,10 +121,15 @@ def changed(key, value, base=None):
 LOCKSTEP = changed("runtime.type", "lockstep")
 
 
-@pytest.mark.parametrize("key", ["env.train_data", "env.eval_data"])
+ROW_FILES = ("env.train_data", "env.eval_data")
+
+
+@pytest.mark.parametrize("key", ROW_FILES)
 @pytest.mark.parametrize("name", ["no_such_file.jsonl", "tests", "x" * 5000, "rows\0.jsonl"])
 def test_a_row_file_that_is_not_there_is_said_to_be_missing(key, name):
-    with pytest.raises(ConfigError, match=f"^{re.escape(key)} names no file; got: .*; allowed: a JSONL file.*fix: correct the path"):
+    with pytest.raises(
+        ConfigError, match=f"^{re.escape(key)} names no file; got: .*; allowed: a JSONL file.*fix: correct the path"
+    ):
         check(changed(key, name))
 
 
@@ -171,7 +177,7 @@ def test_every_number_of_the_recipe_has_a_range_that_is_tested():
 def test_every_key_whose_range_depends_on_another_key_is_tested():
     source = inspect.getsource(inspect.getmodule(check_function)._check_against_each_other)
     named = {key for key in known_keys() if f'"{key}"' in source}
-    assert named <= set(REFUSED) | set(LOCKSTEP_ONLY)
+    assert named <= {*REFUSED, *LOCKSTEP_ONLY, *ROW_FILES}
 
 
 @pytest.mark.parametrize(
@@ -293,14 +299,14 @@ def test_rows_that_exist_are_accepted(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_a_model_folder_that_lacks_a_part_is_refused_by_the_part(missing, tmp_path):
-    files = {"config.json", "model.safetensors", "tokenizer.json"}
-    for name in files - {missing}:
-        (tmp_path / name).touch()
+def test_a_model_folder_that_lacks_a_part_is_refused_by_the_part(missing, tiny_folder, tmp_path):
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        shutil.copy(tiny_folder / name, tmp_path)
+    (tmp_path / missing).unlink()
     part = "weights" if missing.startswith("model") else missing
     with pytest.raises(ModelFolderError, match=f"the model folder lacks {re.escape(part)}"):
         check(changed("model.path", str(tmp_path)))
-    (tmp_path / missing).touch()
+    shutil.copy(tiny_folder / missing, tmp_path)
     check(changed("model.path", str(tmp_path), changed("env.target", "my.package:Shop")))
 
 

@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from oldlogits.core.errors import LayoutError
 from oldlogits.core.weights import FullWeights
 from oldlogits.engines.embedded.model_folder import read_weights
 from oldlogits.engines.shared_memory import HostWeights, share_bytes, shared_file, take_bytes
@@ -125,7 +126,7 @@ def bodies(draw, valid):
 
 
 @pytest.mark.parametrize("path", VALID)
-@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_whatever_a_body_holds_the_answer_is_200_or_a_refusal_and_the_server_goes_on(path, data, client, tokens):
     body = data.draw(bodies(VALID[path]))
@@ -169,7 +170,13 @@ def test_a_wrong_request_to_sample_is_refused_with_its_reason(content, client, t
 
 
 def test_unknown_routes_and_methods_are_refused_in_the_same_shape(client):
-    for method, path in [("GET", "/nowhere"), ("GET", "/pause"), ("POST", "/health"), ("POST", "/pause?mode=\0"), ("PUT", "/x")]:
+    for method, path in [
+        ("GET", "/nowhere"),
+        ("GET", "/pause"),
+        ("POST", "/health"),
+        ("POST", "/pause?mode=%00"),
+        ("PUT", "/x"),
+    ]:
         check_refusal(client.request(method, path))
 
 
@@ -259,7 +266,7 @@ def test_a_client_that_leaves_ends_its_request(server, client, tokens):
     body = json.dumps({"token_ids": [3], "sampling_params": {"max_tokens": 120}}).encode()
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(POST + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
-    wait_until(lambda: client.get("/load").json() == {"server_load": 0})
+    wait_until(lambda: client.get("/load").json() == {"server_load": 0}, "the request to end")
     assert sampled(client) == tokens
 
 
@@ -280,7 +287,6 @@ def test_connections_beyond_the_limit_are_closed_and_those_within_it_served(serv
     finally:
         for one in idle:
             one.close()
-    wait_until(lambda: httpx.get(server.url + "/health", trust_env=False).status_code == 200)
     assert httpx.post(server.url + "/inference/v1/generate", json=GOOD, trust_env=False).status_code == 200
 
 
@@ -312,7 +318,9 @@ DAMAGED = {
     "a layout of lists": lambda whole: prefixed(b"[" * 3000 + b"]" * 3000),
     "a layout without entries": lambda whole: prefixed(b'{"entries":[],"aliases":{},"frozen":[]}'),
     "a layout of negative size": lambda whole: prefixed(LAYOUT.replace(b"[32],0,32", b"[-32],0,-32")),
-    "a layout of 2^62 values": lambda whole: prefixed(LAYOUT.replace(b"[32],0,32", b"[4611686018427387904],0,4611686018427387904")),
+    "a layout of 2^62 values": lambda whole: prefixed(
+        LAYOUT.replace(b"[32],0,32", b"[4611686018427387904],0,4611686018427387904")
+    ),
     "a layout of no dtype": lambda whole: prefixed(LAYOUT.replace(b"float32", b"nn")),
     "one weight only": lambda whole: prefixed(LAYOUT),
     "another version": lambda whole: whole,
@@ -361,7 +369,5 @@ def test_no_weights_at_all_travel_as_nothing_and_are_no_copy(tmp_path):
     path, lengths = share_bytes([memoryview(b""), memoryview(b"")])
     assert [bytes(part) for part in take_bytes(path, lengths)] == [b"", b""]
     assert not path.exists()
-    from oldlogits.core.errors import LayoutError
-
     with pytest.raises(LayoutError, match="at least one tensor"):
         HostCopy.create(tmp_path / "none", {}, 0)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 
 _LONGEST = 300
-"""Characters of a library's message that an error quotes."""
+"""Characters that an error quotes of what was read, and again of a library's message."""
 
 
 class OldLogitsError(Exception):
@@ -133,4 +133,4 @@ def told(kind: type[OldLogitsError], what: str, *, got: str, allowed: str, fix: 
         if isinstance(error, OldLogitsError) or not (is_panic or isinstance(error, Exception)):
             raise
         said = " ".join(str(error).split())[:_LONGEST]
-        raise kind(what, got=f"{got}: {said or type(error).__name__}", allowed=allowed, fix=fix) from error
+        raise kind(what, got=f"{got[:_LONGEST]}: {said or type(error).__name__}", allowed=allowed, fix=fix) from error

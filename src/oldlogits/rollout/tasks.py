@@ -130,7 +130,7 @@ def _read(path: Path, environment_class: type[Environment]) -> list[Row]:
         with told(ConfigError, "a row is no JSON", got=f"{path}:{number}", allowed=allowed, fix=fix):
             row = json.loads(line.decode("utf-8"))
         if not isinstance(row, dict):
-            got = f"{path}:{number}: {line[:_LONGEST]!r}"
+            got = f"{path}:{number}: {line.decode()[:_LONGEST]}"
             raise ConfigError("a row is no object", got=got, allowed=allowed, fix=fix)
         if misfit := row_misfit(environment_class, row):
             raise ConfigError(
