@@ -46,7 +46,8 @@ _SIZES: Final = {
     "num_local_experts": 10_000,
 }
 """Sizes in config.json, and the most that each may be: libraries make modules and tensors of them before they look."""
-_PLAIN: Final = frozenset({"F64", "F32", "F16", "BF16"})
+_PLAIN: Final = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Types of weights that are numbers as they stand, and the bytes of each."""
 _QUANTISED: Final = ("qweight", "qzeros", "weight_packed", "weight_scale", "weight_scale_inv", "absmax", "quant_map")
 """What quantised folders call the parts of a weight."""
 _CHUNK: Final = 2**24
@@ -141,6 +142,8 @@ def _stored(folder: Path, index: Path, single: Path) -> dict[str, _Stored]:
     for name, shard in shard_of.items():
         if name not in headers[shard]:
             raise _damaged(folder / shard, f"no {name}", f"{name}, as {index.name} says")
+    if unnamed := {name for header in headers.values() for name in header} - shard_of.keys():
+        raise _damaged(index, f"no {min(unnamed)}", "every weight of its shards")
     return {name: headers[shard][name] for name, shard in shard_of.items()}
 
 
@@ -167,9 +170,13 @@ def _header(path: Path) -> dict[str, _Stored]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
+        if not isinstance(entry, dict):
+            raise _damaged(path, f"{name}: {entry!r}", "a shape, a type and a range of bytes for every tensor")
         (start, end), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
         if not all(type(n) is int and n >= 0 for n in (start, end, *shape)) or start > end or not isinstance(dtype, str):
             raise _damaged(path, f"{name}: {entry}", "a shape, a type and a range of bytes for every tensor")
+        if dtype in _PLAIN and end - start != math.prod(shape) * _PLAIN[dtype]:
+            raise _damaged(path, f"{name}: {end - start} bytes", f"those of {dtype} values of shape {shape}")
         found[name] = _Stored(path=path, dtype=dtype, shape=tuple(shape), start=begin + start, end=begin + end)
     whole = max((one.end for one in found.values()), default=begin)
     if whole != size:

@@ -112,15 +112,15 @@ def _refusal(kind: type, problem: str, where: tuple[int | str, ...], value: obje
         return ConfigError(f"[{key}] is a table", got=_quoted(value), allowed=f"[{key}] with keys", fix=f"write [{key}]")
     allowed = allowed_values(hint)
     if problem in _BOUNDS:
-        got = f"{key} = {_quoted(float(value) if _is_small(value) and 'a number' in allowed else value)}"
+        got = f"{key} = {_quoted(_as_number(value) if 'a number' in allowed else value)}"
         return ConfigError(f"{key} is out of range", got=got, allowed=allowed, fix=_example(kind, key, hint))
     if get_origin(hint) is Literal:
         return ConfigError(f"{key} has no such choice", got=_quoted(value), allowed=allowed, fix="choose one of these")
     return ConfigError(f"{key} takes {_type_in_words(hint)}", got=_quoted(value), allowed=allowed, fix="correct the value")
 
 
-def _is_small(value: object) -> bool:
-    return type(value) is int and abs(value) < 2**63
+def _as_number(value: object) -> object:
+    return float(value) if type(value) is int and abs(value) < 2**63 else value
 
 
 def _quoted(value: object) -> str:
