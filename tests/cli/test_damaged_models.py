@@ -127,6 +127,10 @@ def header(folder, change):
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
 
 
+def longer(path):
+    path.write_bytes(path.read_bytes() + b"more")
+
+
 NORM, UP, EMBEDDING, HEAD = (
     "model.norm.weight",
     "model.layers.1.mlp.up_proj.weight",
@@ -151,10 +155,10 @@ AT_ODDS = {  # damage -> (what does it, what the error says)
     "NaN": (lambda f: stored(f, lambda w: {**w, NORM: w[NORM] * float("nan")}), "no numbers"),
     "infinity": (lambda f: stored(f, lambda w: {**w, UP: w[UP] / 0.0}), "no numbers"),
     "no weights": (lambda f: stored(f, lambda w: {"nothing": torch.zeros(0)}), "damaged"),
-    "a longer file": (lambda f: (f / "model.safetensors").open("ab").write(b"more"), "damaged"),
+    "a longer file": (lambda f: longer(f / "model.safetensors"), "damaged"),
     "a shard less": (lambda f: (sharded(f), (f / "model-2.safetensors").unlink()), "lacks weights"),
     "a shard that lacks a weight": (lambda f: sharded(f, also={"other.weight": "model-1.safetensors"}), "damaged"),
-    "an index that lacks a weight": (lambda f: sharded(f, leave_out=[NORM]), "weights"),
+    "an index that lacks a weight": (lambda f: sharded(f, leave_out=[NORM]), "damaged"),
     "an index that leaves the folder": (lambda f: sharded(f, also={NORM: "../model-1.safetensors"}), "damaged"),
     "an index of numbers": (lambda f: sharded(f, also={NORM: 3}), "damaged"),
     "a header of another range": (lambda f: header(f, lambda h: h[NORM].update(data_offsets=[0, 2**62])), "damaged"),
@@ -170,7 +174,7 @@ AT_ODDS = {  # damage -> (what does it, what the error says)
     "a chat template in Latin-1": (lambda f: (f / "chat_template.jinja").write_bytes(b"\xe4"), "damaged"),
     "a chat template that is none": (lambda f: (f / "chat_template.jinja").write_text("{% for"), "template"),
 }
-ONLY_LOADED = ("a weight less", "a weight of another shape", "NaN", "infinity", "an index that lacks a weight")
+ONLY_LOADED = ("a weight less", "a weight of another shape", "NaN", "infinity")
 """Damages that are seen when the weights are loaded: a dry run does not load them."""
 
 
