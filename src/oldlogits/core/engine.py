@@ -27,7 +27,7 @@ KVMode = Literal["recompute", "stale"]
 
 
 LARGEST: Final = 2**31
-"""Token ids and numbers of tokens are below this."""
+"""Token ids are below this."""
 MOST_STOPS: Final = 1024
 """Stop tokens of one request: the engine compares every sampled token with each."""
 
@@ -117,7 +117,7 @@ class Sampling:
     def __post_init__(self) -> None:
         stops = self.stop_token_ids
         holds = {
-            f"max_tokens = {self.max_tokens!r}": 1 <= self.max_tokens < LARGEST,
+            f"max_tokens = {self.max_tokens!r}": self.max_tokens >= 1,
             f"temperature = {self.temperature!r}": self.temperature == 0 or 1e-3 <= self.temperature <= 1e3,
             f"top_p = {self.top_p!r}": 1e-6 <= self.top_p <= 1,
             f"top_k = {self.top_k!r}": 0 <= self.top_k < LARGEST,
@@ -128,7 +128,7 @@ class Sampling:
                 "sampling parameters out of range",
                 got=", ".join(wrong)[:200],
                 allowed="max_tokens from 1, temperature 0 or 0.001 to 1000, top_p from 1e-6 to 1, top_k from 0, "
-                f"at most {MOST_STOPS} stop_token_ids from 0; whole numbers below 2^31",
+                f"at most {MOST_STOPS} stop_token_ids from 0; ids and top_k below 2^31",
                 fix="correct what is named, in the recipe or in the request",
             )
 
