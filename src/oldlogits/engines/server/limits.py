@@ -24,6 +24,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from oldlogits.core.server import LOOPBACK
 
+_DRAINED: Final = 2**24
+"""Bytes beyond the limit that are read and thrown away: a client that still writes would not see its answer."""
 _MOST_DIGITS: Final = 19
 """Digits of a whole number: one of 64 bits."""
 
@@ -101,22 +103,24 @@ class Guard:
         """
         most, told = self._limits.max_body_bytes, headers.get("content-length", "0")
         too_large = HTTPException(413, f"the body is larger than {most:,} bytes (--max-body-bytes)")
-        if not told.isdecimal() or int(told[:20]) > most:
+        if not told.isdecimal() or int(told[:20]) > most + _DRAINED:
             raise too_large
-        body = bytearray()
+        body, size = bytearray(), 0
         try:
             async with asyncio.timeout(self._limits.idle_s):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise ConnectionError
-                    body += message.get("body", b"")
-                    if len(body) > most:
-                        raise too_large
-                    if not message.get("more_body", False):
-                        return bytes(body)
+                    size += len(part := message.get("body", b""))
+                    body += part if size <= most else b""
+                    if size > most + _DRAINED or not message.get("more_body", False):
+                        break
         except TimeoutError as error:
             raise HTTPException(408, f"the body did not come within {self._limits.idle_s:g} s") from error
+        if size > most:
+            raise too_large
+        return bytes(body)
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
