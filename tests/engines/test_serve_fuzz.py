@@ -154,7 +154,7 @@ def test_whatever_a_body_holds_the_answer_is_200_or_a_refusal_and_the_server_goe
         *(
             b'{"token_ids": [3], "sampling_params": {"' + key + b'": ' + value + b"}}"
             for key, value in (
-                (b"top_k", b"9223372036854775807"), (b"max_tokens", b"0"), 
+                (b"top_k", b"9223372036854775807"), (b"max_tokens", b"0"),
                 (b"stop_token_ids", b"[9223372036854775808]"), (b"stop_token_ids", b"[9223372036854775807]"),
                 (b"stop_token_ids", b"[-1]"), (b"stop_token_ids", b"[" + b"1," * 2000 + b"1]"),
                 (b"temperature", b"1e-300"), (b"temperature", b"1e308"), (b"temperature", b"-1"), (b"top_p", b"1e-300"),
