@@ -2,12 +2,14 @@ import dataclasses
 import inspect
 import math
 import re
+import shutil
 
 import pytest
 
-from oldlogits.config.check import check, check_model_folder
+from oldlogits.config.check import check
 from oldlogits.config.check import check as check_function
 from oldlogits.config.load import config_from_table, known_keys
+from oldlogits.config.model_folder import check_model_folder
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import ConfigError, MissingPolicyError, ModelFolderError
 
@@ -17,9 +19,9 @@ NAN, INF = math.nan, math.inf
 
 REFUSED = {  # key -> values just outside, and beyond
     "band": [1.0, 0.0, -2.0, NAN],
-    "seed": [-1],
-    "num_updates": [0],
-    "max_staleness": [-1],
+    "seed": [-1, 2**32],
+    "num_updates": [0, 10**9],
+    "max_staleness": [-1, 10**9],
     "objective.eps_low": [0.0, 1.0, 1.01, NAN],
     "objective.eps_high": [0.0, INF, NAN],
     "objective.dual_clip": [1.0, NAN],
@@ -30,58 +32,56 @@ REFUSED = {  # key -> values just outside, and beyond
     "proximal.scorer_versions": [0, -1],
     "audit.share": [-0.01, 1.01, NAN],
     "objective.loss_aggregation_tokens": [0.0, INF, NAN],
-    "ray.num_workers": [0, -1],  # these with runtime.type = "ray" in test_servers.py
+    "ray.num_workers": [0, -1, 10**6],  # these with runtime.type = "ray" in test_servers.py
     "ray.worker_cpus": [-1.0, INF, NAN],
     "ray.worker_gpus": [-1.0, INF, NAN],
     "ray.trainer_cpus": [-1.0, INF, NAN],
     "ray.trainer_gpus": [-1.0, INF, NAN],
     "ray.start_timeout_s": [0.0, INF, NAN],
-    "model.seed": [-1],
+    "model.seed": [-1, 2**64],
     "model.warm_start_steps": [-1],
-    "model.lora_rank": [-1],
+    "model.lora_rank": [-1, 10**9],
     "model.lora_alpha": [0.0, -1.0, INF, NAN],
     "model.lora_targets": [(), ("q_proj", "q_proj")],
     "env.max_turns": [0],
     "env.max_tokens_per_turn": [0],
-    "env.max_episode_tokens": [1],
+    "env.max_episode_tokens": [1, 2**31],
     "env.timeout_s": [0.0, NAN],
     "env.latency_s": [-0.1, INF, NAN],
-    "env.train_data": ["no_such_file.jsonl"],
-    "env.eval_data": ["no_such_file.jsonl"],
-    "sampling.temperature": [0.0, -1.0, INF, NAN],
+    "sampling.temperature": [0.0, -1.0, 1e-300, 1e300, INF, NAN],
     "sampling.top_p": [0.99, NAN],
     "sampling.top_k": [1, -1],
-    "engine.max_num_seqs": [0],
+    "engine.max_num_seqs": [0, 10**9],
     "engine.probe_tolerance": [-1.0, -0.5, NAN],
-    "engine.num_servers": [0],
+    "engine.num_servers": [0, 10**6],
     "engine.max_restarts": [-1],
-    "engine.recover_s": [0.0, INF, NAN],
+    "engine.recover_s": [0.0, 1e308, INF, NAN],
     "engine.request_timeout_s": [0.0, INF, NAN],
     "engine.control_timeout_s": [0.0, INF, NAN],
     "engine.start_timeout_s": [0.0, INF, NAN],
-    "rollout.group_size": [1],
+    "rollout.group_size": [1, 10**9],
     "rollout.max_failed_share": [0.0, 1.1],
     "rollout.max_filtered_batches": [0],
     "rollout.max_replays": [-1],
     "rollout.min_group_size": [1, 9],
-    "rollout.prompts_per_update": [0],
+    "rollout.prompts_per_update": [0, 10**9],
     "rollout.max_running_groups": [0, -1],
-    "trainer.lr": [0.0, INF, NAN],
+    "trainer.lr": [0.0, 1e308, 1e-300, INF, NAN],
     "trainer.warmup_steps": [-1],
     "trainer.min_lr_ratio": [-0.1, 1.1, NAN],
-    "trainer.weight_decay": [-0.1, INF, NAN],
+    "trainer.weight_decay": [-0.1, 1e308, INF, NAN],
     "trainer.beta1": [-0.1, 1.0, NAN],
     "trainer.beta2": [-0.1, 1.0, NAN],
     "trainer.max_grad_norm": [0.0, NAN],
     "trainer.minibatches_per_update": [0, 17],
-    "trainer.num_threads": [0],
+    "trainer.num_threads": [0, 10**9],
     "trainer.micro_batch_tokens": [0],
     "trainer.head_chunk_tokens": [0],
-    "lockstep.max_lag": [-1],
+    "lockstep.max_lag": [-1, 10**9],
     "lockstep.tokens_per_version": [0],
     "versions.uncompressed": [-1],
-    "versions.budget_bytes": [-1],
-    "eval.num_episodes": [-1],
+    "versions.budget_bytes": [-1, 2**63],
+    "eval.num_episodes": [-1, 10**9],
     "eval.every": [-1],
     "eval.num_episodes_during": [-1],
     "eval.num_calibration": [-1],
@@ -129,6 +129,30 @@ def changed(key, value, base=None):
 LOCKSTEP = changed("runtime.type", "lockstep")
 
 
+ROW_FILES = ("env.train_data", "env.eval_data")
+
+
+@pytest.mark.parametrize("key", ROW_FILES)
+@pytest.mark.parametrize("name", ["no_such_file.jsonl", "tests", "x" * 5000, "rows\0.jsonl"])
+def test_a_row_file_that_is_not_there_is_said_to_be_missing(key, name):
+    with pytest.raises(
+        ConfigError, match=f"^{re.escape(key)} names no file; got: .*; allowed: a JSONL file.*fix: correct the path"
+    ):
+        check(changed(key, name))
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_the_remedy_for_too_many_minibatches_is_one_that_helps(count):
+    table = {"rollout": {"prompts_per_update": 1}, "trainer": {"minibatches_per_update": count}}
+    with pytest.raises(ConfigError, match=r"fix: (set )?trainer\.minibatches_per_update = 1"):
+        check(config_from_table(table))
+
+
+def test_an_update_of_more_episodes_than_a_machine_can_hold_is_refused():
+    with pytest.raises(ConfigError, match=r"rollout\.group_size is out of range; .*at most 1,000,000 episodes an update"):
+        check(config_from_table({"rollout": {"group_size": 10_000, "prompts_per_update": 1000}}))
+
+
 def test_the_defaults_pass_in_both_runtimes():
     check(RunConfig())
     check(LOCKSTEP)
@@ -161,7 +185,7 @@ def test_every_number_of_the_recipe_has_a_range_that_is_tested():
 def test_every_key_whose_range_depends_on_another_key_is_tested():
     source = inspect.getsource(inspect.getmodule(check_function)._check_against_each_other)
     named = {key for key in known_keys() if f'"{key}"' in source}
-    assert named <= set(REFUSED) | set(LOCKSTEP_ONLY)
+    assert named <= {*REFUSED, *LOCKSTEP_ONLY, *ROW_FILES}
 
 
 @pytest.mark.parametrize(
@@ -283,14 +307,14 @@ def test_rows_that_exist_are_accepted(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_a_model_folder_that_lacks_a_part_is_refused_by_the_part(missing, tmp_path):
-    files = {"config.json", "model.safetensors", "tokenizer.json"}
-    for name in files - {missing}:
-        (tmp_path / name).touch()
+def test_a_model_folder_that_lacks_a_part_is_refused_by_the_part(missing, tiny_folder, tmp_path):
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        shutil.copy(tiny_folder / name, tmp_path)
+    (tmp_path / missing).unlink()
     part = "weights" if missing.startswith("model") else missing
     with pytest.raises(ModelFolderError, match=f"the model folder lacks {re.escape(part)}"):
         check(changed("model.path", str(tmp_path)))
-    (tmp_path / missing).touch()
+    shutil.copy(tiny_folder / missing, tmp_path)
     check(changed("model.path", str(tmp_path), changed("env.target", "my.package:Shop")))
 
 

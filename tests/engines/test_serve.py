@@ -22,6 +22,7 @@ from oldlogits.core.weights import FullWeights
 from oldlogits.engines.embedded.process import EngineProcess
 from oldlogits.engines.protocols import vllm_messages as wire
 from oldlogits.engines.server.app import check_host, make_app
+from oldlogits.engines.server.limits import Limits
 from oldlogits.engines.server.served import Served
 from oldlogits.engines.shared_memory import HostWeights
 
@@ -51,7 +52,7 @@ def served(spec):
 @asynccontextmanager
 async def client_of(served, *, token="", host="127.0.0.1", **headers):
     await served.engine.ready()
-    app = make_app(served, token=token)
+    app = make_app(served, Limits(max_body_bytes=2**20), token=token)
     transport = httpx.ASGITransport(app=app)
     url = f"http://{host}:8000"
     async with httpx.AsyncClient(transport=transport, base_url=url, headers=headers, timeout=HUNG_S) as client:

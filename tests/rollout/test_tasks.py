@@ -3,7 +3,8 @@ import json
 
 import pytest
 
-from oldlogits.core.errors import ConfigError
+from oldlogits.cli.main import run
+from oldlogits.core.errors import ConfigError, EnvironmentShapeError
 from oldlogits.rollout.tasks import ROWS_PER_SEED, TaskDataset
 
 
@@ -109,3 +110,70 @@ def test_a_file_that_holds_no_rows_is_refused_by_line(rows_of, content, says):
 def test_blank_lines_between_rows_are_no_rows(rows_of):
     rows = rows_of(['{"task": 1}\n', "\n", '{"task": 2}'], FILE)
     assert sorted(rows.train(i)["task"] for i in range(2)) == [1, 2]
+
+
+class Takes:
+    def reset(self, *, task, hint=""):
+        return None
+
+
+class TakesAnything:
+    def reset(self, **row):
+        return None
+
+
+class MakesOthers(Takes):
+    @staticmethod
+    def make_row(split, index):
+        return {"other": index}
+
+
+def test_a_line_ends_at_a_newline_and_nowhere_else(rows_of):
+    text = '{"task": "one\u2028two\u2029three\x85four"}\n{"task": "five"}\r\n'
+    rows = rows_of([text], [text])
+    assert [row["task"] for row in rows.heldout(5)] == ["one\u2028two\u2029three\x85four", "five"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(rows_of):
+    assert rows_of(['\ufeff{"task": 1}\n'], FILE).train(0) == {"task": 1}
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (b'{"task": "\xe4"}\n', r"a row is no JSON; got: .*:1: .*utf-8.*allowed: a JSONL file in UTF-8"),
+        (b'{"task": 1}\n{"task": ' + b"[" * 100_000 + b"\n", r"a row is no JSON; got: .*:2: "),
+        (b'{"task": ' + b"9" * 5000 + b"}\n", r"a row is no JSON; got: .*:1: "),
+        (b'{"task": 1}\n{"tsak": 1}\n', r"a row does not fit Takes\.reset; got: .*:2: .*'task'.*; allowed: .*task, hint=''"),
+        (b'{"task": 1, "more": 2}\n', r"a row does not fit Takes\.reset; got: .*:1: .*'more'"),
+        (b'{"task": 1, "self": 2}\n', r"a row does not fit Takes\.reset; got: .*:1: .*'self'"),
+    ],
+)
+def test_a_row_that_cannot_be_read_or_does_not_fit_reset_is_refused_by_its_line(content, says, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=says):
+        TaskDataset(Takes, seed=0, train_data=str(path), eval_data=str(path))
+
+
+def test_rows_fit_a_reset_that_takes_anything(rows_of):
+    assert rows_of(FILE, FILE, cls=TakesAnything).heldout(1) == FILE[:1]
+
+
+def test_rows_that_a_class_makes_and_does_not_take_are_refused_at_the_start():
+    with pytest.raises(
+        EnvironmentShapeError, match=r"MakesOthers\.make_row\('train', 2000000\) does not fit reset; got: .*task"
+    ):
+        TaskDataset(MakesOthers, seed=2)
+
+
+def test_rows_that_do_not_fit_end_train_dry_run_and_play_alike(tmp_path, capsys):
+    rows, recipe = tmp_path / "rows.jsonl", tmp_path / "r.toml"
+    rows.write_text('{"begin": 3}\n')
+    env = f'env = {{ target = "tests.runs:Words", train_data = "{rows}", eval_data = "{rows}" }}'
+    recipe.write_text(f'{env}\nmodel.path = "{tmp_path}"\n')
+    for words in (["train", recipe, "--dry-run"], ["play", recipe]):
+        assert run(list(map(str, words))) == 2
+        assert "a row does not fit Words.reset" in capsys.readouterr().err
+    assert run(["play", "tests.runs:Words", "--row", '{"begin": 3}']) == 2
+    assert "--row does not fit the environment" in capsys.readouterr().err

@@ -14,7 +14,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from oldlogits.core.errors import ConfigError
+from oldlogits.config.model_folder import check_model_folder
+from oldlogits.core.errors import ConfigError, told
 from oldlogits.record.folder import describe_environment, write_json
 
 if TYPE_CHECKING:
@@ -53,12 +54,13 @@ def command(arguments: Sequence[str]) -> int:
             return 0
         raise ConfigError("unknown bench", got=arguments[0], allowed="versions", fix="run `oldlogits bench versions --help`")
     options = tyro.cli(BenchOptions, prog="oldlogits bench versions", args=list(arguments[1:]))
-    if options.rounds < 1 or options.params < 100_000 or not options.lr or min(options.lr) <= 0:
+    has_rates = bool(options.lr) and all(0 < lr <= 1 for lr in options.lr)
+    if not 1 <= options.rounds <= 10_000 or not 100_000 <= options.params <= 10**12 or not has_rates:
         raise ConfigError(
-            "there is too little to measure",
+            "there is too little to measure, or too much",
             got=f"--rounds {options.rounds} --params {options.params} --lr {' '.join(map(str, options.lr))}",
-            allowed="at least 1 round, 100,000 parameters and one learning rate above 0",
-            fix="raise it, or leave it out",
+            allowed="1 to 10,000 rounds, 100,000 to 10^12 parameters, and at least one learning rate in (0, 1]",
+            fix="correct it, or leave it out",
         )
     started, console = time.perf_counter(), Console(highlight=False)
     figures = _measure(options, lambda said: console.print(said, style="dim"))
@@ -81,13 +83,17 @@ def command(arguments: Sequence[str]) -> int:
 
 def _measure(options: BenchOptions, say: Callable[[str], None]) -> dict[str, dict[str, float]]:
     """Return the figures by learning rate and name."""
+    if options.model is not None:
+        check_model_folder(options.model, fix="name a Hugging Face folder, or leave --model out")
     import torch
 
     from oldlogits.bench.chains import RealModel, SyntheticModel
     from oldlogits.bench.lab import Lab
     from oldlogits.versions import kernels_in_use
 
-    if torch.device(options.device).type != "cpu" and not torch.cuda.is_available():
+    with told(ConfigError, "there is no such device", got=options.device, allowed="cpu, cuda", fix="leave --device out"):
+        device = torch.device(options.device)
+    if device.type != "cpu" and not torch.cuda.is_available():
         raise ConfigError("there is no such device", got=options.device, allowed="cpu", fix="leave --device out")
     torch.set_num_threads(1)
     say(f"kernels: {kernels_in_use()}; one thread")

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from oldlogits.config.check import check_model_folder
+from oldlogits.config.model_folder import check_model_folder
 from oldlogits.config.schema import EnvConfig
 from oldlogits.core.environment import MODELS, ModelOrder
 from oldlogits.envs.base import load_environment

@@ -28,7 +28,7 @@ from oldlogits.models.chat import ChatFormat
 from oldlogits.models.template import ChatTokenizer, Role
 from oldlogits.rollout.environment_errors import EnvironmentFailed, Raised, answering
 from oldlogits.rollout.environment_runner import ThreadRunner
-from oldlogits.rollout.tasks import TaskDataset
+from oldlogits.rollout.tasks import TaskDataset, row_misfit
 from oldlogits.rollout.turns import Failure, run_episode
 from oldlogits.run.tasks import make_agent
 
@@ -64,6 +64,13 @@ class PlayOptions:
 def command(arguments: Sequence[str]) -> int:
     """Play the episodes; for several, print the mean reward."""
     options = tyro.cli(PlayOptions, prog="oldlogits play", args=list(arguments))
+    if options.index < 0 or options.num_episodes < 1:
+        raise ConfigError(
+            "there is no such row",
+            got=f"--index {options.index} --num-episodes {options.num_episodes}",
+            allowed="an index from 0 on, at least 1 episode",
+            fix="correct it, or leave it out",
+        )
     console = Console(highlight=False)
     rewards: list[float] = []
     for number in range(options.num_episodes):
@@ -138,11 +145,14 @@ def _row(options: PlayOptions, number: int, env: EnvConfig, environment_class: t
     if options.row:
         try:
             row = json.loads(options.row)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             fix = """write '{"key": ...}'"""
             raise ConfigError("--row is no JSON object", got=options.row, allowed="the arguments of reset", fix=fix)
+        if misfit := row_misfit(environment_class, row):
+            allowed = f"the arguments of {environment_class.__name__}.reset"
+            raise ConfigError("--row does not fit the environment", got=misfit, allowed=allowed, fix="correct it")
         return row
     named = env.train_data if options.split == "train" else env.eval_data
     if not named and not isinstance(environment_class, RowSource):

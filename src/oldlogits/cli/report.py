@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from oldlogits.core.errors import ConfigError
-from oldlogits.record.folder import RunFolder
+from oldlogits.record.folder import RunFolder, unreadable_run
 from oldlogits.record.report.page import write_report
 
 
@@ -32,5 +32,6 @@ def command(arguments: Sequence[str]) -> int:
             allowed="a folder that oldlogits train has written",
             fix="pass the folder that was given as --out",
         )
-    print(write_report(run))
+    with unreadable_run(run):
+        print(write_report(run))
     return 0

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import tyro
 
+from oldlogits.config.model_folder import check_model_folder
 from oldlogits.config.schema import ModelConfig, RunConfig
 from oldlogits.core.engine import EngineSpec
+from oldlogits.core.environment import MODELS
+from oldlogits.core.errors import ConfigError
 from oldlogits.core.registry import require
 from oldlogits.envs.base import load_environment
 from oldlogits.models.checksums import check_model_sums
@@ -51,6 +54,12 @@ class ServeOptions:
     """The most tokens of one sequence; 0: the model's, at most 4096."""
     seed: int = 0
     """Of the sampler."""
+    max_body_bytes: int = 0
+    """The largest body of a request; 0: 1 MiB, and 16 bytes for each token of max_context."""
+    max_connections: int = 4096
+    """Connections at the same time; a further one is closed at once."""
+    idle_s: float = 60.0
+    """Seconds that a client may take for the head of a request, and again for its body."""
     adapter_scale: float = 0.0
     """For a run with model.lora_rank, whose updates bring adapters: its lora_alpha / lora_rank; 0: they bring all weights."""
 
@@ -67,6 +76,7 @@ def command(arguments: Sequence[str]) -> int:
 
     token = options.token or os.environ.get(TOKEN_VARIABLE, "")
     check_host(options.host, token)
+    _check_options(options)
     folder = _folder(options.model)
     spec = EngineSpec(
         model_path=str(folder),
@@ -84,11 +94,30 @@ def command(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _check_options(options: ServeOptions) -> None:
+    """Refuse numbers that nothing can be done with; the engine's size is checked against its model."""
+    for flag, holds, allowed in (
+        ("port", 0 <= options.port < 2**16, "0 to 65535"),
+        ("seed", 0 <= options.seed < 2**32, "0 to 2^32 - 1"),
+        ("max_num_seqs", 1 <= options.max_num_seqs <= 65_536, "1 to 65536"),
+        ("max_context", options.max_context == 0 or 2 <= options.max_context < 2**31, "from 2, or 0"),
+        ("max_body_bytes", 0 <= options.max_body_bytes <= 2**34, "0 to 16 GiB"),
+        ("max_connections", 1 <= options.max_connections <= 10**6, "1 to 1000000"),
+        ("idle_s", 0 < options.idle_s <= 1e6, "above 0, to 1e6"),
+        ("adapter_scale", 0 <= options.adapter_scale <= 1e6, "0 to 1e6"),
+    ):
+        if not holds:
+            word = f"--{flag.replace('_', '-')}"
+            got = f"{word} {getattr(options, flag)}"
+            raise ConfigError(f"{word} is out of range", got=got, allowed=allowed, fix="leave it out, or correct it")
+
+
 def _folder(model: str) -> Path:
     """Return the model's folder; that of a starting model is made first, if it is not cached."""
     config = RunConfig(model=ModelConfig(path=model))
     environment_class = load_environment(config.env.target, config.env.adapter)
     folder = prepare_model(config, environment_class, lambda note: print(note, flush=True)).model
+    check_model_folder(folder, fix=f"name a Hugging Face folder, or a starting model ({', '.join(MODELS.names)})")
     check_model_sums(folder)
     return folder
 
@@ -102,11 +131,23 @@ async def _serve(engine: EngineProcess, served: Served, options: ServeOptions, t
     import uvicorn
 
     from oldlogits.engines.server.app import make_app
+    from oldlogits.engines.server.limits import Limits, http_protocol
 
     await engine.ready()
-    app = make_app(served, token=token)
+    limits = Limits(
+        max_body_bytes=options.max_body_bytes or 2**20 + 16 * served.spec.max_context,
+        max_connections=options.max_connections,
+        idle_s=options.idle_s,
+    )
     config = uvicorn.Config(
-        app, host=options.host, port=options.port, log_level="warning", timeout_graceful_shutdown=_GRACE_S, access_log=False
+        make_app(served, limits, token=token),
+        host=options.host,
+        port=options.port,
+        http=http_protocol(limits),
+        ws="none",
+        log_level="warning",
+        timeout_graceful_shutdown=_GRACE_S,
+        access_log=False,
     )
     server = uvicorn.Server(config)
     listening = config.bind_socket()

@@ -43,6 +43,7 @@ def command(arguments: Sequence[str]) -> int:
         shown = table.markdown() if options.markdown else table.rich(console.width)
         console.print(shown, markup=False, soft_wrap=options.markdown)
     elif (folder := Path(options.what)).is_dir():
+        from oldlogits.record.folder import unreadable_run
         from oldlogits.record.live import print_summary
         from oldlogits.record.summary import Summary
 
@@ -50,7 +51,8 @@ def command(arguments: Sequence[str]) -> int:
             raise ConfigError(
                 "this folder has no summary", got=str(folder), allowed="a run folder", fix="let the run end first"
             )
-        print_summary(Summary.read(folder / "summary.json"), folder, console=console)
+        with unreadable_run(folder):
+            print_summary(Summary.read(folder / "summary.json"), folder, console=console)
     else:
         raise ConfigError(
             "nothing of that name to show",

@@ -17,7 +17,7 @@ from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import ConfigError
 from oldlogits.record.event_log import read_events, typed
 from oldlogits.record.events import Audited, Evaluated, Updated, VersionPublished
-from oldlogits.record.folder import RunFolder
+from oldlogits.record.folder import RunFolder, unreadable_run
 from oldlogits.record.summary import Summary
 
 METRICS: Final = ("success", "reward", "decision_error", "seconds", "bytes")
@@ -46,7 +46,8 @@ class PlannedRun:
     def is_done(self) -> bool:
         """Whether it came to its end."""
         path = RunFolder(path=self.folder).summary
-        return path.is_file() and Summary.read(path).ended == "done"
+        with unreadable_run(self.folder):
+            return path.is_file() and Summary.read(path).ended == "done"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +92,7 @@ def plan_runs(
     ]
     for run in planned:
         there = RunFolder(path=run.folder).config
-        if there.is_file() and there.read_text(encoding="utf-8") != tomli_w.dumps(asdict(run.config)):
+        if there.is_file() and there.read_bytes() != tomli_w.dumps(asdict(run.config)).encode():
             raise ConfigError(
                 "the folder holds a run of another recipe",
                 got=str(run.folder),
@@ -124,7 +125,16 @@ def perform(planned: PlannedRun) -> None:
 
 
 def read_figures(planned: PlannedRun) -> RunFigures:
-    """Read what came out of a run that is done."""
+    """Read what came out of a run that is done.
+
+    Raises:
+        RunFolderError: Its files are not what a run writes.
+    """
+    with unreadable_run(planned.folder):
+        return _figures(planned)
+
+
+def _figures(planned: PlannedRun) -> RunFigures:
     folder = RunFolder(path=planned.folder)
     events = list(read_events(folder.events))
     success = [e.mean if e.num_episodes else None for e in typed(events, Evaluated) if e.mode == "sampled"]

@@ -11,11 +11,12 @@ from pathlib import Path
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from oldlogits.config.guard import refuse_idle
+from oldlogits.config.model_folder import check_model_folder
 from oldlogits.config.reader import build, fields_by_key, registry_of
 from oldlogits.config.schema import RunConfig
 from oldlogits.config.servers import check_servers
-from oldlogits.core.environment import MODELS, is_model_folder
-from oldlogits.core.errors import ConfigError, ModelFolderError
+from oldlogits.core.environment import is_model_folder
+from oldlogits.core.errors import ConfigError, told
 from oldlogits.core.policies import AGED, EWMA, LINEAR, LOGLINEAR, OLD, find_variant
 from oldlogits.core.source import SOURCES, check_source, sources_for
 
@@ -58,8 +59,8 @@ def check(config: RunConfig, *, needs_model: bool = True) -> None:
     _check_average(config)
     _check_effects(config)
     refuse_idle(config)
-    if needs_model and is_model_folder(config.model.path):
-        check_model_folder(Path(config.model.path))
+    if is_model_folder(config.model.path):
+        check_model_folder(Path(config.model.path), needs_weights=needs_model)
 
 
 def said(config: RunConfig, *keys: str) -> str:
@@ -87,27 +88,6 @@ def template_kwargs(config: RunConfig) -> Mapping[str, JsonValue]:
         ) from error
 
 
-MODEL_FIX = f"pass --model.path FOLDER, or a starting model ({', '.join(MODELS.names)}), such as --model.path {MODELS.names[0]}"
-
-
-def check_model_folder(folder: Path, fix: str = MODEL_FIX) -> None:
-    """Refuse a model folder without `config.json` or weights.
-
-    Raises:
-        ModelFolderError: The folder or a part of it is missing.
-    """
-    allowed = "a folder with config.json, *.safetensors and a tokenizer with a chat template"
-    if not folder.is_dir():
-        raise ModelFolderError("model.path is no folder", got=str(folder), allowed=allowed, fix=fix)
-    for what, found in {
-        "config.json": (folder / "config.json").is_file(),
-        "weights (*.safetensors)": any(folder.glob("*.safetensors")),
-        "tokenizer.json": (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file(),
-    }.items():
-        if not found:
-            raise ModelFolderError(f"the model folder lacks {what}", got=str(folder), allowed=allowed, fix=fix)
-
-
 def _check_names(config: RunConfig) -> None:
     """Refuse names that their registry neither has built in nor can import."""
     for key, hint in fields_by_key(RunConfig).items():
@@ -124,20 +104,56 @@ def _check_against_each_other(config: RunConfig) -> None:
     in_prompts = f"1 .. rollout.prompts_per_update ({num}): each step needs a group"
     has_beta = p.beta > 0 if p.decay == "fixed" else p.beta == 0
     whole = "in training, where mu has the full support of the trained policy; reshape only in evaluation"
-    for key, holds, allowed in (
-        ("sampling.top_p", config.sampling.top_p == 1.0, f"1.0 {whole}"),
-        ("sampling.top_k", config.sampling.top_k == 0, f"0 {whole}"),
-        ("rollout.min_group_size", group.min_group_size <= group.group_size, f"2 .. rollout.group_size ({group.group_size})"),
-        ("trainer.minibatches_per_update", t.minibatches_per_update <= num, in_prompts),
-        ("lockstep.max_lag", config.window <= longest, f"0 .. max_staleness ({longest})"),
-        ("model.lora_targets", 0 < len(set(targets)) == len(targets), "layers by the last part of their name, each once"),
-        ("proximal.beta", has_beta, "in (0, 1) with proximal.decay = 'fixed', 0 otherwise"),
-        ("env.train_data", not env.train_data or Path(env.train_data).is_file(), "a JSONL file, or empty"),
-        ("env.eval_data", not env.eval_data or Path(env.eval_data).is_file(), "a JSONL file, or empty"),
-    ):
+    episodes, most = num * config.rollout.group_size, 1_000_000
+    rules: tuple[tuple[str, bool, str, str], ...] = (
+        ("sampling.top_p", config.sampling.top_p == 1.0, f"1.0 {whole}", "remove it"),
+        ("sampling.top_k", config.sampling.top_k == 0, f"0 {whole}", "remove it"),
+        (
+            "rollout.min_group_size",
+            group.min_group_size <= group.group_size,
+            f"2 .. rollout.group_size ({group.group_size})",
+            f"set rollout.min_group_size = {group.group_size}, or raise rollout.group_size",
+        ),
+        (
+            "trainer.minibatches_per_update",
+            t.minibatches_per_update <= num,
+            in_prompts,
+            f"set trainer.minibatches_per_update = {num}, or raise rollout.prompts_per_update",
+        ),
+        (
+            "rollout.group_size",
+            episodes <= most,
+            f"at most {most:,} episodes an update: group_size times prompts_per_update ({num})",
+            "lower one of them",
+        ),
+        (
+            "lockstep.max_lag",
+            config.window <= longest,
+            f"0 .. max_staleness ({longest})",
+            f"set lockstep.max_lag = {longest}, or raise max_staleness",
+        ),
+        (
+            "model.lora_targets",
+            0 < len(set(targets)) == len(targets),
+            "layers by the last part of their name, each once",
+            "correct the list",
+        ),
+        (
+            "proximal.beta",
+            has_beta,
+            "in (0, 1) with proximal.decay = 'fixed', 0 otherwise",
+            "set proximal.beta = 0.9" if p.decay == "fixed" else "remove it",
+        ),
+    )
+    for key, holds, allowed, fix in rules:
         if not holds:
             got = f"{key} = {attrgetter(key)(config)}"
-            raise ConfigError(f"{key} is out of range", got=got, allowed=allowed, fix="remove it, or correct the value")
+            raise ConfigError(f"{key} is out of range", got=got, allowed=allowed, fix=fix)
+    for key, name in (("env.train_data", env.train_data), ("env.eval_data", env.eval_data)):
+        allowed, fix = "a JSONL file, or empty", f"correct the path, which begins at {Path.cwd()}, or write the file"
+        with told(ConfigError, f"{key} names no file", got=f"{name!r}", allowed=allowed, fix=fix):
+            if name and not Path(name).is_file():
+                raise FileNotFoundError("there is no such file")
 
 
 def _check_kv(config: RunConfig) -> None:

@@ -13,7 +13,7 @@ import tyro
 from oldlogits.config.check import check, resolve
 from oldlogits.config.reader import Table, build, fields_by_key, nearest_key, stray
 from oldlogits.config.schema import RunConfig
-from oldlogits.core.errors import ConfigError
+from oldlogits.core.errors import ConfigError, told
 
 
 def load_config(recipe: Path, overrides: Sequence[str] = (), *, needs_model: bool = True) -> RunConfig:
@@ -34,13 +34,13 @@ def read_toml(recipe: Path) -> Table:
     Raises:
         ConfigError: It does not exist, or is no TOML.
     """
-    if not recipe.is_file():
+    with told(ConfigError, "the recipe cannot be read", got=repr(str(recipe)), allowed="a TOML file", fix="name another one"):
+        is_file = recipe.is_file()
+    if not is_file:
         found = ", ".join(sorted(str(p) for p in Path("recipes").glob("*.toml"))) or "an empty file, a recipe of defaults"
         raise ConfigError("the recipe does not exist", got=str(recipe), allowed="a TOML file", fix=f"try one of: {found}")
-    try:
+    with told(ConfigError, "the recipe is no TOML", got=str(recipe), allowed="TOML", fix="correct that line"):
         return tomllib.loads(recipe.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError("the recipe is no TOML", got=f"{recipe}: {error}", allowed="TOML", fix="correct that line") from error
 
 
 def config_from_table(table: Table) -> RunConfig:

@@ -18,13 +18,15 @@ from typing import Annotated, Any, Final, Literal, TypeVar, Union, get_args, get
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import TypeAdapter, ValidationError
 
-from oldlogits.core.errors import ConfigError
+from oldlogits.core.errors import ConfigError, told
 from oldlogits.core.registry import Registry
 
 T = TypeVar("T")
 Table = Mapping[str, object]
 
 _BOUNDS: Final = frozenset({"greater_than", "greater_than_equal", "less_than", "less_than_equal"})
+_LONGEST: Final = 200
+"""Characters of a value that an error quotes."""
 _KINDS: Final = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", object: "anything"}
 
 
@@ -42,8 +44,10 @@ def build(kind: type[T], table: Table, unknown: Callable[[str, Table], ConfigErr
         ConfigError: A key is unknown or missing, a value has another type or is out of range.
     """
     try:
-        hashable: Any = kind
-        made: T = _adapter(hashable).validate_json(json.dumps(table, default=str), strict=True, extra="forbid")
+        with told(ConfigError, "the values cannot be read", got="a table", allowed="numbers, texts, lists", fix="correct it"):
+            hashable: Any = kind
+            text = json.dumps(table, default=str)
+        made: T = _adapter(hashable).validate_json(text, strict=True, extra="forbid")
         return made
     except ValidationError as error:
         found = error.errors(include_url=False)
@@ -54,6 +58,9 @@ def build(kind: type[T], table: Table, unknown: Callable[[str, Table], ConfigErr
             name, value = next(iter(value.items()))
             key += f".{name}"
         raise unknown(key, table) if unknown else stray(key, nearest_key(key, {name: name for name in fields_by_key(kind)}))
+    if found[0]["type"] == "json_invalid":
+        says = found[0]["msg"]
+        raise ConfigError("the values cannot be read", got=says, allowed="numbers, texts, and lists of them", fix="correct it")
     raise _refusal(kind, found[0]["type"], found[0]["loc"], found[0]["input"])
 
 
@@ -100,20 +107,36 @@ def _refusal(kind: type, problem: str, where: tuple[int | str, ...], value: obje
         section, _, name = key.rpartition(".")
         got = ", ".join(value) if isinstance(value, dict) else repr(value)
         what = f"{f'[{section}]' if section else 'the recipe'} lacks {name}"
-        return ConfigError(what, got=got, allowed=f"{name} = ...", fix="add the key")
+        return ConfigError(what, got=got[:_LONGEST], allowed=f"{name} = ...", fix="add the key")
     if dataclasses.is_dataclass(hint) or get_origin(hint) is Mapping:
-        return ConfigError(f"[{key}] is a table", got=repr(value), allowed=f"[{key}] with keys", fix=f"write [{key}]")
+        return ConfigError(f"[{key}] is a table", got=_quoted(value), allowed=f"[{key}] with keys", fix=f"write [{key}]")
     allowed = allowed_values(hint)
     if problem in _BOUNDS:
-        got = f"{key} = {float(value) if isinstance(value, int) and 'a number' in allowed else value}"
-        return ConfigError(f"{key} is out of range", got=got, allowed=allowed, fix=_example(kind, key))
+        got = f"{key} = {_quoted(_as_number(value) if 'a number' in allowed else value)}"
+        return ConfigError(f"{key} is out of range", got=got, allowed=allowed, fix=_example(kind, key, hint))
     if get_origin(hint) is Literal:
-        return ConfigError(f"{key} has no such choice", got=repr(value), allowed=allowed, fix="choose one of these")
-    return ConfigError(f"{key} takes {_type_in_words(hint)}", got=repr(value), allowed=allowed, fix="correct the value")
+        return ConfigError(f"{key} has no such choice", got=_quoted(value), allowed=allowed, fix="choose one of these")
+    return ConfigError(f"{key} takes {_type_in_words(hint)}", got=_quoted(value), allowed=allowed, fix="correct the value")
 
 
-def _example(kind: type, key: str) -> str:
-    """What a key may be set to: its default, where the dataclass has one."""
+def _as_number(value: object) -> object:
+    return float(value) if type(value) is int and abs(value) < 2**63 else value
+
+
+def _quoted(value: object) -> str:
+    """A value for an error: Python does not write integers of thousands of digits."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError) as error:
+        return f"a {type(value).__name__} that cannot be written: {error}"
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
+
+
+def _example(kind: type, key: str, hint: Any) -> str:
+    """What a key may be set to: a whole number to the least that it may be, which other keys allow too; else its default."""
+    bounds = {type(note): note for branch in branches(hint) for note in getattr(branch, "__metadata__", ())}
+    if isinstance(least := bounds.get(Ge), Ge) and isinstance(least.ge, int) and "whole number" in allowed_values(hint):
+        return f"{key} = {least.ge}, for example"
     try:
         return f"{key} = {attrgetter(key)(kind())}, for example"
     except (TypeError, AttributeError):
@@ -179,6 +202,8 @@ def _allowed(hint: Any) -> str:
     words, is_open = _type_in_words(kind), Gt in bounds
     low, high = bounds.get(Gt, bounds.get(Ge)), bounds.get(Lt, bounds.get(Le))
     if high not in (None, math.inf):
+        if kind is int:
+            return f"{words} from {low} to {high}"
         return f"{words} in {'(' if is_open else '['}{low:g}, {high:g}{')' if Lt in bounds else ']'}"
     return f"{words} {'>' if is_open else '>='} {low:g}" + (", or inf" if kind is float and high is None else "")
 

@@ -10,7 +10,20 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from oldlogits.config.ranges import AboveOne, AboveZero, Auto, Count, Decay, NotNegative, Positive, Share
+from oldlogits.config.ranges import (
+    AboveOne,
+    AboveZero,
+    Auto,
+    Count,
+    Decay,
+    Few,
+    NotNegative,
+    Positive,
+    Seed,
+    Share,
+    Tokens,
+    Versions,
+)
 from oldlogits.config.systems import EngineConfig, LockstepConfig, RayConfig, RuntimeConfig, VersionsConfig
 from oldlogits.core.backend import BACKENDS
 from oldlogits.core.engine import ENGINES
@@ -64,7 +77,7 @@ class ProximalConfig:
     accept_mixed_kv: bool = False
     """engine.kv = "stale" with source snapshot only: tokens that were sampled over keys and values of older versions are scored
     at their own version over keys and values of those versions, and are labelled mixed_kv."""
-    scorer_versions: Positive = 2
+    scorer_versions: Annotated[int, Ge(1), Le(10_000)] = 2
     """dedicated only: the newest versions that the scorer holds; tokens of older ones are scored from the trainer's store."""
     decay: Literal["fixed", "max-lag", "mean-lag", "auto"] = "max-lag"
     """ewma and aged: how beta is chosen. fixed: proximal.beta. max-lag: W / (W + 2), W the largest lag. mean-lag:
@@ -93,7 +106,7 @@ class ModelConfig:
 
     path: str = "tiny"
     """A Hugging Face folder, or a starting model that makes one: tiny, tiny-moe, smollm2, or "package.module:function"."""
-    seed: Count | Auto = "auto"
+    seed: Seed | Auto = "auto"
     """Seed of a starting model and of the warm start; auto: the run's seed."""
     warm_start_steps: Count | Auto = "auto"
     """Supervised steps on demonstrations of the environment before the run, whose result is cached; auto: the starting
@@ -107,7 +120,7 @@ class ModelConfig:
     forward_dtype: Literal["fp32", "bf16"] = "fp32"
     """The type of the forward weights, whose bits are a version. bf16: they are rounded from fp32 masters, which the optimizer
     steps and nothing scores; patches of versions are small. The arithmetic is that of fp32 (docs/sharding.md)."""
-    lora_rank: Count = 0
+    lora_rank: Annotated[int, Ge(0), Le(65_536)] = 0
     """Rank of LoRA adapters, which are trained instead of the weights and are all that a version consists of; 0: none."""
     lora_alpha: AboveZero = 32.0
     """With model.lora_rank: the adapters' product is scaled by lora_alpha / lora_rank."""
@@ -136,9 +149,9 @@ class EnvConfig:
     """How the model writes tool calls."""
     max_turns: Positive = 16
     """Assistant turns per episode."""
-    max_tokens_per_turn: Positive = 32
+    max_tokens_per_turn: Tokens = 32
     """Sampled tokens per assistant turn."""
-    max_episode_tokens: Annotated[int, Ge(2)] = 256
+    max_episode_tokens: Annotated[int, Ge(2), Le(2**31 - 1)] = 256
     """Tokens per episode, its prompt and all answers of tools included."""
     timeout_s: Annotated[float, Gt(0)] = 20.0
     """Seconds that one call of environment code may take: the constructor, reset, a tool call, a reply, the reward."""
@@ -153,7 +166,7 @@ class EnvConfig:
 class SamplingConfig:
     """The distribution that training rollouts are sampled from; reshaping it is refused."""
 
-    temperature: AboveZero = 1.0
+    temperature: Annotated[float, Ge(0.001), Le(1000)] = 1.0
     """Logits are divided by it."""
     top_p: float = 1.0
     """Must be 1 in training: below, mu has another support than the trained policy."""
@@ -165,7 +178,7 @@ class SamplingConfig:
 class RolloutConfig:
     """Groups of episodes."""
 
-    group_size: Annotated[int, Ge(2)] = 8
+    group_size: Annotated[int, Ge(2), Le(10_000)] = 8
     """Episodes of one task, compared with each other."""
     prompts_per_update: Positive = 16
     """Tasks of a batch, each with a group of episodes: what the trainer consumes between two published versions."""
@@ -194,31 +207,31 @@ class RolloutConfig:
 class TrainerConfig:
     """Optimizer steps."""
 
-    lr: AboveZero = 5e-4
+    lr: Annotated[float, Ge(1e-12), Le(1)] = 5e-4
     """Learning rate of AdamW after the warm-up."""
     warmup_steps: Count = 4
     """Optimizer steps over which the learning rate rises linearly."""
     min_lr_ratio: Share = 1.0
     """Learning rate at the last update as a share of `lr`; it falls linearly from update 0 on; 1: constant."""
-    weight_decay: NotNegative = 0.0
+    weight_decay: Annotated[float, Ge(0), Le(10)] = 0.0
     """AdamW's weight decay."""
     beta1: Decay = 0.9
     """AdamW's first-moment decay."""
     beta2: Decay = 0.99
     """AdamW's second-moment decay."""
-    max_grad_norm: Annotated[float, Gt(0)] = 1.0
+    max_grad_norm: Annotated[float, Ge(1e-9)] = 1.0
     """Largest norm of the gradient."""
     minibatches_per_update: Positive = 2
     """Optimizer steps between two published versions: the groups of a batch are shared out among them."""
-    micro_batch_tokens: Positive = 8192
+    micro_batch_tokens: Tokens = 8192
     """Largest padded size of one forward, in tokens."""
-    head_chunk_tokens: Positive = 2048
+    head_chunk_tokens: Tokens = 2048
     """Tokens that go through the output head at once."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the trainer and the dedicated scorer keep their models. auto: on a GPU if torch finds one and nobody else has it:
     not in lockstep, which repeats bit for bit, on Ray only with ray.trainer_gpus, and not beside a vLLM that the run starts.
     The embedded engine always computes on the CPU."""
-    num_threads: Positive = 1
+    num_threads: Few = 1
     """Threads of one operation on the CPU, in the process of the trainer and in that of the dedicated scorer. Sums depend on
     it: a run with another number gives other numbers."""
     activation_checkpointing: bool = False
@@ -269,11 +282,11 @@ class RunConfig:
     """A row of the paper's table, which says what r_d and r_s are: `oldlogits show variants`."""
     band: AboveOne = 1.5
     """Tokens whose mismatch ratio r_d is outside of [1/band, band] are masked; inf: none is."""
-    seed: Count = 0
+    seed: Seed = 0
     """The seed of everything that is drawn."""
     num_updates: Positive = 60
     """Updates of the policy: batches to train on, after each of which a new version is published."""
-    max_staleness: Count = 4
+    max_staleness: Versions = 4
     """No token is trained when the trainer is more than this many versions ahead of it."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     proximal: ProximalConfig = field(default_factory=ProximalConfig)

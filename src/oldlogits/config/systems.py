@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
-from oldlogits.config.ranges import AboveZero, Auto, Count, NotNegative, Positive
+from oldlogits.config.ranges import Auto, Bytes, Count, Few, NotNegative, Seconds, Tokens, Versions
 from oldlogits.core.backend import BACKENDS
 from oldlogits.core.engine import ENGINES
 from oldlogits.core.server import SERVER_PROTOCOLS
@@ -21,7 +21,7 @@ class EngineConfig:
     """embedded: a process of the run. vllm: servers over HTTP, of the run's own or running already."""
     precision: Literal["fp32", "bf16", "fp8", "int8", "int4", "fp8_dynamic"] = "fp32"
     """The engine's numerics; the embedded engine emulates all but fp32, which gives a real training-inference mismatch."""
-    max_num_seqs: Positive = 128
+    max_num_seqs: Annotated[int, Ge(1), Le(65_536)] = 128
     """Sequences decoded at the same time."""
     kv: Literal["recompute", "stale"] = "recompute"
     """What happens to keys and values of running sequences when the weights change."""
@@ -35,20 +35,20 @@ class EngineConfig:
     """engine.urls only: the environment variable that holds their bearer token; empty: they want none."""
     server: Annotated[str, SERVER_PROTOCOLS] = "vllm"
     """vllm only: what the servers are. embedded: `oldlogits serve`, the embedded engine behind vLLM's routes."""
-    num_servers: Positive = 1
+    num_servers: Few = 1
     """vllm without urls: how many servers the run starts."""
     flags: tuple[str, ...] = ()
     """vllm without urls: further flags of the server's command line."""
     python: str = ""
     """vllm without urls: the Python interpreter that has the server installed; empty: this one."""
-    recover_s: AboveZero = 300.0
+    recover_s: Seconds = 300.0
     """vllm only: seconds without any server that answers, after which the run ends."""
-    request_timeout_s: AboveZero = 600.0
+    request_timeout_s: Seconds = 600.0
     """vllm only: seconds that a request may run; then it is sent again with what it has. A server that answers none of its
     requests for so long counts as hung."""
-    control_timeout_s: AboveZero = 60.0
+    control_timeout_s: Seconds = 60.0
     """vllm only: seconds that pause, weight update, resume and abort may take."""
-    start_timeout_s: AboveZero = 300.0
+    start_timeout_s: Seconds = 300.0
     """vllm without urls: seconds that a server may take until it answers."""
     max_restarts: Count = 5
     """vllm without urls: how often servers that ended are started again, in all."""
@@ -60,7 +60,7 @@ class VersionsConfig:
 
     uncompressed: Count = 4
     """Newest patches that stay as they are; older ones are compressed."""
-    budget_bytes: Count = 0
+    budget_bytes: Bytes = 0
     """Memory for all patches beside the resident copy; over it they are compressed, then left on disk. 0: no bound."""
     folder: str = ""
     """Where versions are written if there is a budget; empty: versions/ of the run folder."""
@@ -83,9 +83,9 @@ class LockstepConfig:
 
     lag: Literal["fresh_first", "even", "skewed", "random"] = "even"
     """How the lags of a trajectory's tokens are spread over 0 .. max_lag."""
-    max_lag: Count = 4
+    max_lag: Versions = 4
     """The largest lag, in versions; at most max_staleness."""
-    tokens_per_version: Positive = 12
+    tokens_per_version: Tokens = 12
     """Mean number of tokens that a trajectory samples with one version before it switches."""
 
 
@@ -95,7 +95,7 @@ class RayConfig:
 
     address: str = ""
     """The address of a running cluster, "auto" for the one of this machine; empty: the run starts one here."""
-    num_workers: Positive = 2
+    num_workers: Few = 2
     """Rollout workers: each an engine and a share of the environments. `oldlogits workers` changes it while a run runs."""
     worker_cpus: NotNegative = 1.0
     """CPUs that a worker reserves."""
@@ -107,5 +107,5 @@ class RayConfig:
     """GPUs that the trainer reserves, and a dedicated scorer again."""
     placement: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = "SPREAD"
     """How the first workers are placed. PACK: on few nodes. SPREAD: on many. STRICT_SPREAD: each on a node of its own."""
-    start_timeout_s: AboveZero = 300.0
+    start_timeout_s: Seconds = 300.0
     """Seconds until the cluster must have given every actor its place, and again until each must have started there."""

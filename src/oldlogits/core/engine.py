@@ -7,7 +7,6 @@ recipe: engine.type = "embedded" | "vllm" | "package.module:Name"
 
 from __future__ import annotations
 
-import math
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -25,6 +24,12 @@ PauseMode = Literal["keep", "abort"]
 """What becomes of running requests: they go on after the pause, or they end."""
 KVMode = Literal["recompute", "stale"]
 """What an update does with keys and values of running requests."""
+
+
+LARGEST: Final = 2**31
+"""Token ids are below this."""
+MOST_STOPS: Final = 1024
+"""Stop tokens of one request: the engine compares every sampled token with each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,12 +117,21 @@ class Sampling:
     prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1 or not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or self.top_k < 0:
+        stops = self.stop_token_ids
+        holds = {
+            f"max_tokens = {self.max_tokens!r}": self.max_tokens >= 1,
+            f"temperature = {self.temperature!r}": self.temperature == 0 or 1e-3 <= self.temperature <= 1e3,
+            f"top_p = {self.top_p!r}": 1e-6 <= self.top_p <= 1,
+            f"top_k = {self.top_k!r}": 0 <= self.top_k < LARGEST,
+            f"{len(stops)} stop_token_ids": len(stops) <= MOST_STOPS and all(0 <= stop < LARGEST for stop in stops),
+        }
+        if wrong := [said for said, is_right in holds.items() if not is_right]:
             raise ConfigError(
                 "sampling parameters out of range",
-                got=str(self),
-                allowed="max_tokens >= 1, temperature >= 0 and finite, 0 < top_p <= 1, top_k >= 0",
-                fix="correct the sampling section of the recipe",
+                got=", ".join(wrong)[:200],
+                allowed="max_tokens from 1, temperature 0 or 0.001 to 1000, top_p from 1e-6 to 1, top_k from 0, "
+                f"at most {MOST_STOPS} stop_token_ids from 0; ids and top_k below 2^31",
+                fix="correct what is named, in the recipe or in the request",
             )
 
 

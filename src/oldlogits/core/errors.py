@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+_LONGEST = 300
+"""Characters that an error quotes of what was read, and again of a library's message."""
+
 
 class OldLogitsError(Exception):
     """Base of all errors of this package.
@@ -148,3 +151,27 @@ def writing(path: Path) -> Iterator[None]:
             allowed="a folder that stays in its place, is writable and has room",
             fix=f"{_REMEDIES.get(error.errno or 0, 'look at that disk')}, then start again or go on with --resume",
         ) from error
+
+
+@contextmanager
+def told(kind: type[OldLogitsError], what: str, *, got: str, allowed: str, fix: str) -> Iterator[None]:
+    """Turn whatever is raised while something from outside is read into one error: a model folder, a row file, a recipe.
+
+    This is the one place for that: libraries raise what they like on a damaged file, panics of Rust included, which are no
+    `Exception`. Errors of this package and interruptions pass.
+
+    Args:
+        kind: The error's class.
+        what: What is wrong, in words.
+        got: What was read; the exception's message is put behind it.
+        allowed: What is allowed.
+        fix: How to fix it.
+    """
+    try:
+        yield
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"
+        if isinstance(error, OldLogitsError) or not (is_panic or isinstance(error, Exception)):
+            raise
+        said = " ".join(str(error).split())[:_LONGEST]
+        raise kind(what, got=f"{got[:_LONGEST]}: {said or type(error).__name__}", allowed=allowed, fix=fix) from error

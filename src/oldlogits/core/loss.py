@@ -122,6 +122,6 @@ class Loss(Protocol):
 
 
 LOSSES: Final = Registry[Loss](
-    "loss", key="objective.loss", builtin={"masked_is": "oldlogits.objective.losses.masked_is:masked_is"}
+    "loss", key="objective.loss", builtin={"masked_is": "oldlogits.objective.losses.masked_is:masked_is"}, needs=("__call__",)
 )
 """The built-in losses by name; a recipe may name any other one as "package.module:function"."""

@@ -74,7 +74,7 @@ class Registry(Generic[T]):
             sys.path.append(here)
         try:
             return importlib.import_module(module_name)
-        except Exception as error:  # the user's module: whatever it raises is told as its own
+        except (Exception, SystemExit) as error:  # the user's module: whatever it raises is told as its own
             raise self._error(
                 f"the module of the {self.kind} '{name}' cannot be imported",
                 f"{type(error).__name__}: {error}",

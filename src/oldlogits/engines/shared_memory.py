@@ -118,19 +118,20 @@ class OnThisHost:
 def share_text(text: str) -> Path:
     """Write a text to a new file where weights would go; the writer deletes it."""
     path = shared_file(len(text))
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(text.encode())
     return path
 
 
 def is_shared(path: Path) -> bool:
     """Whether a path is one that `shared_file` could have made: what another process may be asked to read."""
-    own = path.name.startswith("oldlogits-") and path.suffix == _SUFFIX
+    own = path.name.startswith("oldlogits-") and path.suffix == _SUFFIX and "\0" not in path.name and len(path.name) < 256
     return own and path.parent in (_SHARED_MEMORY, Path(tempfile.gettempdir())) and not path.is_symlink()
 
 
 def says(path: Path, text: str) -> bool:
     """Whether a file is one that `share_text` could have made, and holds this text: then it was written on this machine."""
-    return is_shared(path) and path.is_file() and path.read_text(encoding="utf-8") == text
+    own = is_shared(path) and path.is_file()
+    return own and path.stat().st_size == len(content := text.encode()) and path.read_bytes() == content
 
 
 def share_bytes(parts: Sequence[memoryview]) -> tuple[Path, tuple[int, ...]]:
@@ -154,7 +155,7 @@ def share_bytes(parts: Sequence[memoryview]) -> tuple[Path, tuple[int, ...]]:
 def take_bytes(path: Path, lengths: Sequence[int]) -> tuple[memoryview, ...]:
     """What `share_bytes` wrote, mapped; the file is deleted, the mapping stays valid."""
     with path.open("r+b") as file:
-        view = memoryview(mmap.mmap(file.fileno(), 0))
+        view = memoryview(mmap.mmap(file.fileno(), 0) if any(lengths) else b"")  # an empty file cannot be mapped
     path.unlink()
     starts = accumulate((length + -length % _ALIGNMENT for length in lengths), initial=0)
     return tuple(view[start : start + length] for start, length in zip(starts, lengths, strict=False))

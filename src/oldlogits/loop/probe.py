@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -25,6 +26,9 @@ DYNAMIC: Final = 0.1
 
 COMPUTED_IN_BF16: Final = 0.1
 """Nats, mean: what an engine that computes in bf16, where the trainer computes in fp32, explains."""
+
+_TOO_MUCH: Final = 1.0
+"""Nats, mean: more than any numerics explain."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +108,15 @@ async def probe(
             got=f"|log-prob difference| max {result.max_abs_error:.2e}, mean {result.mean_abs_error:.2e} "
             f"on {result.num_tokens} tokens, tagged with versions {sampled_with}",
             allowed=f"{allowed.statistic} <= {allowed.nats:.0e} and version {version}",
-            fix="check the weight update; if the two engines differ by that much, set engine.probe_tolerance",
+            fix=_remedy(result, sampled_with == [version]),
         )
     return result
+
+
+def _remedy(result: ProbeResult, right_version: bool) -> str:
+    """What can help: a tolerance where the two differ by what rounding can do, and nowhere else."""
+    if not math.isfinite(result.mean_abs_error):
+        return "look for NaN or infinity in the model folder; later in a run, lower trainer.lr"
+    if right_version and result.mean_abs_error < _TOO_MUCH:
+        return "check the weight update; if the two engines differ by that much, set engine.probe_tolerance"
+    return "no tolerance helps: check that engine and trainer read the same, undamaged model, and how weights are updated"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -22,8 +22,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from oldlogits.core.errors import ModelFolderError
+from oldlogits.core.errors import ModelFolderError, told
 from oldlogits.models.adapters import is_adapter
+from oldlogits.models.finite import check_finite
 from oldlogits.models.head import check_head
 
 transformers_logging.disable_progress_bar()
@@ -35,10 +36,8 @@ def read_model_config(folder: Path) -> PretrainedConfig:
     Raises:
         ModelFolderError: There is none, or transformers does not know the family.
     """
-    try:
+    with _readable(folder):
         return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise _unreadable(folder, error) from error
 
 
 def meta_model(config: PretrainedConfig, folder: Path) -> PreTrainedModel:
@@ -47,12 +46,10 @@ def meta_model(config: PretrainedConfig, folder: Path) -> PreTrainedModel:
     Raises:
         ModelFolderError: It is no causal language model, or one that cannot be trained here.
     """
-    try:
+    with _readable(folder):
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, AttributeError) as error:
-        raise _unreadable(folder, error) from error
-    _check_trainable(model, folder)
+        _check_trainable(model, folder)
     return model
 
 
@@ -62,13 +59,11 @@ def load_model(folder: Path) -> PreTrainedModel:
     Raises:
         ModelFolderError: The folder holds no causal language model, not all of its weights, or one that cannot be trained here.
     """
-    try:
+    with _readable(folder):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _unreadable(folder, error) from error
-    _check_trainable(model, folder)
+        _check_trainable(model, folder)
     if info["missing_keys"]:
         raise ModelFolderError(
             "the model folder lacks weights, which would be drawn at random",
@@ -76,8 +71,10 @@ def load_model(folder: Path) -> PreTrainedModel:
             allowed="every weight of the model",
             fix="copy the folder again",
         )
+    check_finite(dict(model.named_parameters()), folder)
     model.eval()
-    check_head(model, folder)
+    with _readable(folder):
+        check_head(model, folder)
     return model
 
 
@@ -103,12 +100,14 @@ def _stacks(model: PreTrainedModel) -> list[nn.ModuleList]:
     return [found for found in lists if len(found) == num_layers]
 
 
-def _unreadable(folder: Path, error: Exception) -> ModelFolderError:
-    return ModelFolderError(
+def _readable(folder: Path) -> AbstractContextManager[None]:
+    """Tell whatever transformers raises on a folder as an error of that folder."""
+    return told(
+        ModelFolderError,
         "the model folder cannot be loaded",
-        got=f"{folder}: {error}",
+        got=str(folder),
         allowed="a Hugging Face folder of a causal language model, such as llama, qwen2, qwen3, gemma or mistral",
-        fix="check the folder with transformers' AutoModelForCausalLM.from_pretrained",
+        fix="copy the folder again, or choose another model; transformers' AutoModelForCausalLM.from_pretrained must load it",
     )
 
 
@@ -116,19 +115,26 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder.
 
     Raises:
-        ModelFolderError: There is no tokenizer or it has no chat template.
+        ModelFolderError: There is no tokenizer, it has no chat template, or tokens that the model does not have.
     """
-    try:
+    with told(
+        ModelFolderError,
+        "the tokenizer cannot be loaded",
+        got=str(folder),
+        allowed="a folder with tokenizer.json and tokenizer_config.json",
+        fix="save the tokenizer into the model folder",
+    ):
         if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
             raise FileNotFoundError("no tokenizer file")  # transformers would make up an empty tokenizer
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+        largest = max(tokenizer.get_vocab().values(), default=-1)
+    if (folder / "config.json").is_file() and largest >= (rows := _num_embeddings(folder)):
         raise ModelFolderError(
-            "the tokenizer cannot be loaded",
-            got=f"{folder}: {error}",
-            allowed="a folder with tokenizer.json and tokenizer_config.json",
-            fix="save the tokenizer into the model folder",
-        ) from error
+            "the tokenizer is larger than the model's embedding",
+            got=f"token {tokenizer.convert_ids_to_tokens(largest)!r} with the id {largest} in {folder}",
+            allowed=f"ids below vocab_size = {rows} of config.json",
+            fix="take the tokenizer that belongs to the model, or resize the model's embedding (resize_token_embeddings)",
+        )
     if not tokenizer.chat_template:
         raise ModelFolderError(
             "the tokenizer has no chat template",
@@ -137,6 +143,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             fix="add chat_template.jinja to the folder",
         )
     return tokenizer
+
+
+def _num_embeddings(folder: Path) -> int:
+    return int(read_model_config(folder).get_text_config().vocab_size)
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:

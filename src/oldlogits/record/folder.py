@@ -10,14 +10,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Final, Self
 
 import tomli_w
 
-from oldlogits.core.errors import RunFolderError, writing
+from oldlogits.core.errors import RunFolderError, told, writing
 from oldlogits.record.jsonl import Json
 
 PACKAGES: Final = ("oldlogits", "torch", "transformers", "safetensors", "numpy", "pyarrow", "vllm", "ray")
@@ -134,6 +134,12 @@ class RunFolder:
             shutil.rmtree(replaced) if final.exists() else replaced.rename(final)
         for partial in self.checkpoints.glob(f"v*{_PARTIAL}"):
             shutil.rmtree(partial)
+
+
+def unreadable_run(path: Path) -> AbstractContextManager[None]:
+    """Tell whatever a folder that no run has written raises as an error of that folder."""
+    allowed, fix = "the files that oldlogits train writes", "remove what is damaged, or name another folder"
+    return told(RunFolderError, "the run folder cannot be read", got=str(path), allowed=allowed, fix=fix)
 
 
 def version_name(version: int) -> str:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
+import inspect
 import json
 import random
 from pathlib import Path
 from typing import cast
 
 from oldlogits.core.environment import Environment, Row, RowSource, Split
-from oldlogits.core.errors import ConfigError, EnvironmentShapeError
+from oldlogits.core.errors import ConfigError, EnvironmentShapeError, told
 
 ROWS_PER_SEED = 1_000_000
 """Training rows that a class makes are numbered from seed * ROWS_PER_SEED, so that runs of other seeds see others."""
+_LONGEST = 200
+"""Characters of a row that an error quotes."""
 
 
 class TaskDataset:
@@ -25,7 +29,8 @@ class TaskDataset:
         needs_heldout: Whether the run evaluates, so that held-out rows must be there.
 
     Raises:
-        ConfigError: There are no rows, or a file holds something else than JSON objects.
+        ConfigError: There are no rows, or a file holds something else than JSON objects that fit `reset`.
+        EnvironmentShapeError: The first row that the class makes does not fit its `reset`.
     """
 
     def __init__(
@@ -43,9 +48,10 @@ class TaskDataset:
         files: tuple[tuple[Split, str], ...] = (("train", train_data), ("heldout", eval_data))
         for split, name in files:
             if name:
-                self._files[split] = _read(Path(name))
+                self._files[split] = _read(Path(name), environment_class)
             elif split == "train" or needs_heldout:
                 self._require_own_rows(split)
+                self._own(cast(Split, split), seed * ROWS_PER_SEED if split == "train" else 0)
 
     def train(self, index: int) -> Row:
         """Training row `index`, from 0; rows of a file are shuffled anew in every pass."""
@@ -64,7 +70,7 @@ class TaskDataset:
 
     def _own(self, split: Split, index: int) -> Row:
         try:
-            return cast(type[RowSource], self._class).make_row(split, index)
+            row = cast(type[RowSource], self._class).make_row(split, index)
         except NotImplementedError as error:  # of a base class: there is none
             raise self._no_rows(split) from error
         except Exception as error:  # the user's code: what it raises is told as such
@@ -74,6 +80,14 @@ class TaskDataset:
                 allowed="a row for every index >= 0: training begins at seed * 1,000,000 and has no end",
                 fix="take the index modulo the number of tasks",
             ) from error
+        if misfit := row_misfit(self._class, row):
+            raise EnvironmentShapeError(
+                f"{self._class.__name__}.make_row('{split}', {index}) does not fit reset",
+                got=f"{misfit}: {repr(row)[:_LONGEST]}",
+                allowed=f"a dict of the arguments of reset{_takes(self._class)}",
+                fix="return what reset takes, or correct its parameters",
+            )
+        return row
 
     def _require_own_rows(self, split: Split) -> None:
         if not hasattr(self._class, "make_row"):
@@ -90,20 +104,46 @@ class TaskDataset:
         )
 
 
-def _read(path: Path) -> list[Row]:
+def row_misfit(environment_class: type[Environment], row: object) -> str:
+    """Say why a row is not what the environment's `reset` can be called with; empty: it can."""
+    if not isinstance(row, dict) or not all(isinstance(key, str) for key in row):
+        return "no JSON object"
+    try:
+        signature = inspect.signature(environment_class.reset)
+    except (AttributeError, TypeError, ValueError):  # it says nothing of itself
+        return ""
+    itself = [None] if inspect.isfunction(inspect.getattr_static(environment_class, "reset")) else []
+    try:
+        signature.bind(*itself, **row)
+    except TypeError as error:
+        return str(error)
+    return ""
+
+
+def _takes(environment_class: type[Environment]) -> str:
+    return str(inspect.signature(environment_class.reset))
+
+
+def _read(path: Path, environment_class: type[Environment]) -> list[Row]:
+    """The rows of a file. A line ends at a newline and nowhere else: JSON may hold U+2028 and its like as they are."""
+    allowed, fix = "a JSONL file in UTF-8: one object of the arguments of reset a line", "correct it"
     rows: list[Row] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    with told(ConfigError, "a file of rows cannot be read", got=str(path), allowed=allowed, fix="name a file that is there"):
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ConfigError(
-                "a row is no JSON", got=f"{path}:{number}: {error}", allowed="one JSON object a line", fix="correct it"
-            ) from error
+        with told(ConfigError, "a row is no JSON", got=f"{path}:{number}", allowed=allowed, fix=fix):
+            row = json.loads(line.decode("utf-8"))
         if not isinstance(row, dict):
+            got = f"{path}:{number}: {line.decode()[:_LONGEST]}"
+            raise ConfigError("a row is no object", got=got, allowed=allowed, fix=fix)
+        if misfit := row_misfit(environment_class, row):
             raise ConfigError(
-                "a row is no object", got=f"{path}:{number}: {line}", allowed="one JSON object a line", fix="correct it"
+                f"a row does not fit {environment_class.__name__}.reset",
+                got=f"{path}:{number}: {misfit}",
+                allowed=f"the arguments of reset{_takes(environment_class)}",
+                fix="correct the row, or name another env.target",
             )
         rows.append(row)
     if not rows:

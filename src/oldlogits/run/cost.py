@@ -17,7 +17,7 @@ from oldlogits.config.schema import RunConfig
 from oldlogits.core.engine import ENGINES
 from oldlogits.core.environment import MODELS, DescribedModel, is_model_folder
 from oldlogits.core.source import SOURCES
-from oldlogits.models.load import decoder_layers, meta_model, read_model_config
+from oldlogits.models.load import decoder_layers, load_tokenizer, meta_model, read_model_config
 from oldlogits.run.specs import engine_spec, server_options, trainer_spec
 
 RANKS: Final = (1, 2, 4, 8)
@@ -210,8 +210,11 @@ def _model(config: RunConfig) -> PreTrainedModel | None:
     if not (folder / "config.json").is_file():
         return None
     spec = replace(engine_spec(config, folder), max_context=2)  # whether it is long enough is asked when it runs
+    model = meta_model(read_model_config(folder), folder)  # before the engine: none samples what the trainer refuses
     ENGINES.find(config.engine.type)().check(spec, server_options(config))
-    return meta_model(read_model_config(folder), folder)
+    if (folder / "tokenizer.json").is_file():
+        load_tokenizer(folder)
+    return model
 
 
 def _shape_of(model: PreTrainedModel, config: RunConfig) -> ModelShape:

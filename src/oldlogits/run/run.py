@@ -27,7 +27,7 @@ from oldlogits.loop.probe import PROBE_TOKENS
 from oldlogits.loop.resume import LoopState, check_records, refuse_another_run, sampler_seed, whole_checkpoint
 from oldlogits.loop.task import Task
 from oldlogits.models.checksums import check_model_sums
-from oldlogits.models.load import load_tokenizer
+from oldlogits.models.load import load_tokenizer, meta_model, read_model_config
 from oldlogits.record.bus import Event
 from oldlogits.record.event_log import EventLog
 from oldlogits.record.events import RunEnded, ServerDown, ServerUp, WarmStarted, Warned
@@ -151,9 +151,11 @@ def _check_task(config: RunConfig) -> type[Environment]:
     """Refuse an environment, rows or a model folder that cannot be used, before anything is written; return the environment."""
     environment_class, _ = load_tasks(config)
     if is_model_folder(config.model.path):
-        check_model_sums(Path(config.model.path))
-        ENGINES.find(config.engine.type)().check(engine_spec(config, Path(config.model.path)), server_options(config))
-        chat_format(config, Path(config.model.path), environment_class)
+        folder = Path(config.model.path)
+        check_model_sums(folder)
+        meta_model(read_model_config(folder), folder)  # before the engine: none samples what the trainer refuses
+        ENGINES.find(config.engine.type)().check(engine_spec(config, folder), server_options(config))
+        chat_format(config, folder, environment_class)
     return environment_class
 
 

@@ -22,6 +22,7 @@ import torch
 
 from oldlogits.batch.collate import TokenBatch
 from oldlogits.core.errors import RunFolderError, writing
+from oldlogits.core.loss import LOSSES
 from oldlogits.core.scoring import Scored
 from oldlogits.core.weights import FullWeights, PolicyVersion
 from oldlogits.models.checksums import write_sums
@@ -67,6 +68,7 @@ class Trainer:
     """
 
     def __init__(self, spec: TrainerSpec, model_folder: Path, probe_ids: Sequence[int], ranks: Ranks = ALONE) -> None:
+        LOSSES.find(spec.objective.loss)  # one that is not there is refused here, not at the first step
         self.live = live = load_live(spec, model_folder, ranks)
         self._spec, self._tokenizer = spec, load_tokenizer(model_folder)
         self.store: TrainerVersionStore | None = None

@@ -27,7 +27,7 @@ from typing import Final, Self
 import torch
 from torch import Tensor
 
-from oldlogits.core.errors import ExactnessError, LayoutError, PatchError
+from oldlogits.core.errors import ExactnessError, LayoutError, PatchError, told
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.versions.patches.codec import apply
 from oldlogits.versions.patches.flat import FlatWeights
@@ -47,16 +47,23 @@ class HostCopy:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = os.open(path, os.O_RDWR)
+        allowed, fix = "a whole file of HostCopy.create, with at least one tensor", "share the weights again"
+        with told(LayoutError, "a file is no copy of weights", got=str(path), allowed=allowed, fix=fix):
+            self._open()
+
+    def _open(self) -> None:
+        self._file = os.open(self.path, os.O_RDWR)
         weakref.finalize(self, os.close, self._file)
         self._map = mmap.mmap(self._file, 0)
         if len(self._map) < _PREFIX.size or self._map[: len(_MAGIC)] != _MAGIC:
-            raise LayoutError("a file is no copy of weights", got=str(path), allowed="a file of HostCopy.create")
+            raise ValueError("it begins otherwise")
         _, version, length = _PREFIX.unpack_from(self._map)
         if version != _FORMAT:
             raise LayoutError("a copy of weights of another format", got=f"format {version}", allowed=f"format {_FORMAT}")
         layout = Layout.from_json(self._map[_PREFIX.size : _PREFIX.size + length])
-        self._state_at, places, _ = _places(layout, length)
+        self._state_at, places, size = _places(layout, length)
+        if len(self._map) != size or not layout.num_values:
+            raise ValueError(f"{len(self._map)} bytes, of {layout.num_values} values that take {size}")
         buffers = {
             dtype: torch.frombuffer(self._map, dtype=dtype, count=layout.numel(dtype), offset=at)
             for dtype, at in places.items()

@@ -7,18 +7,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors.torch import load_file
 from torch import Tensor
 
 from oldlogits.core.engine import EngineSpec
-from oldlogits.core.errors import ConfigError, ModelFolderError
+from oldlogits.core.errors import ConfigError, ModelFolderError, told
 from oldlogits.engines.embedded.numerics import check_numerics
+from oldlogits.models.finite import check_finite
 
+_AGAIN: Final = "copy config.json again from where the model came from"
+_LACKS: Final = frozenset({"literal_error", "too_long", "greater_than_equal", "less_than_equal"})
+"""What pydantic calls values that other decoders compute and this one does not."""
 _EXPECTED: Final = {"int_type": "an integer", "float_type": "a number", "bool_type": "true or false", "missing": "a value"}
 """What a value should have been, by pydantic's name of the error."""
+
+
+_Size = Annotated[int, Field(gt=0, lt=2**31)]
+_Finite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class _Section(BaseModel):
@@ -35,7 +43,7 @@ class _Section(BaseModel):
 class _Rope(_Section):
     """Rotary embeddings without scaling."""
 
-    rope_theta: float | None = None
+    rope_theta: _Finite | None = None
     rope_type: Literal["default"] = "default"
     partial_rotary_factor: float = Field(default=1.0, ge=1.0, le=1.0)
 
@@ -49,16 +57,16 @@ class DecoderConfig(_Section):
     """The shape of a decoder, under the keys of config.json that it is read from."""
 
     family: Literal["llama", "qwen2", "qwen3", "qwen3_moe"] = Field(validation_alias="model_type")
-    vocab_size: int
-    hidden_size: int
-    mlp_size: int = Field(validation_alias="intermediate_size")
-    num_layers: int = Field(validation_alias="num_hidden_layers")
-    num_heads: int = Field(validation_alias="num_attention_heads")
-    num_kv_heads: int = Field(validation_alias="num_key_value_heads")
-    head_dim: int
-    max_positions: int = Field(validation_alias="max_position_embeddings")
-    norm_eps: float = Field(default=1e-6, validation_alias="rms_norm_eps")
-    base: float = Field(default=10000.0, validation_alias="rope_theta")
+    vocab_size: _Size
+    hidden_size: _Size
+    mlp_size: _Size = Field(validation_alias="intermediate_size")
+    num_layers: _Size = Field(validation_alias="num_hidden_layers")
+    num_heads: _Size = Field(validation_alias="num_attention_heads")
+    num_kv_heads: _Size = Field(validation_alias="num_key_value_heads")
+    head_dim: _Size
+    max_positions: _Size = Field(validation_alias="max_position_embeddings")
+    norm_eps: _Finite = Field(default=1e-6, validation_alias="rms_norm_eps")
+    base: _Finite = Field(default=10000.0, validation_alias="rope_theta")
     rope_parameters: _Rope = _Rope()
     rope_scaling: _Rope = _Rope()
     attention_bias: bool = False
@@ -128,13 +136,17 @@ def read_config(folder: Path) -> DecoderConfig:
             fix="save the model with save_pretrained, or correct model.path",
         )
     try:
-        config = DecoderConfig.model_validate_json(path.read_bytes())
+        with told(ModelFolderError, "config.json cannot be read", got=str(path), allowed="a JSON object", fix=_AGAIN):
+            content = path.read_bytes()
+        config = DecoderConfig.model_validate_json(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"] if isinstance(part, str)) or "config.json"
-        expected = first.get("ctx", {}).get("expected")
-        allowed = str(expected).replace(", ", " or ") if expected else _EXPECTED.get(first["type"], first["msg"])
-        raise _unsupported(key, first["input"], allowed, path) from error
+        raise _refusal(error, path) from error
+    for key, size, by in (
+        ("num_attention_heads % num_key_value_heads", config.num_heads, config.num_kv_heads),
+        ("head_dim % 2", config.head_dim, 2),
+    ):
+        if size % by:
+            raise _broken(key, size % by, "0", path)
     if config.is_routed:
         for key, size in {"hidden_size": config.hidden_size, "moe_intermediate_size": config.expert_size}.items():
             if size % 4:  # grouped_mm wants rows of 16 bytes
@@ -154,36 +166,49 @@ def decoder_config(spec: EngineSpec) -> DecoderConfig:
             "the engine's size is out of range",
             got=f"max_num_seqs = {spec.max_num_seqs}, max_context = {spec.max_context}",
             allowed=f"max_num_seqs >= 1, max_context from 2 to the model's {config.max_positions}",
-            fix="correct the engine section of the recipe",
+            fix="correct engine.max_num_seqs or env.max_episode_tokens (`oldlogits serve`: --max-num-seqs, --max-context)",
         )
     return config
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All weights of a folder, from model.safetensors or from the shards of its index."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        shards = ["model.safetensors"]
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
-    if missing:
-        raise ModelFolderError(
-            "the model folder lacks weights",
-            got=f"no {', '.join(missing)} in {folder}",
-            allowed="model.safetensors, or model.safetensors.index.json and its shards",
-            fix="save the model with save_pretrained",
-        )
+    """All weights of a folder, from model.safetensors or from the shards of its index; all of them finite."""
+    index, fix = folder / "model.safetensors.index.json", "copy the weights again, or save the model with save_pretrained"
+    allowed = "model.safetensors, or model.safetensors.index.json and its shards"
     weights: dict[str, Tensor] = {}
-    for shard in shards:
-        weights.update(load_file(folder / shard))
+    with told(ModelFolderError, "the weights cannot be read", got=str(folder), allowed=allowed, fix=fix):
+        shards = ["model.safetensors"]  # where there are both, transformers takes this one, too
+        if index.is_file() and not (folder / shards[0]).is_file():
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if missing := [shard for shard in shards if not (folder / shard).is_file()]:
+            got = f"no {', '.join(missing)} in {folder}"
+            raise ModelFolderError("the model folder lacks weights", got=got, allowed=allowed, fix=fix)
+        for shard in shards:
+            weights.update(load_file(folder / shard))
+    check_finite(weights, folder)
     return weights
+
+
+def _refusal(error: ValidationError, path: Path) -> ModelFolderError:
+    """One of pydantic's errors in this project's form: a feature that the decoder lacks, or a value that no model has."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"] if isinstance(part, str)) or "config.json"
+    expected = first.get("ctx", {}).get("expected")
+    allowed = str(expected).replace(", ", " or ") if expected else _EXPECTED.get(first["type"], first["msg"])
+    return (_unsupported if first["type"] in _LACKS else _broken)(key, first["input"], allowed, path)
+
+
+def _broken(key: str, value: object, allowed: str, path: Path) -> ModelFolderError:
+    return ModelFolderError(
+        "config.json is no model's", got=f"{key} = {repr(value)[:200]} in {path}", allowed=f"{key} = {allowed}", fix=_AGAIN
+    )
 
 
 def _unsupported(key: str, value: object, allowed: str, path: Path) -> ModelFolderError:
     return ModelFolderError(
         "the embedded engine does not support this model",
-        got=f"{key} = {value!r} in {path}",
+        got=f"{key} = {repr(value)[:200]} in {path}",
         allowed=f"{key} = {allowed}",
-        fix="set engine.type = 'vllm', which runs what vLLM runs, or use a plain Llama, Qwen2, Qwen3 or Qwen3-MoE model",
+        fix="use a plain Llama, Qwen2, Qwen3 or Qwen3-MoE model, or for `oldlogits train` one that vLLM runs, with "
+        "engine.type = 'vllm'",
     )

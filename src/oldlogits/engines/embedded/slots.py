@@ -21,8 +21,8 @@ def check_request(prompt_ids: Sequence[int], vocab_size: int, max_context: int) 
         raise ConfigError(
             "the prompt does not fit the engine's context",
             got=f"{len(prompt_ids)} tokens",
-            allowed=f"1 to {max_context - 1} tokens (max_context {max_context}, one token to sample)",
-            fix="shorten the prompt, or raise the engine's max_context",
+            allowed=f"1 to {max_context - 1} tokens, of {max_context} with one to sample",
+            fix="shorten the prompt, or raise env.max_episode_tokens (`oldlogits serve`: --max-context)",
         )
     if min(prompt_ids) < 0 or max(prompt_ids) >= vocab_size:
         raise ConfigError(

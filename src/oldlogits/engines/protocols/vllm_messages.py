@@ -8,8 +8,9 @@ POST /inference/v1/generate
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, Literal, Self, TypeVar
+from typing import Annotated, Final, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -55,9 +56,9 @@ class SamplingParams(Message):
     model_config = ConfigDict(extra="allow")
 
     max_tokens: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
+    temperature: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    top_p: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    top_k: Annotated[int, Field(ge=-1)] = 0
     stop_token_ids: list[int] | None = None
     prompt_logprobs: int | None = None
     ignore_eos: bool = True  # it stops where it is told to, and nowhere else
@@ -68,14 +69,14 @@ class SamplingParams(Message):
     def _asks_for_nothing_else(self) -> Self:
         for name, value in (self.model_extra or {}).items():
             if name not in _WITHOUT_EFFECT and value is not None and value != [] and value != _NEUTRAL.get(name, ()):
-                raise ValueError(f"{name} = {value!r} is none of {', '.join(type(self).model_fields)}")
+                raise ValueError(f"{name[:40]} = {reprlib.repr(value)} is none of {', '.join(type(self).model_fields)}")
         return self
 
 
 class GenerateBody(Message):
     """A request to sample."""
 
-    request_id: str = ""
+    request_id: Annotated[str, Field(max_length=1024)] = ""
     token_ids: list[int]
     sampling_params: SamplingParams = SamplingParams()
     stream: Literal[False] | None = False
@@ -276,7 +277,7 @@ def refusal(place: Sequence[int | str], got: object, message: str) -> ConfigErro
     where = ".".join(map(str, place)) or "the body"
     return ConfigError(
         "a message over HTTP is not what its route takes",
-        got=f"{where} = {got!r}"[:200],
+        got=f"{where} = {reprlib.repr(got)}"[:200],
         allowed=f"{where}: {message}",
         fix="use the routes of vLLM 0.32 or later, or those of `oldlogits serve`",
     )

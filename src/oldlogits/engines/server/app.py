@@ -10,15 +10,12 @@ bearer token, where there is one; without one the routes are for this machine on
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Mapping
 from typing import Annotated, Final
-from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Body, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.exceptions import HTTPException
 
 from oldlogits import __version__
 from oldlogits.core.engine import PauseMode
@@ -26,6 +23,7 @@ from oldlogits.core.errors import ConfigError, OldLogitsError, WorkerDiedError
 from oldlogits.core.server import LOOPBACK, SharedWeights
 from oldlogits.engines.http.pending import unless
 from oldlogits.engines.protocols import vllm_messages as wire
+from oldlogits.engines.server.limits import Guard, Limits, StrictRoute, refused
 from oldlogits.engines.server.served import Served
 
 SPOKEN: Final = "0.32.0"
@@ -33,7 +31,7 @@ SPOKEN: Final = "0.32.0"
 
 _CLIENT_LEFT: Final = 499
 
-routes = APIRouter()
+routes = APIRouter(route_class=StrictRoute)
 
 
 def _served(request: Request) -> Served:
@@ -45,14 +43,15 @@ Engine = Annotated[Served, Depends(_served)]
 Said = Mapping[str, object]
 
 
-def make_app(served: Served, *, token: str = "") -> FastAPI:
+def make_app(served: Served, limits: Limits, *, token: str = "") -> FastAPI:
     """Make the app of the routes; requests must carry the token, or come from loopback where it is empty."""
     app = FastAPI(title="oldlogits serve", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.served = served
     app.include_router(routes)
     app.add_exception_handler(OldLogitsError, _told)
     app.add_exception_handler(RequestValidationError, _told)
-    app.add_middleware(_Guard, token=token)
+    app.add_exception_handler(HTTPException, _told)
+    app.add_middleware(Guard, token=token, limits=limits)
     return app
 
 
@@ -92,7 +91,7 @@ async def _init(init_info: Annotated[wire.NonceFile, Body(embed=True)], served: 
 
 @routes.post("/start_weight_update")
 async def _start(served: Engine) -> Said:
-    served.start_update()
+    await served.start_update()
     return {"message": "Weight update started"}
 
 
@@ -103,8 +102,8 @@ async def _update(update_info: Annotated[SharedWeights, Body(embed=True)], serve
 
 
 @routes.post("/finish_weight_update")
-async def _finish(served: Engine, weight_version: Annotated[str | None, Body(embed=True)] = None) -> Said:
-    served.finish_update(weight_version)
+async def _finish(served: Engine, weight_version: Annotated[str | None, Body(embed=True, max_length=256)] = None) -> Said:
+    await served.finish_update(weight_version)
     return {"message": "Weight update finished"}
 
 
@@ -172,37 +171,12 @@ async def _server_info(served: Engine) -> Said:
 
 async def _told(request: Request, error: Exception) -> Response:
     """Answer with an error, in the shape of vLLM's."""
+    if isinstance(error, HTTPException):
+        return refused(error.status_code, error.detail)
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         error = wire.refusal(first["loc"], first.get("input"), first["msg"])
-    status = 503 if isinstance(error, WorkerDiedError) else 400
-    body = {"message": str(error), "type": type(error).__name__, "param": None, "code": status}
-    return JSONResponse({"error": body}, status_code=status)
-
-
-class _Guard:
-    """Lets in who has the token; without a token, who is on this machine and no page of a browser."""
-
-    def __init__(self, app: ASGIApp, token: str) -> None:
-        self._app, self._token = app, token
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (reason := self._refusal(Request(scope))) is not None:
-            await JSONResponse({"error": {"message": reason, "code": 401}}, status_code=401)(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
-
-    def _refusal(self, request: Request) -> str | None:
-        if request.url.path == "/health":
-            return None
-        if self._token:
-            given = request.headers.get("authorization", "")
-            matches = hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode())
-            return None if matches else "the bearer token is missing or wrong"
-        if "origin" in request.headers:
-            return "pages of a browser may not use an engine that wants no token"
-        host = urlsplit(f"//{request.headers.get('host', '')}").hostname
-        return None if host in LOOPBACK else f"host {host} is not this machine's loopback"
+    return refused(503 if isinstance(error, WorkerDiedError) else 400, str(error), type(error).__name__)
 
 
 def check_host(host: str, token: str) -> None:

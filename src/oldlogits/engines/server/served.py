@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import tempfile
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ class Served:
         self._running: dict[str, list[str]] = {}  # the engine's ids of requests, by the ids that they are aborted under
         self.numbers = itertools.count()
         self.is_paused = self._updating = False
+        self._loads = False  # whether the update that goes on has loaded weights
+        self._order = asyncio.Lock()  # pauses and updates, one at a time
 
     @property
     def num_running(self) -> int:
@@ -51,45 +54,60 @@ class Served:
 
     async def pause(self, mode: PauseMode, clear_cache: bool) -> None:
         """Stop sampling. A cleared cache is computed anew with the next weights."""
-        await self.engine.pause(mode, "recompute" if clear_cache else "stale")
-        self.is_paused = True
+        async with self._order:
+            await self.engine.pause(mode, "recompute" if clear_cache else "stale")
+            self.is_paused = True
 
     async def resume(self) -> None:
         """Go on sampling."""
-        if self._updating:
-            raise _wrong("resume within a weight update", "finish_weight_update first", "finish the update")
-        await self.engine.resume()
-        self.is_paused = False
+        async with self._order:
+            if self._updating:
+                raise _wrong("resume within a weight update", "finish_weight_update first", "finish the update")
+            await self.engine.resume()
+            self.is_paused = False
 
     def check_transfer(self, info: NonceFile) -> None:
         """Refuse a trainer whose files cannot be read here: it sends a file, and what it says."""
         if not says(Path(info.path), info.nonce):
             raise _wrong(f"path = {info.path}", "a file of this machine that says the nonce", "serve on the trainer's machine")
 
-    def start_update(self) -> None:
+    async def start_update(self) -> None:
         """Begin a weight update."""
-        if not self.is_paused or self._updating:
-            raise _wrong("no pause" if not self.is_paused else "a second start", "pause, then one start", "pause first")
-        self._updating = True
+        async with self._order:
+            if not self.is_paused or self._updating:
+                raise _wrong("no pause" if not self.is_paused else "a second start", "pause, then one start", "pause first")
+            self._updating, self._loads = True, False
 
     async def load(self, shared: SharedWeights) -> None:
-        """Take over the weights of a `HostCopy`."""
+        """Take over the weights of a `HostCopy`; what is refused changes neither weights nor label."""
         path = shared.path
-        if not self._updating:
-            raise _wrong("no update was started", "start_weight_update first", "start the update")
-        if not is_shared(path) or not path.is_file():
-            raise _wrong(f"path = {path}", f"a file oldlogits-*.weights in /dev/shm or {tempfile.gettempdir()}", "share it")
-        version = max(self.labels) + 1
-        self.labels[version] = self.labels[version - 1]
-        await self.engine.load(path, shared.version, version)
+        async with self._order:
+            self._require_update()
+            if not is_shared(path) or not path.is_file():
+                raise _wrong(f"path = {path}", f"a file oldlogits-*.weights in /dev/shm or {tempfile.gettempdir()}", "share it")
+            self._loads = False
+            version = max(self.labels) + 1
+            await self.engine.load(path, shared.version, version)
+            self.labels[version], self._loads = self.label, True
 
-    def finish_update(self, label: str | None) -> None:
-        """End a weight update, and give the weights their label."""
+    async def finish_update(self, label: str | None) -> None:
+        """End a weight update, and give the weights their label.
+
+        Raises:
+            ConfigError: No update was started; or there is a label, and no weights that it could be of, because what was to be
+                loaded was refused: then the update has ended, and weights and label are what they were.
+        """
+        async with self._order:
+            self._require_update()
+            self._updating = False
+            if label is not None and not self._loads:
+                raise _wrong("a label for weights that were not loaded", f"the label {self.label!r}", "load them first")
+            if label is not None:
+                self.labels[max(self.labels)] = label
+
+    def _require_update(self) -> None:
         if not self._updating:
             raise _wrong("no update was started", "start_weight_update first", "start the update")
-        self._updating = False
-        if label is not None:
-            self.labels[max(self.labels)] = label
 
     @property
     def label(self) -> str:
