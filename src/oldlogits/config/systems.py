@@ -73,7 +73,7 @@ class RuntimeConfig:
     type: Annotated[str, BACKENDS] = "local"
     """lockstep: one process, virtual time, bit for bit repeatable. local: engine and trainer in processes of their own on
     this machine. ray: actors of a Ray cluster, one or several nodes."""
-    heartbeat_timeout_s: AboveZero = 60.0
+    heartbeat_timeout_s: Seconds = 60.0
     """Seconds without a heartbeat after which a process of the run counts as frozen: it is killed, and the run ends."""
 
 

@@ -51,7 +51,7 @@ class TaskDataset:
                 self._files[split] = _read(Path(name), environment_class)
             elif split == "train" or needs_heldout:
                 self._require_own_rows(split)
-                self._own(cast(Split, split), seed * ROWS_PER_SEED if split == "train" else 0)
+                self._own(split, seed * ROWS_PER_SEED if split == "train" else 0)
 
     def train(self, index: int) -> Row:
         """Training row `index`, from 0; rows of a file are shuffled anew in every pass."""
