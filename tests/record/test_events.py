@@ -17,6 +17,7 @@ from oldlogits.record.events import (
     EvaluationProgressed,
     Probed,
     RunStarted,
+    TrajectoryFailed,
     Updated,
     VersionPublished,
     Warned,

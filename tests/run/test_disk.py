@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import signal
@@ -25,14 +24,18 @@ from ..waiting import HUNG_S, wait_until
 
 ROOT = Path(__file__).parents[2]
 ROOM = 1 << 22
-LIMITED = "import resource, sys; from oldlogits.cli.main import main; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); main()"
+LIMITED = (
+    "import resource, sys; from oldlogits.cli.main import main; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); main()"
+)
 
 
 @pytest.fixture
 def small_disk():
     """A mount of a few megabytes of its own."""
     folder = Path(tempfile.mkdtemp(prefix="small-disk-"))
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "none", str(folder)], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "none", str(folder)], capture_output=True, check=False
+    )
     if mounted.returncode:
         folder.rmdir()
         pytest.skip("mounting is not permitted")
@@ -61,20 +64,29 @@ def ended(process: subprocess.Popen[str]) -> str:
     assert "Traceback" not in said
     for label in ("error", "got", "allowed", "fix"):
         assert f"{label}: " in said, said
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+    wait_until(lambda: not members(process.pid), "nothing of it is left")
     return said
+
+
+def members(group: int) -> list[str]:
+    """The processes of a group that have not ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = path.read_text().rpartition(")")
+        except OSError:
+            continue
+        state, _, its_group, *_ = rest.split()
+        found += [name] if int(its_group) == group and state != "Z" else []
+    return found
 
 
 def fill(folder: Path) -> Path:
     """Leave no room on a disk."""
     filler = folder / "filler"
-    with filler.open("wb", buffering=0) as file:
-        try:
-            while file.write(b"\0" * 4096):
-                pass
-        except OSError as error:
-            assert error.errno == errno.ENOSPC
+    with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while file.write(b"\0" * 4096):
+            pass
     return filler
 
 
