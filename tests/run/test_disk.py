@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -83,11 +84,14 @@ def members(group: int) -> list[str]:
 
 def fill(folder: Path) -> Path:
     """Leave no room on a disk."""
-    filler = folder / "filler"
-    with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
-        while file.write(b"\0" * 4096):
-            pass
-    return filler
+    with (folder / "filler").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        write_endlessly(file)
+    return folder / "filler"
+
+
+def write_endlessly(file: BinaryIO) -> None:
+    while file.write(b"\0" * 4096):
+        pass
 
 
 @pytest.mark.slow
