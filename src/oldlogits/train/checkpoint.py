@@ -93,7 +93,7 @@ class Saving:
     """A checkpoint that a thread writes; `outcome` tells its checksums when it has."""
 
     def __init__(self, snapshot: Snapshot) -> None:
-        self.folder = snapshot.folder
+        self.folder, self.is_whole = snapshot.folder, False
         self._sums: Future[dict[str, str]] = Future()
         threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True).start()
 
