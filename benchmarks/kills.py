@@ -131,7 +131,7 @@ def attempt(kind: Kind, folder: Path, *, delay_s: float, rng: random.Random) -> 
             kill_group(process)
     ended_s = time.monotonic() - killed_at
     wrong = list(judge(kind, run, folder, status, members))
-    may_resume = any(run.glob("checkpoints/v*"))
+    may_resume = any(run.glob("checkpoints/v*[0-9]"))
     if status != 0 and may_resume and not wrong:
         again = subprocess.run([*train, "--resume", str(run)], capture_output=True, text=True, timeout=HANG_S)
         if again.returncode != 0:

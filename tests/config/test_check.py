@@ -89,6 +89,8 @@ REFUSED = {  # key -> values just outside, and beyond
     "record.tokens_every": [-1],
     "record.transcripts_every": [-1],
     "record.checkpoint_every": [-1],
+    "record.keep_checkpoints": [0, -1],
+    "record.keep_every": [-1],
 }
 LOCKSTEP_ONLY = {"lockstep.max_lag": [5]}  # local does not read it
 

@@ -25,6 +25,7 @@ from oldlogits.models.lora import add_adapters
 from oldlogits.models.mixed_kv import MixedForward
 from oldlogits.models.scorer import action_logps
 from oldlogits.run.cost import Cost, estimate
+from oldlogits.run.run import run
 from oldlogits.train.weights.engine_view import EngineView
 from oldlogits.versions import PatchStore
 
@@ -168,6 +169,22 @@ def test_over_ranks_all_is_shared_but_activations_and_whole_layers(tiny_folder):
     per_rank = cost.activation_bytes + cost.gathered_bytes
     assert two - per_rank == -(-(alone - cost.activation_bytes) // 2)
     assert many == per_rank + 1
+
+
+@pytest.mark.slow
+def test_the_bytes_of_checkpoints_are_those_on_disk_and_as_many_stay_as_is_said(tiny_folder, tmp_path):
+    for dtype, rank in (("fp32", 0), ("bf16", 0), ("fp32", 4)):
+        config = recipe(tiny_folder, num_updates=1, model={"forward_dtype": dtype, "lora_rank": rank})
+        assert run(config, tmp_path / f"{dtype}{rank}").error is None
+        [checkpoint] = (tmp_path / f"{dtype}{rank}" / "checkpoints").iterdir()
+        written = sum(path.stat().st_size for path in checkpoint.rglob("*.safetensors"))
+        assert written == pytest.approx(estimate(config).checkpoint_bytes, rel=0.25 if rank else 0.12)  # headers, small model
+    many = {"num_updates": 100, "eval": {"every": 5}}
+    for record, num in (({}, 3), ({"keep_best": False}, 2), ({"keep_every": 50}, 5), ({"checkpoint_every": 0}, 1)):
+        cost = estimate(recipe(tiny_folder, **many, record=record))
+        assert cost.num_checkpoints == num
+        [line] = [line for line in cost.lines() if line.startswith("checkpoints ")]
+        assert f"each; at most {num} stay on disk, {cost.checkpoint_bytes * (num + 1) / 2**20:,.1f} MiB with the one" in line
 
 
 def test_the_config_of_a_folder_is_enough_and_without_it_nothing_is_said(tiny_folder, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import signal
@@ -10,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -65,21 +65,33 @@ def ended(process: subprocess.Popen[str]) -> str:
     assert "Traceback" not in said
     for label in ("error", "got", "allowed", "fix"):
         assert f"{label}: " in said, said
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+    wait_until(lambda: not members(process.pid), "nothing of it is left")
     return said
+
+
+def members(group: int) -> list[str]:
+    """The processes of a group that have not ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = path.read_text().rpartition(")")
+        except OSError:
+            continue
+        state, _, its_group, *_ = rest.split()
+        found += [name] if int(its_group) == group and state != "Z" else []
+    return found
 
 
 def fill(folder: Path) -> Path:
     """Leave no room on a disk."""
-    filler = folder / "filler"
-    with filler.open("wb", buffering=0) as file:
-        try:
-            while file.write(b"\0" * 4096):
-                pass
-        except OSError as error:
-            assert error.errno == errno.ENOSPC
-    return filler
+    with (folder / "filler").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        write_endlessly(file)
+    return folder / "filler"
+
+
+def write_endlessly(file: BinaryIO) -> None:
+    while file.write(b"\0" * 4096):
+        pass
 
 
 @pytest.mark.slow

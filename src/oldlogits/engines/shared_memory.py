@@ -21,7 +21,7 @@ from zlib import crc32
 
 from torch import Tensor
 
-from oldlogits.core.errors import ReceiverBehindError
+from oldlogits.core.errors import ReceiverBehindError, writing
 from oldlogits.core.server import SharedWeights
 from oldlogits.core.weights import FullWeights, PatchWeights, PolicyVersion, WeightUpdate
 from oldlogits.versions import HostCopy
@@ -142,7 +142,7 @@ def share_bytes(parts: Sequence[memoryview]) -> tuple[Path, tuple[int, ...]]:
     """
     path = shared_file(sum(len(part) + _ALIGNMENT for part in parts))
     try:
-        with path.open("wb") as file:
+        with writing(path), path.open("wb") as file:
             for part in parts:
                 file.write(part)
                 file.seek(-file.tell() % _ALIGNMENT, os.SEEK_CUR)

@@ -46,6 +46,7 @@ class Checkpoints:
         self._config, self._recording, self._trainer, self._real_time = config, recording, trainer, real_time
         self._journal = journal
         self._pending: _Pending | None = None
+        self._finishing = asyncio.Lock()
 
     async def write(self, version: PolicyVersion, parts: Mapping[str, bytes]) -> None:
         """Begin to write a checkpoint, when the one before is there; `parts` are files beside those of the trainer, by name.
@@ -68,23 +69,23 @@ class Checkpoints:
         Raises:
             RunWriteError: It cannot be written.
         """
-        pending, folder = self._pending, self._recording.folder
-        if pending is None:
-            return
-        try:
-            is_whole = await self._trainer.end_checkpoint(wait)
-            if not is_whole or self._pending is not pending:  # another task was faster
+        async with self._finishing:
+            pending, folder = self._pending, self._recording.folder
+            if pending is None:
                 return
+            try:
+                if not await self._trainer.end_checkpoint(wait):
+                    return
+                self._name(pending)
+            except RunWriteError as error:
+                self._fail(pending, error)
             self._pending = None
-            self._name(pending)
-        except RunWriteError as error:
-            self._fail(pending, error)
-        for checkpoint in self._outlived():
-            if self._real_time:  # gigabytes take a while
-                await asyncio.to_thread(folder.remove_checkpoint, checkpoint)
-            else:
-                folder.remove_checkpoint(checkpoint)
-        self._journal.forget(min(LoopState.journal_of(path) for path in folder.all_checkpoints().values()))
+            for checkpoint in self._outlived():
+                if self._real_time:  # gigabytes take a while
+                    await asyncio.to_thread(folder.remove_checkpoint, checkpoint)
+                else:
+                    folder.remove_checkpoint(checkpoint)
+            self._journal.forget(min(LoopState.journal_of(path) for path in folder.all_checkpoints().values()))
 
     async def watch(self) -> NoReturn:
         """Finish every checkpoint soon after it is written, until this is cancelled.

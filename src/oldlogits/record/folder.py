@@ -133,7 +133,7 @@ class RunFolder:
             final = replaced.with_suffix("")
             shutil.rmtree(replaced) if final.exists() else replaced.rename(final)
         for partial in self.checkpoints.glob(f"v*{_PARTIAL}"):
-            shutil.rmtree(partial)
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
 def unreadable_run(path: Path) -> AbstractContextManager[None]:

@@ -35,6 +35,7 @@ def owned(path: Path) -> Iterator[None]:
     finally:
         if lock in _held:  # not in a child that was forked
             _held.discard(lock)
+            fcntl.flock(lock, fcntl.LOCK_UN)  # for a child, too, that is being forked
             os.close(lock)
 
 

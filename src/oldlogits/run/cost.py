@@ -26,6 +26,9 @@ RANKS: Final = (1, 2, 4, 8)
 GATHERED_LAYERS: Final = 2
 """Whole layers that a sharded rank holds at a time: the one that computes, and the next."""
 
+PROCESS_BYTES: Final = 400 * 2**20
+"""A trainer process without a model: the interpreter, torch and transformers."""
+
 PATCH_SHARES: Final[Mapping[float, float]] = {1e-6: 0.011, 1e-5: 0.065}
 """Of a bf16 copy: the patch of a version in memory, by learning rate, as measured on random models (docs/versions.md)."""
 
@@ -74,6 +77,9 @@ class Cost:
         view_bytes: The trainer's copy of the weights in the engine's numerics, fp32 with a head of its own; none for fp32.
         mixed_bytes: A bound of the keys and values of the mixed-version forward, where OLD is one.
         sync_bytes: A patch as measured, or a full copy.
+        snapshot_bytes: The copy in the host's memory that a checkpoint is written from while training goes on.
+        checkpoint_bytes: A checkpoint on disk: its folders and its state.
+        num_checkpoints: Checkpoints that stay in the run folder, at most.
     """
 
     shape: ModelShape
@@ -92,13 +98,21 @@ class Cost:
     cache_bytes: int
     mixed_bytes: int
     sync_bytes: int
+    snapshot_bytes: int
+    checkpoint_bytes: int
+    num_checkpoints: int
 
     def rank_bytes(self, num_ranks: int) -> int:
-        """What each rank of a trainer holds at most, at the widest moment."""
+        """What each rank of a trainer holds at most on its device, at the widest moment."""
         weights = self.masters_bytes + self.gradient_bytes + self.optimizer_bytes
         shared = weights + self.expected_store_bytes + self.average_bytes + self.view_bytes
         gathered = self.gathered_bytes if num_ranks > 1 else 0
         return -(-shared // num_ranks) + self.activation_bytes + self.mixed_bytes + gathered
+
+    @property
+    def process_bytes(self) -> int:
+        """What the process of a trainer that is alone on the CPU takes at its peak: it trains beside a checkpoint's writing."""
+        return PROCESS_BYTES + self.rank_bytes(1) + self.snapshot_bytes
 
     def lines(self) -> list[str]:
         """One line per part."""
@@ -116,10 +130,14 @@ class Cost:
             "weight average": _size(self.average_bytes),
             "engine's view": f"{_size(self.view_bytes)}: the trainer's copy in the engine's numerics",
             "mixed forward": f"at most {_size(self.mixed_bytes)}",
+            "a snapshot": f"{_size(self.snapshot_bytes)} of host memory, while a checkpoint is written",
             "trainer in all": f"{_size(self.rank_bytes(1))} on one rank; {ranks}",
+            "trainer's peak": f"{_size(self.process_bytes)} on a CPU: all of this, a snapshot and the libraries",
             "engine's weights": f"{_size(self.engine_bytes)} each",
             "engine's cache": _size(self.cache_bytes),
             "weight update": f"{_size(self.sync_bytes)} sent for each version",
+            "checkpoints": f"{_size(self.checkpoint_bytes)} each; at most {self.num_checkpoints} stay on disk, "
+            f"{_size(self.checkpoint_bytes * (self.num_checkpoints + 1))} with the one being written",
         }
         return [f"{label:<16} {text}" for label, text in parts.items()]
 
@@ -139,6 +157,9 @@ def estimate(config: RunConfig) -> Cost | None:
     kind, spec = ENGINES.find(config.engine.type)(), engine_spec(config, Path(config.model.path))
     source = SOURCES.find(config.proximal.source)
     stored = config.window + 2 if config.audit.share > 0 else source.most_stored(config.window)  # at a publish
+    average = 4 * trained if source.keeps_average else 0
+    state, is_fp32 = 4 * trained + 8 * trained + average, config.model.forward_dtype == "fp32"
+    folder = (4 if config.model.lora_rank or is_fp32 else 2) * num
     sends_patches = trainer_spec(config).sends_patches and stored and 2 * patch <= version
     return Cost(
         shape=shape,
@@ -151,13 +172,24 @@ def estimate(config: RunConfig) -> Cost | None:
         store_bytes=version * stored,
         expected_store_bytes=version + patch * (stored - 1) if stored else 0,
         scorer_bytes=masters + version + patch * config.proximal.scorer_versions if source.needs_scorer else 0,
-        average_bytes=4 * trained if source.keeps_average else 0,
+        average_bytes=average,
         view_bytes=0 if config.engine.precision == "fp32" else 4 * (num + own_head),
         engine_bytes=kind.weight_bytes(spec, num_parameters=num, head_parameters=own_head),
         cache_bytes=kind.cache_bytes(spec, token_bytes=per_token),
         mixed_bytes=_most_chains(config) * config.env.max_episode_tokens * per_token,
         sync_bytes=patch if sends_patches else version,
+        snapshot_bytes=state + (0 if is_fp32 and not config.model.lora_rank else folder),  # there they are the masters
+        checkpoint_bytes=state + folder + (version if config.model.lora_rank else 0),
+        num_checkpoints=_num_checkpoints(config),
     )
+
+
+def _num_checkpoints(config: RunConfig) -> int:
+    """A bound of the checkpoints that `loop.checkpoints.kept_versions` lets stay."""
+    r = config.record
+    made = config.num_updates // r.checkpoint_every + 1 if r.checkpoint_every else 1
+    every = config.num_updates // r.keep_every if r.keep_every else 0
+    return min(made, r.keep_checkpoints + (r.keep_best and config.eval.every > 0) + every)
 
 
 def activation_bytes(config: RunConfig, shape: ModelShape) -> int:

@@ -231,6 +231,8 @@ async def _finish(
             end = End(reason="error", error=own, defect=None if own else group)
         except Exception as defect:  # everything is written down before it is raised
             end = End(reason="error", defect=defect)
+        with suppress(OldLogitsError):  # what is being written is not lost; the run has its error already
+            await loop.checkpoints.finish()
     loop.cancel_all()
     account = {**dataclasses.asdict(loop.buffer.account), "queued": loop.buffer.queued, "running": loop.buffer.running}
     what = str(end.error or end.defect or "")

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,6 +41,20 @@ OlderVersions = Mapping[tuple[PolicyVersion, PolicyVersion], bytes]
 _PATCH: Final = re.compile(r"(\d+)-to-(\d+)-(\d{5})-of-(\d{5})\.patch")
 _SHARD: Final = re.compile(r"trainer-(\d{5})-of-(\d{5})\.safetensors")
 _SYSTEM_ERROR: Final = re.compile(r"(.*)\(os error (\d+)\)")
+
+
+class _Rows(Protocol):
+    """A tensor of an open file, of which rows are read as they are asked for."""
+
+    def get_shape(self) -> list[int]: ...
+    def __getitem__(self, rows: slice) -> Tensor: ...
+
+
+class _Shard(Protocol):
+    """An open safetensors file."""
+
+    def get_slice(self, key: str) -> _Rows: ...
+    def get_tensor(self, key: str) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +98,7 @@ class Saving:
     """A checkpoint that a thread writes; `outcome` tells its checksums when it has."""
 
     def __init__(self, snapshot: Snapshot) -> None:
-        self.folder = snapshot.folder
+        self.folder, self.is_whole = snapshot.folder, False
         self._sums: Future[dict[str, str]] = Future()
         threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True).start()
 
@@ -164,7 +178,7 @@ def read_state(folder: Path, model: nn.Module | None = None) -> dict[str, Tensor
     parameters = dict(model.named_parameters()) if model is not None else {}
     try:
         with ExitStack() as stack:
-            held: dict[str, list[safe_open]] = {}
+            held: dict[str, list[_Shard]] = {}
             for path in _shards(folder):
                 shard = stack.enter_context(safe_open(path, framework="pt"))
                 for key in shard.keys():  # noqa: SIM118
@@ -200,7 +214,7 @@ def _shards(folder: Path) -> list[Path]:
     return list(found.values())
 
 
-def _read(key: str, shards: Sequence[safe_open], parameter: Tensor | None) -> Tensor:
+def _read(key: str, shards: Sequence[_Shard], parameter: Tensor | None) -> Tensor:
     """Read the rows that this rank holds of a parameter, or all rows: those of the first shard come first."""
     parts = [shard.get_slice(key) for shard in shards]
     num_rows = [part.get_shape()[0] if part.get_shape() else 1 for part in parts]

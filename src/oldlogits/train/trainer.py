@@ -202,6 +202,8 @@ class Trainer:
         """
         saving, ranks = self._saving, self.live.ranks
         assert saving is not None, "a checkpoint was begun"
+        if saving.is_whole:
+            return True
         with ranks.agreeing():
             own = saving.outcome(wait=wait)
         found = [sums for sums in ranks.gather(own) if sums is not None]
@@ -210,6 +212,7 @@ class Trainer:
         with ranks.agreeing(), writing(saving.folder):
             if ranks.is_first:
                 write_sums(saving.folder, {name: value for sums in found for name, value in sums.items()})
+        saving.is_whole = True
         return True
 
     def save(self, folder: Path) -> None:

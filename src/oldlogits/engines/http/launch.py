@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 import oldlogits
+from oldlogits.core.errors import writing
 from oldlogits.core.server import SERVER_PROTOCOLS, LaunchSpec, ServerFailedError, ServerProtocol
 from oldlogits.engines.http import reaper
 
@@ -62,8 +63,10 @@ class ServerProcess:
         self._process.wait()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as log:
+        with writing(self.log):
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            log = self.log.open("ab")
+        with log:
             return subprocess.Popen(
                 [sys.executable, reaper.__file__, str(os.getpid()), *self._protocol.command(self._spec, self.port)],
                 env=self._environment(),

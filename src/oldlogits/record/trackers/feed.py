@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
+from oldlogits.core.errors import writing
 from oldlogits.core.registry import require
 from oldlogits.core.tracker import TRACKERS, Cell, TrackedRun, Tracker
 from oldlogits.record.bus import Event, EventSink
@@ -42,7 +43,8 @@ def open_feeds(kinds: Mapping[str, type[Tracker]], folder: RunFolder, config: Ma
     feeds = []
     for name, kind in kinds.items():
         own = folder.path / "trackers" / name.replace(":", ".")
-        own.mkdir(parents=True, exist_ok=True)
+        with writing(own):
+            own.mkdir(parents=True, exist_ok=True)
         feeds.append(TrackerFeed(name, kind, TrackedRun(name=folder.path.resolve().name, folder=own, config=flat(config))))
     return feeds
 
