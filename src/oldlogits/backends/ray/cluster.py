@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group
@@ -18,9 +18,6 @@ from oldlogits.backends.local import ignoring_interrupts
 from oldlogits.config.systems import RayConfig
 from oldlogits.core.errors import ConfigError, OldLogitsError
 from oldlogits.rollout.turns import EnvironmentFailed
-
-POLL_S: Final = 1.0
-"""Seconds for which a thread waits for places at a time; a program that ends waits for that thread."""
 
 Ref = Any
 """A reference to a value that an actor returns, or that was put into the object store."""
@@ -127,8 +124,7 @@ async def reserve(what: str, num: int, *, cpus: float, gpus: float, strategy: st
     group = placement_group([bundle] * num, strategy=strategy)
     try:
         async with asyncio.timeout(timeout_s):
-            while not await asyncio.to_thread(group.wait, POLL_S):
-                pass
+            await fetch(group.ready())  # `group.wait` would hold a thread, at times beyond its own time limit
     except TimeoutError:
         raise ConfigError(
             f"the cluster gives no place to {what}",
