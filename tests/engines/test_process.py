@@ -119,6 +119,7 @@ def test_an_update_in_mid_flight_keeps_running_requests_and_tags_their_tokens(sh
     assert stats.busy_s > 0
 
 
+@pytest.mark.slow
 def test_abort_and_cancel_free_the_engine_and_abort_returns_the_partial(shared_engine):
     async def play():
         tasks = start(shared_engine, "aborted", "cancelled")

@@ -139,6 +139,7 @@ def test_a_request_that_meets_an_update_says_which_weights_sampled_what(served, 
     np.testing.assert_allclose(values, [*before, *after], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_an_aborted_request_returns_what_it_has(served):
     async def play():
         async with client_of(served) as client:

@@ -70,6 +70,7 @@ def test_seconds_and_rates_are_those_of_the_updates_after_the_first_two(route, m
         assert cost.hidden_share == pytest.approx(max(0, 1 - sum(wait) / sum(score)))
 
 
+@pytest.mark.slow
 def test_forwards_are_counted_as_the_recorded_tokens_say(measured):
     """Batches in lockstep are the same under every route; arrival's forward pass reads each trajectory but its last tokens."""
     for route in SOURCES.names:

@@ -82,6 +82,7 @@ def test_the_drivers_run_is_the_same_bit_for_bit_without_the_panel(traced, tiny_
         assert np.array_equal(values[last], columns[name])
 
 
+@pytest.mark.slow
 def test_only_the_last_updates_are_recorded_and_lags_fill_the_window(traced):
     _, columns, info = traced("exact")
     assert sorted(set(columns["update"])) == list(range(UPDATES - SCORED, UPDATES))
