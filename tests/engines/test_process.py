@@ -18,6 +18,8 @@ from ..runs import files_of
 from ..waiting import HUNG_S, wait_until
 from .reference import VOCAB, expected_logprobs, make_model, perturbed, save, weights_of
 
+pytestmark = pytest.mark.slow
+
 CONTEXT = 1200
 LONG = Sampling(max_tokens=CONTEXT)
 
@@ -69,7 +71,6 @@ async def until_sampling(engine):
         await engine.resume()
 
 
-@pytest.mark.slow
 def test_the_process_samples_what_the_core_samples(own_engine, spec):
     core = EngineCore(spec)
     core.add("a", [3, 1, 4], Sampling(max_tokens=40))
@@ -86,7 +87,6 @@ def test_the_process_samples_what_the_core_samples(own_engine, spec):
     assert own_engine.capabilities == EngineCapabilities(partials=True, num_host_copies=1)
 
 
-@pytest.mark.slow
 def test_an_update_in_mid_flight_keeps_running_requests_and_tags_their_tokens(shared_engine, model):
     first = weights_of(model)
     new = perturbed(first, 1, 0.05)
@@ -175,7 +175,6 @@ def test_errors_of_the_engine_come_back_as_what_they_are_and_it_lives_on(shared_
     asyncio.run(play())
 
 
-@pytest.mark.slow
 def test_a_killed_engine_fails_pending_and_later_calls(own_engine):
     async def play():
         tasks = start(own_engine, *map(str, range(5)))
@@ -195,7 +194,6 @@ def test_a_killed_engine_fails_pending_and_later_calls(own_engine):
     asyncio.run(play())
 
 
-@pytest.mark.slow
 def test_an_engine_that_stops_answering_is_killed_after_the_time_out(spec):
     engine = EngineProcess(spec, control_timeout_s=HUNG_S)
     pid = engine._process.pid
@@ -216,7 +214,6 @@ def test_an_engine_that_stops_answering_is_killed_after_the_time_out(spec):
     assert not is_alive(pid)
 
 
-@pytest.mark.slow
 def test_closing_ends_the_process_and_fails_what_is_pending(spec, shared_files):
     files = shared_files()
     engine = EngineProcess(spec)
@@ -240,7 +237,6 @@ def test_closing_ends_the_process_and_fails_what_is_pending(spec, shared_files):
     assert shared_files() <= files
 
 
-@pytest.mark.slow
 def test_an_engine_does_not_outlive_its_parent(spec):
     script = f"""
 import asyncio, os
@@ -265,7 +261,6 @@ def test_a_folder_without_a_model_is_refused_before_a_process_starts(tmp_path):
         EngineProcess(EngineSpec(model_path=str(tmp_path)))
 
 
-@pytest.mark.slow
 def test_a_folder_without_weights_fails_the_first_call_with_its_own_error(spec, tmp_path):
     (tmp_path / "config.json").write_bytes((Path(spec.model_path) / "config.json").read_bytes())
     engine = EngineProcess(EngineSpec(model_path=str(tmp_path), max_context=CONTEXT))

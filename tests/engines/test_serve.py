@@ -29,6 +29,8 @@ from oldlogits.engines.shared_memory import HostWeights
 from ..waiting import HUNG_S
 from .reference import VOCAB, load, logp_of, make_model, perturbed, save, weights_of
 
+pytestmark = pytest.mark.slow
+
 CONTEXT = 600
 
 
@@ -92,7 +94,6 @@ async def update(client, weights, label):
         host.close()
 
 
-@pytest.mark.slow
 def test_tokens_come_out_with_the_log_probs_of_the_distribution_that_they_were_sampled_from(served, model):
     async def play():
         async with client_of(served) as client:
@@ -115,7 +116,6 @@ def test_tokens_come_out_with_the_log_probs_of_the_distribution_that_they_were_s
     assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 20, "total_tokens": 23}
 
 
-@pytest.mark.slow
 def test_a_request_that_meets_an_update_says_which_weights_sampled_what(served, model):
     weights = perturbed(weights_of(model), seed=1)
 
@@ -231,7 +231,6 @@ def test_the_command_refuses_another_host_before_it_loads_anything(tmp_path, cap
     assert "need a token" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_the_command_serves_and_ends_with_its_engine(tiny_folder):
     process = subprocess.Popen(
         [sys.executable, "-m", "oldlogits", "serve", str(tiny_folder), "--port", "0"],
@@ -312,7 +311,6 @@ def test_tokens_without_log_probs_or_versions_are_refused():
         answer_of(vllm_answer(finish_reason="error"))
 
 
-@pytest.mark.slow
 def test_requests_and_answers_survive_their_json():
     asked = wire.read(wire.GenerateBody, wire.GenerateBody.of(REQUEST).model_dump_json().encode())
     assert asked.request(default_id="x", default_max_tokens=1) == REQUEST

@@ -91,6 +91,7 @@ def test_the_shares_are_those_of_the_recorded_log_probs_and_kept_is_the_first_up
     assert found["r_d_mean_error"] == pytest.approx(error, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_an_fp32_engine_has_no_noise_that_any_band_would_mask(calibrated):
     found = fields_of(calibrated("fp32"))
     assert set(found["masked"]) == {0.0}
@@ -110,6 +111,7 @@ def test_the_proximal_policy_does_not_change_what_is_measured(calibrated):
         assert found["kept"] == (exact["kept"] if variant == "decoupled_async" else 1)
 
 
+@pytest.mark.slow
 def test_of_an_interpolation_the_kept_share_is_that_of_its_own_mask_before_the_first_step(calibrated):
     found = fields_of(calibrated("int4", "loglinear_train_infer", "none"))
     tokens = tokens_of(calibrated("int4"), "logp_mu", "logp_proximal")

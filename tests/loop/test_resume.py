@@ -147,6 +147,7 @@ def test_a_resumed_run_draws_numbers_that_it_has_not_drawn_and_always_the_same(f
         ("env.target", "desk", "env.target = 'desk'"),
     ],
 )
+@pytest.mark.slow
 def test_a_recipe_that_contradicts_the_run_is_refused_and_changes_nothing(copied, key, value, says, tmp_path, capsys):
     other = shutil.copytree(copied / "checkpoints/v000002/model", tmp_path / "other")
     files = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file() and path.name != "environment.json"}

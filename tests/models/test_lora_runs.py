@@ -30,6 +30,8 @@ from ..builders import batch_of, sampled, trajectory
 from ..runs import check_accounting, events_of, recipe, summary_of, tokens_of, write_recipe
 from ..servers import serving
 
+pytestmark = pytest.mark.slow
+
 RANK, ALPHA = 4, 8.0
 LORA = {"lora_rank": RANK, "lora_alpha": ALPHA}
 PROBE = list(range(8, 20))
@@ -52,7 +54,6 @@ def num_adapter_parameters(folder: Path) -> int:
     return sum(RANK * sum(layer.weight.shape) for layer in layers)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "sections",
     [
@@ -82,7 +83,6 @@ def test_the_laws_hold_under_every_route_and_a_version_is_its_adapters(sections,
     assert max(sent) == size * num_adapter_parameters(tiny_folder)
 
 
-@pytest.mark.slow
 def test_what_versions_cost_is_measured_against_the_adapters_that_are_trained_not_against_the_base(tiny_folder, tmp_path):
     summary = summary_of(trained(tiny_folder, tmp_path))
     assert summary["version_share_of_average"] == summary["version_share_of_copy"], "both have 4 bytes a trained parameter"
@@ -93,7 +93,6 @@ def test_what_versions_cost_is_measured_against_the_adapters_that_are_trained_no
     assert summary["trainer_copies_max"] == 1 + most / live >= 2, "the live adapters and at least one stored copy of them"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("numerics", ["fp32", "fp8"])
 def test_a_server_adds_the_adapters_to_its_own_folder(numerics, tiny_folder, tmp_path):
     with serving(tiny_folder, "--adapter-scale", str(ALPHA / RANK), "--numerics", numerics) as server:
@@ -108,7 +107,6 @@ def test_a_server_adds_the_adapters_to_its_own_folder(numerics, tiny_folder, tmp
     assert max(sent) == 4 * num_adapter_parameters(tiny_folder), "adapters alone travel"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--adapter-scale", "3"]])
 def test_a_server_that_takes_other_weights_is_refused_with_the_remedy(options, tiny_folder, tmp_path, capsys):
     with serving(tiny_folder, *options) as server:
@@ -144,7 +142,6 @@ def test_layers_without_an_adapter_keep_every_bit(finished, tiny_folder):
     assert changed == {name for name in before if name.endswith("_proj.weight")}
 
 
-@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_checkpoint(finished, tmp_path):
     copied = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(copied / "checkpoints/v000004")

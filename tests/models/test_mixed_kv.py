@@ -61,6 +61,7 @@ def recomputed_logps(model, versions, batch):
     return values[batch.loss_mask]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [1, 24, 4096])
 def test_every_token_has_the_log_prob_of_an_engine_that_kept_the_entries_of_older_versions(world, budget):
     model, versions, made, expected = world

@@ -132,6 +132,7 @@ def test_the_documented_example_holds():
     advantage=st.sampled_from([-2.0, -1e-3, 1e-3, 1.0]),
     cap=st.one_of(st.floats(1.01, 10), st.just(INF)),
 )
+@pytest.mark.slow
 def test_truncated_importance_sampling_weighs_by_the_total_ratio_up_to_the_cap_and_masks_no_token(log_ratios, advantage, cap):
     logp = {MU: tensor(*log_ratios) * 0 - 30, THETA: (tensor(*log_ratios) - 30).requires_grad_()}
     advantages = torch.full_like(logp[MU], advantage)

@@ -87,6 +87,7 @@ def test_it_is_never_labelled_exact():
     assert (scored.provenance, PROXIMAL_PROVENANCE[scored.policy]) == (None, Provenance.RESCORE)
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(0, 1000))
 def test_the_correlation_is_pearsons_with_the_present_noise_weighted_by_the_tokens_lags(lags, seed):
     noise = {TRAINER_VERSION - lag: row for lag, row in enumerate(np.random.default_rng(seed).normal(0.1, 1, (4, 12)))}

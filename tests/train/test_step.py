@@ -202,6 +202,7 @@ def one_step(batch):
     return dataclasses.replace(batch, step=np.zeros_like(batch.step))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["decoupled_exact", "linear_train_infer"])
 @pytest.mark.parametrize("denominator", ["token-mean", "token-mean-kept", "sequence-mean", "constant"])
 def test_each_optimizer_step_trains_its_groups_under_its_own_denominator(case, recipe, variant, denominator):

@@ -138,4 +138,4 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 StoreMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True)
-TestAnySequenceOfCallsGivesBackThePublishedBits = StoreMachine.TestCase
+TestAnySequenceOfCallsGivesBackThePublishedBits = pytest.mark.slow(StoreMachine.TestCase)

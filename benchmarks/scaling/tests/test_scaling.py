@@ -153,6 +153,7 @@ def test_a_run_that_fails_is_told_with_its_last_words(tmp_path: Path, monkeypatc
         measure(Workload(), [LOCAL], tmp_path, lambda number, setting: None)
 
 
+@pytest.mark.slow
 def test_a_run_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch):
     started: list[int] = []
     spawn = scaling.subprocess.Popen

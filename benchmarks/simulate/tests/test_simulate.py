@@ -184,6 +184,7 @@ def test_every_route_runs_within_the_bound_and_loses_nothing(route: str) -> None
     speed=st.floats(0.01, 100),
     route=st.sampled_from(["snapshot", "eager", "interruption", "dedicated"]),
 )
+@pytest.mark.slow
 def test_no_token_is_beyond_the_bound_however_fast_engine_and_trainer_are(
     max_staleness: int, groups: int, running: int, engines: int, slots: int, speed: float, route: str
 ) -> None:

@@ -15,9 +15,7 @@ from studies.old_logits.results import Study
 from tests.runs import TARGET
 from tests.waiting import HUNG_S, wait_until
 
-pytestmark = pytest.mark.slow
-
-pytestmark = pytest.mark.timeout(900)  # whole studies, in processes of their own
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # whole studies, in processes of their own
 
 METHODS = ["exact", "arrival", "mu"]
 

@@ -13,6 +13,8 @@ from oldlogits.run.run import run
 from studies.old_logits.measure.cost import HEADER, PRINTED, RouteCost, cost_table, measure_route, read_cost, route_config
 from tests.runs import events_of, recipe
 
+pytestmark = pytest.mark.slow
+
 UPDATES, SKIPPED = 6, 2
 AHEAD = ("dedicated", "interruption", "eager")
 
@@ -43,7 +45,6 @@ def metrics_of(folder):
     return [fields["metrics"] for fields in of_kind(folder, "update")]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("route", SOURCES.names)
 def test_seconds_and_rates_are_those_of_the_updates_after_the_first_two(route, measured):
     folder, cost = measured(route)
@@ -155,7 +156,6 @@ def test_a_run_that_is_too_short_has_no_cost(tiny_folder, tmp_path):
         read_cost(tmp_path / "short")
 
 
-@pytest.mark.slow
 def test_a_run_that_failed_or_was_interrupted_is_not_measured(tiny_folder, tmp_path, monkeypatch):
     done = run(recipe(tiny_folder, num_updates=3), tmp_path / "run")
     summary = dataclasses.replace(done.summary, ended="interrupted")

@@ -13,6 +13,8 @@ from studies.old_logits.measure.trace import AVERAGES, TraceInfo, record_trace
 from tests.memory_log import without_wall_clock
 from tests.runs import assert_same_state, recipe, tokens_of
 
+pytestmark = pytest.mark.slow
+
 WINDOW, UPDATES, SCORED = 3, 6, 3
 
 DRIVERS = {  # driver: the recipe keys that it sets, and the column of the panel that it is
@@ -59,14 +61,12 @@ def traced(tiny_folder, tmp_path_factory):
     return trace
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_the_panel_gives_what_the_route_itself_gives(traced, driver):
     _, columns, _ = traced(driver)
     assert np.array_equal(columns["logp_proximal"], columns[DRIVERS[driver][1]])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("driver", ["exact", "ewma-auto"])
 def test_the_drivers_run_is_the_same_bit_for_bit_without_the_panel(traced, tiny_folder, tmp_path, driver):
     beside, columns, _ = traced(driver)
@@ -100,7 +100,6 @@ def test_arrival_is_theta_before_the_first_step_and_old_at_lag_0(traced):
     assert aged[columns["staleness"] == 0].max() <= 1e-5 < 1e-3 < aged[columns["staleness"] > 0].max()
 
 
-@pytest.mark.slow
 def test_without_lag_every_proximal_policy_is_old(traced):
     _, columns, info = traced("exact", window=0)
     assert columns["staleness"].max() == 0
@@ -110,7 +109,6 @@ def test_without_lag_every_proximal_policy_is_old(traced):
     assert np.abs(columns["logp_mu"] - columns["logp_old"]).mean() > 1e-3
 
 
-@pytest.mark.slow
 def test_rescore_is_mu_where_the_engine_has_no_noise(traced):
     _, columns, _ = traced("exact", numerics="fp32")
     assert np.abs(columns["logp_rescore"] - columns["logp_mu"]).max() <= 1e-5

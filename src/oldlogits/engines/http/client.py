@@ -55,6 +55,10 @@ class HttpClient(Transport):
             )
             async with asking as answer:
                 return Reply(path=route, status=answer.status, content=await answer.read())
+        except AssertionError as error:  # a request that is about to connect when the session closes meets one of aiohttp's
+            if not self._is_closed:
+                raise
+            raise ServerFailedError(f"{method} {route}: it was given up") from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             timed_out = isinstance(error, TimeoutError)
             how = f"no answer within {timeout_s:g} s" if timed_out and timeout_s else str(error) or type(error).__name__
