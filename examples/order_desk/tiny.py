@@ -24,7 +24,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from oldlogits.models.template import NAMES_ONLY
+from oldlogits.models.chat.template import NAMES_ONLY
 from order_desk.starting_models import TinyMoeSize, TinySize
 
 END: Final = "<end>"

@@ -28,7 +28,7 @@ from oldlogits.core.parser import PARSERS, Malformed, ToolCall, WritingParser
 from oldlogits.envs.parsers.plain import PlainParser
 from oldlogits.envs.tools import bind, render_result, tool_names, tool_schemas, with_names
 from oldlogits.models.cache import cache_folder, cached
-from oldlogits.models.chat import ChatFormat
+from oldlogits.models.chat.format import ChatFormat
 from oldlogits.models.load import load_model, load_tokenizer
 from order_desk.clerk import MIXTURE, Clerk, ErrorRates, demonstrator
 from order_desk.data import WORDS, DeskRow

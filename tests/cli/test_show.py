@@ -97,7 +97,7 @@ def test_the_recipe_is_shown_with_what_each_key_allows():
         "lockstep.lag": "fresh_first, even, skewed, random",
         "band": "a number > 1, or inf",
         "trainer.beta2": "a number in [0, 1)",
-        "model.seed": "a whole number >= 0, or auto",
+        "model.seed": "a whole number from 0 to 4294967295, or auto",
         "rollout.filter_uniform": "true or false",
     }.items():
         assert allowed[key] == choices
@@ -111,7 +111,7 @@ def test_every_choice_and_every_bound_of_a_key_stands_in_what_is_shown():
         for choice in typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ():
             assert choice in allowed[key].split(", ")
         if {int, float} & {hint, *typing.get_args(hint)} and not key.startswith("sampling."):
-            assert re.search(r">|in [(\[]", allowed[key]), key
+            assert re.search(r">|in [(\[]|from \d+ to \d+", allowed[key]), key
 
 
 def test_every_verb_has_a_line_that_fits():

@@ -58,6 +58,7 @@ REFUSED = {  # key -> values just outside, and beyond
     "engine.recover_s": [0.0, 1e308, INF, NAN],
     "engine.request_timeout_s": [0.0, INF, NAN],
     "engine.control_timeout_s": [0.0, INF, NAN],
+    "runtime.heartbeat_timeout_s": [0.0, INF, NAN],
     "engine.start_timeout_s": [0.0, INF, NAN],
     "rollout.group_size": [1, 10**9],
     "rollout.max_failed_share": [0.0, 1.1],

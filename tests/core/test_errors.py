@@ -29,6 +29,7 @@ TREE = {
     "NonFiniteError": FloatingPointError,
     "AccountingError": RuntimeError,
     "RolloutError": RuntimeError,
+    "RunWriteError": OSError,
     "UnknownCallError": AttributeError,
     "WorkerDiedError": RuntimeError,
 }

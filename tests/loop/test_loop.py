@@ -23,12 +23,13 @@ from oldlogits.loop.loop import Loop
 from oldlogits.loop.resume import LoopState
 from oldlogits.loop.task import LoopConfig, Task
 from oldlogits.loop.weight_sync import WeightSync
-from oldlogits.models.chat import ChatFormat
+from oldlogits.models.chat.format import ChatFormat
 from oldlogits.record.bus import EventBus
 from oldlogits.record.event_log import EventLog
 from oldlogits.record.folder import RunFolder
 from oldlogits.record.recording import Recording
 from oldlogits.rollout.environment_runner import run_inline
+from oldlogits.rollout.journal.journal import Journal, read
 from oldlogits.rollout.turns import Agent, TurnLimits
 from oldlogits.train.reports import ConsistencyErrors, PublishedVersion, ScoringWork, TrainerState
 from oldlogits.train.step import UpdateResult
@@ -219,12 +220,14 @@ class World:
         rows = SimpleNamespace(train=lambda index: {}, heldout=lambda num: [{}] * num)
         task = Task(environment_class=Coin, rows=rows, agent=agent, probe_ids=PROBE)
         source, events = FakeSource(self.calls, needs_pause=needs_pause), recording.events
+        self.journal = Journal(self.folder.rollouts)
         self.loop = Loop(
             LoopConfig.of(config), task, backend, source,
-            sync=WeightSync(config.engine, config.sampling, PROBE, backend, source, events),
+            sync=WeightSync(config.engine, config.sampling, PROBE, backend, source, events, self.journal),
             audit=ExactAudit.of(config, self.trainer, events, backend.clock),
             calibrator=Calibrator.of(config, self.trainer, events),
             recording=recording,
+            journal=self.journal,
         )  # fmt: skip
 
     def first_update(self):
@@ -241,6 +244,7 @@ def run_world(path, scenario=lambda world: world.loop.run(), **settings):
             return world, await asyncio.gather(scenario(world), return_exceptions=True)
         finally:
             world.log.close()
+            world.journal.close()
 
     world, [outcome] = asyncio.run(asyncio.wait_for(main(), 60))
     if isinstance(outcome, BaseException):
@@ -297,9 +301,7 @@ def test_a_run_that_goes_on_does_not_repeat_the_first_evaluation_nor_its_rows(tm
     async def go_on(world):
         world.trainer.version = world.trainer._next = 1
         world.loop.go_on(
-            LoopState(
-                num_updates=1, is_evaluated=True, next_row=7, unfinished_rows=[2, 4], account={"submitted": 4, "trained": 4}
-            )
+            LoopState(num_updates=1, is_evaluated=True, next_row=7, next_group=9, account={"submitted": 4, "trained": 4})
         )
         await world.loop.run()
 
@@ -365,8 +367,10 @@ def test_a_checkpoint_remembers_what_outlives_it(tmp_path):
     kinds = [call.removeprefix("event ") for call in world.calls if call.startswith("event")]
     assert kinds[: state.num_events].count("update") == 1
     assert "checkpoint" not in kinds[: state.num_events]
-    account = state.account
-    assert account["submitted"] == sum(account[name] for name in ("trained", "filtered", "failed", "cancelled"))
+    account, in_flight = state.account, read(world.folder.checkpoints / "v000001", world.folder.rollouts, 99).groups
+    counted = sum(account[name] for name in ("trained", "filtered", "failed", "cancelled"))
+    assert account["submitted"] == counted + sum(group.admitted.size for group in in_flight.values())
+    assert account["submitted"] > counted, "some are in flight, or nothing was tested"
 
 
 def test_the_copies_of_what_is_trained_are_those_of_the_adapters_not_of_the_base(tmp_path):

@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from oldlogits.core.errors import ConfigError
-from oldlogits.models.chat import ChatFormat
+from oldlogits.models.chat.format import ChatFormat
 from order_desk.tiny import tiny_tokenizer
 
 WORDS = ("red", "green", "blue", "hi")

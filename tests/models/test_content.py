@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from oldlogits.core.environment import ChatOptions
 from oldlogits.core.errors import ConfigError, ContentError
-from oldlogits.models.chat import ChatFormat
-from oldlogits.models.template import NAMES_ONLY
+from oldlogits.models.chat.format import ChatFormat
+from oldlogits.models.chat.template import NAMES_ONLY
 
 from .tokenizers import CHATML, CONTROL, LLAMA2, MAKERS, MARKERS, TEMPLATES, WITH_TOOLS, byte_level
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from oldlogits.core.environment import MODELS, ChatOptions, ModelOrder
 from oldlogits.core.errors import ConfigError
 from oldlogits.envs.tools import tool_names, tool_schemas
-from oldlogits.models.chat import ChatFormat
+from oldlogits.models.chat.format import ChatFormat
 from oldlogits.models.load import load_model, load_tokenizer
 from order_desk.clerk import LONG_MIXTURE, MIXTURE, ErrorRates, oracle
 from order_desk.data import WORDS

@@ -15,7 +15,7 @@ from oldlogits.core.engine import Generation, Sampling, Span
 from oldlogits.core.parser import PARSERS
 from oldlogits.core.trajectory import Context, Trajectory
 from oldlogits.envs.tools import tool_schemas
-from oldlogits.models.chat import ChatFormat
+from oldlogits.models.chat.format import ChatFormat
 from oldlogits.record.episodes import EpisodeRecorder, read_episodes
 from oldlogits.record.event_log import EventLog, read_events
 from oldlogits.record.events import Evaluated, TrajectoryFailed

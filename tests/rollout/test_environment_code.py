@@ -19,9 +19,9 @@ from oldlogits.core.trajectory import Context
 from oldlogits.envs.base import check_environment, system_prompt_of
 from oldlogits.envs.parsers.plain import PlainParser
 from oldlogits.envs.tools import tool_schemas
-from oldlogits.loop.loop import advantages_of
-from oldlogits.models.chat import ChatFormat
-from oldlogits.models.content import most_bytes
+from oldlogits.models.chat.content import most_bytes
+from oldlogits.models.chat.format import ChatFormat
+from oldlogits.objective.advantages import advantages_of
 from oldlogits.rollout.environment_runner import ThreadRunner, run_inline
 from oldlogits.rollout.turns import LONG, Agent, Failure, TurnLimits, run_episode
 from order_desk.tiny import tiny_tokenizer

@@ -1,6 +1,7 @@
 """Groups and evaluations with an engine that answers when it is told to."""
 
 import asyncio
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,10 +9,11 @@ import pytest
 from oldlogits.core.engine import Generation, Sampling, Span
 from oldlogits.core.errors import RolloutError, WorkerDiedError
 from oldlogits.envs.parsers.plain import PlainParser
-from oldlogits.models.chat import ChatFormat
+from oldlogits.models.chat.format import ChatFormat
 from oldlogits.rollout.buffer import Buffer
 from oldlogits.rollout.environment_runner import run_inline
 from oldlogits.rollout.groups import Rollouts, evaluate
+from oldlogits.rollout.journal.journal import Journal
 from oldlogits.rollout.staleness import StalenessBound
 from oldlogits.rollout.turns import Agent, Failure, TurnLimits
 from oldlogits.rollout.watches import WINDOW, FailureWatch, FilterWatch
@@ -108,7 +110,7 @@ class World:
         *,
         rows=lambda index: {},
         max_running_groups=0,
-        first_row=0,
+        next_row=0,
         filter_uniform=False,
         max_replays=0,
         max_failed_share=0.5,
@@ -132,7 +134,9 @@ class World:
             failures=FailureWatch(self.events, "training episodes", max_failed_share),
             left_out=FilterWatch(self.events, 2, max_filtered_batches),
             max_running_groups=max_running_groups,
-            first_row=first_row,
+            journal=Journal(Path("unwritten")),
+            next_row=next_row,
+            next_group=next_row,
         )
 
     async def admit(self, version=0, num_wanted=100):
@@ -168,7 +172,7 @@ def test_as_many_groups_start_as_the_bound_admits_from_the_first_row_on():
         assert sorted(world.engine.requests) == sorted(f"g00000{i}.{m}/0" for i in (5, 6, 7, 8) for m in (0, 1))
         assert {event.version for event in world.events.all} == {3}
 
-    in_world(scenario, rows=lambda index: seen.append(index) or {}, first_row=5)
+    in_world(scenario, rows=lambda index: seen.append(index) or {}, next_row=5)
 
 
 @pytest.mark.parametrize("num_wanted", [0, 1, 3])

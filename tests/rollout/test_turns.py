@@ -13,7 +13,7 @@ from oldlogits.core.trajectory import Context, Sampled, Trajectory
 from oldlogits.envs.base import system_prompt_of
 from oldlogits.envs.parsers.plain import PlainParser
 from oldlogits.envs.tools import tool_schemas
-from oldlogits.models.chat import ChatFormat
+from oldlogits.models.chat.format import ChatFormat
 from oldlogits.rollout.environment_errors import EnvironmentFailed
 from oldlogits.rollout.turns import Agent, Failure, TurnLimits, run_episode, sampled_segments
 from order_desk.tiny import tiny_tokenizer

@@ -12,7 +12,7 @@ import pytest
 from oldlogits.config.check import check
 from oldlogits.config.schema import EnvConfig, ModelConfig, RunConfig
 from oldlogits.core.errors import ConfigError, ModelFolderError
-from oldlogits.models.chat import ChatFormat
+from oldlogits.models.chat.format import ChatFormat
 from oldlogits.run.chat import chat_cautions, chat_format, chat_options, end_ids
 from order_desk.environment import OrderDesk
 from order_desk.tiny import tiny_tokenizer

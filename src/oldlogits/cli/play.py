@@ -24,8 +24,8 @@ from oldlogits.core.errors import ConfigError
 from oldlogits.core.trajectory import Sampled, Segment
 from oldlogits.envs.base import load_environment
 from oldlogits.envs.tools import tool_names, tool_schemas
-from oldlogits.models.chat import ChatFormat
-from oldlogits.models.template import ChatTokenizer, Role
+from oldlogits.models.chat.format import ChatFormat
+from oldlogits.models.chat.template import ChatTokenizer, Role
 from oldlogits.rollout.environment_errors import EnvironmentFailed, Raised, answering
 from oldlogits.rollout.environment_runner import ThreadRunner
 from oldlogits.rollout.tasks import TaskDataset, row_misfit

@@ -15,8 +15,8 @@ from oldlogits.core.environment import Environment
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.parser import Malformed, ToolCall
 from oldlogits.envs.parsers.plain import PlainParser
-from oldlogits.models.chat import ChatFormat
-from oldlogits.models.template import Message
+from oldlogits.models.chat.format import ChatFormat
+from oldlogits.models.chat.template import Message
 from oldlogits.record.folder import RunFolder
 
 LONGEST: Final = 4096

@@ -22,8 +22,6 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
-import torch
-
 from oldlogits.batch.collate import TokenBatch, collate
 from oldlogits.config.guard import Caution
 from oldlogits.core.errors import NonFiniteError
@@ -48,7 +46,7 @@ from oldlogits.loop.metrics import (
 from oldlogits.loop.resume import FILE, LoopState
 from oldlogits.loop.task import LoopConfig, Task
 from oldlogits.loop.weight_sync import WeightSync
-from oldlogits.objective.advantages import AdvantageMode, group_advantages
+from oldlogits.objective.advantages import advantages_of
 from oldlogits.record.events import BatchScored, Updated, Warned
 from oldlogits.record.recording import Recording
 from oldlogits.rollout.admission import pace_of
@@ -62,21 +60,6 @@ from oldlogits.rollout.watches import FailureWatch, FilterWatch
 from oldlogits.sources import check_scored
 from oldlogits.train.reports import PublishedVersion
 from oldlogits.train.step import UpdateResult
-
-
-def advantages_of(groups: Sequence[TrajectoryGroup], mode: AdvantageMode) -> list[float]:
-    """Give the advantage of every trajectory, in order.
-
-    Only differences within a group count: they are taken in float64, in which large rewards that differ stay different.
-
-    Example:
-        A group of rewards 1e8 and 1e8 + 1, "leave-one-out": -1 and 1.
-    """
-    least = [min(t.reward for t in group.trajectories) for group in groups]
-    rewards = torch.tensor([t.reward - low for low, group in zip(least, groups, strict=True) for t in group.trajectories])
-    index = torch.tensor([i for i, group in enumerate(groups) for _ in group.trajectories])
-    advantages: list[float] = group_advantages(rewards, index, mode).tolist()
-    return advantages
 
 
 class Loop:

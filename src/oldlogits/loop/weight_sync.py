@@ -62,7 +62,8 @@ class WeightSync:
             temperature, partials = self._sampling.temperature, await engine.partials()
             running = {trajectory_of(i): sampled_segments(g, temperature) for i, g in partials.items()}
             self._journal.running(running)
-            await self._source.on_paused(running)
+            if self._source.needs_partials:
+                await self._source.on_paused(running)
         return self._paused
 
     async def give(self, published: PublishedVersion) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -9,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from oldlogits.core.errors import ConfigError
+from oldlogits.core.trajectory import TrajectoryGroup
 
 AdvantageMode = Literal["group-normalised", "mean-only", "leave-one-out"]
 """How a reward is compared with those of its group."""
@@ -60,3 +62,18 @@ def group_advantages(
         allowed="group-normalised, mean-only, leave-one-out",
         fix="choose one of these",
     )
+
+
+def advantages_of(groups: Sequence[TrajectoryGroup], mode: AdvantageMode) -> list[float]:
+    """Give the advantage of every trajectory, in order.
+
+    Only differences within a group count: they are taken in float64, in which large rewards that differ stay different.
+
+    Example:
+        A group of rewards 1e8 and 1e8 + 1, "leave-one-out": -1 and 1.
+    """
+    least = [min(t.reward for t in group.trajectories) for group in groups]
+    rewards = torch.tensor([t.reward - low for low, group in zip(least, groups, strict=True) for t in group.trajectories])
+    index = torch.tensor([i for i, group in enumerate(groups) for _ in group.trajectories])
+    advantages: list[float] = group_advantages(rewards, index, mode).tolist()
+    return advantages

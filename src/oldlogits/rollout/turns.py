@@ -24,8 +24,8 @@ from oldlogits.core.trajectory import Context, Sampled, Segment, Trajectory
 from oldlogits.envs.base import ToolErrors, prompt_of, prompt_to_ask, system_prompt_of
 from oldlogits.envs.text import readable, spoken
 from oldlogits.envs.tools import bind, can_be_saved, render_result, tool_names
-from oldlogits.models.chat import ChatFormat
-from oldlogits.models.template import Role
+from oldlogits.models.chat.format import ChatFormat
+from oldlogits.models.chat.template import Role
 from oldlogits.rollout.answers import reward_of, size_of, text_of, words_of
 from oldlogits.rollout.environment_errors import EnvironmentFailed, EnvironmentLost, Raised, answering, errors_of
 

@@ -16,7 +16,7 @@ from oldlogits.core.errors import ModelFolderError
 from oldlogits.core.parser import PARSERS, ToolCall, WritingParser
 from oldlogits.envs.base import system_prompt_of
 from oldlogits.envs.tools import tool_schemas
-from oldlogits.models.chat import ChatFormat
+from oldlogits.models.chat.format import ChatFormat
 from oldlogits.models.load import load_tokenizer, read_model_config
 
 _CALL = ToolCall(name="TOOL", named={"PARAMETER": "VALUE"})

@@ -8,7 +8,7 @@ from oldlogits.core.environment import MODELS, Demonstrated, DescribedModel, Env
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.parser import PARSERS
 from oldlogits.envs.base import load_environment
-from oldlogits.models.chat import ChatFormat
+from oldlogits.models.chat.format import ChatFormat
 from oldlogits.rollout.tasks import TaskDataset
 from oldlogits.rollout.turns import Agent, EnvironmentRunner, TurnLimits
 

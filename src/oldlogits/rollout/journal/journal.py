@@ -30,7 +30,7 @@ class Journal:
     """Takes note of what happens to groups and episodes; one thread calls it, another one writes.
 
     Args:
-        folder: Where the files lie.
+        folder: The folder of its files, which is made when the first one is.
         progress: What a run that goes on has read; None: it begins.
 
     Raises:
@@ -118,7 +118,7 @@ def read(checkpoint: Path, folder: Path, number: int) -> Progress:
     Args:
         checkpoint: The checkpoint.
         folder: The folder of the journal.
-        number: That of the first file that counts.
+        number: The number of the first file that counts.
 
     Raises:
         RunFolderError: A file is missing, or a line is not what was written.

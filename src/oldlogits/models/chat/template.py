@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 
 from oldlogits.core.environment import ChatOptions
 from oldlogits.core.errors import ConfigError
-from oldlogits.models.content import Encoder
+from oldlogits.models.chat.content import Encoder
 
 Message = Mapping[str, str]
 """``{"role": ..., "content": ...}``."""

@@ -2,7 +2,7 @@
 
 template(messages with SENTINEL in place of somebody's words) -> what the template writes: its control tokens
 template(messages)                                            -> the text; where it differs, there are the words
--> models/content.py encodes the text, the words without control tokens; both have the same ones, or it is an error
+-> content.py encodes the text, the words without control tokens; both have the same ones, or it is an error
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Final
 
 from oldlogits.core.environment import AS_IT_IS, ChatOptions
 from oldlogits.core.errors import ConfigError
-from oldlogits.models.content import ContentEncoder, Span, most_bytes
-from oldlogits.models.template import SENTINEL, ChatTokenizer, Role, Template
+from oldlogits.models.chat.content import ContentEncoder, Span, most_bytes
+from oldlogits.models.chat.template import SENTINEL, ChatTokenizer, Role, Template
 
 _NUM_CACHED: Final = 4096
 """Continuations that are kept: tool results repeat, and rendering a template costs more than an environment step."""

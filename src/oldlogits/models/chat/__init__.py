@@ -1,0 +1,1 @@
+"""The chat format: from messages to token ids, where what somebody says never becomes a control token."""
