@@ -159,6 +159,8 @@ class LockstepEngine:
             self._plans[trajectory] = draw_plan(config.lag, config.max_lag, config.tokens_per_version, rng)
         lag = self._buffer.rank(group) // self._prompts_per_update
         plan = self._plans[trajectory]
+        if lag >= len(plan):  # a run that goes on has more in flight, until it has done its updates again
+            return 0.0
         return plan[lag] if any(plan[: lag + 1]) else math.inf  # past its last lag nothing holds it
 
     @staticmethod
