@@ -120,6 +120,13 @@ class LockstepEngine:
         """The order of training is that of this buffer."""
         self._buffer = buffer
 
+    def begin_again(self, seed: int) -> None:
+        """Be as an engine that was made with this seed; nobody waits for it."""
+        assert not self._running, "what ran was cancelled"
+        self._sampled.clear()
+        self._held.clear()
+        self._engine.reset(seed)
+
     def _release(self) -> None:
         """Apply the current allowances, and let held trajectories look at theirs again."""
         for request in self._running:
@@ -192,6 +199,7 @@ async def open_lockstep(spec: BackendSpec) -> AsyncIterator[Backend]:
             workers=(driver,),
             real_time=False,
             watch=engine.watch,
+            begin_again=engine.begin_again,
         )
     finally:
         driver.cancel()

@@ -286,6 +286,9 @@ class StepwiseEngine(RolloutEngine, Protocol):
     def drive_once(self) -> bool:
         """Take one step; returns False if there was nothing to do."""
 
+    def reset(self, seed: int) -> None:
+        """Sample from here on as an engine that was made with this seed and has the present weights; it has no request."""
+
 
 class EngineKind(Protocol):
     """A kind of engine: what a recipe may ask of it, and how it is opened.

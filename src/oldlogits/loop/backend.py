@@ -62,6 +62,7 @@ class Backend:
         clock: The time in seconds since some fixed point; only for what is recorded as wall-clock time.
         watch: Takes the run's buffer; a backend that controls the lags reads the order of training from it.
         listen: Takes a function that is told what happens to servers, and what a reader of the results should know.
+        begin_again: Where time is not real: lets the engine sample as one that was made with a seed, once nobody waits for it.
         host_environment: The class whose instances the episodes use; another one where environments live in other processes.
     """
 
@@ -74,4 +75,5 @@ class Backend:
     clock: Callable[[], float] = time.perf_counter
     watch: Callable[[Buffer], None] = lambda buffer: None
     listen: Callable[[Callable[[Incident | Caution], None]], None] = lambda hear: None
+    begin_again: Callable[[int], None] | None = None
     host_environment: Callable[[type[Environment]], type[Environment]] = lambda environment_class: environment_class

@@ -38,12 +38,13 @@ from oldlogits.loop.metrics import (
     UpdateTimer,
     batch_metrics,
     batch_taken,
+    copies,
     counters,
     queue_metrics,
     usage_metrics,
     version_published,
 )
-from oldlogits.loop.resume import FILE, LoopState
+from oldlogits.loop.resume import FILE, LoopState, sampler_seed
 from oldlogits.loop.task import LoopConfig, Task
 from oldlogits.loop.weight_sync import WeightSync
 from oldlogits.objective.advantages import advantages_of
@@ -137,9 +138,17 @@ class Loop:
             try:
                 while self.version < self._config.num_updates:
                     await self._update(rollouts)
-                    await self._between_updates()
+                    if await self._between_updates() and self._backend.begin_again is not None:
+                        rollouts = await self._begin_again(rollouts, tasks)
             finally:
                 rollouts.stop()
+
+    async def _begin_again(self, rollouts: Rollouts, tasks: asyncio.TaskGroup) -> Rollouts:
+        """Go on from the checkpoint that was just written as another process would, which then is the same bit for bit."""
+        await rollouts.stopped()
+        self.source.drop([id for group in self._journal.progress.groups.values() for id in group.episodes])
+        self.buffer.clear()
+        return self._start_rollouts(tasks, (await self._backend.trainer.state()).oldest_version)
 
     def _start_rollouts(self, tasks: asyncio.TaskGroup, oldest_held: PolicyVersion) -> Rollouts:
         config = self._config.rollout
@@ -160,6 +169,8 @@ class Loop:
             next_row=self.state.next_row,
             next_group=self.state.next_group,
         )
+        if self.state.num_updates and self._backend.begin_again is not None:
+            self._backend.begin_again(sampler_seed(self._config.seed, self.state.num_updates))
         rollouts.go_on(oldest_held)
         self._admit(rollouts)
         self._rollouts = rollouts
@@ -223,7 +234,9 @@ class Loop:
         of_rollouts = rollouts.latency.metrics() | {"rollout/failed_share": rollouts.failures.share}
         of_parts = {**self.source.metrics(), **of_rollouts}
         metrics = {**result.metrics, **times, **of_parts, **of_loop, **used}
-        self._tell_update(result, metrics | self._copies(published, metrics), groups)
+        kept_bytes = published.store_bytes + metrics.get("average/stored_bytes", 0.0)
+        of_copies = copies(self._backend.engine.capabilities, kept_bytes, self._config.bytes_per_parameter * self._num_trained)
+        self._tell_update(result, metrics | of_copies, groups)
         self._audit.conclude(audited, result, version=self.version)
 
     def _compare_with_before(self, published: PublishedVersion, rollouts: Rollouts) -> None:
@@ -252,15 +265,6 @@ class Loop:
                 trajectories=[t for group in groups for t in group.trajectories],
             )
         )
-
-    def _copies(self, published: PublishedVersion, metrics: dict[str, float]) -> dict[str, float]:
-        """Copies of what is trained that both sides keep: the live weights, stored versions and an average; the engine's."""
-        kept = published.store_bytes + metrics.get("average/stored_bytes", 0.0)
-        can = self._backend.engine.capabilities
-        return {
-            "copies/trainer": 1 + kept / (self._config.bytes_per_parameter * self._num_trained),
-            "copies/engine": can.num_replicas + can.num_host_copies,
-        }
 
     def _oldest_needed(self) -> int:
         in_flight = self.buffer.oldest_needed
@@ -312,8 +316,8 @@ class Loop:
         self._events.emit(version_published(published, self._backend.clock() - started))
         return published
 
-    async def _between_updates(self) -> None:
-        """Evaluate and begin a checkpoint, where they are due."""
+    async def _between_updates(self) -> bool:
+        """Evaluate and begin a checkpoint, where they are due; returns whether one was begun that is not the last."""
         done = self.version >= self._config.num_updates
         held_out, every = self._config.eval, self._config.eval.every
         self.state.success = None
@@ -321,13 +325,15 @@ class Loop:
             played = self._evaluator.play("during", held_out.num_episodes_during, version=self.version)
             self.state.success = await played
         every = self._config.record.checkpoint_every
-        if done or (every and self.version % every == 0):
-            beginning = asyncio.create_task(self.checkpoint())
-            try:
-                await asyncio.shield(beginning)
-            except asyncio.CancelledError:  # a trainer that begins to write is not to find its folder in use
-                await beginning
-                raise
+        if not done and not (every and self.version % every == 0):
+            return False
+        beginning = asyncio.create_task(self.checkpoint())
+        try:
+            await asyncio.shield(beginning)
+        except asyncio.CancelledError:  # a trainer that begins to write is not to find its folder in use
+            await beginning
+            raise
+        return not done
 
     async def checkpoint(self) -> None:
         """Begin to write a checkpoint: the trainer, what the loop needs to go on, and all that is in flight.

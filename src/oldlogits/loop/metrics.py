@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 
+from oldlogits.core.engine import EngineCapabilities
 from oldlogits.core.engine_stats import EngineStats
 from oldlogits.core.trajectory import TrajectoryGroup, is_success
 from oldlogits.core.weights import PolicyVersion
@@ -133,3 +134,14 @@ def version_published(published: PublishedVersion, seconds_s: float) -> VersionP
         store_s=published.store_s,
         seconds_s=seconds_s,
     )
+
+
+def copies(engine: EngineCapabilities, kept_bytes: float, live_bytes: int) -> dict[str, float]:
+    """Copies of what is trained that both sides keep.
+
+    Args:
+        engine: What the engine says of its copies.
+        kept_bytes: Bytes that the trainer keeps beside the live weights: stored versions and an average.
+        live_bytes: Bytes of the live weights that are trained.
+    """
+    return {"copies/trainer": 1 + kept_bytes / live_bytes, "copies/engine": engine.num_replicas + engine.num_host_copies}

@@ -27,6 +27,7 @@ class LoopConfig:
     """What the loop goes by: sections of the recipe, and decisions as values.
 
     Args:
+        seed: The run's seed.
         num_updates: The version at which the run ends.
         max_lag: The staleness that admission allows for: `max_staleness`, or less where the runtime controls the lag.
         minibatches: Optimizer steps of an update.
@@ -34,6 +35,7 @@ class LoopConfig:
         bytes_per_parameter: Bytes of a parameter of a version.
     """
 
+    seed: int
     num_updates: int
     max_lag: int
     minibatches: int
@@ -48,6 +50,7 @@ class LoopConfig:
     def of(cls, config: RunConfig) -> LoopConfig:
         """Take the values from a recipe."""
         return cls(
+            seed=config.seed,
             num_updates=config.num_updates,
             max_lag=config.window,
             minibatches=config.trainer.minibatches_per_update,

@@ -58,7 +58,7 @@ class WeightSync:
         engine, clock, started = self._backend.engine, self._backend.clock, self._backend.clock()
         await engine.pause("keep", self._config.kv)
         self._paused = clock(), clock() - started
-        if engine.capabilities.partials and (self._source.needs_partials or self._journal.is_written):
+        if engine.capabilities.partials:
             temperature, partials = self._sampling.temperature, await engine.partials()
             running = {trajectory_of(i): sampled_segments(g, temperature) for i, g in partials.items()}
             self._journal.running(running)

@@ -71,6 +71,11 @@ class Admission(ABC):
         self._running.discard(task)
         self.fill()
 
+    async def stopped(self) -> None:
+        """Stop, and wait until nothing runs."""
+        self.stop()
+        await asyncio.gather(*self._running, return_exceptions=True)
+
     def stop(self) -> None:
         """Start nothing more and cancel what runs."""
         self._open = False

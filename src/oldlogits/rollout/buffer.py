@@ -145,6 +145,11 @@ class Buffer:
         self._changed.set()
         return entry
 
+    def clear(self) -> None:
+        """Let go of all groups in flight, which `restore` is about to take over again."""
+        assert not self._in_training, "a batch is trained or it is not"
+        self._entries.clear()
+
     def cancel_all(self) -> list[str]:
         """Count what is outstanding as cancelled, since the run ends; returns the trajectories that had ended."""
         self.account.cancelled += self.running + self.queued

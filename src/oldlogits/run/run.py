@@ -172,7 +172,8 @@ async def _run(
     environment_class, rows = load_tasks(config)
     chat = chat_format(config, start.model, environment_class)
     state = LoopState() if checkpoint is None else LoopState.read(checkpoint)
-    progress = None if checkpoint is None else read(checkpoint, folder.rollouts, state.journal)
+    kept = None if backend_kind(config).steps_engine else folder.rollouts  # lockstep samples the same again
+    progress = None if checkpoint is None else read(checkpoint, kept, state.journal)
     seed = sampler_seed(config.seed, state.num_updates)
     probe_ids = chat.prompt_ids("hello")[-PROBE_TOKENS:]  # a fixed prompt: system prompt and tools
     every = {"tokens_every": config.record.tokens_every, "transcripts_every": config.record.transcripts_every}
@@ -190,7 +191,7 @@ async def _run(
             agent = make_agent(config.env, backend.engine, chat, backend.run_environment, temperature=temperature)
             hosted = backend.host_environment(environment_class)
             task = Task(environment_class=hosted, rows=rows, agent=agent, probe_ids=probe_ids)
-            loop = make_loop(config, task, backend, recording, stack.enter_context(closing(Journal(folder.rollouts, progress))))
+            loop = make_loop(config, task, backend, recording, stack.enter_context(closing(Journal(kept, progress))))
             loop.go_on(state)
             backend.watch(loop.buffer)
             backend.listen(lambda news: recording.events.emit(_event_of(news, loop.version)))

@@ -101,6 +101,15 @@ class EngineCore:
         request = self._requests.get(request_id)
         return None if request is None else self._end(request, "abort")
 
+    def reset(self, seed: int) -> None:
+        """Sample from here on as an engine that was made with this seed and has the present weights; it has no request."""
+        assert not self._requests, "nobody waits for it"
+        num, context = self.spec.max_num_seqs, self.spec.max_context
+        self._generator.manual_seed(seed)
+        self._table, self._index, self._own = SlotTable(num, context), PrefixIndex(num), OwnSlots()
+        self._freed_at = dict.fromkeys(range(num), self._count.num_steps - WARM_STEPS)
+        self._cache.zero_()
+
     def set_quota(self, request_id: str, num_tokens: int | None) -> None:
         """Hold a request in its slot once it has sampled so many tokens; None lifts the quota. A finished one is left alone."""
         request = self._requests.get(request_id)

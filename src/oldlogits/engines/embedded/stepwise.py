@@ -55,6 +55,10 @@ class EmbeddedEngine:
         self._resolve(self.core.step())
         return True
 
+    def reset(self, seed: int) -> None:
+        """Sample from here on as an engine that was made with this seed and has the present weights."""
+        self.core.reset(seed)
+
     async def abort(self, request_id: str) -> None:
         """End a request; its `generate` returns what was sampled so far with finish reason "abort"."""
         generation = self.core.abort(request_id)

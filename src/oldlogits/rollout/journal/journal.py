@@ -30,20 +30,21 @@ class Journal:
     """Takes note of what happens to groups and episodes; one thread calls it, another one writes.
 
     Args:
-        folder: The folder of its files, which is made when the first one is.
+        folder: The folder of its files, which is made when the first one is; None: it has none, and a run that goes on begins
+            where its checkpoint was written.
         progress: What a run that goes on has read; None: it begins.
 
     Raises:
         RunWriteError: The disk has refused an earlier record.
     """
 
-    def __init__(self, folder: Path, progress: Progress | None = None) -> None:
+    def __init__(self, folder: Path | None, progress: Progress | None = None) -> None:
         self._folder, self.progress = folder, progress or Progress()
-        self._number = max(_files(folder), default=0)
+        self._number = max(_files(folder), default=0) if folder is not None else 0
         self._queue: SimpleQueue[Record | Path | None] = SimpleQueue()
         self._failure: Exception | None = None
-        self.is_written = progress is not None
-        if self.is_written:
+        self._is_written = folder is not None and progress is not None
+        if folder is not None and self._is_written:
             self._queue.put(_file(folder, self._number))
         self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
         self._thread.start()
@@ -52,7 +53,7 @@ class Journal:
         """Take note of something."""
         if self._failure is not None:
             raise self._failure
-        if self.progress.apply(record) and self.is_written:
+        if self.progress.apply(record) and self._is_written:
             self._queue.put(record)
 
     def grew(self, episode: str, segments: Sequence[Segment]) -> None:
@@ -68,13 +69,15 @@ class Journal:
 
     def begin(self, version: PolicyVersion) -> tuple[int, list[Record]]:
         """Begin a file for a checkpoint of `version`; returns its number, and what the checkpoint is to hold."""
-        self.progress, self._number, self.is_written = self.progress.at(version), self._number + 1, True
-        self._queue.put(_file(self._folder, self._number))
+        self.progress = self.progress.at(version)
+        if self._folder is not None:
+            self._number, self._is_written = self._number + 1, True
+            self._queue.put(_file(self._folder, self._number))
         return self._number, list(self.progress.records())
 
     def forget(self, number: int) -> None:
         """Remove the files before a number: no checkpoint needs them any more."""
-        for at, path in _files(self._folder).items():
+        for at, path in _files(self._folder).items() if self._folder is not None else ():
             if at < number:
                 path.unlink(missing_ok=True)
 
@@ -87,7 +90,7 @@ class Journal:
         """The writer thread. What it has written is the system's, and outlives a kill of this process."""
         file: BinaryIO | None = None
         try:
-            with writing(self._folder):
+            with writing(self._folder or Path()):
                 while (item := self._queue.get()) is not None:
                     if isinstance(item, Path):
                         if file is not None:
@@ -110,14 +113,14 @@ def to_bytes(records: Iterable[Record]) -> bytes:
     return b"".join(map(encode, records))
 
 
-def read(checkpoint: Path, folder: Path, number: int) -> Progress:
+def read(checkpoint: Path, folder: Path | None, number: int) -> Progress:
     """Read how far groups had come when a run ended that goes on from a checkpoint.
 
     The incomplete last line of a file, which a kill leaves, is cut off.
 
     Args:
         checkpoint: The checkpoint.
-        folder: The folder of the journal.
+        folder: The folder of the journal; None: what happened after the checkpoint does not count.
         number: The number of the first file that counts.
 
     Raises:
@@ -127,7 +130,7 @@ def read(checkpoint: Path, folder: Path, number: int) -> Progress:
     for record in _records(checkpoint / FILE):
         progress.apply(record)
     progress = Progress(groups=progress.groups, taken=progress.taken, probes=progress.probes)
-    for path in (path for at, path in sorted(_files(folder).items()) if at >= number):
+    for path in (path for at, path in sorted(_files(folder).items()) if at >= number) if folder is not None else ():
         with writing(path), path.open("r+b") as file:
             content = file.read()
             file.truncate(content.rfind(b"\n") + 1)
