@@ -74,15 +74,15 @@ class StoreUseError(OldLogitsError, RuntimeError):
     """The store of versions was asked for what its order of calls does not allow."""
 
 
-class LogBusyError(OldLogitsError, BlockingIOError):
+class StoreBusyError(OldLogitsError, BlockingIOError):
     """Another owner has the folder of versions open."""
 
 
-class LogWriteError(OldLogitsError, OSError):
+class StoreWriteError(OldLogitsError, OSError):
     """A version could not be written to disk, such as a full one; what was there before is intact."""
 
 
-class LogDamagedError(OldLogitsError, ValueError):
+class StoreDamagedError(OldLogitsError, ValueError):
     """A file of versions is not what was written."""
 
 
