@@ -207,6 +207,7 @@ class Rollouts(Admission):
             reason = "its old log-probs cannot be computed any more"
         if not reason:
             num_saved, state = progress.state or (0, "")
+            self._journal.grew(id, progress.known)  # the engine tells only what it samples of a half turn from here on
             return Known(segments=progress.known, num_saved=num_saved, state=state)
         self._begin_again(Failure(id=id, group_id=group_of(id), reason=reason, num_tokens=progress.num_sampled))
         return None

@@ -32,14 +32,15 @@ class Journal:
     Args:
         folder: The folder of its files, which is made when the first one is.
         progress: What a run that goes on has read; None: it begins.
+        number: The number of the file that begins at the checkpoint from which the run goes on, if it goes on.
 
     Raises:
         RunWriteError: The disk has refused an earlier record.
     """
 
-    def __init__(self, folder: Path, progress: Progress | None = None) -> None:
+    def __init__(self, folder: Path, progress: Progress | None = None, number: int = 0) -> None:
         self._folder, self.progress = folder, progress or Progress()
-        self._number = max(_files(folder), default=0)
+        self._number = max([number, *_files(folder)])
         self._queue: SimpleQueue[Record | Path | None] = SimpleQueue()
         self._failure: Exception | None = None
         self.is_written = progress is not None
