@@ -65,11 +65,6 @@ class Buffer:
         return len(self._entries) + len(self._in_training)
 
     @property
-    def group_ids(self) -> tuple[str, ...]:
-        """The outstanding groups in the order of admission, but for those in training."""
-        return tuple(self._entries)
-
-    @property
     def num_batches_ready(self) -> float:
         """Groups that are ready to train, in batches; a batch is what one version trains."""
         return sum(entry.group is not None for entry in self._entries.values()) / self._bound.prompts_per_update
