@@ -154,7 +154,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def told(kind: type[OldLogitsError], what: str, *, got: str, allowed: str, fix: str) -> Iterator[None]:
+def reading(kind: type[OldLogitsError], what: str, *, got: str, allowed: str, fix: str) -> Iterator[None]:
     """Turn whatever is raised while something from outside is read into one error: a model folder, a row file, a recipe.
 
     This is the one place for that: libraries raise what they like on a damaged file, panics of Rust included, which are no
