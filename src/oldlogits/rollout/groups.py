@@ -179,12 +179,11 @@ class Rollouts(Admission):
 
     async def _play(self, id: str, group_id: str, row: Row, progress: EpisodeProgress | None) -> Outcome:
         """Play an episode to its end, from where it was; one that is lost begins again."""
-        self.latency.started(id)
         try:
             known = None if progress is None else await self._take_over(id, progress)
             if known is not None and progress is not None and (ended := progress.trajectory(id, group_id)) is not None:
-                self.latency.ended(id, well=True)
                 return ended
+            self.latency.started(id)
             play = partial(run_episode, self._agent, self._class, row, id=id, group_id=group_id)
             while _is_lost(outcome := await play(known=known)):
                 self._begin_again(outcome)

@@ -75,9 +75,10 @@ class Journal:
 
     def forget(self, number: int) -> None:
         """Remove the files before a number: no checkpoint needs them any more."""
-        for at, path in _files(self._folder).items():
-            if at < number:
-                path.unlink(missing_ok=True)
+        with writing(self._folder):
+            for at, path in _files(self._folder).items():
+                if at < number:
+                    path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Write what is left."""
