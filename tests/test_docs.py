@@ -42,6 +42,15 @@ def test_every_relative_link_of_the_documents_leads_to_a_file() -> None:
             assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
+def test_every_test_that_the_page_on_reliability_names_exists_and_every_row_names_one() -> None:
+    rows = [row for row in (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8").splitlines() if row.startswith("|")]
+    for row in (row for row in rows if not row.startswith(("| what can happen |", "| --- |"))):
+        named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", row.rpartition(" | ")[2])
+        assert named, row
+        for file, test in named:
+            assert f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"
+
+
 def test_the_policy_table_in_the_documents_is_the_desks_policy() -> None:
     page = (ROOT / "examples" / "order_desk" / "README.md").read_text(encoding="utf-8")
     lines = [line for line in page.splitlines() if re.match(r"\| (cancel|refund|track) \|", line)]

@@ -211,8 +211,9 @@ def test_of_a_run_folder_the_latest_checkpoint_plays_under_its_recipe(clerk_fold
     with pytest.raises(ConfigError, match="the run has no checkpoint yet"):
         _shown(mode="checkpoint", model=folder.path)
     for version in (2, 10):
-        with folder.checkpoint(version) as partial:
-            shutil.copytree(clerk_folder, partial / "model", dirs_exist_ok=True)
+        partial = folder.begin_checkpoint(version)
+        shutil.copytree(clerk_folder, partial / "model", dirs_exist_ok=True)
+        folder.name_checkpoint(partial)
     (folder.checkpoints / "v000002" / "model" / "model.safetensors").unlink()
     lines = _watched("--model", folder.path, "--num-episodes", 2, capsys=capsys)
     agent = [line.split()[1:] for line in lines if line.split()[:1] == ["agent"]]

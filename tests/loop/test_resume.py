@@ -2,16 +2,20 @@
 
 import json
 import shutil
+from dataclasses import asdict, replace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from oldlogits.cli.main import run as command
+from oldlogits.config.schema import ProximalConfig, RunConfig
+from oldlogits.core.errors import RunFolderError
 from oldlogits.core.source import SOURCES
 from oldlogits.engines.embedded import engine
 from oldlogits.engines.embedded.engine import EngineCore
-from oldlogits.loop.resume import sampler_seed
+from oldlogits.loop.resume import refuse_another_run, sampler_seed
+from oldlogits.record.folder import RunFolder
 from oldlogits.record.jsonl import read_lines
 from oldlogits.record.report.data import read_run
 from oldlogits.train.checkpoint import read_state
@@ -157,6 +161,15 @@ def test_a_recipe_that_contradicts_the_run_is_refused_and_changes_nothing(copied
     assert says in error.replace("; ;", ";").replace(" ; ", "; ")
     assert "fix: leave these keys as they are" in error
     assert {path: path.read_bytes() for path in files} == files
+
+
+def test_what_an_error_advises_to_raise_is_no_contradiction(tmp_path):
+    folder, config = RunFolder.create(tmp_path / "run"), RunConfig(proximal=ProximalConfig(source="snapshot"))
+    folder.write_config(asdict(config))
+    raised = replace(config.rollout, max_failed_share=0.9, max_filtered_batches=128)
+    refuse_another_run(replace(config, env=replace(config.env, timeout_s=60.0), rollout=raised), folder)
+    with pytest.raises(RunFolderError, match="contradicts"):
+        refuse_another_run(replace(config, env=replace(config.env, max_turns=3)), folder)
 
 
 def test_a_folder_that_is_not_empty_is_never_written_to(tiny_folder, tmp_path, capsys):

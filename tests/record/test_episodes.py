@@ -4,8 +4,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from oldlogits.record.episodes import Episode, EpisodeSegment, read_episodes
+from oldlogits.record.episodes import Episode, EpisodeSegment, pieces_of, read_episodes
 from oldlogits.record.jsonl import LineFile, RecordError
 from oldlogits.record.report.transcripts import chosen_transcripts
 
@@ -75,3 +77,33 @@ def test_sampled_segments_of_one_turn_are_joined_and_each_version_has_its_colour
     assert [(segment.version, transcript.tint(segment)) for segment in (first, second)] == [(0, 0), (1, 1)]
     assert list(transcript.tokens(first)) == [("a", "version 0\nlog-prob -0.500"), ("b", "version 0\nlog-prob -inf")]
     assert list(transcript.tokens(second)) == [("c", "version 1")]
+
+
+def bytes_of(ids) -> str:
+    """A tokenizer of bytes, such as those at the end of a byte-level one."""
+    return bytes(ids).decode(errors="replace")
+
+
+@given(st.one_of(st.text(max_size=60).map(str.encode), st.binary(max_size=60)))
+def test_the_pieces_of_a_turn_joined_are_its_text_whatever_its_bytes(content: bytes):
+    pieces = pieces_of(bytes_of(content), list(content), bytes_of)
+    assert "".join(pieces) == bytes_of(content)
+    assert len(pieces) == len(content)
+
+
+def test_a_piece_is_what_its_token_adds_and_a_character_is_of_the_token_that_completes_it():
+    ids = list("aé☃".encode())
+    assert pieces_of("aé☃", ids, bytes_of) == ("a", "", "é", "", "", "☃")
+
+
+def test_the_pieces_of_a_long_turn_are_found_in_time_that_grows_with_its_tokens():
+    num_decoded = 0
+
+    def decode(ids):
+        nonlocal num_decoded
+        num_decoded += len(ids)
+        return bytes_of(ids)
+
+    text = "abcd" * 500
+    assert pieces_of(text, list(text.encode()), decode) == tuple(text)
+    assert num_decoded < 30 * len(text)

@@ -65,30 +65,29 @@ def test_only_a_folder_with_a_config_and_a_complete_checkpoint_is_resumed(tmp_pa
     run.write_config({"seed": 3})
     with pytest.raises(RunFolderError, match="no complete checkpoint"):
         RunFolder.create(path, resume=True)
-    with run.checkpoint(40) as checkpoint:
-        (checkpoint / "state" / "x").write_text("1")
+    run.name_checkpoint(run.begin_checkpoint(40))
     assert RunFolder.create(path, resume=True).latest_checkpoint() == path / "checkpoints" / "v000040"
     assert tomllib.loads(run.config.read_text()) == {"seed": 3}
 
 
 def test_a_checkpoint_gets_its_name_only_when_it_is_complete(tmp_path: Path):
     run = RunFolder.create(tmp_path / "run")
-    with run.checkpoint(8) as checkpoint:
-        (checkpoint / "model" / "w").write_text("old")
-    with pytest.raises(OSError, match="disk full"), run.checkpoint(9):
-        raise OSError("disk full")
+    checkpoint = run.begin_checkpoint(8)
+    (checkpoint / "model" / "w").write_text("old")
+    run.name_checkpoint(checkpoint)
+    run.begin_checkpoint(9)
     assert run.latest_checkpoint() == run.checkpoints / "v000008"
-    with run.checkpoint(8) as checkpoint:
-        assert list((checkpoint / "model").iterdir()) == []
-        (checkpoint / "model" / "w").write_text("new")
+    checkpoint = run.begin_checkpoint(8)
+    assert list((checkpoint / "model").iterdir()) == []
+    (checkpoint / "model" / "w").write_text("new")
+    run.name_checkpoint(checkpoint)
     assert (run.checkpoints / "v000008" / "model" / "w").read_text() == "new"
 
 
 def test_the_latest_checkpoint_is_that_of_the_highest_version_also_beyond_six_digits(tmp_path: Path):
     run = RunFolder.create(tmp_path / "run")
     for version in (2, 1_000_000, 999_999):
-        with run.checkpoint(version):
-            pass
+        run.name_checkpoint(run.begin_checkpoint(version))
     assert run.latest_checkpoint() == run.checkpoints / version_name(1_000_000)
 
 

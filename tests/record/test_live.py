@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from oldlogits.record.events import Evaluated, GroupClosed, ServerUp, TrajectoryFailed, Updated, Warned
+from oldlogits.record.events import Evaluated, GroupClosed, ServerUp, TrajectoryFailed, TrajectoryRestarted, Updated, Warned
 from oldlogits.record.intervals import Interval
 from oldlogits.record.live import LiveView, learned_sentence, print_summary, sparkline
 from oldlogits.record.summary import Summary
@@ -105,6 +105,14 @@ def test_the_first_failure_of_each_kind_is_told_and_every_line_of_an_update_coun
         "update 1/2  reward 0.500  success 0.250  rho 0.970  staleness 1.50  max 4  failed 3 of 6",
     ]
     assert "3 of  6 episodes:  3 x get_reward: ValueError: judge 0 is down" in panel.getvalue()
+
+
+def test_the_first_episode_that_begins_again_of_every_reason_is_told():
+    out = io.StringIO()
+    with LiveView(total_updates=2, title="t", console=Console(file=out, width=200)) as view:
+        for name in ("g000000.0", "g000000.1"):
+            view.emit(TrajectoryRestarted(version=1, trajectory=name, reason="it answered otherwise", num_lost_tokens=3))
+    assert out.getvalue().splitlines() == ["an episode begins again: it answered otherwise"]
 
 
 def test_an_evaluation_with_failures_says_how_many_of_its_rows_were_played():

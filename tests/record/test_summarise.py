@@ -17,6 +17,7 @@ from oldlogits.record.events import (
     ServerDown,
     ServerUp,
     TrajectoryFailed,
+    TrajectoryRestarted,
     Updated,
     VersionPublished,
     WeightsUpdated,
@@ -183,6 +184,12 @@ def test_servers_that_fail_are_counted_and_tokens_of_those_that_leave_too():
         replace(down, server="b", num_lost_tokens=None),
     )
     assert (summary.num_servers_down, summary.num_lost_tokens) == (2, 7)
+
+
+def test_tokens_of_episodes_that_begin_again_are_lost_tokens():
+    again = TrajectoryRestarted(version=0, trajectory="g000000.1", reason="it answered otherwise", num_lost_tokens=5)
+    summary = summary_of(START, again, replace(again, trajectory="g000003.0", num_lost_tokens=6))
+    assert (summary.num_servers_down, summary.num_lost_tokens) == (0, 11)
 
 
 ACCOUNT = {"submitted": 10, "trained": 4, "filtered": 1, "failed": 2, "cancelled": 3, "queued": 0, "running": 0}

@@ -307,3 +307,19 @@ def test_cancelling_names_the_trajectories_that_had_ended_those_in_training_incl
         return buffer.cancel_all()
 
     assert sorted(asyncio.run(scenario())) == ["g0.0", "g0.1", "g1.0"]
+
+
+def test_a_group_that_was_trained_before_and_is_left_out_when_the_run_goes_on_is_not_waited_for():
+    async def scenario():
+        buffer = buffer_of(window=1)
+        buffer.admit("g1", size=2, version=0)
+        fill(buffer, "g0", 0.0, 1.0)
+        taking = asyncio.create_task(buffer.take(0, ["g1"]))
+        await asyncio.sleep(0)
+        assert not taking.done(), "g1 may still end well"
+        for _ in range(2):
+            buffer.fail("g1")
+        assert buffer.close("g1").left_out == "small"
+        return [group.id for group in await asyncio.wait_for(taking, HUNG_S)]
+
+    assert asyncio.run(scenario()) == ["g0"]

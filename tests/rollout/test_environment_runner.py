@@ -54,6 +54,14 @@ def test_whatever_an_environment_raises_fails_its_episode_with_type_and_text(whi
     assert isinstance(caught.value.__cause__, KeyError)
 
 
+@pytest.mark.parametrize("error", [asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("which", [0, 1])
+def test_whatever_leaks_out_of_environment_code_fails_its_episode(which, error):
+    for call in (fails(error("leaked")), lambda: fails_later(error("leaked"))):
+        with pytest.raises(EnvironmentFailed, match=f"^{error.__name__}: leaked$"):
+            asyncio.run(runners()[which](call))
+
+
 def test_inline_code_runs_in_the_calling_thread_and_threaded_code_does_not():
     here, there = in_both(threading.get_ident)
     assert here == threading.get_ident() != there

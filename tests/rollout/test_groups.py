@@ -8,18 +8,21 @@ import pytest
 
 from oldlogits.core.engine import Generation, Sampling, Span
 from oldlogits.core.errors import RolloutError, WorkerDiedError
+from oldlogits.core.trajectory import Context
 from oldlogits.envs.parsers.plain import PlainParser
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.rollout.buffer import Buffer
 from oldlogits.rollout.environment_runner import run_inline
 from oldlogits.rollout.groups import Rollouts, evaluate
 from oldlogits.rollout.journal.journal import Journal
+from oldlogits.rollout.journal.records import Admitted
 from oldlogits.rollout.staleness import StalenessBound
 from oldlogits.rollout.turns import Agent, Failure, TurnLimits
 from oldlogits.rollout.watches import WINDOW, FailureWatch, FilterWatch
 from oldlogits.sources.none import NoSource
 from order_desk.tiny import tiny_tokenizer
 
+from ..builders import sampled
 from ..waiting import HUNG_S
 
 CHAT = ChatFormat(tiny_tokenizer(["hello"]))
@@ -501,3 +504,22 @@ def test_an_evaluation_samples_at_its_own_temperature():
 def test_an_evaluation_of_nothing_is_empty():
     found, _, told = evaluate_rows([], num_running=4)
     assert (found.rewards, found.trajectories, found.num_successes, told) == ((), (), 0, [])
+
+
+def test_the_tokens_of_a_turn_that_goes_on_are_all_known_when_the_run_is_ended_again():
+    """The engine tells what it has sampled since the turn went on; what the turn had before is known as well."""
+    first, second = sampled([5, 6], 0), sampled([7], 0)
+
+    async def scenario(world):
+        journal, id = world.rollouts._journal, "g000000.0"
+        opening = Context(token_ids=tuple(CHAT.prompt_ids("")))
+        journal.note(Admitted(group="g000000", row=0, version=0, size=1))
+        journal.grew(id, [opening])
+        journal.running({id: [first]})
+        world.rollouts.go_on(0)
+        await world.settle()
+        assert world.engine.requests == [f"{id}/0"]
+        journal.running({id: [second]})
+        assert journal.progress.groups["g000000"].episodes[id].known == (opening, first, second)
+
+    in_world(scenario)

@@ -156,3 +156,15 @@ def test_every_token_is_scored_once_at_its_own_version_and_nothing_that_is_neede
         values, computed_at = in_flight.values([name])
         assert list(zip(values.tolist(), computed_at.tolist(), strict=True)) == tokens
     assert len(in_flight) == 3 - len(dropped)
+
+
+def test_values_of_a_version_that_samples_on_are_not_restored_and_all_its_tokens_are_scored():
+    in_flight = InFlightTokens()
+    in_flight.version = 2
+    known = (context(1), sampled([2], 1), sampled([3], 2))
+    assert in_flight.restore("a", known, {1: [-1.0], 2: [-2.0]}) == {2}, "the engine is at version 2 again"
+    in_flight.end([trajectory([1], *known[1:], sampled([4], 2), id="a")])
+    version, (span,) = in_flight.next_spans(9)
+    assert (version, span.positions.tolist()) == (2, [2, 3])
+    in_flight.put([span], 2, np.float32([-3, -4]))
+    assert in_flight.values(["a"])[0].tolist() == [-1, -3, -4]

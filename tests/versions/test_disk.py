@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import oldlogits
-from oldlogits.core.errors import LogBusyError, LogDamagedError, LogWriteError, StoreUseError
+from oldlogits.core.errors import StoreBusyError, StoreDamagedError, StoreUseError, StoreWriteError
 from oldlogits.versions import FlatWeights
 from oldlogits.versions import disk as disk_module
 from oldlogits.versions.disk import Disk, Manifest, StoredFile
@@ -86,11 +86,11 @@ def test_a_flipped_bit_at_any_byte_of_the_manifest_is_refused(tmp_path):
         damaged = bytearray(whole)
         damaged[position] ^= 1 << position % 8
         path.write_bytes(damaged)
-        with pytest.raises(LogDamagedError, match=r"versions\.json of .* is damaged"):
+        with pytest.raises(StoreDamagedError, match=r"versions\.json of .* is damaged"):
             Disk.open(tmp_path, cut_damage=True)
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
-        with pytest.raises(LogDamagedError):
+        with pytest.raises(StoreDamagedError):
             Disk.open(tmp_path)
 
 
@@ -98,7 +98,7 @@ def test_a_folder_of_another_format_is_refused(tmp_path):
     begun(tmp_path).close()
     text = json.dumps(json.loads((tmp_path / "versions.json").read_bytes().partition(b"\n")[2]) | {"format": 99}).encode()
     (tmp_path / "versions.json").write_bytes(b"%08x\n" % zlib.crc32(text) + text)
-    with pytest.raises(LogDamagedError, match="is damaged; got: another checksum, or another format"):
+    with pytest.raises(StoreDamagedError, match="is damaged; got: another checksum, or another format"):
         Disk.open(tmp_path)
 
 
@@ -112,7 +112,7 @@ def test_a_damaged_patch_is_named_and_given_up_with_what_leads_on_from_it(tmp_pa
     content = path.read_bytes()
     changed = {"flip": content[:7] + b"X" + content[8:], "cut": content[:-1], "grow": content + b"\0"}
     path.unlink() if harm == "remove" else path.write_bytes(changed[harm])
-    with pytest.raises(LogDamagedError, match=hit.name):
+    with pytest.raises(StoreDamagedError, match=hit.name):
         Disk.open(tmp_path)
     disk = Disk.open(tmp_path, cut_damage=True)
     assert targets(disk) == [1, 2]
@@ -138,14 +138,14 @@ def test_a_damaged_copy_is_refused_in_any_case(tmp_path):
     begun(tmp_path, 1).close()
     (path,) = tmp_path.glob("*.copy")
     path.write_bytes(path.read_bytes()[:-1] + b"X")
-    with pytest.raises(LogDamagedError, match=path.name):
+    with pytest.raises(StoreDamagedError, match=path.name):
         Disk.open(tmp_path, cut_damage=True)
 
 
 def test_damage_that_comes_after_opening_is_noticed_on_reading(tmp_path):
     disk = begun(tmp_path, 2)
     (tmp_path / disk.held.patches[0].name).write_bytes(b"X" * 30)
-    with pytest.raises(LogDamagedError):
+    with pytest.raises(StoreDamagedError):
         disk.read(disk.held.patches[0])
     assert bytes(disk.read(disk.held.patches[1])) == b"\2" * 30
     disk.close()
@@ -161,9 +161,9 @@ def test_a_disk_that_refuses_leaves_the_folder_as_it_was_and_later_appends_work(
 
     with monkeypatch.context() as patch:
         patch.setattr(disk_module.os, call, refuse)
-        with pytest.raises(LogWriteError, match="No space left on device"):
+        with pytest.raises(StoreWriteError, match="No space left on device"):
             disk.append(patch_to(2), b"payload")
-        with pytest.raises(LogWriteError):
+        with pytest.raises(StoreWriteError):
             disk.rewind(0, flat())
         assert disk.held == held
     disk.append(patch_to(2), b"after")
@@ -220,7 +220,7 @@ def test_patches_to_what_is_not_needed_leave_once_they_lead_nowhere_or_outweigh_
 def test_a_second_owner_is_refused_in_one_process_and_told_who_the_first_is(tmp_path):
     disk = begun(tmp_path)
     for opening in (Disk.open, Disk.create):
-        with pytest.raises(LogBusyError, match=f"the first is process {os.getpid()}"):
+        with pytest.raises(StoreBusyError, match=f"the first is process {os.getpid()}"):
             opening(tmp_path)
     disk.close()
     Disk.open(tmp_path).close()
@@ -237,18 +237,18 @@ def test_a_second_process_is_refused_and_served_once_the_first_has_died(tmp_path
     command = [sys.executable, "-c", program]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as other:
         assert other.stdout.readline() == b"open\n"
-        with pytest.raises(LogBusyError, match=f"the first is process {other.pid}"):
+        with pytest.raises(StoreBusyError, match=f"the first is process {other.pid}"):
             Disk.open(tmp_path)
         other.kill()
     Disk.open(tmp_path).close()
 
 
 def test_a_folder_is_neither_created_twice_nor_opened_from_nothing(tmp_path):
-    with pytest.raises(LogDamagedError, match="holds no versions"):
+    with pytest.raises(StoreDamagedError, match="holds no versions"):
         Disk.open(tmp_path)
     Disk.create(tmp_path).close()
     begun(tmp_path).close()
-    with pytest.raises(LogWriteError, match="holds versions already"):
+    with pytest.raises(StoreWriteError, match="holds versions already"):
         Disk.create(tmp_path)
     Disk.open(tmp_path).close()
 

@@ -351,3 +351,20 @@ def test_a_thousand_versions_stay_within_the_budget_while_another_thread_reads_t
     assert store.versions == tuple(range(992, 1000))
     assert math.isclose(store.patch_bytes, budget, rel_tol=0.9)
     store.verify()
+
+
+def test_older_versions_of_a_store_are_taken_over_by_another_that_holds_its_newest():
+    states = history(["sparse", "dense", "none", "special"])
+    store, other = filled(PatchStore(hot=1), states, first=3), PatchStore()
+    older = store.older()
+    assert list(older) == [(3, 4), (4, 5), (5, 6), (6, 7)]
+    other.publish(7, states[-1])
+    with pytest.raises(PatchError, match="does not lead to version 7"):
+        other.take_over({ends: content for ends, content in older.items() if ends != (6, 7)})
+    assert other.versions == (7,)
+    other.take_over(older)
+    other.publish(8, states[0])
+    for version, weights in zip((*range(3, 8), 8), (*states, states[0]), strict=True):
+        with other.checkout(version) as found:
+            assert_bits(found, weights)
+    other.verify()

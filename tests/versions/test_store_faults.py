@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import oldlogits
-from oldlogits.core.errors import ExactnessError, LayoutError, LogBusyError, LogDamagedError, LogWriteError
+from oldlogits.core.errors import ExactnessError, LayoutError, StoreBusyError, StoreDamagedError, StoreWriteError
 from oldlogits.versions import PatchStore
 from oldlogits.versions import disk as disk_module
 from oldlogits.versions.patches import codec as codec_module
@@ -86,7 +86,7 @@ def test_a_flipped_bit_at_any_byte_is_named_and_never_gives_wrong_bits(tmp_path)
             damaged = bytearray(whole)
             damaged[position] ^= 1 << position % 8
             path.write_bytes(damaged)
-            with pytest.raises(LogDamagedError, match=path.name):
+            with pytest.raises(StoreDamagedError, match=path.name):
                 PatchStore.open(tmp_path)
         path.write_bytes(whole)
         if number:
@@ -106,7 +106,7 @@ def test_a_flipped_bit_under_an_open_store_is_noticed_when_the_patch_is_read(tmp
             byte = file.read(1)
             file.seek(60)
             file.write(bytes([byte[0] ^ 1]))
-        with pytest.raises(LogDamagedError, match=files[1].name), store.checkout(0):
+        with pytest.raises(StoreDamagedError, match=files[1].name), store.checkout(0):
             pass
         for version in (4, 3, 2):
             with store.checkout(version) as found:
@@ -126,18 +126,18 @@ def test_a_disk_that_refuses_leaves_the_store_in_memory_and_on_disk_as_it_was(tm
 
     with monkeypatch.context() as patch:
         patch.setattr(disk_module.os, "fsync", refuse)
-        with pytest.raises(LogWriteError):
+        with pytest.raises(StoreWriteError):
             store.publish(0, states[0])
         assert store.versions == ()
     store.publish(0, states[0])
     store.publish(1, states[1])
     with monkeypatch.context() as patch:
         patch.setattr(disk_module.os, call, refuse)
-        with pytest.raises(LogWriteError, match=os.strerror(number)):
+        with pytest.raises(StoreWriteError, match=os.strerror(number)):
             store.publish(2, states[2])
         assert_holds(store, dict(enumerate(states[:2])))
         patch.setattr(disk_module.os, "fsync", refuse)
-        with pytest.raises(LogWriteError):
+        with pytest.raises(StoreWriteError):
             store.rewind(0)
         assert_holds(store, dict(enumerate(states[:2])))
         assert store.retain(1) == [0]
@@ -163,7 +163,7 @@ def test_a_disk_that_is_full_for_real_is_survived(tmp_path):
         store = PatchStore(place / "versions")
         store.publish(0, states[0])
         states += [{"w": torch.randn(20_000, generator=g)} for _ in range(8)]
-        with pytest.raises(LogWriteError, match="No space left on device"):
+        with pytest.raises(StoreWriteError, match="No space left on device"):
             publish_all(store, states[1:], first=1)
         held = len(store.versions)
         assert 1 < held < 9
@@ -241,7 +241,7 @@ def test_a_compaction_that_finds_no_room_is_put_off(tmp_path, monkeypatch):
 
     def refuse(*arguments):
         refused.append(arguments)
-        raise LogWriteError("no room")
+        raise StoreWriteError("no room")
 
     with PatchStore(tmp_path) as store:
         store.publish(0, states[0])
@@ -270,7 +270,7 @@ def test_two_processes_never_have_one_folder(tmp_path):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT) as other:
         assert other.stdout.readline() == b"open\n"
         for refused in (lambda: PatchStore.open(tmp_path), lambda: PatchStore(tmp_path)):
-            with pytest.raises(LogBusyError, match=f"the first is process {other.pid}"):
+            with pytest.raises(StoreBusyError, match=f"the first is process {other.pid}"):
                 refused()
         other.kill()
     with PatchStore.open(tmp_path) as store:
@@ -364,7 +364,7 @@ def test_a_folder_is_opened_on_a_full_disk(tmp_path, monkeypatch):
     states, _ = written(tmp_path)
     (tmp_path / "9-00000000.copy").write_bytes(b"what a kill left behind")
     monkeypatch.setattr(
-        disk_module.Disk, "_put", lambda *_: (_ for _ in ()).throw(LogWriteError("full", got="", allowed="", fix=""))
+        disk_module.Disk, "_put", lambda *_: (_ for _ in ()).throw(StoreWriteError("full", got="", allowed="", fix=""))
     )
     with PatchStore.open(tmp_path) as store:
         assert_holds(store, dict(enumerate(states)))

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from oldlogits.config.model_folder import check_model_folder
-from oldlogits.core.errors import ConfigError, told
+from oldlogits.core.errors import ConfigError, reading
 from oldlogits.record.folder import describe_environment, write_json
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _measure(options: BenchOptions, say: Callable[[str], None]) -> dict[str, dic
     from oldlogits.bench.lab import Lab
     from oldlogits.versions import kernels_in_use
 
-    with told(ConfigError, "there is no such device", got=options.device, allowed="cpu, cuda", fix="leave --device out"):
+    with reading(ConfigError, "there is no such device", got=options.device, allowed="cpu, cuda", fix="leave --device out"):
         device = torch.device(options.device)
     if device.type != "cpu" and not torch.cuda.is_available():
         raise ConfigError("there is no such device", got=options.device, allowed="cpu", fix="leave --device out")

@@ -16,7 +16,7 @@ from oldlogits.config.reader import build, fields_by_key, registry_of
 from oldlogits.config.schema import RunConfig
 from oldlogits.config.servers import check_servers
 from oldlogits.core.environment import is_model_folder
-from oldlogits.core.errors import ConfigError, told
+from oldlogits.core.errors import ConfigError, reading
 from oldlogits.core.policies import AGED, EWMA, LINEAR, LOGLINEAR, OLD, find_variant
 from oldlogits.core.source import SOURCES, check_source, sources_for
 
@@ -151,7 +151,7 @@ def _check_against_each_other(config: RunConfig) -> None:
             raise ConfigError(f"{key} is out of range", got=got, allowed=allowed, fix=fix)
     for key, name in (("env.train_data", env.train_data), ("env.eval_data", env.eval_data)):
         allowed, fix = "a JSONL file, or empty", f"correct the path, which begins at {Path.cwd()}, or write the file"
-        with told(ConfigError, f"{key} names no file", got=f"{name!r}", allowed=allowed, fix=fix):
+        with reading(ConfigError, f"{key} names no file", got=f"{name!r}", allowed=allowed, fix=fix):
             if name and not Path(name).is_file():
                 raise FileNotFoundError("there is no such file")
 

@@ -13,7 +13,7 @@ import tyro
 from oldlogits.config.check import check, resolve
 from oldlogits.config.reader import Table, build, fields_by_key, nearest_key, stray
 from oldlogits.config.schema import RunConfig
-from oldlogits.core.errors import ConfigError, told
+from oldlogits.core.errors import ConfigError, reading
 
 
 def load_config(recipe: Path, overrides: Sequence[str] = (), *, needs_model: bool = True) -> RunConfig:
@@ -34,12 +34,13 @@ def read_toml(recipe: Path) -> Table:
     Raises:
         ConfigError: It does not exist, or is no TOML.
     """
-    with told(ConfigError, "the recipe cannot be read", got=repr(str(recipe)), allowed="a TOML file", fix="name another one"):
+    allowed = "a TOML file"
+    with reading(ConfigError, "the recipe cannot be read", got=repr(str(recipe)), allowed=allowed, fix="name another one"):
         is_file = recipe.is_file()
     if not is_file:
         found = ", ".join(sorted(str(p) for p in Path("recipes").glob("*.toml"))) or "an empty file, a recipe of defaults"
-        raise ConfigError("the recipe does not exist", got=str(recipe), allowed="a TOML file", fix=f"try one of: {found}")
-    with told(ConfigError, "the recipe is no TOML", got=str(recipe), allowed="TOML", fix="correct that line"):
+        raise ConfigError("the recipe does not exist", got=str(recipe), allowed=allowed, fix=f"try one of: {found}")
+    with reading(ConfigError, "the recipe is no TOML", got=str(recipe), allowed="TOML", fix="correct that line"):
         return tomllib.loads(recipe.read_text(encoding="utf-8"))
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from oldlogits.core.environment import MODELS
-from oldlogits.core.errors import ModelFolderError, told
+from oldlogits.core.errors import ModelFolderError, reading
 
 MODEL_FIX: Final = (
     f"pass --model.path FOLDER, or a starting model ({', '.join(MODELS.names)}), such as --model.path {MODELS.names[0]}"
@@ -87,7 +87,7 @@ def check_model_folder(folder: Path, fix: str = MODEL_FIX, *, needs_weights: boo
     Raises:
         ModelFolderError: What is wrong, in which file.
     """
-    with told(ModelFolderError, "the model folder cannot be read", got=str(folder), allowed=WHOLE, fix=fix):
+    with reading(ModelFolderError, "the model folder cannot be read", got=str(folder), allowed=WHOLE, fix=fix):
         _check(folder, fix, needs_weights)
 
 
@@ -210,7 +210,7 @@ def _read_json(path: Path) -> dict[str, object]:
 
 
 def _parsed(path: Path, content: str | bytes) -> dict[str, object]:
-    with told(ModelFolderError, f"{path.name} is damaged", got=str(path), allowed="a JSON object in UTF-8", fix=_AGAIN):
+    with reading(ModelFolderError, f"{path.name} is damaged", got=str(path), allowed="a JSON object in UTF-8", fix=_AGAIN):
         found = json.loads(content)
     if not isinstance(found, dict):
         raise _damaged(path, f"a {type(found).__name__}", "a JSON object")
@@ -219,7 +219,7 @@ def _parsed(path: Path, content: str | bytes) -> dict[str, object]:
 
 def _read_text(path: Path) -> str:
     _refuse_pointer(path)
-    with told(ModelFolderError, f"{path.name} is damaged", got=str(path), allowed="text in UTF-8", fix=_AGAIN):
+    with reading(ModelFolderError, f"{path.name} is damaged", got=str(path), allowed="text in UTF-8", fix=_AGAIN):
         return path.read_text(encoding="utf-8")
 
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar, Union, get_args, get
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import TypeAdapter, ValidationError
 
-from oldlogits.core.errors import ConfigError, told
+from oldlogits.core.errors import ConfigError, reading
 from oldlogits.core.registry import Registry
 
 T = TypeVar("T")
@@ -43,8 +43,9 @@ def build(kind: type[T], table: Table, unknown: Callable[[str, Table], ConfigErr
     Raises:
         ConfigError: A key is unknown or missing, a value has another type or is out of range.
     """
+    what, allowed = "the values cannot be read", "numbers, texts, and lists of them"
     try:
-        with told(ConfigError, "the values cannot be read", got="a table", allowed="numbers, texts, lists", fix="correct it"):
+        with reading(ConfigError, what, got="a table", allowed=allowed, fix="correct it"):
             hashable: Any = kind
             text = json.dumps(table, default=str)
         made: T = _adapter(hashable).validate_json(text, strict=True, extra="forbid")
@@ -59,8 +60,7 @@ def build(kind: type[T], table: Table, unknown: Callable[[str, Table], ConfigErr
             key += f".{name}"
         raise unknown(key, table) if unknown else stray(key, nearest_key(key, {name: name for name in fields_by_key(kind)}))
     if found[0]["type"] == "json_invalid":
-        says = found[0]["msg"]
-        raise ConfigError("the values cannot be read", got=says, allowed="numbers, texts, and lists of them", fix="correct it")
+        raise ConfigError(what, got=found[0]["msg"], allowed=allowed, fix="correct it")
     raise _refusal(kind, found[0]["type"], found[0]["loc"], found[0]["input"])
 
 

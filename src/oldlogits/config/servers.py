@@ -12,7 +12,7 @@ from oldlogits.config.schema import RunConfig
 from oldlogits.config.systems import EngineConfig, RayConfig
 from oldlogits.core.backend import BACKENDS
 from oldlogits.core.engine import ENGINES
-from oldlogits.core.errors import ConfigError, told
+from oldlogits.core.errors import ConfigError, reading
 from oldlogits.core.server import SERVER_PROTOCOLS
 
 _OF_STARTED: Final = ("engine.num_servers", "engine.flags", "engine.python")
@@ -101,7 +101,7 @@ def _refuse_idle(config: RunConfig, keys: Sequence[str], where: str, needed: str
 def _check_urls(engine: EngineConfig) -> None:
     allowed, fix = "http://HOST:PORT or https://HOST:PORT, each once", "engine.urls = ['http://127.0.0.1:8000']"
     for url in engine.urls:
-        with told(ConfigError, "engine.urls names no server", got=url, allowed=allowed, fix=fix):
+        with reading(ConfigError, "engine.urls names no server", got=url, allowed=allowed, fix=fix):
             parts = urlsplit(url)
             parts.port  # noqa: B018 # one that is no number raises
         beside = parts.path.strip("/") or parts.query or parts.username is not None

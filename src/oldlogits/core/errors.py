@@ -74,15 +74,15 @@ class StoreUseError(OldLogitsError, RuntimeError):
     """The store of versions was asked for what its order of calls does not allow."""
 
 
-class LogBusyError(OldLogitsError, BlockingIOError):
+class StoreBusyError(OldLogitsError, BlockingIOError):
     """Another owner has the folder of versions open."""
 
 
-class LogWriteError(OldLogitsError, OSError):
+class StoreWriteError(OldLogitsError, OSError):
     """A version could not be written to disk, such as a full one; what was there before is intact."""
 
 
-class LogDamagedError(OldLogitsError, ValueError):
+class StoreDamagedError(OldLogitsError, ValueError):
     """A file of versions is not what was written."""
 
 
@@ -154,7 +154,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def told(kind: type[OldLogitsError], what: str, *, got: str, allowed: str, fix: str) -> Iterator[None]:
+def reading(kind: type[OldLogitsError], what: str, *, got: str, allowed: str, fix: str) -> Iterator[None]:
     """Turn whatever is raised while something from outside is read into one error: a model folder, a row file, a recipe.
 
     This is the one place for that: libraries raise what they like on a damaged file, panics of Rust included, which are no

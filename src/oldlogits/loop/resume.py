@@ -127,7 +127,7 @@ def check_records(folder: RunFolder, state: LoopState) -> None:
 
 
 def refuse_another_run(config: RunConfig, folder: RunFolder) -> None:
-    """Refuse a recipe that describes another experiment than the one in `folder`; its lengths and rates may change.
+    """Refuse a recipe that describes another experiment than the one in `folder`; lengths, rates and deadlines may change.
 
     Raises:
         RunFolderError: Variant, source, seed, objective, numerics, model or environment differ.
@@ -161,7 +161,7 @@ def _identity(config: RunConfig) -> dict[str, object]:
         "seed": config.seed,
         "band": config.band,
         "engine.precision": config.engine.precision,
-        **{f"env.{key}": value for key, value in asdict(config.env).items()},
+        **{f"env.{key}": value for key, value in asdict(config.env).items() if key != "timeout_s"},
         **{f"objective.{key}": value for key, value in asdict(config.objective).items()},
         **{f"model.{key}": value for key, value in asdict(config.model).items()},
     }

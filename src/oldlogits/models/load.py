@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from oldlogits.core.errors import ModelFolderError, told
+from oldlogits.core.errors import ModelFolderError, reading
 from oldlogits.models.adapters import is_adapter
 from oldlogits.models.finite import check_finite
 from oldlogits.models.head import check_head
@@ -102,7 +102,7 @@ def _stacks(model: PreTrainedModel) -> list[nn.ModuleList]:
 
 def _readable(folder: Path) -> AbstractContextManager[None]:
     """Tell whatever transformers raises on a folder as an error of that folder."""
-    return told(
+    return reading(
         ModelFolderError,
         "the model folder cannot be loaded",
         got=str(folder),
@@ -117,7 +117,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         ModelFolderError: There is no tokenizer, it has no chat template, or tokens that the model does not have.
     """
-    with told(
+    with reading(
         ModelFolderError,
         "the tokenizer cannot be loaded",
         got=str(folder),

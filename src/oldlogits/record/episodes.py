@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Final, Literal, cast
 
@@ -22,6 +21,8 @@ Decode = Callable[[Sequence[int]], str]
 
 _NUM_EVALUATED: Final = 4
 """Episodes of an evaluation that are written."""
+_NUM_BEFORE: Final = 12
+"""Tokens before a token that are decoded with it: more than the bytes of any three characters that a cut leaves incomplete."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,19 +109,35 @@ class EpisodeRecorder:
         ids = segment.token_ids
         if not isinstance(segment, Sampled):
             return EpisodeSegment(kind="context", text=self._decode(ids), num_tokens=len(ids))
+        text = self._decode(ids)
         return EpisodeSegment(
             kind="sampled",
-            text=self._decode(ids),
+            text=text,
             num_tokens=len(ids),
             version=segment.version,
-            tokens=self._pieces(ids),
+            tokens=pieces_of(text, ids, self._decode),
             logp_mu=segment.logp_mu,
         )
 
-    def _pieces(self, ids: Sequence[int]) -> tuple[str, ...]:
-        """The text that each token adds, so that the pieces joined are the text."""
-        texts = [self._decode(ids[:end]) for end in range(len(ids) + 1)]
-        return tuple(after[len(before) :] for before, after in pairwise(texts))
+
+def pieces_of(text: str, ids: Sequence[int], decode: Decode) -> tuple[str, ...]:
+    """Give the text that each token adds to those before it; the pieces joined are the text.
+
+    Each token is decoded behind a few of those before it, so that the time grows with their number and not with its square.
+    One that ends within a character adds nothing; the character is of the token that completes it. Where the pieces of a
+    tokenizer do not add up to the text, the first holds all of it.
+    """
+    pieces: list[str] = []
+    for index in range(len(ids)):
+        start = max(0, index - _NUM_BEFORE)
+        before, after = _whole(decode(ids[start:index])), decode(ids[start : index + 1])
+        pieces.append((after if index == len(ids) - 1 else _whole(after))[len(before) :])
+    return tuple(pieces) if "".join(pieces) == text else (text, *[""] * (len(ids) - 1))
+
+
+def _whole(text: str) -> str:
+    """The text without what may be the beginning of a character: at most three bytes, each shown as U+FFFD."""
+    return text[:-3] + text[-3:].rstrip("\ufffd")
 
 
 def read_episodes(path: Path) -> Iterator[Episode]:

@@ -121,7 +121,7 @@ class TrajectoryFailed(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrajectoryRestarted(Event):
-    """An episode begins again: its environment was lost with its worker and did not answer as before."""
+    """An episode begins again: what it had sampled cannot be gone on with, such as in an environment that answers otherwise."""
 
     kind = "trajectory_restarted"
     trajectory: str

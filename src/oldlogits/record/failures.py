@@ -17,6 +17,9 @@ class FailureTally:
         >>> tally = FailureTally()
         >>> for reason in ("get_reward: ValueError: row 3", "get_reward: ValueError: row 4", "look: timed out after 2 s"):
         ...     tally.add(reason)
+        True
+        False
+        True
         >>> tally.by_reason()
         {'get_reward: ValueError: row 3': 2, 'look: timed out after 2 s': 1}
     """
@@ -25,11 +28,12 @@ class FailureTally:
         self._counts: dict[str, int] = {}
         self._first: dict[str, str] = {}
 
-    def add(self, reason: str) -> None:
-        """Count one."""
+    def add(self, reason: str) -> bool:
+        """Count one; returns whether it is the first of its kind."""
         kind = re.sub(r"\d+", "#", ": ".join(reason.split(": ")[:2]))[:LONGEST]
         self._first.setdefault(kind, " ".join(reason.split())[:LONGEST])
         self._counts[kind] = self._counts.get(kind, 0) + 1
+        return self._counts[kind] == 1
 
     def by_reason(self) -> dict[str, int]:
         """The first reason of each kind and the number of its kind, the most frequent kind first."""

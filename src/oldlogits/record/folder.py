@@ -9,15 +9,15 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Final, Self
 
 import tomli_w
 
-from oldlogits.core.errors import RunFolderError, told, writing
+from oldlogits.core.errors import RunFolderError, reading, writing
 from oldlogits.record.jsonl import Json
 
 PACKAGES: Final = ("oldlogits", "torch", "transformers", "safetensors", "numpy", "pyarrow", "vllm", "ray")
@@ -81,12 +81,6 @@ class RunFolder:
         """Write the resolved recipe."""
         write_atomic(self.config, tomli_w.dumps(config))
 
-    @contextmanager
-    def checkpoint(self, version: int) -> Iterator[Path]:
-        """A folder with ``model/`` and ``state/`` to fill; it gets its name only when the block ends without error."""
-        yield (partial := self.begin_checkpoint(version))
-        self.name_checkpoint(partial)
-
     def begin_checkpoint(self, version: int) -> Path:
         """Make an empty folder with ``model/`` and ``state/``, which counts when `name_checkpoint` has given it its name."""
         partial = self.checkpoints / f"{version_name(version)}.{os.getpid()}.partial"
@@ -139,7 +133,7 @@ class RunFolder:
 def unreadable_run(path: Path) -> AbstractContextManager[None]:
     """Tell whatever a folder that no run has written raises as an error of that folder."""
     allowed, fix = "the files that oldlogits train writes", "remove what is damaged, or name another folder"
-    return told(RunFolderError, "the run folder cannot be read", got=str(path), allowed=allowed, fix=fix)
+    return reading(RunFolderError, "the run folder cannot be read", got=str(path), allowed=allowed, fix=fix)
 
 
 def version_name(version: int) -> str:

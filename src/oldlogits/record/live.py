@@ -27,6 +27,7 @@ from oldlogits.record.events import (
     ServerDown,
     ServerUp,
     TrajectoryFailed,
+    TrajectoryRestarted,
     Updated,
     Warned,
 )
@@ -99,6 +100,7 @@ class LiveView:
         self._history: dict[str, list[float]] = {"reward/mean": [], "reward/success": []}
         self._started: RunStarted | None = None
         self._failures, self._num_failed, self._num_ended = FailureTally(), 0, 0
+        self._restarts = FailureTally()
         self._progress = Progress(
             TextColumn("[bold]update {task.completed}/{task.total}"),
             BarColumn(bar_width=None, complete_style="blue"),
@@ -135,6 +137,8 @@ class LiveView:
             self.show({"eval/ended": event.num_ended, "eval/rows": event.num_episodes, "eval/failed": event.num_failed})
         elif isinstance(event, TrajectoryFailed):
             self._failed(event)
+        elif isinstance(event, TrajectoryRestarted):
+            self._begins_again(event.reason)
         elif isinstance(event, GroupClosed):
             self._num_ended += len(event.rewards)
             self._show_failures()
@@ -155,13 +159,16 @@ class LiveView:
 
     def _failed(self, event: TrajectoryFailed) -> None:
         """Count a failed episode; the first ones of another kind are told."""
-        num_kinds = len(self._failures.by_reason())
-        self._failures.add(event.reason)
-        if num_kinds < len(self._failures.by_reason()) <= _MOST_KINDS:
+        if self._failures.add(event.reason) and len(self._failures.by_reason()) <= _MOST_KINDS:
             self.note(f"{'an' if event.stage == 'train' else 'a held-out'} episode failed: {event.reason}")
         if event.stage == "train":
             self._num_failed, self._num_ended = self._num_failed + 1, self._num_ended + 1
             self._show_failures()
+
+    def _begins_again(self, reason: str) -> None:
+        """Tell the first episode that begins again of every reason; the summary counts the tokens of all."""
+        if self._restarts.add(reason):
+            self.note(f"an episode begins again: {reason}")
 
     def _show_failures(self) -> None:
         if self._num_failed:

@@ -27,6 +27,7 @@ from oldlogits.record.events import (
     RunStarted,
     ServerDown,
     TrajectoryFailed,
+    TrajectoryRestarted,
     Updated,
     VersionPublished,
     WeightsUpdated,
@@ -124,7 +125,7 @@ def summarise(events: Iterable[Event]) -> Summary:
     lags = sum((Counter(update.staleness_counts) for update in updates), Counter[str]())
     num_tokens, wall = sum(tokens), [m.get("time/update_s", 0.0) for m in metrics]
     stored_bytes, num_trained = sum(version.version_bytes for version in stored), started.num_trained if started else 0
-    failed = typed(kept, TrajectoryFailed)
+    failed, restarted = typed(kept, TrajectoryFailed), typed(kept, TrajectoryRestarted)
     num_patches = sum(update.sent == "patch" for update in sent)
     return Summary(
         success_before=_rate(evaluations, "before", "sampled"),
@@ -156,7 +157,7 @@ def summarise(events: Iterable[Event]) -> Summary:
         trainer_copies_max=_worst(m["copies/trainer"] for m in metrics if "copies/trainer" in m),
         engine_copies_max=_whole(_worst(m["copies/engine"] for m in metrics if "copies/engine" in m)),
         num_servers_down=sum(one.is_failure for one in down),
-        num_lost_tokens=sum(one.num_lost_tokens or 0 for one in down),
+        num_lost_tokens=sum(one.num_lost_tokens or 0 for one in down) + sum(one.num_lost_tokens for one in restarted),
         train_wall_s=sum(wall),
         engine_idle_share=_ratio(_product(metrics, "idle/engine_share", wall), sum(wall)),
         trainer_idle_share=_ratio(_product(metrics, "idle/trainer_share", wall), sum(wall)),

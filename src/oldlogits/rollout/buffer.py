@@ -65,11 +65,6 @@ class Buffer:
         return len(self._entries) + len(self._in_training)
 
     @property
-    def group_ids(self) -> tuple[str, ...]:
-        """The outstanding groups in the order of admission, but for those in training."""
-        return tuple(self._entries)
-
-    @property
     def num_batches_ready(self) -> float:
         """Groups that are ready to train, in batches; a batch is what one version trains."""
         return sum(entry.group is not None for entry in self._entries.values()) / self._bound.prompts_per_update
@@ -164,13 +159,13 @@ class Buffer:
 
         Args:
             version: The trainer's version.
-            only: The groups that the run trained at this version before it was ended; they
-                are waited for, whatever else is ready.
+            only: The groups that the run trained at this version before it was ended; they are waited for, whatever else is
+                ready, unless one of them is left out now.
 
         Raises:
             AccountingError: A token would be trained beyond the bound.
         """
-        while (chosen := self._again(only) if only else self._choose(version)) is None:
+        while (chosen := self._due(version, only)) is None:
             self.is_waited_for = True
             self._changed.clear()
             await self._changed.wait()
@@ -209,11 +204,10 @@ class Buffer:
                 fix="this is a defect, please report it with the run folder",
             )
 
-    def _again(self, groups: Sequence[str]) -> list[str] | None:
-        entries = [self._entries.get(name) for name in groups]
-        return list(groups) if all(entry is not None and entry.group is not None for entry in entries) else None
-
-    def _choose(self, version: int) -> list[str] | None:
+    def _due(self, version: int, only: Sequence[str]) -> list[str] | None:
+        """The groups to train at a version; None: one of them is not ready."""
+        if only and self._entries.keys() >= set(only):
+            return list(only) if all(self._entries[name].group is not None for name in only) else None
         window, names = self._bound.max_staleness, list(self._entries)
         outstanding = [
             Outstanding(deadline=entry.admitted_version + window, ready=entry.group is not None)

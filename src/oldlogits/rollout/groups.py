@@ -179,12 +179,11 @@ class Rollouts(Admission):
 
     async def _play(self, id: str, group_id: str, row: Row, progress: EpisodeProgress | None) -> Outcome:
         """Play an episode to its end, from where it was; one that is lost begins again."""
-        self.latency.started(id)
         try:
             known = None if progress is None else await self._take_over(id, progress)
             if known is not None and progress is not None and (ended := progress.trajectory(id, group_id)) is not None:
-                self.latency.ended(id, well=True)
                 return ended
+            self.latency.started(id)
             play = partial(run_episode, self._agent, self._class, row, id=id, group_id=group_id)
             while _is_lost(outcome := await play(known=known)):
                 self._begin_again(outcome)
@@ -207,6 +206,7 @@ class Rollouts(Admission):
             reason = "its old log-probs cannot be computed any more"
         if not reason:
             num_saved, state = progress.state or (0, "")
+            self._journal.grew(id, progress.known)  # the engine tells only what it samples of a half turn from here on
             return Known(segments=progress.known, num_saved=num_saved, state=state)
         self._begin_again(Failure(id=id, group_id=group_of(id), reason=reason, num_tokens=progress.num_sampled))
         return None

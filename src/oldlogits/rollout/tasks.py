@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import cast
 
 from oldlogits.core.environment import Environment, Row, RowSource, Split
-from oldlogits.core.errors import ConfigError, EnvironmentShapeError, told
+from oldlogits.core.errors import ConfigError, EnvironmentShapeError, reading
 
 ROWS_PER_SEED = 1_000_000
 """Training rows that a class makes are numbered from seed * ROWS_PER_SEED, so that runs of other seeds see others."""
@@ -128,12 +128,12 @@ def _read(path: Path, environment_class: type[Environment]) -> list[Row]:
     """The rows of a file. A line ends at a newline and nowhere else: JSON may hold U+2028 and its like as they are."""
     allowed, fix = "a JSONL file in UTF-8: one object of the arguments of reset a line", "correct it"
     rows: list[Row] = []
-    with told(ConfigError, "a file of rows cannot be read", got=str(path), allowed=allowed, fix="name a file that is there"):
+    with reading(ConfigError, "a file of rows cannot be read", got=str(path), allowed=allowed, fix="name a file that is there"):
         lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        with told(ConfigError, "a row is no JSON", got=f"{path}:{number}", allowed=allowed, fix=fix):
+        with reading(ConfigError, "a row is no JSON", got=f"{path}:{number}", allowed=allowed, fix=fix):
             row = json.loads(line.decode("utf-8"))
         if not isinstance(row, dict):
             got = f"{path}:{number}: {line.decode()[:_LONGEST]}"

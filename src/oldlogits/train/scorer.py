@@ -49,7 +49,8 @@ class Scorer:
     ) -> None:
         self._live, self._store, self._averaging = live, store, averaging
         self._probe, self._sizes, self._window = probe_of(probe_ids), sizes, window
-        self._engine_noise: dict[PolicyVersion, NDArray[np.float32]] = {}
+        self.engine_noise: dict[PolicyVersion, NDArray[np.float32]] = {}
+        """What the engine's numerics add to the log-probs of the probe tokens, in nats, by version."""
         self.checks = ConsistencyChecks(self._score_probe)
         self.work = ScoringWork()
         self.batch: TokenBatch | None = None
@@ -93,11 +94,11 @@ class Scorer:
 
     def score_engine(self, tokens: NDArray[np.int64]) -> EngineScores:
         """Score loss tokens of the batch, by position, with the live weights as rounded to the engine's numerics at publish."""
-        assert self._live.version in self._engine_noise, "the live weights are published before they score as the engine"
+        assert self._live.version in self.engine_noise, "the live weights are published before they score as the engine"
         batch = self.current_batch()
         flat = np.flatnonzero(batch.loss_mask)[tokens]
         values = self._read(self._engine_model(), batch, flat)
-        return EngineScores(logp_mu=batch.logp_mu[flat], values=values, noise=self._engine_noise)
+        return EngineScores(logp_mu=batch.logp_mu[flat], values=values, noise=self.engine_noise)
 
     def current_batch(self) -> TokenBatch:
         """Give the batch that was handed over last."""
@@ -116,8 +117,8 @@ class Scorer:
         if self._live.engine_view is not None:
             self._live.engine_view.hold(self._live.model)
         engine_probe_logps = self._score_probe(self._engine_model())
-        self._engine_noise[version] = engine_probe_logps - probe_logps
-        self._engine_noise = {v: kept for v, kept in self._engine_noise.items() if v >= version - self._window}
+        self.engine_noise[version] = engine_probe_logps - probe_logps
+        self.engine_noise = {v: kept for v, kept in self.engine_noise.items() if v >= version - self._window}
         return probe_logps, engine_probe_logps
 
     def _engine_model(self) -> PreTrainedModel:

@@ -19,6 +19,7 @@ from typing import Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from oldlogits.batch.collate import TokenBatch
 from oldlogits.core.errors import RunFolderError, writing
@@ -177,9 +178,9 @@ class Trainer:
             tensors |= {f"averaging|{key}": value for key, value in self._averaging.state().items()}
             tensors |= sliced("averaged", self._averaging.average.weights, live.model)
         state = host_copy(tensors, live.ranks)
-        logps = {version: probe_logps.tolist() for version, probe_logps in checks.published.items()}
-        counters = {"version": live.version, "schedule_steps": self.optimizer.num_steps, "probe_logps": logps}
-        counters |= asdict(checks.errors) | {"device": live.ranks.device.type}
+        counters = {"version": live.version, "schedule_steps": self.optimizer.num_steps, "device": live.ranks.device.type}
+        counters |= {"probe_logps": _as_lists(checks.published), "engine_noise": _as_lists(self.scorer.engine_noise)}
+        counters |= asdict(checks.errors)
         folders: list[Callable[[], None]] = []
         if live.ranks.is_first:
             at_rest = partial(unshared, live=live.weights, copies=of_kind("master", state))
@@ -241,8 +242,8 @@ class Trainer:
         self.optimizer.load(state, counters.pop("schedule_steps"))
         live.version = counters.pop("version")
         same_device = counters.pop("device", live.ranks.device.type) == live.ranks.device.type
-        probe_logps = counters.pop("probe_logps")
-        checks.published = {int(version): np.array(logps, np.float32) for version, logps in probe_logps.items()}
+        checks.published = _as_arrays(counters.pop("probe_logps"))
+        self.scorer.engine_noise = _as_arrays(counters.pop("engine_noise"))
         point_at(live.scoring, live.weights)
         if live.version in checks.published:  # else it was never published
             tolerance = CONSISTENCY_TOLERANCE if same_device else OTHER_DEVICE_TOLERANCE
@@ -281,3 +282,12 @@ class TrainerService(Dispatcher):
             return super().call(method, arguments)
         finally:
             self._trainer.busy_s += self._clock() - started
+
+
+def _as_lists(of_probe: Mapping[PolicyVersion, NDArray[np.float32]]) -> Mapping[str, list[float]]:
+    """Values of the probe tokens by version, as JSON holds them: float32 comes back bit for bit."""
+    return {str(version): values.tolist() for version, values in of_probe.items()}
+
+
+def _as_arrays(listed: Mapping[str, list[float]]) -> dict[PolicyVersion, NDArray[np.float32]]:
+    return {int(version): np.array(values, np.float32) for version, values in listed.items()}

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oldlogits.core.errors import LogBusyError, LogDamagedError, LogWriteError, StoreUseError
+from oldlogits.core.errors import StoreBusyError, StoreDamagedError, StoreUseError, StoreWriteError
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.versions.defer_sigint import defer_sigint
 from oldlogits.versions.patches.flat import FlatWeights, check_fingerprints, fingerprint
@@ -108,11 +108,11 @@ class Disk:
 
     @classmethod
     def create(cls, folder: Path) -> Self:
-        """Become the owner of a folder without versions; a `LogWriteError` if it has some."""
+        """Become the owner of a folder without versions; a `StoreWriteError` if it has some."""
         disk = cls(folder)
         if disk._path.exists():
             disk.close()
-            raise LogWriteError(
+            raise StoreWriteError(
                 f"{folder} holds versions already",
                 got=disk._path.name,
                 allowed="a folder without versions",
@@ -125,11 +125,11 @@ class Disk:
         """Become the owner of a folder's versions, and check every file.
 
         With `cut_damage` a damaged patch is given up with all that lead on from it, away from the full copy; `cut` tells of it.
-        Without it such a file is a `LogDamagedError`, as are always a damaged manifest or copy and a folder without versions.
+        Without it such a file is a `StoreDamagedError`, as are always a damaged manifest or copy and a folder without versions.
         """
         if not (folder / "versions.json").is_file():
             what, got = f"{folder} holds no versions", "no versions.json"
-            raise LogDamagedError(what, got=got, allowed="the folder of a store", fix="publish to it first")
+            raise StoreDamagedError(what, got=got, allowed="the folder of a store", fix="publish to it first")
         disk = cls(folder)
         try:
             disk._check(cut_damage=cut_damage)
@@ -169,7 +169,7 @@ class Disk:
             if patch_bytes - needed_bytes > flat.num_bytes + needed_bytes:
                 held = replace(held, copy=self._write_copy(at, flat), patches=needed)
             self._commit(held)
-        except LogWriteError:
+        except StoreWriteError:
             return
 
     def rewind(self, version: PolicyVersion, flat: FlatWeights) -> None:
@@ -180,7 +180,7 @@ class Disk:
         self._commit(replace(held, copy=copy, patches=patches))
 
     def read(self, file: StoredFile) -> memoryview:
-        """The bytes of a file; a `LogDamagedError` if they are not those that were written."""
+        """The bytes of a file; a `StoreDamagedError` if they are not those that were written."""
         self._check_open()
         try:
             content = np.fromfile(self._folder / file.name, np.uint8)
@@ -224,7 +224,7 @@ class Disk:
                 for patch in way:
                     self.read(patch)
                     kept.append(patch)
-            except LogDamagedError as error:
+            except StoreDamagedError as error:
                 if not cut_damage:
                     raise
                 self.cut = error.what
@@ -276,7 +276,7 @@ class Disk:
                     path.unlink()
 
     def _put(self, path: Path, parts: Iterable[bytes | memoryview]) -> None:
-        """Write a file and bring it to the disk; a `LogWriteError` leaves none."""
+        """Write a file and bring it to the disk; a `StoreWriteError` leaves none."""
         try:
             with path.open("wb") as file:
                 for part in parts:
@@ -292,8 +292,8 @@ class Disk:
             what, fix = f"the store in {self._folder} is closed", "open it again"
             raise StoreUseError(what, got="a call after close()", allowed="calls before it", fix=fix)
 
-    def _damaged(self, name: str, found: str) -> LogDamagedError:
-        return LogDamagedError(
+    def _damaged(self, name: str, found: str) -> StoreDamagedError:
+        return StoreDamagedError(
             f"{name} of {self._folder} is damaged",
             got=found,
             allowed="the bytes that were written",
@@ -315,7 +315,7 @@ def _own(folder: Path) -> int:
     except BlockingIOError:
         owner = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
         os.close(lock)
-        raise LogBusyError(
+        raise StoreBusyError(
             f"the versions in {folder} have an owner",
             got=f"a second owner, process {os.getpid()}; the first is process {owner}",
             allowed="one owner at a time",
@@ -327,8 +327,8 @@ def _own(folder: Path) -> int:
     return lock
 
 
-def _not_written(path: Path, error: OSError) -> LogWriteError:
-    return LogWriteError(
+def _not_written(path: Path, error: OSError) -> StoreWriteError:
+    return StoreWriteError(
         f"{path} could not be written",
         got=str(error),
         allowed="a disk with room for it",

@@ -27,7 +27,7 @@ from typing import Final, Self
 import torch
 from torch import Tensor
 
-from oldlogits.core.errors import ExactnessError, LayoutError, PatchError, told
+from oldlogits.core.errors import ExactnessError, LayoutError, PatchError, reading
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.versions.patches.codec import apply
 from oldlogits.versions.patches.flat import FlatWeights
@@ -48,7 +48,7 @@ class HostCopy:
     def __init__(self, path: Path) -> None:
         self.path = path
         allowed, fix = "a whole file of HostCopy.create, with at least one tensor", "share the weights again"
-        with told(LayoutError, "a file is no copy of weights", got=str(path), allowed=allowed, fix=fix):
+        with reading(LayoutError, "a file is no copy of weights", got=str(path), allowed=allowed, fix=fix):
             self._open()
 
     def _open(self) -> None:

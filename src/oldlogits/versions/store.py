@@ -46,8 +46,8 @@ class PatchStore:
         cut: What `open` found damaged, and gave up with all that it led to; None: nothing was.
 
     Raises:
-        LogBusyError: The folder has an owner.
-        LogWriteError: The folder holds versions, or cannot be written.
+        StoreBusyError: The folder has an owner.
+        StoreWriteError: The folder holds versions, or cannot be written.
     """
 
     cut: str | None = None
@@ -92,8 +92,8 @@ class PatchStore:
             cut_damage: Give up a damaged patch and all that lead on from it, instead of an error.
 
         Raises:
-            LogBusyError: The folder has an owner.
-            LogDamagedError: It holds no versions, or a file is not what was written.
+            StoreBusyError: The folder has an owner.
+            StoreDamagedError: It holds no versions, or a file is not what was written.
             ExactnessError: The versions that its files lead to are not those that were published.
         """
         store = cls(hot=hot, budget_bytes=budget_bytes)
@@ -163,7 +163,7 @@ class PatchStore:
         Raises:
             StoreUseError: The version is below the newest, or is the newest and has other bits, or the caller is in a checkout.
             LayoutError: The weights do not fit those before.
-            LogWriteError: The disk does not take it. The store is as it was before.
+            StoreWriteError: The disk does not take it. The store is as it was before.
         """
         with self._lock:
             self._check_outside("published to")
@@ -235,7 +235,7 @@ class PatchStore:
 
         Raises:
             VersionEvictedError: The version is not in the store.
-            LogWriteError: The disk refused; the store is as it was before.
+            StoreWriteError: The disk refused; the store is as it was before.
         """
         with self._lock:
             self._check_outside("rewound")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from oldlogits.core.engine import EngineSpec
-from oldlogits.core.errors import ConfigError, ModelFolderError, told
+from oldlogits.core.errors import ConfigError, ModelFolderError, reading
 from oldlogits.engines.embedded.numerics import check_numerics
 from oldlogits.models.finite import check_finite
 
@@ -136,7 +136,7 @@ def read_config(folder: Path) -> DecoderConfig:
             fix="save the model with save_pretrained, or correct model.path",
         )
     try:
-        with told(ModelFolderError, "config.json cannot be read", got=str(path), allowed="a JSON object", fix=_AGAIN):
+        with reading(ModelFolderError, "config.json cannot be read", got=str(path), allowed="a JSON object", fix=_AGAIN):
             content = path.read_bytes()
         config = DecoderConfig.model_validate_json(content)
     except ValidationError as error:
@@ -176,7 +176,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     index, fix = folder / "model.safetensors.index.json", "copy the weights again, or save the model with save_pretrained"
     allowed = "model.safetensors, or model.safetensors.index.json and its shards"
     weights: dict[str, Tensor] = {}
-    with told(ModelFolderError, "the weights cannot be read", got=str(folder), allowed=allowed, fix=fix):
+    with reading(ModelFolderError, "the weights cannot be read", got=str(folder), allowed=allowed, fix=fix):
         shards = ["model.safetensors"]  # where there are both, transformers takes this one, too
         if index.is_file() and not (folder / shards[0]).is_file():
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))

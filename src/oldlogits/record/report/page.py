@@ -150,9 +150,8 @@ def _summary_cards(summary: Summary) -> Iterator[Card]:
     if summary.failures:
         share = sum(summary.failures.values()) / max(summary.accounting.get("submitted", 0), 1)
         yield Card("failed episodes", _share(share), in_words(summary.failures), "bad")
-    if summary.num_servers_down:
-        lost = f"{summary.num_lost_tokens:,} sampled tokens lost, sampled anew"
-        yield Card("server failures", str(summary.num_servers_down), lost)
+    if summary.num_servers_down or summary.num_lost_tokens:
+        yield Card("lost tokens", f"{summary.num_lost_tokens:,}", f"sampled anew; server failures: {summary.num_servers_down}")
     if summary.num_dropped_nonfinite:
         yield Card("tokens dropped", str(summary.num_dropped_nonfinite), "log-prob not finite", "bad")
 

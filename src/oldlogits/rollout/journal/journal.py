@@ -33,14 +33,15 @@ class Journal:
         folder: The folder of its files, which is made when the first one is; None: it has none, and a run that goes on begins
             where its checkpoint was written.
         progress: What a run that goes on has read; None: it begins.
+        number: The number of the file that begins at the checkpoint from which the run goes on, if it goes on.
 
     Raises:
         RunWriteError: The disk has refused an earlier record.
     """
 
-    def __init__(self, folder: Path | None, progress: Progress | None = None) -> None:
+    def __init__(self, folder: Path | None, progress: Progress | None = None, number: int = 0) -> None:
         self._folder, self.progress = folder, progress or Progress()
-        self._number = max(_files(folder), default=0) if folder is not None else 0
+        self._number = max([number, *(_files(folder) if folder is not None else ())])
         self._queue: SimpleQueue[Record | Path | None] = SimpleQueue()
         self._failure: Exception | None = None
         self._is_written = folder is not None and progress is not None
@@ -77,9 +78,12 @@ class Journal:
 
     def forget(self, number: int) -> None:
         """Remove the files before a number: no checkpoint needs them any more."""
-        for at, path in _files(self._folder).items() if self._folder is not None else ():
-            if at < number:
-                path.unlink(missing_ok=True)
+        if self._folder is None:
+            return
+        with writing(self._folder):
+            for at, path in _files(self._folder).items():
+                if at < number:
+                    path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Write what is left."""
