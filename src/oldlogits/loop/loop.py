@@ -214,7 +214,7 @@ class Loop:
             self.buffer.check()
             self._last_update_s = timer.since_part("wait_batch")
             self._admit(rollouts)
-            await trainer.retain(min(self.version, self._oldest_needed()))
+            await trainer.retain(rollouts.oldest_needed(min(self.version, self._oldest_needed())))
         self.state.num_updates += 1
         times = timer.end() | {"time/stall_s": stall_s}
         self._last_ended = timer.ended
