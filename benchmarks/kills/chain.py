@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.kills.ledger import Loss, Snapshot, faults_of_tables, losses, snapshot_of, tables_of
@@ -40,7 +40,8 @@ class Result:
     """What came of a trial.
 
     Args:
-        came: What became of the run: "went on", "resumed", "began again" (there was no checkpoint), "missed" (nothing was struck).
+        came: What became of the run: "went on", "resumed", "began again" (there was no checkpoint), or "missed" (it was
+            over before).
         seconds_s: From the start of the life that was struck to its end.
     """
 
@@ -48,7 +49,7 @@ class Result:
     came: str
     wrong: tuple[str, ...]
     seconds_s: float
-    loss: Loss = Loss()
+    loss: Loss = field(default_factory=Loss)
 
 
 class Chain:

@@ -52,7 +52,8 @@ class Episode:
     @property
     def tokens(self) -> dict[int, Token]:
         """Its sampled tokens by position."""
-        found, at = {}, 0
+        found: dict[int, Token] = {}
+        at = 0
         for segment in self.known:
             if isinstance(segment, Sampled):
                 found |= {at + k: (token, segment.version) for k, token in enumerate(segment.token_ids)}
