@@ -10,7 +10,7 @@ must be exact and its account must balance. Linux only.
 from __future__ import annotations
 
 import argparse
-import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -40,15 +40,22 @@ def main() -> int:
         list[Result](),
         time.monotonic(),
     )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(options.jobs) as pool:
         folder = options.out or Path(temporary)
-        chains = {pool.submit(Chain(plan, folder / f"{i:03d}-{plan.setup}").play): i for i, plan in enumerate(planned)}
-        for done in as_completed(chains):
-            for result in done.result():
-                results.append(result)
-                print(line(len(results), options.num, result), flush=True)
-            if options.out is None:
-                shutil.rmtree(folder / f"{chains[done]:03d}-{planned[chains[done]].setup}", ignore_errors=True)
+        chains = [
+            Chain(plan, folder / f"{i:03d}-{plan.setup}", keeps=options.out is not None) for i, plan in enumerate(planned)
+        ]
+        try:
+            for done in as_completed([pool.submit(chain.play) for chain in chains]):
+                for result in done.result():
+                    results.append(result)
+                    print(line(len(results), options.num, result), flush=True)
+        except BaseException:  # nothing is left running
+            pool.shutdown(wait=False, cancel_futures=True)
+            for chain in chains:
+                chain.close()
+            raise
     print()
     print("\n".join(table(results)))
     failed, share = sum(bool(result.wrong) for result in results), share_lost(results)

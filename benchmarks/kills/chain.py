@@ -6,6 +6,7 @@ life 1 --strike--> snapshot --resume--> life 2 --strike--> snapshot --resume--> 
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from dataclasses import dataclass, field, replace
@@ -58,11 +59,13 @@ class Chain:
     Args:
         plan: What is done to it.
         folder: Where it lies.
+        keeps: Whether the folder stays.
     """
 
-    def __init__(self, plan: Plan, folder: Path) -> None:
-        self._plan, self._folder = plan, folder
-        self._disk = Disk(folder / "disk", is_small=any(KINDS[t.kind].way == "disk" for t in plan.trials))
+    def __init__(self, plan: Plan, folder: Path, *, keeps: bool) -> None:
+        self._plan, self._folder, self._keeps = plan, folder, keeps
+        self._disk = Disk(folder / "disk")
+        self._is_closed = False
         self._num_runs, self._num_lives = 0, 0
         self._life: Life | None = None
         self._snapshots: list[Snapshot | None] = []
@@ -70,15 +73,23 @@ class Chain:
 
     def play(self) -> list[Result]:
         """Carry out all trials; returns their results in order."""
+        self._disk.open(is_small=any(KINDS[trial.kind].way == "disk" for trial in self._plan.trials))
         try:
             for trial in self._plan.trials:
                 self._strike(trial)
             self._conclude()
         finally:
-            if self._life is not None:
-                self._life.close()
-            self._disk.close()
+            self.close()
         return self._results
+
+    def close(self) -> None:
+        """Leave nothing running, and the folder only if it is to stay."""
+        self._is_closed = True
+        if self._life is not None:
+            self._life.close()
+        self._disk.close(self._folder / "kept" if self._keeps else None)
+        if not self._keeps:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _strike(self, trial: Trial) -> None:
         started = time.monotonic()
@@ -100,6 +111,8 @@ class Chain:
 
     def _begin(self, num_updates: int, environment: dict[str, str]) -> Life:
         """Start the run, or let it go on from its checkpoint."""
+        if self._is_closed:
+            raise InterruptedError
         self._num_lives += 1
         said = self._folder / f"said-{self._num_lives}.txt"
         can_resume = RunFolder(path=self._run).latest_checkpoint() is not None

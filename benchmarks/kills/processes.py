@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -60,14 +61,17 @@ def end_all(process: subprocess.Popen[bytes], others: Iterable[int] = ()) -> Non
 
 
 class Disk:
-    """A folder for a run; with `is_small` on a small disk of its own, if this user may mount one. Else files are limited."""
+    """A folder for a run; a small disk of its own, if it is to be one and this user may mount it. Else files are limited."""
 
-    def __init__(self, folder: Path, *, is_small: bool) -> None:
-        self._folder, self._filler = folder, folder / "filler"
-        folder.mkdir(parents=True, exist_ok=True)
-        mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "kills", str(folder)]
-        may = is_small and os.geteuid() == 0
-        self.is_mounted = may and subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._filler, self.is_mounted = folder, folder / "filler", False
+
+    def open(self, *, is_small: bool) -> None:
+        """Make the folder."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if is_small and os.geteuid() == 0:
+            mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "kills", str(self._folder)]
+            self.is_mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
 
     def fill(self, controller: int, log: Path) -> None:
         """Let nothing more be written: by anyone, or by the controller at the end of the log."""
@@ -83,10 +87,13 @@ class Disk:
         """Make room again."""
         self._filler.unlink(missing_ok=True)
 
-    def close(self) -> None:
-        """Give the disk back, with what is on it."""
+    def close(self, kept: Path | None) -> None:
+        """Give the disk back; what is on it is copied to `kept`."""
         if self.is_mounted:
+            if kept is not None:
+                shutil.copytree(self._folder, kept, dirs_exist_ok=True)
             subprocess.run(["umount", "-l", str(self._folder)], check=False)
+            self.is_mounted = False
 
 
 def _free(folder: Path) -> int:
