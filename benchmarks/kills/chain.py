@@ -112,7 +112,7 @@ class Chain:
     def _begin(self, num_updates: int, environment: dict[str, str]) -> Life:
         """Start the run, or let it go on from its checkpoint."""
         if self._is_closed:
-            raise InterruptedError
+            raise InterruptedError("the trials are over")
         self._num_lives += 1
         said = self._folder / f"said-{self._num_lives}.txt"
         can_resume = RunFolder(path=self._run).latest_checkpoint() is not None

@@ -48,6 +48,7 @@ class Life:
         self._events = run / "events.jsonl"
         self._offset = self._events.stat().st_size if self._events.exists() else 0
         self._known: list[str] = []
+        self._sizes, self._news = list[int](), time.monotonic()
         self._file = said.open("w+b")
         command = [sys.executable, "-m", "oldlogits", "train", *arguments]
         self.process = subprocess.Popen(
@@ -70,13 +71,22 @@ class Life:
         if kind.way == "freeze" and not kind.title:  # nobody watches the controller: it comes back
             time.sleep(HEARTBEAT_S + 2.0)
             os.kill(victim, signal.SIGCONT)
-        return self._follow(kind, members)
+        return self._follow(kind, members, may_end=trial.moment == "resume")  # a server that is down at the start is an error
 
     def finish(self) -> Outcome:
         """Wait for the end."""
         status = self._wait_end()
         wrong = () if status == 0 else (f"it hangs: {self.tail}" if status is None else f"it did not end well: {self.tail}",)
         return Outcome(struck=False, status=status, wrong=wrong)
+
+    @property
+    def _hangs(self) -> bool:
+        """Whether it has said nothing new, to anyone, for too long."""
+        files = (self._events, self._said, *(self._run / "servers").glob("*.log"))
+        now, sizes = time.monotonic(), [path.stat().st_size for path in files if path.exists()]
+        if sizes != self._sizes:
+            self._sizes, self._news = sizes, now
+        return now - self._news > HANG_S
 
     def close(self) -> None:
         """Leave nothing behind."""
@@ -88,41 +98,37 @@ class Life:
         """Its last words."""
         return " | ".join(self._said.read_text(errors="replace").splitlines()[-8:])
 
-    def _follow(self, kind: Kind, members: Sequence[tuple[int, str | None]]) -> Outcome:
-        if kind.goes_on:
-            status = self._goes_on()
-            if status is None:
-                return Outcome(struck=True, status=None)
-        else:
-            status = self._wait_end()
-            if status is None:
-                end_all(self.process, [pid for pid, birth in members if born(pid) == birth])
-                return Outcome(struck=True, status=-9, wrong=(f"it hangs: {self.tail}",))
+    def _follow(self, kind: Kind, members: Sequence[tuple[int, str | None]], *, may_end: bool) -> Outcome:
+        if kind.goes_on and self._goes_on():
+            return Outcome(struck=True, status=None)
+        if (status := self._wait_end()) is None:
+            end_all(self.process, [pid for pid, birth in members if born(pid) == birth])
+            return Outcome(struck=True, status=-9, wrong=(f"it hangs: {self.tail}",))
         wrong = [f"processes are left: {left}"] if (left := left_over(members)) else []
-        wrong += self._faults(kind, status)
+        wrong += self._faults(kind, status, may_end=may_end or not kind.goes_on)
         return Outcome(struck=True, status=status, wrong=tuple(wrong))
 
-    def _goes_on(self) -> int | None:
-        """The exit status of a run that should have gone on, or None when it has: two updates more."""
-        before, ends = self._count("update"), time.monotonic() + HANG_S
-        while self.process.poll() is None and time.monotonic() < ends:
+    def _goes_on(self) -> bool:
+        """Whether it makes two updates more."""
+        before = self._count("update")
+        while self.process.poll() is None and not self._hangs:
             if self._count("update") >= before + 2:
-                return None
+                return True
             time.sleep(0.05)
-        return self.process.poll() if self.process.poll() is not None else self._wait_end(0.0)
+        return False
 
-    def _wait_end(self, patience_s: float = HANG_S) -> int | None:
-        try:
-            return self.process.wait(patience_s)
-        except subprocess.TimeoutExpired:
-            return None
+    def _wait_end(self) -> int | None:
+        """The exit status; None: it hangs."""
+        while self.process.poll() is None and not self._hangs:
+            time.sleep(0.05)
+        return self.process.poll()
 
-    def _faults(self, kind: Kind, status: int | None) -> Iterator[str]:
+    def _faults(self, kind: Kind, status: int | None, *, may_end: bool) -> Iterator[str]:
         """What is wrong with how it ended."""
         if status == -signal.SIGKILL:
             return  # the command itself was killed: it cannot say anything
         text = self._said.read_text(errors="replace")
-        if kind.goes_on or not status:
+        if not may_end or not status:
             yield f"exit status {status}: {self.tail}"
         if "Traceback" in text:
             yield f"a traceback: {self.tail}"
@@ -141,8 +147,7 @@ class Life:
 
     def _victim(self, kind: Kind, pick: float) -> int | None:
         """The process to strike: it may still be coming."""
-        ends = time.monotonic() + HANG_S
-        while kind.title and self.process.poll() is None and time.monotonic() < ends:
+        while kind.title and self.process.poll() is None and not self._hangs:
             if found := [pid for pid, title in family(self.process.pid) if title.startswith(kind.title)]:
                 return found[int(pick * len(found))]
             time.sleep(0.05)
@@ -150,9 +155,8 @@ class Life:
 
     def _wait_for(self, trial: Trial) -> bool:
         """Whether the moment came before the run ended."""
-        ends, num = time.monotonic() + HANG_S, trial.skipped
-        partial = set[str]()
-        while self.process.poll() is None and time.monotonic() < ends:
+        num, partial = trial.skipped, set[str]()
+        while self.process.poll() is None and not self._hangs:
             if trial.moment == "resume":
                 break
             if trial.moment == "warm start":

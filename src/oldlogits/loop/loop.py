@@ -120,6 +120,8 @@ class Loop:
             if not self.state.num_updates and not self.state.is_evaluated:
                 await self._evaluator.play("before", self._config.eval.num_episodes, version=self.version)
                 self.state.is_evaluated = True
+            if not self.state.num_updates and self._config.record.checkpoint_every:
+                await self._begin_checkpoint()  # what is sampled from here on can be gone on with
             await self._train()
             await self._evaluator.play("after", self._config.eval.num_episodes, version=self.version)
             await self.checkpoints.finish()
@@ -322,12 +324,15 @@ class Loop:
             self.state.success = await played
         every = self._config.record.checkpoint_every
         if done or (every and self.version % every == 0):
-            beginning = asyncio.create_task(self.checkpoint())
-            try:
-                await asyncio.shield(beginning)
-            except asyncio.CancelledError:  # a trainer that begins to write is not to find its folder in use
-                await beginning
-                raise
+            await self._begin_checkpoint()
+
+    async def _begin_checkpoint(self) -> None:
+        beginning = asyncio.create_task(self.checkpoint())
+        try:
+            await asyncio.shield(beginning)
+        except asyncio.CancelledError:  # a trainer that begins to write is not to find its folder in use
+            await beginning
+            raise
 
     async def checkpoint(self) -> None:
         """Begin to write a checkpoint: the trainer, what the loop needs to go on, and all that is in flight.
