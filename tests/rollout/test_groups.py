@@ -8,14 +8,15 @@ import pytest
 
 from oldlogits.core.engine import Generation, Sampling, Span
 from oldlogits.core.errors import RolloutError, WorkerDiedError
-from oldlogits.core.trajectory import Context
+from oldlogits.core.trajectory import Context, Sampled
 from oldlogits.envs.parsers.plain import PlainParser
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.rollout.buffer import Buffer
 from oldlogits.rollout.environment_runner import run_inline
 from oldlogits.rollout.groups import Rollouts, evaluate
 from oldlogits.rollout.journal.journal import Journal
-from oldlogits.rollout.journal.records import Admitted
+from oldlogits.rollout.journal.progress import Progress
+from oldlogits.rollout.journal.records import Admitted, Grew
 from oldlogits.rollout.staleness import StalenessBound
 from oldlogits.rollout.turns import Agent, Failure, TurnLimits
 from oldlogits.rollout.watches import WINDOW, FailureWatch, FilterWatch
@@ -123,7 +124,7 @@ class World:
         self.engine, self.events = GatedEngine(), Events()
         bound = StalenessBound(max_staleness=1, prompts_per_update=2)
         self.buffer = Buffer(bound, filter_uniform=filter_uniform)
-        self.source = WatchfulSource()
+        self.source, self.journal = WatchfulSource(), Journal(Path("unwritten"))
         self.rollouts = Rollouts(
             agent=agent_of(self.engine),
             environment_class=Task,
@@ -137,7 +138,7 @@ class World:
             failures=FailureWatch(self.events, "training episodes", max_failed_share),
             left_out=FilterWatch(self.events, 2, max_filtered_batches),
             max_running_groups=max_running_groups,
-            journal=Journal(Path("unwritten")),
+            journal=self.journal,
             next_row=next_row,
             next_group=next_row,
         )
@@ -186,6 +187,50 @@ def test_no_more_groups_start_than_the_run_still_trains(num_wanted):
         world.engine.gate.set()
         await world.settle()
         assert len(world.admitted()) == num_wanted
+
+    in_world(scenario)
+
+
+def progress_of(*records):
+    progress = Progress()
+    for record in records:
+        assert progress.apply(record)
+    return progress
+
+
+def test_a_group_that_a_run_goes_on_with_samples_nothing_before_the_version_that_admitted_it():
+    """Else its tokens are older than the version that the buffer keeps for it, and the store lets go of theirs."""
+
+    async def scenario(world):
+        world.journal.progress = progress_of(
+            Admitted(group="g000000", row=0, version=0, size=2), Admitted(group="g000001", row=1, version=2, size=2)
+        )
+        world.engine.gate.set()
+        world.rollouts.go_on(0)
+        for version in range(2):
+            world.engine.version = version
+            await world.admit(version, num_wanted=0)
+            assert [event.group for event in world.events.of("group_closed")] == ["g000000"]
+        world.engine.version = 2
+        await world.admit(2, num_wanted=0)
+        assert [(e.group, e.oldest_version) for e in world.events.of("group_closed")] == [("g000000", 0), ("g000001", 2)]
+
+    in_world(scenario)
+
+
+def test_versions_of_episodes_that_wait_are_needed_until_the_source_knows_them():
+    async def scenario(world):
+        prompt = tuple(CHAT.prompt_ids("hello"))
+        sampled = [Sampled(token_ids=(7,), logp_mu=(-0.5,), version=v, kv="fresh", temperature=1.0) for v in (0, 2)]
+        world.journal.progress = progress_of(
+            Admitted(group="g000000", row=0, version=0, size=2),
+            Grew(episode="g000000.0", segments=(Context(token_ids=prompt), *sampled)),
+        )
+        world.rollouts.go_on(0)
+        await world.admit(1, num_wanted=0)
+        assert world.rollouts.oldest_needed(1) == 0
+        await world.admit(2, num_wanted=0)
+        assert world.rollouts.oldest_needed(2) == 2
 
     in_world(scenario)
 

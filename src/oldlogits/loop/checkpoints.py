@@ -130,6 +130,8 @@ class Checkpoints:
 def kept_versions(config: RecordConfig, success: Mapping[PolicyVersion, float | None]) -> set[PolicyVersion]:
     """Say which checkpoints stay: the newest ones, the best by held-out success, and one in so many versions.
 
+    That of the start, which has learned nothing, goes as soon as there is another one.
+
     Args:
         config: The rule.
         success: The success of each checkpoint in an evaluation of its version, by version, ascending; None: there was none.
@@ -139,10 +141,10 @@ def kept_versions(config: RecordConfig, success: Mapping[PolicyVersion, float | 
         >>> sorted(kept_versions(rule, {20: 0.5, 40: 0.2, 60: 0.4, 80: None, 100: None}))
         [20, 40, 80, 100]
     """
-    kept = set(list(success)[-config.keep_checkpoints :])
+    kept = set([version for version in success if version or len(success) == 1][-config.keep_checkpoints :])
     played = {version: found for version, found in success.items() if found is not None}
     if config.keep_best and played:
         kept.add(max(played, key=lambda version: (played[version], version)))
     if config.keep_every:
-        kept |= {version for version in success if version % config.keep_every == 0}
+        kept |= {version for version in success if version and version % config.keep_every == 0}
     return kept

@@ -121,6 +121,8 @@ class Loop:
             if not self.state.num_updates and not self.state.is_evaluated:
                 await self._evaluator.play("before", self._config.eval.num_episodes, version=self.version)
                 self.state.is_evaluated = True
+            if not self.state.num_updates and self._config.record.checkpoint_every and self._backend.real_time:
+                await self._begin_checkpoint()  # what is sampled from here on can be gone on with
             await self._train()
             await self._evaluator.play("after", self._config.eval.num_episodes, version=self.version)
             await self.checkpoints.finish()
@@ -225,7 +227,7 @@ class Loop:
             self.buffer.check()
             self._last_update_s = timer.since_part("wait_batch")
             self._admit(rollouts)
-            await trainer.retain(min(self.version, self._oldest_needed()))
+            await trainer.retain(rollouts.oldest_needed(min(self.version, self._oldest_needed())))
         self.state.num_updates += 1
         times = timer.end() | {"time/stall_s": stall_s}
         self._last_ended = timer.ended
@@ -325,15 +327,18 @@ class Loop:
             played = self._evaluator.play("during", held_out.num_episodes_during, version=self.version)
             self.state.success = await played
         every = self._config.record.checkpoint_every
-        if not done and not (every and self.version % every == 0):
-            return False
+        if done or (every and self.version % every == 0):
+            await self._begin_checkpoint()
+            return not done
+        return False
+
+    async def _begin_checkpoint(self) -> None:
         beginning = asyncio.create_task(self.checkpoint())
         try:
             await asyncio.shield(beginning)
         except asyncio.CancelledError:  # a trainer that begins to write is not to find its folder in use
             await beginning
             raise
-        return not done
 
     async def checkpoint(self) -> None:
         """Begin to write a checkpoint: the trainer, what the loop needs to go on, and all that is in flight.

@@ -83,6 +83,7 @@ class Rollouts(Admission):
         self.next_row, self.next_group = next_row, next_group
         self._foreign_from: PolicyVersion | None = None
         self._oldest_held: PolicyVersion = 0
+        self._awaited: dict[str, PolicyVersion] = {}
         self._advanced = asyncio.Event()
 
     def start_group(self) -> asyncio.Task[None]:
@@ -102,12 +103,18 @@ class Rollouts(Admission):
             asked, failed = group.admitted, [e.failed for e in group.episodes.values() if e.failed is not None]
             num_failed = sum(not failure.again for failure in failed)
             self._buffer.restore(id, size=asked.size, version=asked.version, num_failed=num_failed)
+            known = {name: e.versions for name, e in group.episodes.items() if e.failed is None}
+            self._awaited |= {name: min(versions) for name, versions in known.items() if versions}
             self._running.add(self._tasks.create_task(self._play_group(id, self._rows.train(asked.row), group)))
 
     def admit(self, version: PolicyVersion, *, num_wanted: int, pace_s: float) -> None:
         """Start what the bound admits, and let episodes go on that wait for this version; see `Admission.admit`."""
         super().admit(version, num_wanted=num_wanted, pace_s=pace_s)
         self._advance()
+
+    def oldest_needed(self, version: PolicyVersion) -> PolicyVersion:
+        """The oldest version of episodes that wait until the run has caught up, and that the source does not know yet."""
+        return min([version, *self._awaited.values()])
 
     def begin_again_from(self, version: PolicyVersion) -> None:
         """Let episodes begin again that have tokens from a version on: the run has made another version of that number."""
@@ -133,6 +140,8 @@ class Rollouts(Admission):
 
     async def _play_group(self, group_id: str, row: Row, known: GroupProgress | None = None) -> None:
         size, episodes = (known.admitted.size, known.episodes) if known else (self._group_size, {})
+        while known is not None and self.version < known.admitted.version:  # it holds no tokens that are older than it is
+            await self._advanced.wait()
         async with asyncio.TaskGroup() as members:
             for member in range(size):
                 members.create_task(self._play_member(group_id, member, row, episodes))
@@ -200,6 +209,7 @@ class Rollouts(Admission):
         newest, reason = max(progress.versions, default=0), ""
         while self.version < newest and not self._is_foreign(newest):
             await self._advanced.wait()
+        self._awaited.pop(id, None)
         if self._is_foreign(newest):
             reason = f"the run made another version {newest} when it went on"
         elif not self._source.restore(id, progress.known, progress.values, self._oldest_held):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import BinaryIO, Final
@@ -105,11 +106,13 @@ class Journal:
                         file.write(encode(item))
                         if self._queue.empty():
                             file.flush()
+                if file is not None:
+                    file.close()
         except Exception as error:  # supervision: whoever calls next hears of it
             self._failure = error
-        finally:
             if file is not None:
-                file.close()
+                with suppress(OSError):  # it tries to write again what was refused
+                    file.close()
 
 
 def to_bytes(records: Iterable[Record]) -> bytes:
