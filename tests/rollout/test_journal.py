@@ -1,26 +1,310 @@
-"""The journal of rollouts on a disk that takes nothing more."""
+"""The journal of rollouts: every record is read back as it was written, and adds up to what was in flight."""
+
+import errno
+import json
+import math
+import zlib
+from dataclasses import fields, is_dataclass
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from oldlogits.core.errors import RunWriteError
-from oldlogits.rollout.journal.journal import Journal
-from oldlogits.rollout.journal.progress import Progress
-from oldlogits.rollout.journal.records import Admitted
+from oldlogits.core.errors import RunFolderError, RunWriteError
+from oldlogits.core.trajectory import Context
+from oldlogits.rollout.journal.journal import FILE, Journal, read, to_bytes
+from oldlogits.rollout.journal.progress import Progress, group_of, number_of
+from oldlogits.rollout.journal.records import (
+    Admitted,
+    Ended,
+    Failed,
+    Grew,
+    LeftOut,
+    Published,
+    Restarted,
+    Running,
+    SpanScored,
+    StateSaved,
+    Taken,
+    decode,
+    encode,
+)
 
+from ..builders import sampled
 from ..waiting import wait_until
 
+IDS = st.integers(0, 2**31)
+VERSIONS = st.integers(0, 2**62)
+LOGPS = st.floats(max_value=0.0) | st.just(math.nan)
+ANY = st.floats(allow_nan=True, allow_infinity=True)
+TEXTS = st.text(st.characters(codec=None), max_size=8) | st.sampled_from(["", "\ud800", "a\ndb", "\u2028", "\x00"])
+EPISODES = st.builds("g{:06d}.{}".format, st.integers(0, 2), st.integers(0, 1))
+CONTEXTS = st.builds(lambda ids: Context(token_ids=tuple(ids)), st.lists(IDS, min_size=1, max_size=4))
 
-@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_full_disk_is_told_to_whoever_calls_next_and_to_nobody_else(tmp_path):
-    (tmp_path / "000000.jsonl").symlink_to("/dev/full")
-    journal = Journal(tmp_path, Progress())
 
-    def is_told():
-        try:
-            journal.note(Admitted(group="g000000", row=0, version=0, size=2))
-        except RunWriteError as error:
-            return error.got == "No space left on device"
-        return False
+@st.composite
+def spans(draw):
+    """A sampled segment."""
+    logps = draw(st.lists(LOGPS, min_size=1, max_size=4))
+    temperature = draw(st.floats(1e-6, 1e6))
+    kv = draw(st.sampled_from(["fresh", "mixed"]))
+    return sampled(range(len(logps)), draw(VERSIONS), logp=logps, kv=kv, temperature=temperature)
 
-    wait_until(is_told, "an error")
+
+SEGMENTS = st.lists(CONTEXTS | spans(), min_size=1, max_size=3).map(tuple)
+VALUES = st.lists(ANY, max_size=4).map(tuple)
+GROUPS = st.integers(0, 2).map("g{:06d}".format)
+RECORDS = st.one_of(
+    st.builds(Admitted, group=GROUPS, row=IDS, version=VERSIONS, size=st.integers(1, 9)),
+    st.builds(Grew, episode=EPISODES, segments=SEGMENTS),
+    st.builds(Running, episode=EPISODES, sampled=st.lists(spans(), min_size=1, max_size=2).map(tuple)),
+    st.builds(StateSaved, episode=EPISODES, num_segments=st.integers(0, 9), state=TEXTS.map(json.dumps)),
+    st.builds(SpanScored, episode=EPISODES, version=VERSIONS, values=VALUES),
+    st.builds(
+        Ended, episode=EPISODES, reward=st.floats(allow_nan=False, allow_infinity=False), stop_reason=st.text(max_size=4)
+    ),
+    st.builds(Failed, episode=EPISODES, again=st.booleans()),
+    st.builds(Restarted, episode=EPISODES),
+    st.builds(LeftOut, group=GROUPS, num=st.integers(0, 9)),
+    st.builds(Taken, version=st.integers(0, 4), groups=st.lists(GROUPS, max_size=3).map(tuple)),
+    st.builds(Published, version=st.integers(0, 4), probe=VALUES),
+)
+
+
+def exact(value):
+    """A value with NaN equal to itself, and -0.0 another number than 0.0."""
+    if is_dataclass(value):
+        return type(value).__name__, [(field.name, exact(getattr(value, field.name))) for field in fields(value)]
+    if isinstance(value, dict):
+        return [(key, exact(each)) for key, each in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [exact(each) for each in value]
+    return repr(value)
+
+
+def damaged(line, at):
+    changed = bytearray(line)
+    changed[at] ^= 1
+    return bytes(changed)
+
+
+@given(RECORDS)
+def test_every_record_is_read_back_bit_for_bit(record):
+    line = encode(record)
+    assert line.find(b"\n") == len(line) - 1, "a record is a line"
+    assert exact(decode(line)) == exact(record)
+
+
+@given(RECORDS, st.data())
+def test_a_flipped_bit_anywhere_in_a_line_is_found(record, data):
+    line = encode(record)
+    at = data.draw(st.integers(0, len(line) - 2))
+    with pytest.raises(ValueError, match="checksum"):
+        decode(damaged(line, at))
+
+
+@pytest.mark.parametrize("text", [b"Nothing {}", b"\xff\xfe {}", b"Taken", b"Taken {}", b"Taken []", b'Ended {"episode": 1}'])
+def test_a_line_that_is_no_record_is_a_value_error_whatever_its_checksum(text):
+    with pytest.raises(ValueError, match=".+"):
+        decode(b"%08x %s\n" % (zlib.crc32(text), text))
+
+
+@given(st.lists(RECORDS, max_size=30))
+def test_progress_is_read_back_from_its_own_records(records):
+    progress = Progress()
+    for record in records:
+        progress.apply(record)
+    again = Progress()
+    for record in progress.records():
+        assert again.apply(decode(encode(record))), "no record is of a group that is not in flight"
+    for name in ("groups", "taken", "probes"):
+        assert exact(getattr(again, name)) == exact(getattr(progress, name))
+
+
+@given(st.lists(RECORDS, max_size=30), st.integers(0, 30))
+def test_a_checkpoint_anywhere_and_the_records_after_it_are_the_same_as_all(records, at):
+    whole, before = Progress(), Progress()
+    for record in records:
+        whole.apply(record)
+    for record in records[:at]:
+        before.apply(record)
+    after = Progress()
+    for record in before.at(0).records():
+        after.apply(decode(encode(record)))
+    for record in records[at:]:
+        after.apply(record)
+    assert exact(after.groups) == exact(whole.groups)
+    assert exact(after.taken) == exact(whole.taken)
+
+
+def admitted(number=0, *, version=0, size=2):
+    return Admitted(group=f"g{number:06d}", row=number, version=version, size=size)
+
+
+ROUND = [
+    admitted(0),
+    Grew(episode="g000000.0", segments=(Context(token_ids=(1, 2)),)),
+    Running(episode="g000000.0", sampled=(sampled([3], 0),)),
+    Ended(episode="g000000.1", reward=0.5, stop_reason="done"),
+]
+
+
+def written(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*"))}
+
+
+def checkpoint_of(path, records=()):
+    (path / FILE).parent.mkdir(parents=True, exist_ok=True)
+    (path / FILE).write_bytes(to_bytes(records))
+    return path
+
+
+def test_nothing_is_written_before_the_first_checkpoint_and_all_after_it(tmp_path):
+    journal = Journal(tmp_path / "rollouts")
+    journal.note(admitted(0))
+    number, held = journal.begin(0)
+    assert (number, held) == (1, [admitted(0)])
+    journal.note(admitted(1))
     journal.close()
+    assert written(tmp_path / "rollouts") == {"000001.jsonl": encode(admitted(1))}
+
+
+def test_a_run_that_goes_on_appends_to_the_last_file_and_begins_the_next_at_its_checkpoint(tmp_path):
+    folder = tmp_path / "rollouts"
+    first = Journal(folder)
+    first.begin(0)
+    first.note(admitted(0))
+    first.close()
+    progress = read(checkpoint_of(tmp_path / "v0"), folder, 1)
+    second = Journal(folder, progress)
+    second.note(admitted(1))
+    number, held = second.begin(3)
+    second.note(admitted(2, version=3))
+    second.close()
+    assert (number, held) == (2, [admitted(0), admitted(1)])
+    assert written(folder) == {
+        "000001.jsonl": encode(admitted(0)) + encode(admitted(1)),
+        "000002.jsonl": encode(admitted(2, version=3)),
+    }
+    third = read(checkpoint_of(tmp_path / "v0"), folder, 1)
+    assert list(third.groups) == ["g000000", "g000001", "g000002"], "from the checkpoint before, over both files"
+    assert (third.num_submitted, third.next_row, third.next_group) == (6, 3, 3)
+
+
+def test_files_that_no_checkpoint_needs_are_removed_and_no_others(tmp_path):
+    journal = Journal(tmp_path / "rollouts")
+    for version in range(4):
+        journal.begin(version)
+    journal.note(admitted())
+    journal.close()
+    journal.forget(3)
+    assert list(written(tmp_path / "rollouts")) == ["000003.jsonl", "000004.jsonl"]
+
+
+@pytest.mark.parametrize("missing", range(1, len(encode(ROUND[-1]))))
+def test_a_last_line_that_a_kill_has_cut_is_dropped_and_what_comes_is_appended_whole(missing, tmp_path):
+    folder = tmp_path / "rollouts"
+    folder.mkdir()
+    (folder / "000001.jsonl").write_bytes(to_bytes(ROUND)[:-missing])
+    progress = read(checkpoint_of(tmp_path / "v0"), folder, 1)
+    assert "g000000.1" not in progress.groups["g000000"].episodes
+    journal = Journal(folder, progress)
+    journal.note(ROUND[-1])
+    journal.close()
+    assert (folder / "000001.jsonl").read_bytes() == to_bytes(ROUND)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+@pytest.mark.parametrize("place", ["checkpoint", "journal"])
+def test_a_damaged_line_is_named_by_file_and_number(number, place, tmp_path):
+    folder, checkpoint = tmp_path / "rollouts", checkpoint_of(tmp_path / "v0")
+    folder.mkdir()
+    path = checkpoint / FILE if place == "checkpoint" else folder / "000001.jsonl"
+    lines = [encode(record) for record in ROUND]
+    lines[number - 1] = damaged(lines[number - 1], 20)
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(RunFolderError) as error:
+        read(checkpoint, folder, 1)
+    assert f"line {number} of {path} is damaged" in str(error.value)
+    assert f"remove {path}" in str(error.value)
+
+
+def test_the_remedy_for_a_damaged_file_of_the_journal_helps(tmp_path):
+    folder, checkpoint = tmp_path / "rollouts", checkpoint_of(tmp_path / "v0", ROUND)
+    folder.mkdir()
+    (folder / "000001.jsonl").write_bytes(b"00000000 nothing\n")
+    with pytest.raises(RunFolderError):
+        read(checkpoint, folder, 1)
+    (folder / "000001.jsonl").unlink()
+    assert list(read(checkpoint, folder, 1).records()) == ROUND
+
+
+def test_what_is_of_no_group_in_flight_writes_nothing(tmp_path):
+    journal = Journal(tmp_path / "rollouts")
+    journal.begin(0)
+    prompt = Context(token_ids=(1,))
+    journal.grew("eval-0.3", [prompt])
+    journal.running({"eval-0.3": [sampled([2])], "probe": [sampled([2])], "g000007.1": [sampled([2])]})
+    for record in (
+        Grew(episode="g000007.0", segments=(prompt,)),
+        Ended(episode="g000007.0", reward=1.0, stop_reason="done"),
+        Failed(episode="g000007.0", again=True),
+        Restarted(episode="g000007.0"),
+        LeftOut(group="g000007", num=2),
+    ):
+        journal.note(record)
+    journal.close()
+    assert written(tmp_path / "rollouts") == {"000001.jsonl": b""}
+    assert journal.progress == Progress()
+
+
+def test_every_segment_is_written_once_however_often_an_episode_is_told(tmp_path):
+    journal = Journal(tmp_path / "rollouts")
+    journal.begin(0)
+    journal.note(admitted())
+    segments = []
+    for segment in (Context(token_ids=(1,)), sampled([2]), sampled([3], 1), Context(token_ids=(4,))):
+        segments.append(segment)
+        journal.grew("g000000.0", segments)
+        journal.grew("g000000.0", segments)
+    journal.close()
+    read_back = read(checkpoint_of(tmp_path / "v0"), tmp_path / "rollouts", 1)
+    assert read_back.groups["g000000"].episodes["g000000.0"].segments == segments
+    assert (tmp_path / "rollouts/000001.jsonl").read_bytes().count(b"Grew") == 4
+
+
+def test_a_disk_that_refuses_is_told_to_the_next_caller_and_the_run_can_close_it(tmp_path, monkeypatch):
+    journal = Journal(tmp_path / "rollouts")
+
+    class Full:
+        def write(self, content):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(type(tmp_path), "open", lambda path, mode: Full())
+    journal.begin(0)
+    journal.note(admitted(0))
+    wait_until(lambda: journal._failure is not None, "the writer was refused")
+    with pytest.raises(RunWriteError, match="No space left"):
+        journal.note(admitted(1))
+    journal.close()
+
+
+def test_a_group_that_is_left_out_or_trained_is_not_in_flight_and_an_episode_that_begins_again_has_nothing():
+    progress = Progress()
+    for record in [*ROUND, admitted(1), Failed(episode="g000001.0", again=True), Restarted(episode="g000000.0")]:
+        progress.apply(record)
+    assert list(progress.groups["g000000"].episodes) == ["g000000.1"]
+    assert (progress.num_submitted, progress.num_failed) == (2 + 2 + 1, 1)
+    progress.apply(LeftOut(group="g000000", num=1))
+    assert (list(progress.groups), progress.num_filtered) == (["g000001"], 1)
+    progress.forget(["g000001", "g000009"])
+    assert not progress.groups
+    assert progress.at(0).num_submitted == 0, "what a checkpoint counts is not counted again"
+
+
+def test_an_episode_belongs_to_its_group_whichever_replay_it_is():
+    assert [group_of(id) for id in ("g000012.3", "g000012.3r2", "nothing")] == ["g000012", "g000012", ""]
+    assert number_of("g1234567") == 1234567

@@ -227,7 +227,7 @@ class Loop:
             self.buffer.check()
             self._last_update_s = timer.since_part("wait_batch")
             self._admit(rollouts)
-            await trainer.retain(rollouts.oldest_needed(min(self.version, self._oldest_needed())))
+            await trainer.retain(min(self.version, self._oldest_needed()))
         self.state.num_updates += 1
         times = timer.end() | {"time/stall_s": stall_s}
         self._last_ended = timer.ended
@@ -246,7 +246,6 @@ class Loop:
         progress, probe = self._journal.progress, tuple(published.probe_logps.tolist())
         if progress.probes.get(published.version, probe) != probe:
             rollouts.begin_again_from(published.version)
-            progress.taken.clear()
         self._journal.note(Published(version=published.version, probe=probe))
 
     async def _counters(self) -> dict[str, float]:
@@ -271,7 +270,9 @@ class Loop:
     def _oldest_needed(self) -> int:
         in_flight = self.buffer.oldest_needed
         in_flight = self.version if in_flight is None else in_flight
-        return in_flight if self._config.keeps_all_versions else self.source.oldest_needed(in_flight)
+        untaken = self._rollouts.oldest_untaken if self._rollouts is not None else None
+        needed = in_flight if self._config.keeps_all_versions else self.source.oldest_needed(in_flight)
+        return needed if untaken is None or not self.source.stores_versions else min(needed, untaken)
 
     def _entering(self, batch: TokenBatch) -> BatchTokens:
         return BatchTokens(

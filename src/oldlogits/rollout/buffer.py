@@ -30,7 +30,10 @@ class TrajectoryCounts:
 
 @dataclass(slots=True, kw_only=True)
 class AdmittedGroup:
-    """A group that was admitted: its members as they end, and `group` once it is closed, or why it is left out."""
+    """A group that was admitted: its members as they end, and `group` once it is closed, or why it is left out.
+
+    One that `is_held` is of a run that goes on, and is not let in yet.
+    """
 
     admitted_version: int
     size: int
@@ -38,6 +41,7 @@ class AdmittedGroup:
     num_failed: int = 0
     group: TrajectoryGroup | None = None
     left_out: Literal["", "small", "uniform"] = ""
+    is_held: bool = False
 
     @property
     def num_running(self) -> int:
@@ -61,8 +65,8 @@ class Buffer:
 
     @property
     def num_outstanding(self) -> int:
-        """Groups admitted and not yet trained; those in training count until `confirm_trained`."""
-        return len(self._entries) + len(self._in_training)
+        """Groups admitted and not yet trained; those in training count until `confirm_trained`, those held do not."""
+        return len(self._let_in()) + len(self._in_training)
 
     @property
     def num_batches_ready(self) -> float:
@@ -105,8 +109,18 @@ class Buffer:
         self.account.submitted += size
 
     def restore(self, group_id: str, *, size: int, version: int, num_failed: int) -> None:
-        """Take over a group in flight of a run that goes on, whose account has its members already."""
-        self._entries[group_id] = AdmittedGroup(admitted_version=version, size=size, num_failed=num_failed)
+        """Hold a group in flight of a run that goes on, whose account has its members already, until it is let in."""
+        self._entries[group_id] = AdmittedGroup(admitted_version=version, size=size, num_failed=num_failed, is_held=True)
+
+    def fits(self, admitted: int, version: int) -> bool:
+        """Whether a group that was admitted at a version can be let in before one is trained at `version`, or after."""
+        deadlines = [entry.admitted_version + self._bound.max_staleness for entry in self._let_in().values()]
+        return self._bound.admits([*deadlines, admitted + self._bound.max_staleness], version, num_first=len(self._in_training))
+
+    def let_in(self, group_id: str, version: int) -> None:
+        """Let in a group that is held, as one that was admitted at a version."""
+        entry = self._entries[group_id]
+        entry.admitted_version, entry.is_held = version, False
 
     def num_admissible(self) -> int:
         """How many groups the bound admits now."""
@@ -159,13 +173,13 @@ class Buffer:
 
         Args:
             version: The trainer's version.
-            only: The groups that the run trained at this version before it was ended; they are waited for, whatever else is
-                ready, unless one of them is left out now.
+            only: The groups that the run trained at this version before it was ended; they
+                are waited for, whatever else is ready, unless one of them is left out this time.
 
         Raises:
             AccountingError: A token would be trained beyond the bound.
         """
-        while (chosen := self._due(version, only)) is None:
+        while (chosen := self._again(only, version) if only else self._choose(version)) is None:
             self.is_waited_for = True
             self._changed.clear()
             await self._changed.wait()
@@ -204,17 +218,22 @@ class Buffer:
                 fix="this is a defect, please report it with the run folder",
             )
 
-    def _due(self, version: int, only: Sequence[str]) -> list[str] | None:
-        """The groups to train at a version; None: one of them is not ready."""
-        if only and self._entries.keys() >= set(only):
-            return list(only) if all(self._entries[name].group is not None for name in only) else None
-        window, names = self._bound.max_staleness, list(self._entries)
+    def _let_in(self) -> dict[str, AdmittedGroup]:
+        return {name: entry for name, entry in self._entries.items() if not entry.is_held}
+
+    def _again(self, groups: Sequence[str], version: int) -> list[str] | None:
+        entries = [self._entries.get(name) for name in groups]
+        if any(entry is None for entry in entries):  # it has come to be left out, and another version is made
+            return self._choose(version)
+        return list(groups) if all(entry is not None and entry.group is not None for entry in entries) else None
+
+    def _choose(self, version: int) -> list[str] | None:
+        window, entries = self._bound.max_staleness, self._let_in()
         outstanding = [
-            Outstanding(deadline=entry.admitted_version + window, ready=entry.group is not None)
-            for entry in self._entries.values()
+            Outstanding(deadline=entry.admitted_version + window, ready=entry.group is not None) for entry in entries.values()
         ]
         chosen = self._bound.choose(version, outstanding)
-        return None if chosen is None else [names[i] for i in chosen]
+        return None if chosen is None else [list(entries)[i] for i in chosen]
 
     def _check_staleness(self, groups: Sequence[TrajectoryGroup], version: int) -> None:
         for group in groups:

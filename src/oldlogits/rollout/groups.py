@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from typing import TypeGuard
 
 from oldlogits.core.environment import Environment, Row
@@ -81,9 +82,10 @@ class Rollouts(Admission):
         self.failures, self._left_out = failures, left_out
         self._journal = journal
         self.next_row, self.next_group = next_row, next_group
-        self._foreign_from: PolicyVersion | None = None
+        self._later: dict[str, GroupProgress] = {}  # of a run that goes on, held until it is where they were admitted
+        self._untaken: dict[str, EpisodeProgress] = {}  # episodes of that run that do not go on yet
+        self._makes_others = False  # whether the run makes other versions than before it was ended
         self._oldest_held: PolicyVersion = 0
-        self._awaited: dict[str, PolicyVersion] = {}
         self._advanced = asyncio.Event()
 
     def start_group(self) -> asyncio.Task[None]:
@@ -97,28 +99,37 @@ class Rollouts(Admission):
         return self._tasks.create_task(self._play_group(group_id, row))
 
     def go_on(self, oldest_held: PolicyVersion) -> None:
-        """Go on with what the journal has in flight, where the trainer can score at versions from `oldest_held` on."""
+        """Hold what the journal has in flight, where the trainer can score at versions from `oldest_held` on."""
         self._oldest_held = oldest_held
         for id, group in self._journal.progress.groups.items():
             asked, failed = group.admitted, [e.failed for e in group.episodes.values() if e.failed is not None]
             num_failed = sum(not failure.again for failure in failed)
             self._buffer.restore(id, size=asked.size, version=asked.version, num_failed=num_failed)
-            known = {name: e.versions for name, e in group.episodes.items() if e.failed is None}
-            self._awaited |= {name: min(versions) for name, versions in known.items() if versions}
-            self._running.add(self._tasks.create_task(self._play_group(id, self._rows.train(asked.row), group)))
+            self._later[id] = group
+            self._untaken |= {id: episode for id, episode in group.episodes.items() if episode.failed is None}
+
+    @property
+    def oldest_untaken(self) -> PolicyVersion | None:
+        """The oldest version of tokens that a run had before it was ended, and that do not go on yet."""
+        return min((version for episode in self._untaken.values() for version in episode.versions), default=None)
 
     def admit(self, version: PolicyVersion, *, num_wanted: int, pace_s: float) -> None:
         """Start what the bound admits, and let episodes go on that wait for this version; see `Admission.admit`."""
         super().admit(version, num_wanted=num_wanted, pace_s=pace_s)
         self._advance()
 
-    def oldest_needed(self, version: PolicyVersion) -> PolicyVersion:
-        """The oldest version of episodes that wait until the run has caught up, and that the source does not know yet."""
-        return min([version, *self._awaited.values()])
+    def fill(self) -> None:
+        """Let in what is held; where nothing is, start groups."""
+        self._let_in()
+        super().fill()
 
     def begin_again_from(self, version: PolicyVersion) -> None:
-        """Let episodes begin again that have tokens from a version on: the run has made another version of that number."""
-        self._foreign_from = version
+        """Let episodes begin again that have tokens from a version on: the run makes another version of that number."""
+        self._makes_others = True
+        self._journal.progress.taken.clear()
+        for id, episode in list(self._untaken.items()):
+            if max(episode.versions, default=-1) >= version:
+                self._lose(id, episode, f"the run made another version {version} when it went on")
         self._advance()
 
     def batch_taken(self) -> None:
@@ -133,6 +144,32 @@ class Rollouts(Admission):
 
     def _save(self, trajectory_id: str, num_segments: int, state: str) -> None:
         self._journal.note(StateSaved(episode=trajectory_id, num_segments=num_segments, state=state))
+
+    def _may_start(self) -> bool:
+        return not self._later and super()._may_start()
+
+    def _let_in(self) -> None:
+        """Let in the groups that had been admitted by this version; where the run makes other versions, as there is room.
+
+        Tokens go on in the group's own window only: elsewhere its episodes begin again.
+        """
+        for id, group in list(self._later.items()):
+            asked = group.admitted.version
+            fits = asked <= self.version and self._buffer.fits(asked, self.version)
+            if asked <= self.version and not fits and not self._makes_others:  # by a recipe of another bound
+                self.begin_again_from(self.version + 1)
+            if not fits and not (self._makes_others and self._buffer.num_admissible() > 0):
+                return
+            del self._later[id]
+            self._buffer.let_in(id, asked if fits else self.version)
+            for name in group.episodes.keys() & self._untaken.keys() if not fits else ():
+                self._lose(name, self._untaken[name], "its group was admitted again")
+            self._running.add(self._tasks.create_task(self._play_group(id, self._rows.train(group.admitted.row), group)))
+
+    def _lose(self, id: str, episode: EpisodeProgress, reason: str) -> None:
+        """Let an episode begin again that was to go on."""
+        del self._untaken[id]
+        self._begin_again(Failure(id=id, group_id=group_of(id), reason=reason, num_tokens=episode.num_sampled))
 
     def _advance(self) -> None:
         self._advanced.set()
@@ -161,12 +198,15 @@ class Rollouts(Admission):
         if closed.group is None:
             self._journal.note(LeftOut(group=group_id, num=len(closed.trajectories)))
             self._source.drop(t.id for t in closed.trajectories)
+            if any(group_id in groups for groups in self._journal.progress.taken.values()):
+                self.begin_again_from(self.version + 1)
+                self.fill()
         else:
             await self._source.on_arrival(closed.trajectories)
 
     async def _play_member(self, group_id: str, member: int, row: Row, episodes: Mapping[str, EpisodeProgress]) -> None:
         """Play an episode; where it fails, play it again as `g000012.3r1`, `g000012.3r2`, ..."""
-        for replay in range(self._max_replays + 1):
+        for replay in count():  # what was promised before the run was ended is played, whatever the recipe allows now
             id = f"{group_id}.{member}" + (f"r{replay}" if replay else "")
             known = episodes.get(id)
             if known is not None and known.failed is not None:
@@ -185,6 +225,8 @@ class Rollouts(Admission):
             self._buffer.fail(group_id, again=again)
             self._events.emit(TrajectoryFailed(version=self.version, trajectory=id, stage="train", reason=outcome.reason))
             self.failures.count(outcome, self.version)
+            if not again:
+                return
 
     async def _play(self, id: str, group_id: str, row: Row, progress: EpisodeProgress | None) -> Outcome:
         """Play an episode to its end, from where it was; one that is lost begins again."""
@@ -206,23 +248,18 @@ class Rollouts(Admission):
 
     async def _take_over(self, id: str, progress: EpisodeProgress) -> Known | None:
         """Wait until the run has made the versions that an episode has tokens of, and go on with it; None: it begins again."""
-        newest, reason = max(progress.versions, default=0), ""
-        while self.version < newest and not self._is_foreign(newest):
+        newest, known = max(progress.versions, default=0), progress.known
+        while self.version < newest and id in self._untaken:
             await self._advanced.wait()
-        self._awaited.pop(id, None)
-        if self._is_foreign(newest):
-            reason = f"the run made another version {newest} when it went on"
-        elif not self._source.restore(id, progress.known, progress.values, self._oldest_held):
-            reason = "its old log-probs cannot be computed any more"
-        if not reason:
-            num_saved, state = progress.state or (0, "")
-            self._journal.grew(id, progress.known)  # the engine tells only what it samples of a half turn from here on
-            return Known(segments=progress.known, num_saved=num_saved, state=state)
-        self._begin_again(Failure(id=id, group_id=group_of(id), reason=reason, num_tokens=progress.num_sampled))
-        return None
-
-    def _is_foreign(self, version: PolicyVersion) -> bool:
-        return self._foreign_from is not None and version >= self._foreign_from
+        if id not in self._untaken:
+            return None
+        if not self._source.restore(id, known, progress.values, self._oldest_held):
+            self._lose(id, progress, "its old log-probs cannot be computed any more")
+            return None
+        del self._untaken[id]
+        self._journal.grew(id, known)  # what comes of the running turn comes after what it has
+        num_saved, state = progress.state or (0, "")
+        return Known(segments=known, num_saved=num_saved, state=state)
 
     def _begin_again(self, lost: Failure) -> None:
         self._source.drop([lost.id])

@@ -37,6 +37,14 @@ class StalenessBound:
         """The most groups that may be outstanding: (W + 1) B."""
         return (self.max_staleness + 1) * self.prompts_per_update
 
+    def admits(self, deadlines: Sequence[int], version: int, *, num_first: int = 0) -> bool:
+        """Whether groups of these deadlines, and `num_first` before all others, can be trained in time from `version` on."""
+        window = range(version, max(deadlines, default=version) + 1)
+        in_time = all(
+            num_first + sum(d <= at for d in deadlines) <= (at - version + 1) * self.prompts_per_update for at in window
+        )
+        return in_time and all(deadline >= version for deadline in deadlines)
+
     def choose(self, version: int, outstanding: Sequence[Outstanding]) -> list[int] | None:
         """The groups to train at `version`, or None: wait for running ones.
 

@@ -146,7 +146,8 @@ async def run_episode(
         reward = await named(run, "get_reward", environment.get_reward)
         reward = await off_loop(run, partial(reward_of, reward), 0 if type(reward) in (int, float, bool) else LONG + 1)
     except EnvironmentFailed as failure:
-        num_tokens = sum(len(s.token_ids) for s in episode.segments if isinstance(s, Sampled)) if episode else 0
+        segments = episode.all_segments if episode else known.segments if known else ()
+        num_tokens = sum(len(s.token_ids) for s in segments if isinstance(s, Sampled))
         again = isinstance(failure, EnvironmentLost)
         return Failure(id=id, group_id=group_id, reason=str(failure), begins_again=again, num_tokens=num_tokens)
     return Trajectory(id=id, group_id=group_id, segments=tuple(episode.segments), reward=reward, stop_reason=stop_reason)
@@ -175,6 +176,11 @@ class _Episode:
         self._known = deque(known)  # that was sampled and read before, and is not taken up yet
         self.segments: list[Segment] = []
 
+    @property
+    def all_segments(self) -> tuple[Segment, ...]:
+        """Its segments, and those that are known and not taken up yet."""
+        return (*self.segments, *self._known)
+
     async def play(self, opening: str, system: str) -> str:
         """Play until the episode ends; returns why it did."""
         limits, own = self._agent.limits, system_prompt_of(type(self._environment))
@@ -202,10 +208,10 @@ class _Episode:
                 return "turn_too_long" if room > len(ids) else "max_tokens"
             answer = await self._answer(self._agent.chat.decode(ids))
             if answer is None:
-                return "done" if not self._known else self._answered_otherwise()
+                return self._end("done")
             read = await self._encoded(partial(self._agent.chat.continuation_ids, *answer), answer[1])
             if read is None or len(self._tokens) + len(read) >= limits.max_tokens:
-                return "max_tokens"
+                return self._end("max_tokens")
             if turn + 1 < limits.max_turns:
                 await self._read(read)
         return "max_turns"
@@ -286,6 +292,9 @@ class _Episode:
         self._tokens += segment.token_ids
         self.segments.append(segment)
         return segment
+
+    def _end(self, reason: str) -> str:
+        return reason if not self._known else self._answered_otherwise()
 
     def _answered_otherwise(self) -> NoReturn:
         raise EnvironmentLost("the run went on from a checkpoint, and the environment answered otherwise than before it")

@@ -73,16 +73,16 @@ class InFlightTokens:
     ) -> set[PolicyVersion]:
         """Take note of a trajectory and of its values; returns the versions of its tokens that have none.
 
-        The number of values is that of the version's tokens, or they say nothing; so do those of the engine's version, of
-        which the trajectory may sample more.
+        The number of values is that of the version's tokens, or they say nothing; nor do those of the version that the engine
+        samples with, since more tokens of it may come.
         """
         self.extend(trajectory_id, segments)
         one, counts = self._trajectories[trajectory_id], Counter[PolicyVersion]()
         for segment in segments:
             if isinstance(segment, Sampled):
                 counts[segment.version] += len(segment.token_ids)
-        whole = (v for v in counts if v < self.version and len(values.get(v, ())) == counts[v])
-        one.values = {version: np.array(values[version], np.float32) for version in whole}
+        old = [v for v in counts if v < self.version and len(values.get(v, ())) == counts[v]]
+        one.values = {version: np.array(values[version], np.float32) for version in old}
         return one.unscored
 
     def end(self, trajectories: Sequence[Trajectory]) -> None:

@@ -66,7 +66,7 @@ class Journal:
 
     def running(self, turns: Mapping[str, Sequence[Sampled]]) -> None:
         """Take note of what the running turn of each episode has sampled."""
-        for episode, sampled in turns.items():
+        for episode, sampled in ((episode, sampled) for episode, sampled in turns.items() if sampled):
             self.note(Running(episode=episode, sampled=tuple(sampled)))
 
     def begin(self, version: PolicyVersion) -> tuple[int, list[Record]]:
