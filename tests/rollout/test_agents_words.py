@@ -142,7 +142,7 @@ def check_records(folder, played):
         recorder = EpisodeRecorder(file, decode, every=0)
         for outcome in played:
             if isinstance(outcome, Failure):
-                log.emit(TrajectoryFailed(version=0, trajectory=outcome.id, reason=outcome.reason))
+                log.emit(TrajectoryFailed(version=0, trajectory=outcome.id, stage="train", reason=outcome.reason))
             else:
                 rewards = [outcome.reward]
                 figures = {"mean": 1.0, "low": 0.0, "high": 1.0, "num_episodes": 1, "rewards": rewards, "seconds_s": 0.0}

@@ -228,9 +228,9 @@ def test_versions_of_episodes_that_wait_are_needed_until_the_source_knows_them()
         )
         world.rollouts.go_on(0)
         await world.admit(1, num_wanted=0)
-        assert world.rollouts.oldest_needed(1) == 0
+        assert world.rollouts.oldest_untaken == 0
         await world.admit(2, num_wanted=0)
-        assert world.rollouts.oldest_needed(2) == 2
+        assert world.rollouts.oldest_untaken is None
 
     in_world(scenario)
 
@@ -562,7 +562,7 @@ def test_the_tokens_of_a_turn_that_goes_on_are_all_known_when_the_run_is_ended_a
         journal.grew(id, [opening])
         journal.running({id: [first]})
         world.rollouts.go_on(0)
-        await world.settle()
+        await world.admit(0, num_wanted=0)
         assert world.engine.requests == [f"{id}/0"]
         journal.running({id: [second]})
         assert journal.progress.groups["g000000"].episodes[id].known == (opening, first, second)

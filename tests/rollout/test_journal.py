@@ -105,7 +105,7 @@ def test_a_flipped_bit_anywhere_in_a_line_is_found(record, data):
 
 @pytest.mark.parametrize("text", [b"Nothing {}", b"\xff\xfe {}", b"Taken", b"Taken {}", b"Taken []", b'Ended {"episode": 1}'])
 def test_a_line_that_is_no_record_is_a_value_error_whatever_its_checksum(text):
-    with pytest.raises(ValueError, match=".+"):
+    with pytest.raises(ValueError, match=r".+"):
         decode(b"%08x %s\n" % (zlib.crc32(text), text))
 
 

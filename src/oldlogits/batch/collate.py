@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from oldlogits.batch.sequences import Bools, Floats, Ints, Sequences
 from oldlogits.core.errors import TrajectoryError
+from oldlogits.core.scoring import BatchTokens
 from oldlogits.core.trajectory import Context, Trajectory, TrajectoryGroup
+from oldlogits.core.weights import PolicyVersion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +47,15 @@ class TokenBatch(Sequences):
     def versions(self) -> tuple[int, ...]:
         """The distinct versions of its loss tokens, ascending."""
         return tuple(int(v) for v in np.unique(self.version[self.loss_mask]))
+
+    def entering(self, trainer_version: PolicyVersion) -> BatchTokens:
+        """Say what a source is told of the batch when it enters training."""
+        return BatchTokens(
+            versions=self.version[self.loss_mask],
+            trajectory_ids=self.trajectory_ids,
+            trainer_version=trainer_version,
+            has_mixed_kv=bool(self.mixed_kv.any()),
+        )
 
 
 def collate(groups: Sequence[TrajectoryGroup], advantages: Sequence[float], *, num_steps: int) -> TokenBatch:

@@ -62,7 +62,7 @@ class Backend:
         clock: The time in seconds since some fixed point; only for what is recorded as wall-clock time.
         watch: Takes the run's buffer; a backend that controls the lags reads the order of training from it.
         listen: Takes a function that is told what happens to servers, and what a reader of the results should know.
-        begin_again: Where time is not real: lets the engine sample as one that was made with a seed, once nobody waits for it.
+        begin_again: Lets the engine sample as one that was made with a seed, once nobody waits for it; None where time is real.
         host_environment: The class whose instances the episodes use; another one where environments live in other processes.
     """
 

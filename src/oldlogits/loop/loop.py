@@ -22,7 +22,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
-from oldlogits.batch.collate import TokenBatch, collate
+from oldlogits.batch.collate import collate
 from oldlogits.config.guard import Caution
 from oldlogits.core.errors import NonFiniteError
 from oldlogits.core.scoring import BatchTokens, Scored
@@ -98,12 +98,9 @@ class Loop:
 
     def go_on(self, state: LoopState) -> None:
         """Start from the state of a checkpoint instead of from nothing."""
-        self.state, since = state, self._journal.progress
-        account = self.buffer.account = TrajectoryCounts(**state.account)
-        account.submitted += since.num_submitted
-        account.failed += since.num_failed
-        account.filtered += since.num_filtered
-        state.next_row, state.next_group = max(state.next_row, since.next_row), max(state.next_group, since.next_group)
+        self.state = state
+        state.catch_up(self._journal.progress)
+        self.buffer.account = TrajectoryCounts(**state.account)
 
     async def run(self, cautions: Sequence[Caution] = ()) -> None:
         """Run to the end; `cautions` are what a reader of the results should know of the recipe.
@@ -121,7 +118,7 @@ class Loop:
             if not self.state.num_updates and not self.state.is_evaluated:
                 await self._evaluator.play("before", self._config.eval.num_episodes, version=self.version)
                 self.state.is_evaluated = True
-            if not self.state.num_updates and self._config.record.checkpoint_every and self._backend.real_time:
+            if not self.state.num_updates and self._config.record.checkpoint_every and self._backend.begin_again is None:
                 await self._begin_checkpoint()  # what is sampled from here on can be gone on with
             await self._train()
             await self._evaluator.play("after", self._config.eval.num_episodes, version=self.version)
@@ -207,7 +204,7 @@ class Loop:
         self._tell_batch(groups, timer)
         with timer.part("score"):
             batch = collate(groups, advantages_of(groups, self._config.advantage), num_steps=self._config.minibatches)
-            tokens = self._entering(batch)
+            tokens = batch.entering(self.version)
             await trainer.put_batch(batch)
             if self.source.needs_pause:
                 await self._sync.pause()
@@ -273,14 +270,6 @@ class Loop:
         untaken = self._rollouts.oldest_untaken if self._rollouts is not None else None
         needed = in_flight if self._config.keeps_all_versions else self.source.oldest_needed(in_flight)
         return needed if untaken is None or not self.source.stores_versions else min(needed, untaken)
-
-    def _entering(self, batch: TokenBatch) -> BatchTokens:
-        return BatchTokens(
-            versions=batch.version[batch.loss_mask],
-            trajectory_ids=batch.trajectory_ids,
-            trainer_version=self.version,
-            has_mixed_kv=bool(batch.mixed_kv.any()),
-        )
 
     async def _score(self, tokens: BatchTokens, versions: Sequence[int]) -> Scored | None:
         before, started = (await self._backend.trainer.state()).work, self._backend.clock()

@@ -16,6 +16,7 @@ from oldlogits.models.checksums import SUMS, damage_of
 from oldlogits.record.episodes import read_episodes
 from oldlogits.record.event_log import read_events
 from oldlogits.record.folder import RunFolder
+from oldlogits.rollout.journal.progress import Progress
 
 FILE: Final = "state/loop.json"
 """Where the state of the loop lies in a checkpoint."""
@@ -43,6 +44,12 @@ class LoopState:
     account: dict[str, int] = field(default_factory=dict)
     journal: int = 0
     success: float | None = None
+
+    def catch_up(self, since: Progress) -> None:
+        """Add what happened to groups after the checkpoint."""
+        counted = {"submitted": since.num_submitted, "failed": since.num_failed, "filtered": since.num_filtered}
+        self.account = {name: num + counted.get(name, 0) for name, num in self.account.items()}
+        self.next_row, self.next_group = max(self.next_row, since.next_row), max(self.next_group, since.next_group)
 
     def to_bytes(self) -> bytes:
         """The content of its file in a checkpoint."""
