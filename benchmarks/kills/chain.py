@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from benchmarks.kills.ledger import Loss, Snapshot, faults_of_tables, losses, snapshot_of, tables_of
+from benchmarks.kills.ledger import Loss, Snapshot, faults_of_tables, loss_of_all, losses, snapshot_of, tables_of
 from benchmarks.kills.life import HEARTBEAT_S, Life
 from benchmarks.kills.processes import Disk
 from benchmarks.kills.trials import CHECKPOINT_EVERY, EVAL_EVERY, KINDS, NUM_SLOTS, SETUPS, Plan, Trial
@@ -107,7 +107,9 @@ class Chain:
             self._snapshots.append(self._snapshot() if checkpoint else None)
             if cold and any((self._folder / "cold").glob("tiny-*")):
                 wrong.append("a model that is not whole is in the cache")
-        self._results.append(Result(trial=trial, came=came, wrong=tuple(wrong), seconds_s=time.monotonic() - started))
+        loss = loss_of_all(self._run) if came == "began again" else Loss()
+        seconds_s = time.monotonic() - started
+        self._results.append(Result(trial=trial, came=came, wrong=tuple(wrong), seconds_s=seconds_s, loss=loss))
 
     def _begin(self, num_updates: int, environment: dict[str, str]) -> Life:
         """Start the run, or let it go on from its checkpoint."""

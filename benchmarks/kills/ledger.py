@@ -169,12 +169,14 @@ def snapshot_of(run: Path, checkpoint: Path, number: int, in_flight: str) -> Sna
         number: The number of the file of the journal that begins there.
         in_flight: Where the groups in flight lie in the checkpoint.
     """
-    lines = (checkpoint / in_flight).read_bytes().splitlines(keepends=True)
-    for path in sorted((run / "rollouts").glob("*.jsonl")):
-        if int(path.stem) >= number:
-            lines += path.read_bytes().splitlines(keepends=True)
-    episodes = episodes_of(decode(line) for line in lines if line.endswith(b"\n"))
-    return Snapshot(episodes=episodes, trained=tables_of(run), checkpoint=int(checkpoint.name[1:]))
+    files = [checkpoint / in_flight, *_journal(run, number)]
+    return Snapshot(episodes=_read(files), trained=tables_of(run), checkpoint=int(checkpoint.name[1:]))
+
+
+def loss_of_all(run: Path) -> Loss:
+    """What a run costs that was struck before its first checkpoint, from which alone it could go on."""
+    num = sum(len(episode.tokens) for episode in _read(_journal(run, 0)).values())
+    return Loss(num_known=num, num_sampled=num)
 
 
 def tables_of(run: Path) -> dict[int, Tokens]:
@@ -223,6 +225,16 @@ def _turn_from(tokens: Mapping[int, Token], at: int) -> int:
     while at + num in tokens:
         num += 1
     return num
+
+
+def _journal(run: Path, number: int) -> list[Path]:
+    return sorted(path for path in (run / "rollouts").glob("*.jsonl") if int(path.stem) >= number)
+
+
+def _read(files: Iterable[Path]) -> dict[str, Episode]:
+    """Add up files of records; an incomplete last line, which a kill leaves, is left out."""
+    lines = [line for path in files for line in path.read_bytes().splitlines(keepends=True)]
+    return episodes_of(decode(line) for line in lines if line.endswith(b"\n"))
 
 
 def _group(episode: str) -> str:

@@ -263,7 +263,7 @@ class RecordConfig:
     transcripts_every: Count = 5
     """Updates between full transcripts (one group) in episodes.jsonl; 0: none."""
     checkpoint_every: Count = 20
-    """Updates between checkpoints; 0: only at the end."""
+    """Updates between checkpoints, the first of which is written at the start; 0: only at the end."""
     keep_checkpoints: Positive = 2
     """The newest checkpoints that stay in the run folder; older ones are removed when the next is whole."""
     keep_best: bool = True

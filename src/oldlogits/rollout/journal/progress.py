@@ -174,7 +174,8 @@ class Progress:
             case SpanScored():
                 episode.values[record.version] = record.values
             case Ended():
-                episode.ended = record
+                episode.segments += episode.running  # a turn that was whole when its episode was taken up
+                episode.running, episode.ended = (), record
             case Failed():
                 episode.failed = record
                 self.num_failed += 1
