@@ -517,7 +517,7 @@ def test_the_tokens_of_a_turn_that_goes_on_are_all_known_when_the_run_is_ended_a
         journal.grew(id, [opening])
         journal.running({id: [first]})
         world.rollouts.go_on(0)
-        await world.settle()
+        await world.admit(num_wanted=0)
         assert world.engine.requests == [f"{id}/0"]
         journal.running({id: [second]})
         assert journal.progress.groups["g000000"].episodes[id].known == (opening, first, second)
