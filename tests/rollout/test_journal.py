@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oldlogits.core.errors import RunFolderError, RunWriteError
-from oldlogits.core.trajectory import Context
+from oldlogits.core.trajectory import Context, Sampled
 from oldlogits.rollout.journal.journal import FILE, Journal, read, to_bytes
 from oldlogits.rollout.journal.progress import Progress, group_of, number_of
 from oldlogits.rollout.journal.records import (
@@ -308,3 +308,22 @@ def test_a_group_that_is_left_out_or_trained_is_not_in_flight_and_an_episode_tha
 def test_an_episode_belongs_to_its_group_whichever_replay_it_is():
     assert [group_of(id) for id in ("g000012.3", "g000012.3r2", "nothing")] == ["g000012", "g000012", ""]
     assert number_of("g1234567") == 1234567
+
+
+def test_an_episode_that_ended_with_a_turn_that_was_known_whole_holds_it():
+    """An engine may tell a whole turn while it is paused; a run that goes on samples nothing of it, and reports nothing."""
+    prompt = Context(token_ids=(1, 2))
+    turn = Sampled(token_ids=(7, 8), logp_mu=(-0.5, -0.25), version=3, kv="fresh", temperature=1.0)
+    progress = Progress()
+    for record in (
+        Admitted(group="g000000", row=0, version=3, size=2),
+        Grew(episode="g000000.0", segments=(prompt,)),
+        Running(episode="g000000.0", sampled=(turn,)),
+        Ended(episode="g000000.0", reward=1.0, stop_reason="done"),
+    ):
+        assert progress.apply(record)
+    trajectory = progress.groups["g000000"].episodes["g000000.0"].trajectory("g000000.0", "g000000")
+    assert trajectory.segments == (prompt, turn)
+    again = Progress()
+    assert all(again.apply(record) for record in progress.records())
+    assert again.groups == progress.groups
