@@ -22,7 +22,7 @@ from oldlogits.record.events import GroupAdmitted, GroupClosed, TrajectoryFailed
 from oldlogits.rollout.admission import Admission
 from oldlogits.rollout.buffer import Buffer
 from oldlogits.rollout.journal.journal import Journal
-from oldlogits.rollout.journal.progress import EpisodeProgress, GroupProgress, group_of
+from oldlogits.rollout.journal.progress import EpisodeProgress, GroupProgress, Progress, group_of
 from oldlogits.rollout.journal.records import Admitted, Ended, Failed, LeftOut, Restarted, StateSaved
 from oldlogits.rollout.tasks import TaskDataset
 from oldlogits.rollout.turn_latency import TurnLatency
@@ -99,13 +99,11 @@ class Rollouts(Admission):
     def go_on(self, oldest_held: PolicyVersion) -> None:
         """Go on with what the journal has in flight, where the trainer can score at versions from `oldest_held` on."""
         self._oldest_held = oldest_held
+        restore(self._buffer, self._journal.progress)
         for id, group in self._journal.progress.groups.items():
-            asked, failed = group.admitted, [e.failed for e in group.episodes.values() if e.failed is not None]
-            num_failed = sum(not failure.again for failure in failed)
-            self._buffer.restore(id, size=asked.size, version=asked.version, num_failed=num_failed)
             known = {name: e.versions for name, e in group.episodes.items() if e.failed is None}
             self._awaited |= {name: min(versions) for name, versions in known.items() if versions}
-            self._running.add(self._tasks.create_task(self._play_group(id, self._rows.train(asked.row), group)))
+            self._running.add(self._tasks.create_task(self._play_group(id, self._rows.train(group.admitted.row), group)))
 
     def admit(self, version: PolicyVersion, *, num_wanted: int, pace_s: float) -> None:
         """Start what the bound admits, and let episodes go on that wait for this version; see `Admission.admit`."""
@@ -228,6 +226,14 @@ class Rollouts(Admission):
         self._source.drop([lost.id])
         self._journal.note(Restarted(episode=lost.id))
         self._events.emit(restarted(lost, self.version))
+
+
+def restore(buffer: Buffer, progress: Progress) -> None:
+    """Put all groups that a run goes on with into the buffer."""
+    for id, group in progress.groups.items():
+        failed = [episode.failed for episode in group.episodes.values() if episode.failed is not None]
+        num_failed = sum(not failure.again for failure in failed)
+        buffer.restore(id, size=group.admitted.size, version=group.admitted.version, num_failed=num_failed)
 
 
 def _is_lost(outcome: Outcome) -> TypeGuard[Failure]:
