@@ -30,6 +30,7 @@ from oldlogits.record.folder import RunFolder
 from oldlogits.record.recording import Recording
 from oldlogits.rollout.environment_runner import run_inline
 from oldlogits.rollout.journal.journal import Journal, read
+from oldlogits.rollout.journal.records import Admitted, Failed
 from oldlogits.rollout.turns import Agent, TurnLimits
 from oldlogits.train.reports import ConsistencyErrors, PublishedVersion, ScoringWork, TrainerState
 from oldlogits.train.step import UpdateResult
@@ -386,3 +387,17 @@ def test_the_copies_of_what_is_trained_are_those_of_the_adapters_not_of_the_base
     assert metrics["copies/trainer"] == 1 + 80 / (4 * 10), "80 stored bytes beside 10 trained parameters of 30"
     assert metrics["copies/engine"] == 1
     assert "throughput/engine_busy_tokens_per_s" not in metrics, "nothing was sampled by the engine's count"
+
+
+def test_a_run_that_ends_before_it_has_gone_on_with_its_groups_counts_them_as_cancelled(tmp_path):
+    async def scenario(world):
+        world.journal.progress.apply(Admitted(group="g000000", row=0, version=0, size=4))
+        world.journal.progress.apply(Failed(episode="g000000.1", again=False))
+        world.loop.go_on(LoopState())
+        world.loop.cancel_all()
+        world.loop.buffer.check()
+        account = world.loop.buffer.account
+        assert (account.submitted, account.failed, account.cancelled) == (4, 1, 3)
+
+    world = run_world(tmp_path, scenario)
+    assert not hasattr(world, "error"), world.error

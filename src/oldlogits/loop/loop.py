@@ -52,7 +52,7 @@ from oldlogits.record.events import BatchScored, Updated, Warned
 from oldlogits.record.recording import Recording
 from oldlogits.rollout.admission import pace_of
 from oldlogits.rollout.buffer import Buffer, TrajectoryCounts
-from oldlogits.rollout.groups import Rollouts
+from oldlogits.rollout.groups import Rollouts, restore
 from oldlogits.rollout.journal.journal import FILE as IN_FLIGHT
 from oldlogits.rollout.journal.journal import Journal, to_bytes
 from oldlogits.rollout.journal.records import Published, Taken
@@ -90,8 +90,7 @@ class Loop:
         self.checkpoints = Checkpoints(config.record, recording, backend.trainer, journal, real_time=backend.real_time)
         self.buffer = Buffer(bound, filter_uniform=rollout.filter_uniform, min_size=rollout.min_group_size)
         self.state = LoopState()
-        self.version = 0
-        self._num_trained = 0
+        self.version = self._num_trained = 0
         self._last_update_s = 0.0
         self._last_ended: float | None = None
         self._rollouts: Rollouts | None = None
@@ -128,6 +127,8 @@ class Loop:
 
     def cancel_all(self) -> None:
         """Count what is outstanding as cancelled, now that the run is over."""
+        if self._rollouts is None:  # it ended before it went on with what it had in flight
+            restore(self.buffer, self._journal.progress)
         self.source.drop(self.buffer.cancel_all())
 
     async def _train(self) -> None:
@@ -314,8 +315,7 @@ class Loop:
         held_out, every = self._config.eval, self._config.eval.every
         self.state.success = None
         if every and self.version % every == 0 and not (done and held_out.num_episodes):
-            played = self._evaluator.play("during", held_out.num_episodes_during, version=self.version)
-            self.state.success = await played
+            self.state.success = await self._evaluator.play("during", held_out.num_episodes_during, version=self.version)
         every = self._config.record.checkpoint_every
         if done or (every and self.version % every == 0):
             await self._begin_checkpoint()

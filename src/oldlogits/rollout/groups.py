@@ -23,7 +23,7 @@ from oldlogits.record.events import GroupAdmitted, GroupClosed, TrajectoryFailed
 from oldlogits.rollout.admission import Admission
 from oldlogits.rollout.buffer import Buffer
 from oldlogits.rollout.journal.journal import Journal
-from oldlogits.rollout.journal.progress import EpisodeProgress, GroupProgress, group_of
+from oldlogits.rollout.journal.progress import EpisodeProgress, GroupProgress, Progress, group_of
 from oldlogits.rollout.journal.records import Admitted, Ended, Failed, LeftOut, Restarted, StateSaved
 from oldlogits.rollout.tasks import TaskDataset
 from oldlogits.rollout.turn_latency import TurnLatency
@@ -101,10 +101,8 @@ class Rollouts(Admission):
     def go_on(self, oldest_held: PolicyVersion) -> None:
         """Hold what the journal has in flight, where the trainer can score at versions from `oldest_held` on."""
         self._oldest_held = oldest_held
+        restore(self._buffer, self._journal.progress)
         for id, group in self._journal.progress.groups.items():
-            asked, failed = group.admitted, [e.failed for e in group.episodes.values() if e.failed is not None]
-            num_failed = sum(not failure.again for failure in failed)
-            self._buffer.restore(id, size=asked.size, version=asked.version, num_failed=num_failed)
             self._later[id] = group
             self._untaken |= {id: episode for id, episode in group.episodes.items() if episode.failed is None}
 
@@ -265,6 +263,14 @@ class Rollouts(Admission):
         self._source.drop([lost.id])
         self._journal.note(Restarted(episode=lost.id))
         self._events.emit(restarted(lost, self.version))
+
+
+def restore(buffer: Buffer, progress: Progress) -> None:
+    """Put all groups that a run goes on with into the buffer."""
+    for id, group in progress.groups.items():
+        failed = [episode.failed for episode in group.episodes.values() if episode.failed is not None]
+        num_failed = sum(not failure.again for failure in failed)
+        buffer.restore(id, size=group.admitted.size, version=group.admitted.version, num_failed=num_failed)
 
 
 def _is_lost(outcome: Outcome) -> TypeGuard[Failure]:
