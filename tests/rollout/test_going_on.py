@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -117,7 +118,7 @@ class Phrases:
         at = range(len(prompt_ids), len(prompt_ids) + len(out))
         versions = [i // 3 for i in at]
         edges = [i for i in range(len(out)) if not i or versions[i] != versions[i - 1]] + [len(out)]
-        spans = tuple(Span(version=versions[a], start=a, end=b) for a, b in zip(edges, edges[1:], strict=False))
+        spans = tuple(Span(version=versions[a], start=a, end=b) for a, b in pairwise(edges))
         return Generation(
             output_ids=out,
             logprobs=tuple(-0.01 * i for i in at),

@@ -160,7 +160,7 @@ class Loop:
             next_row=self.state.next_row,
             next_group=self.state.next_group,
         )
-        rollouts.go_on(oldest_held)
+        rollouts.go_on(self.version, oldest_held)
         self._admit(rollouts)
         self._rollouts = rollouts
         return rollouts

@@ -69,6 +69,11 @@ class Buffer:
         return len(self._let_in()) + len(self._in_training)
 
     @property
+    def num_per_batch(self) -> int:
+        """The groups that one version trains."""
+        return self._bound.prompts_per_update
+
+    @property
     def group_ids(self) -> tuple[str, ...]:
         """The outstanding groups in the order of admission, but for those in training."""
         return tuple(self._entries)
