@@ -171,7 +171,7 @@ class Loop:
         )
         if self.state.num_updates and self._backend.begin_again is not None:
             self._backend.begin_again(sampler_seed(self._config.seed, self.state.num_updates))
-        rollouts.go_on(oldest_held)
+        rollouts.go_on(self.version, oldest_held)
         self._admit(rollouts)
         self._rollouts = rollouts
         return rollouts

@@ -69,6 +69,10 @@ class Buffer:
         return len(self._let_in()) + len(self._in_training)
 
     @property
+    def num_per_batch(self) -> int:
+        """The groups that one version trains."""
+        return self._bound.prompts_per_update
+
     def num_batches_ready(self) -> float:
         """Groups that are ready to train, in batches; a batch is what one version trains."""
         return sum(entry.group is not None for entry in self._entries.values()) / self._bound.prompts_per_update

@@ -98,13 +98,15 @@ class Rollouts(Admission):
         self.next_row, self.next_group = index + 1, self.next_group + 1
         return self._tasks.create_task(self._play_group(group_id, row))
 
-    def go_on(self, oldest_held: PolicyVersion) -> None:
-        """Hold what the journal has in flight, where the trainer can score at versions from `oldest_held` on."""
-        self._oldest_held = oldest_held
+    def go_on(self, version: PolicyVersion, oldest_held: PolicyVersion) -> None:
+        """Hold what the journal has in flight, at a version, where the trainer can score at versions from `oldest_held` on."""
+        self._oldest_held, taken = oldest_held, self._journal.progress.taken.values()
         restore(self._buffer, self._journal.progress)
         for id, group in self._journal.progress.groups.items():
             self._later[id] = group
             self._untaken |= {id: episode for id, episode in group.episodes.items() if episode.failed is None}
+        if any(len(groups) != self._buffer.num_per_batch for groups in taken):  # by a recipe of another size of batches
+            self.begin_again_from(version + 1)
 
     @property
     def oldest_untaken(self) -> PolicyVersion | None:

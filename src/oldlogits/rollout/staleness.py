@@ -39,11 +39,10 @@ class StalenessBound:
 
     def admits(self, deadlines: Sequence[int], version: int, *, num_first: int = 0) -> bool:
         """Whether groups of these deadlines, and `num_first` before all others, can be trained in time from `version` on."""
-        window = range(version, max(deadlines, default=version) + 1)
-        in_time = all(
-            num_first + sum(d <= at for d in deadlines) <= (at - version + 1) * self.prompts_per_update for at in window
-        )
-        return in_time and all(deadline >= version for deadline in deadlines)
+        if min(deadlines, default=version) < version:
+            return False
+        due = {at: num_first + sum(deadline <= at for deadline in deadlines) for at in deadlines}
+        return all(num <= (at - version + 1) * self.prompts_per_update for at, num in due.items())
 
     def choose(self, version: int, outstanding: Sequence[Outstanding]) -> list[int] | None:
         """The groups to train at `version`, or None: wait for running ones.
