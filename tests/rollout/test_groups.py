@@ -13,7 +13,8 @@ from oldlogits.envs.parsers.plain import PlainParser
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.rollout.buffer import Buffer
 from oldlogits.rollout.environment_runner import run_inline
-from oldlogits.rollout.groups import Rollouts, evaluate
+from oldlogits.rollout.groups import Rollouts
+from oldlogits.rollout.heldout import evaluate
 from oldlogits.rollout.journal.journal import Journal
 from oldlogits.rollout.journal.progress import Progress
 from oldlogits.rollout.journal.records import Admitted, Grew

@@ -11,7 +11,8 @@ from oldlogits.record.bus import EventSink
 from oldlogits.record.episodes import Stage
 from oldlogits.record.events import Evaluated, EvaluationProgressed, TrajectoryFailed
 from oldlogits.record.intervals import NOT_MEASURED, wilson
-from oldlogits.rollout.groups import Outcome, evaluate, restarted
+from oldlogits.rollout.groups import Outcome, restarted
+from oldlogits.rollout.heldout import evaluate
 from oldlogits.rollout.turns import Failure
 from oldlogits.rollout.watches import FailureWatch
 

@@ -73,6 +73,7 @@ class Buffer:
         """The groups that one version trains."""
         return self._bound.prompts_per_update
 
+    @property
     def num_batches_ready(self) -> float:
         """Groups that are ready to train, in batches; a batch is what one version trains."""
         return sum(entry.group is not None for entry in self._entries.values()) / self._bound.prompts_per_update

@@ -1,0 +1,77 @@
+"""Held-out evaluation: one episode for each row, and an outcome of each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from oldlogits.core.environment import Environment, Row
+from oldlogits.core.trajectory import Trajectory, is_success
+from oldlogits.rollout.groups import Outcome, is_lost
+from oldlogits.rollout.turns import Agent, Failure, run_episode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What came of held-out episodes, in the order of their rows: a trajectory, or the failure of an episode."""
+
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def rewards(self) -> tuple[float | None, ...]:
+        """The reward of every row; None where its episode failed."""
+        return tuple(None if isinstance(o, Failure) else o.reward for o in self.outcomes)
+
+    @property
+    def trajectories(self) -> tuple[Trajectory, ...]:
+        """Those that were played."""
+        return tuple(o for o in self.outcomes if isinstance(o, Trajectory))
+
+    @property
+    def num_successes(self) -> int:
+        """Episodes of reward >= 1."""
+        return sum(is_success(t.reward) for t in self.trajectories)
+
+
+async def evaluate(
+    agent: Agent,
+    environment_class: type[Environment],
+    rows: Sequence[Row],
+    *,
+    name: str,
+    temperature: float,
+    num_running: int,
+    tell: Callable[[Outcome], None],
+) -> Evaluation:
+    """Play one episode per row.
+
+    Args:
+        agent: Plays the episodes; its sampling temperature is replaced.
+        environment_class: The class of which every episode has an instance.
+        rows: The tasks.
+        name: The prefix of trajectory ids.
+        temperature: The sampling temperature; 0 for greedy decoding.
+        num_running: Episodes played at the same time.
+        tell: Is given every outcome as it is there: one for each row, and those of episodes that begin again.
+    """
+    player = replace(agent, sampling=replace(agent.sampling, temperature=temperature))
+    outcomes: dict[int, Outcome] = {}
+    waiting = iter(range(len(rows)))
+
+    async def work() -> None:
+        for i in waiting:
+            id = f"{name}.{i}"
+            while is_lost(outcome := await run_episode(player, environment_class, rows[i], id=id, group_id=name)):
+                tell(outcome)
+            outcomes[i] = outcome
+            tell(outcome)
+
+    async with asyncio.TaskGroup() as workers:
+        for _ in range(min(num_running, len(rows))):
+            workers.create_task(work())
+    for i in range(len(rows)):  # a task group takes a task that was cancelled from inside for one that is done
+        if i not in outcomes:
+            outcomes[i] = Failure(id=f"{name}.{i}", group_id=name, reason="not played: its task was cancelled")
+            tell(outcomes[i])
+    return Evaluation(outcomes=tuple(outcomes[i] for i in range(len(rows))))
