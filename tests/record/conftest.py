@@ -119,7 +119,7 @@ def _tokens(rng: np.random.Generator, version: int) -> dict[str, np.ndarray]:
         "trainer_version": np.full(NUM_TOKENS, version - 1),
         "staleness": staleness,
         "provenance": np.full(NUM_TOKENS, "exact"),
-        "reward": (advantage > 0).astype(np.float64),
+        "reward": (advantage > 0).astype(np.float32),
         "advantage": advantage.astype(np.float32),
         "logp_mu": logp_mu.astype(np.float32),
         "logp_proximal": (logp_mu + log_r_d).astype(np.float32),

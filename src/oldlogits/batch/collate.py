@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from oldlogits.batch.sequences import Bools, Floats, Ints, Sequences
 from oldlogits.core.errors import TrajectoryError
@@ -29,7 +28,7 @@ class TokenBatch(Sequences):
         logp_mu: float32 [token], natural log; 0 for context.
         mixed_kv: bool [token]; sampled over keys and values of older versions.
         advantages: float32 [sequence].
-        rewards: float64 [sequence].
+        rewards: float32 [sequence].
         step: int64 [sequence]; the optimizer step, counted from 0, that trains it.
         trajectory_ids: One per sequence.
     """
@@ -39,7 +38,7 @@ class TokenBatch(Sequences):
     logp_mu: Floats
     mixed_kv: Bools
     advantages: Floats
-    rewards: NDArray[np.float64]
+    rewards: Floats
     step: Ints
     trajectory_ids: tuple[str, ...]
 
@@ -88,7 +87,7 @@ def collate(groups: Sequence[TrajectoryGroup], advantages: Sequence[float], *, n
         mixed_kv=mixed_kv,
         starts=np.concatenate([[0], np.cumsum([t.num_tokens for t in trajectories])]).astype(np.int64),
         advantages=np.asarray(advantages, np.float32),
-        rewards=np.asarray([t.reward for t in trajectories], np.float64),
+        rewards=np.asarray([t.reward for t in trajectories], np.float32),
         step=np.concatenate([np.full(len(g.trajectories), i % num_steps, np.int64) for i, g in enumerate(groups)]),
         trajectory_ids=tuple(t.id for t in trajectories),
     )

@@ -21,7 +21,7 @@ from oldlogits.record.jsonl import RecordError
 Column = npt.NDArray[np.generic]
 
 _INTEGERS: Final = ("index", "token_id", "version", "trainer_version", "staleness")
-_FLOATS: Final = ("advantage", "logp_mu", "logp_proximal", "logp_theta", "log_r_d", "log_r_s")
+_FLOATS: Final = ("reward", "advantage", "logp_mu", "logp_proximal", "logp_theta", "log_r_d", "log_r_s")
 _MASKS: Final = ("loss_mask", "band_mask", "clip_mask", "active_mask")
 
 SCHEMA: Final = pa.schema(
@@ -29,7 +29,6 @@ SCHEMA: Final = pa.schema(
         ("trajectory", pa.dictionary(pa.int32(), pa.string())),
         *((name, pa.int32()) for name in _INTEGERS),
         ("provenance", pa.dictionary(pa.int32(), pa.string())),
-        ("reward", pa.float64()),
         *((name, pa.float32()) for name in _FLOATS),
         *((name, pa.bool_()) for name in _MASKS),
     ]
@@ -105,7 +104,7 @@ def sample_tokens(folder: Path, *, names: Sequence[str], max_rows: int) -> dict[
 
 
 def _to_arrow(field: pa.Field, column: Column, num_rows: int) -> pa.Array:
-    kind = "string" if pa.types.is_dictionary(field.type) else str(field.type).rstrip("0123456789").replace("double", "float")
+    kind = "string" if pa.types.is_dictionary(field.type) else str(field.type).rstrip("0123456789")
     if column.shape != (num_rows,) or column.dtype.kind not in _KINDS[kind]:
         raise RecordError(
             f"column '{field.name}' of a token table does not fit its schema",
