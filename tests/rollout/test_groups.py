@@ -207,7 +207,7 @@ def test_a_group_that_a_run_goes_on_with_samples_nothing_before_the_version_that
             Admitted(group="g000000", row=0, version=0, size=2), Admitted(group="g000001", row=1, version=2, size=2)
         )
         world.engine.gate.set()
-        world.rollouts.go_on(0)
+        world.rollouts.go_on(0, 0)
         for version in range(2):
             world.engine.version = version
             await world.admit(version, num_wanted=0)
@@ -227,7 +227,7 @@ def test_versions_of_episodes_that_wait_are_needed_until_the_source_knows_them()
             Admitted(group="g000000", row=0, version=0, size=2),
             Grew(episode="g000000.0", segments=(Context(token_ids=prompt), *sampled)),
         )
-        world.rollouts.go_on(0)
+        world.rollouts.go_on(0, 0)
         await world.admit(1, num_wanted=0)
         assert world.rollouts.oldest_untaken == 0
         await world.admit(2, num_wanted=0)
@@ -562,7 +562,7 @@ def test_the_tokens_of_a_turn_that_goes_on_are_all_known_when_the_run_is_ended_a
         journal.note(Admitted(group="g000000", row=0, version=0, size=1))
         journal.grew(id, [opening])
         journal.running({id: [first]})
-        world.rollouts.go_on(0)
+        world.rollouts.go_on(0, 0)
         await world.admit(0, num_wanted=0)
         assert world.engine.requests == [f"{id}/0"]
         journal.running({id: [second]})
