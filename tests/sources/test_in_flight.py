@@ -168,3 +168,21 @@ def test_values_of_a_version_that_samples_on_are_not_restored_and_all_its_tokens
     assert (version, span.positions.tolist()) == (2, [2, 3])
     in_flight.put([span], 2, np.float32([-3, -4]))
     assert in_flight.values(["a"])[0].tolist() == [-1, -3, -4]
+
+
+def test_a_trajectory_that_goes_on_keeps_the_values_of_versions_that_are_over_and_no_others():
+    segments = [context(1), sampled([2, 3], 0), sampled([4], 1), context(5), sampled([6], 2)]
+    values = {0: [-1.0, -2.0], 1: [-3.0, -3.5], 2: [-4.0]}
+    in_flight = InFlightTokens()
+    in_flight.version = 2
+    assert in_flight.restore("a", segments, values) == {1, 2}, "1 is incomplete, and 2 may sample more"
+    segments.append(sampled([7], 2))
+    in_flight.end([trajectory([1], *segments[1:], id="a")])
+    put(in_flight, -3.0)
+    put(in_flight, -4.0)
+    found, computed_at = in_flight.values(["a"])
+    assert found.tolist() == [-1, -2, -3, -4, -4]
+    assert computed_at.tolist() == [0, 0, 1, 2, 2]
+    in_flight.version = 3
+    assert in_flight.restore("b", segments[:-1], values) == {1}
+    assert in_flight.restore("c", [context(1)], {}) == set()
