@@ -93,6 +93,8 @@ class Chain:
 
     def _strike(self, trial: Trial) -> None:
         started = time.monotonic()
+        if self._life is not None and trial.moment == "resume":  # it has gone on, so that there is none
+            trial = replace(trial, moment="random")
         cold = {"OLDLOGITS_CACHE": str(self._folder / "cold")} if trial.moment == "warm start" else {}
         life = self._life = self._life or self._begin(ENDLESS, cold)
         outcome = life.strike(trial, self._disk)
