@@ -111,7 +111,7 @@ def test_a_killed_process_ends_the_run_with_a_clear_error(worker, endless, tmp_p
     assert f"error: the {worker} process ended" in error
     assert all(f"{part}: " in error for part in ("got", "allowed", "fix"))
     assert "Traceback" not in error
-    assert "oldlogits train --resume" not in error, "there is no checkpoint to go on from"
+    assert "go on from the last checkpoint, v000000: oldlogits train --resume" in error, "that of the start"
     summary = summary_of(out)
     assert summary["ended"] == "error"
     assert summary["num_updates"] >= 2

@@ -38,7 +38,7 @@ def test_a_model_folder_is_measured_under_real_steps(chatml_llama: Path, capsys)
         (["bench", "speed"], "unknown bench"),
         (["bench", "versions", "--params", "5"], "too little to measure"),
         (["bench", "versions", "--lr", "0"], "too little to measure"),
-        (["bench", "versions", "--model", "nowhere"], "the model folder cannot be loaded"),
+        (["bench", "versions", "--model", "nowhere"], "model.path is no folder"),
     ],
 )
 def test_a_wrong_command_is_refused(words: list[str], said: str, capsys):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,7 +21,7 @@ from oldlogits.record.jsonl import read_lines
 from oldlogits.record.report.data import read_run
 from oldlogits.train.checkpoint import read_state
 
-from ..runs import check_accounting, events_of, recipe, summary_of, tokens_of, write_recipe
+from ..runs import assert_same_state, check_accounting, events_of, recipe, summary_of, tokens_of, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +81,16 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_under_every_route(route, 
     more = {"num_updates": 4, "record": {"checkpoint_every": 2}, "lockstep": {"lag": "random"}}
     config = recipe(tiny_folder, variant=variant, proximal={"source": route}, **more)
     assert command(["train", str(write_recipe(tmp_path / "r.toml", config)), "--out", str(out)]) == 0
-    shutil.rmtree(out / "checkpoints/v000004")  # as if it had been killed before it wrote the last one
+    whole = shutil.move(
+        out / "checkpoints/v000004", tmp_path / "whole"
+    )  # as if it had been killed before it wrote the last one
     before = [pq.read_table(out / f"tokens/v{version:06d}.parquet") for version in range(1, 5)]
+
+    assert command(["train", "--resume", str(out)]) == 0
+    for version, table in enumerate(before, start=1):
+        again = pq.read_table(out / f"tokens/v{version:06d}.parquet")
+        assert again.to_pydict() == table.to_pydict(), f"update {version} is the same bit for bit"
+    assert_same_state(out / "checkpoints/v000004/state", Path(whole) / "state")
 
     assert command(["train", "--resume", str(out), "--num-updates", "6"]) == 0
     run = read_run(out)
@@ -95,9 +104,6 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_under_every_route(route, 
     groups = {name.partition(".")[0] for names in trained for name in names}
     assert groups == {f"g{row:06d}" for row in range(18)}, "each row is trained, in the group that it had"
     assert not events_of(out, "trajectory_restarted")
-    for version, table in enumerate(before, start=1):
-        assert tables[version - 1] == table.to_pydict(), f"update {version} is the same bit for bit"
-
     resumed = {name: np.concatenate([table[name] for table in tables[2:]]) for name in tables[0]}
     assert 1 <= resumed["staleness"].max() <= 2
     assert set(run.summary.provenance) == provenance

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Final, Literal, cast
 
 from oldlogits.core.environment import ADAPTERS, ENVIRONMENTS, Environment
-from oldlogits.core.errors import EnvironmentShapeError
+from oldlogits.core.errors import EnvironmentShapeError, reading
 from oldlogits.envs.tools import check_tool, public_names, tool_names
 
 REMOTE_PROMPT: Final = "_oldlogits_system_prompt"
@@ -20,7 +20,15 @@ ToolErrors = Literal["declared", "answer", "fail"]
 
 def load_environment(target: str, adapter: str = "class") -> type[Environment]:
     """Make the environment class that a recipe names by `env.target` and `env.adapter`."""
-    return check_environment(ADAPTERS.find(adapter)(target))
+    adapt = ADAPTERS.find(adapter)
+    got, allowed = (
+        f"env.adapter = {adapter!r}, env.target = {target!r}",
+        "a function that makes an environment class of the target",
+    )
+    fix = "correct env.target, or name another adapter"
+    with reading(EnvironmentShapeError, "the environment cannot be made", got=got, allowed=allowed, fix=fix):
+        made = adapt(target)
+    return check_environment(made)
 
 
 def import_environment(target: str) -> type[Environment]:

@@ -48,7 +48,7 @@ class LoopState:
     def catch_up(self, since: Progress) -> None:
         """Add what happened to groups after the checkpoint."""
         counted = {"submitted": since.num_submitted, "failed": since.num_failed, "filtered": since.num_filtered}
-        self.account = {name: num + counted.get(name, 0) for name, num in self.account.items()}
+        self.account = {name: self.account.get(name, 0) + counted.get(name, 0) for name in {**counted, **self.account}}
         self.next_row, self.next_group = max(self.next_row, since.next_row), max(self.next_group, since.next_group)
 
     def to_bytes(self) -> bytes:
