@@ -173,6 +173,7 @@ def test_nothing_but_the_methods_of_the_protocol_can_be_called():
     assert play(scenario) == ["one"]
 
 
+@pytest.mark.slow
 def test_a_call_that_is_cancelled_before_it_is_sent_is_never_carried_out_and_a_later_one_is():
     async def scenario(process, notes):
         await process.ready()
@@ -258,6 +259,7 @@ def test_calls_are_values():
     assert Call(number=1, method="read", arguments=()) == Call(number=1, method="read", arguments=())
 
 
+@pytest.mark.slow
 def test_a_frozen_child_is_found_and_killed_and_its_calls_say_so():
     async def scenario(process, notes):
         await process.ready()

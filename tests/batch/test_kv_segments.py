@@ -42,6 +42,7 @@ def attended(one):
     return found
 
 
+@pytest.mark.slow
 @given(trajectories())
 def test_chains_say_of_every_token_which_versions_computed_what_it_attended_to(made):
     batch = batch_of(made)
@@ -59,6 +60,7 @@ def test_chains_say_of_every_token_which_versions_computed_what_it_attended_to(m
     assert found == expected
 
 
+@pytest.mark.slow
 @given(trajectories())
 def test_chunks_cut_out_hold_their_tokens_and_know_where_they_come_from(made):
     batch = batch_of(made)

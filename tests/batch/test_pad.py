@@ -24,6 +24,7 @@ def test_a_plan_keeps_the_budget_but_for_a_sequence_that_alone_exceeds_it(n, bud
         assert len(rows) * n[rows].max() <= budget or len(rows) == 1
 
 
+@pytest.mark.slow
 @given(lengths, budgets)
 def test_a_plan_goes_from_long_to_short_and_fills_each_micro_batch(n, budget):
     plans = plan(n, budget)

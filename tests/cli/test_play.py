@@ -190,6 +190,7 @@ def _watched(*words: object, capsys) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_plays_through_the_turn_loop_and_is_judged(clerk_folder, capsys):
     lines = _watched("--model", clerk_folder, "--index", 3, capsys=capsys)
     said = [line.split(maxsplit=1) for line in lines if line.strip()]

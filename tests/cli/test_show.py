@@ -85,6 +85,7 @@ def test_a_word_that_is_longer_than_a_line_stays_whole():
     assert wrapped(f"there is no {path}", 24, later="  ") == ["there is no", f"  {path}"]
 
 
+@pytest.mark.slow
 def test_the_recipe_is_shown_with_what_each_key_allows():
     allowed = {key: text for key, _, text, _ in recipe_rows()}
     assert list(allowed) == list(known_keys())
@@ -105,6 +106,7 @@ def test_the_recipe_is_shown_with_what_each_key_allows():
     assert allowed["variant"].startswith("ppo_clip, ppo_clip_train_infer, decoupled_exact, ")
 
 
+@pytest.mark.slow
 def test_every_choice_and_every_bound_of_a_key_stands_in_what_is_shown():
     allowed = {key: text for key, _, text, _ in recipe_rows()}
     for key, hint in fields_by_key(RunConfig).items():

@@ -143,6 +143,7 @@ def test_a_dry_run_prints_a_recipe_that_loads_to_the_same_config_and_its_bytes(t
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_config_in_a_run_folder_is_the_resolved_recipe(lockstep_run, tiny_folder):
     recorded = tomllib.loads((lockstep_run / "config.toml").read_text())
     assert config_from_table(recorded) == recipe(tiny_folder, num_updates=2, eval={"num_episodes": 4})

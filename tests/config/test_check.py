@@ -135,6 +135,7 @@ LOCKSTEP = changed("runtime.type", "lockstep")
 ROW_FILES = ("env.train_data", "env.eval_data")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ROW_FILES)
 @pytest.mark.parametrize("name", ["no_such_file.jsonl", "tests", "x" * 5000, "rows\0.jsonl"])
 def test_a_row_file_that_is_not_there_is_said_to_be_missing(key, name):

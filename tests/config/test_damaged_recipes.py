@@ -125,6 +125,7 @@ def test_an_override_of_any_value_is_refused_or_runs_dry(tmp_path, capsys):
             refused_or_fine(["train", path, "--dry-run", f"--{key}", *shlex.split(raw)[:1]], capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["trainer.lr", "sampling.temperature", "rollout.group_size", "max_staleness"])
 def test_an_override_beyond_its_use_is_refused_like_the_recipe(key, tmp_path, capsys):
     path = tmp_path / "r.toml"

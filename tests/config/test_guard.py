@@ -241,6 +241,7 @@ def test_figures_are_those_of_the_first_staleness_with_a_mask_be_its_bounds_hidd
     assert caution.figures["mask_high"] == pytest.approx(1.5**2)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     st.sampled_from(["linear_train_infer", "loglinear_train_infer"]),

@@ -41,6 +41,7 @@ def table_of(key, value):
     return {first: table_of(rest, value) if rest else value}
 
 
+@pytest.mark.slow
 def test_every_key_has_a_docstring_of_its_own():
     for cls in sections():
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
@@ -174,6 +175,7 @@ def test_every_key_can_be_overridden_by_its_dotted_name(key):
         assert str(value_at(override(RunConfig(), arguments), key)) == other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--bnad", "2"], ["--band", "wide"], ["--engine.precision", "fp4"], ["--band"]])
 def test_a_wrong_override_exits_with_status_2_and_says_what_is_wrong(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -252,6 +254,7 @@ FOLLOWS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [*VARIANTS, *EXPERIMENTAL_VARIANTS])
 def test_the_source_follows_from_the_variant_unless_it_is_named(variant, tmp_path):
     (tmp_path / "r.toml").write_text("")

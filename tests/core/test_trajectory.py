@@ -64,6 +64,7 @@ def test_a_reward_is_finite(reward):
         trajectory([1], sampled([2]), id="g7.1", reward=reward)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1), st.lists(st.integers(0, 5), min_size=1))
 def test_counts_and_versions_are_those_of_the_segments(sizes, versions):
     versions = sorted(versions)[: len(sizes)]

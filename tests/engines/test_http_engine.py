@@ -396,6 +396,7 @@ def test_a_pause_that_hangs_does_not_hold_the_update():
     asyncio.run(play())
 
 
+@pytest.mark.slow
 def test_without_any_server_the_run_waits_so_long_and_then_every_request_fails():
     async def play():
         server = FakeServer()

@@ -57,6 +57,7 @@ def to_bf16(x: float) -> float:
     return struct.unpack("f", struct.pack("I", bits & 0xFFFF0000))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOW)
 @settings(max_examples=60, deadline=None)
 @given(first=rows, data=st.data())

@@ -58,6 +58,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(name=WORD, named=st.dictionaries(WORD, JSON, max_size=3), before=WORD)
 def test_a_hermes_call_reads_back_as_it_was_written(name, named, before):
     call, body = ToolCall(name=name, named=named), json.dumps({"name": name, "arguments": named})

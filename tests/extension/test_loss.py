@@ -93,6 +93,7 @@ def table_of(folder, version):
     return {name: table.column(name).to_numpy(zero_copy_only=False) for name in table.column_names}
 
 
+@pytest.mark.slow
 def test_a_run_trains_with_it_and_its_numbers_are_those_of_the_formula(trained):
     clipped = 0
     for event in events_of(trained[8192], "update"):

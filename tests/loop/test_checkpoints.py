@@ -76,6 +76,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
 # --- damage ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_found_and_the_file_is_named(finished, tmp_path):
     rng, whole = random.Random(13), finished / "checkpoints/v000004"
     names = [path.relative_to(whole).as_posix() for path in files_of(whole)]
@@ -114,6 +115,7 @@ def test_the_checksums_are_those_that_sha256sum_reads(finished):
         assert subprocess.run(["sha256sum", "--check", "--strict", "--quiet", SUMS], cwd=folder, check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_refused_by_name_and_the_one_before_is_offered_and_goes_on(copied, capsys):
     newest = copied / "checkpoints/v000004"
     for name in ("model/model.safetensors", "state/trainer-00000-of-00001.safetensors"):
@@ -164,6 +166,7 @@ class Bomb:
         return (Path.touch, (Path(os.environ["BOMB"]),))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["state/.metadata", "state/__0_0.distcp", "model/pytorch_model.bin", "state/loop.pkl"])
 def test_nothing_in_a_run_folder_is_unpickled(copied, tmp_path, monkeypatch, capsys, name):
     monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
@@ -182,6 +185,7 @@ class Killed(BaseException):
     """What a kill is to the code that it ends: nothing after it runs."""
 
 
+@pytest.mark.slow
 def test_at_every_step_of_naming_a_checkpoint_a_kill_leaves_a_whole_one(finished, tmp_path, monkeypatch):
     """Each rename, fsync and removal is a step at which the process may be killed; then the folder is opened again."""
     steps = ["first"]
@@ -347,6 +351,7 @@ def test_of_two_processes_one_has_the_folder_and_a_kill_gives_it_free(tiny_folde
 # --- records at the door ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, damage",
     [
@@ -380,6 +385,7 @@ def test_events_that_a_checkpoint_remembers_and_the_file_has_not_are_missed(copi
     assert "error: events.jsonl has lost events" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_cut_last_line_is_dropped_and_counted(copied):
     with (copied / "events.jsonl").open("ab") as file:
         file.write(b'{"seq": 99, "ki')

@@ -154,6 +154,7 @@ def engine_at(folder: Path, numerics: str) -> EmbeddedEngine:
     return EmbeddedEngine(EngineCore(EngineSpec(model_path=str(folder), numerics=numerics, max_num_seqs=2, max_context=128)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numerics", ALL)
 def test_an_engine_that_holds_the_published_version_passes(sure_folder, numerics):
     new = one_step_later(sure_folder)
@@ -163,6 +164,7 @@ def test_an_engine_that_holds_the_published_version_passes(sure_folder, numerics
         assert result.max_abs_error <= 2e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numerics", EXACT)
 def test_an_engine_one_small_step_behind_is_caught(sure_folder, numerics):
     old, new = load_model(sure_folder), one_step_later(sure_folder)

@@ -190,6 +190,7 @@ def test_a_folder_that_is_not_empty_is_never_written_to(tiny_folder, tmp_path, c
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_resumed_says_so(tiny_folder, copied, tmp_path, capsys):
     assert command(["train", "--resume", str(tmp_path / "nothing")]) == 2
     assert "the recipe does not exist" in capsys.readouterr().err

@@ -34,6 +34,7 @@ def check_control_tokens(name, opening, role, words):
 ANYBODYS_WORDS = given(opening=WORDS, role=st.sampled_from(["tool", "user"]), words=WORDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=20)
 @ANYBODYS_WORDS
@@ -49,6 +50,7 @@ def test_control_tokens_are_those_of_the_template_alone_in_many_texts(name, open
     check_control_tokens(name, opening, role, words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["byte-level", "split"])
 @given(role=st.sampled_from(["tool", "user"]), words=WORDS)
 def test_the_text_that_the_model_reads_stays_the_same(name, role, words):

@@ -87,6 +87,7 @@ def recipe(folder, **engine):
     return config_from_table({"model": {"path": str(folder)}, "runtime": {"type": "local"}, "engine": engine})
 
 
+@pytest.mark.slow
 def test_the_scorer_gives_what_the_models_own_forward_gives(folder):
     model, expected = AnyModel.from_pretrained(folder).double().eval(), []
     for start, end in zip(BATCH.starts[:-1], BATCH.starts[1:], strict=True):
@@ -98,6 +99,7 @@ def test_the_scorer_gives_what_the_models_own_forward_gives(folder):
     np.testing.assert_allclose(found, torch.cat(expected), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_layers_are_found_and_computed_again_in_the_backward_pass(folder):
     model = load_model(folder)
     assert len(decoder_layers(model)) == 2

@@ -73,6 +73,7 @@ def test_every_token_has_the_log_prob_of_an_engine_that_kept_the_entries_of_olde
     assert recomputed[~mixed].max() < 1e-5
 
 
+@pytest.mark.slow
 def test_it_tells_which_version_scored_each_token_and_which_tokens_none_has(world):
     model, versions, made, _ = world
     batch = batch_of(made)
@@ -87,6 +88,7 @@ def test_it_tells_which_version_scored_each_token_and_which_tokens_none_has(worl
     assert forward.computed_at.tolist() == tags.tolist()
 
 
+@pytest.mark.slow
 def test_nothing_of_one_sequence_reaches_another(world):
     model, versions, made, expected = world
     alone = np.concatenate([mixed_logps(model, versions, batch_of([one])) for one in reversed(made)][::-1])

@@ -43,6 +43,7 @@ def test_advantages_equal_the_formula_in_plain_python(mode, batch):
     assert advantages(batch, mode) == pytest.approx(by_hand(batch, mode), rel=1e-8, abs=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @given(value=st.floats(-1e6, 1e6, width=32), size=st.integers(1, 17))

@@ -239,6 +239,7 @@ def test_a_log_linear_bound_beyond_float64_is_0_or_inf():
     assert bounds_of("loglinear", weight_mu=5e-324)[2:] == (INF, 0.0, INF)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @given(weight_mu=st.floats(0, 1), band=st.floats(1, 10, exclude_min=True), eps=st.floats(0, 2), dual=st.floats(1.001, 9))
 def test_a_token_whose_policies_agree_is_always_active(kind, weight_mu, band, eps, dual):

@@ -124,6 +124,7 @@ def test_the_sums_are_those_of_a_loop_over_tokens(variant, tokens):
         np.testing.assert_allclose(getattr(found, name).numpy(), values, rtol=1e-9, atol=1e-9, err_msg=name)
 
 
+@pytest.mark.slow
 @given(st.lists(a_token, min_size=1, max_size=8), st.lists(a_token, min_size=1, max_size=8))
 @settings(max_examples=40)
 def test_sums_of_two_batches_add_up_to_those_of_both(one, other):

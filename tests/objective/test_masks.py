@@ -76,6 +76,7 @@ def test_zero_advantage_is_always_kept(log_r_s, eps_low, eps_high):
         assert clip_mask(torch.tensor([log_r_s]), torch.tensor([zero]), eps_low, eps_high, 3.0).item()
 
 
+@pytest.mark.slow
 @given(
     log_r_s=st.floats(-4, 4),
     advantage=st.floats(-2, 2),

@@ -19,6 +19,7 @@ def tensor(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BOTH)
 @given(mu=logps, theta=logps, weight=st.floats(0.0, 1.0))
 def test_interpolations_equal_their_formulas_in_probability_space(kind, mu, theta, weight):
@@ -26,6 +27,7 @@ def test_interpolations_equal_their_formulas_in_probability_space(kind, mu, thet
     assert BOTH[kind](tensor(mu), tensor(theta), weight).item() == pytest.approx(expected, abs=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BOTH)
 @given(mu=logps, theta=logps, weight=st.floats(0.0, 1.0))
 def test_an_interpolation_lies_between_its_ends_and_the_linear_one_is_never_below_the_log_linear(kind, mu, theta, weight):

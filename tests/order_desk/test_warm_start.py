@@ -52,6 +52,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+@pytest.mark.slow
 def test_a_second_warm_start_reads_the_cache_and_takes_no_step(cache: Path):
     steps: list[int] = []
     first = warm_start(QUICK, lambda step, loss: steps.append(step))
@@ -60,6 +61,7 @@ def test_a_second_warm_start_reads_the_cache_and_takes_no_step(cache: Path):
     assert [path.name for path in cache.iterdir()] == [first.name]
 
 
+@pytest.mark.slow
 def test_the_same_specification_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     first = warm_start(QUICK)
     monkeypatch.setenv("OLDLOGITS_CACHE", str(tmp_path / "elsewhere"))
@@ -102,6 +104,7 @@ def test_demonstrators_of_long_episodes_are_right_in_a_tenth_to_a_third_of_them(
     assert max(len(one.token_ids) for one in shown) < 448  # env.max_episode_tokens of recipes/desk_long.toml
 
 
+@pytest.mark.slow
 def test_a_folder_begins_where_it_is_and_keeps_its_tokenizer_and_template(tmp_path: Path):
     begun = warm_start(QUICK)
     spec = folder_spec(ordered(steps=2, folder=str(begun)))
@@ -149,6 +152,7 @@ def test_demonstrations_are_written_as_the_recipe_writes_conversations(chatml_ll
     assert "<|im_start|>tool" not in text
 
 
+@pytest.mark.slow
 def test_another_desk_gives_another_folder(monkeypatch: pytest.MonkeyPatch):
     before = warm_start(QUICK)
     monkeypatch.setattr(OrderDesk, "system_prompt", "order desk .")

@@ -34,6 +34,7 @@ def text_of(html: str) -> str:
     return " ".join(" ".join(ElementTree.fromstring(html.removeprefix("<!doctype html>")).itertext()).split())
 
 
+@pytest.mark.slow
 def test_the_report_of_a_whole_run_is_well_formed_and_holds_every_figure(fake_run):
     html = page(fake_run())
     text = text_of(html)
@@ -90,6 +91,7 @@ def keep_events(run: Path, *kinds: str) -> Path:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kinds, gone, said",
     [
@@ -108,6 +110,7 @@ def test_a_run_that_ended_early_gives_a_report_that_says_what_is_missing(fake_ru
     assert said in text_of(page(remove(run, *gone)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_updates", [1, 2, 500])
 def test_runs_of_any_length_are_drawn_with_a_bounded_number_of_points(fake_run, num_updates):
     run = fake_run(2) if num_updates == 500 else fake_run(num_updates)

@@ -41,6 +41,7 @@ def test_wilson_refuses_what_is_no_rate(counts):
         wilson(*counts)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5)), min_size=2, max_size=60))
 def test_the_paired_gain_is_the_normal_interval_of_the_differences(pairs):
     before, after = (np.array(column, dtype=np.float64) for column in zip(*pairs, strict=True))

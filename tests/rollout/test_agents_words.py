@@ -158,6 +158,7 @@ PARSERS_AND_TOKENIZERS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @PARSERS_AND_TOKENIZERS
 @settings(max_examples=12)
 @given(turns=TURNS)

@@ -205,6 +205,7 @@ TALES = {
 """The environment, what the agent says, and the limits."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TALES)
 def test_an_episode_that_was_cut_anywhere_goes_on_to_the_same_tokens_and_reward(name, monkeypatch):
     environment, words, limits = TALES[name]

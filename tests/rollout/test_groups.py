@@ -398,6 +398,7 @@ def test_an_environment_that_fails_too_often_ends_the_run_with_figures_and_the_l
     ]
 
 
+@pytest.mark.slow
 def test_failures_up_to_the_share_that_the_recipe_names_do_not_end_the_run():
     async def scenario(world):
         world.engine.gate.set()

@@ -87,6 +87,7 @@ def damaged(line, at):
     return bytes(changed)
 
 
+@pytest.mark.slow
 @given(RECORDS)
 def test_every_record_is_read_back_bit_for_bit(record):
     line = encode(record)
@@ -108,6 +109,7 @@ def test_a_line_that_is_no_record_is_a_value_error_whatever_its_checksum(text):
         decode(b"%08x %s\n" % (zlib.crc32(text), text))
 
 
+@pytest.mark.slow
 @given(st.lists(RECORDS, max_size=30))
 def test_progress_is_read_back_from_its_own_records(records):
     progress = Progress()
@@ -120,6 +122,7 @@ def test_progress_is_read_back_from_its_own_records(records):
         assert exact(getattr(again, name)) == exact(getattr(progress, name))
 
 
+@pytest.mark.slow
 @given(st.lists(RECORDS, max_size=30), st.integers(0, 30))
 def test_a_checkpoint_anywhere_and_the_records_after_it_are_the_same_as_all(records, at):
     whole, before = Progress(), Progress()

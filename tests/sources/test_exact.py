@@ -223,6 +223,7 @@ def test_tokens_that_become_known_too_late_are_scored_from_the_store_and_counted
     assert world.most_stored > 2
 
 
+@pytest.mark.slow
 def test_a_scorer_with_a_window_of_one_leaves_older_tokens_to_the_store(tiny_folder):
     world = played("dedicated", tiny_folder, window=1)
     assert max(world.errors) < 1e-5
@@ -239,6 +240,7 @@ def test_a_source_holds_nothing_but_what_is_in_flight(name, tiny_folder):
     assert len(world.source.in_flight) == 0
 
 
+@pytest.mark.slow
 def test_interruption_refuses_a_version_that_is_no_longer_live(tiny_folder):
     world = played("interruption", tiny_folder)
     late = trajectory([3, 9], sampled([12, 13], NUM_VERSIONS - 1), id="late")

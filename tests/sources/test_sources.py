@@ -54,6 +54,7 @@ class FakeScorer:
 versions = st.lists(st.integers(0, 6), min_size=1, max_size=30).map(lambda v: np.array(v, np.int64))
 
 
+@pytest.mark.slow
 @given(versions)
 def test_snapshot_scores_every_token_at_its_own_version_and_never_at_another(tags):
     trainer = FakeTrainer()
@@ -100,6 +101,7 @@ def test_snapshot_does_not_stand_in_for_a_version_that_is_gone():
         asyncio.run(SnapshotSource(SourceHandles(trainer=FakeTrainer(held={1, 3}))).acquire(entering([1, 2, 3])))
 
 
+@pytest.mark.slow
 @given(versions, st.integers(0, 20))
 def test_arrival_scores_the_whole_batch_once_with_the_live_weights(tags, trainer_version):
     trainer = FakeTrainer()

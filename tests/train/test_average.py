@@ -173,6 +173,7 @@ def train(trainer, version):
     return scores, result
 
 
+@pytest.mark.slow
 def test_the_average_scores_as_a_model_with_the_averaged_masters(tiny_folder, recipe):
     trainer, beta, kept = Trainer(trainer_spec(config_of(recipe, decay="fixed", beta=0.6)), tiny_folder, PROBE), 0.6, []
     for version in range(4):

@@ -42,6 +42,7 @@ def logps_of(core: EngineCore, ids: list[int]) -> np.ndarray:
     return np.array(generation.prompt_logprobs, np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)  # tied and untied, with and without biases and norms of queries and keys
 @pytest.mark.parametrize("numerics", EXACT)
 def test_the_view_is_what_an_engine_of_the_same_weights_returns(name, numerics, tmp_path):
@@ -196,6 +197,7 @@ def test_the_view_keeps_its_storage_and_shares_none(name):
     assert logp_of(view.model, ids) == logp_of(EngineView(model, "int8").model, ids)
 
 
+@pytest.mark.slow
 def test_scoring_as_the_engine_changes_neither_the_trainers_own_scores_nor_its_training(tiny_folder, recipe):
     ended = []
     for looks in (False, True):
@@ -213,6 +215,7 @@ def test_scoring_as_the_engine_changes_neither_the_trainers_own_scores_nor_its_t
     assert all(torch.equal(weight, ended[1][1][name]) for name, weight in ended[0][1].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [0, 2])
 def test_the_noise_of_the_probe_is_kept_for_the_versions_within_the_bound(window, tiny_folder, recipe):
     trainer = Trainer(trainer_spec(recipe(**NO_SOURCE, engine={"precision": "int4"}, max_staleness=window)), tiny_folder, PROBE)

@@ -244,6 +244,7 @@ def test_truncated_importance_sampling_trains_every_token_with_a_capped_total_ra
     assert run(case, ppo, None, batch=one_step(case.batch))[0].metrics["mask/num_truncated"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("denominator", ["token-mean", "token-mean-kept", "sequence-mean"])
 def test_loss_and_gradient_do_not_depend_on_the_size_of_micro_batches_and_head_chunks(case, recipe, denominator):
     def of(micro, chunk):

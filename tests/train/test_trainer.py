@@ -64,6 +64,7 @@ def all_tokens(batch):
     return np.arange(int(batch.loss_mask.sum()))
 
 
+@pytest.mark.slow
 def test_a_stored_version_gives_the_same_log_probs_bit_for_bit_however_far_training_went(trainer):
     batch = batch_at(0)
     trainer.publish()
@@ -151,6 +152,7 @@ def tamper(trainer, version, value):
         weights["model.layers.0.mlp.up_proj.weight"][0] += value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "value",
     [0.01, -3.0, math.nan],
@@ -359,6 +361,7 @@ def test_steps_below_a_bf16_unit_add_up_in_the_masters(tiny_folder, recipe):
     assert publication.stored_bytes < 0.1 * publication.full_bytes
 
 
+@pytest.mark.slow
 def test_a_restored_bf16_trainer_goes_on_bit_for_bit_from_masters_that_its_model_folder_does_not_hold(
     tiny_folder, recipe, tmp_path
 ):
@@ -376,6 +379,7 @@ def test_a_restored_bf16_trainer_goes_on_bit_for_bit_from_masters_that_its_model
     assert_bitwise_equal(named_weights(restored.live.model), named_weights(straight.live.model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_activation_checkpointing_trains_the_same_weights_bit_for_bit(tiny_folder, recipe, dtype):
     ended = []

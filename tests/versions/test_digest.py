@@ -69,6 +69,7 @@ def test_a_digest_is_the_sum_of_the_terms_of_all_elements_by_name_and_index(choi
         assert FlatWeights.of(tensors).digest == expected % MODULUS
 
 
+@pytest.mark.slow
 @given(widths_and_words, st.data())
 def test_digests_of_shards_add_up_to_that_of_the_whole(case, data):
     width, words = case

@@ -42,6 +42,7 @@ def assert_average_of(average, weights, first=0):
         np.testing.assert_allclose(average.weights[name].numpy(), expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 @given(st.lists(betas, max_size=12))
 def test_the_average_and_its_age_are_the_explicit_sums_whatever_beta_each_version_had(decays):
     average, weights = after(*decays), explicit(decays)
@@ -221,6 +222,7 @@ def test_under_drift_the_best_age_is_the_median_lag():
     assert beta / (1 - beta) == pytest.approx(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exponent", [RANDOM_WALK, 1.5, DRIFT])
 @pytest.mark.parametrize("window", [4, 8, 32])
 def test_even_lags_ask_for_an_average_and_mostly_fresh_ones_for_the_live_weights(exponent, window):

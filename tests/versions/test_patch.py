@@ -72,6 +72,7 @@ def test_one_jump_over_many_patches_is_as_many_jumps_over_one(choice, kinds, dat
             assert_at(flat, states[at])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_bit_pattern_of_two_bytes_becomes_any_other_and_back(choice, dtype):

@@ -77,6 +77,7 @@ def test_frozen_tensors_are_not_written_and_must_be_the_same_again(tmp_path):
         assert_holds(store, {version: weights | {"base": base} for version, weights in enumerate(states)})
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_at_any_byte_is_named_and_never_gives_wrong_bits(tmp_path):
     states, files = written(tmp_path, tiny())
     (copy,) = tmp_path.glob("*.copy")
@@ -236,6 +237,7 @@ def test_the_copy_is_written_anew_when_most_of_the_folder_is_no_longer_needed(tm
     store.close()
 
 
+@pytest.mark.slow
 def test_a_compaction_that_finds_no_room_is_put_off(tmp_path, monkeypatch):
     states, refused = history(["sparse"] * 60), []
 

@@ -15,6 +15,7 @@ def given_away(states, *, hot=4):
     return filled(PatchStore(hot=hot), states).older()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hot", [0, 2, 9])
 @pytest.mark.parametrize("where", ["memory", "disk", "disk, over its budget"])
 def test_all_versions_are_there_bit_for_bit_those_before_and_those_after(where, hot, tmp_path):

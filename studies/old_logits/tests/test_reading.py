@@ -102,6 +102,7 @@ def test_collapses_and_methods_beside_the_reference_are_named():
     assert re.search(r"tight, above exact \(.*?\): linear \+0\.024", text)
 
 
+@pytest.mark.slow
 def test_the_guarded_reset_is_a_default_only_above_its_bar():
     assert "above -0.03: the rule may be a default." in section("Resets", study())
     runs = tuple(

@@ -173,6 +173,7 @@ def test_the_ratios_to_arrival_are_geometric_means_over_traces():
     assert cells(table, "fp8", "even", "arrival")["window 16"] == f"{own:.2%}"
 
 
+@pytest.mark.slow
 def test_a_declared_check_prints_its_seeds_and_how_many_of_the_declared_traces_it_has():
     few = tuple(e for e in decision_rows() if (e.window, e.trace) != (16, 3))
     row = cells(found("The declared checks", decision=few), "ewma / arrival: even lags, windows 8 to 32, fp8, band 1.1")
