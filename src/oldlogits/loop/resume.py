@@ -154,8 +154,8 @@ def refuse_another_run(config: RunConfig, folder: RunFolder) -> None:
 def sampler_seed(seed: int, num_updates: int) -> int:
     """The seed of engine and latencies: the run's own at its start, another one at every update that it goes on from.
 
-    Sampling is not replayed: a resumed run draws numbers that the run has not drawn before, and the same ones every time
-    it goes on from the same checkpoint.
+    A resumed run draws numbers that the run has not drawn before, and the same ones every time it goes on from the same
+    checkpoint. In lockstep the run itself draws them from the checkpoint on, so that a resumed run is the same.
     """
     return random.Random(f"{seed}/{num_updates}").getrandbits(31) if num_updates else seed
 
