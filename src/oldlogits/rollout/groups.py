@@ -177,8 +177,6 @@ class Rollouts(Admission):
 
     async def _play_group(self, group_id: str, row: Row, known: GroupProgress | None = None) -> None:
         size, episodes = (known.admitted.size, known.episodes) if known else (self._group_size, {})
-        while known is not None and self.version < known.admitted.version:  # it holds no tokens that are older than it is
-            await self._advanced.wait()
         async with asyncio.TaskGroup() as members:
             for member in range(size):
                 members.create_task(self._play_member(group_id, member, row, episodes))
