@@ -225,7 +225,7 @@ def test_versions_of_episodes_that_wait_are_needed_until_the_source_knows_them()
         sampled = [Sampled(token_ids=(7,), logp_mu=(-0.5,), version=v, kv="fresh", temperature=1.0) for v in (0, 2)]
         world.journal.progress = progress_of(
             Admitted(group="g000000", row=0, version=0, size=2),
-            Grew(episode="g000000.0", segments=(Context(token_ids=prompt), *sampled)),
+            Grew(episode="g000000.0", start=0, segments=(Context(token_ids=prompt), *sampled)),
         )
         world.rollouts.go_on(0, 0)
         await world.admit(1, num_wanted=0)

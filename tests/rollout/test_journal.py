@@ -4,7 +4,7 @@ import errno
 import json
 import math
 import zlib
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 from hypothesis import given
@@ -57,7 +57,7 @@ VALUES = st.lists(ANY, max_size=4).map(tuple)
 GROUPS = st.integers(0, 2).map("g{:06d}".format)
 RECORDS = st.one_of(
     st.builds(Admitted, group=GROUPS, row=IDS, version=VERSIONS, size=st.integers(1, 9)),
-    st.builds(Grew, episode=EPISODES, segments=SEGMENTS),
+    st.builds(Grew, episode=EPISODES, start=st.integers(0, 9), segments=SEGMENTS),
     st.builds(Running, episode=EPISODES, sampled=st.lists(spans(), min_size=1, max_size=2).map(tuple)),
     st.builds(StateSaved, episode=EPISODES, num_segments=st.integers(0, 9), state=TEXTS.map(json.dumps)),
     st.builds(SpanScored, episode=EPISODES, version=VERSIONS, values=VALUES),
@@ -79,6 +79,16 @@ def exact(value):
     if isinstance(value, (list, tuple)):
         return [exact(each) for each in value]
     return repr(value)
+
+
+def placed(records, progress):
+    """Records in an order in which they can happen: segments follow those before them. They are added up in `progress`."""
+    found = []
+    for record in records:
+        is_grown = isinstance(record, Grew)
+        found.append(replace(record, start=progress.num_segments(record.episode)) if is_grown else record)
+        progress.apply(found[-1])
+    return found
 
 
 def damaged(line, at):
@@ -113,8 +123,7 @@ def test_a_line_that_is_no_record_is_a_value_error_whatever_its_checksum(text):
 @given(st.lists(RECORDS, max_size=30))
 def test_progress_is_read_back_from_its_own_records(records):
     progress = Progress()
-    for record in records:
-        progress.apply(record)
+    placed(records, progress)
     again = Progress()
     for record in progress.records():
         assert again.apply(decode(encode(record))), "no record is of a group that is not in flight"
@@ -126,8 +135,7 @@ def test_progress_is_read_back_from_its_own_records(records):
 @given(st.lists(RECORDS, max_size=30), st.integers(0, 30))
 def test_a_checkpoint_anywhere_and_the_records_after_it_are_the_same_as_all(records, at):
     whole, before = Progress(), Progress()
-    for record in records:
-        whole.apply(record)
+    records = placed(records, whole)
     for record in records[:at]:
         before.apply(record)
     after = Progress()
@@ -145,7 +153,7 @@ def admitted(number=0, *, version=0, size=2):
 
 ROUND = [
     admitted(0),
-    Grew(episode="g000000.0", segments=(Context(token_ids=(1, 2)),)),
+    Grew(episode="g000000.0", start=0, segments=(Context(token_ids=(1, 2)),)),
     Running(episode="g000000.0", sampled=(sampled([3], 0),)),
     Ended(episode="g000000.1", reward=0.5, stop_reason="done"),
 ]
@@ -228,7 +236,8 @@ def test_a_damaged_line_is_named_by_file_and_number(number, place, tmp_path):
     with pytest.raises(RunFolderError) as error:
         read(checkpoint, folder, 1)
     assert f"line {number} of {path} is damaged" in str(error.value)
-    assert f"remove {path}" in str(error.value)
+    remedy = "resume from another checkpoint" if place == "checkpoint" else f"remove it and the later files of {folder}"
+    assert remedy in str(error.value)
 
 
 def test_the_remedy_for_a_damaged_file_of_the_journal_helps(tmp_path):
@@ -241,6 +250,25 @@ def test_the_remedy_for_a_damaged_file_of_the_journal_helps(tmp_path):
     assert list(read(checkpoint, folder, 1).records()) == ROUND
 
 
+def test_a_file_that_is_missing_before_others_is_noticed_and_no_token_stands_in_another_context(tmp_path):
+    folder, checkpoint = tmp_path / "rollouts", checkpoint_of(tmp_path / "v0", ROUND)
+    journal = Journal(folder, Progress())
+    for record in ROUND:
+        journal.progress.apply(record)
+    journal.grew("g000000.0", [*ROUND[1].segments, sampled([3], 0)])
+    journal.begin(0)
+    journal.grew("g000000.0", [*ROUND[1].segments, sampled([3], 0), Context(token_ids=(4,))])
+    journal.close()
+    first, second = sorted(folder.iterdir())
+    assert len(read(checkpoint, folder, 0).groups["g000000"].episodes["g000000.0"].segments) == 3
+    first.unlink()
+    with pytest.raises(RunFolderError, match="segments from 2 on where 1 are known") as error:
+        read(checkpoint, folder, 0)
+    assert f"line 1 of {second}" in str(error.value)
+    second.unlink()
+    assert list(read(checkpoint, folder, 0).records()) == ROUND
+
+
 def test_what_is_of_no_group_in_flight_writes_nothing(tmp_path):
     journal = Journal(tmp_path / "rollouts")
     journal.begin(0)
@@ -248,7 +276,7 @@ def test_what_is_of_no_group_in_flight_writes_nothing(tmp_path):
     journal.grew("eval-0.3", [prompt])
     journal.running({"eval-0.3": [sampled([2])], "probe": [sampled([2])], "g000007.1": [sampled([2])]})
     for record in (
-        Grew(episode="g000007.0", segments=(prompt,)),
+        Grew(episode="g000007.0", start=0, segments=(prompt,)),
         Ended(episode="g000007.0", reward=1.0, stop_reason="done"),
         Failed(episode="g000007.0", again=True),
         Restarted(episode="g000007.0"),
@@ -319,7 +347,7 @@ def test_an_episode_that_ended_with_a_turn_that_was_known_whole_holds_it():
     progress = Progress()
     for record in (
         Admitted(group="g000000", row=0, version=3, size=2),
-        Grew(episode="g000000.0", segments=(prompt,)),
+        Grew(episode="g000000.0", start=0, segments=(prompt,)),
         Running(episode="g000000.0", sampled=(turn,)),
         Ended(episode="g000000.0", reward=1.0, stop_reason="done"),
     ):

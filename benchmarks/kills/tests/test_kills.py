@@ -14,8 +14,8 @@ def sampled(*token_ids, version=0):
 
 PROMPT = Context(token_ids=(1, 1, 1))
 ADMITTED = Admitted(group="g000000", row=0, version=0, size=2)
-GREW = Grew(episode="g000000.0", segments=(PROMPT, sampled(5, 6)))
-READ = Grew(episode="g000000.0", segments=(Context(token_ids=(2,)),))
+GREW = Grew(episode="g000000.0", start=0, segments=(PROMPT, sampled(5, 6)))
+READ = Grew(episode="g000000.0", start=2, segments=(Context(token_ids=(2,)),))
 HALF = Running(episode="g000000.0", sampled=(sampled(7, version=1),))
 
 

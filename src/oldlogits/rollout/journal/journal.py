@@ -11,7 +11,7 @@ Before the first checkpoint nothing is written: there is none from which a run c
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
@@ -62,7 +62,7 @@ class Journal:
         """Take note of all segments that an episode has now."""
         num_known = self.progress.num_segments(episode)
         if num_known < len(segments):
-            self.note(Grew(episode=episode, segments=tuple(segments[num_known:])))
+            self.note(Grew(episode=episode, start=num_known, segments=tuple(segments[num_known:])))
 
     def running(self, turns: Mapping[str, Sequence[Sampled]]) -> None:
         """Take note of what the running turn of each episode has sampled."""
@@ -131,28 +131,27 @@ def read(checkpoint: Path, folder: Path | None, number: int) -> Progress:
         number: The number of the first file that counts.
 
     Raises:
-        RunFolderError: A file is missing, or a line is not what was written.
+        RunFolderError: A file is missing, or a line is not what was written, or does not follow from those before it.
     """
     progress = Progress()
-    for record in _records(checkpoint / FILE):
-        progress.apply(record)
+    _add(checkpoint / FILE, progress, "resume from another checkpoint")
     progress = Progress(groups=progress.groups, taken=progress.taken, probes=progress.probes)
     for path in (path for at, path in sorted(_files(folder).items()) if at >= number) if folder is not None else ():
         with writing(path), path.open("r+b") as file:
             content = file.read()
             file.truncate(content.rfind(b"\n") + 1)
-        for record in _records(path):
-            progress.apply(record)
+        _add(path, progress, f"or remove it and the later files of {folder}: what happened since begins again")
     return progress
 
 
-def _records(path: Path) -> Iterator[Record]:
-    fix = f"restore it from a copy; or remove {path}, and the run goes on without what it had in flight"
+def _add(path: Path, progress: Progress, otherwise: str) -> None:
+    """Add the records of a file up; an error advises a copy of it, or `otherwise`."""
+    fix = f"restore it from a copy; {otherwise}"
     try:
         with path.open("rb") as file:
             for index, line in enumerate(file, start=1):
                 try:
-                    yield decode(line)
+                    progress.apply(decode(line))
                 except ValueError as error:
                     got = str(error).splitlines()[0]
                     allowed = "the bytes that were written"

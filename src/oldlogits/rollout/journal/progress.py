@@ -68,7 +68,7 @@ class EpisodeProgress:
     def records(self, id: str) -> Iterator[Record]:
         """The episode as records."""
         if self.segments:
-            yield Grew(episode=id, segments=tuple(self.segments))
+            yield Grew(episode=id, start=0, segments=tuple(self.segments))
         if self.running:
             yield Running(episode=id, sampled=tuple(self.running))
         if self.state is not None:
@@ -110,7 +110,11 @@ class Progress:
     next_group: int = 0
 
     def apply(self, record: Record) -> bool:
-        """Take note of a record; False: it is of a group that is not in flight, such as an evaluation, and says nothing."""
+        """Take note of a record; False: it is of a group that is not in flight, such as an evaluation, and says nothing.
+
+        Raises:
+            ValueError: Records before it are missing: tokens would stand in another context than they were sampled in.
+        """
         match record:
             case Admitted():
                 self.groups[record.group] = GroupProgress(admitted=record)
@@ -165,6 +169,10 @@ class Progress:
         episode = group.episodes.setdefault(record.episode, EpisodeProgress())
         match record:
             case Grew():
+                if record.start != len(episode.segments):
+                    raise ValueError(
+                        f"segments from {record.start} on where {len(episode.segments)} are known: some are missing"
+                    )
                 episode.segments += record.segments
                 episode.running = ()
             case Running():

@@ -25,9 +25,10 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grew:
-    """An episode has further segments."""
+    """An episode has further segments, after the first `start` ones."""
 
     episode: str
+    start: int
     segments: tuple[Segment, ...]
 
 
