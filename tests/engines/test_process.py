@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from oldlogits.core.engine import EngineCapabilities, EngineSpec, RolloutEngine, Sampling, Span
+from oldlogits.core.engine import EngineSpec, RolloutEngine, Sampling, Span
+from oldlogits.core.engine_stats import EngineCapabilities
 from oldlogits.core.errors import ConfigError, ModelFolderError, WorkerDiedError
 from oldlogits.core.weights import FullWeights
 from oldlogits.engines.embedded.engine import EngineCore

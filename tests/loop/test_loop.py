@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from oldlogits.config.load import config_from_table
-from oldlogits.core.engine import EngineCapabilities, Generation, Sampling, Span
-from oldlogits.core.engine_stats import EngineStats
+from oldlogits.core.engine import Generation, Sampling, Span
+from oldlogits.core.engine_stats import EngineCapabilities, EngineStats
 from oldlogits.core.errors import NonFiniteError, ProbeError
 from oldlogits.core.policies import OLD
 from oldlogits.core.scoring import Scored

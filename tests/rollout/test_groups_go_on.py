@@ -253,6 +253,7 @@ def lives(folder, first, second, *, version=0, **options):
 
 def test_a_half_turn_that_goes_on_is_kept_when_the_run_is_ended_again(tmp_path):
     half, more = [sampled([5], 0), sampled([6], 0)], [sampled([7], 0)]
+    one = sampled([5, 6], 0)
 
     async def first(life):
         life.journal.running({"g000000.0": half})
@@ -263,11 +264,11 @@ def test_a_half_turn_that_goes_on_is_kept_when_the_run_is_ended_again(tmp_path):
         assert asked["g000000.0/0"] == (*prompt.token_ids, 5, 6)
         assert asked["g000000.1/0"] == prompt.token_ids
         life.journal.running({"g000000.0": [], "g000000.1": []})
-        assert life.journal.progress.groups["g000000"].episodes["g000000.0"].known == (prompt, *half)
+        assert life.journal.progress.groups["g000000"].episodes["g000000.0"].known == (prompt, one)
         life.journal.running({"g000000.0": more})
-        assert life.journal.progress.groups["g000000"].episodes["g000000.0"].known == (prompt, *half, *more)
+        assert life.journal.progress.groups["g000000"].episodes["g000000.0"].known == (prompt, one, *more)
         again = progress_of([], list(life.journal.progress.records()))
-        assert again.groups["g000000"].episodes["g000000.0"].known == (prompt, *half, *more)
+        assert again.groups["g000000"].episodes["g000000.0"].known == (prompt, one, *more)
 
     lives(tmp_path, first, second)
 

@@ -135,6 +135,7 @@ class Loop:
         oldest_held = (await self._backend.trainer.state()).oldest_version
         async with asyncio.TaskGroup() as tasks:
             rollouts = self._start_rollouts(tasks, oldest_held)
+            following = tasks.create_task(self._journal.follow(self._backend.engine, self._task.agent.sampling.temperature))
             try:
                 while self.version < self._config.num_updates:
                     await self._update(rollouts)
@@ -142,6 +143,7 @@ class Loop:
                         rollouts = await self._begin_again(rollouts, tasks)
             finally:
                 rollouts.stop()
+                following.cancel()
 
     async def _begin_again(self, rollouts: Rollouts, tasks: asyncio.TaskGroup) -> Rollouts:
         """Go on from the checkpoint that was just written as another process would, which then is the same bit for bit."""

@@ -34,9 +34,14 @@ class Grew:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Running:
-    """What the running turn of an episode had sampled before a change of versions; its next `Grew` holds it as well."""
+    """What the turn after the first `num_segments` segments has sampled after its first `start` tokens.
+
+    The next `Grew` of the episode holds the whole turn.
+    """
 
     episode: str
+    num_segments: int
+    start: int
     sampled: tuple[Sampled, ...]
 
 
