@@ -313,7 +313,7 @@ def test_tokens_of_a_version_that_is_another_one_now_begin_again_at_once_and_are
 
 def test_a_replay_that_was_promised_is_played_whatever_the_recipe_allows_now(tmp_path):
     async def first(life):
-        life.journal.note(Failed(episode="g000000.0", again=True))
+        life.journal.note(Failed(episode="g000000.0", again=True, version=0, reason="no"))
 
     async def second(life):
         assert life.buffer.account == TrajectoryCounts(submitted=2 * 2 + 1, failed=1)

@@ -72,9 +72,16 @@ RECORDS = st.one_of(
     st.builds(StateSaved, episode=EPISODES, num_segments=st.integers(0, 9), state=TEXTS.map(json.dumps)),
     st.builds(SpanScored, episode=EPISODES, version=VERSIONS, values=VALUES),
     st.builds(Ended, episode=EPISODES, reward=REWARDS, stop_reason=st.text(max_size=4)),
-    st.builds(Failed, episode=EPISODES, again=st.booleans()),
-    st.builds(Restarted, episode=EPISODES),
-    st.builds(LeftOut, group=GROUPS, num=st.integers(0, 9)),
+    st.builds(Failed, episode=EPISODES, again=st.booleans(), version=VERSIONS, reason=st.text(max_size=8)),
+    st.builds(Restarted, episode=EPISODES, version=VERSIONS, reason=st.text(max_size=8), num_lost_tokens=st.integers(0, 9)),
+    st.builds(
+        LeftOut,
+        group=GROUPS,
+        version=VERSIONS,
+        rewards=st.lists(REWARDS, max_size=3).map(tuple),
+        oldest_version=VERSIONS,
+        num_failed=st.integers(0, 9),
+    ),
     st.builds(Taken, version=st.integers(0, 4), groups=st.lists(GROUPS, max_size=3).map(tuple)),
     st.builds(Published, version=st.integers(0, 4), probe=VALUES),
 )
@@ -160,6 +167,18 @@ def test_a_checkpoint_anywhere_and_the_records_after_it_are_the_same_as_all(reco
         after.apply(record)
     assert exact(after.groups) == exact(whole.groups)
     assert exact(after.taken) == exact(whole.taken)
+
+
+def failed(episode, *, again):
+    return Failed(episode=episode, again=again, version=3, reason="look: ValueError: no")
+
+
+def restarted(episode):
+    return Restarted(episode=episode, version=3, reason="it answered otherwise", num_lost_tokens=5)
+
+
+def left_out(group, *rewards):
+    return LeftOut(group=group, version=3, rewards=rewards, oldest_version=2, num_failed=1)
 
 
 def admitted(number=0, *, version=0, size=2):
@@ -293,9 +312,9 @@ def test_what_is_of_no_group_in_flight_writes_nothing(tmp_path):
     for record in (
         Grew(episode="g000007.0", start=0, segments=(prompt,)),
         Ended(episode="g000007.0", reward=1.0, stop_reason="done"),
-        Failed(episode="g000007.0", again=True),
-        Restarted(episode="g000007.0"),
-        LeftOut(group="g000007", num=2),
+        failed("g000007.0", again=True),
+        restarted("g000007.0"),
+        left_out("g000007", 0.5, 1.0),
     ):
         journal.note(record)
     journal.close()
@@ -339,11 +358,11 @@ def test_a_disk_that_refuses_is_told_to_the_next_caller_and_the_run_can_close_it
 
 def test_a_group_that_is_left_out_or_trained_is_not_in_flight_and_an_episode_that_begins_again_has_nothing():
     progress = Progress()
-    for record in [*ROUND, admitted(1), Failed(episode="g000001.0", again=True), Restarted(episode="g000000.0")]:
+    for record in [*ROUND, admitted(1), failed("g000001.0", again=True), restarted("g000000.0")]:
         progress.apply(record)
     assert list(progress.groups["g000000"].episodes) == ["g000000.1"]
     assert (progress.num_submitted, progress.num_failed) == (2 + 2 + 1, 1)
-    progress.apply(LeftOut(group="g000000", num=1))
+    progress.apply(left_out("g000000", 0.5))
     assert (list(progress.groups), progress.num_filtered) == (["g000001"], 1)
     progress.forget(["g000001", "g000009"])
     assert not progress.groups
@@ -484,10 +503,10 @@ def test_an_answer_about_a_turn_that_is_over_by_then_is_not_noted(happening, tmp
         if happening == "the turn ends":
             journal.grew("g000000.0", [prompt, sampled([2, 3]), Context(token_ids=(4,))])
         elif happening == "it begins again":
-            journal.note(Restarted(episode="g000000.0"))
+            journal.note(restarted("g000000.0"))
             journal.grew("g000000.0", [prompt])
         elif happening == "it fails":
-            journal.note(Failed(episode="g000000.0", again=False))
+            journal.note(failed("g000000.0", again=False))
         else:
             journal.progress.forget(["g000000"])
 
@@ -505,3 +524,23 @@ def test_an_engine_that_does_not_tell_is_not_asked(tmp_path):
     asyncio.run(asyncio.wait_for(journal.follow(engine, 1.0), 60))
     assert engine.asked == []
     journal.close()
+
+
+def test_what_events_tell_of_the_time_since_a_checkpoint_is_read_back_and_what_it_holds_itself_is_not(tmp_path):
+    journal = Journal(tmp_path / "rollouts")
+    journal.note(admitted(0))
+    journal.note(failed("g000000.0", again=True))
+    _, held = journal.begin(0)
+    since = [admitted(1), failed("g000001.1", again=False), restarted("g000001.0"), left_out("g000000", 0.5, 1.0)]
+    for record in since[:2]:
+        journal.note(record)
+    journal.grew("g000001.0", [Context(token_ids=(1,))])
+    for record in since[2:]:
+        journal.note(record)
+    journal.note(failed("g000009.0", again=True))  # of no group in flight
+    journal.close()
+    progress = read(checkpoint_of(tmp_path / "v0", held), tmp_path / "rollouts", 1)
+    assert progress.told == since
+    assert (progress.num_submitted, progress.num_failed, progress.num_filtered) == (2, 1, 2)
+    assert read(tmp_path / "v0", None, 1).told == []
+    assert progress.at(1).told == [], "a checkpoint counts their events"

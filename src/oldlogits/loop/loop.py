@@ -52,7 +52,7 @@ from oldlogits.record.events import BatchScored, Updated, Warned
 from oldlogits.record.recording import Recording
 from oldlogits.rollout.admission import pace_of
 from oldlogits.rollout.buffer import Buffer, TrajectoryCounts
-from oldlogits.rollout.groups import Rollouts, restore
+from oldlogits.rollout.groups import Rollouts, event_of, restore
 from oldlogits.rollout.journal.journal import FILE as IN_FLIGHT
 from oldlogits.rollout.journal.journal import Journal, to_bytes
 from oldlogits.rollout.journal.records import Published, Taken
@@ -112,6 +112,8 @@ class Loop:
         self.version, self._num_trained = trainer.version, trainer.num_trained
         for caution in cautions:
             self._events.emit(Warned(version=self.version, **asdict(caution)))
+        for record in self._journal.progress.told:
+            self._events.emit(event_of(record))
         try:
             await self._sync.give(await self._publish())
             if not self.state.num_updates and not self.state.is_evaluated:

@@ -25,7 +25,7 @@ from oldlogits.core.errors import RunFolderError, writing
 from oldlogits.core.trajectory import Sampled, Segment
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.rollout.journal.progress import EpisodeProgress, Progress
-from oldlogits.rollout.journal.records import Grew, Record, Running, decode, encode
+from oldlogits.rollout.journal.records import Grew, Record, Running, Told, decode, encode
 from oldlogits.rollout.turns import sampled_segments
 
 FILE: Final = "state/rollouts.jsonl"
@@ -177,7 +177,7 @@ def read(checkpoint: Path, folder: Path | None, number: int) -> Progress:
     """
     progress = Progress()
     _add(checkpoint / FILE, progress, "resume from another checkpoint")
-    progress = Progress(groups=progress.groups, taken=progress.taken, probes=progress.probes)
+    progress = Progress(groups=progress.groups, taken=progress.taken, probes=progress.probes)  # nothing since
     for path in (path for at, path in sorted(_files(folder).items()) if at >= number) if folder is not None else ():
         with writing(path), path.open("r+b") as file:
             content = file.read()
@@ -193,7 +193,8 @@ def _add(path: Path, progress: Progress, otherwise: str) -> None:
         with path.open("rb") as file:
             for index, line in enumerate(file, start=1):
                 try:
-                    progress.apply(decode(line))
+                    if progress.apply(record := decode(line)) and isinstance(record, Told):
+                        progress.told.append(record)
                 except ValueError as error:
                     got = str(error).splitlines()[0]
                     allowed = "the bytes that were written"

@@ -21,6 +21,7 @@ from oldlogits.rollout.journal.records import (
     SpanScored,
     StateSaved,
     Taken,
+    Told,
 )
 
 
@@ -106,6 +107,7 @@ class Progress:
         num_filtered: Episodes that ended well in groups that are not trained.
         next_row: The first training row that was not started.
         next_group: The first number that no group has.
+        told: What happened since that events tell, in its order; only where it was read from files.
     """
 
     groups: dict[str, GroupProgress] = field(default_factory=dict)
@@ -116,6 +118,7 @@ class Progress:
     num_filtered: int = 0
     next_row: int = 0
     next_group: int = 0
+    told: list[Told] = field(default_factory=list)
 
     def apply(self, record: Record) -> bool:
         """Take note of a record; False: it is of a group that is not in flight, such as an evaluation, and says nothing.
@@ -132,7 +135,7 @@ class Progress:
             case LeftOut():
                 if self.groups.pop(record.group, None) is None:
                     return False
-                self.num_filtered += record.num
+                self.num_filtered += len(record.rewards)
             case Taken():
                 self.taken[record.version] = record.groups
             case Published():
