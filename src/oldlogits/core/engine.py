@@ -313,7 +313,12 @@ class EngineKind(Protocol):
 
     def build(self, spec: EngineSpec) -> StepwiseEngine:
         """Make an engine of this process that the caller steps; called only where `is_stepwise` says so."""
-        raise NotImplementedError
+        raise ConfigError(
+            f"{type(self).__name__} does not make an engine that is stepped",
+            got="is_stepwise = True, and no method build",
+            allowed="a method build(spec) that returns a StepwiseEngine",
+            fix="define it, or set is_stepwise = False and use runtime.type = 'local'",
+        )
 
     def weight_bytes(self, spec: EngineSpec, *, num_parameters: int, head_parameters: int) -> int:
         """Estimate the bytes of the weights that one engine computes with.
