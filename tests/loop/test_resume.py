@@ -240,7 +240,8 @@ def test_versions_in_a_folder_that_is_not_the_runs_own_are_left_alone(copied, tm
         words += ["--versions.folder", str(tmp_path / "store")]
         assert command(words) == 1
         assert "have an owner" in said(capsys)
-    assert command(words) == 1, "the recipe of the run that was refused does not make the folder its own"
-    assert "holds versions already" in said(capsys)
+    for _ in range(2):  # that it was refused once does not make the folder the run's own
+        assert command(words) == 1
+        assert "holds versions already" in said(capsys)
     with PatchStore.open(tmp_path / "store") as again:
         assert again.versions == (7,)

@@ -101,9 +101,9 @@ def _run_recipe(recipe: RunConfig, out: Path, resume: bool, opens: Open, console
             before = recorded_recipe(folder).versions.folder or str(folder.versions)
             refuse_another_run(recipe, folder)
             check_records(folder, LoopState.read(checkpoint))
-        folder.write_config(dataclasses.asdict(recipe) | {"versions": dataclasses.asdict(config.versions)})
+        versions, config = config.versions, _with_versions_folder(config, folder, before)
+        folder.write_config(dataclasses.asdict(recipe) | {"versions": dataclasses.asdict(versions)})
         feeds = open_feeds(trackers, folder, dataclasses.asdict(recipe))
-        config = _with_versions_folder(config, folder, before)
         title = f"oldlogits: {config.env.target}, {config.variant}, {config.runtime.type}"
         try:
             with LiveView(total_updates=config.num_updates, title=title, console=console) as view:
@@ -146,14 +146,18 @@ def _with_versions_folder(config: RunConfig, folder: RunFolder, before: str) -> 
 
     Raises:
         StoreBusyError: The folder has an owner.
+        StoreWriteError: It holds versions, and it is not the one `before`.
     """
     versions = config.versions
     if not versions.budget_bytes:
         return config
     path = Path(versions.folder or folder.versions)
-    for own in (path, *path.glob("rank*")) if before == str(path) else ():
+    for own in (path, *path.glob("rank*")):
         with writing(own):
-            Disk.clear(own)
+            if before == str(path):
+                Disk.clear(own)
+            else:
+                Disk.create(own).close()
     return dataclasses.replace(config, versions=dataclasses.replace(versions, folder=str(path)))
 
 
