@@ -96,6 +96,9 @@ class Chain:
             if cold and any((self._folder / "cold").glob("tiny-*")):
                 wrong.append("a model that is not whole is in the cache")
         loss = loss_of_all(self._run) if came == "began again" else Loss()
+        if came == "went on":
+            num_sampled = sum(len(tokens) for tables in tables_of(self._run).values() for tokens in tables.values())
+            loss = Loss(num_half_turns=outcome.num_lost, num_sampled=num_sampled)
         seconds_s = time.monotonic() - started
         self._results.append(
             Result(run=self._number, trial=trial, came=came, wrong=tuple(wrong), seconds_s=seconds_s, loss=loss)

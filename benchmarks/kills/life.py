@@ -32,11 +32,13 @@ class Outcome:
         struck: Whether there was something to strike.
         status: The exit status; None: it goes on.
         wrong: What must never be.
+        num_lost: Sampled tokens that a run which goes on says that it has lost since.
     """
 
     struck: bool
     status: int | None
     wrong: tuple[str, ...] = ()
+    num_lost: int = 0
 
 
 class Life:
@@ -94,8 +96,10 @@ class Life:
         return " | ".join(self._said.read_text(errors="replace").splitlines()[-8:])
 
     def _follow(self, kind: Kind, members: Sequence[tuple[int, str | None]], *, may_end: bool) -> Outcome:
+        before = len(self._lines())
         if kind.goes_on and self._goes_on():
-            return Outcome(struck=True, status=None)
+            lost = [json.loads(line) for line in self._lines()[before:] if '"num_lost_tokens": ' in line]
+            return Outcome(struck=True, status=None, num_lost=sum(event["num_lost_tokens"] for event in lost))
         if (status := self._wait_end()) is None:
             end_all(self.process, [pid for pid, birth in members if born(pid) == birth])
             return Outcome(struck=True, status=-9, wrong=(f"it hangs: {self.tail}",))
