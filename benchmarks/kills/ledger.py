@@ -11,6 +11,7 @@ the engine are estimated: as many tokens as the turn has that was sampled in the
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -195,7 +196,7 @@ def snapshot_of(run: Path, checkpoint: Path, number: int, in_flight: str) -> Sna
         episodes=episodes_of(records),
         trained=tables_of(run),
         checkpoint=int(checkpoint.name[1:]),
-        restarted=frozenset(record.episode for record in records if isinstance(record, Restarted)),
+        restarted=frozenset({record.episode for record in records if isinstance(record, Restarted)} | _restarted(run)),
     )
 
 
@@ -261,6 +262,13 @@ def _read(files: Iterable[Path]) -> Iterable[Record]:
     """Read files of records; an incomplete last line, which a kill leaves, is left out."""
     lines = [line for path in files for line in path.read_bytes().splitlines(keepends=True)]
     return (decode(line) for line in lines if line.endswith(b"\n"))
+
+
+def _restarted(run: Path) -> set[str]:
+    """The episodes that have begun again by the events: the journal forgets them with its older files."""
+    lines = (run / "events.jsonl").read_bytes().splitlines(keepends=True)
+    told = [line for line in lines if b'"kind": "trajectory_restarted"' in line and line.endswith(b"\n")]
+    return {json.loads(line)["trajectory"] for line in told}
 
 
 def _group(episode: str) -> str:
