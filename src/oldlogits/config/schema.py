@@ -65,6 +65,9 @@ class ObjectiveConfig:
     """The divisor of loss_aggregation = "constant", in tokens per optimizer step."""
     advantage: Literal["group-normalised", "mean-only", "leave-one-out"] = "group-normalised"
     """How rewards of a group become advantages. group-normalised: GRPO. mean-only: Dr. GRPO. leave-one-out: RLOO."""
+    branch_weight: Literal["each", "shared"] = "each"
+    """What each branch of an agent program's episode (a conversation of its own, such as a sub-agent's, or the one after a
+    compaction) gets of the episode's advantage. each: all of it. shared: an equal part of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

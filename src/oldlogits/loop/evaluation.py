@@ -11,8 +11,9 @@ from oldlogits.record.bus import EventSink
 from oldlogits.record.episodes import Stage
 from oldlogits.record.events import Evaluated, EvaluationProgressed, TrajectoryFailed
 from oldlogits.record.intervals import NOT_MEASURED, wilson
-from oldlogits.rollout.groups import Outcome, restarted
+from oldlogits.rollout.groups import restarted
 from oldlogits.rollout.heldout import evaluate
+from oldlogits.rollout.player import Outcome
 from oldlogits.rollout.turns import Failure
 from oldlogits.rollout.watches import FailureWatch
 
@@ -50,15 +51,14 @@ class Evaluator:
         for mode, temperature in (("sampled", 1.0), ("greedy", 0.0))[: 1 if stage == "during" else 2]:
             started = self._clock()
             outcome = await evaluate(
-                self._task.agent,
-                self._task.environment_class,
+                self._task.player,
                 rows,
                 name=f"e{stage}-{mode}-{version}",
                 temperature=temperature,
                 num_running=self._num_running,
                 tell=self._teller(stage, mode, len(rows), version),
             )
-            num_played = len(outcome.trajectories)
+            num_played = len(outcome.episodes)
             rate = wilson(outcome.num_successes, num_played) if num_played else NOT_MEASURED
             success = rate.mean if mode == "sampled" and num_played else success
             self._events.emit(
@@ -69,7 +69,7 @@ class Evaluator:
                     **asdict(rate),
                     rewards=outcome.rewards,
                     seconds_s=self._clock() - started,
-                    trajectories=outcome.trajectories,
+                    trajectories=[branch for branches in outcome.episodes for branch in branches],
                 )
             )
         return success

@@ -153,8 +153,7 @@ class Loop:
     def _start_rollouts(self, tasks: asyncio.TaskGroup, oldest_held: PolicyVersion) -> Rollouts:
         config = self._config.rollout
         rollouts = Rollouts(
-            agent=self._task.agent,
-            environment_class=self._task.environment_class,
+            player=self._task.player,
             rows=self._task.rows,
             buffer=self.buffer,
             source=self.source,
@@ -204,7 +203,7 @@ class Loop:
         trainer = self._backend.trainer
         self._tell_batch(groups, timer)
         with timer.part("score"):
-            batch = collate(groups, advantages_of(groups, self._config.advantage), num_steps=self._config.minibatches)
+            batch = collate(groups, advantages_of(groups, self._config.advantage, self._config.branch_weight), num_steps=self._config.minibatches)
             tokens = batch.entering(self.version)
             await trainer.put_batch(batch)
             if self.source.needs_pause:

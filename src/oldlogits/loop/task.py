@@ -6,19 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from oldlogits.config.schema import EvalConfig, RecordConfig, RolloutConfig, RunConfig
-from oldlogits.core.environment import Environment
-from oldlogits.objective.advantages import AdvantageMode
+from oldlogits.objective.advantages import AdvantageMode, BranchWeight
+from oldlogits.rollout.player import Player
 from oldlogits.rollout.tasks import TaskDataset
-from oldlogits.rollout.turns import Agent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What is learned: the environment, its rows, the agent that plays it, and the fixed prompt of the probe."""
+    """What is learned: who plays the episodes, their rows, and the fixed prompt of the probe."""
 
-    environment_class: type[Environment]
+    player: Player
     rows: TaskDataset
-    agent: Agent
     probe_ids: Sequence[int]
 
 
@@ -40,6 +38,7 @@ class LoopConfig:
     max_lag: int
     minibatches: int
     advantage: AdvantageMode
+    branch_weight: BranchWeight
     keeps_all_versions: bool
     bytes_per_parameter: int
     rollout: RolloutConfig
@@ -55,6 +54,7 @@ class LoopConfig:
             max_lag=config.window,
             minibatches=config.trainer.minibatches_per_update,
             advantage=config.objective.advantage,
+            branch_weight=config.objective.branch_weight,
             keeps_all_versions=config.audit.share > 0,
             bytes_per_parameter=2 if config.model.forward_dtype == "bf16" else 4,
             rollout=config.rollout,

@@ -73,6 +73,7 @@ class TurnLimits:
 class Agent:
     """What an episode needs besides its task: engine, chat format, parser, limits, sampling, and who watches it grow.
 
+    `report` is told of a trajectory that grew, `withdraw` of one whose running turn was given up, with what was read for it.
     `tool_errors` says which exceptions of tools are answers (`env.tool_errors`).
     """
 
@@ -84,6 +85,7 @@ class Agent:
     run_environment: EnvironmentRunner
     tool_errors: ToolErrors = "declared"
     report: Report = lambda trajectory_id, segments: None
+    withdraw: Report = lambda trajectory_id, segments: None
     save: Save | None = None
 
 

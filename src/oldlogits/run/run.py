@@ -39,6 +39,7 @@ from oldlogits.record.report.page import write_report
 from oldlogits.record.summary import Ended, Summary, summarise_folder
 from oldlogits.record.trackers.feed import TrackerFeed, find_trackers, open_feeds
 from oldlogits.rollout.journal.journal import Journal, read
+from oldlogits.rollout.player import ClassPlayer
 from oldlogits.run.chat import chat_cautions, chat_format
 from oldlogits.run.specs import backend_kind, backend_spec, engine_spec, server_options
 from oldlogits.run.start import Start, anchored, prepare_model
@@ -190,7 +191,7 @@ async def _run(
             temperature = config.sampling.temperature
             agent = make_agent(config.env, backend.engine, chat, backend.run_environment, temperature=temperature)
             hosted = backend.host_environment(environment_class)
-            task = Task(environment_class=hosted, rows=rows, agent=agent, probe_ids=probe_ids)
+            task = Task(player=ClassPlayer(agent=agent, environment_class=hosted), rows=rows, probe_ids=probe_ids)
             journal = stack.enter_context(closing(Journal(kept, progress, state.journal)))
             loop = make_loop(config, task, backend, recording, journal)
             loop.go_on(state)

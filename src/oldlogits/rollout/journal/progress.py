@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
-from oldlogits.core.trajectory import Sampled, Segment, Trajectory
+from oldlogits.core.trajectory import Branches, Sampled, Segment, Trajectory, episode_of
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.rollout.journal.records import (
     Admitted,
@@ -28,6 +29,7 @@ class EpisodeProgress:
     """One episode: its segments, what its running turn has sampled, and what became of it.
 
     Args:
+        branches: Its further branches, by id, where it has some.
         values: Old log-probs of all its tokens of a version, by version.
         state: The state of its environment as JSON text, after so many segments.
     """
@@ -38,6 +40,7 @@ class EpisodeProgress:
     state: tuple[int, str] | None = None
     ended: Ended | None = None
     failed: Failed | None = None
+    branches: dict[str, EpisodeProgress] = field(default_factory=dict)
 
     @property
     def known(self) -> tuple[Segment, ...]:
@@ -46,9 +49,9 @@ class EpisodeProgress:
 
     @property
     def versions(self) -> dict[PolicyVersion, int]:
-        """The number of its sampled tokens by version."""
+        """The number of its sampled tokens by version, those of all its branches."""
         found: dict[PolicyVersion, int] = {}
-        for segment in self.known:
+        for segment in chain(self.known, *(branch.known for branch in self.branches.values())):
             if isinstance(segment, Sampled):
                 found[segment.version] = found.get(segment.version, 0) + len(segment.token_ids)
         return found
@@ -58,15 +61,20 @@ class EpisodeProgress:
         """Its sampled tokens."""
         return sum(self.versions.values())
 
-    def trajectory(self, id: str, group: str) -> Trajectory | None:
-        """The trajectory, if it ended well."""
+    def trajectories(self, id: str, group: str) -> Branches | None:
+        """Its trajectories, if it ended well."""
         if self.ended is None:
             return None
-        reward, reason = self.ended.reward, self.ended.stop_reason
-        return Trajectory(id=id, group_id=group, segments=tuple(self.segments), reward=reward, stop_reason=reason)
+        reward, reason, every = self.ended.reward, self.ended.stop_reason, {id: self, **self.branches}
+        return tuple(
+            Trajectory(id=name, group_id=group, segments=tuple(branch.segments), reward=reward, stop_reason=reason)
+            for name, branch in every.items()
+        )
 
     def records(self, id: str) -> Iterator[Record]:
         """The episode as records."""
+        for name, branch in self.branches.items():
+            yield from branch.records(name)
         if self.segments:
             yield Grew(episode=id, start=0, segments=tuple(self.segments))
         if self.running:
@@ -151,7 +159,9 @@ class Progress:
     def num_segments(self, episode: str) -> int:
         """The segments of an episode that are known."""
         group = self.groups.get(group_of(episode))
-        known = group.episodes.get(episode) if group is not None else None
+        known = group.episodes.get(episode_of(episode)) if group is not None else None
+        if known is not None and episode != episode_of(episode):
+            known = known.branches.get(episode)
         return len(known.segments) if known is not None else 0
 
     def forget(self, groups: Iterable[str]) -> None:
@@ -166,7 +176,9 @@ class Progress:
         if isinstance(record, Restarted):
             group.episodes.pop(record.episode, None)
             return True
-        episode = group.episodes.setdefault(record.episode, EpisodeProgress())
+        episode = group.episodes.setdefault(episode_of(record.episode), EpisodeProgress())
+        if record.episode != episode_of(record.episode):
+            episode = episode.branches.setdefault(record.episode, EpisodeProgress())
         match record:
             case Grew():
                 if record.start != len(episode.segments):
