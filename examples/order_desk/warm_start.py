@@ -209,7 +209,7 @@ def demonstrate(row: DeskRow, clerk: Clerk, chat: ChatFormat, parser: str = "pla
             ready = calls[0] if isinstance(calls[0], Malformed) else bind(desk, calls[0])
             role, seen = "tool", ready.reason if isinstance(ready, Malformed) else render_result(ready())
         if seen is not None:
-            read = chat.continuation_ids("tool" if role == "tool" else "user", seen)
+            read = chat.continuation_ids([("tool" if role == "tool" else "user", seen)])
             ids, mask = ids + read, mask + [False] * len(read)
     return Demonstration(token_ids=tuple(ids), loss_mask=tuple(mask), reward=desk.get_reward())
 

@@ -25,7 +25,7 @@ from oldlogits.core.trajectory import Sampled, Segment
 from oldlogits.envs.base import load_environment
 from oldlogits.envs.tools import tool_names, tool_schemas
 from oldlogits.models.chat.format import ChatFormat
-from oldlogits.models.chat.template import ChatTokenizer, Role
+from oldlogits.models.chat.template import ChatTokenizer, Said
 from oldlogits.rollout.environment_errors import EnvironmentFailed, Raised, answering
 from oldlogits.rollout.environment_runner import ThreadRunner
 from oldlogits.rollout.tasks import TaskDataset, row_misfit
@@ -190,9 +190,10 @@ class _Shown:
         _say(self._console, "user", opening)
         return self._chat.prompt_ids(opening, system)
 
-    def continuation_ids(self, role: Role, content: str) -> list[int]:
-        _say(self._console, role, content)
-        return self._chat.continuation_ids(role, content)
+    def continuation_ids(self, said: Sequence[Said]) -> list[int]:
+        for role, content in said:
+            _say(self._console, role, content)
+        return self._chat.continuation_ids(said)
 
     def report(self, trajectory_id: str, segments: Sequence[Segment]) -> None:
         """Print a turn that was sampled."""

@@ -20,7 +20,7 @@ from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 
 from oldlogits.core.environment import Environment, JsonValue, Row
 from oldlogits.core.errors import EnvironmentShapeError
-from oldlogits.core.parser import Malformed, ToolCall
+from oldlogits.core.parser import Malformed, Parser, ToolCall
 from oldlogits.envs.text import readable, write_json
 
 NO_TOOLS: Final = frozenset(
@@ -167,6 +167,28 @@ def tool_schemas(environment: type) -> list[Row]:
         }
         for name in tool_names(environment)
     ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoundCall:
+    """A call that can be run: `run` takes no arguments, and may return an awaitable."""
+
+    name: str
+    run: Callable[[], object]
+
+
+def calls_of(parser: Parser, environment: Environment, aloud: str) -> list[BoundCall | Malformed]:
+    """Return the calls of a turn in their order, ready to run; none where it is a message, as every turn is without tools.
+
+    Parsers may be the user's code, as types of tools.
+    """
+    calls = parser.parse(aloud) if tool_names(type(environment)) else ()
+    return [call if isinstance(call, Malformed) else _bound(environment, call) for call in calls]
+
+
+def _bound(environment: Environment, call: ToolCall) -> BoundCall | Malformed:
+    made = bind(environment, call)
+    return made if isinstance(made, Malformed) else BoundCall(name=call.name, run=made)
 
 
 def bind(environment: Environment, call: ToolCall) -> Callable[[], object] | Malformed:

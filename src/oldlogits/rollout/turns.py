@@ -19,13 +19,13 @@ from typing import Final, NoReturn, Protocol, TypeVar, cast
 from oldlogits.core.engine import Generation, RolloutEngine, Sampling
 from oldlogits.core.environment import ConversingEnvironment, Environment, Row, SavedEnvironment
 from oldlogits.core.errors import ConfigError, ContentError
-from oldlogits.core.parser import Malformed, Parser, ToolCall
+from oldlogits.core.parser import Malformed, Parser
 from oldlogits.core.trajectory import Context, Sampled, Segment, Trajectory
 from oldlogits.envs.base import ToolErrors, prompt_of, prompt_to_ask, system_prompt_of
 from oldlogits.envs.text import readable, spoken
-from oldlogits.envs.tools import bind, can_be_saved, render_result, tool_names
+from oldlogits.envs.tools import BoundCall, calls_of, can_be_saved, render_result
 from oldlogits.models.chat.format import ChatFormat
-from oldlogits.models.chat.template import Role
+from oldlogits.models.chat.template import Said
 from oldlogits.rollout.answers import reward_of, size_of, text_of, words_of
 from oldlogits.rollout.environment_errors import EnvironmentFailed, EnvironmentLost, Raised, answering, errors_of
 
@@ -211,7 +211,8 @@ class _Episode:
             answer = await self._answer(self._agent.chat.decode(ids))
             if answer is None:
                 return self._end("done")
-            read = await self._encoded(partial(self._agent.chat.continuation_ids, *answer), answer[1])
+            words = "".join(content for _, content in answer)
+            read = await self._encoded(partial(self._agent.chat.continuation_ids, answer), words)
             if read is None or len(self._tokens) + len(read) >= limits.max_tokens:
                 return self._end("max_tokens")
             if turn + 1 < limits.max_turns:
@@ -231,25 +232,28 @@ class _Episode:
         except (ContentError, ConfigError) as error:
             raise EnvironmentFailed(str(error)) from error
 
-    async def _answer(self, text: str) -> tuple[Role, str] | None:
-        """What the environment says to a turn: a tool result, a user's reply, or None at the end."""
+    async def _answer(self, text: str) -> Sequence[Said] | None:
+        """What the environment says to a turn: the results of its calls, a user's reply, or None at the end."""
         run, environment, aloud = self._agent.run_environment, self._environment, spoken(text)
-        call = await named(run, "reading a turn", partial(_call_of, self._agent.parser, environment, aloud))
-        if isinstance(call, Malformed):
-            return "tool", readable(call.reason)
-        if call is not None:
-            name, tool = call
-            result = await self._call(name, tool)
-            if isinstance(result, Raised):
-                return "tool", result.text
-            return "tool", await named(run, f"the result of {name}", partial(render_result, result))
+        calls = await named(run, "reading a turn", partial(calls_of, self._agent.parser, environment, aloud))
+        if calls:
+            return [("tool", await self._result(call)) for call in calls]
         if not hasattr(type(environment), "reply"):
             return None
         reply = await self._call("reply", partial(cast(ConversingEnvironment, environment).reply, aloud))
         if isinstance(reply, Raised):
             return None
         heard = await off_loop(run, partial(text_of, "reply", reply), size_of(reply))
-        return None if heard is None else ("user", heard)
+        return None if heard is None else [("user", heard)]
+
+    async def _result(self, call: BoundCall | Malformed) -> str:
+        """What the agent reads of a call."""
+        if isinstance(call, Malformed):
+            return readable(call.reason)
+        result = await self._call(call.name, call.run)
+        if isinstance(result, Raised):
+            return result.text
+        return await named(self._agent.run_environment, f"the result of {call.name}", partial(render_result, result))
 
     async def _call(self, name: str, call: Callable[[], object]) -> object:
         errors = errors_of(type(self._environment), name, self._agent.tool_errors)
@@ -304,25 +308,6 @@ class _Episode:
 
 def _json_of(state: object) -> str:
     return json.dumps(state, allow_nan=False)
-
-
-def _call_of(parser: Parser, environment: Environment, aloud: str) -> tuple[str, Callable[[], object]] | Malformed | None:
-    """The tool that a turn calls, and the call, ready to run; None where the turn is a message, as all are without tools.
-
-    Parsers may be the user's code, as types of tools.
-    """
-    if not tool_names(type(environment)) or not (calls := parser.parse(aloud)):
-        return None
-    call = only_call(calls)
-    if isinstance(call, Malformed):
-        return call
-    bound = bind(environment, call)
-    return bound if isinstance(bound, Malformed) else (call.name, bound)
-
-
-def only_call(calls: Sequence[ToolCall | Malformed]) -> ToolCall | Malformed:
-    """Return the call of a turn; a turn of several calls is answered as malformed, and none of them is run."""
-    return calls[0] if len(calls) == 1 else Malformed(reason="error : one call at a time")
 
 
 def sampled_segments(generation: Generation, temperature: float) -> list[Sampled]:

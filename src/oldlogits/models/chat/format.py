@@ -14,7 +14,7 @@ from typing import Final
 from oldlogits.core.environment import AS_IT_IS, ChatOptions
 from oldlogits.core.errors import ConfigError
 from oldlogits.models.chat.content import ContentEncoder, Span, most_bytes
-from oldlogits.models.chat.template import SENTINEL, ChatTokenizer, Role, Template
+from oldlogits.models.chat.template import SENTINEL, ChatTokenizer, Role, Said, Template
 
 _NUM_CACHED: Final = 4096
 """Continuations that are kept: tool results repeat, and rendering a template costs more than an environment step."""
@@ -94,14 +94,19 @@ class ChatFormat:
         control = self._encoder.control_ids(self._encoder.encode(bare))
         return self._encoder.encode_around(text, words, control_ids=control, anchor=self._end_of_turn, is_start=True)
 
-    def continuation_ids(self, role: Role, content: str) -> list[int]:
+    def continuation_ids(self, said: Sequence[Said]) -> list[int]:
         """Give the tokens between a sampled end-of-turn token and the start of the next assistant turn.
 
+        Args:
+            said: What the environment says to the turn: the results of its calls in their order, or what a user says. Where
+                the template cannot write two results after one another, they are one message.
+
         Raises:
-            ContentError: The content cannot be encoded without control tokens.
-            ConfigError: The template refuses it.
+            ContentError: The words cannot be encoded without control tokens.
+            ConfigError: The template refuses them.
         """
-        return list((self._kept if len(content) <= _LARGEST_CACHED else self._continue)(role, content))
+        size = sum(len(content) for _, content in said)
+        return list((self._kept if size <= _LARGEST_CACHED else self._continue)(tuple(said)))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Give the text of a sampled turn, its stop token left out."""
@@ -124,19 +129,24 @@ class ChatFormat:
         """Give the assistant turn that the template writes for a call; empty where it writes none."""
         return self._template.call_text(name, arguments).partition(self._end_of_turn)[0]
 
-    def _continue(self, role: Role, content: str) -> tuple[int, ...]:
-        text, (bare, control), anchor = self._after(role, content), self._between(role), self._end_of_turn
-        words = [_words(bare, text)]
+    def _continue(self, said: tuple[Said, ...]) -> tuple[int, ...]:
+        text, (bare, control) = self._after(said), self._between(*(role for role, _ in said))
+        if len(said) == 1:
+            words = [_words(bare, text)]
+        else:
+            without = ((*said[:i], (role, SENTINEL), *said[i + 1 :]) for i, (role, _) in enumerate(said))
+            words = sorted(_words(self._after(one), text) for one in without)
+        anchor = self._end_of_turn
         return tuple(self._encoder.encode_around(text, words, control_ids=control, anchor=anchor, is_start=False))
 
-    def _bare(self, role: Role) -> tuple[str, list[int]]:
-        """What the template writes between two turns around the sentinel, and its control tokens."""
-        bare = self._after(role, SENTINEL)
+    def _bare(self, *roles: Role) -> tuple[str, list[int]]:
+        """What the template writes between two turns around sentinels, and its control tokens."""
+        bare = self._after([(role, SENTINEL) for role in roles])
         return bare, self._encoder.control_ids(self._encoder.encode_after(self._end_of_turn, bare))
 
-    def _after(self, role: Role, content: str) -> str:
-        """What the template writes after an end-of-turn token when `content` follows."""
-        after = self._template.after_turn(self._template.message(role, content))
+    def _after(self, said: Sequence[Said]) -> str:
+        """What the template writes after an end-of-turn token when this follows."""
+        after = self._template.after_turn(said)
         return after.lstrip(" ").removeprefix(self._end_of_turn)
 
     def _decode(self, ids: Sequence[int]) -> str:
