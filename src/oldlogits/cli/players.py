@@ -56,7 +56,7 @@ class Writer:
 
     def apply_chat_template(self, conversation: Sequence[Message], **_: object) -> str:
         """Return the contents, one after the other."""
-        return "".join(message["content"] + "\0" for message in conversation)
+        return "".join(f"{message['content']}\0" for message in conversation)
 
     def encode(self, text: str, **_: object) -> list[int]:
         """Return the code points of a text."""

@@ -144,6 +144,20 @@ class EnvConfig:
     """desk, desk_long, desk_slow, or "package.module:Class"."""
     adapter: Annotated[str, ADAPTERS] = "class"
     """What makes an environment of the target: class (the target is one), or "package.module:Name"."""
+    program: str = ""
+    """"package.module:function": an agent program that plays the episodes in the place of the target, as
+    `function(base_url, api_key, row)`, which returns a reward; it talks to the run as to any chat-completions server. The
+    target then only supplies the rows where no file does, and what a starting model knows."""
+    command: tuple[str, ...] = ()
+    """The same as a command in any language, such as ["python", "agent.py"]: it finds the run by OPENAI_BASE_URL,
+    OPENAI_API_KEY, ANTHROPIC_BASE_URL and ANTHROPIC_API_KEY, the row on standard input, and prints {"reward": ...} last."""
+    program_timeout_s: Annotated[float, Gt(0)] = 600.0
+    """env.program, env.command: seconds that an episode may take."""
+    program_memory_bytes: Count = 0
+    """env.command: address space of each process of an episode; 0: without a limit."""
+    unmet_wishes: Literal["override", "refuse"] = "override"
+    """env.program, env.command: what becomes of parameters of a request that training cannot honour, such as another
+    temperature, a grammar or n > 1. override: the run's own count, and it is shown how often. refuse: an error says why."""
     train_data: str = ""
     """A JSONL file of tasks for training, one `reset(**row)` a line; empty: the class makes its own rows."""
     eval_data: str = ""

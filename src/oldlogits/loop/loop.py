@@ -203,7 +203,11 @@ class Loop:
         trainer = self._backend.trainer
         self._tell_batch(groups, timer)
         with timer.part("score"):
-            batch = collate(groups, advantages_of(groups, self._config.advantage, self._config.branch_weight), num_steps=self._config.minibatches)
+            batch = collate(
+                groups,
+                advantages_of(groups, self._config.advantage, self._config.branch_weight),
+                num_steps=self._config.minibatches,
+            )
             tokens = batch.entering(self.version)
             await trainer.put_batch(batch)
             if self.source.needs_pause:
@@ -231,7 +235,7 @@ class Loop:
         used = usage_metrics(before, await self._counters(), times["time/update_s"])
         of_loop = batch_metrics(groups, result.staleness_counts, times["time/update_s"]) | queue_metrics(self.buffer)
         of_rollouts = rollouts.latency.metrics() | {"rollout/failed_share": rollouts.failures.share}
-        of_parts = {**self.source.metrics(), **of_rollouts}
+        of_parts = {**self.source.metrics(), **of_rollouts, **self._task.player.metrics()}
         metrics = {**result.metrics, **times, **of_parts, **of_loop, **used}
         kept_bytes = published.store_bytes + metrics.get("average/stored_bytes", 0.0)
         of_copies = copies(self._backend.engine.capabilities, kept_bytes, self._config.bytes_per_parameter * self._num_trained)

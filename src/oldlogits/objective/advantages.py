@@ -16,7 +16,7 @@ AdvantageMode = Literal["group-normalised", "mean-only", "leave-one-out"]
 """How a reward is compared with those of its group."""
 
 BranchWeight = Literal["each", "shared"]
-"""each: every branch has its episode's advantage. shared: they divide it, so that an episode counts once however many it has."""
+"""each: every branch has its episode's advantage. shared: they divide it, so that an episode counts once."""
 
 
 def group_advantages(

@@ -33,7 +33,7 @@ def words_of(method: str, value: object) -> str:
     return text_of(method, value) or ""
 
 
-def reward_of(value: object) -> float:
+def reward_of(value: object, giver: str = "get_reward") -> float:
     """What `get_reward` returned, if it is a number that training can work with; a scalar of numpy or torch is one."""
     number = value
     try:
@@ -44,7 +44,7 @@ def reward_of(value: object) -> float:
     except (ValueError, TypeError, RuntimeError):  # an array of several numbers, in numpy's and torch's words
         pass
     raise EnvironmentFailed(
-        f"get_reward returned {type(value).__name__} {_shortened(value)}, not a number within +-{MAX_REWARD:g}"
+        f"{giver} returned {type(value).__name__} {_shortened(value)}, not a number within +-{MAX_REWARD:g}"
     )
 
 

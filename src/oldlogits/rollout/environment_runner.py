@@ -94,7 +94,7 @@ class ThreadRunner:
 
     async def _awaited(self, result: Awaitable[T], left_s: float) -> T:
         """Wait for asynchronous code, which runs on the event loop; what holds up the loop for long does not count."""
-        task = asyncio.ensure_future(_finish(result))
+        task = asyncio.ensure_future(finished(result))
         task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # seen, also where nobody waits any more
         try:
             while not task.done() and left_s > 0:
@@ -110,7 +110,8 @@ class ThreadRunner:
         return EnvironmentFailed(f"timed out after {self._timeout_s:g} s")
 
 
-async def _finish(result: Awaitable[T]) -> T:
+async def finished(result: Awaitable[T]) -> T:
+    """Wait for environment code; whatever it raises ends the episode and not the run, but for a cancellation from outside."""
     try:
         return await result
     except asyncio.CancelledError as error:

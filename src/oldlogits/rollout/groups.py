@@ -18,7 +18,7 @@ from oldlogits.core.source import LogprobSource
 from oldlogits.core.trajectory import Segment, episode_of
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.record.bus import EventSink
-from oldlogits.record.events import GroupAdmitted, GroupClosed, TrajectoryFailed, TrajectoryRestarted
+from oldlogits.record.events import ConversationRewritten, GroupAdmitted, GroupClosed, TrajectoryFailed, TrajectoryRestarted
 from oldlogits.rollout.admission import Admission
 from oldlogits.rollout.buffer import Buffer
 from oldlogits.rollout.journal.journal import Journal
@@ -71,9 +71,7 @@ class Rollouts(Admission):
     ) -> None:
         super().__init__(buffer, tasks, max_running_groups=max_running_groups)
         self.latency = TurnLatency()
-        self._player = player.watched(
-            Watch(report=self._report, withdraw=self._withdraw, save=self._save, drop=source.drop)
-        )
+        self._player = player.watched(Watch(report=self._report, withdraw=self._withdraw, save=self._save, drop=source.drop))
         self._rows = rows
         self._source, self._events = source, events
         self._group_size, self._max_replays = group_size, max_replays
@@ -150,6 +148,13 @@ class Rollouts(Admission):
     def _save(self, trajectory_id: str, num_segments: int, state: str) -> None:
         self._journal.note(StateSaved(episode=trajectory_id, num_segments=num_segments, state=state))
 
+    def _tell_rewritten(self, trajectory_id: str, message: int, role: str, num_tokens: int) -> None:
+        self._events.emit(
+            ConversationRewritten(
+                version=self.version, trajectory=trajectory_id, message=message, role=role, num_tokens=num_tokens
+            )
+        )
+
     def _may_start(self) -> bool:
         return not self._later and super()._may_start()
 
@@ -218,9 +223,9 @@ class Rollouts(Admission):
                 return
             outcome = await self._play(id, group_id, row, known)
             if not isinstance(outcome, Failure):
-                for branch in reversed(outcome):  # the episode has ended with the record of its first one
+                for branch in outcome:
                     self._journal.grew(branch.id, branch.segments)
-                    self._journal.note(Ended(episode=branch.id, reward=branch.reward, stop_reason=branch.stop_reason))
+                self._journal.note(Ended(episode=id, reward=outcome[0].reward, stop_reason=outcome[0].stop_reason))
                 self._buffer.end(outcome)
                 self.failures.count(None, self.version)
                 return

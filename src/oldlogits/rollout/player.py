@@ -5,7 +5,7 @@ An environment class is played turn by turn (`ClassPlayer`); an agent program ta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
@@ -25,20 +25,16 @@ class Watch:
         report: Is told of a trajectory that grew.
         withdraw: Is told of a trajectory whose running turn was given up.
         save: Is told of the state of an environment that can be saved.
-        drop: Is told of trajectories of an episode that failed.
+        drop: Is told of trajectories that come to nothing.
+        rewritten: Is told of a conversation that goes on with other messages than were read: the trajectory, the number and
+            the role of the first message that differs, and the tokens that were encoded anew.
     """
 
     report: Report = lambda trajectory_id, segments: None
     withdraw: Report = lambda trajectory_id, segments: None
     save: Save | None = None
-    drop: Drop = lambda trajectory_ids: None
-
-
-class Drop(Protocol):
-    """Takes the ids of trajectories."""
-
-    def __call__(self, trajectory_ids: Iterable[str]) -> None:
-        """Forget them."""
+    drop: Callable[[Iterable[str]], None] = lambda trajectory_ids: None
+    rewritten: Callable[[str, int, str, int], None] = lambda trajectory_id, message, role, num_tokens: None
 
 
 class Player(Protocol):

@@ -14,7 +14,8 @@ from typing import Final
 from oldlogits.core.environment import AS_IT_IS, ChatOptions
 from oldlogits.core.errors import ConfigError
 from oldlogits.models.chat.content import ContentEncoder, Span, most_bytes
-from oldlogits.models.chat.template import SENTINEL, ChatTokenizer, Role, Said, Template
+from oldlogits.models.chat.stand_ins import stand_ins, words_between
+from oldlogits.models.chat.template import SENTINEL, ChatTokenizer, Message, Role, Said, Template
 
 _NUM_CACHED: Final = 4096
 """Continuations that are kept: tool results repeat, and rendering a template costs more than an environment step."""
@@ -93,6 +94,28 @@ class ChatFormat:
             words = sorted([_words(write(SENTINEL, opening), text), *words])
         control = self._encoder.control_ids(self._encoder.encode(bare))
         return self._encoder.encode_around(text, words, control_ids=control, anchor=self._end_of_turn, is_start=True)
+
+    def conversation_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Give the tokens of a conversation that others have written, up to the start of the next assistant turn.
+
+        Args:
+            messages: All of them are somebody's words: contents, and arguments of calls.
+
+        Raises:
+            ContentError: The words cannot be encoded without control tokens.
+            ConfigError: The template refuses the conversation, or drops a part of it.
+        """
+        if messages and messages[0]["role"] == "system":
+            self._check_system()
+        substitutes, words = stand_ins(messages)
+        text, bare = self._template.conversation(messages), self._template.conversation(substitutes)
+        control, spans = self._encoder.control_ids(self._encoder.encode(bare)), words_between(bare, text, words)
+        return self._encoder.encode_around(text, spans, control_ids=control, anchor=self._end_of_turn, is_start=True)
+
+    @property
+    def writes_calls(self) -> bool:
+        """Whether the template writes the calls of an assistant turn, with their arguments."""
+        return SENTINEL in self.call_text("tool", {"argument": SENTINEL})
 
     def continuation_ids(self, said: Sequence[Said]) -> list[int]:
         """Give the tokens between a sampled end-of-turn token and the start of the next assistant turn.

@@ -13,10 +13,10 @@ from oldlogits.core.environment import ChatOptions
 from oldlogits.core.errors import ConfigError
 from oldlogits.models.chat.content import Encoder
 
-Message = Mapping[str, str]
-"""``{"role": ..., "content": ...}``."""
+Message = Mapping[str, object]
+"""``{"role": ..., "content": ...}``; of an assistant that calls tools, also ``"tool_calls"`` as Hugging Face writes them."""
 
-Role = Literal["tool", "user"]
+Role = Literal["tool", "user", "system"]
 
 Said = tuple[Role, str]
 """What the environment says to a turn, or a part of it: a role and somebody's words."""
@@ -56,12 +56,28 @@ class Template:
 
     def __init__(self, tokenizer: ChatTokenizer, tools: Sequence[Mapping[str, object]], options: ChatOptions) -> None:
         self._tokenizer, self._tools, self._options = tokenizer, list(tools), options
-        self._are_written = bool(tools) and options.tools_in == "template"
+        self._tells = options.tools_in != "template"
+        self._are_written = bool(tools) and not self._tells
         self._takes = cache(self._takes_after_one_another)
 
     def opening(self, system: str, user: str) -> str:
         """Return the text up to the start of the first assistant turn."""
         return self._render(self._first(system, user))
+
+    def conversation(self, messages: Sequence[Message]) -> str:
+        """Return the text of a conversation that others have written, up to the start of the next assistant turn."""
+        num_system = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+        system = "\n\n".join(str(message["content"]) for message in messages[:num_system])
+        opening, rest = "", list(messages[num_system:])
+        if self._options.tools_in == "user" and rest and rest[0]["role"] == "user":
+            opening = str(rest.pop(0)["content"])
+        first = self._first(system, opening)
+        first = first if opening or (self._options.tools_in == "user" and (system or self._told_tools())) else first[:-1]
+        return self._render([*first, *(self._as_known(message) for message in rest)])
+
+    def _as_known(self, message: Message) -> Message:
+        """A message in the role that the template knows it by."""
+        return self._message("tool", str(message["content"])) if message["role"] == "tool" and self._tells else message
 
     def around_turn(self) -> tuple[str, str]:
         """Return what stands between the start of an assistant turn and its content, and what follows the content.
@@ -113,7 +129,7 @@ class Template:
 
     def _message(self, role: Role, content: str) -> Message:
         """What the environment says, in the role that the template knows it by."""
-        if role == "tool" and self._options.tools_in != "template":
+        if role == "tool" and self._tells:
             return {"role": "user", "content": f"Result of the call:\n{content}"}
         return {"role": role, "content": content}
 
@@ -185,7 +201,7 @@ class Template:
             )
         except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ConfigError(
-                "the chat template refuses a conversation with " + ", ".join(dict.fromkeys(m["role"] for m in messages)),
+                "the chat template refuses a conversation with " + ", ".join(dict.fromkeys(str(m["role"]) for m in messages)),
                 got=f"{type(error).__name__}: {error}",
                 allowed="a template for system, user, assistant and tool messages",
                 fix=_HOW_TO_FIX,

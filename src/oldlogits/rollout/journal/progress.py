@@ -69,6 +69,7 @@ class EpisodeProgress:
         return tuple(
             Trajectory(id=name, group_id=group, segments=tuple(branch.segments), reward=reward, stop_reason=reason)
             for name, branch in every.items()
+            if branch.segments
         )
 
     def records(self, id: str) -> Iterator[Record]:
