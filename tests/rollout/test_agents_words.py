@@ -154,7 +154,14 @@ def check_records(folder, played):
 
 
 PARSERS_AND_TOKENIZERS = pytest.mark.parametrize(
-    ("name", "parser"), [("byte-level", "hermes"), ("byte-level", "plain"), ("metaspace", "hermes")]
+    ("name", "parser"),
+    [
+        ("byte-level", "hermes"),
+        ("byte-level", "plain"),
+        ("metaspace", "hermes"),
+        ("metaspace", "llama"),
+        ("byte-level", "qwen-coder"),
+    ],
 )
 
 

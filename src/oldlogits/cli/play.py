@@ -182,7 +182,12 @@ class _Shown:
 
     def __init__(self, chat: ChatFormat, console: Console) -> None:
         self._chat, self._console = chat, console
-        self.stop_ids, self.decode, self.most_bytes = chat.stop_ids, chat.decode, chat.most_bytes
+        self.stop_ids, self.decode, self.most_bytes, self.tokenizer = (
+            chat.stop_ids,
+            chat.decode,
+            chat.most_bytes,
+            chat.tokenizer,
+        )
 
     def prompt_ids(self, opening: str, system: str | None = None) -> list[int]:
         if system:

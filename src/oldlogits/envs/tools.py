@@ -199,14 +199,14 @@ def bind(environment: Environment, call: ToolCall) -> Callable[[], object] | Mal
     parameters = _parameters(cls, call.name)
     method = inspect.getattr_static(cls, call.name).__get__(environment, cls)
     try:
-        bound = inspect.signature(method).bind(*call.positional, **call.named)
+        bound = inspect.signature(method).bind(*call.positional, **call.named, **call.texts)
     except TypeError:
-        takes, got = " ".join(parameters) or "nothing", " ".join([*call.positional, *call.named]) or "nothing"
+        takes, got = " ".join(parameters) or "nothing", " ".join([*call.positional, *call.named, *call.texts]) or "nothing"
         return Malformed(reason=f"error : {call.name} takes {takes} but got {got}")
     for key, value in bound.arguments.items():
-        parameter = parameters[key]
+        parameter, is_text = parameters[key], bool(call.positional) or key in call.texts
         try:
-            bound.arguments[key] = parameter.read_word(value) if call.positional else parameter.read(value)
+            bound.arguments[key] = parameter.read_word(value) if is_text else parameter.read(value)
         except ValidationError:
             wants = _name_of(parameter.hint)
             return Malformed(reason=f"error : {call.name} wants {key} as {wants} but got {write_json(value)}")
@@ -216,7 +216,7 @@ def bind(environment: Environment, call: ToolCall) -> Callable[[], object] | Mal
 def with_names(environment: type, call: ToolCall) -> ToolCall:
     """Return the same call with all of its arguments by name, as far as the tool has parameters for them."""
     named = dict(zip(_parameters(environment, call.name), call.positional, strict=False))
-    return ToolCall(name=call.name, named={**named, **call.named})
+    return ToolCall(name=call.name, named={**named, **call.named}, texts=call.texts)
 
 
 def _name_of(hint: object) -> str:

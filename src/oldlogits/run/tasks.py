@@ -6,7 +6,7 @@ from oldlogits.config.schema import EnvConfig, RunConfig
 from oldlogits.core.engine import RolloutEngine, Sampling
 from oldlogits.core.environment import MODELS, Demonstrated, DescribedModel, Environment, is_model_folder
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.parser import PARSERS
+from oldlogits.core.parser import PARSERS, make_parser
 from oldlogits.envs.base import load_environment
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.rollout.tasks import TaskDataset
@@ -41,7 +41,7 @@ def make_agent(
     return Agent(
         engine=engine,
         chat=chat,
-        parser=PARSERS.find(env.parser)(),
+        parser=make_parser(env.parser, chat.tokenizer),
         limits=TurnLimits(
             max_turns=env.max_turns, max_tokens_per_turn=env.max_tokens_per_turn, max_tokens=env.max_episode_tokens
         ),

@@ -47,7 +47,7 @@ class ChatFormat:
         system_prompt: str = "",
         options: ChatOptions = AS_IT_IS,
     ) -> None:
-        self._tokenizer, self._encoder, self._system = tokenizer, ContentEncoder(tokenizer), system_prompt
+        self.tokenizer, self._encoder, self._system = tokenizer, ContentEncoder(tokenizer), system_prompt
         self.most_bytes: Final = most_bytes(tokenizer)
         self._template = Template(tokenizer, tools, options)
         lead, after = self._template.around_turn()
@@ -173,7 +173,7 @@ class ChatFormat:
         return after.lstrip(" ").removeprefix(self._end_of_turn)
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _words(bare: str, text: str) -> Span:
