@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from operator import attrgetter
@@ -15,7 +16,8 @@ from oldlogits.config.model_folder import check_model_folder
 from oldlogits.config.reader import build, fields_by_key, registry_of
 from oldlogits.config.schema import RunConfig
 from oldlogits.config.servers import check_servers
-from oldlogits.core.environment import is_model_folder
+from oldlogits.core.backend import BACKENDS
+from oldlogits.core.environment import PROGRAMS, is_model_folder
 from oldlogits.core.errors import ConfigError, reading
 from oldlogits.core.policies import AGED, EWMA, LINEAR, LOGLINEAR, OLD, find_variant
 from oldlogits.core.source import SOURCES, check_source, sources_for
@@ -55,6 +57,7 @@ def check(config: RunConfig, *, needs_model: bool = True) -> None:
     _check_against_each_other(config)
     check_servers(config)
     template_kwargs(config)
+    _check_program(config)
     _check_kv(config)
     _check_average(config)
     _check_effects(config)
@@ -154,6 +157,23 @@ def _check_against_each_other(config: RunConfig) -> None:
         with reading(ConfigError, f"{key} names no file", got=f"{name!r}", allowed=allowed, fix=fix):
             if name and not Path(name).is_file():
                 raise FileNotFoundError("there is no such file")
+
+
+def _check_program(config: RunConfig) -> None:
+    """Refuse an agent program where there is none, or where it cannot run."""
+    env = config.env
+    if env.program and env.command:
+        got, allowed = said(config, "env.program", "env.command"), "one of them"
+        raise ConfigError("two agent programs play the episodes", got=got, allowed=allowed, fix="remove one")
+    if env.is_program and BACKENDS.find(config.runtime.type).steps_engine:
+        got, allowed = said(config, "runtime.type"), "'local', 'ray', 'torchrun'"
+        what = "an agent program runs in real time, which this runtime has not"
+        raise ConfigError(what, got=got, allowed=allowed, fix="set runtime.type = 'local'")
+    if env.program:
+        PROGRAMS.find(env.program)
+    if env.command and shutil.which(env.command[0]) is None:
+        got, allowed = f"env.command = {list(env.command)}", "a command whose first word is a program of this machine"
+        raise ConfigError("the agent program cannot be found", got=got, allowed=allowed, fix="give its path, or install it")
 
 
 def _check_kv(config: RunConfig) -> None:

@@ -178,6 +178,11 @@ class EnvConfig:
     latency_s: NotNegative = 0.0
     """Mean seconds of a simulated, exponentially distributed tool latency (runtime local); 0: none."""
 
+    @property
+    def is_program(self) -> bool:
+        """Whether an agent program plays the episodes."""
+        return bool(self.program or self.command)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingConfig:

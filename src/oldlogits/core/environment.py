@@ -116,6 +116,12 @@ ADAPTERS: Final[Registry[EnvironmentAdapter]] = Registry(
 )
 """What `env.adapter` names."""
 
+Program = Callable[..., object]
+"""``function(base_url, api_key, row)``, which may be asynchronous: it plays an episode, and returns its reward."""
+
+PROGRAMS: Final[Registry[Program]] = Registry("agent program", key="env.program", builtin={})
+"""What `env.program` names."""
+
 Progress = Callable[[int, int, float], None]
 """A function that is called after every training step with the steps done, all steps, and the loss in nats per token."""
 

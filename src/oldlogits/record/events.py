@@ -130,6 +130,23 @@ class TrajectoryRestarted(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ConversationRewritten(Event):
+    """An agent program went on with other messages than the model had read: a branch begins, encoded from its text.
+
+    Args:
+        message: The number of the first message that differs, counted from 0.
+        role: Its role.
+        num_tokens: Tokens of the branch's prompt.
+    """
+
+    kind = "conversation_rewritten"
+    trajectory: str
+    message: int
+    role: str
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BatchTaken(Event):
     """A batch was formed, after the trainer waited for it."""
 

@@ -266,7 +266,7 @@ class Rollouts(Admission):
         if progress.ended is None and not self._player.goes_on:
             self._lose(id, progress, "an agent program begins again when its run goes on")
             return None
-        branches = {id: progress, **progress.branches}
+        branches = {name: branch for name, branch in {id: progress, **progress.branches}.items() if branch.known}
         if not all(self._source.restore(n, b.known, b.values, self._oldest_held) for n, b in branches.items()):
             self._source.drop(branches)
             self._lose(id, progress, "its old log-probs cannot be computed any more")

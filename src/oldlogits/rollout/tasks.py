@@ -27,6 +27,7 @@ class TaskDataset:
         train_data: A JSONL file of training rows.
         eval_data: A JSONL file of held-out rows.
         needs_heldout: Whether the run evaluates, so that held-out rows must be there.
+        any_row: Whether rows of a file need not fit `reset`: an agent program plays them.
 
     Raises:
         ConfigError: There are no rows, or a file holds something else than JSON objects that fit `reset`.
@@ -41,6 +42,7 @@ class TaskDataset:
         train_data: str = "",
         eval_data: str = "",
         needs_heldout: bool = True,
+        any_row: bool = False,
     ) -> None:
         self._seed, self._class = seed, environment_class
         self._files: dict[Split, list[Row]] = {}
@@ -48,7 +50,7 @@ class TaskDataset:
         files: tuple[tuple[Split, str], ...] = (("train", train_data), ("heldout", eval_data))
         for split, name in files:
             if name:
-                self._files[split] = _read(Path(name), environment_class)
+                self._files[split] = _read(Path(name), None if any_row else environment_class)
             elif split == "train" or needs_heldout:
                 self._require_own_rows(split)
                 self._own(split, seed * ROWS_PER_SEED if split == "train" else 0)
@@ -124,7 +126,7 @@ def _takes(environment_class: type[Environment]) -> str:
     return str(inspect.signature(environment_class.reset))
 
 
-def _read(path: Path, environment_class: type[Environment]) -> list[Row]:
+def _read(path: Path, environment_class: type[Environment] | None) -> list[Row]:
     """The rows of a file. A line ends at a newline and nowhere else: JSON may hold U+2028 and its like as they are."""
     allowed, fix = "a JSONL file in UTF-8: one object of the arguments of reset a line", "correct it"
     rows: list[Row] = []
@@ -138,7 +140,7 @@ def _read(path: Path, environment_class: type[Environment]) -> list[Row]:
         if not isinstance(row, dict):
             got = f"{path}:{number}: {line.decode()[:_LONGEST]}"
             raise ConfigError("a row is no object", got=got, allowed=allowed, fix=fix)
-        if misfit := row_misfit(environment_class, row):
+        if environment_class is not None and (misfit := row_misfit(environment_class, row)):
             raise ConfigError(
                 f"a row does not fit {environment_class.__name__}.reset",
                 got=f"{path}:{number}: {misfit}",

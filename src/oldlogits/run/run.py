@@ -20,6 +20,7 @@ from oldlogits.core.engine import ENGINES
 from oldlogits.core.engine_stats import Incident
 from oldlogits.core.environment import Environment, is_model_folder
 from oldlogits.core.errors import OldLogitsError, RunInterrupted, RunWriteError
+from oldlogits.core.registry import require
 from oldlogits.loop.backend import Backend, BackendSpec
 from oldlogits.loop.loop import Loop
 from oldlogits.loop.make import make_loop, run_started
@@ -39,11 +40,11 @@ from oldlogits.record.report.page import write_report
 from oldlogits.record.summary import Ended, Summary, summarise_folder
 from oldlogits.record.trackers.feed import TrackerFeed, find_trackers, open_feeds
 from oldlogits.rollout.journal.journal import Journal, read
-from oldlogits.rollout.player import ClassPlayer
 from oldlogits.run.chat import chat_cautions, chat_format
+from oldlogits.run.players import open_player
 from oldlogits.run.specs import backend_kind, backend_spec, engine_spec, server_options
 from oldlogits.run.start import Start, anchored, prepare_model
-from oldlogits.run.tasks import load_tasks, make_agent
+from oldlogits.run.tasks import load_tasks
 
 Open = Callable[[BackendSpec], AbstractAsyncContextManager[Backend]]
 
@@ -151,6 +152,8 @@ def _with_versions_folder(config: RunConfig, folder: RunFolder) -> RunConfig:
 def _check_task(config: RunConfig) -> type[Environment]:
     """Refuse an environment, rows or a model folder that cannot be used, before anything is written; return the environment."""
     environment_class, _ = load_tasks(config)
+    if config.env.is_program:
+        require("serve", "fastapi", "uvicorn", what="an agent program")
     if is_model_folder(config.model.path):
         folder = Path(config.model.path)
         check_model_sums(folder)
@@ -188,17 +191,15 @@ async def _run(
         async with opens(spec) as backend:
             if checkpoint is not None:
                 await backend.trainer.restore(checkpoint)
-            temperature = config.sampling.temperature
-            agent = make_agent(config.env, backend.engine, chat, backend.run_environment, temperature=temperature)
-            hosted = backend.host_environment(environment_class)
-            task = Task(player=ClassPlayer(agent=agent, environment_class=hosted), rows=rows, probe_ids=probe_ids)
-            journal = stack.enter_context(closing(Journal(kept, progress, state.journal)))
-            loop = make_loop(config, task, backend, recording, journal)
-            loop.go_on(state)
-            backend.watch(loop.buffer)
-            backend.listen(lambda news: recording.events.emit(_event_of(news, loop.version)))
-            known = [*cautions(config), *chat_cautions(config, chat)]
-            return await _finish(config, loop, backend, recording, view.note, known)
+            async with open_player(config, backend, chat, environment_class) as player:
+                task = Task(player=player, rows=rows, probe_ids=probe_ids)
+                journal = stack.enter_context(closing(Journal(kept, progress, state.journal)))
+                loop = make_loop(config, task, backend, recording, journal)
+                loop.go_on(state)
+                backend.watch(loop.buffer)
+                backend.listen(lambda news: recording.events.emit(_event_of(news, loop.version)))
+                known = [*cautions(config), *chat_cautions(config, chat)]
+                return await _finish(config, loop, backend, recording, view.note, known)
 
 
 def _event_of(news: Incident | Caution, version: int) -> Event:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -45,10 +46,18 @@ def anchored(config: RunConfig) -> RunConfig:
     return replace(
         config,
         model=replace(model, path=absolute(model.path)) if is_model_folder(model.path) else model,
-        env=replace(env, train_data=absolute(env.train_data), eval_data=absolute(env.eval_data)),
+        env=replace(
+            env, train_data=absolute(env.train_data), eval_data=absolute(env.eval_data), command=_anchored(env.command)
+        ),
         versions=replace(versions, folder=absolute(versions.folder)),
         engine=replace(engine, python=absolute(engine.python)) if os.sep in engine.python else engine,
     )
+
+
+def _anchored(command: tuple[str, ...]) -> tuple[str, ...]:
+    """A command whose words that name files are absolute; "python" is the interpreter that runs this."""
+    first = (sys.executable,) if command[:1] in (("python",), ("python3",)) else command[:1]
+    return (*first, *(str(Path(word).absolute()) if Path(word).is_file() else word for word in command[1:]))
 
 
 def prepare_model(config: RunConfig, environment_class: type[Environment], note: Callable[[str], None]) -> Start:

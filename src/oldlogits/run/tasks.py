@@ -30,6 +30,7 @@ def load_tasks(config: RunConfig) -> tuple[type[Environment], TaskDataset]:
         train_data=config.env.train_data,
         eval_data=config.env.eval_data,
         needs_heldout=bool(config.eval.num_episodes or config.eval.every),
+        any_row=config.env.is_program,
     )
     return environment_class, dataset
 

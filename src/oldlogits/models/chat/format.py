@@ -48,6 +48,7 @@ class ChatFormat:
         options: ChatOptions = AS_IT_IS,
     ) -> None:
         self.tokenizer, self._encoder, self._system = tokenizer, ContentEncoder(tokenizer), system_prompt
+        self._options = options
         self.most_bytes: Final = most_bytes(tokenizer)
         self._template = Template(tokenizer, tools, options)
         lead, after = self._template.around_turn()
@@ -74,6 +75,10 @@ class ChatFormat:
         bare, control = self._between("user")
         self._head: Final = self._encoder.from_last_control(self._end_of_turn + bare)
         self._turns: Final = ContentEncoder(tokenizer, {*self.stop_ids, *control})
+
+    def with_tools(self, tools: Sequence[Mapping[str, object]]) -> ChatFormat:
+        """Return how the same tokenizer writes conversations with other tools and without a system prompt of their own."""
+        return ChatFormat(self.tokenizer, tools, "", self._options)
 
     def prompt_ids(self, opening: str, system: str | None = None) -> list[int]:
         """Give the tokens up to the start of the first assistant turn.

@@ -1,0 +1,93 @@
+"""Plays the episodes of an agent program: it asks for turns as it likes, and gives a reward at its end."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+from oldlogits.core.environment import Row
+from oldlogits.rollout.environment_errors import EnvironmentFailed
+from oldlogits.rollout.gateway.conversations import Conversations
+from oldlogits.rollout.gateway.counts import GatewayCounts
+from oldlogits.rollout.gateway.formats import ChatFormats
+from oldlogits.rollout.gateway.listener import Address, Gateway
+from oldlogits.rollout.gateway.programs import Runner
+from oldlogits.rollout.gateway.wishes import Rules
+from oldlogits.rollout.player import Outcome, Player, Watch
+from oldlogits.rollout.turns import Agent, Failure, Known
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramPlayer(Player):
+    """Plays an agent program.
+
+    Args:
+        agent: Engine, parser, limits and sampling.
+        formats: How conversations are written.
+        gateway: Where the program finds the run.
+        program: Runs the program.
+        rules: What requests may ask.
+    """
+
+    agent: Agent
+    formats: ChatFormats
+    gateway: Gateway
+    program: Runner
+    rules: Rules
+    watch: Watch = field(default_factory=Watch)
+    counts: GatewayCounts = field(default_factory=GatewayCounts)
+    goes_on: bool = False
+
+    async def play(self, row: Row, *, id: str, group_id: str, known: Known | None = None) -> Outcome:
+        """Run the program; its requests are answered until it ends.
+
+        Raises:
+            OldLogitsError: The engine ended.
+        """
+        talk = Conversations(id, self.agent, self.formats, self.rules, self.counts, self.watch.rewritten)
+        ended_well = False
+        try:
+            with self.gateway.episode(talk, copy.deepcopy(row)) as address:
+                reward = await self._reward(address, talk)
+            await talk.close()
+            branches = talk.trajectories(group_id, reward)
+            if not branches:
+                raise EnvironmentFailed("the program asked for no turn: nothing was sampled")
+            self.watch.drop(set(talk.ids) - {branch.id for branch in branches})
+            ended_well = True
+            return branches
+        except EnvironmentFailed as failure:
+            return Failure(id=id, group_id=group_id, reason=str(failure), num_tokens=talk.num_sampled)
+        finally:
+            if not ended_well:
+                await talk.close()
+                self.watch.drop(talk.ids)
+
+    async def _reward(self, address: Address, talk: Conversations) -> float:
+        """Run the program to its end, or until its turns cannot be sampled."""
+        running = asyncio.create_task(self.program.run(address))
+        try:
+            ends: set[asyncio.Future[float] | asyncio.Future[None]] = {running, talk.failure}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if talk.failure.done():
+                talk.failure.result()
+            return await running
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    def watched(self, watch: Watch) -> Self:
+        """Have the turns reported."""
+        return replace(self, watch=watch, agent=replace(self.agent, report=watch.report, withdraw=watch.withdraw))
+
+    def evaluating(self, temperature: float) -> Self:
+        """Sample at the temperature, or at that of the requests."""
+        agent = replace(self.agent, sampling=replace(self.agent.sampling, temperature=temperature))
+        return replace(self, agent=agent, rules=replace(self.rules, honours=True), counts=GatewayCounts())
+
+    def metrics(self) -> Mapping[str, float]:
+        """Count what was asked for."""
+        return self.counts.take()
