@@ -18,6 +18,7 @@ from oldlogits.rollout.groups import Rollouts
 from oldlogits.rollout.journal.journal import Journal
 from oldlogits.rollout.journal.progress import Progress
 from oldlogits.rollout.journal.records import Admitted, Ended, Failed, Taken
+from oldlogits.rollout.player import ClassPlayer
 from oldlogits.rollout.staleness import StalenessBound
 from oldlogits.rollout.turns import Agent, TurnLimits
 from oldlogits.rollout.watches import FailureWatch, FilterWatch
@@ -86,15 +87,17 @@ class Life:
             self.buffer.account.filtered += since.num_filtered
         limits = TurnLimits(max_turns=TURNS + 1, max_tokens_per_turn=4, max_tokens=80)
         self.rollouts = Rollouts(
-            agent=Agent(
-                engine=self.engine,
-                chat=CHAT,
-                parser=PlainParser(),
-                limits=limits,
-                sampling=Sampling(max_tokens=4),
-                run_environment=run_inline,
+            player=ClassPlayer(
+                agent=Agent(
+                    engine=self.engine,
+                    chat=CHAT,
+                    parser=PlainParser(),
+                    limits=limits,
+                    sampling=Sampling(max_tokens=4),
+                    run_environment=run_inline,
+                ),
+                environment_class=Chance,
             ),
-            environment_class=Chance,
             rows=SimpleNamespace(train=lambda index: {}),
             buffer=self.buffer,
             source=self.source,

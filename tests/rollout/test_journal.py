@@ -352,7 +352,7 @@ def test_an_episode_that_ended_with_a_turn_that_was_known_whole_holds_it():
         Ended(episode="g000000.0", reward=1.0, stop_reason="done"),
     ):
         assert progress.apply(record)
-    trajectory = progress.groups["g000000"].episodes["g000000.0"].trajectory("g000000.0", "g000000")
+    (trajectory,) = progress.groups["g000000"].episodes["g000000.0"].trajectories("g000000.0", "g000000")
     assert trajectory.segments == (prompt, turn)
     again = Progress()
     assert all(again.apply(record) for record in progress.records())

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from oldlogits.config.schema import RunConfig
-from oldlogits.core.environment import Environment
+from oldlogits.core.environment import PROGRAMS, Environment
 from oldlogits.loop.backend import Backend
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.rollout.player import ClassPlayer, Player
@@ -33,7 +33,7 @@ async def open_player(
     from oldlogits.rollout.gateway.formats import ChatFormats
     from oldlogits.rollout.gateway.listener import Gateway
     from oldlogits.rollout.gateway.player import ProgramPlayer
-    from oldlogits.rollout.gateway.programs import make_runner
+    from oldlogits.rollout.gateway.programs import CommandRunner, FunctionRunner
     from oldlogits.rollout.gateway.wishes import Rules
 
     async with Gateway().listening() as gateway:
@@ -41,6 +41,8 @@ async def open_player(
             agent=agent,
             formats=ChatFormats(chat.with_tools),
             gateway=gateway,
-            program=make_runner(env),
+            program=FunctionRunner(PROGRAMS.find(env.program), timeout_s=env.program_timeout_s)
+            if env.program
+            else CommandRunner(env.command, timeout_s=env.program_timeout_s, memory_bytes=env.program_memory_bytes),
             rules=Rules(unmet=env.unmet_wishes),
         )
