@@ -119,7 +119,7 @@ def episodes_of(records: Iterable[Record]) -> dict[str, Episode]:
                     episode.segments += record.segments
                     episode.running = ()
                 elif isinstance(record, Running):
-                    episode.running = record.sampled
+                    episode.running = (*episode.running, *record.sampled)
                 else:
                     episode.has_ended = True
     return found

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from oldlogits.config.load import config_from_table
-from oldlogits.core.engine import EngineCapabilities, Generation, Sampling, Span
-from oldlogits.core.engine_stats import EngineStats
+from oldlogits.core.engine import Generation, Sampling, Span
+from oldlogits.core.engine_stats import EngineCapabilities, EngineStats
 from oldlogits.core.errors import NonFiniteError, ProbeError
 from oldlogits.core.policies import OLD
 from oldlogits.core.scoring import Scored
@@ -393,7 +393,7 @@ def test_the_copies_of_what_is_trained_are_those_of_the_adapters_not_of_the_base
 def test_a_run_that_ends_before_it_has_gone_on_with_its_groups_counts_them_as_cancelled(tmp_path):
     async def scenario(world):
         world.journal.progress.apply(Admitted(group="g000000", row=0, version=0, size=4))
-        world.journal.progress.apply(Failed(episode="g000000.1", again=False))
+        world.journal.progress.apply(Failed(episode="g000000.1", again=False, version=0, reason="no"))
         world.loop.go_on(LoopState())
         world.loop.cancel_all()
         world.loop.buffer.check()

@@ -256,6 +256,7 @@ def lives(folder, first, second, *, version=0, **options):
 
 def test_a_half_turn_that_goes_on_is_kept_when_the_run_is_ended_again(tmp_path):
     half, more = [sampled([5], 0), sampled([6], 0)], [sampled([7], 0)]
+    one = sampled([5, 6], 0)
 
     async def first(life):
         life.journal.running({"g000000.0": half})
@@ -266,11 +267,11 @@ def test_a_half_turn_that_goes_on_is_kept_when_the_run_is_ended_again(tmp_path):
         assert asked["g000000.0/0"] == (*prompt.token_ids, 5, 6)
         assert asked["g000000.1/0"] == prompt.token_ids
         life.journal.running({"g000000.0": [], "g000000.1": []})
-        assert life.journal.progress.groups["g000000"].episodes["g000000.0"].known == (prompt, *half)
+        assert life.journal.progress.groups["g000000"].episodes["g000000.0"].known == (prompt, one)
         life.journal.running({"g000000.0": more})
-        assert life.journal.progress.groups["g000000"].episodes["g000000.0"].known == (prompt, *half, *more)
+        assert life.journal.progress.groups["g000000"].episodes["g000000.0"].known == (prompt, one, *more)
         again = progress_of([], list(life.journal.progress.records()))
-        assert again.groups["g000000"].episodes["g000000.0"].known == (prompt, *half, *more)
+        assert again.groups["g000000"].episodes["g000000.0"].known == (prompt, one, *more)
 
     lives(tmp_path, first, second)
 
@@ -315,7 +316,7 @@ def test_tokens_of_a_version_that_is_another_one_now_begin_again_at_once_and_are
 
 def test_a_replay_that_was_promised_is_played_whatever_the_recipe_allows_now(tmp_path):
     async def first(life):
-        life.journal.note(Failed(episode="g000000.0", again=True))
+        life.journal.note(Failed(episode="g000000.0", again=True, version=0, reason="no"))
 
     async def second(life):
         assert life.buffer.account == TrajectoryCounts(submitted=2 * 2 + 1, failed=1)

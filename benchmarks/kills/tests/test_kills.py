@@ -16,7 +16,7 @@ PROMPT = Context(token_ids=(1, 1, 1))
 ADMITTED = Admitted(group="g000000", row=0, version=0, size=2)
 GREW = Grew(episode="g000000.0", start=0, segments=(PROMPT, sampled(5, 6)))
 READ = Grew(episode="g000000.0", start=2, segments=(Context(token_ids=(2,)),))
-HALF = Running(episode="g000000.0", sampled=(sampled(7, version=1),))
+HALF = Running(episode="g000000.0", num_segments=3, start=0, sampled=(sampled(7, version=1),))
 
 
 def snapshot(*records, trained=None, checkpoint=0):
@@ -42,8 +42,9 @@ def test_an_episode_is_what_its_records_add_up_to():
     assert episode.tokens == {3: (5, 0), 4: (6, 0), 6: (7, 1)}
     assert (episode.length, episode.samples) == (7, True)
     assert not episodes_of([ADMITTED, GREW])["g000000.0"].samples, "its environment runs"
-    assert episodes_of([ADMITTED, GREW, Restarted(episode="g000000.0")]) == {}
-    assert episodes_of([ADMITTED, GREW, LeftOut(group="g000000", num=2)]) == {}
+    assert episodes_of([ADMITTED, GREW, Restarted(episode="g000000.0", version=0, reason="", num_lost_tokens=0)]) == {}
+    left_out = LeftOut(group="g000000", version=0, rewards=(0.0, 0.0), oldest_version=0, num_failed=0)
+    assert episodes_of([ADMITTED, GREW, left_out]) == {}
 
 
 def test_what_the_end_has_not_is_lost_and_a_half_turn_counts_as_what_was_sampled_in_its_place():

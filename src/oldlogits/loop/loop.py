@@ -52,7 +52,7 @@ from oldlogits.record.events import BatchScored, Updated, Warned
 from oldlogits.record.recording import Recording
 from oldlogits.rollout.admission import pace_of
 from oldlogits.rollout.buffer import Buffer, TrajectoryCounts
-from oldlogits.rollout.groups import Rollouts, restore
+from oldlogits.rollout.groups import Rollouts, event_of, restore
 from oldlogits.rollout.journal.journal import FILE as IN_FLIGHT
 from oldlogits.rollout.journal.journal import Journal, to_bytes
 from oldlogits.rollout.journal.records import Published, Taken
@@ -112,6 +112,8 @@ class Loop:
         self.version, self._num_trained = trainer.version, trainer.num_trained
         for caution in cautions:
             self._events.emit(Warned(version=self.version, **asdict(caution)))
+        for record in self._journal.progress.told:
+            self._events.emit(event_of(record))
         try:
             await self._sync.give(await self._publish())
             if not self.state.num_updates and not self.state.is_evaluated:
@@ -135,6 +137,7 @@ class Loop:
         oldest_held = (await self._backend.trainer.state()).oldest_version
         async with asyncio.TaskGroup() as tasks:
             rollouts = self._start_rollouts(tasks, oldest_held)
+            following = tasks.create_task(self._journal.follow(self._backend.engine, self._config.temperature))
             try:
                 while self.version < self._config.num_updates:
                     await self._update(rollouts)
@@ -142,6 +145,7 @@ class Loop:
                         rollouts = await self._begin_again(rollouts, tasks)
             finally:
                 rollouts.stop()
+                following.cancel()
 
     async def _begin_again(self, rollouts: Rollouts, tasks: asyncio.TaskGroup) -> Rollouts:
         """Go on from the checkpoint that was just written as another process would, which then is the same bit for bit."""
