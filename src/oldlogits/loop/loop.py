@@ -234,13 +234,10 @@ class Loop:
             self._admit(rollouts)
             await trainer.retain(min(self.version, self._oldest_needed()))
         self.state.num_updates += 1
-        times = timer.end() | {"time/stall_s": stall_s}
-        self._last_ended = timer.ended
+        times, self._last_ended = timer.end() | {"time/stall_s": stall_s}, timer.ended
         used = usage_metrics(before, await self._counters(), times["time/update_s"])
         of_loop = batch_metrics(groups, result.staleness_counts, times["time/update_s"]) | queue_metrics(self.buffer)
-        of_rollouts = rollouts.latency.metrics() | {"rollout/failed_share": rollouts.failures.share}
-        of_parts = {**self.source.metrics(), **of_rollouts, **self._task.player.metrics()}
-        metrics = {**result.metrics, **times, **of_parts, **of_loop, **used}
+        metrics = {**result.metrics, **times, **self.source.metrics(), **rollouts.metrics(), **of_loop, **used}
         kept_bytes = published.store_bytes + metrics.get("average/stored_bytes", 0.0)
         of_copies = copies(self._backend.engine.capabilities, kept_bytes, self._config.bytes_per_parameter * self._num_trained)
         self._tell_update(result, metrics | of_copies, groups)

@@ -127,6 +127,10 @@ class Rollouts(Admission):
                 self._lose(id, episode, f"the run made another version {version} when it went on")
         self._advance()
 
+    def metrics(self) -> dict[str, float]:
+        """What episodes waited for, which share of them failed, and what their player has done, since the last call."""
+        return {**self.latency.metrics(), "rollout/failed_share": self.failures.share, **self._player.metrics()}
+
     def batch_taken(self) -> None:
         """Start groups in the place of those that are trained from here on."""
         self._left_out.batch_taken()
