@@ -23,12 +23,13 @@ from oldlogits.core.environment import Environment, ExplainingEnvironment, Row, 
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.trajectory import Sampled, Segment
 from oldlogits.envs.base import load_environment
+from oldlogits.envs.rows import row_misfit
 from oldlogits.envs.tools import tool_names, tool_schemas
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.models.chat.template import ChatTokenizer, Said
 from oldlogits.rollout.environment_errors import EnvironmentFailed, Raised, answering
 from oldlogits.rollout.environment_runner import ThreadRunner
-from oldlogits.rollout.tasks import TaskDataset, row_misfit
+from oldlogits.rollout.tasks import TaskDataset
 from oldlogits.rollout.turns import Failure, run_episode
 from oldlogits.run.tasks import make_agent
 
@@ -98,7 +99,7 @@ def play(options: PlayOptions, number: int, console: Console, read: Callable[[st
     """
     recipe = config_from_table(read_toml(Path(options.target))) if options.target.endswith(".toml") else None
     env = recipe.env if recipe else EnvConfig(target=options.target, adapter=options.adapter)
-    environment_class = load_environment(env.target, env.adapter)
+    environment_class = load_environment(env.target, env.adapter, env.reward)
     row, runner = _row(options, number, env, environment_class), ThreadRunner(timeout_s=env.timeout_s, latency_s=0.0, seed=0)
     made: list[object] = []
 
@@ -189,10 +190,14 @@ class _Shown:
             chat.tokenizer,
         )
 
-    def prompt_ids(self, opening: str, system: str | None = None) -> list[int]:
+    def for_tools(self, tools: Sequence[Row]) -> _Shown:
+        return self  # who writes by the template of one's own reads no tools
+
+    def prompt_ids(self, opening: Sequence[Said], system: str | None = None) -> list[int]:
         if system:
             _say(self._console, "system", system)
-        _say(self._console, "user", opening)
+        for role, content in opening:
+            _say(self._console, "agent" if role == "assistant" else role, content)
         return self._chat.prompt_ids(opening, system)
 
     def continuation_ids(self, said: Sequence[Said]) -> list[int]:

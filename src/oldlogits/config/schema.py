@@ -140,7 +140,12 @@ class EnvConfig:
     target: str = "desk"
     """desk, desk_long, desk_slow, or "package.module:Class"."""
     adapter: Annotated[str, ADAPTERS] = "class"
-    """What makes an environment of the target: class (the target is one), or "package.module:Name"."""
+    """What makes an environment of the target: class (the target is one), trl (it is what environment_factory of TRL's
+    GRPOTrainer takes), or "package.module:Name"."""
+    reward: str = ""
+    """A function "package.module:function" whose reward of an episode is added to that of the class; empty: none is."""
+    group_reward: str = ""
+    """A function "package.module:function" that makes the rewards of a whole group of their own; empty: that of the class."""
     train_data: str = ""
     """A JSONL file of tasks for training, one `reset(**row)` a line; empty: the class makes its own rows."""
     eval_data: str = ""

@@ -9,7 +9,9 @@ from typing import Final, Literal, cast
 
 from oldlogits.core.environment import ADAPTERS, ENVIRONMENTS, Environment
 from oldlogits.core.errors import EnvironmentShapeError, reading
-from oldlogits.envs.tools import check_tool, public_names, tool_names
+from oldlogits.envs.given import gives_tools
+from oldlogits.envs.rewards import with_reward
+from oldlogits.envs.tools import check_tool, public_names, tool_names, tool_schemas
 
 REMOTE_PROMPT: Final = "_oldlogits_system_prompt"
 """The method of an environment that lives elsewhere which returns the system prompt that it has there."""
@@ -18,8 +20,8 @@ ToolErrors = Literal["declared", "answer", "fail"]
 """What `env.tool_errors` says."""
 
 
-def load_environment(target: str, adapter: str = "class") -> type[Environment]:
-    """Make the environment class that a recipe names by `env.target` and `env.adapter`."""
+def load_environment(target: str, adapter: str = "class", reward: str = "") -> type[Environment]:
+    """Make the environment class that a recipe names by `env.target`, `env.adapter` and `env.reward`."""
     adapt = ADAPTERS.find(adapter)
     got, allowed = (
         f"env.adapter = {adapter!r}, env.target = {target!r}",
@@ -28,18 +30,19 @@ def load_environment(target: str, adapter: str = "class") -> type[Environment]:
     fix = "correct env.target, or name another adapter"
     with reading(EnvironmentShapeError, "the environment cannot be made", got=got, allowed=allowed, fix=fix):
         made = adapt(target)
-    return check_environment(made)
+    checked = check_environment(made, has_reward=bool(reward))
+    return with_reward(checked, reward) if reward else checked
 
 
 def import_environment(target: str) -> type[Environment]:
     """Import a class that is written in the shape of an environment, or a function that makes one: the adapter "class"."""
     found = ENVIRONMENTS.find(target)
     if callable(found) and not isinstance(found, type) and not hasattr(found, "get_reward"):
-        found = _class_of(found, target)
-    return check_environment(found)
+        found = class_of(found, target)
+    return cast("type[Environment]", found)
 
 
-def _class_of(factory: Callable[[], object], target: str) -> type:
+def class_of(factory: Callable[[], object], target: str) -> type:
     """A class whose instances are what a factory makes; the factory is called once to see what that is."""
     try:
         made = type(factory())
@@ -50,15 +53,24 @@ def _class_of(factory: Callable[[], object], target: str) -> type:
             allowed="a function that makes an environment when it is called without arguments",
             fix="give its arguments defaults, or name the class",
         ) from error
-    return type(made.__name__, (made,), {"__new__": lambda cls: factory(), "__doc__": made.__doc__})
+
+    def new(cls: type) -> object:
+        instance = factory()
+        if cls is not own:  # a subclass that was made of this one
+            instance.__class__ = cls
+        return instance
+
+    own = type(made.__name__, (made,), {"__new__": new, "__init__": lambda self: None, "__doc__": made.__doc__})
+    return own
 
 
-def check_environment(found: object) -> type[Environment]:
-    """Return `found` itself, if it has the shape of an environment.
+def check_environment(found: object, *, has_reward: bool = False) -> type[Environment]:
+    """Return `found` itself, if it has the shape of an environment; `get_reward` may be left out where `has_reward`.
 
     Raises:
         EnvironmentShapeError: It is no class, lacks `reset` or `get_reward`, has a tool that has no docstring, takes
-            ``*args``, or has a parameter that JSON cannot fill, or it declares something else than exceptions.
+            ``*args``, or has a parameter that JSON cannot fill, or it declares something else than exceptions,
+            or describes its tools otherwise than by schemas.
     """
     if not isinstance(found, type):
         raise EnvironmentShapeError(
@@ -67,16 +79,17 @@ def check_environment(found: object) -> type[Environment]:
             allowed="a class, or a function that makes an instance of one",
             fix="name the class, not an instance",
         )
-    for name in ("reset", "get_reward"):
+    for name in ("reset",) if has_reward else ("reset", "get_reward"):
         if not callable(inspect.getattr_static(found, name, None)):
             raise EnvironmentShapeError(
                 f"{found.__name__} has no method {name}",
                 got=f"public names {public_names(found)}",
                 allowed="reset(self, **row) -> str | None and get_reward(self) -> float",
-                fix=f"define {name}",
+                fix=f"define {name}" + (", or name a function in env.reward" if name == "get_reward" else ""),
             )
-    for name in tool_names(found):
+    for name in () if gives_tools(found) else tool_names(found):
         check_tool(found, name)
+    tool_schemas(found)
     answered_errors(found)
     return cast("type[Environment]", found)
 

@@ -11,6 +11,7 @@ from typing import cast
 
 from oldlogits.core.environment import Environment, Row, RowSource, Split
 from oldlogits.core.errors import ConfigError, EnvironmentShapeError, reading
+from oldlogits.envs.rows import row_misfit
 
 ROWS_PER_SEED = 1_000_000
 """Training rows that a class makes are numbered from seed * ROWS_PER_SEED, so that runs of other seeds see others."""
@@ -102,22 +103,6 @@ class TaskDataset:
             fix=f"write a JSONL file of reset(**row) arguments and set {key}"
             + (", or eval.num_episodes = 0 and eval.every = 0" if split == "heldout" else ""),
         )
-
-
-def row_misfit(environment_class: type[Environment], row: object) -> str:
-    """Say why a row is not what the environment's `reset` can be called with; empty: it can."""
-    if not isinstance(row, dict) or not all(isinstance(key, str) for key in row):
-        return "no JSON object"
-    try:
-        signature = inspect.signature(environment_class.reset)
-    except (AttributeError, TypeError, ValueError):  # it says nothing of itself
-        return ""
-    itself = [None] if inspect.isfunction(inspect.getattr_static(environment_class, "reset")) else []
-    try:
-        signature.bind(*itself, **row)
-    except TypeError as error:
-        return str(error)
-    return ""
 
 
 def _takes(environment_class: type[Environment]) -> str:

@@ -9,8 +9,9 @@ from oldlogits.core.errors import ConfigError
 from oldlogits.core.parser import PARSERS, make_parser
 from oldlogits.envs.base import load_environment
 from oldlogits.models.chat.format import ChatFormat
+from oldlogits.rollout.asked import EnvironmentRunner
 from oldlogits.rollout.tasks import TaskDataset
-from oldlogits.rollout.turns import Agent, EnvironmentRunner, TurnLimits
+from oldlogits.rollout.turns import Agent, TurnLimits
 
 
 def load_tasks(config: RunConfig) -> tuple[type[Environment], TaskDataset]:
@@ -22,7 +23,7 @@ def load_tasks(config: RunConfig) -> tuple[type[Environment], TaskDataset]:
         EnvironmentShapeError: The target is no environment.
     """
     PARSERS.find(config.env.parser)
-    environment_class = load_environment(config.env.target, config.env.adapter)
+    environment_class = load_environment(config.env.target, config.env.adapter, config.env.reward)
     _check_model(config, environment_class)
     dataset = TaskDataset(
         environment_class,
