@@ -82,6 +82,14 @@ def reward_of(value: object, method: str = "get_reward") -> float:
     )
 
 
+def rewards_of_group(value: object, num: int) -> list[float]:
+    """What a function of a group returned, if it is one reward for each of its episodes."""
+    found = value.tolist() if callable(getattr(value, "tolist", None)) else value  # type: ignore[attr-defined]
+    if not isinstance(found, list | tuple) or len(found) != num:
+        raise EnvironmentFailed(f"the group reward returned {_shortened(value)}, not {num} numbers")
+    return [reward_of(one, "the group reward") for one in found]
+
+
 def _shortened(value: object) -> str:
     """A value as it is printed, cut off; numbers of thousands of digits are not."""
     if isinstance(value, int) and abs(value) > MAX_REWARD:

@@ -8,6 +8,7 @@ from oldlogits.core.environment import MODELS, Demonstrated, DescribedModel, Env
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.parser import PARSERS, make_parser
 from oldlogits.envs.base import load_environment
+from oldlogits.envs.rewards import load_group_reward
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.rollout.asked import EnvironmentRunner
 from oldlogits.rollout.tasks import TaskDataset
@@ -24,6 +25,7 @@ def load_tasks(config: RunConfig) -> tuple[type[Environment], TaskDataset]:
     """
     PARSERS.find(config.env.parser)
     environment_class = load_environment(config.env.target, config.env.adapter, config.env.reward)
+    load_group_reward(environment_class, config.env.group_reward)
     _check_model(config, environment_class)
     dataset = TaskDataset(
         environment_class,
