@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Final, Literal, cast
+from typing import Final, Literal, Protocol, TypeVar, cast
 
 from oldlogits.core.environment import ADAPTERS, ENVIRONMENTS, Environment
-from oldlogits.core.errors import EnvironmentShapeError, reading
+from oldlogits.core.errors import ConfigError, EnvironmentShapeError, reading
+from oldlogits.envs.delegate import mixture_of
 from oldlogits.envs.given import gives_tools
 from oldlogits.envs.rewards import with_reward
 from oldlogits.envs.tools import check_tool, public_names, tool_names, tool_schemas
@@ -16,12 +18,56 @@ from oldlogits.envs.tools import check_tool, public_names, tool_names, tool_sche
 REMOTE_PROMPT: Final = "_oldlogits_system_prompt"
 """The method of an environment that lives elsewhere which returns the system prompt that it has there."""
 
+P = TypeVar("P", bound="Part")
+
 ToolErrors = Literal["declared", "answer", "fail"]
 """What `env.tool_errors` says."""
 
 
-def load_environment(target: str, adapter: str = "class", reward: str = "") -> type[Environment]:
-    """Make the environment class that a recipe names by `env.target`, `env.adapter` and `env.reward`."""
+class Part(Protocol):
+    """One environment of a mixture, as a recipe names it."""
+
+    @property
+    def target(self) -> str:
+        """As `env.target`."""
+
+    @property
+    def adapter(self) -> str:
+        """As `env.adapter`."""
+
+    @property
+    def name(self) -> str:
+        """The name that marks its rows; empty: the last part of the target."""
+
+
+def load_environment(target: str, adapter: str = "class", reward: str = "", mixture: Sequence[Part] = ()) -> type[Environment]:
+    """Make the environment class that a recipe names by `env.target`, `env.adapter`, `env.reward` and `env.mixture`."""
+    if mixture:
+        has_reward = bool(reward)
+        mixed = mixture_of({name: _load(part.target, part.adapter, has_reward) for name, part in named_parts(mixture).items()})
+        return with_reward(mixed, reward) if reward else mixed
+    made = _load(target, adapter, bool(reward))
+    return with_reward(made, reward) if reward else made
+
+
+def named_parts(mixture: Sequence[P]) -> dict[str, P]:
+    """Return the environments of a mixture by the names that mark their rows.
+
+    Raises:
+        ConfigError: Two have the same name.
+    """
+    named = {part.name or re.split(r"[:.]", part.target)[-1]: part for part in mixture}
+    if len(named) < len(mixture):
+        raise ConfigError(
+            "two environments of the mixture have the same name",
+            got=f"env.mixture of {', '.join(part.name or part.target for part in mixture)}",
+            allowed="a name of its own for each",
+            fix="add name = ... to one of them",
+        )
+    return named
+
+
+def _load(target: str, adapter: str, has_reward: bool) -> type[Environment]:
     adapt = ADAPTERS.find(adapter)
     got, allowed = (
         f"env.adapter = {adapter!r}, env.target = {target!r}",
@@ -30,8 +76,7 @@ def load_environment(target: str, adapter: str = "class", reward: str = "") -> t
     fix = "correct env.target, or name another adapter"
     with reading(EnvironmentShapeError, "the environment cannot be made", got=got, allowed=allowed, fix=fix):
         made = adapt(target)
-    checked = check_environment(made, has_reward=bool(reward))
-    return with_reward(checked, reward) if reward else checked
+    return check_environment(made, has_reward=has_reward)
 
 
 def import_environment(target: str) -> type[Environment]:

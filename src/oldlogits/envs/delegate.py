@@ -82,7 +82,7 @@ def mixture_of(classes: Mapping[str, type[Environment]]) -> type[Environment]:
     body: dict[str, object] = {
         "players": players,
         "tool_errors": tuple({one for each in errors for one in (each if isinstance(each, tuple) else (each,))}),
-        "get_reward": lambda self: self.played.get_reward(),
+        "get_reward": own_reward,
         "reply": _reply,
         "system_prompt": property(_prompt),
     }
@@ -91,6 +91,18 @@ def mixture_of(classes: Mapping[str, type[Environment]]) -> type[Environment]:
     if all(map(can_be_saved, classes.values())):
         body |= {"save_state": _save_state, "load_state": _load_state}
     return type("Mixture", (Delegate,), body)
+
+
+def players_of(environment: type[Environment]) -> dict[str, type[Environment]]:
+    """Return the classes that play behind a class, by name; the class itself where none does."""
+    if not issubclass(environment, Delegate):
+        return {"": environment}
+    return {name: player.environment for name, player in environment.players.items()}
+
+
+def toolsets_of(environment: type[Environment]) -> list[Sequence[Row]]:
+    """Return the tools of each class that plays behind a class."""
+    return [player.tools for player in environment.players.values()] if issubclass(environment, Delegate) else []
 
 
 def then(value: object, do: Callable[..., T]) -> T:
@@ -103,6 +115,12 @@ def then(value: object, do: Callable[..., T]) -> T:
         return await result if inspect.isawaitable(result) else result
 
     return cast(T, later())
+
+
+def own_reward(self: Delegate) -> object:
+    """The environment's own reward; None where it has none."""
+    own = getattr(self.played, "get_reward", None)
+    return None if own is None else cast("Callable[[], object]", own)()
 
 
 def _reply(self: Delegate, message: str) -> object:

@@ -8,14 +8,14 @@ dict of classes is chosen from by the column `environment`; without rows the env
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Final, cast
 
 from oldlogits.core.environment import ENVIRONMENTS, Environment, JsonValue, Row
 from oldlogits.core.errors import EnvironmentShapeError
 from oldlogits.envs.base import class_of
-from oldlogits.envs.delegate import Delegate, Player, then
+from oldlogits.envs.delegate import Delegate, Player, own_reward, then
 from oldlogits.envs.tools import check_tool, public_names, schemas_of
 
 _NO_TOOLS: Final = ("reset", "get_reward")
@@ -52,7 +52,7 @@ def adapt_trl(target: str) -> type[Environment]:
     classes = [player.environment for player in players.values()]
     body: dict[str, object] = {"players": players, "__doc__": inspect.getdoc(classes[0])}
     if any(hasattr(cls, "get_reward") for cls in classes):
-        body["get_reward"] = _get_reward
+        body["get_reward"] = own_reward
     if not isinstance(found, Mapping):
         body |= {"make_row": staticmethod(lambda split, index: {}), "tool_schemas": players[""].tools}
     return type(classes[0].__name__ if len(classes) == 1 else "Environments", (_TrlEnvironment,), body)
@@ -100,9 +100,3 @@ def _opening(prompt: JsonValue, observation: object) -> object:
 
 def _blocks(content: object) -> list[object]:
     return list(content) if isinstance(content, list | tuple) else [{"type": "text", "text": content}]
-
-
-def _get_reward(self: Delegate) -> object:
-    """The environment's own reward; None where it has none."""
-    own = getattr(self.played, "get_reward", None)
-    return None if own is None else cast("Callable[[], object]", own)()
