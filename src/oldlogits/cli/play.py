@@ -111,7 +111,7 @@ def play(options: PlayOptions, number: int, console: Console, read: Callable[[st
         write = _oracle(environment_class) if options.mode == "oracle" else lambda seen: read("> ")
         writer = Writer(write, tool_names(environment_class) if options.mode == "human" else ())
         engine, chat, limits = cast(RolloutEngine, writer), ChatFormat(cast(ChatTokenizer, writer)), ENDLESS
-    shown = _Shown(chat, console)
+    shown = _Shown(chat, console, reads_tools=options.mode == "checkpoint")
     agent = make_agent(limits, engine, cast(ChatFormat, shown), run, temperature=0.0 if options.greedy else 1.0)
     agent = replace(agent, report=shown.report, parser=agent.parser if options.mode == "checkpoint" else writer)
     _introduce(environment_class, options.mode, console)
@@ -180,8 +180,8 @@ def _oracle(environment_class: type[Environment]) -> Callable[[str], str]:
 class _Shown:
     """A chat format that prints what the agent reads and writes."""
 
-    def __init__(self, chat: ChatFormat, console: Console) -> None:
-        self._chat, self._console = chat, console
+    def __init__(self, chat: ChatFormat, console: Console, *, reads_tools: bool) -> None:
+        self._chat, self._console, self._reads_tools = chat, console, reads_tools
         self.stop_ids, self.decode, self.most_bytes, self.tokenizer = (
             chat.stop_ids,
             chat.decode,
@@ -190,7 +190,7 @@ class _Shown:
         )
 
     def for_tools(self, tools: Sequence[Row]) -> _Shown:
-        return self  # who writes by the template of one's own reads no tools
+        return _Shown(self._chat.for_tools(tools), self._console, reads_tools=True) if self._reads_tools else self
 
     def prompt_ids(self, opening: Sequence[Said], system: str | None = None) -> list[int]:
         if system:
