@@ -102,7 +102,7 @@ class Talk:
         )
         self.agent = agent
         self.conversations = Conversations(
-            "g000001.2", agent, ChatFormats(CHAT.with_tools), rules or Rules(), self.counts, lambda *r: self.rewritten.append(r)
+            "g000001.2", agent, ChatFormats(CHAT.for_tools), rules or Rules(), self.counts, lambda *r: self.rewritten.append(r)
         )
 
     def _withdraw(self, name, segments):

@@ -47,7 +47,7 @@ class World:
         async with Gateway().listening() as gateway:
             self.gateway = gateway
             player = ProgramPlayer(
-                agent=agent, formats=ChatFormats(CHAT.with_tools), gateway=gateway, program=runner, rules=self.rules,
+                agent=agent, formats=ChatFormats(CHAT.for_tools), gateway=gateway, program=runner, rules=self.rules,
                 counts=self.counts,
             ).watched(Watch(report=agent.report, withdraw=agent.withdraw, drop=self.dropped.extend))  # fmt: skip
             object.__setattr__(player.agent, "run_environment", ThreadRunner(timeout_s=20.0, latency_s=0.0, seed=0))

@@ -12,9 +12,10 @@ from pathlib import Path
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from oldlogits.config.guard import refuse_idle
+from oldlogits.config.mixture import check_mixture, mixture_files
 from oldlogits.config.model_folder import check_model_folder
 from oldlogits.config.reader import build, fields_by_key, registry_of
-from oldlogits.config.schema import RunConfig
+from oldlogits.config.schema import EnvConfig, RunConfig
 from oldlogits.config.servers import check_servers
 from oldlogits.core.backend import BACKENDS
 from oldlogits.core.environment import PROGRAMS, is_model_folder
@@ -55,6 +56,7 @@ def check(config: RunConfig, *, needs_model: bool = True) -> None:
     _check_names(config)
     check_source(config.variant, config.proximal.source)
     _check_against_each_other(config)
+    check_mixture(config.env.mixture, config.env, EnvConfig())
     check_servers(config)
     template_kwargs(config)
     _check_program(config)
@@ -152,7 +154,8 @@ def _check_against_each_other(config: RunConfig) -> None:
         if not holds:
             got = f"{key} = {attrgetter(key)(config)}"
             raise ConfigError(f"{key} is out of range", got=got, allowed=allowed, fix=fix)
-    for key, name in (("env.train_data", env.train_data), ("env.eval_data", env.eval_data)):
+    files = [("env.train_data", env.train_data), ("env.eval_data", env.eval_data), *mixture_files(env.mixture)]
+    for key, name in files:
         allowed, fix = "a JSONL file, or empty", f"correct the path, which begins at {Path.cwd()}, or write the file"
         with reading(ConfigError, f"{key} names no file", got=f"{name!r}", allowed=allowed, fix=fix):
             if name and not Path(name).is_file():

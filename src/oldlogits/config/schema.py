@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from oldlogits.config.mixture import MixturePart
 from oldlogits.config.ranges import (
     AboveOne,
     AboveZero,
@@ -143,7 +144,14 @@ class EnvConfig:
     target: str = "desk"
     """desk, desk_long, desk_slow, or "package.module:Class"."""
     adapter: Annotated[str, ADAPTERS] = "class"
-    """What makes an environment of the target: class (the target is one), or "package.module:Name"."""
+    """What makes an environment of the target: class (the target is one), trl (it is what environment_factory of TRL's
+    GRPOTrainer takes), or "package.module:Name"."""
+    reward: str = ""
+    """A function "package.module:function" whose reward of an episode is added to that of the class; empty: none is."""
+    group_reward: str = ""
+    """A function "package.module:function" that makes the rewards of a whole group of their own; empty: that of the class."""
+    mixture: tuple[MixturePart, ...] = ()
+    """Several environments in one run, in place of target, adapter, train_data and eval_data: a table [[env.mixture]] each."""
     program: str = ""
     """"package.module:function": an agent program that plays the episodes in the place of the target, as
     `function(base_url, api_key, row)`, which returns a reward; it talks to the run as to any chat-completions server. The

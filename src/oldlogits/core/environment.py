@@ -27,8 +27,8 @@ class Environment(Protocol):
     """What every environment has. Its tools are its other public methods."""
 
     @property
-    def reset(self) -> Callable[..., str | None]:
-        """``reset(**row)`` starts an episode and returns the first user message, if there is one."""
+    def reset(self) -> Callable[..., object]:
+        """``reset(**row)`` starts an episode and returns the first user message, if there is one, or a list of messages."""
 
     def get_reward(self) -> float:
         """Return the reward of the episode so far."""
@@ -39,6 +39,13 @@ class ConversingEnvironment(Environment, Protocol):
 
     def reply(self, message: str) -> str | None:
         """Return the partner's answer to an agent's message; None ends the episode."""
+
+
+class TurnRewardingEnvironment(Environment, Protocol):
+    """An environment with a reward for every turn, besides that of the episode."""
+
+    def get_turn_reward(self) -> float:
+        """Return the reward of the turn that was just answered."""
 
 
 class SavedEnvironment(Environment, Protocol):
@@ -112,7 +119,9 @@ ENVIRONMENTS: Final[Registry[object]] = Registry(
 """The environments that `env.target` names: those of the example that is installed with this package."""
 
 ADAPTERS: Final[Registry[EnvironmentAdapter]] = Registry(
-    "environment adapter", key="env.adapter", builtin={"class": "oldlogits.envs.base:import_environment"}
+    "environment adapter",
+    key="env.adapter",
+    builtin={"class": "oldlogits.envs.base:import_environment", "trl": "oldlogits.envs.adapters.trl:adapt_trl"},
 )
 """What `env.adapter` names."""
 

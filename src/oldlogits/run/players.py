@@ -39,7 +39,7 @@ async def open_player(
     async with Gateway().listening() as gateway:
         yield ProgramPlayer(
             agent=agent,
-            formats=ChatFormats(chat.with_tools),
+            formats=ChatFormats(chat.for_tools),
             gateway=gateway,
             program=FunctionRunner(PROGRAMS.find(env.program), timeout_s=env.program_timeout_s)
             if env.program
