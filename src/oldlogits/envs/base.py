@@ -9,6 +9,7 @@ from typing import Final, Literal, cast
 
 from oldlogits.core.environment import ADAPTERS, ENVIRONMENTS, Environment
 from oldlogits.core.errors import EnvironmentShapeError, reading
+from oldlogits.envs.given_tools import check_given_tools, given_tools
 from oldlogits.envs.tools import check_tool, public_names, tool_names
 
 REMOTE_PROMPT: Final = "_oldlogits_system_prompt"
@@ -75,7 +76,8 @@ def check_environment(found: object) -> type[Environment]:
                 allowed="reset(self, **row) -> str | None and get_reward(self) -> float",
                 fix=f"define {name}",
             )
-    for name in tool_names(found):
+    check_given_tools(found)
+    for name in tool_names(found) if given_tools(found) is None else ():
         check_tool(found, name)
     answered_errors(found)
     return cast("type[Environment]", found)

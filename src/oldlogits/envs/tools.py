@@ -21,6 +21,7 @@ from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 from oldlogits.core.environment import Environment, JsonValue, Row
 from oldlogits.core.errors import EnvironmentShapeError
 from oldlogits.core.parser import Malformed, ToolCall
+from oldlogits.envs.given_tools import bind_given, given_tools, named_arguments
 from oldlogits.envs.text import readable, write_json
 
 NO_TOOLS: Final = frozenset(
@@ -60,6 +61,8 @@ def public_names(environment: type) -> list[str]:
 @cache
 def tool_names(environment: type) -> tuple[str, ...]:
     """Return the tools of an environment class, in the order in which they are written (inherited ones first)."""
+    if (given := given_tools(environment)) is not None:
+        return tuple(given)
     written = [name for cls in reversed(environment.__mro__) for name in vars(cls)]
     own = NO_TOOLS | (_STATE if can_be_saved(environment) else frozenset())
     return tuple(
@@ -152,6 +155,8 @@ def _hints(environment: type, tool: str) -> Mapping[str, typing.Any]:
 
 def tool_schemas(environment: type) -> list[Row]:
     """Return the tools in the JSON form that chat templates take: one `{"type": "function", "function": {...}}` each."""
+    if (given := given_tools(environment)) is not None:
+        return [{"type": "function", "function": function} for function in given.values()]
     return [
         {
             "type": "function",
@@ -174,6 +179,8 @@ def bind(environment: Environment, call: ToolCall) -> Callable[[], object] | Mal
     cls = type(environment)
     if call.name not in tool_names(cls):
         return Malformed(reason=f"error : no tool {call.name} ; tools are {' '.join(tool_names(cls))}")
+    if given_tools(cls) is not None:
+        return bind_given(environment, call)
     parameters = _parameters(cls, call.name)
     method = inspect.getattr_static(cls, call.name).__get__(environment, cls)
     try:
@@ -193,6 +200,8 @@ def bind(environment: Environment, call: ToolCall) -> Callable[[], object] | Mal
 
 def with_names(environment: type, call: ToolCall) -> ToolCall:
     """Return the same call with all of its arguments by name, as far as the tool has parameters for them."""
+    if given_tools(environment) is not None:
+        return ToolCall(name=call.name, named=named_arguments(environment, call))
     named = dict(zip(_parameters(environment, call.name), call.positional, strict=False))
     return ToolCall(name=call.name, named={**named, **call.named})
 
