@@ -41,8 +41,8 @@ test-vllm: install
 	OLDLOGITS_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest tests/vllm
 
 # Environments, servers and clients of other projects, in an environment of their own where this package runs from its sources.
-test-envs:
-	PYTHON=$(PYTHON) tests/envs/packages/install.sh $(ENVS)
+test-envs: install
+	PYTHON=$(PYTHON) UV=$(BIN)/uv tests/envs/packages/install.sh $(ENVS)
 	PYTHONPATH=src:examples $(ENVS)/bin/python -m pytest tests/envs/packages --numprocesses 2 --dist loadfile --durations 5
 
 # The fast lane with the oldest and the newest versions that pyproject.toml allows; torch is that of constraints.in.

@@ -20,7 +20,9 @@ def locked(name):
     return {line.partition("==")[0] for line in lines}
 
 
-@pytest.mark.parametrize("name, at_least", [("constraints.txt", 100), ("constraints-vllm.txt", 150), ("constraints-envs.txt", 120)])
+@pytest.mark.parametrize(
+    "name, at_least", [("constraints.txt", 100), ("constraints-vllm.txt", 150), ("constraints-envs.txt", 120)]
+)
 def test_a_lock_holds_nothing_but_names_exact_versions_and_where_they_apply(name, at_least):
     assert len(locked(name)) >= at_least
 

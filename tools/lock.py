@@ -22,7 +22,14 @@ LOCKS = {
     Path("constraints.txt"): (PROJECT, "--all-extras", "--constraint", "constraints.in"),
     # vLLM asks for a build of torch, torch==2.13.0+cpu, that not every index has.
     Path("constraints-vllm.txt"): (Path("constraints-vllm.in"), "--python-version", "3.11", "--override", "constraints.in"),
-    Path("constraints-envs.txt"): (Path("constraints-envs.in"), "--python-version", "3.11", *ENVS, "--constraint", "constraints.in"),
+    Path("constraints-envs.txt"): (
+        Path("constraints-envs.in"),
+        "--python-version",
+        "3.11",
+        *ENVS,
+        "--constraint",
+        "constraints.in",
+    ),
 }
 """The arguments of `uv pip compile` by lock."""
 HEADER = "# Every package at an exact version. `make lock` writes this file; constraints*.in say what is pinned on purpose.\n"

@@ -46,7 +46,9 @@ def check_given_tools(environment: type) -> None:
     schemas = inspect.getattr_static(environment, "tool_schemas", None)
     if schemas is None:
         return
-    misfit = next((repr(one)[:200] for one in schemas if not _is_schema(one)), "") if isinstance(schemas, list) else repr(schemas)
+    misfit = (
+        next((repr(one)[:200] for one in schemas if not _is_schema(one)), "") if isinstance(schemas, list) else repr(schemas)
+    )
     if not misfit and len({one["function"]["name"] for one in schemas}) < len(schemas):
         misfit = "two tools of one name"
     if not misfit and not callable(getattr(environment, "call_tool", None)):

@@ -1,9 +1,9 @@
 """One episode of tau2-bench, whatever the domain: the turns, and the reward as tau2-bench defines it.
 
-    reset(task) -> the customer's request
-    call_tool   -> the world: databases, and the functions that read and change them
-    reply       -> the customer
-    get_reward  -> the world's state against that of the gold plan, assertions, and what the agent was to say
+reset(task) -> the customer's request
+call_tool   -> the world: databases, and the functions that read and change them
+reply       -> the customer
+get_reward  -> the world's state against that of the gold plan, assertions, and what the agent was to say
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, cast
+
+from pydantic_core import to_jsonable_python
 
 from oldlogits.core.environment import Environment, Row, Split
 from oldlogits.core.errors import ConfigError
@@ -103,7 +105,8 @@ class Tau2Episode:
         self._calls.append((name, arguments))
         if isinstance(self._user, ScriptedUser):
             self._user.called(name)
-        return self._world.call(name, arguments, "assistant")
+        result = self._world.call(name, arguments, "assistant")
+        return result if isinstance(result, str) else to_jsonable_python(result)
 
     async def reply(self, message: str) -> str | None:
         """Let the customer answer; without a customer, a message is the end."""
@@ -171,7 +174,9 @@ def make_environment(domain: Domain) -> type[Environment]:
                 allowed="at least one task",
                 fix="name another split, or look whether the files of the domain are complete",
             )
-    return cast("type[Environment]", type(f"Tau2_{domain.name}", (Tau2Episode,), {"domain": domain, "tool_schemas": list(domain.tools)}))
+    return cast(
+        "type[Environment]", type(f"Tau2_{domain.name}", (Tau2Episode,), {"domain": domain, "tool_schemas": list(domain.tools)})
+    )
 
 
 def _is(action: Row, name: str, arguments: Row) -> bool:

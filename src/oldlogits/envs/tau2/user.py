@@ -14,8 +14,11 @@ GREETING: Final = "Hi! How can I help you today?"
 _STOPS: Final = ("###STOP###", "###TRANSFER###", "###OUT-OF-SCOPE###")
 """What a customer writes at the end of the conversation."""
 _GO_AHEAD: Final = "Yes, please go ahead. If everything is done, just say so."
-_AS_SUBJECT: Final = re.compile(r"(?i)\byou (?=(?:\w+ly )?(?:are|were|have|had|want|need|would|will|can|do|don't|did|think|know|live|prefer)\b)")
-_PERSONS: Final = (("You are", "I am"), ("you are", "I am"), ("Your", "My"), ("your", "my"), ("You", "I"), ("you", "me"))
+_AS_OBJECT: Final = re.compile(
+    r"(?i)\b(tells?|told|gives?|given|asks?|asked|offers?|offered|lets?|helps?|allows?|sends?|shows?|informs?|charges?|transfers?"
+    r"|refunds?|wants?|to|for|with|from|of|about) you\b"
+)
+_PERSONS: Final = (("You are", "I am"), ("you are", "I am"), ("Your", "My"), ("your", "my"), ("You", "I"), ("you", "I"))
 
 
 class User(Protocol):
@@ -71,7 +74,7 @@ def _parts(task: Row) -> list[str]:
 
 def _first_person(text: str) -> str:
     """Return what a customer was told, as the customer says it."""
-    text = _AS_SUBJECT.sub("I ", text)
+    text = _AS_OBJECT.sub(r"\1 me", text)
     for told, said in _PERSONS:
         text = re.sub(rf"\b{told}\b", said, text)
-    return text.replace("I are", "I am").replace("I were", "I was")
+    return text.replace("I were", "I was")
