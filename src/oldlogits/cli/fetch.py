@@ -43,7 +43,7 @@ def command(arguments: Sequence[str]) -> int:
         print(said, flush=True)
 
     def ordered(cache: Path) -> Path:
-        environment_class = load_environment(env.target, env.adapter)
+        environment_class = load_environment(*env.words)
         return make(ModelOrder(seed=0, steps="auto", environment=environment_class, parser=env.parser, cache=cache, note=note))
 
     def fill(unfinished: Path) -> None:

@@ -98,7 +98,7 @@ def play(options: PlayOptions, number: int, console: Console, read: Callable[[st
     """
     recipe = config_from_table(read_toml(Path(options.target))) if options.target.endswith(".toml") else None
     env = recipe.env if recipe else EnvConfig(target=options.target, adapter=options.adapter)
-    environment_class = load_environment(env.target, env.adapter)
+    environment_class = load_environment(*env.words)
     row, runner = _row(options, number, env, environment_class), ThreadRunner(timeout_s=env.timeout_s, latency_s=0.0, seed=0)
     made: list[object] = []
 

@@ -115,7 +115,7 @@ def _check_options(options: ServeOptions) -> None:
 def _folder(model: str) -> Path:
     """Return the model's folder; that of a starting model is made first, if it is not cached."""
     config = RunConfig(model=ModelConfig(path=model))
-    environment_class = load_environment(config.env.target, config.env.adapter)
+    environment_class = load_environment(*config.env.words)
     folder = prepare_model(config, environment_class, lambda note: print(note, flush=True)).model
     check_model_folder(folder, fix=f"name a Hugging Face folder, or a starting model ({', '.join(MODELS.names)})")
     check_model_sums(folder)

@@ -5,7 +5,8 @@ A range stands in the annotation of its field; the string below a field is what 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -27,7 +28,7 @@ from oldlogits.config.ranges import (
 from oldlogits.config.systems import EngineConfig, LockstepConfig, RayConfig, RuntimeConfig, VersionsConfig
 from oldlogits.core.backend import BACKENDS
 from oldlogits.core.engine import ENGINES
-from oldlogits.core.environment import ADAPTERS
+from oldlogits.core.environment import ADAPTERS, McpServer, McpTarget
 from oldlogits.core.loss import LOSSES
 from oldlogits.core.parser import PARSERS
 from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, VARIANTS
@@ -140,7 +141,13 @@ class EnvConfig:
     target: str = "desk"
     """desk, desk_long, desk_slow, or "package.module:Class"."""
     adapter: Annotated[str, ADAPTERS] = "class"
-    """What makes an environment of the target: class (the target is one), or "package.module:Name"."""
+    """What makes an environment of the target: class (the target is one), mcp (see env.mcp), tau2 or vitabench (the target is
+    the folder of a checkout and a domain, "FOLDER:DOMAIN"), or "package.module:Name"."""
+    mcp: tuple[McpServer, ...] = ()
+    """MCP servers whose tools the model is offered, such as [{command = ["python", "server.py"]}] or [{url = "http://..."}]:
+    the environment, in place of the target."""
+    reward: str = ""
+    """env.mcp: "package.module:function", which is given what was played and returns the reward."""
     train_data: str = ""
     """A JSONL file of tasks for training, one `reset(**row)` a line; empty: the class makes its own rows."""
     eval_data: str = ""
@@ -160,6 +167,13 @@ class EnvConfig:
     message; any other one ends the episode as failed. answer: every one is an answer. fail: every one ends the episode."""
     latency_s: NotNegative = 0.0
     """Mean seconds of a simulated, exponentially distributed tool latency (runtime local); 0: none."""
+
+    @property
+    def words(self) -> tuple[str, str]:
+        """The target and the adapter that make the environment: the keys of these names, or what env.mcp says."""
+        if not self.mcp:
+            return self.target, self.adapter
+        return json.dumps(asdict(McpTarget(servers=self.mcp, reward=self.reward))), "mcp"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ def load_tasks(config: RunConfig) -> tuple[type[Environment], TaskDataset]:
         EnvironmentShapeError: The target is no environment.
     """
     PARSERS.find(config.env.parser)
-    environment_class = load_environment(config.env.target, config.env.adapter)
+    environment_class = load_environment(*config.env.words)
     _check_model(config, environment_class)
     dataset = TaskDataset(
         environment_class,
