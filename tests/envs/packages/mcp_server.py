@@ -1,15 +1,12 @@
 """An MCP server of the package's own: counts for each session; `python mcp_server.py [PORT | broken | shapeless]`."""
 
+import json
 import os
 import sys
 import time
 from collections import Counter
 
-import anyio
-from mcp.server.lowlevel import Server
 from mcp.server.mcpserver import Context, MCPServer
-from mcp.server.stdio import stdio_server
-from mcp.types import ListToolsResult, Tool
 
 server = MCPServer("counter", instructions="Count to seven.")
 totals = Counter()
@@ -66,13 +63,14 @@ def shout(size: int) -> str:
     return "a" * size
 
 
-async def serve_shapeless():
-    async def list_tools(context, params):
-        return ListToolsResult(tools=[Tool(name="odd", input_schema={"type": "string"})])
-
-    odd = Server("odd", on_list_tools=list_tools)
-    async with stdio_server() as (read, write):
-        await odd.run(read, write, odd.create_initialization_options())
+def serve_shapeless():
+    """Speak the protocol by hand, since the package's own server sends no such schema."""
+    info = {"protocolVersion": "2025-06-18", "capabilities": {"tools": {}}, "serverInfo": {"name": "odd", "version": "1"}}
+    results = {"initialize": info, "tools/list": {"tools": [{"name": "odd", "inputSchema": {"type": "string"}}]}}
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if asked["method"] in results:
+            print(json.dumps({"jsonrpc": "2.0", "id": asked["id"], "result": results[asked["method"]]}), flush=True)
 
 
 if __name__ == "__main__":
@@ -85,6 +83,6 @@ if __name__ == "__main__":
         case ["broken"]:
             sys.exit("no coins at all")
         case ["shapeless"]:
-            anyio.run(serve_shapeless)
+            serve_shapeless()
         case [port]:
             server.run("streamable-http", port=int(port))

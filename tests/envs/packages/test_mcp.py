@@ -16,7 +16,7 @@ from oldlogits.cli.main import run as command
 from oldlogits.config.load import config_from_table
 from oldlogits.core.engine import Generation, Sampling, Span
 from oldlogits.core.environment import McpServer
-from oldlogits.core.errors import ConfigError, EnvironmentShapeError, McpServerError
+from oldlogits.core.errors import ConfigError, McpServerError
 from oldlogits.core.parser import ToolCall
 from oldlogits.envs.base import load_environment, system_prompt_of
 from oldlogits.envs.mcp.session import Sessions
@@ -196,7 +196,7 @@ def test_sessions_are_opened_ahead_where_the_recipe_asks_for_it(tmp_path):
         ({"command": [*SERVER, "broken"]}, McpServerError, "it wrote: no coins at all"),
         ({"command": ["/nowhere/at/all"]}, McpServerError, "FileNotFoundError"),
         ({"command": None, "url": "http://127.0.0.1:9/mcp"}, McpServerError, "http://127.0.0.1:9/mcp"),
-        ({"command": [*SERVER, "shapeless"], "tools": None, "reset_tool": None}, EnvironmentShapeError, "odd"),
+        ({"command": [*SERVER, "shapeless"], "tools": None, "reset_tool": None}, McpServerError, "inputSchema.type"),
         ({"tools": ["fly"]}, ConfigError, "fly"),
         ({"command": None}, ConfigError, "a command or an address"),
         ({"reward": ""}, ConfigError, "env.reward"),
@@ -221,7 +221,7 @@ def test_a_run_trains_with_a_server(tmp_path, chatml_llama):
             "max_tokens_per_turn": 8,
             "max_turns": 2,
         },
-        "rollout": {"group_size": 2, "prompts_per_update": 1, "max_running_groups": 1},
+        "rollout": {"group_size": 2, "prompts_per_update": 2},
         "eval": {"num_episodes": 0, "every": 0},
         "runtime": {"type": "local"},
     }
