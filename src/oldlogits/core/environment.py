@@ -125,6 +125,7 @@ ADAPTERS: Final[Registry[EnvironmentAdapter]] = Registry(
 )
 """What `env.adapter` names."""
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class McpServer:
     """A server of the Model Context Protocol: one that is started for every episode, or one that runs.

@@ -106,7 +106,10 @@ class McpEpisode:
         answer = await self._open[self._places[name]].call(name, arguments)
         if answer.is_error:
             raise McpServerError(
-                f"an MCP server refused {name}", got=answer.text, allowed="an answer", fix="look whether the row fits the server"
+                f"an MCP server refused {name}",
+                got=answer.text,
+                allowed="an answer",
+                fix="look whether the row fits the server",
             )
         return answer.text
 
@@ -127,7 +130,10 @@ def adapt(target: str) -> type[Environment]:
     words = TypeAdapter(McpTarget).validate_json(target)
     if not words.reward:
         raise ConfigError(
-            "env.mcp needs a reward", got="env.reward = ''", allowed='env.reward = "package.module:function"', fix="name a function"
+            "env.mcp needs a reward",
+            got="env.reward = ''",
+            allowed='env.reward = "package.module:function"',
+            fix="name a function",
         )
     reward = REWARDS.find(words.reward)
     offers = [_offer(server) for server in words.servers]

@@ -161,7 +161,12 @@ def _splits(module: ModuleType, ids: Sequence[str], heldout: str) -> Mapping[Spl
     find = getattr(module, "get_tasks_split", None)
     splits = cast("dict[str, list[str]]", (find() if inspect.isfunction(find) else None) or {})
     if heldout and heldout not in splits:
-        raise ConfigError("the domain has no such split", got=heldout, allowed=", ".join(splits) or "none", fix="name another one")
-    chosen: dict[Split, list[str]] = {"train": splits.get("train", list(ids)), "heldout": splits.get(heldout or "test", list(ids))}
+        raise ConfigError(
+            "the domain has no such split", got=heldout, allowed=", ".join(splits) or "none", fix="name another one"
+        )
+    chosen: dict[Split, list[str]] = {
+        "train": splits.get("train", list(ids)),
+        "heldout": splits.get(heldout or "test", list(ids)),
+    }
     known = set(ids)
     return {split: [id for id in names if id in known] for split, names in chosen.items()}

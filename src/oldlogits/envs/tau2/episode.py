@@ -152,7 +152,11 @@ class Tau2Episode:
         """Tasks in their order, again and again; `subset` says whether the gold plan changes the databases."""
         ids = cls.domain.splits[split]
         task = cls.domain.tasks[ids[index % len(ids)]]
-        return {"task": str(task["id"]), "subset": "changes" if cls.domain.gold_state(task)[1] else "keeps"}
+        return {"task": str(task["id"]), "subset": cls._subset_of(task)}
+
+    @classmethod
+    def _subset_of(cls, task: Row) -> str:
+        return "changes" if cls.domain.gold_state(task)[1] else "keeps"
 
 
 def actions_of(task: Row) -> list[Row]:
@@ -160,8 +164,8 @@ def actions_of(task: Row) -> list[Row]:
     return cast("list[Row]", cast(Row, task["evaluation_criteria"]).get("actions") or [])
 
 
-def make_environment(domain: Domain) -> type[Environment]:
-    """Make the environment class of a domain.
+def make_environment(domain: Domain, base: type[Tau2Episode] = Tau2Episode) -> type[Environment]:
+    """Make the environment class of a domain, a subclass of `base`.
 
     Raises:
         ConfigError: A split has no tasks.
@@ -175,7 +179,8 @@ def make_environment(domain: Domain) -> type[Environment]:
                 fix="name another split, or look whether the files of the domain are complete",
             )
     return cast(
-        "type[Environment]", type(f"Tau2_{domain.name}", (Tau2Episode,), {"domain": domain, "tool_schemas": list(domain.tools)})
+        "type[Environment]",
+        type(f"{base.__name__}_{domain.name}", (base,), {"domain": domain, "tool_schemas": list(domain.tools)}),
     )
 
 

@@ -18,7 +18,7 @@ _AS_OBJECT: Final = re.compile(
     r"(?i)\b(tells?|told|gives?|given|asks?|asked|offers?|offered|lets?|helps?|allows?|sends?|shows?|informs?|charges?|transfers?"
     r"|refunds?|wants?|to|for|with|from|of|about) you\b"
 )
-_PERSONS: Final = (("You are", "I am"), ("you are", "I am"), ("Your", "My"), ("your", "my"), ("You", "I"), ("you", "I"))
+_PERSONS: Final = (("[Yy]ou are", "I am"), ("[Yy]ou're", "I'm"), ("Your", "My"), ("your", "my"), ("You", "I"), ("you", "I"))
 
 
 class User(Protocol):
@@ -53,7 +53,7 @@ class ScriptedUser:
 def scenario_of(task: Row) -> str:
     """Return the scenario of a task, the instructions of whoever plays its customer."""
     scenario = cast(Row, task["user_scenario"])
-    persona, instructions = scenario.get("persona"), scenario["instructions"]
+    persona, instructions = scenario.get("persona"), scenario.get("instructions", task.get("instructions"))
     if isinstance(instructions, dict):
         instructions = "\n\n".join(f"{key.replace('_', ' ')}: {text}" for key, text in instructions.items() if text)
     return f"{instructions}\n\npersona: {persona}" if persona else str(instructions)
@@ -65,7 +65,8 @@ def is_the_end(said: str) -> bool:
 
 
 def _parts(task: Row) -> list[str]:
-    instructions = cast(Row, task["user_scenario"])["instructions"]
+    scenario = cast(Row, task["user_scenario"])
+    instructions = scenario.get("instructions", task.get("instructions"))
     if not isinstance(instructions, dict):
         return [str(instructions)]
     first = "\n".join(str(instructions[key]) for key in ("reason_for_call", "known_info") if instructions.get(key))
