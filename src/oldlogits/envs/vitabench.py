@@ -47,9 +47,10 @@ class VitaWorld:
         return json.dumps(self.orders(), sort_keys=True)
 
     def orders(self) -> list[Row]:
-        """Return all orders there are."""
-        orders = self._in_thread(lambda: to_jsonable_python(self._environment.tools.db.orders))
-        return list(cast("Mapping[str, Row]", orders).values())
+        """Return all orders there are, bookings and reservations included."""
+        database = self._environment.tools.db
+        tables = (getattr(database, name, None) or {} for name in ("orders", "books", "reservations"))
+        return self._in_thread(lambda: [cast(Row, to_jsonable_python(order)) for table in tables for order in table.values()])
 
     def holds(self, assertion: Row) -> bool:
         """Refuse: no task asserts anything."""
@@ -99,7 +100,8 @@ class VitaEpisode(Tau2Episode):
         for order in _required(self._task):
             if met := (wanted := _ordered(order)) in left:
                 left.remove(wanted)
-            parts[f"an order as {order['order_id']}"] = met
+            id = next((order[key] for key in ("order_id", "reservation_id", "book_id") if key in order), "")
+            parts[f"an order as {id}"] = met
         return parts
 
     @classmethod
@@ -152,7 +154,8 @@ def _rubrics(task: Row) -> list[str]:
 
 
 def _ordered(order: Row) -> object:
-    """What two orders of the same things have in common: kind, place, products and quantities, and whether it was cancelled."""
+    """What two orders of the same have in common: kind, place, time, guests, products with their quantities; or a cancellation."""
     products = cast("list[Row]", order.get("products") or [])
     things = sorted((str(product.get("product_id")), str(product.get("quantity"))) for product in products)
-    return order.get("order_type"), order.get("store_id"), order.get("status") == "cancelled", things
+    place, time = order.get("store_id") or order.get("shop_id"), order.get("reservation_time") or order.get("book_time")
+    return order.get("order_type"), place, time, order.get("customer_count"), order.get("status") == "cancelled", things
