@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import importlib.util
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -116,7 +117,7 @@ def _parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     """The two parts that a token is merged of: what merging by rank leaves of its bytes before the last merge."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
-        pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:], strict=False)]
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in pairwise(parts)]
         best = pairs.index(min(pairs))
         parts[best : best + 2] = [parts[best] + parts[best + 1]]
     return parts

@@ -29,8 +29,8 @@ class Environment(Protocol):
     """What every environment has. Its tools are its other public methods."""
 
     @property
-    def reset(self) -> Callable[..., str | None]:
-        """``reset(**row)`` starts an episode and returns the first user message, if there is one."""
+    def reset(self) -> Callable[..., object]:
+        """``reset(**row)`` starts an episode and returns the first user message, if there is one, or a list of messages."""
 
     def get_reward(self) -> float:
         """Return the reward of the episode so far."""
@@ -41,6 +41,13 @@ class ConversingEnvironment(Environment, Protocol):
 
     def reply(self, message: str) -> str | None:
         """Return the partner's answer to an agent's message; None ends the episode."""
+
+
+class TurnRewardingEnvironment(Environment, Protocol):
+    """An environment with a reward for every turn, besides that of the episode."""
+
+    def get_turn_reward(self) -> float:
+        """Return the reward of the turn that was just answered."""
 
 
 class SavedEnvironment(Environment, Protocol):
@@ -118,6 +125,7 @@ ADAPTERS: Final[Registry[EnvironmentAdapter]] = Registry(
     key="env.adapter",
     builtin={
         "class": "oldlogits.envs.base:import_environment",
+        "trl": "oldlogits.envs.adapters.trl:adapt_trl",
         "mcp": "oldlogits.envs.mcp.environment:adapt",
         "tau2": "oldlogits.envs.tau2.checkout:adapt",
         "vitabench": "oldlogits.envs.vitabench:adapt",
@@ -149,14 +157,6 @@ class McpServer:
     tools: tuple[str, ...] = ()
     reset_tool: str = ""
     spare: Annotated[int, Ge(0), Le(1024)] = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class McpTarget:
-    """What the adapter "mcp" is given, as JSON: the servers, and the import path of a reward function."""
-
-    servers: tuple[McpServer, ...]
-    reward: str
 
 
 Progress = Callable[[int, int, float], None]

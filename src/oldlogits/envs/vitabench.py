@@ -12,7 +12,7 @@ import importlib
 import inspect
 import json
 import weakref
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any, ClassVar, TypeVar, cast
@@ -154,7 +154,7 @@ def _rubrics(task: Row) -> list[str]:
 
 
 def _ordered(order: Row) -> object:
-    """What two orders of the same have in common: kind, place, time, guests, products with their quantities; or a cancellation."""
+    """What two orders of the same have in common: kind, place, time, guests, products and quantities, whether cancelled."""
     products = cast("list[Row]", order.get("products") or [])
     things = sorted((str(product.get("product_id")), str(product.get("quantity"))) for product in products)
     place, time = order.get("store_id") or order.get("shop_id"), order.get("reservation_time") or order.get("book_time")

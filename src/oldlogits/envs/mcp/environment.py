@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, cast
 
 from pydantic import TypeAdapter
 
-from oldlogits.core.environment import Environment, JsonValue, McpServer, McpTarget, Row
+from oldlogits.core.environment import Environment, JsonValue, McpServer, Row
 from oldlogits.core.errors import ConfigError, EnvironmentShapeError, McpServerError
-from oldlogits.core.registry import Registry, require
-from oldlogits.envs.given_tools import check_given_tools
+from oldlogits.core.registry import require
 
 if TYPE_CHECKING:
     from oldlogits.envs.mcp.session import Sessions
 
 START_S: Final = 60.0
 """Seconds in which a server must say which tools it has, when a run starts."""
-
-REWARDS: Final[Registry[Reward]] = Registry("reward function", key="env.reward", builtin={})
-"""What `env.reward` names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,26 +30,6 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Played:
-    """An episode, for a reward function.
-
-    Args:
-        row: The task.
-        calls: The model's calls, in their order.
-        said: The model's messages.
-        ask: Calls any tool of the servers by its name and returns the text of the answer: ``await played.ask("total", {})``.
-    """
-
-    row: Row
-    calls: list[Call] = field(default_factory=list)
-    said: list[str] = field(default_factory=list)
-    ask: Callable[[str, Row], Awaitable[str]]
-
-
-Reward = Callable[[Played], float | Awaitable[float]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Offer:
     """What a server offers: schemas of the tools for the model, the names of all of its tools, its instructions."""
 
@@ -65,42 +40,43 @@ class _Offer:
 
 
 class McpEpisode:
-    """An episode with MCP servers; the adapter makes a subclass for the servers of a recipe."""
+    """An episode with MCP servers; the adapter makes a subclass for the servers of a recipe.
+
+    A function of `env.reward` is given it as `environment`, after the last turn: `calls`, `said`, and `ask`.
+    """
 
     tool_schemas: ClassVar[list[Row]]
     system_prompt: ClassVar[str]
     _places: ClassVar[Mapping[str, int]]
     _sessions: ClassVar[Sequence[Sessions]]
     _reset_tools: ClassVar[Sequence[str]]
-    _reward: ClassVar[Reward]
 
     async def reset(self, *, prompt: str = "", **row: JsonValue) -> str:
         """Open the sessions; the first message is the row's prompt, or what the servers' reset tools answer."""
+        self.calls: list[Call] = []
+        self.said: list[str] = []
         self._open = [sessions.take() for sessions in self._sessions]
-        self._played = Played(row={"prompt": prompt} | row, ask=self._ask)
-        told = [await self._ask(name, row) for name in self._reset_tools]
+        told = [await self.ask(name, row) for name in self._reset_tools]
         return prompt or "\n".join(told)
 
     async def call_tool(self, name: str, arguments: Row) -> str:
         """Call a tool of a server; an error that it answers is an answer."""
         answer = await self._open[self._places[name]].call(name, arguments)
         text = f"error : {answer.text}" if answer.is_error else answer.text
-        self._played.calls.append(Call(name=name, arguments=arguments, answer=text, is_error=answer.is_error))
+        self.calls.append(Call(name=name, arguments=arguments, answer=text, is_error=answer.is_error))
         return text
 
     def reply(self, message: str) -> None:
         """Take note of a message, which ends the episode."""
-        self._played.said.append(message)
+        self.said.append(message)
 
-    async def get_reward(self) -> float:
-        """Ask the reward function, and close the sessions."""
-        reward = type(self)._reward(self._played)
-        reward = await reward if inspect.isawaitable(reward) else reward
-        for session in self._open:
-            session.close()
-        return reward
+    async def ask(self, name: str, arguments: Row) -> str:
+        """Call any tool of the servers, those included that the model is not offered; return the text of the answer.
 
-    async def _ask(self, name: str, arguments: Row) -> str:
+        Raises:
+            LookupError: No server has it.
+            McpServerError: The server answers an error.
+        """
         if name not in self._places:
             raise LookupError(f"no server has a tool {name}; tools are {', '.join(self._places)}")
         answer = await self._open[self._places[name]].call(name, arguments)
@@ -115,28 +91,20 @@ class McpEpisode:
 
 
 def adapt(target: str) -> type[Environment]:
-    """Make the environment class of the servers and the reward that a recipe names: the adapter "mcp".
+    """Make the environment class of the servers that a recipe names: the adapter "mcp".
 
     Each server is asked once for its tools.
 
     Raises:
-        ConfigError: A server is named by neither command nor url, lacks a tool, or there is no reward function.
-        EnvironmentShapeError: Two tools have the same name, or a schema is no object.
+        ConfigError: A server is named by neither command nor url, or lacks a tool.
+        EnvironmentShapeError: Two tools have the same name.
         McpServerError: A server cannot be used.
     """
     require("mcp", "mcp", what="env.mcp")
     from oldlogits.envs.mcp.session import Sessions
 
-    words = TypeAdapter(McpTarget).validate_json(target)
-    if not words.reward:
-        raise ConfigError(
-            "env.mcp needs a reward",
-            got="env.reward = ''",
-            allowed='env.reward = "package.module:function"',
-            fix="name a function",
-        )
-    reward = REWARDS.find(words.reward)
-    offers = [_offer(server) for server in words.servers]
+    servers = TypeAdapter(tuple[McpServer, ...]).validate_json(target)
+    offers = [_offer(server) for server in servers]
     names = [name for offer in offers for name in offer.names]
     if len(set(names)) < len(names):
         double = sorted({name for name in names if names.count(name) > 1})
@@ -147,17 +115,14 @@ def adapt(target: str) -> type[Environment]:
             fix="rename the tool in one of the servers",
         )
     body = {
-        "__doc__": "The tools of " + ", ".join(" ".join(server.command) or server.url for server in words.servers),
+        "__doc__": "The tools of " + ", ".join(" ".join(server.command) or server.url for server in servers),
         "tool_schemas": [schema for offer in offers for schema in offer.schemas],
         "system_prompt": "\n\n".join(offer.instructions for offer in offers if offer.instructions),
         "_places": {name: place for place, offer in enumerate(offers) for name in offer.names},
         "_sessions": [Sessions(offer.server) for offer in offers],
         "_reset_tools": [offer.server.reset_tool for offer in offers if offer.server.reset_tool],
-        "_reward": staticmethod(reward),
     }
-    made = type("McpTools", (McpEpisode,), body)
-    check_given_tools(made)
-    return cast("type[Environment]", made)
+    return cast("type[Environment]", type("McpTools", (McpEpisode,), body))
 
 
 def _offer(server: McpServer) -> _Offer:

@@ -1,1 +1,1 @@
-"""The shape of tau2-bench: a customer with a scenario, an agent with a policy and tools, a database that is compared with gold's."""
+"""tau2-bench: a customer with a scenario, an agent with a policy and tools, and databases that are compared with gold's."""

@@ -24,7 +24,7 @@ _PERSONS: Final = (("[Yy]ou are", "I am"), ("[Yy]ou're", "I'm"), ("Your", "My"),
 class User(Protocol):
     """Somebody who talks with the agent."""
 
-    def reply(self, message: str) -> str | None | Awaitable[str | None]:
+    def reply(self, message: str) -> str | Awaitable[str | None] | None:
         """Return the answer to what the agent said, or None at the end; the first message is a greeting."""
 
 
