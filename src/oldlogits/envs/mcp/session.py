@@ -16,10 +16,10 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import Future
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import IO, Any, Final, TypeVar, cast
+from typing import IO, Any, Final, TextIO, TypeVar, cast
 
 import httpx2
 from mcp import ClientSession, MCPError, StdioServerParameters, stdio_client
@@ -101,7 +101,7 @@ class _Owner:
     def __init__(self, server: McpServer) -> None:
         self._server = server
         self._opened: Future[tuple[ClientSession, str]] = Future()
-        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self._log: IO[str] | None = None  # what the server writes to its standard error
         self._task = _start(self._own())
 
     def close(self) -> None:
@@ -109,17 +109,15 @@ class _Owner:
         self._task.cancel()
 
     async def _own(self) -> None:
-        try:
-            async with AsyncExitStack() as stack:
-                session = await stack.enter_async_context(self._session())
-                initialized = await session.initialize()
-                self._opened.set_result((session, initialized.instructions or ""))
-                await asyncio.Event().wait()  # until the session is closed
-        except BaseException as error:
-            if not self._opened.done():
-                self._opened.set_exception(self._failed("cannot be used", error))
-        finally:
-            self._log.close()
+        with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as self._log:
+            try:
+                async with self._session() as session:
+                    initialized = await session.initialize()
+                    self._opened.set_result((session, initialized.instructions or ""))
+                    await asyncio.Event().wait()  # until the session is closed
+            except BaseException as error:
+                if not self._opened.done():
+                    self._opened.set_exception(self._failed("cannot be used", error))
 
     @asynccontextmanager
     async def _session(self) -> AsyncIterator[ClientSession]:
@@ -128,7 +126,7 @@ class _Owner:
             parameters = StdioServerParameters(
                 command=command, args=args, env=dict(self._server.env), cwd=self._server.cwd or None
             )
-            transport = stdio_client(parameters, errlog=self._log)
+            transport = stdio_client(parameters, errlog=cast("TextIO", self._log))
             async with transport as streams, ClientSession(*streams) as session:
                 yield session
         else:
@@ -180,8 +178,8 @@ class _Owner:
         )
 
 
-def _last_line(log: IO[str]) -> str:
-    if log.closed:
+def _last_line(log: IO[str] | None) -> str:
+    if log is None or log.closed:
         return ""
     log.seek(0)
     lines = log.read().strip().splitlines()
