@@ -198,7 +198,7 @@ def _text_of_block(block: ContentBlock) -> str:
     if block.type == "text":
         return block.text
     if block.type == "resource":
-        return getattr(block.resource, "text", f"[{block.resource.uri}]")
+        return str(getattr(block.resource, "text", f"[{block.resource.uri}]"))
     if block.type == "resource_link":
         return f"[{block.uri}]"
-    return cast(str, f"[{block.mime_type}]")
+    return f"[{block.mime_type}]"
