@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar, cast
 
@@ -22,8 +23,9 @@ from oldlogits.core.engine import RolloutEngine
 from oldlogits.core.environment import Environment, ExplainingEnvironment, Row, RowSource, Scripted, Split
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.trajectory import Sampled, Segment
+from oldlogits.envs.delegate import toolsets_of
+from oldlogits.envs.given import names_of
 from oldlogits.envs.rows import row_misfit
-from oldlogits.envs.tools import tool_names, tool_schemas
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.models.chat.template import ChatTokenizer, Said
 from oldlogits.rollout.environment_errors import EnvironmentFailed, Raised, answering
@@ -109,9 +111,10 @@ def play(options: PlayOptions, number: int, console: Console, read: Callable[[st
         engine, chat, limits = open_checkpoint(options.model, recipe, environment_class, options.seed + number)
     else:
         write = _oracle(environment_class) if options.mode == "oracle" else lambda seen: read("> ")
-        writer = Writer(write, tool_names(environment_class) if options.mode == "human" else ())
+        names = [name for tools in toolsets_of(environment_class) for name in names_of(tools)]
+        writer = Writer(write, names if options.mode == "human" else ())
         engine, chat, limits = cast(RolloutEngine, writer), ChatFormat(cast(ChatTokenizer, writer)), ENDLESS
-    shown = _Shown(chat, console)
+    shown = _Shown(chat, console, reads_tools=options.mode == "checkpoint")
     agent = make_agent(limits, engine, cast(ChatFormat, shown), run, temperature=0.0 if options.greedy else 1.0)
     agent = replace(agent, report=shown.report, parser=agent.parser if options.mode == "checkpoint" else writer)
     _introduce(environment_class, options.mode, console)
@@ -180,8 +183,8 @@ def _oracle(environment_class: type[Environment]) -> Callable[[str], str]:
 class _Shown:
     """A chat format that prints what the agent reads and writes."""
 
-    def __init__(self, chat: ChatFormat, console: Console) -> None:
-        self._chat, self._console = chat, console
+    def __init__(self, chat: ChatFormat, console: Console, *, reads_tools: bool) -> None:
+        self._chat, self._console, self._reads_tools = chat, console, reads_tools
         self.stop_ids, self.decode, self.most_bytes, self.tokenizer = (
             chat.stop_ids,
             chat.decode,
@@ -190,7 +193,7 @@ class _Shown:
         )
 
     def for_tools(self, tools: Sequence[Row]) -> _Shown:
-        return self  # who writes by the template of one's own reads no tools
+        return _Shown(self._chat.for_tools(tools), self._console, reads_tools=True) if self._reads_tools else self
 
     def prompt_ids(self, opening: Sequence[Said], system: str | None = None) -> list[int]:
         if system:
@@ -221,7 +224,7 @@ def _introduce(environment_class: type[Environment], mode: str, console: Console
     _say(console, "about", inspect.getdoc(environment_class) or "")
     if mode == "human":
         table = Table("call", "what it does", box=None, header_style="dim")
-        for schema in tool_schemas(environment_class):
+        for schema in chain.from_iterable(toolsets_of(environment_class)):
             function = cast("dict[str, Row]", schema)["function"]
             arguments = cast("dict[str, Row]", function["parameters"])["properties"]
             table.add_row(Text(" ".join([str(function["name"]), *arguments])), Text(str(function["description"])))

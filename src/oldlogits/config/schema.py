@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from oldlogits.config.mixture import MixturePart
 from oldlogits.config.ranges import (
     AboveOne,
     AboveZero,
@@ -135,24 +136,6 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PartConfig:
-    """One environment of a mixture."""
-
-    target: str
-    """As `env.target`."""
-    weight: Annotated[float, Gt(0), Le(1e6)] = 1.0
-    """Its share of the groups, compared with the weights of the others."""
-    name: str = ""
-    """What its rows are marked by; empty: the last part of the target."""
-    adapter: Annotated[str, ADAPTERS] = "class"
-    """As `env.adapter`."""
-    train_data: str = ""
-    """As `env.train_data`."""
-    eval_data: str = ""
-    """As `env.eval_data`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class EnvConfig:
     """The environment and the turns with it."""
 
@@ -168,7 +151,7 @@ class EnvConfig:
     """A function "package.module:function" whose reward of an episode is added to that of the class; empty: none is."""
     group_reward: str = ""
     """A function "package.module:function" that makes the rewards of a whole group of their own; empty: that of the class."""
-    mixture: tuple[PartConfig, ...] = ()
+    mixture: tuple[MixturePart, ...] = ()
     """Several environments in one run, in place of target, adapter, train_data and eval_data: a table [[env.mixture]] each."""
     train_data: str = ""
     """A JSONL file of tasks for training, one `reset(**row)` a line; empty: the class makes its own rows."""
