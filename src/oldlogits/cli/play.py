@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar, cast
 
@@ -22,8 +23,9 @@ from oldlogits.core.engine import RolloutEngine
 from oldlogits.core.environment import Environment, ExplainingEnvironment, Row, RowSource, Scripted, Split
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.trajectory import Sampled, Segment
+from oldlogits.envs.delegate import toolsets_of
+from oldlogits.envs.given import names_of
 from oldlogits.envs.rows import row_misfit
-from oldlogits.envs.tools import tool_names, tool_schemas
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.models.chat.template import ChatTokenizer, Said
 from oldlogits.rollout.environment_errors import EnvironmentFailed, Raised, answering
@@ -109,7 +111,8 @@ def play(options: PlayOptions, number: int, console: Console, read: Callable[[st
         engine, chat, limits = open_checkpoint(options.model, recipe, environment_class, options.seed + number)
     else:
         write = _oracle(environment_class) if options.mode == "oracle" else lambda seen: read("> ")
-        writer = Writer(write, tool_names(environment_class) if options.mode == "human" else ())
+        names = [name for tools in toolsets_of(environment_class) for name in names_of(tools)]
+        writer = Writer(write, names if options.mode == "human" else ())
         engine, chat, limits = cast(RolloutEngine, writer), ChatFormat(cast(ChatTokenizer, writer)), ENDLESS
     shown = _Shown(chat, console, reads_tools=options.mode == "checkpoint")
     agent = make_agent(limits, engine, cast(ChatFormat, shown), run, temperature=0.0 if options.greedy else 1.0)
@@ -221,7 +224,7 @@ def _introduce(environment_class: type[Environment], mode: str, console: Console
     _say(console, "about", inspect.getdoc(environment_class) or "")
     if mode == "human":
         table = Table("call", "what it does", box=None, header_style="dim")
-        for schema in tool_schemas(environment_class):
+        for schema in chain.from_iterable(toolsets_of(environment_class)):
             function = cast("dict[str, Row]", schema)["function"]
             arguments = cast("dict[str, Row]", function["parameters"])["properties"]
             table.add_row(Text(" ".join([str(function["name"]), *arguments])), Text(str(function["description"])))

@@ -5,7 +5,8 @@ A range stands in the annotation of its field; the string below a field is what 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -28,7 +29,7 @@ from oldlogits.config.ranges import (
 from oldlogits.config.systems import EngineConfig, LockstepConfig, RayConfig, RuntimeConfig, VersionsConfig
 from oldlogits.core.backend import BACKENDS
 from oldlogits.core.engine import ENGINES
-from oldlogits.core.environment import ADAPTERS
+from oldlogits.core.environment import ADAPTERS, McpServer
 from oldlogits.core.loss import LOSSES
 from oldlogits.core.parser import PARSERS
 from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, VARIANTS
@@ -145,7 +146,10 @@ class EnvConfig:
     """desk, desk_long, desk_slow, or "package.module:Class"."""
     adapter: Annotated[str, ADAPTERS] = "class"
     """What makes an environment of the target: class (the target is one), trl (it is what environment_factory of TRL's
-    GRPOTrainer takes), or "package.module:Name"."""
+    GRPOTrainer takes), tau2 or vitabench ("FOLDER:DOMAIN" of a checkout), mcp (see env.mcp), or "package.module:Name"."""
+    mcp: tuple[McpServer, ...] = ()
+    """MCP servers whose tools the model is offered, such as [{command = ["python", "server.py"]}] or [{url = "http://..."}]:
+    the environment, in place of the target; env.reward says what is worth what."""
     reward: str = ""
     """A function "package.module:function" whose reward of an episode is added to that of the class; empty: none is."""
     group_reward: str = ""
@@ -190,6 +194,13 @@ class EnvConfig:
     def is_program(self) -> bool:
         """Whether an agent program plays the episodes."""
         return bool(self.program or self.command)
+
+    @property
+    def words(self) -> tuple[str, str]:
+        """The target and the adapter that make the environment: the keys of these names, or what env.mcp says."""
+        if not self.mcp:
+            return self.target, self.adapter
+        return json.dumps([asdict(server) for server in self.mcp]), "mcp"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from oldlogits.config.schema import EnvConfig, MixturePart, RunConfig
+from oldlogits.config.mixture import MixturePart
+from oldlogits.config.schema import EnvConfig, RunConfig
 from oldlogits.core.engine import RolloutEngine, Sampling
 from oldlogits.core.environment import MODELS, Demonstrated, DescribedModel, Environment, is_model_folder
 from oldlogits.core.errors import ConfigError
@@ -34,7 +35,7 @@ def load_tasks(config: RunConfig) -> tuple[type[Environment], TaskDataset]:
 
 def environment_of(env: EnvConfig) -> type[Environment]:
     """Load the environment class of a recipe."""
-    return load_environment(env.target, env.adapter, env.reward, env.mixture)
+    return load_environment(*env.words, env.reward, env.mixture)
 
 
 def rows_of(env: EnvConfig, environment_class: type[Environment], *, seed: int, needs_heldout: bool) -> TaskDataset:
