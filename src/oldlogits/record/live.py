@@ -253,7 +253,7 @@ def calibration_lines(found: Calibrated, started: RunStarted | None) -> Iterator
 def print_summary(summary: Summary, run_folder: Path, *, console: Console | None = None) -> None:
     """Say in plain words what was learned, whether the old logits were exact, and where the report is."""
     out = console or Console()
-    lines = [learned_sentence(summary), staleness_sentence(summary), *failure_sentences(summary)]
+    lines = [learned_sentence(summary), staleness_sentence(summary), *failure_sentences(summary), *program_sentences(summary)]
     if summary.ended != "done":
         lines.insert(0, f"The run ended early ({summary.ended}).")
     body = Text("\n".join(lines) + "\n")
@@ -282,6 +282,19 @@ def failure_sentences(summary: Summary) -> Iterator[str]:
     ):
         if failures:
             yield f"{sum(failures.values())} of {num} {what} episodes failed: {in_words(failures)}."
+
+
+def program_sentences(summary: Summary) -> Iterator[str]:
+    """What an agent program asked for, and what became of it; nothing without one."""
+    found = summary.gateway
+    if found:
+        turns = sum(found.get(kind, 0) for kind in ("opened", "continued", "forked", "rewritten"))
+        yield (
+            f"The program was given {turns:,} turns: {found.get('forked', 0):,} from an earlier one, "
+            f"{found.get('rewritten', 0):,} after it rewrote its history "
+            f"({found.get('encoded_anew_tokens', 0):,} tokens encoded anew). {found.get('dropped_answers', 0):,} answers dropped ({found.get('dropped_tokens', 0):,} tokens), "
+            f"{found.get('overridden', 0):,} parameters overridden, {found.get('refused', 0):,} requests refused."
+        )
 
 
 def staleness_sentence(summary: Summary) -> str:

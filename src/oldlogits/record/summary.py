@@ -21,6 +21,7 @@ from oldlogits.record.bus import Event
 from oldlogits.record.event_log import history, read_events, typed
 from oldlogits.record.events import (
     BatchScored,
+    ConversationRewritten,
     Evaluated,
     Probed,
     RunEnded,
@@ -89,6 +90,7 @@ class Summary:
     failures: Mapping[str, int]
     evaluation_failures: Mapping[str, int]
     num_evaluation_episodes: int
+    gateway: Mapping[str, int]
 
     def write(self, path: Path) -> None:
         """Write ``summary.json`` atomically; non-finite numbers become strings."""
@@ -135,7 +137,7 @@ def summarise(events: Iterable[Event]) -> Summary:
         gain=_gain(_last(evaluations, "before", "sampled"), _last(evaluations, "after", "sampled")),
         num_updates=len(updates),
         num_trajectories=round(sum(_of(metrics, "episode/num"))),
-        num_multi_version_trajectories=round(_product(metrics, "episode/multi_version", _of(metrics, "episode/num"))),
+        num_multi_version_trajectories=round(_product(metrics, "episode/multi_version", _num_branches(metrics))),
         staleness_mean=_ratio(sum(int(lag) * num for lag, num in lags.items()), num_tokens),
         staleness_max=max(map(int, lags), default=None),
         provenance=dict(sum((Counter(update.provenance) for update in updates), Counter[str]())),
@@ -170,12 +172,24 @@ def summarise(events: Iterable[Event]) -> Summary:
         failures=tallied(one.reason for one in failed if one.stage == "train"),
         evaluation_failures=tallied(one.reason for one in failed if one.stage != "train"),
         num_evaluation_episodes=sum(len(evaluation.rewards) for evaluation in evaluations),
+        gateway=_gateway(metrics, typed(kept, ConversationRewritten)),
     )
 
 
 def summarise_folder(folder: RunFolder) -> Summary:
     """The summary of a run folder."""
     return summarise(read_events(folder.events))
+
+
+def _gateway(metrics: Sequence[Mapping[str, float]], rewritten: Iterable[ConversationRewritten]) -> dict[str, int]:
+    """What an agent program asked for in training; empty where there is none."""
+    names = dict.fromkeys(name for one in metrics for name in one if name.startswith("gateway/"))
+    counts = {name.removeprefix("gateway/"): round(sum(_of(metrics, name))) for name in names}
+    return counts | {f"rewritten_from_{role}": num for role, num in sorted(Counter(one.role for one in rewritten).items())}
+
+
+def _num_branches(metrics: Sequence[Mapping[str, float]]) -> list[float]:
+    return [one.get("episode/num", 0.0) * one.get("episode/branches", 1.0) for one in metrics]
 
 
 def _stored(events: Iterable[Event]) -> list[VersionPublished]:

@@ -75,9 +75,10 @@ def write_report(run_folder: Path) -> Path:
         transcripts=chosen_transcripts(run.episodes),
         provenance=sorted(run.summary.provenance.items()),
         accounting=list(run.summary.accounting.items()),
-        failures={
+        tallies={
             "Failed episodes of training, by reason": run.summary.failures,
             "Failed episodes of evaluations, by reason": run.summary.evaluation_failures,
+            "What the agent program asked for in training": run.summary.gateway,
         },
     )
     write_atomic(folder.report, text)
