@@ -17,8 +17,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from oldlogits.cli.players import ENDLESS, LEFT, Writer, open_checkpoint
+from oldlogits.config.episodes import EnvConfig
 from oldlogits.config.load import config_from_table, read_toml
-from oldlogits.config.schema import EnvConfig
 from oldlogits.core.engine import RolloutEngine
 from oldlogits.core.environment import Environment, ExplainingEnvironment, Row, RowSource, Scripted, Split
 from oldlogits.core.errors import ConfigError

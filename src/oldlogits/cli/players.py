@@ -7,9 +7,10 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Final
 
+from oldlogits.config.episodes import EnvConfig
 from oldlogits.config.load import config_from_table, read_toml
 from oldlogits.config.model_folder import check_model_folder
-from oldlogits.config.schema import EnvConfig, RunConfig
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.engine import EngineSpec, Generation, RolloutEngine, Sampling, Span
 from oldlogits.core.environment import Environment
 from oldlogits.core.errors import ConfigError

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
+from oldlogits.config.episodes import EnvConfig
 from oldlogits.config.guard import refuse_idle
 from oldlogits.config.mixture import check_mixture, mixture_files
 from oldlogits.config.model_folder import check_model_folder
 from oldlogits.config.reader import build, fields_by_key, registry_of
-from oldlogits.config.schema import EnvConfig, RunConfig
+from oldlogits.config.schema import RunConfig
 from oldlogits.config.servers import check_servers
 from oldlogits.core.backend import BACKENDS
 from oldlogits.core.environment import PROGRAMS, is_model_folder

@@ -7,7 +7,7 @@ A trajectory alternates `Context` (prompt, tool results, user turns: not sampled
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Literal
@@ -81,6 +81,8 @@ class Trajectory:
     Args:
         segments: In the order of the tokens; versions never decrease.
         stop_reason: Why the episode ended: "done", "max_turns", "max_tokens", ...
+        turn_rewards: What the environment gave for each turn, where it does; `reward` is the sum of all.
+        messages: The messages after the first prompt, ``{"role": ..., "content": ...}`` each, where a group reward reads them.
     """
 
     id: str
@@ -88,6 +90,8 @@ class Trajectory:
     segments: tuple[Segment, ...]
     reward: float
     stop_reason: str
+    turn_rewards: tuple[float, ...] = ()
+    messages: tuple[Mapping[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         starts_with_context = bool(self.segments) and isinstance(self.segments[0], Context)

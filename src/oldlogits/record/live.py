@@ -288,12 +288,12 @@ def program_sentences(summary: Summary) -> Iterator[str]:
     """What an agent program asked for, and what became of it; nothing without one."""
     found = summary.gateway
     if found:
-        turns = sum(found.get(kind, 0) for kind in ("opened", "continued", "forked", "rewritten"))
+        num = {name: f"{count:,}" for name, count in found.items()}
+        turns = sum(found[kind] for kind in ("opened", "continued", "forked", "rewritten"))
         yield (
-            f"The program was given {turns:,} turns: {found.get('forked', 0):,} from an earlier one, "
-            f"{found.get('rewritten', 0):,} after it rewrote its history "
-            f"({found.get('encoded_anew_tokens', 0):,} tokens encoded anew). {found.get('dropped_answers', 0):,} answers dropped ({found.get('dropped_tokens', 0):,} tokens), "
-            f"{found.get('overridden', 0):,} parameters overridden, {found.get('refused', 0):,} requests refused."
+            f"The program was given {turns:,} turns: {num['forked']} from an earlier one, {num['rewritten']} after it rewrote "
+            f"its history ({num['encoded_anew_tokens']} tokens encoded anew). {num['dropped_answers']} answers dropped "
+            f"({num['dropped_tokens']} tokens), {num['overridden']} parameters overridden, {num['refused']} requests refused."
         )
 
 

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.environment import PROGRAMS, Environment
+from oldlogits.envs.rewards import load_group_reward
 from oldlogits.loop.backend import Backend
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.rollout.player import ClassPlayer, Player
@@ -28,7 +29,11 @@ async def open_player(
     env = config.env
     agent = make_agent(env, backend.engine, chat, backend.run_environment, temperature=config.sampling.temperature)
     if not env.is_program:
-        yield ClassPlayer(agent=agent, environment_class=backend.host_environment(environment_class))
+        yield ClassPlayer(
+            agent=agent,
+            environment_class=backend.host_environment(environment_class),
+            group_reward=load_group_reward(environment_class, env.group_reward),
+        )
         return
     from oldlogits.rollout.gateway.formats import ChatFormats
     from oldlogits.rollout.gateway.listener import Gateway

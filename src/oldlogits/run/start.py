@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar, cast
 
+from oldlogits.config.episodes import EnvConfig
 from oldlogits.config.mixture import MixturePart
-from oldlogits.config.schema import EnvConfig, RunConfig
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.environment import MODELS, Demonstrated, Environment, ModelOrder, is_model_folder
 from oldlogits.models.cache import cache_folder
 from oldlogits.run.chat import chat_options

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from oldlogits.config.episodes import EnvConfig
 from oldlogits.config.mixture import MixturePart
-from oldlogits.config.schema import EnvConfig, RunConfig
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.engine import RolloutEngine, Sampling
 from oldlogits.core.environment import MODELS, Demonstrated, DescribedModel, Environment, is_model_folder
 from oldlogits.core.errors import ConfigError
