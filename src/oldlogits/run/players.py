@@ -30,11 +30,11 @@ async def open_player(
     if not env.is_program:
         yield ClassPlayer(agent=agent, environment_class=backend.host_environment(environment_class))
         return
-    from oldlogits.rollout.gateway.formats import ChatFormats
+    from oldlogits.engines.chat_api.formats import ChatFormats
     from oldlogits.rollout.gateway.listener import Gateway
     from oldlogits.rollout.gateway.player import ProgramPlayer
     from oldlogits.rollout.gateway.programs import make_runner
-    from oldlogits.rollout.gateway.wishes import Rules
+    from oldlogits.engines.chat_api.wishes import Rules
 
     async with Gateway().listening() as gateway:
         yield ProgramPlayer(

@@ -30,8 +30,8 @@ from oldlogits.models.chat.format import ChatFormat
 from oldlogits.rollout.answers import size_of
 from oldlogits.rollout.environment_errors import EnvironmentFailed
 from oldlogits.rollout.gateway.counts import GatewayCounts
-from oldlogits.rollout.gateway.formats import ChatFormats, as_written, digests_of, next_digest, raised, refusal_or
-from oldlogits.rollout.gateway.wishes import Rules
+from oldlogits.engines.chat_api.formats import ChatFormats, as_written, digests_of, next_digest, raised, refusal_or
+from oldlogits.engines.chat_api.wishes import Rules
 from oldlogits.rollout.turns import Agent, named, off_loop, sampled_segments
 
 Rewritten = Callable[[str, int, str, int], None]
@@ -166,7 +166,7 @@ class Conversations:
 
     async def _answer(self, request: ChatRequest) -> ChatAnswer:
         self._check_open(request)
-        sampling = self._rules.sampling(self._agent.sampling, request.wishes, self._counts)
+        sampling = self._rules.sampling(self._agent.sampling, request.wishes, self._counts.overridden)
         digests = digests_of(request)
         chat = await self._formats.of(digests[0], request.tools, self._agent.run_environment)
         place = self._place(request, digests, chat)
