@@ -158,9 +158,7 @@ def _say(note: str) -> None:
     print(note, flush=True)
 
 
-async def _serve(
-    engine: EngineProcess, served: Served, chat: ServedChat | None, options: ServeOptions, token: str
-) -> None:
+async def _serve(engine: EngineProcess, served: Served, chat: ServedChat | None, options: ServeOptions, token: str) -> None:
     """Serve until interrupted, or until the engine process ends.
 
     Raises:

@@ -83,9 +83,8 @@ class Loop:
         self._sync, self._audit, self._calibrator = sync, audit, calibrator
         self._recording, self._events, self._journal = recording, recording.events, journal
         rollout, num_running = config.rollout, config.eval.max_concurrent
-        self._evaluator = Evaluator(
-            task, self._events, backend.clock, num_running=num_running, max_failed_share=rollout.max_failed_share
-        )
+        rule = {"max_failed_share": rollout.max_failed_share, "success_at": config.eval.success_at}
+        self._evaluator = Evaluator(task, self._events, backend.clock, num_running=num_running, **rule)
         bound = StalenessBound(max_staleness=config.max_lag, prompts_per_update=rollout.prompts_per_update)
         self.checkpoints = Checkpoints(config.record, recording, backend.trainer, journal, real_time=backend.real_time)
         self.buffer = Buffer(bound, filter_uniform=rollout.filter_uniform, min_size=rollout.min_group_size)
@@ -233,7 +232,8 @@ class Loop:
         times = timer.end() | {"time/stall_s": stall_s}
         self._last_ended = timer.ended
         used = usage_metrics(before, await self._counters(), times["time/update_s"])
-        of_loop = batch_metrics(groups, result.staleness_counts, times["time/update_s"]) | queue_metrics(self.buffer)
+        lags, success_at = result.staleness_counts, self._config.eval.success_at
+        of_loop = batch_metrics(groups, lags, times["time/update_s"], success_at=success_at) | queue_metrics(self.buffer)
         of_rollouts = rollouts.latency.metrics() | {"rollout/failed_share": rollouts.failures.share}
         of_parts = {**self.source.metrics(), **of_rollouts, **self._task.player.metrics()}
         metrics = {**result.metrics, **times, **of_parts, **of_loop, **used}

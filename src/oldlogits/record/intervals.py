@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 from typing import Final
 
+from oldlogits.record.events import Evaluated
 from oldlogits.record.jsonl import RecordError
 
 Z_95: Final = NormalDist().inv_cdf(0.975)
@@ -26,6 +27,22 @@ class Interval:
     def __str__(self) -> str:
         """``37.4% [34.5%, 40.4%]``."""
         return f"{self.mean:.1%} [{self.low:.1%}, {self.high:.1%}]"
+
+    @property
+    def plain(self) -> str:
+        """``0.374 [0.345, 0.404]``, for means that are no shares."""
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def success_of(evaluated: Evaluated) -> Interval:
+    """The success rate of an evaluation."""
+    return Interval(mean=evaluated.mean, low=evaluated.low, high=evaluated.high, num_episodes=evaluated.num_episodes)
+
+
+def reward_of(evaluated: Evaluated) -> Interval:
+    """The mean reward of an evaluation."""
+    low, high = evaluated.reward_low, evaluated.reward_high
+    return Interval(mean=evaluated.reward_mean, low=low, high=high, num_episodes=evaluated.num_episodes)
 
 
 NOT_MEASURED: Final = Interval(mean=math.nan, low=0.0, high=1.0, num_episodes=0)
@@ -84,7 +101,23 @@ def paired_gain(before: Sequence[float], after: Sequence[float]) -> Interval:
             allowed="two lists of one length, at least 1",
             fix="evaluate the same rows with the same seeds",
         )
-    differences = [b - a for a, b in zip(before, after, strict=True)]
-    n, mean = len(differences), fmean(differences)
-    half = Z_95 * stdev(differences) / math.sqrt(n) if n > 1 else math.inf
+    return mean_interval([b - a for a, b in zip(before, after, strict=True)])
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """The mean of independent values with its 95% normal interval ``mean +- z stdev / sqrt(n)``, ``n - 1`` in the variance.
+
+    One value has no finite interval, and equal ones have one of width 0.
+
+    Raises:
+        RecordError: There are none.
+
+    Example:
+        >>> print(mean_interval([0.0, 0.5, 1.0, 0.5]).plain)
+        0.500 [0.100, 0.900]
+    """
+    if not values:
+        raise RecordError("no mean", got="0 values", allowed="at least 1", fix="play an episode")
+    n, mean = len(values), fmean(values)
+    half = Z_95 * stdev(values) / math.sqrt(n) if n > 1 else math.inf
     return Interval(mean=mean, low=mean - half, high=mean + half, num_episodes=n)

@@ -34,7 +34,7 @@ from oldlogits.record.events import (
 )
 from oldlogits.record.failures import tallied
 from oldlogits.record.folder import RunFolder, write_atomic
-from oldlogits.record.intervals import Interval, paired_gain
+from oldlogits.record.intervals import Interval, paired_gain, reward_of, success_of
 from oldlogits.record.jsonl import RecordError, encode
 
 Ended = Literal["done", "interrupted", "error"]
@@ -52,6 +52,12 @@ class Summary:
     greedy_before: Interval | None
     greedy_after: Interval | None
     gain: Interval | None
+    success_at: float | None
+    reward_before: Interval | None
+    reward_after: Interval | None
+    greedy_reward_before: Interval | None
+    greedy_reward_after: Interval | None
+    reward_gain: Interval | None
     num_updates: int
     num_trajectories: int
     num_multi_version_trajectories: int
@@ -119,6 +125,9 @@ def summarise(events: Iterable[Event]) -> Summary:
     started = next(reversed(typed(kept, RunStarted)), None)
     ends = typed(kept[-1:], RunEnded)
     updates, evaluations, probes = typed(kept, Updated), typed(kept, Evaluated), typed(kept, Probed)
+    before, after, greedy_before, greedy_after = (
+        _last(evaluations, stage, mode) for mode in ("sampled", "greedy") for stage in ("before", "after")
+    )
     scored, sent, down, stored = typed(kept, BatchScored), typed(kept, WeightsUpdated), typed(kept, ServerDown), _stored(kept)
     metrics = [update.metrics for update in updates]
     tokens = [sum(update.staleness_counts.values()) for update in updates]
@@ -128,11 +137,17 @@ def summarise(events: Iterable[Event]) -> Summary:
     failed, restarted = typed(kept, TrajectoryFailed), typed(kept, TrajectoryRestarted)
     num_patches = sum(update.sent == "patch" for update in sent)
     return Summary(
-        success_before=_rate(evaluations, "before", "sampled"),
-        success_after=_rate(evaluations, "after", "sampled"),
-        greedy_before=_rate(evaluations, "before", "greedy"),
-        greedy_after=_rate(evaluations, "after", "greedy"),
-        gain=_gain(_last(evaluations, "before", "sampled"), _last(evaluations, "after", "sampled")),
+        success_before=success_of(before) if before else None,
+        success_after=success_of(after) if after else None,
+        greedy_before=success_of(greedy_before) if greedy_before else None,
+        greedy_after=success_of(greedy_after) if greedy_after else None,
+        gain=_gain(before, after, of_success=True),
+        success_at=evaluations[-1].success_at if evaluations else None,
+        reward_before=reward_of(before) if before else None,
+        reward_after=reward_of(after) if after else None,
+        greedy_reward_before=reward_of(greedy_before) if greedy_before else None,
+        greedy_reward_after=reward_of(greedy_after) if greedy_after else None,
+        reward_gain=_gain(before, after, of_success=False),
         num_updates=len(updates),
         num_trajectories=round(sum(_of(metrics, "episode/num"))),
         num_multi_version_trajectories=round(_product(metrics, "episode/multi_version", _of(metrics, "episode/num"))),
@@ -191,15 +206,9 @@ def _stored(events: Iterable[Event]) -> list[VersionPublished]:
 
 
 def _last(evaluations: Sequence[Evaluated], stage: str, mode: str) -> Evaluated | None:
-    return next((e for e in reversed(evaluations) if (e.stage, e.mode) == (stage, mode)), None)
-
-
-def _rate(evaluations: Sequence[Evaluated], stage: str, mode: str) -> Interval | None:
-    """The success rate of the last evaluation of a stage; None also where none of its episodes could be played."""
-    last = _last(evaluations, stage, mode)
-    if last is None or not last.num_episodes:
-        return None
-    return Interval(mean=last.mean, low=last.low, high=last.high, num_episodes=last.num_episodes)
+    """The last evaluation of a stage; None also where none of its episodes could be played."""
+    last = next((e for e in reversed(evaluations) if (e.stage, e.mode) == (stage, mode)), None)
+    return last if last is not None and last.num_episodes else None
 
 
 def _accounting(end: RunEnded | None, metrics: Mapping[str, float]) -> Mapping[str, int]:
@@ -217,15 +226,14 @@ def _accounting(end: RunEnded | None, metrics: Mapping[str, float]) -> Mapping[s
     return found
 
 
-def _gain(before: Evaluated | None, after: Evaluated | None) -> Interval | None:
+def _gain(before: Evaluated | None, after: Evaluated | None, *, of_success: bool) -> Interval | None:
     """The gain over the episodes that both evaluations played: a resumed run may evaluate more rows, or fewer."""
     if before is None or after is None:
         return None
-    pairs = [
-        (float(is_success(first)), float(is_success(last)))
-        for first, last in zip(before.rewards, after.rewards, strict=False)
-        if first is not None and last is not None
-    ]
+    rewards = zip(before.rewards, after.rewards, strict=False)
+    pairs = [(first, last) for first, last in rewards if first is not None and last is not None]
+    if of_success:
+        pairs = [(float(is_success(a, after.success_at)), float(is_success(b, after.success_at))) for a, b in pairs]
     return paired_gain([first for first, _ in pairs], [last for _, last in pairs]) if pairs else None
 
 

@@ -31,10 +31,10 @@ async def open_player(
         yield ClassPlayer(agent=agent, environment_class=backend.host_environment(environment_class))
         return
     from oldlogits.engines.chat_api.formats import ChatFormats
+    from oldlogits.engines.chat_api.wishes import Rules
     from oldlogits.rollout.gateway.listener import Gateway
     from oldlogits.rollout.gateway.player import ProgramPlayer
     from oldlogits.rollout.gateway.programs import make_runner
-    from oldlogits.engines.chat_api.wishes import Rules
 
     async with Gateway().listening() as gateway:
         yield ProgramPlayer(

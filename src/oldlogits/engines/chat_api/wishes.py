@@ -39,7 +39,9 @@ class Rules:
             pairs = (("temperature", temperature, own.temperature), ("top_p", top_p, 1.0), ("top_k", top_k, 0))
             unmet += [name for name, value, same in pairs if value != same]
         if unmet and self.unmet == "refuse":
-            only = f"temperature {own.temperature:g}, and nothing that changes the support: training samples from one distribution"
+            only = (
+                f"temperature {own.temperature:g}, and nothing that changes the support: training samples from one distribution"
+            )
             raise ApiError(
                 "a parameter cannot be honoured",
                 got=", ".join(unmet),

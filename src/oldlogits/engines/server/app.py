@@ -129,7 +129,7 @@ async def _health(served: Engine) -> Response:
 async def _metrics(request: Request, served: Engine) -> Response:
     lines = [f"# TYPE {wire.SAMPLED} counter", f"{wire.SAMPLED} {(await served.engine.stats()).num_decode_tokens}"]
     chat: ServedChat | None = request.app.state.chat
-    if chat is not None:
+    if chat is not None and chat.overridden:
         counts = sorted(chat.overridden.items())
         lines += [f"# TYPE {OVERRIDDEN} counter", *(f'{OVERRIDDEN}{{parameter="{name}"}} {num}' for name, num in counts)]
     return Response("\n".join([*lines, ""]), media_type="text/plain; version=0.0.4")

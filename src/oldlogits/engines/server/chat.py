@@ -43,7 +43,13 @@ class ServedChat:
     """
 
     def __init__(
-        self, served: Served, chat: ChatFormat, parser: Parser, *, unmet: Unmet = "override", note: Callable[[str], None] = print
+        self,
+        served: Served,
+        chat: ChatFormat,
+        parser: Parser,
+        *,
+        unmet: Unmet = "override",
+        note: Callable[[str], None] = print,
     ) -> None:
         self._served, self._parser, self._note = served, parser, note
         self._formats = ChatFormats(chat.with_tools)
@@ -93,7 +99,10 @@ class ServedChat:
         return sampling
 
     def _encoded(self, chat: ChatFormat, request: ChatRequest) -> list[int]:
-        most, size = self._served.spec.max_context, sum(len(message.content.encode(errors="replace")) for message in request.messages)
+        most, size = (
+            self._served.spec.max_context,
+            sum(len(message.content.encode(errors="replace")) for message in request.messages),
+        )
         if size > chat.most_bytes * most:
             raise _too_long(f"{size:,} bytes", most)
         return chat.conversation_ids([as_written(message, self._parser, chat) for message in request.messages])
@@ -101,7 +110,9 @@ class ServedChat:
     async def _read(self, chat: ChatFormat, request: ChatRequest, ids: list[int], generation: Generation) -> ChatAnswer:
         if generation.finish_reason == "abort":
             got, fix = f"{len(generation.output_ids)} tokens of a turn", "ask again"
-            raise ApiError("the turn was given up by a request to abort it", got=got, allowed="", fix=fix, status=503, code="aborted")
+            raise ApiError(
+                "the turn was given up by a request to abort it", got=got, allowed="", fix=fix, status=503, code="aborted"
+            )
         is_whole = generation.finish_reason == "stop"
         text = chat.decode(generation.output_ids)
         turn = await asyncio.to_thread(partial(read_turn, text, self._parser, request.tools, is_whole=is_whole))

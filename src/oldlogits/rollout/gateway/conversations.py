@@ -24,14 +24,14 @@ from typing import Final, Literal
 from oldlogits.core.engine import Generation, Sampling
 from oldlogits.core.errors import ConfigError, ContentError, OldLogitsError
 from oldlogits.core.trajectory import Branches, Context, Sampled, Segment, Trajectory, branch_id
+from oldlogits.engines.chat_api.formats import ChatFormats, as_written, digests_of, next_digest, raised, refusal_or
 from oldlogits.engines.chat_api.messages import ApiError, ChatAnswer, ChatMessage, ChatRequest, Turn
 from oldlogits.engines.chat_api.turn import read_turn
+from oldlogits.engines.chat_api.wishes import Rules
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.rollout.answers import size_of
 from oldlogits.rollout.environment_errors import EnvironmentFailed
 from oldlogits.rollout.gateway.counts import GatewayCounts
-from oldlogits.engines.chat_api.formats import ChatFormats, as_written, digests_of, next_digest, raised, refusal_or
-from oldlogits.engines.chat_api.wishes import Rules
 from oldlogits.rollout.turns import Agent, named, off_loop, sampled_segments
 
 Rewritten = Callable[[str, int, str, int], None]

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 from oldlogits.core.environment import Row
+from oldlogits.engines.chat_api.formats import ChatFormats
+from oldlogits.engines.chat_api.wishes import Rules
 from oldlogits.rollout.environment_errors import EnvironmentFailed
 from oldlogits.rollout.gateway.conversations import Conversations
 from oldlogits.rollout.gateway.counts import GatewayCounts
-from oldlogits.engines.chat_api.formats import ChatFormats
 from oldlogits.rollout.gateway.listener import Address, Gateway
 from oldlogits.rollout.gateway.programs import Runner
-from oldlogits.engines.chat_api.wishes import Rules
 from oldlogits.rollout.player import Outcome, Player, Watch
 from oldlogits.rollout.turns import Agent, Failure, Known
 
