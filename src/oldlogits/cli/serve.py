@@ -37,15 +37,16 @@ _GRACE_S: Final = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
-    """Serve a model over the token-in/token-out and weight-update routes of vLLM 0.32, and over chat interfaces:
-    /v1/chat/completions, /v1/responses, /v1/messages.
+    """Serve a model over the token-in/token-out and weight-update routes of vLLM 0.32, and over chat interfaces.
+
+    The latter are /v1/chat/completions, /v1/responses and /v1/messages.
     """
 
     model: Annotated[str, tyro.conf.Positional]
     """A run folder (its newest checkpoint), one of its checkpoints, a Hugging Face folder of the Llama/Qwen family, or the name
     of a starting model, such as tiny."""
     parser: str = ""
-    """Chat: how the model writes tool calls, as env.parser says it: plain, hermes, template, ...; empty: as in its run, else plain."""
+    """Chat: how the model writes tool calls, as env.parser says it (plain, hermes, ...); empty: as in its run, else plain."""
     chat_tools: Literal["template", "system", "user", ""] = ""
     """Chat: where the model reads of its tools, as model.chat_tools says it; empty: as in its run, else template."""
     unmet_wishes: Literal["override", "refuse"] = "override"

@@ -6,29 +6,35 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from oldlogits.config.schema import RunConfig
+from oldlogits.core.engine import RolloutEngine
 from oldlogits.core.environment import Environment
-from oldlogits.loop.backend import Backend
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.rollout.player import ClassPlayer, Player
+from oldlogits.rollout.turns import EnvironmentRunner
 from oldlogits.run.tasks import make_agent
 
 
 @asynccontextmanager
 async def open_player(
-    config: RunConfig, backend: Backend, chat: ChatFormat, environment_class: type[Environment]
+    config: RunConfig,
+    engine: RolloutEngine,
+    run_environment: EnvironmentRunner,
+    chat: ChatFormat,
+    environment_class: type[Environment],
 ) -> AsyncIterator[Player]:
     """Open the player of a recipe.
 
     Args:
         config: The recipe.
-        backend: Supplies the engine, and runs environment code.
+        engine: Samples the turns.
+        run_environment: Runs environment code.
         chat: The chat format of the model with the environment's tools.
-        environment_class: What `env.target` names.
+        environment_class: What `env.target` names, or the class whose instances stand for it here.
     """
     env = config.env
-    agent = make_agent(env, backend.engine, chat, backend.run_environment, temperature=config.sampling.temperature)
+    agent = make_agent(env, engine, chat, run_environment, temperature=config.sampling.temperature)
     if not env.is_program:
-        yield ClassPlayer(agent=agent, environment_class=backend.host_environment(environment_class))
+        yield ClassPlayer(agent=agent, environment_class=environment_class)
         return
     from oldlogits.engines.chat_api.formats import ChatFormats
     from oldlogits.engines.chat_api.wishes import Rules

@@ -5,8 +5,9 @@
     agent   --POST /v1/chat/completions, /v1/responses, /v1/messages-->  chat.py  --tokens--> the same engine
     trainer --/pause, /start_weight_update, /update_weights {"update_info"}, /finish_weight_update, /resume-->
 
-Tokens in, tokens out, but for the chat routes (`chat`). Weights come as a `HostCopy` of this machine, named in `update_info`. Everything but /health wants the
-bearer token, where there is one; without one the routes are for this machine only, and not for pages in its browsers.
+Tokens in, tokens out, but for the chat routes. Weights come as a `HostCopy` of this machine, named in `update_info`. Everything
+but /health wants the token, where there is one; without one the routes are for this machine only, and not for pages in its
+browsers.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     messages, tools --chat template--> tokens --> engine --> tokens --parser--> what is said, thoughts, calls
 
-A request's temperature, top_p, top_k and most tokens are honoured. What else would change what is sampled is overridden, counted
-among /metrics and told once, or refused.
+A request's temperature, top_p, top_k and most tokens are honoured. What else would change what is sampled is overridden,
+counted among /metrics and told once, or refused.
 """
 
 from __future__ import annotations
