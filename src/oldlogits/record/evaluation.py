@@ -20,7 +20,7 @@ from oldlogits.core.trajectory import is_success
 from oldlogits.record.episodes import EpisodeSegment
 from oldlogits.record.failures import tallied
 from oldlogits.record.folder import write_atomic
-from oldlogits.record.intervals import Interval, mean_interval, paired_gain, wilson
+from oldlogits.record.intervals import Interval, clustered_wilson, mean_interval, paired_gain
 from oldlogits.record.jsonl import RecordError, encode, read_lines
 
 _WIDTH: Final = 80
@@ -65,7 +65,7 @@ class EvaluatedEpisode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """What episodes come to; None: none was played. Intervals are over rows, whose repeats are no independent tasks."""
+    """What episodes come to; None: none was played. Intervals are over rows: repeats of a row are no independent tasks."""
 
     success: Interval | None
     reward: Interval | None
@@ -74,17 +74,14 @@ class Figures:
 
     @classmethod
     def of(cls, episodes: Sequence[EvaluatedEpisode], success_at: float) -> Self:
-        """Add up episodes: Wilson's interval of a success rate where no row is repeated, else that of the rows' means."""
+        """Add up episodes."""
         rewards = _by_row(episodes)
         played = [reward for found in rewards.values() for reward in found]
         if not played:
             return cls(success=None, reward=None, num_played=0, num_failed=len(episodes))
-        hits = [[float(is_success(reward, success_at)) for reward in found] for found in rewards.values()]
-        is_repeated = any(len(found) > 1 for found in hits)
+        hits = [[is_success(reward, success_at) for reward in found] for found in rewards.values()]
         return cls(
-            success=mean_interval([fmean(found) for found in hits])
-            if is_repeated
-            else wilson(round(sum(map(sum, hits))), len(played)),
+            success=clustered_wilson(hits),
             reward=mean_interval([fmean(found) for found in rewards.values()]),
             num_played=len(played),
             num_failed=len(episodes) - len(played),

@@ -71,13 +71,38 @@ def wilson(successes: int, n: int) -> Interval:
         raise RecordError(
             "no success rate", got=f"{successes} of {n}", allowed="0 <= successes <= n, n >= 1", fix="count the same episodes"
         )
-    p, z2 = successes / n, Z_95**2
+    return _wilson(successes / n, n, num_episodes=n)
+
+
+def clustered_wilson(hits: Sequence[Sequence[bool]]) -> Interval:
+    """Wilson's interval of the mean over rows of each row's success rate, where rows were repeated.
+
+    Repeats of a row are no independent tasks, so `n` is an effective number of episodes: ``p (1 - p)`` over the variance of the
+    mean of the rows' rates, not fewer than the rows and not more than the episodes.
+
+    Raises:
+        RecordError: There is no row, or one without an episode.
+
+    Example:
+        >>> print(clustered_wilson([[True, True], [False, False], [True, False]]))
+        50.0% [12.5%, 87.5%]
+    """
+    if not hits or not all(hits):
+        raise RecordError("no success rate", got="a row without episodes", allowed="at least 1", fix="play an episode")
+    rates, num = [fmean(row) for row in hits], sum(map(len, hits))
+    p = fmean(rates)
+    variance = stdev(rates) ** 2 / len(rates) if len(rates) > 1 else 0.0
+    effective = min(max(len(rates), p * (1 - p) / variance), num) if variance else len(rates)
+    return _wilson(p, effective, num_episodes=num)
+
+
+def _wilson(p: float, n: float, *, num_episodes: int) -> Interval:
+    z2 = Z_95**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
     # At the ends one bound is the rate itself; rounding must not push it past.
-    low = 0.0 if successes == 0 else centre - half
-    high = 1.0 if successes == n else centre + half
-    return Interval(mean=p, low=low, high=high, num_episodes=n)
+    low, high = 0.0 if p == 0 else centre - half, 1.0 if p == 1 else centre + half
+    return Interval(mean=p, low=low, high=high, num_episodes=num_episodes)
 
 
 def paired_gain(before: Sequence[float], after: Sequence[float]) -> Interval:
