@@ -1,24 +1,29 @@
 """Strike every kind of process of a run, again and again: does it go on, end clearly, and lose nothing?
 
 python -m benchmarks.kills [--num 200] [--seed 0] [--kinds trainer engine ...] [--moments publish ...] [--jobs 2] [--out FOLDER]
+python -m benchmarks.kills --read FILE ...
 
 A run of a small desk agent is killed, frozen, or finds its disk full; what ends is resumed, and struck again, four times; then
 it is played to its end. It must never hang, leave a process behind, train a token twice or lose what was ready; its old logits
 must be exact and its account must balance. Linux only.
+
+With --out every trial is a line of FOLDER/seed-SEED.jsonl, and the folder of a run with a failed trial stays; the same command
+again plays what is missing. --read prints the summary of such files.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from benchmarks.kills.chain import Chain, Result
+from benchmarks.kills.chain import Chain
+from benchmarks.kills.results import Result, append, missing, read
 from benchmarks.kills.trials import KINDS, MOMENTS, plans
 
 MOST_LOST = 0.01
@@ -33,22 +38,30 @@ def main() -> int:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--moments", nargs="+", choices=MOMENTS, default=list(MOMENTS))
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
-    parser.add_argument("--out", type=Path, default=None, help="keep the run folders here")
+    parser.add_argument("--out", type=Path, default=None, help="keep results, and the folders of what fails, here")
+    parser.add_argument("--read", nargs="+", type=Path, default=[], help="only print the summary of these files")
     options = parser.parse_args()
-    planned, results, started = (
-        plans(options.num, options.seed, options.kinds, options.moments),
-        list[Result](),
-        time.monotonic(),
-    )
+    if options.read:
+        return conclude([result for path in options.read for result in read(path)])
+    os.environ["OMP_NUM_THREADS"] = "1"  # of all runs, before they are imported
+    planned = plans(options.num, options.seed, options.kinds, options.moments)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+    kept = None if options.out is None else options.out / f"seed-{options.seed}.jsonl"
+    results = [] if kept is None else read(kept)
+    runs = missing(planned, results)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(options.jobs) as pool:
-        folder = options.out or Path(temporary)
+        folder = options.out / f"seed-{options.seed}" if options.out else Path(temporary)
         chains = [
-            Chain(plan, folder / f"{i:03d}-{plan.setup}", keeps=options.out is not None) for i, plan in enumerate(planned)
+            Chain(i, planned[i], folder / f"{i:03d}-{planned[i].setup}", keeps_failed=options.out is not None) for i in runs
         ]
         try:
             for done in as_completed([pool.submit(chain.play) for chain in chains]):
-                for result in done.result():
+                found = done.result()
+                if kept is not None:
+                    append(kept, found)
+                for result in found:
                     results.append(result)
                     print(line(len(results), options.num, result), flush=True)
         except BaseException:  # nothing is left running
@@ -56,12 +69,19 @@ def main() -> int:
             for chain in chains:
                 chain.close()
             raise
+    return conclude(results) or int(len(results) < options.num)
+
+
+def conclude(results: Sequence[Result]) -> int:
+    """Print what came of all trials; returns the exit status."""
     print()
     print("\n".join(table(results)))
-    failed, share = sum(bool(result.wrong) for result in results), share_lost(results)
-    print(f"{failed} of {len(results)} trials failed; {share:.2%} of the sampled tokens were lost (at most {MOST_LOST:.0%})")
-    print(f"{(time.monotonic() - started) / max(len(results), 1):.1f} s a trial")
-    return 1 if failed or share >= MOST_LOST or len(results) < options.num else 0
+    failed, share, apart = sum(bool(result.wrong) for result in results), share_lost(results), share_restarted(results)
+    print(f"{failed} of {len(results)} trials failed")
+    print(f"{share:.2%} of the sampled tokens were lost (at most {MOST_LOST:.0%})")
+    print(f"{apart:.2%} more were those of episodes whose environment nobody can carry on")
+    print(f"{sum(result.seconds_s for result in results) / max(len(results), 1):.1f} s a trial, without the end of its run")
+    return 1 if failed or share >= MOST_LOST else 0
 
 
 def line(number: int, num: int, result: Result) -> str:
@@ -74,7 +94,7 @@ def line(number: int, num: int, result: Result) -> str:
 
 def table(results: Sequence[Result]) -> list[str]:
     """Trials, what came of them and what they lost, by kind and by moment."""
-    columns = f"{'trials':>7}{'went on':>9}{'resumed':>9}{'anew':>6}{'known':>7}{'half':>6}{'share':>8}"
+    columns = f"{'trials':>6}{'went on':>8}{'resumed':>8}{'anew':>6}{'known':>7}{'half':>6}{'share':>7}{'apart':>7}"
     lines = [f"{'':22}{columns}"]
     sections: list[tuple[Sequence[str], Callable[[Result], str]]] = [
         (list(KINDS), lambda result: result.trial.kind),
@@ -86,8 +106,8 @@ def table(results: Sequence[Result]) -> list[str]:
             if of := [result for result in results if key(result) == name]:
                 came = [sum(result.came == what for result in of) for what in ("went on", "resumed", "began again")]
                 known, half = sum(r.loss.num_known for r in of), sum(r.loss.num_half_turns for r in of)
-                figures = f"{len(of):7d}{came[0]:9d}{came[1]:9d}{came[2]:6d}{known:7d}{half:6d}{share_lost(of):8.2%}"
-                lines.append(f"{name:22}{figures}")
+                figures = f"{len(of):6d}{came[0]:8d}{came[1]:8d}{came[2]:6d}{known:7d}{half:6d}{share_lost(of):7.2%}"
+                lines.append(f"{name:22}{figures}{sum(r.loss.num_restarted for r in of):7d}")
         lines.append("")
     return lines
 
@@ -95,6 +115,11 @@ def table(results: Sequence[Result]) -> list[str]:
 def share_lost(results: Sequence[Result]) -> float:
     """The tokens that strikes cost, as a share of those that their runs had sampled."""
     return sum(result.loss.num for result in results) / max(sum(result.loss.num_sampled for result in results), 1)
+
+
+def share_restarted(results: Sequence[Result]) -> float:
+    """The same share of the tokens of episodes whose environment could not be carried on."""
+    return sum(result.loss.num_restarted for result in results) / max(sum(result.loss.num_sampled for result in results), 1)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ import json
 import shutil
 import signal
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.kills.ledger import Loss, Snapshot, faults_of_tables, loss_of_all, losses, snapshot_of, tables_of
 from benchmarks.kills.life import HEARTBEAT_S, Life
 from benchmarks.kills.processes import Disk
-from benchmarks.kills.trials import CHECKPOINT_EVERY, EVAL_EVERY, KINDS, NUM_SLOTS, SETUPS, Plan, Trial
+from benchmarks.kills.results import Result
+from benchmarks.kills.trials import CHECKPOINT_EVERY, EVAL_EVERY, KINDS, NOT_RESTORED, NUM_SLOTS, SETUPS, Plan, Trial
 from oldlogits.cli.main import INTERRUPTED
 from oldlogits.loop.resume import LoopState
 from oldlogits.record.folder import RunFolder
@@ -36,34 +37,18 @@ SMALL = [
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """What came of a trial.
-
-    Args:
-        came: What became of the run: "went on", "resumed", "began again" (there was no checkpoint), or "missed" (it was
-            over before).
-        seconds_s: From the start of the life that was struck to its end.
-    """
-
-    trial: Trial
-    came: str
-    wrong: tuple[str, ...]
-    seconds_s: float
-    loss: Loss = field(default_factory=Loss)
-
-
 class Chain:
     """One run.
 
     Args:
+        number: Its number in the plan.
         plan: What is done to it.
         folder: Where it lies.
-        keeps: Whether the folder stays.
+        keeps_failed: Whether the folder stays when a trial has failed.
     """
 
-    def __init__(self, plan: Plan, folder: Path, *, keeps: bool) -> None:
-        self._plan, self._folder, self._keeps = plan, folder, keeps
+    def __init__(self, number: int, plan: Plan, folder: Path, *, keeps_failed: bool) -> None:
+        self._number, self._plan, self._folder, self._keeps_failed = number, plan, folder, keeps_failed
         self._disk = Disk(folder / "disk")
         self._is_closed = False
         self._num_runs, self._num_lives = 0, 0
@@ -87,8 +72,9 @@ class Chain:
         self._is_closed = True
         if self._life is not None:
             self._life.close()
-        self._disk.close(self._folder / "kept" if self._keeps else None)
-        if not self._keeps:
+        keeps = self._keeps_failed and any(result.wrong for result in self._results)
+        self._disk.close(self._folder / "kept" if keeps else None)
+        if not keeps:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _strike(self, trial: Trial) -> None:
@@ -110,8 +96,13 @@ class Chain:
             if cold and any((self._folder / "cold").glob("tiny-*")):
                 wrong.append("a model that is not whole is in the cache")
         loss = loss_of_all(self._run) if came == "began again" else Loss()
+        if came == "went on":
+            num_sampled = sum(len(tokens) for tables in tables_of(self._run).values() for tokens in tables.values())
+            loss = Loss(num_half_turns=outcome.num_lost, num_sampled=num_sampled)
         seconds_s = time.monotonic() - started
-        self._results.append(Result(trial=trial, came=came, wrong=tuple(wrong), seconds_s=seconds_s, loss=loss))
+        self._results.append(
+            Result(run=self._number, trial=trial, came=came, wrong=tuple(wrong), seconds_s=seconds_s, loss=loss)
+        )
 
     def _begin(self, num_updates: int, environment: dict[str, str]) -> Life:
         """Start the run, or let it go on from its checkpoint."""
@@ -145,7 +136,9 @@ class Chain:
             wrong += faults_of_tables(self._run, num_updates) + self._faults_of_account()
             end = self._snapshot()
             in_flight = {id: episode.tokens for id, episode in end.episodes.items()}
-            found = iter(losses([one for one in self._snapshots if one], end.trained, in_flight, NUM_SLOTS))
+            struck = [one for one in self._snapshots if one]
+            restarted = {id for one in (*struck, end) for id in one.restarted} if self._plan.setup in NOT_RESTORED else set()
+            found = iter(losses(struck, end.trained, in_flight, NUM_SLOTS, restarted))
             self._results = [
                 self._with_loss(result, next(found)) if snapshot else result
                 for result, snapshot in zip(self._results, self._snapshots, strict=True)

@@ -11,7 +11,8 @@ the engine are estimated: as many tokens as the turn has that was sampled in the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,11 +64,16 @@ class Episode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """A run when it was struck: its episodes since the checkpoint from which it can go on, and its updates by version."""
+    """A run when it was struck: its episodes since the checkpoint from which it can go on, and its updates by version.
+
+    Args:
+        restarted: Episodes that have begun again, because their environment could not be carried on.
+    """
 
     episodes: Mapping[str, Episode]
     trained: Mapping[int, Tokens]
     checkpoint: int
+    restarted: frozenset[str] = frozenset()
 
     @property
     def num_sampled(self) -> int:
@@ -84,19 +90,21 @@ class Loss:
 
     Args:
         num_known: Tokens that the journal knew and that the end does not have.
+        num_restarted: The same of episodes that have begun again, because their environment could not be carried on.
         num_half_turns: An estimate of those that only the engine knew.
         num_sampled: Sampled tokens that the run had when it was struck.
         wrong: What must never be.
     """
 
     num_known: int = 0
+    num_restarted: int = 0
     num_half_turns: int = 0
     num_sampled: int = 0
     wrong: tuple[str, ...] = ()
 
     @property
     def num(self) -> int:
-        """All of them."""
+        """All of them, but those that no run could keep."""
         return self.num_known + self.num_half_turns
 
 
@@ -119,13 +127,19 @@ def episodes_of(records: Iterable[Record]) -> dict[str, Episode]:
                     episode.segments += record.segments
                     episode.running = ()
                 elif isinstance(record, Running):
-                    episode.running = record.sampled
+                    episode.running = (*episode.running, *record.sampled)
                 else:
                     episode.has_ended = True
     return found
 
 
-def losses(snapshots: Sequence[Snapshot], end: Mapping[int, Tokens], in_flight: Tokens, num_slots: int) -> list[Loss]:
+def losses(
+    snapshots: Sequence[Snapshot],
+    end: Mapping[int, Tokens],
+    in_flight: Tokens,
+    num_slots: int,
+    restarted: Set[str] = frozenset(),
+) -> list[Loss]:
     """What each strike cost; a token that several strikes saw counts for the last one, after which it was gone.
 
     Args:
@@ -133,6 +147,7 @@ def losses(snapshots: Sequence[Snapshot], end: Mapping[int, Tokens], in_flight: 
         end: Its updates at the end, by version.
         in_flight: What it had in flight then.
         num_slots: Turns that the engine samples at the same time.
+        restarted: Episodes that have begun again since no run could carry on their environment.
     """
     kept = {id: tokens for tables in end.values() for id, tokens in tables.items()}
     kept |= {id: tokens for id, tokens in in_flight.items() if id not in kept}
@@ -146,11 +161,17 @@ def losses(snapshots: Sequence[Snapshot], end: Mapping[int, Tokens], in_flight: 
             if kept.get(id, {}).get(at) != token
         }
         half = sorted(
-            (_turn_from(kept.get(id, {}), e.length) for id, e in snapshot.episodes.items() if e.samples), reverse=True
+            (
+                _turn_from(kept.get(id, {}), episode.length)
+                for id, episode in snapshot.episodes.items()
+                if episode.samples and id not in restarted
+            ),
+            reverse=True,
         )
         found.append(
             Loss(
-                num_known=len(gone - seen),
+                num_known=sum(id not in restarted for id, _, _ in gone - seen),
+                num_restarted=sum(id in restarted for id, _, _ in gone - seen),
                 num_half_turns=sum(half[:num_slots]),
                 num_sampled=snapshot.num_sampled,
                 wrong=tuple(_wrong(snapshot, end, kept)),
@@ -170,12 +191,18 @@ def snapshot_of(run: Path, checkpoint: Path, number: int, in_flight: str) -> Sna
         in_flight: Where the groups in flight lie in the checkpoint.
     """
     files = [checkpoint / in_flight, *_journal(run, number)]
-    return Snapshot(episodes=_read(files), trained=tables_of(run), checkpoint=int(checkpoint.name[1:]))
+    records = list(_read(files))
+    return Snapshot(
+        episodes=episodes_of(records),
+        trained=tables_of(run),
+        checkpoint=int(checkpoint.name[1:]),
+        restarted=frozenset({record.episode for record in records if isinstance(record, Restarted)} | _restarted(run)),
+    )
 
 
 def loss_of_all(run: Path) -> Loss:
     """What a run costs that was struck before its first checkpoint, from which alone it could go on."""
-    num = sum(len(episode.tokens) for episode in _read(_journal(run, 0)).values())
+    num = sum(len(episode.tokens) for episode in episodes_of(_read(_journal(run, 0))).values())
     return Loss(num_known=num, num_sampled=num)
 
 
@@ -231,10 +258,17 @@ def _journal(run: Path, number: int) -> list[Path]:
     return sorted(path for path in (run / "rollouts").glob("*.jsonl") if int(path.stem) >= number)
 
 
-def _read(files: Iterable[Path]) -> dict[str, Episode]:
-    """Add up files of records; an incomplete last line, which a kill leaves, is left out."""
+def _read(files: Iterable[Path]) -> Iterable[Record]:
+    """Read files of records; an incomplete last line, which a kill leaves, is left out."""
     lines = [line for path in files for line in path.read_bytes().splitlines(keepends=True)]
-    return episodes_of(decode(line) for line in lines if line.endswith(b"\n"))
+    return (decode(line) for line in lines if line.endswith(b"\n"))
+
+
+def _restarted(run: Path) -> set[str]:
+    """The episodes that have begun again by the events: the journal forgets them with its older files."""
+    lines = (run / "events.jsonl").read_bytes().splitlines(keepends=True)
+    told = [line for line in lines if b'"kind": "trajectory_restarted"' in line and line.endswith(b"\n")]
+    return {json.loads(line)["trajectory"] for line in told}
 
 
 def _group(episode: str) -> str:

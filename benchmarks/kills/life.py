@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.kills.processes import Disk, born, end_all, family, left_over
+from benchmarks.kills.starts import Start
 from benchmarks.kills.trials import EVAL_EVERY, KINDS, Kind, Trial
 
 HANG_S = 120.0
@@ -33,11 +32,13 @@ class Outcome:
         struck: Whether there was something to strike.
         status: The exit status; None: it goes on.
         wrong: What must never be.
+        num_lost: Sampled tokens that a run which goes on says that it has lost since.
     """
 
     struck: bool
     status: int | None
     wrong: tuple[str, ...] = ()
+    num_lost: int = 0
 
 
 class Life:
@@ -49,20 +50,17 @@ class Life:
         self._offset = self._events.stat().st_size if self._events.exists() else 0
         self._known: list[str] = []
         self._sizes, self._news = list[int](), time.monotonic()
-        self._file = said.open("w+b")
-        command = [sys.executable, "-m", "oldlogits", "train", *arguments]
-        self.process = subprocess.Popen(
-            command, stdout=self._file, stderr=self._file, start_new_session=True, env=os.environ | environment
-        )
+        said.write_bytes(b"")
+        self.process = Start(["train", *arguments], said, environment)
 
     def strike(self, trial: Trial, disk: Disk) -> Outcome:
         """Wait for the moment, strike, and wait until the run has ended or is known to go on."""
         kind = KINDS[trial.kind]
         if not self._wait_for(trial) or not (victim := self._victim(kind, trial.pick)):
-            if self.process.poll() is None:
+            if (status := self.process.poll()) is None:
                 return Outcome(struck=False, status=None, wrong=(f"the moment did not come: {self.tail}",))
-            wrong = () if self.process.returncode == 0 else (f"it ended by itself: {self.tail}",)
-            return Outcome(struck=False, status=self.process.returncode, wrong=wrong)
+            wrong = () if status == 0 else (f"it ended by itself: {self.tail}",)
+            return Outcome(struck=False, status=status, wrong=wrong)
         members = [(pid, born(pid)) for pid, _ in family(self.process.pid)]
         if kind.way == "disk":
             disk.fill(victim, self._events)
@@ -91,7 +89,6 @@ class Life:
     def close(self) -> None:
         """Leave nothing behind."""
         end_all(self.process)
-        self._file.close()
 
     @property
     def tail(self) -> str:
@@ -99,8 +96,10 @@ class Life:
         return " | ".join(self._said.read_text(errors="replace").splitlines()[-8:])
 
     def _follow(self, kind: Kind, members: Sequence[tuple[int, str | None]], *, may_end: bool) -> Outcome:
+        before = len(self._lines())
         if kind.goes_on and self._goes_on():
-            return Outcome(struck=True, status=None)
+            lost = [json.loads(line) for line in self._lines()[before:] if '"num_lost_tokens": ' in line]
+            return Outcome(struck=True, status=None, num_lost=sum(event["num_lost_tokens"] for event in lost))
         if (status := self._wait_end()) is None:
             end_all(self.process, [pid for pid, birth in members if born(pid) == birth])
             return Outcome(struck=True, status=-9, wrong=(f"it hangs: {self.tail}",))

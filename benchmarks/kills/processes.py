@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks.kills.starts import Start
+
 GONE_S = 20.0
 """Seconds that the processes of a run may take to go after it."""
 DISK_BYTES = 256 << 20
@@ -50,14 +52,12 @@ def left_over(members: Iterable[tuple[int, str | None]]) -> list[int]:
     return left
 
 
-def end_all(process: subprocess.Popen[bytes], others: Iterable[int] = ()) -> None:
+def end_all(process: Start, others: Iterable[int] = ()) -> None:
     """Leave nothing of a run behind, however it went."""
     for pid in [*(pid for pid, _ in family(process.pid)), *others]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    if process.poll() is None:
-        process.kill()
-        process.wait()
+    process.kill()
 
 
 class Disk:

@@ -41,17 +41,31 @@ class Kind:
 
 SETUPS: Final[Mapping[str, Sequence[str]]] = {
     "local": [],
+    "others": ["--env.target", "benchmarks.kills.environments:OtherDesk"],
     "dedicated": ["--proximal.source", "dedicated"],
-    "servers": ["--engine.type", "vllm", "--engine.server", "embedded", "--engine.num-servers", "2"],
+    "servers": [
+        "--engine.type",
+        "vllm",
+        "--engine.server",
+        "embedded",
+        "--engine.num-servers",
+        "2",
+        "--engine.control-timeout-s",
+        "10",
+    ],
     "ray": ["--runtime.type", "ray"],
 }
 """The flags of each kind of run."""
 
-WEIGHTS: Final = {"local": 8, "dedicated": 4, "servers": 2, "ray": 1}
+NOT_RESTORED: Final = {"others"}
+"""Kinds of run whose environment nobody can carry on: what its episodes lose by that is counted apart."""
+
+WEIGHTS: Final = {"local": 8, "others": 1, "dedicated": 4, "servers": 4, "ray": 1}
 """How often a kind of run is drawn."""
 
 KINDS: Final = {
     "controller": Kind(setup="local", title=""),
+    "other answers": Kind(setup="others", title=""),
     "engine": Kind(setup="local", title=f"{PREFIX}engin"),
     "trainer": Kind(setup="local", title=f"{PREFIX}train"),
     "scorer": Kind(setup="dedicated", title=f"{PREFIX}score"),
@@ -64,6 +78,8 @@ KINDS: Final = {
     "frozen engine": Kind(setup="local", title=f"{PREFIX}engin", way="freeze"),
     "frozen trainer": Kind(setup="local", title=f"{PREFIX}train", way="freeze"),
     "frozen scorer": Kind(setup="dedicated", title=f"{PREFIX}score", way="freeze"),
+    "frozen server": Kind(setup="servers", title=f"{PREFIX}serve", way="freeze", goes_on=True),
+    "frozen server engine": Kind(setup="servers", title=f"{PREFIX}engin", way="freeze", goes_on=True),
     "full disk": Kind(setup="local", title="", way="disk"),
 }
 

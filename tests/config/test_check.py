@@ -47,6 +47,8 @@ REFUSED = {  # key -> values just outside, and beyond
     "env.max_tokens_per_turn": [0],
     "env.max_episode_tokens": [1, 2**31],
     "env.timeout_s": [0.0, NAN],
+    "env.program_timeout_s": [0.0, NAN],
+    "env.program_memory_bytes": [-1],
     "env.latency_s": [-0.1, INF, NAN],
     "sampling.temperature": [0.0, -1.0, 1e-300, 1e300, INF, NAN],
     "sampling.top_p": [0.99, NAN],

@@ -1,6 +1,7 @@
 import asyncio
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -328,6 +329,33 @@ def test_a_pause_without_an_update_changes_nothing(make_core):
     assert partial.output_ids == expected["a"].output_ids[:7]
     assert partial.logprobs == expected["a"].logprobs[:7]
     assert partial.spans == (Span(version=0, start=0, end=7),)
+
+
+@pytest.mark.parametrize("kv", ["recompute", "stale"])
+def test_what_turns_have_sampled_since_is_told_with_its_versions_and_changes_nothing(make_core, versions, kv):
+    """From every token on; of the trajectories that are asked for."""
+    quiet, asked = make_core(max_num_seqs=2), make_core(max_num_seqs=2)
+    for core in (quiet, asked):
+        for name in ("a/0", "b/0", "waiting/0"):
+            core.add(name, prompt(10, ord(name[0])), Sampling(max_tokens=12))
+        for version in (1, 2):
+            for _ in range(4):
+                core.step()
+                if core is asked:
+                    core.grown({"a": 1, "b": 0, "waiting": 0})
+            core.pause("keep", kv)
+            core.update_weights(versions[version], version)
+            core.resume()
+        core.step()
+    whole = asked.partials()["a/0"]
+    assert [(span.version, span.start, span.end) for span in whole.spans] == [(0, 0, 4), (1, 4, 8), (2, 8, 9)]
+    for start in range(11):
+        (told,) = asked.grown({"a": start, "nobody": 0}).values()
+        assert (told.output_ids, told.logprobs) == (whole.output_ids[start:], whole.logprobs[start:])
+        kept = [(span, max(span.start, start), span.end) for span in whole.spans if span.end > start]
+        assert told.spans == tuple(replace(span, start=first - start, end=end - start) for span, first, end in kept)
+    assert asked.grown({"waiting": 0})["waiting/0"].output_ids == ()
+    assert run(asked) == run(quiet)
 
 
 def test_pause_with_abort_returns_what_was_sampled_and_frees_the_slots(make_core):

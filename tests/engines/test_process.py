@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from oldlogits.core.engine import EngineCapabilities, EngineSpec, RolloutEngine, Sampling, Span
+from oldlogits.core.engine import EngineSpec, RolloutEngine, Sampling, Span
+from oldlogits.core.engine_stats import EngineCapabilities
 from oldlogits.core.errors import ConfigError, ModelFolderError, WorkerDiedError
 from oldlogits.core.weights import FullWeights
 from oldlogits.engines.embedded.engine import EngineCore
@@ -84,7 +85,7 @@ def test_the_process_samples_what_the_core_samples(own_engine, spec):
 
     assert isinstance(own_engine, RolloutEngine)
     assert asyncio.run(play()) == expected
-    assert own_engine.capabilities == EngineCapabilities(partials=True, num_host_copies=1)
+    assert own_engine.capabilities == EngineCapabilities(partials=True, growth=True, num_host_copies=1)
 
 
 def test_an_update_in_mid_flight_keeps_running_requests_and_tags_their_tokens(shared_engine, model):
@@ -267,3 +268,28 @@ def test_a_folder_without_weights_fails_the_first_call_with_its_own_error(spec, 
     with pytest.raises(ModelFolderError, match=r"no model\.safetensors in"):
         asyncio.run(engine.ready())
     engine.close()
+
+
+def test_what_running_turns_have_sampled_since_is_told_while_the_engine_samples(shared_engine):
+    """After so many tokens of the turns that are asked for, and bit for bit what the turns have in the end."""
+
+    async def play():
+        tasks = start(shared_engine, "a/0", "b/1", "c/0")
+        pieces = {"a": [], "b": []}
+        while min(map(len, pieces.values())) < 2 and not any(task.done() for task in tasks.values()):
+            known = {name: sum(len(piece.output_ids) for piece in found) for name, found in pieces.items()}
+            grown = await shared_engine.grown(known)
+            assert grown.keys() <= {"a/0", "b/1"}
+            for request, piece in grown.items():
+                pieces[request[0]] += [piece] if piece.output_ids else []
+        return pieces, dict(zip(tasks, await asyncio.gather(*tasks.values()), strict=True))
+
+    pieces, finished = asyncio.run(play())
+    for request in ("a/0", "b/1"):
+        ids, logprobs = finished[request].output_ids, finished[request].logprobs
+        found = pieces[request[0]]
+        num = sum(len(piece.output_ids) for piece in found)
+        assert tuple(id for piece in found for id in piece.output_ids) == ids[:num]
+        assert tuple(logp for piece in found for logp in piece.logprobs) == logprobs[:num]
+        version = finished[request].spans[0].version
+        assert all(piece.spans == (Span(version=version, start=0, end=len(piece.output_ids)),) for piece in found)

@@ -5,6 +5,7 @@ import pytest
 
 from oldlogits.config.check import check
 from oldlogits.config.load import config_from_table
+from oldlogits.core.engine import EngineKind, EngineSpec
 from oldlogits.core.errors import ConfigError
 from oldlogits.run.run import run
 
@@ -40,3 +41,11 @@ def test_what_it_does_not_say_that_it_can_do_is_refused(sections, words):
     engine = {"type": NAME, **sections.pop("engine", {})}
     with pytest.raises(ConfigError, match=words):
         check(config_from_table({"engine": engine, **sections}))
+
+
+def test_a_kind_without_stepped_engines_says_so_and_what_to_do():
+    class Unstepped(EngineKind):
+        is_stepwise = True
+
+    with pytest.raises(ConfigError, match=r"no method build.*a method build\(spec\)"):
+        Unstepped().build(EngineSpec(model_path=""))

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import os
+import random
 
 from ..runs import Words
 
@@ -15,6 +16,15 @@ class Failing(Words):
         if self._turns == 2 and hashlib.sha256(message.encode()).digest()[0] < 50:
             raise RuntimeError("the shop is closed")
         return answer
+
+
+class Closing(Words):
+    """Fails at its end in one of five episodes, whatever was said."""
+
+    def get_reward(self):
+        if random.random() < 0.2:
+            raise RuntimeError("the shop is closed")
+        return super().get_reward()
 
 
 class Saving(Words):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from oldlogits.config.load import config_from_table
-from oldlogits.core.engine import EngineCapabilities, Generation, Sampling, Span
-from oldlogits.core.engine_stats import EngineStats
+from oldlogits.core.engine import Generation, Sampling, Span
+from oldlogits.core.engine_stats import EngineCapabilities, EngineStats
 from oldlogits.core.errors import NonFiniteError, ProbeError
 from oldlogits.core.policies import OLD
 from oldlogits.core.scoring import Scored
@@ -31,6 +31,7 @@ from oldlogits.record.recording import Recording
 from oldlogits.rollout.environment_runner import run_inline
 from oldlogits.rollout.journal.journal import Journal, read
 from oldlogits.rollout.journal.records import Admitted, Failed
+from oldlogits.rollout.player import ClassPlayer
 from oldlogits.rollout.turns import Agent, TurnLimits
 from oldlogits.train.reports import ConsistencyErrors, PublishedVersion, ScoringWork, TrainerState
 from oldlogits.train.step import UpdateResult
@@ -219,7 +220,7 @@ class World:
             run_environment=run_inline,
         )  # fmt: skip
         rows = SimpleNamespace(train=lambda index: {}, heldout=lambda num: [{}] * num)
-        task = Task(environment_class=Coin, rows=rows, agent=agent, probe_ids=PROBE)
+        task = Task(player=ClassPlayer(agent=agent, environment_class=Coin), rows=rows, probe_ids=PROBE)
         source, events = FakeSource(self.calls, needs_pause=needs_pause), recording.events
         self.journal = Journal(self.folder.rollouts)
         self.loop = Loop(
@@ -392,7 +393,7 @@ def test_the_copies_of_what_is_trained_are_those_of_the_adapters_not_of_the_base
 def test_a_run_that_ends_before_it_has_gone_on_with_its_groups_counts_them_as_cancelled(tmp_path):
     async def scenario(world):
         world.journal.progress.apply(Admitted(group="g000000", row=0, version=0, size=4))
-        world.journal.progress.apply(Failed(episode="g000000.1", again=False))
+        world.journal.progress.apply(Failed(episode="g000000.1", again=False, version=0, reason="no"))
         world.loop.go_on(LoopState())
         world.loop.cancel_all()
         world.loop.buffer.check()

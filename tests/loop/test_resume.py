@@ -1,5 +1,6 @@
 """Going on with a run: everything that was counted goes on, and it stays the same experiment."""
 
+import gc
 import json
 import shutil
 from dataclasses import asdict, replace
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from oldlogits.cli.main import run as command
 from oldlogits.config.schema import ProximalConfig, RunConfig
@@ -20,6 +22,7 @@ from oldlogits.record.folder import RunFolder
 from oldlogits.record.jsonl import read_lines
 from oldlogits.record.report.data import read_run
 from oldlogits.train.checkpoint import read_state
+from oldlogits.versions import PatchStore
 
 from ..runs import assert_same_state, check_accounting, events_of, recipe, summary_of, tokens_of, write_recipe
 
@@ -36,6 +39,12 @@ def finished(tiny_folder, tmp_path_factory):
 @pytest.fixture
 def copied(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "run")
+
+
+def said(capsys):
+    """All that a command has written, as one line."""
+    captured = capsys.readouterr()
+    return " ".join((captured.out + captured.err).split())
 
 
 def steps_of(checkpoint):
@@ -197,3 +206,42 @@ def test_what_cannot_be_resumed_says_so(tiny_folder, copied, tmp_path, capsys):
     shutil.rmtree(copied / "checkpoints")
     assert command(["train", "--resume", str(copied)]) == 2
     assert "got: no complete checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["lockstep", "local"])
+def test_versions_in_a_folder_that_the_recipe_names_are_taken_over_as_those_of_the_run_folder(
+    runtime, tiny_folder, tmp_path, monkeypatch
+):
+    """Those of the checkpoint are held again, other files stay, and a relative folder is the same one from anywhere."""
+    out, store = tmp_path / "run", tmp_path / "here" / "store"
+    store.mkdir(parents=True)
+    monkeypatch.chdir(store.parent)
+    versions = {"budget_bytes": 1, "folder": "store"}
+    config = recipe(tiny_folder, num_updates=2, versions=versions, runtime={"type": runtime})
+    assert command(["train", str(write_recipe(tmp_path / "r.toml", config)), "--out", str(out)]) == 0
+    assert (store / "versions.json").is_file()
+    (store / "mine.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    for num_updates in ("3", "5"):
+        gc.collect()  # the trainer of this process that has ended
+        assert command(["train", "--resume", str(out), "--num-updates", num_updates]) == 0
+    assert check_accounting(out)["trained"] == 5 * 3 * 4
+    assert set(summary_of(out)["provenance"]) == {"exact"}
+    assert (store / "mine.txt").read_text() == "mine"
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.slow
+def test_versions_in_a_folder_that_is_not_the_runs_own_are_left_alone(copied, tmp_path, capsys):
+    with PatchStore(tmp_path / "store") as other:
+        other.publish(7, {"w": torch.ones(3)})
+        words = ["train", "--resume", str(copied), "--num-updates", "3", "--versions.budget_bytes", "1"]
+        words += ["--versions.folder", str(tmp_path / "store")]
+        assert command(words) == 1
+        assert "have an owner" in said(capsys)
+    for _ in range(2):  # that it was refused once does not make the folder the run's own
+        assert command(words) == 1
+        assert "holds versions already" in said(capsys)
+    with PatchStore.open(tmp_path / "store") as again:
+        assert again.versions == (7,)

@@ -3,6 +3,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 
 import pytest
 
@@ -196,3 +197,91 @@ def test_a_call_that_never_returns_leaves_room_for_others(monkeypatch):
         assert asyncio.run(main()) == 1
     finally:
         release.set()
+
+
+@pytest.mark.slow
+def test_asynchronous_code_that_blocks_holds_up_no_other_episode_and_not_the_run():
+    """A tool that blocks for 2 s: calls of others are no time-outs, and the run's own loop goes on."""
+    runner, blocks, came = ThreadRunner(timeout_s=HUNG_S, latency_s=0, seed=0), threading.Event(), []
+
+    async def blocking():
+        blocks.set()
+        time.sleep(2.0)
+        return "late"
+
+    async def quick():
+        await asyncio.sleep(0.01)
+        return "quick"
+
+    async def main():
+        late = asyncio.ensure_future(runner(blocking, is_tool=True))
+        await asyncio.to_thread(blocks.wait, HUNG_S)
+        others = [asyncio.ensure_future(runner(quick)) for _ in range(4)]
+        for _ in range(100):
+            await asyncio.sleep(0)
+            came.append(late.done())
+        assert await runner(lambda: "thread") == "thread"
+        came.append(late.done())
+        return await late, await asyncio.gather(*others)
+
+    assert asyncio.run(main()) == ("late", ["quick"] * 4)
+    assert not any(came), "the loop came round while it blocked"
+
+
+@pytest.mark.slow
+def test_asynchronous_code_that_never_returns_to_its_loop_is_a_time_out_and_others_begin_again_or_go_on():
+    end, blocks = threading.Event(), threading.Event()
+
+    async def blocking():
+        blocks.set()
+        end.wait()
+
+    async def patient():
+        await asyncio.sleep(HUNG_S)
+
+    async def main():
+        runner = ThreadRunner(timeout_s=0.5, latency_s=0, seed=0)
+        waiting = asyncio.ensure_future(ThreadRunner(timeout_s=0.5, latency_s=0, seed=0)(patient))
+        await asyncio.sleep(0)
+        failed = asyncio.ensure_future(runner(blocking))
+        found = await asyncio.gather(waiting, failed, return_exceptions=True)
+        return *found, await runner(lambda: later(9))
+
+    other, own, after = asyncio.run(main())
+    end.set()
+    assert (type(own), str(own)) == (EnvironmentFailed, "timed out after 0.5 s")
+    assert isinstance(other, EnvironmentFailed)
+    assert after == 9, "another loop takes what comes"
+
+
+def test_asynchronous_code_of_all_episodes_runs_on_one_loop_that_is_not_the_runs():
+    async def loop():
+        return asyncio.get_running_loop()
+
+    async def main():
+        first, second = [ThreadRunner(timeout_s=HUNG_S, latency_s=0, seed=0) for _ in range(2)]
+        return await first(loop), await second(loop), asyncio.get_running_loop()
+
+    one, other, own = asyncio.run(main())
+    assert one is other is not own
+
+
+def test_a_call_that_is_cancelled_is_cancelled_on_its_loop():
+    begun, ended = threading.Event(), threading.Event()
+
+    async def waits():
+        begun.set()
+        try:
+            await asyncio.sleep(HUNG_S)
+        finally:
+            ended.set()
+
+    async def main():
+        call = asyncio.ensure_future(ThreadRunner(timeout_s=HUNG_S, latency_s=0, seed=0)(waits))
+        await asyncio.to_thread(begun.wait, HUNG_S)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    asyncio.run(main())
+    assert ended.wait(HUNG_S)

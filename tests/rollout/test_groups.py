@@ -18,6 +18,7 @@ from oldlogits.rollout.heldout import evaluate
 from oldlogits.rollout.journal.journal import Journal
 from oldlogits.rollout.journal.progress import Progress
 from oldlogits.rollout.journal.records import Admitted, Grew
+from oldlogits.rollout.player import ClassPlayer
 from oldlogits.rollout.staleness import StalenessBound
 from oldlogits.rollout.turns import Agent, Failure, TurnLimits
 from oldlogits.rollout.watches import WINDOW, FailureWatch, FilterWatch
@@ -127,8 +128,7 @@ class World:
         self.buffer = Buffer(bound, filter_uniform=filter_uniform)
         self.source, self.journal = WatchfulSource(), Journal(Path("unwritten"))
         self.rollouts = Rollouts(
-            agent=agent_of(self.engine),
-            environment_class=Task,
+            player=ClassPlayer(agent=agent_of(self.engine), environment_class=Task),
             rows=SimpleNamespace(train=rows),
             buffer=self.buffer,
             source=self.source,
@@ -500,8 +500,7 @@ def evaluate_rows(rows, *, num_running, temperature=1.0, engine_class=GatedEngin
         engine = engine_class()
         engine.gate.set()
         return await evaluate(
-            agent_of(engine),
-            Task,
+            ClassPlayer(agent=agent_of(engine), environment_class=Task),
             rows,
             name="ebefore",
             temperature=temperature,
@@ -517,16 +516,16 @@ def test_an_evaluation_plays_every_row_once_and_keeps_their_order(num_running):
     rows = [{"reward": i / 10} for i in range(10)]
     found, engine, told = evaluate_rows(rows, num_running=num_running)
     assert found.rewards == tuple(i / 10 for i in range(10))
-    assert [t.id for t in found.trajectories] == [f"ebefore.{i}" for i in range(10)]
+    assert [branches[0].id for branches in found.episodes] == [f"ebefore.{i}" for i in range(10)]
     assert engine.most_running == min(num_running, 10)
-    assert sorted(one.id for one in told) == [f"ebefore.{i}" for i in range(10)]
+    assert sorted(one[0].id for one in told) == [f"ebefore.{i}" for i in range(10)]
 
 
 def test_an_episode_that_fails_has_no_reward_in_its_place_and_is_told():
     found, _, told = evaluate_rows([{"reward": 1.0}, {"fails": True}, {"reward": 2.0}, {"reward": 0.99}], num_running=2)
     assert found.rewards == (1.0, None, 2.0, 0.99)
     assert found.num_successes == 2
-    assert [t.id for t in found.trajectories] == ["ebefore.0", "ebefore.2", "ebefore.3"]
+    assert [branches[0].id for branches in found.episodes] == ["ebefore.0", "ebefore.2", "ebefore.3"]
     assert [one.reason for one in told if isinstance(one, Failure)] == ["reset: RuntimeError: no shop"]
 
 
@@ -539,7 +538,7 @@ def test_rows_whose_task_was_cancelled_from_inside_are_named_as_not_played():
 
     found, _, told = evaluate_rows([{"reward": 1.0}] * 4, num_running=1, engine_class=Leaking)
     assert found.rewards == (1.0, None, None, None), "one task played all rows"
-    assert [one.id for one in told] == [f"ebefore.{i}" for i in range(4)]
+    assert [one[0].id if isinstance(one, tuple) else one.id for one in told] == [f"ebefore.{i}" for i in range(4)]
     assert told[3].reason == "not played: its task was cancelled"
 
 
@@ -550,7 +549,7 @@ def test_an_evaluation_samples_at_its_own_temperature():
 
 def test_an_evaluation_of_nothing_is_empty():
     found, _, told = evaluate_rows([], num_running=4)
-    assert (found.rewards, found.trajectories, found.num_successes, told) == ((), (), 0, [])
+    assert (found.rewards, found.episodes, found.num_successes, told) == ((), (), 0, [])
 
 
 def test_the_tokens_of_a_turn_that_goes_on_are_all_known_when_the_run_is_ended_again():

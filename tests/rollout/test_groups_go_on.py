@@ -18,6 +18,7 @@ from oldlogits.rollout.groups import Rollouts
 from oldlogits.rollout.journal.journal import Journal
 from oldlogits.rollout.journal.progress import Progress
 from oldlogits.rollout.journal.records import Admitted, Ended, Failed, Taken
+from oldlogits.rollout.player import ClassPlayer
 from oldlogits.rollout.staleness import StalenessBound
 from oldlogits.rollout.turns import Agent, TurnLimits
 from oldlogits.rollout.watches import FailureWatch, FilterWatch
@@ -86,15 +87,17 @@ class Life:
             self.buffer.account.filtered += since.num_filtered
         limits = TurnLimits(max_turns=TURNS + 1, max_tokens_per_turn=4, max_tokens=80)
         self.rollouts = Rollouts(
-            agent=Agent(
-                engine=self.engine,
-                chat=CHAT,
-                parser=PlainParser(),
-                limits=limits,
-                sampling=Sampling(max_tokens=4),
-                run_environment=run_inline,
+            player=ClassPlayer(
+                agent=Agent(
+                    engine=self.engine,
+                    chat=CHAT,
+                    parser=PlainParser(),
+                    limits=limits,
+                    sampling=Sampling(max_tokens=4),
+                    run_environment=run_inline,
+                ),
+                environment_class=Chance,
             ),
-            environment_class=Chance,
             rows=SimpleNamespace(train=lambda index: {}),
             buffer=self.buffer,
             source=self.source,
@@ -253,6 +256,7 @@ def lives(folder, first, second, *, version=0, **options):
 
 def test_a_half_turn_that_goes_on_is_kept_when_the_run_is_ended_again(tmp_path):
     half, more = [sampled([5], 0), sampled([6], 0)], [sampled([7], 0)]
+    one = sampled([5, 6], 0)
 
     async def first(life):
         life.journal.running({"g000000.0": half})
@@ -263,11 +267,11 @@ def test_a_half_turn_that_goes_on_is_kept_when_the_run_is_ended_again(tmp_path):
         assert asked["g000000.0/0"] == (*prompt.token_ids, 5, 6)
         assert asked["g000000.1/0"] == prompt.token_ids
         life.journal.running({"g000000.0": [], "g000000.1": []})
-        assert life.journal.progress.groups["g000000"].episodes["g000000.0"].known == (prompt, *half)
+        assert life.journal.progress.groups["g000000"].episodes["g000000.0"].known == (prompt, one)
         life.journal.running({"g000000.0": more})
-        assert life.journal.progress.groups["g000000"].episodes["g000000.0"].known == (prompt, *half, *more)
+        assert life.journal.progress.groups["g000000"].episodes["g000000.0"].known == (prompt, one, *more)
         again = progress_of([], list(life.journal.progress.records()))
-        assert again.groups["g000000"].episodes["g000000.0"].known == (prompt, *half, *more)
+        assert again.groups["g000000"].episodes["g000000.0"].known == (prompt, one, *more)
 
     lives(tmp_path, first, second)
 
@@ -312,7 +316,7 @@ def test_tokens_of_a_version_that_is_another_one_now_begin_again_at_once_and_are
 
 def test_a_replay_that_was_promised_is_played_whatever_the_recipe_allows_now(tmp_path):
     async def first(life):
-        life.journal.note(Failed(episode="g000000.0", again=True))
+        life.journal.note(Failed(episode="g000000.0", again=True, version=0, reason="no"))
 
     async def second(life):
         assert life.buffer.account == TrajectoryCounts(submitted=2 * 2 + 1, failed=1)

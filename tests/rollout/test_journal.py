@@ -1,5 +1,6 @@
 """The journal of rollouts: every record is read back as it was written, and adds up to what was in flight."""
 
+import asyncio
 import errno
 import json
 import math
@@ -10,8 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oldlogits.core.engine import Generation, Span
+from oldlogits.core.engine_stats import EngineCapabilities
 from oldlogits.core.errors import RunFolderError, RunWriteError
 from oldlogits.core.trajectory import Context, Sampled
+from oldlogits.rollout.journal import journal as journal_module
 from oldlogits.rollout.journal.journal import FILE, Journal, read, to_bytes
 from oldlogits.rollout.journal.progress import Progress, group_of, number_of
 from oldlogits.rollout.journal.records import (
@@ -58,13 +62,26 @@ GROUPS = st.integers(0, 2).map("g{:06d}".format)
 RECORDS = st.one_of(
     st.builds(Admitted, group=GROUPS, row=IDS, version=VERSIONS, size=st.integers(1, 9)),
     st.builds(Grew, episode=EPISODES, start=st.integers(0, 9), segments=SEGMENTS),
-    st.builds(Running, episode=EPISODES, sampled=st.lists(spans(), min_size=1, max_size=2).map(tuple)),
+    st.builds(
+        Running,
+        episode=EPISODES,
+        num_segments=st.integers(0, 9),
+        start=st.integers(0, 9),
+        sampled=st.lists(spans(), min_size=1, max_size=2).map(tuple),
+    ),
     st.builds(StateSaved, episode=EPISODES, num_segments=st.integers(0, 9), state=TEXTS.map(json.dumps)),
     st.builds(SpanScored, episode=EPISODES, version=VERSIONS, values=VALUES),
     st.builds(Ended, episode=EPISODES, reward=REWARDS, stop_reason=st.text(max_size=4)),
-    st.builds(Failed, episode=EPISODES, again=st.booleans()),
-    st.builds(Restarted, episode=EPISODES),
-    st.builds(LeftOut, group=GROUPS, num=st.integers(0, 9)),
+    st.builds(Failed, episode=EPISODES, again=st.booleans(), version=VERSIONS, reason=st.text(max_size=8)),
+    st.builds(Restarted, episode=EPISODES, version=VERSIONS, reason=st.text(max_size=8), num_lost_tokens=st.integers(0, 9)),
+    st.builds(
+        LeftOut,
+        group=GROUPS,
+        version=VERSIONS,
+        rewards=st.lists(REWARDS, max_size=3).map(tuple),
+        oldest_version=VERSIONS,
+        num_failed=st.integers(0, 9),
+    ),
     st.builds(Taken, version=st.integers(0, 4), groups=st.lists(GROUPS, max_size=3).map(tuple)),
     st.builds(Published, version=st.integers(0, 4), probe=VALUES),
 )
@@ -82,12 +99,17 @@ def exact(value):
 
 
 def placed(records, progress):
-    """Records in an order in which they can happen: segments follow those before them. They are added up in `progress`."""
+    """Records in an order in which they can happen: tokens follow those before them. They are added up in `progress`."""
     found = []
     for record in records:
-        is_grown = isinstance(record, Grew)
-        found.append(replace(record, start=progress.num_segments(record.episode)) if is_grown else record)
-        progress.apply(found[-1])
+        if isinstance(record, Grew):
+            record = replace(record, start=progress.num_segments(record.episode))
+        if isinstance(record, Running):
+            known = progress.episode(record.episode)
+            start = known.num_running if known is not None else 0
+            record = replace(record, num_segments=progress.num_segments(record.episode), start=start)
+        found.append(record)
+        progress.apply(record)
     return found
 
 
@@ -147,6 +169,18 @@ def test_a_checkpoint_anywhere_and_the_records_after_it_are_the_same_as_all(reco
     assert exact(after.taken) == exact(whole.taken)
 
 
+def failed(episode, *, again):
+    return Failed(episode=episode, again=again, version=3, reason="look: ValueError: no")
+
+
+def restarted(episode):
+    return Restarted(episode=episode, version=3, reason="it answered otherwise", num_lost_tokens=5)
+
+
+def left_out(group, *rewards):
+    return LeftOut(group=group, version=3, rewards=rewards, oldest_version=2, num_failed=1)
+
+
 def admitted(number=0, *, version=0, size=2):
     return Admitted(group=f"g{number:06d}", row=number, version=version, size=size)
 
@@ -154,7 +188,7 @@ def admitted(number=0, *, version=0, size=2):
 ROUND = [
     admitted(0),
     Grew(episode="g000000.0", start=0, segments=(Context(token_ids=(1, 2)),)),
-    Running(episode="g000000.0", sampled=(sampled([3], 0),)),
+    Running(episode="g000000.0", num_segments=1, start=0, sampled=(sampled([3], 0),)),
     Ended(episode="g000000.1", reward=0.5, stop_reason="done"),
 ]
 
@@ -278,9 +312,9 @@ def test_what_is_of_no_group_in_flight_writes_nothing(tmp_path):
     for record in (
         Grew(episode="g000007.0", start=0, segments=(prompt,)),
         Ended(episode="g000007.0", reward=1.0, stop_reason="done"),
-        Failed(episode="g000007.0", again=True),
-        Restarted(episode="g000007.0"),
-        LeftOut(group="g000007", num=2),
+        failed("g000007.0", again=True),
+        restarted("g000007.0"),
+        left_out("g000007", 0.5, 1.0),
     ):
         journal.note(record)
     journal.close()
@@ -324,11 +358,11 @@ def test_a_disk_that_refuses_is_told_to_the_next_caller_and_the_run_can_close_it
 
 def test_a_group_that_is_left_out_or_trained_is_not_in_flight_and_an_episode_that_begins_again_has_nothing():
     progress = Progress()
-    for record in [*ROUND, admitted(1), Failed(episode="g000001.0", again=True), Restarted(episode="g000000.0")]:
+    for record in [*ROUND, admitted(1), failed("g000001.0", again=True), restarted("g000000.0")]:
         progress.apply(record)
     assert list(progress.groups["g000000"].episodes) == ["g000000.1"]
     assert (progress.num_submitted, progress.num_failed) == (2 + 2 + 1, 1)
-    progress.apply(LeftOut(group="g000000", num=1))
+    progress.apply(left_out("g000000", 0.5))
     assert (list(progress.groups), progress.num_filtered) == (["g000001"], 1)
     progress.forget(["g000001", "g000009"])
     assert not progress.groups
@@ -348,12 +382,165 @@ def test_an_episode_that_ended_with_a_turn_that_was_known_whole_holds_it():
     for record in (
         Admitted(group="g000000", row=0, version=3, size=2),
         Grew(episode="g000000.0", start=0, segments=(prompt,)),
-        Running(episode="g000000.0", sampled=(turn,)),
+        Running(episode="g000000.0", num_segments=1, start=0, sampled=(turn,)),
         Ended(episode="g000000.0", reward=1.0, stop_reason="done"),
     ):
         assert progress.apply(record)
-    trajectory = progress.groups["g000000"].episodes["g000000.0"].trajectory("g000000.0", "g000000")
+    (trajectory,) = progress.groups["g000000"].episodes["g000000.0"].trajectories("g000000.0", "g000000")
     assert trajectory.segments == (prompt, turn)
     again = Progress()
     assert all(again.apply(record) for record in progress.records())
     assert again.groups == progress.groups
+
+
+def test_a_running_turn_is_written_piece_by_piece_and_read_back_as_one_segment_of_each_version(tmp_path):
+    journal, prompt = Journal(tmp_path / "rollouts"), Context(token_ids=(1,))
+    journal.begin(0)
+    journal.note(admitted())
+    journal.grew("g000000.0", [prompt])
+    for turn in ([sampled([2])], [sampled([2, 3])], [sampled([2, 3])], [sampled([2, 3, 4]), sampled([5], 1)]):
+        journal.running({"g000000.0": turn})
+    journal.close()
+    pieces = [decode(line).sampled for line in (tmp_path / "rollouts/000001.jsonl").read_bytes().splitlines()[2:]]
+    assert pieces == [(sampled([2]),), (sampled([3]),), (sampled([4]), sampled([5], 1))], "no token is written twice"
+    episode = read(checkpoint_of(tmp_path / "v0"), tmp_path / "rollouts", 1).groups["g000000"].episodes["g000000.0"]
+    assert episode.known == (prompt, sampled([2, 3, 4]), sampled([5], 1))
+
+
+@pytest.mark.parametrize("lost", [2, 3])
+def test_a_piece_of_a_running_turn_that_is_lost_is_noticed(lost, tmp_path):
+    """Its tokens would stand in another context than they were sampled in: behind others, or in another turn."""
+    records = [
+        *ROUND[:3],
+        Grew(episode="g000000.0", start=1, segments=(sampled([3]), Context(token_ids=(4,)))),
+        Running(episode="g000000.0", num_segments=3, start=0, sampled=(sampled([5]),)),
+        Running(episode="g000000.0", num_segments=3, start=1, sampled=(sampled([6]),)),
+    ]
+    checkpoint = checkpoint_of(tmp_path / "v0", [*records[:lost], *records[lost + 1 :]])
+    if lost == 2:  # what the next segments hold as well
+        assert len(read(checkpoint, None, 0).groups["g000000"].episodes["g000000.0"].known) == 4
+    else:
+        with pytest.raises(RunFolderError, match="where 1 after 1 are known: some are missing"):
+            read(checkpoint, None, 0)
+    checkpoint = checkpoint_of(tmp_path / "v0", [*records[:4], records[5]])
+    with pytest.raises(RunFolderError, match="1 tokens of a turn after 3 segments, where 0 after 3 are known"):
+        read(checkpoint, None, 0)
+
+
+class Telling:
+    """An engine that tells what its turns have sampled; `before_answer` is what happens while it does."""
+
+    capabilities = EngineCapabilities(partials=True, growth=True)
+
+    def __init__(self, before_answer=lambda: None):
+        self.turns, self.asked, self.before_answer = {}, [], before_answer
+
+    async def grown(self, known):
+        self.asked.append(dict(known))
+        found = {}
+        for request, ids in self.turns.items():
+            if (start := known.get(request.partition("/")[0])) is not None:
+                new, spans = tuple(ids[start:]), (Span(version=0, start=0, end=len(ids) - start),)
+                found[request] = Generation(
+                    output_ids=new, logprobs=(-1.0,) * len(new), spans=spans if new else (), finish_reason="abort"
+                )
+        self.before_answer()
+        return found
+
+
+def followed(journal, engine, *steps, monkeypatch):
+    """Let a journal look at an engine again after each step."""
+    monkeypatch.setattr(journal_module, "GROWTH_S", 0.0)
+
+    async def main():
+        following = asyncio.create_task(journal.follow(engine, 1.0))
+        for step in (*steps, lambda: None):
+            step()
+            seen = len(engine.asked)
+            while len(engine.asked) < seen + 2:
+                await asyncio.sleep(0)
+        following.cancel()
+
+    asyncio.run(main())
+
+
+def test_a_journal_that_follows_an_engine_asks_for_what_it_does_not_know_and_notes_it_once(tmp_path, monkeypatch):
+    journal, engine, prompt = Journal(tmp_path / "rollouts"), Telling(), Context(token_ids=(1,))
+    journal.begin(0)
+    journal.note(admitted())
+    journal.grew("g000000.0", [prompt])
+    engine.turns = {"g000000.0/0": [2, 3], "eval-0.3/1": [9], "probe": [9]}
+
+    def next_turn():
+        journal.grew("g000000.0", [prompt, sampled([2, 3, 4, 5]), Context(token_ids=(6,))])
+        engine.turns = {"g000000.0/1": [7]}
+
+    followed(
+        journal,
+        engine,
+        lambda: engine.turns["g000000.0/0"].append(4),
+        next_turn,
+        monkeypatch=monkeypatch,
+    )
+    assert engine.asked[0] == {"g000000.0": 0}, "an evaluation and a probe are not asked for"
+    assert {known["g000000.0"] for known in engine.asked} == {0, 1, 3}
+    episode = journal.progress.episode("g000000.0")
+    assert episode.known == (prompt, sampled([2, 3, 4, 5]), Context(token_ids=(6,)), sampled([7]))
+    journal.close()
+
+
+@pytest.mark.parametrize(
+    "happening", ["the turn ends", "the episode begins again", "the episode fails", "the group is trained"]
+)
+def test_an_answer_about_a_turn_that_is_over_by_then_is_not_noted(happening, tmp_path, monkeypatch):
+    journal, prompt = Journal(tmp_path / "rollouts"), Context(token_ids=(1,))
+    journal.begin(0)
+    journal.note(admitted())
+    journal.grew("g000000.0", [prompt])
+
+    def happens():
+        engine.turns.clear()
+        if happening == "the turn ends":
+            journal.grew("g000000.0", [prompt, sampled([2, 3]), Context(token_ids=(4,))])
+        elif happening == "it begins again":
+            journal.note(restarted("g000000.0"))
+            journal.grew("g000000.0", [prompt])
+        elif happening == "it fails":
+            journal.note(failed("g000000.0", again=False))
+        else:
+            journal.progress.forget(["g000000"])
+
+    engine = Telling(lambda: engine.turns and happens())
+    engine.turns = {"g000000.0/0": [2]}
+    followed(journal, engine, monkeypatch=monkeypatch)
+    episode = journal.progress.episode("g000000.0")
+    assert episode is None or not episode.running
+    journal.close()
+
+
+def test_an_engine_that_does_not_tell_is_not_asked(tmp_path):
+    journal, engine = Journal(tmp_path / "rollouts"), Telling()
+    engine.capabilities = EngineCapabilities(partials=True)
+    asyncio.run(asyncio.wait_for(journal.follow(engine, 1.0), 60))
+    assert engine.asked == []
+    journal.close()
+
+
+def test_what_events_tell_of_the_time_since_a_checkpoint_is_read_back_and_what_it_holds_itself_is_not(tmp_path):
+    journal = Journal(tmp_path / "rollouts")
+    journal.note(admitted(0))
+    journal.note(failed("g000000.0", again=True))
+    _, held = journal.begin(0)
+    since = [admitted(1), failed("g000001.1", again=False), restarted("g000001.0"), left_out("g000000", 0.5, 1.0)]
+    for record in since[:2]:
+        journal.note(record)
+    journal.grew("g000001.0", [Context(token_ids=(1,))])
+    for record in since[2:]:
+        journal.note(record)
+    journal.note(failed("g000009.0", again=True))  # of no group in flight
+    journal.close()
+    progress = read(checkpoint_of(tmp_path / "v0", held), tmp_path / "rollouts", 1)
+    assert progress.told == since
+    assert (progress.num_submitted, progress.num_failed, progress.num_filtered) == (2, 1, 2)
+    assert read(tmp_path / "v0", None, 1).told == []
+    assert progress.at(1).told == [], "a checkpoint counts their events"

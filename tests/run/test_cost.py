@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import shutil
+import subprocess
+import sys
 from dataclasses import astuple
 from functools import partial
 from pathlib import Path
@@ -28,10 +30,13 @@ from oldlogits.run.cost import Cost, estimate
 from oldlogits.run.run import run
 from oldlogits.train.weights.engine_view import EngineView
 from oldlogits.versions import PatchStore
+from order_desk.tiny import TinySize, save_tiny, tiny_model, tiny_tokenizer
 
 from ..builders import batch_of, sampled, trajectory
+from ..conftest import WORDS
 from ..engines.reference import make_model, save
-from ..runs import recipe
+from ..runs import recipe, write_recipe
+from . import trainer_memory
 
 FAMILIES = ["llama", "qwen2", "qwen3", "qwen3 top-1 of 4 experts"]
 
@@ -185,6 +190,32 @@ def test_the_bytes_of_checkpoints_are_those_on_disk_and_as_many_stay_as_is_said(
         assert cost.num_checkpoints == num
         [line] = [line for line in cost.lines() if line.startswith("checkpoints ")]
         assert f"each; at most {num} stay on disk, {cost.checkpoint_bytes * (num + 1) / 2**20:,.1f} MiB with the one" in line
+
+
+SHAPES = {
+    "a small vocabulary": (TinySize(hidden=512, layers=8, heads=8, kv_heads=4, mlp=2048, max_context=128), 500, {}),
+    "a large vocabulary": (TinySize(hidden=512, layers=3, heads=8, kv_heads=4, mlp=1536, max_context=128), 24_000, {}),
+    "bf16, and rounded weights in the engine": (
+        TinySize(hidden=512, layers=8, heads=8, kv_heads=4, mlp=2048, max_context=128),
+        500,
+        {"model": {"forward_dtype": "bf16"}, "engine": {"precision": "fp8"}, "trainer": {"lr": 1e-5}},
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell the peak of a process")
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_peak_of_a_trainer_that_writes_a_checkpoint_is_that_of_the_dry_run_within_15_percent(name, tmp_path):
+    size, vocabulary, sections = SHAPES[name]
+    tokenizer = tiny_tokenizer(WORDS)
+    model = tiny_model(size, vocabulary, tokenizer.eos_token_id, tokenizer.pad_token_id, seed=0)
+    save_tiny(tmp_path / "model", model, tokenizer)
+    trainer = {"lr": 1e-4, "micro_batch_tokens": 192, "head_chunk_tokens": 64} | sections.get("trainer", {})
+    config = recipe(tmp_path / "model", max_staleness=1, runtime={"type": "local"}, **{**sections, "trainer": trainer})
+    words = [sys.executable, "-m", trainer_memory.__name__, str(write_recipe(tmp_path / "r.toml", config))]
+    played = subprocess.run([*words, str(tmp_path / "checkpoint")], capture_output=True, text=True, check=True)
+    assert estimate(config).process_bytes == pytest.approx(int(played.stdout), rel=0.15)
 
 
 def test_the_config_of_a_folder_is_enough_and_without_it_nothing_is_said(tiny_folder, tmp_path):

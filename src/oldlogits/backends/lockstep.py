@@ -22,8 +22,8 @@ from oldlogits.backends.lag import Plan, draw_plan
 from oldlogits.backends.processes import build_scorer, scorer_client
 from oldlogits.backends.torchrun.dispatch import open_trainer
 from oldlogits.config.systems import LockstepConfig
-from oldlogits.core.engine import EngineCapabilities, Generation, KVMode, PauseMode, Sampling, StepwiseEngine, trajectory_of
-from oldlogits.core.engine_stats import EngineStats
+from oldlogits.core.engine import Generation, KVMode, PauseMode, Sampling, StepwiseEngine, trajectory_of
+from oldlogits.core.engine_stats import EngineCapabilities, EngineStats
 from oldlogits.core.errors import AccountingError
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
 from oldlogits.loop.backend import Backend, BackendSpec
@@ -45,7 +45,7 @@ class LockstepEngine:
 
     def __init__(self, engine: StepwiseEngine, config: LockstepConfig, *, seed: int, prompts_per_update: int) -> None:
         self._engine, self._config, self._seed, self._prompts_per_update = engine, config, seed, prompts_per_update
-        self.capabilities: EngineCapabilities = engine.capabilities
+        self.capabilities: EngineCapabilities = replace(engine.capabilities, growth=False)
         self._plans: dict[str, Plan] = {}
         self._sampled: dict[str, int] = {}  # tokens at the current version, by trajectory
         self._running: dict[str, str] = {}  # request -> trajectory

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Final, Literal, Protocol, runtime_checkable
 
-from oldlogits.core.engine_stats import EngineStats, Incident
+from oldlogits.core.engine_stats import EngineCapabilities, EngineStats, Incident
 from oldlogits.core.errors import ConfigError, MissingLogprobError, TrajectoryError
 from oldlogits.core.registry import Registry
 from oldlogits.core.trajectory import KV
@@ -181,24 +181,6 @@ class Generation:
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineCapabilities:
-    """What an engine can do, read when it starts.
-
-    Args:
-        partials: Whether `RolloutEngine.partials` exists; if not, a request is interrupted by abort and resubmit.
-        arithmetic: What it computes in; all but fp32 adds to the differences that its numerics make.
-        num_replicas: Engines behind this one, each with a copy of the weights; requests for a prompt's log-probs go to one
-            after the other.
-        num_host_copies: Further copies of the weights, from which these engines load.
-    """
-
-    partials: bool
-    arithmetic: Literal["fp32", "bf16"] = "fp32"
-    num_replicas: int = 1
-    num_host_copies: int = 0
-
-
 class EngineControls(Protocol):
     """What is asked of an engine besides generations."""
 
@@ -234,6 +216,16 @@ class RolloutEngine(EngineControls, Protocol):
 
         Raises:
             ReceiverBehindError: Patches do not lead on from what the engine's host holds: give it full weights.
+        """
+
+
+class GrowingEngine(Protocol):
+    """What an engine offers whose `EngineCapabilities.growth` says so."""
+
+    async def grown(self, known: Mapping[str, int]) -> Mapping[str, Generation]:
+        """What the running turns of trajectories have sampled after the first `known` tokens of each, by request id.
+
+        It is asked while the engine samples, and other trajectories are left out.
         """
 
 
@@ -321,7 +313,12 @@ class EngineKind(Protocol):
 
     def build(self, spec: EngineSpec) -> StepwiseEngine:
         """Make an engine of this process that the caller steps; called only where `is_stepwise` says so."""
-        raise NotImplementedError
+        raise ConfigError(
+            f"{type(self).__name__} does not make an engine that is stepped",
+            got="is_stepwise = True, and no method build",
+            allowed="a method build(spec) that returns a StepwiseEngine",
+            fix="define it, or set is_stepwise = False and use runtime.type = 'local'",
+        )
 
     def weight_bytes(self, spec: EngineSpec, *, num_parameters: int, head_parameters: int) -> int:
         """Estimate the bytes of the weights that one engine computes with.

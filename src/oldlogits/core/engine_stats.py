@@ -1,4 +1,4 @@
-"""What engines count: their work, how long it takes, and what happens to servers."""
+"""What engines can do, and what they count: their work, how long it takes, and what happens to servers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,26 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from oldlogits.core.weights import PolicyVersion
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineCapabilities:
+    """What an engine can do, read when it starts.
+
+    Args:
+        partials: Whether `RolloutEngine.partials` exists; if not, a request is interrupted by abort and resubmit.
+        growth: Whether `GrowingEngine.grown` exists; if not, a kill loses what running turns have sampled at the last version.
+        arithmetic: What it computes in; all but fp32 adds to the differences that its numerics make.
+        num_replicas: Engines behind this one, each with a copy of the weights; requests for a prompt's log-probs go to one
+            after the other.
+        num_host_copies: Further copies of the weights, from which these engines load.
+    """
+
+    partials: bool
+    growth: bool = False
+    arithmetic: Literal["fp32", "bf16"] = "fp32"
+    num_replicas: int = 1
+    num_host_copies: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

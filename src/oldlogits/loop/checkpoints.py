@@ -49,12 +49,12 @@ class Checkpoints:
         self._finishing = asyncio.Lock()
 
     async def write(self, version: PolicyVersion, parts: Mapping[str, bytes]) -> None:
-        """Begin to write a checkpoint, when the one before is there; `parts` are files beside those of the trainer, by name.
+        """Begin to write a checkpoint, when the one before is finished; `parts` are files beside those of the trainer, by name.
 
         Raises:
-            RunWriteError: One of the two cannot be written.
+            RunWriteError: It cannot be written.
         """
-        await self.finish()
+        assert self._pending is None, "the one before is finished"
         started = time.perf_counter()
         folder = self._recording.folder.begin_checkpoint(version)
         await self._trainer.begin_checkpoint(folder, parts)

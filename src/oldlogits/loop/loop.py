@@ -52,7 +52,7 @@ from oldlogits.record.events import BatchScored, Updated, Warned
 from oldlogits.record.recording import Recording
 from oldlogits.rollout.admission import pace_of
 from oldlogits.rollout.buffer import Buffer, TrajectoryCounts
-from oldlogits.rollout.groups import Rollouts, restore
+from oldlogits.rollout.groups import Rollouts, event_of, restore
 from oldlogits.rollout.journal.journal import FILE as IN_FLIGHT
 from oldlogits.rollout.journal.journal import Journal, to_bytes
 from oldlogits.rollout.journal.records import Published, Taken
@@ -111,6 +111,8 @@ class Loop:
         self.version, self._num_trained = trainer.version, trainer.num_trained
         for caution in cautions:
             self._events.emit(Warned(version=self.version, **asdict(caution)))
+        for record in self._journal.progress.told:
+            self._events.emit(event_of(record))
         try:
             await self._sync.give(await self._publish())
             if not self.state.num_updates and not self.state.is_evaluated:
@@ -134,6 +136,7 @@ class Loop:
         oldest_held = (await self._backend.trainer.state()).oldest_version
         async with asyncio.TaskGroup() as tasks:
             rollouts = self._start_rollouts(tasks, oldest_held)
+            following = tasks.create_task(self._journal.follow(self._backend.engine, self._config.temperature))
             try:
                 while self.version < self._config.num_updates:
                     await self._update(rollouts)
@@ -141,6 +144,7 @@ class Loop:
                         rollouts = await self._begin_again(rollouts, tasks)
             finally:
                 rollouts.stop()
+                following.cancel()
 
     async def _begin_again(self, rollouts: Rollouts, tasks: asyncio.TaskGroup) -> Rollouts:
         """Go on from the checkpoint that was just written as another process would, which then is the same bit for bit."""
@@ -229,14 +233,11 @@ class Loop:
             self._admit(rollouts)
             await trainer.retain(min(self.version, self._oldest_needed()))
         self.state.num_updates += 1
-        times = timer.end() | {"time/stall_s": stall_s}
-        self._last_ended = timer.ended
+        times, self._last_ended = timer.end() | {"time/stall_s": stall_s}, timer.ended
         used = usage_metrics(before, await self._counters(), times["time/update_s"])
         lags, success_at = result.staleness_counts, self._config.eval.success_at
         of_loop = batch_metrics(groups, lags, times["time/update_s"], success_at=success_at) | queue_metrics(self.buffer)
-        of_rollouts = rollouts.latency.metrics() | {"rollout/failed_share": rollouts.failures.share}
-        of_parts = {**self.source.metrics(), **of_rollouts, **self._task.player.metrics()}
-        metrics = {**result.metrics, **times, **of_parts, **of_loop, **used}
+        metrics = {**result.metrics, **times, **self.source.metrics(), **rollouts.metrics(), **of_loop, **used}
         kept_bytes = published.store_bytes + metrics.get("average/stored_bytes", 0.0)
         of_copies = copies(self._backend.engine.capabilities, kept_bytes, self._config.bytes_per_parameter * self._num_trained)
         self._tell_update(result, metrics | of_copies, groups)

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 
-from oldlogits.core.engine import EngineCapabilities
-from oldlogits.core.engine_stats import EngineStats
+from oldlogits.core.engine_stats import EngineCapabilities, EngineStats
 from oldlogits.core.trajectory import TrajectoryGroup, is_success
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.record.events import BatchTaken, VersionPublished

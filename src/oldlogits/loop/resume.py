@@ -133,13 +133,18 @@ def check_records(folder: RunFolder, state: LoopState) -> None:
         )
 
 
+def recorded_recipe(folder: RunFolder) -> RunConfig:
+    """The recipe with which the run began, or last went on."""
+    return config_from_table(tomllib.loads(folder.config.read_text(encoding="utf-8")))
+
+
 def refuse_another_run(config: RunConfig, folder: RunFolder) -> None:
     """Refuse a recipe that describes another experiment than the one in `folder`; lengths, rates and deadlines may change.
 
     Raises:
         RunFolderError: Variant, source, seed, objective, numerics, model or environment differ.
     """
-    recorded = config_from_table(tomllib.loads(folder.config.read_text(encoding="utf-8")))
+    recorded = recorded_recipe(folder)
     asked, found = _identity(config), _identity(recorded)
     differing = [key for key in asked if asked[key] != found[key]]
     if differing:

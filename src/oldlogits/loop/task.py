@@ -27,6 +27,7 @@ class LoopConfig:
     Args:
         seed: The run's seed.
         num_updates: The version at which the run ends.
+        temperature: The temperature that training samples at.
         max_lag: The staleness that admission allows for: `max_staleness`, or less where the runtime controls the lag.
         minibatches: Optimizer steps of an update.
         keeps_all_versions: Whether the store keeps every version in flight, whatever the source needs.
@@ -35,6 +36,7 @@ class LoopConfig:
 
     seed: int
     num_updates: int
+    temperature: float
     max_lag: int
     minibatches: int
     advantage: AdvantageMode
@@ -51,6 +53,7 @@ class LoopConfig:
         return cls(
             seed=config.seed,
             num_updates=config.num_updates,
+            temperature=config.sampling.temperature,
             max_lag=config.window,
             minibatches=config.trainer.minibatches_per_update,
             advantage=config.objective.advantage,

@@ -58,7 +58,8 @@ class WeightSync:
         engine, clock, started = self._backend.engine, self._backend.clock, self._backend.clock()
         await engine.pause("keep", self._config.kv)
         self._paused = clock(), clock() - started
-        if engine.capabilities.partials:
+        can = engine.capabilities
+        if can.partials and (self._source.needs_partials or not can.growth):
             temperature, partials = self._sampling.temperature, await engine.partials()
             running = {trajectory_of(i): sampled_segments(g, temperature) for i, g in partials.items()}
             self._journal.running(running)

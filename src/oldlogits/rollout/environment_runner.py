@@ -1,4 +1,8 @@
-"""How environment code is run: inline in virtual time, or in threads with a deadline."""
+"""How environment code is run: inline in virtual time, or in threads with a deadline.
+
+A method runs in an idle thread, where its time is taken. What an ``async def`` method returns runs on the one event loop of all
+asynchronous environment code, in a thread of its own: code that blocks there holds up this loop, and not the run's.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,12 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from functools import partial
 from queue import SimpleQueue
-from typing import Final, Generic, TypeVar, cast
+from typing import Any, ClassVar, Final, Generic, TypeVar, cast
+from weakref import WeakSet
 
 from oldlogits.core.errors import RunInterrupted
 from oldlogits.envs.text import readable
-from oldlogits.rollout.environment_errors import EnvironmentFailed
+from oldlogits.rollout.environment_errors import EnvironmentFailed, EnvironmentLost
 
 T = TypeVar("T")
 
@@ -93,21 +98,80 @@ class ThreadRunner:
         return await future
 
     async def _awaited(self, result: Awaitable[T], left_s: float) -> T:
-        """Wait for asynchronous code, which runs on the event loop; what holds up the loop for long does not count."""
-        task = asyncio.ensure_future(finished(result))
-        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # seen, also where nobody waits any more
+        """Wait for asynchronous code; where it blocks its event loop for longer than the deadline, another one takes over."""
+        where, call = _LoopThread.shared(), _AsyncCall(result, left_s, self._timed_out())
+        future = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call.finish(), where.loop))
+        rounds, held_s = -1, 0.0
         try:
-            while not task.done() and left_s > 0:
-                await asyncio.wait({task}, timeout=min(left_s, STEP_S))
-                left_s -= STEP_S
-            if task.done():
-                return await task
-            raise self._timed_out()
+            while not future.done():
+                await asyncio.wait({future}, timeout=STEP_S)
+                rounds, held_s = where.rounds, held_s + STEP_S if where.rounds == rounds else 0.0  # of waits, not of the clock
+                if held_s > self._timeout_s and not future.done() and (blocking := asyncio.current_task(where.loop)):
+                    where.give_up()
+                    if blocking is not call.task and blocking in _LoopThread.calls:
+                        raise EnvironmentLost("asynchronous code of another episode blocked the event loop of all")
+                    raise self._timed_out()
+            return await future
         finally:
-            task.cancel()
+            future.cancel()
 
     def _timed_out(self) -> EnvironmentFailed:
         return EnvironmentFailed(f"timed out after {self._timeout_s:g} s")
+
+
+class _AsyncCall(Generic[T]):
+    """A call of asynchronous code, and its deadline."""
+
+    def __init__(self, result: Awaitable[T], left_s: float, timed_out: EnvironmentFailed) -> None:
+        self._result, self._left_s, self._timed_out = result, left_s, timed_out
+        self.task: asyncio.Task[T] | None = None
+
+    async def finish(self) -> T:
+        """Wait for it on its event loop; what holds up the loop for long does not count."""
+        self.task = task = asyncio.ensure_future(finished(self._result))
+        _LoopThread.calls.add(task)
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # seen, also where nobody waits any more
+        try:
+            while not task.done() and self._left_s > 0:
+                await asyncio.wait({task}, timeout=min(self._left_s, STEP_S))
+                self._left_s -= STEP_S
+            if task.done():
+                return await task
+            raise self._timed_out
+        finally:
+            task.cancel()
+
+
+class _LoopThread:
+    """The event loop of all asynchronous environment code, in a daemon thread of its own; one that is blocked is given up.
+
+    Attributes:
+        calls: The calls of all such loops.
+        rounds: A number that grows while code returns to the loop.
+    """
+
+    _current: ClassVar[_LoopThread | None] = None
+    calls: ClassVar[WeakSet[asyncio.Task[Any]]] = WeakSet()
+
+    def __init__(self) -> None:
+        self.loop, self.rounds = asyncio.new_event_loop(), 0
+        self.loop.call_soon(self._come_round)
+        threading.Thread(target=self.loop.run_forever, name="oldlogits-environment-loop", daemon=True).start()
+
+    @classmethod
+    def shared(cls) -> _LoopThread:
+        """The one that takes calls."""
+        cls._current = cls._current or cls()
+        return cls._current
+
+    def give_up(self) -> None:
+        """Let another loop take the calls that come."""
+        if _LoopThread._current is self:
+            _LoopThread._current = None
+
+    def _come_round(self) -> None:
+        self.rounds += 1
+        self.loop.call_later(STEP_S / 2, self._come_round)
 
 
 async def finished(result: Awaitable[T]) -> T:

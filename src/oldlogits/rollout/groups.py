@@ -17,13 +17,13 @@ from oldlogits.core.environment import Row
 from oldlogits.core.source import LogprobSource
 from oldlogits.core.trajectory import Segment, episode_of
 from oldlogits.core.weights import PolicyVersion
-from oldlogits.record.bus import EventSink
+from oldlogits.record.bus import Event, EventSink
 from oldlogits.record.events import ConversationRewritten, GroupAdmitted, GroupClosed, TrajectoryFailed, TrajectoryRestarted
 from oldlogits.rollout.admission import Admission
 from oldlogits.rollout.buffer import Buffer
 from oldlogits.rollout.journal.journal import Journal
 from oldlogits.rollout.journal.progress import EpisodeProgress, GroupProgress, Progress, group_of
-from oldlogits.rollout.journal.records import Admitted, Ended, Failed, LeftOut, Restarted, StateSaved
+from oldlogits.rollout.journal.records import Admitted, Ended, Failed, LeftOut, Restarted, StateSaved, Told
 from oldlogits.rollout.player import Outcome, Player, Watch
 from oldlogits.rollout.tasks import TaskDataset
 from oldlogits.rollout.turn_latency import TurnLatency
@@ -89,8 +89,7 @@ class Rollouts(Admission):
         index, group_id, size = self.next_row, f"g{self.next_group:06d}", self._group_size
         row = self._rows.train(index)
         self._buffer.admit(group_id, size=size, version=self.version)
-        self._journal.note(Admitted(group=group_id, row=index, version=self.version, size=size))
-        self._events.emit(GroupAdmitted(version=self.version, group=group_id))
+        self._tell(Admitted(group=group_id, row=index, version=self.version, size=size))
         self.next_row, self.next_group = index + 1, self.next_group + 1
         return self._tasks.create_task(self._play_group(group_id, row))
 
@@ -127,6 +126,10 @@ class Rollouts(Admission):
             if max(episode.versions, default=-1) >= version:
                 self._lose(id, episode, f"the run made another version {version} when it went on")
         self._advance()
+
+    def metrics(self) -> dict[str, float]:
+        """What episodes waited for, which share of them failed, and what their player has done, since the last call."""
+        return {**self.latency.metrics(), "rollout/failed_share": self.failures.share, **self._player.metrics()}
 
     def batch_taken(self) -> None:
         """Start groups in the place of those that are trained from here on."""
@@ -191,20 +194,27 @@ class Rollouts(Admission):
             for member in range(size):
                 members.create_task(self._play_member(group_id, member, row, episodes))
         closed = self._buffer.close(group_id)
-        self._events.emit(
-            GroupClosed(
-                version=self.version,
-                group=group_id,
-                rewards=[branches[0].reward for branches in closed.episodes],
-                oldest_version=min((t.versions[0] for t in closed.trajectories), default=self.version),
-                num_failed=closed.num_failed,
-                filtered=closed.group is None,
-            )
+        event = GroupClosed(
+            version=self.version,
+            group=group_id,
+            rewards=[branches[0].reward for branches in closed.episodes],
+            oldest_version=min((t.versions[0] for t in closed.trajectories), default=self.version),
+            num_failed=closed.num_failed,
+            filtered=closed.group is None,
         )
+        self._events.emit(event)
         self._left_out.count(closed, self.version)
         self.group_ended()
         if closed.group is None:
-            self._journal.note(LeftOut(group=group_id, num=len(closed.episodes)))
+            self._journal.note(
+                LeftOut(
+                    group=group_id,
+                    version=event.version,
+                    rewards=tuple(event.rewards),
+                    oldest_version=event.oldest_version,
+                    num_failed=event.num_failed,
+                )
+            )
             self._source.drop(t.id for t in closed.trajectories)
             if any(group_id in groups for groups in self._journal.progress.taken.values()):
                 self.begin_again_from(self.version + 1)
@@ -231,9 +241,8 @@ class Rollouts(Admission):
                 return
             again = replay < self._max_replays
             self._source.drop([id])
-            self._journal.note(Failed(episode=id, again=again))
+            self._tell(Failed(episode=id, again=again, version=self.version, reason=outcome.reason))
             self._buffer.fail(group_id, again=again)
-            self._events.emit(TrajectoryFailed(version=self.version, trajectory=id, stage="train", reason=outcome.reason))
             self.failures.count(outcome, self.version)
             if not again:
                 return
@@ -278,8 +287,36 @@ class Rollouts(Admission):
 
     def _begin_again(self, lost: Failure) -> None:
         self._source.drop([lost.id])
-        self._journal.note(Restarted(episode=lost.id))
-        self._events.emit(restarted(lost, self.version))
+        record = Restarted(episode=lost.id, version=self.version, reason=lost.reason, num_lost_tokens=lost.num_tokens)
+        self._tell(record)
+
+    def _tell(self, record: Told) -> None:
+        """Take note of what an event tells, and emit that event."""
+        self._journal.note(record)
+        self._events.emit(event_of(record))
+
+
+def event_of(record: Told) -> Event:
+    """The event that tells what a record of the journal says."""
+    match record:
+        case Admitted():
+            return GroupAdmitted(version=record.version, group=record.group)
+        case Failed():
+            return TrajectoryFailed(version=record.version, trajectory=record.episode, stage="train", reason=record.reason)
+        case Restarted():
+            version, num_lost = record.version, record.num_lost_tokens
+            return TrajectoryRestarted(
+                version=version, trajectory=record.episode, reason=record.reason, num_lost_tokens=num_lost
+            )
+        case LeftOut():
+            return GroupClosed(
+                version=record.version,
+                group=record.group,
+                rewards=record.rewards,
+                oldest_version=record.oldest_version,
+                num_failed=record.num_failed,
+                filtered=True,
+            )
 
 
 def restore(buffer: Buffer, progress: Progress) -> None:

@@ -151,7 +151,8 @@ async def run_episode(
         segments = episode.all_segments if episode else known.segments if known else ()
         num_tokens = sum(len(s.token_ids) for s in segments if isinstance(s, Sampled))
         again = isinstance(failure, EnvironmentLost)
-        return Failure(id=id, group_id=group_id, reason=str(failure), begins_again=again, num_tokens=num_tokens)
+        reason = readable(str(failure))
+        return Failure(id=id, group_id=group_id, reason=reason, begins_again=again, num_tokens=num_tokens)
     return Trajectory(id=id, group_id=group_id, segments=tuple(episode.segments), reward=reward, stop_reason=stop_reason)
 
 

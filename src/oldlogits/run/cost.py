@@ -26,8 +26,8 @@ RANKS: Final = (1, 2, 4, 8)
 GATHERED_LAYERS: Final = 2
 """Whole layers that a sharded rank holds at a time: the one that computes, and the next."""
 
-PROCESS_BYTES: Final = 400 * 2**20
-"""A trainer process without a model: the interpreter, torch and transformers."""
+PROCESS_BYTES: Final = 460 * 2**20
+"""A trainer process without a model: the interpreter, torch and transformers, their mapped files included."""
 
 PATCH_SHARES: Final[Mapping[float, float]] = {1e-6: 0.011, 1e-5: 0.065}
 """Of a bf16 copy: the patch of a version in memory, by learning rate, as measured on random models (docs/versions.md)."""

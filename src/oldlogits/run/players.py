@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.engine import RolloutEngine
-from oldlogits.core.environment import Environment
+from oldlogits.core.environment import PROGRAMS, Environment
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.rollout.player import ClassPlayer, Player
 from oldlogits.rollout.turns import EnvironmentRunner
@@ -40,13 +40,15 @@ async def open_player(
     from oldlogits.engines.chat_api.wishes import Rules
     from oldlogits.rollout.gateway.listener import Gateway
     from oldlogits.rollout.gateway.player import ProgramPlayer
-    from oldlogits.rollout.gateway.programs import make_runner
+    from oldlogits.rollout.gateway.programs import CommandRunner, FunctionRunner
 
     async with Gateway().listening() as gateway:
         yield ProgramPlayer(
             agent=agent,
             formats=ChatFormats(chat.with_tools),
             gateway=gateway,
-            program=make_runner(env),
+            program=FunctionRunner(PROGRAMS.find(env.program), timeout_s=env.program_timeout_s)
+            if env.program
+            else CommandRunner(env.command, timeout_s=env.program_timeout_s, memory_bytes=env.program_memory_bytes),
             rules=Rules(unmet=env.unmet_wishes),
         )

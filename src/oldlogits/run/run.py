@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import shutil
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, chdir, closing, suppress
@@ -19,13 +18,13 @@ from oldlogits.config.schema import RunConfig
 from oldlogits.core.engine import ENGINES
 from oldlogits.core.engine_stats import Incident
 from oldlogits.core.environment import Environment, is_model_folder
-from oldlogits.core.errors import OldLogitsError, RunInterrupted, RunWriteError
+from oldlogits.core.errors import OldLogitsError, RunInterrupted, RunWriteError, writing
 from oldlogits.core.registry import require
 from oldlogits.loop.backend import Backend, BackendSpec
 from oldlogits.loop.loop import Loop
 from oldlogits.loop.make import make_loop, run_started
 from oldlogits.loop.probe import PROBE_TOKENS
-from oldlogits.loop.resume import LoopState, check_records, refuse_another_run, sampler_seed, whole_checkpoint
+from oldlogits.loop.resume import LoopState, check_records, recorded_recipe, refuse_another_run, sampler_seed, whole_checkpoint
 from oldlogits.loop.task import Task
 from oldlogits.models.checksums import check_model_sums
 from oldlogits.models.load import load_tokenizer, meta_model, read_model_config
@@ -45,6 +44,7 @@ from oldlogits.run.players import open_player
 from oldlogits.run.specs import backend_kind, backend_spec, engine_spec, server_options
 from oldlogits.run.start import Start, anchored, prepare_model
 from oldlogits.run.tasks import load_tasks
+from oldlogits.versions.disk import Disk
 
 Open = Callable[[BackendSpec], AbstractAsyncContextManager[Backend]]
 
@@ -98,13 +98,14 @@ def _run_recipe(recipe: RunConfig, out: Path, resume: bool, opens: Open, console
     RunFolder(path=out).check_free(resume=resume)
     with owned(out):
         folder = RunFolder.create(out, resume=resume)
-        checkpoint = whole_checkpoint(folder) if resume else None
+        checkpoint, before = whole_checkpoint(folder) if resume else None, ""
         if checkpoint is not None:
+            before = recorded_recipe(folder).versions.folder or str(folder.versions)
             refuse_another_run(recipe, folder)
             check_records(folder, LoopState.read(checkpoint))
-        folder.write_config(dataclasses.asdict(recipe))
+        versions, config = config.versions, _with_versions_folder(config, folder, before)
+        folder.write_config(dataclasses.asdict(recipe) | {"versions": dataclasses.asdict(versions)})
         feeds = open_feeds(trackers, folder, dataclasses.asdict(recipe))
-        config = _with_versions_folder(config, folder)
         title = f"oldlogits: {config.env.target}, {config.variant}, {config.runtime.type}"
         try:
             with LiveView(total_updates=config.num_updates, title=title, console=console) as view:
@@ -140,13 +141,26 @@ def _conclude(config: RunConfig, folder: RunFolder, end: End) -> RunResult:
     return RunResult(summary=summary, error=error)
 
 
-def _with_versions_folder(config: RunConfig, folder: RunFolder) -> RunConfig:
-    """Versions over the budget lie in the run folder; those of a run that this one goes on from are needed by nobody."""
-    if not config.versions.budget_bytes or config.versions.folder:
+def _with_versions_folder(config: RunConfig, folder: RunFolder, before: str) -> RunConfig:
+    """Name where versions go that the memory does not hold: in the run folder, where the recipe names none.
+
+    Those of a run that this one goes on from, in the folder `before`, are needed by nobody: its checkpoint holds what is.
+
+    Raises:
+        StoreBusyError: The folder has an owner.
+        StoreWriteError: It holds versions, and it is not the one `before`.
+    """
+    versions = config.versions
+    if not versions.budget_bytes:
         return config
-    path = folder.path / "versions"
-    shutil.rmtree(path, ignore_errors=True)
-    return dataclasses.replace(config, versions=dataclasses.replace(config.versions, folder=str(path)))
+    path = Path(versions.folder or folder.versions)
+    for own in (path, *path.glob("rank*")):
+        with writing(own):
+            if before == str(path):
+                Disk.clear(own)
+            else:
+                Disk.create(own).close()
+    return dataclasses.replace(config, versions=dataclasses.replace(versions, folder=str(path)))
 
 
 def check_task(config: RunConfig) -> type[Environment]:

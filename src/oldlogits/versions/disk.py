@@ -112,12 +112,8 @@ class Disk:
         disk = cls(folder)
         if disk._path.exists():
             disk.close()
-            raise StoreWriteError(
-                f"{folder} holds versions already",
-                got=disk._path.name,
-                allowed="a folder without versions",
-                fix="open it to go on from what it holds, or give another folder",
-            )
+            what, fix = f"{folder} holds versions already", "open it to go on from what it holds, or give another folder"
+            raise StoreWriteError(what, got=disk._path.name, allowed="a folder without versions", fix=fix)
         return disk
 
     @classmethod
@@ -137,6 +133,13 @@ class Disk:
             disk.close()
             raise
         return disk
+
+    @classmethod
+    def clear(cls, folder: Path) -> None:
+        """Remove the versions of a folder that has no owner; other files stay."""
+        with contextlib.closing(cls(folder)) as disk:
+            disk._path.unlink(missing_ok=True)  # first: without it there are no versions
+            disk._remove_unnamed()
 
     @property
     def held(self) -> Manifest:
@@ -269,7 +272,8 @@ class Disk:
 
     def _remove_unnamed(self) -> None:
         """Remove the files that the manifest does not name; what cannot be removed is tried again at the next change."""
-        names = {file.name for file in (self.held.copy, *self.held.patches)}
+        held = self._manifest
+        names = set() if held is None else {file.name for file in (held.copy, *held.patches)}
         for path in (path for kind in ("*-*.patch", "*-*.copy", "*.partial") for path in list(self._folder.glob(kind))):
             if path.name not in names:
                 with contextlib.suppress(OSError):

@@ -130,9 +130,17 @@ class EngineCore:
 
     def partials(self) -> dict[str, Generation]:
         """What each request has sampled so far, with finish reason "abort"."""
-        requests = list(self._requests.values())
-        self._table.sync([request for request in requests if request.slot >= 0])
-        return {request.id: request.generation(self._table.output_logprobs(request), "abort") for request in requests}
+        return self._told([(request, 0) for request in self._requests.values()])
+
+    def grown(self, known: Mapping[str, int]) -> dict[str, Generation]:
+        """What requests of trajectories have sampled after the first `known` tokens of each, by request id."""
+        requests = ((request, known.get(trajectory_of(request.id))) for request in self._requests.values())
+        return self._told([(request, start) for request, start in requests if start is not None])
+
+    def _told(self, requests: Sequence[tuple[Request, int]]) -> dict[str, Generation]:
+        self._table.sync([request for request, _ in requests if request.slot >= 0])
+        logprobs = self._table.output_logprobs
+        return {request.id: request.generation(logprobs(request, start), "abort", start) for request, start in requests}
 
     def update_weights(self, tensors: Mapping[str, Tensor], version: PolicyVersion) -> None:
         """Take over new weights, or adapters of the base; with kv = "recompute" all cached keys and values are dropped.

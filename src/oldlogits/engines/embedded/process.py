@@ -17,8 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final, Protocol
 
-from oldlogits.core.engine import EngineCapabilities, EngineControls, EngineSpec, Generation, KVMode, PauseMode, Sampling
-from oldlogits.core.engine_stats import EngineStats
+from oldlogits.core.engine import EngineControls, EngineSpec, Generation, GrowingEngine, KVMode, PauseMode, Sampling
+from oldlogits.core.engine_stats import EngineCapabilities, EngineStats
 from oldlogits.core.errors import OldLogitsError
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
 from oldlogits.engines.embedded.engine import EngineCore
@@ -34,7 +34,7 @@ from oldlogits.versions import HostCopy
 _FIX: Final = "read its messages on stderr; a killed process often means too little memory: lower max_num_seqs or max_context"
 
 
-class EngineCalls(EngineControls, Protocol):
+class EngineCalls(EngineControls, GrowingEngine, Protocol):
     """What the controller asks of the engine process, and waits for with a deadline; `generate` and `abort` come beside it."""
 
     async def load(self, copy: Path, held: PolicyVersion, version: PolicyVersion) -> None:
@@ -53,10 +53,10 @@ class EngineProcess:
             "engine", _serve, (spec,), fix=_FIX, is_pipelined=True, heartbeat_timeout_s=heartbeat_timeout_s
         )
         self._deadline = Deadline(self._process, control_timeout_s)
-        self.capabilities = EngineCapabilities(partials=True, num_host_copies=1)
+        self.capabilities = EngineCapabilities(partials=True, growth=True, num_host_copies=1)
         calls = client(EngineCalls, self._deadline)  # type: ignore[type-abstract]
         self.pause, self.partials, self.load = calls.pause, calls.partials, calls.load
-        self.resume, self.stats = calls.resume, calls.stats
+        self.resume, self.stats, self.grown = calls.resume, calls.stats, calls.grown
 
     async def ready(self) -> None:
         """Wait until the engine has loaded its weights."""

@@ -92,16 +92,16 @@ class Request:
         """Bring the block keys up to date with the tokens."""
         self.keys = chain_keys(self.tokens[:-1], self.keys)
 
-    def generation(self, logprobs: Iterable[float], reason: FinishReason) -> Generation:
-        """The result, of the tokens as of the last `sync`."""
+    def generation(self, logprobs: Iterable[float], reason: FinishReason, first: int = 0) -> Generation:
+        """The result from an output token on, of the tokens as of the last `sync`."""
         ends = [start for start, _, _ in self.marks[1:]] + [self.num_sampled]
         spans = [
-            Span(version=version, start=start, end=end, kv=kv)
+            Span(version=version, start=max(start, first) - first, end=end - first, kv=kv)
             for (start, version, kv), end in zip(self.marks, ends, strict=False)
-            if end > start
+            if end > max(start, first)
         ]
         return Generation(
-            output_ids=tuple(self.tokens[self.num_prompt :]),
+            output_ids=tuple(self.tokens[self.num_prompt + first :]),
             logprobs=tuple(logprobs),
             spans=tuple(spans),
             finish_reason=reason,
@@ -153,9 +153,9 @@ class SlotTable:
             if end > start:
                 request.tokens += self.tokens[request.slot, start:end].tolist()
 
-    def output_logprobs(self, request: Request) -> list[float]:
-        """Return the log-probs of a request's output tokens as of the last `sync`."""
+    def output_logprobs(self, request: Request, first: int = 0) -> list[float]:
+        """Return the log-probs of a request's output tokens from one on, as of the last `sync`."""
         if request.slot < 0:
             return []
-        logprobs: list[float] = self.logprobs[request.slot, request.num_prompt : len(request.tokens)].tolist()
+        logprobs: list[float] = self.logprobs[request.slot, request.num_prompt + first : len(request.tokens)].tolist()
         return logprobs

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 
-from oldlogits.core.engine import EngineCapabilities, Generation, KVMode, PauseMode, Sampling
-from oldlogits.core.engine_stats import EngineStats
+from oldlogits.core.engine import Generation, KVMode, PauseMode, Sampling
+from oldlogits.core.engine_stats import EngineCapabilities, EngineStats
 from oldlogits.core.errors import ReceiverBehindError
 from oldlogits.core.weights import FullWeights, PolicyVersion, WeightUpdate
 from oldlogits.engines.embedded.engine import EngineCore

@@ -22,7 +22,6 @@ from typing import Final
 import numpy as np
 
 from oldlogits.core.engine import (
-    EngineCapabilities,
     EngineSpec,
     FinishReason,
     Generation,
@@ -33,7 +32,7 @@ from oldlogits.core.engine import (
     check_update,
     trajectory_of,
 )
-from oldlogits.core.engine_stats import EngineStats
+from oldlogits.core.engine_stats import EngineCapabilities, EngineStats
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.server import GenerateRequest, ServerFailedError, ServerProtocol, SharedWeights
 from oldlogits.core.weights import PolicyVersion, WeightUpdate

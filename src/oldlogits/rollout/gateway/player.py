@@ -27,7 +27,7 @@ class ProgramPlayer(Player):
     Args:
         agent: Engine, parser, limits and sampling.
         formats: How conversations are written.
-        gateway: Where the program finds the run.
+        gateway: Answers what the program asks for.
         program: Runs the program.
         rules: What requests may ask.
     """

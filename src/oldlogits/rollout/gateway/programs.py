@@ -21,8 +21,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Final, Protocol, cast
 
-from oldlogits.config.schema import EnvConfig
-from oldlogits.core.environment import PROGRAMS, Program
+from oldlogits.core.environment import Program
 from oldlogits.envs.text import readable, write_json
 from oldlogits.rollout.answers import reward_of
 from oldlogits.rollout.environment_errors import EnvironmentFailed
@@ -54,13 +53,6 @@ class Runner(Protocol):
         Raises:
             EnvironmentFailed: It failed, or took too long.
         """
-
-
-def make_runner(env: EnvConfig) -> Runner:
-    """Make what runs the agent program of a recipe."""
-    if env.program:
-        return FunctionRunner(PROGRAMS.find(env.program), timeout_s=env.program_timeout_s)
-    return CommandRunner(env.command, timeout_s=env.program_timeout_s, memory_bytes=env.program_memory_bytes)
 
 
 class FunctionRunner(Runner):

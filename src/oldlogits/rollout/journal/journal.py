@@ -1,6 +1,7 @@
 """Writes the journal, and reads it back.
 
     Rollouts, source, loop --records--> queue --> writer thread --> rollouts/000007.jsonl
+    engine --what running turns have sampled, once a second--^
 
     checkpoint    all groups in flight, and the number of the file that begins there
     resume        those, and all files from that number on, in their order; what comes is appended to the last
@@ -10,21 +11,28 @@ Before the first checkpoint nothing is written: there is none from which a run c
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, cast
 
+from oldlogits.core.engine import GrowingEngine, RolloutEngine, trajectory_of
 from oldlogits.core.errors import RunFolderError, writing
 from oldlogits.core.trajectory import Sampled, Segment
 from oldlogits.core.weights import PolicyVersion
-from oldlogits.rollout.journal.progress import Progress
-from oldlogits.rollout.journal.records import Grew, Record, Running, decode, encode
+from oldlogits.rollout.journal.progress import EpisodeProgress, Progress
+from oldlogits.rollout.journal.records import Grew, Record, Running, Told, decode, encode
+from oldlogits.rollout.turns import sampled_segments
 
 FILE: Final = "state/rollouts.jsonl"
 """Where the groups in flight lie in a checkpoint."""
+
+GROWTH_S: Final = 1.0
+"""Seconds between two looks at what running turns have sampled: what a kill loses of them."""
 
 
 class Journal:
@@ -65,9 +73,32 @@ class Journal:
             self.note(Grew(episode=episode, start=num_known, segments=tuple(segments[num_known:])))
 
     def running(self, turns: Mapping[str, Sequence[Sampled]]) -> None:
-        """Take note of what the running turn of each episode has sampled."""
-        for episode, sampled in ((episode, sampled) for episode, sampled in turns.items() if sampled):
-            self.note(Running(episode=episode, sampled=tuple(sampled)))
+        """Take note of all that the running turn of each episode has sampled."""
+        for id, sampled in turns.items():
+            if (episode := self.progress.episode(id)) is not None and (new := _after(episode.num_running, sampled)):
+                self._grow(id, episode, new)
+
+    async def follow(self, engine: RolloutEngine, temperature: float) -> None:
+        """Take note of what running turns have sampled since the last time, every `GROWTH_S` seconds, if the engine tells.
+
+        Args:
+            engine: Samples the turns.
+            temperature: The temperature that it samples at.
+        """
+        while engine.capabilities.growth:
+            await asyncio.sleep(GROWTH_S)
+            asked = {id: (episode, len(episode.segments), episode.num_running) for id, episode in self.progress.unfinished()}
+            grown = await cast(GrowingEngine, engine).grown({id: num_running for id, (_, _, num_running) in asked.items()})
+            for request, generation in grown.items():
+                id = trajectory_of(request)
+                episode = asked[id][0]  # its turn may have ended, and it may have begun again, by the time of the answer
+                still = self.progress.episode(id) is episode and asked[id][1:] == (len(episode.segments), episode.num_running)
+                if still and (sampled := sampled_segments(generation, temperature)):
+                    self._grow(id, episode, sampled)
+
+    def _grow(self, id: str, episode: EpisodeProgress, sampled: Sequence[Sampled]) -> None:
+        num_segments, start = len(episode.segments), episode.num_running
+        self.note(Running(episode=id, num_segments=num_segments, start=start, sampled=tuple(sampled)))
 
     def begin(self, version: PolicyVersion) -> tuple[int, list[Record]]:
         """Begin a file for a checkpoint of `version`; returns its number, and what the checkpoint is to hold."""
@@ -115,6 +146,17 @@ class Journal:
                     file.close()
 
 
+def _after(start: int, sampled: Iterable[Sampled]) -> list[Sampled]:
+    """Leave out the first `start` tokens."""
+    found = []
+    for piece in sampled:
+        if start < (num := len(piece.token_ids)):
+            first = max(start, 0)
+            found.append(replace(piece, token_ids=piece.token_ids[first:], logp_mu=piece.logp_mu[first:]))
+        start -= num
+    return found
+
+
 def to_bytes(records: Iterable[Record]) -> bytes:
     """Write records as the content of a file."""
     return b"".join(map(encode, records))
@@ -135,7 +177,7 @@ def read(checkpoint: Path, folder: Path | None, number: int) -> Progress:
     """
     progress = Progress()
     _add(checkpoint / FILE, progress, "resume from another checkpoint")
-    progress = Progress(groups=progress.groups, taken=progress.taken, probes=progress.probes)
+    progress = Progress(groups=progress.groups, taken=progress.taken, probes=progress.probes)  # nothing since
     for path in (path for at, path in sorted(_files(folder).items()) if at >= number) if folder is not None else ():
         with writing(path), path.open("r+b") as file:
             content = file.read()
@@ -151,7 +193,8 @@ def _add(path: Path, progress: Progress, otherwise: str) -> None:
         with path.open("rb") as file:
             for index, line in enumerate(file, start=1):
                 try:
-                    progress.apply(decode(line))
+                    if progress.apply(record := decode(line)) and isinstance(record, Told):
+                        progress.told.append(record)
                 except ValueError as error:
                     got = str(error).splitlines()[0]
                     allowed = "the bytes that were written"

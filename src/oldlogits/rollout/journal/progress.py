@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass, field, replace
+from itertools import chain, groupby
 
 from oldlogits.core.trajectory import Branches, Sampled, Segment, Trajectory, episode_of
 from oldlogits.core.weights import PolicyVersion
@@ -21,6 +21,7 @@ from oldlogits.rollout.journal.records import (
     SpanScored,
     StateSaved,
     Taken,
+    Told,
 )
 
 
@@ -30,12 +31,14 @@ class EpisodeProgress:
 
     Args:
         branches: Its further branches, by id, where it has some.
+        running: What the running turn has sampled, piece by piece as it grew: `num_running` tokens.
         values: Old log-probs of all its tokens of a version, by version.
         state: The state of its environment as JSON text, after so many segments.
     """
 
     segments: list[Segment] = field(default_factory=list)
-    running: Sequence[Sampled] = ()
+    running: list[Sampled] = field(default_factory=list)
+    num_running: int = 0
     values: dict[PolicyVersion, Sequence[float]] = field(default_factory=dict)
     state: tuple[int, str] | None = None
     ended: Ended | None = None
@@ -45,7 +48,7 @@ class EpisodeProgress:
     @property
     def known(self) -> tuple[Segment, ...]:
         """Its segments, those of the running turn included."""
-        return (*self.segments, *self.running)
+        return (*self.segments, *joined(self.running))
 
     @property
     def versions(self) -> dict[PolicyVersion, int]:
@@ -60,6 +63,11 @@ class EpisodeProgress:
     def num_sampled(self) -> int:
         """Its sampled tokens."""
         return sum(self.versions.values())
+
+    def extend(self, segments: Iterable[Segment]) -> None:
+        """Add segments that are whole: no turn runs."""
+        self.segments += segments
+        self.running, self.num_running = [], 0
 
     def trajectories(self, id: str, group: str) -> Branches | None:
         """Its trajectories, if it ended well."""
@@ -79,7 +87,7 @@ class EpisodeProgress:
         if self.segments:
             yield Grew(episode=id, start=0, segments=tuple(self.segments))
         if self.running:
-            yield Running(episode=id, sampled=tuple(self.running))
+            yield Running(episode=id, num_segments=len(self.segments), start=0, sampled=tuple(self.running))
         if self.state is not None:
             yield StateSaved(episode=id, num_segments=self.state[0], state=self.state[1])
         for version, values in self.values.items():
@@ -107,6 +115,7 @@ class Progress:
         num_filtered: Episodes that ended well in groups that are not trained.
         next_row: The first training row that was not started.
         next_group: The first number that no group has.
+        told: What happened since that events tell, in its order; only where it was read from files.
     """
 
     groups: dict[str, GroupProgress] = field(default_factory=dict)
@@ -117,6 +126,7 @@ class Progress:
     num_filtered: int = 0
     next_row: int = 0
     next_group: int = 0
+    told: list[Told] = field(default_factory=list)
 
     def apply(self, record: Record) -> bool:
         """Take note of a record; False: it is of a group that is not in flight, such as an evaluation, and says nothing.
@@ -133,7 +143,7 @@ class Progress:
             case LeftOut():
                 if self.groups.pop(record.group, None) is None:
                     return False
-                self.num_filtered += record.num
+                self.num_filtered += len(record.rewards)
             case Taken():
                 self.taken[record.version] = record.groups
             case Published():
@@ -157,13 +167,22 @@ class Progress:
         probes = {at: probe for at, probe in self.probes.items() if at > version}
         return Progress(groups=self.groups, taken=taken, probes=probes)
 
+    def episode(self, id: str) -> EpisodeProgress | None:
+        """What is known of an episode, or of a branch of one."""
+        group = self.groups.get(group_of(id))
+        known = group.episodes.get(episode_of(id)) if group is not None else None
+        return known if known is None or id == episode_of(id) else known.branches.get(id)
+
+    def unfinished(self) -> Iterator[tuple[str, EpisodeProgress]]:
+        """The episodes that have not ended, of all that have begun, with their ids."""
+        for group in self.groups.values():
+            for id, episode in group.episodes.items():
+                if episode.segments and episode.ended is None and episode.failed is None:
+                    yield id, episode
+
     def num_segments(self, episode: str) -> int:
         """The segments of an episode that are known."""
-        group = self.groups.get(group_of(episode))
-        known = group.episodes.get(episode_of(episode)) if group is not None else None
-        if known is not None and episode != episode_of(episode):
-            known = known.branches.get(episode)
-        return len(known.segments) if known is not None else 0
+        return len(known.segments) if (known := self.episode(episode)) is not None else 0
 
     def forget(self, groups: Iterable[str]) -> None:
         """Forget groups that were trained: the next checkpoint holds what they taught."""
@@ -186,22 +205,35 @@ class Progress:
                     raise ValueError(
                         f"segments from {record.start} on where {len(episode.segments)} are known: some are missing"
                     )
-                episode.segments += record.segments
-                episode.running = ()
+                episode.extend(record.segments)
             case Running():
-                episode.running = record.sampled
+                if (record.num_segments, record.start) != (known := (len(episode.segments), episode.num_running)):
+                    got = f"{record.start} tokens of a turn after {record.num_segments} segments"
+                    raise ValueError(f"what follows {got}, where {known[1]} after {known[0]} are known: some are missing")
+                episode.running += record.sampled
+                episode.num_running += sum(len(piece.token_ids) for piece in record.sampled)
             case StateSaved():
                 episode.state = record.num_segments, record.state
             case SpanScored():
                 episode.values[record.version] = record.values
             case Ended():
-                episode.segments += episode.running  # a turn that was whole when its episode was taken up
-                episode.running, episode.ended = (), record
+                episode.extend(joined(episode.running))  # a turn that was whole when its episode was taken up
+                episode.ended = record
             case Failed():
                 episode.failed = record
                 self.num_failed += 1
                 self.num_submitted += record.again
         return True
+
+
+def joined(pieces: Iterable[Sampled]) -> list[Sampled]:
+    """Join the pieces of a turn: those of one version, sampled over keys and values of one kind, are one segment."""
+    return [_one(tuple(run)) for _, run in groupby(pieces, key=lambda piece: (piece.version, piece.kv, piece.temperature))]
+
+
+def _one(pieces: Sequence[Sampled]) -> Sampled:
+    ids, logps = (tuple(chain.from_iterable(parts)) for parts in zip(*((p.token_ids, p.logp_mu) for p in pieces), strict=True))
+    return replace(pieces[0], token_ids=ids, logp_mu=logps)
 
 
 def group_of(episode: str) -> str:

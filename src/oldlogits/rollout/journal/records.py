@@ -34,9 +34,14 @@ class Grew:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Running:
-    """What the running turn of an episode had sampled before a change of versions; its next `Grew` holds it as well."""
+    """What the turn after the first `num_segments` segments has sampled after its first `start` tokens.
+
+    The next `Grew` of the episode holds the whole turn.
+    """
 
     episode: str
+    num_segments: int
+    start: int
     sampled: tuple[Sampled, ...]
 
 
@@ -69,25 +74,33 @@ class Ended:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """The environment ended an episode; `again`: another one is played in its place."""
+    """The environment ended an episode, at a version; `again`: another one is played in its place."""
 
     episode: str
     again: bool
+    version: PolicyVersion
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restarted:
-    """An episode begins again: what it had is of no use."""
+    """An episode begins again, at a version: the `num_lost_tokens` that it had are of no use."""
 
     episode: str
+    version: PolicyVersion
+    reason: str
+    num_lost_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeftOut:
-    """A group of `num` episodes that ended well is not trained."""
+    """A group is not trained: what its episodes that ended well have, and what `GroupClosed` says of it."""
 
     group: str
-    num: int
+    version: PolicyVersion
+    rewards: tuple[float, ...]
+    oldest_version: PolicyVersion
+    num_failed: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +120,8 @@ class Published:
 
 
 Record = Admitted | Grew | Running | StateSaved | SpanScored | Ended | Failed | Restarted | LeftOut | Taken | Published
+Told = Admitted | Failed | Restarted | LeftOut
+"""What an event tells as well."""
 
 _KINDS: Final = {
     kind.__name__: TypeAdapter(kind)
