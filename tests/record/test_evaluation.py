@@ -70,11 +70,8 @@ def test_without_repeats_a_success_rate_has_wilsons_interval_and_the_mean_reward
 
 
 def test_a_failed_episode_counts_in_no_rate_and_is_counted_by_its_reason():
-    episodes = [
-        episode(0, 1.0),
-        episode(1, None, failure="reset: KeyError: 'a'"),
-        episode(2, None, failure="reset: KeyError: 'a'"),
-    ]
+    failed = "reset: KeyError: 'a'"
+    episodes = [episode(0, 1.0), episode(1, None, failure=failed), episode(2, None, failure=failed)]
     found = Figures.of(episodes, success_at=1.0)
     assert (found.success.mean, found.num_played, found.num_failed) == (1.0, 1, 2)
     assert failures_of(episodes) == {failed: 2}

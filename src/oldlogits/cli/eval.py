@@ -69,8 +69,15 @@ def command(arguments: Sequence[str]) -> int:
     stem = recipe.stem if recipe is not None else (model.run or Path()).name
     out = options.out or Path("evals") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     with _Progress(console) as progress:
-        asked = {"repeats": options.repeats, "greedy": options.greedy, "subset": options.subset}
-        evaluation = Evaluation(config, out, **asked, note=progress.note, seen=progress.seen)
+        evaluation = Evaluation(
+            config,
+            out,
+            repeats=options.repeats,
+            greedy=options.greedy,
+            subset=options.subset,
+            note=progress.note,
+            seen=progress.seen,
+        )
         console.print(Text(f"evaluating {model.path}, written to {out}"))
         status = 0
         try:

@@ -157,8 +157,8 @@ def compare(first: Path, second: Path) -> dict[str, Comparison]:
     names = sorted({subset for _, subset in rows[0].values()} - {""}) if a[0].subset == b[0].subset else []
     found = {"all": _compared(a[1], b[1], a[0].success_at)}
     for name in names:
-        parts = ([e for e in episodes if e.subset == name] for _, episodes in (a, b))
-        found[name] = _compared(*parts, a[0].success_at)
+        of_first, of_second = ([e for e in episodes if e.subset == name] for _, episodes in (a, b))
+        found[name] = _compared(of_first, of_second, a[0].success_at)
     return found
 
 

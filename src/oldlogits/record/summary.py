@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final, Literal, Self, cast
+from typing import Final, Literal, Self, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -37,6 +37,7 @@ from oldlogits.record.folder import RunFolder, write_atomic
 from oldlogits.record.intervals import Interval, paired_gain, reward_of, success_of
 from oldlogits.record.jsonl import RecordError, encode
 
+T = TypeVar("T")
 Ended = Literal["done", "interrupted", "error"]
 
 ACCOUNTS: Final = ("submitted", "trained", "filtered", "failed", "cancelled", "queued", "running")
@@ -55,8 +56,6 @@ class Summary:
     success_at: float | None
     reward_before: Interval | None
     reward_after: Interval | None
-    greedy_reward_before: Interval | None
-    greedy_reward_after: Interval | None
     reward_gain: Interval | None
     num_updates: int
     num_trajectories: int
@@ -122,12 +121,8 @@ class Summary:
 def summarise(events: Iterable[Event]) -> Summary:
     """Add up the events of a run, whole or not: all of its file, in order."""
     kept = history(events)
-    started = next(reversed(typed(kept, RunStarted)), None)
-    ends = typed(kept[-1:], RunEnded)
+    started, ends = next(reversed(typed(kept, RunStarted)), None), typed(kept[-1:], RunEnded)
     updates, evaluations, probes = typed(kept, Updated), typed(kept, Evaluated), typed(kept, Probed)
-    before, after, greedy_before, greedy_after = (
-        _last(evaluations, stage, mode) for mode in ("sampled", "greedy") for stage in ("before", "after")
-    )
     scored, sent, down, stored = typed(kept, BatchScored), typed(kept, WeightsUpdated), typed(kept, ServerDown), _stored(kept)
     metrics = [update.metrics for update in updates]
     tokens = [sum(update.staleness_counts.values()) for update in updates]
@@ -137,17 +132,15 @@ def summarise(events: Iterable[Event]) -> Summary:
     failed, restarted = typed(kept, TrajectoryFailed), typed(kept, TrajectoryRestarted)
     num_patches = sum(update.sent == "patch" for update in sent)
     return Summary(
-        success_before=success_of(before) if before else None,
-        success_after=success_of(after) if after else None,
-        greedy_before=success_of(greedy_before) if greedy_before else None,
-        greedy_after=success_of(greedy_after) if greedy_after else None,
-        gain=_gain(before, after, of_success=True),
+        success_before=_last(evaluations, "before", "sampled", success_of),
+        success_after=_last(evaluations, "after", "sampled", success_of),
+        greedy_before=_last(evaluations, "before", "greedy", success_of),
+        greedy_after=_last(evaluations, "after", "greedy", success_of),
+        gain=_gain(evaluations, of_success=True),
         success_at=evaluations[-1].success_at if evaluations else None,
-        reward_before=reward_of(before) if before else None,
-        reward_after=reward_of(after) if after else None,
-        greedy_reward_before=reward_of(greedy_before) if greedy_before else None,
-        greedy_reward_after=reward_of(greedy_after) if greedy_after else None,
-        reward_gain=_gain(before, after, of_success=False),
+        reward_before=_last(evaluations, "before", "sampled", reward_of),
+        reward_after=_last(evaluations, "after", "sampled", reward_of),
+        reward_gain=_gain(evaluations, of_success=False),
         num_updates=len(updates),
         num_trajectories=round(sum(_of(metrics, "episode/num"))),
         num_multi_version_trajectories=round(_product(metrics, "episode/multi_version", _of(metrics, "episode/num"))),
@@ -205,10 +198,10 @@ def _stored(events: Iterable[Event]) -> list[VersionPublished]:
     return found
 
 
-def _last(evaluations: Sequence[Evaluated], stage: str, mode: str) -> Evaluated | None:
-    """The last evaluation of a stage; None also where none of its episodes could be played."""
+def _last(evaluations: Sequence[Evaluated], stage: str, mode: str, of: Callable[[Evaluated], T]) -> T | None:
+    """What the last evaluation of a stage says; None also where none of its episodes could be played."""
     last = next((e for e in reversed(evaluations) if (e.stage, e.mode) == (stage, mode)), None)
-    return last if last is not None and last.num_episodes else None
+    return of(last) if last is not None and last.num_episodes else None
 
 
 def _accounting(end: RunEnded | None, metrics: Mapping[str, float]) -> Mapping[str, int]:
@@ -226,8 +219,9 @@ def _accounting(end: RunEnded | None, metrics: Mapping[str, float]) -> Mapping[s
     return found
 
 
-def _gain(before: Evaluated | None, after: Evaluated | None, *, of_success: bool) -> Interval | None:
+def _gain(evaluations: Sequence[Evaluated], *, of_success: bool) -> Interval | None:
     """The gain over the episodes that both evaluations played: a resumed run may evaluate more rows, or fewer."""
+    before, after = (_last(evaluations, stage, "sampled", lambda e: e) for stage in ("before", "after"))
     if before is None or after is None:
         return None
     rewards = zip(before.rewards, after.rewards, strict=False)

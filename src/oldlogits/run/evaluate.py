@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager, chdir
+from functools import partial
 from pathlib import Path
 from typing import Literal, TextIO
 
@@ -139,12 +140,13 @@ class Evaluation:
         chat = chat_format(config, folder, self._environment_class)
         for caution in chat_cautions(config, chat):
             self._note(f"warning: {caution.message}")
+        decode = partial(chat.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         watch = FailureWatch(self, "episodes of the evaluation", config.rollout.max_failed_share)
 
         def tell(outcome: Outcome) -> None:
             if isinstance(outcome, Failure) and outcome.begins_again:
                 return
-            episode = self._episode(outcome, chat.tokenizer.decode)
+            episode = self._episode(outcome, decode)
             self._episodes.append(episode)
             episodes.append(dataclasses.asdict(episode))
             with writing(self._out):

@@ -25,7 +25,7 @@ _MOST_KEPT: Final = 64
 class Elsewhere(Protocol):
     """Runs what may take long beside the event loop."""
 
-    def __call__(self, call: Callable[[], T]) -> Awaitable[T]:
+    def __call__(self, call: Callable[[], T], /) -> Awaitable[T]:
         """Return what the call returns."""
 
 
