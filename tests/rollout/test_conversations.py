@@ -169,7 +169,7 @@ MOVES = st.lists(
 
 
 async def play(moves, seed):
-    talk = Talk(Engine(seed, says=lambda prompt: spell(CALL) + (END,) if len(prompt) % 3 == 0 else random_turn(prompt, seed)))
+    talk = Talk(Engine(seed, says=lambda prompt: (*spell(CALL), END) if len(prompt) % 3 == 0 else random_turn(prompt, seed)))
     talk.num_left_late = 0
     asked = []  # histories that wait for an answer: lists of messages
     heard = []  # histories that end with an answer
