@@ -11,14 +11,14 @@ import pytest
 
 from oldlogits.core.errors import WorkerDiedError
 from oldlogits.core.trajectory import Context, Sampled
+from oldlogits.engines.chat_api.formats import ChatFormats
+from oldlogits.engines.chat_api.wishes import Rules
 from oldlogits.rollout.environment_errors import EnvironmentFailed
 from oldlogits.rollout.environment_runner import ThreadRunner
 from oldlogits.rollout.gateway.counts import GatewayCounts
-from oldlogits.rollout.gateway.formats import ChatFormats
 from oldlogits.rollout.gateway.listener import Gateway
 from oldlogits.rollout.gateway.player import ProgramPlayer
 from oldlogits.rollout.gateway.programs import CommandRunner, FunctionRunner
-from oldlogits.rollout.gateway.wishes import Rules
 from oldlogits.rollout.player import Watch
 from oldlogits.rollout.turns import Failure
 

@@ -130,6 +130,8 @@ class EvalConfig:
     """Updates between evaluation points during training; 0: none. The last update is one if num_episodes = 0."""
     num_episodes_during: Count = 128
     """Sampled episodes of each such point."""
+    success_at: Annotated[float, Ge(-1e15), Le(1e15)] = 1.0
+    """The reward from which an episode counts as a success; every evaluation gives the mean reward beside the success rate."""
     num_calibration: Count = 32
     """Trajectories of the first batch on which the engine's own noise is measured, before the first step; 0: none."""
     max_concurrent: Positive = 256

@@ -164,9 +164,9 @@ def branch_id(episode_id: str, number: int) -> str:
     return f"{episode_id}#{number}" if number else episode_id
 
 
-def is_success(reward: float) -> bool:
-    """Whether an episode of this reward succeeded: the reward is at least 1."""
-    return reward >= 1.0
+def is_success(reward: float, success_at: float) -> bool:
+    """Whether an episode of this reward succeeded, by `eval.success_at`."""
+    return reward >= success_at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

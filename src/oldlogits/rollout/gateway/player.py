@@ -10,14 +10,14 @@ from functools import partial
 from typing import Self
 
 from oldlogits.core.environment import Row
+from oldlogits.engines.chat_api.formats import ChatFormats
+from oldlogits.engines.chat_api.wishes import Rules
 from oldlogits.record.events import ConversationRewritten
 from oldlogits.rollout.environment_errors import EnvironmentFailed
 from oldlogits.rollout.gateway.conversations import Conversations
 from oldlogits.rollout.gateway.counts import GatewayCounts
-from oldlogits.rollout.gateway.formats import ChatFormats
 from oldlogits.rollout.gateway.listener import Address, Gateway
 from oldlogits.rollout.gateway.programs import Runner
-from oldlogits.rollout.gateway.wishes import Rules
 from oldlogits.rollout.player import Outcome, Player, Watch
 from oldlogits.rollout.turns import Agent, Failure, Known
 
