@@ -148,7 +148,7 @@ def test_it_is_played_by_hand_as_each_of_its_environments(tmp_path):
                 raise EOFError
             return lines.pop()
 
-        reward = play_by_hand(PlayOptions(target=str(path), index=index), 0, console, read)
+        reward = play_by_hand(PlayOptions(target=str(path), index=index), 0, console, read).reward
         written.append((console.file.getvalue(), reward))
     texts = "".join(text for text, _ in written)
     assert "Several environments: Greeter, EchoAgain." in texts

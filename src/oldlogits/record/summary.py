@@ -132,7 +132,6 @@ def summarise(events: Iterable[Event]) -> Summary:
     num_tokens, wall = sum(tokens), [m.get("time/update_s", 0.0) for m in metrics]
     stored_bytes, num_trained = sum(version.version_bytes for version in stored), started.num_trained if started else 0
     failed, restarted = typed(kept, TrajectoryFailed), typed(kept, TrajectoryRestarted)
-    num_patches = sum(update.sent == "patch" for update in sent)
     return Summary(
         success_before=_last(evaluations, "before", "sampled", success_of),
         success_after=_last(evaluations, "after", "sampled", success_of),
@@ -161,7 +160,7 @@ def summarise(events: Iterable[Event]) -> Summary:
         version_share_of_average=_ratio(stored_bytes, len(stored) * 4 * num_trained),
         switch_mean_s=_ratio(sum(batch.switch_s for batch in scored), sum(batch.num_checkouts for batch in scored)),
         sync_bytes_mean=_ratio(sum(update.bytes for update in sent), len(sent)),
-        num_patch_syncs=num_patches,
+        num_patch_syncs=(num_patches := sum(update.sent == "patch" for update in sent)),
         num_full_syncs=len(sent) - num_patches,
         num_refused_patches=sum(bool(update.refused) for update in sent),
         trainer_copies_max=_worst(m["copies/trainer"] for m in metrics if "copies/trainer" in m),
