@@ -19,6 +19,7 @@ from oldlogits.rollout.gateway.counts import GatewayCounts
 from oldlogits.rollout.gateway.listener import Gateway
 from oldlogits.rollout.gateway.player import ProgramPlayer
 from oldlogits.rollout.gateway.programs import CommandRunner, FunctionRunner
+from oldlogits.rollout.gateway.worker import WorkerRunner
 from oldlogits.rollout.player import Watch
 from oldlogits.rollout.turns import Failure
 
@@ -366,3 +367,47 @@ def test_64_programs_at_a_time_that_retry_rewrite_branch_and_die_train_every_tok
     assert sampled + sum(o.num_tokens for o in outcomes if isinstance(o, Failure)) == whole
     assert world.counts.requests["rewritten"] == 16
     assert sorted(world.dropped) == sorted(f"g000001.{n}" for n in range(64) if n % 4 == 3)
+
+
+def worked(rows, *, function="plays", timeout_s=20.0, log="/dev/null"):
+    """Plays rows in a worker, those of a list at the same time; returns the outcomes and the worker's process."""
+
+    async def main():
+        world = World(())
+        runner = WorkerRunner(f"tests.rollout.agent_programs:{function}", log=Path(log), timeout_s=timeout_s)
+        found = []
+        async with Gateway().listening() as gateway:
+            player = ProgramPlayer(
+                agent=world.talk.agent, formats=ChatFormats(CHAT.for_tools), gateway=gateway, program=runner, rules=Rules()
+            )
+            for n, together in enumerate(rows):
+                plays = [player.play({"n": n, **row}, id=f"g{n}.{m}", group_id="g") for m, row in enumerate(together)]
+                found += await asyncio.gather(*plays)
+            pid = runner._worker._process.pid
+            await runner.close()
+        return found, pid
+
+    return asyncio.run(asyncio.wait_for(main(), 60))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", ["plays", "plain"])
+def test_a_worker_plays_episodes_and_ends_with_the_run(function, tmp_path):
+    log = tmp_path / "program.log"
+    outcomes, pid = worked([[{"does": ""}] * 4, [{"does": ""}]], function=function, log=log)
+    assert [o[0].reward for o in outcomes] == [0.0] * 4 + [1.0]
+    assert not is_alive(pid)
+    assert log.read_text().count("printed by a program") == (5 if function == "plays" else 0)
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_or_is_blocked_fails_its_episodes_alone_and_another_one_takes_over():
+    does = [[{"does": "raises"}], [{"does": "dies"}, {"does": "waits"}], [{"does": ""}]]
+    raised, died, waited, well = worked(does)[0]
+    assert raised.reason == "ValueError: broken"
+    assert died.reason == waited.reason == "the process of agent programs ended with status -9"
+    assert well[0].reward == 2.0
+    blocked, other, after = worked([[{"does": "blocks"}, {"does": "waits"}], [{"does": ""}]], timeout_s=1.0)[0]
+    assert "timed out after 1 s" in blocked.reason
+    assert isinstance(other, Failure)
+    assert after[0].reward == 1.0

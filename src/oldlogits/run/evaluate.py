@@ -157,7 +157,7 @@ class Evaluation:
         run = ThreadRunner(timeout_s=config.env.timeout_s, latency_s=config.env.latency_s, seed=config.seed)
         async with (
             open_engine(config, folder, self._out / "servers") as engine,
-            open_player(config, engine, run, chat, self._environment_class) as player,
+            open_player(config, engine, run, chat, self._environment_class, self._out / "program.log") as player,
         ):
             await evaluate(
                 player,

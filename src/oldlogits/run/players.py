@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.engine import RolloutEngine
-from oldlogits.core.environment import PROGRAMS, Environment
+from oldlogits.core.environment import Environment
 from oldlogits.envs.rewards import load_group_reward
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.rollout.asked import EnvironmentRunner
@@ -22,6 +23,7 @@ async def open_player(
     run_environment: EnvironmentRunner,
     chat: ChatFormat,
     environment_class: type[Environment],
+    log: Path,
 ) -> AsyncIterator[Player]:
     """Open the player of a recipe.
 
@@ -31,6 +33,7 @@ async def open_player(
         run_environment: Runs environment code.
         chat: The chat format of the model with the environment's tools.
         environment_class: What `env.target` names, or the class whose instances stand for it here.
+        log: A file to which is added what functions of agent programs print.
     """
     env = config.env
     agent = make_agent(env, engine, chat, run_environment, temperature=config.sampling.temperature)
@@ -42,15 +45,22 @@ async def open_player(
     from oldlogits.engines.chat_api.wishes import Rules
     from oldlogits.rollout.gateway.listener import Gateway
     from oldlogits.rollout.gateway.player import ProgramPlayer
-    from oldlogits.rollout.gateway.programs import CommandRunner, FunctionRunner
+    from oldlogits.rollout.gateway.programs import CommandRunner
+    from oldlogits.rollout.gateway.worker import WorkerRunner
 
+    runner = (
+        WorkerRunner(env.program, log=log, timeout_s=env.program_timeout_s)
+        if env.program
+        else CommandRunner(env.command, timeout_s=env.program_timeout_s, memory_bytes=env.program_memory_bytes)
+    )
     async with Gateway().listening() as gateway:
-        yield ProgramPlayer(
-            agent=agent,
-            formats=ChatFormats(chat.for_tools),
-            gateway=gateway,
-            program=FunctionRunner(PROGRAMS.find(env.program), timeout_s=env.program_timeout_s)
-            if env.program
-            else CommandRunner(env.command, timeout_s=env.program_timeout_s, memory_bytes=env.program_memory_bytes),
-            rules=Rules(unmet=env.unmet_wishes),
-        )
+        try:
+            yield ProgramPlayer(
+                agent=agent,
+                formats=ChatFormats(chat.for_tools),
+                gateway=gateway,
+                program=runner,
+                rules=Rules(unmet=env.unmet_wishes),
+            )
+        finally:
+            await runner.close()

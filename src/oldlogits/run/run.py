@@ -206,7 +206,8 @@ async def _run(
             if checkpoint is not None:
                 await backend.trainer.restore(checkpoint)
             hosted = backend.host_environment(environment_class)
-            async with open_player(config, backend.engine, backend.run_environment, chat, hosted) as player:
+            log = folder.path / "program.log"
+            async with open_player(config, backend.engine, backend.run_environment, chat, hosted, log) as player:
                 task = Task(player=player, rows=rows, probe_ids=probe_ids)
                 journal = stack.enter_context(closing(Journal(kept, progress, state.journal)))
                 loop = make_loop(config, task, backend, recording, journal)

@@ -20,6 +20,7 @@ Refusal = ConfigError | ContentError
 Tools = Sequence[Mapping[str, JsonValue]]
 
 _MOST_KEPT: Final = 64
+_MOST_TOKENS: Final = 1 << 20
 
 
 class Elsewhere(Protocol):
@@ -27,6 +28,25 @@ class Elsewhere(Protocol):
 
     def __call__(self, call: Callable[[], T], /) -> Awaitable[T]:
         """Return what the call returns."""
+
+
+class Prompts:
+    """The tokens of conversations that begin, by digest: all episodes of a task begin alike. The latest million are kept."""
+
+    def __init__(self) -> None:
+        self._kept: dict[bytes, list[int]] = {}
+        self._num_tokens = 0
+
+    def get(self, digest: bytes) -> list[int] | None:
+        """Return the tokens of a conversation, if they are kept."""
+        return self._kept.get(digest)
+
+    def keep(self, digest: bytes, ids: list[int]) -> None:
+        """Keep the tokens of a conversation."""
+        self._num_tokens += len(ids) - len(self._kept.pop(digest, ()))
+        self._kept[digest] = ids
+        while self._num_tokens > _MOST_TOKENS:
+            self._num_tokens -= len(self._kept.pop(next(iter(self._kept))))
 
 
 class ChatFormats:
@@ -39,6 +59,7 @@ class ChatFormats:
     def __init__(self, make: Callable[[Tools], ChatFormat]) -> None:
         self._make = make
         self._kept: dict[bytes, ChatFormat] = {}
+        self.prompts = Prompts()
 
     async def of(self, key: bytes, tools: Tools, run: Elsewhere) -> ChatFormat:
         """Return the chat format of tools whose digest is the key; a new one is opened where `run` runs it."""

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Final, Literal
+from typing import Final, Literal, cast
 
 from oldlogits.core.engine import Generation, Sampling
 from oldlogits.core.errors import ConfigError, ContentError, OldLogitsError
@@ -30,8 +30,8 @@ from oldlogits.engines.chat_api.turn import read_turn
 from oldlogits.engines.chat_api.wishes import Rules
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.rollout.answers import size_of
-from oldlogits.rollout.asked import named, off_loop
-from oldlogits.rollout.environment_errors import EnvironmentFailed
+from oldlogits.rollout.asked import off_loop
+from oldlogits.rollout.environment_runner import attempt
 from oldlogits.rollout.gateway.counts import GatewayCounts
 from oldlogits.rollout.turns import Agent, sampled_segments
 
@@ -173,7 +173,7 @@ class Conversations:
         place = self._place(request, digests, chat)
         branch, limits = place.branch, self._agent.limits
         try:
-            read = await self._encoded(place, chat)
+            read = await self._encoded(place, chat, digests[-1])
             room = limits.max_tokens - len(branch.tokens) - len(read)
             if room <= 0:
                 raise _too_long(f"{len(branch.tokens) + len(read):,} tokens", limits.max_tokens)
@@ -202,11 +202,16 @@ class Conversations:
             texts=[chat.decode([id]) for id in generation.output_ids] if request.logprobs else (),
         )
 
-    async def _encoded(self, place: _Place, chat: ChatFormat) -> list[int]:
+    async def _encoded(self, place: _Place, chat: ChatFormat, digest: bytes) -> list[int]:
         """The tokens that a request adds to its branch."""
+        begins, prompts = not place.branch.tokens, self._formats.prompts
+        if begins and (kept := prompts.get(digest)) is not None:
+            return kept
         if place.size > chat.most_bytes * (self._agent.limits.max_tokens - len(place.branch.tokens)):
             raise _too_long(f"{place.size:,} bytes", self._agent.limits.max_tokens)
         read = raised(await off_loop(self._agent.run_environment, partial(refusal_or, place.encode), place.size))
+        if begins:
+            prompts.keep(digest, read)
         return [chat.end_of_turn_id, *read] if place.is_cut else read
 
     def _check_open(self, request: ChatRequest) -> None:
@@ -297,14 +302,10 @@ class Conversations:
         task.add_done_callback(self._given_up.discard)
 
     async def _turn(self, chat: ChatFormat, generation: Generation, request: ChatRequest, *, is_whole: bool) -> Turn:
+        """Read a turn; parsers may be the user's code."""
         text = chat.decode(generation.output_ids)
-        read = partial(read_turn, text, self._agent.parser, request.tools, is_whole=is_whole)
-        try:
-            return await named(self._agent.run_environment, "reading a turn", read)
-        except EnvironmentFailed as failure:
-            if not self.failure.done():
-                self.failure.set_exception(failure)
-            raise
+        read = partial(attempt, partial(read_turn, text, self._agent.parser, request.tools, is_whole=is_whole))
+        return cast(Turn, await off_loop(self._agent.run_environment, read, len(text)))
 
 
 def _refusal(said: str) -> ApiError:

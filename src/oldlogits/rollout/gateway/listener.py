@@ -11,7 +11,6 @@ import secrets
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from typing import Final
 
 import uvicorn
@@ -23,32 +22,13 @@ from oldlogits.engines.chat_api.messages import ApiError, ChatAnswer, ChatReques
 from oldlogits.engines.chat_api.routes import chat_routes
 from oldlogits.engines.server.limits import Guard, Limits
 from oldlogits.rollout.gateway.conversations import Conversations
+from oldlogits.rollout.gateway.programs import Address
 
 MODEL: Final = "policy"
 """The model that clients may name; any other name is answered by it as well."""
 
 _LIMITS: Final = Limits(max_body_bytes=2**26, idle_s=600.0)
 _CLOSING_S: Final = 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Address:
-    """How the program of one episode reaches the run.
-
-    Args:
-        root: The base URL of Anthropic's clients.
-        key: The API key.
-        row: The task.
-    """
-
-    root: str
-    key: str
-    row: Row
-
-    @property
-    def base_url(self) -> str:
-        """The base URL of OpenAI's clients."""
-        return f"{self.root}/v1"
 
 
 class Gateway:
@@ -73,7 +53,7 @@ class Gateway:
         """Listen on a free port of this machine."""
         routes = chat_routes(self._answer, self._model, prefix="/{episode}/v1")
         app = Guard(Starlette(routes=routes), token="", limits=_LIMITS)
-        config = uvicorn.Config(app, ws="none", lifespan="off", log_level="warning", access_log=False)
+        config = uvicorn.Config(app, ws="none", lifespan="off", log_level="warning", access_log=False, proxy_headers=False)
         config.timeout_graceful_shutdown = _CLOSING_S
         server = _Server(config)
         with socket.socket() as listening:

@@ -16,8 +16,8 @@ from oldlogits.record.events import ConversationRewritten
 from oldlogits.rollout.environment_errors import EnvironmentFailed
 from oldlogits.rollout.gateway.conversations import Conversations
 from oldlogits.rollout.gateway.counts import GatewayCounts
-from oldlogits.rollout.gateway.listener import Address, Gateway
-from oldlogits.rollout.gateway.programs import Runner
+from oldlogits.rollout.gateway.listener import Gateway
+from oldlogits.rollout.gateway.programs import Address, Runner
 from oldlogits.rollout.player import Outcome, Player, Watch
 from oldlogits.rollout.turns import Agent, Failure, Known
 

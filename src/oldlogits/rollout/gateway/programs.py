@@ -18,15 +18,15 @@ import threading
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Final, Protocol, cast
 
-from oldlogits.core.environment import Program
+from oldlogits.core.environment import Program, Row
 from oldlogits.envs.text import readable, write_json
 from oldlogits.rollout.answers import reward_of
 from oldlogits.rollout.environment_errors import EnvironmentFailed
 from oldlogits.rollout.environment_runner import attempt, finished
-from oldlogits.rollout.gateway.listener import Address
 
 _LAUNCH: Final = (
     "/bin/sh",
@@ -44,6 +44,26 @@ _TOLD: Final = 2000
 """Characters of standard error that a failure quotes."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Address:
+    """How the program of one episode reaches the run.
+
+    Args:
+        root: The base URL of Anthropic's clients.
+        key: The API key.
+        row: The task.
+    """
+
+    root: str
+    key: str
+    row: Row
+
+    @property
+    def base_url(self) -> str:
+        """The base URL of OpenAI's clients."""
+        return f"{self.root}/v1"
+
+
 class Runner(Protocol):
     """Runs an agent program."""
 
@@ -54,9 +74,13 @@ class Runner(Protocol):
             EnvironmentFailed: It failed, or took too long.
         """
 
+    async def close(self) -> None:
+        """Leave nothing running."""
+        return
+
 
 class FunctionRunner(Runner):
-    """A function of Python, asynchronous or not; asynchronous ones share an event loop, the others have a thread each.
+    """A function of Python: an asynchronous one runs on this event loop, any other one in a thread of its own.
 
     Args:
         function: Called with base URL, API key and row.
@@ -65,7 +89,6 @@ class FunctionRunner(Runner):
 
     def __init__(self, function: Program, *, timeout_s: float) -> None:
         self._function, self._timeout_s = function, timeout_s
-        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def run(self, address: Address) -> float:
         """Call the function; one that does not return in time is cancelled, or left to itself where it has a thread."""
@@ -73,26 +96,13 @@ class FunctionRunner(Runner):
         is_async = inspect.iscoroutinefunction(self._function) or inspect.iscoroutinefunction(
             getattr(self._function, "__call__", None)  # noqa: B004 - an object that is called
         )
-        future = self._started(call) if is_async else _in_thread(call)
         try:
             async with asyncio.timeout(self._timeout_s):
-                value = await asyncio.wrap_future(future)
+                if is_async:
+                    return _reward(await finished(cast("Awaitable[object]", attempt(call))))
+                return _reward(await asyncio.wrap_future(_in_thread(call)))
         except TimeoutError as error:
             raise EnvironmentFailed(f"the program timed out after {self._timeout_s:g} s") from error
-        finally:
-            future.cancel()
-        return _reward(value)
-
-    def _started(self, call: Callable[[], object]) -> Future[object]:
-        """Start an asynchronous function on the loop of its kind."""
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, name="oldlogits-programs", daemon=True).start()
-
-        async def carry_out() -> object:
-            return await finished(cast("Awaitable[object]", attempt(call)))
-
-        return asyncio.run_coroutine_threadsafe(carry_out(), self._loop)
 
 
 def _in_thread(call: Callable[[], object]) -> Future[object]:

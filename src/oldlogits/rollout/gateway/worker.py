@@ -1,0 +1,181 @@
+"""A process of its own for the functions of agent programs: their clients take as much time as the run's own controller.
+
+    controller --{"number", "root", "key", "row"}--> worker: an event loop, and threads for plain functions
+               <--{"number", "reward" | "failed"}--
+               --{"cancel": number}-->
+
+A worker that answers nothing, since a function blocks its event loop, is killed soon after the deadline of an episode; the
+other episodes that it had fail too, and say why. The next one starts another worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import json
+import signal
+import socket
+import sys
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import Final
+
+from oldlogits.core.environment import PROGRAMS
+from oldlogits.envs.text import write_json
+from oldlogits.rollout.environment_errors import EnvironmentFailed
+from oldlogits.rollout.gateway.programs import Address, FunctionRunner, Runner
+
+_GRACE_S: Final = 5.0
+_MOST_BYTES: Final = 1 << 28
+"""The longest line."""
+_PR_SET_PDEATHSIG: Final = 1
+
+
+class WorkerRunner(Runner):
+    """Runs a function of Python in a process that is started with its first episode.
+
+    Args:
+        target: "package.module:function".
+        log: A file to which is added what the functions print.
+        timeout_s: Seconds that an episode may take.
+    """
+
+    def __init__(self, target: str, *, log: Path, timeout_s: float) -> None:
+        self._target, self._log, self._timeout_s = target, log, timeout_s
+        self._worker: _Worker | None = None
+        self._starting = asyncio.Lock()
+
+    async def run(self, address: Address) -> float:
+        """Play one episode."""
+        async with self._starting:
+            if self._worker is not None and self._worker.has_ended:
+                await self.close()
+            if self._worker is None:
+                self._worker = await _Worker.start(self._target, self._log, self._timeout_s)
+        worker = self._worker
+        try:
+            async with asyncio.timeout(self._timeout_s + _GRACE_S):
+                return await worker.play(address)
+        except TimeoutError as error:
+            await worker.end("its process was killed: another episode's function had blocked the event loop of all")
+            raise EnvironmentFailed(
+                f"the program timed out after {self._timeout_s:g} s, and blocked its event loop: await what takes time"
+            ) from error
+
+    async def close(self) -> None:
+        """End the process."""
+        if self._worker is not None:
+            await self._worker.end("the run is over")
+            self._worker = None
+
+
+class _Worker:
+    """A process, and the episodes that wait for its answers."""
+
+    def __init__(self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._process, self._writer = process, writer
+        self._numbers = count()
+        self._waiting: dict[int, asyncio.Future[float]] = {}
+        self._reading = asyncio.create_task(self._read(reader))
+        self.has_ended = False
+
+    @classmethod
+    async def start(cls, target: str, log: Path, timeout_s: float) -> _Worker:
+        """Start a process."""
+        ours, theirs = socket.socketpair()
+        with theirs, log.open("ab") as printed:
+            words = ("-m", "oldlogits.rollout.gateway.worker", target, str(timeout_s), str(theirs.fileno()))
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *words,
+                pass_fds=(theirs.fileno(),),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=printed,
+                stderr=printed,
+                start_new_session=True,
+            )
+        reader, writer = await asyncio.open_connection(sock=ours, limit=_MOST_BYTES)
+        return cls(process, reader, writer)
+
+    async def play(self, address: Address) -> float:
+        """Have one episode played."""
+        if self.has_ended:
+            raise EnvironmentFailed("the process of agent programs has ended")
+        number = next(self._numbers)
+        self._waiting[number] = asyncio.get_running_loop().create_future()
+        self._tell({"number": number, "root": address.root, "key": address.key, "row": address.row})
+        try:
+            return await self._waiting[number]
+        finally:
+            if not self._waiting.pop(number).done():
+                self._tell({"cancel": number})
+
+    async def end(self, reason: str) -> None:
+        """Kill the process; episodes that wait for it fail."""
+        self._fail(reason)
+        with suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
+        await asyncio.gather(self._reading, return_exceptions=True)
+        self._writer.close()
+        with suppress(ConnectionError):
+            await self._writer.wait_closed()
+
+    def _tell(self, said: dict[str, object]) -> None:
+        if not self.has_ended:
+            self._writer.write(write_json(said).encode() + b"\n")
+
+    def _fail(self, reason: str) -> None:
+        self.has_ended = True
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(EnvironmentFailed(reason))
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        try:
+            while line := await reader.readline():
+                answer = json.loads(line)
+                future = self._waiting.get(answer["number"])
+                if future is None or future.done():
+                    continue
+                if "reward" in answer:
+                    future.set_result(answer["reward"])
+                else:
+                    future.set_exception(EnvironmentFailed(answer["failed"]))
+        except (ConnectionError, ValueError) as error:
+            self._fail(f"the process of agent programs: {error}")
+        self._fail(f"the process of agent programs ended with status {await self._process.wait()}")
+
+
+async def serve(target: str, timeout_s: float, fd: int) -> None:
+    """Play what is asked for until the other end is closed."""
+    runner = FunctionRunner(PROGRAMS.find(target), timeout_s=timeout_s)
+    reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=fd), limit=_MOST_BYTES)
+    playing: dict[int, asyncio.Task[None]] = {}
+
+    async def play(number: int, address: Address) -> None:
+        try:
+            answer: dict[str, object] = {"reward": await runner.run(address)}
+        except EnvironmentFailed as failure:
+            answer = {"failed": str(failure)}
+        writer.write(json.dumps({"number": number, **answer}).encode() + b"\n")
+
+    while line := await reader.readline():
+        asked = json.loads(line)
+        if "cancel" in asked:
+            if asked["cancel"] in playing:
+                playing[asked["cancel"]].cancel()
+            continue
+        number = asked["number"]
+        task = playing[number] = asyncio.create_task(
+            play(number, Address(root=asked["root"], key=asked["key"], row=asked["row"]))
+        )
+        task.add_done_callback(lambda _, number=number: playing.pop(number, None))  # type: ignore[misc]
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the controller's to handle
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    asyncio.run(serve(sys.argv[1], float(sys.argv[2]), int(sys.argv[3])))
