@@ -366,3 +366,22 @@ def test_64_programs_at_a_time_that_retry_rewrite_branch_and_die_train_every_tok
     assert sampled + sum(o.num_tokens for o in outcomes if isinstance(o, Failure)) == whole
     assert world.counts.requests["rewritten"] == 16
     assert sorted(world.dropped) == sorted(f"g000001.{n}" for n in range(64) if n % 4 == 3)
+
+
+OUTLIVES = """
+import json, subprocess, sys, time
+subprocess.Popen(["sleep", "100"], start_new_session=True)  # with the pipes of this one
+print(json.dumps({"reward": 0.5}), flush=True)
+time.sleep(float(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sleep_s", "expected"), [("0", 0.5), ("100", "the program timed out after 3 s")])
+def test_a_process_that_outlives_its_command_and_holds_its_pipes_holds_up_no_episode(sleep_s, expected, monkeypatch):
+    monkeypatch.setattr("oldlogits.rollout.gateway.programs._LAST_WORDS_S", 0.2)
+    script = "import urllib.request\n" + OUTLIVES
+    if sleep_s == "0":
+        script = SCRIPT.replace('print(json.dumps({"reward": len(os.listdir("."))}))', "") + OUTLIVES
+    (outcome,), _ = played((*command(script), sleep_s), row={"words": "hi"}, timeout_s=3.0)
+    assert (outcome.reason if isinstance(outcome, Failure) else outcome[0].reward) == expected

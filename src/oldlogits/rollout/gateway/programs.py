@@ -15,6 +15,7 @@ import shutil
 import signal
 import tempfile
 import threading
+from asyncio.subprocess import SubprocessStreamProtocol
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -40,6 +41,8 @@ _LAUNCH: Final = (
 """Runs a command, with a limit of address space in KiB, until it or process $0 ends; the group ends with that process."""
 
 _LONGEST_LINE: Final = 1 << 20
+_LAST_WORDS_S: Final = 2.0
+"""Seconds that the pipes of a process that ended are still read: they stay open in one that left its process group."""
 _TOLD: Final = 2000
 """Characters of standard error that a failure quotes."""
 
@@ -133,49 +136,71 @@ class CommandRunner(Runner):
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
     async def _run(self, address: Address, folder: str) -> float:
+        loop = asyncio.get_running_loop()
         try:
-            process = await asyncio.create_subprocess_exec(
+            transport, process = await loop.subprocess_exec(
+                lambda: _Process(limit=1 << 16, loop=loop),
                 *_LAUNCH,
                 str(os.getpid()),
                 str(self._memory_bytes >> 10),
                 *self._command,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
                 cwd=folder,
                 env=_environment(address),
                 start_new_session=True,
             )
         except OSError as error:
             raise EnvironmentFailed(f"{self._command[0]} cannot be started: {error}") from error
-        pipes = cast("tuple[asyncio.StreamReader, asyncio.StreamReader]", (process.stdout, process.stderr))
-        out, said = (asyncio.create_task(_tail(pipe)) for pipe in pipes)
+        out, said = _Tail(cast("asyncio.StreamReader", process.stdout)), _Tail(cast("asyncio.StreamReader", process.stderr))
         row = write_json(address.row).encode() + b"\n"
         giving = asyncio.create_task(_give(cast("asyncio.StreamWriter", process.stdin), row))
+        is_late = False
         try:
             async with asyncio.timeout(self._timeout_s):
-                status = await process.wait()
-        except TimeoutError as error:
-            heard = _quoted(await _killed(process, said))
-            raise EnvironmentFailed(f"the program timed out after {self._timeout_s:g} s{heard}") from error
+                await process.exited.wait()
+        except TimeoutError:
+            is_late = True
         finally:
             giving.cancel()
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            with suppress(ProcessLookupError):
-                await process.wait()
-        printed, told = await out, await said
-        if status:
+                os.killpg(transport.get_pid(), signal.SIGKILL)
+            try:
+                await process.exited.wait()
+                await asyncio.wait({out.reading, said.reading}, timeout=_LAST_WORDS_S)
+            finally:
+                out.reading.cancel()
+                said.reading.cancel()
+                transport.close()
+        if is_late:
+            raise EnvironmentFailed(f"the program timed out after {self._timeout_s:g} s{_quoted(said.kept)}")
+        if status := cast(int, transport.get_returncode()):
             how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
-            raise EnvironmentFailed(f"the program {how}{_quoted(told)}")
-        return _reward(_last_object(printed, told))
+            raise EnvironmentFailed(f"the program {how}{_quoted(said.kept)}")
+        return _reward(_last_object(out.kept, said.kept))
 
 
-async def _killed(process: asyncio.subprocess.Process, said: asyncio.Task[bytes]) -> bytes:
-    """Kill a process group; return the end of what it said."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    return await said
+class _Process(SubprocessStreamProtocol):
+    """A process that has `exited` when it has: its pipes may stay open in one that left its process group."""
+
+    def __init__(self, limit: int, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(limit, loop)
+        self.exited = asyncio.Event()
+
+    def process_exited(self) -> None:
+        """Tell who waits."""
+        super().process_exited()
+        self.exited.set()
+
+
+class _Tail:
+    """Reads a stream to its end; the end of what was read is `kept`."""
+
+    def __init__(self, stream: asyncio.StreamReader) -> None:
+        self.kept = b""
+        self.reading = asyncio.create_task(self._read(stream))
+
+    async def _read(self, stream: asyncio.StreamReader) -> None:
+        while chunk := await stream.read(1 << 16):
+            self.kept = (self.kept + chunk)[-_LONGEST_LINE:]
 
 
 async def _give(stdin: asyncio.StreamWriter, text: bytes) -> None:
@@ -184,14 +209,6 @@ async def _give(stdin: asyncio.StreamWriter, text: bytes) -> None:
         stdin.write(text)
         await stdin.drain()
         stdin.close()
-
-
-async def _tail(stream: asyncio.StreamReader) -> bytes:
-    """Read a stream to its end, and keep the end of it."""
-    kept = b""
-    while chunk := await stream.read(1 << 16):
-        kept = (kept + chunk)[-_LONGEST_LINE:]
-    return kept
 
 
 def _last_object(printed: bytes, told: bytes) -> object:
