@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -385,3 +386,38 @@ def test_a_process_that_outlives_its_command_and_holds_its_pipes_holds_up_no_epi
         script = SCRIPT.replace('print(json.dumps({"reward": len(os.listdir("."))}))', "") + OUTLIVES
     (outcome,), _ = played((*command(script), sleep_s), row={"words": "hi"}, timeout_s=3.0)
     assert (outcome.reason if isinstance(outcome, Failure) else outcome[0].reward) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the loop that is given up has tasks
+def test_a_function_that_blocks_the_event_loop_of_all_fails_and_the_others_begin_again():
+    block = threading.Event()
+    running = []
+
+    async def program(base_url, api_key, row):
+        if row["n"] == 0:
+            while len(running) < 3:
+                await asyncio.sleep(0)
+            block.wait(60)
+        running.append(row["n"])
+        await asyncio.sleep(0.1 if row["n"] == 0 else 0.5)
+        return (await says_hello(base_url, api_key, row))["reward"]
+
+    async def main():
+        world = World(program, timeout_s=2.0)
+        outcomes = await asyncio.wait_for(asyncio.gather(world.play(4)), 60)
+        return outcomes[0]
+
+    outcomes = asyncio.run(main())
+    block.set()
+    assert [(o.reason, o.begins_again) for o in outcomes] == [
+        ("the program timed out after 2 s", False),
+        *[("asynchronous code of another episode blocked the event loop of all", True)] * 3,
+    ]
+    ((branch,),), _ = played(says_hello, row={"n": 5})
+    assert branch.reward == 5.0, "another event loop has taken over"
+
+
+def test_a_plain_function_may_return_what_is_awaited():
+    ((branch,),), _ = played(lambda base_url, api_key, row: says_hello(base_url, api_key, row), row={"n": 2})
+    assert branch.reward == 2.0

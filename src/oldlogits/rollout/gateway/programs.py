@@ -16,7 +16,7 @@ import signal
 import tempfile
 import threading
 from asyncio.subprocess import SubprocessStreamProtocol
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -26,7 +26,7 @@ from oldlogits.core.environment import Program
 from oldlogits.envs.text import readable, write_json
 from oldlogits.rollout.answers import reward_of
 from oldlogits.rollout.environment_errors import EnvironmentFailed
-from oldlogits.rollout.environment_runner import attempt, finished
+from oldlogits.rollout.environment_runner import attempt, in_time
 from oldlogits.rollout.gateway.listener import Address
 
 _LAUNCH: Final = (
@@ -68,7 +68,6 @@ class FunctionRunner(Runner):
 
     def __init__(self, function: Program, *, timeout_s: float) -> None:
         self._function, self._timeout_s = function, timeout_s
-        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def run(self, address: Address) -> float:
         """Call the function; one that does not return in time is cancelled, or left to itself where it has a thread."""
@@ -76,26 +75,19 @@ class FunctionRunner(Runner):
         is_async = inspect.iscoroutinefunction(self._function) or inspect.iscoroutinefunction(
             getattr(self._function, "__call__", None)  # noqa: B004 - an object that is called
         )
-        future = self._started(call) if is_async else _in_thread(call)
+        timed_out = EnvironmentFailed(f"the program timed out after {self._timeout_s:g} s")
+        value = attempt(call) if is_async else await self._in_thread(call, timed_out)
+        return _reward(await in_time(value, self._timeout_s, timed_out) if inspect.isawaitable(value) else value)
+
+    async def _in_thread(self, call: Callable[[], object], timed_out: EnvironmentFailed) -> object:
+        future = _in_thread(call)
         try:
             async with asyncio.timeout(self._timeout_s):
-                value = await asyncio.wrap_future(future)
+                return await asyncio.wrap_future(future)
         except TimeoutError as error:
-            raise EnvironmentFailed(f"the program timed out after {self._timeout_s:g} s") from error
+            raise timed_out from error
         finally:
             future.cancel()
-        return _reward(value)
-
-    def _started(self, call: Callable[[], object]) -> Future[object]:
-        """Start an asynchronous function on the loop of its kind."""
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, name="oldlogits-programs", daemon=True).start()
-
-        async def carry_out() -> object:
-            return await finished(cast("Awaitable[object]", attempt(call)))
-
-        return asyncio.run_coroutine_threadsafe(carry_out(), self._loop)
 
 
 def _in_thread(call: Callable[[], object]) -> Future[object]:
