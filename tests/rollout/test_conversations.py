@@ -452,6 +452,45 @@ def test_a_full_context_and_used_up_turns_are_refused_with_their_code():
     in_talk(used_up, max_turns=1)
 
 
+def test_many_requests_at_once_have_no_more_turns_and_only_answers_count():
+    async def elsewhere(call, *, is_tool=False):
+        await asyncio.sleep(0)  # whoever runs beside the event loop lets others go first
+        return call()
+
+    async def scenario(talk):
+        object.__setattr__(talk.agent, "run_environment", elsewhere)
+        gone = asyncio.create_task(talk.ask([user("gone")], tools=[TOOL]))
+        while not talk.engine.running:
+            await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        outcomes = await asyncio.gather(
+            *(talk.ask([user(f"hello {i}")], tools=[TOOL]) for i in range(50)), return_exceptions=True
+        )
+        refused = [outcome for outcome in outcomes if isinstance(outcome, ApiError)]
+        assert {refusal.code for refusal in refused} == {"max_turns"}
+        assert len(outcomes) - len(refused) == len(await talk.end()) == 3
+
+    in_talk(scenario, max_turns=3)
+
+
+@pytest.mark.parametrize("arguments", ['{"at": "\\ud83d"}', '{"at": NaN}', '{"at": ' + "[" * 900 + "]" * 900 + "}"])
+def test_arguments_of_a_call_that_are_no_json_that_others_can_read_stay_text_and_end_no_run(arguments):
+    async def scenario(talk):
+        call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": arguments}}
+        messages = [
+            user("hello"),
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "ok"},
+        ]
+        request = ChatCompletions().read({"model": "policy", "messages": messages})
+        assert request.messages[1].calls[0].arguments == arguments
+        await talk.conversations.answer(request)
+        assert not talk.conversations.failure.done()
+
+    in_talk(scenario)
+
+
 def test_after_its_end_an_episode_answers_nothing_and_what_runs_is_dropped():
     async def scenario(talk):
         await talk.ask([user("hello")])

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -409,5 +410,59 @@ def test_a_worker_that_dies_or_is_blocked_fails_its_episodes_alone_and_another_o
     assert well[0].reward == 2.0
     blocked, other, after = worked([[{"does": "blocks"}, {"does": "waits"}], [{"does": ""}]], timeout_s=1.0)[0]
     assert "timed out after 1 s" in blocked.reason
-    assert isinstance(other, Failure)
+    assert other.begins_again
     assert after[0].reward == 1.0
+
+
+OUTLIVES = """
+import json, subprocess, sys, time
+subprocess.Popen(["sleep", "100"], start_new_session=True)  # with the pipes of this one
+print(json.dumps({"reward": 0.5}), flush=True)
+time.sleep(float(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sleep_s", "expected"), [("0", 0.5), ("100", "the program timed out after 3 s")])
+def test_a_process_that_outlives_its_command_and_holds_its_pipes_holds_up_no_episode(sleep_s, expected, monkeypatch):
+    monkeypatch.setattr("oldlogits.rollout.gateway.programs._LAST_WORDS_S", 0.2)
+    script = "import urllib.request\n" + OUTLIVES
+    if sleep_s == "0":
+        script = SCRIPT.replace('print(json.dumps({"reward": len(os.listdir("."))}))', "") + OUTLIVES
+    (outcome,), _ = played((*command(script), sleep_s), row={"words": "hi"}, timeout_s=3.0)
+    assert (outcome.reason if isinstance(outcome, Failure) else outcome[0].reward) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the loop that is given up has tasks
+def test_a_function_that_blocks_the_event_loop_of_all_fails_and_the_others_begin_again():
+    block = threading.Event()
+    running = []
+
+    async def program(base_url, api_key, row):
+        if row["n"] == 0:
+            while len(running) < 3:
+                await asyncio.sleep(0)
+            block.wait(60)
+        running.append(row["n"])
+        await asyncio.sleep(0.1 if row["n"] == 0 else 0.5)
+        return (await says_hello(base_url, api_key, row))["reward"]
+
+    async def main():
+        world = World(program, timeout_s=2.0)
+        outcomes = await asyncio.wait_for(asyncio.gather(world.play(4)), 60)
+        return outcomes[0]
+
+    outcomes = asyncio.run(main())
+    block.set()
+    assert [(o.reason, o.begins_again) for o in outcomes] == [
+        ("the program timed out after 2 s", False),
+        *[("asynchronous code of another episode blocked the event loop of all", True)] * 3,
+    ]
+    ((branch,),), _ = played(says_hello, row={"n": 5})
+    assert branch.reward == 5.0, "another event loop has taken over"
+
+
+def test_a_plain_function_may_return_what_is_awaited():
+    ((branch,),), _ = played(lambda base_url, api_key, row: says_hello(base_url, api_key, row), row={"n": 2})
+    assert branch.reward == 2.0

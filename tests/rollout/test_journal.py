@@ -20,6 +20,7 @@ from oldlogits.rollout.journal.journal import FILE, Journal, read, to_bytes
 from oldlogits.rollout.journal.progress import Progress, group_of, number_of
 from oldlogits.rollout.journal.records import (
     Admitted,
+    Answered,
     Ended,
     Failed,
     Grew,
@@ -69,6 +70,7 @@ RECORDS = st.one_of(
         start=st.integers(0, 9),
         sampled=st.lists(spans(), min_size=1, max_size=2).map(tuple),
     ),
+    st.builds(Answered, episode=EPISODES, num_tokens=st.integers(1, 9)),
     st.builds(StateSaved, episode=EPISODES, num_segments=st.integers(0, 9), state=TEXTS.map(json.dumps)),
     st.builds(SpanScored, episode=EPISODES, version=VERSIONS, values=VALUES),
     st.builds(Ended, episode=EPISODES, reward=REWARDS, stop_reason=st.text(max_size=4)),

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import asdict
 
+import aiohttp
 import pytest
 
 from oldlogits.cli.main import run as command
@@ -98,3 +99,22 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_written(written,
     out.mkdir()
     (out / "mine").touch()
     assert command(["eval", str(tiny_folder), str(written), "--out", str(out)]) == 2
+
+
+async def asks_too_much_first(base_url, api_key, row):
+    """Is refused, and then answered in its second conversation."""
+    statuses = []
+    async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {api_key}"}) as session:
+        for words in ("please " * 5000, "please"):
+            body = {"messages": [{"role": "user", "content": words}]}
+            async with session.post(f"{base_url}/chat/completions", json=body) as answer:
+                statuses.append(answer.status)
+    return float(statuses == [400, 200])
+
+
+def test_an_agent_program_whose_first_conversation_came_to_nothing_is_evaluated(tiny_folder, tmp_path, capsys):
+    env = {"target": f"{__name__}:Moody", "program": f"{__name__}:asks_too_much_first"}
+    config = recipe(tiny_folder, env=env, eval={"num_episodes": 2, "success_at": 0.1}, runtime={"type": "local"})
+    written, out = write_recipe(tmp_path / "recipe.toml", config), tmp_path / "out"
+    assert command(["eval", str(tiny_folder), str(written), "--out", str(out)]) == 0
+    assert sorted((e.id, e.row, e.reward) for e in read_evaluation(out)) == [("eval.0", 0, 1.0), ("eval.1", 1, 1.0)]

@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import count
+from itertools import count, takewhile
 from typing import TypeGuard
 
 from oldlogits.core.environment import Row
 from oldlogits.core.source import LogprobSource
-from oldlogits.core.trajectory import Segment, episode_of
+from oldlogits.core.trajectory import Sampled, Segment, episode_of
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.record.bus import Event, EventSink
 from oldlogits.record.events import GroupAdmitted, GroupClosed, TrajectoryFailed, TrajectoryRestarted
@@ -24,7 +24,7 @@ from oldlogits.rollout.buffer import Buffer
 from oldlogits.rollout.environment_errors import EnvironmentFailed
 from oldlogits.rollout.journal.journal import Journal
 from oldlogits.rollout.journal.progress import EpisodeProgress, GroupProgress, Progress, group_of
-from oldlogits.rollout.journal.records import Admitted, Ended, Failed, LeftOut, Restarted, StateSaved, Told
+from oldlogits.rollout.journal.records import Admitted, Answered, Ended, Failed, LeftOut, Restarted, StateSaved, Told
 from oldlogits.rollout.player import Outcome, Player, Watch
 from oldlogits.rollout.tasks import TaskDataset
 from oldlogits.rollout.turn_latency import TurnLatency
@@ -141,6 +141,9 @@ class Rollouts(Admission):
         self.latency.grew(episode_of(trajectory_id), segments)
         if self._player.goes_on:  # otherwise it counts once it is whole
             self._journal.grew(trajectory_id, segments)
+        elif turn := list(takewhile(lambda segment: isinstance(segment, Sampled), reversed(segments))):
+            num_tokens = sum(len(segment.token_ids) for segment in turn)
+            self._journal.note(Answered(episode=episode_of(trajectory_id), num_tokens=num_tokens))
         self._source.on_segment_closed(trajectory_id, segments)
 
     def _withdraw(self, trajectory_id: str, segments: Sequence[Segment]) -> None:

@@ -172,7 +172,7 @@ class Evaluation:
         """An outcome as it is written."""
         failure = outcome if isinstance(outcome, Failure) else None
         branches = () if isinstance(outcome, Failure) else outcome
-        id = failure.id if failure else branches[0].id
+        id = failure.id if failure else branches[0].episode_id
         repeat, row = divmod(int(id.rpartition(".")[2]), len(self._rows))
         return EvaluatedEpisode(
             id=id,

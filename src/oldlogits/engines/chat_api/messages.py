@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from oldlogits.core.environment import JsonValue
 from oldlogits.core.errors import OldLogitsError
+from oldlogits.envs.text import read_json
 
 Role = Literal["system", "user", "assistant", "tool"]
 FinishReason = Literal["stop", "tool_calls", "length"]
@@ -187,8 +188,8 @@ def text_of(content: object, kinds: tuple[str, ...] = ("text", "input_text", "ou
 def arguments_of(written: str) -> Mapping[str, JsonValue] | str:
     """Return the arguments of a call as an object, or as they are written where they are none."""
     try:
-        found = json.loads(written or "{}")
-    except (ValueError, RecursionError):
+        found = read_json(written or "{}")
+    except ValueError:
         return written
     return found if isinstance(found, dict) else written
 

@@ -167,6 +167,14 @@ class Conversations:
 
     async def _answer(self, request: ChatRequest) -> ChatAnswer:
         self._check_open(request)
+        self._num_turns += 1
+        try:
+            return await self._turn_of(request)
+        except BaseException:
+            self._num_turns -= 1  # only answers count
+            raise
+
+    async def _turn_of(self, request: ChatRequest) -> ChatAnswer:
         sampling = self._rules.sampling(self._agent.sampling, request.wishes, self._counts.overridden)
         digests = digests_of(request)
         chat = await self._formats.of(digests[0], request.tools, self._agent.run_environment)
@@ -177,7 +185,6 @@ class Conversations:
             room = limits.max_tokens - len(branch.tokens) - len(read)
             if room <= 0:
                 raise _too_long(f"{len(branch.tokens) + len(read):,} tokens", limits.max_tokens)
-            self._num_turns += 1
             self._read.update(digests[1:])
             if place.kind == "rewritten":
                 self._counts.encoded_anew += len(read)

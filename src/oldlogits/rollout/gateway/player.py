@@ -13,7 +13,7 @@ from oldlogits.core.environment import Row
 from oldlogits.engines.chat_api.formats import ChatFormats
 from oldlogits.engines.chat_api.wishes import Rules
 from oldlogits.record.events import ConversationRewritten
-from oldlogits.rollout.environment_errors import EnvironmentFailed
+from oldlogits.rollout.environment_errors import EnvironmentFailed, EnvironmentLost
 from oldlogits.rollout.gateway.conversations import Conversations
 from oldlogits.rollout.gateway.counts import GatewayCounts
 from oldlogits.rollout.gateway.listener import Gateway
@@ -62,7 +62,8 @@ class ProgramPlayer(Player):
             ended_well = True
             return branches
         except EnvironmentFailed as failure:
-            return Failure(id=id, group_id=group_id, reason=str(failure), num_tokens=talk.num_sampled)
+            again, num_tokens = isinstance(failure, EnvironmentLost), talk.num_sampled
+            return Failure(id=id, group_id=group_id, reason=str(failure), begins_again=again, num_tokens=num_tokens)
         finally:
             if not ended_well:
                 await talk.close()

@@ -15,7 +15,8 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from asyncio.subprocess import SubprocessStreamProtocol
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from oldlogits.core.environment import Program, Row
 from oldlogits.envs.text import readable, write_json
 from oldlogits.rollout.answers import reward_of
 from oldlogits.rollout.environment_errors import EnvironmentFailed
-from oldlogits.rollout.environment_runner import attempt, finished
+from oldlogits.rollout.environment_runner import attempt, in_time
 
 _LAUNCH: Final = (
     "/bin/sh",
@@ -40,6 +41,8 @@ _LAUNCH: Final = (
 """Runs a command, with a limit of address space in KiB, until it or process $0 ends; the group ends with that process."""
 
 _LONGEST_LINE: Final = 1 << 20
+_LAST_WORDS_S: Final = 2.0
+"""Seconds that the pipes of a process that ended are still read: they stay open in one that left its process group."""
 _TOLD: Final = 2000
 """Characters of standard error that a failure quotes."""
 
@@ -96,13 +99,19 @@ class FunctionRunner(Runner):
         is_async = inspect.iscoroutinefunction(self._function) or inspect.iscoroutinefunction(
             getattr(self._function, "__call__", None)  # noqa: B004 - an object that is called
         )
+        timed_out = EnvironmentFailed(f"the program timed out after {self._timeout_s:g} s")
+        value = attempt(call) if is_async else await self._in_thread(call, timed_out)
+        return _reward(await in_time(value, self._timeout_s, timed_out) if inspect.isawaitable(value) else value)
+
+    async def _in_thread(self, call: Callable[[], object], timed_out: EnvironmentFailed) -> object:
+        future = _in_thread(call)
         try:
             async with asyncio.timeout(self._timeout_s):
-                if is_async:
-                    return _reward(await finished(cast("Awaitable[object]", attempt(call))))
-                return _reward(await asyncio.wrap_future(_in_thread(call)))
+                return await asyncio.wrap_future(future)
         except TimeoutError as error:
-            raise EnvironmentFailed(f"the program timed out after {self._timeout_s:g} s") from error
+            raise timed_out from error
+        finally:
+            future.cancel()
 
 
 def _in_thread(call: Callable[[], object]) -> Future[object]:
@@ -143,49 +152,71 @@ class CommandRunner(Runner):
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
     async def _run(self, address: Address, folder: str) -> float:
+        loop = asyncio.get_running_loop()
         try:
-            process = await asyncio.create_subprocess_exec(
+            transport, process = await loop.subprocess_exec(
+                lambda: _Process(limit=1 << 16, loop=loop),
                 *_LAUNCH,
                 str(os.getpid()),
                 str(self._memory_bytes >> 10),
                 *self._command,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
                 cwd=folder,
                 env=_environment(address),
                 start_new_session=True,
             )
         except OSError as error:
             raise EnvironmentFailed(f"{self._command[0]} cannot be started: {error}") from error
-        pipes = cast("tuple[asyncio.StreamReader, asyncio.StreamReader]", (process.stdout, process.stderr))
-        out, said = (asyncio.create_task(_tail(pipe)) for pipe in pipes)
+        out, said = _Tail(cast("asyncio.StreamReader", process.stdout)), _Tail(cast("asyncio.StreamReader", process.stderr))
         row = write_json(address.row).encode() + b"\n"
         giving = asyncio.create_task(_give(cast("asyncio.StreamWriter", process.stdin), row))
+        is_late = False
         try:
             async with asyncio.timeout(self._timeout_s):
-                status = await process.wait()
-        except TimeoutError as error:
-            heard = _quoted(await _killed(process, said))
-            raise EnvironmentFailed(f"the program timed out after {self._timeout_s:g} s{heard}") from error
+                await process.exited.wait()
+        except TimeoutError:
+            is_late = True
         finally:
             giving.cancel()
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            with suppress(ProcessLookupError):
-                await process.wait()
-        printed, told = await out, await said
-        if status:
+                os.killpg(transport.get_pid(), signal.SIGKILL)
+            try:
+                await process.exited.wait()
+                await asyncio.wait({out.reading, said.reading}, timeout=_LAST_WORDS_S)
+            finally:
+                out.reading.cancel()
+                said.reading.cancel()
+                transport.close()
+        if is_late:
+            raise EnvironmentFailed(f"the program timed out after {self._timeout_s:g} s{_quoted(said.kept)}")
+        if status := cast(int, transport.get_returncode()):
             how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
-            raise EnvironmentFailed(f"the program {how}{_quoted(told)}")
-        return _reward(_last_object(printed, told))
+            raise EnvironmentFailed(f"the program {how}{_quoted(said.kept)}")
+        return _reward(_last_object(out.kept, said.kept))
 
 
-async def _killed(process: asyncio.subprocess.Process, said: asyncio.Task[bytes]) -> bytes:
-    """Kill a process group; return the end of what it said."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    return await said
+class _Process(SubprocessStreamProtocol):
+    """A process that has `exited` when it has: its pipes may stay open in one that left its process group."""
+
+    def __init__(self, limit: int, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(limit, loop)
+        self.exited = asyncio.Event()
+
+    def process_exited(self) -> None:
+        """Tell who waits."""
+        super().process_exited()
+        self.exited.set()
+
+
+class _Tail:
+    """Reads a stream to its end; the end of what was read is `kept`."""
+
+    def __init__(self, stream: asyncio.StreamReader) -> None:
+        self.kept = b""
+        self.reading = asyncio.create_task(self._read(stream))
+
+    async def _read(self, stream: asyncio.StreamReader) -> None:
+        while chunk := await stream.read(1 << 16):
+            self.kept = (self.kept + chunk)[-_LONGEST_LINE:]
 
 
 async def _give(stdin: asyncio.StreamWriter, text: bytes) -> None:
@@ -194,14 +225,6 @@ async def _give(stdin: asyncio.StreamWriter, text: bytes) -> None:
         stdin.write(text)
         await stdin.drain()
         stdin.close()
-
-
-async def _tail(stream: asyncio.StreamReader) -> bytes:
-    """Read a stream to its end, and keep the end of it."""
-    kept = b""
-    while chunk := await stream.read(1 << 16):
-        kept = (kept + chunk)[-_LONGEST_LINE:]
-    return kept
 
 
 def _last_object(printed: bytes, told: bytes) -> object:

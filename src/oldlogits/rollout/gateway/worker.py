@@ -1,11 +1,11 @@
 """A process of its own for the functions of agent programs: their clients take as much time as the run's own controller.
 
     controller --{"number", "root", "key", "row"}--> worker: an event loop, and threads for plain functions
-               <--{"number", "reward" | "failed"}--
+               <--{"number", "reward" | "failed", "is_lost"}--
                --{"cancel": number}-->
 
-A worker that answers nothing, since a function blocks its event loop, is killed soon after the deadline of an episode; the
-other episodes that it had fail too, and say why. The next one starts another worker.
+An asynchronous function that blocks the event loop fails at its deadline; the others begin again on another one. A worker that
+answers nothing, or dies, fails its episodes; the next one starts another worker.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Final
 
 from oldlogits.core.environment import PROGRAMS
 from oldlogits.envs.text import write_json
-from oldlogits.rollout.environment_errors import EnvironmentFailed
+from oldlogits.rollout.environment_errors import EnvironmentFailed, EnvironmentLost
 from oldlogits.rollout.gateway.programs import Address, FunctionRunner, Runner
 
 _GRACE_S: Final = 5.0
@@ -58,10 +58,8 @@ class WorkerRunner(Runner):
             async with asyncio.timeout(self._timeout_s + _GRACE_S):
                 return await worker.play(address)
         except TimeoutError as error:
-            await worker.end("its process was killed: another episode's function had blocked the event loop of all")
-            raise EnvironmentFailed(
-                f"the program timed out after {self._timeout_s:g} s, and blocked its event loop: await what takes time"
-            ) from error
+            await worker.end("the process of agent programs was killed: it answered nothing")
+            raise EnvironmentFailed(f"the program timed out after {self._timeout_s:g} s, and its process with it") from error
 
     async def close(self) -> None:
         """End the process."""
@@ -142,7 +140,8 @@ class _Worker:
                 if "reward" in answer:
                     future.set_result(answer["reward"])
                 else:
-                    future.set_exception(EnvironmentFailed(answer["failed"]))
+                    kind = EnvironmentLost if answer["is_lost"] else EnvironmentFailed
+                    future.set_exception(kind(answer["failed"]))
         except (ConnectionError, ValueError) as error:
             self._fail(f"the process of agent programs: {error}")
         self._fail(f"the process of agent programs ended with status {await self._process.wait()}")
@@ -158,7 +157,7 @@ async def serve(target: str, timeout_s: float, fd: int) -> None:
         try:
             answer: dict[str, object] = {"reward": await runner.run(address)}
         except EnvironmentFailed as failure:
-            answer = {"failed": str(failure)}
+            answer = {"failed": str(failure), "is_lost": isinstance(failure, EnvironmentLost)}
         writer.write(json.dumps({"number": number, **answer}).encode() + b"\n")
 
     while line := await reader.readline():

@@ -10,6 +10,7 @@ from oldlogits.core.trajectory import Branches, Sampled, Segment, Trajectory, ep
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.rollout.journal.records import (
     Admitted,
+    Answered,
     Ended,
     Failed,
     Grew,
@@ -32,6 +33,7 @@ class EpisodeProgress:
     Args:
         branches: Its further branches, by id, where it has some.
         running: What the running turn has sampled, piece by piece as it grew: `num_running` tokens.
+        num_answered: Tokens of the turns that an agent program was given, whose segments are noted at its end.
         values: Old log-probs of all its tokens of a version, by version.
         state: The state of its environment as JSON text, after so many segments.
     """
@@ -39,6 +41,7 @@ class EpisodeProgress:
     segments: list[Segment] = field(default_factory=list)
     running: list[Sampled] = field(default_factory=list)
     num_running: int = 0
+    num_answered: int = 0
     values: dict[PolicyVersion, Sequence[float]] = field(default_factory=dict)
     state: tuple[int, str] | None = None
     ended: Ended | None = None
@@ -62,7 +65,7 @@ class EpisodeProgress:
     @property
     def num_sampled(self) -> int:
         """Its sampled tokens."""
-        return sum(self.versions.values())
+        return max(sum(self.versions.values()), self.num_answered)
 
     def extend(self, segments: Iterable[Segment]) -> None:
         """Add segments that are whole: no turn runs."""
@@ -96,6 +99,8 @@ class EpisodeProgress:
             yield Grew(episode=id, start=0, segments=tuple(self.segments))
         if self.running:
             yield Running(episode=id, num_segments=len(self.segments), start=0, sampled=tuple(self.running))
+        if self.num_answered:
+            yield Answered(episode=id, num_tokens=self.num_answered)
         if self.state is not None:
             yield StateSaved(episode=id, num_segments=self.state[0], state=self.state[1])
         for version, values in self.values.items():
@@ -197,7 +202,9 @@ class Progress:
         for group in groups:
             self.groups.pop(group, None)
 
-    def _apply_to_episode(self, record: Grew | Running | StateSaved | SpanScored | Ended | Failed | Restarted) -> bool:
+    def _apply_to_episode(
+        self, record: Grew | Running | Answered | StateSaved | SpanScored | Ended | Failed | Restarted
+    ) -> bool:
         group = self.groups.get(group_of(record.episode))
         if group is None:
             return False
@@ -220,6 +227,8 @@ class Progress:
                     raise ValueError(f"what follows {got}, where {known[1]} after {known[0]} are known: some are missing")
                 episode.running += record.sampled
                 episode.num_running += sum(len(piece.token_ids) for piece in record.sampled)
+            case Answered():
+                episode.num_answered += record.num_tokens
             case StateSaved():
                 episode.state = record.num_segments, record.state
             case SpanScored():

@@ -6,7 +6,7 @@ import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Final, cast
+from typing import Final, cast, get_args
 
 from pydantic import TypeAdapter
 
@@ -44,6 +44,14 @@ class Running:
     num_segments: int
     start: int
     sampled: tuple[Sampled, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """An agent program was given a turn of so many tokens: they are lost where its episode begins again."""
+
+    episode: str
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,14 +141,13 @@ class Published:
     probe: tuple[float, ...]
 
 
-Record = Admitted | Grew | Running | StateSaved | SpanScored | Ended | Failed | Restarted | LeftOut | Taken | Published
+Record = (
+    Admitted | Grew | Running | Answered | StateSaved | SpanScored | Ended | Failed | Restarted | LeftOut | Taken | Published
+)
 Told = Admitted | Failed | Restarted | LeftOut
 """What an event tells as well."""
 
-_KINDS: Final = {
-    kind.__name__: TypeAdapter(kind)
-    for kind in (Admitted, Grew, Running, StateSaved, SpanScored, Ended, Failed, Restarted, LeftOut, Taken, Published)
-}
+_KINDS: Final = {kind.__name__: TypeAdapter(kind) for kind in get_args(Record)}
 
 
 def encode(record: Record) -> bytes:
