@@ -22,8 +22,9 @@ from oldlogits.envs.tools import tool_schemas
 from oldlogits.models.chat.content import most_bytes
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.objective.advantages import advantages_of
+from oldlogits.rollout.asked import LONG
 from oldlogits.rollout.environment_runner import ThreadRunner, run_inline
-from oldlogits.rollout.turns import LONG, Agent, Failure, TurnLimits, run_episode
+from oldlogits.rollout.turns import Agent, Failure, TurnLimits, run_episode
 from order_desk.tiny import tiny_tokenizer
 
 from ..builders import sampled, trajectory

@@ -22,15 +22,14 @@ from oldlogits.core.engine import RolloutEngine
 from oldlogits.core.environment import Environment, ExplainingEnvironment, Row, RowSource, Scripted, Split
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.trajectory import Sampled, Segment
-from oldlogits.envs.base import load_environment
+from oldlogits.envs.rows import row_misfit
 from oldlogits.envs.tools import tool_names, tool_schemas
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.models.chat.template import ChatTokenizer, Said
 from oldlogits.rollout.environment_errors import EnvironmentFailed, Raised, answering
 from oldlogits.rollout.environment_runner import ThreadRunner
-from oldlogits.rollout.tasks import TaskDataset, row_misfit
 from oldlogits.rollout.turns import Failure, run_episode
-from oldlogits.run.tasks import make_agent
+from oldlogits.run.tasks import environment_of, make_agent, rows_of
 
 T = TypeVar("T")
 
@@ -98,7 +97,7 @@ def play(options: PlayOptions, number: int, console: Console, read: Callable[[st
     """
     recipe = config_from_table(read_toml(Path(options.target))) if options.target.endswith(".toml") else None
     env = recipe.env if recipe else EnvConfig(target=options.target, adapter=options.adapter)
-    environment_class = load_environment(env.target, env.adapter)
+    environment_class = environment_of(env)
     row, runner = _row(options, number, env, environment_class), ThreadRunner(timeout_s=env.timeout_s, latency_s=0.0, seed=0)
     made: list[object] = []
 
@@ -155,14 +154,15 @@ def _row(options: PlayOptions, number: int, env: EnvConfig, environment_class: t
             raise ConfigError("--row does not fit the environment", got=misfit, allowed=allowed, fix="correct it")
         return row
     named = env.train_data if options.split == "train" else env.eval_data
-    if not named and not isinstance(environment_class, RowSource):
+    if not env.mixture and not named and not isinstance(environment_class, RowSource):
         raise ConfigError(
             f"{environment_class.__name__} makes no rows",
             got="no row",
             allowed="a row: the arguments of reset as a JSON object",
             fix="play a recipe that names rows, or add --row '{...}', or define make_row(split, index) -> dict",
         )
-    dataset, index = TaskDataset(environment_class, seed=0, train_data=named, eval_data=named), options.index + number
+    files = env if env.mixture else replace(env, train_data=named, eval_data=named)
+    dataset, index = rows_of(files, environment_class, seed=0, needs_heldout=True), options.index + number
     return dataset.train(index) if options.split == "train" else dataset.heldout(index + 1)[-1]
 
 
@@ -189,10 +189,14 @@ class _Shown:
             chat.tokenizer,
         )
 
-    def prompt_ids(self, opening: str, system: str | None = None) -> list[int]:
+    def for_tools(self, tools: Sequence[Row]) -> _Shown:
+        return self  # who writes by the template of one's own reads no tools
+
+    def prompt_ids(self, opening: Sequence[Said], system: str | None = None) -> list[int]:
         if system:
             _say(self._console, "system", system)
-        _say(self._console, "user", opening)
+        for role, content in opening:
+            _say(self._console, "agent" if role == "assistant" else role, content)
         return self._chat.prompt_ids(opening, system)
 
     def continuation_ids(self, said: Sequence[Said]) -> list[int]:

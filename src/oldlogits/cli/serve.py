@@ -18,10 +18,10 @@ from oldlogits.core.engine import EngineSpec
 from oldlogits.core.environment import MODELS
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.registry import require
-from oldlogits.envs.base import load_environment
 from oldlogits.models.checksums import check_model_sums
 from oldlogits.rpc.processes import name_process
 from oldlogits.run.start import prepare_model
+from oldlogits.run.tasks import environment_of
 
 if TYPE_CHECKING:
     from oldlogits.engines.embedded.process import EngineProcess
@@ -115,7 +115,7 @@ def _check_options(options: ServeOptions) -> None:
 def _folder(model: str) -> Path:
     """Return the model's folder; that of a starting model is made first, if it is not cached."""
     config = RunConfig(model=ModelConfig(path=model))
-    environment_class = load_environment(config.env.target, config.env.adapter)
+    environment_class = environment_of(config.env)
     folder = prepare_model(config, environment_class, lambda note: print(note, flush=True)).model
     check_model_folder(folder, fix=f"name a Hugging Face folder, or a starting model ({', '.join(MODELS.names)})")
     check_model_sums(folder)

@@ -5,7 +5,8 @@ A range stands in the annotation of its field; the string below a field is what 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -27,7 +28,7 @@ from oldlogits.config.ranges import (
 from oldlogits.config.systems import EngineConfig, LockstepConfig, RayConfig, RuntimeConfig, VersionsConfig
 from oldlogits.core.backend import BACKENDS
 from oldlogits.core.engine import ENGINES
-from oldlogits.core.environment import ADAPTERS
+from oldlogits.core.environment import ADAPTERS, McpServer
 from oldlogits.core.loss import LOSSES
 from oldlogits.core.parser import PARSERS
 from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, VARIANTS
@@ -137,13 +138,32 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PartConfig:
+    """One environment of a mixture."""
+
+    target: str
+    """As `env.target`."""
+    weight: Annotated[float, Gt(0), Le(1e6)] = 1.0
+    """Its share of the groups, compared with the weights of the others."""
+    name: str = ""
+    """What its rows are marked by; empty: the last part of the target."""
+    adapter: Annotated[str, ADAPTERS] = "class"
+    """As `env.adapter`."""
+    train_data: str = ""
+    """As `env.train_data`."""
+    eval_data: str = ""
+    """As `env.eval_data`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EnvConfig:
     """The environment and the turns with it."""
 
     target: str = "desk"
     """desk, desk_long, desk_slow, or "package.module:Class"."""
     adapter: Annotated[str, ADAPTERS] = "class"
-    """What makes an environment of the target: class (the target is one), or "package.module:Name"."""
+    """What makes an environment of the target: class (the target is one), trl (it is what environment_factory of TRL's
+    GRPOTrainer takes), tau2 or vitabench ("FOLDER:DOMAIN" of a checkout), mcp (see env.mcp), or "package.module:Name"."""
     program: str = ""
     """"package.module:function": an agent program that plays the episodes in the place of the target, as
     `function(base_url, api_key, row)`, which returns a reward; it talks to the run as to any chat-completions server. The
@@ -158,6 +178,15 @@ class EnvConfig:
     unmet_wishes: Literal["override", "refuse"] = "override"
     """env.program, env.command: what becomes of parameters of a request that training cannot honour, such as another
     temperature, a grammar or n > 1. override: the run's own count, and it is shown how often. refuse: an error says why."""
+    mcp: tuple[McpServer, ...] = ()
+    """MCP servers whose tools the model is offered, such as [{command = ["python", "server.py"]}] or [{url = "http://..."}]:
+    the environment, in place of the target; env.reward says what is worth what."""
+    reward: str = ""
+    """A function "package.module:function" whose reward of an episode is added to that of the class; empty: none is."""
+    group_reward: str = ""
+    """A function "package.module:function" that makes the rewards of a whole group of their own; empty: that of the class."""
+    mixture: tuple[PartConfig, ...] = ()
+    """Several environments in one run, in place of target, adapter, train_data and eval_data: a table [[env.mixture]] each."""
     train_data: str = ""
     """A JSONL file of tasks for training, one `reset(**row)` a line; empty: the class makes its own rows."""
     eval_data: str = ""
@@ -182,6 +211,13 @@ class EnvConfig:
     def is_program(self) -> bool:
         """Whether an agent program plays the episodes."""
         return bool(self.program or self.command)
+
+    @property
+    def words(self) -> tuple[str, str]:
+        """The target and the adapter that make the environment: the keys of these names, or what env.mcp says."""
+        if not self.mcp:
+            return self.target, self.adapter
+        return json.dumps([asdict(server) for server in self.mcp]), "mcp"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

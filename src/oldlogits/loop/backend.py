@@ -15,8 +15,8 @@ from oldlogits.core.engine import EngineKind, EngineSpec, RolloutEngine, ServerO
 from oldlogits.core.engine_stats import Incident
 from oldlogits.core.environment import Environment
 from oldlogits.core.scoring import DedicatedScorer
+from oldlogits.rollout.asked import EnvironmentRunner
 from oldlogits.rollout.buffer import Buffer
-from oldlogits.rollout.turns import EnvironmentRunner
 from oldlogits.train.calls import TrainerCalls
 from oldlogits.train.spec import ScorerSpec, TrainerSpec
 

@@ -5,15 +5,23 @@ from __future__ import annotations
 import codecs
 import inspect
 import json
+import math
 import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import cast
 
 from oldlogits.core.environment import Environment, Row, RowSource, Split
 from oldlogits.core.errors import ConfigError, EnvironmentShapeError, reading
+from oldlogits.envs.delegate import BY
+from oldlogits.envs.rows import row_misfit
 
 ROWS_PER_SEED = 1_000_000
 """Training rows that a class makes are numbered from seed * ROWS_PER_SEED, so that runs of other seeds see others."""
+_FINEST = 1000
+"""The finest share of a weight that is told apart."""
 _LONGEST = 200
 """Characters of a row that an error quotes."""
 
@@ -106,20 +114,58 @@ class TaskDataset:
         )
 
 
-def row_misfit(environment_class: type[Environment], row: object) -> str:
-    """Say why a row is not what the environment's `reset` can be called with; empty: it can."""
-    if not isinstance(row, dict) or not all(isinstance(key, str) for key in row):
-        return "no JSON object"
-    try:
-        signature = inspect.signature(environment_class.reset)
-    except (AttributeError, TypeError, ValueError):  # it says nothing of itself
-        return ""
-    itself = [None] if inspect.isfunction(inspect.getattr_static(environment_class, "reset")) else []
-    try:
-        signature.bind(*itself, **row)
-    except TypeError as error:
-        return str(error)
-    return ""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixedRows:
+    """The rows of one environment of a mixture, and its weight."""
+
+    rows: TaskDataset
+    weight: float
+
+
+class MixtureDataset(TaskDataset):
+    """Rows of several environments, each with the key that says which one plays it.
+
+    Rows come in blocks in which every environment has as many as its weight says, in an order that depends on the seed; each
+    environment's own rows follow each other as if it were alone.
+
+    Args:
+        parts: The rows of each environment, by its name.
+        seed: The run's seed.
+    """
+
+    def __init__(self, parts: Mapping[str, MixedRows], *, seed: int) -> None:
+        self._parts, self._seed = parts, seed
+        shares = [Fraction(part.weight).limit_denominator(_FINEST) or Fraction(1, _FINEST) for part in parts.values()]
+        whole = math.lcm(*(share.denominator for share in shares))
+        counts = [int(share * whole) for share in shares]
+        common = math.gcd(*counts)
+        self._counts = {name: count // common for name, count in zip(parts, counts, strict=True)}
+        self._block = [name for name, count in self._counts.items() for _ in range(count)]
+
+    def train(self, index: int) -> Row:
+        """Training row `index`, from 0."""
+        block, place = divmod(index, len(self._block))
+        order = random.Random(f"mixture {self._seed}/{block}").sample(self._block, len(self._block))
+        name = order[place]
+        return self._marked(name, self._parts[name].rows.train(block * self._counts[name] + order[:place].count(name)))
+
+    def heldout(self, num: int) -> list[Row]:
+        """About `num` held-out rows: of every environment as many as its weight says, one at least."""
+        marked: list[Row] = []
+        for name, part in self._parts.items():
+            share = max(1, round(num * self._counts[name] / len(self._block)))
+            marked += [self._marked(name, row) for row in part.rows.heldout(share if num else 0)]
+        return marked
+
+    def _marked(self, name: str, row: Row) -> Row:
+        if BY in row:
+            raise ConfigError(
+                f"a row of the mixture has the key {BY}, which says who plays it",
+                got=f"{name}: {repr(row)[:_LONGEST]}",
+                allowed=f"rows without the key {BY}",
+                fix="rename it, in the rows and in reset",
+            )
+        return {BY: name, **row}
 
 
 def _takes(environment_class: type[Environment]) -> str:

@@ -15,6 +15,7 @@ from oldlogits.core.environment import ChatOptions, Environment
 from oldlogits.core.errors import ModelFolderError
 from oldlogits.core.parser import ToolCall, call_writer, make_parser
 from oldlogits.envs.base import system_prompt_of
+from oldlogits.envs.delegate import toolsets_of
 from oldlogits.envs.tools import tool_schemas
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.models.load import load_tokenizer, read_model_config
@@ -30,7 +31,11 @@ def chat_format(config: RunConfig, folder: Path, environment_class: type[Environ
         ConfigError: The template cannot write what the environment needs.
     """
     options = replace(chat_options(config), eos_ids=end_ids(folder))
-    return ChatFormat(load_tokenizer(folder), tool_schemas(environment_class), system_prompt_of(environment_class), options)
+    tools, system = tool_schemas(environment_class), system_prompt_of(environment_class)
+    chat = ChatFormat(load_tokenizer(folder), tools, system, options)
+    for others in toolsets_of(environment_class):
+        chat.for_tools(others)
+    return chat
 
 
 def chat_options(config: RunConfig) -> ChatOptions:

@@ -7,7 +7,8 @@ template(messages)                                            -> the text; where
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, lru_cache, partial
 from typing import Final
 
@@ -48,7 +49,7 @@ class ChatFormat:
         options: ChatOptions = AS_IT_IS,
     ) -> None:
         self.tokenizer, self._encoder, self._system = tokenizer, ContentEncoder(tokenizer), system_prompt
-        self._options = options
+        self._options, self._others = options, {json.dumps(list(tools)): self}  # formats of other tools, by these
         self.most_bytes: Final = most_bytes(tokenizer)
         self._template = Template(tokenizer, tools, options)
         lead, after = self._template.around_turn()
@@ -76,15 +77,22 @@ class ChatFormat:
         self._head: Final = self._encoder.from_last_control(self._end_of_turn + bare)
         self._turns: Final = ContentEncoder(tokenizer, {*self.stop_ids, *control})
 
+    def for_tools(self, tools: Sequence[Mapping[str, object]]) -> ChatFormat:
+        """Give the same format for an environment with other tools; raises as when it was made."""
+        key = json.dumps(tools)
+        if key not in self._others:
+            self._others[key] = ChatFormat(self.tokenizer, tools, self._system, self._options)
+        return self._others[key]
+
     def with_tools(self, tools: Sequence[Mapping[str, object]]) -> ChatFormat:
         """Return how the same tokenizer writes conversations with other tools and without a system prompt of their own."""
         return ChatFormat(self.tokenizer, tools, "", self._options)
 
-    def prompt_ids(self, opening: str, system: str | None = None) -> list[int]:
-        """Give the tokens up to the start of the first assistant turn.
+    def prompt_ids(self, opening: str | Sequence[Said], system: str | None = None) -> list[int]:
+        """Give the tokens up to the start of the first sampled turn.
 
         Args:
-            opening: What the user says first; somebody's words.
+            opening: What the user says first, or a conversation that begins and ends with a user; somebody's words.
             system: A system prompt in place of the environment's own, such as a row's; somebody's words. Empty: there is none.
 
         Raises:
@@ -92,11 +100,14 @@ class ChatFormat:
             ConfigError: The template refuses them.
         """
         write, own = self._template.opening, self._system if system is None else system
-        text = write(own, opening)
-        words, bare = [_words(write(own, SENTINEL), text)], write(SENTINEL if system else own, SENTINEL)
+        said: tuple[Said, ...] = (("user", opening),) if isinstance(opening, str) else tuple(opening)
+        text = write(own, said)
+        words = [_words(write(own, one), text) for one in _each_without(said)]
+        bare = write(SENTINEL if system else own, [(role, SENTINEL) for role, _ in said])
         if system:
             self._check_system()
-            words = sorted([_words(write(SENTINEL, opening), text), *words])
+            words.append(_words(write(SENTINEL, said), text))
+        words.sort()
         control = self._encoder.control_ids(self._encoder.encode(bare))
         return self._encoder.encode_around(text, words, control_ids=control, anchor=self._end_of_turn, is_start=True)
 
@@ -162,8 +173,7 @@ class ChatFormat:
         if len(said) == 1:
             words = [_words(bare, text)]
         else:
-            without = ((*said[:i], (role, SENTINEL), *said[i + 1 :]) for i, (role, _) in enumerate(said))
-            words = sorted(_words(self._after(one), text) for one in without)
+            words = sorted(_words(self._after(one), text) for one in _each_without(said))
         anchor = self._end_of_turn
         return tuple(self._encoder.encode_around(text, words, control_ids=control, anchor=anchor, is_start=False))
 
@@ -179,6 +189,12 @@ class ChatFormat:
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _each_without(said: tuple[Said, ...]) -> Iterator[tuple[Said, ...]]:
+    """The same messages, each time with the sentinel in place of one's words."""
+    for i, (role, _) in enumerate(said):
+        yield (*said[:i], (role, SENTINEL), *said[i + 1 :])
 
 
 def _words(bare: str, text: str) -> Span:

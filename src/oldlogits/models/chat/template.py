@@ -16,10 +16,11 @@ from oldlogits.models.chat.content import Encoder
 Message = Mapping[str, object]
 """``{"role": ..., "content": ...}``; of an assistant that calls tools, also ``"tool_calls"`` as Hugging Face writes them."""
 
-Role = Literal["tool", "user", "system"]
+Role = Literal["tool", "user", "assistant", "system"]
 
 Said = tuple[Role, str]
-"""What the environment says to a turn, or a part of it: a role and somebody's words."""
+"""A message without its marks: a role and somebody's words. The environment says ones of "tool" and "user"; a conversation that
+had begun before has ones of "assistant" as well."""
 
 NAMES_ONLY: Final = "{#- oldlogits: tools by name -#}"
 """A template that holds this comment shows the names of tools and nothing else of them, and means to."""
@@ -60,9 +61,9 @@ class Template:
         self._are_written = bool(tools) and not self._tells
         self._takes = cache(self._takes_after_one_another)
 
-    def opening(self, system: str, user: str) -> str:
-        """Return the text up to the start of the first assistant turn."""
-        return self._render(self._first(system, user))
+    def opening(self, system: str, said: Sequence[Said]) -> str:
+        """Return the text up to the start of the first sampled turn; the first message is a user's."""
+        return self._render([*self._first(system, said[0][1]), *({"role": role, "content": text} for role, text in said[1:])])
 
     def conversation(self, messages: Sequence[Message]) -> str:
         """Return the text of a conversation that others have written, up to the start of the next assistant turn."""
