@@ -2,8 +2,9 @@
 
     agent(base_url, api_key, row) -> reward
 
-The model has five tools and a customer, who is scripted. The reward is 1 if every order is as the policy would leave it, and the
-customer was told the right words; else 0. Point it at any server: `python agent.py` reads a row from standard input.
+The model has five tools and a customer, who is scripted. The reward is 1 if every order is as the policy would leave it, and
+the customer was told the right words; else 0. `python agent.py` serves one customer, whose row is on standard input, with the
+server that OPENAI_BASE_URL names.
 """
 
 from __future__ import annotations

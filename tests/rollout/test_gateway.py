@@ -282,9 +282,8 @@ def test_a_stream_says_what_a_plain_answer_says():
 
 def test_all_interfaces_go_on_from_the_same_tokens():
     async def program(base_url, api_key, row):
-        _, one = await post(
-            base_url, api_key, {"input": "hello", "tools": [dict(TOOL["function"], type="function")]}, "responses"
-        )
+        tools = [dict(TOOL["function"], type="function")]
+        _, one = await post(base_url, api_key, {"input": "hello", "tools": tools}, "responses")
         (item,) = [i for i in one["output"] if i["type"] == "function_call"]
         result = {"type": "function_call_output", "call_id": item["call_id"], "output": "a lamp"}
         history = [{"role": "user", "content": "hello"}, *one["output"], result]
@@ -306,6 +305,7 @@ def test_all_interfaces_go_on_from_the_same_tokens():
         return 1.0
 
     (branches,), world = played(program, engine=Engine(says=lambda prompt: (*spell(CALL), END)))
+    assert not isinstance(branches, Failure), branches
     assert len(branches) == 1
     assert dict(world.counts.requests) == {"opened": 1, "continued": 2}
 

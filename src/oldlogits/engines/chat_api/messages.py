@@ -80,7 +80,7 @@ class ChatRequest:
     """A conversation that waits for the assistant's next turn.
 
     Args:
-        tools: One ``{"type": "function", "function": {"name", "description", "parameters"}}`` each, as chat templates take them.
+        tools: What chat templates take of each: ``{"type": "function", "function": {"name", "description", "parameters"}}``.
         logprobs: Whether the log-probs of the sampled tokens are wanted.
         token_ids: Whether the ids of all tokens are wanted.
         stream: Whether the answer is wanted as events.
