@@ -40,12 +40,23 @@ def environment_of(env: EnvConfig) -> type[Environment]:
 def rows_of(env: EnvConfig, environment_class: type[Environment], *, seed: int, needs_heldout: bool) -> TaskDataset:
     """Return the rows of a recipe, those of a mixture from all of its environments."""
     if not env.mixture:
-        files = {"train_data": env.train_data, "eval_data": env.eval_data}
-        return TaskDataset(environment_class, seed=seed, needs_heldout=needs_heldout, any_row=env.is_program, **files)
+        return TaskDataset(
+            environment_class,
+            seed=seed,
+            train_data=env.train_data,
+            eval_data=env.eval_data,
+            needs_heldout=needs_heldout,
+            any_row=env.is_program,
+        )
     parts = {}
     for name, part in named_parts(env.mixture).items():
-        cls, files = players_of(environment_class)[name], {"train_data": part.train_data, "eval_data": part.eval_data}
-        rows = TaskDataset(cls, seed=seed, needs_heldout=needs_heldout, **files)
+        rows = TaskDataset(
+            players_of(environment_class)[name],
+            seed=seed,
+            train_data=part.train_data,
+            eval_data=part.eval_data,
+            needs_heldout=needs_heldout,
+        )
         parts[name] = MixedRows(rows=rows, weight=part.weight)
     return MixtureDataset(parts, seed=seed)
 

@@ -28,11 +28,12 @@ from oldlogits.engines.chat_api.messages import ApiError, ChatAnswer, ChatMessag
 from oldlogits.engines.chat_api.turn import read_turn
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.rollout.answers import size_of
+from oldlogits.rollout.asked import named, off_loop
 from oldlogits.rollout.environment_errors import EnvironmentFailed
 from oldlogits.rollout.gateway.counts import GatewayCounts
 from oldlogits.rollout.gateway.formats import ChatFormats, as_written, digests_of, next_digest, raised, refusal_or
 from oldlogits.rollout.gateway.wishes import Rules
-from oldlogits.rollout.turns import Agent, named, off_loop, sampled_segments
+from oldlogits.rollout.turns import Agent, sampled_segments
 
 Rewritten = Callable[[str, int, str, int], None]
 """Told of a conversation that goes on with other messages: the branch, the first that differs, its role, the tokens encoded."""

@@ -14,7 +14,7 @@ from oldlogits.core.parser import Parser, ToolCall, WritingParser
 from oldlogits.engines.chat_api.messages import ChatMessage, ChatRequest
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.models.chat.template import Message
-from oldlogits.rollout.turns import EnvironmentRunner
+from oldlogits.rollout.asked import EnvironmentRunner
 
 T = TypeVar("T")
 Refusal = ConfigError | ContentError
