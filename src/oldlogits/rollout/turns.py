@@ -22,6 +22,7 @@ from oldlogits.core.errors import ConfigError, ContentError
 from oldlogits.core.parser import Parser
 from oldlogits.core.trajectory import Context, Sampled, Segment, Trajectory
 from oldlogits.envs.base import ToolErrors, prompt_of, prompt_to_ask, system_prompt_of
+from oldlogits.envs.text import readable
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.models.chat.template import Message, Said
 from oldlogits.rollout.answers import opening_of, reward_of, size_of, words_of
