@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from oldlogits.config.schema import RunConfig
-from oldlogits.core.environment import PROGRAMS, Environment
+from oldlogits.core.environment import PROGRAMS, Environment, ProgramSource
 from oldlogits.loop.backend import Backend
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.rollout.player import ClassPlayer, Player
@@ -33,16 +33,21 @@ async def open_player(
     from oldlogits.rollout.gateway.formats import ChatFormats
     from oldlogits.rollout.gateway.listener import Gateway
     from oldlogits.rollout.gateway.player import ProgramPlayer
-    from oldlogits.rollout.gateway.programs import CommandRunner, FunctionRunner
+    from oldlogits.rollout.gateway.programs import CommandRunner, FunctionRunner, Runner
     from oldlogits.rollout.gateway.wishes import Rules
 
-    async with Gateway().listening() as gateway:
+    runner: Runner
+    if env.command:
+        runner = CommandRunner(env.command, timeout_s=env.program_timeout_s, memory_bytes=env.program_memory_bytes)
+    else:
+        own: object = environment_class
+        program = own.program if isinstance(own, ProgramSource) else PROGRAMS.find(env.program)
+        runner = FunctionRunner(program, timeout_s=env.program_timeout_s)
+    async with Gateway().listening() as gateway, runner.opened():
         yield ProgramPlayer(
             agent=agent,
             formats=ChatFormats(chat.with_tools),
             gateway=gateway,
-            program=FunctionRunner(PROGRAMS.find(env.program), timeout_s=env.program_timeout_s)
-            if env.program
-            else CommandRunner(env.command, timeout_s=env.program_timeout_s, memory_bytes=env.program_memory_bytes),
+            program=runner,
             rules=Rules(unmet=env.unmet_wishes),
         )

@@ -15,13 +15,14 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from functools import partial
 from typing import Final, Protocol, cast
 
-from oldlogits.core.environment import Program
+from oldlogits.core.environment import Program, ServedProgram
+from oldlogits.core.errors import RolloutError
 from oldlogits.envs.text import readable, write_json
 from oldlogits.rollout.answers import reward_of
 from oldlogits.rollout.environment_errors import EnvironmentFailed
@@ -46,6 +47,10 @@ _TOLD: Final = 2000
 
 class Runner(Protocol):
     """Runs an agent program."""
+
+    def opened(self) -> AbstractAsyncContextManager[None]:
+        """Hold what its episodes share."""
+        return nullcontext()
 
     async def run(self, address: Address) -> float:
         """Play one episode; return its reward.
@@ -82,6 +87,36 @@ class FunctionRunner(Runner):
         finally:
             future.cancel()
         return _reward(value)
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[None]:
+        """Hold what the function shares among its episodes, from one task of its event loop.
+
+        Raises:
+            RolloutError: It cannot be opened.
+        """
+        if not isinstance(self._function, ServedProgram):
+            yield
+            return
+        serving, is_open, ending = self._function.serving, Future[None](), asyncio.Event()
+
+        async def hold() -> None:
+            async with serving():
+                is_open.set_result(None)
+                await ending.wait()
+
+        holding = asyncio.wrap_future(self._started(hold))
+        try:
+            await asyncio.wait({holding, asyncio.wrap_future(is_open)}, return_when=asyncio.FIRST_COMPLETED)
+            if holding.done():
+                holding.result()
+            yield
+        except EnvironmentFailed as error:
+            allowed, fix = "servers that start", "see what it says"
+            raise RolloutError("what all episodes share cannot be opened", got=str(error), allowed=allowed, fix=fix) from error
+        finally:
+            cast("asyncio.AbstractEventLoop", self._loop).call_soon_threadsafe(ending.set)
+            await asyncio.gather(holding, return_exceptions=True)
 
     def _started(self, call: Callable[[], object]) -> Future[object]:
         """Start an asynchronous function on the loop of its kind."""
