@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,9 @@ import tomli_w
 from oldlogits.cli.main import run as command
 from oldlogits.config.check import check
 from oldlogits.config.load import config_from_table
-from oldlogits.core.engine import EngineSpec
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.trajectory import Sampled
-from oldlogits.engines.embedded.engine import EngineCore
-from oldlogits.engines.embedded.stepwise import EmbeddedEngine
+from oldlogits.models.chat.format import ChatFormat
 from oldlogits.rollout.environment_runner import ThreadRunner
 from oldlogits.rollout.gateway.counts import GatewayCounts
 from oldlogits.rollout.gateway.formats import ChatFormats
@@ -24,24 +23,14 @@ from oldlogits.rollout.gateway.programs import FunctionRunner
 from oldlogits.rollout.gateway.wishes import Rules
 from oldlogits.rollout.player import ClassPlayer
 from oldlogits.rollout.turns import Failure
-from oldlogits.run.chat import chat_format
-from oldlogits.run.tasks import environment_of, load_tasks, make_agent
+from oldlogits.run.tasks import environment_of, load_tasks
 
-from ...rollout.test_conversations import CHAT, END, Engine, Talk, spell
+from ...rollout.test_conversations import CHAT, END, TOKENIZER, Engine, Talk, spell
 from ...runs import check_accounting, events_of, summary_of, tokens_of
 
-pytestmark = [pytest.mark.envs, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.envs, pytest.mark.timeout(240), pytest.mark.usefixtures("installed")]
 
-FOLDER = Path(__file__).with_name("verifiers_environments")
-
-
-@pytest.fixture(autouse=True)
-def installed(monkeypatch):
-    """The environments beside this file can be imported, here and by the servers of their tools."""
-    import os
-
-    monkeypatch.syspath_prepend(FOLDER)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FOLDER), os.environ.get("PYTHONPATH", "")]))
+FOLDER = Path(__file__).parent
 
 
 def config_of(id, args=None, model="", **env):
@@ -155,32 +144,33 @@ class Words:
         return sum(word in low for word in self._said) / max(len(self._said), 1)
 
 
-@pytest.mark.slow
-def test_the_class_and_the_environment_of_verifiers_have_the_same_tokens_and_rewards(tiny_folder):
-    config = config_of("word_talk", max_tokens_per_turn=12)
-    rows = environment_of(config.env).rows["train"]
-    chat = chat_format(config, tiny_folder, Words)
+def test_the_class_and_the_environment_of_verifiers_have_the_same_tokens_and_rewards():
+    def says(prompt):
+        """What is likeliest after a prompt: the same for the same tokens."""
+        rng = random.Random(f"{prompt}")
+        return (*spell(" ".join(f"w{rng.randrange(20)}" for _ in range(rng.randint(1, 5)))), END)
 
-    async def drive(engine):
-        while True:
-            await asyncio.sleep(0 if engine.drive_once() else 1e-3)
+    config = config_of("word_talk")
+    rows = environment_of(config.env).rows["train"]
 
     async def main():
-        engine = EmbeddedEngine(EngineCore(EngineSpec(model_path=str(tiny_folder), max_num_seqs=8, max_context=128)))
-        driving = asyncio.create_task(drive(engine))
-        agent = make_agent(config.env, engine, chat, ThreadRunner(timeout_s=60, latency_s=0, seed=0), temperature=1.0)
-        by_class = ClassPlayer(agent=agent, environment_class=Words).evaluating(0.0)
+        agent = Talk(Engine(says=says)).agent
+        object.__setattr__(agent, "chat", ChatFormat(TOKENIZER, (), Words.system_prompt))
+        object.__setattr__(agent, "run_environment", ThreadRunner(timeout_s=60, latency_s=0, seed=0))
+        by_class = ClassPlayer(agent=agent, environment_class=Words)
         starts = [{"start": row["task"]["prompt"]} for row in rows]
         one = await asyncio.gather(*(by_class.play(row, id=f"c.{i}", group_id="c") for i, row in enumerate(starts)))
-        other = await play(agent, ChatFormats(chat.with_tools), config, rows)
-        driving.cancel()
-        return one, other
+        return one, await play(agent, ChatFormats(CHAT.with_tools), config, rows)
 
+    rewards = set()
     for one, other in zip(*asyncio.run(main()), strict=True):
         assert not isinstance(other, Failure), other.reason
         ((mine,), (theirs,)) = one, other
         assert [s.token_ids for s in theirs.segments] == [s.token_ids for s in mine.segments]
+        assert len(mine.segments) == 6
         assert theirs.reward == pytest.approx(mine.reward)
+        rewards.add(mine.reward)
+    assert len(rewards) > 3
 
 
 @pytest.mark.slow

@@ -104,12 +104,14 @@ class VerifiersProgram:
             EpisodeError: It ended with errors, or the policy plays an agent that is not to be trained.
         """
         from verifiers.v1 import EvalClientConfig, ModelContext
+        from verifiers.v1.configs.client import ClientTimeoutConfig
 
         env = self._environments[str(row.get("split", "train"))]
         variable = f"OLDLOGITS_API_KEY_{secrets.token_hex(8)}"  # its clients read keys from variables
         os.environ[variable] = api_key
         try:
-            client = EvalClientConfig(base_url=base_url, api_key_var=variable)
+            waits = ClientTimeoutConfig(connect=None)  # it runs on this machine, and an episode has its deadline
+            client = EvalClientConfig(base_url=base_url, api_key_var=variable, timeout=waits)
             episode = await env.run_episode(_task(env, row), ModelContext(model=_MODEL, client=client))
         finally:
             del os.environ[variable]

@@ -1,7 +1,12 @@
 """An environment of verifiers as people write one: a taskset, a conversation, and a harness that runs in this process."""
 
+import json
+from contextlib import AsyncExitStack
+
 import verifiers.v1 as vf
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, omit
+from verifiers.v1.dialects.chat import message_to_wire
+from verifiers.v1.harnesses.utils.mcp import call_mcp, connect_mcp
 
 LOW = {f"w{i}" for i in range(10)}
 
@@ -53,23 +58,29 @@ class TalkEnv(vf.Env[TalkConfig]):
 
 
 class InProcess(vf.Harness[vf.HarnessConfig]):
-    """Asks for a turn, and calls nothing."""
+    """Asks for turns until one calls nothing."""
 
-    APPENDS_SYSTEM_PROMPT = True
-    SUPPORTS_RESUME = True
+    APPENDS_SYSTEM_PROMPT = SUPPORTS_MCP = SUPPORTS_RESUME = True
     EXECUTES_CODE = NEEDS_CONTAINER = False
 
     async def launch(self, ctx, trace, runtime, endpoint, secret, mcp_urls, data, tool_interception_url=None):
-        """Ask for one turn."""
+        """Play until the user is to speak."""
         system, prompt = self.resolve_prompt(data)
-        said = (
-            [{"role": "user", "content": prompt}]
-            if isinstance(prompt, str)
-            else [m.model_dump(exclude_none=True) for m in prompt]
-        )
-        messages = [{"role": "system", "content": system}, *said]
-        async with AsyncOpenAI(base_url=endpoint, api_key=secret, max_retries=0) as client:
-            await client.chat.completions.create(model=ctx.model, messages=messages)
+        said = [vf.UserMessage(content=prompt)] if isinstance(prompt, str) else prompt
+        messages = [{"role": "system", "content": system}, *map(message_to_wire, said)]
+        async with AsyncExitStack() as stack:
+            client = await stack.enter_async_context(AsyncOpenAI(base_url=endpoint, api_key=secret, max_retries=0, timeout=600))
+            urls = {"mcpServers": {name: {"url": url} for name, url in mcp_urls.items()}}
+            tools, places, servers = await connect_mcp(urls, stack)
+            calls = [None]
+            while calls:
+                completion = await client.chat.completions.create(model=ctx.model, messages=messages, tools=tools or omit)
+                message = completion.choices[0].message
+                messages.append(message.model_dump(exclude_none=True))
+                calls = message.tool_calls or []
+                for call in calls:
+                    answer = await call_mcp(servers, places, call.function.name, json.loads(call.function.arguments))
+                    messages.append({"role": "tool", "tool_call_id": call.id, "content": answer})
         return vf.ProgramResult(exit_code=0, stdout="", stderr="")
 
 
