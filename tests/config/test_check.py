@@ -88,6 +88,7 @@ REFUSED = {  # key -> values just outside, and beyond
     "eval.every": [-1],
     "eval.num_episodes_during": [-1],
     "eval.num_calibration": [-1],
+    "eval.success_at": [math.inf, math.nan, -1e16],
     "eval.max_concurrent": [0],
     "record.tokens_every": [-1],
     "record.transcripts_every": [-1],

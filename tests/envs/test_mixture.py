@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter as Tally
 
 import pytest
+from rich.console import Console
 
+from oldlogits.cli.play import PlayOptions
+from oldlogits.cli.play import play as play_by_hand
 from oldlogits.config.check import check
 from oldlogits.config.load import config_from_table, override
 from oldlogits.core.errors import ConfigError
@@ -131,6 +135,28 @@ def test_a_mixture_is_saved_with_the_name_of_the_environment_that_plays_where_al
     assert [schema["function"]["name"] for schema in second.tool_schemas] == ["give"]
 
 
+def test_it_is_played_by_hand_as_each_of_its_environments(tmp_path):
+    path = tmp_path / "mixed.toml"
+    path.write_text("".join(f'[[env.mixture]]\ntarget = "{HERE}:{name}"\n' for name in ("Greeter", "EchoAgain")))
+    written = []
+    for index in (0, 1):
+        console = Console(file=io.StringIO(), width=200)
+        lines = ["bye", "say x"]
+
+        def read(prompt, lines=lines):
+            if not lines:
+                raise EOFError
+            return lines.pop()
+
+        reward = play_by_hand(PlayOptions(target=str(path), index=index), 0, console, read).reward
+        written.append((console.file.getvalue(), reward))
+    texts = "".join(text for text, _ in written)
+    assert "Several environments: Greeter, EchoAgain." in texts
+    assert "because" in texts
+    assert "tool  x" in texts
+    assert sorted(reward for _, reward in written) == [1.0, 2.0]
+
+
 def test_rows_are_checked_against_the_environment_that_they_name():
     environment = loaded()
     assert row_misfit(environment, {BY: "Greeter", "name": "Ann"}) == ""
@@ -152,11 +178,19 @@ def test_every_block_of_rows_has_the_weights_shares_and_each_environments_rows_f
 
 
 def test_held_out_rows_are_shared_out_by_weight():
-    held = load_tasks(mixed())[1].heldout(9)
-    assert [(row[BY], row.get("name", row.get("said"))) for row in held] == [
-        *[("Greeter", f"heldout{i}") for i in range(6)],
-        *[("EchoAgain", f"heldout{i}") for i in range(3)],
+    rows = load_tasks(mixed())[1]
+    assert [(row[BY], row.get("name", row.get("said"))) for row in rows.heldout(7)] == [
+        *[("Greeter", "heldout0"), ("EchoAgain", "heldout0"), ("Greeter", "heldout1"), ("Greeter", "heldout2")],
+        *[("EchoAgain", "heldout1"), ("Greeter", "heldout3"), ("Greeter", "heldout4")],
     ]
+    assert all(rows.heldout(num) == rows.heldout(7)[:num] for num in range(7))
+
+    class Few:
+        def heldout(self, num):
+            return [{"index": i} for i in range(min(num, 2))]
+
+    few = MixtureDataset({str(i): MixedRows(rows=Few(), weight=weight) for i, weight in enumerate((9, 1))}, seed=0)
+    assert [(row[BY], row["index"]) for row in few.heldout(20)] == [("0", 0), ("0", 1), ("1", 0), ("1", 1)]
     assert load_tasks(mixed())[1].heldout(0) == []
 
 

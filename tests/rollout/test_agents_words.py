@@ -146,6 +146,7 @@ def check_records(folder, played):
             else:
                 rewards = [outcome.reward]
                 figures = {"mean": 1.0, "low": 0.0, "high": 1.0, "num_episodes": 1, "rewards": rewards, "seconds_s": 0.0}
+                figures |= {"reward_mean": 1.0, "reward_low": 0.0, "reward_high": 1.0, "success_at": 1.0}
                 recorder.emit(Evaluated(version=0, stage="before", mode="sampled", trajectories=[outcome], **figures))
     texts = [[s.text for s in episode.segments] for episode in read_episodes(folder / "episodes.jsonl")]
     assert texts == [[decode(s.token_ids) for s in p.segments] for p in played if isinstance(p, Trajectory)]

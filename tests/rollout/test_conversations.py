@@ -13,14 +13,14 @@ from oldlogits.core.engine import Generation, Sampling, Span
 from oldlogits.core.errors import WorkerDiedError
 from oldlogits.core.trajectory import Context, Sampled, episode_of
 from oldlogits.engines.chat_api.completions import ChatCompletions
+from oldlogits.engines.chat_api.formats import ChatFormats
 from oldlogits.engines.chat_api.messages import ApiError
+from oldlogits.engines.chat_api.wishes import Rules
 from oldlogits.envs.parsers.hermes import HermesParser
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.rollout.environment_runner import run_inline
 from oldlogits.rollout.gateway.conversations import Conversations
 from oldlogits.rollout.gateway.counts import GatewayCounts
-from oldlogits.rollout.gateway.formats import ChatFormats
-from oldlogits.rollout.gateway.wishes import Rules
 from oldlogits.rollout.turns import Agent, TurnLimits
 from oldlogits.sources.in_flight import InFlightTokens
 
@@ -102,7 +102,7 @@ class Talk:
         )
         self.agent = agent
         self.conversations = Conversations(
-            "g000001.2", agent, ChatFormats(CHAT.with_tools), rules or Rules(), self.counts, lambda *r: self.rewritten.append(r)
+            "g000001.2", agent, ChatFormats(CHAT.for_tools), rules or Rules(), self.counts, lambda *r: self.rewritten.append(r)
         )
 
     def _withdraw(self, name, segments):

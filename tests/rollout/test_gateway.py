@@ -12,14 +12,14 @@ import pytest
 
 from oldlogits.core.errors import RolloutError, WorkerDiedError
 from oldlogits.core.trajectory import Context, Sampled
+from oldlogits.engines.chat_api.formats import ChatFormats
+from oldlogits.engines.chat_api.wishes import Rules
 from oldlogits.rollout.environment_errors import EnvironmentFailed
 from oldlogits.rollout.environment_runner import ThreadRunner
 from oldlogits.rollout.gateway.counts import GatewayCounts
-from oldlogits.rollout.gateway.formats import ChatFormats
 from oldlogits.rollout.gateway.listener import Gateway
 from oldlogits.rollout.gateway.player import ProgramPlayer
 from oldlogits.rollout.gateway.programs import CommandRunner, FunctionRunner
-from oldlogits.rollout.gateway.wishes import Rules
 from oldlogits.rollout.player import Watch
 from oldlogits.rollout.turns import Failure
 
@@ -48,7 +48,7 @@ class World:
         async with Gateway().listening() as gateway, runner.opened():
             self.gateway = gateway
             player = ProgramPlayer(
-                agent=agent, formats=ChatFormats(CHAT.with_tools), gateway=gateway, program=runner, rules=self.rules,
+                agent=agent, formats=ChatFormats(CHAT.for_tools), gateway=gateway, program=runner, rules=self.rules,
                 counts=self.counts,
             ).watched(Watch(report=agent.report, withdraw=agent.withdraw, drop=self.dropped.extend))  # fmt: skip
             object.__setattr__(player.agent, "run_environment", ThreadRunner(timeout_s=20.0, latency_s=0.0, seed=0))

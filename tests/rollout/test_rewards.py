@@ -32,7 +32,6 @@ class Scored(Counter):
 
 
 async def ended(environment, *script, saved=None, **changes):
-    told = []
     agent = Agent(
         engine=ScriptedEngine(*script),
         chat=chat_of(environment),
@@ -40,38 +39,36 @@ async def ended(environment, *script, saved=None, **changes):
         limits=dataclasses.replace(DEFAULT, **changes),
         sampling=Sampling(max_tokens=1, temperature=1.0),
         run_environment=run_here,
-        ended=told.append,
+        keeps_messages=True,
         save=None if saved is None else lambda *state: saved.append(state),
     )
-    return await run_episode(agent, environment, {"start": 1}, id="g.0", group_id="g"), told
+    return await run_episode(agent, environment, {"start": 1}, id="g.0", group_id="g")
 
 
 def played(environment, *script, **changes):
-
     return asyncio.run(ended(environment, *script, **changes))
 
 
 def test_the_rewards_of_turns_are_added_to_that_of_the_episode_and_told_one_by_one():
-    trajectory, [told] = played(Scored, CALL, "hello", "hello", "bye")
-    assert told.turn_rewards == (1.0, 2.0, 3.0, 4.0)
+    trajectory = played(Scored, CALL, "hello", "hello", "bye")
+    assert trajectory.turn_rewards == (1.0, 2.0, 3.0, 4.0)
     assert trajectory.reward == 3 + 10
-    plain, [told] = played(Counter, CALL, "hello", "hello", "bye")
-    assert (plain.reward, told.turn_rewards) == (3.0, ())
+    plain = played(Counter, CALL, "hello", "hello", "bye")
+    assert (plain.reward, plain.turn_rewards) == (3.0, ())
 
 
 def test_a_turn_that_is_cut_off_is_not_answered_and_has_no_reward():
-    trajectory, [told] = played(Scored, ids("hello hello"), max_tokens_per_turn=2)
-    assert (trajectory.stop_reason, told.turn_rewards, trajectory.reward) == ("turn_too_long", (), 1.0)
-    trajectory, [told] = played(Scored, CALL, CALL, max_turns=2)
-    assert (trajectory.stop_reason, told.turn_rewards) == ("max_turns", (1.0, 2.0))
+    trajectory = played(Scored, ids("hello hello"), max_tokens_per_turn=2)
+    assert (trajectory.stop_reason, trajectory.turn_rewards, trajectory.reward) == ("turn_too_long", (), 1.0)
+    trajectory = played(Scored, CALL, CALL, max_turns=2)
+    assert (trajectory.stop_reason, trajectory.turn_rewards) == ("max_turns", (1.0, 2.0))
 
 
 @pytest.mark.parametrize("reward", [None, float("nan"), "1", MAX_REWARD])
 def test_a_reward_of_a_turn_that_is_no_number_fails_the_episode(reward):
     wrong = type("Wrong", (Counter,), {"get_turn_reward": lambda self: reward})
-    outcome, told = played(wrong, CALL, CALL, "bye", "bye", "bye")
+    outcome = played(wrong, CALL, CALL, "bye", "bye", "bye")
     assert isinstance(outcome, Failure)
-    assert told == []
     assert "get_turn_reward returned" in outcome.reason or "the rewards of the turns returned" in outcome.reason
 
 
@@ -80,8 +77,8 @@ def test_the_messages_after_the_prompt_are_told_and_given_to_a_reward_that_wants
         def get_reward(self, messages):
             return float(len(messages))
 
-    trajectory, [told] = played(Reading, CALL, "hello", "hello", "bye")
-    assert told.messages == (
+    trajectory = played(Reading, CALL, "hello", "hello", "bye")
+    assert trajectory.messages == (
         {"role": "assistant", "content": "<call> add 2 </call>"},
         {"role": "tool", "content": "total is 3"},
         {"role": "assistant", "content": "hello"},

@@ -10,8 +10,8 @@ from typing import Annotated
 
 import tyro
 
+from oldlogits.config.episodes import EnvConfig
 from oldlogits.config.model_folder import check_model_folder
-from oldlogits.config.schema import EnvConfig
 from oldlogits.core.environment import MODELS, ModelOrder
 from oldlogits.models.cache import cache_folder, cached
 from oldlogits.run.tasks import environment_of

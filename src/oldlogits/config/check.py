@@ -11,10 +11,12 @@ from pathlib import Path
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
+from oldlogits.config.episodes import EnvConfig
 from oldlogits.config.guard import refuse_idle
+from oldlogits.config.mixture import check_mixture, mixture_files
 from oldlogits.config.model_folder import check_model_folder
 from oldlogits.config.reader import build, fields_by_key, registry_of
-from oldlogits.config.schema import EnvConfig, RunConfig
+from oldlogits.config.schema import RunConfig
 from oldlogits.config.servers import check_servers
 from oldlogits.core.backend import BACKENDS
 from oldlogits.core.environment import PROGRAMS, is_model_folder
@@ -55,6 +57,7 @@ def check(config: RunConfig, *, needs_model: bool = True) -> None:
     _check_names(config)
     check_source(config.variant, config.proximal.source)
     _check_against_each_other(config)
+    check_mixture(config.env.mixture, config.env, EnvConfig())
     check_servers(config)
     template_kwargs(config)
     _check_program(config)
@@ -152,17 +155,8 @@ def _check_against_each_other(config: RunConfig) -> None:
         if not holds:
             got = f"{key} = {attrgetter(key)(config)}"
             raise ConfigError(f"{key} is out of range", got=got, allowed=allowed, fix=fix)
-    alone = [(key, name) for key, name in (("env.train_data", env.train_data), ("env.eval_data", env.eval_data)) if name]
-    if env.mixture and (alone or (env.target, env.adapter) != (EnvConfig().target, EnvConfig().adapter)):
-        raise ConfigError(
-            "a mixture takes the place of env.target, env.adapter, env.train_data and env.eval_data",
-            got=f"env.target = '{env.target}' and {len(env.mixture)} tables [[env.mixture]]",
-            allowed="either a target or a mixture",
-            fix="move the target into a table [[env.mixture]]",
-        )
-    for i, part in enumerate(env.mixture):
-        alone += [(f"env.mixture[{i}].train_data", part.train_data), (f"env.mixture[{i}].eval_data", part.eval_data)]
-    for key, name in alone:
+    files = [("env.train_data", env.train_data), ("env.eval_data", env.eval_data), *mixture_files(env.mixture)]
+    for key, name in files:
         allowed, fix = "a JSONL file, or empty", f"correct the path, which begins at {Path.cwd()}, or write the file"
         with reading(ConfigError, f"{key} names no file", got=f"{name!r}", allowed=allowed, fix=fix):
             if name and not Path(name).is_file():

@@ -7,7 +7,7 @@ A trajectory alternates `Context` (prompt, tool results, user turns: not sampled
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Literal
@@ -81,6 +81,8 @@ class Trajectory:
     Args:
         segments: In the order of the tokens; versions never decrease.
         stop_reason: Why the episode ended: "done", "max_turns", "max_tokens", ...
+        turn_rewards: What the environment gave for each turn, where it does; `reward` is the sum of all.
+        messages: The messages after the first prompt, ``{"role": ..., "content": ...}`` each, where a group reward reads them.
     """
 
     id: str
@@ -88,6 +90,8 @@ class Trajectory:
     segments: tuple[Segment, ...]
     reward: float
     stop_reason: str
+    turn_rewards: tuple[float, ...] = ()
+    messages: tuple[Mapping[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         starts_with_context = bool(self.segments) and isinstance(self.segments[0], Context)
@@ -160,9 +164,9 @@ def branch_id(episode_id: str, number: int) -> str:
     return f"{episode_id}#{number}" if number else episode_id
 
 
-def is_success(reward: float) -> bool:
-    """Whether an episode of this reward succeeded: the reward is at least 1."""
-    return reward >= 1.0
+def is_success(reward: float, success_at: float) -> bool:
+    """Whether an episode of this reward succeeded, by `eval.success_at`."""
+    return reward >= success_at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

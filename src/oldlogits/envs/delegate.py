@@ -80,6 +80,7 @@ def mixture_of(classes: Mapping[str, type[Environment]]) -> type[Environment]:
     players = {name: Player(environment=c, make=c, tools=tool_schemas(c)) for name, c in classes.items()}
     errors = [getattr(c, "tool_errors", ()) for c in classes.values()]
     body: dict[str, object] = {
+        "__doc__": f"Several environments: {', '.join(players)}.",
         "players": players,
         "tool_errors": tuple({one for each in errors for one in (each if isinstance(each, tuple) else (each,))}),
         "get_reward": own_reward,
@@ -87,7 +88,7 @@ def mixture_of(classes: Mapping[str, type[Environment]]) -> type[Environment]:
         "system_prompt": property(_prompt),
     }
     if any(hasattr(c, "explain_reward") for c in classes.values()):
-        body["explain_reward"] = lambda self: cast(ExplainingEnvironment, self.played).explain_reward()
+        body["explain_reward"] = _explain
     if all(map(can_be_saved, classes.values())):
         body |= {"save_state": _save_state, "load_state": _load_state}
     return type("Mixture", (Delegate,), body)
@@ -101,8 +102,10 @@ def players_of(environment: type[Environment]) -> dict[str, type[Environment]]:
 
 
 def toolsets_of(environment: type[Environment]) -> list[Sequence[Row]]:
-    """Return the tools of each class that plays behind a class."""
-    return [player.tools for player in environment.players.values()] if issubclass(environment, Delegate) else []
+    """Return the tools of each class that plays behind a class, or its own, as far as they are known before an episode."""
+    if not issubclass(environment, Delegate):
+        return [tool_schemas(environment)]
+    return [player.tools for player in environment.players.values()]
 
 
 def then(value: object, do: Callable[..., T]) -> T:
@@ -128,6 +131,12 @@ def _reply(self: Delegate, message: str) -> object:
     if not hasattr(self.played, "reply"):
         raise NotImplementedError
     return cast(ConversingEnvironment, self.played).reply(message)
+
+
+def _explain(self: Delegate) -> str:
+    if not hasattr(self.played, "explain_reward"):
+        raise NotImplementedError
+    return cast(ExplainingEnvironment, self.played).explain_reward()
 
 
 def _prompt(self: Delegate) -> object:

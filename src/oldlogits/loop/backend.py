@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from oldlogits.config.episodes import EnvConfig, RolloutConfig
 from oldlogits.config.guard import Caution
-from oldlogits.config.schema import EnvConfig, RolloutConfig
 from oldlogits.config.systems import LockstepConfig, RayConfig, RuntimeConfig
 from oldlogits.core.engine import EngineKind, EngineSpec, RolloutEngine, ServerOptions
 from oldlogits.core.engine_stats import Incident

@@ -83,9 +83,8 @@ class Loop:
         self._sync, self._audit, self._calibrator = sync, audit, calibrator
         self._recording, self._events, self._journal = recording, recording.events, journal
         rollout, num_running = config.rollout, config.eval.max_concurrent
-        self._evaluator = Evaluator(
-            task, self._events, backend.clock, num_running=num_running, max_failed_share=rollout.max_failed_share
-        )
+        rule = {"max_failed_share": rollout.max_failed_share, "success_at": config.eval.success_at}
+        self._evaluator = Evaluator(task, self._events, backend.clock, num_running=num_running, **rule)
         bound = StalenessBound(max_staleness=config.max_lag, prompts_per_update=rollout.prompts_per_update)
         self.checkpoints = Checkpoints(config.record, recording, backend.trainer, journal, real_time=backend.real_time)
         self.buffer = Buffer(bound, filter_uniform=rollout.filter_uniform, min_size=rollout.min_group_size)
@@ -236,7 +235,8 @@ class Loop:
         self.state.num_updates += 1
         times, self._last_ended = timer.end() | {"time/stall_s": stall_s}, timer.ended
         used = usage_metrics(before, await self._counters(), times["time/update_s"])
-        of_loop = batch_metrics(groups, result.staleness_counts, times["time/update_s"]) | queue_metrics(self.buffer)
+        lags, success_at = result.staleness_counts, self._config.eval.success_at
+        of_loop = batch_metrics(groups, lags, times["time/update_s"], success_at=success_at) | queue_metrics(self.buffer)
         metrics = {**result.metrics, **times, **self.source.metrics(), **rollouts.metrics(), **of_loop, **used}
         kept_bytes = published.store_bytes + metrics.get("average/stored_bytes", 0.0)
         of_copies = copies(self._backend.engine.capabilities, kept_bytes, self._config.bytes_per_parameter * self._num_trained)

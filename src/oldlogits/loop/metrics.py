@@ -82,14 +82,23 @@ def usage_metrics(before: Mapping[str, float], after: Mapping[str, float], wall_
     }
 
 
-def batch_metrics(groups: Sequence[TrajectoryGroup], lags: Mapping[int, int], wall_s: float) -> dict[str, float]:
-    """What was trained: the groups of the batch, and its loss tokens by staleness; `wall_s` are the update's seconds."""
+def batch_metrics(
+    groups: Sequence[TrajectoryGroup], lags: Mapping[int, int], wall_s: float, *, success_at: float
+) -> dict[str, float]:
+    """What was trained.
+
+    Args:
+        groups: The groups of the batch.
+        lags: Its loss tokens by staleness.
+        wall_s: The seconds of the update.
+        success_at: The reward from which an episode counts as a success.
+    """
     trajectories = [t for group in groups for t in group.trajectories]
     rewards = [[branches[0].reward for branches in group.episodes] for group in groups]
     num, num_loss_tokens = sum(map(len, rewards)), sum(lags.values())
     return {
         "reward/mean": sum(map(sum, rewards)) / num,
-        "reward/success": sum(is_success(reward) for group in rewards for reward in group) / num,
+        "reward/success": sum(is_success(reward, success_at) for group in rewards for reward in group) / num,
         "reward/uniform_groups": sum(len(set(group)) == 1 for group in rewards) / len(groups),
         "episode/num": num,
         "episode/branches": len(trajectories) / num,

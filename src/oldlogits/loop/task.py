@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from oldlogits.config.schema import EvalConfig, RecordConfig, RolloutConfig, RunConfig
+from oldlogits.config.episodes import EvalConfig, RolloutConfig
+from oldlogits.config.schema import RecordConfig, RunConfig
 from oldlogits.objective.advantages import AdvantageMode, BranchWeight
 from oldlogits.rollout.player import Player
 from oldlogits.rollout.tasks import TaskDataset

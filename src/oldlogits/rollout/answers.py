@@ -67,8 +67,8 @@ def _message_of(value: object) -> tuple[str, str]:
     raise EnvironmentFailed(f"reset returned {_shortened(value)}, not a message of system, user or assistant with a text")
 
 
-def reward_of(value: object, giver: str = "get_reward") -> float:
-    """What was returned as a reward, if it is a number that training can work with; a scalar of numpy or torch is one."""
+def reward_of(value: object, method: str = "get_reward") -> float:
+    """What a method returned as a reward, if it is a number that training can work with; a scalar of numpy or torch is one."""
     number = value
     try:
         if not isinstance(value, Real) and callable(item := getattr(value, "item", None)):
@@ -78,7 +78,7 @@ def reward_of(value: object, giver: str = "get_reward") -> float:
     except (ValueError, TypeError, RuntimeError):  # an array of several numbers, in numpy's and torch's words
         pass
     raise EnvironmentFailed(
-        f"{giver} returned {type(value).__name__} {_shortened(value)}, not a number within +-{MAX_REWARD:g}"
+        f"{method} returned {type(value).__name__} {_shortened(value)}, not a number within +-{MAX_REWARD:g}"
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Final, Protocol, TypeVar, cast
 
@@ -15,7 +15,7 @@ from oldlogits.envs.rewards import takes_messages
 from oldlogits.envs.text import readable, spoken
 from oldlogits.envs.tools import BoundCall, calls_of, can_be_saved, render_result
 from oldlogits.models.chat.format import ChatFormat
-from oldlogits.models.chat.template import Message, Said
+from oldlogits.models.chat.template import Said
 from oldlogits.rollout.answers import reward_of, size_of, text_of
 from oldlogits.rollout.environment_errors import EnvironmentFailed, Raised, answering, errors_of
 
@@ -108,7 +108,7 @@ class AskedEnvironment:
         errors = errors_of(type(self._environment), method, self._tool_errors)
         return await named(self._run, name, answering(call, errors), is_tool=True)
 
-    async def reward(self, messages: Sequence[Message]) -> float:
+    async def reward(self, messages: Sequence[Mapping[str, str]]) -> float:
         """Ask for the reward at the end, for which the environment may want the messages."""
         ask: Callable[..., float] = self._environment.get_reward
         return await self._number(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Literal
 
@@ -141,6 +141,25 @@ class Buffer:
         """Take an episode that ended well."""
         self._entries[episode[0].group_id].episodes.append(episode)
 
+    def ended(self, group_id: str) -> list[Branches]:
+        """The episodes of a group that have ended well, in the order of their ids."""
+        entry = self._entries[group_id]
+        entry.episodes.sort(key=lambda branches: branches[0].id)
+        return list(entry.episodes)
+
+    def regrade(self, group_id: str, rewards: Sequence[float]) -> None:
+        """Replace the rewards of the episodes of a group that have ended well, in the order of `ended`."""
+        entry = self._entries[group_id]
+        pairs = zip(self.ended(group_id), rewards, strict=True)
+        entry.episodes = [tuple(replace(branch, reward=reward) for branch in branches) for branches, reward in pairs]
+
+    def fail_ended(self, group_id: str) -> None:
+        """Count the episodes of a group that had ended well as failed: they have no reward."""
+        entry = self._entries[group_id]
+        self.account.failed += len(entry.episodes)
+        entry.num_failed += len(entry.episodes)
+        entry.episodes = []
+
     def fail(self, group_id: str, *, again: bool = False) -> None:
         """Count a trajectory that its environment ended; with `again` another one is played in its place."""
         self.account.failed += 1
@@ -152,7 +171,7 @@ class Buffer:
     def close(self, group_id: str) -> AdmittedGroup:
         """Queue a group whose members have all ended, or filter it."""
         entry = self._entries[group_id]
-        members = entry.episodes = sorted(entry.episodes, key=lambda branches: branches[0].id)
+        members = self.ended(group_id)
         if len(members) < self._min_size:
             entry.left_out = "small"
         elif self._filter_uniform and len({branches[0].reward for branches in members}) < 2:

@@ -18,9 +18,10 @@ from oldlogits.core.source import LogprobSource
 from oldlogits.core.trajectory import Segment, episode_of
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.record.bus import Event, EventSink
-from oldlogits.record.events import ConversationRewritten, GroupAdmitted, GroupClosed, TrajectoryFailed, TrajectoryRestarted
+from oldlogits.record.events import GroupAdmitted, GroupClosed, TrajectoryFailed, TrajectoryRestarted
 from oldlogits.rollout.admission import Admission
 from oldlogits.rollout.buffer import Buffer
+from oldlogits.rollout.environment_errors import EnvironmentFailed
 from oldlogits.rollout.journal.journal import Journal
 from oldlogits.rollout.journal.progress import EpisodeProgress, GroupProgress, Progress, group_of
 from oldlogits.rollout.journal.records import Admitted, Ended, Failed, LeftOut, Restarted, StateSaved, Told
@@ -151,13 +152,6 @@ class Rollouts(Admission):
     def _save(self, trajectory_id: str, num_segments: int, state: str) -> None:
         self._journal.note(StateSaved(episode=trajectory_id, num_segments=num_segments, state=state))
 
-    def _tell_rewritten(self, trajectory_id: str, message: int, role: str, num_tokens: int) -> None:
-        self._events.emit(
-            ConversationRewritten(
-                version=self.version, trajectory=trajectory_id, message=message, role=role, num_tokens=num_tokens
-            )
-        )
-
     def _may_start(self) -> bool:
         return not self._later and super()._may_start()
 
@@ -193,6 +187,7 @@ class Rollouts(Admission):
         async with asyncio.TaskGroup() as members:
             for member in range(size):
                 members.create_task(self._play_member(group_id, member, row, episodes))
+        await self._grade(group_id, row)
         closed = self._buffer.close(group_id)
         event = GroupClosed(
             version=self.version,
@@ -222,6 +217,19 @@ class Rollouts(Admission):
         else:
             await self._source.on_arrival(closed.trajectories)
 
+    async def _grade(self, group_id: str, row: Row) -> None:
+        """Give the episodes of a group the rewards that their player makes of them all; without these they have failed."""
+        episodes = self._buffer.ended(group_id)
+        try:
+            self._buffer.regrade(group_id, await self._player.grade(row, episodes))
+        except EnvironmentFailed as failure:
+            self._buffer.fail_ended(group_id)
+            for branches in episodes:
+                id = branches[0].episode_id
+                self._source.drop(branch.id for branch in branches)
+                self._tell(Failed(episode=id, again=False, version=self.version, reason=str(failure)))
+                self.failures.count(Failure(id=id, group_id=group_id, reason=str(failure)), self.version)
+
     async def _play_member(self, group_id: str, member: int, row: Row, episodes: Mapping[str, EpisodeProgress]) -> None:
         """Play an episode; where it fails, play it again as `g000012.3r1`, `g000012.3r2`, ..."""
         for replay in count():  # what was promised before the run was ended is played, whatever the recipe allows now
@@ -235,7 +243,7 @@ class Rollouts(Admission):
             if not isinstance(outcome, Failure):
                 for branch in outcome:
                     self._journal.grew(branch.id, branch.segments)
-                self._journal.note(Ended(episode=id, reward=outcome[0].reward, stop_reason=outcome[0].stop_reason))
+                self._journal.note(Ended.of(outcome[0]))
                 self._buffer.end(outcome)
                 self.failures.count(None, self.version)
                 return

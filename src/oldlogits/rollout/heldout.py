@@ -18,6 +18,7 @@ class Evaluation:
     """What came of held-out episodes, in the order of their rows: its trajectories, or its failure."""
 
     outcomes: tuple[Outcome, ...]
+    success_at: float
 
     @property
     def rewards(self) -> tuple[float | None, ...]:
@@ -31,8 +32,8 @@ class Evaluation:
 
     @property
     def num_successes(self) -> int:
-        """Episodes of reward >= 1."""
-        return sum(is_success(branches[0].reward) for branches in self.episodes)
+        """Episodes of at least the reward of a success."""
+        return sum(is_success(branches[0].reward, self.success_at) for branches in self.episodes)
 
 
 async def evaluate(
@@ -43,6 +44,7 @@ async def evaluate(
     temperature: float,
     num_running: int,
     tell: Callable[[Outcome], None],
+    success_at: float = 1.0,
 ) -> Evaluation:
     """Play one episode per row.
 
@@ -53,6 +55,7 @@ async def evaluate(
         temperature: The sampling temperature; 0 for greedy decoding.
         num_running: Episodes played at the same time.
         tell: Is given every outcome as it is there: one for each row, and those of episodes that begin again.
+        success_at: The reward from which an episode counts as a success.
     """
     evaluating = player.evaluating(temperature)
     outcomes: dict[int, Outcome] = {}
@@ -73,4 +76,4 @@ async def evaluate(
         if i not in outcomes:
             outcomes[i] = Failure(id=f"{name}.{i}", group_id=name, reason="not played: its task was cancelled")
             tell(outcomes[i])
-    return Evaluation(outcomes=tuple(outcomes[i] for i in range(len(rows))))
+    return Evaluation(outcomes=tuple(outcomes[i] for i in range(len(rows))), success_at=success_at)

@@ -5,12 +5,19 @@ An environment class is played turn by turn (`ClassPlayer`); an agent program ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol, Self
 
 from oldlogits.core.environment import Environment, Row
 from oldlogits.core.trajectory import Branches
+from oldlogits.core.weights import PolicyVersion
+from oldlogits.envs.rewards import GroupReward
+from oldlogits.record.bus import Event
+from oldlogits.rollout.answers import rewards_of_group
+from oldlogits.rollout.asked import named
 from oldlogits.rollout.turns import Agent, Failure, Known, Report, Save, run_episode
 
 Outcome = Branches | Failure
@@ -26,15 +33,14 @@ class Watch:
         withdraw: Is told of a trajectory whose running turn was given up.
         save: Is told of the state of an environment that can be saved.
         drop: Is told of trajectories that come to nothing.
-        rewritten: Is told of a conversation that goes on with other messages than were read: the trajectory, the number and
-            the role of the first message that differs, and the tokens that were encoded anew.
+        tell: Is given what makes an event, once it knows the trainer's version.
     """
 
     report: Report = lambda trajectory_id, segments: None
     withdraw: Report = lambda trajectory_id, segments: None
     save: Save | None = None
     drop: Callable[[Iterable[str]], None] = lambda trajectory_ids: None
-    rewritten: Callable[[str, int, str, int], None] = lambda trajectory_id, message, role, num_tokens: None
+    tell: Callable[[Callable[[PolicyVersion], Event]], None] = lambda told: None
 
 
 class Player(Protocol):
@@ -53,6 +59,14 @@ class Player(Protocol):
             known: What the episode has so far, for a player that `goes_on`.
         """
 
+    async def grade(self, row: Row, episodes: Sequence[Branches]) -> Sequence[float]:
+        """Return the rewards of all episodes of a group: by default their own.
+
+        Raises:
+            EnvironmentFailed: The group reward raised, or gave something else than a number for each.
+        """
+        return [branches[0].reward for branches in episodes]
+
     def watched(self, watch: Watch) -> Self:
         """Return this player with others who follow its episodes."""
 
@@ -66,10 +80,17 @@ class Player(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassPlayer(Player):
-    """Plays the episodes of an environment class: each has an instance."""
+    """Plays the episodes of an environment class: each has an instance.
+
+    Args:
+        agent: Plays the turns.
+        environment_class: The class.
+        group_reward: Makes the rewards of a group of those that its episodes have; None: these are the rewards.
+    """
 
     agent: Agent
     environment_class: type[Environment]
+    group_reward: GroupReward | None = None
     goes_on: bool = True
 
     async def play(self, row: Row, *, id: str, group_id: str, known: Known | None = None) -> Outcome:
@@ -77,9 +98,19 @@ class ClassPlayer(Player):
         outcome = await run_episode(self.agent, self.environment_class, row, id=id, group_id=group_id, known=known)
         return outcome if isinstance(outcome, Failure) else (outcome,)
 
+    async def grade(self, row: Row, episodes: Sequence[Branches]) -> Sequence[float]:
+        """Ask the group reward, where there is one."""
+        own = [branches[0].reward for branches in episodes]
+        if self.group_reward is None or not own:
+            return own
+        messages = [branches[0].messages for branches in episodes]
+        ask = partial(self.group_reward, row=copy.deepcopy(row), messages=messages, rewards=own)
+        return rewards_of_group(await named(self.agent.run_environment, "the group reward", ask), len(own))
+
     def watched(self, watch: Watch) -> Self:
-        """Have the turns reported."""
-        return replace(self, agent=replace(self.agent, report=watch.report, withdraw=watch.withdraw, save=watch.save))
+        """Have the turns reported, and their messages kept for the group reward."""
+        agent = replace(self.agent, report=watch.report, withdraw=watch.withdraw, save=watch.save)
+        return replace(self, agent=replace(agent, keeps_messages=self.group_reward is not None))
 
     def evaluating(self, temperature: float) -> Self:
         """Sample at the temperature."""

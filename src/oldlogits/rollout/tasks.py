@@ -142,7 +142,8 @@ class MixtureDataset(TaskDataset):
         counts = [int(share * whole) for share in shares]
         common = math.gcd(*counts)
         self._counts = {name: count // common for name, count in zip(parts, counts, strict=True)}
-        self._block = [name for name, count in self._counts.items() for _ in range(count)]
+        places = sorted(((i + 0.5) / count, name) for name, count in self._counts.items() for i in range(count))
+        self._block = [name for _, name in places]  # evenly spread
 
     def train(self, index: int) -> Row:
         """Training row `index`, from 0."""
@@ -152,12 +153,11 @@ class MixtureDataset(TaskDataset):
         return self._marked(name, self._parts[name].rows.train(block * self._counts[name] + order[:place].count(name)))
 
     def heldout(self, num: int) -> list[Row]:
-        """About `num` held-out rows: of every environment as many as its weight says, one at least."""
-        marked: list[Row] = []
-        for name, part in self._parts.items():
-            share = max(1, round(num * self._counts[name] / len(self._block)))
-            marked += [self._marked(name, row) for row in part.rows.heldout(share if num else 0)]
-        return marked
+        """The first `num` held-out rows, spread by weight; those of an environment that has fewer are left out."""
+        order = [self._block[i % len(self._block)] for i in range(num)]
+        rows = {name: iter(part.rows.heldout(order.count(name))) for name, part in self._parts.items()}
+        found = ((name, next(rows[name], None)) for name in order)
+        return [self._marked(name, row) for name, row in found if row is not None]
 
     def _marked(self, name: str, row: Row) -> Row:
         if BY in row:

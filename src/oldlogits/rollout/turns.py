@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NoReturn, cast
@@ -24,7 +24,7 @@ from oldlogits.core.trajectory import Context, Sampled, Segment, Trajectory
 from oldlogits.envs.base import ToolErrors, prompt_of, prompt_to_ask, system_prompt_of
 from oldlogits.envs.text import readable
 from oldlogits.models.chat.format import ChatFormat
-from oldlogits.models.chat.template import Message, Said
+from oldlogits.models.chat.template import Said
 from oldlogits.rollout.answers import opening_of, reward_of, size_of, words_of
 from oldlogits.rollout.asked import AskedEnvironment, EnvironmentRunner, named, off_loop
 from oldlogits.rollout.environment_errors import EnvironmentFailed, EnvironmentLost
@@ -34,15 +34,6 @@ Report = Callable[[str, Sequence[Segment]], None]
 
 Save = Callable[[str, int, str], None]
 """Told of the state of an environment, as JSON text, after so many segments of a trajectory."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ended:
-    """What the tokens of an episode that ended do not say: the messages after the first prompt, and its turns' rewards."""
-
-    id: str
-    messages: tuple[Message, ...]
-    turn_rewards: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +56,8 @@ class Agent:
     """What an episode needs besides its task: engine, chat format, parser, limits, sampling, and who watches it grow.
 
     `report` is told of a trajectory that grew, `withdraw` of one whose running turn was given up, with what was read for it.
-    `tool_errors` says which exceptions of tools are answers (`env.tool_errors`).
+    `tool_errors` says which exceptions of tools are answers (`env.tool_errors`); with `keeps_messages`,
+    trajectories have theirs.
     """
 
     engine: RolloutEngine
@@ -78,7 +70,7 @@ class Agent:
     report: Report = lambda trajectory_id, segments: None
     withdraw: Report = lambda trajectory_id, segments: None
     save: Save | None = None
-    ended: Callable[[Ended], None] | None = None
+    keeps_messages: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,15 +129,21 @@ async def run_episode(
             row_system, said = await off_loop(run, partial(opening_of, opening), size_of(opening))
             stop_reason = await episode.play(said, own_system if row_system is None else row_system)
         reward = await episode.reward()
-        if agent.ended is not None:
-            agent.ended(Ended(id=id, messages=tuple(episode.messages), turn_rewards=tuple(episode.turn_rewards)))
     except EnvironmentFailed as failure:
         segments = episode.all_segments if episode else known.segments if known else ()
         num_tokens = sum(len(s.token_ids) for s in segments if isinstance(s, Sampled))
         again = isinstance(failure, EnvironmentLost)
         reason = readable(str(failure))
         return Failure(id=id, group_id=group_id, reason=reason, begins_again=again, num_tokens=num_tokens)
-    return Trajectory(id=id, group_id=group_id, segments=tuple(episode.segments), reward=reward, stop_reason=stop_reason)
+    return Trajectory(
+        id=id,
+        group_id=group_id,
+        segments=tuple(episode.segments),
+        reward=reward,
+        stop_reason=stop_reason,
+        turn_rewards=tuple(episode.turn_rewards),
+        messages=tuple(episode.messages) if agent.keeps_messages else (),
+    )
 
 
 class _Episode:
@@ -157,7 +155,7 @@ class _Episode:
         self._tokens: list[int] = []
         self._known = deque(known)  # that was sampled and read before, and is not taken up yet
         self._chat = agent.chat
-        self.messages: list[Message] = []
+        self.messages: list[Mapping[str, str]] = []
         self.turn_rewards: list[float] = []
         self.segments: list[Segment] = []
 

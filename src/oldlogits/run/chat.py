@@ -38,6 +38,16 @@ def chat_format(config: RunConfig, folder: Path, environment_class: type[Environ
     return chat
 
 
+def model_chat(config: RunConfig, folder: Path) -> ChatFormat:
+    """Open the chat format of a model folder for conversations that bring their own system prompt and tools.
+
+    Raises:
+        ModelFolderError: There is no tokenizer, it has no chat template, or its generation config cannot be read.
+        ConfigError: The template cannot write conversations.
+    """
+    return ChatFormat(load_tokenizer(folder), options=replace(chat_options(config), eos_ids=end_ids(folder)))
+
+
 def chat_options(config: RunConfig) -> ChatOptions:
     """How the conversations of a recipe are written, whatever its model folder."""
     writer = call_writer(config.env.parser)

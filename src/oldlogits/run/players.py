@@ -6,47 +6,55 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from oldlogits.config.schema import RunConfig
+from oldlogits.core.engine import RolloutEngine
 from oldlogits.core.environment import PROGRAMS, Environment, ProgramSource
-from oldlogits.loop.backend import Backend
+from oldlogits.envs.rewards import load_group_reward
 from oldlogits.models.chat.format import ChatFormat
+from oldlogits.rollout.asked import EnvironmentRunner
 from oldlogits.rollout.player import ClassPlayer, Player
-from oldlogits.run.tasks import make_agent
+from oldlogits.run.tasks import environment_of, make_agent
 
 
 @asynccontextmanager
 async def open_player(
-    config: RunConfig, backend: Backend, chat: ChatFormat, environment_class: type[Environment]
+    config: RunConfig,
+    engine: RolloutEngine,
+    run_environment: EnvironmentRunner,
+    chat: ChatFormat,
+    environment_class: type[Environment],
 ) -> AsyncIterator[Player]:
     """Open the player of a recipe.
 
     Args:
         config: The recipe.
-        backend: Supplies the engine, and runs environment code.
+        engine: Samples the turns.
+        run_environment: Runs environment code.
         chat: The chat format of the model with the environment's tools.
-        environment_class: What `env.target` names.
+        environment_class: What `env.target` names, or the class whose instances stand for it here.
     """
     env = config.env
-    agent = make_agent(env, backend.engine, chat, backend.run_environment, temperature=config.sampling.temperature)
+    agent = make_agent(env, engine, chat, run_environment, temperature=config.sampling.temperature)
     if not env.is_program:
-        yield ClassPlayer(agent=agent, environment_class=backend.host_environment(environment_class))
+        group_reward = load_group_reward(environment_of(env), env.group_reward)
+        yield ClassPlayer(agent=agent, environment_class=environment_class, group_reward=group_reward)
         return
-    from oldlogits.rollout.gateway.formats import ChatFormats
+    from oldlogits.engines.chat_api.formats import ChatFormats
+    from oldlogits.engines.chat_api.wishes import Rules
     from oldlogits.rollout.gateway.listener import Gateway
     from oldlogits.rollout.gateway.player import ProgramPlayer
     from oldlogits.rollout.gateway.programs import CommandRunner, FunctionRunner, Runner
-    from oldlogits.rollout.gateway.wishes import Rules
 
     runner: Runner
     if env.command:
         runner = CommandRunner(env.command, timeout_s=env.program_timeout_s, memory_bytes=env.program_memory_bytes)
     else:
-        own: object = environment_class
+        own: object = environment_of(env)
         program = own.program if isinstance(own, ProgramSource) else PROGRAMS.find(env.program)
         runner = FunctionRunner(program, timeout_s=env.program_timeout_s)
     async with Gateway().listening() as gateway, runner.opened():
         yield ProgramPlayer(
             agent=agent,
-            formats=ChatFormats(chat.with_tools),
+            formats=ChatFormats(chat.for_tools),
             gateway=gateway,
             program=runner,
             rules=Rules(unmet=env.unmet_wishes),

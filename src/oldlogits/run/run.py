@@ -93,7 +93,7 @@ def run(
 
 def _run_recipe(recipe: RunConfig, out: Path, resume: bool, opens: Open, console: Console | None) -> RunResult:
     config = anchored(recipe)
-    environment_class = _check_task(config)
+    environment_class = check_task(config)
     trackers = find_trackers(config.record.trackers)
     RunFolder(path=out).check_free(resume=resume)
     with owned(out):
@@ -163,7 +163,7 @@ def _with_versions_folder(config: RunConfig, folder: RunFolder, before: str) -> 
     return dataclasses.replace(config, versions=dataclasses.replace(versions, folder=str(path)))
 
 
-def _check_task(config: RunConfig) -> type[Environment]:
+def check_task(config: RunConfig) -> type[Environment]:
     """Refuse an environment, rows or a model folder that cannot be used, before anything is written; return the environment."""
     environment_class, _ = load_tasks(config)
     if config.env.is_program:
@@ -205,7 +205,8 @@ async def _run(
         async with opens(spec) as backend:
             if checkpoint is not None:
                 await backend.trainer.restore(checkpoint)
-            async with open_player(config, backend, chat, environment_class) as player:
+            hosted = backend.host_environment(environment_class)
+            async with open_player(config, backend.engine, backend.run_environment, chat, hosted) as player:
                 task = Task(player=player, rows=rows, probe_ids=probe_ids)
                 journal = stack.enter_context(closing(Journal(kept, progress, state.journal)))
                 loop = make_loop(config, task, backend, recording, journal)
@@ -245,7 +246,7 @@ async def _finish(
         except OldLogitsError as error:
             end = End(reason="error", error=error)
         except ExceptionGroup as group:
-            own = _own_error(group)
+            own = own_error(group)
             end = End(reason="error", error=own, defect=None if own else group)
         except Exception as defect:  # everything is written down before it is raised
             end = End(reason="error", defect=defect)
@@ -302,7 +303,7 @@ async def _interruptible(note: Callable[[str], None]) -> AsyncIterator[asyncio.E
             signal.signal(number, handler)
 
 
-def _own_error(group: ExceptionGroup[Exception]) -> OldLogitsError | None:
+def own_error(group: ExceptionGroup[Exception]) -> OldLogitsError | None:
     """The first error of this package in a group of nothing else; None: there is a defect among them."""
     own, other = group.split(OldLogitsError)
     if other is not None or own is None:

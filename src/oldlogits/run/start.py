@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar, cast
 
-from oldlogits.config.schema import EnvConfig, PartConfig, RunConfig
+from oldlogits.config.episodes import EnvConfig
+from oldlogits.config.mixture import MixturePart
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.environment import MODELS, Demonstrated, Environment, ModelOrder, is_model_folder
 from oldlogits.models.cache import cache_folder
 from oldlogits.run.chat import chat_options
@@ -36,7 +38,7 @@ class Start:
     seconds_s: float = 0.0
 
 
-F = TypeVar("F", EnvConfig, PartConfig)
+F = TypeVar("F", EnvConfig, MixturePart)
 
 
 def anchored(config: RunConfig) -> RunConfig:

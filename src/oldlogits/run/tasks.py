@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from oldlogits.config.schema import EnvConfig, RunConfig
+from oldlogits.config.episodes import EnvConfig
+from oldlogits.config.mixture import MixturePart
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.engine import RolloutEngine, Sampling
 from oldlogits.core.environment import MODELS, Demonstrated, DescribedModel, Environment, is_model_folder
 from oldlogits.core.errors import ConfigError
@@ -39,26 +41,22 @@ def environment_of(env: EnvConfig) -> type[Environment]:
 
 def rows_of(env: EnvConfig, environment_class: type[Environment], *, seed: int, needs_heldout: bool) -> TaskDataset:
     """Return the rows of a recipe, those of a mixture from all of its environments."""
-    if not env.mixture:
+
+    def rows(part: EnvConfig | MixturePart, cls: type[Environment]) -> TaskDataset:
         return TaskDataset(
-            environment_class,
-            seed=seed,
-            train_data=env.train_data,
-            eval_data=env.eval_data,
-            needs_heldout=needs_heldout,
-            any_row=env.is_program,
-        )
-    parts = {}
-    for name, part in named_parts(env.mixture).items():
-        rows = TaskDataset(
-            players_of(environment_class)[name],
+            cls,
             seed=seed,
             train_data=part.train_data,
             eval_data=part.eval_data,
             needs_heldout=needs_heldout,
+            any_row=env.is_program,
         )
-        parts[name] = MixedRows(rows=rows, weight=part.weight)
-    return MixtureDataset(parts, seed=seed)
+
+    if not env.mixture:
+        return rows(env, environment_class)
+    classes, parts = players_of(environment_class), named_parts(env.mixture)
+    mixed = {name: MixedRows(rows=rows(part, classes[name]), weight=part.weight) for name, part in parts.items()}
+    return MixtureDataset(mixed, seed=seed)
 
 
 def make_agent(

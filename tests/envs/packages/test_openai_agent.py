@@ -11,15 +11,15 @@ from oldlogits.config.load import config_from_table
 from oldlogits.core.engine import EngineSpec
 from oldlogits.core.parser import ToolCall
 from oldlogits.core.trajectory import Sampled
+from oldlogits.engines.chat_api.formats import ChatFormats
+from oldlogits.engines.chat_api.wishes import Rules
 from oldlogits.engines.embedded.engine import EngineCore
 from oldlogits.engines.embedded.stepwise import EmbeddedEngine
 from oldlogits.envs.parsers.plain import PlainParser
 from oldlogits.rollout.environment_runner import ThreadRunner
-from oldlogits.rollout.gateway.formats import ChatFormats
 from oldlogits.rollout.gateway.listener import Gateway
 from oldlogits.rollout.gateway.player import ProgramPlayer
 from oldlogits.rollout.gateway.programs import FunctionRunner
-from oldlogits.rollout.gateway.wishes import Rules
 from oldlogits.rollout.player import ClassPlayer
 from oldlogits.rollout.turns import Failure
 from oldlogits.run.chat import chat_format
@@ -109,7 +109,7 @@ def test_class_program_and_environment_of_verifiers_have_the_same_tokens_and_rew
         agent = make_agent(config.env, engine, chat, ThreadRunner(timeout_s=60, latency_s=0, seed=0), temperature=1.0)
         runners = [FunctionRunner(function, timeout_s=200) for function in (program.agent, of_verifiers.program)]
         async with Gateway().listening() as gateway, runners[1].opened():
-            behind = {"agent": agent, "formats": ChatFormats(chat.with_tools), "gateway": gateway, "rules": Rules()}
+            behind = {"agent": agent, "formats": ChatFormats(chat.for_tools), "gateway": gateway, "rules": Rules()}
             players = [ClassPlayer(agent=agent, environment_class=OrderDesk)]
             players += [ProgramPlayer(program=runner, **behind) for runner in runners]
             plays = [

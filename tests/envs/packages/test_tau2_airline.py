@@ -114,15 +114,16 @@ def test_results_are_json_and_what_a_tool_raises_is_an_answer(play):
 
 
 def test_the_state_of_an_episode_tells_databases_apart_as_a_hash_of_all_of_it_does():
-    """The oracle is a full copy of the database for every plan."""
+    """The oracle is a full copy of the database for every plan; plans that change nothing are among these."""
     states = {}
-    for task in TASKS.values():
+    for task in list(TASKS.values())[:20:2]:
         full, world = database().model_copy(deep=True), AirlineWorld()
         for action in actions_of(task):
             getattr(AirlineTools(full), action["name"])(**action["arguments"])
             world.call(action["name"], action["arguments"], "assistant")
         states[task["id"]] = (digest(full), world.state())
     pairs = set(states.values())
+    assert 1 < len(pairs) < len(states)
     assert len(pairs) == len({full for full, _ in pairs}) == len({state for _, state in pairs})
 
 

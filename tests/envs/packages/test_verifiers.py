@@ -13,14 +13,14 @@ from oldlogits.config.check import check
 from oldlogits.config.load import config_from_table
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.trajectory import Sampled
+from oldlogits.engines.chat_api.formats import ChatFormats
+from oldlogits.engines.chat_api.wishes import Rules
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.rollout.environment_runner import ThreadRunner
 from oldlogits.rollout.gateway.counts import GatewayCounts
-from oldlogits.rollout.gateway.formats import ChatFormats
 from oldlogits.rollout.gateway.listener import Gateway
 from oldlogits.rollout.gateway.player import ProgramPlayer
 from oldlogits.rollout.gateway.programs import FunctionRunner
-from oldlogits.rollout.gateway.wishes import Rules
 from oldlogits.rollout.player import ClassPlayer
 from oldlogits.rollout.turns import Failure
 from oldlogits.run.tasks import environment_of, load_tasks
@@ -59,7 +59,7 @@ def scripted(config, turns, num=1, **limits):
         object.__setattr__(talk.agent, "run_environment", ThreadRunner(timeout_s=60, latency_s=0, seed=0))
         rows = environment_of(config.env).rows["train"][:num]
         player_counts = GatewayCounts()
-        return await play(talk.agent, ChatFormats(CHAT.with_tools), config, rows, player_counts), talk
+        return await play(talk.agent, ChatFormats(CHAT.for_tools), config, rows, player_counts), talk
 
     return asyncio.run(main())
 
@@ -160,7 +160,7 @@ def test_the_class_and_the_environment_of_verifiers_have_the_same_tokens_and_rew
         by_class = ClassPlayer(agent=agent, environment_class=Words)
         starts = [{"start": row["task"]["prompt"]} for row in rows]
         one = await asyncio.gather(*(by_class.play(row, id=f"c.{i}", group_id="c") for i, row in enumerate(starts)))
-        return one, await play(agent, ChatFormats(CHAT.with_tools), config, rows)
+        return one, await play(agent, ChatFormats(CHAT.for_tools), config, rows)
 
     rewards = set()
     for one, other in zip(*asyncio.run(main()), strict=True):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from oldlogits.backends.packed import Aside, Packed, pack, set_aside, unpack
 from oldlogits.backends.ray.remote_environments import call_here
-from oldlogits.config.schema import EnvConfig
+from oldlogits.config.episodes import EnvConfig
 from oldlogits.core.errors import OldLogitsError
 from oldlogits.core.server import LaunchSpec
 from oldlogits.core.weights import FullWeights, PolicyVersion

@@ -196,7 +196,7 @@ def _text_of(result: CallToolResult) -> str:
 
 def _text_of_block(block: ContentBlock) -> str:
     if block.type == "text":
-        return block.text
+        return str(block.text)
     if block.type == "resource":
         return str(getattr(block.resource, "text", f"[{block.resource.uri}]"))
     if block.type == "resource_link":

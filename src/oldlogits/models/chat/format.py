@@ -20,6 +20,8 @@ from oldlogits.models.chat.template import SENTINEL, ChatTokenizer, Message, Rol
 
 _NUM_CACHED: Final = 4096
 """Continuations that are kept: tool results repeat, and rendering a template costs more than an environment step."""
+_NUM_TOOLSETS: Final = 256
+"""Formats of other tools that are kept, where episodes have their own."""
 _LARGEST_CACHED: Final = 256
 """Characters of the longest words whose continuation is kept: all that are kept are a million, and 50 MB of tokens at most."""
 
@@ -79,14 +81,13 @@ class ChatFormat:
 
     def for_tools(self, tools: Sequence[Mapping[str, object]]) -> ChatFormat:
         """Give the same format for an environment with other tools; raises as when it was made."""
-        key = json.dumps(tools)
-        if key not in self._others:
-            self._others[key] = ChatFormat(self.tokenizer, tools, self._system, self._options)
-        return self._others[key]
-
-    def with_tools(self, tools: Sequence[Mapping[str, object]]) -> ChatFormat:
-        """Return how the same tokenizer writes conversations with other tools and without a system prompt of their own."""
-        return ChatFormat(self.tokenizer, tools, "", self._options)
+        key = json.dumps(list(tools))
+        if (made := self._others.get(key)) is None:
+            made = ChatFormat(self.tokenizer, tools, self._system, self._options)
+            if len(self._others) >= _NUM_TOOLSETS:
+                self._others.clear()
+            self._others[key] = made
+        return made
 
     def prompt_ids(self, opening: str | Sequence[Said], system: str | None = None) -> list[int]:
         """Give the tokens up to the start of the first sampled turn.

@@ -24,15 +24,15 @@ from typing import Final, Literal
 from oldlogits.core.engine import Generation, Sampling
 from oldlogits.core.errors import ConfigError, ContentError, OldLogitsError
 from oldlogits.core.trajectory import Branches, Context, Sampled, Segment, Trajectory, branch_id
+from oldlogits.engines.chat_api.formats import ChatFormats, as_written, digests_of, next_digest, raised, refusal_or
 from oldlogits.engines.chat_api.messages import ApiError, ChatAnswer, ChatMessage, ChatRequest, Turn
 from oldlogits.engines.chat_api.turn import read_turn
+from oldlogits.engines.chat_api.wishes import Rules
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.rollout.answers import size_of
 from oldlogits.rollout.asked import named, off_loop
 from oldlogits.rollout.environment_errors import EnvironmentFailed
 from oldlogits.rollout.gateway.counts import GatewayCounts
-from oldlogits.rollout.gateway.formats import ChatFormats, as_written, digests_of, next_digest, raised, refusal_or
-from oldlogits.rollout.gateway.wishes import Rules
 from oldlogits.rollout.turns import Agent, sampled_segments
 
 Rewritten = Callable[[str, int, str, int], None]
@@ -167,7 +167,7 @@ class Conversations:
 
     async def _answer(self, request: ChatRequest) -> ChatAnswer:
         self._check_open(request)
-        sampling = self._rules.sampling(self._agent.sampling, request.wishes, self._counts)
+        sampling = self._rules.sampling(self._agent.sampling, request.wishes, self._counts.overridden)
         digests = digests_of(request)
         chat = await self._formats.of(digests[0], request.tools, self._agent.run_environment)
         place = self._place(request, digests, chat)

@@ -6,16 +6,18 @@ import asyncio
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Self
 
 from oldlogits.core.environment import Row
+from oldlogits.engines.chat_api.formats import ChatFormats
+from oldlogits.engines.chat_api.wishes import Rules
+from oldlogits.record.events import ConversationRewritten
 from oldlogits.rollout.environment_errors import EnvironmentFailed
 from oldlogits.rollout.gateway.conversations import Conversations
 from oldlogits.rollout.gateway.counts import GatewayCounts
-from oldlogits.rollout.gateway.formats import ChatFormats
 from oldlogits.rollout.gateway.listener import Address, Gateway
 from oldlogits.rollout.gateway.programs import Runner
-from oldlogits.rollout.gateway.wishes import Rules
 from oldlogits.rollout.player import Outcome, Player, Watch
 from oldlogits.rollout.turns import Agent, Failure, Known
 
@@ -47,7 +49,7 @@ class ProgramPlayer(Player):
         Raises:
             OldLogitsError: The engine ended.
         """
-        talk = Conversations(id, self.agent, self.formats, self.rules, self.counts, self.watch.rewritten)
+        talk = Conversations(id, self.agent, self.formats, self.rules, self.counts, self._tell_rewritten)
         ended_well = False
         try:
             with self.gateway.episode(talk, copy.deepcopy(row)) as address:
@@ -65,6 +67,10 @@ class ProgramPlayer(Player):
             if not ended_well:
                 await talk.close()
                 self.watch.drop(talk.ids)
+
+    def _tell_rewritten(self, trajectory: str, message: int, role: str, num_tokens: int) -> None:
+        rewritten = partial(ConversationRewritten, trajectory=trajectory, message=message, role=role, num_tokens=num_tokens)
+        self.watch.tell(lambda version: rewritten(version=version))
 
     async def _reward(self, address: Address, talk: Conversations) -> float:
         """Run the program to its end, or until its turns cannot be sampled."""

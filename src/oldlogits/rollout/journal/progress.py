@@ -73,9 +73,17 @@ class EpisodeProgress:
         """Its trajectories, if it ended well."""
         if self.ended is None:
             return None
-        reward, reason, every = self.ended.reward, self.ended.stop_reason, {id: self, **self.branches}
+        ended, every = self.ended, {id: self, **self.branches}
         return tuple(
-            Trajectory(id=name, group_id=group, segments=tuple(branch.segments), reward=reward, stop_reason=reason)
+            Trajectory(
+                id=name,
+                group_id=group,
+                segments=tuple(branch.segments),
+                reward=ended.reward,
+                stop_reason=ended.stop_reason,
+                turn_rewards=ended.turn_rewards,
+                messages=ended.messages,
+            )
             for name, branch in every.items()
             if branch.segments
         )

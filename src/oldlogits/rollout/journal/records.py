@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Final, cast
 
 from pydantic import TypeAdapter
 
-from oldlogits.core.trajectory import Sampled, Segment
+from oldlogits.core.trajectory import Sampled, Segment, Trajectory
 from oldlogits.core.weights import PolicyVersion
 
 
@@ -70,6 +71,19 @@ class Ended:
     episode: str
     reward: float
     stop_reason: str
+    turn_rewards: tuple[float, ...] = ()
+    messages: tuple[Mapping[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, first: Trajectory) -> Ended:
+        """What became of an episode, by its first branch."""
+        return cls(
+            episode=first.episode_id,
+            reward=first.reward,
+            stop_reason=first.stop_reason,
+            turn_rewards=first.turn_rewards,
+            messages=first.messages,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

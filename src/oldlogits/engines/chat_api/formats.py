@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from oldlogits.core.environment import JsonValue
 from oldlogits.core.errors import ConfigError, ContentError
@@ -14,13 +14,19 @@ from oldlogits.core.parser import Parser, ToolCall, WritingParser
 from oldlogits.engines.chat_api.messages import ChatMessage, ChatRequest
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.models.chat.template import Message
-from oldlogits.rollout.asked import EnvironmentRunner
 
 T = TypeVar("T")
 Refusal = ConfigError | ContentError
 Tools = Sequence[Mapping[str, JsonValue]]
 
 _MOST_KEPT: Final = 64
+
+
+class Elsewhere(Protocol):
+    """Runs what may take long beside the event loop."""
+
+    def __call__(self, call: Callable[[], T], /) -> Awaitable[T]:
+        """Return what the call returns."""
 
 
 class ChatFormats:
@@ -34,8 +40,8 @@ class ChatFormats:
         self._make = make
         self._kept: dict[bytes, ChatFormat] = {}
 
-    async def of(self, key: bytes, tools: Tools, run: EnvironmentRunner) -> ChatFormat:
-        """Return the chat format of tools whose digest is the key; a new one is opened where environment code runs."""
+    async def of(self, key: bytes, tools: Tools, run: Elsewhere) -> ChatFormat:
+        """Return the chat format of tools whose digest is the key; a new one is opened where `run` runs it."""
         found = self._kept.pop(key, None)
         if found is None:
             made: ChatFormat | Refusal = await run(lambda: refusal_or(partial(self._make, tools)))

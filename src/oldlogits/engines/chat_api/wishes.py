@@ -1,13 +1,15 @@
-"""What requests may ask of sampling: training samples from one distribution, an evaluation honours what the engine can."""
+"""What requests may ask of sampling: training samples from one distribution, elsewhere it is honoured what the engine can."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from oldlogits.core.engine import Sampling
 from oldlogits.engines.chat_api.messages import ApiError, Wishes
-from oldlogits.rollout.gateway.counts import GatewayCounts
+
+Unmet = Literal["override", "refuse"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,14 +18,16 @@ class Rules:
 
     Args:
         unmet: `env.unmet_wishes`: what becomes of one that is not honoured.
-        honours: Whether temperature, top-p and top-k are the request's: in evaluations.
+        honours: Whether temperature, top-p and top-k are the request's: in evaluations, and in `oldlogits serve`.
+        key: What sets `unmet`.
     """
 
-    unmet: Literal["override", "refuse"] = "override"
+    unmet: Unmet = "override"
     honours: bool = False
+    key: str = "env.unmet_wishes ="
 
-    def sampling(self, own: Sampling, wishes: Wishes, counts: GatewayCounts) -> Sampling:
-        """Return the distribution to sample from: the run's own, but for what is honoured.
+    def sampling(self, own: Sampling, wishes: Wishes, overridden: Counter[str]) -> Sampling:
+        """Return the distribution to sample from: one's own, but for what is honoured; what is not is counted.
 
         Raises:
             ApiError: There is a wish that is not honoured, and such ones are refused.
@@ -35,12 +39,15 @@ class Rules:
             pairs = (("temperature", temperature, own.temperature), ("top_p", top_p, 1.0), ("top_k", top_k, 0))
             unmet += [name for name, value, same in pairs if value != same]
         if unmet and self.unmet == "refuse":
+            only = (
+                f"temperature {own.temperature:g}, and nothing that changes the support: training samples from one distribution"
+            )
             raise ApiError(
-                "a parameter cannot be honoured: training samples from one distribution",
+                "a parameter cannot be honoured",
                 got=", ".join(unmet),
-                allowed=f"temperature {own.temperature:g}, and nothing that changes the support",
-                fix="leave it out, or set env.unmet_wishes = 'override'",
+                allowed="temperature, top_p, top_k and the most tokens" if self.honours else only,
+                fix=f"leave it out, or set {self.key} override",
                 code="unsupported_parameter",
             )
-        counts.overridden.update(unmet)
+        overridden.update(unmet)
         return replace(own, temperature=temperature, top_p=top_p, top_k=top_k) if self.honours else own
