@@ -89,7 +89,7 @@ class Desk:
         text = f"please {wish['kind']} my {self.orders[wish['order']]['item']} order"
         return text if wish["withheld"] else f"{text} {wish['order']}"
 
-    def call(self, name: str, order: str) -> str:
+    def call(self, name: str, order: str = "") -> str:
         """Run a tool."""
         if order not in self.orders:
             return "no such order"

@@ -5,12 +5,13 @@ import json
 import sys
 import threading
 import time
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
 import pytest
 
-from oldlogits.core.errors import WorkerDiedError
+from oldlogits.core.errors import RolloutError, WorkerDiedError
 from oldlogits.core.trajectory import Context, Sampled
 from oldlogits.engines.chat_api.formats import ChatFormats
 from oldlogits.engines.chat_api.wishes import Rules
@@ -124,6 +125,40 @@ def test_a_command_finds_its_run_and_its_row_and_prints_its_reward():
     assert [b.reward for b in branches] == [0.0, 0.0], "its working folder is empty"
     assert len(branches) == 2
     assert "schön" in CHAT.decode(branches[0].segments[0].token_ids)
+
+
+class Served:
+    """A program with something that all of its episodes share."""
+
+    def __init__(self, error=None):
+        self.error, self.tasks, self.is_open = error, [], False
+
+    @asynccontextmanager
+    async def serving(self):
+        self.tasks.append(asyncio.current_task())
+        if self.error:
+            raise self.error
+        self.is_open = True
+        yield
+        self.is_open = False
+        self.tasks.append(asyncio.current_task())
+
+    async def __call__(self, base_url, api_key, row):
+        assert self.is_open
+        return await says_hello(base_url, api_key, row)
+
+
+def test_what_episodes_share_is_held_by_one_task_while_they_are_played():
+    program = Served()
+    outcomes, _ = played(program, num=2)
+    assert [o[0].reward for o in outcomes] == [0.0, 1.0]
+    assert not program.is_open
+    assert program.tasks[0] is program.tasks[1]
+
+
+def test_what_episodes_share_and_cannot_be_opened_ends_the_run():
+    with pytest.raises(RolloutError, match="no port is free"):
+        played(Served(OSError("no port is free")))
 
 
 FAILING = {

@@ -166,9 +166,13 @@ def _check_against_each_other(config: RunConfig) -> None:
 def _check_program(config: RunConfig) -> None:
     """Refuse an agent program where there is none, or where it cannot run."""
     env = config.env
-    if env.program and env.command:
-        got, allowed = said(config, "env.program", "env.command"), "one of them"
-        raise ConfigError("two agent programs play the episodes", got=got, allowed=allowed, fix="remove one")
+    played = [key for key in ("program", "command", "verifiers") if getattr(env, key)]
+    if len(played) > 1 or (env.verifiers and (env.mcp or env.mixture or env.reward or env.group_reward)):
+        got, allowed = said(config, *(f"env.{key}" for key in played)), "one of these, and env.verifiers without other rewards"
+        raise ConfigError("several things play the episodes, or reward them", got=got, allowed=allowed, fix="remove one")
+    if env.verifiers_args and not env.verifiers:
+        got, allowed = said(config, "env.verifiers_args"), "an id in env.verifiers"
+        raise ConfigError("arguments of no environment", got=got, allowed=allowed, fix="set env.verifiers, or remove them")
     if env.is_program and BACKENDS.find(config.runtime.type).steps_engine:
         got, allowed = said(config, "runtime.type"), "'local', 'ray', 'torchrun'"
         what = "an agent program runs in real time, which this runtime has not"

@@ -39,13 +39,20 @@ class EnvConfig:
     command: tuple[str, ...] = ()
     """The same as a command in any language, such as ["python", "agent.py"]: it finds the run by OPENAI_BASE_URL,
     OPENAI_API_KEY, ANTHROPIC_BASE_URL and ANTHROPIC_API_KEY, the row on standard input, and prints {"reward": ...} last."""
+    verifiers: str = ""
+    """An installed environment of `verifiers` (0.4 and later), by its id: its tasks are the rows where no file is named, and it
+    plays the episodes and gives the rewards, in place of the target."""
+    verifiers_args: str = ""
+    """env.verifiers: fields of its config as JSON text, such as '{"taskset": {"split": "train"}}'; "select" says which tasks
+    are trained, "eval" has "taskset" and "select" of held-out ones (empty: every fifth task)."""
     program_timeout_s: Annotated[float, Gt(0)] = 600.0
-    """env.program, env.command: seconds that an episode may take."""
+    """env.program, env.command, env.verifiers: seconds that an episode may take."""
     program_memory_bytes: Count = 0
     """env.command: address space of each process of an episode; 0: without a limit."""
     unmet_wishes: Literal["override", "refuse"] = "override"
-    """env.program, env.command: what becomes of parameters of a request that training cannot honour, such as another
-    temperature, a grammar or n > 1. override: the run's own count, and it is shown how often. refuse: an error says why."""
+    """env.program, env.command, env.verifiers: what becomes of parameters of a request that training cannot honour, such as
+    another temperature, a grammar or n > 1. override: the run's own count, and it is shown how often. refuse: an error says
+    why."""
     train_data: str = ""
     """A JSONL file of tasks for training, one `reset(**row)` a line; empty: the class makes its own rows."""
     eval_data: str = ""
@@ -69,11 +76,14 @@ class EnvConfig:
     @property
     def is_program(self) -> bool:
         """Whether an agent program plays the episodes."""
-        return bool(self.program or self.command)
+        return bool(self.program or self.command or self.verifiers)
 
     @property
     def words(self) -> tuple[str, str]:
-        """The target and the adapter that make the environment: the keys of these names, or what env.mcp says."""
+        """The target and the adapter that make the environment: the keys of these names, or env.mcp or env.verifiers."""
+        if self.verifiers:
+            told = {"id": self.verifiers, "args": self.verifiers_args, "max_turns": self.max_turns}
+            return json.dumps(told), "verifiers"
         if not self.mcp:
             return self.target, self.adapter
         return json.dumps([asdict(server) for server in self.mcp]), "mcp"

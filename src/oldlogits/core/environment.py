@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Final, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Annotated, ClassVar, Final, Literal, Protocol, TypeAlias, runtime_checkable
 
 from annotated_types import Ge, Le
 
@@ -129,12 +130,36 @@ ADAPTERS: Final[Registry[EnvironmentAdapter]] = Registry(
         "mcp": "oldlogits.envs.mcp.environment:adapt",
         "tau2": "oldlogits.envs.tau2.checkout:adapt",
         "vitabench": "oldlogits.envs.vitabench:adapt",
+        "verifiers": "oldlogits.envs.adapters.verifiers:adapt",
     },
 )
 """What `env.adapter` names."""
 
 Program = Callable[..., object]
 """``function(base_url, api_key, row)``, which may be asynchronous: it plays an episode, and returns its reward."""
+
+
+@runtime_checkable
+class ProgramSource(Protocol):
+    """An environment class whose episodes a program of its own plays; its rows are the ones that the program takes."""
+
+    program: ClassVar[Program]
+
+
+@runtime_checkable
+class FiniteRowSource(Protocol):
+    """An environment class that has the rows of each split."""
+
+    rows: ClassVar[Mapping[Split, list[Row]]]
+
+
+@runtime_checkable
+class ServedProgram(Protocol):
+    """A program that shares something among its episodes, such as servers."""
+
+    def serving(self) -> AbstractAsyncContextManager[None]:
+        """Hold it; the program is called meanwhile."""
+
 
 PROGRAMS: Final[Registry[Program]] = Registry("agent program", key="env.program", builtin={})
 """What `env.program` names."""

@@ -101,6 +101,11 @@ class ThreadRunner:
         return EnvironmentFailed(f"timed out after {self._timeout_s:g} s")
 
 
+def environment_loop() -> asyncio.AbstractEventLoop:
+    """Return the event loop on which asynchronous environment code runs, in a thread of its own."""
+    return _LoopThread.shared().loop
+
+
 async def in_time(result: Awaitable[T], timeout_s: float, timed_out: EnvironmentFailed, *, left_s: float | None = None) -> T:
     """Wait for asynchronous code; where it blocks its event loop for longer than the deadline, another one takes over.
 

@@ -13,7 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import cast
 
-from oldlogits.core.environment import Environment, Row, RowSource, Split
+from oldlogits.core.environment import Environment, FiniteRowSource, Row, RowSource, Split
 from oldlogits.core.errors import ConfigError, EnvironmentShapeError, reading
 from oldlogits.envs.delegate import BY
 from oldlogits.envs.rows import row_misfit
@@ -59,6 +59,8 @@ class TaskDataset:
         for split, name in files:
             if name:
                 self._files[split] = _read(Path(name), None if any_row else environment_class)
+            elif isinstance(environment_class, FiniteRowSource) and environment_class.rows[split]:
+                self._files[split] = environment_class.rows[split]
             elif split == "train" or needs_heldout:
                 self._require_own_rows(split)
                 self._own(split, seed * ROWS_PER_SEED if split == "train" else 0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.engine import RolloutEngine
-from oldlogits.core.environment import Environment
+from oldlogits.core.environment import Environment, ProgramSource
 from oldlogits.envs.rewards import load_group_reward
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.rollout.asked import EnvironmentRunner
@@ -45,16 +45,18 @@ async def open_player(
     from oldlogits.engines.chat_api.wishes import Rules
     from oldlogits.rollout.gateway.listener import Gateway
     from oldlogits.rollout.gateway.player import ProgramPlayer
-    from oldlogits.rollout.gateway.programs import CommandRunner
+    from oldlogits.rollout.gateway.programs import CommandRunner, Runner
     from oldlogits.rollout.gateway.worker import WorkerRunner
 
-    runner = (
-        WorkerRunner(env.program, log=log, timeout_s=env.program_timeout_s)
-        if env.program
-        else CommandRunner(env.command, timeout_s=env.program_timeout_s, memory_bytes=env.program_memory_bytes)
-    )
+    runner: Runner
+    if env.command:
+        runner = CommandRunner(env.command, timeout_s=env.program_timeout_s, memory_bytes=env.program_memory_bytes)
+    else:
+        words = env.words if isinstance(environment_of(env), ProgramSource) else (env.program, "")
+        runner = WorkerRunner(*words, log=log, timeout_s=env.program_timeout_s)
     async with Gateway().listening() as gateway:
         try:
+            await runner.open()
             yield ProgramPlayer(
                 agent=agent,
                 formats=ChatFormats(chat.for_tools),

@@ -171,9 +171,9 @@ class ChatCompletions(Dialect):
         deltas += [{"content": turn.content}] if turn.content else []
         deltas += [{"tool_calls": [{"index": index, **_call(call)}]} for index, call in enumerate(turn.calls)]
         logprobs = _logprobs(answer, request)
-        for number, delta in enumerate(deltas):
-            is_first = {"logprobs": logprobs} if number == 1 else {}
-            yield event({**head, "choices": [{"index": 0, "delta": delta, **is_first, "finish_reason": None}]})
+        for number, delta in enumerate(deltas, start=1):
+            is_last = {"logprobs": logprobs} if number == len(deltas) else {}
+            yield event({**head, "choices": [{"index": 0, "delta": delta, **is_last, "finish_reason": None}]})
         yield event({**head, "choices": [{"index": 0, "delta": {}, "finish_reason": answer.finish_reason}]})
         if request.usage_in_stream:
             yield event({**head, "choices": [], "usage": _usage(answer)})

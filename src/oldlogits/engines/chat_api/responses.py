@@ -106,7 +106,7 @@ class Responses(Dialect):
             "output": _items(answer),
             "usage": {
                 "input_tokens": read,
-                "input_tokens_details": {"cached_tokens": 0},
+                "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
                 "output_tokens": sampled,
                 "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": read + sampled,

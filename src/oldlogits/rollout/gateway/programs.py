@@ -77,6 +77,14 @@ class Runner(Protocol):
             EnvironmentFailed: It failed, or took too long.
         """
 
+    async def open(self) -> None:
+        """Start what all episodes share.
+
+        Raises:
+            RolloutError: It cannot be started.
+        """
+        return
+
     async def close(self) -> None:
         """Leave nothing running."""
         return

@@ -16,19 +16,26 @@ import json
 import signal
 import socket
 import sys
-from contextlib import suppress
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
-from oldlogits.core.environment import PROGRAMS
+from oldlogits.core.environment import PROGRAMS, ProgramSource, ServedProgram
+from oldlogits.core.errors import RolloutError
+from oldlogits.envs.base import load_environment
 from oldlogits.envs.text import write_json
 from oldlogits.rollout.environment_errors import EnvironmentFailed, EnvironmentLost
+from oldlogits.rollout.environment_runner import environment_loop
 from oldlogits.rollout.gateway.programs import Address, FunctionRunner, Runner
 
 _GRACE_S: Final = 5.0
 _MOST_BYTES: Final = 1 << 28
 """The longest line."""
+_QUOTED: Final = 2000
+_READY: Final = b"ready\n"
 _PR_SET_PDEATHSIG: Final = 1
 
 
@@ -36,30 +43,41 @@ class WorkerRunner(Runner):
     """Runs a function of Python in a process that is started with its first episode.
 
     Args:
-        target: "package.module:function".
+        target: "package.module:function", or what the adapter makes an environment of that has a program.
+        adapter: The name of that adapter; empty: the target is a function.
         log: A file to which is added what the functions print.
         timeout_s: Seconds that an episode may take.
     """
 
-    def __init__(self, target: str, *, log: Path, timeout_s: float) -> None:
-        self._target, self._log, self._timeout_s = target, log, timeout_s
+    def __init__(self, target: str, adapter: str = "", *, log: Path, timeout_s: float) -> None:
+        self._words, self._log, self._timeout_s = (target, adapter, str(timeout_s)), log, timeout_s
         self._worker: _Worker | None = None
         self._starting = asyncio.Lock()
 
+    async def open(self) -> None:
+        """Start the process, and wait until it has imported the function."""
+        await self._started()
+
     async def run(self, address: Address) -> float:
         """Play one episode."""
-        async with self._starting:
-            if self._worker is not None and self._worker.has_ended:
-                await self.close()
-            if self._worker is None:
-                self._worker = await _Worker.start(self._target, self._log, self._timeout_s)
-        worker = self._worker
+        try:
+            worker = await self._started()
+        except RolloutError as error:
+            raise EnvironmentFailed(str(error)) from error
         try:
             async with asyncio.timeout(self._timeout_s + _GRACE_S):
                 return await worker.play(address)
         except TimeoutError as error:
             await worker.end("the process of agent programs was killed: it answered nothing")
             raise EnvironmentFailed(f"the program timed out after {self._timeout_s:g} s, and its process with it") from error
+
+    async def _started(self) -> _Worker:
+        async with self._starting:
+            if self._worker is not None and self._worker.has_ended:
+                await self.close()
+            if self._worker is None:
+                self._worker = await _Worker.start(self._words, self._log)
+            return self._worker
 
     async def close(self) -> None:
         """End the process."""
@@ -79,14 +97,16 @@ class _Worker:
         self.has_ended = False
 
     @classmethod
-    async def start(cls, target: str, log: Path, timeout_s: float) -> _Worker:
-        """Start a process."""
+    async def start(cls, words: Sequence[str], log: Path) -> _Worker:
+        """Start a process; it tells when it is ready.
+
+        Raises:
+            RolloutError: It ended before.
+        """
         ours, theirs = socket.socketpair()
         with theirs, log.open("ab") as printed:
-            words = ("-m", "oldlogits.rollout.gateway.worker", target, str(timeout_s), str(theirs.fileno()))
             process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *words,
+                *(sys.executable, "-m", "oldlogits.rollout.gateway.worker", str(theirs.fileno()), *words),
                 pass_fds=(theirs.fileno(),),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=printed,
@@ -94,6 +114,12 @@ class _Worker:
                 start_new_session=True,
             )
         reader, writer = await asyncio.open_connection(sock=ours, limit=_MOST_BYTES)
+        if await reader.readline() != _READY:
+            worker = cls(process, reader, writer)
+            await worker.end("it did not start")
+            said = log.read_bytes()[-_QUOTED:].decode(errors="replace").strip()
+            fix, allowed = f"see {log}", "a program that can be imported, and servers that start"
+            raise RolloutError("the process of agent programs did not start", got=said, allowed=allowed, fix=fix)
         return cls(process, reader, writer)
 
     async def play(self, address: Address) -> float:
@@ -147,9 +173,10 @@ class _Worker:
         self._fail(f"the process of agent programs ended with status {await self._process.wait()}")
 
 
-async def serve(target: str, timeout_s: float, fd: int) -> None:
+async def serve(fd: int, target: str, adapter: str, timeout_s: float) -> None:
     """Play what is asked for until the other end is closed."""
-    runner = FunctionRunner(PROGRAMS.find(target), timeout_s=timeout_s)
+    program = cast(ProgramSource, load_environment(target, adapter)).program if adapter else PROGRAMS.find(target)
+    runner = FunctionRunner(program, timeout_s=timeout_s)
     reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=fd), limit=_MOST_BYTES)
     playing: dict[int, asyncio.Task[None]] = {}
 
@@ -160,21 +187,46 @@ async def serve(target: str, timeout_s: float, fd: int) -> None:
             answer = {"failed": str(failure), "is_lost": isinstance(failure, EnvironmentLost)}
         writer.write(json.dumps({"number": number, **answer}).encode() + b"\n")
 
-    while line := await reader.readline():
-        asked = json.loads(line)
-        if "cancel" in asked:
-            if asked["cancel"] in playing:
-                playing[asked["cancel"]].cancel()
-            continue
-        number = asked["number"]
-        task = playing[number] = asyncio.create_task(
-            play(number, Address(root=asked["root"], key=asked["key"], row=asked["row"]))
-        )
-        task.add_done_callback(lambda _, number=number: playing.pop(number, None))  # type: ignore[misc]
+    async with shared_by(program):
+        writer.write(_READY)
+        while line := await reader.readline():
+            asked = json.loads(line)
+            if "cancel" in asked:
+                if asked["cancel"] in playing:
+                    playing[asked["cancel"]].cancel()
+                continue
+            number, address = asked["number"], Address(root=asked["root"], key=asked["key"], row=asked["row"])
+            task = playing[number] = asyncio.create_task(play(number, address))
+            task.add_done_callback(lambda _, number=number: playing.pop(number, None))  # type: ignore[misc]
+
+
+@asynccontextmanager
+async def shared_by(program: object) -> AsyncIterator[None]:
+    """Hold what a program shares among its episodes, from one task of the event loop on which they run."""
+    if not isinstance(program, ServedProgram):
+        yield
+        return
+    is_open, ending = Future[None](), asyncio.Event()
+
+    async def hold() -> None:
+        async with program.serving():
+            is_open.set_result(None)
+            await ending.wait()
+
+    loop = environment_loop()
+    holding = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(hold(), loop))
+    try:
+        await asyncio.wait({holding, asyncio.wrap_future(is_open)}, return_when=asyncio.FIRST_COMPLETED)
+        if holding.done():
+            holding.result()
+        yield
+    finally:
+        loop.call_soon_threadsafe(ending.set)
+        await asyncio.gather(holding, return_exceptions=True)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the controller's to handle
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    asyncio.run(serve(sys.argv[1], float(sys.argv[2]), int(sys.argv[3])))
+    asyncio.run(serve(int(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4])))
