@@ -21,7 +21,7 @@ from oldlogits.rollout.gateway.counts import GatewayCounts
 from oldlogits.rollout.gateway.listener import Gateway
 from oldlogits.rollout.gateway.player import ProgramPlayer
 from oldlogits.rollout.gateway.programs import CommandRunner, FunctionRunner
-from oldlogits.rollout.gateway.worker import WorkerRunner
+from oldlogits.rollout.gateway.worker import WorkerRunner, shared_by
 from oldlogits.rollout.player import Watch
 from oldlogits.rollout.turns import Failure
 
@@ -47,7 +47,7 @@ class World:
             else CommandRunner(self.program, timeout_s=self.timeout_s)
         )
         agent = self.talk.agent
-        async with Gateway().listening() as gateway:
+        async with Gateway().listening() as gateway, shared_by(self.program):
             self.gateway = gateway
             player = ProgramPlayer(
                 agent=agent, formats=ChatFormats(CHAT.for_tools), gateway=gateway, program=runner, rules=self.rules,
@@ -156,9 +156,14 @@ def test_what_episodes_share_is_held_by_one_task_while_they_are_played():
     assert program.tasks[0] is program.tasks[1]
 
 
-def test_what_episodes_share_and_cannot_be_opened_ends_the_run():
-    with pytest.raises(RolloutError, match="no port is free"):
-        played(Served(OSError("no port is free")))
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "said"), [("unopened", "no port is free"), ("nothing", "no nothing in")])
+def test_a_worker_that_cannot_start_ends_the_run_and_quotes_what_it_said(target, said, tmp_path):
+    async def main():
+        await WorkerRunner(f"tests.rollout.agent_programs:{target}", log=tmp_path / "log", timeout_s=1.0).open()
+
+    with pytest.raises(RolloutError, match=said):
+        asyncio.run(main())
 
 
 FAILING = {
