@@ -72,7 +72,7 @@ def check_exact(run, num_updates, num_episodes):
 def test_the_program_is_trained_by_its_recipe(tmp_path, model):
     words = "--num-updates 2 --rollout.prompts_per_update 3 --rollout.group_size 4 --rollout.max_running_groups 6"
     words += " --eval.num_episodes 12 --eval.every 0 --model.path"
-    run = train(ROOT / "recipes/openai_agent.toml", tmp_path / "run", *words.split(), str(model))
+    run = train(ROOT / "examples/openai_agent/openai_agent.toml", tmp_path / "run", *words.split(), str(model))
     asked = check_exact(run, 2, 2 * 3 * 4)
     assert asked["continued"] > asked["opened"] >= 2 * 3 * 4
     assert {asked[name] for name in GATEWAY[2:]} == {0}
