@@ -121,6 +121,7 @@ class World:
         max_replays=0,
         max_failed_share=0.5,
         max_filtered_batches=64,
+        group_reward=None,
     ):
         Task.num_made = Task.num_failed = 0
         self.engine, self.events = GatedEngine(), Events()
@@ -128,7 +129,7 @@ class World:
         self.buffer = Buffer(bound, filter_uniform=filter_uniform)
         self.source, self.journal = WatchfulSource(), Journal(Path("unwritten"))
         self.rollouts = Rollouts(
-            player=ClassPlayer(agent=agent_of(self.engine), environment_class=Task),
+            player=ClassPlayer(agent=agent_of(self.engine), environment_class=Task, group_reward=group_reward),
             rows=SimpleNamespace(train=rows),
             buffer=self.buffer,
             source=self.source,
@@ -190,6 +191,41 @@ def test_no_more_groups_start_than_the_run_still_trains(num_wanted):
         assert len(world.admitted()) == num_wanted
 
     in_world(scenario)
+
+
+def test_a_group_reward_replaces_the_rewards_of_a_group_and_is_given_row_and_messages():
+    asked = []
+
+    def graded(*, row, messages, rewards):
+        asked.append((row, len(messages), [m[0]["role"] for m in messages], list(rewards)))
+        return [rewards[0] + 1, rewards[0] - 1]
+
+    async def scenario(world):
+        world.engine.gate.set()
+        await world.admit(num_wanted=1)
+        assert [event.rewards for event in world.events.of("group_closed")] == [[3.0, 1.0]]
+        (entry,) = world.buffer._entries.values()
+        assert [t.reward for t in entry.group.trajectories] == [3.0, 1.0]
+        assert asked == [({"reward": 2.0}, 2, ["assistant"] * 2, [2.0, 2.0])]
+        kept = world.journal.progress.groups["g000000"].episodes
+        assert [kept[f"g000000.{m}"].ended.reward for m in (0, 1)] == [2.0, 2.0], "their own, of which it is made again"
+        assert all(kept[f"g000000.{m}"].ended.messages for m in (0, 1))
+
+    in_world(scenario, rows=lambda index: {"reward": 2.0}, group_reward=graded)
+
+
+@pytest.mark.parametrize("given", [[1.0], ["high", 1.0], None, [float("nan"), 0.0]])
+def test_a_group_reward_that_gives_no_numbers_fails_all_episodes_of_its_group_with_the_reason(given):
+    async def scenario(world):
+        world.engine.gate.set()
+        await world.admit(num_wanted=1)
+        failed = world.events.of("trajectory_failed")
+        assert [event.trajectory for event in failed[:2]] == ["g000000.0", "g000000.1"], "and so on: nothing is trained"
+        assert all("the group reward" in event.reason for event in failed)
+        assert (world.buffer.account.failed, world.buffer.account.filtered, world.buffer.queued) == (len(failed), 0, 0)
+        world.buffer.check()
+
+    in_world(scenario, rows=lambda index: {}, group_reward=lambda *, row, messages, rewards: given, max_failed_share=1.0)
 
 
 def progress_of(*records):
