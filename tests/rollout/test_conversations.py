@@ -14,10 +14,11 @@ from oldlogits.core.errors import WorkerDiedError
 from oldlogits.core.trajectory import Context, Sampled, episode_of
 from oldlogits.engines.chat_api.completions import ChatCompletions
 from oldlogits.engines.chat_api.formats import ChatFormats
-from oldlogits.engines.chat_api.messages import ApiError
+from oldlogits.engines.chat_api.messages import ApiError, ChatRequest
 from oldlogits.engines.chat_api.wishes import Rules
 from oldlogits.envs.parsers.hermes import HermesParser
 from oldlogits.models.chat.format import ChatFormat
+from oldlogits.rollout.environment_errors import EnvironmentFailed
 from oldlogits.rollout.environment_runner import run_inline
 from oldlogits.rollout.gateway.conversations import Conversations
 from oldlogits.rollout.gateway.counts import GatewayCounts
@@ -514,5 +515,15 @@ def test_an_engine_that_ends_is_no_matter_of_the_program():
         with pytest.raises(WorkerDiedError):
             talk.conversations.failure.result()
         await talk.end()
+
+    in_talk(scenario)
+
+
+def test_a_request_that_nobody_foresaw_fails_its_episode_and_not_the_run():
+    async def scenario(talk):
+        with pytest.raises(ApiError, match="the turn could not be sampled"):
+            await talk.conversations.answer(ChatRequest(model="m", messages=()))
+        with pytest.raises(EnvironmentFailed, match="a request could not be read: IndexError"):
+            talk.conversations.failure.result()
 
     in_talk(scenario)

@@ -106,6 +106,7 @@ class Conversations:
         self._sampling: dict[str, asyncio.Task[Generation]] = {}  # by the name of the request to the engine
         self._given_up: set[asyncio.Task[None]] = set()
         self._num_turns = 0
+        self._engine_error: BaseException | None = None
         self.stop_reason = "done"
         self.is_over = False
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -140,7 +141,9 @@ class Conversations:
             raise
         except BaseException as error:  # supervision: who plays the episode raises it
             if not self.failure.done():
-                self.failure.set_exception(error)
+                said = EnvironmentFailed(f"a request could not be read: {type(error).__name__}: {error}")
+                is_own = isinstance(error, OldLogitsError | EnvironmentFailed) or error is self._engine_error
+                self.failure.set_exception(error if is_own else said)
             raise ApiError(
                 "the turn could not be sampled", got=str(error)[:300], allowed="", fix="see the run", status=500, code="failed"
             ) from error
@@ -275,7 +278,8 @@ class Conversations:
             generation = await asyncio.shield(sampled)
             if self.is_over or not generation.output_ids:
                 raise _ended()
-        except BaseException:
+        except BaseException as error:
+            self._engine_error = error
             self._give_up(branch, before, sampled, name)
             raise
         finally:
