@@ -479,7 +479,7 @@ def test_many_requests_at_once_have_no_more_turns_and_only_answers_count():
 def test_arguments_of_a_call_that_are_no_json_that_others_can_read_stay_text_and_end_no_run(arguments):
     async def scenario(talk):
         call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": arguments}}
-        messages = [user("hello"), {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "ok"}]
+        messages = [user("hello"), {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "ok"}]
         request = ChatCompletions().read({"model": "policy", "messages": messages})
         assert request.messages[1].calls[0].arguments == arguments
         await talk.conversations.answer(request)
@@ -527,3 +527,29 @@ def test_a_request_that_nobody_foresaw_fails_its_episode_and_not_the_run():
             talk.conversations.failure.result()
 
     in_talk(scenario)
+
+
+@pytest.mark.parametrize("where", ["content", "arguments", "tools"])
+def test_a_long_text_anywhere_in_a_request_is_encoded_beside_the_event_loop(where):
+    elsewhere = []
+
+    async def run(call, *, is_tool=False):
+        elsewhere.append(call)
+        return call()
+
+    async def scenario(talk):
+        object.__setattr__(talk.agent, "run_environment", run)
+        counts = []
+        for words in ("short", "long " * 20_000):
+            said = {name: words if name == where else "short" for name in ("content", "arguments", "tools")}
+            call = {"id": "1", "function": {"name": "look", "arguments": json.dumps({"at": [said["arguments"]]})}}
+            tool = {"type": "function", "function": {**TOOL["function"], "description": said["tools"]}}
+            messages = [user(said["content"]), {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "ok"}]
+            request = ChatCompletions().read({"model": "policy", "messages": messages, "tools": [tool]})
+            elsewhere.clear()
+            await talk.conversations.answer(request)
+            counts.append(len(elsewhere))
+        format_of_tools, encoding, reading = 1, 1, 1
+        assert counts == [format_of_tools + reading, (where == "tools") * format_of_tools + encoding + reading]
+
+    in_talk(scenario, max_tokens=200_000)

@@ -68,7 +68,9 @@ class ChanceEngine:
 class Life:
     """A run from a checkpoint or the beginning to a kill or the end: rollouts and buffer, and the loop's order of calls."""
 
-    def __init__(self, tasks, folder, *, window, batch, dice, fails=0.0, filter_uniform=False, max_replays=0, progress=None, goes_on=True):
+    def __init__(
+        self, tasks, folder, *, window, batch, dice, fails=0.0, filter_uniform=False, max_replays=0, progress=None, goes_on=True
+    ):
         Chance.dice, Chance.fails = dice, fails
         self.engine, self.events, self.source = ChanceEngine(dice), Events(), WatchfulSource()
         self.journal = Journal(folder, progress)

@@ -72,13 +72,15 @@ class _Place:
 
     Args:
         num_read: Messages that were read before, from the first on; less than all of them in a rewritten conversation.
-        size: Bytes of the words that are encoded.
+        size: Bytes of what is said in the messages that are encoded.
+        size_of_calls: Bytes of the calls and tools that are encoded beside them.
     """
 
     kind: Literal["opened", "continued", "forked", "rewritten"]
     branch: _Branch
     encode: Callable[[], list[int]]
     size: int
+    size_of_calls: int = 0
     is_cut: bool = False
     num_read: int = 0
 
@@ -216,7 +218,8 @@ class Conversations:
         """The tokens that a request adds to its branch."""
         if place.size > chat.most_bytes * (self._agent.limits.max_tokens - len(place.branch.tokens)):
             raise _too_long(f"{place.size:,} bytes", self._agent.limits.max_tokens)
-        read = raised(await off_loop(self._agent.run_environment, partial(refusal_or, place.encode), place.size))
+        size, encode = place.size + place.size_of_calls, partial(refusal_or, place.encode)
+        read = raised(await off_loop(self._agent.run_environment, encode, size))
         return [chat.end_of_turn_id, *read] if place.is_cut else read
 
     def _check_open(self, request: ChatRequest) -> None:
@@ -254,6 +257,8 @@ class Conversations:
             branch=self._new_branch(),
             encode=partial(chat.conversation_ids, [as_written(m, self._agent.parser, chat) for m in messages]),
             size=sum(size_of(message.content) for message in messages),
+            size_of_calls=size_of(request.tools)
+            + sum(size_of((call.name, call.arguments)) for message in messages for call in message.calls),
             num_read=num_read,
         )
 

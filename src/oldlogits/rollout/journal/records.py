@@ -141,14 +141,13 @@ class Published:
     probe: tuple[float, ...]
 
 
-Record = Admitted | Grew | Running | Answered | StateSaved | SpanScored | Ended | Failed | Restarted | LeftOut | Taken | Published
+Record = (
+    Admitted | Grew | Running | Answered | StateSaved | SpanScored | Ended | Failed | Restarted | LeftOut | Taken | Published
+)
 Told = Admitted | Failed | Restarted | LeftOut
 """What an event tells as well."""
 
-_KINDS: Final = {
-    kind.__name__: TypeAdapter(kind)
-    for kind in get_args(Record)
-}
+_KINDS: Final = {kind.__name__: TypeAdapter(kind) for kind in get_args(Record)}
 
 
 def encode(record: Record) -> bytes:
