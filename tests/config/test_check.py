@@ -344,3 +344,10 @@ def test_a_model_folder_that_is_none_is_refused(tmp_path):
 )
 def test_auto_leaves_gpus_to_those_that_have_them(sections, device):
     assert config_from_table(sections).trainer_device == device
+
+
+@pytest.mark.parametrize("key", ["reward", "group_reward"])
+def test_a_reward_function_that_an_agent_program_would_never_reach_is_refused(key):
+    env = {"program": "tests.envs.test_base:program", key: "tests.envs.test_base:reward"}
+    with pytest.raises(ConfigError, match=rf"an agent program gives its reward itself.*env\.{key}"):
+        check(config_from_table({"env": env, "runtime": {"type": "local"}}))

@@ -37,6 +37,12 @@ def plain(base_url, api_key, row):
     return row["n"]
 
 
+def talks(base_url, api_key, row):
+    """Rewards a turn by the parity of its length."""
+    answer = post(base_url, api_key, "hello")
+    return answer["usage"]["completion_tokens"] % 2
+
+
 class Unopened:
     async def __call__(self, base_url, api_key, row):
         return 1.0

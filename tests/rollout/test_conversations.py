@@ -14,10 +14,11 @@ from oldlogits.core.errors import WorkerDiedError
 from oldlogits.core.trajectory import Context, Sampled, episode_of
 from oldlogits.engines.chat_api.completions import ChatCompletions
 from oldlogits.engines.chat_api.formats import ChatFormats
-from oldlogits.engines.chat_api.messages import ApiError
+from oldlogits.engines.chat_api.messages import ApiError, ChatRequest
 from oldlogits.engines.chat_api.wishes import Rules
 from oldlogits.envs.parsers.hermes import HermesParser
 from oldlogits.models.chat.format import ChatFormat
+from oldlogits.rollout.environment_errors import EnvironmentFailed
 from oldlogits.rollout.environment_runner import run_inline
 from oldlogits.rollout.gateway.conversations import Conversations
 from oldlogits.rollout.gateway.counts import GatewayCounts
@@ -478,11 +479,7 @@ def test_many_requests_at_once_have_no_more_turns_and_only_answers_count():
 def test_arguments_of_a_call_that_are_no_json_that_others_can_read_stay_text_and_end_no_run(arguments):
     async def scenario(talk):
         call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": arguments}}
-        messages = [
-            user("hello"),
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-            {"role": "tool", "content": "ok"},
-        ]
+        messages = [user("hello"), {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "ok"}]
         request = ChatCompletions().read({"model": "policy", "messages": messages})
         assert request.messages[1].calls[0].arguments == arguments
         await talk.conversations.answer(request)
@@ -520,3 +517,39 @@ def test_an_engine_that_ends_is_no_matter_of_the_program():
         await talk.end()
 
     in_talk(scenario)
+
+
+def test_a_request_that_nobody_foresaw_fails_its_episode_and_not_the_run():
+    async def scenario(talk):
+        with pytest.raises(ApiError, match="the turn could not be sampled"):
+            await talk.conversations.answer(ChatRequest(model="m", messages=()))
+        with pytest.raises(EnvironmentFailed, match="a request could not be read: IndexError"):
+            talk.conversations.failure.result()
+
+    in_talk(scenario)
+
+
+@pytest.mark.parametrize("where", ["content", "arguments", "tools"])
+def test_a_long_text_anywhere_in_a_request_is_encoded_beside_the_event_loop(where):
+    elsewhere = []
+
+    async def run(call, *, is_tool=False):
+        elsewhere.append(call)
+        return call()
+
+    async def scenario(talk):
+        object.__setattr__(talk.agent, "run_environment", run)
+        counts = []
+        for words in ("short", "long " * 20_000):
+            said = {name: words if name == where else "short" for name in ("content", "arguments", "tools")}
+            call = {"id": "1", "function": {"name": "look", "arguments": json.dumps({"at": [said["arguments"]]})}}
+            tool = {"type": "function", "function": {**TOOL["function"], "description": said["tools"]}}
+            messages = [user(said["content"]), {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "ok"}]
+            request = ChatCompletions().read({"model": "policy", "messages": messages, "tools": [tool]})
+            elsewhere.clear()
+            await talk.conversations.answer(request)
+            counts.append(len(elsewhere))
+        format_of_tools, encoding, reading = 1, 1, 1
+        assert counts == [format_of_tools + reading, (where == "tools") * format_of_tools + encoding + reading]
+
+    in_talk(scenario, max_tokens=200_000)

@@ -275,7 +275,9 @@ BAD = [
     b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}',
     b'{"messages": [{"role": "user", "content": "\\ud800"}]}', b"\xff\xfe", b"[" * 100_000,
     b'{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "web_search"}]}',
-    b'{"messages": [{"role": "user", "content": "x"}], "tools": 7}',
+    b'{"messages": [{"role": "user", "content": "x"}], "tools": 7}', b'{"input": []}', b'{"input": [{"type": "reasoning"}]}',
+    b'{"input": [{"role": "user", "content": 5}]}', b'{"input": [{"role": "user", "content": ["x"]}]}',
+    b'{"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": ["x"]}]}]}',
 ]  # fmt: skip
 
 

@@ -177,6 +177,10 @@ def _check_program(config: RunConfig) -> None:
         got, allowed = said(config, "runtime.type"), "'local', 'ray', 'torchrun'"
         what = "an agent program runs in real time, which this runtime has not"
         raise ConfigError(what, got=got, allowed=allowed, fix="set runtime.type = 'local'")
+    if env.is_program and (env.reward or env.group_reward):
+        got, allowed = said(config, "env.reward" if env.reward else "env.group_reward"), "''"
+        what = "an agent program gives its reward itself: this function would not be asked"
+        raise ConfigError(what, got=got, allowed=allowed, fix="have the program call it, or remove it")
     if env.program:
         PROGRAMS.find(env.program)
     if env.command and shutil.which(env.command[0]) is None:

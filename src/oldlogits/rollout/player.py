@@ -54,7 +54,7 @@ class Player(Protocol):
 
         Args:
             row: The task.
-            id: The episode's id, which is that of its first trajectory.
+            id: The episode's id, which is that of its first conversation.
             group_id: The id of its group.
             known: What the episode has so far, for a player that `goes_on`.
         """

@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol, cast
+from typing import ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -173,16 +173,15 @@ def text_of(content: object, kinds: tuple[str, ...] = ("text", "input_text", "ou
     """
     if content is None or isinstance(content, str):
         return content or ""
-    parts = cast("Sequence[Mapping[str, object]]", content)
-    for part in parts:
-        if part.get("type") not in kinds or not isinstance(part.get("text"), str):
-            raise ApiError(
-                "a message has a part that is no text",
-                got=f"a part of type {part.get('type')!r}",
-                allowed="text",
-                fix="leave it out",
-            )
-    return "".join(str(part["text"]) for part in parts)
+    texts: list[str] = []
+    for part in content if isinstance(content, list) else [content]:
+        match part:
+            case {"type": str(kind), "text": str(text)} if kind in kinds:
+                texts.append(text)
+            case _:
+                got = f"a part of type {part.get('type')!r:.80}" if isinstance(part, dict) else f"{part!r:.80}"
+                raise ApiError("a message has a part that is no text", got=got, allowed="text", fix="leave it out")
+    return "".join(texts)
 
 
 def arguments_of(written: str) -> Mapping[str, JsonValue] | str:

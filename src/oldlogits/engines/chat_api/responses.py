@@ -82,9 +82,11 @@ class Responses(Dialect):
         if asked.tool_choice not in (None, "auto", "none"):
             others.append("tool_choice")
         tools = [function_tool(tool.name, tool.description, tool.parameters) for tool in asked.tools or ()]
+        if not (messages := [*messages, *_messages(items)]):
+            raise ApiError("a request has no message", got="an empty conversation", allowed="at least one", fix="add it")
         return ChatRequest(
             model=asked.model,
-            messages=(*messages, *_messages(items)),
+            messages=tuple(messages),
             tools=() if asked.tool_choice == "none" else tuple(tools),
             wishes=Wishes(
                 max_tokens=asked.max_output_tokens,

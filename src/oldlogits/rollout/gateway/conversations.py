@@ -31,6 +31,7 @@ from oldlogits.engines.chat_api.wishes import Rules
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.rollout.answers import size_of
 from oldlogits.rollout.asked import off_loop
+from oldlogits.rollout.environment_errors import EnvironmentFailed
 from oldlogits.rollout.environment_runner import attempt
 from oldlogits.rollout.gateway.counts import GatewayCounts
 from oldlogits.rollout.turns import Agent, sampled_segments
@@ -72,13 +73,15 @@ class _Place:
 
     Args:
         num_read: Messages that were read before, from the first on; less than all of them in a rewritten conversation.
-        size: Bytes of the words that are encoded.
+        size: Bytes of what is said in the messages that are encoded.
+        size_of_calls: Bytes of the calls and tools that are encoded beside them.
     """
 
     kind: Literal["opened", "continued", "forked", "rewritten"]
     branch: _Branch
     encode: Callable[[], list[int]]
     size: int
+    size_of_calls: int = 0
     is_cut: bool = False
     num_read: int = 0
 
@@ -106,6 +109,7 @@ class Conversations:
         self._sampling: dict[str, asyncio.Task[Generation]] = {}  # by the name of the request to the engine
         self._given_up: set[asyncio.Task[None]] = set()
         self._num_turns = 0
+        self._engine_error: BaseException | None = None
         self.stop_reason = "done"
         self.is_over = False
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -140,7 +144,9 @@ class Conversations:
             raise
         except BaseException as error:  # supervision: who plays the episode raises it
             if not self.failure.done():
-                self.failure.set_exception(error)
+                said = EnvironmentFailed(f"a request could not be read: {type(error).__name__}: {error}")
+                is_own = isinstance(error, OldLogitsError | EnvironmentFailed) or error is self._engine_error
+                self.failure.set_exception(error if is_own else said)
             raise ApiError(
                 "the turn could not be sampled", got=str(error)[:300], allowed="", fix="see the run", status=500, code="failed"
             ) from error
@@ -158,7 +164,7 @@ class Conversations:
             self.failure.exception()  # seen
 
     def trajectories(self, group_id: str, reward: float) -> Branches:
-        """Return every branch in which something was sampled; the first one has the episode's id."""
+        """Return every branch in which something was sampled."""
         sampled = [branch for branch in self._branches if any(isinstance(s, Sampled) for s in branch.segments)]
         return tuple(
             Trajectory(id=b.id, group_id=group_id, segments=tuple(b.segments), reward=reward, stop_reason=self.stop_reason)
@@ -216,7 +222,8 @@ class Conversations:
             return kept
         if place.size > chat.most_bytes * (self._agent.limits.max_tokens - len(place.branch.tokens)):
             raise _too_long(f"{place.size:,} bytes", self._agent.limits.max_tokens)
-        read = raised(await off_loop(self._agent.run_environment, partial(refusal_or, place.encode), place.size))
+        size, encode = place.size + place.size_of_calls, partial(refusal_or, place.encode)
+        read = raised(await off_loop(self._agent.run_environment, encode, size))
         if begins:
             prompts.keep(digest, read)
         return [chat.end_of_turn_id, *read] if place.is_cut else read
@@ -256,6 +263,8 @@ class Conversations:
             branch=self._new_branch(),
             encode=partial(chat.conversation_ids, [as_written(m, self._agent.parser, chat) for m in messages]),
             size=sum(size_of(message.content) for message in messages),
+            size_of_calls=size_of(request.tools)
+            + sum(size_of((call.name, call.arguments)) for message in messages for call in message.calls),
             num_read=num_read,
         )
 
@@ -280,7 +289,8 @@ class Conversations:
             generation = await asyncio.shield(sampled)
             if self.is_over or not generation.output_ids:
                 raise _ended()
-        except BaseException:
+        except BaseException as error:
+            self._engine_error = error
             self._give_up(branch, before, sampled, name)
             raise
         finally:
