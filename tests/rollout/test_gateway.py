@@ -266,6 +266,26 @@ def test_only_the_key_of_an_episode_opens_it():
     assert seen[0][1]["error"]["code"] == "invalid_api_key"
 
 
+@pytest.mark.slow
+def test_a_connection_that_was_idle_for_longer_than_a_turn_is_answered():
+    async def program(base_url, api_key, row):
+        host, _, path = base_url.removeprefix("http://").partition("/")
+        reader, writer = await asyncio.open_connection(*host.split(":"))
+        body = json.dumps(asks("hello")).encode()
+        head = f"POST /{path}/chat/completions HTTP/1.1\r\nhost: {host}\r\nauthorization: Bearer {api_key}\r\n"
+        for pause_s in (6.0, 0.0):
+            writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+            answer = await reader.readuntil(b"\r\n\r\n")
+            assert answer.startswith(b"HTTP/1.1 200")
+            await reader.readexactly(int(answer.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]))
+            await asyncio.sleep(pause_s)
+        writer.close()
+        return 1.0
+
+    ((branch, _),), _ = played(program)
+    assert branch.reward == 1.0
+
+
 BAD = [
     b"", b"{", b"[]", b"null", b'{"messages": []}', b'{"messages": [{"role": "king", "content": "x"}]}',
     b'{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}',

@@ -28,6 +28,8 @@ MODEL: Final = "policy"
 """The model that clients may name; any other name is answered by it as well."""
 
 _LIMITS: Final = Limits(max_body_bytes=2**26, idle_s=600.0)
+_KEPT_S: Final = 86_400
+"""Seconds that an idle connection is kept: one that is closed while its client writes is an error of the program."""
 _CLOSING_S: Final = 2
 
 
@@ -54,7 +56,7 @@ class Gateway:
         routes = chat_routes(self._answer, self._model, prefix="/{episode}/v1")
         app = Guard(Starlette(routes=routes), token="", limits=_LIMITS)
         config = uvicorn.Config(app, ws="none", lifespan="off", log_level="warning", access_log=False, proxy_headers=False)
-        config.timeout_graceful_shutdown = _CLOSING_S
+        config.timeout_keep_alive, config.timeout_graceful_shutdown = _KEPT_S, _CLOSING_S
         server = _Server(config)
         with socket.socket() as listening:
             listening.bind(("127.0.0.1", 0))
