@@ -166,6 +166,11 @@ def test_a_worker_that_cannot_start_ends_the_run_and_quotes_what_it_said(target,
         asyncio.run(main())
 
 
+def test_the_last_line_of_what_a_command_said_comes_first():
+    (failure,), _ = played(command("def ask():\n    raise KeyError('question')\nask()"))
+    assert failure.reason.startswith("the program ended with status 1; it said: KeyError: 'question'; before that: Traceback")
+
+
 FAILING = {
     "ended with status 3; it said: no shop": "import sys; print('no shop', file=sys.stderr); sys.exit(3)",
     "was ended by signal 9": "import os; os.kill(os.getpid(), 9)",
@@ -464,10 +469,12 @@ def test_a_worker_plays_episodes_and_ends_with_the_run(function, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_or_is_blocked_fails_its_episodes_alone_and_another_one_takes_over():
+def test_a_worker_that_dies_or_is_blocked_fails_its_episodes_alone_and_another_one_takes_over(tmp_path):
+    log = tmp_path / "program.log"
     does = [[{"does": "raises"}], [{"does": "dies"}, {"does": "waits"}], [{"does": ""}]]
-    raised, died, waited, well = worked(does)[0]
+    raised, died, waited, well = worked(does, log=log)[0]
     assert raised.reason == "ValueError: broken"
+    assert "in plays" in log.read_text(), "the traceback"
     assert died.reason == waited.reason == "the process of agent programs ended with status -9"
     assert well[0].reward == 2.0
     blocked, other, after = worked([[{"does": "blocks"}, {"does": "waits"}], [{"does": ""}]], timeout_s=1.0)[0]

@@ -24,6 +24,9 @@ from oldlogits.core.errors import ConfigError, reading
 from oldlogits.core.policies import AGED, EWMA, LINEAR, LOGLINEAR, OLD, find_variant
 from oldlogits.core.source import SOURCES, check_source, sources_for
 
+_SCRIPTS = frozenset({".py", ".js", ".mjs", ".ts", ".sh", ".rb", ".pl", ".php", ".lua", ".jar"})
+"""Endings of words of a command that name a file for sure."""
+
 
 def resolve(config: RunConfig) -> RunConfig:
     """Replace `proximal.source = "auto"` by the first source that provides what the variant needs, and nothing else.
@@ -71,7 +74,8 @@ def check(config: RunConfig, *, needs_model: bool = True) -> None:
 
 def said(config: RunConfig, *keys: str) -> str:
     """The keys as the recipe has them, for an error."""
-    values = {key: attrgetter(key)(config) for key in keys}
+    found = {key: attrgetter(key)(config) for key in keys}
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
     return ", ".join(
         f"{key} = {value:g}" if isinstance(value, float) else f"{key} = {value!r}" for key, value in values.items()
     )
@@ -168,7 +172,10 @@ def _check_program(config: RunConfig) -> None:
     env = config.env
     played = [key for key in ("program", "command", "verifiers") if getattr(env, key)]
     if len(played) > 1 or (env.verifiers and (env.mcp or env.mixture or env.reward or env.group_reward)):
-        got, allowed = said(config, *(f"env.{key}" for key in played)), "one of these, and env.verifiers without other rewards"
+        got, allowed = (
+            said(config, *(f"env.{key}" for key in played)),
+            "one of these" if len(played) > 1 else "env.verifiers alone",
+        )
         raise ConfigError("several things play the episodes, or reward them", got=got, allowed=allowed, fix="remove one")
     if env.verifiers_args and not env.verifiers:
         got, allowed = said(config, "env.verifiers_args"), "an id in env.verifiers"
@@ -186,6 +193,10 @@ def _check_program(config: RunConfig) -> None:
     if env.command and shutil.which(env.command[0]) is None:
         got, allowed = f"env.command = {list(env.command)}", "a command whose first word is a program of this machine"
         raise ConfigError("the agent program cannot be found", got=got, allowed=allowed, fix="give its path, or install it")
+    missing = [word for word in env.command[1:] if Path(word).suffix in _SCRIPTS and not Path(word).is_file()]
+    if missing:
+        got, allowed = f"{missing[0]} in env.command, from {Path.cwd()}", "files that are there"
+        raise ConfigError("a file of the agent program is missing", got=got, allowed=allowed, fix="correct its path")
 
 
 def _check_kv(config: RunConfig) -> None:

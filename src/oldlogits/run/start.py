@@ -62,8 +62,11 @@ def anchored(config: RunConfig) -> RunConfig:
 
 def _anchored(command: tuple[str, ...]) -> tuple[str, ...]:
     """A command whose words that name files are absolute; "python" is the interpreter that runs this."""
-    first = (sys.executable,) if command[:1] in (("python",), ("python3",)) else command[:1]
-    return (*first, *(str(Path(word).absolute()) if Path(word).is_file() else word for word in command[1:]))
+    words = (sys.executable, *command[1:]) if command[:1] in (("python",), ("python3",)) else command
+    return tuple(
+        str(Path(word).absolute()) if (number or os.sep in word) and Path(word).is_file() else word
+        for number, word in enumerate(words)  # the first word may be one of PATH
+    )
 
 
 def prepare_model(config: RunConfig, environment_class: type[Environment], note: Callable[[str], None]) -> Start:

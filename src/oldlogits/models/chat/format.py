@@ -52,6 +52,9 @@ class ChatFormat:
     ) -> None:
         self.tokenizer, self._encoder, self._system = tokenizer, ContentEncoder(tokenizer), system_prompt
         self._options, self._others = options, {json.dumps(list(tools)): self}  # formats of other tools, by these
+        unknown = tokenizer.unk_token_id
+        self.unknown_id: Final = -1 if unknown is None else unknown
+        """The token of words that the tokenizer does not know; -1: it has none."""
         self.most_bytes: Final = most_bytes(tokenizer)
         self._template = Template(tokenizer, tools, options)
         lead, after = self._template.around_turn()

@@ -225,6 +225,7 @@ class Conversations:
         size, encode = place.size + place.size_of_calls, partial(refusal_or, place.encode)
         read = raised(await off_loop(self._agent.run_environment, encode, size))
         if begins:
+            self._counts.unknown_tokens += read.count(chat.unknown_id)
             prompts.keep(digest, read)
         return [chat.end_of_turn_id, *read] if place.is_cut else read
 

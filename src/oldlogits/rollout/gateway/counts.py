@@ -16,7 +16,9 @@ class GatewayCounts:
         encoded_anew: Tokens of rewritten conversations that were encoded from their text.
         dropped_answers: Answers that nobody waited for any more.
         dropped_tokens: Tokens that were sampled for them, and are not trained.
+        unknown_tokens: Tokens of prompts that stand for words which the tokenizer does not know.
         overridden: Wishes that training does not honour, by parameter.
+        is_warned: Whether unknown words were warned of.
         refused: Requests that were refused, by the code of the refusal.
     """
 
@@ -24,8 +26,10 @@ class GatewayCounts:
     encoded_anew: int = 0
     dropped_answers: int = 0
     dropped_tokens: int = 0
+    unknown_tokens: int = 0
     overridden: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
+    is_warned: bool = False
 
     def take(self) -> dict[str, float]:
         """Return the counts as metrics, and begin again."""
@@ -34,8 +38,11 @@ class GatewayCounts:
             "gateway/encoded_anew_tokens": float(self.encoded_anew),
             "gateway/dropped_answers": float(self.dropped_answers),
             "gateway/dropped_tokens": float(self.dropped_tokens),
+            "gateway/unknown_tokens": float(self.unknown_tokens),
             "gateway/overridden": float(self.overridden.total()),
             "gateway/refused": float(self.refused.total()),
         }
+        is_warned = self.is_warned
         self.__init__()  # type: ignore[misc]
+        self.is_warned = is_warned
         return found

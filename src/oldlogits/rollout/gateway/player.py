@@ -10,9 +10,11 @@ from functools import partial
 from typing import Self
 
 from oldlogits.core.environment import Row
+from oldlogits.core.weights import PolicyVersion
 from oldlogits.engines.chat_api.formats import ChatFormats
 from oldlogits.engines.chat_api.wishes import Rules
-from oldlogits.record.events import ConversationRewritten
+from oldlogits.record.bus import Event
+from oldlogits.record.events import ConversationRewritten, Warned
 from oldlogits.rollout.environment_errors import EnvironmentFailed, EnvironmentLost
 from oldlogits.rollout.gateway.conversations import Conversations
 from oldlogits.rollout.gateway.counts import GatewayCounts
@@ -20,6 +22,14 @@ from oldlogits.rollout.gateway.listener import Gateway
 from oldlogits.rollout.gateway.programs import Address, Runner
 from oldlogits.rollout.player import Outcome, Player, Watch
 from oldlogits.rollout.turns import Agent, Failure, Known
+
+
+def _unknown_words(version: PolicyVersion) -> Event:
+    message = (
+        "the tokenizer has no tokens for some words of the program: the model reads unknown ones in their place; "
+        "set model.path to a model that knows them"
+    )
+    return Warned(version=version, name="unknown_words", message=message, figures={})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +66,9 @@ class ProgramPlayer(Player):
                 reward = await self._reward(address, talk)
             await talk.close()
             branches = talk.trajectories(group_id, reward)
+            if self.counts.unknown_tokens and not self.counts.is_warned:
+                self.counts.is_warned = True
+                self.watch.tell(_unknown_words)
             if not branches:
                 raise EnvironmentFailed("the program asked for no turn: nothing was sampled")
             self.watch.drop(set(talk.ids) - {branch.id for branch in branches})

@@ -246,7 +246,8 @@ def _last_object(printed: bytes, told: bytes) -> object:
 
 def _quoted(told: bytes) -> str:
     text = readable(told.decode(errors="replace")).strip()
-    return f"; it said: ...{text[-_TOLD:]}" if len(text) > _TOLD else f"; it said: {text}" if text else ""
+    before, _, last = text.rpartition("\n")
+    return (f"; it said: {last[-_TOLD:]}" if last else "") + (f"; before that: {before[-_TOLD:]}" if before else "")
 
 
 def _reward(value: object) -> float:

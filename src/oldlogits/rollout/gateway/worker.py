@@ -16,6 +16,7 @@ import json
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
@@ -185,6 +186,8 @@ async def serve(fd: int, target: str, adapter: str, timeout_s: float) -> None:
             answer: dict[str, object] = {"reward": await runner.run(address)}
         except EnvironmentFailed as failure:
             answer = {"failed": str(failure), "is_lost": isinstance(failure, EnvironmentLost)}
+            if failure.__cause__ is not None:
+                traceback.print_exception(failure.__cause__)  # into the log
         writer.write(json.dumps({"number": number, **answer}).encode() + b"\n")
 
     async with shared_by(program):
