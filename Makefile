@@ -2,15 +2,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 TESTS := tests $(wildcard studies) $(wildcard benchmarks)
-FAST := $(TESTS) --ignore tests/ray --ignore tests/vllm --numprocesses 2 --dist loadfile --durations 5 -m "not slow and not ray and not vllm"
+NO_SLOW := --ignore tests/ray --ignore tests/vllm --ignore tests/envs/packages -m "not slow and not ray and not vllm and not envs"
+FAST := $(TESTS) --numprocesses 2 --dist loadfile --durations 5 $(NO_SLOW)
 
 # Of what is built from its sources, pip reads the build tools' versions here, too (under the second name from pip 25.3 on).
 LOCKED = PIP_CONSTRAINT=$(1) PIP_BUILD_CONSTRAINT=$(1)
 
 CACHE ?= $(or $(OLDLOGITS_CACHE),$(HOME)/.cache/oldlogits)
 VLLM ?= $(CACHE)/vllm-$(shell sha256sum constraints-vllm.txt | cut -c1-12)
+ENVS ?= $(CACHE)/envs-$(shell sha256sum constraints-envs.txt | cut -c1-12)
 
-.PHONY: demo test test-fast test-ray test-vllm test-lowest test-newest lint types install lock clean
+.PHONY: demo test test-fast test-ray test-vllm test-envs test-lowest test-newest lint types install lock clean
 
 install: $(INSTALLED)
 
@@ -29,7 +31,7 @@ test-fast: install
 	$(BIN)/python -m pytest $(FAST)
 
 test: lint types
-	$(BIN)/python -m pytest $(TESTS) --numprocesses 2 --dist loadfile -m "not ray and not vllm"
+	$(BIN)/python -m pytest $(TESTS) --numprocesses 2 --dist loadfile --ignore tests/envs/packages -m "not ray and not vllm and not envs"
 
 test-ray: install
 	$(BIN)/python -m pytest tests/ray
@@ -37,6 +39,11 @@ test-ray: install
 test-vllm: install
 	PYTHON=$(PYTHON) tests/vllm/install.sh $(VLLM)
 	OLDLOGITS_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest tests/vllm
+
+# Environments, servers and clients of other projects, in an environment of their own where this package runs from its sources.
+test-envs: install
+	PYTHON=$(PYTHON) UV=$(BIN)/uv tests/envs/packages/install.sh $(ENVS)
+	PYTHONPATH=src:examples PATH="$(abspath $(BIN)):$$PATH" $(ENVS)/bin/python -m pytest tests/envs/packages --numprocesses 2 --dist loadfile --durations 5
 
 # The fast lane with the oldest and the newest versions that pyproject.toml allows; torch is that of constraints.in.
 RESOLUTION_lowest := lowest-direct
@@ -50,7 +57,7 @@ test-lowest test-newest: test-%: install
 	.venv-$*/bin/python tools/lock.py check .venv-$*/constraints.txt
 	.venv-$*/bin/python -m pytest $(FAST)
 
-# Renews both locks and prints the versions that changed.
+# Renews the locks and prints the versions that changed.
 lock: install
 	$(BIN)/python tools/lock.py renew
 

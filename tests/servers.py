@@ -28,8 +28,8 @@ class Serving:
         words = [sys.executable, "-m", "oldlogits", "serve", str(self.folder), "--port", str(self.port), *self.options]
         environment = {**os.environ, "OLDLOGITS_TOKEN": self.token}
         self.process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
-        line = self.process.stdout.readline()
-        assert line.startswith("serving"), line
+        line = next((line for line in self.process.stdout if line.startswith("serving")), "")  # what is noted stands before it
+        assert line, "the server ended"
         self.url = line.split(" on ")[1].split()[0]
         self.port = int(self.url.rpartition(":")[2])
 

@@ -116,6 +116,7 @@ def test_every_emitted_metric_is_documented_and_every_documented_one_is_emitted(
         "rescored": recipe(tiny_folder, num_updates=2, **rescored),
         "eager": recipe(tiny_folder, num_updates=2, proximal={"source": "eager"}),
         "mixture": recipe(tiny_moe_folder, num_updates=2),
+        "program": recipe(tiny_folder, runtime={"type": "local"}, env={"program": "tests.rollout.agent_programs:talks"}),
     }
     emitted = set().union(*(emitted_metrics(tmp_path, name, config) for name, config in runs.items()))
     assert emitted - documented_metrics() == set(), "emitted and not documented"

@@ -1,6 +1,6 @@
 """Renew the locks (constraints*.txt), or check that an environment is what its lock says.
 
-    python tools/lock.py renew              # both locks; prints the versions that changed
+    python tools/lock.py renew              # all locks; prints the versions that changed
     python tools/lock.py check LOCK         # this interpreter's environment
 
 A lock names every package that may be needed, on all systems, at an exact version. It is given to pip as constraints, so that
@@ -16,10 +16,20 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 PROJECT = Path("pyproject.toml")
+ENVS = ("--extra", "serve", "--extra", "vllm", "--extra", "mcp", "--extra", "smollm2", str(PROJECT))
+"""This package and those of its extras that are tested beside the packages of other projects."""
 LOCKS = {
     Path("constraints.txt"): (PROJECT, "--all-extras", "--constraint", "constraints.in"),
     # vLLM asks for a build of torch, torch==2.13.0+cpu, that not every index has.
     Path("constraints-vllm.txt"): (Path("constraints-vllm.in"), "--python-version", "3.11", "--override", "constraints.in"),
+    Path("constraints-envs.txt"): (
+        Path("constraints-envs.in"),
+        "--python-version",
+        "3.11",
+        *ENVS,
+        "--constraint",
+        "constraints.in",
+    ),
 }
 """The arguments of `uv pip compile` by lock."""
 HEADER = "# Every package at an exact version. `make lock` writes this file; constraints*.in say what is pinned on purpose.\n"

@@ -201,7 +201,7 @@ class _World:
             self.source.on_segment_closed(id, flight.segments)
         engine.num_assigned -= 1
         await asyncio.sleep(self.scenario.workload.draw_gap_s("last", rng))
-        self.buffer.end(flight.trajectory(group_id, reward))
+        self.buffer.end((flight.trajectory(group_id, reward),))
 
     def forget(self, ids: Sequence[str]) -> None:
         """These are needed no more."""

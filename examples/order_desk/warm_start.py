@@ -15,7 +15,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Final, cast
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from oldlogits.core.environment import AS_IT_IS, ChatOptions, ModelOrder
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.parser import PARSERS, Malformed, ToolCall, WritingParser
+from oldlogits.core.parser import Malformed, ToolCall, call_writer
 from oldlogits.envs.parsers.plain import PlainParser
 from oldlogits.envs.tools import bind, render_result, tool_names, tool_schemas, with_names
 from oldlogits.models.cache import cache_folder, cached
@@ -190,7 +190,14 @@ def demonstrations(spec: WarmStartSpec, chat: ChatFormat) -> Iterator[Demonstrat
 
 def demonstrate(row: DeskRow, clerk: Clerk, chat: ChatFormat, parser: str = "plain") -> Demonstration:
     """Let a clerk serve one row; the tokens are those that the turn loop would produce under that parser."""
-    heard, writer = PlainParser(), cast(WritingParser, PARSERS.find(parser)())
+    heard, writer = PlainParser(), call_writer(parser)
+    if writer is None:
+        raise ConfigError(
+            "demonstrations need a parser that writes calls",
+            got=f"env.parser = '{parser}'",
+            allowed="plain, hermes, llama, qwen-coder, or a class of yours with write(call)",
+            fix="name one of these, or set model.warm_start_steps = 0",
+        )
     desk = OrderDesk()
     seen: str | None = desk.reset(**row)
     ids = chat.prompt_ids(seen or "")
@@ -209,7 +216,7 @@ def demonstrate(row: DeskRow, clerk: Clerk, chat: ChatFormat, parser: str = "pla
             ready = calls[0] if isinstance(calls[0], Malformed) else bind(desk, calls[0])
             role, seen = "tool", ready.reason if isinstance(ready, Malformed) else render_result(ready())
         if seen is not None:
-            read = chat.continuation_ids("tool" if role == "tool" else "user", seen)
+            read = chat.continuation_ids([("tool" if role == "tool" else "user", seen)])
             ids, mask = ids + read, mask + [False] * len(read)
     return Demonstration(token_ids=tuple(ids), loss_mask=tuple(mask), reward=desk.get_reward())
 

@@ -6,10 +6,19 @@ import gc
 import pytest
 
 from oldlogits.backends.ray.remote_environments import AwaitingRunner, PlaceLostError, call_here, remote_class
+from oldlogits.core.engine import Sampling
 from oldlogits.core.parser import ToolCall
-from oldlogits.envs.base import prompt_to_ask, system_prompt_of
+from oldlogits.core.trajectory import Trajectory
+from oldlogits.envs.base import REMOTE_PROMPT, load_environment, prompt_to_ask, system_prompt_of
+from oldlogits.envs.given import REMOTE_TOOLS
+from oldlogits.envs.parsers.hermes import HermesParser
 from oldlogits.envs.tools import bind, tool_schemas
+from oldlogits.models.chat.format import ChatFormat
 from oldlogits.rollout.environment_errors import EnvironmentFailed, EnvironmentLost, Raised
+from oldlogits.rollout.turns import Agent, TurnLimits, run_episode
+
+from ..models.tokenizers import WITH_TOOLS, byte_level
+from ..rollout.test_agents_words import Sampler
 
 
 class Counter:
@@ -87,6 +96,26 @@ def test_a_remote_class_has_the_tools_and_the_prompt_of_its_class():
     made = remote_class(Counter, Places(Place()))
     assert tool_schemas(made) == tool_schemas(Counter)
     assert system_prompt_of(made) == "count"
+
+
+def test_environments_behind_another_one_their_tools_of_a_row_and_rewards_beside_the_class_live_elsewhere_too():
+    made = load_environment("tests.envs.test_trl:SEVERAL", "trl", "tests.envs.test_trl:guess_reward")
+    place, chat = Place(made), ChatFormat(byte_level(WITH_TOOLS))
+    agent = Agent(
+        engine=Sampler(chat, ['<tool_call>{"name": "guess", "arguments": {"word": "a"}}</tool_call>', "bye"]),
+        chat=chat,
+        parser=HermesParser(),
+        limits=TurnLimits(max_turns=4, max_tokens_per_turn=1000, max_tokens=10_000),
+        sampling=Sampling(max_tokens=1, temperature=1.0),
+        run_environment=AwaitingRunner(latency_s=0.0, seed=0),
+    )
+    row = {"environment": "guess", "word": "a"}
+    played = asyncio.run(run_episode(agent, remote_class(made, Places(place)), row, id="g.0", group_id="g"))
+    assert isinstance(played, Trajectory), played
+    assert '"guess"' in chat.decode(played.segments[0].token_ids)
+    assert '{"found": true}' in chat.decode(played.segments[2].token_ids)
+    assert played.reward == 1.0
+    assert place.calls == ["reset", REMOTE_PROMPT, REMOTE_TOOLS, "call_tool", "get_reward"]
 
 
 def test_calls_are_carried_out_in_the_place():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -63,7 +64,7 @@ def _shown(*lines: str, target: str = "desk", width: int = 120, **options: objec
     """The reward and the transcript of one episode."""
     console = Console(width=width)
     with console.capture() as capture:
-        reward = play(PlayOptions(target=target, **options), 0, console, _lines(*lines))
+        reward = play(PlayOptions(target=target, **options), 0, console, _lines(*lines)).reward
     return reward, capture.get()
 
 
@@ -127,7 +128,7 @@ def test_ctrl_c_at_the_prompt_leaves_as_the_end_of_the_input_does():
 
     console = Console(width=120)
     with console.capture() as capture:
-        assert play(PlayOptions(target="desk", row=json.dumps(ROW)), 0, console, interrupt) == 0.0
+        assert play(PlayOptions(target="desk", row=json.dumps(ROW)), 0, console, interrupt).reward == 0.0
     assert "the agent left" in capture.get()
     assert capture.get().rstrip().endswith("reward 0")
 
@@ -156,6 +157,15 @@ def test_what_an_environment_raises_ends_the_episode_and_is_shown():
     reward, text = _played("guess 3", target=f"{__name__}:Broken", row={"answer": 4})
     assert "the episode ended early: guess: RuntimeError: lost" in text
     assert reward == 0.0
+
+
+def test_what_an_environment_raises_is_status_1_and_is_counted(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("guess 3\nguess 3\n"))
+    words = ["play", f"{__name__}:Broken", "--row", '{"answer": 4}', "--num-episodes", "2"]
+    assert command(words) == 1
+    shown = capsys.readouterr().out
+    assert shown.count("the episode ended early: guess: RuntimeError: lost") == 2
+    assert shown.rstrip().endswith("mean reward of 2 episodes: 0.000; 2 of them failed")
 
 
 class Broken(Riddle):
@@ -210,7 +220,7 @@ def test_of_a_run_folder_the_latest_checkpoint_plays_under_its_recipe(clerk_fold
     folder = RunFolder.create(tmp_path / "run")
     folder.write_config(asdict(config))
     with pytest.raises(ConfigError, match="the run has no checkpoint yet"):
-        _shown(mode="checkpoint", model=folder.path)
+        _shown(mode="checkpoint", model=str(folder.path))
     for version in (2, 10):
         partial = folder.begin_checkpoint(version)
         shutil.copytree(clerk_folder, partial / "model", dirs_exist_ok=True)
@@ -227,7 +237,7 @@ def test_of_a_run_folder_the_latest_checkpoint_plays_under_its_recipe(clerk_fold
 def test_what_a_checkpoint_writes_wrongly_is_answered_as_in_training(tiny_folder):
     answers = []
     for seed in range(40):
-        options = {"target": RIDDLE, "mode": "checkpoint", "row": '{"answer": 1}', "model": tiny_folder, "seed": seed}
+        options = {"target": RIDDLE, "mode": "checkpoint", "row": '{"answer": 1}', "model": str(tiny_folder), "seed": seed}
         reward, text = _shown(width=500, **options)
         assert reward == 0.0
         lines = [line.split() for line in text.splitlines()]
@@ -238,7 +248,7 @@ def test_what_a_checkpoint_writes_wrongly_is_answered_as_in_training(tiny_folder
 
 def test_a_model_that_is_not_there_is_refused(tmp_path, capsys):
     with pytest.raises(ModelFolderError, match=r"model\.path is no folder"):
-        _shown(mode="checkpoint", model=tmp_path / "gone")
+        _shown(mode="checkpoint", model=str(tmp_path / "gone"))
     assert command(["play", "desk", "--mode", "checkpoint"]) == 2
     assert "add --model runs/" in capsys.readouterr().err
 
@@ -251,3 +261,40 @@ def test_a_row_is_given_on_the_command_line(capsys):
     for row, says in (("{", "--row is no JSON"), ("[1]", "--row is no JSON object")):
         assert command(["play", "desk", "--mode", "oracle", "--row", row]) == 2
         assert says in capsys.readouterr().err
+
+
+@pytest.fixture
+def run(clerk_folder, tmp_path):
+    """A run with two checkpoints, whose episodes are one turn of two tokens."""
+    config = recipe(clerk_folder)
+    config = replace(config, env=replace(config.env, target="desk", max_turns=1, max_tokens_per_turn=2))
+    folder = RunFolder.create(tmp_path / "run")
+    folder.write_config(asdict(config))
+    for version in (2, 10):
+        partial = folder.begin_checkpoint(version)
+        shutil.copytree(clerk_folder, partial / "model", dirs_exist_ok=True)
+        folder.name_checkpoint(partial)
+    return folder
+
+
+def _turns(text: str) -> list[int]:
+    return [len(line.split()) - 1 for line in text.splitlines() if line.split()[:1] == ["agent"]]
+
+
+def test_a_recipe_that_is_named_supplies_parser_and_limits_whatever_run_the_model_is_of(run, tmp_path):
+    (tmp_path / "own.toml").write_text('[env]\ntarget = "desk"\nmax_turns = 1\nmax_tokens_per_turn = 3\n')
+    _, text = _shown(target=str(tmp_path / "own.toml"), model=str(run.path))
+    assert _turns(text) == [3]
+    _, text = _shown(target="desk", model=str(run.checkpoints / "v000002"))
+    assert _turns(text) == [2], "an environment's name alone: as in the model's run"
+
+
+def test_a_run_folder_is_a_target_and_its_own_model(run):
+    _, text = _shown(target=str(run.path), mode="checkpoint")
+    assert _turns(text) == [2]
+
+
+def test_an_agent_program_is_not_played_turn_by_turn(tmp_path):
+    (tmp_path / "program.toml").write_text('[env]\ncommand = ["true"]\n')
+    with pytest.raises(ConfigError, match="oldlogits eval MODEL"):
+        _shown(target=str(tmp_path / "program.toml"))

@@ -47,6 +47,8 @@ REFUSED = {  # key -> values just outside, and beyond
     "env.max_tokens_per_turn": [0],
     "env.max_episode_tokens": [1, 2**31],
     "env.timeout_s": [0.0, NAN],
+    "env.program_timeout_s": [0.0, NAN],
+    "env.program_memory_bytes": [-1],
     "env.latency_s": [-0.1, INF, NAN],
     "sampling.temperature": [0.0, -1.0, 1e-300, 1e300, INF, NAN],
     "sampling.top_p": [0.99, NAN],
@@ -86,6 +88,7 @@ REFUSED = {  # key -> values just outside, and beyond
     "eval.every": [-1],
     "eval.num_episodes_during": [-1],
     "eval.num_calibration": [-1],
+    "eval.success_at": [math.inf, math.nan, -1e16],
     "eval.max_concurrent": [0],
     "record.tokens_every": [-1],
     "record.transcripts_every": [-1],
@@ -341,3 +344,10 @@ def test_a_model_folder_that_is_none_is_refused(tmp_path):
 )
 def test_auto_leaves_gpus_to_those_that_have_them(sections, device):
     assert config_from_table(sections).trainer_device == device
+
+
+@pytest.mark.parametrize("key", ["reward", "group_reward"])
+def test_a_reward_function_that_an_agent_program_would_never_reach_is_refused(key):
+    env = {"program": "tests.envs.test_base:program", key: "tests.envs.test_base:reward"}
+    with pytest.raises(ConfigError, match=rf"an agent program gives its reward itself.*env\.{key}"):
+        check(config_from_table({"env": env, "runtime": {"type": "local"}}))

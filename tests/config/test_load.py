@@ -13,7 +13,9 @@ import pytest
 from oldlogits.config import schema
 from oldlogits.config.check import check, resolve
 from oldlogits.config.load import _names, config_from_table, known_keys, load_config, override
+from oldlogits.config.mixture import MixturePart
 from oldlogits.config.schema import RunConfig
+from oldlogits.core.environment import McpServer
 from oldlogits.core.errors import ConfigError, MissingPolicyError
 from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, VARIANTS, find_variant
 from oldlogits.core.source import SOURCES, provided
@@ -71,7 +73,10 @@ def test_the_keys_that_the_command_line_promises_exist():
 def test_every_key_is_read_from_a_table_and_only_it_changes(key):
     default = default_of(key)
     if isinstance(default, tuple):
-        assert value_at(config_from_table(table_of(key, ["a", "b"])), key) == ("a", "b")
+        kind, name = {"env.mixture": (MixturePart, "target"), "env.mcp": (McpServer, "url")}.get(key, (None, ""))
+        written = [{name: "a"}, {name: "b"}] if kind else ["a", "b"]
+        read = tuple(kind(**part) for part in written) if kind else ("a", "b")
+        assert value_at(config_from_table(table_of(key, written)), key) == read
         return
     plain = resolve(RunConfig())
     assert config_from_table(table_of(key, default)) == plain

@@ -30,6 +30,7 @@ TREE = {
     "AccountingError": RuntimeError,
     "RolloutError": RuntimeError,
     "RunWriteError": OSError,
+    "McpServerError": RuntimeError,
     "UnknownCallError": AttributeError,
     "WorkerDiedError": RuntimeError,
 }

@@ -8,6 +8,8 @@ import json
 import threading
 import typing
 from dataclasses import dataclass
+from datetime import date
+from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import pytest
@@ -172,6 +174,10 @@ def test_arguments_may_be_typed_dictionaries_dataclasses_and_pydantic_models_and
     ready = bind(Post(), ToolCall(name="send", named=named))
     assert not isinstance(ready, Malformed)
     assert ready() == "bonn 1 5 1"
+    properties = tool_schemas(Post)[0]["function"]["parameters"]["properties"]
+    assert properties["to"]["properties"] == {"city": {"title": "City", "type": "string"}}
+    assert properties["at"]["required"] == ["x"]
+    assert properties["what"]["properties"]["grams"]["exclusiveMinimum"] == 0
     for wrong in ({"to": {}}, {"at": {"x": "1"}}, {"what": {"grams": 0}}, {"stamps": 4}):
         assert isinstance(bind(Post(), ToolCall(name="send", named={**named, **wrong})), Malformed), wrong
 
@@ -252,3 +258,55 @@ def test_a_parameter_whose_annotation_exists_only_for_type_checkers_is_refused_b
 
     with pytest.raises(EnvironmentShapeError, match=r"Checked\.pay has an annotation.*amount.*NameError.*TYPE_CHECKING"):
         check_environment(Checked)
+
+
+class Colour(Enum):
+    RED = "red"
+
+
+@dataclass
+class Flight:
+    number: str
+    parcels: list[Parcel]
+    day: date = date(2026, 1, 2)
+    colour: Colour = Colour.RED
+    via: Flight | None = None
+
+
+class Tree(BaseModel):
+    leaves: list[Parcel] = []
+    branches: list[Tree] = []
+    colour: Colour = Colour.RED
+
+
+def test_results_that_are_models_dataclasses_or_lists_of_them_are_json():
+    flight = Flight("BA 1", [Parcel(grams=2)])
+    written = {"number": "BA 1", "parcels": [{"grams": 2}], "day": "2026-01-02", "colour": "red", "via": None}
+    assert json.loads(render_result(flight)) == written
+    assert json.loads(render_result([flight, (Parcel(grams=1), {"to": flight})])) == [written, [{"grams": 1}, {"to": written}]]
+    assert json.loads(render_result(Tree(leaves=[Parcel(grams=3)]))) == {
+        "leaves": [{"grams": 3}],
+        "branches": [],
+        "colour": "red",
+    }
+    assert render_result({"name": "für"}) == '{"name": "für"}'
+    for value in ({"a": {1}}, [object()], [Flight]):
+        with pytest.raises(TypeError):
+            render_result(value)
+
+
+def test_schemas_hold_no_references_and_what_refers_to_itself_is_an_object_there():
+    class Garden(Post):
+        def plant(self, tree: Tree, flights: list[Flight] | None = None) -> str:
+            """Plant."""
+            return f"{tree.branches[0].leaves[0].grams} {flights[0].parcels[0].grams}"
+
+    schema = tool_schemas(check_environment(Garden))[1]["function"]["parameters"]
+    assert "$ref" not in json.dumps(schema)
+    tree = schema["properties"]["tree"]["properties"]
+    assert tree["leaves"]["items"]["properties"]["grams"]["exclusiveMinimum"] == 0
+    assert tree["branches"]["items"] == {"type": "object"}
+    assert tree["colour"] == {"default": "red", "enum": ["red"], "title": "Colour", "type": "string"}
+    tree = {"branches": [{"leaves": [{"grams": 7}]}]}
+    call = ToolCall(name="plant", named={"tree": tree, "flights": [{"number": "a", "parcels": [{"grams": 9}]}]})
+    assert bind(Garden(), call)() == "7 9"

@@ -31,6 +31,7 @@ from oldlogits.record.recording import Recording
 from oldlogits.rollout.environment_runner import run_inline
 from oldlogits.rollout.journal.journal import Journal, read
 from oldlogits.rollout.journal.records import Admitted, Failed
+from oldlogits.rollout.player import ClassPlayer
 from oldlogits.rollout.turns import Agent, TurnLimits
 from oldlogits.train.reports import ConsistencyErrors, PublishedVersion, ScoringWork, TrainerState
 from oldlogits.train.step import UpdateResult
@@ -219,7 +220,7 @@ class World:
             run_environment=run_inline,
         )  # fmt: skip
         rows = SimpleNamespace(train=lambda index: {}, heldout=lambda num: [{}] * num)
-        task = Task(environment_class=Coin, rows=rows, agent=agent, probe_ids=PROBE)
+        task = Task(player=ClassPlayer(agent=agent, environment_class=Coin), rows=rows, probe_ids=PROBE)
         source, events = FakeSource(self.calls, needs_pause=needs_pause), recording.events
         self.journal = Journal(self.folder.rollouts)
         self.loop = Loop(

@@ -44,33 +44,37 @@ def _chatml(template: str, eos: str = CLOSE) -> PreTrainedTokenizerFast:
 TOKENIZERS = {"tiny": tiny_tokenizer(WORDS), "chatml": _chatml(CHATML)}
 CHATS = {name: ChatFormat(tokenizer, system_prompt="red") for name, tokenizer in TOKENIZERS.items()}
 
+ANSWERS = st.lists(TEXT, min_size=1, max_size=3).map(lambda texts: [("tool", text) for text in texts]) | TEXT.map(
+    lambda text: [("user", text)]
+)
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TOKENIZERS)
-@given(opening=TEXT, turns=st.lists(st.tuples(TEXT, st.sampled_from(["tool", "user"]), TEXT), max_size=4))
+@given(opening=TEXT, turns=st.lists(st.tuples(TEXT, ANSWERS), max_size=4))
 def test_turns_put_together_are_the_conversation_as_the_template_writes_it(name, opening, turns):
     tokenizer, chat = TOKENIZERS[name], CHATS[name]
     messages = [{"role": "system", "content": "red"}, {"role": "user", "content": opening}]
     ids = chat.prompt_ids(opening)
-    for said, role, answer in turns:
-        ids += chat.turn_ids(said) + chat.continuation_ids(role, answer)
-        messages += [{"role": "assistant", "content": said}, {"role": role, "content": answer}]
+    for said, answers in turns:
+        ids += chat.turn_ids(said) + chat.continuation_ids(answers)
+        messages += [{"role": "assistant", "content": said}, *({"role": role, "content": text} for role, text in answers)]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert ids == tokenizer.encode(text, add_special_tokens=False)
 
 
 def test_a_continuation_is_exact_even_where_the_template_rewrites_the_last_turn():
     thinking, plain = ChatFormat(_chatml(THINKING)), ChatFormat(_chatml(CHATML))
-    assert thinking.continuation_ids("tool", "red blue") == plain.continuation_ids("tool", "red blue")
-    tokens = _chatml(CHATML).convert_ids_to_tokens(plain.continuation_ids("tool", "red blue"))
+    assert thinking.continuation_ids([("tool", "red blue")]) == plain.continuation_ids([("tool", "red blue")])
+    tokens = _chatml(CHATML).convert_ids_to_tokens(plain.continuation_ids([("tool", "red blue")]))
     assert tokens == [OPEN, "tool", "red", "blue", CLOSE, OPEN, "assistant"]
 
 
 def test_a_returned_continuation_is_the_callers_own():
     chat = ChatFormat(TOKENIZERS["tiny"])
-    first = chat.continuation_ids("tool", "red")
+    first = chat.continuation_ids([("tool", "red")])
     first.append(-1)
-    assert chat.continuation_ids("tool", "red") == first[:-1]
+    assert chat.continuation_ids([("tool", "red")]) == first[:-1]
 
 
 def test_tools_reach_the_template():

@@ -26,8 +26,8 @@ from oldlogits.record.jsonl import LineFile, RecordError, encode, read_lines, re
 from tests.memory_log import MemoryLog, without_wall_clock
 
 NAMES = [
-    "audit", "average_reset", "batch", "calibration", "checkpoint", "checkpoint_failed", "evaluation", "group_admitted",
-    "group_closed", "probe", "published", "run_ended", "run_started", "scored", "server_down", "server_up",
+    "audit", "average_reset", "batch", "calibration", "checkpoint", "checkpoint_failed", "conversation_rewritten", "evaluation",
+    "group_admitted", "group_closed", "probe", "published", "run_ended", "run_started", "scored", "server_down", "server_up",
     "trajectory_failed", "trajectory_restarted", "update", "warm_start", "warning", "weights_updated",
 ]  # fmt: skip
 JSON = st.recursive(

@@ -67,15 +67,19 @@ def test_the_speed_beside_an_evaluation_is_that_of_the_engine_while_it_samples()
     assert "tokens/s" not in second, "an engine that sampled nothing has no speed"
 
 
+REWARD = {"reward_mean": 0.375, "reward_low": 0.125, "reward_high": 0.625, "success_at": 0.5}
+
+
 def test_what_happens_between_updates_is_one_line_each():
     out = io.StringIO()
-    rate = {"mean": 0.5, "low": 0.25, "high": 0.75, "num_episodes": 4, "rewards": [1.0, 0.0] * 2, "seconds_s": 2.0}
+    rate = {"mean": 0.5, "low": 0.25, "high": 0.75, "num_episodes": 4, "rewards": [1.0, 0.0] * 2, "seconds_s": 2.0, **REWARD}
     with LiveView(total_updates=2, title="t", console=Console(file=out, width=200)) as view:
         view.emit(Evaluated(version=0, stage="before", mode="greedy", **rate))
         view.emit(Warned(version=0, name="a", message="look", figures={}))
         view.emit(ServerUp(version=0, server="http://a", reason="started again"))
     assert out.getvalue().splitlines() == [
         "held-out success before training, greedy: 50.0% [25.0%, 75.0%] of 4, 2 s",
+        "  mean reward 0.375 [0.125, 0.625]; a success is a reward of 0.5 or more",
         "warning: look",
         "server http://a is up: started again",
     ]
@@ -117,13 +121,14 @@ def test_the_first_episode_that_begins_again_of_every_reason_is_told():
 
 def test_an_evaluation_with_failures_says_how_many_of_its_rows_were_played():
     out = io.StringIO()
-    rate = {"mean": 0.5, "low": 0.25, "high": 0.75, "num_episodes": 2, "rewards": [1.0, None, 0.0], "seconds_s": 2.0}
+    rate = {"mean": 0.5, "low": 0.25, "high": 0.75, "num_episodes": 2, "rewards": [1.0, None, 0.0], "seconds_s": 2.0, **REWARD}
     none = rate | {"mean": math.nan, "num_episodes": 0, "rewards": [None, None]}
     with LiveView(total_updates=2, title="t", console=Console(file=out, width=200)) as view:
         view.emit(Evaluated(version=3, stage="during", mode="sampled", **rate))
         view.emit(Evaluated(version=0, stage="after", mode="greedy", **none))
     assert out.getvalue().splitlines() == [
         "held-out success at version 3, sampled: 50.0% [25.0%, 75.0%] of 2 played; 1 of 3 rows failed, 2 s",
+        "  mean reward 0.375 [0.125, 0.625]; a success is a reward of 0.5 or more",
         "held-out success after training, greedy: of 0 played; 2 of 2 rows failed, 2 s",
     ]
 

@@ -92,7 +92,7 @@ def test_the_worst_probe_and_the_worst_consistency_check_are_kept_and_nan_is_non
     assert (summary.consistency_publish_max_abs_error, summary.consistency_lag0_max_abs_error) == (1e-7, None)
 
 
-def evaluated(stage, mode, rewards, mean):
+def evaluated(stage, mode, rewards, mean, success_at=1.0):
     return Evaluated(
         version=0,
         stage=stage,
@@ -100,6 +100,10 @@ def evaluated(stage, mode, rewards, mean):
         mean=mean,
         low=0.0,
         high=1.0,
+        reward_mean=2 * mean,
+        reward_low=0.0,
+        reward_high=2.0,
+        success_at=success_at,
         num_episodes=len(rewards),
         rewards=rewards,
         seconds_s=1.0,
@@ -113,6 +117,16 @@ def test_success_is_a_reward_of_1_and_the_gain_pairs_the_episodes_that_both_eval
     assert (summary.success_before.mean, summary.success_after.mean, summary.greedy_after.mean) == (0.4, 0.75, 1.0)
     assert (summary.gain.mean, summary.gain.num_episodes) == (0.5, 4)
     assert summary.greedy_before is None
+
+
+def test_what_counts_as_a_success_is_the_evaluations_own_and_the_mean_reward_is_paired_as_well():
+    before = evaluated("before", "sampled", [0.25, 0.5, 0.75], 0.5, success_at=0.5)
+    after = evaluated("after", "sampled", [0.5, 0.5, 1.0], 0.75, success_at=0.5)
+    summary = summary_of(START, before, after)
+    assert summary.success_at == 0.5
+    assert summary.gain.mean == pytest.approx(1 / 3)
+    assert (summary.reward_before.mean, summary.reward_after.mean) == (1.0, 1.5)
+    assert summary.reward_gain.mean == pytest.approx(0.5 / 3)
 
 
 def test_rows_that_failed_in_one_of_two_evaluations_are_left_out_of_the_gain():

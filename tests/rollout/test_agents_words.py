@@ -127,7 +127,7 @@ def check_agents_words(name, parser, turns):
     played = play(chat, parser, turns)
     assert isinstance(played, Trajectory), played
     assert played.stop_reason in ("done", "max_turns")
-    allowed = [chat._between(role)[1] for role in ("user", "tool")]
+    allowed = [chat._between("user")[1], *(chat._between(*["tool"] * num)[1] for num in range(1, 40))]
     scaffold = {chat.end_of_turn_id, *allowed[0], *allowed[1]}
     for segment in played.segments[1:]:
         if isinstance(segment, Context):
@@ -146,6 +146,7 @@ def check_records(folder, played):
             else:
                 rewards = [outcome.reward]
                 figures = {"mean": 1.0, "low": 0.0, "high": 1.0, "num_episodes": 1, "rewards": rewards, "seconds_s": 0.0}
+                figures |= {"reward_mean": 1.0, "reward_low": 0.0, "reward_high": 1.0, "success_at": 1.0}
                 recorder.emit(Evaluated(version=0, stage="before", mode="sampled", trajectories=[outcome], **figures))
     texts = [[s.text for s in episode.segments] for episode in read_episodes(folder / "episodes.jsonl")]
     assert texts == [[decode(s.token_ids) for s in p.segments] for p in played if isinstance(p, Trajectory)]
@@ -154,7 +155,14 @@ def check_records(folder, played):
 
 
 PARSERS_AND_TOKENIZERS = pytest.mark.parametrize(
-    ("name", "parser"), [("byte-level", "hermes"), ("byte-level", "plain"), ("metaspace", "hermes")]
+    ("name", "parser"),
+    [
+        ("byte-level", "hermes"),
+        ("byte-level", "plain"),
+        ("metaspace", "hermes"),
+        ("metaspace", "llama"),
+        ("byte-level", "qwen-coder"),
+    ],
 )
 
 
@@ -217,6 +225,35 @@ def observations(*turns, parser="hermes"):
 
 def call(body):
     return f"<tool_call>{body}</tool_call>"
+
+
+def test_every_call_of_a_turn_is_run_in_its_order_and_answered_in_a_message_of_its_own():
+    class Till(Echo):
+        """A till."""
+
+        def reset(self, said=None):
+            self._taken = []
+            return "hello"
+
+        def take(self, cents: int) -> str:
+            """Take money."""
+            self._taken.append(cents)
+            return f"{self._taken}"
+
+        def get_reward(self):
+            return sum(cents * 10**place for place, cents in enumerate(self._taken))
+
+    chat = ChatFormat(TOKENIZERS["byte-level"], tool_schemas(Till))
+    calls = [call(f'{{"name": "take", "arguments": {{"cents": {cents}}}}}') for cents in (1, 2, 3)]
+    turn = " and ".join([calls[0], call("{"), calls[1], call('{"name": "fly"}'), calls[2]])
+    played = play(chat, "hermes", [f"<think>{calls[1]}</think>{turn}", "bye", "bye", "bye"], environment=Till)
+    told = [
+        part.partition("<|im_end|>")[0] for part in chat.decode(played.segments[2].token_ids).split("<|im_start|>tool\n")[1:]
+    ]
+    assert (told[0], told[2], told[4]) == ("[1]", "[1, 2]", "[1, 2, 3]")
+    assert "not JSON" in told[1]
+    assert told[3].startswith("error : no tool fly")
+    assert (len(told), played.reward) == (5, 321.0)
 
 
 def test_a_call_nested_1200_deep_is_answered():

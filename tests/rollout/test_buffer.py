@@ -73,7 +73,7 @@ class BufferMachine(RuleBasedStateMachine):
             self.became["failed"] += 1
         else:
             first = self.admitted[name]
-            self.buffer.end(member(name, index, first=first, last=self.version, reward=reward))
+            self.buffer.end((member(name, index, first=first, last=self.version, reward=reward),))
             self.ended[name][index] = reward
         if not self.running[name]:
             self.close(name)
@@ -185,7 +185,7 @@ def buffer_of(window=1, batch_size=1, *, filter_uniform=False):
 def fill(buffer, group, *rewards, version=0):
     buffer.admit(group, size=len(rewards), version=version)
     for index, reward in enumerate(rewards):
-        buffer.end(member(group, index, first=version, last=version, reward=reward))
+        buffer.end((member(group, index, first=version, last=version, reward=reward),))
     return buffer.close(group)
 
 
@@ -243,7 +243,7 @@ def test_uniform_groups_are_filtered_on_request_and_groups_of_less_than_two_alwa
     buffer = buffer_of(filter_uniform=filter_uniform)
     buffer.admit("g0", size=3, version=0)
     for index, reward in enumerate(rewards):
-        buffer.end(member("g0", index, reward=reward))
+        buffer.end((member("g0", index, reward=reward),))
     for _ in range(3 - len(rewards)):
         buffer.fail("g0")
     closed = buffer.close("g0")
@@ -259,7 +259,7 @@ def test_a_group_that_is_left_out_says_why(min_size, rewards, why):
     buffer.admit("g0", size=3, version=0)
     buffer.fail("g0")
     for index, reward in enumerate(rewards):
-        buffer.end(member("g0", index, reward=reward))
+        buffer.end((member("g0", index, reward=reward),))
     assert buffer.close("g0").left_out == why
     buffer.check()
 
@@ -268,7 +268,7 @@ def test_members_stand_in_the_order_of_their_ids_whatever_the_order_in_which_the
     buffer = buffer_of()
     buffer.admit("g0", size=3, version=0)
     for index in (2, 0, 1):
-        buffer.end(member("g0", index, reward=float(index)))
+        buffer.end((member("g0", index, reward=float(index)),))
     assert [t.reward for t in buffer.close("g0").trajectories] == [0.0, 1.0, 2.0]
 
 
@@ -277,7 +277,7 @@ def test_tokens_older_than_their_admission_are_never_trained_beyond_the_bound():
         buffer = buffer_of(window=1)
         buffer.admit("g0", size=2, version=3)
         for index in range(2):
-            buffer.end(member("g0", index, first=2, last=4, reward=float(index)))
+            buffer.end((member("g0", index, first=2, last=4, reward=float(index)),))
         buffer.close("g0")
         with pytest.raises(AccountingError, match=r"beyond the staleness bound; got: staleness 2 .* 0 \.\. 1;"):
             await buffer.take(4)
@@ -300,8 +300,8 @@ def test_cancelling_names_the_trajectories_that_had_ended_those_in_training_incl
         for name in ("g0", "g1", "g2"):
             buffer.admit(name, size=2, version=0)
         for name in ("g0", "g1"):
-            buffer.end(member(name, 0))
-        buffer.end(member("g0", 1, reward=1.0))
+            buffer.end((member(name, 0),))
+        buffer.end((member("g0", 1, reward=1.0),))
         buffer.close("g0")
         await buffer.take(0)
         return buffer.cancel_all()

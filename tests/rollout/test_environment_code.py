@@ -15,15 +15,16 @@ import pytest
 import torch
 
 from oldlogits.core.engine import Generation, Sampling, Span
-from oldlogits.core.trajectory import Context
+from oldlogits.core.trajectory import Context, TrajectoryGroup
 from oldlogits.envs.base import check_environment, system_prompt_of
 from oldlogits.envs.parsers.plain import PlainParser
 from oldlogits.envs.tools import tool_schemas
 from oldlogits.models.chat.content import most_bytes
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.objective.advantages import advantages_of
+from oldlogits.rollout.asked import LONG
 from oldlogits.rollout.environment_runner import ThreadRunner, run_inline
-from oldlogits.rollout.turns import LONG, Agent, Failure, TurnLimits, run_episode
+from oldlogits.rollout.turns import Agent, Failure, TurnLimits, run_episode
 from order_desk.tiny import tiny_tokenizer
 
 from ..builders import sampled, trajectory
@@ -129,7 +130,7 @@ def test_anything_else_fails_the_episode_with_what_it_was(value, said):
 
 def group(*rewards):
     members = [trajectory([1], sampled([2], 0), id=f"g0.{i}", group="g0", reward=r) for i, r in enumerate(rewards)]
-    return SimpleNamespace(trajectories=members)
+    return TrajectoryGroup(id="g0", trajectories=tuple(members))
 
 
 @pytest.mark.parametrize("base", [0.0, 1e8, -1e14])

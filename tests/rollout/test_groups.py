@@ -18,6 +18,7 @@ from oldlogits.rollout.heldout import evaluate
 from oldlogits.rollout.journal.journal import Journal
 from oldlogits.rollout.journal.progress import Progress
 from oldlogits.rollout.journal.records import Admitted, Grew
+from oldlogits.rollout.player import ClassPlayer
 from oldlogits.rollout.staleness import StalenessBound
 from oldlogits.rollout.turns import Agent, Failure, TurnLimits
 from oldlogits.rollout.watches import WINDOW, FailureWatch, FilterWatch
@@ -120,6 +121,7 @@ class World:
         max_replays=0,
         max_failed_share=0.5,
         max_filtered_batches=64,
+        group_reward=None,
     ):
         Task.num_made = Task.num_failed = 0
         self.engine, self.events = GatedEngine(), Events()
@@ -127,8 +129,7 @@ class World:
         self.buffer = Buffer(bound, filter_uniform=filter_uniform)
         self.source, self.journal = WatchfulSource(), Journal(Path("unwritten"))
         self.rollouts = Rollouts(
-            agent=agent_of(self.engine),
-            environment_class=Task,
+            player=ClassPlayer(agent=agent_of(self.engine), environment_class=Task, group_reward=group_reward),
             rows=SimpleNamespace(train=rows),
             buffer=self.buffer,
             source=self.source,
@@ -190,6 +191,41 @@ def test_no_more_groups_start_than_the_run_still_trains(num_wanted):
         assert len(world.admitted()) == num_wanted
 
     in_world(scenario)
+
+
+def test_a_group_reward_replaces_the_rewards_of_a_group_and_is_given_row_and_messages():
+    asked = []
+
+    def graded(*, row, messages, rewards):
+        asked.append((row, len(messages), [m[0]["role"] for m in messages], list(rewards)))
+        return [rewards[0] + 1, rewards[0] - 1]
+
+    async def scenario(world):
+        world.engine.gate.set()
+        await world.admit(num_wanted=1)
+        assert [event.rewards for event in world.events.of("group_closed")] == [[3.0, 1.0]]
+        (entry,) = world.buffer._entries.values()
+        assert [t.reward for t in entry.group.trajectories] == [3.0, 1.0]
+        assert asked == [({"reward": 2.0}, 2, ["assistant"] * 2, [2.0, 2.0])]
+        kept = world.journal.progress.groups["g000000"].episodes
+        assert [kept[f"g000000.{m}"].ended.reward for m in (0, 1)] == [2.0, 2.0], "their own, of which it is made again"
+        assert all(kept[f"g000000.{m}"].ended.messages for m in (0, 1))
+
+    in_world(scenario, rows=lambda index: {"reward": 2.0}, group_reward=graded)
+
+
+@pytest.mark.parametrize("given", [[1.0], ["high", 1.0], None, [float("nan"), 0.0]])
+def test_a_group_reward_that_gives_no_numbers_fails_all_episodes_of_its_group_with_the_reason(given):
+    async def scenario(world):
+        world.engine.gate.set()
+        await world.admit(num_wanted=1)
+        failed = world.events.of("trajectory_failed")
+        assert [event.trajectory for event in failed[:2]] == ["g000000.0", "g000000.1"], "and so on: nothing is trained"
+        assert all("the group reward" in event.reason for event in failed)
+        assert (world.buffer.account.failed, world.buffer.account.filtered, world.buffer.queued) == (len(failed), 0, 0)
+        world.buffer.check()
+
+    in_world(scenario, rows=lambda index: {}, group_reward=lambda *, row, messages, rewards: given, max_failed_share=1.0)
 
 
 def progress_of(*records):
@@ -500,8 +536,7 @@ def evaluate_rows(rows, *, num_running, temperature=1.0, engine_class=GatedEngin
         engine = engine_class()
         engine.gate.set()
         return await evaluate(
-            agent_of(engine),
-            Task,
+            ClassPlayer(agent=agent_of(engine), environment_class=Task),
             rows,
             name="ebefore",
             temperature=temperature,
@@ -517,16 +552,16 @@ def test_an_evaluation_plays_every_row_once_and_keeps_their_order(num_running):
     rows = [{"reward": i / 10} for i in range(10)]
     found, engine, told = evaluate_rows(rows, num_running=num_running)
     assert found.rewards == tuple(i / 10 for i in range(10))
-    assert [t.id for t in found.trajectories] == [f"ebefore.{i}" for i in range(10)]
+    assert [branches[0].id for branches in found.episodes] == [f"ebefore.{i}" for i in range(10)]
     assert engine.most_running == min(num_running, 10)
-    assert sorted(one.id for one in told) == [f"ebefore.{i}" for i in range(10)]
+    assert sorted(one[0].id for one in told) == [f"ebefore.{i}" for i in range(10)]
 
 
 def test_an_episode_that_fails_has_no_reward_in_its_place_and_is_told():
     found, _, told = evaluate_rows([{"reward": 1.0}, {"fails": True}, {"reward": 2.0}, {"reward": 0.99}], num_running=2)
     assert found.rewards == (1.0, None, 2.0, 0.99)
     assert found.num_successes == 2
-    assert [t.id for t in found.trajectories] == ["ebefore.0", "ebefore.2", "ebefore.3"]
+    assert [branches[0].id for branches in found.episodes] == ["ebefore.0", "ebefore.2", "ebefore.3"]
     assert [one.reason for one in told if isinstance(one, Failure)] == ["reset: RuntimeError: no shop"]
 
 
@@ -539,7 +574,7 @@ def test_rows_whose_task_was_cancelled_from_inside_are_named_as_not_played():
 
     found, _, told = evaluate_rows([{"reward": 1.0}] * 4, num_running=1, engine_class=Leaking)
     assert found.rewards == (1.0, None, None, None), "one task played all rows"
-    assert [one.id for one in told] == [f"ebefore.{i}" for i in range(4)]
+    assert [one[0].id if isinstance(one, tuple) else one.id for one in told] == [f"ebefore.{i}" for i in range(4)]
     assert told[3].reason == "not played: its task was cancelled"
 
 
@@ -550,7 +585,7 @@ def test_an_evaluation_samples_at_its_own_temperature():
 
 def test_an_evaluation_of_nothing_is_empty():
     found, _, told = evaluate_rows([], num_running=4)
-    assert (found.rewards, found.trajectories, found.num_successes, told) == ((), (), 0, [])
+    assert (found.rewards, found.episodes, found.num_successes, told) == ((), (), 0, [])
 
 
 def test_the_tokens_of_a_turn_that_goes_on_are_all_known_when_the_run_is_ended_again():

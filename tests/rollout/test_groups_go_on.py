@@ -18,6 +18,7 @@ from oldlogits.rollout.groups import Rollouts
 from oldlogits.rollout.journal.journal import Journal
 from oldlogits.rollout.journal.progress import Progress
 from oldlogits.rollout.journal.records import Admitted, Ended, Failed, Taken
+from oldlogits.rollout.player import ClassPlayer
 from oldlogits.rollout.staleness import StalenessBound
 from oldlogits.rollout.turns import Agent, TurnLimits
 from oldlogits.rollout.watches import FailureWatch, FilterWatch
@@ -67,13 +68,16 @@ class ChanceEngine:
 class Life:
     """A run from a checkpoint or the beginning to a kill or the end: rollouts and buffer, and the loop's order of calls."""
 
-    def __init__(self, tasks, folder, *, window, batch, dice, fails=0.0, filter_uniform=False, max_replays=0, progress=None):
+    def __init__(
+        self, tasks, folder, *, window, batch, dice, fails=0.0, filter_uniform=False, max_replays=0, progress=None, goes_on=True
+    ):
         Chance.dice, Chance.fails = dice, fails
         self.engine, self.events, self.source = ChanceEngine(dice), Events(), WatchfulSource()
         self.journal = Journal(folder, progress)
         self.batch, self.staleness, self.trained = batch, [], []
         self.buffer = Buffer(StalenessBound(max_staleness=window, prompts_per_update=batch), filter_uniform=filter_uniform)
         self.version = 0
+        self.goes_on = goes_on
         self.settings = {"tasks": tasks, "max_replays": max_replays}
 
     def begin(self, version=0, account=None, next_group=0):
@@ -86,15 +90,18 @@ class Life:
             self.buffer.account.filtered += since.num_filtered
         limits = TurnLimits(max_turns=TURNS + 1, max_tokens_per_turn=4, max_tokens=80)
         self.rollouts = Rollouts(
-            agent=Agent(
-                engine=self.engine,
-                chat=CHAT,
-                parser=PlainParser(),
-                limits=limits,
-                sampling=Sampling(max_tokens=4),
-                run_environment=run_inline,
+            player=ClassPlayer(
+                agent=Agent(
+                    engine=self.engine,
+                    chat=CHAT,
+                    parser=PlainParser(),
+                    limits=limits,
+                    sampling=Sampling(max_tokens=4),
+                    run_environment=run_inline,
+                ),
+                environment_class=Chance,
+                goes_on=self.goes_on,
             ),
-            environment_class=Chance,
             rows=SimpleNamespace(train=lambda index: {}),
             buffer=self.buffer,
             source=self.source,
@@ -271,6 +278,33 @@ def test_a_half_turn_that_goes_on_is_kept_when_the_run_is_ended_again(tmp_path):
         assert again.groups["g000000"].episodes["g000000.0"].known == (prompt, one, *more)
 
     lives(tmp_path, first, second)
+
+
+def test_an_agent_program_that_begins_again_has_lost_the_tokens_of_its_answers_and_nothing_else_of_it_is_kept(tmp_path):
+    async def first(life):
+        life.engine.is_open = True
+        while not any(id.startswith("g000000.0/1") for id, _ in life.engine.requests):  # its first turn was answered
+            await asyncio.sleep(0)
+        life.engine.is_open = False
+        await settle()
+        life.journal.running({"g000000.0": [sampled([5, 6], 0)]})  # its client leaves
+        known = life.journal.progress.groups["g000000"].episodes["g000000.0"]
+        assert (known.known, known.num_sampled) == ((), known.num_answered)
+        now = {
+            id: episode.num_answered
+            for group in life.journal.progress.groups.values()
+            for id, episode in group.episodes.items()
+            if episode.ended is None
+        }
+        answered.append(now)
+
+    async def second(life):
+        lost = {e.trajectory: e.num_lost_tokens for e in life.events.of("trajectory_restarted")}
+        assert lost == answered[0]
+        assert lost["g000000.0"] >= 1
+
+    answered = []
+    lives(tmp_path, first, second, goes_on=False)
 
 
 def test_no_member_of_a_group_starts_before_the_run_is_at_the_version_that_admitted_it(tmp_path):

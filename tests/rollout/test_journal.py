@@ -20,6 +20,7 @@ from oldlogits.rollout.journal.journal import FILE, Journal, read, to_bytes
 from oldlogits.rollout.journal.progress import Progress, group_of, number_of
 from oldlogits.rollout.journal.records import (
     Admitted,
+    Answered,
     Ended,
     Failed,
     Grew,
@@ -69,6 +70,7 @@ RECORDS = st.one_of(
         start=st.integers(0, 9),
         sampled=st.lists(spans(), min_size=1, max_size=2).map(tuple),
     ),
+    st.builds(Answered, episode=EPISODES, num_tokens=st.integers(1, 9)),
     st.builds(StateSaved, episode=EPISODES, num_segments=st.integers(0, 9), state=TEXTS.map(json.dumps)),
     st.builds(SpanScored, episode=EPISODES, version=VERSIONS, values=VALUES),
     st.builds(Ended, episode=EPISODES, reward=REWARDS, stop_reason=st.text(max_size=4)),
@@ -386,7 +388,7 @@ def test_an_episode_that_ended_with_a_turn_that_was_known_whole_holds_it():
         Ended(episode="g000000.0", reward=1.0, stop_reason="done"),
     ):
         assert progress.apply(record)
-    trajectory = progress.groups["g000000"].episodes["g000000.0"].trajectory("g000000.0", "g000000")
+    (trajectory,) = progress.groups["g000000"].episodes["g000000.0"].trajectories("g000000.0", "g000000")
     assert trajectory.segments == (prompt, turn)
     again = Progress()
     assert all(again.apply(record) for record in progress.records())

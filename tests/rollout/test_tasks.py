@@ -1,5 +1,6 @@
 import itertools
 import json
+from typing import ClassVar
 
 import pytest
 
@@ -177,3 +178,15 @@ def test_rows_that_do_not_fit_end_train_dry_run_and_play_alike(tmp_path, capsys)
         assert "a row does not fit Words.reset" in capsys.readouterr().err
     assert run(["play", "tests.runs:Words", "--row", '{"begin": 3}']) == 2
     assert "--row does not fit the environment" in capsys.readouterr().err
+
+
+def test_a_class_that_has_the_rows_of_each_split_gives_each_once_a_pass():
+    class Few:
+        rows: ClassVar = {"train": [{"start": i} for i in range(3)], "heldout": [{"start": 7}]}
+
+        def reset(self, start):
+            return f"w{start}"
+
+    few = TaskDataset(Few, seed=1)
+    assert [sorted(few.train(i)["start"] for i in range(first, first + 3)) for first in (0, 3)] == [[0, 1, 2]] * 2
+    assert few.heldout(5) == [{"start": 7}], "no row is played twice"

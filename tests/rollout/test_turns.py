@@ -163,7 +163,7 @@ def test_the_prompt_of_every_turn_is_every_earlier_token_as_it_was_sampled_or_re
     trajectory = play(engine)
     prompts = [request.prompt for request in engine.requests]
     outputs = [odd, unknown, (*ids("bye"), END), (*ids("bye"), END)]
-    between = [CHAT.continuation_ids("tool", "total is 3"), *[CHAT.continuation_ids("user", "more")] * 2]
+    between = [CHAT.continuation_ids([("tool", "total is 3")]), *[CHAT.continuation_ids([("user", "more")])] * 2]
     for k in range(3):
         assert prompts[k + 1] == prompts[k] + outputs[k] + tuple(between[k])
     assert tokens_of(trajectory) == prompts[3] + outputs[3]
@@ -191,7 +191,7 @@ def test_tools_change_the_environment_and_async_ones_are_awaited():
     trajectory = play(engine)
     assert trajectory.reward == 1 + 2 - 1
     assert TOKENIZER.decode(trajectory.segments[2].token_ids) == "<tool> total is 3 <end> <assistant>"
-    assert tuple(CHAT.continuation_ids("tool", json.dumps({"total": 2}))) == trajectory.segments[4].token_ids
+    assert tuple(CHAT.continuation_ids([("tool", json.dumps({"total": 2}))])) == trajectory.segments[4].token_ids
 
 
 def test_an_episode_ends_when_the_partner_leaves():
@@ -216,7 +216,7 @@ def test_an_episode_ends_when_the_partner_leaves():
 )
 def test_a_malformed_call_is_answered_with_an_error_and_runs_nothing(text, observation):
     trajectory = play(ScriptedEngine(text, "bye", "bye", "bye"))
-    assert trajectory.segments[2].token_ids == tuple(CHAT.continuation_ids("tool", observation))
+    assert trajectory.segments[2].token_ids == tuple(CHAT.continuation_ids([("tool", observation)]))
     assert PLAYED[-1].calls == []
     assert (trajectory.stop_reason, trajectory.reward) == ("done", 1.0)
 
@@ -237,7 +237,7 @@ def test_every_turn_may_sample_as_much_as_is_left_but_no_more_than_a_turn_may():
     engine = ScriptedEngine(CALL, CALL, CALL, CALL)
     first = play(ScriptedEngine("bye", "bye", "bye"))
     prompt = len(first.segments[0].token_ids)
-    answer = len(CHAT.continuation_ids("tool", "total is 3"))
+    answer = len(CHAT.continuation_ids([("tool", "total is 3")]))
     limits = TurnLimits(max_turns=8, max_tokens_per_turn=16, max_tokens=prompt + 2 * (5 + answer) + 7)
     trajectory = play(engine, limits=limits)
     assert [request.sampling.max_tokens for request in engine.requests] == [16, 16, 7]

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from oldlogits.config.check import check
-from oldlogits.config.schema import EnvConfig, ModelConfig, RunConfig
+from oldlogits.config.episodes import EnvConfig
+from oldlogits.config.schema import ModelConfig, RunConfig
 from oldlogits.core.errors import ConfigError, ModelFolderError
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.run.chat import chat_cautions, chat_format, chat_options, end_ids

@@ -10,11 +10,11 @@ from typing import Annotated
 
 import tyro
 
+from oldlogits.config.episodes import EnvConfig
 from oldlogits.config.model_folder import check_model_folder
-from oldlogits.config.schema import EnvConfig
 from oldlogits.core.environment import MODELS, ModelOrder
-from oldlogits.envs.base import load_environment
 from oldlogits.models.cache import cache_folder, cached
+from oldlogits.run.tasks import environment_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ def command(arguments: Sequence[str]) -> int:
         print(said, flush=True)
 
     def ordered(cache: Path) -> Path:
-        environment_class = load_environment(env.target, env.adapter)
+        environment_class = environment_of(env)
         return make(ModelOrder(seed=0, steps="auto", environment=environment_class, parser=env.parser, cache=cache, note=note))
 
     def fill(unfinished: Path) -> None:

@@ -16,12 +16,13 @@ VERBS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "train": "train an agent from a recipe",
         "fetch": "fetch a small real model, where no model hub can be reached",
+        "eval": "evaluate a checkpoint on the held-out rows of a recipe",
         "compare": "run recipes under the same seeds, and show gains and costs",
         "report": "write report.html of a run folder again",
         "bounds": "print what band, clip and interpolation mean for the total ratio",
         "bench": "measure what exact versions cost on this machine",
         "play": "act as the agent of an environment, or watch a checkpoint",
-        "serve": "serve a model folder over vLLM's HTTP routes, with the embedded engine",
+        "serve": "serve a model over chat interfaces and vLLM's HTTP routes",
         "workers": "change how many rollout workers a run on a cluster has",
         "show": "print variants, sources, every recipe key, or the summary of a run",
     }

@@ -7,30 +7,37 @@ import inspect
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, cast
 
 import tyro
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from oldlogits.cli.main import FAILED
 from oldlogits.cli.players import ENDLESS, LEFT, Writer, open_checkpoint
+from oldlogits.config.episodes import EnvConfig
 from oldlogits.config.load import config_from_table, read_toml
-from oldlogits.config.schema import EnvConfig
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.engine import RolloutEngine
 from oldlogits.core.environment import Environment, ExplainingEnvironment, Row, RowSource, Scripted, Split
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.trajectory import Sampled, Segment
-from oldlogits.envs.base import load_environment
-from oldlogits.envs.tools import tool_names, tool_schemas
+from oldlogits.envs.delegate import toolsets_of
+from oldlogits.envs.given import names_of
+from oldlogits.envs.rows import row_misfit
 from oldlogits.models.chat.format import ChatFormat
-from oldlogits.models.chat.template import ChatTokenizer, Role
+from oldlogits.models.chat.template import ChatTokenizer, Said
+from oldlogits.record.folder import RunFolder
 from oldlogits.rollout.environment_errors import EnvironmentFailed, Raised, answering
 from oldlogits.rollout.environment_runner import ThreadRunner
-from oldlogits.rollout.tasks import TaskDataset, row_misfit
 from oldlogits.rollout.turns import Failure, run_episode
-from oldlogits.run.tasks import make_agent
+from oldlogits.run.tasks import environment_of, make_agent, rows_of
+
+if TYPE_CHECKING:
+    from oldlogits.run.checkpoint import NamedModel
 
 T = TypeVar("T")
 
@@ -40,13 +47,14 @@ class PlayOptions:
     """Act as the agent of an environment, or watch its oracle or a checkpoint."""
 
     target: Annotated[str, tyro.conf.Positional] = "desk"
-    """What env.target says (desk, desk_long, "package.module:Class"), or a recipe."""
+    """What env.target says (desk, desk_long, "package.module:Class"), a recipe, or a run folder, which means its recipe."""
     adapter: str = "class"
     """What env.adapter says, where the target is no recipe."""
-    mode: Literal["human", "oracle", "checkpoint"] = "human"
-    """Who acts."""
-    model: Path | None = None
-    """With mode checkpoint: a run folder (its latest checkpoint plays) or a model folder."""
+    mode: Literal["auto", "human", "oracle", "checkpoint"] = "auto"
+    """Who acts; auto: the model that --model names, else a person."""
+    model: str = ""
+    """A run folder (its newest checkpoint plays), RUN/checkpoints/v000040, a model folder, or the name of a starting model.
+    Parser, limits and chat options are those of the target's recipe; without one, those of the model's run."""
     greedy: bool = False
     """With mode checkpoint: take the likeliest token instead of sampling."""
     seed: int = 0
@@ -72,18 +80,30 @@ def command(arguments: Sequence[str]) -> int:
             fix="correct it, or leave it out",
         )
     console = Console(highlight=False)
-    rewards: list[float] = []
+    played: list[Played] = []
     for number in range(options.num_episodes):
         if number:
             console.rule()
-        rewards.append(play(options, number, console))
-    if len(rewards) > 1:
-        console.print(Text(f"mean reward of {len(rewards)} episodes: {sum(rewards) / len(rewards):.3f}", style="bold"))
-    return 0
+        played.append(play(options, number, console))
+    num_failed, num = sum(bool(one.failure) for one in played), len(played)
+    if num > 1:
+        failed = f"; {num_failed} of them failed" if num_failed else ""
+        console.print(
+            Text(f"mean reward of {num} episodes: {sum(one.reward for one in played) / num:.3f}{failed}", style="bold")
+        )
+    return FAILED if num_failed else 0
 
 
-def play(options: PlayOptions, number: int, console: Console, read: Callable[[str], str] = input) -> float:
-    """Play one episode and print it; return the reward, 0 where the environment failed.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Played:
+    """What came of an episode: its reward, which is 0 where the environment failed, and why that was."""
+
+    reward: float
+    failure: str = ""
+
+
+def play(options: PlayOptions, number: int, console: Console, read: Callable[[str], str] = input) -> Played:
+    """Play one episode and print it.
 
     Args:
         options: What to play, and who.
@@ -96,9 +116,10 @@ def play(options: PlayOptions, number: int, console: Console, read: Callable[[st
         EnvironmentShapeError: The class does not have the shape of an environment.
         ModelFolderError: The model folder is missing or incomplete.
     """
-    recipe = config_from_table(read_toml(Path(options.target))) if options.target.endswith(".toml") else None
+    mode = options.mode if options.mode != "auto" else "checkpoint" if options.model else "human"
+    recipe = _recipe(options.target)
     env = recipe.env if recipe else EnvConfig(target=options.target, adapter=options.adapter)
-    environment_class = load_environment(env.target, env.adapter)
+    environment_class = environment_of(env)
     row, runner = _row(options, number, env, environment_class), ThreadRunner(timeout_s=env.timeout_s, latency_s=0.0, seed=0)
     made: list[object] = []
 
@@ -106,16 +127,17 @@ def play(options: PlayOptions, number: int, console: Console, read: Callable[[st
         made.append(await runner(call, is_tool=is_tool))
         return cast(T, made[-1])
 
-    if options.mode == "checkpoint":
-        engine, chat, limits = open_checkpoint(options.model, recipe, environment_class, options.seed + number)
+    if mode == "checkpoint":
+        engine, chat, limits = open_checkpoint(_model(options), recipe, environment_class, options.seed + number)
     else:
-        write = _oracle(environment_class) if options.mode == "oracle" else lambda seen: read("> ")
-        writer = Writer(write, tool_names(environment_class) if options.mode == "human" else ())
+        write = _oracle(environment_class) if mode == "oracle" else lambda seen: read("> ")
+        names = [name for tools in toolsets_of(environment_class) for name in names_of(tools)]
+        writer = Writer(write, names if mode == "human" else ())
         engine, chat, limits = cast(RolloutEngine, writer), ChatFormat(cast(ChatTokenizer, writer)), ENDLESS
-    shown = _Shown(chat, console)
+    shown = _Shown(chat, console, reads_tools=mode == "checkpoint")
     agent = make_agent(limits, engine, cast(ChatFormat, shown), run, temperature=0.0 if options.greedy else 1.0)
-    agent = replace(agent, report=shown.report, parser=agent.parser if options.mode == "checkpoint" else writer)
-    _introduce(environment_class, options.mode, console)
+    agent = replace(agent, report=shown.report, parser=agent.parser if mode == "checkpoint" else writer)
+    _introduce(environment_class, mode, console)
     with asyncio.Runner() as loop:
         wait = loop.get_loop().run_until_complete  # not loop.run, so that Ctrl-C reaches whoever reads a line
         try:
@@ -124,9 +146,9 @@ def play(options: PlayOptions, number: int, console: Console, read: Callable[[st
             played = Failure(id="play", group_id="play", reason="interrupted")
         if isinstance(played, Failure):
             console.print(Text(f"the episode ended early: {played.reason}\nreward 0 (failed)", style="yellow"))
-            return 0.0
+            return Played(reward=0.0, failure=played.reason)
         if played.stop_reason != "done":
-            left = "the agent left" if options.mode == "human" else f"the episode ended early: {played.stop_reason}"
+            left = "the agent left" if mode == "human" else f"the episode ended early: {played.stop_reason}"
             console.print(Text(left, style="yellow"))
         if hasattr(environment_class, "explain_reward"):
             explain = answering(cast(ExplainingEnvironment, made[0]).explain_reward, (NotImplementedError,))
@@ -137,7 +159,33 @@ def play(options: PlayOptions, number: int, console: Console, read: Callable[[st
                 said = f"explain_reward: {failure}"
             console.print(Text(said, style="red"), end="\n" if said else "")
     console.print(Text(f"reward {played.reward:g}", style="bold green" if played.reward > 0 else "bold red"))
-    return played.reward
+    return Played(reward=played.reward)
+
+
+def _recipe(target: str) -> RunConfig | None:
+    """The recipe that a target names, as a file or as a run folder; None: it is the name of an environment."""
+    run = RunFolder(path=Path(target)).config
+    if not target.endswith(".toml") and not run.is_file():
+        return None
+    recipe = config_from_table(read_toml(run if run.is_file() else Path(target)))
+    if recipe.env.is_program:
+        raise ConfigError(
+            "an agent program talks to a server, and cannot be played turn by turn",
+            got=f"env.program or env.command in {target}",
+            allowed="a recipe whose episodes are an environment class's",
+            fix=f"oldlogits eval MODEL {target}, or name the environment of its rows: oldlogits play {recipe.env.target}",
+        )
+    return recipe
+
+
+def _model(options: PlayOptions) -> NamedModel:
+    from oldlogits.run.checkpoint import NamedModel  # torch, which a person does without
+
+    word = options.model or (options.target if RunFolder(path=Path(options.target)).config.is_file() else "")
+    if not word:
+        allowed = "a run folder, a checkpoint, a model folder or a starting model"
+        raise ConfigError("mode 'checkpoint' needs a model", got="no --model", allowed=allowed, fix="add --model runs/...")
+    return NamedModel.find(word)
 
 
 def _row(options: PlayOptions, number: int, env: EnvConfig, environment_class: type[Environment]) -> Row:
@@ -155,14 +203,15 @@ def _row(options: PlayOptions, number: int, env: EnvConfig, environment_class: t
             raise ConfigError("--row does not fit the environment", got=misfit, allowed=allowed, fix="correct it")
         return row
     named = env.train_data if options.split == "train" else env.eval_data
-    if not named and not isinstance(environment_class, RowSource):
+    if not env.mixture and not named and not isinstance(environment_class, RowSource):
         raise ConfigError(
             f"{environment_class.__name__} makes no rows",
             got="no row",
             allowed="a row: the arguments of reset as a JSON object",
             fix="play a recipe that names rows, or add --row '{...}', or define make_row(split, index) -> dict",
         )
-    dataset, index = TaskDataset(environment_class, seed=0, train_data=named, eval_data=named), options.index + number
+    files = env if env.mixture else replace(env, train_data=named, eval_data=named)
+    dataset, index = rows_of(files, environment_class, seed=0, needs_heldout=True), options.index + number
     return dataset.train(index) if options.split == "train" else dataset.heldout(index + 1)[-1]
 
 
@@ -180,19 +229,29 @@ def _oracle(environment_class: type[Environment]) -> Callable[[str], str]:
 class _Shown:
     """A chat format that prints what the agent reads and writes."""
 
-    def __init__(self, chat: ChatFormat, console: Console) -> None:
-        self._chat, self._console = chat, console
-        self.stop_ids, self.decode, self.most_bytes = chat.stop_ids, chat.decode, chat.most_bytes
+    def __init__(self, chat: ChatFormat, console: Console, *, reads_tools: bool) -> None:
+        self._chat, self._console, self._reads_tools = chat, console, reads_tools
+        self.stop_ids, self.decode, self.most_bytes, self.tokenizer = (
+            chat.stop_ids,
+            chat.decode,
+            chat.most_bytes,
+            chat.tokenizer,
+        )
 
-    def prompt_ids(self, opening: str, system: str | None = None) -> list[int]:
+    def for_tools(self, tools: Sequence[Row]) -> _Shown:
+        return _Shown(self._chat.for_tools(tools), self._console, reads_tools=True) if self._reads_tools else self
+
+    def prompt_ids(self, opening: Sequence[Said], system: str | None = None) -> list[int]:
         if system:
             _say(self._console, "system", system)
-        _say(self._console, "user", opening)
+        for role, content in opening:
+            _say(self._console, "agent" if role == "assistant" else role, content)
         return self._chat.prompt_ids(opening, system)
 
-    def continuation_ids(self, role: Role, content: str) -> list[int]:
-        _say(self._console, role, content)
-        return self._chat.continuation_ids(role, content)
+    def continuation_ids(self, said: Sequence[Said]) -> list[int]:
+        for role, content in said:
+            _say(self._console, role, content)
+        return self._chat.continuation_ids(said)
 
     def report(self, trajectory_id: str, segments: Sequence[Segment]) -> None:
         """Print a turn that was sampled."""
@@ -211,7 +270,7 @@ def _introduce(environment_class: type[Environment], mode: str, console: Console
     _say(console, "about", inspect.getdoc(environment_class) or "")
     if mode == "human":
         table = Table("call", "what it does", box=None, header_style="dim")
-        for schema in tool_schemas(environment_class):
+        for schema in chain.from_iterable(toolsets_of(environment_class)):
             function = cast("dict[str, Row]", schema)["function"]
             arguments = cast("dict[str, Row]", function["parameters"])["properties"]
             table.add_row(Text(" ".join([str(function["name"]), *arguments])), Text(str(function["description"])))

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from oldlogits.config.load import config_from_table, read_toml
-from oldlogits.config.model_folder import check_model_folder
-from oldlogits.config.schema import EnvConfig, RunConfig
+from oldlogits.config.episodes import EnvConfig
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.engine import EngineSpec, Generation, RolloutEngine, Sampling, Span
 from oldlogits.core.environment import Environment
-from oldlogits.core.errors import ConfigError
 from oldlogits.core.parser import Malformed, ToolCall
 from oldlogits.envs.parsers.plain import PlainParser
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.models.chat.template import Message
-from oldlogits.record.folder import RunFolder
+
+if TYPE_CHECKING:
+    from oldlogits.run.checkpoint import NamedModel
 
 LONGEST: Final = 4096
 """The most tokens of an episode that a model folder without a recipe plays, unless the model takes fewer."""
@@ -56,7 +55,7 @@ class Writer:
 
     def apply_chat_template(self, conversation: Sequence[Message], **_: object) -> str:
         """Return the contents, one after the other."""
-        return "".join(message["content"] + "\0" for message in conversation)
+        return "".join(f"{message['content']}\0" for message in conversation)
 
     def encode(self, text: str, **_: object) -> list[int]:
         """Return the code points of a text."""
@@ -68,26 +67,25 @@ class Writer:
 
 
 def open_checkpoint(
-    path: Path | None, recipe: RunConfig | None, environment_class: type[Environment], seed: int
+    model: NamedModel, recipe: RunConfig | None, environment_class: type[Environment], seed: int
 ) -> tuple[RolloutEngine, ChatFormat, EnvConfig]:
-    """Return engine and chat format of a model folder or a run's latest checkpoint, and the parser and limits it plays by.
+    """Return engine and chat format of a model, and the parser and limits it plays by.
 
     Args:
-        path: The folder.
-        recipe: What a model folder plays by; None: a default one, within what the model can read. A run plays by its own.
+        model: The model.
+        recipe: What it plays by; None: the recipe of its run, or a default one, within what the model can read.
         environment_class: The environment that is played.
         seed: The seed of the sampler.
 
     Raises:
-        ConfigError: There is no path, the run folder has no checkpoint, or the chat template cannot write what the environment
-            needs.
-        ModelFolderError: The path is neither.
+        ConfigError: The chat template cannot write what the environment needs.
+        ModelFolderError: The model cannot be loaded.
     """
     from oldlogits.engines.embedded.engine import EngineCore  # torch, which those who write do without
     from oldlogits.engines.embedded.model_folder import read_config
     from oldlogits.engines.embedded.stepwise import EmbeddedEngine
-    from oldlogits.models.checksums import check_model_sums
     from oldlogits.run.chat import chat_format
+    from oldlogits.run.start import prepare_model
 
     class Engine(EmbeddedEngine):
         async def generate(
@@ -98,18 +96,9 @@ def open_checkpoint(
                 pass
             return finished[0][1]
 
-    if path is None:
-        allowed = "a run folder or a model folder"
-        raise ConfigError("mode 'checkpoint' needs a model", got="no --model", allowed=allowed, fix="add --model runs/...")
-    run = RunFolder(path=path)
-    if run.config.is_file():
-        checkpoint = run.latest_checkpoint()
-        if checkpoint is None:
-            allowed, fix = "a run with a checkpoint, or a model folder", "let the run end, or set record.checkpoint_every"
-            raise ConfigError("the run has no checkpoint yet", got=str(path), allowed=allowed, fix=fix)
-        path, recipe = checkpoint / "model", config_from_table(read_toml(run.config))
-    check_model_folder(path)
-    check_model_sums(path)
-    env = recipe.env if recipe else EnvConfig(max_episode_tokens=min(LONGEST, read_config(path).max_positions))
+    recipe = recipe or model.recipe
+    config = model.put_into(recipe or RunConfig())
+    path = prepare_model(config, environment_class, lambda said: print(said, file=sys.stderr)).model
+    env = config.env if recipe else EnvConfig(max_episode_tokens=min(LONGEST, read_config(path).max_positions))
     core = EngineCore(EngineSpec(model_path=str(path), max_num_seqs=1, max_context=env.max_episode_tokens, seed=seed))
-    return Engine(core), chat_format(recipe or RunConfig(), path, environment_class), env
+    return Engine(core), chat_format(config, path, environment_class), env

@@ -1,4 +1,4 @@
-"""``oldlogits serve MODEL``: the embedded engine behind vLLM's HTTP routes."""
+"""``oldlogits serve MODEL``: the embedded engine behind vLLM's HTTP routes and the chat interfaces of agent programs."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import tyro
 
-from oldlogits.config.model_folder import check_model_folder
-from oldlogits.config.schema import ModelConfig, RunConfig
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.engine import EngineSpec
-from oldlogits.core.environment import MODELS
-from oldlogits.core.errors import ConfigError
+from oldlogits.core.errors import ConfigError, ModelFolderError
+from oldlogits.core.parser import PARSERS, make_parser
 from oldlogits.core.registry import require
-from oldlogits.envs.base import load_environment
-from oldlogits.models.checksums import check_model_sums
 from oldlogits.rpc.processes import name_process
+from oldlogits.run.chat import model_chat
+from oldlogits.run.checkpoint import NamedModel
 from oldlogits.run.start import prepare_model
+from oldlogits.run.tasks import environment_of
 
 if TYPE_CHECKING:
     from oldlogits.engines.embedded.process import EngineProcess
+    from oldlogits.engines.server.chat import ServedChat
     from oldlogits.engines.server.served import Served
 
 TOKEN_VARIABLE: Final = "OLDLOGITS_TOKEN"
@@ -36,10 +37,21 @@ _GRACE_S: Final = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
-    """Serve a model folder over the token-in/token-out and weight-update routes of vLLM 0.32."""
+    """Serve a model over the token-in/token-out and weight-update routes of vLLM 0.32, and over chat interfaces.
+
+    The latter are /v1/chat/completions, /v1/responses and /v1/messages.
+    """
 
     model: Annotated[str, tyro.conf.Positional]
-    """A Hugging Face folder of the Llama/Qwen family, or the name of a starting model, such as tiny."""
+    """A run folder (its newest checkpoint), one of its checkpoints, a Hugging Face folder of the Llama/Qwen family, or the name
+    of a starting model, such as tiny."""
+    parser: str = ""
+    """Chat: how the model writes tool calls, as env.parser says it (plain, hermes, ...); empty: as in its run, else plain."""
+    chat_tools: Literal["template", "system", "user", ""] = ""
+    """Chat: where the model reads of its tools, as model.chat_tools says it; empty: as in its run, else template."""
+    unmet_wishes: Literal["override", "refuse"] = "override"
+    """Chat: what becomes of a parameter that would change what is sampled, other than temperature, top_p, top_k and the most
+    tokens. override: it is ignored, and counted. refuse: an error says why."""
     host: str = "127.0.0.1"
     """Where to listen; any but a loopback host needs a token."""
     port: int = 8000
@@ -77,7 +89,7 @@ def command(arguments: Sequence[str]) -> int:
     token = options.token or os.environ.get(TOKEN_VARIABLE, "")
     check_host(options.host, token)
     _check_options(options)
-    folder = _folder(options.model)
+    config, folder = _model(options)
     spec = EngineSpec(
         model_path=str(folder),
         numerics=options.numerics,
@@ -88,7 +100,8 @@ def command(arguments: Sequence[str]) -> int:
     )
     engine = EngineProcess(spec)
     try:
-        asyncio.run(_serve(engine, Served(engine, spec, folder.name), options, token))
+        served = Served(engine, spec, folder.name)
+        asyncio.run(_serve(engine, served, _chat(served, config, folder, options), options, token))
     finally:
         engine.close()
     return 0
@@ -112,17 +125,41 @@ def _check_options(options: ServeOptions) -> None:
             raise ConfigError(f"{word} is out of range", got=got, allowed=allowed, fix="leave it out, or correct it")
 
 
-def _folder(model: str) -> Path:
-    """Return the model's folder; that of a starting model is made first, if it is not cached."""
-    config = RunConfig(model=ModelConfig(path=model))
-    environment_class = load_environment(config.env.target, config.env.adapter)
-    folder = prepare_model(config, environment_class, lambda note: print(note, flush=True)).model
-    check_model_folder(folder, fix=f"name a Hugging Face folder, or a starting model ({', '.join(MODELS.names)})")
-    check_model_sums(folder)
-    return folder
+def _model(options: ServeOptions) -> tuple[RunConfig, Path]:
+    """Return what is known of the model, and its folder; that of a starting model is made first, if it is not cached."""
+    named = NamedModel.find(options.model)
+    config = named.put_into(named.recipe or RunConfig())
+    if options.parser:
+        PARSERS.find(options.parser)
+        config = replace(config, env=replace(config.env, parser=options.parser))
+    if options.chat_tools:
+        config = replace(config, model=replace(config.model, chat_tools=options.chat_tools))
+    if named.run is not None or config.model.warm_start_steps == 0:
+        return config, Path(config.model.path)
+    environment_class = environment_of(config.env)
+    return config, prepare_model(config, environment_class, _say).model
 
 
-async def _serve(engine: EngineProcess, served: Served, options: ServeOptions, token: str) -> None:
+def _chat(served: Served, config: RunConfig, folder: Path, options: ServeOptions) -> ServedChat | None:
+    """Open the chat of a model; one that cannot write conversations is served without it."""
+    from oldlogits.engines.server.chat import ServedChat
+
+    try:
+        chat = model_chat(config, folder)
+        parser = make_parser(config.env.parser, chat.tokenizer)
+    except (ConfigError, ModelFolderError) as error:
+        if options.parser or options.chat_tools:
+            raise
+        _say(f"no chat routes: {error}")
+        return None
+    return ServedChat(served, chat, parser, unmet=options.unmet_wishes, note=_say)
+
+
+def _say(note: str) -> None:
+    print(note, flush=True)
+
+
+async def _serve(engine: EngineProcess, served: Served, chat: ServedChat | None, options: ServeOptions, token: str) -> None:
     """Serve until interrupted, or until the engine process ends.
 
     Raises:
@@ -140,7 +177,7 @@ async def _serve(engine: EngineProcess, served: Served, options: ServeOptions, t
         idle_s=options.idle_s,
     )
     config = uvicorn.Config(
-        make_app(served, limits, token=token),
+        make_app(served, limits, token=token, chat=chat),
         host=options.host,
         port=options.port,
         http=http_protocol(limits),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from operator import attrgetter
@@ -10,15 +11,21 @@ from pathlib import Path
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
+from oldlogits.config.episodes import EnvConfig
 from oldlogits.config.guard import refuse_idle
+from oldlogits.config.mixture import check_mixture, mixture_files
 from oldlogits.config.model_folder import check_model_folder
 from oldlogits.config.reader import build, fields_by_key, registry_of
 from oldlogits.config.schema import RunConfig
 from oldlogits.config.servers import check_servers
-from oldlogits.core.environment import is_model_folder
+from oldlogits.core.backend import BACKENDS
+from oldlogits.core.environment import PROGRAMS, is_model_folder
 from oldlogits.core.errors import ConfigError, reading
 from oldlogits.core.policies import AGED, EWMA, LINEAR, LOGLINEAR, OLD, find_variant
 from oldlogits.core.source import SOURCES, check_source, sources_for
+
+_SCRIPTS = frozenset({".py", ".js", ".mjs", ".ts", ".sh", ".rb", ".pl", ".php", ".lua", ".jar"})
+"""Endings of words of a command that name a file for sure."""
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -53,8 +60,10 @@ def check(config: RunConfig, *, needs_model: bool = True) -> None:
     _check_names(config)
     check_source(config.variant, config.proximal.source)
     _check_against_each_other(config)
+    check_mixture(config.env.mixture, config.env, EnvConfig())
     check_servers(config)
     template_kwargs(config)
+    _check_program(config)
     _check_kv(config)
     _check_average(config)
     _check_effects(config)
@@ -65,7 +74,8 @@ def check(config: RunConfig, *, needs_model: bool = True) -> None:
 
 def said(config: RunConfig, *keys: str) -> str:
     """The keys as the recipe has them, for an error."""
-    values = {key: attrgetter(key)(config) for key in keys}
+    found = {key: attrgetter(key)(config) for key in keys}
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
     return ", ".join(
         f"{key} = {value:g}" if isinstance(value, float) else f"{key} = {value!r}" for key, value in values.items()
     )
@@ -149,11 +159,44 @@ def _check_against_each_other(config: RunConfig) -> None:
         if not holds:
             got = f"{key} = {attrgetter(key)(config)}"
             raise ConfigError(f"{key} is out of range", got=got, allowed=allowed, fix=fix)
-    for key, name in (("env.train_data", env.train_data), ("env.eval_data", env.eval_data)):
+    files = [("env.train_data", env.train_data), ("env.eval_data", env.eval_data), *mixture_files(env.mixture)]
+    for key, name in files:
         allowed, fix = "a JSONL file, or empty", f"correct the path, which begins at {Path.cwd()}, or write the file"
         with reading(ConfigError, f"{key} names no file", got=f"{name!r}", allowed=allowed, fix=fix):
             if name and not Path(name).is_file():
                 raise FileNotFoundError("there is no such file")
+
+
+def _check_program(config: RunConfig) -> None:
+    """Refuse an agent program where there is none, or where it cannot run."""
+    env = config.env
+    played = [key for key in ("program", "command", "verifiers") if getattr(env, key)]
+    if len(played) > 1 or (env.verifiers and (env.mcp or env.mixture or env.reward or env.group_reward)):
+        got, allowed = (
+            said(config, *(f"env.{key}" for key in played)),
+            "one of these" if len(played) > 1 else "env.verifiers alone",
+        )
+        raise ConfigError("several things play the episodes, or reward them", got=got, allowed=allowed, fix="remove one")
+    if env.verifiers_args and not env.verifiers:
+        got, allowed = said(config, "env.verifiers_args"), "an id in env.verifiers"
+        raise ConfigError("arguments of no environment", got=got, allowed=allowed, fix="set env.verifiers, or remove them")
+    if env.is_program and BACKENDS.find(config.runtime.type).steps_engine:
+        got, allowed = said(config, "runtime.type"), "'local', 'ray', 'torchrun'"
+        what = "an agent program runs in real time, which this runtime has not"
+        raise ConfigError(what, got=got, allowed=allowed, fix="set runtime.type = 'local'")
+    if env.is_program and (env.reward or env.group_reward):
+        got, allowed = said(config, "env.reward" if env.reward else "env.group_reward"), "''"
+        what = "an agent program gives its reward itself: this function would not be asked"
+        raise ConfigError(what, got=got, allowed=allowed, fix="have the program call it, or remove it")
+    if env.program:
+        PROGRAMS.find(env.program)
+    if env.command and shutil.which(env.command[0]) is None:
+        got, allowed = f"env.command = {list(env.command)}", "a command whose first word is a program of this machine"
+        raise ConfigError("the agent program cannot be found", got=got, allowed=allowed, fix="give its path, or install it")
+    missing = [word for word in env.command[1:] if Path(word).suffix in _SCRIPTS and not Path(word).is_file()]
+    if missing:
+        got, allowed = f"{missing[0]} in env.command, from {Path.cwd()}", "files that are there"
+        raise ConfigError("a file of the agent program is missing", got=got, allowed=allowed, fix="correct its path")
 
 
 def _check_kv(config: RunConfig) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from oldlogits.config.episodes import EnvConfig, EvalConfig, RolloutConfig, SamplingConfig
 from oldlogits.config.ranges import (
     AboveOne,
     AboveZero,
@@ -17,7 +18,6 @@ from oldlogits.config.ranges import (
     Count,
     Decay,
     Few,
-    NotNegative,
     Positive,
     Seed,
     Share,
@@ -27,9 +27,7 @@ from oldlogits.config.ranges import (
 from oldlogits.config.systems import EngineConfig, LockstepConfig, RayConfig, RuntimeConfig, VersionsConfig
 from oldlogits.core.backend import BACKENDS
 from oldlogits.core.engine import ENGINES
-from oldlogits.core.environment import ADAPTERS
 from oldlogits.core.loss import LOSSES
-from oldlogits.core.parser import PARSERS
 from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, VARIANTS
 from oldlogits.core.server import SERVER_PROTOCOLS
 from oldlogits.core.source import SOURCES
@@ -65,6 +63,9 @@ class ObjectiveConfig:
     """The divisor of loss_aggregation = "constant", in tokens per optimizer step."""
     advantage: Literal["group-normalised", "mean-only", "leave-one-out"] = "group-normalised"
     """How rewards of a group become advantages. group-normalised: GRPO. mean-only: Dr. GRPO. leave-one-out: RLOO."""
+    branch_weight: Literal["each", "shared"] = "each"
+    """What each branch of an agent program's episode (a conversation of its own, such as a sub-agent's, or the one after a
+    compaction) gets of the episode's advantage. each: all of it. shared: an equal part of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,76 +135,6 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EnvConfig:
-    """The environment and the turns with it."""
-
-    target: str = "desk"
-    """desk, desk_long, desk_slow, or "package.module:Class"."""
-    adapter: Annotated[str, ADAPTERS] = "class"
-    """What makes an environment of the target: class (the target is one), or "package.module:Name"."""
-    train_data: str = ""
-    """A JSONL file of tasks for training, one `reset(**row)` a line; empty: the class makes its own rows."""
-    eval_data: str = ""
-    """A JSONL file of tasks for evaluation."""
-    parser: Annotated[str, PARSERS] = "plain"
-    """How the model writes tool calls."""
-    max_turns: Positive = 16
-    """Assistant turns per episode."""
-    max_tokens_per_turn: Tokens = 32
-    """Sampled tokens per assistant turn."""
-    max_episode_tokens: Annotated[int, Ge(2), Le(2**31 - 1)] = 256
-    """Tokens per episode, its prompt and all answers of tools included."""
-    timeout_s: Annotated[float, Gt(0)] = 20.0
-    """Seconds that one call of environment code may take: the constructor, reset, a tool call, a reply, the reward."""
-    tool_errors: Literal["declared", "answer", "fail"] = "declared"
-    """What a tool's exception does. declared: one that the class names in `tool_errors` is an answer to the agent, with its
-    message; any other one ends the episode as failed. answer: every one is an answer. fail: every one ends the episode."""
-    latency_s: NotNegative = 0.0
-    """Mean seconds of a simulated, exponentially distributed tool latency (runtime local); 0: none."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingConfig:
-    """The distribution that training rollouts are sampled from; reshaping it is refused."""
-
-    temperature: Annotated[float, Ge(0.001), Le(1000)] = 1.0
-    """Logits are divided by it."""
-    top_p: float = 1.0
-    """Must be 1 in training: below, mu has another support than the trained policy."""
-    top_k: int = 0
-    """Must be 0 in training."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RolloutConfig:
-    """Groups of episodes."""
-
-    group_size: Annotated[int, Ge(2), Le(10_000)] = 8
-    """Episodes of one task, compared with each other."""
-    prompts_per_update: Positive = 16
-    """Tasks of a batch, each with a group of episodes: what the trainer consumes between two published versions."""
-    max_running_groups: Positive | Auto = "auto"
-    """Groups sampled at the same time; auto: as many as the staleness bound admits."""
-    filter_uniform: bool = False
-    """Leave out groups whose rewards are all equal (no advantage); they are counted as filtered."""
-    max_filtered_batches: Positive = 64
-    """Groups left out since the last update, in batches, at which the run stops; it warns at an eighth of them."""
-    min_group_size: Annotated[int, Ge(2)] = 2
-    """Members that a group is trained with although others failed; with fewer it is left out. rollout.group_size: a group
-    with a failure is left out."""
-    max_replays: Count = 0
-    """How often a failed episode is played again, in the same group."""
-    max_failed_share: Annotated[float, Gt(0), Le(1)] = 0.5
-    """The run stops when more than this share of 256 episodes was failed by the environment, the last ones of training, or of
-    an evaluation; it warns above 5%. 1: never."""
-
-    @property
-    def running_limit(self) -> int:
-        """The most groups sampled at the same time; 0 where the staleness bound alone limits them."""
-        return 0 if self.max_running_groups == "auto" else self.max_running_groups
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerConfig:
     """Optimizer steps."""
 
@@ -236,22 +167,6 @@ class TrainerConfig:
     it: a run with another number gives other numbers."""
     activation_checkpointing: bool = False
     """Keep the activations between layers only, and compute those inside of a layer again in the backward pass."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalConfig:
-    """Held-out evaluation: sampled (T = 1) and greedy, before and after, and points in between; and the calibration."""
-
-    num_episodes: Count = 1024
-    """Episodes before and after training, each sampled and greedy; 0: no evaluation."""
-    every: Count = 0
-    """Updates between evaluation points during training; 0: none. The last update is one if num_episodes = 0."""
-    num_episodes_during: Count = 128
-    """Sampled episodes of each such point."""
-    num_calibration: Count = 32
-    """Trajectories of the first batch on which the engine's own noise is measured, before the first step; 0: none."""
-    max_concurrent: Positive = 256
-    """Episodes evaluated at the same time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

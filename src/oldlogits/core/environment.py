@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Annotated, ClassVar, Final, Literal, Protocol, TypeAlias, runtime_checkable
+
+from annotated_types import Ge, Le
 
 from oldlogits.core.registry import Registry
 
@@ -27,8 +30,8 @@ class Environment(Protocol):
     """What every environment has. Its tools are its other public methods."""
 
     @property
-    def reset(self) -> Callable[..., str | None]:
-        """``reset(**row)`` starts an episode and returns the first user message, if there is one."""
+    def reset(self) -> Callable[..., object]:
+        """``reset(**row)`` starts an episode and returns the first user message, if there is one, or a list of messages."""
 
     def get_reward(self) -> float:
         """Return the reward of the episode so far."""
@@ -39,6 +42,13 @@ class ConversingEnvironment(Environment, Protocol):
 
     def reply(self, message: str) -> str | None:
         """Return the partner's answer to an agent's message; None ends the episode."""
+
+
+class TurnRewardingEnvironment(Environment, Protocol):
+    """An environment with a reward for every turn, besides that of the episode."""
+
+    def get_turn_reward(self) -> float:
+        """Return the reward of the turn that was just answered."""
 
 
 class SavedEnvironment(Environment, Protocol):
@@ -112,9 +122,73 @@ ENVIRONMENTS: Final[Registry[object]] = Registry(
 """The environments that `env.target` names: those of the example that is installed with this package."""
 
 ADAPTERS: Final[Registry[EnvironmentAdapter]] = Registry(
-    "environment adapter", key="env.adapter", builtin={"class": "oldlogits.envs.base:import_environment"}
+    "environment adapter",
+    key="env.adapter",
+    builtin={
+        "class": "oldlogits.envs.base:import_environment",
+        "trl": "oldlogits.envs.adapters.trl:adapt_trl",
+        "mcp": "oldlogits.envs.mcp.environment:adapt",
+        "tau2": "oldlogits.envs.tau2.checkout:adapt",
+        "vitabench": "oldlogits.envs.vitabench:adapt",
+        "verifiers": "oldlogits.envs.adapters.verifiers:adapt",
+    },
 )
 """What `env.adapter` names."""
+
+Program = Callable[..., object]
+"""``function(base_url, api_key, row)``, which may be asynchronous: it plays an episode, and returns its reward."""
+
+
+@runtime_checkable
+class ProgramSource(Protocol):
+    """An environment class whose episodes a program of its own plays; its rows are the ones that the program takes."""
+
+    program: ClassVar[Program]
+
+
+@runtime_checkable
+class FiniteRowSource(Protocol):
+    """An environment class that has the rows of each split."""
+
+    rows: ClassVar[Mapping[Split, list[Row]]]
+
+
+@runtime_checkable
+class ServedProgram(Protocol):
+    """A program that shares something among its episodes, such as servers."""
+
+    def serving(self) -> AbstractAsyncContextManager[None]:
+        """Hold it; the program is called meanwhile."""
+
+
+PROGRAMS: Final[Registry[Program]] = Registry("agent program", key="env.program", builtin={})
+"""What `env.program` names."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class McpServer:
+    """A server of the Model Context Protocol: one that is started for every episode, or one that runs.
+
+    Args:
+        command: The program that is started, with its arguments; it talks over its standard input and output.
+        url: The address of a server that runs, which is talked to over streamable HTTP.
+        env: Variables for `command`, beside those that every program needs.
+        cwd: The folder in which `command` is started.
+        headers: HTTP headers for `url`.
+        tools: The tools that the model is offered; empty: all of them.
+        reset_tool: The tool that begins an episode; it is called with the row, and not offered to the model.
+        spare: Sessions that are opened ahead, so that an episode does not wait for the start of `command`.
+    """
+
+    command: tuple[str, ...] = ()
+    url: str = ""
+    env: Mapping[str, str] = field(default_factory=dict)
+    cwd: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    tools: tuple[str, ...] = ()
+    reset_tool: str = ""
+    spare: Annotated[int, Ge(0), Le(1024)] = 0
+
 
 Progress = Callable[[int, int, float], None]
 """A function that is called after every training step with the steps done, all steps, and the loss in nats per token."""

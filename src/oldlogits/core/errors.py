@@ -126,6 +126,10 @@ class UnknownCallError(OldLogitsError, AttributeError):
     """A process was asked for a call that it does not offer."""
 
 
+class McpServerError(OldLogitsError, RuntimeError):
+    """A server of the Model Context Protocol cannot be started or reached, or does not do what it is asked for."""
+
+
 class WorkerDiedError(OldLogitsError, RuntimeError):
     """The engine or the trainer process ended or stopped answering."""
 

@@ -49,7 +49,13 @@ class Registry(Generic[T]):
         module_name, _, attribute = path.partition(":")
         if not module_name or not attribute:
             near = difflib.get_close_matches(name, self.names, n=1)
-            fix = f"did you mean '{near[0]}'?" if near else "choose one of these"
+            fix = (
+                f"did you mean '{near[0]}'?"
+                if near
+                else "choose one of these"
+                if self.names
+                else "name a module and what is in it"
+            )
             raise self._error(f"unknown {self.kind}", repr(name), fix)
         found = self._import(module_name, name)
         for part in attribute.split("."):
@@ -82,8 +88,8 @@ class Registry(Generic[T]):
             ) from error
 
     def _error(self, what: str, got: str, fix: str) -> ConfigError:
-        allowed = f"{self.key} = {', '.join(self.names)}" if self.names else f"{self.key} ="
-        return ConfigError(what, got=got, allowed=f'{allowed} or "package.module:Name"', fix=fix)
+        builtin = f"{', '.join(self.names)} or " if self.names else ""
+        return ConfigError(what, got=got, allowed=f'{self.key} = {builtin}"package.module:Name"', fix=fix)
 
 
 def require(extra: str, *packages: str, what: str) -> None:

@@ -82,6 +82,10 @@ class LogprobSource(Protocol):
         """Take note of all segments so far of a running trajectory that has grown; the sequence goes on growing."""
         return
 
+    def on_withdrawn(self, trajectory_id: str, segments: Sequence[Segment]) -> None:
+        """Take note of all segments so far of a trajectory whose running turn was given up, with what was read for it."""
+        return
+
     def restore(
         self,
         trajectory_id: str,

@@ -7,9 +7,9 @@ A trajectory alternates `Context` (prompt, tool results, user turns: not sampled
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Literal
 
 from oldlogits.core.errors import TrajectoryError
@@ -73,11 +73,16 @@ Segment = Context | Sampled
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
-    """One episode of one agent; `group_id` names the trajectories of the same task, which are compared with each other.
+    """One sequence of tokens of an agent's episode; `group_id` names those of the same task, which are compared.
+
+    Most episodes are one trajectory. An agent program may hold several conversations in one episode, its branches: they have
+    the same reward, and their ids are ``g000012.3``, ``g000012.3#1``, ``g000012.3#2``, ...
 
     Args:
         segments: In the order of the tokens; versions never decrease.
         stop_reason: Why the episode ended: "done", "max_turns", "max_tokens", ...
+        turn_rewards: What the environment gave for each turn, where it does; `reward` is the sum of all.
+        messages: The messages after the first prompt, ``{"role": ..., "content": ...}`` each, where a group reward reads them.
     """
 
     id: str
@@ -85,6 +90,8 @@ class Trajectory:
     segments: tuple[Segment, ...]
     reward: float
     stop_reason: str
+    turn_rewards: tuple[float, ...] = ()
+    messages: tuple[Mapping[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         starts_with_context = bool(self.segments) and isinstance(self.segments[0], Context)
@@ -113,6 +120,11 @@ class Trajectory:
         )
 
     @property
+    def episode_id(self) -> str:
+        """The episode of which it is a branch."""
+        return episode_of(self.id)
+
+    @property
     def sampled(self) -> Iterator[Sampled]:
         """The sampled segments in order."""
         return (segment for segment in self.segments if isinstance(segment, Sampled))
@@ -138,14 +150,28 @@ class Trajectory:
         return tuple(sorted({segment.version for segment in self.sampled}))
 
 
-def is_success(reward: float) -> bool:
-    """Whether an episode of this reward succeeded: the reward is at least 1."""
-    return reward >= 1.0
+Branches = tuple[Trajectory, ...]
+"""All branches of one episode that ended well, at least one."""
+
+
+def episode_of(trajectory_id: str) -> str:
+    """The episode of a trajectory, such as ``g000012.3`` of its branch ``g000012.3#1``."""
+    return trajectory_id.partition("#")[0]
+
+
+def branch_id(episode_id: str, number: int) -> str:
+    """The id of a branch of an episode, counted from 0."""
+    return f"{episode_id}#{number}" if number else episode_id
+
+
+def is_success(reward: float, success_at: float) -> bool:
+    """Whether an episode of this reward succeeded, by `eval.success_at`."""
+    return reward >= success_at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrajectoryGroup:
-    """Trajectories of one task, whose rewards are compared with each other."""
+    """Episodes of one task, whose rewards are compared with each other: all their trajectories, branch after branch."""
 
     id: str
     trajectories: tuple[Trajectory, ...]
@@ -160,6 +186,11 @@ class TrajectoryGroup:
             "its own members",
             "group by group_id",
         )
+
+    @property
+    def episodes(self) -> tuple[Branches, ...]:
+        """Its trajectories by episode."""
+        return tuple(tuple(branches) for _, branches in groupby(self.trajectories, key=lambda t: t.episode_id))
 
     @property
     def oldest_version(self) -> int:

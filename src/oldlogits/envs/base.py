@@ -3,23 +3,71 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Final, Literal, cast
+from typing import Final, Literal, Protocol, TypeVar, cast
 
 from oldlogits.core.environment import ADAPTERS, ENVIRONMENTS, Environment
-from oldlogits.core.errors import EnvironmentShapeError, reading
-from oldlogits.envs.tools import check_tool, public_names, tool_names
+from oldlogits.core.errors import ConfigError, EnvironmentShapeError, reading
+from oldlogits.envs.delegate import mixture_of
+from oldlogits.envs.given import gives_tools
+from oldlogits.envs.rewards import with_reward
+from oldlogits.envs.tools import check_tool, public_names, tool_names, tool_schemas
 
 REMOTE_PROMPT: Final = "_oldlogits_system_prompt"
 """The method of an environment that lives elsewhere which returns the system prompt that it has there."""
+
+P = TypeVar("P", bound="Part")
 
 ToolErrors = Literal["declared", "answer", "fail"]
 """What `env.tool_errors` says."""
 
 
-def load_environment(target: str, adapter: str = "class") -> type[Environment]:
-    """Make the environment class that a recipe names by `env.target` and `env.adapter`."""
+class Part(Protocol):
+    """One environment of a mixture, as a recipe names it."""
+
+    @property
+    def target(self) -> str:
+        """As `env.target`."""
+
+    @property
+    def adapter(self) -> str:
+        """As `env.adapter`."""
+
+    @property
+    def name(self) -> str:
+        """The name that marks its rows; empty: the last part of the target."""
+
+
+def load_environment(target: str, adapter: str = "class", reward: str = "", mixture: Sequence[Part] = ()) -> type[Environment]:
+    """Make the environment class that a recipe names by `env.target`, `env.adapter`, `env.reward` and `env.mixture`."""
+    if mixture:
+        has_reward = bool(reward)
+        mixed = mixture_of({name: _load(part.target, part.adapter, has_reward) for name, part in named_parts(mixture).items()})
+        return with_reward(mixed, reward) if reward else mixed
+    made = _load(target, adapter, bool(reward))
+    return with_reward(made, reward) if reward else made
+
+
+def named_parts(mixture: Sequence[P]) -> dict[str, P]:
+    """Return the environments of a mixture by the names that mark their rows.
+
+    Raises:
+        ConfigError: Two have the same name.
+    """
+    named = {part.name or re.split(r"[:.]", part.target)[-1]: part for part in mixture}
+    if len(named) < len(mixture):
+        raise ConfigError(
+            "two environments of the mixture have the same name",
+            got=f"env.mixture of {', '.join(part.name or part.target for part in mixture)}",
+            allowed="a name of its own for each",
+            fix="add name = ... to one of them",
+        )
+    return named
+
+
+def _load(target: str, adapter: str, has_reward: bool) -> type[Environment]:
     adapt = ADAPTERS.find(adapter)
     got, allowed = (
         f"env.adapter = {adapter!r}, env.target = {target!r}",
@@ -28,18 +76,18 @@ def load_environment(target: str, adapter: str = "class") -> type[Environment]:
     fix = "correct env.target, or name another adapter"
     with reading(EnvironmentShapeError, "the environment cannot be made", got=got, allowed=allowed, fix=fix):
         made = adapt(target)
-    return check_environment(made)
+    return check_environment(made, has_reward=has_reward)
 
 
 def import_environment(target: str) -> type[Environment]:
     """Import a class that is written in the shape of an environment, or a function that makes one: the adapter "class"."""
     found = ENVIRONMENTS.find(target)
     if callable(found) and not isinstance(found, type) and not hasattr(found, "get_reward"):
-        found = _class_of(found, target)
-    return check_environment(found)
+        found = class_of(found, target)
+    return cast("type[Environment]", found)
 
 
-def _class_of(factory: Callable[[], object], target: str) -> type:
+def class_of(factory: Callable[[], object], target: str) -> type:
     """A class whose instances are what a factory makes; the factory is called once to see what that is."""
     try:
         made = type(factory())
@@ -50,15 +98,24 @@ def _class_of(factory: Callable[[], object], target: str) -> type:
             allowed="a function that makes an environment when it is called without arguments",
             fix="give its arguments defaults, or name the class",
         ) from error
-    return type(made.__name__, (made,), {"__new__": lambda cls: factory(), "__doc__": made.__doc__})
+
+    def new(cls: type) -> object:
+        instance = factory()
+        if cls is not own:  # a subclass that was made of this one
+            instance.__class__ = cls
+        return instance
+
+    own = type(made.__name__, (made,), {"__new__": new, "__init__": lambda self: None, "__doc__": made.__doc__})
+    return own
 
 
-def check_environment(found: object) -> type[Environment]:
-    """Return `found` itself, if it has the shape of an environment.
+def check_environment(found: object, *, has_reward: bool = False) -> type[Environment]:
+    """Return `found` itself, if it has the shape of an environment; `get_reward` may be left out where `has_reward`.
 
     Raises:
         EnvironmentShapeError: It is no class, lacks `reset` or `get_reward`, has a tool that has no docstring, takes
-            ``*args``, or has a parameter that JSON cannot fill, or it declares something else than exceptions.
+            ``*args``, or has a parameter that JSON cannot fill, or it declares something else than exceptions,
+            or describes its tools otherwise than by schemas.
     """
     if not isinstance(found, type):
         raise EnvironmentShapeError(
@@ -67,16 +124,17 @@ def check_environment(found: object) -> type[Environment]:
             allowed="a class, or a function that makes an instance of one",
             fix="name the class, not an instance",
         )
-    for name in ("reset", "get_reward"):
+    for name in ("reset",) if has_reward else ("reset", "get_reward"):
         if not callable(inspect.getattr_static(found, name, None)):
             raise EnvironmentShapeError(
                 f"{found.__name__} has no method {name}",
                 got=f"public names {public_names(found)}",
                 allowed="reset(self, **row) -> str | None and get_reward(self) -> float",
-                fix=f"define {name}",
+                fix=f"define {name}" + (", or name a function in env.reward" if name == "get_reward" else ""),
             )
-    for name in tool_names(found):
+    for name in () if gives_tools(found) else tool_names(found):
         check_tool(found, name)
+    tool_schemas(found)
     answered_errors(found)
     return cast("type[Environment]", found)
 

@@ -7,24 +7,36 @@ call that does not fit becomes a `Malformed`, whose reason the agent is told.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import json
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date, time, timedelta
+from decimal import Decimal
+from enum import Enum
 from functools import cache, partial
+from pathlib import PurePath
 from typing import Final, cast
+from uuid import UUID
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
+from pydantic_core import to_jsonable_python
 
 from oldlogits.core.environment import Environment, JsonValue, Row
 from oldlogits.core.errors import EnvironmentShapeError
-from oldlogits.core.parser import Malformed, ToolCall
+from oldlogits.core.parser import Malformed, Parser, ToolCall
+from oldlogits.envs.given import CALL_TOOL, bind_given, checked_schemas, gives_tools, names_of
 from oldlogits.envs.text import readable, write_json
 
 NO_TOOLS: Final = frozenset(
-    {"reset", "get_reward", "reply", "explain_reward", "make_row", "make_oracle", "warm_start", "system_prompt"}
+    {
+        *("reset", "get_reward", "get_turn_reward", "get_group_rewards", "reply", "explain_reward"),
+        *("make_row", "make_oracle", "warm_start", "system_prompt"),
+    }
 )
 """Public names that belong to the environment, not to the agent."""
 
@@ -60,6 +72,8 @@ def public_names(environment: type) -> list[str]:
 @cache
 def tool_names(environment: type) -> tuple[str, ...]:
     """Return the tools of an environment class, in the order in which they are written (inherited ones first)."""
+    if gives_tools(environment):
+        return names_of(tool_schemas(environment))
     written = [name for cls in reversed(environment.__mro__) for name in vars(cls)]
     own = NO_TOOLS | (_STATE if can_be_saved(environment) else frozenset())
     return tuple(
@@ -151,7 +165,18 @@ def _hints(environment: type, tool: str) -> Mapping[str, typing.Any]:
 
 
 def tool_schemas(environment: type) -> list[Row]:
-    """Return the tools in the JSON form that chat templates take: one `{"type": "function", "function": {...}}` each."""
+    """Return the tools in the JSON form that chat templates take: one `{"type": "function", "function": {...}}` each.
+
+    Where the environments describe their tools themselves, those that are the same in every episode.
+    """
+    if gives_tools(environment):
+        written = inspect.getattr_static(environment, "tool_schemas")
+        return checked_schemas(written, environment.__name__) if isinstance(written, list | tuple) else []
+    return schemas_of(environment, tool_names(environment))
+
+
+def schemas_of(environment: type, names: Sequence[str]) -> list[Row]:
+    """Return methods of a class in the form of tools."""
     return [
         {
             "type": "function",
@@ -160,31 +185,64 @@ def tool_schemas(environment: type) -> list[Row]:
                 "description": inspect.getdoc(tool_function(environment, name)) or "",
                 "parameters": {
                     "type": "object",
-                    "properties": {key: p.adapter.json_schema() for key, p in _parameters(environment, name).items()},
+                    "properties": {key: inlined(p.adapter.json_schema()) for key, p in _parameters(environment, name).items()},
                     "required": [key for key, p in _parameters(environment, name).items() if p.is_required],
                 },
             },
         }
-        for name in tool_names(environment)
+        for name in names
     ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoundCall:
+    """A call that can be run: `run` takes no arguments, and may return an awaitable; `method` is what it calls."""
+
+    name: str
+    method: str
+    run: Callable[[], object]
+
+
+def calls_of(
+    parser: Parser, environment: Environment, aloud: str, given: Sequence[Row] | None = None
+) -> list[BoundCall | Malformed]:
+    """Return the calls of a turn in their order, ready to run; none where it is a message, as every turn is without tools.
+
+    Parsers may be the user's code, as types of tools. `given` are the schemas of an environment that
+    describes its tools itself.
+    """
+    calls = parser.parse(aloud) if (tool_names(type(environment)) if given is None else given) else ()
+    return [call if isinstance(call, Malformed) else _bound(environment, call, given) for call in calls]
+
+
+def _bound(environment: Environment, call: ToolCall, given: Sequence[Row] | None) -> BoundCall | Malformed:
+    made = bind(environment, call) if given is None else bind_given(environment, given, call)
+    method = call.name if given is None else CALL_TOOL
+    return made if isinstance(made, Malformed) else BoundCall(name=call.name, method=method, run=made)
 
 
 def bind(environment: Environment, call: ToolCall) -> Callable[[], object] | Malformed:
     """Return the call, ready to run without arguments; it may return an awaitable. Arguments are checked and converted."""
-    cls = type(environment)
-    if call.name not in tool_names(cls):
-        return Malformed(reason=f"error : no tool {call.name} ; tools are {' '.join(tool_names(cls))}")
+    names = tool_names(type(environment))
+    if call.name not in names:
+        return Malformed(reason=f"error : no tool {call.name} ; tools are {' '.join(names)}")
+    return bind_method(environment, call)
+
+
+def bind_method(environment: object, call: ToolCall) -> Callable[[], object] | Malformed:
+    """Return the call of a method, whether it is a tool or not."""
+    cls: type = type(environment)
     parameters = _parameters(cls, call.name)
     method = inspect.getattr_static(cls, call.name).__get__(environment, cls)
     try:
-        bound = inspect.signature(method).bind(*call.positional, **call.named)
+        bound = inspect.signature(method).bind(*call.positional, **call.named, **call.texts)
     except TypeError:
-        takes, got = " ".join(parameters) or "nothing", " ".join([*call.positional, *call.named]) or "nothing"
+        takes, got = " ".join(parameters) or "nothing", " ".join([*call.positional, *call.named, *call.texts]) or "nothing"
         return Malformed(reason=f"error : {call.name} takes {takes} but got {got}")
     for key, value in bound.arguments.items():
-        parameter = parameters[key]
+        parameter, is_text = parameters[key], bool(call.positional) or key in call.texts
         try:
-            bound.arguments[key] = parameter.read_word(value) if call.positional else parameter.read(value)
+            bound.arguments[key] = parameter.read_word(value) if is_text else parameter.read(value)
         except ValidationError:
             wants = _name_of(parameter.hint)
             return Malformed(reason=f"error : {call.name} wants {key} as {wants} but got {write_json(value)}")
@@ -194,18 +252,58 @@ def bind(environment: Environment, call: ToolCall) -> Callable[[], object] | Mal
 def with_names(environment: type, call: ToolCall) -> ToolCall:
     """Return the same call with all of its arguments by name, as far as the tool has parameters for them."""
     named = dict(zip(_parameters(environment, call.name), call.positional, strict=False))
-    return ToolCall(name=call.name, named={**named, **call.named})
+    return ToolCall(name=call.name, named={**named, **call.named}, texts=call.texts)
 
 
 def _name_of(hint: object) -> str:
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
+def inlined(schema: Mapping[str, object]) -> Row:
+    """Return a JSON schema without references, which chat templates do not follow; what refers to itself is an object there.
+
+    Example:
+        >>> inlined({"$defs": {"P": {"type": "object"}}, "items": {"$ref": "#/$defs/P"}})
+        {'items': {'type': 'object'}}
+    """
+    defs = cast("Mapping[str, object]", schema.get("$defs", {}))
+
+    def inline(part: object, within: tuple[str, ...]) -> JsonValue:
+        if isinstance(part, list):
+            return [inline(one, within) for one in part]
+        if not isinstance(part, dict):
+            return cast(JsonValue, part)
+        others = {key: inline(value, within) for key, value in part.items() if key not in ("$defs", "$ref", "discriminator")}
+        if not isinstance(reference := part.get("$ref"), str):
+            return others
+        name = reference.removeprefix("#/$defs/")
+        meant = {"type": "object"} if name in within or name not in defs else inline(defs[name], (*within, name))
+        return {**cast(Row, meant), **others}
+
+    return cast(Row, inline(dict(schema), ()))
+
+
 def render_result(value: object) -> str:
-    """Return what the agent reads of a tool's return value: text as it is, JSON for dicts and lists, else `str`.
+    """Return what the agent reads of a tool's result: text as it is; JSON for dicts, lists, models and dataclasses; else `str`.
 
     Raises:
         TypeError: JSON cannot write it.
         ValueError: It contains itself.
     """
-    return readable(write_json(value) if isinstance(value, dict | list | tuple) else str(value))
+    is_structured = isinstance(value, dict | list | tuple | BaseModel) or _is_dataclass(value)
+    return readable(json.dumps(value, ensure_ascii=False, default=_jsonable) if is_structured else str(value))
+
+
+def _is_dataclass(value: object) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _jsonable(value: object) -> object:
+    """What JSON writes of a value that it does not know, one level deep."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if _is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(cast("typing.Any", value))}
+    if isinstance(value, date | time | timedelta | Decimal | Enum | PurePath | UUID):
+        return to_jsonable_python(value)
+    raise TypeError(f"a result of {type(value).__name__} is nothing that JSON can write")

@@ -8,15 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from oldlogits.config.episodes import EnvConfig, RolloutConfig
 from oldlogits.config.guard import Caution
-from oldlogits.config.schema import EnvConfig, RolloutConfig
 from oldlogits.config.systems import LockstepConfig, RayConfig, RuntimeConfig
 from oldlogits.core.engine import EngineKind, EngineSpec, RolloutEngine, ServerOptions
 from oldlogits.core.engine_stats import Incident
 from oldlogits.core.environment import Environment
 from oldlogits.core.scoring import DedicatedScorer
+from oldlogits.rollout.asked import EnvironmentRunner
 from oldlogits.rollout.buffer import Buffer
-from oldlogits.rollout.turns import EnvironmentRunner
 from oldlogits.train.calls import TrainerCalls
 from oldlogits.train.spec import ScorerSpec, TrainerSpec
 

@@ -10,9 +10,10 @@ from oldlogits.loop.task import Task
 from oldlogits.record.bus import EventSink
 from oldlogits.record.episodes import Stage
 from oldlogits.record.events import Evaluated, EvaluationProgressed, TrajectoryFailed
-from oldlogits.record.intervals import NOT_MEASURED, wilson
-from oldlogits.rollout.groups import Outcome, restarted
+from oldlogits.record.intervals import NOT_MEASURED, mean_interval, wilson
+from oldlogits.rollout.groups import restarted
 from oldlogits.rollout.heldout import evaluate
+from oldlogits.rollout.player import Outcome
 from oldlogits.rollout.turns import Failure
 from oldlogits.rollout.watches import FailureWatch
 
@@ -26,13 +27,21 @@ class Evaluator:
         clock: Seconds.
         num_running: Episodes played at the same time.
         max_failed_share: `rollout.max_failed_share`.
+        success_at: `eval.success_at`.
     """
 
     def __init__(
-        self, task: Task, events: EventSink, clock: Callable[[], float], *, num_running: int, max_failed_share: float
+        self,
+        task: Task,
+        events: EventSink,
+        clock: Callable[[], float],
+        *,
+        num_running: int,
+        max_failed_share: float,
+        success_at: float,
     ) -> None:
         self._task, self._events, self._clock, self._num_running = task, events, clock, num_running
-        self._max_failed_share = max_failed_share
+        self._max_failed_share, self._success_at = max_failed_share, success_at
 
     async def play(self, stage: Stage, num_episodes: int, *, version: PolicyVersion) -> float | None:
         """Play episodes of this version, sampled and, but during training, greedy; with 0 episodes nothing is done.
@@ -50,16 +59,17 @@ class Evaluator:
         for mode, temperature in (("sampled", 1.0), ("greedy", 0.0))[: 1 if stage == "during" else 2]:
             started = self._clock()
             outcome = await evaluate(
-                self._task.agent,
-                self._task.environment_class,
+                self._task.player,
                 rows,
                 name=f"e{stage}-{mode}-{version}",
                 temperature=temperature,
                 num_running=self._num_running,
                 tell=self._teller(stage, mode, len(rows), version),
+                success_at=self._success_at,
             )
-            num_played = len(outcome.trajectories)
+            num_played, rewards = len(outcome.episodes), [branches[0].reward for branches in outcome.episodes]
             rate = wilson(outcome.num_successes, num_played) if num_played else NOT_MEASURED
+            mean = mean_interval(rewards) if num_played else NOT_MEASURED
             success = rate.mean if mode == "sampled" and num_played else success
             self._events.emit(
                 Evaluated(
@@ -67,9 +77,13 @@ class Evaluator:
                     stage=stage,
                     mode=mode,
                     **asdict(rate),
+                    reward_mean=mean.mean,
+                    reward_low=mean.low,
+                    reward_high=mean.high,
+                    success_at=self._success_at,
                     rewards=outcome.rewards,
                     seconds_s=self._clock() - started,
-                    trajectories=outcome.trajectories,
+                    trajectories=[branch for branches in outcome.episodes for branch in branches],
                 )
             )
         return success

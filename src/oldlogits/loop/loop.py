@@ -83,9 +83,8 @@ class Loop:
         self._sync, self._audit, self._calibrator = sync, audit, calibrator
         self._recording, self._events, self._journal = recording, recording.events, journal
         rollout, num_running = config.rollout, config.eval.max_concurrent
-        self._evaluator = Evaluator(
-            task, self._events, backend.clock, num_running=num_running, max_failed_share=rollout.max_failed_share
-        )
+        rule = {"max_failed_share": rollout.max_failed_share, "success_at": config.eval.success_at}
+        self._evaluator = Evaluator(task, self._events, backend.clock, num_running=num_running, **rule)
         bound = StalenessBound(max_staleness=config.max_lag, prompts_per_update=rollout.prompts_per_update)
         self.checkpoints = Checkpoints(config.record, recording, backend.trainer, journal, real_time=backend.real_time)
         self.buffer = Buffer(bound, filter_uniform=rollout.filter_uniform, min_size=rollout.min_group_size)
@@ -137,7 +136,7 @@ class Loop:
         oldest_held = (await self._backend.trainer.state()).oldest_version
         async with asyncio.TaskGroup() as tasks:
             rollouts = self._start_rollouts(tasks, oldest_held)
-            following = tasks.create_task(self._journal.follow(self._backend.engine, self._task.agent.sampling.temperature))
+            following = tasks.create_task(self._journal.follow(self._backend.engine, self._config.temperature))
             try:
                 while self.version < self._config.num_updates:
                     await self._update(rollouts)
@@ -157,8 +156,7 @@ class Loop:
     def _start_rollouts(self, tasks: asyncio.TaskGroup, oldest_held: PolicyVersion) -> Rollouts:
         config = self._config.rollout
         rollouts = Rollouts(
-            agent=self._task.agent,
-            environment_class=self._task.environment_class,
+            player=self._task.player,
             rows=self._task.rows,
             buffer=self.buffer,
             source=self.source,
@@ -208,7 +206,11 @@ class Loop:
         trainer = self._backend.trainer
         self._tell_batch(groups, timer)
         with timer.part("score"):
-            batch = collate(groups, advantages_of(groups, self._config.advantage), num_steps=self._config.minibatches)
+            batch = collate(
+                groups,
+                advantages_of(groups, self._config.advantage, self._config.branch_weight),
+                num_steps=self._config.minibatches,
+            )
             tokens = batch.entering(self.version)
             await trainer.put_batch(batch)
             if self.source.needs_pause:
@@ -231,13 +233,11 @@ class Loop:
             self._admit(rollouts)
             await trainer.retain(min(self.version, self._oldest_needed()))
         self.state.num_updates += 1
-        times = timer.end() | {"time/stall_s": stall_s}
-        self._last_ended = timer.ended
+        times, self._last_ended = timer.end() | {"time/stall_s": stall_s}, timer.ended
         used = usage_metrics(before, await self._counters(), times["time/update_s"])
-        of_loop = batch_metrics(groups, result.staleness_counts, times["time/update_s"]) | queue_metrics(self.buffer)
-        of_rollouts = rollouts.latency.metrics() | {"rollout/failed_share": rollouts.failures.share}
-        of_parts = {**self.source.metrics(), **of_rollouts}
-        metrics = {**result.metrics, **times, **of_parts, **of_loop, **used}
+        lags, success_at = result.staleness_counts, self._config.eval.success_at
+        of_loop = batch_metrics(groups, lags, times["time/update_s"], success_at=success_at) | queue_metrics(self.buffer)
+        metrics = {**result.metrics, **times, **self.source.metrics(), **rollouts.metrics(), **of_loop, **used}
         kept_bytes = published.store_bytes + metrics.get("average/stored_bytes", 0.0)
         of_copies = copies(self._backend.engine.capabilities, kept_bytes, self._config.bytes_per_parameter * self._num_trained)
         self._tell_update(result, metrics | of_copies, groups)

@@ -82,18 +82,29 @@ def usage_metrics(before: Mapping[str, float], after: Mapping[str, float], wall_
     }
 
 
-def batch_metrics(groups: Sequence[TrajectoryGroup], lags: Mapping[int, int], wall_s: float) -> dict[str, float]:
-    """What was trained: the groups of the batch, and its loss tokens by staleness; `wall_s` are the update's seconds."""
+def batch_metrics(
+    groups: Sequence[TrajectoryGroup], lags: Mapping[int, int], wall_s: float, *, success_at: float
+) -> dict[str, float]:
+    """What was trained.
+
+    Args:
+        groups: The groups of the batch.
+        lags: Its loss tokens by staleness.
+        wall_s: The seconds of the update.
+        success_at: The reward from which an episode counts as a success.
+    """
     trajectories = [t for group in groups for t in group.trajectories]
-    num, num_loss_tokens = len(trajectories), sum(lags.values())
+    rewards = [[branches[0].reward for branches in group.episodes] for group in groups]
+    num, num_loss_tokens = sum(map(len, rewards)), sum(lags.values())
     return {
-        "reward/mean": sum(t.reward for t in trajectories) / num,
-        "reward/success": sum(is_success(t.reward) for t in trajectories) / num,
-        "reward/uniform_groups": sum(len({t.reward for t in group.trajectories}) == 1 for group in groups) / len(groups),
+        "reward/mean": sum(map(sum, rewards)) / num,
+        "reward/success": sum(is_success(reward, success_at) for group in rewards for reward in group) / num,
+        "reward/uniform_groups": sum(len(set(group)) == 1 for group in rewards) / len(groups),
         "episode/num": num,
+        "episode/branches": len(trajectories) / num,
         "episode/turns": sum(t.num_turns for t in trajectories) / num,
         "episode/sampled_tokens": num_loss_tokens / num,
-        "episode/multi_version": sum(len(t.versions) > 1 for t in trajectories) / num,
+        "episode/multi_version": sum(len(t.versions) > 1 for t in trajectories) / len(trajectories),
         "staleness/mean": sum(lag * n for lag, n in lags.items()) / num_loss_tokens,
         "staleness/max": max(lags),
         "throughput/trainer_tokens_per_s": sum(t.num_tokens for t in trajectories) / wall_s,

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from oldlogits.config.schema import EvalConfig, RecordConfig, RolloutConfig, RunConfig
-from oldlogits.core.environment import Environment
-from oldlogits.objective.advantages import AdvantageMode
+from oldlogits.config.episodes import EvalConfig, RolloutConfig
+from oldlogits.config.schema import RecordConfig, RunConfig
+from oldlogits.objective.advantages import AdvantageMode, BranchWeight
+from oldlogits.rollout.player import Player
 from oldlogits.rollout.tasks import TaskDataset
-from oldlogits.rollout.turns import Agent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What is learned: the environment, its rows, the agent that plays it, and the fixed prompt of the probe."""
+    """What is learned: who plays the episodes, their rows, and the fixed prompt of the probe."""
 
-    environment_class: type[Environment]
+    player: Player
     rows: TaskDataset
-    agent: Agent
     probe_ids: Sequence[int]
 
 
@@ -29,6 +28,7 @@ class LoopConfig:
     Args:
         seed: The run's seed.
         num_updates: The version at which the run ends.
+        temperature: The temperature that training samples at.
         max_lag: The staleness that admission allows for: `max_staleness`, or less where the runtime controls the lag.
         minibatches: Optimizer steps of an update.
         keeps_all_versions: Whether the store keeps every version in flight, whatever the source needs.
@@ -37,9 +37,11 @@ class LoopConfig:
 
     seed: int
     num_updates: int
+    temperature: float
     max_lag: int
     minibatches: int
     advantage: AdvantageMode
+    branch_weight: BranchWeight
     keeps_all_versions: bool
     bytes_per_parameter: int
     rollout: RolloutConfig
@@ -52,9 +54,11 @@ class LoopConfig:
         return cls(
             seed=config.seed,
             num_updates=config.num_updates,
+            temperature=config.sampling.temperature,
             max_lag=config.window,
             minibatches=config.trainer.minibatches_per_update,
             advantage=config.objective.advantage,
+            branch_weight=config.objective.branch_weight,
             keeps_all_versions=config.audit.share > 0,
             bytes_per_parameter=2 if config.model.forward_dtype == "bf16" else 4,
             rollout=config.rollout,

@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from oldlogits.config.schema import SamplingConfig
+from oldlogits.config.episodes import SamplingConfig
 from oldlogits.config.systems import EngineConfig
 from oldlogits.core.engine import RolloutEngine, trajectory_of
 from oldlogits.core.errors import ConfigError, ReceiverBehindError

@@ -15,6 +15,9 @@ from oldlogits.core.trajectory import TrajectoryGroup
 AdvantageMode = Literal["group-normalised", "mean-only", "leave-one-out"]
 """How a reward is compared with those of its group."""
 
+BranchWeight = Literal["each", "shared"]
+"""each: every branch has its episode's advantage. shared: they divide it, so that an episode counts once."""
+
 
 def group_advantages(
     rewards: Float[Tensor, " trajectory"],
@@ -64,16 +67,24 @@ def group_advantages(
     )
 
 
-def advantages_of(groups: Sequence[TrajectoryGroup], mode: AdvantageMode) -> list[float]:
-    """Give the advantage of every trajectory, in order.
+def advantages_of(groups: Sequence[TrajectoryGroup], mode: AdvantageMode, branch_weight: BranchWeight = "each") -> list[float]:
+    """Give the advantage of every trajectory, in order: that of its episode, as its branches share it.
 
     Only differences within a group count: they are taken in float64, in which large rewards that differ stay different.
 
+    Args:
+        groups: The groups of a batch.
+        mode: How a reward is compared with those of its group.
+        branch_weight: What a branch gets of its episode's advantage.
+
     Example:
-        A group of rewards 1e8 and 1e8 + 1, "leave-one-out": -1 and 1.
+        A group of rewards 1e8 and 1e8 + 1, "leave-one-out": -1 and 1. Where the second episode has two branches: -1, 1, 1
+        with "each", and -1, 0.5, 0.5 with "shared".
     """
+    episodes = [(index, branches) for index, group in enumerate(groups) for branches in group.episodes]
     least = [min(t.reward for t in group.trajectories) for group in groups]
-    rewards = torch.tensor([t.reward - low for low, group in zip(least, groups, strict=True) for t in group.trajectories])
-    index = torch.tensor([i for i, group in enumerate(groups) for _ in group.trajectories])
-    advantages: list[float] = group_advantages(rewards, index, mode).tolist()
-    return advantages
+    rewards = torch.tensor([branches[0].reward - least[index] for index, branches in episodes])
+    of_episodes: list[float] = group_advantages(rewards, torch.tensor([index for index, _ in episodes]), mode).tolist()
+    shares = [len(branches) if branch_weight == "shared" else 1 for _, branches in episodes]
+    pairs = zip(of_episodes, shares, episodes, strict=True)
+    return [advantage / share for advantage, share, (_, branches) in pairs for _ in branches]

@@ -50,6 +50,7 @@ class Episode:
     Args:
         version: The version that its update made; for an evaluation, the version that was evaluated.
         versions: The distinct versions that sampled it, ascending.
+        turn_rewards: What the environment gave for each turn, where it does; they are a part of `reward`.
     """
 
     id: str
@@ -61,6 +62,7 @@ class Episode:
     stop_reason: str
     num_turns: int
     versions: tuple[int, ...]
+    turn_rewards: tuple[float, ...] = ()
     segments: tuple[EpisodeSegment, ...] = ()
 
 
@@ -99,6 +101,7 @@ class EpisodeRecorder:
             stop_reason=trajectory.stop_reason,
             num_turns=trajectory.num_turns,
             versions=trajectory.versions,
+            turn_rewards=trajectory.turn_rewards,
             segments=tuple(map(self._segment, trajectory.segments)) if with_text else (),
         )
         self._file.append(asdict(episode))

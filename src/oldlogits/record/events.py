@@ -72,9 +72,10 @@ class EvaluationProgressed(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated(Event):
-    """Held-out episodes were played: their success rate with its 95% interval, and their rewards in the order of the rows.
+    """Held-out episodes were played: success rate and mean reward with their 95% intervals, and the rewards by row.
 
-    The reward of an episode that failed is None: rate and interval are over the `num_episodes` that were played.
+    The reward of an episode that failed is None: rate and means are over the `num_episodes` that were played. A reward of at
+    least `success_at` is a success.
     """
 
     kind = "evaluation"
@@ -83,6 +84,10 @@ class Evaluated(Event):
     mean: float
     low: float
     high: float
+    reward_mean: float
+    reward_low: float
+    reward_high: float
+    success_at: float
     num_episodes: int
     rewards: Sequence[float | None]
     seconds_s: float
@@ -127,6 +132,23 @@ class TrajectoryRestarted(Event):
     trajectory: str
     reason: str
     num_lost_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversationRewritten(Event):
+    """An agent program went on with other messages than the model had read: a branch begins, encoded from its text.
+
+    Args:
+        message: The number of the first message that differs, counted from 0.
+        role: Its role.
+        num_tokens: Tokens of the branch's prompt.
+    """
+
+    kind = "conversation_rewritten"
+    trajectory: str
+    message: int
+    role: str
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

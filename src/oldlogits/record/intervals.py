@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 from typing import Final
 
+from oldlogits.record.events import Evaluated
 from oldlogits.record.jsonl import RecordError
 
 Z_95: Final = NormalDist().inv_cdf(0.975)
@@ -26,6 +27,22 @@ class Interval:
     def __str__(self) -> str:
         """``37.4% [34.5%, 40.4%]``."""
         return f"{self.mean:.1%} [{self.low:.1%}, {self.high:.1%}]"
+
+    @property
+    def plain(self) -> str:
+        """``0.374 [0.345, 0.404]``, for means that are no shares."""
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def success_of(evaluated: Evaluated) -> Interval:
+    """The success rate of an evaluation."""
+    return Interval(mean=evaluated.mean, low=evaluated.low, high=evaluated.high, num_episodes=evaluated.num_episodes)
+
+
+def reward_of(evaluated: Evaluated) -> Interval:
+    """The mean reward of an evaluation."""
+    low, high = evaluated.reward_low, evaluated.reward_high
+    return Interval(mean=evaluated.reward_mean, low=low, high=high, num_episodes=evaluated.num_episodes)
 
 
 NOT_MEASURED: Final = Interval(mean=math.nan, low=0.0, high=1.0, num_episodes=0)
@@ -54,13 +71,38 @@ def wilson(successes: int, n: int) -> Interval:
         raise RecordError(
             "no success rate", got=f"{successes} of {n}", allowed="0 <= successes <= n, n >= 1", fix="count the same episodes"
         )
-    p, z2 = successes / n, Z_95**2
+    return _wilson(successes / n, n, num_episodes=n)
+
+
+def clustered_wilson(hits: Sequence[Sequence[bool]]) -> Interval:
+    """Wilson's interval of the mean over rows of each row's success rate, where rows were repeated.
+
+    Repeats of a row are no independent tasks, so `n` is an effective number of episodes: ``p (1 - p)`` over the variance of the
+    mean of the rows' rates, not fewer than the rows and not more than the episodes.
+
+    Raises:
+        RecordError: There is no row, or one without an episode.
+
+    Example:
+        >>> print(clustered_wilson([[True, True], [False, False], [True, False]]))
+        50.0% [12.5%, 87.5%]
+    """
+    if not hits or not all(hits):
+        raise RecordError("no success rate", got="a row without episodes", allowed="at least 1", fix="play an episode")
+    rates, num = [fmean(row) for row in hits], sum(map(len, hits))
+    p = fmean(rates)
+    variance = stdev(rates) ** 2 / len(rates) if len(rates) > 1 else 0.0
+    effective = min(max(len(rates), p * (1 - p) / variance), num) if variance else len(rates)
+    return _wilson(p, effective, num_episodes=num)
+
+
+def _wilson(p: float, n: float, *, num_episodes: int) -> Interval:
+    z2 = Z_95**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
     # At the ends one bound is the rate itself; rounding must not push it past.
-    low = 0.0 if successes == 0 else centre - half
-    high = 1.0 if successes == n else centre + half
-    return Interval(mean=p, low=low, high=high, num_episodes=n)
+    low, high = 0.0 if p == 0 else centre - half, 1.0 if p == 1 else centre + half
+    return Interval(mean=p, low=low, high=high, num_episodes=num_episodes)
 
 
 def paired_gain(before: Sequence[float], after: Sequence[float]) -> Interval:
@@ -84,7 +126,23 @@ def paired_gain(before: Sequence[float], after: Sequence[float]) -> Interval:
             allowed="two lists of one length, at least 1",
             fix="evaluate the same rows with the same seeds",
         )
-    differences = [b - a for a, b in zip(before, after, strict=True)]
-    n, mean = len(differences), fmean(differences)
-    half = Z_95 * stdev(differences) / math.sqrt(n) if n > 1 else math.inf
+    return mean_interval([b - a for a, b in zip(before, after, strict=True)])
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """The mean of independent values with its 95% normal interval ``mean +- z stdev / sqrt(n)``, ``n - 1`` in the variance.
+
+    One value has no finite interval, and equal ones have one of width 0.
+
+    Raises:
+        RecordError: There are none.
+
+    Example:
+        >>> print(mean_interval([0.0, 0.5, 1.0, 0.5]).plain)
+        0.500 [0.100, 0.900]
+    """
+    if not values:
+        raise RecordError("no mean", got="0 values", allowed="at least 1", fix="play an episode")
+    n, mean = len(values), fmean(values)
+    half = Z_95 * stdev(values) / math.sqrt(n) if n > 1 else math.inf
     return Interval(mean=mean, low=mean - half, high=mean + half, num_episodes=n)

@@ -32,7 +32,7 @@ from oldlogits.record.events import (
     Warned,
 )
 from oldlogits.record.failures import FailureTally, in_words
-from oldlogits.record.intervals import verdict_of
+from oldlogits.record.intervals import reward_of, success_of, verdict_of
 from oldlogits.record.summary import Summary
 
 _ROWS: Final[Mapping[str, Mapping[str, str]]] = {
@@ -58,6 +58,7 @@ _ROWS: Final[Mapping[str, Mapping[str, str]]] = {
         "eval/mean": "{:.1%}",
         "eval/low": "95% interval {:.1%}",
         "eval/high": "to {:.1%}",
+        "eval/reward": "mean reward {:.3f}",
     },
     "max error": {"probe/max_abs_error": "probe {:.1e}", "consistency/max_abs_error": "consistency check {:.1e}"},
 }
@@ -176,12 +177,15 @@ class LiveView:
 
     def _evaluated(self, event: Evaluated) -> None:
         if event.mode == "sampled" and event.num_episodes:
-            self.show({"eval/mean": event.mean, "eval/low": event.low, "eval/high": event.high})
+            reward = {"eval/reward": event.reward_mean}
+            self.show({"eval/mean": event.mean, "eval/low": event.low, "eval/high": event.high, **reward})
         when = f"at version {event.version}" if event.stage == "during" else f"{event.stage} training"
         num, rows = event.num_episodes, len(event.rewards)
         played = f"of {num}" if num == rows else f"of {num} played; {rows - num} of {rows} rows failed"
-        rate = f"{event.mean:.1%} [{event.low:.1%}, {event.high:.1%}] " if num else ""
+        rate = f"{success_of(event)} " if num else ""
         self.note(f"held-out success {when}, {event.mode}: {rate}{played}, {event.seconds_s:.0f} s")
+        if num:
+            self.note(f"  mean reward {reward_of(event).plain}; a success is a reward of {event.success_at:g} or more")
 
     def update(self, metrics: Mapping[str, float], *, version: int) -> None:
         """Show the metrics of the update that made `version`."""
@@ -253,7 +257,8 @@ def calibration_lines(found: Calibrated, started: RunStarted | None) -> Iterator
 def print_summary(summary: Summary, run_folder: Path, *, console: Console | None = None) -> None:
     """Say in plain words what was learned, whether the old logits were exact, and where the report is."""
     out = console or Console()
-    lines = [learned_sentence(summary), staleness_sentence(summary), *failure_sentences(summary)]
+    lines = [learned_sentence(summary), *reward_sentences(summary), staleness_sentence(summary)]
+    lines += [*failure_sentences(summary), *program_sentences(summary)]
     if summary.ended != "done":
         lines.insert(0, f"The run ended early ({summary.ended}).")
     body = Text("\n".join(lines) + "\n")
@@ -274,6 +279,15 @@ def learned_sentence(summary: Summary) -> str:
     return f"{text}: {points} on the same {gain.num_episodes} episodes, {verdict_of(gain)}."
 
 
+def reward_sentences(summary: Summary) -> Iterator[str]:
+    """The mean reward before -> after, and what counts as a success; nothing without an evaluation."""
+    before, after, gain = summary.reward_before, summary.reward_after, summary.reward_gain
+    shown = " -> ".join(interval.plain for interval in (before, after) if interval is not None)
+    if shown and summary.success_at is not None:
+        change = f": {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]" if gain is not None else ""
+        yield f"Mean reward {shown}{change}; a success is a reward of {summary.success_at:g} or more."
+
+
 def failure_sentences(summary: Summary) -> Iterator[str]:
     """How many episodes of training and of evaluations their environment ended, and for which reasons; nothing without any."""
     for what, num, failures in (
@@ -282,6 +296,19 @@ def failure_sentences(summary: Summary) -> Iterator[str]:
     ):
         if failures:
             yield f"{sum(failures.values())} of {num} {what} episodes failed: {in_words(failures)}."
+
+
+def program_sentences(summary: Summary) -> Iterator[str]:
+    """What an agent program asked for, and what became of it; nothing without one."""
+    found = summary.gateway
+    if found:
+        num = {name: f"{count:,}" for name, count in found.items()}
+        turns = sum(found[kind] for kind in ("opened", "continued", "forked", "rewritten"))
+        yield (
+            f"The program was given {turns:,} turns: {num['forked']} from an earlier one, {num['rewritten']} after it rewrote "
+            f"its history ({num['encoded_anew_tokens']} tokens encoded anew). {num['dropped_answers']} answers dropped "
+            f"({num['dropped_tokens']} tokens), {num['overridden']} parameters overridden, {num['refused']} requests refused."
+        )
 
 
 def staleness_sentence(summary: Summary) -> str:

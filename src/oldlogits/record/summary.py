@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final, Literal, Self, cast
+from typing import Final, Literal, Self, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -21,6 +21,7 @@ from oldlogits.record.bus import Event
 from oldlogits.record.event_log import history, read_events, typed
 from oldlogits.record.events import (
     BatchScored,
+    ConversationRewritten,
     Evaluated,
     Probed,
     RunEnded,
@@ -34,9 +35,10 @@ from oldlogits.record.events import (
 )
 from oldlogits.record.failures import tallied
 from oldlogits.record.folder import RunFolder, write_atomic
-from oldlogits.record.intervals import Interval, paired_gain
+from oldlogits.record.intervals import Interval, paired_gain, reward_of, success_of
 from oldlogits.record.jsonl import RecordError, encode
 
+T = TypeVar("T")
 Ended = Literal["done", "interrupted", "error"]
 
 ACCOUNTS: Final = ("submitted", "trained", "filtered", "failed", "cancelled", "queued", "running")
@@ -52,6 +54,10 @@ class Summary:
     greedy_before: Interval | None
     greedy_after: Interval | None
     gain: Interval | None
+    success_at: float | None
+    reward_before: Interval | None
+    reward_after: Interval | None
+    reward_gain: Interval | None
     num_updates: int
     num_trajectories: int
     num_multi_version_trajectories: int
@@ -89,6 +95,7 @@ class Summary:
     failures: Mapping[str, int]
     evaluation_failures: Mapping[str, int]
     num_evaluation_episodes: int
+    gateway: Mapping[str, int]
 
     def write(self, path: Path) -> None:
         """Write ``summary.json`` atomically; non-finite numbers become strings."""
@@ -116,8 +123,7 @@ class Summary:
 def summarise(events: Iterable[Event]) -> Summary:
     """Add up the events of a run, whole or not: all of its file, in order."""
     kept = history(events)
-    started = next(reversed(typed(kept, RunStarted)), None)
-    ends = typed(kept[-1:], RunEnded)
+    started, ends = next(reversed(typed(kept, RunStarted)), None), typed(kept[-1:], RunEnded)
     updates, evaluations, probes = typed(kept, Updated), typed(kept, Evaluated), typed(kept, Probed)
     scored, sent, down, stored = typed(kept, BatchScored), typed(kept, WeightsUpdated), typed(kept, ServerDown), _stored(kept)
     metrics = [update.metrics for update in updates]
@@ -126,16 +132,19 @@ def summarise(events: Iterable[Event]) -> Summary:
     num_tokens, wall = sum(tokens), [m.get("time/update_s", 0.0) for m in metrics]
     stored_bytes, num_trained = sum(version.version_bytes for version in stored), started.num_trained if started else 0
     failed, restarted = typed(kept, TrajectoryFailed), typed(kept, TrajectoryRestarted)
-    num_patches = sum(update.sent == "patch" for update in sent)
     return Summary(
-        success_before=_rate(evaluations, "before", "sampled"),
-        success_after=_rate(evaluations, "after", "sampled"),
-        greedy_before=_rate(evaluations, "before", "greedy"),
-        greedy_after=_rate(evaluations, "after", "greedy"),
-        gain=_gain(_last(evaluations, "before", "sampled"), _last(evaluations, "after", "sampled")),
+        success_before=_last(evaluations, "before", "sampled", success_of),
+        success_after=_last(evaluations, "after", "sampled", success_of),
+        greedy_before=_last(evaluations, "before", "greedy", success_of),
+        greedy_after=_last(evaluations, "after", "greedy", success_of),
+        gain=_gain(evaluations, of_success=True),
+        success_at=evaluations[-1].success_at if evaluations else None,
+        reward_before=_last(evaluations, "before", "sampled", reward_of),
+        reward_after=_last(evaluations, "after", "sampled", reward_of),
+        reward_gain=_gain(evaluations, of_success=False),
         num_updates=len(updates),
         num_trajectories=round(sum(_of(metrics, "episode/num"))),
-        num_multi_version_trajectories=round(_product(metrics, "episode/multi_version", _of(metrics, "episode/num"))),
+        num_multi_version_trajectories=round(_product(metrics, "episode/multi_version", _num_branches(metrics))),
         staleness_mean=_ratio(sum(int(lag) * num for lag, num in lags.items()), num_tokens),
         staleness_max=max(map(int, lags), default=None),
         provenance=dict(sum((Counter(update.provenance) for update in updates), Counter[str]())),
@@ -151,7 +160,7 @@ def summarise(events: Iterable[Event]) -> Summary:
         version_share_of_average=_ratio(stored_bytes, len(stored) * 4 * num_trained),
         switch_mean_s=_ratio(sum(batch.switch_s for batch in scored), sum(batch.num_checkouts for batch in scored)),
         sync_bytes_mean=_ratio(sum(update.bytes for update in sent), len(sent)),
-        num_patch_syncs=num_patches,
+        num_patch_syncs=(num_patches := sum(update.sent == "patch" for update in sent)),
         num_full_syncs=len(sent) - num_patches,
         num_refused_patches=sum(bool(update.refused) for update in sent),
         trainer_copies_max=_worst(m["copies/trainer"] for m in metrics if "copies/trainer" in m),
@@ -170,12 +179,24 @@ def summarise(events: Iterable[Event]) -> Summary:
         failures=tallied(one.reason for one in failed if one.stage == "train"),
         evaluation_failures=tallied(one.reason for one in failed if one.stage != "train"),
         num_evaluation_episodes=sum(len(evaluation.rewards) for evaluation in evaluations),
+        gateway=_gateway(metrics, typed(kept, ConversationRewritten)),
     )
 
 
 def summarise_folder(folder: RunFolder) -> Summary:
     """The summary of a run folder."""
     return summarise(read_events(folder.events))
+
+
+def _gateway(metrics: Sequence[Mapping[str, float]], rewritten: Iterable[ConversationRewritten]) -> dict[str, int]:
+    """What an agent program asked for in training; empty where there is none."""
+    names = dict.fromkeys(name for one in metrics for name in one if name.startswith("gateway/"))
+    counts = {name.removeprefix("gateway/"): round(sum(_of(metrics, name))) for name in names}
+    return counts | {f"rewritten_from_{role}": num for role, num in sorted(Counter(one.role for one in rewritten).items())}
+
+
+def _num_branches(metrics: Sequence[Mapping[str, float]]) -> list[float]:
+    return [one.get("episode/num", 0.0) * one.get("episode/branches", 1.0) for one in metrics]
 
 
 def _stored(events: Iterable[Event]) -> list[VersionPublished]:
@@ -190,16 +211,10 @@ def _stored(events: Iterable[Event]) -> list[VersionPublished]:
     return found
 
 
-def _last(evaluations: Sequence[Evaluated], stage: str, mode: str) -> Evaluated | None:
-    return next((e for e in reversed(evaluations) if (e.stage, e.mode) == (stage, mode)), None)
-
-
-def _rate(evaluations: Sequence[Evaluated], stage: str, mode: str) -> Interval | None:
-    """The success rate of the last evaluation of a stage; None also where none of its episodes could be played."""
-    last = _last(evaluations, stage, mode)
-    if last is None or not last.num_episodes:
-        return None
-    return Interval(mean=last.mean, low=last.low, high=last.high, num_episodes=last.num_episodes)
+def _last(evaluations: Sequence[Evaluated], stage: str, mode: str, of: Callable[[Evaluated], T]) -> T | None:
+    """What the last evaluation of a stage says; None also where none of its episodes could be played."""
+    last = next((e for e in reversed(evaluations) if (e.stage, e.mode) == (stage, mode)), None)
+    return of(last) if last is not None and last.num_episodes else None
 
 
 def _accounting(end: RunEnded | None, metrics: Mapping[str, float]) -> Mapping[str, int]:
@@ -217,15 +232,15 @@ def _accounting(end: RunEnded | None, metrics: Mapping[str, float]) -> Mapping[s
     return found
 
 
-def _gain(before: Evaluated | None, after: Evaluated | None) -> Interval | None:
+def _gain(evaluations: Sequence[Evaluated], *, of_success: bool) -> Interval | None:
     """The gain over the episodes that both evaluations played: a resumed run may evaluate more rows, or fewer."""
+    before, after = (_last(evaluations, stage, "sampled", lambda e: e) for stage in ("before", "after"))
     if before is None or after is None:
         return None
-    pairs = [
-        (float(is_success(first)), float(is_success(last)))
-        for first, last in zip(before.rewards, after.rewards, strict=False)
-        if first is not None and last is not None
-    ]
+    rewards = zip(before.rewards, after.rewards, strict=False)
+    pairs = [(first, last) for first, last in rewards if first is not None and last is not None]
+    if of_success:
+        pairs = [(float(is_success(a, after.success_at)), float(is_success(b, after.success_at))) for a, b in pairs]
     return paired_gain([first for first, _ in pairs], [last for _, last in pairs]) if pairs else None
 
 

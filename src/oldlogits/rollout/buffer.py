@@ -1,4 +1,4 @@
-r"""Groups between admission and training, and the account of every trajectory.
+r"""Groups between admission and training, and the account of every episode.
 
 admit -> [running] -> close -> [queued] -> take -> confirm_trained
              |            \-> filtered (uniform rewards, or too few members)
@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Literal
 
 from oldlogits.core.errors import AccountingError
-from oldlogits.core.trajectory import Trajectory, TrajectoryGroup
+from oldlogits.core.trajectory import Branches, Trajectory, TrajectoryGroup
 from oldlogits.rollout.staleness import Outstanding, StalenessBound
 
 
 @dataclass(slots=True, kw_only=True)
 class TrajectoryCounts:
-    """Trajectories by what became of them."""
+    """Episodes by what became of them."""
 
     submitted: int = 0
     trained: int = 0
@@ -30,23 +31,28 @@ class TrajectoryCounts:
 
 @dataclass(slots=True, kw_only=True)
 class AdmittedGroup:
-    """A group that was admitted: its members as they end, and `group` once it is closed, or why it is left out.
+    """A group that was admitted: its episodes as they end, and `group` once it is closed, or why it is left out.
 
     One that `is_held` is of a run that goes on, and is not let in yet.
     """
 
     admitted_version: int
     size: int
-    trajectories: list[Trajectory] = field(default_factory=list)
+    episodes: list[Branches] = field(default_factory=list)
     num_failed: int = 0
     group: TrajectoryGroup | None = None
     left_out: Literal["", "small", "uniform"] = ""
     is_held: bool = False
 
     @property
+    def trajectories(self) -> list[Trajectory]:
+        """The trajectories of the episodes that have ended."""
+        return list(chain.from_iterable(self.episodes))
+
+    @property
     def num_running(self) -> int:
-        """Members whose episode goes on."""
-        return self.size - len(self.trajectories) - self.num_failed
+        """Episodes that go on."""
+        return self.size - len(self.episodes) - self.num_failed
 
 
 class Buffer:
@@ -86,7 +92,7 @@ class Buffer:
     @property
     def queued(self) -> int:
         """Trajectories that ended and are not trained yet: their group runs, waits, or is in training."""
-        return self._num_in_training + sum(len(entry.trajectories) for entry in self._entries.values())
+        return self._num_in_training + sum(len(entry.episodes) for entry in self._entries.values())
 
     @property
     def oldest_needed(self) -> int | None:
@@ -131,9 +137,28 @@ class Buffer:
         """How many groups the bound admits now."""
         return self._bound.capacity - self.num_outstanding
 
-    def end(self, trajectory: Trajectory) -> None:
-        """Take a trajectory that ended well."""
-        self._entries[trajectory.group_id].trajectories.append(trajectory)
+    def end(self, episode: Branches) -> None:
+        """Take an episode that ended well."""
+        self._entries[episode[0].group_id].episodes.append(episode)
+
+    def ended(self, group_id: str) -> list[Branches]:
+        """The episodes of a group that have ended well, in the order of their ids."""
+        entry = self._entries[group_id]
+        entry.episodes.sort(key=lambda branches: branches[0].id)
+        return list(entry.episodes)
+
+    def regrade(self, group_id: str, rewards: Sequence[float]) -> None:
+        """Replace the rewards of the episodes of a group that have ended well, in the order of `ended`."""
+        entry = self._entries[group_id]
+        pairs = zip(self.ended(group_id), rewards, strict=True)
+        entry.episodes = [tuple(replace(branch, reward=reward) for branch in branches) for branches, reward in pairs]
+
+    def fail_ended(self, group_id: str) -> None:
+        """Count the episodes of a group that had ended well as failed: they have no reward."""
+        entry = self._entries[group_id]
+        self.account.failed += len(entry.episodes)
+        entry.num_failed += len(entry.episodes)
+        entry.episodes = []
 
     def fail(self, group_id: str, *, again: bool = False) -> None:
         """Count a trajectory that its environment ended; with `again` another one is played in its place."""
@@ -146,16 +171,16 @@ class Buffer:
     def close(self, group_id: str) -> AdmittedGroup:
         """Queue a group whose members have all ended, or filter it."""
         entry = self._entries[group_id]
-        members = entry.trajectories = sorted(entry.trajectories, key=lambda t: t.id)
+        members = self.ended(group_id)
         if len(members) < self._min_size:
             entry.left_out = "small"
-        elif self._filter_uniform and len({t.reward for t in members}) < 2:
+        elif self._filter_uniform and len({branches[0].reward for branches in members}) < 2:
             entry.left_out = "uniform"
         if entry.left_out:
             del self._entries[group_id]
             self.account.filtered += len(members)
         else:
-            entry.group = TrajectoryGroup(id=group_id, trajectories=tuple(members))
+            entry.group = TrajectoryGroup(id=group_id, trajectories=tuple(chain.from_iterable(members)))
         self._changed.set()
         return entry
 
@@ -205,7 +230,7 @@ class Buffer:
 
     @property
     def _num_in_training(self) -> int:
-        return sum(len(group.trajectories) for group in self._in_training)
+        return sum(len(group.episodes) for group in self._in_training)
 
     def check(self) -> None:
         """Check the invariant that no trajectory is lost or counted twice.

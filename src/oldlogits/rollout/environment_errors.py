@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from oldlogits.envs.base import ToolErrors, answered_errors
+from oldlogits.envs.given import CALL_TOOL
 from oldlogits.envs.text import readable
 from oldlogits.envs.tools import tool_names
 
@@ -33,7 +34,8 @@ def errors_of(environment_class: type, method: str, mode: ToolErrors) -> Errors:
     """Return the exceptions of a method that are answers, by `env.tool_errors`; a `reply` without a body answers nothing."""
     if method == "reply":
         return (NotImplementedError,)
-    return answered_errors(environment_class, mode) if method in tool_names(environment_class) else ()
+    is_tool = method == CALL_TOOL or method in tool_names(environment_class)
+    return answered_errors(environment_class, mode) if is_tool else ()
 
 
 def answering(call: Callable[[], object], errors: Errors) -> Callable[[], object]:

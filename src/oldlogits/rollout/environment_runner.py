@@ -85,7 +85,7 @@ class ThreadRunner:
             result = await self._in_time(running)
             if not inspect.isawaitable(result):
                 return result
-            return await self._awaited(result, self._timeout_s - running.took_s)
+            return await in_time(result, self._timeout_s, self._timed_out(), left_s=self._timeout_s - running.took_s)
 
     async def _in_time(self, running: _Timed[T]) -> T:
         """Wait for a call in a thread; its time is taken there, whatever holds up the event loop meanwhile."""
@@ -97,26 +97,42 @@ class ThreadRunner:
             raise self._timed_out()
         return await future
 
-    async def _awaited(self, result: Awaitable[T], left_s: float) -> T:
-        """Wait for asynchronous code; where it blocks its event loop for longer than the deadline, another one takes over."""
-        where, call = _LoopThread.shared(), _AsyncCall(result, left_s, self._timed_out())
-        future = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call.finish(), where.loop))
-        rounds, held_s = -1, 0.0
-        try:
-            while not future.done():
-                await asyncio.wait({future}, timeout=STEP_S)
-                rounds, held_s = where.rounds, held_s + STEP_S if where.rounds == rounds else 0.0  # of waits, not of the clock
-                if held_s > self._timeout_s and not future.done() and (blocking := asyncio.current_task(where.loop)):
-                    where.give_up()
-                    if blocking is not call.task and blocking in _LoopThread.calls:
-                        raise EnvironmentLost("asynchronous code of another episode blocked the event loop of all")
-                    raise self._timed_out()
-            return await future
-        finally:
-            future.cancel()
-
     def _timed_out(self) -> EnvironmentFailed:
         return EnvironmentFailed(f"timed out after {self._timeout_s:g} s")
+
+
+def environment_loop() -> asyncio.AbstractEventLoop:
+    """Return the event loop on which asynchronous environment code runs, in a thread of its own."""
+    return _LoopThread.shared().loop
+
+
+async def in_time(result: Awaitable[T], timeout_s: float, timed_out: EnvironmentFailed, *, left_s: float | None = None) -> T:
+    """Wait for asynchronous code; where it blocks its event loop for longer than the deadline, another one takes over.
+
+    Args:
+        result: What the code returned.
+        timeout_s: Seconds that it may take.
+        timed_out: What is raised when it takes longer.
+        left_s: Seconds that are left of them.
+
+    Raises:
+        EnvironmentFailed: It raised or took too long; `EnvironmentLost`: code of another episode blocked the event loop.
+    """
+    where, call = _LoopThread.shared(), _AsyncCall(result, timeout_s if left_s is None else left_s, timed_out)
+    future = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call.finish(), where.loop))
+    rounds, held_s = -1, 0.0
+    try:
+        while not future.done():
+            await asyncio.wait({future}, timeout=STEP_S)
+            rounds, held_s = where.rounds, held_s + STEP_S if where.rounds == rounds else 0.0  # of waits, not of the clock
+            if held_s > timeout_s and not future.done() and (blocking := asyncio.current_task(where.loop)):
+                where.give_up()
+                if blocking is not call.task and blocking in _LoopThread.calls:
+                    raise EnvironmentLost("asynchronous code of another episode blocked the event loop of all")
+                raise timed_out
+        return await future
+    finally:
+        future.cancel()
 
 
 class _AsyncCall(Generic[T]):
@@ -128,7 +144,7 @@ class _AsyncCall(Generic[T]):
 
     async def finish(self) -> T:
         """Wait for it on its event loop; what holds up the loop for long does not count."""
-        self.task = task = asyncio.ensure_future(_finish(self._result))
+        self.task = task = asyncio.ensure_future(finished(self._result))
         _LoopThread.calls.add(task)
         task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # seen, also where nobody waits any more
         try:
@@ -174,7 +190,8 @@ class _LoopThread:
         self.loop.call_later(STEP_S / 2, self._come_round)
 
 
-async def _finish(result: Awaitable[T]) -> T:
+async def finished(result: Awaitable[T]) -> T:
+    """Wait for environment code; whatever it raises ends the episode and not the run, but for a cancellation from outside."""
     try:
         return await result
     except asyncio.CancelledError as error:

@@ -9,36 +9,34 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
-from itertools import count
+from itertools import count, takewhile
 from typing import TypeGuard
 
-from oldlogits.core.environment import Environment, Row
+from oldlogits.core.environment import Row
 from oldlogits.core.source import LogprobSource
-from oldlogits.core.trajectory import Segment, Trajectory
+from oldlogits.core.trajectory import Sampled, Segment, episode_of
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.record.bus import Event, EventSink
 from oldlogits.record.events import GroupAdmitted, GroupClosed, TrajectoryFailed, TrajectoryRestarted
 from oldlogits.rollout.admission import Admission
 from oldlogits.rollout.buffer import Buffer
+from oldlogits.rollout.environment_errors import EnvironmentFailed
 from oldlogits.rollout.journal.journal import Journal
 from oldlogits.rollout.journal.progress import EpisodeProgress, GroupProgress, Progress, group_of
-from oldlogits.rollout.journal.records import Admitted, Ended, Failed, LeftOut, Restarted, StateSaved, Told
+from oldlogits.rollout.journal.records import Admitted, Answered, Ended, Failed, LeftOut, Restarted, StateSaved, Told
+from oldlogits.rollout.player import Outcome, Player, Watch
 from oldlogits.rollout.tasks import TaskDataset
 from oldlogits.rollout.turn_latency import TurnLatency
-from oldlogits.rollout.turns import Agent, Failure, Known, run_episode
+from oldlogits.rollout.turns import Failure, Known
 from oldlogits.rollout.watches import FailureWatch, FilterWatch
-
-Outcome = Trajectory | Failure
 
 
 class Rollouts(Admission):
     """Starts groups of episodes within the staleness bound and puts what they yield into the buffer.
 
     Args:
-        agent: Plays the episodes.
-        environment_class: The class of which every episode has an instance.
+        player: Plays the episodes.
         rows: The tasks.
         buffer: Admits groups and collects their trajectories.
         source: Is told of trajectories that grow, of groups that end, and of those that are not trained.
@@ -57,8 +55,7 @@ class Rollouts(Admission):
     def __init__(
         self,
         *,
-        agent: Agent,
-        environment_class: type[Environment],
+        player: Player,
         rows: TaskDataset,
         buffer: Buffer,
         source: LogprobSource,
@@ -75,8 +72,8 @@ class Rollouts(Admission):
     ) -> None:
         super().__init__(buffer, tasks, max_running_groups=max_running_groups)
         self.latency = TurnLatency()
-        self._agent = replace(agent, report=self._report, save=self._save)
-        self._class, self._rows = environment_class, rows
+        self._player = player.watched(Watch(report=self._report, withdraw=self._withdraw, save=self._save, drop=source.drop))
+        self._rows = rows
         self._source, self._events = source, events
         self._group_size, self._max_replays = group_size, max_replays
         self.failures, self._left_out = failures, left_out
@@ -131,15 +128,29 @@ class Rollouts(Admission):
                 self._lose(id, episode, f"the run made another version {version} when it went on")
         self._advance()
 
+    def metrics(self) -> dict[str, float]:
+        """What episodes waited for, which share of them failed, and what their player has done, since the last call."""
+        return {**self.latency.metrics(), "rollout/failed_share": self.failures.share, **self._player.metrics()}
+
     def batch_taken(self) -> None:
         """Start groups in the place of those that are trained from here on."""
         self._left_out.batch_taken()
         self.fill()
 
     def _report(self, trajectory_id: str, segments: Sequence[Segment]) -> None:
-        self.latency.grew(trajectory_id, segments)
-        self._journal.grew(trajectory_id, segments)
+        self.latency.grew(episode_of(trajectory_id), segments)
+        if self._player.goes_on:  # otherwise it counts once it is whole
+            self._journal.grew(trajectory_id, segments)
+        elif turn := list(takewhile(lambda segment: isinstance(segment, Sampled), reversed(segments))):
+            num_tokens = sum(len(segment.token_ids) for segment in turn)
+            self._journal.note(Answered(episode=episode_of(trajectory_id), num_tokens=num_tokens))
         self._source.on_segment_closed(trajectory_id, segments)
+
+    def _withdraw(self, trajectory_id: str, segments: Sequence[Segment]) -> None:
+        if segments:
+            self._source.on_withdrawn(trajectory_id, segments)
+        else:
+            self._source.drop([trajectory_id])
 
     def _save(self, trajectory_id: str, num_segments: int, state: str) -> None:
         self._journal.note(StateSaved(episode=trajectory_id, num_segments=num_segments, state=state))
@@ -179,11 +190,12 @@ class Rollouts(Admission):
         async with asyncio.TaskGroup() as members:
             for member in range(size):
                 members.create_task(self._play_member(group_id, member, row, episodes))
+        await self._grade(group_id, row)
         closed = self._buffer.close(group_id)
         event = GroupClosed(
             version=self.version,
             group=group_id,
-            rewards=[t.reward for t in closed.trajectories],
+            rewards=[branches[0].reward for branches in closed.episodes],
             oldest_version=min((t.versions[0] for t in closed.trajectories), default=self.version),
             num_failed=closed.num_failed,
             filtered=closed.group is None,
@@ -208,6 +220,19 @@ class Rollouts(Admission):
         else:
             await self._source.on_arrival(closed.trajectories)
 
+    async def _grade(self, group_id: str, row: Row) -> None:
+        """Give the episodes of a group the rewards that their player makes of them all; without these they have failed."""
+        episodes = self._buffer.ended(group_id)
+        try:
+            self._buffer.regrade(group_id, await self._player.grade(row, episodes))
+        except EnvironmentFailed as failure:
+            self._buffer.fail_ended(group_id)
+            for branches in episodes:
+                id = branches[0].episode_id
+                self._source.drop(branch.id for branch in branches)
+                self._tell(Failed(episode=id, again=False, version=self.version, reason=str(failure)))
+                self.failures.count(Failure(id=id, group_id=group_id, reason=str(failure)), self.version)
+
     async def _play_member(self, group_id: str, member: int, row: Row, episodes: Mapping[str, EpisodeProgress]) -> None:
         """Play an episode; where it fails, play it again as `g000012.3r1`, `g000012.3r2`, ..."""
         for replay in count():  # what was promised before the run was ended is played, whatever the recipe allows now
@@ -219,7 +244,9 @@ class Rollouts(Admission):
                 return
             outcome = await self._play(id, group_id, row, known)
             if not isinstance(outcome, Failure):
-                self._journal.note(Ended(episode=id, reward=outcome.reward, stop_reason=outcome.stop_reason))
+                for branch in outcome:
+                    self._journal.grew(branch.id, branch.segments)
+                self._journal.note(Ended.of(outcome[0]))
                 self._buffer.end(outcome)
                 self.failures.count(None, self.version)
                 return
@@ -235,10 +262,10 @@ class Rollouts(Admission):
         """Play an episode to its end, from where it was; one that is lost begins again."""
         try:
             known = None if progress is None else await self._take_over(id, progress)
-            if known is not None and progress is not None and (ended := progress.trajectory(id, group_id)) is not None:
+            if known is not None and progress is not None and (ended := progress.trajectories(id, group_id)) is not None:
                 return ended
             self.latency.started(id)
-            play = partial(run_episode, self._agent, self._class, row, id=id, group_id=group_id)
+            play = partial(self._player.play, row, id=id, group_id=group_id)
             while is_lost(outcome := await play(known=known)):
                 self._begin_again(outcome)
                 known = None
@@ -256,7 +283,12 @@ class Rollouts(Admission):
             await self._advanced.wait()
         if id not in self._untaken:
             return None
-        if not self._source.restore(id, known, progress.values, self._oldest_held):
+        if progress.ended is None and not self._player.goes_on:
+            self._lose(id, progress, "an agent program begins again when its run goes on")
+            return None
+        branches = {name: branch for name, branch in {id: progress, **progress.branches}.items() if branch.known}
+        if not all(self._source.restore(n, b.known, b.values, self._oldest_held) for n, b in branches.items()):
+            self._source.drop(branches)
             self._lose(id, progress, "its old log-probs cannot be computed any more")
             return None
         del self._untaken[id]

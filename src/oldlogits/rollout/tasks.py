@@ -5,15 +5,23 @@ from __future__ import annotations
 import codecs
 import inspect
 import json
+import math
 import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import cast
 
-from oldlogits.core.environment import Environment, Row, RowSource, Split
+from oldlogits.core.environment import Environment, FiniteRowSource, Row, RowSource, Split
 from oldlogits.core.errors import ConfigError, EnvironmentShapeError, reading
+from oldlogits.envs.delegate import BY
+from oldlogits.envs.rows import row_misfit
 
 ROWS_PER_SEED = 1_000_000
 """Training rows that a class makes are numbered from seed * ROWS_PER_SEED, so that runs of other seeds see others."""
+_FINEST = 1000
+"""The finest share of a weight that is told apart."""
 _LONGEST = 200
 """Characters of a row that an error quotes."""
 
@@ -27,6 +35,7 @@ class TaskDataset:
         train_data: A JSONL file of training rows.
         eval_data: A JSONL file of held-out rows.
         needs_heldout: Whether the run evaluates, so that held-out rows must be there.
+        any_row: Whether rows of a file need not fit `reset`: an agent program plays them.
 
     Raises:
         ConfigError: There are no rows, or a file holds something else than JSON objects that fit `reset`.
@@ -41,6 +50,7 @@ class TaskDataset:
         train_data: str = "",
         eval_data: str = "",
         needs_heldout: bool = True,
+        any_row: bool = False,
     ) -> None:
         self._seed, self._class = seed, environment_class
         self._files: dict[Split, list[Row]] = {}
@@ -48,7 +58,9 @@ class TaskDataset:
         files: tuple[tuple[Split, str], ...] = (("train", train_data), ("heldout", eval_data))
         for split, name in files:
             if name:
-                self._files[split] = _read(Path(name), environment_class)
+                self._files[split] = _read(Path(name), None if any_row else environment_class)
+            elif isinstance(environment_class, FiniteRowSource) and environment_class.rows[split]:
+                self._files[split] = environment_class.rows[split]
             elif split == "train" or needs_heldout:
                 self._require_own_rows(split)
                 self._own(split, seed * ROWS_PER_SEED if split == "train" else 0)
@@ -104,27 +116,65 @@ class TaskDataset:
         )
 
 
-def row_misfit(environment_class: type[Environment], row: object) -> str:
-    """Say why a row is not what the environment's `reset` can be called with; empty: it can."""
-    if not isinstance(row, dict) or not all(isinstance(key, str) for key in row):
-        return "no JSON object"
-    try:
-        signature = inspect.signature(environment_class.reset)
-    except (AttributeError, TypeError, ValueError):  # it says nothing of itself
-        return ""
-    itself = [None] if inspect.isfunction(inspect.getattr_static(environment_class, "reset")) else []
-    try:
-        signature.bind(*itself, **row)
-    except TypeError as error:
-        return str(error)
-    return ""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixedRows:
+    """The rows of one environment of a mixture, and its weight."""
+
+    rows: TaskDataset
+    weight: float
+
+
+class MixtureDataset(TaskDataset):
+    """Rows of several environments, each with the key that says which one plays it.
+
+    Rows come in blocks in which every environment has as many as its weight says, in an order that depends on the seed; each
+    environment's own rows follow each other as if it were alone.
+
+    Args:
+        parts: The rows of each environment, by its name.
+        seed: The run's seed.
+    """
+
+    def __init__(self, parts: Mapping[str, MixedRows], *, seed: int) -> None:
+        self._parts, self._seed = parts, seed
+        shares = [Fraction(part.weight).limit_denominator(_FINEST) or Fraction(1, _FINEST) for part in parts.values()]
+        whole = math.lcm(*(share.denominator for share in shares))
+        counts = [int(share * whole) for share in shares]
+        common = math.gcd(*counts)
+        self._counts = {name: count // common for name, count in zip(parts, counts, strict=True)}
+        places = sorted(((i + 0.5) / count, name) for name, count in self._counts.items() for i in range(count))
+        self._block = [name for _, name in places]  # evenly spread
+
+    def train(self, index: int) -> Row:
+        """Training row `index`, from 0."""
+        block, place = divmod(index, len(self._block))
+        order = random.Random(f"mixture {self._seed}/{block}").sample(self._block, len(self._block))
+        name = order[place]
+        return self._marked(name, self._parts[name].rows.train(block * self._counts[name] + order[:place].count(name)))
+
+    def heldout(self, num: int) -> list[Row]:
+        """The first `num` held-out rows, spread by weight; those of an environment that has fewer are left out."""
+        order = [self._block[i % len(self._block)] for i in range(num)]
+        rows = {name: iter(part.rows.heldout(order.count(name))) for name, part in self._parts.items()}
+        found = ((name, next(rows[name], None)) for name in order)
+        return [self._marked(name, row) for name, row in found if row is not None]
+
+    def _marked(self, name: str, row: Row) -> Row:
+        if BY in row:
+            raise ConfigError(
+                f"a row of the mixture has the key {BY}, which says who plays it",
+                got=f"{name}: {repr(row)[:_LONGEST]}",
+                allowed=f"rows without the key {BY}",
+                fix="rename it, in the rows and in reset",
+            )
+        return {BY: name, **row}
 
 
 def _takes(environment_class: type[Environment]) -> str:
     return str(inspect.signature(environment_class.reset))
 
 
-def _read(path: Path, environment_class: type[Environment]) -> list[Row]:
+def _read(path: Path, environment_class: type[Environment] | None) -> list[Row]:
     """The rows of a file. A line ends at a newline and nowhere else: JSON may hold U+2028 and its like as they are."""
     allowed, fix = "a JSONL file in UTF-8: one object of the arguments of reset a line", "correct it"
     rows: list[Row] = []
@@ -138,7 +188,7 @@ def _read(path: Path, environment_class: type[Environment]) -> list[Row]:
         if not isinstance(row, dict):
             got = f"{path}:{number}: {line.decode()[:_LONGEST]}"
             raise ConfigError("a row is no object", got=got, allowed=allowed, fix=fix)
-        if misfit := row_misfit(environment_class, row):
+        if environment_class is not None and (misfit := row_misfit(environment_class, row)):
             raise ConfigError(
                 f"a row does not fit {environment_class.__name__}.reset",
                 got=f"{path}:{number}: {misfit}",

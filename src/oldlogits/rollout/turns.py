@@ -11,41 +11,23 @@ from __future__ import annotations
 import copy
 import json
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Final, NoReturn, Protocol, TypeVar, cast
+from typing import NoReturn, cast
 
 from oldlogits.core.engine import Generation, RolloutEngine, Sampling
-from oldlogits.core.environment import ConversingEnvironment, Environment, Row, SavedEnvironment
+from oldlogits.core.environment import Environment, Row, SavedEnvironment
 from oldlogits.core.errors import ConfigError, ContentError
-from oldlogits.core.parser import Malformed, Parser, ToolCall
+from oldlogits.core.parser import Parser
 from oldlogits.core.trajectory import Context, Sampled, Segment, Trajectory
 from oldlogits.envs.base import ToolErrors, prompt_of, prompt_to_ask, system_prompt_of
-from oldlogits.envs.text import readable, spoken
-from oldlogits.envs.tools import bind, can_be_saved, render_result, tool_names
+from oldlogits.envs.text import readable
 from oldlogits.models.chat.format import ChatFormat
-from oldlogits.models.chat.template import Role
-from oldlogits.rollout.answers import reward_of, size_of, text_of, words_of
-from oldlogits.rollout.environment_errors import EnvironmentFailed, EnvironmentLost, Raised, answering, errors_of
-
-T = TypeVar("T")
-
-LONG: Final = 1 << 14
-"""Characters above which a text is worked on where environment code runs: the event loop must not wait for it."""
-
-
-class EnvironmentRunner(Protocol):
-    """How environment code is run: inline, or in a thread with a deadline."""
-
-    async def __call__(self, call: Callable[[], T | Awaitable[T]], *, is_tool: bool = False) -> T:
-        """Run `call` (it may return an awaitable) and return its result; tools and replies may have a latency.
-
-        Raises:
-            EnvironmentFailed: It raised, or took too long.
-        """
-        ...
-
+from oldlogits.models.chat.template import Said
+from oldlogits.rollout.answers import opening_of, reward_of, size_of, words_of
+from oldlogits.rollout.asked import AskedEnvironment, EnvironmentRunner, named, off_loop
+from oldlogits.rollout.environment_errors import EnvironmentFailed, EnvironmentLost
 
 Report = Callable[[str, Sequence[Segment]], None]
 """Told of a trajectory that grew: its id, and all its segments so far; they go on growing."""
@@ -73,7 +55,9 @@ class TurnLimits:
 class Agent:
     """What an episode needs besides its task: engine, chat format, parser, limits, sampling, and who watches it grow.
 
-    `tool_errors` says which exceptions of tools are answers (`env.tool_errors`).
+    `report` is told of a trajectory that grew, `withdraw` of one whose running turn was given up, with what was read for it.
+    `tool_errors` says which exceptions of tools are answers (`env.tool_errors`); with `keeps_messages`,
+    trajectories have theirs.
     """
 
     engine: RolloutEngine
@@ -84,7 +68,9 @@ class Agent:
     run_environment: EnvironmentRunner
     tool_errors: ToolErrors = "declared"
     report: Report = lambda trajectory_id, segments: None
+    withdraw: Report = lambda trajectory_id, segments: None
     save: Save | None = None
+    keeps_messages: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,33 +125,25 @@ async def run_episode(
             own_row = copy.deepcopy(row)  # an environment may change its arguments; its group shares the row
             opening = await named(run, "reset", lambda: environment.reset(**own_row))
             system = await named(run, "system_prompt", ask) if (ask := prompt_to_ask(environment)) else prompt_of(environment)
-            stop_reason = await episode.play(
-                await off_loop(run, partial(words_of, "reset", opening), size_of(opening)),
-                await off_loop(run, partial(words_of, "system_prompt", system), size_of(system)),
-            )
-        reward = await named(run, "get_reward", environment.get_reward)
-        reward = await off_loop(run, partial(reward_of, reward), 0 if type(reward) in (int, float, bool) else LONG + 1)
+            own_system = await off_loop(run, partial(words_of, "system_prompt", system), size_of(system))
+            row_system, said = await off_loop(run, partial(opening_of, opening), size_of(opening))
+            stop_reason = await episode.play(said, own_system if row_system is None else row_system)
+        reward = await episode.reward()
     except EnvironmentFailed as failure:
         segments = episode.all_segments if episode else known.segments if known else ()
         num_tokens = sum(len(s.token_ids) for s in segments if isinstance(s, Sampled))
         again = isinstance(failure, EnvironmentLost)
         reason = readable(str(failure))
         return Failure(id=id, group_id=group_id, reason=reason, begins_again=again, num_tokens=num_tokens)
-    return Trajectory(id=id, group_id=group_id, segments=tuple(episode.segments), reward=reward, stop_reason=stop_reason)
-
-
-async def named(run: EnvironmentRunner, name: str, call: Callable[[], T | Awaitable[T]], *, is_tool: bool = False) -> T:
-    """Run environment code; a failure says which call it was."""
-    try:
-        return await run(call, is_tool=is_tool)
-    except EnvironmentFailed as failure:
-        failure.args = (f"{name}: {failure}",)
-        raise
-
-
-async def off_loop(run: EnvironmentRunner, call: Callable[[], T], size: int) -> T:
-    """Carry out a call whose time grows with the size of a text: a long one not on the event loop."""
-    return await run(call) if size > LONG else call()
+    return Trajectory(
+        id=id,
+        group_id=group_id,
+        segments=tuple(episode.segments),
+        reward=reward,
+        stop_reason=stop_reason,
+        turn_rewards=tuple(episode.turn_rewards),
+        messages=tuple(episode.messages) if agent.keeps_messages else (),
+    )
 
 
 class _Episode:
@@ -173,8 +151,12 @@ class _Episode:
 
     def __init__(self, agent: Agent, environment: Environment, id: str, known: Iterable[Segment]) -> None:
         self._agent, self._environment, self._id = agent, environment, id
+        self._asked = AskedEnvironment(environment, agent.run_environment, agent.parser, agent.tool_errors)
         self._tokens: list[int] = []
         self._known = deque(known)  # that was sampled and read before, and is not taken up yet
+        self._chat = agent.chat
+        self.messages: list[Mapping[str, str]] = []
+        self.turn_rewards: list[float] = []
         self.segments: list[Segment] = []
 
     @property
@@ -182,13 +164,20 @@ class _Episode:
         """Its segments, and those that are known and not taken up yet."""
         return (*self.segments, *self._known)
 
-    async def play(self, opening: str, system: str) -> str:
+    async def reward(self) -> float:
+        """The reward of the episode: that of its end, and those of its turns."""
+        reward = await self._asked.reward(self.messages)
+        return reward_of(sum(self.turn_rewards, reward), "the rewards of the turns") if self.turn_rewards else reward
+
+    async def play(self, opening: Sequence[Said], system: str) -> str:
         """Play until the episode ends; returns why it did."""
+        self._chat = await self._asked.ask_for_tools(self._agent.chat)
         limits, own = self._agent.limits, system_prompt_of(type(self._environment))
-        encode = partial(self._agent.chat.prompt_ids, opening, None if system == own else system)
-        read = await self._encoded(encode, opening + system)
+        encode, words = partial(self._chat.prompt_ids, opening, None if system == own else system), [system]
+        words += [content for _, content in opening]
+        read = await self._encoded(encode, words)
         if read is None or len(read) >= limits.max_tokens:
-            size = f"{size_of(opening + system):,} bytes" if read is None else f"{len(read)} tokens"
+            size = f"{size_of(words):,} bytes" if read is None else f"{len(read)} tokens"
             raise EnvironmentFailed(f"a prompt of {size} fills the episode: raise env.max_episode_tokens ({limits.max_tokens})")
         await self._read(read)
         return await self._play_turns(0)
@@ -197,6 +186,7 @@ class _Episode:
         """Go on where the environment was saved; returns why the episode ended."""
         environment, run = cast(SavedEnvironment, self._environment), self._agent.run_environment
         await named(run, "load_state", lambda: environment.load_state(json.loads(known.state)))
+        self._chat = await self._asked.ask_for_tools(self._agent.chat)
         read = [self._take_up() for _ in range(known.num_saved)]
         return await self._play_turns(sum(isinstance(segment, Context) for segment in read) - 1)
 
@@ -205,64 +195,44 @@ class _Episode:
         for turn in range(first, limits.max_turns):
             room = limits.max_tokens - len(self._tokens)
             ids = await self._sample(turn, min(room, limits.max_tokens_per_turn))
-            if not ids or ids[-1] not in self._agent.chat.stop_ids:
+            self.messages.append({"role": "assistant", "content": (text := self._chat.decode(ids))})
+            if not ids or ids[-1] not in self._chat.stop_ids:
                 return "turn_too_long" if room > len(ids) else "max_tokens"
-            answer = await self._answer(self._agent.chat.decode(ids))
+            answer = await self._asked.answer(text)
+            if self._asked.has_turn_reward:
+                self.turn_rewards.append(await self._asked.turn_reward())
             if answer is None:
                 return self._end("done")
-            read = await self._encoded(partial(self._agent.chat.continuation_ids, *answer), answer[1])
+            self.messages += [{"role": role, "content": content} for role, content in answer]
+            read = await self._encoded(partial(self._chat.continuation_ids, answer), [content for _, content in answer])
             if read is None or len(self._tokens) + len(read) >= limits.max_tokens:
                 return self._end("max_tokens")
             if turn + 1 < limits.max_turns:
                 await self._read(read)
         return "max_turns"
 
-    async def _encoded(self, encode: Callable[[], list[int]], words: str) -> list[int] | None:
+    async def _encoded(self, encode: Callable[[], list[int]], words: Sequence[str]) -> list[int] | None:
         """The token ids of words of the environment; None where so many bytes do not fit the rest of the episode.
 
         Words that the tokenizer or the template refuses end the episode.
         """
         size = size_of(words)
-        if size > self._agent.chat.most_bytes * (self._agent.limits.max_tokens - len(self._tokens)):
+        if size > self._chat.most_bytes * (self._agent.limits.max_tokens - len(self._tokens)):
             return None
         try:
             return await off_loop(self._agent.run_environment, encode, size)
         except (ContentError, ConfigError) as error:
             raise EnvironmentFailed(str(error)) from error
 
-    async def _answer(self, text: str) -> tuple[Role, str] | None:
-        """What the environment says to a turn: a tool result, a user's reply, or None at the end."""
-        run, environment, aloud = self._agent.run_environment, self._environment, spoken(text)
-        call = await named(run, "reading a turn", partial(_call_of, self._agent.parser, environment, aloud))
-        if isinstance(call, Malformed):
-            return "tool", readable(call.reason)
-        if call is not None:
-            name, tool = call
-            result = await self._call(name, tool)
-            if isinstance(result, Raised):
-                return "tool", result.text
-            return "tool", await named(run, f"the result of {name}", partial(render_result, result))
-        if not hasattr(type(environment), "reply"):
-            return None
-        reply = await self._call("reply", partial(cast(ConversingEnvironment, environment).reply, aloud))
-        if isinstance(reply, Raised):
-            return None
-        heard = await off_loop(run, partial(text_of, "reply", reply), size_of(reply))
-        return None if heard is None else ("user", heard)
-
-    async def _call(self, name: str, call: Callable[[], object]) -> object:
-        errors = errors_of(type(self._environment), name, self._agent.tool_errors)
-        return await named(self._agent.run_environment, name, answering(call, errors), is_tool=True)
-
     async def _sample(self, turn: int, max_tokens: int) -> tuple[int, ...]:
         """Sample a turn, or what is left of it where its beginning is known."""
         known: tuple[int, ...] = ()
         while self._known and isinstance(self._known[0], Sampled):
             known += self._take_up().token_ids
-        if known and (self._known or known[-1] in self._agent.chat.stop_ids or len(known) >= max_tokens):
+        if known and (self._known or known[-1] in self._chat.stop_ids or len(known) >= max_tokens):
             return known
         left = max_tokens - len(known)
-        sampling = replace(self._agent.sampling, max_tokens=left, stop_token_ids=self._agent.chat.stop_ids)
+        sampling = replace(self._agent.sampling, max_tokens=left, stop_token_ids=self._chat.stop_ids)
         generation = await self._agent.engine.generate(self._tokens, sampling, f"{self._id}/{turn}")
         self._tokens += generation.output_ids
         self.segments += sampled_segments(generation, sampling.temperature)
@@ -282,7 +252,7 @@ class _Episode:
     async def _save(self) -> None:
         """Tell of the state of the environment, where it can be saved."""
         save, run, num_segments = self._agent.save, self._agent.run_environment, len(self.segments)
-        if save is not None and can_be_saved(type(self._environment)):
+        if save is not None and self._asked.can_be_saved:
             environment = cast(SavedEnvironment, self._environment)
             state = await named(run, "save_state", environment.save_state)
             save(self._id, num_segments, await named(run, "save_state", partial(_json_of, state)))
@@ -303,25 +273,6 @@ class _Episode:
 
 def _json_of(state: object) -> str:
     return json.dumps(state, allow_nan=False)
-
-
-def _call_of(parser: Parser, environment: Environment, aloud: str) -> tuple[str, Callable[[], object]] | Malformed | None:
-    """The tool that a turn calls, and the call, ready to run; None where the turn is a message, as all are without tools.
-
-    Parsers may be the user's code, as types of tools.
-    """
-    if not tool_names(type(environment)) or not (calls := parser.parse(aloud)):
-        return None
-    call = only_call(calls)
-    if isinstance(call, Malformed):
-        return call
-    bound = bind(environment, call)
-    return bound if isinstance(bound, Malformed) else (call.name, bound)
-
-
-def only_call(calls: Sequence[ToolCall | Malformed]) -> ToolCall | Malformed:
-    """Return the call of a turn; a turn of several calls is answered as malformed, and none of them is run."""
-    return calls[0] if len(calls) == 1 else Malformed(reason="error : one call at a time")
 
 
 def sampled_segments(generation: Generation, temperature: float) -> list[Sampled]:

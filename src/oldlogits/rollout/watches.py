@@ -101,12 +101,13 @@ class FilterWatch:
             f"rewards, {self._num_small} with too many failed episodes"
         )
         if num >= self._max:
+            mend = "correct what plays the episodes: trajectory_failed in events.jsonl has the reasons"
+            vary = "rows that the model sometimes solves and sometimes does not, a finer reward, or a larger rollout.group_size"
             raise RolloutError(
                 said,
                 got=f"{self._num_kept} groups to train; a batch takes {self._per_update}",
                 allowed=f"fewer than {self._max} (rollout.max_filtered_batches x rollout.prompts_per_update)",
-                fix="rows that the model sometimes solves and sometimes does not, a finer reward, a larger rollout.group_size, "
-                "or rollout.filter_uniform = false",
+                fix=mend if self._num_small > self._num_uniform else f"{vary}; or rollout.filter_uniform = false",
             )
         if num == max(self._max // 8, 1):
             figures = {"uniform": self._num_uniform, "failed": self._num_small, "kept": self._num_kept}

@@ -13,8 +13,9 @@ from oldlogits.config.guard import Caution
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.environment import ChatOptions, Environment
 from oldlogits.core.errors import ModelFolderError
-from oldlogits.core.parser import PARSERS, ToolCall, WritingParser
+from oldlogits.core.parser import ToolCall, call_writer, make_parser
 from oldlogits.envs.base import system_prompt_of
+from oldlogits.envs.delegate import toolsets_of
 from oldlogits.envs.tools import tool_schemas
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.models.load import load_tokenizer, read_model_config
@@ -30,15 +31,29 @@ def chat_format(config: RunConfig, folder: Path, environment_class: type[Environ
         ConfigError: The template cannot write what the environment needs.
     """
     options = replace(chat_options(config), eos_ids=end_ids(folder))
-    return ChatFormat(load_tokenizer(folder), tool_schemas(environment_class), system_prompt_of(environment_class), options)
+    tools, system = tool_schemas(environment_class), system_prompt_of(environment_class)
+    chat = ChatFormat(load_tokenizer(folder), tools, system, options)
+    for others in toolsets_of(environment_class):
+        chat.for_tools(others)
+    return chat
+
+
+def model_chat(config: RunConfig, folder: Path) -> ChatFormat:
+    """Open the chat format of a model folder for conversations that bring their own system prompt and tools.
+
+    Raises:
+        ModelFolderError: There is no tokenizer, it has no chat template, or its generation config cannot be read.
+        ConfigError: The template cannot write conversations.
+    """
+    return ChatFormat(load_tokenizer(folder), options=replace(chat_options(config), eos_ids=end_ids(folder)))
 
 
 def chat_options(config: RunConfig) -> ChatOptions:
     """How the conversations of a recipe are written, whatever its model folder."""
-    parser = PARSERS.find(config.env.parser)()
+    writer = call_writer(config.env.parser)
     return ChatOptions(
         tools_in=config.model.chat_tools,
-        call_format=parser.write(_CALL) if isinstance(parser, WritingParser) else "",
+        call_format=writer.write(_CALL) if writer else "",
         template_kwargs=template_kwargs(config),
     )
 
@@ -48,7 +63,7 @@ def chat_cautions(config: RunConfig, chat: ChatFormat) -> Iterator[Caution]:
     written = chat.call_text(_CALL.name, _CALL.named)
     if "VALUE" not in written:
         return
-    calls = PARSERS.find(config.env.parser)().parse(written)
+    calls = make_parser(config.env.parser, chat.tokenizer).parse(written)
     if not any(isinstance(call, ToolCall) and call.name == _CALL.name for call in calls):
         yield Caution(
             name="parser_of_another_format",

@@ -19,6 +19,7 @@ from oldlogits.core.engine import ENGINES
 from oldlogits.core.engine_stats import Incident
 from oldlogits.core.environment import Environment, is_model_folder
 from oldlogits.core.errors import OldLogitsError, RunInterrupted, RunWriteError, writing
+from oldlogits.core.registry import require
 from oldlogits.loop.backend import Backend, BackendSpec
 from oldlogits.loop.loop import Loop
 from oldlogits.loop.make import make_loop, run_started
@@ -39,9 +40,10 @@ from oldlogits.record.summary import Ended, Summary, summarise_folder
 from oldlogits.record.trackers.feed import TrackerFeed, find_trackers, open_feeds
 from oldlogits.rollout.journal.journal import Journal, read
 from oldlogits.run.chat import chat_cautions, chat_format
+from oldlogits.run.players import open_player
 from oldlogits.run.specs import backend_kind, backend_spec, engine_spec, server_options
 from oldlogits.run.start import Start, anchored, prepare_model
-from oldlogits.run.tasks import load_tasks, make_agent
+from oldlogits.run.tasks import load_tasks
 from oldlogits.versions.disk import Disk
 
 Open = Callable[[BackendSpec], AbstractAsyncContextManager[Backend]]
@@ -91,7 +93,7 @@ def run(
 
 def _run_recipe(recipe: RunConfig, out: Path, resume: bool, opens: Open, console: Console | None) -> RunResult:
     config = anchored(recipe)
-    environment_class = _check_task(config)
+    environment_class = check_task(config)
     trackers = find_trackers(config.record.trackers)
     RunFolder(path=out).check_free(resume=resume)
     with owned(out):
@@ -161,9 +163,11 @@ def _with_versions_folder(config: RunConfig, folder: RunFolder, before: str) -> 
     return dataclasses.replace(config, versions=dataclasses.replace(versions, folder=str(path)))
 
 
-def _check_task(config: RunConfig) -> type[Environment]:
+def check_task(config: RunConfig) -> type[Environment]:
     """Refuse an environment, rows or a model folder that cannot be used, before anything is written; return the environment."""
     environment_class, _ = load_tasks(config)
+    if config.env.is_program:
+        require("serve", "fastapi", "uvicorn", what="an agent program")
     if is_model_folder(config.model.path):
         folder = Path(config.model.path)
         check_model_sums(folder)
@@ -201,17 +205,17 @@ async def _run(
         async with opens(spec) as backend:
             if checkpoint is not None:
                 await backend.trainer.restore(checkpoint)
-            temperature = config.sampling.temperature
-            agent = make_agent(config.env, backend.engine, chat, backend.run_environment, temperature=temperature)
             hosted = backend.host_environment(environment_class)
-            task = Task(environment_class=hosted, rows=rows, agent=agent, probe_ids=probe_ids)
-            journal = stack.enter_context(closing(Journal(kept, progress, state.journal)))
-            loop = make_loop(config, task, backend, recording, journal)
-            loop.go_on(state)
-            backend.watch(loop.buffer)
-            backend.listen(lambda news: recording.events.emit(_event_of(news, loop.version)))
-            known = [*cautions(config), *chat_cautions(config, chat)]
-            return await _finish(config, loop, backend, recording, view.note, known)
+            log = folder.path / "program.log"
+            async with open_player(config, backend.engine, backend.run_environment, chat, hosted, log) as player:
+                task = Task(player=player, rows=rows, probe_ids=probe_ids)
+                journal = stack.enter_context(closing(Journal(kept, progress, state.journal)))
+                loop = make_loop(config, task, backend, recording, journal)
+                loop.go_on(state)
+                backend.watch(loop.buffer)
+                backend.listen(lambda news: recording.events.emit(_event_of(news, loop.version)))
+                known = [*cautions(config), *chat_cautions(config, chat)]
+                return await _finish(config, loop, backend, recording, view.note, known)
 
 
 def _event_of(news: Incident | Caution, version: int) -> Event:
@@ -243,7 +247,7 @@ async def _finish(
         except OldLogitsError as error:
             end = End(reason="error", error=error)
         except ExceptionGroup as group:
-            own = _own_error(group)
+            own = own_error(group)
             end = End(reason="error", error=own, defect=None if own else group)
         except Exception as defect:  # everything is written down before it is raised
             end = End(reason="error", defect=defect)
@@ -300,7 +304,7 @@ async def _interruptible(note: Callable[[str], None]) -> AsyncIterator[asyncio.E
             signal.signal(number, handler)
 
 
-def _own_error(group: ExceptionGroup[Exception]) -> OldLogitsError | None:
+def own_error(group: ExceptionGroup[Exception]) -> OldLogitsError | None:
     """The first error of this package in a group of nothing else; None: there is a defect among them."""
     own, other = group.split(OldLogitsError)
     if other is not None or own is None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
+from oldlogits.config.episodes import EnvConfig
+from oldlogits.config.mixture import MixturePart
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.environment import MODELS, Demonstrated, Environment, ModelOrder, is_model_folder
 from oldlogits.models.cache import cache_folder
@@ -35,19 +38,34 @@ class Start:
     seconds_s: float = 0.0
 
 
+F = TypeVar("F", EnvConfig, MixturePart)
+
+
 def anchored(config: RunConfig) -> RunConfig:
     """Return the recipe with absolute paths: environment code may change the working directory."""
 
     def absolute(path: str) -> str:
         return str(Path(path).absolute()) if path else ""
 
+    def with_files(of: F) -> F:
+        return replace(of, train_data=absolute(of.train_data), eval_data=absolute(of.eval_data))
+
     model, env, versions, engine = config.model, config.env, config.versions, config.engine
     return replace(
         config,
         model=replace(model, path=absolute(model.path)) if is_model_folder(model.path) else model,
-        env=replace(env, train_data=absolute(env.train_data), eval_data=absolute(env.eval_data)),
+        env=replace(with_files(env), mixture=tuple(map(with_files, env.mixture)), command=_anchored(env.command)),
         versions=replace(versions, folder=absolute(versions.folder)),
         engine=replace(engine, python=absolute(engine.python)) if os.sep in engine.python else engine,
+    )
+
+
+def _anchored(command: tuple[str, ...]) -> tuple[str, ...]:
+    """A command whose words that name files are absolute; "python" is the interpreter that runs this."""
+    words = (sys.executable, *command[1:]) if command[:1] in (("python",), ("python3",)) else command
+    return tuple(
+        str(Path(word).absolute()) if (number or os.sep in word) and Path(word).is_file() else word
+        for number, word in enumerate(words)  # the first word may be one of PATH
     )
 
 

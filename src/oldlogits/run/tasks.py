@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from oldlogits.config.schema import EnvConfig, RunConfig
+from oldlogits.config.episodes import EnvConfig
+from oldlogits.config.mixture import MixturePart
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.engine import RolloutEngine, Sampling
 from oldlogits.core.environment import MODELS, Demonstrated, DescribedModel, Environment, is_model_folder
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.parser import PARSERS
-from oldlogits.envs.base import load_environment
+from oldlogits.core.parser import PARSERS, make_parser
+from oldlogits.envs.base import load_environment, named_parts
+from oldlogits.envs.delegate import players_of
+from oldlogits.envs.rewards import load_group_reward
 from oldlogits.models.chat.format import ChatFormat
-from oldlogits.rollout.tasks import TaskDataset
-from oldlogits.rollout.turns import Agent, EnvironmentRunner, TurnLimits
+from oldlogits.rollout.asked import EnvironmentRunner
+from oldlogits.rollout.tasks import MixedRows, MixtureDataset, TaskDataset
+from oldlogits.rollout.turns import Agent, TurnLimits
 
 
 def load_tasks(config: RunConfig) -> tuple[type[Environment], TaskDataset]:
@@ -22,16 +27,36 @@ def load_tasks(config: RunConfig) -> tuple[type[Environment], TaskDataset]:
         EnvironmentShapeError: The target is no environment.
     """
     PARSERS.find(config.env.parser)
-    environment_class = load_environment(config.env.target, config.env.adapter)
+    environment_class = environment_of(config.env)
+    load_group_reward(environment_class, config.env.group_reward)
     _check_model(config, environment_class)
-    dataset = TaskDataset(
-        environment_class,
-        seed=config.seed,
-        train_data=config.env.train_data,
-        eval_data=config.env.eval_data,
-        needs_heldout=bool(config.eval.num_episodes or config.eval.every),
-    )
-    return environment_class, dataset
+    needs_heldout = bool(config.eval.num_episodes or config.eval.every)
+    return environment_class, rows_of(config.env, environment_class, seed=config.seed, needs_heldout=needs_heldout)
+
+
+def environment_of(env: EnvConfig) -> type[Environment]:
+    """Load the environment class of a recipe."""
+    return load_environment(*env.words, env.reward, env.mixture)
+
+
+def rows_of(env: EnvConfig, environment_class: type[Environment], *, seed: int, needs_heldout: bool) -> TaskDataset:
+    """Return the rows of a recipe, those of a mixture from all of its environments."""
+
+    def rows(part: EnvConfig | MixturePart, cls: type[Environment]) -> TaskDataset:
+        return TaskDataset(
+            cls,
+            seed=seed,
+            train_data=part.train_data,
+            eval_data=part.eval_data,
+            needs_heldout=needs_heldout,
+            any_row=env.is_program,
+        )
+
+    if not env.mixture:
+        return rows(env, environment_class)
+    classes, parts = players_of(environment_class), named_parts(env.mixture)
+    mixed = {name: MixedRows(rows=rows(part, classes[name]), weight=part.weight) for name, part in parts.items()}
+    return MixtureDataset(mixed, seed=seed)
 
 
 def make_agent(
@@ -41,7 +66,7 @@ def make_agent(
     return Agent(
         engine=engine,
         chat=chat,
-        parser=PARSERS.find(env.parser)(),
+        parser=make_parser(env.parser, chat.tokenizer),
         limits=TurnLimits(
             max_turns=env.max_turns, max_tokens_per_turn=env.max_tokens_per_turn, max_tokens=env.max_episode_tokens
         ),
@@ -64,7 +89,8 @@ def _check_model(config: RunConfig, environment_class: type[Environment]) -> Non
             )
         return
     model = MODELS.find(m.path)
-    if isinstance(model, DescribedModel) and not issubclass(environment_class, model.only_environment):
+    played = players_of(environment_class).values()
+    if isinstance(model, DescribedModel) and not all(issubclass(cls, model.only_environment) for cls in played):
         raise ConfigError(
             f"the model '{m.path}' knows only the words of {model.only_environment.__name__}",
             got=f"model.path = '{m.path}', env.target = '{config.env.target}'",

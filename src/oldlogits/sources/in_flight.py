@@ -38,6 +38,10 @@ class _InFlight:
         yield from self.segments
         yield from self.running
 
+    def num_of(self, version: PolicyVersion) -> int:
+        """Count its known tokens of a version."""
+        return sum(len(s.token_ids) for s in self.known if isinstance(s, Sampled) and s.version == version)
+
     @property
     def unscored(self) -> set[PolicyVersion]:
         """The versions of its known tokens that have no values yet."""
@@ -67,6 +71,12 @@ class InFlightTokens:
         one.segments, one.running = segments, ()
         newest = next((s.version for s in reversed(segments) if isinstance(s, Sampled)), 0)
         one.sampled_from = max(one.sampled_from, newest)
+
+    def withdraw(self, trajectory_id: str, segments: Sequence[Segment]) -> None:
+        """Take note of all segments of a trajectory whose running turn was given up: its tokens and their values are gone."""
+        self.extend(trajectory_id, segments)
+        one = self._trajectories[trajectory_id]
+        one.values = {version: values[:num] for version, values in one.values.items() if (num := one.num_of(version))}
 
     def restore(
         self, trajectory_id: str, segments: Sequence[Segment], values: Mapping[PolicyVersion, Sequence[float]]
@@ -147,7 +157,8 @@ class InFlightTokens:
         ends = np.cumsum([len(span.positions) for span in spans])
         for span, part in zip(spans, np.split(values, ends[:-1]), strict=True):
             one = self._trajectories.get(span.trajectory_id)
-            if one is not None:
+            if one is not None and (num := one.num_of(version)):
+                part = part[:num]  # of a turn that was given up meanwhile
                 one.values[version] = part
                 self.num_repeated_tokens += min(one.num_read, span.num_read)
                 one.num_read = max(one.num_read, span.num_read)

@@ -65,6 +65,10 @@ class IncrementalSource(LogprobSource):
         """Take note of the trajectory's segments."""
         self.in_flight.extend(trajectory_id, segments)
 
+    def on_withdrawn(self, trajectory_id: str, segments: Sequence[Segment]) -> None:
+        """Forget what the turn had sampled."""
+        self.in_flight.withdraw(trajectory_id, segments)
+
     def restore(
         self,
         trajectory_id: str,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from oldlogits.backends.packed import Aside, Packed, pack, set_aside, unpack
 from oldlogits.backends.ray.remote_environments import call_here
-from oldlogits.config.schema import EnvConfig
+from oldlogits.config.episodes import EnvConfig
 from oldlogits.core.errors import OldLogitsError
 from oldlogits.core.server import LaunchSpec
 from oldlogits.core.weights import FullWeights, PolicyVersion
@@ -63,7 +63,7 @@ class Worker:
         name_process("worker")
         self._node_id, address = node()
         self._server = ServerProcess(replace(spec, address=address), name)
-        self._class = load_environment(env.target, env.adapter)
+        self._class = load_environment(*env.words, env.reward, env.mixture)
         self._runner = ThreadRunner(timeout_s=env.timeout_s, latency_s=0.0, seed=0)
         self._tool_errors = env.tool_errors
         self._environments: dict[int, object] = {}

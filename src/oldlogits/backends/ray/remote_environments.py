@@ -21,6 +21,7 @@ from typing import Protocol, TypeVar, cast
 
 from oldlogits.core.environment import Environment
 from oldlogits.envs.base import REMOTE_PROMPT, ToolErrors, prompt_of
+from oldlogits.envs.given import REMOTE_TOOLS, schemas_now
 from oldlogits.envs.tools import tool_names
 from oldlogits.rollout.environment_errors import EnvironmentFailed, EnvironmentLost, answering, errors_of
 from oldlogits.rollout.environment_runner import attempt
@@ -104,7 +105,7 @@ def remote_class(environment_class: type[Environment], places: Places) -> type[E
         weakref.finalize(self, remote.drop)
 
     body: dict[str, object] = {"__new__": lambda cls: object.__new__(cls), "__init__": init}
-    body[REMOTE_PROMPT] = _forwarded(REMOTE_PROMPT, prompt_of)
+    body[REMOTE_PROMPT], body[REMOTE_TOOLS] = _forwarded(REMOTE_PROMPT, prompt_of), _forwarded(REMOTE_TOOLS, schemas_now)
     tools = tool_names(environment_class)
     for name in dir(environment_class):
         method = inspect.getattr_static(environment_class, name)
@@ -135,6 +136,8 @@ def call_here(
     """Carry out a call of a proxy on its environment; what its class or the recipe calls an answer is returned as `Raised`."""
     if method == REMOTE_PROMPT:
         return prompt_of(environment)
+    if method == REMOTE_TOOLS:
+        return schemas_now(environment)
     call = functools.partial(getattr(environment, method), *args, **kwargs)
     return answering(call, errors_of(type(environment), method, mode))()
 

@@ -2,10 +2,12 @@
 
     client --POST /inference/v1/generate-->  routes (this process)  --pipe-->  engine process
            <-- answer, when it has ended --
+    agent   --POST /v1/chat/completions, /v1/responses, /v1/messages-->  chat.py  --tokens--> the same engine
     trainer --/pause, /start_weight_update, /update_weights {"update_info"}, /finish_weight_update, /resume-->
 
-Tokens in, tokens out. Weights come as a `HostCopy` of this machine, named in `update_info`. Everything but /health wants the
-bearer token, where there is one; without one the routes are for this machine only, and not for pages in its browsers.
+Tokens in, tokens out, but for the chat routes. Weights come as a `HostCopy` of this machine, named in `update_info`. Everything
+but /health wants the token, where there is one; without one the routes are for this machine only, and not for pages in its
+browsers.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ from oldlogits import __version__
 from oldlogits.core.engine import PauseMode
 from oldlogits.core.errors import ConfigError, OldLogitsError, WorkerDiedError
 from oldlogits.core.server import LOOPBACK, SharedWeights
+from oldlogits.engines.chat_api.routes import chat_routes
 from oldlogits.engines.http.pending import unless
 from oldlogits.engines.protocols import vllm_messages as wire
+from oldlogits.engines.server.chat import OVERRIDDEN, ServedChat
 from oldlogits.engines.server.limits import Guard, Limits, StrictRoute, refused
 from oldlogits.engines.server.served import Served
 
@@ -43,11 +47,20 @@ Engine = Annotated[Served, Depends(_served)]
 Said = Mapping[str, object]
 
 
-def make_app(served: Served, limits: Limits, *, token: str = "") -> FastAPI:
-    """Make the app of the routes; requests must carry the token, or come from loopback where it is empty."""
+def make_app(served: Served, limits: Limits, *, token: str = "", chat: ServedChat | None = None) -> FastAPI:
+    """Make the app of the routes; requests must carry the token, or come from loopback where it is empty.
+
+    Args:
+        served: The engine.
+        limits: What requests may take.
+        token: What they must carry.
+        chat: Answers the chat routes; None: there are none.
+    """
     app = FastAPI(title="oldlogits serve", docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.served = served
+    app.state.served, app.state.chat = served, chat
     app.include_router(routes)
+    if chat is not None:
+        app.router.routes.extend(chat_routes(chat.answer, lambda http: served.name))
     app.add_exception_handler(OldLogitsError, _told)
     app.add_exception_handler(RequestValidationError, _told)
     app.add_exception_handler(HTTPException, _told)
@@ -114,15 +127,19 @@ async def _health(served: Engine) -> Response:
 
 
 @routes.get("/metrics")
-async def _metrics(served: Engine) -> Response:
-    num = (await served.engine.stats()).num_decode_tokens
-    return Response(f"# TYPE {wire.SAMPLED} counter\n{wire.SAMPLED} {num}\n", media_type="text/plain; version=0.0.4")
+async def _metrics(request: Request, served: Engine) -> Response:
+    lines = [f"# TYPE {wire.SAMPLED} counter", f"{wire.SAMPLED} {(await served.engine.stats()).num_decode_tokens}"]
+    chat: ServedChat | None = request.app.state.chat
+    if chat is not None and chat.overridden:
+        counts = sorted(chat.overridden.items())
+        lines += [f"# TYPE {OVERRIDDEN} counter", *(f'{OVERRIDDEN}{{parameter="{name}"}} {num}' for name, num in counts)]
+    return Response("\n".join([*lines, ""]), media_type="text/plain; version=0.0.4")
 
 
 @routes.get("/v1/models")
 async def _models(served: Engine) -> Said:
-    card = {"id": served.name, "object": "model", "owned_by": "oldlogits", "max_model_len": served.spec.max_context}
-    return {"object": "list", "data": [card]}
+    card = {"id": served.name, "object": "model", "type": "model", "created": 0, "owned_by": "oldlogits"}
+    return {"object": "list", "data": [{**card, "max_model_len": served.spec.max_context}], "has_more": False}
 
 
 @routes.get("/version")

@@ -86,7 +86,8 @@ class Guard:
         if request.scope["path"] == "/health":
             return
         if self._token:
-            given = request.headers.get("authorization", "")
+            key = request.headers.get("x-api-key")  # Anthropic's clients
+            given = f"Bearer {key}" if key is not None else request.headers.get("authorization", "")
             if not hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
                 raise HTTPException(401, "the bearer token is missing or wrong")
         elif "origin" in request.headers:

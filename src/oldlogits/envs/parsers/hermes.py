@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Final
+
 from oldlogits.core.parser import Malformed, ToolCall
 from oldlogits.envs.text import read_json, write_json
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+_CLOSE_IN_JSON: Final = CLOSE.replace("/", r"\/")
+"""The same text inside of a string of JSON."""
 
 
 class HermesParser:
@@ -15,22 +20,34 @@ class HermesParser:
         """Read the calls of a turn.
 
         Example:
-            >>> HermesParser().parse('<tool_call>{"name": "cancel", "arguments": {"order": "o17"}}</tool_call>')
-            [ToolCall(name='cancel', positional=(), named={'order': 'o17'})]
+            >>> HermesParser().parse('<tool_call>{"name": "cancel", "arguments": {"order": "o17"}}</tool_call>')[0].named
+            {'order': 'o17'}
         """
-        calls: list[ToolCall | Malformed] = []
-        before, opened, rest = text.partition(OPEN)
-        if not opened and CLOSE in before:
-            return [Malformed(reason=f"error : {CLOSE} without {OPEN}")]
-        while opened:
-            body, closed, rest = rest.partition(CLOSE)
-            calls.append(_read(body) if closed else Malformed(reason=f"error : {OPEN} is not closed"))
-            _, opened, rest = rest.partition(OPEN)
-        return calls
+        return self.split(text)[1]
+
+    def split(self, text: str) -> tuple[str, list[ToolCall | Malformed]]:
+        """Return what is said around the calls of a turn, and the calls."""
+        return split_blocks(text, _read)
 
     def write(self, call: ToolCall) -> str:
         """Write a call whose arguments are all named."""
-        return f"{OPEN}{write_json({'name': call.name, 'arguments': dict(call.named)})}{CLOSE}"
+        body = write_json({"name": call.name, "arguments": dict(call.named)}).replace(CLOSE, _CLOSE_IN_JSON)
+        return f"{OPEN}{body}{CLOSE}"
+
+
+def split_blocks(text: str, read: Callable[[str], ToolCall | Malformed]) -> tuple[str, list[ToolCall | Malformed]]:
+    """Return what stands outside of ``<tool_call>...</tool_call>``, and the calls that are read of what stands inside."""
+    calls: list[ToolCall | Malformed] = []
+    before, opened, rest = text.partition(OPEN)
+    if not opened and CLOSE in before:
+        return "", [Malformed(reason=f"error : {CLOSE} without {OPEN}")]
+    said = [before]
+    while opened:
+        body, closed, rest = rest.partition(CLOSE)
+        calls.append(read(body) if closed else Malformed(reason=f"error : {OPEN} is not closed"))
+        between, opened, rest = rest.partition(OPEN)
+        said.append(between)
+    return "".join(said).strip(), calls
 
 
 def _read(body: str) -> ToolCall | Malformed:

@@ -12,8 +12,8 @@ class PlainParser:
         """Read the turn, which is a call from its first to its last word, or a message.
 
         Example:
-            >>> PlainParser().parse("<call> cancel o17 </call>")
-            [ToolCall(name='cancel', positional=('o17',), named={})]
+            >>> PlainParser().parse("<call> cancel o17 </call>")[0].positional
+            ('o17',)
         """
         words = text.split()
         if "<call>" not in words and "</call>" not in words:
@@ -24,6 +24,13 @@ class PlainParser:
             return [Malformed(reason="error : the call names no tool")]
         return [ToolCall(name=words[1], positional=tuple(words[2:-1]))]
 
+    def split(self, text: str) -> tuple[str, list[ToolCall | Malformed]]:
+        """Return the words of a message, or the call."""
+        calls = self.parse(text)
+        return "" if calls else text.strip(), calls
+
     def write(self, call: ToolCall) -> str:
         """Write a call; the names of its arguments are left out."""
-        return " ".join(["<call>", call.name, *call.positional, *map(str, call.named.values()), "</call>"])
+        return " ".join(
+            ["<call>", call.name, *call.positional, *map(str, call.named.values()), *call.texts.values(), "</call>"]
+        )

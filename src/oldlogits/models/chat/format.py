@@ -7,17 +7,21 @@ template(messages)                                            -> the text; where
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, lru_cache, partial
 from typing import Final
 
 from oldlogits.core.environment import AS_IT_IS, ChatOptions
 from oldlogits.core.errors import ConfigError
 from oldlogits.models.chat.content import ContentEncoder, Span, most_bytes
-from oldlogits.models.chat.template import SENTINEL, ChatTokenizer, Role, Template
+from oldlogits.models.chat.stand_ins import stand_ins, words_between
+from oldlogits.models.chat.template import SENTINEL, ChatTokenizer, Message, Role, Said, Template
 
 _NUM_CACHED: Final = 4096
 """Continuations that are kept: tool results repeat, and rendering a template costs more than an environment step."""
+_NUM_TOOLSETS: Final = 256
+"""Formats of other tools that are kept, where episodes have their own."""
 _LARGEST_CACHED: Final = 256
 """Characters of the longest words whose continuation is kept: all that are kept are a million, and 50 MB of tokens at most."""
 
@@ -46,7 +50,11 @@ class ChatFormat:
         system_prompt: str = "",
         options: ChatOptions = AS_IT_IS,
     ) -> None:
-        self._tokenizer, self._encoder, self._system = tokenizer, ContentEncoder(tokenizer), system_prompt
+        self.tokenizer, self._encoder, self._system = tokenizer, ContentEncoder(tokenizer), system_prompt
+        self._options, self._others = options, {json.dumps(list(tools)): self}  # formats of other tools, by these
+        unknown = tokenizer.unk_token_id
+        self.unknown_id: Final = -1 if unknown is None else unknown
+        """The token of words that the tokenizer does not know; -1: it has none."""
         self.most_bytes: Final = most_bytes(tokenizer)
         self._template = Template(tokenizer, tools, options)
         lead, after = self._template.around_turn()
@@ -74,11 +82,21 @@ class ChatFormat:
         self._head: Final = self._encoder.from_last_control(self._end_of_turn + bare)
         self._turns: Final = ContentEncoder(tokenizer, {*self.stop_ids, *control})
 
-    def prompt_ids(self, opening: str, system: str | None = None) -> list[int]:
-        """Give the tokens up to the start of the first assistant turn.
+    def for_tools(self, tools: Sequence[Mapping[str, object]]) -> ChatFormat:
+        """Give the same format for an environment with other tools; raises as when it was made."""
+        key = json.dumps(list(tools))
+        if (made := self._others.get(key)) is None:
+            made = ChatFormat(self.tokenizer, tools, self._system, self._options)
+            if len(self._others) >= _NUM_TOOLSETS:
+                self._others.clear()
+            self._others[key] = made
+        return made
+
+    def prompt_ids(self, opening: str | Sequence[Said], system: str | None = None) -> list[int]:
+        """Give the tokens up to the start of the first sampled turn.
 
         Args:
-            opening: What the user says first; somebody's words.
+            opening: What the user says first, or a conversation that begins and ends with a user; somebody's words.
             system: A system prompt in place of the environment's own, such as a row's; somebody's words. Empty: there is none.
 
         Raises:
@@ -86,22 +104,52 @@ class ChatFormat:
             ConfigError: The template refuses them.
         """
         write, own = self._template.opening, self._system if system is None else system
-        text = write(own, opening)
-        words, bare = [_words(write(own, SENTINEL), text)], write(SENTINEL if system else own, SENTINEL)
+        said: tuple[Said, ...] = (("user", opening),) if isinstance(opening, str) else tuple(opening)
+        text = write(own, said)
+        words = [_words(write(own, one), text) for one in _each_without(said)]
+        bare = write(SENTINEL if system else own, [(role, SENTINEL) for role, _ in said])
         if system:
             self._check_system()
-            words = sorted([_words(write(SENTINEL, opening), text), *words])
+            words.append(_words(write(SENTINEL, said), text))
+        words.sort()
         control = self._encoder.control_ids(self._encoder.encode(bare))
         return self._encoder.encode_around(text, words, control_ids=control, anchor=self._end_of_turn, is_start=True)
 
-    def continuation_ids(self, role: Role, content: str) -> list[int]:
-        """Give the tokens between a sampled end-of-turn token and the start of the next assistant turn.
+    def conversation_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Give the tokens of a conversation that others have written, up to the start of the next assistant turn.
+
+        Args:
+            messages: All of them are somebody's words: contents, and arguments of calls.
 
         Raises:
-            ContentError: The content cannot be encoded without control tokens.
-            ConfigError: The template refuses it.
+            ContentError: The words cannot be encoded without control tokens.
+            ConfigError: The template refuses the conversation, or drops a part of it.
         """
-        return list((self._kept if len(content) <= _LARGEST_CACHED else self._continue)(role, content))
+        if messages and messages[0]["role"] == "system":
+            self._check_system()
+        substitutes, words = stand_ins(messages)
+        text, bare = self._template.conversation(messages), self._template.conversation(substitutes)
+        control, spans = self._encoder.control_ids(self._encoder.encode(bare)), words_between(bare, text, words)
+        return self._encoder.encode_around(text, spans, control_ids=control, anchor=self._end_of_turn, is_start=True)
+
+    @property
+    def writes_calls(self) -> bool:
+        """Whether the template writes the calls of an assistant turn, with their arguments."""
+        return SENTINEL in self.call_text("tool", {"argument": SENTINEL})
+
+    def continuation_ids(self, said: Sequence[Said]) -> list[int]:
+        """Give the tokens between a sampled end-of-turn token and the start of the next assistant turn.
+
+        Args:
+            said: What the environment says to the turn: the results of its calls in their order, or what a user says. Where
+                the template cannot write two results after one another, they are one message.
+
+        Raises:
+            ContentError: The words cannot be encoded without control tokens.
+            ConfigError: The template refuses them.
+        """
+        size = sum(len(content) for _, content in said)
+        return list((self._kept if size <= _LARGEST_CACHED else self._continue)(tuple(said)))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Give the text of a sampled turn, its stop token left out."""
@@ -124,23 +172,33 @@ class ChatFormat:
         """Give the assistant turn that the template writes for a call; empty where it writes none."""
         return self._template.call_text(name, arguments).partition(self._end_of_turn)[0]
 
-    def _continue(self, role: Role, content: str) -> tuple[int, ...]:
-        text, (bare, control), anchor = self._after(role, content), self._between(role), self._end_of_turn
-        words = [_words(bare, text)]
+    def _continue(self, said: tuple[Said, ...]) -> tuple[int, ...]:
+        text, (bare, control) = self._after(said), self._between(*(role for role, _ in said))
+        if len(said) == 1:
+            words = [_words(bare, text)]
+        else:
+            words = sorted(_words(self._after(one), text) for one in _each_without(said))
+        anchor = self._end_of_turn
         return tuple(self._encoder.encode_around(text, words, control_ids=control, anchor=anchor, is_start=False))
 
-    def _bare(self, role: Role) -> tuple[str, list[int]]:
-        """What the template writes between two turns around the sentinel, and its control tokens."""
-        bare = self._after(role, SENTINEL)
+    def _bare(self, *roles: Role) -> tuple[str, list[int]]:
+        """What the template writes between two turns around sentinels, and its control tokens."""
+        bare = self._after([(role, SENTINEL) for role in roles])
         return bare, self._encoder.control_ids(self._encoder.encode_after(self._end_of_turn, bare))
 
-    def _after(self, role: Role, content: str) -> str:
-        """What the template writes after an end-of-turn token when `content` follows."""
-        after = self._template.after_turn(self._template.message(role, content))
+    def _after(self, said: Sequence[Said]) -> str:
+        """What the template writes after an end-of-turn token when this follows."""
+        after = self._template.after_turn(said)
         return after.lstrip(" ").removeprefix(self._end_of_turn)
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _each_without(said: tuple[Said, ...]) -> Iterator[tuple[Said, ...]]:
+    """The same messages, each time with the sentinel in place of one's words."""
+    for i, (role, _) in enumerate(said):
+        yield (*said[:i], (role, SENTINEL), *said[i + 1 :])
 
 
 def _words(bare: str, text: str) -> Span:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Final, Literal, Protocol, cast
 
 from jinja2 import TemplateError
@@ -12,10 +13,14 @@ from oldlogits.core.environment import ChatOptions
 from oldlogits.core.errors import ConfigError
 from oldlogits.models.chat.content import Encoder
 
-Message = Mapping[str, str]
-"""``{"role": ..., "content": ...}``."""
+Message = Mapping[str, object]
+"""``{"role": ..., "content": ...}``; of an assistant that calls tools, also ``"tool_calls"`` as Hugging Face writes them."""
 
-Role = Literal["tool", "user"]
+Role = Literal["tool", "user", "assistant", "system"]
+
+Said = tuple[Role, str]
+"""A message without its marks: a role and somebody's words. The environment says ones of "tool" and "user"; a conversation that
+had begun before has ones of "assistant" as well."""
 
 NAMES_ONLY: Final = "{#- oldlogits: tools by name -#}"
 """A template that holds this comment shows the names of tools and nothing else of them, and means to."""
@@ -52,11 +57,28 @@ class Template:
 
     def __init__(self, tokenizer: ChatTokenizer, tools: Sequence[Mapping[str, object]], options: ChatOptions) -> None:
         self._tokenizer, self._tools, self._options = tokenizer, list(tools), options
-        self._are_written = bool(tools) and options.tools_in == "template"
+        self._tells = options.tools_in != "template"
+        self._are_written = bool(tools) and not self._tells
+        self._takes = cache(self._takes_after_one_another)
 
-    def opening(self, system: str, user: str) -> str:
-        """Return the text up to the start of the first assistant turn."""
-        return self._render(self._first(system, user))
+    def opening(self, system: str, said: Sequence[Said]) -> str:
+        """Return the text up to the start of the first sampled turn; the first message is a user's."""
+        return self._render([*self._first(system, said[0][1]), *({"role": role, "content": text} for role, text in said[1:])])
+
+    def conversation(self, messages: Sequence[Message]) -> str:
+        """Return the text of a conversation that others have written, up to the start of the next assistant turn."""
+        num_system = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+        system = "\n\n".join(str(message["content"]) for message in messages[:num_system])
+        opening, rest = "", list(messages[num_system:])
+        if self._options.tools_in == "user" and rest and rest[0]["role"] == "user":
+            opening = str(rest.pop(0)["content"])
+        first = self._first(system, opening)
+        first = first if opening or (self._options.tools_in == "user" and (system or self._told_tools())) else first[:-1]
+        return self._render([*first, *(self._as_known(message) for message in rest)])
+
+    def _as_known(self, message: Message) -> Message:
+        """A message in the role that the template knows it by."""
+        return self._message("tool", str(message["content"])) if message["role"] == "tool" and self._tells else message
 
     def around_turn(self) -> tuple[str, str]:
         """Return what stands between the start of an assistant turn and its content, and what follows the content.
@@ -69,9 +91,10 @@ class Template:
         start = self._render(messages[:-1])
         return before.removeprefix(start) if before.startswith(start) else "", after
 
-    def after_turn(self, then: Message) -> str:
-        """Return the text from the content of an assistant turn, which a message follows, to the start of the next turn."""
-        return _around(self._render([*self._first("", "hi"), {"role": "assistant", "content": SENTINEL}, then]))[1]
+    def after_turn(self, said: Sequence[Said]) -> str:
+        """Return the text from the content of an assistant turn, which messages follow, to the start of the next turn."""
+        then = self._messages(said)
+        return _around(self._render([*self._first("", "hi"), {"role": "assistant", "content": SENTINEL}, *then]))[1]
 
     def call_text(self, name: str, arguments: Mapping[str, object]) -> str:
         """Return what an assistant turn that is a call looks like, and what follows it; empty where the template cannot say."""
@@ -83,9 +106,31 @@ class Template:
         except ConfigError:
             return ""
 
-    def message(self, role: Role, content: str) -> Message:
-        """Return what the environment says to a turn, in the role that the template knows it by."""
-        if role == "tool" and self._options.tools_in != "template":
+    def _messages(self, said: Sequence[Said]) -> list[Message]:
+        """What the environment says to a turn; messages that the template cannot write after one another are joined."""
+        messages: list[Message] = []
+        for before, (role, content) in zip([None, *said], said, strict=False):
+            message = self._message(role, content)
+            if before is not None and before[0] == role and not self._takes(role):
+                messages[-1] = {**messages[-1], "content": f"{messages[-1]['content']}\n\n{message['content']}"}
+            else:
+                messages.append(message)
+        return messages
+
+    def _takes_after_one_another(self, role: Role) -> bool:
+        """Whether the template writes two messages of a role after one another, and leaves them so later on."""
+        answers = [self._message(role, f"{SENTINEL}{part}") for part in ("one", "two")]
+        first = self._first("", "hi")
+        try:
+            self._check_history(first, [answers, answers[:1]])
+            text = self._render([*first, {"role": "assistant", "content": "yes"}, *answers])
+        except ConfigError:
+            return False
+        return 0 <= text.find(f"{SENTINEL}one") < text.find(f"{SENTINEL}two")
+
+    def _message(self, role: Role, content: str) -> Message:
+        """What the environment says, in the role that the template knows it by."""
+        if role == "tool" and self._tells:
             return {"role": "user", "content": f"Result of the call:\n{content}"}
         return {"role": role, "content": content}
 
@@ -108,15 +153,17 @@ class Template:
                 raise _drops(what, text)
         roles: list[Role] = ["tool", "user"] if self._tools else ["user", "user"]
         for role in roles:
-            if SENTINEL not in (after := self.after_turn(self.message(role, SENTINEL))):
+            if SENTINEL not in (after := self.after_turn([(role, SENTINEL)])):
                 raise _drops("results of tools" if role == "tool" else "user messages", after)
-        self._check_history(first, [self.message(role, f"{SENTINEL}answer{n}") for n, role in enumerate(roles)])
+        self._check_history(first, [[self._message(role, f"{SENTINEL}answer{n}")] for n, role in enumerate(roles)])
+        if self._tools:
+            self._takes("tool")
 
-    def _check_history(self, first: list[Message], answers: Sequence[Message]) -> None:
+    def _check_history(self, first: list[Message], answers: Sequence[Sequence[Message]]) -> None:
         """Refuse a template whose text of earlier messages depends on later ones, but for the heads of assistant turns."""
         messages, parts = [*first], [self._render(first, add_generation_prompt=False)]
         for n, answer in enumerate(answers):
-            messages += [{"role": "assistant", "content": f"{SENTINEL}turn{n}"}, answer]
+            messages += [{"role": "assistant", "content": f"{SENTINEL}turn{n}"}, *answer]
             parts.append(self._render(messages, add_generation_prompt=False).rpartition(f"{SENTINEL}turn{n}")[2])
         whole = self._render(messages, add_generation_prompt=False)
         for n, part in enumerate(parts):
@@ -155,7 +202,7 @@ class Template:
             )
         except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ConfigError(
-                "the chat template refuses a conversation with " + ", ".join(dict.fromkeys(m["role"] for m in messages)),
+                "the chat template refuses a conversation with " + ", ".join(dict.fromkeys(str(m["role"]) for m in messages)),
                 got=f"{type(error).__name__}: {error}",
                 allowed="a template for system, user, assistant and tool messages",
                 fix=_HOW_TO_FIX,

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from oldlogits.record.events import Evaluated, Updated
+from oldlogits.record.intervals import reward_of
 from oldlogits.record.report import charts
 from oldlogits.record.report.charts import Bar, Bound, Figure, Line, Whisker
 from oldlogits.record.report.data import RunData, binned
@@ -113,7 +114,7 @@ def _learning(run: RunData, updates: Sequence[Updated]) -> Figure | None:
         return None
     versions = [update.version for update in updates] + [evaluation.version for evaluation in run.evaluations]
     y = charts.y_axis(min(0.0, *values), max(1.0, *values))
-    caption = "Faint: each update; bold: moving average. Points: evaluations with their 95% intervals."
+    caption = "Faint: each update; bold: moving average. Points: success in evaluations, with its 95% interval."
     svg = charts.line_chart(charts.x_axis(0, max(versions), whole=True), y, lines, x_label="version", whiskers=whiskers)
     return Figure(title="Reward", caption=caption, svg=svg, legend=tuple(legend))
 
@@ -121,7 +122,7 @@ def _learning(run: RunData, updates: Sequence[Updated]) -> Figure | None:
 def _evaluation_mark(evaluation: Evaluated) -> Whisker:
     tip = (
         f"{evaluation.stage}, {evaluation.mode}: {evaluation.mean:.3f} [{evaluation.low:.3f}, {evaluation.high:.3f}]\n"
-        f"{evaluation.num_episodes} episodes at version {evaluation.version}"
+        f"{evaluation.num_episodes} episodes at version {evaluation.version}; mean reward {reward_of(evaluation).plain}"
     )
     x, colour = evaluation.version + (0.0 if evaluation.mode == "sampled" else 0.4), _MARKS.get(evaluation.mode, "c4")
     return Whisker(x=x, mean=evaluation.mean, low=evaluation.low, high=evaluation.high, colour=colour, tip=tip)

@@ -12,7 +12,8 @@ from markupsafe import Markup
 
 from oldlogits.record.failures import in_words
 from oldlogits.record.folder import RunFolder, write_atomic
-from oldlogits.record.intervals import verdict_of
+from oldlogits.record.intervals import reward_of, success_of, verdict_of
+from oldlogits.record.live import reward_sentences
 from oldlogits.record.report.data import RunData, read_run
 from oldlogits.record.report.figures import figures
 from oldlogits.record.report.transcripts import chosen_transcripts
@@ -75,9 +76,10 @@ def write_report(run_folder: Path) -> Path:
         transcripts=chosen_transcripts(run.episodes),
         provenance=sorted(run.summary.provenance.items()),
         accounting=list(run.summary.accounting.items()),
-        failures={
+        tallies={
             "Failed episodes of training, by reason": run.summary.failures,
             "Failed episodes of evaluations, by reason": run.summary.evaluation_failures,
+            "What the agent program asked for in training": run.summary.gateway,
         },
     )
     write_atomic(folder.report, text)
@@ -100,9 +102,9 @@ def _verdict(run: RunData) -> Card:
         measured = "No held-out episode was played."
         if played := [e for e in run.evaluations if e.num_episodes]:
             e = played[-1]
-            measured = f"Latest evaluation ({e.mode}, version {e.version}): {e.mean:.1%} [{e.low:.1%}, {e.high:.1%}]."
+            measured = f"Latest evaluation ({e.mode}, version {e.version}): {success_of(e)}; mean reward {reward_of(e).plain}."
         return Card("verdict", "No comparison of before and after", measured)
-    evidence = f"Sampled on held-out episodes: {before} before, {after} after."
+    evidence = " ".join([f"Sampled on held-out episodes: {before} before, {after} after.", *reward_sentences(run.summary)])
     headline = f"{before.mean:.1%} → {after.mean:.1%}"
     if gain is None:
         return Card("verdict", headline, evidence)

@@ -89,6 +89,7 @@ class TrackerFeed:
         elif isinstance(event, Evaluated):
             num_failed = len(event.rewards) - event.num_episodes
             rate = {"success": event.mean, "success_low": event.low, "success_high": event.high}
+            rate |= {"reward": event.reward_mean, "reward_low": event.reward_low, "reward_high": event.reward_high}
             rate |= {"num_failed": num_failed, "seconds_s": event.seconds_s}
             self._pass_on({f"eval/{event.mode}_{key}": value for key, value in rate.items()}, step=event.version)
         if self._error and self._warn is not None and not self._is_told:

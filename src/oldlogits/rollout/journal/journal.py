@@ -73,9 +73,10 @@ class Journal:
             self.note(Grew(episode=episode, start=num_known, segments=tuple(segments[num_known:])))
 
     def running(self, turns: Mapping[str, Sequence[Sampled]]) -> None:
-        """Take note of all that the running turn of each episode has sampled."""
+        """Take note of all that the running turn of each episode has sampled; one of an agent program may be given up."""
         for id, sampled in turns.items():
-            if (episode := self.progress.episode(id)) is not None and (new := _after(episode.num_running, sampled)):
+            episode = self.progress.episode(id)
+            if episode is not None and episode.segments and (new := _after(episode.num_running, sampled)):
                 self._grow(id, episode, new)
 
     async def follow(self, engine: RolloutEngine, temperature: float) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
 
-from oldlogits.core.trajectory import Sampled, Segment, Trajectory
+from oldlogits.core.trajectory import Branches, Sampled, Segment, Trajectory, episode_of
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.rollout.journal.records import (
     Admitted,
+    Answered,
     Ended,
     Failed,
     Grew,
@@ -30,7 +31,9 @@ class EpisodeProgress:
     """One episode: its segments, what its running turn has sampled, and what became of it.
 
     Args:
+        branches: Its further branches, by id, where it has some.
         running: What the running turn has sampled, piece by piece as it grew: `num_running` tokens.
+        num_answered: Tokens of the turns that an agent program was given, whose segments are noted at its end.
         values: Old log-probs of all its tokens of a version, by version.
         state: The state of its environment as JSON text, after so many segments.
     """
@@ -38,10 +41,12 @@ class EpisodeProgress:
     segments: list[Segment] = field(default_factory=list)
     running: list[Sampled] = field(default_factory=list)
     num_running: int = 0
+    num_answered: int = 0
     values: dict[PolicyVersion, Sequence[float]] = field(default_factory=dict)
     state: tuple[int, str] | None = None
     ended: Ended | None = None
     failed: Failed | None = None
+    branches: dict[str, EpisodeProgress] = field(default_factory=dict)
 
     @property
     def known(self) -> tuple[Segment, ...]:
@@ -50,9 +55,9 @@ class EpisodeProgress:
 
     @property
     def versions(self) -> dict[PolicyVersion, int]:
-        """The number of its sampled tokens by version."""
+        """The number of its sampled tokens by version, those of all its branches."""
         found: dict[PolicyVersion, int] = {}
-        for segment in self.known:
+        for segment in chain(self.known, *(branch.known for branch in self.branches.values())):
             if isinstance(segment, Sampled):
                 found[segment.version] = found.get(segment.version, 0) + len(segment.token_ids)
         return found
@@ -60,26 +65,42 @@ class EpisodeProgress:
     @property
     def num_sampled(self) -> int:
         """Its sampled tokens."""
-        return sum(self.versions.values())
+        return max(sum(self.versions.values()), self.num_answered)
 
     def extend(self, segments: Iterable[Segment]) -> None:
         """Add segments that are whole: no turn runs."""
         self.segments += segments
         self.running, self.num_running = [], 0
 
-    def trajectory(self, id: str, group: str) -> Trajectory | None:
-        """The trajectory, if it ended well."""
+    def trajectories(self, id: str, group: str) -> Branches | None:
+        """Its trajectories, if it ended well."""
         if self.ended is None:
             return None
-        reward, reason = self.ended.reward, self.ended.stop_reason
-        return Trajectory(id=id, group_id=group, segments=tuple(self.segments), reward=reward, stop_reason=reason)
+        ended, every = self.ended, {id: self, **self.branches}
+        return tuple(
+            Trajectory(
+                id=name,
+                group_id=group,
+                segments=tuple(branch.segments),
+                reward=ended.reward,
+                stop_reason=ended.stop_reason,
+                turn_rewards=ended.turn_rewards,
+                messages=ended.messages,
+            )
+            for name, branch in every.items()
+            if branch.segments
+        )
 
     def records(self, id: str) -> Iterator[Record]:
         """The episode as records."""
+        for name, branch in self.branches.items():
+            yield from branch.records(name)
         if self.segments:
             yield Grew(episode=id, start=0, segments=tuple(self.segments))
         if self.running:
             yield Running(episode=id, num_segments=len(self.segments), start=0, sampled=tuple(self.running))
+        if self.num_answered:
+            yield Answered(episode=id, num_tokens=self.num_answered)
         if self.state is not None:
             yield StateSaved(episode=id, num_segments=self.state[0], state=self.state[1])
         for version, values in self.values.items():
@@ -160,9 +181,10 @@ class Progress:
         return Progress(groups=self.groups, taken=taken, probes=probes)
 
     def episode(self, id: str) -> EpisodeProgress | None:
-        """What is known of an episode."""
+        """What is known of an episode, or of a branch of one."""
         group = self.groups.get(group_of(id))
-        return group.episodes.get(id) if group is not None else None
+        known = group.episodes.get(episode_of(id)) if group is not None else None
+        return known if known is None or id == episode_of(id) else known.branches.get(id)
 
     def unfinished(self) -> Iterator[tuple[str, EpisodeProgress]]:
         """The episodes that have not ended, of all that have begun, with their ids."""
@@ -180,14 +202,18 @@ class Progress:
         for group in groups:
             self.groups.pop(group, None)
 
-    def _apply_to_episode(self, record: Grew | Running | StateSaved | SpanScored | Ended | Failed | Restarted) -> bool:
+    def _apply_to_episode(
+        self, record: Grew | Running | Answered | StateSaved | SpanScored | Ended | Failed | Restarted
+    ) -> bool:
         group = self.groups.get(group_of(record.episode))
         if group is None:
             return False
         if isinstance(record, Restarted):
             group.episodes.pop(record.episode, None)
             return True
-        episode = group.episodes.setdefault(record.episode, EpisodeProgress())
+        episode = group.episodes.setdefault(episode_of(record.episode), EpisodeProgress())
+        if record.episode != episode_of(record.episode):
+            episode = episode.branches.setdefault(record.episode, EpisodeProgress())
         match record:
             case Grew():
                 if record.start != len(episode.segments):
@@ -201,6 +227,8 @@ class Progress:
                     raise ValueError(f"what follows {got}, where {known[1]} after {known[0]} are known: some are missing")
                 episode.running += record.sampled
                 episode.num_running += sum(len(piece.token_ids) for piece in record.sampled)
+            case Answered():
+                episode.num_answered += record.num_tokens
             case StateSaved():
                 episode.state = record.num_segments, record.state
             case SpanScored():

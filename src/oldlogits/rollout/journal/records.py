@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Final, cast
+from typing import Final, cast, get_args
 
 from pydantic import TypeAdapter
 
-from oldlogits.core.trajectory import Sampled, Segment
+from oldlogits.core.trajectory import Sampled, Segment, Trajectory
 from oldlogits.core.weights import PolicyVersion
 
 
@@ -46,6 +47,14 @@ class Running:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """An agent program was given a turn of so many tokens: they are lost where its episode begins again."""
+
+    episode: str
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StateSaved:
     """The state of an environment, as JSON text, after the first `num_segments` segments of its episode."""
 
@@ -70,6 +79,19 @@ class Ended:
     episode: str
     reward: float
     stop_reason: str
+    turn_rewards: tuple[float, ...] = ()
+    messages: tuple[Mapping[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, first: Trajectory) -> Ended:
+        """What became of an episode, by its first branch."""
+        return cls(
+            episode=first.episode_id,
+            reward=first.reward,
+            stop_reason=first.stop_reason,
+            turn_rewards=first.turn_rewards,
+            messages=first.messages,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,14 +141,13 @@ class Published:
     probe: tuple[float, ...]
 
 
-Record = Admitted | Grew | Running | StateSaved | SpanScored | Ended | Failed | Restarted | LeftOut | Taken | Published
+Record = (
+    Admitted | Grew | Running | Answered | StateSaved | SpanScored | Ended | Failed | Restarted | LeftOut | Taken | Published
+)
 Told = Admitted | Failed | Restarted | LeftOut
 """What an event tells as well."""
 
-_KINDS: Final = {
-    kind.__name__: TypeAdapter(kind)
-    for kind in (Admitted, Grew, Running, StateSaved, SpanScored, Ended, Failed, Restarted, LeftOut, Taken, Published)
-}
+_KINDS: Final = {kind.__name__: TypeAdapter(kind) for kind in get_args(Record)}
 
 
 def encode(record: Record) -> bytes:

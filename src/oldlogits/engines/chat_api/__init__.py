@@ -1,0 +1,1 @@
+"""The chat interfaces that agent programs speak: chat completions, responses, and Anthropic's messages; one file each."""

@@ -1,0 +1,1 @@
+"""Adapters: what makes environments of classes that were written for another project, one a file."""
