@@ -98,6 +98,7 @@ def test_mlflow_holds_metrics_evaluation_config_episodes_and_the_report(tmp_path
     assert run.data.metrics == {
         "reward/mean": 0.25, "kl/x.lag1": 0.5, "eval/sampled_success": 0.5,
         "eval/sampled_success_low": 0.25, "eval/sampled_success_high": 0.75, "eval/sampled_num_failed": 0,
+        "eval/sampled_reward": 0.5, "eval/sampled_reward_low": 0.0, "eval/sampled_reward_high": 1.0,
         "eval/sampled_seconds_s": 2.0,
     }  # fmt: skip
     assert run.data.params == {"seed": "3", "trainer.lr": "0.5"}
