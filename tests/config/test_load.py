@@ -2,6 +2,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -69,11 +70,15 @@ def test_the_keys_that_the_command_line_promises_exist():
     assert set(promised.split()) <= set(known_keys())
 
 
+TABLES = {"env.mixture": (MixturePart, "target"), "env.mcp": (McpServer, "url")}
+"""Keys that are lists of tables: what each becomes, and a key of it."""
+
+
 @pytest.mark.parametrize("key", known_keys())
 def test_every_key_is_read_from_a_table_and_only_it_changes(key):
     default = default_of(key)
     if isinstance(default, tuple):
-        kind, name = {"env.mixture": (MixturePart, "target"), "env.mcp": (McpServer, "url")}.get(key, (None, ""))
+        kind, name = TABLES.get(key, (None, ""))
         written = [{name: "a"}, {name: "b"}] if kind else ["a", "b"]
         read = tuple(kind(**part) for part in written) if kind else ("a", "b")
         assert value_at(config_from_table(table_of(key, written)), key) == read
@@ -162,7 +167,7 @@ def test_overrides_win_over_the_recipe_and_leave_the_rest(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", [key for key in known_keys() if key not in ("env.mixture", "env.mcp")])  # tables of a recipe
+@pytest.mark.parametrize("key", known_keys())
 def test_every_key_can_be_overridden_by_its_dotted_name(key):
     value = default_of(key)
     section, _, name = key.rpartition(".")
@@ -170,7 +175,10 @@ def test_every_key_can_be_overridden_by_its_dotted_name(key):
         arguments = [f"--{section}.{'no-' if value else ''}{name}".replace("_", "-")]
         assert value_at(override(RunConfig(), arguments), key) is not value
     elif isinstance(value, tuple):
-        assert value_at(override(RunConfig(), [f"--{key}".replace("_", "-"), "a", "b"]), key) == ("a", "b")
+        kind, part = TABLES.get(key, (None, ""))
+        words = [json.dumps([{part: "a"}, {part: "b"}])] if kind else ["a", "b"]
+        read = (kind(**{part: "a"}), kind(**{part: "b"})) if kind else ("a", "b")
+        assert value_at(override(RunConfig(), [f"--{key}".replace("_", "-"), *words]), key) == read
     else:
         other = next(
             (text for kind, text in {"int": "3", "float": "0.75"}.items() if re.search(rf"\b{kind}\b", str(type_of(key)))),

@@ -57,7 +57,9 @@ MODELS = {
 def make_model(name: str, seed: int = 0, spread: float = 0.15) -> PreTrainedModel:
     """A model whose every parameter, norms and biases included, is random and matters."""
     kind, config = MODELS[name]
-    model = kind(config).eval()
+    with torch.random.fork_rng():  # Hugging Face draws the first values from the global generator
+        torch.manual_seed(seed)
+        model = kind(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 
@@ -57,16 +59,37 @@ def config_from_table(table: Table) -> RunConfig:
 def override(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
     """Apply ``--dotted.key value`` overrides; tyro prints what is wrong with one and exits with status 2.
 
+    A list of tables, such as `env.mcp`, is written as JSON: ``--env.mcp '[{"url": "http://127.0.0.1:8000/mcp"}]'``.
+
     Raises:
-        ConfigError: A key has another name now, or is that of another project.
+        ConfigError: A key has another name now, or is that of another project; a list of tables is no such JSON.
     """
-    if not arguments:
+    config, words = _with_tables(config, list(arguments))
+    if not words:
         return config
-    for word in arguments:
+    for word in words:
         key = word[2:].partition("=")[0].replace("-", "_").replace(".no_", ".")
         if word.startswith("--") and key not in known_keys() and (key in _names("renamed") or key in _names("elsewhere")):
             raise _unknown(key, {})
-    return tyro.cli(RunConfig, prog="oldlogits train RECIPE", args=list(arguments), default=config)
+    return tyro.cli(RunConfig, prog="oldlogits train RECIPE", args=words, default=config)
+
+
+def _with_tables(config: RunConfig, words: list[str]) -> tuple[RunConfig, list[str]]:
+    """Apply the overrides of lists of tables; returns the other words, too."""
+    for key in ("env.mixture", "env.mcp"):
+        for at, word in enumerate(words):
+            flag, is_joined, value = word.partition("=")
+            if flag != f"--{key}":
+                continue
+            value, num = (value, 1) if is_joined else (" ".join(words[at + 1 : at + 2]), 2)
+            allowed, fix = "a list of tables as JSON", f"""--{key} '[{{"name of a key": "value"}}]'"""
+            with reading(ConfigError, f"{key} cannot be read", got=repr(value[:200]), allowed=allowed, fix=fix):
+                tables = json.loads(value)
+            section, _, name = key.partition(".")
+            whole = asdict(config)
+            whole[section] = {**whole[section], name: tables}
+            return _with_tables(build(RunConfig, whole, _unknown), [*words[:at], *words[at + num :]])
+    return config, words
 
 
 @functools.cache
