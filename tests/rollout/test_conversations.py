@@ -15,8 +15,11 @@ from oldlogits.core.trajectory import Context, Sampled, episode_of
 from oldlogits.engines.chat_api.completions import ChatCompletions
 from oldlogits.engines.chat_api.formats import ChatFormats
 from oldlogits.engines.chat_api.messages import ApiError, ChatRequest
+from oldlogits.engines.chat_api.turn import read_turn
 from oldlogits.engines.chat_api.wishes import Rules
 from oldlogits.envs.parsers.hermes import HermesParser
+from oldlogits.envs.parsers.plain import PlainParser
+from oldlogits.envs.parsers.qwen_coder import QwenCoderParser
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.rollout.environment_errors import EnvironmentFailed
 from oldlogits.rollout.environment_runner import run_inline
@@ -386,6 +389,27 @@ def test_calls_are_the_same_however_their_arguments_are_spaced(rewrite):
         assert kinds(talk) == {"opened": 1, "continued": 1}
 
     in_talk(scenario, engine=Engine(says=lambda prompt: (*spell(CALL), END)))
+
+
+CODER = (
+    "<tool_call>\n<function=look>\n<parameter=at>\no17\n</parameter>\n"
+    "<parameter=num>\n3\n</parameter>\n</function>\n</tool_call>"
+)
+
+
+@pytest.mark.parametrize(
+    ("parser", "text", "content", "arguments"),
+    [
+        (HermesParser(), f"let me see {CALL}", "let me see", {"at": "o17"}),
+        (QwenCoderParser(), f"so\n{CODER}", "so", {"at": "o17", "num": 3}),
+        (PlainParser(), "<call> look o17 3 </call>", "", {"at": "o17", "num": 3}),
+        (PlainParser(), "<call> look </call>", "", {}),
+    ],
+)
+def test_a_turn_is_read_with_its_words_and_all_arguments_as_their_types(parser, text, content, arguments):
+    schema = {"type": "object", "properties": {"at": {"type": "string"}, "num": {"type": "integer"}}}
+    turn = read_turn(text, parser, [{"type": "function", "function": {"name": "look", "parameters": schema}}])
+    assert (turn.content.strip(), [(call.name, call.arguments) for call in turn.calls]) == (content, [("look", arguments)])
 
 
 WISHES = {

@@ -82,14 +82,20 @@ def bind_given(environment: object, schemas: Sequence[Row], call: ToolCall) -> C
 def arguments_of(call: ToolCall, parameters: Row) -> Row | Malformed:
     """Return the arguments of a call by name, as JSON values; words become the type that the schema of the tool names."""
     properties = cast("dict[str, JsonValue]", parameters.get("properties") or {})
-    words = {**dict(zip(properties, call.positional, strict=False)), **call.texts}
     required = cast("list[str]", parameters.get("required") or [])
-    given = {**words, **call.named}
+    given = named_arguments(call, parameters)
     is_closed = parameters.get("additionalProperties", False) is False
     unknown = is_closed and not given.keys() <= properties.keys()
     if unknown or len(given) < len(call.positional) + len(call.texts) + len(call.named) or not given.keys() >= set(required):
         takes, got = " ".join(properties) or "nothing", " ".join([*call.positional, *call.named, *call.texts]) or "nothing"
         return Malformed(reason=f"error : {call.name} takes {takes} but got {got}")
+    return given
+
+
+def named_arguments(call: ToolCall, parameters: Row) -> Row:
+    """Return the arguments of a call by name, unchecked; words become the type that the schema of the tool names."""
+    properties = cast("dict[str, JsonValue]", parameters.get("properties") or {})
+    words = {**dict(zip(properties, call.positional, strict=False)), **call.texts}
     return {**{name: _read_word(word, properties.get(name)) for name, word in words.items()}, **call.named}
 
 

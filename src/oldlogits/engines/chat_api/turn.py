@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from oldlogits.core.environment import JsonValue
-from oldlogits.core.parser import Parser, ToolCall
-from oldlogits.engines.chat_api.messages import Call, Turn, new_id
+from oldlogits.core.engine import Generation
+from oldlogits.core.environment import JsonValue, Row
+from oldlogits.core.parser import Parser, ToolCall, split_turn
+from oldlogits.engines.chat_api.messages import Call, ChatAnswer, ChatRequest, Turn, new_id
+from oldlogits.envs.given import named_arguments
 from oldlogits.envs.text import readable, spoken
+from oldlogits.models.chat.format import ChatFormat
 
 _OPEN, _CLOSE = "<think>", "</think>"
 
@@ -24,44 +27,42 @@ def read_turn(text: str, parser: Parser, tools: Sequence[Mapping[str, JsonValue]
         tools: Those of the request.
         is_whole: Whether the turn came to its end; a turn that was cut off calls nothing.
     """
-    aloud = readable(spoken(text))
-    thoughts = readable(_thoughts(text))
-    parameters = {name: _parameters(tool) for tool in tools for name in (_name(tool),)}
-    found = parser.parse(aloud) if tools and is_whole else ()
-    calls = [_call(call, parameters) for call in found if isinstance(call, ToolCall)]
+    aloud, thoughts = readable(spoken(text)), readable(_thoughts(text))
+    if not tools or not is_whole:
+        return Turn(content=aloud, thoughts=thoughts, calls=())
+    said, found = split_turn(parser, aloud)
+    schemas = dict(map(_named_schema, tools))
+    calls = [_call(call, schemas) for call in found if isinstance(call, ToolCall)]
     if not calls or len(calls) < len(found) or None in calls:
         return Turn(content=aloud, thoughts=thoughts, calls=())
-    return Turn(content="", thoughts=thoughts, calls=tuple(call for call in calls if call is not None))
+    return Turn(content=said, thoughts=thoughts, calls=tuple(call for call in calls if call is not None))
 
 
-def _call(call: ToolCall, tools: Mapping[str, Mapping[str, JsonValue]]) -> Call | None:
+def answer_of(chat: ChatFormat, request: ChatRequest, prompt_ids: Sequence[int], sampled: Generation, turn: Turn) -> ChatAnswer:
+    """Return the answer to a request, for which a turn was sampled and read."""
+    is_cut = sampled.finish_reason != "stop"
+    return ChatAnswer(
+        turn=turn,
+        finish_reason="length" if is_cut else "tool_calls" if turn.calls else "stop",
+        prompt_ids=prompt_ids,
+        output_ids=sampled.output_ids,
+        logprobs=sampled.logprobs,
+        texts=[chat.decode([id]) for id in sampled.output_ids] if request.logprobs else (),
+    )
+
+
+def _call(call: ToolCall, schemas: Mapping[str, Row]) -> Call | None:
     """The call with all of its arguments by name; None: no tool takes it."""
-    parameters = tools.get(call.name)
-    if parameters is None or len(call.positional) > len(parameters):
+    schema = schemas.get(call.name)
+    if schema is None or len(call.positional) > len(cast("Row", schema.get("properties") or {})):
         return None
-    by_position = {
-        name: _typed(word, schema) for word, (name, schema) in zip(call.positional, parameters.items(), strict=False)
-    }
-    return Call(id=new_id("call"), name=call.name, arguments={**by_position, **call.named})
+    return Call(id=new_id("call"), name=call.name, arguments=named_arguments(call, schema))
 
 
-def _typed(word: str, schema: JsonValue) -> JsonValue:
-    """A word of a positional call as the type that its schema names."""
-    kind = schema.get("type") if isinstance(schema, dict) else None
-    try:
-        return int(word) if kind == "integer" else float(word) if kind == "number" else word
-    except ValueError:
-        return word
-
-
-def _name(tool: Mapping[str, JsonValue]) -> str:
-    return str(cast("Mapping[str, JsonValue]", tool["function"])["name"])
-
-
-def _parameters(tool: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
-    schema = cast("Mapping[str, JsonValue]", tool["function"]).get("parameters")
-    found = schema.get("properties") if isinstance(schema, dict) else None
-    return found if isinstance(found, dict) else {}
+def _named_schema(tool: Mapping[str, JsonValue]) -> tuple[str, Row]:
+    function = cast("Row", tool["function"])
+    schema = function.get("parameters")
+    return str(function["name"]), schema if isinstance(schema, dict) else {}
 
 
 def _thoughts(text: str) -> str:

@@ -22,7 +22,7 @@ from oldlogits.core.parser import Parser
 from oldlogits.core.server import GenerateRequest
 from oldlogits.engines.chat_api.formats import ChatFormats, as_written, digests_of
 from oldlogits.engines.chat_api.messages import ApiError, ChatAnswer, ChatRequest
-from oldlogits.engines.chat_api.turn import read_turn
+from oldlogits.engines.chat_api.turn import answer_of, read_turn
 from oldlogits.engines.chat_api.wishes import Rules, Unmet
 from oldlogits.engines.server.served import Served
 from oldlogits.models.chat.format import ChatFormat
@@ -116,14 +116,7 @@ class ServedChat:
         is_whole = generation.finish_reason == "stop"
         text = chat.decode(generation.output_ids)
         turn = await asyncio.to_thread(partial(read_turn, text, self._parser, request.tools, is_whole=is_whole))
-        return ChatAnswer(
-            turn=turn,
-            finish_reason="length" if not is_whole else "tool_calls" if turn.calls else "stop",
-            prompt_ids=ids,
-            output_ids=generation.output_ids,
-            logprobs=generation.logprobs,
-            texts=[chat.decode([id]) for id in generation.output_ids] if request.logprobs else (),
-        )
+        return answer_of(chat, request, ids, generation, turn)
 
 
 def _too_long(size: str, most: int) -> ApiError:

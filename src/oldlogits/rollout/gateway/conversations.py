@@ -26,7 +26,7 @@ from oldlogits.core.errors import ConfigError, ContentError, OldLogitsError
 from oldlogits.core.trajectory import Branches, Context, Sampled, Segment, Trajectory, branch_id
 from oldlogits.engines.chat_api.formats import ChatFormats, as_written, digests_of, next_digest, raised, refusal_or
 from oldlogits.engines.chat_api.messages import ApiError, ChatAnswer, ChatMessage, ChatRequest, Turn
-from oldlogits.engines.chat_api.turn import read_turn
+from oldlogits.engines.chat_api.turn import answer_of, read_turn
 from oldlogits.engines.chat_api.wishes import Rules
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.rollout.answers import size_of
@@ -206,14 +206,7 @@ class Conversations:
         finally:
             branch.is_busy = branch.is_withdrawn
         self._counts.requests[place.kind] += 1
-        return ChatAnswer(
-            turn=turn,
-            finish_reason="length" if not is_whole else "tool_calls" if turn.calls else "stop",
-            prompt_ids=prompt,
-            output_ids=generation.output_ids,
-            logprobs=generation.logprobs,
-            texts=[chat.decode([id]) for id in generation.output_ids] if request.logprobs else (),
-        )
+        return answer_of(chat, request, prompt, generation, turn)
 
     async def _encoded(self, place: _Place, chat: ChatFormat, digest: bytes) -> list[int]:
         """The tokens that a request adds to its branch."""
