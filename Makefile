@@ -43,7 +43,7 @@ test-vllm: install
 # Environments, servers and clients of other projects, in an environment of their own where this package runs from its sources.
 test-envs: install
 	PYTHON=$(PYTHON) UV=$(BIN)/uv tests/envs/packages/install.sh $(ENVS)
-	PYTHONPATH=src:examples PATH="$(abspath $(BIN)):$$PATH" $(ENVS)/bin/python -m pytest tests/envs/packages --numprocesses 2 --dist loadfile --durations 5
+	PYTHONPATH=$(CURDIR)/src:$(CURDIR)/examples PATH="$(abspath $(BIN)):$$PATH" $(ENVS)/bin/python -m pytest tests/envs/packages --numprocesses 2 --dist loadfile --durations 5
 
 # The fast lane with the oldest and the newest versions that pyproject.toml allows; torch is that of constraints.in.
 RESOLUTION_lowest := lowest-direct
