@@ -1,0 +1,1 @@
+"""One file a kind of dump: each makes a token table of what a framework has written."""
