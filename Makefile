@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 TESTS := tests $(wildcard studies) $(wildcard benchmarks)
-NO_SLOW := --ignore tests/ray --ignore tests/vllm --ignore tests/envs/packages -m "not slow and not ray and not vllm and not envs"
+NO_SLOW := --ignore tests/ray --ignore tests/vllm --ignore tests/envs/packages --ignore tests/peers -m "not slow and not ray and not vllm and not envs"
 FAST := $(TESTS) --numprocesses 2 --dist loadfile --durations 5 $(NO_SLOW)
 
 # Of what is built from its sources, pip reads the build tools' versions here, too (under the second name from pip 25.3 on).
@@ -11,8 +11,9 @@ LOCKED = PIP_CONSTRAINT=$(1) PIP_BUILD_CONSTRAINT=$(1)
 CACHE ?= $(or $(OLDLOGITS_CACHE),$(HOME)/.cache/oldlogits)
 VLLM ?= $(CACHE)/vllm-$(shell sha256sum constraints-vllm.txt | cut -c1-12)
 ENVS ?= $(CACHE)/envs-$(shell sha256sum constraints-envs.txt | cut -c1-12)
+PEERS ?= $(CACHE)/peers-$(shell sha256sum constraints-peers.txt | cut -c1-12)
 
-.PHONY: demo test test-fast test-ray test-vllm test-envs test-lowest test-newest lint types install lock clean
+.PHONY: demo test test-fast test-ray test-vllm test-envs test-peers test-lowest test-newest gpu wheels lint types install lock clean
 
 install: $(INSTALLED)
 
@@ -31,7 +32,7 @@ test-fast: install
 	$(BIN)/python -m pytest $(FAST)
 
 test: lint types
-	$(BIN)/python -m pytest $(TESTS) --numprocesses 2 --dist loadfile --ignore tests/envs/packages -m "not ray and not vllm and not envs"
+	$(BIN)/python -m pytest $(TESTS) --numprocesses 2 --dist loadfile --ignore tests/envs/packages --ignore tests/peers -m "not ray and not vllm and not envs"
 
 test-ray: install
 	$(BIN)/python -m pytest tests/ray
@@ -45,7 +46,13 @@ test-envs: install
 	PYTHON=$(PYTHON) UV=$(BIN)/uv tests/envs/packages/install.sh $(ENVS)
 	PYTHONPATH=$(CURDIR)/src:$(CURDIR)/examples PATH="$(abspath $(BIN)):$$PATH" $(ENVS)/bin/python -m pytest tests/envs/packages --numprocesses 2 --dist loadfile --durations 5
 
+# The adapters inside the trainers that they are for, real packages, in an environment of their own; what these warn of is theirs.
+test-peers: install
+	PYTHON=$(PYTHON) UV=$(BIN)/uv tests/peers/install.sh $(PEERS)
+	PYTHONPATH=$(CURDIR)/src:$(CURDIR)/examples PATH="$(abspath $(BIN)):$$PATH" $(PEERS)/bin/python -m pytest tests/peers -W default --disable-warnings --durations 5
+
 # The fast lane with the oldest and the newest versions that pyproject.toml allows; torch is that of constraints.in.
+# With torch 2.11.0, whose wheels are larger, and transformers 5.17.0 `make gpu DEVICE=cpu` has been run by hand (docs/gpu.md).
 RESOLUTION_lowest := lowest-direct
 RESOLUTION_newest := highest
 
@@ -56,6 +63,23 @@ test-lowest test-newest: test-%: install
 	$(call LOCKED,.venv-$*/constraints.txt) .venv-$*/bin/python -m pip install --quiet --editable '.[dev]'
 	.venv-$*/bin/python tools/lock.py check .venv-$*/constraints.txt
 	.venv-$*/bin/python -m pytest $(FAST)
+
+# One NVIDIA GPU: its tests, a table, a run (docs/gpu.md). The interpreter needs torch and transformers: that of `make install`, or
+# PYTHON with WHEELS, a folder of the small packages beside them, which `make wheels` fills where there is a network.
+DEVICE ?= cuda
+SITE := .gpu-site
+SMALL := pydantic tyro tomli-w annotated-types jaxtyping zstandard rich jinja2 pytest pytest-timeout hypothesis
+PLATFORMS := manylinux_2_28_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64
+
+gpu: $(if $(WHEELS),,install)
+	rm -rf $(SITE)
+	$(if $(WHEELS),$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --target $(SITE) $(WHEELS)/*.whl)
+	PYTHONPATH=$(SITE):src:examples:. $(if $(WHEELS),$(PYTHON),$(BIN)/python) -m benchmarks.gpu --device $(DEVICE) $(GPU)
+
+# For another Python than PYTHON's: FOR=3.12.
+wheels:
+	$(PYTHON) -m pip download --quiet --only-binary :all: --constraint constraints.txt --dest $(or $(WHEELS),wheels) \
+	  $(if $(FOR),--python-version $(FOR) --implementation cp $(PLATFORMS:%=--platform %)) $(SMALL)
 
 # Renews the locks and prints the versions that changed.
 lock: install
@@ -69,4 +93,4 @@ types: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-lowest .venv-newest
+	rm -rf .venv .venv-lowest .venv-newest $(SITE)

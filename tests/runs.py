@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import tomli_w
 import torch
 
@@ -90,6 +89,8 @@ def events_of(run: Path, kind: str | None = None) -> list[Event]:
 def tokens_of(run: Path, *names: str) -> dict[str, np.ndarray]:
     """Columns of all trained tokens of a run, over its updates."""
     paths = sorted((run / "tokens").glob("*.parquet"))
+    import pyarrow.parquet as pq  # not where only `make gpu` runs
+
     tables = [pq.read_table(path, columns=list(names)) for path in paths]
     return {name: np.concatenate([t.column(name).to_numpy(zero_copy_only=False) for t in tables]) for name in names}
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 
 from oldlogits.cli.show import TABLES
-from oldlogits.config.load import load_config
+from oldlogits.cli.train import TrainOptions
+from oldlogits.config.load import load_config, override
 from oldlogits.config.schema import RunConfig
 from oldlogits.envs.base import load_environment
 from oldlogits.record.event_log import read_events
@@ -40,6 +43,25 @@ def test_every_relative_link_of_the_documents_leads_to_a_file() -> None:
     for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *beside]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def documented_trainings() -> list[list[str]]:
+    """What follows ``oldlogits train RECIPE`` wherever a document writes such a command with keys of a recipe."""
+    found = []
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")]:
+        text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
+        for inline, line in re.findall(r"`oldlogits train ([^`]+)`|^(?:\$ )?oldlogits train (.+)", text, flags=re.MULTILINE):
+            words = shlex.split((inline or line).partition(" #")[0].partition(" > ")[0])
+            found.append([word for word in words[not words[0].startswith("-") :] if word != "..."])
+    return [words for words in found if any("." in word for word in words if word.startswith("--"))]
+
+
+def test_every_key_of_a_documented_command_is_read() -> None:
+    commands = documented_trainings()
+    assert len(commands) > 10
+    for words in commands:
+        _, overrides = tyro.cli(TrainOptions, args=words, return_unknown_args=True)
+        assert isinstance(override(RunConfig(), overrides), RunConfig), words
 
 
 def test_every_test_that_the_page_on_reliability_names_exists_and_every_row_names_one() -> None:
@@ -116,6 +138,7 @@ def test_every_emitted_metric_is_documented_and_every_documented_one_is_emitted(
         "rescored": recipe(tiny_folder, num_updates=2, **rescored),
         "eager": recipe(tiny_folder, num_updates=2, proximal={"source": "eager"}),
         "mixture": recipe(tiny_moe_folder, num_updates=2),
+        "replayed": recipe(tiny_moe_folder, num_updates=2, model={"routing": "replayed"}),
         "program": recipe(tiny_folder, runtime={"type": "local"}, env={"program": "tests.rollout.agent_programs:talks"}),
     }
     emitted = set().union(*(emitted_metrics(tmp_path, name, config) for name, config in runs.items()))

@@ -23,7 +23,7 @@ LEVELS = (
     {"loop"},
     {"backends"},
     {"run"},
-    {"compare", "bench"},
+    {"compare", "bench", "doctor", "integrations", "replay"},
     {"cli"},
     {"__main__"},
 )
@@ -31,7 +31,7 @@ LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in 
 CONFIG_FROM, RECORD_FROM = LEVEL["train"], LEVEL["loop"]
 EVENTS = {"oldlogits.record.bus", "oldlogits.record.events"}
 HEAVY = ("ray", "vllm", "peft", "deepspeed", "bitsandbytes", "flash_attn", "triton", "accelerate", "trl")
-HEAVY += ("wandb", "trackio", "mlflow")
+HEAVY += ("wandb", "trackio", "mlflow", "areal", "verl", "prime_rl")
 
 
 def module_name(path):

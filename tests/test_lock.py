@@ -11,6 +11,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 LINE = re.compile(r"[a-z0-9][a-z0-9.-]*==[0-9][0-9a-z.+!]*( ; [^/@]+)?")
 EXTRAS = PROJECT["project"]["optional-dependencies"].values()
 ENVS = ("constraints-envs.in", "constraints-envs.txt")
+PEERS = ("constraints-peers.in", "constraints-peers.txt")
 DIRECT = [*PROJECT["project"]["dependencies"], *(line for lines in EXTRAS for line in lines)]
 
 
@@ -21,7 +22,8 @@ def locked(name):
 
 
 @pytest.mark.parametrize(
-    "name, at_least", [("constraints.txt", 100), ("constraints-vllm.txt", 150), ("constraints-envs.txt", 120)]
+    "name, at_least",
+    [("constraints.txt", 100), ("constraints-vllm.txt", 150), ("constraints-envs.txt", 120), ("constraints-peers.txt", 120)],
 )
 def test_a_lock_holds_nothing_but_names_exact_versions_and_where_they_apply(name, at_least):
     assert len(locked(name)) >= at_least
@@ -33,7 +35,7 @@ def test_what_the_project_asks_for_is_locked():
 
 
 def test_what_is_pinned_on_purpose_is_locked_so():
-    for pinned, lock in (("constraints.in", "constraints.txt"), ("constraints-vllm.in", "constraints-vllm.txt"), ENVS):
+    for pinned, lock in (("constraints.in", "constraints.txt"), ("constraints-vllm.in", "constraints-vllm.txt"), ENVS, PEERS):
         exact = re.findall(r"^[^#\s]+==[^#\s]+", (ROOT / pinned).read_text(encoding="utf-8"), flags=re.MULTILINE)
         assert exact
         assert set(exact) <= set((ROOT / lock).read_text(encoding="utf-8").splitlines())

@@ -73,6 +73,60 @@ def test_qwen3_4b_fits_two_gpus_of_80_gib_beside_its_servers(at, capsys):
     assert cost.expected_store_bytes < 1.08 * cost.version_bytes
     assert cost.sync_bytes < 0.02 * cost.version_bytes
     assert cost.cache_bytes == 0  # vLLM's own
-    assert cost.rank_bytes(2) < 80 * GIB < cost.rank_bytes(1)
+    assert cost.rank_bytes(2) < 0.85 * 80 * GIB < cost.rank_bytes(1)  # the rest is workspace and fragmentation
     assert run(["train", str(RECIPES / "qwen3-4b-gpu.toml"), "--dry-run"]) == 0
     assert "# parameters       4,022,468,096" in capsys.readouterr().out
+
+
+PAPER = sorted(path.name for path in (RECIPES / "paper").glob("*.toml"))
+ROWS = (
+    "--variant decoupled_exact",
+    "--proximal.source dedicated",
+    "--proximal.source interruption",
+    "--proximal.source eager",
+    "--variant decoupled_async",
+    "--variant linear_prox",
+    "--variant loglinear_prox",
+    "--variant ppo_ewma_train_infer --proximal.reset paper",
+    "--variant ppo_ewma --proximal.reset paper",
+    "--variant ppo_clip_train_infer",
+    "--variant aged_train_infer",
+    "--variant rescore_train_infer",
+)
+"""The rows of docs/paper.md."""
+
+
+def command_of(recipe: str) -> list[str]:
+    """The command of a dry run that a recipe's header gives, after the recipe."""
+    lines = (RECIPES / "paper" / recipe).read_text().split("--dry-run", 1)[1].split("\n# The paper")[0]
+    return ["--dry-run", *lines.replace("\\\n#", " ").split()]
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_runs_say_their_bytes_and_seconds_without_model_and_checkout(name, monkeypatch, capsys):
+    monkeypatch.chdir(RECIPES.parent)
+    for row in ROWS if name == "qwen3-4b-tau2.toml" else ROWS[:1]:
+        assert run(["train", f"recipes/paper/{name}", *command_of(name), *row.split()]) == 0
+        said = capsys.readouterr().out
+        assert "# an update" in said
+        assert "# assumed" in said
+        assert "# environment      not checked" in said
+
+
+@pytest.mark.parametrize("name, ranks, gigabytes", [("qwen3-4b-tau2.toml", 4, 80), ("qwen3-30b-a3b-vitabench.toml", 6, 141)])
+def test_the_trainer_of_the_papers_runs_fits_its_gpus(name, ranks, gigabytes, monkeypatch):
+    monkeypatch.chdir(RECIPES.parent)
+    model = "recipes/paper/Qwen3-4B" if "4b" in name else "recipes/paper/Qwen3-30B-A3B"
+    cost = estimate(load_config(RECIPES / "paper" / name, ["--model.path", model], needs_model=False))
+    assert cost.rank_bytes(ranks) < 0.95 * gigabytes * 1e9
+
+
+def test_the_rows_of_the_papers_table_are_in_its_page():
+    page = (RECIPES.parent / "docs" / "paper.md").read_text()
+    assert [row for row in ROWS if f"`{row}`" not in page] == []
+
+
+def test_a_run_without_its_checkout_is_refused(at, capsys):
+    recipe = str(RECIPES / "paper" / "qwen3-4b-tau2.toml")
+    assert run(["train", recipe, "--model.path", str(RECIPES / "paper" / "Qwen3-4B"), "--out", "run"]) == 2
+    assert not (at / "run").exists()

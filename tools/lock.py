@@ -18,6 +18,8 @@ from pathlib import Path
 PROJECT = Path("pyproject.toml")
 ENVS = ("--extra", "serve", "--extra", "vllm", "--extra", "mcp", "--extra", "smollm2", str(PROJECT))
 """This package and those of its extras that are tested beside the packages of other projects."""
+PEERS = ("--extra", "lora", "--extra", "ray", str(PROJECT))
+"""The same for the trainers that there are adapters for."""
 LOCKS = {
     Path("constraints.txt"): (PROJECT, "--all-extras", "--constraint", "constraints.in"),
     # vLLM asks for a build of torch, torch==2.13.0+cpu, that not every index has.
@@ -27,6 +29,14 @@ LOCKS = {
         "--python-version",
         "3.11",
         *ENVS,
+        "--constraint",
+        "constraints.in",
+    ),
+    Path("constraints-peers.txt"): (
+        Path("constraints-peers.in"),
+        "--python-version",
+        "3.11",
+        *PEERS,
         "--constraint",
         "constraints.in",
     ),

@@ -184,5 +184,8 @@ class SimulatedScorer(Worker):
 
 
 def _scored(pieces: Sequence[ScoringSpan], seconds: float) -> ScoredSpans:
-    num_values = sum(len(piece.positions) for piece in pieces)
-    return ScoredSpans(values=np.zeros(num_values, np.float32), seconds_s=seconds, switch_s=0.0, check_s=0.0)
+    values, num_read = (
+        np.zeros(sum(len(piece.positions) for piece in pieces), np.float32),
+        sum(piece.num_read for piece in pieces),
+    )
+    return ScoredSpans(values=values, seconds_s=seconds, switch_s=0.0, check_s=0.0, num_read=num_read)

@@ -15,7 +15,7 @@ import os
 import random
 import sys
 
-from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+from openai import AsyncOpenAI, DefaultAioHttpClient
 
 SYSTEM = (
     "order desk . cancel if pending . transfer if shipped . refund if delivered within 30 days , never food . else say why ."
@@ -43,7 +43,7 @@ TOOLS = [
 ]
 LATENCY_S = 0.2  # mean, of a tool and of the customer
 
-http = DefaultAsyncHttpxClient(timeout=600)  # shared by all episodes: to open a client takes longer than to ask
+http = DefaultAioHttpClient(timeout=600)  # shared by all episodes; of many at a time it takes half the CPU of the default one
 
 
 async def agent(base_url: str, api_key: str, row: dict) -> float:
@@ -140,7 +140,11 @@ def ruling(kind: str, order: dict) -> tuple[str, str]:
     return "", status
 
 
+async def main(row: dict) -> float:
+    """Serve one customer with the server that the environment names."""
+    async with http:
+        return await agent(os.environ["OPENAI_BASE_URL"], os.environ["OPENAI_API_KEY"], row)
+
+
 if __name__ == "__main__":
-    task = json.load(sys.stdin)
-    reward = asyncio.run(agent(os.environ["OPENAI_BASE_URL"], os.environ["OPENAI_API_KEY"], task))
-    print(json.dumps({"reward": reward}))
+    print(json.dumps({"reward": asyncio.run(main(json.load(sys.stdin)))}))

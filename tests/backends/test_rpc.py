@@ -1,6 +1,7 @@
 """The laws of the one RPC, with real processes."""
 
 import asyncio
+import gc
 import inspect
 import os
 import signal
@@ -16,6 +17,7 @@ from oldlogits.core.errors import ConfigError, UnknownCallError, WorkerDiedError
 from oldlogits.rpc.child import Call, serve_calls
 from oldlogits.rpc.client import Dispatcher, Inline, calls_of, client
 from oldlogits.rpc.process import ChildProcess, Deadline
+from oldlogits.rpc.processes import keeping_what_is_built
 from oldlogits.train.calls import TrainerCalls
 from oldlogits.train.scorer import Scorer
 from oldlogits.train.trainer import Trainer
@@ -57,6 +59,24 @@ def test_arguments_travel_by_position_by_name_and_by_default_and_properties_are_
         return notes.owner
 
     assert play(scenario) == "me"
+
+
+def test_a_child_that_is_ready_has_its_garbage_collector_leave_alone_what_it_was_built_of():
+    async def scenario(process, notes):
+        before = await notes.num_left_alone()
+        await process.ready()
+        return before, await notes.num_left_alone()
+
+    before, after = play(scenario)
+    assert before == 0
+    assert after > 10_000
+
+
+def test_what_is_left_alone_for_a_while_is_read_again_afterwards():
+    before = gc.get_freeze_count()
+    with keeping_what_is_built():
+        assert gc.get_freeze_count() > 10_000
+    assert gc.get_freeze_count() <= before
 
 
 def test_an_error_of_the_package_crosses_with_its_type_and_parts_and_the_process_lives_on():
@@ -163,7 +183,7 @@ def test_an_answer_that_cannot_be_read_fails_the_calls_and_kills_the_child():
 
 def test_nothing_but_the_methods_of_the_protocol_can_be_called():
     async def scenario(process, notes):
-        with pytest.raises(UnknownCallError, match="'erase'; allowed: add, echo, fail, read, rest"):
+        with pytest.raises(UnknownCallError, match="'erase'; allowed: add, echo, fail, num_left_alone, read, rest"):
             await process.call("erase", ())
         with pytest.raises(UnknownCallError, match="__init__"):
             await process.call("__init__", ("two",))
@@ -243,7 +263,7 @@ def test_an_inline_call_is_carried_out_before_anything_else_goes_on():
 def test_a_client_without_a_value_of_a_property_and_a_dispatcher_without_a_method_are_refused():
     with pytest.raises(AssertionError, match="wants a value of owner"):
         client(Notes, Inline(lambda method, arguments: None))
-    with pytest.raises(AssertionError, match="nobody has echo, rest of Notes"):
+    with pytest.raises(AssertionError, match="nobody has echo, num_left_alone, rest of Notes"):
         Dispatcher(Notes, type("Half", (), {"add": 1, "read": 1, "fail": 1})())
 
 

@@ -25,10 +25,11 @@ BF16 = {"model": {"forward_dtype": "bf16"}, "trainer": {"lr": 1e-5}}
 CASES = {
     "fp32": {},
     "bf16": {**BF16, "trainer": {"lr": 1e-3, "activation_checkpointing": True}},
-    "int8 engine": {"engine": {"precision": "int8"}},
+    "int8 engine": {"engine": {"precision": "int8"}, "trainer": {"layout": "padded"}},
     "ewma": {"variant": "ppo_ewma_train_infer", "proximal": {"source": "ewma", "decay": "mean-lag"}},
     "adapters": {"model": {"lora_rank": 4}, "engine": {"precision": "int8"}},
     "adapters, bf16": {"model": {"lora_rank": 4, "forward_dtype": "bf16"}, "trainer": {"activation_checkpointing": True}},
+    "moments on the host": {"trainer": {"offload_optimizer": True}},
     "token-mean-kept": {"objective": {"loss_aggregation": "token-mean-kept"}, "band": 1.2},
 }
 
@@ -92,6 +93,8 @@ def test_two_ranks_give_the_losses_the_old_logits_and_the_weights_of_one_process
     assert first["grad/norm"] > 1e-3
     left, right = state_of(tmp_path / "one"), state_of(tmp_path / "two")
     assert largest_difference(left, right, "master") <= 1e-4
+    if case == "moments on the host":
+        assert largest_difference(left, right, "exp_avg") <= 1e-4
     if "adapters" in case:
         trained = of_kind("master", left)
         assert all(name.endswith(".default.weight") for name in trained), "a version is its adapters"
@@ -125,8 +128,9 @@ def test_patches_of_the_slices_bring_the_engine_from_version_to_version_without_
     assert summary["probe_max_abs_error"] <= 1e-4, "the engine holds the bits of all slices"
 
 
-def test_a_checkpoint_of_two_ranks_goes_on_in_one_process(tiny_folder, tmp_path):
-    config = recipe(tiny_folder, num_updates=2, model={"forward_dtype": "bf16"})
+@pytest.mark.parametrize("on_host", [False, True])
+def test_a_checkpoint_of_two_ranks_goes_on_in_one_process(tiny_folder, tmp_path, on_host):
+    config = recipe(tiny_folder, num_updates=2, model={"forward_dtype": "bf16"}, trainer={"offload_optimizer": on_host})
     file = write_recipe(tmp_path / "r.toml", config)
     status, said = finish(launch(file, "--out", tmp_path / "two"))
     assert status == 0, said
@@ -140,13 +144,15 @@ def test_a_checkpoint_of_two_ranks_goes_on_in_one_process(tiny_folder, tmp_path)
     assert {value.item() for value in of_kind("step", before).values()} == {4.0}
 
 
-def test_a_checkpoint_of_one_process_goes_on_over_two_ranks_as_it_does_in_one(tiny_folder, tmp_path):
-    config = recipe(tiny_folder, num_updates=2, model={"forward_dtype": "bf16"})
+@pytest.mark.parametrize("is_on_host", [False, True])
+def test_a_checkpoint_of_one_process_goes_on_over_two_ranks_as_it_does_in_one(tiny_folder, tmp_path, is_on_host):
+    sections = {"model": {"forward_dtype": "bf16"}, "trainer": {"offload_optimizer": is_on_host}}
+    config = recipe(tiny_folder, num_updates=2, **sections)
     assert run(config, tmp_path / "one").error is None
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     status, said = finish(launch("--resume", tmp_path / "two", "--num-updates", "3"))
     assert status == 0, said
-    longer = recipe(tiny_folder, num_updates=3, model={"forward_dtype": "bf16"})
+    longer = recipe(tiny_folder, num_updates=3, **sections)
     assert run(longer, tmp_path / "one", resume=True).error is None
     assert largest_difference(state_of(tmp_path / "one"), state_of(tmp_path / "two"), "master") <= 1e-4
     assert largest_difference(state_of(tmp_path / "one"), state_of(tmp_path / "two"), "exp_avg") <= 1e-4
@@ -189,3 +195,32 @@ def test_a_rank_that_is_killed_ends_the_run_soon_and_is_named_with_the_last_chec
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["ended"] == status
     check_accounting(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("model", "current", "checkpointing"), [({}, "scored", True), ({"lora_rank": 4}, "training-forward", False)]
+)
+def test_two_ranks_in_bf16_are_exact_at_lag_0_and_same_shape_leaves_no_noise(
+    tiny_folder, tmp_path, model, current, checkpointing
+):
+    config = recipe(
+        tiny_folder,
+        num_updates=3,
+        model=model,
+        trainer={
+            "compute": "bf16",
+            "lr": 1e-3,
+            "activation_checkpointing": checkpointing,
+            "micro_batch_tokens": 200,
+            "head_chunk_tokens": 16,
+        },
+        proximal={"scoring": "same-shape", "current_version": current},
+    )
+    status, said = finish(launch(write_recipe(tmp_path / "r.toml", config), "--out", tmp_path / "two"))
+    assert status == 0, said
+    summary = summary_of(tmp_path / "two")
+    assert summary["consistency_lag0_max_abs_error"] == summary["consistency_rescored_max_abs_error"] == 0
+    assert summary["consistency_publish_max_abs_error"] == 0
+    assert summary["num_digests"] > 0
+    assert summary["provenance"].keys() == {"exact"}
+    assert 0 <= summary["packing_max_abs_error"] < 0.1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 import typing
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from oldlogits.cli.main import run, usage
 from oldlogits.cli.show import TABLES, recipe_rows
 from oldlogits.cli.table import Rows, packed, wrapped
-from oldlogits.config.load import known_keys
+from oldlogits.config.load import config_from_table, known_keys
 from oldlogits.config.reader import fields_by_key
 from oldlogits.config.schema import RunConfig
 
@@ -104,6 +105,11 @@ def test_the_recipe_is_shown_with_what_each_key_allows():
         assert allowed[key] == choices
     assert allowed["runtime.type"] == 'lockstep, local, ray, or "package.module:Name"'
     assert allowed["variant"].startswith("ppo_clip, ppo_clip_train_infer, decoupled_exact, ")
+
+
+def test_every_default_is_shown_as_a_recipe_would_have_it():
+    shown = tomllib.loads("\n".join(f"{key} = {default}" for key, default, _, _ in recipe_rows()))
+    assert config_from_table(shown) == config_from_table({})
 
 
 @pytest.mark.slow

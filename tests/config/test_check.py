@@ -10,6 +10,7 @@ from oldlogits.config.check import check
 from oldlogits.config.check import check as check_function
 from oldlogits.config.load import config_from_table, known_keys
 from oldlogits.config.model_folder import check_model_folder
+from oldlogits.config.programs import rows_in_words
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import ConfigError, MissingPolicyError, ModelFolderError
 
@@ -49,6 +50,7 @@ REFUSED = {  # key -> values just outside, and beyond
     "env.timeout_s": [0.0, NAN],
     "env.program_timeout_s": [0.0, NAN],
     "env.program_memory_bytes": [-1],
+    "env.program_processes": [0, 1025],
     "env.latency_s": [-0.1, INF, NAN],
     "sampling.temperature": [0.0, -1.0, 1e-300, 1e300, INF, NAN],
     "sampling.top_p": [0.99, NAN],
@@ -307,6 +309,30 @@ def test_a_referee_is_refused_where_a_truncation_acts_beside_the_active_set():
         check(changed("audit.share", 0.25, truncated))
 
 
+def test_an_evaluation_overlaps_training_only_where_time_is_real_and_no_checkpoint_is_chosen_by_it():
+    overlapping = changed("eval.overlap", True, changed("runtime.type", "local"))
+    refusal = r"ends after the checkpoint .*got: eval\.overlap = true, .*fix: set record\.keep_best = false"
+    with pytest.raises(ConfigError, match=refusal):
+        check(overlapping)
+    check(changed("record.keep_best", False, overlapping))
+    with pytest.raises(ConfigError, match=r"needs real time.*fix: set eval\.overlap = false"):
+        check(changed("runtime.type", "lockstep", changed("record.keep_best", False, overlapping)))
+
+
+@pytest.mark.parametrize("key, value", [("trainer.offload_optimizer", True), ("trainer.head_kernel", "liger")])
+def test_what_is_for_gpus_is_refused_for_a_trainer_on_the_cpu(key, value):
+    check(changed(key, value))
+    with pytest.raises(ConfigError, match=f"for GPUs.*{key}"):
+        check(changed(key, value, changed("trainer.device", "cpu")))
+
+
+def test_kernels_that_round_logits_are_refused_where_the_recipe_does_not():
+    bf16 = changed("model.forward_dtype", "bf16", changed("trainer.compute", "bf16", changed("trainer.head_kernel", "liger")))
+    with pytest.raises(ConfigError, match=r"round the logits.*fix: set trainer\.head_compute = 'bf16'"):
+        check(bf16)
+    check(changed("trainer.head_compute", "bf16", bf16))
+
+
 def test_rows_that_exist_are_accepted(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("{}\n")
@@ -351,3 +377,44 @@ def test_a_reward_function_that_an_agent_program_would_never_reach_is_refused(ke
     env = {"program": "tests.envs.test_base:program", key: "tests.envs.test_base:reward"}
     with pytest.raises(ConfigError, match=rf"an agent program gives its reward itself.*env\.{key}"):
         check(config_from_table({"env": env, "runtime": {"type": "local"}}))
+
+
+PROGRAM = {"program": "tests.rollout.agent_programs:plays"}
+
+
+@pytest.mark.parametrize(
+    ("env", "key", "value", "why"),
+    [
+        (PROGRAM, "tool_errors", "answer", "calls its own tools"),
+        (PROGRAM, "latency_s", 0.5, "calls its own tools"),
+        (PROGRAM, "mcp", [{"url": "http://127.0.0.1:1/mcp"}], "calls its own tools"),
+        (PROGRAM, "program_memory_bytes", 2**30, "no command plays the episodes"),
+        ({"command": ["python", "-c", "pass"]}, "tool_errors", "fail", "calls its own tools"),
+        ({"command": ["python", "-c", "pass"]}, "verifiers_args", "{}", "arguments of no environment"),
+        ({}, "program_timeout_s", 5.0, "no agent program plays the episodes"),
+        ({}, "program_memory_bytes", 2**30, "no agent program plays the episodes"),
+        ({}, "unmet_wishes", "refuse", "no agent program plays the episodes"),
+        ({"verifiers": "x"}, "target", "desk_long", "verifiers takes its place"),
+        ({"verifiers": "x"}, "adapter", "trl", "verifiers takes its place"),
+        ({"verifiers": "x"}, "latency_s", 0.5, "calls its own tools"),
+        ({"mcp": [{"url": "http://127.0.0.1:1/mcp"}]}, "target", "desk_long", "mcp takes its place"),
+        ({"mcp": [{"url": "http://127.0.0.1:1/mcp"}]}, "mixture", [{"target": "desk"}], "mcp takes its place"),
+    ],
+)
+def test_a_key_that_what_plays_takes_no_notice_of_is_refused(env, key, value, why):
+    table = {"env": {**env, key: value}, "runtime": {"type": "local"}}
+    with pytest.raises(ConfigError, match=rf"{why}: env\.{key} has no effect"):
+        check(config_from_table(table))
+
+
+def test_an_agent_program_is_checked_with_the_keys_that_it_does_read():
+    env = {**PROGRAM, "program_timeout_s": 5.0, "unmet_wishes": "refuse", "timeout_s": 3.0, "target": "desk_long"}
+    check(config_from_table({"env": env, "runtime": {"type": "local"}}))
+
+
+def test_it_is_told_where_rows_come_from():
+    env = config_from_table({"env": {**PROGRAM, "train_data": "a.jsonl"}}).env
+    assert rows_in_words(env) == "training: a.jsonl, held-out: made by env.target = 'desk'"
+    mixed = config_from_table({"env": {"mixture": [{"target": "desk", "eval_data": "b.jsonl"}, {"target": "desk_long"}]}}).env
+    assert rows_in_words(mixed, only_heldout=True) == "held-out: b.jsonl; held-out: made by env.target = 'desk_long'"
+    assert "made by env.verifiers = 'x'" in rows_in_words(config_from_table({"env": {"verifiers": "x"}}).env)

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import textwrap
 import typing
+from dataclasses import replace
 
 import pytest
 
 from oldlogits.config import schema
 from oldlogits.config.check import check, resolve
+from oldlogits.config.episodes import EvalConfig
 from oldlogits.config.load import _names, config_from_table, known_keys, load_config, override
 from oldlogits.config.mixture import MixturePart
 from oldlogits.config.schema import RunConfig
@@ -90,9 +92,11 @@ def test_every_key_is_read_from_a_table_and_only_it_changes(key):
     kinds = [kind for kind in typing.get_args(hint) if typing.get_origin(kind) is None]  # the other one is "auto"
     hint = kinds[0] if kinds and not choices else hint
     other = choices[0] if choices else {str: "other", int: 7, float: 0.125, bool: not default}[hint]
-    other = {"variant": "ppo_clip", "band": 1.25, "objective.dual_clip": 1.25, "objective.is_cap": 1.25}.get(key, other)
+    given = {"variant": "ppo_clip", "band": 1.25, "objective.dual_clip": 1.25, "objective.is_cap": 1.25}
+    other = {**given, "model.forward_dtype": "bf16"}.get(key, other)
+    follow = {"trainer.compute": {"model.forward_dtype"}}.get(key, set())  # what "auto" makes of it
     changed = config_from_table(table_of(key, other))
-    assert {k for k in known_keys() if value_at(changed, k) != value_at(plain, k)} == {key}
+    assert {k for k in known_keys() if value_at(changed, k) != value_at(plain, k)} == {key, *follow}
     assert value_at(changed, key) == other
 
 
@@ -186,6 +190,29 @@ def test_every_key_can_be_overridden_by_its_dotted_name(key):
         )
         arguments = [f"--{key}".replace("_", "-"), other]
         assert str(value_at(override(RunConfig(), arguments), key)) == other
+
+
+LISTS = [key for key in known_keys() if isinstance(default_of(key), tuple)]
+
+
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("key", LISTS)
+def test_every_list_can_be_given_as_json_whatever_it_holds_and_takes_the_place_of_the_whole_list(key, joined):
+    kind, part = TABLES.get(key, (None, ""))
+    texts = ["--fast", "a b", "[", "-c", 'say "x"']
+    given = [{part: text} for text in texts] if kind else texts
+    flag, value = f"--{key}".replace("_", "-"), json.dumps(given)
+    config = override(RunConfig(), [*([f"{flag}={value}"] if joined else [flag, value]), "--seed", "7"])
+    assert value_at(config, key) == tuple(kind(**{part: text}) if kind else text for text in texts)
+    assert config.seed == 7
+    assert value_at(override(config, [flag, "[]"]), key) == ()
+
+
+def test_a_list_that_is_no_json_of_its_kind_is_refused_with_an_example():
+    with pytest.raises(ConfigError, match=r"""env\.command cannot be read.*fix: --env\.command '\["one", "two"\]'"""):
+        override(RunConfig(), ["--env.command", "[python, agent.py]"])
+    with pytest.raises(ConfigError, match=r"env\.command\[1\] takes a string"):
+        override(RunConfig(), ["--env.command", '["python", 3]'])
 
 
 @pytest.mark.slow
@@ -297,6 +324,27 @@ def test_an_old_key_is_refused_with_the_new_one_named_in_a_recipe_and_on_the_com
             refused()
         assert (caught.value.got, caught.value.allowed) == (old, new)
         assert caught.value.fix == f"write {new} instead of {old}"
+
+
+@pytest.mark.parametrize(
+    "words, overlaps",
+    [
+        (["--eval.overlap", "true"], True),
+        (["--eval.overlap=True"], True),
+        (["--eval.overlap"], True),
+        (["--eval.overlap", "--band", "2"], True),
+        (["--eval.overlap", "false", "--band", "2"], False),
+        (["--eval.no-overlap"], False),
+    ],
+)
+def test_what_is_true_or_false_is_written_on_the_command_line_as_in_a_recipe(words, overlaps):
+    config = override(replace(RunConfig(), eval=EvalConfig(overlap=not overlaps)), words)
+    assert (config.eval.overlap, config.band) == (overlaps, 2 if "2" in words else RunConfig().band)
+
+
+def test_a_word_that_is_neither_true_nor_false_is_refused_by_its_key():
+    with pytest.raises(ConfigError, match=r"record\.keep_best cannot be read; got: 'maybe'; allowed: true or false"):
+        override(RunConfig(), ["--record.keep-best", "maybe"])
 
 
 def test_an_old_switch_is_refused_in_both_of_its_forms():

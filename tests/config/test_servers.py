@@ -4,7 +4,10 @@ import pytest
 
 from oldlogits.config.check import check
 from oldlogits.config.load import config_from_table
+from oldlogits.core.engine import EngineSpec, ServerOptions
 from oldlogits.core.errors import ConfigError
+from oldlogits.core.server import LaunchSpec
+from oldlogits.engines.protocols.embedded import EmbeddedProtocol
 
 URL = "http://127.0.0.1:8000"
 
@@ -91,3 +94,39 @@ def test_a_cluster_that_can_work_passes(keys):
 def test_a_cluster_that_cannot_work_is_refused(sections, words):
     with pytest.raises(ConfigError, match=words):
         check(ray(**sections))
+
+
+@pytest.mark.parametrize(
+    "sections, device",
+    [
+        ({}, "auto"),
+        ({"engine": {"device": "cuda"}}, "cuda"),
+        ({"runtime": {"type": "lockstep"}}, "cpu"),
+        ({"runtime": {"type": "lockstep"}, "engine": {"device": "cuda"}}, "cuda"),
+        ({"runtime": {"type": "ray"}}, "cpu"),
+        ({"runtime": {"type": "ray"}, "ray": {"worker_gpus": 1.0}}, "auto"),
+    ],
+)
+def test_the_engine_has_a_gpu_where_the_recipe_leaves_it_one(sections, device):
+    assert config_from_table(sections).engine_device == device
+
+
+@pytest.mark.parametrize(
+    "sections, word",
+    [
+        ({"engine": {"type": "vllm", "device": "cpu"}}, "engine.device has no effect"),
+        ({"engine": {"type": "vllm", "server": "embedded", "urls": ["http://127.0.0.1:1"], "device": "cpu"}}, "has no effect"),
+        ({"runtime": {"type": "ray"}, "engine": {"device": "cuda"}}, "does not reserve for it"),
+    ],
+)
+def test_a_device_that_the_engine_cannot_have_is_refused(sections, word):
+    with pytest.raises(ConfigError, match=word):
+        check(config_from_table(sections))
+
+
+def test_a_server_of_the_embedded_engine_is_told_its_device():
+    config = config_from_table({"engine": {"type": "vllm", "server": "embedded", "device": "cpu"}})
+    check(config)
+    spec = EngineSpec(model_path="m", device=config.engine_device)
+    words = EmbeddedProtocol.command(LaunchSpec(engine=spec, servers=ServerOptions(protocol="embedded")), 1)
+    assert words[words.index("--device") + 1] == "cpu"

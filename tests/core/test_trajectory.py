@@ -1,11 +1,15 @@
+import copy
 import math
+import pickle
+import tracemalloc
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from oldlogits.core.errors import TrajectoryError
-from oldlogits.core.trajectory import Context, Sampled, Trajectory, TrajectoryGroup
+from oldlogits.core.trajectory import Context, Ints, Sampled, Trajectory, TrajectoryGroup
 
 from ..builders import sampled, trajectory
 
@@ -96,3 +100,38 @@ def test_trajectories_are_frozen_and_compare_by_value():
         one.reward = 1.0
     with pytest.raises(TypeError):
         Trajectory("g0.0", "g0", one.segments, 0.0, "done")
+
+
+def test_tokens_and_log_probs_are_flat_and_are_equal_to_the_tuples_that_they_were_given_as():
+    one = Sampled(token_ids=(300, 4, 500), logp_mu=[-0.1, -0.25, NAN], version=2)
+    assert isinstance(one.token_ids, Ints)
+    assert one.token_ids == (300, 4, 500) == one.token_ids
+    assert one.token_ids != (300, 4)
+    assert one.logp_mu[:2] == (-0.1, -0.25), "no digit is lost"
+    assert (*one.token_ids[1:], one.token_ids[-1]) == (4, 500, 500)
+    assert repr(one.token_ids) == "(300, 4, 500)"
+    assert np.asarray(one.token_ids, np.int64).tolist() == [300, 4, 500]
+    read = Context(token_ids=range(300, 304))
+    assert {read: 1}[Context(token_ids=[300, 301, 302, 303])] == 1
+    assert hash(read.token_ids) == hash((300, 301, 302, 303))
+    assert pickle.loads(pickle.dumps(read)) == copy.deepcopy(read) == read
+
+
+def test_a_queued_trajectory_takes_a_fifth_of_the_memory_of_tuples_at_most():
+    def bytes_of(keep):
+        tracemalloc.start()
+        kept = [keep(list(range(1000 * i, 1000 * i + 900)), [-1e-3 * j for j in range(100)]) for i in range(1, 20)]
+        size = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert kept
+        return size
+
+    tuples = bytes_of(lambda ids, logps: (tuple(ids), tuple(ids[:100]), tuple(logps)))
+    segments = bytes_of(lambda ids, logps: (Context(token_ids=ids), Sampled(token_ids=ids[:100], logp_mu=logps, version=0)))
+    assert segments < tuples / 5
+
+
+@pytest.mark.parametrize("ids", [(2**31,), (-(2**31) - 1,), ("a",), (1.5,)])
+def test_a_token_id_that_is_none_is_refused(ids):
+    with pytest.raises(TrajectoryError, match="token ids"):
+        Context(token_ids=ids)

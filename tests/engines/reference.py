@@ -9,6 +9,8 @@ from transformers import (
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -32,11 +34,17 @@ SHAPE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 2048,
 }
+SCALED = {
+    **{"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0},
+    **{"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+}
 EXPERTS = {"head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4}
 MODELS = {
     "llama": (LlamaForCausalLM, LlamaConfig(**SHAPE, tie_word_embeddings=False)),
     "llama with attention bias": (LlamaForCausalLM, LlamaConfig(**SHAPE, attention_bias=True)),
     "llama without grouped heads": (LlamaForCausalLM, LlamaConfig(**{**SHAPE, "num_key_value_heads": 4}, head_dim=16)),
+    "llama with scaled rotary embeddings": (LlamaForCausalLM, LlamaConfig(**SHAPE, rope_parameters=SCALED)),
+    "mistral": (MistralForCausalLM, MistralConfig(**SHAPE, sliding_window=None)),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SHAPE, rms_norm_eps=1e-5)),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=True)),
     "qwen3 untied with attention bias": (

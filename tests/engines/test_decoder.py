@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 from oldlogits.core.errors import ModelFolderError
-from oldlogits.engines.embedded.decoder import TILE, DecodeAttention, Decoder, PrefillAttention
+from oldlogits.engines.embedded.attention import TILE, DecodeAttention, PrefillAttention
+from oldlogits.engines.embedded.decoder import Decoder
 from oldlogits.engines.embedded.model_folder import read_config, read_weights
 from oldlogits.engines.embedded.numerics import round_linear
 
@@ -41,7 +42,7 @@ def decode(decoder, cache, tokens, positions, active=None):
     """Logits of one token of each slot from 0."""
     seen = (positions + 1) * (torch.ones_like(positions) if active is None else active)
     crops = [int(tile.max()) for tile in seen.split(TILE)]
-    attention = DecodeAttention(positions, crops, cache)
+    attention = DecodeAttention(torch.arange(len(positions)), positions, crops, cache)
     return decoder.logits(decoder.forward(tokens, positions, cache, attention))
 
 
@@ -76,6 +77,31 @@ def test_a_prefill_continues_what_the_cache_holds(tmp_path):
     expected = hf_logits(model, ids)
     close(second[0], expected[0, 7:27])
     close(second[1], expected[1, 16:19])
+
+
+@pytest.mark.parametrize(("starts", "counts", "is_causal"), [([7, 0], [20, 16], True), ([16, 5], [6, 2], False)])
+def test_a_prefill_is_causal_where_most_entries_are_new_and_masked_once_where_few_are(starts, counts, is_causal, tmp_path):
+    model = make_model("llama")
+    save(model, tmp_path)
+    decoder = open_decoder(tmp_path)
+    cache, ids = decoder.new_cache(4), random_ids(2, 30)
+    prefill(decoder, cache, ids, [3, 1], [0, 0], [max(1, start) for start in starts])
+    attention = PrefillAttention([3, 1], starts, counts, cache)
+    assert (attention._bias is None) is is_causal
+    expected = hf_logits(model, ids)
+    for row, logits in enumerate(prefill(decoder, cache, ids, [3, 1], starts, counts)):
+        close(logits, expected[row, starts[row] : starts[row] + counts[row]])
+
+
+def test_a_pass_that_only_fills_the_cache_fills_it_with_the_same_entries(tmp_path):
+    save(make_model("qwen3"), tmp_path)
+    decoder, ids = open_decoder(tmp_path), random_ids(20)
+    caches = [decoder.new_cache(1) for _ in range(2)]
+    for cache, only_cache in zip(caches, (False, True), strict=True):
+        attention = PrefillAttention([0], [0], [20], cache)
+        decoder.forward(ids, attention.positions, cache, attention, only_cache=only_cache)
+    assert caches[0][-1].abs().sum() > 0
+    assert torch.equal(*caches)
 
 
 def test_rows_of_several_tiles_and_idle_tiles_do_not_disturb_each_other(tmp_path):

@@ -11,7 +11,9 @@ from oldlogits.core.engine import EngineSpec, RolloutEngine, Sampling, Span
 from oldlogits.core.errors import ConfigError, ModelFolderError
 from oldlogits.core.trajectory import Context
 from oldlogits.core.weights import FullWeights
-from oldlogits.engines.embedded.engine import WARM_STEPS, EngineCore
+from oldlogits.engines.embedded.decoder import Decoder
+from oldlogits.engines.embedded.engine import EngineCore
+from oldlogits.engines.embedded.placement import WARM_STEPS
 from oldlogits.engines.embedded.stepwise import EmbeddedEngine
 from oldlogits.models.mixed_kv import cache_keyword
 from oldlogits.rollout.turns import sampled_segments
@@ -127,6 +129,76 @@ def test_a_group_computes_its_prompt_once_and_a_next_turn_only_its_new_tokens(ma
     finished = run(core)
     assert core.stats.num_prefill_tokens == 39 + 8 * 5  # the newest output token and four of the five new ones
     assert_exact(model, versions, second, finished)
+
+
+def test_a_member_that_arrives_later_finds_the_prompt_of_its_group_while_another_samples_and_after_it_has_ended(make_core):
+    core, shared = make_core(), prompt(40, 1)
+    for name, num_steps in (("first", 3), ("meanwhile", 30), ("after all", 1)):
+        core.add(name, shared, Sampling(max_tokens=8))
+        steps(core, num_steps)
+    assert core.stats.num_prefill_tokens == 39
+    assert core.stats.num_prefix_hit_tokens == 2 * 39
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The tokens of each forward pass."""
+    seen, forward = [], Decoder.forward
+    monkeypatch.setattr(
+        Decoder, "forward", lambda self, ids, *args, **kw: seen.append(len(ids)) or forward(self, ids, *args, **kw)
+    )
+    return seen
+
+
+def test_a_step_computes_the_rows_that_decode_and_reads_a_few_tokens_of_a_next_turn_beside_them(
+    make_core, model, versions, passes
+):
+    core = make_core(max_num_seqs=24)
+    prompts = {f"{i}/0": prompt(20, i) for i in range(24)}
+    for i, (name, ids) in enumerate(prompts.items()):
+        core.add(name, ids, Sampling(max_tokens=2 if i < 18 else 12))
+    finished = steps(core, 3)
+    assert len(finished) == 18
+    del passes[:]
+    core.step()
+    assert passes == [6]
+    prompts["3/1"] = [*prompts["3/0"], *finished["3/0"].output_ids, *prompt(7, 99)]
+    core.add("3/1", prompts["3/1"], Sampling(max_tokens=3))
+    core.step()
+    assert passes == [6, 7 + 7]  # the newest output and six of the new ones beside seven rows
+    assert_exact(model, versions, prompts, finished | run(core))
+
+
+def test_a_long_prompt_and_one_whose_log_probs_are_asked_for_have_a_pass_of_their_own(make_core, passes):
+    core = make_core()
+    core.add("long", prompt(80, 1), Sampling(max_tokens=2))
+    core.step()
+    core.add("asked", prompt(9, 2), Sampling(max_tokens=1, prompt_logprobs=True))
+    core.step()
+    assert passes[0] == 79
+    assert passes[2] == 8
+    assert len(passes) == 4
+
+
+@pytest.mark.slow
+def test_few_shapes_give_what_the_rows_that_decode_give(make_core, versions):
+    """What a GPU computes."""
+
+    def play(has_few_shapes):
+        core = make_core(max_num_seqs=40)
+        core.decode_step.has_few_shapes = has_few_shapes
+        for i in range(60):
+            core.add(f"{i}/0", prompt(3 + i % 30, i % 7), Sampling(max_tokens=2 + 5 * (i % 6), top_k=3 * (i % 2)))
+        finished = steps(core, 9)
+        update(core, versions[1], 1)
+        return finished | run(core)
+
+    rows, shapes = play(False), play(True)
+    assert {name: (one.output_ids, one.spans) for name, one in rows.items()} == {
+        name: (one.output_ids, one.spans) for name, one in shapes.items()
+    }
+    for name, one in rows.items():
+        assert list(one.logprobs) == pytest.approx(shapes[name].logprobs, abs=1e-5)
 
 
 def test_a_recomputation_shares_the_common_prefix_again(make_core, versions):

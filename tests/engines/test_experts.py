@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from oldlogits.core.engine import EngineSpec, Sampling, Span
 from oldlogits.core.errors import ModelFolderError
-from oldlogits.engines.embedded.decoder import Decoder, PrefillAttention
+from oldlogits.engines.embedded.attention import PrefillAttention
+from oldlogits.engines.embedded.decoder import Decoder
 from oldlogits.engines.embedded.engine import EngineCore
 from oldlogits.engines.embedded.model_folder import read_config, read_weights
 from oldlogits.engines.embedded.numerics import round_linear

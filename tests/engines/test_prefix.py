@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oldlogits.engines.embedded.prefix import BLOCK, NO_MATCH, Match, OwnSlots, PrefixIndex, chain_keys
+from oldlogits.engines.embedded.prefix import BLOCK, NO_MATCH, FreeSlots, Match, OwnSlots, PrefixIndex, chain_keys
 
 tokens = st.lists(st.integers(0, 1), max_size=3 * BLOCK + 5)
 
@@ -83,3 +83,25 @@ def test_a_slot_that_was_taken_or_left_for_another_is_its_trajectorys_no_more():
     assert own.match("a", [1, 2]) == NO_MATCH
     own.leave(1, "b", [5], "mixed")
     assert own.match("b", [5, 6]).slot == 1
+
+
+@given(st.lists(st.one_of(st.just(None), st.integers(0, 5)), max_size=60))
+@settings(max_examples=100, deadline=None)
+def test_the_next_slot_is_the_lowest_cool_one_else_the_one_freed_first(calls):
+    """None: a step passes and the next slot is taken; a number: that slot is freed."""
+    slots, step = FreeSlots(6, 4), 0
+    freed_at = dict.fromkeys(range(6), -4)
+    for call in calls:
+        if call is None:
+            step += 1
+            if freed_at:
+                cool = [slot for slot, at in freed_at.items() if step - at >= 4]
+                expected = min(cool) if cool else min(freed_at, key=lambda slot: (freed_at[slot], slot))
+                assert slots.next(step) == expected
+                slots.take(expected)
+                del freed_at[expected]
+        elif call not in freed_at:
+            slots.free(call, step)
+            freed_at[call] = step
+        assert len(slots) == len(freed_at)
+        assert all((slot in slots) == (slot in freed_at) for slot in range(6))

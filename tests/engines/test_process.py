@@ -23,6 +23,8 @@ pytestmark = pytest.mark.slow
 
 CONTEXT = 1200
 LONG = Sampling(max_tokens=CONTEXT)
+ORIGINAL = weights_of(make_model("qwen3"))
+"""The weights of the model folder; the engine of all tests has them as version 0 or 1."""
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +120,89 @@ def test_an_update_in_mid_flight_keeps_running_requests_and_tags_their_tokens(sh
     assert stats.version == 1
     assert stats.num_decode_tokens >= 3 * (CONTEXT - 3)
     assert stats.busy_s > 0
+
+
+async def conversation(engine, num_turns, read, *, name):
+    """The generations of turns, each of which goes on from the one before, and its prompt."""
+    prompt, played = [3, 1, 4], []
+    for turn in range(num_turns):
+        generation = await engine.generate(prompt, Sampling(max_tokens=5), f"{name}/{turn}")
+        played.append((prompt, generation))
+        prompt = [*prompt, *generation.output_ids, *read]
+    return played
+
+
+@pytest.fixture
+def calls(shared_engine, monkeypatch):
+    """The arguments of every call to generate."""
+    seen, call = [], shared_engine._process.call
+
+    async def watched(method, arguments):
+        seen.extend([arguments] if method == "generate" else [])
+        return await call(method, arguments)
+
+    monkeypatch.setattr(shared_engine._process, "call", watched)
+    return seen
+
+
+def test_a_turn_sends_the_tokens_after_the_last_prompt_of_its_trajectory_and_samples_as_over_the_whole(
+    shared_engine, model, calls
+):
+    played = asyncio.run(conversation(shared_engine, 4, [2, 7], name="grows"))
+    sent = [list(arguments[-1]) for arguments in calls]
+    expected = [played[0][0]] + [[*before.output_ids, 2, 7] for _, before in played[:-1]]
+    assert sent == expected
+    for prompt, generation in played:
+        logps = expected_logprobs(model, {0: ORIGINAL, 1: ORIGINAL}, prompt, generation)
+        assert list(generation.logprobs) == pytest.approx(logps, abs=2e-5)
+
+
+def test_where_the_process_has_forgotten_a_prompt_or_the_turn_goes_on_from_another_one_the_whole_is_sent(
+    shared_engine, model, calls
+):
+    async def play():
+        await shared_engine.generate([3, 1, 4, 1], Sampling(max_tokens=2), "lost/0")
+        tokens, _ = shared_engine._prompts.take("lost")
+        shared_engine._prompts.keep("lost", tokens, 10**6)  # a number that the process never saw
+        gone = await shared_engine.generate([3, 1, 4, 1, 5], Sampling(max_tokens=2), "lost/1")
+        other = await shared_engine.generate([9, 9], Sampling(max_tokens=2), "lost/2")
+        return [([3, 1, 4, 1, 5], gone), ([9, 9], other)]
+
+    played = asyncio.run(play())
+    assert [list(arguments[-1]) for arguments in calls] == [[3, 1, 4, 1], [5], [3, 1, 4, 1, 5], [9, 9]]
+    for prompt, generation in played:
+        logps = expected_logprobs(model, {0: ORIGINAL, 1: ORIGINAL}, prompt, generation)
+        assert list(generation.logprobs) == pytest.approx(logps, abs=2e-5)
+
+
+def test_a_request_that_is_aborted_while_its_prompt_is_asked_for_ends_without_a_token(shared_engine, calls):
+    async def play():
+        await shared_engine.generate([3, 1, 4, 1], Sampling(max_tokens=2), "away/0")
+        tokens, _ = shared_engine._prompts.take("away")
+        shared_engine._prompts.keep("away", tokens, 10**6)
+        asked = asyncio.create_task(shared_engine.generate([3, 1, 4, 1, 5], LONG, "away/1"))
+        await asyncio.sleep(0)
+        await shared_engine.abort("away/1")
+        return await asked
+
+    generation = asyncio.run(play())
+    assert (generation.output_ids, generation.finish_reason) == ((), "abort")
+    assert len(calls) == 2, "nothing was sent again"
+
+
+def test_a_turn_that_is_cancelled_leaves_the_next_one_right(shared_engine, model):
+    async def play():
+        await shared_engine.generate([3, 1, 4], Sampling(max_tokens=2), "again/0")
+        cancelled = asyncio.create_task(shared_engine.generate([3, 1, 4, 1], LONG, "again/1"))
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        return await shared_engine.generate([3, 1, 4, 1, 5], Sampling(max_tokens=4), "again/2")
+
+    generation = asyncio.run(play())
+    logps = expected_logprobs(model, {0: ORIGINAL, 1: ORIGINAL}, [3, 1, 4, 1, 5], generation)
+    assert list(generation.logprobs) == pytest.approx(logps, abs=2e-5)
 
 
 def test_abort_and_cancel_free_the_engine_and_abort_returns_the_partial(shared_engine):

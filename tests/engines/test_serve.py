@@ -242,6 +242,7 @@ def test_the_command_serves_and_ends_with_its_engine(tiny_folder):
     try:
         line = process.stdout.readline()
         url = line.split(" on ")[1].split()[0]
+        assert line.rstrip().endswith(f"(with a token); base URL of chat clients: {url}/v1")
         with httpx.Client(base_url=url, headers={"authorization": "Bearer secret"}, trust_env=False) as client:
             assert client.get("/health").status_code == 200
             assert client.get("/version").json()["version"].startswith("0.32")

@@ -14,14 +14,14 @@ from oldlogits.envs.chat_user import ChatUser, ChatUserError
 from oldlogits.envs.parsers.hermes import HermesParser
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.rollout.environment_runner import ThreadRunner
-from oldlogits.rollout.turns import Agent, TurnLimits, run_episode
+from oldlogits.rollout.turns import Agent, Failure, TurnLimits, run_episode
 
 from ..models.tokenizers import byte_level
 from ..rollout.test_agents_words import Sampler
 
 
 class Endpoint:
-    """Answers as it is told: a text, a status, a pair of both, or None for an answer that never comes."""
+    """Answers as it is told: a text, a status, a JSON body, "dies" for a lost connection, None for what never comes."""
 
     def __init__(self, *answers):
         self.answers, self.asked, self.tokens = list(answers), [], []
@@ -34,6 +34,9 @@ class Endpoint:
         if answer is None:
             await self.gone.wait()
             return web.Response(status=500)
+        if answer == "dies":
+            request.transport.abort()
+            return web.Response()
         if isinstance(answer, int):
             return web.Response(status=answer, text="not now, key-7 is wrong")
         if isinstance(answer, dict):
@@ -135,13 +138,13 @@ def test_a_conversation_is_bounded():
     assert with_endpoint(Endpoint("a", "b"), talk) == ["a", "b", None, None]
 
 
-def test_what_the_partner_says_is_context_of_the_episode():
-    chat = ChatFormat(byte_level())
+def conversed(endpoint, chat, *, timeout_s=60.0, **knobs):
+    """What comes of an episode whose partner is at an endpoint."""
 
     async def talk(url):
         class Conversation:
             def __init__(self):
-                self.user = user_at(url)
+                self.user = user_at(url, **knobs)
 
             async def reset(self):
                 return await self.user.open()
@@ -158,11 +161,30 @@ def test_what_the_partner_says_is_context_of_the_episode():
             parser=HermesParser(),
             limits=TurnLimits(max_turns=4, max_tokens_per_turn=1000, max_tokens=10_000),
             sampling=Sampling(max_tokens=1, temperature=1.0),
-            run_environment=ThreadRunner(timeout_s=60, latency_s=0, seed=0),
+            run_environment=ThreadRunner(timeout_s=timeout_s, latency_s=0, seed=0),
         )
         return await run_episode(agent, Conversation, {}, id="g.0", group_id="g")
 
-    played = with_endpoint(Endpoint("a lamp", "the red one", "###STOP###"), talk)
+    return with_endpoint(endpoint, talk)
+
+
+@pytest.mark.parametrize("last", ["dies", 503])
+def test_an_endpoint_that_dies_in_mid_episode_fails_that_episode_and_is_named(last):
+    outcome = conversed(Endpoint("a lamp", *[last] * 3), ChatFormat(byte_level()), retries=2)
+    assert isinstance(outcome, Failure)
+    assert outcome.reason.startswith("reply: ChatUserError: the conversation partner did not answer; got: http://127.0.0.1:")
+    assert ("503" if last == 503 else "no answer: Server") in outcome.reason
+
+
+def test_an_endpoint_that_hangs_in_mid_episode_ends_with_the_deadline_of_the_call():
+    outcome = conversed(Endpoint("a lamp", None), ChatFormat(byte_level()), timeout_s=0.3)
+    assert isinstance(outcome, Failure)
+    assert outcome.reason == "reply: timed out after 0.3 s"
+
+
+def test_what_the_partner_says_is_context_of_the_episode():
+    chat = ChatFormat(byte_level())
+    played = conversed(Endpoint("a lamp", "the red one", "###STOP###"), chat)
     assert isinstance(played, Trajectory)
     contexts = [chat.decode(s.token_ids) for s in played.segments if isinstance(s, Context)]
     assert "<|im_start|>user\na lamp<|im_end|>" in contexts[0]

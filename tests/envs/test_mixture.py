@@ -5,10 +5,14 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter as Tally
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from rich.console import Console
 
+from oldlogits.cli.main import run as command
 from oldlogits.cli.play import PlayOptions
 from oldlogits.cli.play import play as play_by_hand
 from oldlogits.config.check import check
@@ -20,13 +24,19 @@ from oldlogits.envs.delegate import BY, players_of
 from oldlogits.envs.rows import row_misfit
 from oldlogits.envs.tools import can_be_saved, tool_schemas
 from oldlogits.models.chat.format import ChatFormat
+from oldlogits.record.evaluation import by_environment, read_summary
+from oldlogits.record.event_log import read_events
+from oldlogits.record.events import Evaluated
+from oldlogits.record.intervals import mean_interval, reward_of
+from oldlogits.record.live import print_summary
 from oldlogits.rollout.tasks import MixedRows, MixtureDataset
 from oldlogits.run.run import run
+from oldlogits.run.start import prepare_model
 from oldlogits.run.tasks import load_tasks
 
 from ..models.tokenizers import WITH_TOOLS, byte_level
 from ..rollout.test_agents_words import Echo, call, play
-from ..runs import recipe, summary_of
+from ..runs import Words, recipe, summary_of, write_recipe
 
 
 class Greeter:
@@ -244,3 +254,86 @@ def test_a_run_of_a_mixture_trains_on_groups_of_each(tiny_folder, tmp_path):
     assert run(config, tmp_path / "run").error is None
     assert summary_of(tmp_path / "run")["num_updates"] == 2
     assert summary_of(tmp_path / "run")["accounting"]["failed"] == 0
+
+
+@pytest.mark.slow
+def test_held_out_episodes_are_told_apart_by_environment_wherever_a_run_tells_of_them(tiny_folder, tmp_path):
+    words = [{"target": "tests.runs:Words", "name": "low"}, {"target": f"{HERE}:Silent", "name": "never"}]
+    config = recipe(tiny_folder, num_updates=1, env={"mixture": words, "target": "desk"}, eval={"num_episodes": 6})
+    console = Console(file=io.StringIO(), width=100)
+    result = run(config, tmp_path / "run", console=console)
+    evaluated = [e for e in read_events(tmp_path / "run" / "events.jsonl") if isinstance(e, Evaluated)]
+    assert {e.environments for e in map(tupled, evaluated)} == {("low", "never") * 3}
+    last = next(e for e in reversed(evaluated) if (e.stage, e.mode) == ("after", "sampled"))
+    low = [reward for name, reward in zip(last.environments, last.rewards, strict=True) if name == "low"]
+    found = result.summary.environments
+    assert list(found) == ["low", "never"]
+    assert found["low"].after.reward == mean_interval(low)
+    assert (found["never"].before.success.mean, found["never"].after.num_played) == (0.0, 3)
+    greedy = next(e for e in reversed(evaluated) if (e.stage, e.mode) == ("after", "greedy"))
+    assert result.summary.greedy_reward_after == reward_of(greedy)
+    shown = console.file.getvalue()
+    assert f"  low: {by_environment(last)['low']}" in shown
+    print_summary(result.summary, tmp_path, console=(panel := Console(file=io.StringIO(), width=200)))
+    assert f"  never: {found['never'].before} -> {found['never'].after}" in panel.file.getvalue()
+    assert f"low, after</th><td>{found['low'].after}" in (tmp_path / "run" / "report.html").read_text()
+
+
+def tupled(evaluated):
+    return replace(evaluated, environments=tuple(evaluated.environments))
+
+
+class Silent(Words):
+    """Is worth nothing."""
+
+    def get_reward(self):
+        return 0.0
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_a_mixture_is_by_environment_by_itself(tiny_folder, tmp_path, capsys):
+    words = [{"target": "tests.runs:Words", "name": "low"}, {"target": f"{HERE}:Silent", "name": "never"}]
+    config = recipe(tiny_folder, env={"mixture": words, "target": "desk"}, eval={"num_episodes": 4})
+    written = write_recipe(tmp_path / "mixed.toml", config)
+    assert command(["eval", str(tiny_folder), str(written), "--out", str(tmp_path / "out")]) == 0
+    assert {name: one.num_played for name, one in read_summary(tmp_path / "out").subsets.items()} == {"low": 2, "never": 2}
+
+
+class Taught(Words):
+    """Has demonstrations of its own."""
+
+    orders: ClassVar[list] = []
+
+    @classmethod
+    def warm_start(cls, order):
+        order.progress(order.steps, order.steps, 1.0)
+        cls.orders.append((order.environment.__name__, Path(order.folder).name))
+        return Path(f"{order.folder}-{cls.__name__}")
+
+
+class TaughtToo(Taught):
+    """Another one."""
+
+
+def test_a_warm_start_of_a_mixture_takes_one_environment_after_another_and_needs_demonstrations_of_all(tmp_path):
+    parts = [{"target": f"{HERE}:Taught"}, {"target": f"{HERE}:TaughtToo"}]
+    config = config_from_table({"env": {"mixture": parts}, "model": {"path": str(tmp_path), "warm_start_steps": 3}})
+    environment, _ = load_tasks(config)
+    start = prepare_model(config, environment, lambda note: None)
+    assert Taught.orders == [("Taught", tmp_path.name), ("TaughtToo", f"{tmp_path.name}-Taught")]
+    assert (start.model.name, start.steps) == (f"{tmp_path.name}-Taught-TaughtToo", 6)
+    other = [*parts, {"target": "tests.runs:Words"}]
+    for path in (str(tmp_path), "smollm2"):
+        with pytest.raises(ConfigError, match=r"the environment Words has no demonstrations.*a table of env\.mixture"):
+            load_tasks(config_from_table({"env": {"mixture": other}, "model": {"path": path, "warm_start_steps": 3}}))
+
+
+@pytest.mark.slow
+def test_a_starting_model_of_one_environment_is_made_for_a_mixture_of_its_kinds(tmp_path, monkeypatch):
+    monkeypatch.setenv("OLDLOGITS_CACHE", str(tmp_path))
+    both = [{"target": "desk"}, {"target": "desk_long"}]
+    config = config_from_table({"env": {"mixture": both}, "model": {"path": "tiny", "warm_start_steps": 1}})
+    environment, _ = load_tasks(config)
+    start = prepare_model(config, environment, lambda note: None)
+    assert (start.model / "config.json").is_file()
+    assert start.steps == 2

@@ -49,3 +49,10 @@ def test_a_kind_without_stepped_engines_says_so_and_what_to_do():
 
     with pytest.raises(ConfigError, match=r"no method build.*a method build\(spec\)"):
         Unstepped().build(EngineSpec(model_path=""))
+
+
+def test_an_engine_that_does_not_say_what_it_chose_is_refused_where_that_is_needed():
+    table = {"engine": {"type": NAME}, "runtime": {"type": "lockstep"}}
+    check(config_from_table(table), needs_model=False)
+    with pytest.raises(ConfigError, match=r"which experts it chose.*model\.routing = 'off'"):
+        check(config_from_table(table | {"model": {"routing": "recorded"}}), needs_model=False)

@@ -203,7 +203,7 @@ def test_a_resumed_run_is_not_calibrated_again_and_its_report_says_each_warning_
 
 
 def test_an_engine_without_log_probs_ends_the_run_before_anything_is_trained(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(SlotTable, "output_logprobs", lambda self, request: [])
+    monkeypatch.setattr(SlotTable, "output_logprobs", lambda self, request, start=0: [])
     result = run(recipe(tiny_folder), tmp_path / "run")
     assert isinstance(result.error, MissingLogprobError)
     assert result.error.fix.startswith("ask the engine for the log-probs")
@@ -273,9 +273,9 @@ def test_a_checkpoint_that_lies_on_the_engines_grid_trains_though_r_d_is_1_at_ve
 def test_log_probs_of_the_trainer_in_place_of_the_engines_end_the_run(tiny_folder, tmp_path, monkeypatch):
     measured = Calibrator.measure
 
-    async def substituted(calibrator, batch, *, version):
+    async def substituted(calibrator, batch, **known):
         calibrator.trainer = Trainer(batch.logp_mu[batch.loss_mask])
-        await measured(calibrator, batch, version=version)
+        await measured(calibrator, batch, **known)
 
     monkeypatch.setattr(Calibrator, "measure", substituted)
     result = run(recipe(tiny_folder, engine={"precision": "bf16"}), tmp_path / "run")
@@ -342,6 +342,30 @@ QUIET = Calibrated(
     version=0, num_trajectories=9, num_tokens=99, log_r_d_abs_mean=0.0, log_r_d_abs_max=0.0, r_d_mean=1.0, r_d_mean_error=1e-3,
     bands=(1.1, 1.5, 2.0), masked=(0.3, 0.1, 0.0), kept=1.0,
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("num_calibration", [0, 2])
+@pytest.mark.parametrize("kind", ["packing", "rounding"])
+@pytest.mark.parametrize(
+    ("band", "noise", "warned"),
+    [(1.01, 0.02, True), (1.02, 0.02, True), (1.05, 0.02, False), (1.01, NAN, False), (INF, 9.0, False)],
+)
+def test_a_band_inside_the_packing_noise_is_warned_of_with_figures_whether_the_engine_is_measured_or_not(
+    num_calibration, kind, band, noise, warned
+):
+    """What bf16 rounds off bounds what other packings do than those that were tried, which may agree to the bit."""
+    told = []
+    config = config_of(band=band, eval={"num_calibration": num_calibration})
+    calibrator = replace(config, trainer=Trainer([-1.0, -0.5]), events=SimpleNamespace(emit=told.append))
+    batch = batch_of([trajectory([1], sampled([2, 3], logp=(-1.0, -0.5)))])
+    given = {"packing_noise": 0.0, "rounding_noise": 0.0, f"{kind}_noise": noise}
+    asyncio.run(calibrator.measure(batch, version=0, **given))
+    found = [event for event in told if getattr(event, "name", "") == "band-in-noise"]
+    assert len(found) == warned
+    if warned:
+        assert found[0].figures == {"band": band, "noise_max": noise}
+        assert "a band of 1.041 or more stands above it" in found[0].message
+        assert "same-shape" not in found[0].message, "the band is on OLD / MU, and MU is of no micro-batch"
 
 
 def doubted(found, config):

@@ -33,7 +33,7 @@ from oldlogits.rollout.journal.journal import Journal, read
 from oldlogits.rollout.journal.records import Admitted, Failed
 from oldlogits.rollout.player import ClassPlayer
 from oldlogits.rollout.turns import Agent, TurnLimits
-from oldlogits.train.reports import ConsistencyErrors, PublishedVersion, ScoringWork, TrainerState
+from oldlogits.train.reports import ConsistencyErrors, ProbeNoise, PublishedVersion, ScoringWork, TrainerState
 from oldlogits.train.step import UpdateResult
 from order_desk.tiny import tiny_tokenizer
 
@@ -65,10 +65,14 @@ class FakeEngine:
     def __init__(self, calls):
         self._calls, self.version, self._goes = calls, -1, asyncio.Event()
         self.probe_logps, self.paused = np.zeros(2, np.float32), False
+        self.evaluates = asyncio.Event()  # whether episodes of an evaluation during training are sampled
+        self.evaluates.set()
 
     async def generate(self, prompt_ids, sampling, request_id):
         if sampling.prompt_logprobs:
             self._calls.append(f"probe v{self.version}")
+        if request_id.startswith("eduring"):
+            await self.evaluates.wait()
         await self._goes.wait()
         return Generation(
             output_ids=(CHAT.end_of_turn_id,),
@@ -127,6 +131,7 @@ class FakeTrainer:
             probe_logps=np.zeros(2, np.float32),
             engine_probe_logps=np.zeros(2, np.float32),
             is_routed=False,
+            probe_noise=ProbeNoise(),
             store_bytes=80,
             store_s=0.0,
             publication=StoreReceipt(version=self.version, stored_bytes=8, full_bytes=40, share_changed=0.5),
@@ -197,7 +202,7 @@ class FakeSource(LogprobSource):
 class World:
     """A loop over fakes; `calls` holds their calls and, as ``event kind``, the events, in one order."""
 
-    def __init__(self, path, *, needs_pause=False, num_updates=2, num_eval=0):
+    def __init__(self, path, *, needs_pause=False, num_updates=2, num_eval=0, real_time=False, overlap_every=0):
         self.calls = []
         self.folder = RunFolder.create(path / "run")
         self.log = EventLog(self.folder.events)
@@ -209,9 +214,12 @@ class World:
             "eval": {"num_episodes": num_eval, "num_calibration": 0}, "trainer": {"minibatches_per_update": 1},
             "record": {"checkpoint_every": 1}, "runtime": {"type": "local"},
         }  # fmt: skip
+        if overlap_every:
+            table["eval"] |= {"every": overlap_every, "num_episodes_during": 2, "overlap": True}
+            table["record"] = {"checkpoint_every": 3, "keep_best": False}
         config = config_from_table(table)
         backend = Backend(
-            engine=self.engine, trainer=self.trainer, run_environment=run_inline, real_time=False,
+            engine=self.engine, trainer=self.trainer, run_environment=run_inline, real_time=real_time,
             clock=itertools.count(1.0).__next__,  # each look is a second later
         )  # fmt: skip
         limits = TurnLimits(max_turns=1, max_tokens_per_turn=4, max_tokens=40)
@@ -219,7 +227,7 @@ class World:
             engine=self.engine, chat=CHAT, parser=PlainParser(), limits=limits, sampling=Sampling(max_tokens=4),
             run_environment=run_inline,
         )  # fmt: skip
-        rows = SimpleNamespace(train=lambda index: {}, heldout=lambda num: [{}] * num)
+        rows = SimpleNamespace(train=lambda index: {}, heldout=lambda num: [{}] * num, environments_of=lambda rows: ())
         task = Task(player=ClassPlayer(agent=agent, environment_class=Coin), rows=rows, probe_ids=PROBE)
         source, events = FakeSource(self.calls, needs_pause=needs_pause), recording.events
         self.journal = Journal(self.folder.rollouts)
@@ -348,6 +356,87 @@ def test_an_engine_that_does_not_hold_the_version_ends_the_run_before_anything_i
     world = run_world(tmp_path, wrong)
     assert isinstance(world.error, ProbeError)
     assert world.calls == [*START, "close"]
+
+
+def test_where_time_is_real_a_version_is_checked_beside_the_next_update_which_trains_nothing_if_it_is_wrong(tmp_path):
+    async def wrong_from_the_first_update_on(world):
+        publish = world.trainer.publish
+
+        async def publish_and_break():
+            world.engine.probe_logps = np.full(2, float(world.trainer._next), np.float32)
+            return await publish()
+
+        world.trainer.publish = publish_and_break
+        await world.loop.run()
+
+    world = run_world(tmp_path, wrong_from_the_first_update_on, real_time=True, num_updates=3, overlap_every=9)
+    [error] = world.error.exceptions
+    assert isinstance(error, ProbeError)
+    assert world.calls.count("train") == 1
+    assert world.calls.index("put_batch", world.calls.index("train")) > world.calls.index("probe v1"), "scored, and not trained"
+    assert world.loop.state.num_updates == 1
+
+
+def test_where_time_is_real_every_version_is_checked_before_a_checkpoint_of_it_is_written(tmp_path):
+    calls = run_world(tmp_path, real_time=True).calls
+    for version in (1, 2):
+        assert calls.index("event probe", calls.index(f"probe v{version}")) < calls.index(
+            "save", calls.index(f"publish v{version}")
+        )
+
+
+def test_an_evaluation_that_overlaps_training_is_of_the_version_at_which_it_began_and_names_all_that_sampled_it(tmp_path):
+    async def release_after_the_fourth(world):
+        world.engine.evaluates.clear()
+        found = []
+        bus = world.loop._events
+        bus._subscribers += (SimpleNamespace(emit=lambda event: event.kind == "evaluation" and found.append(event)),)
+        update_weights = world.engine.update_weights
+
+        async def release(update, version):
+            await update_weights(update, version)
+            if version == 4:
+                world.engine.evaluates.set()
+
+        world.engine.update_weights = release
+        await world.loop.run()
+        world.found = found
+
+    world = run_world(tmp_path, release_after_the_fourth, real_time=True, num_updates=5, overlap_every=3)
+    assert not hasattr(world, "error"), world.error
+    [played] = world.found
+    assert (played.stage, played.version, played.versions, played.num_episodes) == ("during", 3, [4], 2)
+    updates = [i for i, call in enumerate(world.calls) if call == "event update"]
+    assert updates[2] < updates[3] < world.calls.index("event evaluation"), "it did not hold up the fourth update"
+    state = LoopState.read(world.folder.checkpoints / "v000003")
+    assert state.success is None
+
+
+def test_a_run_that_is_stopped_says_which_overlapping_evaluation_it_has_cut_short(tmp_path):
+    async def stop_after_the_fourth(world):
+        world.engine.evaluates.clear()
+        world.found = []
+        bus = world.loop._events
+        bus._subscribers += (SimpleNamespace(emit=lambda event: event.kind == "warning" and world.found.append(event)),)
+        running = asyncio.create_task(world.loop.run())
+        while world.loop.state.num_updates < 4:
+            await asyncio.sleep(0)
+        running.cancel()
+        await asyncio.wait({running})
+
+    world = run_world(tmp_path, stop_after_the_fourth, real_time=True, num_updates=5, overlap_every=3)
+    assert [(one.name, one.version) for one in world.found if one.name == "cut-evaluation"] == [("cut-evaluation", 3)]
+
+
+def test_a_run_that_goes_on_plays_the_overlapping_evaluation_of_its_checkpoint_again(tmp_path):
+    async def go_on(world):
+        world.trainer.version = world.trainer._next = 3
+        world.loop.go_on(LoopState(num_updates=3, is_evaluated=True, account={"submitted": 12, "trained": 12}))
+        await world.loop.run()
+
+    world = run_world(tmp_path, go_on, real_time=True, num_updates=5, overlap_every=3)
+    assert not hasattr(world, "error"), world.error
+    assert world.calls.count("event evaluation") == 1
 
 
 def test_a_loss_that_is_not_finite_saves_its_batch_and_publishes_nothing(tmp_path):

@@ -22,6 +22,7 @@ from oldlogits.loop.probe import AllowedError, ProbeResult, allowed_error, probe
 from oldlogits.models.load import load_model, named_weights
 from oldlogits.run.run import run
 from oldlogits.train.consistency import is_routed
+from oldlogits.train.reports import ProbeNoise, PublishedVersion
 from oldlogits.train.weights.engine_view import EngineView
 from order_desk.tiny import TinyMoeSize, TinySize, save_tiny, tiny_model, tiny_tokenizer
 
@@ -47,6 +48,24 @@ class Fixed:
 
 def probed(engine: Fixed, *expected: float, allowed: AllowedError) -> ProbeResult:
     return asyncio.run(probe(engine, [1, 2, 3], np.array(expected, np.float32), version=3, allowed=allowed))
+
+
+def of_publish(
+    *, changed: float = 0.0, packing_max: float = 0.0, bf16_mean: float = 0.0, routed: bool = False
+) -> PublishedVersion:
+    """A version whose probe tokens the engine's numerics change by `changed` nats, and what was measured of noise."""
+    logps = np.array([-1.0, -2.0], np.float32)
+    return PublishedVersion(
+        version=3,
+        update=FullWeights(tensors={}),
+        probe_logps=logps,
+        engine_probe_logps=logps + np.array([changed, -changed], np.float32),
+        is_routed=routed,
+        probe_noise=ProbeNoise(packing_max=packing_max, bf16_mean=bf16_mean),
+        store_bytes=0,
+        store_s=0.0,
+        publication=None,
+    )
 
 
 MAX, MEAN = AllowedError(statistic="max", nats=0.25), AllowedError(statistic="mean", nats=0.25)
@@ -81,7 +100,7 @@ def test_an_error_as_large_as_allowed_passes_and_a_larger_one_does_not(allowed, 
 
 
 @pytest.mark.parametrize(
-    "allowed", [MAX, MEAN, allowed_error("fp32", 1e9, routed=False), allowed_error("fp8_dynamic", "auto", routed=True), TIES]
+    "allowed", [MAX, MEAN, allowed_error("fp32", 1e9, of_publish()), allowed_error("fp8_dynamic", "auto", of_publish()), TIES]
 )
 @pytest.mark.parametrize(("engine", "trainer"), [(math.nan, -1.0), (-1.0, math.nan), (-math.inf, -1.0), (-math.inf, -math.inf)])
 def test_one_log_prob_that_is_not_finite_is_refused(allowed, engine, trainer):
@@ -96,10 +115,18 @@ def test_another_version_tag_is_refused_though_the_log_probs_agree(version):
 
 
 def test_numerics_of_weights_allow_rounding_on_any_token_and_a_configured_tolerance_is_a_mean():
-    assert {allowed_error(name, "auto", routed=False) for name in EXACT} == {AllowedError(statistic="max", nats=1e-4)}
-    assert allowed_error("fp8_dynamic", "auto", routed=True) == AllowedError(statistic="mean", nats=0.1)
-    assert {allowed_error(name, 0.0, routed=True) for name in ALL} == {AllowedError(statistic="mean", nats=0.0)}
-    assert allowed_error("fp8", 0.5, routed=False) == AllowedError(statistic="mean", nats=0.5)
+    assert {allowed_error(name, "auto", of_publish()) for name in EXACT} == {AllowedError(statistic="max", nats=1e-4)}
+    assert {allowed_error(name, 0.0, of_publish(routed=True)) for name in ALL} == {AllowedError(statistic="mean", nats=0.0)}
+    assert allowed_error("fp8", 0.5, of_publish(packing_max=1.0)) == AllowedError(statistic="mean", nats=0.5)
+
+
+def test_what_is_allowed_follows_from_what_was_measured_on_the_probe():
+    """10 times the packing noise; 4 times what bf16 arithmetic changes; with fp8_dynamic half of what the numerics change."""
+    assert allowed_error("int8", "auto", of_publish(packing_max=2e-3)).nats == pytest.approx(2e-2)
+    noisy = of_publish(changed=0.25, bf16_mean=0.02)
+    assert allowed_error("bf16", "auto", noisy, arithmetic="bf16") == AllowedError(statistic="mean", nats=pytest.approx(0.08))
+    assert allowed_error("fp8_dynamic", "auto", noisy) == AllowedError(statistic="mean", nats=0.125)
+    assert allowed_error("fp8_dynamic", "auto", noisy, arithmetic="bf16").nats == pytest.approx(0.205)
 
 
 @pytest.fixture(scope="module")
@@ -125,11 +152,11 @@ def save_sure(size: TinySize, tmp_path_factory) -> Path:
     return folder
 
 
-def one_step_later(folder: Path) -> PreTrainedModel:
+def one_step_later(folder: Path, lr: float = 5e-4) -> PreTrainedModel:
     """The model after one step of AdamW on other tokens."""
     model = load_model(folder)
     ids = torch.randint(12, 99, (4, 30), generator=torch.Generator().manual_seed(1))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     torch.autograd.backward(model(ids, labels=ids).loss)
     optimizer.step()
     return model
@@ -142,7 +169,9 @@ async def probe_of_engine(engine: EmbeddedEngine, held: PreTrainedModel, publish
     await engine.resume()
     numerics = engine.core.spec.numerics
     expected = np.array(logp_of(EngineView(published, how.pop("view", numerics)).model, PROBE), np.float32)
-    allowed = how.pop("allowed", allowed_error(numerics, "auto", routed=is_routed(published)))
+    changed = float(np.abs(expected - np.array(logp_of(published, PROBE), np.float32)).mean())
+    measured = of_publish(changed=changed, routed=is_routed(published))
+    allowed = how.pop("allowed", allowed_error(numerics, "auto", measured))
     task = asyncio.create_task(probe(engine, PROBE, expected, version=1, allowed=allowed))
     while not task.done():
         engine.drive_once()
@@ -179,6 +208,14 @@ def test_an_engine_with_experts_passes_and_is_caught_one_small_step_behind(sure_
     assert asyncio.run(probe_of_engine(engine_at(sure_mixture, numerics), new, new)).num_above == 0
     with pytest.raises(ProbeError, match="does not hold version 1"):
         asyncio.run(probe_of_engine(engine_at(sure_mixture, numerics), old, new))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lr", [5e-4, 3e-3])
+def test_an_engine_with_fp8_dynamic_is_caught_when_it_is_behind_by_a_step_that_moves_tokens_as_its_numerics_do(sure_folder, lr):
+    old, new = load_model(sure_folder), one_step_later(sure_folder, lr=lr)
+    with pytest.raises(ProbeError, match="does not hold version 1"):
+        asyncio.run(probe_of_engine(engine_at(sure_folder, "fp8_dynamic"), old, new))
 
 
 def test_against_live_weights_an_engine_with_fp8_can_hardly_be_told_from_one_that_is_behind(sure_folder):

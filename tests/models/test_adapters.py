@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM
 from oldlogits.core.errors import ConfigError, ModelFolderError
 from oldlogits.models.adapters import A_SUFFIX, B_SUFFIX, is_adapter, merge, merged, plain_name
 from oldlogits.models.load import load_model, named_weights, point_at
-from oldlogits.models.lora import add_adapters, write_adapters
+from oldlogits.models.lora import add_adapters, check_targets, write_adapters
 
 from ..engines.reference import make_model
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 LORA = {"rank": 3, "alpha": 6.0, "targets": TARGETS}
+ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
 IDS = torch.arange(12).reshape(1, 12)
 
 
@@ -125,6 +126,13 @@ def test_peft_reads_the_adapter_folder_on_top_of_the_base(tiny_folder, tmp_path)
 def test_layers_that_are_not_there_or_not_linear_are_refused(name, target):
     with pytest.raises(ConfigError, match=f"got: {target}; allowed: .*q_proj"):
         add_adapters(make_model(name), rank=2, alpha=4.0, targets=("q_proj", target))
+
+
+@pytest.mark.parametrize("named, left", [(("q_proj", "up_proj", "k_proj"), ["q_proj", "k_proj"]), (("gate",), ATTENTION)])
+def test_the_remedy_for_targets_that_are_not_there_is_the_list_to_set(named, left):
+    with pytest.raises(ConfigError) as found:
+        check_targets(make_model("qwen3 top-1 of 4 experts"), named)
+    assert found.value.fix == f"set model.lora_targets = {json.dumps(left)}"
 
 
 def test_without_peft_the_extra_is_named(monkeypatch):

@@ -5,7 +5,11 @@ import random
 import numpy as np
 import pytest
 
-from oldlogits.models.load import point_at
+from benchmarks.families.folders import write_folder
+from benchmarks.families.shapes import FAMILIES as FAMILY_OF
+from benchmarks.families.shapes import WINDOW
+from oldlogits.core.errors import MissingLogprobError
+from oldlogits.models.load import load_model, point_at
 from oldlogits.models.mixed_kv import MixedForward
 from oldlogits.models.scorer import score_tokens
 
@@ -113,3 +117,19 @@ def test_a_trajectory_of_many_versions_is_read_once(world):
         logps = mixed_logps(model, versions, batch)
     assert read == batch.token_ids[:-1].tolist()
     assert np.isfinite(logps).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "is_window"), [("Mistral", True), ("Gemma 3", True), ("Mamba 2", False), ("Qwen3-Next", False)]
+)
+def test_a_model_whose_layers_do_not_attend_to_all_earlier_tokens_is_refused(name, is_window, tmp_path):
+    model = load_model(write_folder(FAMILY_OF[name], tmp_path))
+
+    def forward(num_tokens):
+        segments = [sampled([3] * (num_tokens - 2), 0), sampled([4, 5], 1, kv="mixed")]
+        return MixedForward(model, batch_of([trajectory([1], *segments)]), micro_batch_tokens=64, head_chunk_tokens=16)
+
+    with pytest.raises(MissingLogprobError, match=r"attend to all earlier tokens.*engine\.kv = 'recompute'"):
+        forward(WINDOW + 1)
+    if is_window:
+        assert forward(WINDOW).num_entries == WINDOW

@@ -134,6 +134,10 @@ def _tokens(rng: np.random.Generator, version: int) -> dict[str, np.ndarray]:
         "band_mask": band_mask,
         "clip_mask": clip_mask,
         "active_mask": band_mask & clip_mask,
+        "step": np.zeros(NUM_TOKENS, np.int32),
+        "temperature": np.ones(NUM_TOKENS, np.float32),
+        "mixed_kv": np.zeros(NUM_TOKENS, dtype=bool),
+        "context": np.zeros(np.arange(0, NUM_TOKENS, 50).sum(), np.int32),
     }
 
 

@@ -18,8 +18,9 @@ from oldlogits.record.evaluation import (
     read_summary,
     subsets_of,
 )
-from oldlogits.record.intervals import clustered_wilson, mean_interval, paired_gain, wilson
+from oldlogits.record.intervals import mean_interval, paired_gain, wilson
 from oldlogits.record.jsonl import LineFile, RecordError, encode
+from oldlogits.record.trials import avg_at_k, pass_at_k
 
 
 def episode(row, reward, *, repeat=0, subset="", failure=""):
@@ -81,20 +82,39 @@ def test_a_failed_episode_counts_in_no_rate_and_is_counted_by_its_reason():
 
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=5), min_size=1, max_size=30))
 def test_repeats_of_a_row_are_no_independent_tasks(hits):
-    found, num = clustered_wilson(hits), sum(map(len, hits))
+    found, num = avg_at_k(hits, 1), sum(map(len, hits))
     assert found.mean == pytest.approx(fmean(fmean(row) for row in hits))
     assert 0 <= found.low <= found.mean + 1e-12
     assert found.mean - 1e-12 <= found.high <= 1
     width = found.high - found.low
-    twice = clustered_wilson([row * 2 for row in hits])
+    twice = avg_at_k([row * 2 for row in hits], 2)
     assert twice.high - twice.low == pytest.approx(width) or num > len(hits), "the same row again adds nothing"
     if num == len(hits):
         assert found == wilson(sum(map(sum, hits)), num)
 
 
+def test_repeated_rows_have_pass_at_k_over_those_that_were_played_so_often():
+    rewards = {0: [1.0, 0.0, 1.0], 1: [0.0, 0.0, 0.0], 2: [1.0, 0.0, None]}
+    episodes = [episode(row, reward, repeat=i) for row, found in rewards.items() for i, reward in enumerate(found)]
+    found = Figures.of(episodes, success_at=1.0, repeats=3)
+    whole, every = [[True, False, True], [False] * 3], [[True, False, True], [False] * 3, [True, False]]
+    assert found.success == avg_at_k(every, 1)
+    assert found.pass_at == {"2": pass_at_k(every, 2), "3": pass_at_k(whole, 3)}
+    assert (found.pass_at["3"].mean, found.num_whole) == (0.5, 2)
+    once = Figures.of(episodes[:1], success_at=1.0)
+    assert (once.pass_at, once.num_whole) == ({}, 1)
+
+
+def test_one_value_has_no_interval_and_says_so():
+    found = Figures.of([episode(0, 0.5)], success_at=1.0)
+    assert found.reward.plain == "0.500 (no interval)"
+    assert paired_gain([0.0], [1.0]).points == "+100.0 (no interval)"
+    assert paired_gain([0.0, 0.0], [0.5, 0.5]).change == "+0.500 [+0.500, +0.500]"
+
+
 def test_rows_that_always_or_never_succeed_still_leave_room_for_chance():
-    assert clustered_wilson([[True] * 8] * 3).low == pytest.approx(wilson(3, 3).low)
-    assert clustered_wilson([[False] * 8] * 3).high == pytest.approx(wilson(0, 3).high)
+    assert avg_at_k([[True] * 8] * 3, 8).low == pytest.approx(wilson(3, 3).low)
+    assert avg_at_k([[False] * 8] * 3, 8).high == pytest.approx(wilson(0, 3).high)
 
 
 def test_subsets_are_added_up_by_themselves():

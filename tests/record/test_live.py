@@ -10,7 +10,7 @@ from rich.console import Console
 
 from oldlogits.record.events import Evaluated, GroupClosed, ServerUp, TrajectoryFailed, TrajectoryRestarted, Updated, Warned
 from oldlogits.record.intervals import Interval
-from oldlogits.record.live import LiveView, learned_sentence, print_summary, sparkline
+from oldlogits.record.live import LiveView, exactness_sentences, learned_sentence, print_summary, sparkline
 from oldlogits.record.summary import Summary
 
 METRICS = {"reward/mean": 0.5, "reward/success": 0.25, "mask/rho": 0.97, "staleness/mean": 1.5, "staleness/max": 4.0}
@@ -161,3 +161,20 @@ def test_the_summary_says_what_was_not_measured_and_where_the_report_is(fake_run
     assert "ended early (interrupted)" in text
     assert "out/report.html" in text
     assert "100.0% exact" in text
+
+
+def test_the_summary_tells_the_three_parts_of_exactness_as_far_as_they_were_measured(fake_run):
+    measured = {
+        "num_digests": 1234,
+        "consistency_lag0_max_abs_error": 0.0,
+        "packing_mean_abs_error": 6.8e-5,
+        "packing_max_abs_error": 1.7e-3,
+    }
+    summary = replace(Summary.read(fake_run(1) / "summary.json"), **measured)
+    assert list(exactness_sentences(summary)) == [
+        "Exactness: weights bit-exact (1,234 checkouts by digest), lag-0 error 0, packing noise 6.8e-05 on average and 0.0017 "
+        "at most, in nats."
+    ]
+    lag0 = replace(summary, num_digests=0, packing_max_abs_error=None)
+    assert list(exactness_sentences(lag0)) == ["Exactness: lag-0 error 0."]
+    assert not list(exactness_sentences(replace(summary, num_digests=0, consistency_lag0_max_abs_error=None)))

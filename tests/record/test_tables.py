@@ -13,6 +13,9 @@ from oldlogits.record.tables import SCHEMA, sample_tokens, write_tokens
 def columns(num_rows: int, first: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(first)
     made: dict[str, np.ndarray] = {"trajectory": np.array([f"t{i // 3}" for i in range(num_rows)], dtype=str)}
+    made["context"] = np.zeros(np.arange(first, first + num_rows, 3).sum(), np.int32)
+    made["step"], made["temperature"] = np.zeros(num_rows, np.int32), np.ones(num_rows)
+    made["mixed_kv"] = np.zeros(num_rows, np.bool_)
     for name in ("index", "token_id", "version", "trainer_version", "staleness"):
         made[name] = np.arange(first, first + num_rows)
     made["provenance"] = np.array((["exact", "mixed_kv"] * num_rows)[:num_rows], dtype=object)
@@ -32,8 +35,17 @@ def test_a_table_is_read_back_as_it_was_written_non_finite_values_included(tmp_p
     assert pq.ParquetFile(path).metadata.row_group(0).column(0).compression == "ZSTD"
     found = sample_tokens(tmp_path, names=SCHEMA.names, max_rows=100)
     for name, values in written.items():
+        if name == "context":
+            continue
         expected = values.astype(np.float32) if values.dtype.kind == "f" else values
         np.testing.assert_array_equal(found[name], expected)
+
+
+def test_the_context_before_each_trained_token_is_read_back_as_a_list(tmp_path: Path):
+    written = columns(6) | {"index": np.array([2, 3, 6, 0, 1, 4]), "context": np.arange(50, 56)}
+    path = write_tokens(tmp_path, 1, written)
+    lists = pq.read_table(path).column("context").to_pylist()
+    assert lists == [[50, 51], [], [52, 53], [], [], [54, 55]]
 
 
 def test_an_update_without_tokens_is_a_table_of_no_rows(tmp_path: Path):
@@ -52,6 +64,9 @@ def test_an_update_without_tokens_is_a_table_of_no_rows(tmp_path: Path):
         ("trajectory", np.zeros(4), "a string dtype"),
         ("log_r_d", np.zeros((4, 1)), r"shape \(4, 1\)"),
         ("surprise", np.zeros(4), "got: surprise"),
+        ("context", np.zeros(2, np.int32), "3 tokens by the indices"),
+        ("context", np.zeros(3), "an int dtype"),
+        ("index", np.array([2, 1, 3, 0]), "-2 before one"),
     ],
 )
 def test_a_column_that_does_not_fit_the_schema_is_refused_at_the_door(tmp_path: Path, name, values, message):

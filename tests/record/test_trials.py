@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from oldlogits.record.intervals import wilson
 from oldlogits.record.jsonl import RecordError
-from oldlogits.record.trials import avg_at_k, pass_at_k, trials_of
+from oldlogits.record.trials import avg_at_k, pass_at_k
 
 TRIALS = st.integers(1, 4).flatmap(
     lambda k: st.tuples(st.just(k), st.lists(st.lists(st.booleans(), min_size=k, max_size=7), min_size=1, max_size=6))
@@ -48,13 +48,11 @@ def test_the_interval_is_that_of_a_mean_over_tasks_not_over_episodes():
     trials = [[True] * 4] * 5 + [[False] * 4] * 5
     assert (avg_at_k(trials, 4).low, avg_at_k(trials, 4).high) == (wilson(5, 10).low, wilson(5, 10).high)
     halves = [[True, False], [True, True], [False, False], [True, False]]
-    spread = math.sqrt(sum((x - 0.5) ** 2 for x in (0.5, 1, 0, 0.5)) / 3 / 4)
-    assert avg_at_k(halves, 2).low == pytest.approx(0.5 - 1.959964 * spread, abs=1e-6)
-
-
-def test_equal_rows_are_trials_of_one_task_and_failed_ones_are_none():
-    rows = [{"task": "a", "subset": "x"}, {"task": "b"}, {"subset": "x", "task": "a"}, {"task": "b"}]
-    assert trials_of(rows, [1.0, 0.5, 0.0, None]) == [[1.0, 0.0], [0.5]]
+    variance = sum((x - 0.5) ** 2 for x in (0.5, 1, 0, 0.5)) / 3 / 4
+    n, z2 = 0.25 / variance, 1.959964**2  # as many independent episodes have this variance
+    half = math.sqrt(z2 * (0.25 / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    assert n == pytest.approx(6)
+    assert avg_at_k(halves, 2).low == pytest.approx(0.5 - half, abs=1e-6)
 
 
 @pytest.mark.parametrize("trials, k", [([], 1), ([[True], [True, True]], 2), ([[True]], 0)])

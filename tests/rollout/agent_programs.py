@@ -23,6 +23,8 @@ async def plays(base_url, api_key, row):
     match row["does"]:
         case "blocks":
             time.sleep(600)
+        case "holds":
+            time.sleep(6.0)
         case "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         case "raises":

@@ -577,3 +577,66 @@ def test_a_long_text_anywhere_in_a_request_is_encoded_beside_the_event_loop(wher
         assert counts == [format_of_tools, (where == "tools") * format_of_tools + encoding]
 
     in_talk(scenario, max_tokens=200_000)
+
+
+@pytest.mark.parametrize("parser", [HermesParser(), PlainParser()])
+@pytest.mark.parametrize("written", ["go left", "[1, 2]", '{"at": ', "7", "null", '"at"'])
+def test_arguments_in_the_history_that_are_no_object_stay_as_they_are_or_are_refused(written, parser):
+    call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": written}}
+    history = [user("hello"), {"role": "assistant", "content": "", "tool_calls": [call]}, user("and ?")]
+
+    async def kept(talk):
+        await talk.ask(history, tools=[TOOL])
+        ((context, _),) = [branch.segments for branch in await talk.end()]
+        assert f'<tool_call>{{"name": "look", "arguments": {written}}}</tool_call>' in CHAT.decode(context.token_ids)
+
+    async def refused(talk):
+        object.__setattr__(talk.agent, "parser", parser)
+        with pytest.raises(ApiError, match="arguments of a call of look in the history are no JSON object") as found:
+            await talk.ask(history, tools=[TOOL])
+        assert repr(written) in found.value.got
+        assert talk.counts.refused == {"invalid_request": 1}
+        await talk.ask([user("hello")])
+        assert [branch.id for branch in await talk.end()] == ["g000001.2"], "a refused request leaves no branch"
+
+    in_talk(kept if isinstance(parser, HermesParser) else refused)
+
+
+def test_arguments_that_are_empty_are_those_of_a_call_without_any():
+    call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": ""}}
+    history = [user("hello"), {"role": "assistant", "content": "", "tool_calls": [call]}, user("and ?")]
+
+    async def scenario(talk):
+        await talk.ask(history, tools=[TOOL])
+        ((context, _),) = [branch.segments for branch in await talk.end()]
+        assert '<tool_call>{"name": "look", "arguments": {}}</tool_call>' in CHAT.decode(context.token_ids)
+
+    in_talk(scenario)
+
+
+def test_a_turn_whose_client_left_while_it_was_read_is_trained_and_counted():
+    reading, go_on = asyncio.Event(), asyncio.Event()
+
+    async def elsewhere(call, *, is_tool=False):
+        reading.set()
+        await go_on.wait()
+        return call()
+
+    async def scenario(talk):
+        object.__setattr__(talk.agent, "run_environment", elsewhere)
+        leaving = asyncio.create_task(talk.ask([user("hello")], tools=[TOOL]))
+        for _ in range(2):  # the tools are told first
+            await reading.wait()
+            reading.clear()
+            if talk.engine.generations:
+                break
+            go_on.set()
+        go_on.clear()
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+        (branch,) = await talk.end()
+        assert [type(segment) for segment in branch.segments] == [Context, Sampled]
+        assert kinds(talk) == {"opened": 1}
+        assert talk.conversations._num_turns == 1
+
+    in_talk(scenario, engine=Engine(says=lambda prompt: (*spell("x" * 20_000), END)), max_tokens=10**6, per_turn=10**6)

@@ -1,4 +1,5 @@
 import asyncio
+import inspect
 import subprocess
 import sys
 import textwrap
@@ -7,6 +8,7 @@ import time
 
 import pytest
 
+from oldlogits.backends.ray.remote_environments import AwaitingRunner
 from oldlogits.rollout import environment_runner as environment
 from oldlogits.rollout.environment_errors import EnvironmentFailed
 from oldlogits.rollout.environment_runner import ThreadRunner, run_inline
@@ -236,6 +238,8 @@ def test_asynchronous_code_that_never_returns_to_its_loop_is_a_time_out_and_othe
         blocks.set()
         end.wait()
 
+    blocking_line = blocking.__code__.co_firstlineno + 2
+
     async def patient():
         await asyncio.sleep(HUNG_S)
 
@@ -249,7 +253,9 @@ def test_asynchronous_code_that_never_returns_to_its_loop_is_a_time_out_and_othe
 
     other, own, after = asyncio.run(main())
     end.set()
-    assert (type(own), str(own)) == (EnvironmentFailed, "timed out after 0.5 s")
+    assert type(own) is EnvironmentFailed
+    assert str(own).startswith("timed out after 0.5 s: it blocked the event loop of all episodes in ")
+    assert str(own).endswith(f"blocking (test_environment_runner.py, line {blocking_line})")
     assert isinstance(other, EnvironmentFailed)
     assert after == 9, "another loop takes what comes"
 
@@ -285,3 +291,66 @@ def test_a_call_that_is_cancelled_is_cancelled_on_its_loop():
 
     asyncio.run(main())
     assert ended.wait(HUNG_S)
+
+
+@pytest.mark.parametrize("kind", [ThreadRunner, AwaitingRunner])
+def test_what_a_thread_makes_for_a_call_that_was_cancelled_meanwhile_is_closed(kind):
+    begun, may_end, made = threading.Event(), threading.Event(), later(1)
+
+    def makes():
+        begun.set()
+        may_end.wait(HUNG_S)
+        return made
+
+    async def main():
+        runner = (
+            AwaitingRunner(latency_s=0, seed=0)
+            if kind is AwaitingRunner
+            else ThreadRunner(timeout_s=HUNG_S, latency_s=0, seed=0)
+        )
+        call = asyncio.ensure_future(runner(makes))
+        await asyncio.to_thread(begun.wait, HUNG_S)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        may_end.set()
+        while inspect.getcoroutinestate(made) != inspect.CORO_CLOSED:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(main(), HUNG_S))
+
+
+def test_a_call_whose_time_is_up_before_it_has_ended_has_no_result_whatever_begins_in_that_moment():
+    async def scenario():
+        call = environment._Timed(lambda: 7, HUNG_S, delays_tools=False)
+        waiting = asyncio.ensure_future(call.in_time())
+        await asyncio.sleep(0)
+        call._began_s = time.monotonic()  # the next of the calls that are handed over together
+        call._done.set_result(None)
+        with pytest.raises(EnvironmentFailed, match="timed out"):
+            await waiting
+
+    asyncio.run(scenario())
+
+
+def test_what_a_thread_makes_when_the_run_has_ended_meanwhile_is_closed_and_not_reported(caplog):
+    begun, may_end, made = threading.Event(), threading.Event(), later(1)
+
+    def makes():
+        begun.set()
+        may_end.wait(HUNG_S)
+        return made
+
+    async def main():
+        asyncio.get_running_loop().call_later(0.05, may_end.set)
+        call = asyncio.ensure_future(AwaitingRunner(latency_s=0.0, seed=0)(makes))
+        await asyncio.to_thread(begun.wait, HUNG_S)
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:  # as asyncio ends a run: all at once
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        assert call.cancelled()
+
+    asyncio.run(main())  # it waits for its threads
+    assert inspect.getcoroutinestate(made) == inspect.CORO_CLOSED
+    assert not caplog.records

@@ -1,6 +1,7 @@
 """Agent programs behind the gateway, over real HTTP: functions, commands, streams, wrong keys, programs that die or hang."""
 
 import asyncio
+import gc
 import json
 import sys
 import threading
@@ -17,11 +18,12 @@ from oldlogits.engines.chat_api.formats import ChatFormats
 from oldlogits.engines.chat_api.wishes import Rules
 from oldlogits.rollout.environment_errors import EnvironmentFailed
 from oldlogits.rollout.environment_runner import ThreadRunner
+from oldlogits.rollout.gateway.conversations import Conversations
 from oldlogits.rollout.gateway.counts import GatewayCounts
 from oldlogits.rollout.gateway.listener import Gateway
 from oldlogits.rollout.gateway.player import ProgramPlayer
-from oldlogits.rollout.gateway.programs import CommandRunner, FunctionRunner
-from oldlogits.rollout.gateway.worker import WorkerRunner, shared_by
+from oldlogits.rollout.gateway.programs import Address, CommandRunner, FunctionRunner, Runner
+from oldlogits.rollout.gateway.worker import SpreadRunner, WorkerRunner, shared_by
 from oldlogits.rollout.player import Watch
 from oldlogits.rollout.turns import Failure
 
@@ -214,7 +216,7 @@ time.sleep(600)
 """
     started = time.monotonic()
     (failure,), _ = played(command(script), timeout_s=2.0)
-    assert failure.reason == "the program timed out after 2 s; it said: waiting"
+    assert failure.reason == "the program timed out after 2 s (env.program_timeout_s); it said: waiting"
     assert time.monotonic() - started < 30
     for pid in map(int, pids.read_text().split()):
         while is_alive(pid):
@@ -254,7 +256,7 @@ def test_a_function_that_hangs_is_a_failed_episode():
         await asyncio.sleep(600)
 
     (failure,), _ = played(program, timeout_s=0.2)
-    assert failure.reason == "the program timed out after 0.2 s"
+    assert failure.reason == "the program timed out after 0.2 s (env.program_timeout_s)"
 
 
 def test_only_the_key_of_an_episode_opens_it():
@@ -469,6 +471,52 @@ def test_a_worker_plays_episodes_and_ends_with_the_run(function, tmp_path):
 
 
 @pytest.mark.slow
+def test_several_workers_share_the_episodes_and_all_end_with_the_run(tmp_path):
+    async def main():
+        world = World(())
+        made = [WorkerRunner("tests.rollout.agent_programs:plays", log=tmp_path / "log", timeout_s=20.0) for _ in range(2)]
+        runner = SpreadRunner(made)
+        async with Gateway().listening() as gateway:
+            player = ProgramPlayer(
+                agent=world.talk.agent, formats=ChatFormats(CHAT.for_tools), gateway=gateway, program=runner, rules=Rules()
+            )
+            await runner.open()
+            pids = {worker._worker._process.pid for worker in made}
+            rows = [{"n": n, "does": ""} for n in range(4)]
+            found = await asyncio.gather(*(player.play(row, id=f"g.{row['n']}", group_id="g") for row in rows))
+            await runner.close()
+        return found, pids
+
+    found, pids = asyncio.run(asyncio.wait_for(main(), 60))
+    assert len(pids) == 2
+    assert not any(map(is_alive, pids))
+    assert sorted(branches[0].reward for branches in found) == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_an_episode_goes_to_the_worker_that_plays_the_fewest():
+    class Counting(Runner):
+        def __init__(self):
+            self.notes, self.rows = [], []
+
+        async def run(self, address):
+            self.rows.append(address.row["n"])
+            await asyncio.sleep(0.001 if address.row["n"] == 1 else 0.1)
+            return 0.0
+
+    async def main():
+        workers = [Counting(), Counting()]
+        runner = SpreadRunner(workers)
+        play = [asyncio.create_task(runner.run(Address(root="", key="", row={"n": n}))) for n in range(2)]
+        await play[1]
+        await runner.run(Address(root="", key="", row={"n": 2}))
+        await play[0]
+        workers[1].notes.append("told")
+        return [worker.rows for worker in workers], runner.notes
+
+    assert asyncio.run(main()) == ([[0], [1, 2]], ["told"])
+
+
+@pytest.mark.slow
 def test_a_worker_that_dies_or_is_blocked_fails_its_episodes_alone_and_another_one_takes_over(tmp_path):
     log = tmp_path / "program.log"
     does = [[{"does": "raises"}], [{"does": "dies"}, {"does": "waits"}], [{"does": ""}]]
@@ -483,6 +531,57 @@ def test_a_worker_that_dies_or_is_blocked_fails_its_episodes_alone_and_another_o
     assert after[0].reward == 1.0
 
 
+@pytest.mark.slow
+def test_a_function_that_holds_the_event_loop_of_all_is_told_of_once_by_name():
+    told = []
+
+    async def main():
+        world = World(())
+        runner = WorkerRunner("tests.rollout.agent_programs:plays", log=Path("/dev/null"), timeout_s=20.0)
+        async with Gateway().listening() as gateway:
+            player = ProgramPlayer(
+                agent=world.talk.agent, formats=ChatFormats(CHAT.for_tools), gateway=gateway, program=runner, rules=Rules()
+            ).watched(Watch(tell=lambda made: told.append(made(3))))  # fmt: skip
+            rows = [{"n": n, "does": "holds"} for n in range(2)]
+            found = await asyncio.gather(*(player.play(row, id=f"g.{row['n']}", group_id="g") for row in rows))
+            found += await asyncio.gather(player.play({"n": 2, "does": ""}, id="g.2", group_id="g"))
+            await runner.close()
+        return found
+
+    outcomes = asyncio.run(asyncio.wait_for(main(), 60))
+    assert [o[0].reward for o in outcomes] == [0.0, 1.0, 2.0]
+    (warned,) = told
+    assert warned.name == "agent_program"
+    assert warned.message.startswith("plays (agent_programs.py, line ")
+    assert "asyncio.to_thread" in warned.message
+
+
+@pytest.mark.slow
+def test_an_episode_that_has_ended_leaves_nothing_in_the_gateway():
+    """Many requests against one gateway: what is kept of them is bounded, and no conversation outlives its episode."""
+
+    async def program(base_url, api_key, row):
+        messages = [{"role": "user", "content": f"task {row['n']}"}]
+        for turn in range(4):
+            _, answer = await post(base_url, api_key, {"messages": messages, "tools": [TOOL]})
+            messages += [answer["choices"][0]["message"], {"role": "user", "content": f"turn {turn}"}]
+        raise RuntimeError("died") if row["n"] % 2 else SystemExit(1)
+
+    async def main():
+        gc.collect()
+        others = [id(one) for one in gc.get_objects() if type(one) is Conversations]  # of other tests
+        world = World(program)
+        for _ in range(4):
+            await world.play(32)
+            gc.collect()
+            alive = [one for one in gc.get_objects() if type(one) is Conversations and id(one) not in others]
+            assert alive == [world.talk.conversations], "but for the one that the test holds"
+            assert world.gateway._episodes == {}
+        return world.counts.requests
+
+    assert asyncio.run(asyncio.wait_for(main(), 300)) == {"opened": 128, "continued": 3 * 128}
+
+
 OUTLIVES = """
 import json, subprocess, sys, time
 subprocess.Popen(["sleep", "100"], start_new_session=True)  # with the pipes of this one
@@ -492,7 +591,9 @@ time.sleep(float(sys.argv[1]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sleep_s", "expected"), [("0", 0.5), ("100", "the program timed out after 3 s")])
+@pytest.mark.parametrize(
+    ("sleep_s", "expected"), [("0", 0.5), ("100", "the program timed out after 3 s (env.program_timeout_s)")]
+)
 def test_a_process_that_outlives_its_command_and_holds_its_pipes_holds_up_no_episode(sleep_s, expected, monkeypatch):
     monkeypatch.setattr("oldlogits.rollout.gateway.programs._LAST_WORDS_S", 0.2)
     script = "import urllib.request\n" + OUTLIVES
@@ -524,9 +625,11 @@ def test_a_function_that_blocks_the_event_loop_of_all_fails_and_the_others_begin
 
     outcomes = asyncio.run(main())
     block.set()
+    place = f"in {program.__qualname__} (test_gateway.py, line {program.__code__.co_firstlineno + 4})"
+    late = "the program timed out after 2 s (env.program_timeout_s)"
     assert [(o.reason, o.begins_again) for o in outcomes] == [
-        ("the program timed out after 2 s", False),
-        *[("asynchronous code of another episode blocked the event loop of all", True)] * 3,
+        (f"{late}: it blocked the event loop of all episodes {place}", False),
+        *[(f"asynchronous code of another episode blocked the event loop of all {place}", True)] * 3,
     ]
     ((branch,),), _ = played(says_hello, row={"n": 5})
     assert branch.reward == 5.0, "another event loop has taken over"

@@ -214,6 +214,40 @@ def test_a_group_reward_replaces_the_rewards_of_a_group_and_is_given_row_and_mes
     in_world(scenario, rows=lambda index: {"reward": 2.0}, group_reward=graded)
 
 
+@pytest.mark.parametrize(("max_replays", "num"), [(0, 1), (1, 2)])
+def test_a_group_reward_is_given_the_episodes_that_were_played_and_no_failed_one(max_replays, num):
+    asked = []
+
+    def graded(*, row, messages, rewards):
+        asked.append((len(messages), list(rewards)))
+        return [reward + 10 for reward in rewards]
+
+    async def scenario(world):
+        world.engine.gate.set()
+        await world.admit(num_wanted=1)
+        assert asked[0] == (num, [2.0] * num)
+        closed = world.events.of("group_closed")[0]
+        assert (closed.rewards, closed.num_failed) == ([12.0] * num, 2 - num)
+        assert closed.filtered == (num < 2), "one episode is compared with nothing"
+        world.buffer.check()
+
+    settings = {"max_replays": max_replays, "max_failed_share": 1.0, "group_reward": graded}
+    in_world(scenario, rows=lambda index: {"reward": 2.0, "times": 1}, **settings)
+
+
+def test_a_group_whose_episodes_all_failed_is_not_graded():
+    def graded(*, row, messages, rewards):
+        raise AssertionError("there is nothing to grade")
+
+    async def scenario(world):
+        world.engine.gate.set()
+        await world.admit(num_wanted=1)
+        assert all(event.reason == "reset: RuntimeError: no shop" for event in world.events.of("trajectory_failed"))
+        world.buffer.check()
+
+    in_world(scenario, rows=lambda index: {"fails": True}, max_failed_share=1.0, group_reward=graded)
+
+
 @pytest.mark.parametrize("given", [[1.0], ["high", 1.0], None, [float("nan"), 0.0]])
 def test_a_group_reward_that_gives_no_numbers_fails_all_episodes_of_its_group_with_the_reason(given):
     async def scenario(world):
@@ -536,10 +570,9 @@ def evaluate_rows(rows, *, num_running, temperature=1.0, engine_class=GatedEngin
         engine = engine_class()
         engine.gate.set()
         return await evaluate(
-            ClassPlayer(agent=agent_of(engine), environment_class=Task),
+            ClassPlayer(agent=agent_of(engine), environment_class=Task).evaluating(temperature),
             rows,
             name="ebefore",
-            temperature=temperature,
             num_running=num_running,
             tell=told.append,
         )

@@ -38,7 +38,7 @@ from oldlogits.rollout.journal.records import (
 from ..builders import sampled
 from ..waiting import wait_until
 
-IDS = st.integers(0, 2**31)
+IDS = st.integers(0, 2**31 - 1)
 VERSIONS = st.integers(0, 2**62)
 LOGPS = st.floats(max_value=0.0) | st.just(math.nan)
 REWARDS = st.floats(allow_nan=False, allow_infinity=False)

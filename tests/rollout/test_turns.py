@@ -349,8 +349,8 @@ def test_every_call_into_the_environment_goes_through_the_runner_and_only_tools_
         return await run_here(call)
 
     play(ScriptedEngine(CALL, "<call> nothing </call>", "bye", "bye", "bye"), runner=runner)
-    made, call, unreadable, message, reward = [False, False], [False, True, False], [False], [False, True], [False]
-    assert seen == made + call + unreadable + message * 3 + reward, "what is not delayed reads a turn, or writes a result"
+    made, call, unreadable, message, reward = [False], [False, True], [False], [False, True], [False]
+    assert seen == made + call + unreadable + message * 3 + reward, "what is not delayed reads a turn"
 
 
 def test_every_episode_has_an_environment_of_its_own():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from dataclasses import replace
@@ -9,10 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from oldlogits.cli.main import run as command
 from oldlogits.config.check import check
 from oldlogits.config.episodes import EnvConfig
 from oldlogits.config.schema import ModelConfig, RunConfig
 from oldlogits.core.errors import ConfigError, ModelFolderError
+from oldlogits.engines.chat_api.completions import ChatCompletions
+from oldlogits.engines.chat_api.formats import ChatFormats
+from oldlogits.engines.chat_api.messages import ApiError
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.run.chat import chat_cautions, chat_format, chat_options, end_ids
 from order_desk.environment import OrderDesk
@@ -87,3 +92,53 @@ def test_a_run_is_warned_of_a_parser_that_does_not_read_the_calls_of_the_templat
 
 def test_the_tiny_model_writes_calls_that_its_parser_reads():
     assert list(chat_cautions(RunConfig(), ChatFormat(tiny_tokenizer(["a"])))) == []
+
+
+class Offering:
+    """An environment with a tool, which only makes the rows of a program."""
+
+    def reset(self):
+        return "hello"
+
+    def look(self) -> str:
+        """See."""
+        return ""
+
+    def get_reward(self):
+        return 1.0
+
+
+@pytest.fixture
+def without_tools(chatml_llama: Path, tmp_path: Path) -> Path:
+    """A model folder whose chat template writes no tools."""
+    model = Path(shutil.copytree(chatml_llama, tmp_path / "model"))
+    (model / "chat_template.jinja").write_text(CHATML)
+    return model
+
+
+def test_a_template_without_tools_serves_a_program_that_offers_none_and_the_request_that_does_is_refused(without_tools: Path):
+    config = replace(recipe(), env=EnvConfig(target="desk", program="tests.rollout.agent_programs:plays", parser="hermes"))
+    with pytest.raises(ConfigError, match="drops the name of a tool"):
+        chat_format(recipe(), without_tools, Offering)
+    chat = chat_format(config, without_tools, Offering)
+    assert chat.conversation_ids([{"role": "user", "content": "hello"}])
+    (caution,) = chat_cautions(config, chat)
+    assert "requests that offer tools will be refused: the chat template drops the name of a tool" in caution.message
+    assert "model.chat_tools" in caution.message
+    request = ChatCompletions().read({"messages": [{"role": "user", "content": "hello"}], "tools": [LOOK]})
+    formats = ChatFormats(chat.for_tools)
+    with pytest.raises(ApiError, match=r"the model cannot be offered the tool look: .*model\.chat_tools = 'system'") as found:
+        asyncio.run(formats.of(b"", request.tools, asyncio.to_thread))
+    assert (found.value.status, found.value.code) == (400, "unwritten_tools")
+    told = chat_format(replace(config, model=replace(config.model, chat_tools="system")), without_tools, Offering)
+    assert list(chat_cautions(replace(config, model=replace(config.model, chat_tools="system")), told)) == []
+    assert told.for_tools([LOOK])
+
+
+def test_a_dry_run_of_a_program_says_where_its_rows_come_from_and_what_the_template_lacks(without_tools: Path, capsys):
+    path = without_tools.parent / "program.toml"
+    path.write_text(f'[env]\nprogram = "tests.rollout.agent_programs:plays"\n[model]\npath = "{without_tools}"\n')
+    assert command(["train", str(path), "--dry-run", "--eval.num-episodes", "0"]) == 0
+    shown = " ".join(capsys.readouterr().out.replace("\n#", " ").split())
+    assert "rows training: made by env.target = 'desk', held-out: made by env.target = 'desk'" in shown
+    assert "warning: requests that offer tools will be refused" in shown

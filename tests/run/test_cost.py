@@ -6,7 +6,6 @@ import copy
 import shutil
 import subprocess
 import sys
-from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from oldlogits.batch.collate import TokenBatch
 from oldlogits.batch.pad import micro_batches
 from oldlogits.config.load import config_from_table
 from oldlogits.core.engine import EngineSpec
-from oldlogits.core.errors import ModelFolderError
+from oldlogits.core.errors import ConfigError, ModelFolderError
 from oldlogits.engines.embedded.engine import EngineCore
 from oldlogits.models.load import load_model, named_weights
 from oldlogits.models.lora import add_adapters
@@ -144,6 +143,19 @@ def test_with_adapters_only_these_cost_gradient_moments_and_versions(name, tmp_p
     assert kept_bytes(model, micro, recompute=False) <= cost.activation_bytes - head
 
 
+@pytest.mark.parametrize(
+    ("name", "keys", "refusal"),
+    [
+        ("qwen3 top-1 of 4 experts", {"lora_rank": 4}, "model.lora_targets names layers .*gate_proj, up_proj, down_proj"),
+        ("qwen3", {"routing": "replayed"}, "no routers that could follow .*a Qwen3ForCausalLM"),
+    ],
+)
+def test_what_a_model_has_not_is_refused_before_anything_is_started(name, keys, refusal, tmp_path):
+    folder = save(make_model(name), tmp_path)
+    with pytest.raises(ConfigError, match=refusal):
+        cost_of(tmp_path, model={"path": folder, **keys})
+
+
 def test_the_store_holds_at_most_what_is_said(tiny_folder):
     config = recipe(tiny_folder)
     store, generator = PatchStore(), torch.Generator().manual_seed(0)
@@ -234,8 +246,7 @@ def test_the_embedded_engine_holds_what_is_said(tmp_path):
     model = make_model("qwen3")
     cost = cost_of(save(model, tmp_path), engine={"precision": "int4"})
     core = EngineCore(EngineSpec(model_path=str(tmp_path), numerics="int4", max_num_seqs=2, max_context=16))
-    layers = [tensor for layer in core._decoder._layers for tensor in astuple(layer) if tensor is not None]
-    held = sum(t.nbytes for t in (*layers, core._decoder._embedding, core._decoder._head, core._decoder._final_norm))
+    held = sum(tensor.nbytes for tensor in core._decoder._weights.tensors())
     heads = (cost.shape.heads + cost.shape.kv_heads) * cost.shape.head_dim * cost.shape.layers * 4
     assert cost.engine_bytes <= held <= cost.engine_bytes + heads  # norms of heads are held once for each head
 

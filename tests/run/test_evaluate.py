@@ -52,6 +52,10 @@ def test_rows_are_played_as_often_as_asked_and_failures_are_counted_by_reason(wr
     assert summary.all.success.mean == pytest.approx(sum(reward >= 0.1 for reward in rewards) / 8)
     assert "failed: 4 x reset: RuntimeError: not today" in shown
     assert max(map(len, shown.splitlines())) <= max(80, len(str(out)) + 80)
+    for figure in (summary.all.success, summary.all.pass_at["2"], summary.subsets["good"].pass_at["2"]):
+        assert str(figure) in shown
+    assert "success, avg@2" in shown
+    assert "pass@2 is over the 4 rows that were played 2 times" in shown
     assert (out / "transcripts.txt").read_text().count("=" * 80) == 12
 
 
@@ -59,8 +63,12 @@ def test_greedy_evaluations_are_the_same_and_differ_by_nothing(written, tiny_fol
     outs = [str(tmp_path / name) for name in "ab"]
     for out in outs:
         assert command(["eval", str(tiny_folder), str(written), "--greedy", "--out", out]) == 0
+    capsys.readouterr()
     assert command(["eval", "--compare", *outs]) == 0
-    assert "+0.000 [+0.000, +0.000]" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "+0.000 [+0.000, +0.000]" in shown
+    assert max(len(line) for line in shown.splitlines() if str(tmp_path) not in line) <= 80
+    assert command(["eval", "--compare", outs[0], str(tmp_path / "gone")]) == 2
 
 
 def test_a_run_is_evaluated_by_its_newest_checkpoint_under_its_own_recipe(tiny_folder, tmp_path):
@@ -80,7 +88,11 @@ def test_an_evaluation_whose_episodes_all_fail_says_so_and_is_status_1(tiny_fold
     env = {"target": f"{__name__}:Moody", "eval_data": str(rows)}
     written = write_recipe(tmp_path / "recipe.toml", recipe(tiny_folder, env=env, eval={"num_episodes": 4}))
     assert command(["eval", str(tiny_folder), str(written), "--out", str(tmp_path / "out")]) == 1
-    assert "1 x reset: RuntimeError: not today" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "1 x reset: RuntimeError: not today" in shown
+    assert "none played, 1 failed" in shown
+    assert "no episode was played to its end" in shown
+    assert "0.000" not in shown
     assert read_summary(tmp_path / "out").all.success is None
 
 
@@ -118,3 +130,6 @@ def test_an_agent_program_whose_first_conversation_came_to_nothing_is_evaluated(
     written, out = write_recipe(tmp_path / "recipe.toml", config), tmp_path / "out"
     assert command(["eval", str(tiny_folder), str(written), "--out", str(out)]) == 0
     assert sorted((e.id, e.row, e.reward) for e in read_evaluation(out)) == [("eval.0", 0, 1.0), ("eval.1", 1, 1.0)]
+    gateway = read_summary(out).gateway
+    assert (gateway["opened"], gateway["refused"], gateway["rewritten"]) == (2, 2, 0)
+    assert "The program was given 2 turns" in capsys.readouterr().out

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from oldlogits.models.layout import decoder
 from oldlogits.record.folder import RunFolder
 from oldlogits.record.live import print_summary
 from oldlogits.record.summary import summarise_folder
@@ -132,3 +133,54 @@ def test_environment_code_that_changes_the_working_directory_moves_nothing(tiny_
     assert summarise_folder(RunFolder(path=tmp_path / "out" / "run")).num_updates == 2
     names = {path.name for path in (tmp_path / "out" / "run").iterdir()}
     assert names >= {"config.toml", "events.jsonl", "summary.json", "report.html", "checkpoints", "tokens"}
+
+
+class Unheard(Words):
+    """Its held-out rows are broken."""
+
+    @staticmethod
+    def make_row(split, index):
+        return {"start": index % 20, "heldout": split == "heldout"}
+
+    def reset(self, start, heldout):
+        if heldout:
+            raise LookupError("no such file")
+        return super().reset(start)
+
+
+@pytest.mark.slow
+def test_an_evaluation_whose_episodes_all_fail_is_warned_of_loudly_with_the_reasons(tiny_folder, tmp_path):
+    result, said, panel = played(tiny_folder, tmp_path / "run", "Unheard", num_updates=1, eval={"num_episodes": 3})
+    assert result.summary.ended == "done"
+    warned = [event for event in events_of(tmp_path / "run", "warning") if event.name == "failed-evaluation"]
+    assert [event.message.partition(" failed: ")[0] for event in warned] == [
+        f"NOTHING WAS MEASURED: all 3 held-out episodes of the {mode} evaluation {stage} training"
+        for stage in ("before", "after")
+        for mode in ("sampled", "greedy")
+    ]
+    assert all(event.message.endswith("3 x reset: LookupError: no such file") for event in warned)
+    assert said.count("warning: NOTHING WAS MEASURED") == 4
+    flat = " ".join(panel.replace("│", " ").split())
+    assert "HELD-OUT SUCCESS WAS NOT MEASURED: all episodes of each evaluation failed." in flat
+    assert "12 of 12 held-out episodes failed: 12 x reset: LookupError: no such file" in flat
+
+
+@pytest.mark.slow
+def test_an_evaluation_whose_episodes_all_fail_ends_the_run_by_the_rule_of_training(tiny_folder, tmp_path):
+    result, _, _ = played(tiny_folder, tmp_path / "run", "Unheard", num_updates=1, eval={"num_episodes": 200})
+    assert result.summary.ended == "error"
+    assert "129 of the last 129 sampled episodes of the evaluation before training" in str(result.error)
+    assert "rollout.max_failed_share" in str(result.error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout, is_told", [("shared", True), ("padded", False)])
+def test_a_run_whose_model_reads_no_packed_rows_warns_of_it_once_with_the_reason(
+    tiny_folder, tmp_path, monkeypatch, layout, is_told
+):
+    monkeypatch.setattr(decoder, "_MOVED", -1.0)  # no order of sums is taken for the same
+    _, said, _ = played(tiny_folder, tmp_path / "run", "Words", num_updates=1, trainer={"layout": layout})
+    warned = [event.message for event in events_of(tmp_path / "run", "warning") if event.name == "padded"]
+    why = "but the trainer pads: its layers mix tokens by more than attention"
+    assert len(warned) == said.count("the trainer pads") == is_told
+    assert all(message.startswith(f"trainer.layout = 'shared', {why}") for message in warned)

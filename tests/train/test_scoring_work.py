@@ -93,6 +93,7 @@ def test_a_switch_ends_when_the_module_points_at_the_weights_and_the_check_is_to
         monkeypatch.setattr(module, "time", clock)
         monkeypatch.setattr(module, "point_at", clock.takes(1.0, module.point_at))
         monkeypatch.setattr(module, "score_tokens", clock.takes(10.0, module.score_tokens))
+        monkeypatch.setattr(module, "score_and_count", clock.takes(10.0, module.score_and_count))
 
     before = trainer.scorer.work
     trainer.scorer.score(np.arange(5), 0)

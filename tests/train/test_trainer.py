@@ -1,15 +1,16 @@
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from oldlogits.core.errors import ExactnessError, RunFolderError, VersionEvictedError
+from oldlogits.core.errors import ExactnessError, RunFolderError, TrajectoryError, VersionEvictedError
 from oldlogits.core.policies import OLD
 from oldlogits.core.scoring import Scored
+from oldlogits.core.trajectory import Routing
 from oldlogits.models.load import load_model, load_tokenizer, named_weights
 from oldlogits.run.specs import trainer_spec
 from oldlogits.train.checkpoint import read_state
@@ -297,7 +298,7 @@ def test_a_saved_batch_holds_every_array_of_the_batch_in_training(trainer, tmp_p
     trainer.put_batch(batch := batch_at(0))
     assert trainer.save_batch(tmp_path / "failed") == tmp_path / "failed"
     saved = load_file(tmp_path / "failed" / "batch.safetensors")
-    expected = asdict(batch)
+    expected = {name: values for name, values in asdict(batch).items() if values is not None}
     assert tuple(json.loads((tmp_path / "failed" / "trajectories.json").read_text())) == expected.pop("trajectory_ids")
     assert set(saved) == set(expected)
     assert all(np.array_equal(saved[name].numpy(), values) for name, values in expected.items())
@@ -397,3 +398,85 @@ def test_the_engines_view_rounds_the_bf16_weights_again(tiny_folder, recipe, num
     published = trainer.publish()
     noise = np.abs(published.engine_probe_logps - published.probe_logps).max()
     assert noise <= 1e-6 if numerics == "bf16" else noise > 1e-3
+
+
+@pytest.fixture
+def mixture(tiny_moe_folder, recipe):
+    """Trainers of a mixture of four experts, by `model.routing`."""
+    return lambda routing: Trainer(trainer_spec(recipe(model={"routing": routing})), tiny_moe_folder, PROBE)
+
+
+def routed_batch():
+    """A batch of two versions of each trajectory, with the experts of each: one of four, in two layers."""
+    rng, made = np.random.default_rng(0), []
+    for i in range(3):
+        segments, position = [], 0
+        for version in (0, 1):
+            position += 5
+            routing = Routing.of(rng.integers(4, size=(position - 1, 2, 1)).astype(np.uint8))
+            said = sampled([12, 13 + i, 2], version, logp=-3.4)
+            segments += [[3, 9 + i], replace(said, routing=routing)]
+        made.append(trajectory(*segments, id=f"g0.{i}", reward=float(i % 2)))
+    return batch_of(made, [-1.0, 1.0, -1.0])
+
+
+@torch.no_grad()
+def log_softmax_over(model, ids, chosen):
+    """Of all tokens, by a model of top-1 experts whose routers are made to answer with these [token, layer, choice]."""
+
+    def answer(layer):
+        def instead(module, args, out):
+            return out[0], out[0].softmax(-1).gather(1, chosen[:, layer]), chosen[:, layer]
+
+        return instead
+
+    blocks = enumerate(model.model.layers)
+    hooks = [block.mlp.gate.register_forward_hook(answer(layer)) for layer, block in blocks]
+    logp = model(ids[None]).logits[0].log_softmax(-1)
+    for hook in hooks:
+        hook.remove()
+    return logp
+
+
+def test_old_and_theta_are_forwards_over_the_experts_of_each_tokens_version(mixture, tiny_moe_folder):
+    """The oracle: one trajectory and version at a time, by a model whose router's choice is forced."""
+    trainer, batch = mixture("replayed"), routed_batch()
+    trainer.publish()
+    trainer.put_batch(batch)
+    found = trainer.scorer.score(all_tokens(batch), None)
+    forced = load_model(tiny_moe_folder)
+    expected = []
+    for i, start in enumerate(batch.starts[:-1]):
+        for version in (0, 1):
+            tokens = np.flatnonzero((batch.sequence == i) & (batch.version == version))
+            ids = torch.from_numpy(batch.token_ids[start : tokens[-1]])
+            chain = batch.chains.chain[tokens[0]]
+            chosen = batch.chains.choices[batch.chains.starts[chain] :][: len(ids)]
+            logp = log_softmax_over(forced, ids, torch.from_numpy(chosen).long())
+            at = tokens - start - 1
+            expected += logp[at, torch.from_numpy(batch.token_ids[tokens])].tolist()
+    assert np.abs(found - np.array(expected)).max() < 1e-5
+    trainer.live.version = 1  # the tokens of version 1 are at lag 0
+    old = Scored(policy=OLD, values=found, computed_at=batch.version[batch.loss_mask], num_switches=1)
+    result = trainer.train(old)
+    assert result.lag0_max_abs_error <= 1e-6
+    assert np.abs(result.table["logp_theta"] - found).max() <= 1e-6
+    free = mixture("off")
+    free.put_batch(batch)
+    assert np.abs(free.scorer.score(all_tokens(batch), None) - found).max() > 1e-2, "experts matter, or nothing was tested"
+
+
+def test_a_batch_without_the_experts_that_a_trainer_is_to_follow_is_refused(mixture):
+    for routing in ("recorded", "replayed"):
+        with pytest.raises(TrajectoryError, match=rf"without routing, model\.routing = '{routing}'"):
+            mixture(routing).put_batch(batch_at(0))
+    mixture("off").put_batch(batch_at(0))
+
+
+def test_a_saved_batch_holds_its_routing(mixture, tmp_path):
+    trainer = mixture("replayed")
+    trainer.put_batch(batch := routed_batch())
+    trainer.save_batch(tmp_path)
+    saved = load_file(tmp_path / "batch.safetensors")
+    for name, values in asdict(batch.chains).items():
+        assert np.array_equal(saved[f"routing_{name}"].numpy(), values)

@@ -11,5 +11,5 @@ CHOICES = ("numba", "torch")
 @contextmanager
 def kernels(choice):
     """Within: every buffer on the CPU goes through these kernels, whatever its size."""
-    with mock.patch.object(kernel_choice, "_FEW", {"numba": 0, "torch": 1 << 62}[choice]):
+    with mock.patch.object(kernel_choice, "FEW", {"numba": 0, "torch": 1 << 62}[choice]):
         yield

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import tomli_w
 
+from benchmarks.families.folders import write_folder
+from benchmarks.families.served import train_on_vllm
+from benchmarks.families.shapes import FAMILIES
 from oldlogits.cli.main import run as command
 
 from ..runs import after_updates, check_accounting, events_of, summary_of, tokens_of
@@ -115,6 +118,22 @@ def test_vllm_gets_adapters_and_adds_them_to_its_own_folder(tmp_path):
     assert np.abs(tokens["log_r_d"]).max() <= 1e-3, "vLLM and the trainer both compute in fp32"
     assert np.abs(tokens["log_r_s"]).max() > 1e-2, "the adapters do something"
     check_accounting(run)
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("name", "precision"), [("Llama 3", "fp32"), ("Mistral", "fp32"), ("Gemma 3", "fp32"), ("Qwen3-MoE", "fp8")]
+)
+def test_vllm_samples_what_the_trainer_computes_of_a_family_before_and_after_updates(name, precision, tmp_path):
+    """Scaled rotary embeddings, sliding windows, scaled embeddings and experts; prompts are longer than the windows."""
+    family = FAMILIES[name]
+    folder = write_folder(family, tmp_path / "model")
+    run = train_on_vllm(folder, family.chat, PYTHON, tmp_path / "run", precision=precision)
+    assert len(run.probes) == 4
+    assert max(run.probes) <= 1e-4
+    assert (run.largest <= 1e-3) is (precision == "fp32"), "where both compute in fp32 only rounding is left"
+    assert run.moved >= 1e-2, "tokens of older versions tell the versions apart"
+    assert run.num_tokens >= 2 * 8 * 8
 
 
 def groups_of_servers():

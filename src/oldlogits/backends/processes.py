@@ -24,7 +24,10 @@ from oldlogits.rpc.process import ChildProcess
 from oldlogits.train.scorer_model import ScorerModel
 from oldlogits.train.spec import ScorerSpec, TrainerSpec
 
-_FIX: Final = "look for an out-of-memory kill or a message above; go on with --resume from the last checkpoint"
+_FIX: Final = (
+    "look for a message above, or an out-of-memory kill; go on with --resume from the last checkpoint, "
+    "where memory ran out with a smaller trainer.micro_batch_tokens (docs/tuning.md)"
+)
 
 
 class ModelProcess(ChildProcess):

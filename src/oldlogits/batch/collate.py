@@ -7,14 +7,15 @@ log-prob 0, version -1 and `loss_mask` False.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from oldlogits.batch.routing import MISSING, RoutingChains, routing_chains
 from oldlogits.batch.sequences import Bools, Floats, Ints, Sequences
 from oldlogits.core.errors import TrajectoryError
 from oldlogits.core.scoring import BatchTokens
-from oldlogits.core.trajectory import Context, Trajectory, TrajectoryGroup
+from oldlogits.core.trajectory import Context, RoutingMode, Trajectory, TrajectoryGroup
 from oldlogits.core.weights import PolicyVersion
 
 
@@ -31,6 +32,7 @@ class TokenBatch(Sequences):
         rewards: float32 [sequence].
         step: int64 [sequence]; the optimizer step, counted from 0, that trains it.
         trajectory_ids: One per sequence.
+        chains: The experts that served the tokens when each loss token was sampled; None: they were not recorded.
     """
 
     loss_mask: Bools
@@ -41,20 +43,46 @@ class TokenBatch(Sequences):
     rewards: Floats
     step: Ints
     trajectory_ids: tuple[str, ...]
+    chains: RoutingChains | None = None
 
     @property
     def versions(self) -> tuple[int, ...]:
         """The distinct versions of its loss tokens, ascending."""
         return tuple(int(v) for v in np.unique(self.version[self.loss_mask]))
 
-    def entering(self, trainer_version: PolicyVersion) -> BatchTokens:
-        """Say what a source is told of the batch when it enters training."""
+    def lay_out(self, tokens: Ints) -> tuple[Sequences, Ints, Ints]:
+        """Give the sequences that a forward pass reads to score loss tokens: each with the experts of its tokens, if known."""
+        return (self, tokens, tokens) if self.chains is None else self.chains.lay_out(self, tokens)
+
+    def entering(self, trainer_version: PolicyVersion, *, checked_every: int = 0) -> BatchTokens:
+        """Say what a source is told of the batch when it enters training.
+
+        Args:
+            trainer_version: The version before the first optimizer step.
+            checked_every: The training forward gives OLD of some tokens, and of every so many of their trajectories one is
+                scored all the same; 0: all tokens are scored.
+        """
+        from_training = None
+        if checked_every:
+            from_training = self.old_is_theta(trainer_version)
+            sequence = self.sequence[self.loss_mask]
+            from_training &= ~np.isin(sequence, np.unique(sequence[from_training])[::checked_every])
         return BatchTokens(
             versions=self.version[self.loss_mask],
             trajectory_ids=self.trajectory_ids,
             trainer_version=trainer_version,
             has_mixed_kv=bool(self.mixed_kv.any()),
+            from_training=from_training,
         )
+
+    def old_is_theta(self, trainer_version: PolicyVersion) -> Bools:
+        """Tell of each loss token whether THETA of its optimizer step is OLD: bool [loss token].
+
+        It is where the token is of the version that enters training, over its keys and values, and the step is the first.
+        """
+        first = (self.step == 0)[self.sequence]
+        found: Bools = ((self.version == trainer_version) & first & ~self.mixed_kv)[self.loss_mask]
+        return found
 
 
 def collate(groups: Sequence[TrajectoryGroup], advantages: Sequence[float], *, num_steps: int) -> TokenBatch:
@@ -90,18 +118,37 @@ def collate(groups: Sequence[TrajectoryGroup], advantages: Sequence[float], *, n
         rewards=np.asarray([t.reward for t in trajectories], np.float32),
         step=np.concatenate([np.full(len(g.trajectories), i % num_steps, np.int64) for i, g in enumerate(groups)]),
         trajectory_ids=tuple(t.id for t in trajectories),
+        chains=routing_chains(trajectories),
     )
+
+
+def followed(batch: TokenBatch, mode: RoutingMode) -> TokenBatch:
+    """Check that a batch has the routing that a trainer follows, and leave out what it does not.
+
+    Raises:
+        TrajectoryError: It has none.
+    """
+    if mode == "off":
+        return replace(batch, chains=None)
+    if batch.chains is None:
+        raise TrajectoryError(
+            "the engine did not say which experts it chose",
+            got=f"a batch of version {batch.versions[-1]} without routing, model.routing = '{mode}'",
+            allowed="the experts of every token that it read",
+            fix=MISSING,
+        )
+    return batch
 
 
 def _columns(trajectory: Trajectory) -> tuple[Ints, Bools, Ints, Floats, Floats, Bools]:
     """Make the flat arrays of one trajectory, in the order in which `collate` takes them."""
     segments = trajectory.segments
     lengths = [len(s.token_ids) for s in segments]
-    token_ids = np.fromiter((i for s in segments for i in s.token_ids), np.int64, sum(lengths))
+    token_ids = np.concatenate([np.asarray(s.token_ids, np.int64) for s in segments])
     loss_mask = np.repeat(np.array([not isinstance(s, Context) for s in segments], np.bool_), lengths)
     version = np.repeat(np.array([-1 if isinstance(s, Context) else s.version for s in segments], np.int64), lengths)
     temperature = np.repeat(np.array([1.0 if isinstance(s, Context) else s.temperature for s in segments], np.float32), lengths)
     mixed_kv = np.repeat(np.array([not isinstance(s, Context) and s.kv == "mixed" for s in segments], np.bool_), lengths)
     logp_mu = np.zeros(len(token_ids), np.float32)
-    logp_mu[loss_mask] = [p for s in trajectory.sampled for p in s.logp_mu]
+    logp_mu[loss_mask] = np.concatenate([np.asarray(s.logp_mu, np.float32) for s in trajectory.sampled])
     return token_ids, loss_mask, version, logp_mu, temperature, mixed_kv

@@ -17,8 +17,10 @@ from itertools import pairwise
 import numpy as np
 
 from oldlogits.batch.collate import TokenBatch
+from oldlogits.batch.routing import RoutingChains
 from oldlogits.batch.sequences import Ints, Sequences
 from oldlogits.core.errors import TrajectoryError
+from oldlogits.core.trajectory import Choices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,5 +92,20 @@ def segment_sequences(batch: TokenBatch, segments: Sequence[KVSegment]) -> tuple
     shifts = starts[:-1] - [segment.begin for segment in segments]
     flat = np.arange(starts[-1]) - np.repeat(shifts, lengths)
     tokens = np.concatenate([segment.tokens + shift for segment, shift in zip(segments, shifts, strict=True)])
-    cut = Sequences(token_ids=batch.token_ids[flat], temperature=batch.temperature[flat], starts=starts)
+    cut = Sequences(
+        token_ids=batch.token_ids[flat],
+        temperature=batch.temperature[flat],
+        starts=starts,
+        routing=None if batch.chains is None else _routing_of(batch.chains, segments),
+    )
     return cut, tokens, flat
+
+
+def _routing_of(chains: RoutingChains, segments: Sequence[KVSegment]) -> Choices:
+    """Give the experts of the segments' tokens; the last of each is predicted, not read: any experts do."""
+    found = []
+    for segment in segments:
+        begin = segment.begin - segment.origin
+        read = chains.of_entries(int(segment.tokens[-1]), begin, begin + segment.num_entries)
+        found += [read, read[-1:]]
+    return np.concatenate(found)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oldlogits.core.scoring import ScoringSpan
+from oldlogits.core.trajectory import Choices
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -23,11 +24,15 @@ class Sequences:
         token_ids: int64 [token].
         temperature: float32 [token]; 1 where nothing was sampled.
         starts: int64 [sequence + 1]; sequence s is ``[starts[s], starts[s + 1])``.
+        routing: [token, layer, choice]; the experts that an engine chose for each token, None: they are not known.
+        kin: int64 [sequence], ascending; sequences of one number are scored in one micro-batch; None: each by itself.
     """
 
     token_ids: Ints
     temperature: Floats
     starts: Ints
+    routing: Choices | None = None
+    kin: Ints | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -49,6 +54,14 @@ class Sequences:
         """int64 [token]: the sequence of each token."""
         return np.repeat(np.arange(self.num_sequences), self.lengths)
 
+    def lay_out(self, tokens: Ints) -> tuple[Sequences, Ints, Ints]:
+        """Give the sequences that a forward pass reads to score tokens, which have ascending flat indices.
+
+        Returns:
+            The sequences, the index in them of every token, ascending, and its flat index here.
+        """
+        return self, tokens, tokens
+
 
 def pack(spans: Sequence[ScoringSpan]) -> tuple[Sequences, Ints]:
     """Lay at least one span side by side, and give the flat index of every token to score, span after span."""
@@ -57,4 +70,10 @@ def pack(spans: Sequence[ScoringSpan]) -> tuple[Sequences, Ints]:
     temperature = np.ones(int(starts[-1]), np.float32)
     temperature[tokens] = np.concatenate([span.temperature for span in spans])
     token_ids = np.concatenate([span.token_ids for span in spans])
-    return Sequences(token_ids=token_ids, temperature=temperature, starts=starts), tokens
+    routing = [span.routing for span in spans if span.routing is not None]
+    return Sequences(
+        token_ids=token_ids,
+        temperature=temperature,
+        starts=starts,
+        routing=np.concatenate(routing) if len(routing) == len(spans) else None,
+    ), tokens

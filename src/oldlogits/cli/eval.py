@@ -19,7 +19,8 @@ from oldlogits.cli.main import FAILED, INTERRUPTED
 from oldlogits.cli.table import Rows
 from oldlogits.core.errors import ConfigError, reading
 from oldlogits.record.failures import FailureTally, in_words
-from oldlogits.record.intervals import Interval, verdict_of
+from oldlogits.record.intervals import verdict_of
+from oldlogits.record.live import program_sentences
 
 if TYPE_CHECKING:
     from oldlogits.record.evaluation import Comparison, EvaluatedEpisode, EvaluationSummary
@@ -41,7 +42,7 @@ class EvalOptions:
     greedy: bool = False
     """Take the likeliest token instead of sampling at temperature 1."""
     subset: str = ""
-    """A field of the rows, by whose values the results are told apart."""
+    """A field of the rows, by whose values the results are told apart; of a mixture by default who plays the row."""
     compare: tuple[Path, Path] | None = None
     """Instead, compare two evaluations that were written before, row by row: the second minus the first."""
 
@@ -124,8 +125,9 @@ class _Progress:
             if self._failures.add(episode.failure):
                 self.note(f"an episode failed: {episode.failure}")
         self._sum += episode.reward or 0.0
-        mean = f"mean reward {self._sum / max(self._num_ended - self._num_failed, 1):.3f}"
-        told = mean + (f", {self._num_failed} failed" if self._num_failed else "")
+        num_played = self._num_ended - self._num_failed
+        told = f"mean reward {self._sum / num_played:.3f}" if num_played else "none played"
+        told += f", {self._num_failed} failed" if self._num_failed else ""
         self._bar.update(self._task, completed=self._num_ended, total=num_episodes, description=told)
         if not self._console.is_terminal and self._num_ended * 10 // num_episodes > (self._num_ended - 1) * 10 // num_episodes:
             self.note(f"{self._num_ended}/{num_episodes} episodes, {told}")
@@ -133,41 +135,54 @@ class _Progress:
 
 def _show(summary: EvaluationSummary, out: Path, console: Console) -> None:
     """Print what an evaluation came to."""
-    found = {"all": summary.all, **summary.subsets}
+    k = summary.repeats
     rows = [
-        (name, str(one.success or "-"), one.reward.plain if one.reward else "-", str(one.num_played), str(one.num_failed))
-        for name, one in found.items()
+        (
+            name,
+            str(one.success or "-"),
+            *([str(one.pass_at.get(str(k), "-"))] if k > 1 else []),
+            one.reward.plain if one.reward else "-",
+            str(one.num_played),
+            str(one.num_failed),
+        )
+        for name, one in {"all": summary.all, **summary.subsets}.items()
     ]
-    repeats = f" x {summary.repeats}" if summary.repeats > 1 else ""
+    repeats = f" x {k}" if k > 1 else ""
+    successes = (f"success, avg@{k} [95%]", f"pass@{k} [95%]") if k > 1 else ("success [95%]",)
     console.print(Text(f"\n{summary.target}, {summary.mode}, {summary.num_rows} rows{repeats}"))
-    console.print(Rows((summary.subset, "success [95%]", "mean reward [95%]", "played", "failed"), rows))
+    console.print(Rows((summary.subset, *successes, "mean reward [95%]", "played", "failed"), rows))
+    if not summary.all.num_played:
+        console.print(Text("no episode was played to its end: there is nothing to say of the model"))
+    elif k > 1 and summary.all.num_whole < summary.num_rows:
+        console.print(Text(f"pass@{k} is over the {summary.all.num_whole} rows that were played {k} times"))
     if missing := summary.num_episodes - summary.all.num_played - summary.all.num_failed:
         console.print(Text(f"{missing} of {summary.num_episodes} episodes were not played"))
     if summary.failures:
         console.print(Text(f"failed: {in_words(summary.failures)}"))
+    for line in program_sentences(summary.gateway):
+        console.print(Text(line))
     console.print(Text(f"a success is a reward of {summary.success_at:g} or more; transcripts: {out / 'transcripts.txt'}"))
 
 
 def _compare(first: Path, second: Path, console: Console) -> int:
     from oldlogits.record.evaluation import compare
+    from oldlogits.record.jsonl import RecordError
 
     fix = "name what was given as --out"
-    with reading(ConfigError, "the evaluations cannot be read", got=f"{first}, {second}", allowed="two evaluations", fix=fix):
-        found = compare(first, second)
-    _show_comparison(found, f"{second} minus {first}", console)
+    try:
+        with reading(RecordError, "no evaluations", got=f"{first}, {second}", allowed="two evaluations", fix=fix):
+            found = compare(first, second)
+    except RecordError as error:  # the command is wrong: it names something else
+        raise ConfigError(error.what, got=error.got, allowed=error.allowed, fix=error.fix) from error
+    console.print(Text(f"second  {second}\nminus   {first}"), soft_wrap=True)
+    _show_comparison(found, console)
     return 0
 
 
-def _show_comparison(found: Mapping[str, Comparison], title: str, console: Console) -> None:
-    def points(gain: Interval) -> str:
-        return f"{100 * gain.mean:+.1f} [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
-
-    def plain(gain: Interval) -> str:
-        return f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
-
-    rows = [(name, points(one.success), plain(one.reward), str(one.success.num_episodes)) for name, one in found.items()]
-    console.print(Text(title))
-    console.print(Rows(("", "success, points", "mean reward", "rows"), rows))
+def _show_comparison(found: Mapping[str, Comparison], console: Console) -> None:
+    rows = [(name, one.success.points, one.reward.change, str(one.success.num_episodes)) for name, one in found.items()]
+    console.print(Rows(("", "success, points [95%]", "mean reward [95%]", "rows"), rows))
     every = found["all"]
-    left_out = f"; {every.num_left_out} rows that only one of them played are left out" if every.num_left_out else ""
-    console.print(Text(f"success: {verdict_of(every.success)}; mean reward: {verdict_of(every.reward)}{left_out}"))
+    console.print(Text(f"success      {verdict_of(every.success)}\nmean reward  {verdict_of(every.reward)}"))
+    if every.num_left_out:
+        console.print(Text(f"left out     {every.num_left_out} rows that only one of them played"))

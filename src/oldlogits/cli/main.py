@@ -10,7 +10,16 @@ from typing import Final
 
 from oldlogits import __version__
 from oldlogits.cli.table import wrapped
-from oldlogits.core.errors import ConfigError, EnvironmentShapeError, ModelFolderError, OldLogitsError, RunFolderError
+from oldlogits.core.errors import (
+    ConfigError,
+    EnvironmentShapeError,
+    ModelFolderError,
+    OldLogitsError,
+    ReplayError,
+    RunFolderError,
+    TokenTableError,
+    printable,
+)
 
 VERBS: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -19,6 +28,8 @@ VERBS: Final[Mapping[str, str]] = MappingProxyType(
         "eval": "evaluate a checkpoint on the held-out rows of a recipe",
         "compare": "run recipes under the same seeds, and show gains and costs",
         "report": "write report.html of a run folder again",
+        "doctor": "say what is wrong with the tokens of a training batch",
+        "replay": "train again from recorded batches, under the same or another recipe",
         "bounds": "print what band, clip and interpolation mean for the total ratio",
         "bench": "measure what exact versions cost on this machine",
         "play": "act as the agent of an environment, or watch a checkpoint",
@@ -29,7 +40,7 @@ VERBS: Final[Mapping[str, str]] = MappingProxyType(
 )
 """Each verb is the function ``command(arguments) -> exit status`` of ``oldlogits.cli.VERB``."""
 
-WRONG: Final = (ConfigError, EnvironmentShapeError, ModelFolderError, RunFolderError)
+WRONG: Final = (ConfigError, EnvironmentShapeError, ModelFolderError, ReplayError, RunFolderError, TokenTableError)
 """Errors that are the command's or the recipe's."""
 REFUSED: Final = 2
 """Exit status of a command that was wrong."""
@@ -80,7 +91,7 @@ def print_error(error: OldLogitsError) -> None:
     parts = {"error": error.what, "got": error.got, "allowed": error.allowed, "fix": error.fix}
     for label, text in parts.items():
         if text:
-            line = f"{label:>8}: {text}"
+            line = f"{label:>8}: {printable(text)}"
             print("\n".join(wrapped(line, later=" " * 10)) if sys.stderr.isatty() else line, file=sys.stderr)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import tyro
 from rich.console import Console
@@ -17,7 +17,6 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from oldlogits.cli.main import FAILED
-from oldlogits.cli.players import ENDLESS, LEFT, Writer, open_checkpoint
 from oldlogits.config.episodes import EnvConfig
 from oldlogits.config.load import config_from_table, read_toml
 from oldlogits.config.schema import RunConfig
@@ -34,12 +33,11 @@ from oldlogits.record.folder import RunFolder
 from oldlogits.rollout.environment_errors import EnvironmentFailed, Raised, answering
 from oldlogits.rollout.environment_runner import ThreadRunner
 from oldlogits.rollout.turns import Failure, run_episode
+from oldlogits.run.acting import ENDLESS, LEFT, Writer, open_checkpoint
 from oldlogits.run.tasks import environment_of, make_agent, rows_of
 
 if TYPE_CHECKING:
     from oldlogits.run.checkpoint import NamedModel
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,12 +118,12 @@ def play(options: PlayOptions, number: int, console: Console, read: Callable[[st
     recipe = _recipe(options.target)
     env = recipe.env if recipe else EnvConfig(target=options.target, adapter=options.adapter)
     environment_class = environment_of(env)
-    row, runner = _row(options, number, env, environment_class), ThreadRunner(timeout_s=env.timeout_s, latency_s=0.0, seed=0)
-    made: list[object] = []
+    row, run = _row(options, number, env, environment_class), ThreadRunner(timeout_s=env.timeout_s, latency_s=0.0, seed=0)
+    made: list[Environment] = []
 
-    async def run(call: Callable[[], T | Awaitable[T]], *, is_tool: bool = False) -> T:
-        made.append(await runner(call, is_tool=is_tool))
-        return cast(T, made[-1])
+    def make() -> Environment:
+        made.append(environment_class())
+        return made[0]
 
     if mode == "checkpoint":
         engine, chat, limits = open_checkpoint(_model(options), recipe, environment_class, options.seed + number)
@@ -141,7 +139,7 @@ def play(options: PlayOptions, number: int, console: Console, read: Callable[[st
     with asyncio.Runner() as loop:
         wait = loop.get_loop().run_until_complete  # not loop.run, so that Ctrl-C reaches whoever reads a line
         try:
-            played = wait(run_episode(agent, environment_class, row, id="play", group_id="play"))
+            played = wait(run_episode(agent, make, row, id="play", group_id="play"))
         except KeyboardInterrupt:
             played = Failure(id="play", group_id="play", reason="interrupted")
         if isinstance(played, Failure):
@@ -256,7 +254,7 @@ class _Shown:
     def report(self, trajectory_id: str, segments: Sequence[Segment]) -> None:
         """Print a turn that was sampled."""
         if isinstance(segments[-1], Sampled) and segments[-1].token_ids != LEFT:
-            _say(self._console, "agent", self.decode(segments[-1].token_ids))
+            _say(self._console, "agent", self.decode(tuple(segments[-1].token_ids)))
 
 
 def _say(console: Console, who: str, text: str) -> None:

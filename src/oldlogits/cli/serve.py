@@ -60,6 +60,8 @@ class ServeOptions:
     """Bearer token that requests must carry; empty: of the environment variable OLDLOGITS_TOKEN, or none."""
     numerics: Literal["fp32", "bf16", "fp8", "int8", "int4", "fp8_dynamic"] = "fp32"
     """The engine's numerics; all but fp32 are emulated."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where it computes; auto: on a GPU if torch finds one."""
     max_num_seqs: int = 128
     """Sequences decoded at the same time."""
     max_context: int = 0
@@ -72,6 +74,8 @@ class ServeOptions:
     """Connections at the same time; a further one is closed at once."""
     idle_s: float = 60.0
     """Seconds that a client may take for the head of a request, and again for its body."""
+    enable_return_routed_experts: bool = False
+    """Mixtures of experts: answers say which experts served each token, as model.routing needs it."""
     adapter_scale: float = 0.0
     """For a run with model.lora_rank, whose updates bring adapters: its lora_alpha / lora_rank; 0: they bring all weights."""
 
@@ -97,6 +101,8 @@ def command(arguments: Sequence[str]) -> int:
         max_context=options.max_context or min(4096, read_config(folder).max_positions),
         seed=options.seed,
         adapter_scale=options.adapter_scale,
+        device=options.device,
+        returns_routing=options.enable_return_routed_experts,
     )
     engine = EngineProcess(spec)
     try:
@@ -190,7 +196,9 @@ async def _serve(engine: EngineProcess, served: Served, chat: ServedChat | None,
     listening = config.bind_socket()
     listening.listen()  # who reads the line below may connect at once
     port = listening.getsockname()[1]
-    print(f"serving {options.model} on http://{options.host}:{port} ({'with' if token else 'without'} a token)", flush=True)
+    url = f"http://{options.host}:{port}"
+    chats = f"; base URL of chat clients: {url}/v1" if chat is not None else ""
+    print(f"serving {options.model} on {url} ({'with' if token else 'without'} a token){chats}", flush=True)
     watching = asyncio.create_task(engine.watch())
     watching.add_done_callback(lambda _: setattr(server, "should_exit", True))
     try:

@@ -17,7 +17,7 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from oldlogits.cli.table import INDENT, Rows, wrapped
-from oldlogits.config.reader import allowed_values, fields_by_key
+from oldlogits.config.reader import allowed_values, as_written, fields_by_key
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, VARIANTS
@@ -111,7 +111,7 @@ def recipe_rows() -> Iterator[tuple[str, ...]]:
     default, sections = RunConfig(), dict(_sections())
     for key, hint in fields_by_key(RunConfig).items():
         section, _, name = key.rpartition(".")
-        yield key, repr(attrgetter(key)(default)), allowed_values(hint), field_docs(sections[section])[name]
+        yield key, as_written(attrgetter(key)(default)), allowed_values(hint), field_docs(sections[section])[name]
 
 
 def recipe_body(width: int) -> Group:
@@ -124,7 +124,8 @@ def recipe_body(width: int) -> Group:
             lines += [Text(), Text("\n".join(heading), style="bold blue")]
             last = section
         later = [*wrapped(f"allowed: {allowed}", width, indent=INDENT), *wrapped(meaning, width, indent=INDENT)]
-        lines += [Text(f"{key} = {default}", style="bold", overflow="fold"), Text("\n".join(later))]
+        first = wrapped(f"{key} = {default}", width, later=INDENT)
+        lines += [Text("\n".join(first), style="bold"), Text("\n".join(later))]
     return Group(*lines)
 
 

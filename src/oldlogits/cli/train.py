@@ -9,7 +9,7 @@ import termios
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,11 +20,14 @@ from oldlogits.cli.main import FAILED, INTERRUPTED, print_error
 from oldlogits.cli.table import wrapped
 from oldlogits.config.guard import cautions
 from oldlogits.config.load import load_config
+from oldlogits.config.programs import rows_in_words
 from oldlogits.config.schema import RunConfig
-from oldlogits.core.errors import ConfigError
+from oldlogits.core.environment import Environment
+from oldlogits.core.errors import AbsentCheckoutError, ConfigError
 from oldlogits.core.policies import find_variant
 from oldlogits.record.folder import RunFolder
 from oldlogits.record.live import print_summary
+from oldlogits.run.seconds import Assumptions, predict
 from oldlogits.run.tasks import load_tasks
 
 if TYPE_CHECKING:
@@ -44,7 +47,10 @@ class TrainOptions:
     resume: Path | None = None
     """Go on with this run folder from its latest checkpoint; trajectories in flight restart."""
     dry_run: bool = False
-    """Print the resolved recipe and what it costs in bytes, and stop. Of the model folder its config.json is enough."""
+    """Print the resolved recipe, what it costs in bytes, and with --assume.trainer-gpus the seconds of an update, and stop. Of
+    the model folder its config.json is enough."""
+    assume: Assumptions = field(default_factory=Assumptions)
+    """With --dry-run: what the seconds are predicted from."""
 
 
 def command(arguments: Sequence[str]) -> int:
@@ -71,10 +77,9 @@ def _train(arguments: Sequence[str]) -> int:
     options, overrides = tyro.cli(TrainOptions, prog="oldlogits train RECIPE", args=words, return_unknown_args=True)
     recipe = _recipe(named, options)
     config = load_config(recipe, overrides, needs_model=not options.dry_run)
-    with chdir(Path()):  # back to where it was, wherever the module of an environment went
-        load_tasks(config)  # a wrong environment is refused before torch is imported
+    environment_class, absent = _check_tasks(config, may_be_absent=options.dry_run)
     if options.dry_run:
-        return _dry_run(config)
+        return _dry_run(config, options.assume, environment_class, absent)
     out = options.resume or options.out or Path("runs") / f"{recipe.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     print(f"run folder: {out}", flush=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -84,6 +89,17 @@ def _train(arguments: Sequence[str]) -> int:
     with _without_echo_of_control_keys():
         result = run(config, out, resume=options.resume is not None)
     return _conclude(result, RunFolder(path=out))
+
+
+def _check_tasks(config: RunConfig, *, may_be_absent: bool) -> tuple[type[Environment] | None, list[str]]:
+    """Refuse a wrong environment before torch is imported; returns it, and what could not be checked."""
+    try:
+        with chdir(Path()):  # back to where it was, wherever the module of an environment went
+            return load_tasks(config)[0], []
+    except AbsentCheckoutError as error:
+        if not may_be_absent:
+            raise
+        return None, [f"environment      not checked: {error.got} names no checkout here"]
 
 
 def _conclude(result: RunResult, folder: RunFolder) -> int:
@@ -131,17 +147,26 @@ def _recipe(named: Path | None, options: TrainOptions) -> Path:
     )
 
 
-def _dry_run(config: RunConfig) -> int:
-    """Print the resolved recipe and its cost."""
+def _dry_run(
+    config: RunConfig, assumed: Assumptions, environment_class: type[Environment] | None, absent: Sequence[str]
+) -> int:
+    """Print the resolved recipe, where its rows come from, and its cost."""
     import tomli_w
 
+    from oldlogits.run.chat import chat_cautions, chat_format
     from oldlogits.run.cost import estimate
 
     print(tomli_w.dumps(dataclasses.asdict(config)))
     variant, cost = find_variant(config.variant), estimate(config)
     lines = [f"{config.variant}: r_d = {variant.r_d}, r_s = {variant.r_s}, total ratio {variant.total}"]
-    lines += [f"warning: {caution.message}" for caution in cautions(config)]
-    lines += cost.lines() if cost is not None else _unknown(config)
+    known = [*cautions(config)]
+    if environment_class is not None and config.env.is_program and (Path(config.model.path) / "tokenizer.json").is_file():
+        known += chat_cautions(config, chat_format(config, Path(config.model.path), environment_class))
+    lines += [f"warning: {caution.message}" for caution in known]
+    lines += [*absent, f"rows             {rows_in_words(config.env)}"]
+    lines += cost.lines(assumed.trainer_gpus) if cost is not None else _unknown(config)
+    if cost is not None and assumed.trainer_gpus:
+        lines += predict(config, cost, assumed).lines(config, assumed)
     for line in lines:
         print("\n".join(wrapped(line, indent="# ", later="#     ")))
     return 0

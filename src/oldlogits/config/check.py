@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from operator import attrgetter
@@ -15,25 +14,28 @@ from oldlogits.config.episodes import EnvConfig
 from oldlogits.config.guard import refuse_idle
 from oldlogits.config.mixture import check_mixture, mixture_files
 from oldlogits.config.model_folder import check_model_folder
-from oldlogits.config.reader import build, fields_by_key, registry_of
+from oldlogits.config.programs import check_program
+from oldlogits.config.reader import as_written, build, fields_by_key, registry_of
 from oldlogits.config.schema import RunConfig
 from oldlogits.config.servers import check_servers
 from oldlogits.core.backend import BACKENDS
-from oldlogits.core.environment import PROGRAMS, is_model_folder
+from oldlogits.core.environment import is_model_folder
 from oldlogits.core.errors import ConfigError, reading
 from oldlogits.core.policies import AGED, EWMA, LINEAR, LOGLINEAR, OLD, find_variant
 from oldlogits.core.source import SOURCES, check_source, sources_for
 
-_SCRIPTS = frozenset({".py", ".js", ".mjs", ".ts", ".sh", ".rb", ".pl", ".php", ".lua", ".jar"})
-"""Endings of words of a command that name a file for sure."""
-
 
 def resolve(config: RunConfig) -> RunConfig:
-    """Replace `proximal.source = "auto"` by the first source that provides what the variant needs, and nothing else.
+    """Replace "auto" where the recipe decides it.
+
+    The source becomes the first one that provides what the variant needs, and nothing else; forward weights get the type that
+    is computed in.
 
     Raises:
         ConfigError: The variant does not exist, or no built-in source provides what it needs.
     """
+    if config.model.forward_dtype == "auto":
+        config = replace(config, model=replace(config.model, forward_dtype=config.trainer.compute))
     if config.proximal.source != "auto":
         return config
     fitting = sources_for(config.variant)
@@ -63,9 +65,11 @@ def check(config: RunConfig, *, needs_model: bool = True) -> None:
     check_mixture(config.env.mixture, config.env, EnvConfig())
     check_servers(config)
     template_kwargs(config)
-    _check_program(config)
+    check_program(config.env, in_real_time=not BACKENDS.find(config.runtime.type).steps_engine)
     _check_kv(config)
     _check_average(config)
+    _check_scoring(config)
+    _check_device(config)
     _check_effects(config)
     refuse_idle(config)
     if is_model_folder(config.model.path):
@@ -74,11 +78,7 @@ def check(config: RunConfig, *, needs_model: bool = True) -> None:
 
 def said(config: RunConfig, *keys: str) -> str:
     """The keys as the recipe has them, for an error."""
-    found = {key: attrgetter(key)(config) for key in keys}
-    values = {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
-    return ", ".join(
-        f"{key} = {value:g}" if isinstance(value, float) else f"{key} = {value!r}" for key, value in values.items()
-    )
+    return ", ".join(f"{key} = {as_written(attrgetter(key)(config))}" for key in keys)
 
 
 def template_kwargs(config: RunConfig) -> Mapping[str, JsonValue]:
@@ -167,38 +167,6 @@ def _check_against_each_other(config: RunConfig) -> None:
                 raise FileNotFoundError("there is no such file")
 
 
-def _check_program(config: RunConfig) -> None:
-    """Refuse an agent program where there is none, or where it cannot run."""
-    env = config.env
-    played = [key for key in ("program", "command", "verifiers") if getattr(env, key)]
-    if len(played) > 1 or (env.verifiers and (env.mcp or env.mixture or env.reward or env.group_reward)):
-        got, allowed = (
-            said(config, *(f"env.{key}" for key in played)),
-            "one of these" if len(played) > 1 else "env.verifiers alone",
-        )
-        raise ConfigError("several things play the episodes, or reward them", got=got, allowed=allowed, fix="remove one")
-    if env.verifiers_args and not env.verifiers:
-        got, allowed = said(config, "env.verifiers_args"), "an id in env.verifiers"
-        raise ConfigError("arguments of no environment", got=got, allowed=allowed, fix="set env.verifiers, or remove them")
-    if env.is_program and BACKENDS.find(config.runtime.type).steps_engine:
-        got, allowed = said(config, "runtime.type"), "'local', 'ray', 'torchrun'"
-        what = "an agent program runs in real time, which this runtime has not"
-        raise ConfigError(what, got=got, allowed=allowed, fix="set runtime.type = 'local'")
-    if env.is_program and (env.reward or env.group_reward):
-        got, allowed = said(config, "env.reward" if env.reward else "env.group_reward"), "''"
-        what = "an agent program gives its reward itself: this function would not be asked"
-        raise ConfigError(what, got=got, allowed=allowed, fix="have the program call it, or remove it")
-    if env.program:
-        PROGRAMS.find(env.program)
-    if env.command and shutil.which(env.command[0]) is None:
-        got, allowed = f"env.command = {list(env.command)}", "a command whose first word is a program of this machine"
-        raise ConfigError("the agent program cannot be found", got=got, allowed=allowed, fix="give its path, or install it")
-    missing = [word for word in env.command[1:] if Path(word).suffix in _SCRIPTS and not Path(word).is_file()]
-    if missing:
-        got, allowed = f"{missing[0]} in env.command, from {Path.cwd()}", "files that are there"
-        raise ConfigError("a file of the agent program is missing", got=got, allowed=allowed, fix="correct its path")
-
-
 def _check_kv(config: RunConfig) -> None:
     """Refuse stale keys and values where exact log-probs of OLD are needed, unless the recipe accepts what they are."""
     if config.engine.kv == "recompute" or OLD not in find_variant(config.variant).needs:
@@ -248,6 +216,47 @@ def _check_average(config: RunConfig) -> None:
         )
 
 
+def _check_scoring(config: RunConfig) -> None:
+    """Refuse bf16 arithmetic over other weights, and to score in micro-batches what is scored before there is a batch."""
+    p = config.proximal
+    if config.trainer.compute == "bf16" and config.model.forward_dtype != "bf16":
+        raise ConfigError(
+            "bf16 arithmetic would round the weights of a version, which are fp32, once more",
+            got=said(config, "trainer.compute", "model.forward_dtype"),
+            allowed="model.forward_dtype = 'bf16', or 'auto', which follows trainer.compute",
+            fix="remove model.forward_dtype",
+        )
+    if p.scoring == "prefix":
+        return
+    if not SOURCES.find(p.source).scores_batches or p.accept_mixed_kv:
+        fitting = [name for name in SOURCES.names if SOURCES.find(name).scores_batches and SOURCES.find(name).provides is OLD]
+        raise ConfigError(
+            f"source '{p.source}' does not score tokens in the micro-batches that train them",
+            got=said(config, "proximal.scoring", "proximal.accept_mixed_kv"),
+            allowed=f"'prefix', or a source that scores batches ({', '.join(fitting)}) without accept_mixed_kv",
+            fix=f"use source '{fitting[0]}', or remove proximal.scoring",
+        )
+
+
+def _check_device(config: RunConfig) -> None:
+    """Refuse what is for GPUs on a CPU, and kernels for a head that they cannot compute."""
+    t = config.trainer
+    if t.device == "cpu" and (t.offload_optimizer or t.head_kernel == "liger"):
+        raise ConfigError(
+            "on a CPU the moments are in the host's memory already, and liger's kernels are for GPUs",
+            got=said(config, "trainer.device", "trainer.offload_optimizer", "trainer.head_kernel"),
+            allowed="trainer.offload_optimizer = false and trainer.head_kernel = 'own'",
+            fix="remove them, or trainer.device",
+        )
+    if t.head_kernel == "liger" and t.compute == "bf16" and t.head_compute == "fp32":
+        raise ConfigError(
+            "liger's kernels round the logits to the type of their factors, bf16",
+            got=said(config, "trainer.head_kernel", "trainer.compute", "trainer.head_compute"),
+            allowed="trainer.head_compute = 'bf16', or trainer.head_kernel = 'own'",
+            fix="set trainer.head_compute = 'bf16'",
+        )
+
+
 def _check_effects(config: RunConfig) -> None:
     """Refuse a schedule of no interpolation, and an audit that would not see what the recipe does."""
     schedule = config.objective.interpolation_schedule
@@ -257,6 +266,15 @@ def _check_effects(config: RunConfig) -> None:
             got=said(config, "objective.interpolation_schedule"),
             allowed="'fixed', or a variant whose proximal policy is LINEAR or LOGLINEAR",
             fix="remove objective.interpolation_schedule, or use variant 'loglinear_prox'",
+        )
+    steps_engine = BACKENDS.find(config.runtime.type).steps_engine
+    if config.eval.overlap and (steps_engine or config.record.keep_best):
+        raise ConfigError(
+            "an evaluation that overlaps training "
+            + ("needs real time" if steps_engine else "ends after the checkpoint of its version is written"),
+            got=said(config, "eval.overlap", "runtime.type", "record.keep_best"),
+            allowed="eval.overlap = false, or a runtime in real time and record.keep_best = false",
+            fix="set eval.overlap = false" if steps_engine else "set record.keep_best = false",
         )
     if config.audit.share > 0 and config.objective.clip == "truncated":
         raise ConfigError(

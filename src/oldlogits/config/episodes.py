@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 
 from oldlogits.config.mixture import MixturePart
-from oldlogits.config.ranges import Auto, Count, NotNegative, Positive, Tokens
+from oldlogits.config.ranges import Auto, Bytes, Count, Few, NotNegative, Positive, Tokens
 from oldlogits.core.environment import ADAPTERS, McpServer
 from oldlogits.core.parser import PARSERS
 
@@ -47,8 +47,11 @@ class EnvConfig:
     are trained, "eval" has "taskset" and "select" of held-out ones (empty: every fifth task)."""
     program_timeout_s: Annotated[float, Gt(0)] = 600.0
     """env.program, env.command, env.verifiers: seconds that an episode may take."""
-    program_memory_bytes: Count = 0
+    program_memory_bytes: Bytes = 0
     """env.command: address space of each process of an episode; 0: without a limit."""
+    program_processes: Few = 1
+    """env.program, env.verifiers: processes that share the episodes. Clients of Python take milliseconds of a core for every
+    request, all in one process; what the program shares among its episodes, each process has for itself."""
     unmet_wishes: Literal["override", "refuse"] = "override"
     """env.program, env.command, env.verifiers: what becomes of parameters of a request that training cannot honour, such as
     another temperature, a grammar or n > 1. override: the run's own count, and it is shown how often. refuse: an error says
@@ -66,7 +69,8 @@ class EnvConfig:
     max_episode_tokens: Annotated[int, Ge(2), Le(2**31 - 1)] = 256
     """Tokens per episode, its prompt and all answers of tools included."""
     timeout_s: Annotated[float, Gt(0)] = 20.0
-    """Seconds that one call of environment code may take: the constructor, reset, a tool call, a reply, the reward."""
+    """Seconds that one call of environment code may take: the constructor, reset, a tool call, a reply, the reward. Of an agent
+    program it bounds how long a turn is read; see env.program_timeout_s."""
     tool_errors: Literal["declared", "answer", "fail"] = "declared"
     """What a tool's exception does. declared: one that the class names in `tool_errors` is an answer to the agent, with its
     message; any other one ends the episode as failed. answer: every one is an answer. fail: every one ends the episode."""
@@ -140,6 +144,9 @@ class EvalConfig:
     """Updates between evaluation points during training; 0: none. The last update is one if num_episodes = 0."""
     num_episodes_during: Count = 128
     """Sampled episodes of each such point."""
+    overlap: bool = False
+    """Whether training goes on meanwhile: such a point is sampled by its version and by those made while it is played, as the
+    record says. Needs a runtime in real time, and record.keep_best = false."""
     success_at: Annotated[float, Ge(-1e15), Le(1e15)] = 1.0
     """The reward from which an episode counts as a success; every evaluation gives the mean reward beside the success rate."""
     num_calibration: Count = 32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import tomllib
@@ -9,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
+from typing import get_args, get_origin
 
 import tyro
 
@@ -59,12 +61,15 @@ def config_from_table(table: Table) -> RunConfig:
 def override(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
     """Apply ``--dotted.key value`` overrides; tyro prints what is wrong with one and exits with status 2.
 
-    A list of tables, such as `env.mcp`, is written as JSON: ``--env.mcp '[{"url": "http://127.0.0.1:8000/mcp"}]'``.
+    A list is written as JSON: ``--env.command '["python", "agent.py", "--verbose"]'``. One of texts of which none begins with
+    a hyphen may be written as words: ``--record.trackers wandb tensorboard``. What is true or false is written as in a recipe.
 
     Raises:
-        ConfigError: A key has another name now, or is that of another project; a list of tables is no such JSON.
+        ConfigError: A key has another name now, or is that of another project; a list is no such JSON; a word is neither
+            true nor false.
     """
-    config, words = _with_tables(config, list(arguments))
+    config, words = _with_lists(config, list(arguments))
+    words = _with_flags(words)
     if not words:
         return config
     for word in words:
@@ -74,28 +79,53 @@ def override(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
     return tyro.cli(RunConfig, prog="oldlogits train RECIPE", args=words, default=config)
 
 
-def _with_tables(config: RunConfig, words: list[str]) -> tuple[RunConfig, list[str]]:
-    """Apply the overrides of lists of tables; returns the other words, too."""
-    for key in ("env.mixture", "env.mcp"):
-        for at, word in enumerate(words):
-            flag, is_joined, value = word.partition("=")
-            if flag != f"--{key}":
-                continue
-            value, num = (value, 1) if is_joined else (" ".join(words[at + 1 : at + 2]), 2)
-            allowed, fix = "a list of tables as JSON", f"""--{key} '[{{"name of a key": "value"}}]'"""
-            with reading(ConfigError, f"{key} cannot be read", got=repr(value[:200]), allowed=allowed, fix=fix):
-                tables = json.loads(value)
-            section, _, name = key.partition(".")
-            whole = asdict(config)
-            whole[section] = {**whole[section], name: tables}
-            return _with_tables(build(RunConfig, whole, _unknown), [*words[:at], *words[at + num :]])
+def _with_lists(config: RunConfig, words: list[str]) -> tuple[RunConfig, list[str]]:
+    """Apply the overrides of lists that are JSON; returns the other words, too."""
+    lists = {key: dataclasses.is_dataclass(get_args(hint)[0]) for key, hint in _hints().items() if get_origin(hint) is tuple}
+    for at, word in enumerate(words):
+        flag, is_joined, value = word.partition("=")
+        key = flag.removeprefix("--").replace("-", "_")
+        value, num = (value, 1) if is_joined else (" ".join(words[at + 1 : at + 2]), 2)
+        if not flag.startswith("--") or key not in lists or not (lists[key] or value.startswith("[")):
+            continue
+        example = '[{"name of a key": "value"}]' if lists[key] else '["one", "two"]'
+        allowed, fix = f"a list of {'tables' if lists[key] else 'texts'} as JSON", f"--{key} '{example}'"
+        with reading(ConfigError, f"{key} cannot be read", got=repr(value[:200]), allowed=allowed, fix=fix):
+            given = json.loads(value)
+        section, _, name = key.partition(".")
+        whole = asdict(config)
+        whole[section] = {**whole[section], name: given}
+        return _with_lists(build(RunConfig, whole, _unknown), [*words[:at], *words[at + num :]])
     return config, words
+
+
+def _with_flags(words: list[str]) -> list[str]:
+    """Write ``--key true`` and ``--key false`` as the flags that tyro has for them, ``--key`` and ``--no-key``."""
+    written, rest = [], list(words)
+    while rest:
+        flag, is_joined, value = rest.pop(0).partition("=")
+        key = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--") or _hints().get(key) is not bool:
+            written.append(flag + is_joined + value)
+            continue
+        if not is_joined:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        if value.lower() not in ("true", "false"):
+            raise ConfigError(f"{key} cannot be read", got=repr(value[:200]), allowed="true or false", fix=f"--{key} true")
+        section, _, name = key.rpartition(".")
+        written.append(f"--{section}.{'no_' * (value.lower() == 'false')}{name}")
+    return written
 
 
 @functools.cache
 def known_keys() -> tuple[str, ...]:
     """Every dotted key of a recipe."""
-    return tuple(fields_by_key(RunConfig))
+    return tuple(_hints())
+
+
+@functools.cache
+def _hints() -> Mapping[str, object]:
+    return fields_by_key(RunConfig)
 
 
 def _read(table: Table) -> RunConfig:

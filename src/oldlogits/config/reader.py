@@ -123,6 +123,13 @@ def _as_number(value: object) -> object:
     return float(value) if type(value) is int and abs(value) < 2**63 else value
 
 
+def as_written(value: object) -> str:
+    """A value as a recipe has it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else repr(list(value) if isinstance(value, tuple) else value)
+
+
 def _quoted(value: object) -> str:
     """A value for an error: Python does not write integers of thousands of digits."""
     try:

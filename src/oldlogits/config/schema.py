@@ -28,10 +28,12 @@ from oldlogits.config.systems import EngineConfig, LockstepConfig, RayConfig, Ru
 from oldlogits.core.backend import BACKENDS
 from oldlogits.core.engine import ENGINES
 from oldlogits.core.loss import LOSSES
-from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, VARIANTS
+from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, OLD, VARIANTS, find_variant
+from oldlogits.core.scoring import Layout
 from oldlogits.core.server import SERVER_PROTOCOLS
 from oldlogits.core.source import SOURCES
 from oldlogits.core.tracker import TRACKERS
+from oldlogits.core.trajectory import RoutingMode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +77,14 @@ class ProximalConfig:
     source: Auto | Annotated[str, SOURCES] = "auto"
     """What computes the proximal policy's log-probs. auto: the first source that provides what the variant needs: snapshot for
     OLD, arrival for ASYNC, ewma for EWMA, aged, rescore, or none where none is needed."""
+    current_version: Literal["training-forward", "scored"] = "training-forward"
+    """OLD of tokens of the version that enters training, in its first optimizer step. training-forward: what the forward pass
+    of that step gives them, which is OLD by definition; it saves a forward pass, and one in 16 of their trajectories is scored
+    all the same, as a check. scored: as all other tokens; loss_aggregation = "token-mean-kept" needs that in any case."""
+    scoring: Literal["prefix", "same-shape"] = "prefix"
+    """How a batch's tokens of older versions are scored. prefix: each trajectory up to its last token of the version.
+    same-shape: in the very micro-batches that train them, which leaves no packing noise in bf16 and reads more tokens
+    (docs/exactness.md)."""
     accept_mixed_kv: bool = False
     """engine.kv = "stale" with source snapshot only: tokens that were sampled over keys and values of older versions are scored
     at their own version over keys and values of those versions, and are labelled mixed_kv."""
@@ -118,9 +128,12 @@ class ModelConfig:
     the system prompt; results of tools are then user messages."""
     chat_template_kwargs: str = ""
     """Further variables of the chat template as JSON, such as '{"enable_thinking": false}'; every rendering gets them."""
-    forward_dtype: Literal["fp32", "bf16"] = "fp32"
+    forward_dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """The type of the forward weights, whose bits are a version. bf16: they are rounded from fp32 masters, which the optimizer
-    steps and nothing scores; patches of versions are small. The arithmetic is that of fp32 (docs/sharding.md)."""
+    steps and nothing scores; patches of versions are small. auto: that of trainer.compute (docs/exactness.md)."""
+    routing: RoutingMode = "off"
+    """Mixtures of experts: what is made of the experts that the engine chose for each token. recorded: they are kept with the
+    token and compared with the trainer's choice. replayed: the trainer chooses the same (docs/experts.md)."""
     lora_rank: Annotated[int, Ge(0), Le(65_536)] = 0
     """Rank of LoRA adapters, which are trained instead of the weights and are all that a version consists of; 0: none."""
     lora_alpha: AboveZero = 32.0
@@ -152,16 +165,36 @@ class TrainerConfig:
     """AdamW's second-moment decay."""
     max_grad_norm: Annotated[float, Ge(1e-9)] = 1.0
     """Largest norm of the gradient."""
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
+    """adamw: AdamW with both moments in float32. adamw-8bit: with moments in codes of 8 bits, a quarter of the bytes, by
+    bitsandbytes; for a trainer of one rank."""
+    offload_optimizer: bool = False
+    """Keep the moments in the host's memory and step there, on a copy of the masters: 8 bytes a parameter less on a GPU, with
+    gradients and masters copied over at every step."""
     minibatches_per_update: Positive = 2
     """Optimizer steps between two published versions: the groups of a batch are shared out among them."""
+    compute: Literal["fp32", "bf16"] = "fp32"
+    """The arithmetic of forward and backward; norms, softmax, log-probs, masters and optimizer are fp32 in any case. bf16 needs
+    forward weights in bf16; log-probs then depend on how a batch is packed, which every run measures (docs/exactness.md)."""
+    head_compute: Literal["fp32", "bf16"] = "fp32"
+    """compute = "bf16" only: the logits. fp32: products of bf16 numbers are summed in fp32. bf16: and then rounded to bf16, as
+    an engine that computes its head in bf16 does."""
+    layout: Layout = "shared"
+    """How sequences are laid out in a forward. shared: side by side without padding, and what they begin with alike, such as
+    the prompt of a group, is read once. packed: each reads its own. padded: all are as long as the longest. Models with
+    recurrent layers, soft-capped attention or attention sinks are padded in any case (docs/models.md)."""
     micro_batch_tokens: Tokens = 8192
-    """Largest padded size of one forward, in tokens."""
-    head_chunk_tokens: Tokens = 2048
-    """Tokens that go through the output head at once."""
+    """Largest size of one forward, in tokens, padding included."""
+    head_chunk_tokens: Tokens = 1024
+    """Tokens that go through the output head at once. Their logits are formed for a few words at a time, so that memory does
+    not grow with the vocabulary."""
+    head_kernel: Literal["own", "liger"] = "own"
+    """What computes log-probs from hidden states. own: torch operations, on all devices. liger: liger-kernel, on GPUs, where it
+    takes fewer passes over memory; it gives no entropy, and with compute = "bf16" it needs head_compute = "bf16"."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the trainer and the dedicated scorer keep their models. auto: on a GPU if torch finds one and nobody else has it:
     not in lockstep, which repeats bit for bit, on Ray only with ray.trainer_gpus, and not beside a vLLM that the run starts.
-    The embedded engine always computes on the CPU."""
+    The embedded engine has engine.device."""
     num_threads: Few = 1
     """Threads of one operation on the CPU, in the process of the trainer and in that of the dedicated scorer. Sums depend on
     it: a run with another number gives other numbers."""
@@ -225,6 +258,12 @@ class RunConfig:
         return self.seed if self.model.seed == "auto" else self.model.seed
 
     @property
+    def takes_training_forward(self) -> bool:
+        """Whether the training forward gives OLD of the tokens of its own version."""
+        wanted = self.proximal.current_version == "training-forward" and self.objective.loss_aggregation != "token-mean-kept"
+        return wanted and find_variant(self.variant).proximal is OLD
+
+    @property
     def trainer_device(self) -> Literal["auto", "cpu", "cuda"]:
         """`trainer.device`, where "auto" is decided by the recipe alone."""
         runtime, engine = BACKENDS.find(self.runtime.type), self.engine
@@ -234,6 +273,13 @@ class RunConfig:
             starts_servers = ENGINES.find(engine.type)().has_servers and not engine.urls
             has_no_gpu = runtime.steps_engine or (starts_servers and SERVER_PROTOCOLS.find(engine.server).uses_gpu)
         return "cpu" if self.trainer.device == "auto" and has_no_gpu else self.trainer.device
+
+    @property
+    def engine_device(self) -> Literal["auto", "cpu", "cuda"]:
+        """`engine.device`, where "auto" is decided by the recipe alone."""
+        runtime = BACKENDS.find(self.runtime.type)
+        has_no_gpu = not self.ray.worker_gpus if runtime.on_cluster else runtime.steps_engine
+        return "cpu" if self.engine.device == "auto" and has_no_gpu else self.engine.device
 
     @property
     def window(self) -> int:

@@ -43,6 +43,15 @@ def check_servers(config: RunConfig) -> None:
             allowed="engine.kv = 'recompute', or engine.type = 'embedded'",
             fix=f"remove engine.kv = '{engine.kv}'",
         )
+    if kind.has_servers and (engine.urls or SERVER_PROTOCOLS.find(engine.server).uses_gpu):
+        _refuse_idle(config, ("engine.device",), "where a server decides on its device", "engine.type = 'embedded'")
+    if config.model.routing != "off" and not kind.has_routing:
+        raise ConfigError(
+            "the engine does not say which experts it chose",
+            got=f"model.routing = '{config.model.routing}', engine.type = '{engine.type}'",
+            allowed="model.routing = 'off', or engine.type = 'embedded' or 'vllm'",
+            fix="set model.routing = 'off'",
+        )
     if not kind.has_servers:
         _refuse_idle(config, _OF_SERVERS, f"with engine.type = '{engine.type}', which has no servers", "engine.type = 'vllm'")
     elif engine.urls:
@@ -66,6 +75,13 @@ def _check_ray(config: RunConfig) -> None:
             fix="ray.trainer_gpus = 1",
         )
     engine, kind = config.engine, ENGINES.find(config.engine.type)()
+    if engine.device == "cuda" and not ray.worker_gpus:
+        raise ConfigError(
+            "the engine is to use a GPU that the cluster does not reserve for it",
+            got="engine.device = 'cuda', ray.worker_gpus = 0",
+            allowed="ray.worker_gpus > 0",
+            fix="ray.worker_gpus = 1",
+        )
     if not kind.has_servers and not kind.served_by:
         raise ConfigError(
             "workers of the runtime ray sample on servers, and no server offers this engine",

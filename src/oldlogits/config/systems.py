@@ -21,6 +21,9 @@ class EngineConfig:
     """embedded: a process of the run. vllm: servers over HTTP, of the run's own or running already."""
     precision: Literal["fp32", "bf16", "fp8", "int8", "int4", "fp8_dynamic"] = "fp32"
     """The engine's numerics; the embedded engine emulates all but fp32, which gives a real training-inference mismatch."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the embedded engine computes, in fp32 on either. auto: on a GPU if torch finds one, beside the trainer's model; not
+    in lockstep, on Ray only with ray.worker_gpus. vLLM has flags for it."""
     max_num_seqs: Annotated[int, Ge(1), Le(65_536)] = 128
     """Sequences decoded at the same time."""
     kv: Literal["recompute", "stale"] = "recompute"

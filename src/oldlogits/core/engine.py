@@ -16,7 +16,7 @@ from typing import ClassVar, Final, Literal, Protocol, runtime_checkable
 from oldlogits.core.engine_stats import EngineCapabilities, EngineStats, Incident
 from oldlogits.core.errors import ConfigError, MissingLogprobError, TrajectoryError
 from oldlogits.core.registry import Registry
-from oldlogits.core.trajectory import KV
+from oldlogits.core.trajectory import KV, Routing
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -24,7 +24,6 @@ PauseMode = Literal["keep", "abort"]
 """What becomes of running requests: they go on after the pause, or they end."""
 KVMode = Literal["recompute", "stale"]
 """What an update does with keys and values of running requests."""
-
 
 LARGEST: Final = 2**31
 """Token ids are below this."""
@@ -42,6 +41,8 @@ class EngineSpec:
         max_context: The most tokens of one sequence, prompt and output.
         adapter_scale: Updates bring LoRA adapters, whose product, scaled by this, is added to the folder's weights; 0: they
             bring all weights.
+        device: The device that the embedded engine computes on; "auto": a GPU if torch finds one.
+        returns_routing: Spans have their routing, where the model chooses experts.
     """
 
     model_path: str
@@ -50,6 +51,8 @@ class EngineSpec:
     max_context: int = 512
     seed: int = 0
     adapter_scale: float = 0.0
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    returns_routing: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,16 +122,17 @@ class Sampling:
     def __post_init__(self) -> None:
         stops = self.stop_token_ids
         holds = {
-            f"max_tokens = {self.max_tokens!r}": self.max_tokens >= 1,
-            f"temperature = {self.temperature!r}": self.temperature == 0 or 1e-3 <= self.temperature <= 1e3,
-            f"top_p = {self.top_p!r}": 1e-6 <= self.top_p <= 1,
-            f"top_k = {self.top_k!r}": 0 <= self.top_k < LARGEST,
-            f"{len(stops)} stop_token_ids": len(stops) <= MOST_STOPS and all(0 <= stop < LARGEST for stop in stops),
+            "max_tokens": self.max_tokens >= 1,
+            "temperature": self.temperature == 0 or 1e-3 <= self.temperature <= 1e3,
+            "top_p": 1e-6 <= self.top_p <= 1,
+            "top_k": 0 <= self.top_k < LARGEST,
+            "stop_token_ids": not stops or (len(stops) <= MOST_STOPS and min(stops) >= 0 and max(stops) < LARGEST),
         }
-        if wrong := [said for said, is_right in holds.items() if not is_right]:
+        if not all(holds.values()):
+            said = [f"{name} = {getattr(self, name)!r:.60}" for name, is_right in holds.items() if not is_right]
             raise ConfigError(
                 "sampling parameters out of range",
-                got=", ".join(wrong)[:200],
+                got=", ".join(said)[:200],
                 allowed="max_tokens from 1, temperature 0 or 0.001 to 1000, top_p from 1e-6 to 1, top_k from 0, "
                 f"at most {MOST_STOPS} stop_token_ids from 0; ids and top_k below 2^31",
                 fix="correct what is named, in the recipe or in the request",
@@ -137,12 +141,13 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """Output tokens ``[start, end)`` of a generation were sampled with one version."""
+    """Output tokens ``[start, end)`` of one version; `routing`, where it is told: the experts of the tokens before the last."""
 
     version: PolicyVersion
     start: int
     end: int
     kv: KV = "fresh"
+    routing: Routing | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,7 +211,7 @@ class RolloutEngine(EngineControls, Protocol):
         """What this engine can do."""
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str) -> Generation:
-        """Sample a completion; waits through pauses and weight updates."""
+        """Sample a completion, through pauses and updates; copy the prompt, an array or other sequence that goes on to grow."""
 
     async def abort(self, request_id: str) -> None:
         """End a request; its `generate` returns what was sampled so far with finish reason "abort"."""
@@ -294,6 +299,8 @@ class EngineKind(Protocol):
     kv_modes: ClassVar[frozenset[KVMode]] = frozenset({"recompute"})
     """What it can do with keys and values of running sequences when the weights change; "stale" ones are those of one
     trajectory, and are never shared with others."""
+    has_routing: ClassVar[bool] = False
+    """Whether it can say which experts served a token (`EngineSpec.returns_routing`)."""
     is_stepwise: ClassVar[bool] = False
     """Whether `build` makes a `StepwiseEngine`."""
     served_by: ClassVar[str] = ""

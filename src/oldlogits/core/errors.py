@@ -12,6 +12,16 @@ _LONGEST = 300
 """Characters that an error quotes of what was read, and again of a library's message."""
 
 
+def printable(text: str) -> str:
+    """Text whose control codes, which a terminal would obey, stand there as escapes; ends of lines stay.
+
+    Example:
+        >>> printable(chr(27) + "[31m") == chr(92) + "x1b[31m"
+        True
+    """
+    return "".join(one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode("ascii") for one in text)
+
+
 class OldLogitsError(Exception):
     """Base of all errors of this package.
 
@@ -32,6 +42,10 @@ class OldLogitsError(Exception):
 
 class ConfigError(OldLogitsError, ValueError):
     """A recipe, an override or a command-line option is wrong."""
+
+
+class AbsentCheckoutError(ConfigError):
+    """A recipe names a checkout of another project that is not here."""
 
 
 class MissingPolicyError(ConfigError):
@@ -58,8 +72,16 @@ class ContentError(OldLogitsError, ValueError):
     """Words of an environment cannot be shown to the model as they are."""
 
 
+class ReplayError(OldLogitsError, ValueError):
+    """A record of batches is damaged, or does not hold what training from it again needs."""
+
+
 class TrajectoryError(OldLogitsError, ValueError):
     """The segments of a trajectory contradict each other."""
+
+
+class TokenTableError(OldLogitsError, ValueError):
+    """A file of trained tokens is damaged, or its columns contradict each other."""
 
 
 class MissingLogprobError(OldLogitsError, ValueError):

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from oldlogits.core.policies import Policy, Provenance
+from oldlogits.core.trajectory import Choices
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
+
+Layout = Literal["shared", "packed", "padded"]
+"""How sequences are laid out in a micro-batch: in one row without padding, what they begin with alike once or each for itself;
+or a row for each, padded to the longest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +26,7 @@ class Scored:
         values: float32 [loss token], natural log, in batch order.
         computed_at: int64 [loss token]; the version whose weights computed each value.
         num_switches: How often the scoring weights were switched.
+        left_out: bool [loss token]; tokens without a value, whose OLD the training forward gives; None: there are none.
         provenance: The provenance of all tokens, where the source fell back on another policy's values; None: that of the
             policy (`PROXIMAL_PROVENANCE`).
     """
@@ -29,6 +35,7 @@ class Scored:
     values: NDArray[np.float32]
     computed_at: NDArray[np.int64]
     num_switches: int
+    left_out: NDArray[np.bool_] | None = None
     provenance: Provenance | None = None
 
 
@@ -41,12 +48,15 @@ class BatchTokens:
         trajectory_ids: One id per trajectory; its loss tokens stand side by side.
         trainer_version: The trainer's version, before its first optimizer step on this batch.
         has_mixed_kv: Whether some were sampled over keys and values of older versions.
+        from_training: bool [loss token]; tokens that no source of OLD has to score: they are of the version that enters
+            training, and the forward pass of their optimizer step, the first one, gives their OLD. None: there are none.
     """
 
     versions: NDArray[np.int64]
     trajectory_ids: tuple[str, ...]
     trainer_version: PolicyVersion
     has_mixed_kv: bool = False
+    from_training: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +67,14 @@ class ScoringSpan:
         token_ids: int64 [token]; the trajectory from its beginning to the last of these tokens.
         positions: int64 [scored token], ascending, >= 1; the last is that of the last token.
         temperature: float32 [scored token].
+        routing: [token, layer, choice]; the experts that served each token when these were sampled; None: not recorded.
     """
 
     trajectory_id: str
     token_ids: NDArray[np.int64]
     positions: NDArray[np.int64]
     temperature: NDArray[np.float32]
+    routing: Choices | None = None
 
     @property
     def num_read(self) -> int:
@@ -79,12 +91,14 @@ class ScoredSpans:
         seconds_s: The time that the scorer worked.
         switch_s: The part of that time until the model pointed at the version's weights, checkout included.
         check_s: The part that checked these weights; 0 where the scorer checked them when it received them.
+        num_read: Tokens that the forward passes have read.
     """
 
     values: NDArray[np.float32]
     seconds_s: float
     switch_s: float
     check_s: float
+    num_read: int
 
 
 class SpanScorer(Protocol):

@@ -55,6 +55,7 @@ class ServerInfo:
         arithmetic: What it computes in: "fp32" or "bf16".
         numerics: How it rounds weights; equal to the arithmetic unless it emulates another.
         adapter_scale: The scale of `EngineSpec`: 0 where it takes whole weights.
+        returns_routing: Whether its answers say which experts served each token.
     """
 
     version: str
@@ -62,6 +63,7 @@ class ServerInfo:
     arithmetic: str
     numerics: str
     adapter_scale: float
+    returns_routing: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,13 +108,13 @@ class Transport(Protocol):
     url: str
     control_timeout_s: float
 
-    async def call(self, method: str, path: str, body: Json = None, *, timeout_s: float | None) -> Reply:
+    async def call(self, method: str, path: str, body: Json | bytes = None, *, timeout_s: float | None) -> Reply:
         """Call a route; a cancellation closes the connection, which ends the request there too.
 
         Args:
             method: "GET" or "POST".
             path: The route, with its query.
-            body: Sent as JSON, unless it is None.
+            body: Sent as JSON, unless it is None; bytes are JSON already.
             timeout_s: How long the answer may take; None: as long as it takes.
 
         Raises:

@@ -57,6 +57,8 @@ class LogprobSource(Protocol):
     """Whether the trainer stores versions, so that tokens can be scored at an older one."""
     mixes_versions: ClassVar[bool] = False
     """Whether the source gives OLD of tokens that were sampled over keys and values of older versions."""
+    scores_batches: ClassVar[bool] = True
+    """Whether it scores tokens when their batch enters training, so that they can be scored in the batch's micro-batches."""
     needs_scorer: ClassVar[bool] = False
     """Whether a second model that only scores is to be opened for the source."""
     keeps_average: ClassVar[bool] = False

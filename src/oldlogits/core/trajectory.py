@@ -1,19 +1,25 @@
 """Trajectories: what an agent saw and said, token by token, each sampled token with its version.
 
 A trajectory alternates `Context` (prompt, tool results, user turns: not sampled, no log-prob, no version) and
-`Sampled` segments of exactly one version each. A weight update in mid-turn starts a new segment.
+`Sampled` segments of exactly one version each. A weight update in mid-turn starts a new segment. Tokens and log-probs are kept
+flat: given as any sequence, they are `Ints` and `Floats`, which equal tuples.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
-from typing import Literal
+from typing import Any, ClassVar, Final, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 from oldlogits.core.errors import TrajectoryError
 
+T = TypeVar("T", int, float)
 KV = Literal["fresh", "mixed"]
 """Whether every attended key and value was computed with the token's own version.
 
@@ -21,13 +27,138 @@ KV = Literal["fresh", "mixed"]
 since, which its own version computed (batch/kv_segments.py)."""
 
 
+Choices = NDArray[np.unsignedinteger[Any]]
+"""uint8 or uint16 [token, layer, choice]: expert ids."""
+RoutingMode = Literal["off", "recorded", "replayed"]
+"""What is made of the engine's routing: nothing; it is kept and compared; it is kept and the trainer chooses the same."""
+
+NARROW: Final = 256
+"""Experts of a layer that one byte tells apart."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """The experts of consecutive tokens, as bytes: immutable, comparable, and a small part of what the tokens took to compute.
+
+    Args:
+        data: ``[token, layer, choice]`` in C order, little endian.
+        num_layers: The layers of the model, those without experts included.
+        num_chosen: The experts that serve a token in a layer.
+        id_bytes: The bytes of each expert id.
+    """
+
+    data: bytes
+    num_layers: int
+    num_chosen: int
+    id_bytes: Literal[1, 2] = 1
+    __pydantic_config__: ClassVar[Mapping[str, str]] = {"val_json_bytes": "base64"}
+
+    def __post_init__(self) -> None:
+        if min(self.num_layers, self.num_chosen) < 1 or len(self.data) % self._token_bytes:
+            raise TrajectoryError(
+                "routing is not that of whole tokens",
+                got=f"{len(self.data)} bytes, {self.num_layers} layers, {self.num_chosen} experts a token",
+                allowed=f"a multiple of {self._token_bytes} bytes",
+                fix="give the experts of every layer for every token",
+            )
+
+    @classmethod
+    def of(cls, choices: Choices) -> Routing:
+        """Keep the choices of an array."""
+        _, num_layers, num_chosen = choices.shape
+        data = np.ascontiguousarray(choices, choices.dtype.newbyteorder("<")).tobytes()
+        return cls(data=data, num_layers=num_layers, num_chosen=num_chosen, id_bytes=1 if choices.itemsize == 1 else 2)
+
+    @property
+    def choices(self) -> Choices:
+        """The choices as an array, without a copy."""
+        kind = np.dtype(f"<u{self.id_bytes}")
+        found: Choices = np.frombuffer(self.data, kind).reshape(-1, self.num_layers, self.num_chosen)
+        return found
+
+    def __len__(self) -> int:
+        return len(self.data) // self._token_bytes
+
+    def __add__(self, other: Routing) -> Routing:
+        """Append the tokens that follow."""
+        mine, others = ((r.num_layers, r.num_chosen, r.id_bytes) for r in (self, other))
+        if mine != others:
+            raise TrajectoryError(
+                "routing of two models cannot be one",
+                got=f"layers, experts a token and bytes of each: {mine} and {others}",
+                allowed="the same",
+                fix="use servers of one model",
+            )
+        return replace(self, data=self.data + other.data)
+
+    def last(self, num_tokens: int) -> Routing:
+        """Select the last tokens, all of them where there are fewer."""
+        return replace(self, data=self.data[max(0, len(self) - num_tokens) * self._token_bytes :])
+
+    @property
+    def _token_bytes(self) -> int:
+        return self.num_layers * self.num_chosen * self.id_bytes
+
+
+class Flat(Sequence[T]):
+    """Numbers side by side that do not change: equal to a tuple or list of the same ones, in a seventh of the memory."""
+
+    __slots__ = ("numbers",)
+    code: ClassVar[str]
+
+    def __init__(self, numbers: Iterable[T] = ()) -> None:
+        try:
+            self.numbers: array[T] = numbers.numbers if isinstance(numbers, type(self)) else array(self.code, numbers)
+        except (OverflowError, TypeError) as error:
+            what, fix = "a segment holds something else than token ids and log-probs", "pass those of the model"
+            raise TrajectoryError(what, got=str(error), allowed="integers of 32 bits, and floats", fix=fix) from error
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.array(self.numbers, dtype)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self.numbers)
+
+    def __getitem__(self, at: Any) -> Any:
+        return type(self)(self.numbers[at]) if isinstance(at, slice) else self.numbers[at]
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, tuple | list):
+            return tuple(self.numbers) == tuple(other)
+        return isinstance(other, Flat) and self.numbers == other.numbers
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.numbers))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self.numbers))
+
+
+class Ints(Flat[int]):
+    """Token ids: 4 bytes each."""
+
+    __slots__ = ()
+    code = "i"
+
+
+class Floats(Flat[float]):
+    """Log-probs: 8 bytes each."""
+
+    __slots__ = ()
+    code = "d"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
     """Tokens that the agent read, at least one: prompt, tool result, user turn."""
 
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "token_ids", Ints(self.token_ids))
         _check(bool(self.token_ids), "a context segment is empty", "0 tokens", "at least one token", "leave the segment out")
 
 
@@ -39,15 +170,20 @@ class Sampled:
         logp_mu: Natural-log probability of each under the distribution it was sampled from (logits / temperature).
         kv: "mixed" when keys and values of older versions were attended to: those of the sampled segments before it.
         temperature: The sampling temperature, > 0.
+        routing: The experts that served the tokens before its last one when it was sampled: of the tokens whose keys and values
+            were computed since the sampled segment before it, or of all where they were computed anew; None: not recorded.
     """
 
-    token_ids: tuple[int, ...]
-    logp_mu: tuple[float, ...]
+    token_ids: Sequence[int]
+    logp_mu: Sequence[float]
     version: int
     kv: KV = "fresh"
     temperature: float = 1.0
+    routing: Routing | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "token_ids", Ints(self.token_ids))
+        object.__setattr__(self, "logp_mu", Floats(self.logp_mu))
         _check(bool(self.token_ids), "a sampled segment is empty", "0 tokens", "at least one token", "leave the segment out")
         _check(
             len(self.token_ids) == len(self.logp_mu),
@@ -69,6 +205,12 @@ class Sampled:
 
 
 Segment = Context | Sampled
+
+
+def goes_on(segment: Sampled, before: Sampled | None) -> bool:
+    """Whether a segment was sampled over the keys and values that the sampled segment before it attended to and added."""
+    is_same = before is not None and before.version == segment.version and before.kv == "fresh"
+    return segment.kv == "mixed" or is_same
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 from oldlogits.core.errors import ReceiverBehindError, writing
 from oldlogits.core.server import SharedWeights
 from oldlogits.core.weights import FullWeights, PatchWeights, PolicyVersion, WeightUpdate
-from oldlogits.versions import HostCopy
+from oldlogits.versions import HostCopy, begin_numba
 
 _SHARED_MEMORY: Final = Path("/dev/shm")
 _SUFFIX: Final = ".weights"
@@ -56,6 +56,7 @@ class HostWeights:
         elif not self._loaded(update, version):
             self.close()
             self._copy = HostCopy.create(shared_file(update.num_bytes), update.tensors, version)
+            begin_numba(update.tensors)
         assert self._copy is not None
         return self._copy.path
 

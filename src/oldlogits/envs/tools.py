@@ -107,7 +107,7 @@ def check_tool(environment: type, tool: str) -> None:
             allowed="a tool has a docstring: it is what the agent reads",
             fix=f"write one, or rename it to _{tool}",
         )
-    for parameter in _signature(environment, tool):
+    for parameter in _signature(environment, tool).parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise EnvironmentShapeError(
                 f"{environment.__name__}.{tool} takes any number of arguments",
@@ -118,10 +118,12 @@ def check_tool(environment: type, tool: str) -> None:
     _parameters(environment, tool)
 
 
-def _signature(environment: type, tool: str) -> list[inspect.Parameter]:
-    """Return the parameters of a tool, `self` or `cls` left out."""
+@cache
+def _signature(environment: type, tool: str) -> inspect.Signature:
+    """Return the signature of a tool, `self` or `cls` left out."""
     is_static = isinstance(inspect.getattr_static(environment, tool), staticmethod)
-    return list(inspect.signature(tool_function(environment, tool)).parameters.values())[0 if is_static else 1 :]
+    parameters = list(inspect.signature(tool_function(environment, tool)).parameters.values())
+    return inspect.Signature(parameters[0 if is_static else 1 :])
 
 
 @cache
@@ -129,7 +131,7 @@ def _parameters(environment: type, tool: str) -> Mapping[str, _Parameter]:
     """Return the parameters of a tool by name; one without an annotation takes text."""
     hints = _hints(environment, tool)
     found = {}
-    for parameter in _signature(environment, tool):
+    for parameter in _signature(environment, tool).parameters.values():
         hint = hints.get(parameter.name, str)
         try:
             adapter: TypeAdapter[object] = TypeAdapter(hint)
@@ -148,7 +150,7 @@ def _parameters(environment: type, tool: str) -> Mapping[str, _Parameter]:
 def _hints(environment: type, tool: str) -> Mapping[str, typing.Any]:
     """Return the annotations of a tool's parameters, those that are written as text evaluated."""
     function = inspect.unwrap(tool_function(environment, tool))
-    names = {parameter.name for parameter in _signature(environment, tool)}
+    names = _signature(environment, tool).parameters
     nested = {name: found for name, found in vars(environment).items() if isinstance(found, type)}
     written = {name: hint for name, hint in function.__annotations__.items() if name in names}
     try:
@@ -235,7 +237,7 @@ def bind_method(environment: object, call: ToolCall) -> Callable[[], object] | M
     parameters = _parameters(cls, call.name)
     method = inspect.getattr_static(cls, call.name).__get__(environment, cls)
     try:
-        bound = inspect.signature(method).bind(*call.positional, **call.named, **call.texts)
+        bound = _signature(cls, call.name).bind(*call.positional, **call.named, **call.texts)
     except TypeError:
         takes, got = " ".join(parameters) or "nothing", " ".join([*call.positional, *call.named, *call.texts]) or "nothing"
         return Malformed(reason=f"error : {call.name} takes {takes} but got {got}")

@@ -95,7 +95,7 @@ class ExactAudit:
         if not self.is_due(batch.trainer_version):
             return None
         started = self.clock()
-        scored = await SnapshotSource(SourceHandles(trainer=self.trainer)).acquire(batch)
+        scored = await SnapshotSource(SourceHandles(trainer=self.trainer)).acquire(replace(batch, from_training=None))
         check_scored(scored, batch.versions)
         live = await self.trainer.score(np.arange(len(batch.versions)), None) if self.watches_resets else None
         self._seconds_s = self.clock() - started

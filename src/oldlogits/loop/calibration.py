@@ -10,7 +10,7 @@ It samples nothing and only scores, before the first optimizer step: nothing tha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Final
 
@@ -41,7 +41,7 @@ MEAN_FLOOR: Final = 1e-3
 """What it may be off in any case: rounding has no standard error."""
 
 ROUNDING: Final = 1e-5
-"""Nats: what two fp32 forwards differ by."""
+"""Nats: what two fp32 forwards differ by, where less was measured."""
 
 IN_DOUBT: Final = 0.01
 """Nats of mean ``-log mu`` above which tokens are not certain, so that numerics must show."""
@@ -52,7 +52,7 @@ class Calibrator:
     """Measures once in a run, before its first optimizer step, what the engine's own noise makes of the recipe's band.
 
     Args:
-        num_trajectories: Trajectories of the first batch that are measured; 0: none, and nothing is judged.
+        num_trajectories: Trajectories of the first batch that are measured; 0: none, and the engine is not judged.
         numerics: The engine's, as the recipe calls them.
         variant: The run's variant.
         band: The run's band on r_d.
@@ -88,12 +88,18 @@ class Calibrator:
         """Note what the engine's numerics change the probe tokens' log-probs by at most, with the weights just published."""
         self._expected_noise = float(abs(published.engine_probe_logps - published.probe_logps).max())
 
-    async def measure(self, batch: TokenBatch, *, version: PolicyVersion) -> None:
+    async def measure(
+        self, batch: TokenBatch, *, version: PolicyVersion, packing_noise: float = math.nan, rounding_noise: float = math.nan
+    ) -> None:
         """Measure on evenly spaced trajectories of the first batch of a run, sampled by the live weights of this version.
+
+        `packing_noise` is the largest difference that another packing of tokens made, in nats, and `rounding_noise` what the
+        trainer's arithmetic rounds off, which bounds it in packings that were not tried; NaN: it was not measured.
 
         Raises:
             MissingLogprobError: The engine's log-probs are the trainer's, though the engine's numerics give others.
         """
+        self._warn(self.band_in_noise(float(np.fmax(packing_noise, rounding_noise))), version)
         num = min(self.num_trajectories, batch.num_sequences)
         if not num:
             return
@@ -101,11 +107,25 @@ class Calibrator:
         sequence = batch.sequence[batch.loss_mask]
         tokens = np.flatnonzero(np.isin(sequence, chosen))
         old, mu = await self.trainer.score(tokens, None), batch.logp_mu[batch.loss_mask][tokens]
-        _refuse_substitute(self.numerics, self._expected_noise, old, mu)
+        rounding = float(np.fmax(ROUNDING, packing_noise))
+        _refuse_substitute(self.numerics, self._expected_noise, old, mu, rounding)
         found = self.figures(old - mu, sequence[tokens], version=version)
         self.events.emit(found)
-        for caution in self.doubts(found):
+        self._warn(self.doubts(found), version)
+
+    def _warn(self, cautions: Iterable[Caution], version: PolicyVersion) -> None:
+        for caution in cautions:
             self.events.emit(Warned(version=version, **asdict(caution)))
+
+    def band_in_noise(self, noise: float) -> Iterator[Caution]:
+        """What a band says that is tighter than what another packing of the same tokens does to their log-probs, in nats."""
+        if not self.variant.r_d.is_one and math.log(self.band) < noise:
+            yield Caution(
+                name="band-in-noise",
+                message=f"band {self.band:g} is {math.log(self.band):.1e} nats wide to each side, and packing alone can move "
+                f"OLD by up to {noise:.1e}: a band of {math.exp(2 * noise):.4g} or more stands above it",
+                figures={"band": self.band, "noise_max": noise},
+            )
 
     def figures(self, log_r_d: NDArray[np.float32], sequence: NDArray[np.int64], *, version: PolicyVersion) -> Calibrated:
         """The figures of a calibration, of ``r_d = old / mu`` of tokens that mu sampled at lag 0.
@@ -167,15 +187,17 @@ class Calibrator:
             )
 
 
-def _refuse_substitute(numerics: str, expected_noise: float, old: NDArray[np.float32], mu: NDArray[np.float32]) -> None:
+def _refuse_substitute(
+    numerics: str, expected_noise: float, old: NDArray[np.float32], mu: NDArray[np.float32], rounding: float
+) -> None:
     """Refuse a ratio of 1 where the numerics show with these weights: on tokens that were in doubt, not certain anyway.
 
     They do not show in fp32, nor with weights that lie on the numerics' grid, as those of a checkpoint in bf16 do on bf16's.
     """
-    if expected_noise > ROUNDING and float(mu.mean()) < -IN_DOUBT and float(np.abs(old - mu).max()) <= ROUNDING:
+    if expected_noise > rounding and float(mu.mean()) < -IN_DOUBT and float(np.abs(old - mu).max()) <= rounding:
         raise MissingLogprobError(
             f"r_d is 1 on all {len(mu)} tokens, though the engine computes in {numerics}: its log-probs are not its own",
-            got=f"|log-prob of the trainer - of the engine| <= {ROUNDING:.0e}, and {expected_noise:.0e} expected on the probe",
+            got=f"|log-prob of the trainer - of the engine| <= {rounding:.0e}, and {expected_noise:.0e} expected on the probe",
             allowed="the log-probs that the engine sampled with",
             fix="do not recompute them with the trainer; if the engine computes as the trainer does, engine.precision = 'fp32'",
         )

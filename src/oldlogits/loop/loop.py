@@ -24,6 +24,7 @@ from dataclasses import asdict, replace
 
 from oldlogits.batch.collate import collate
 from oldlogits.config.guard import Caution
+from oldlogits.core.engine_stats import EngineStats
 from oldlogits.core.errors import NonFiniteError
 from oldlogits.core.scoring import BatchTokens, Scored
 from oldlogits.core.source import LogprobSource
@@ -37,10 +38,12 @@ from oldlogits.loop.evaluation import Evaluator
 from oldlogits.loop.metrics import (
     UpdateTimer,
     batch_metrics,
+    batch_scored,
     batch_taken,
     copies,
     counters,
     queue_metrics,
+    updated,
     usage_metrics,
     version_published,
 )
@@ -48,7 +51,7 @@ from oldlogits.loop.resume import FILE, LoopState, sampler_seed
 from oldlogits.loop.task import LoopConfig, Task
 from oldlogits.loop.weight_sync import WeightSync
 from oldlogits.objective.advantages import advantages_of
-from oldlogits.record.events import BatchScored, Updated, Warned
+from oldlogits.record.events import Warned
 from oldlogits.record.recording import Recording
 from oldlogits.rollout.admission import pace_of
 from oldlogits.rollout.buffer import Buffer, TrajectoryCounts
@@ -92,6 +95,7 @@ class Loop:
         self.version = self._num_trained = 0
         self._last_update_s = 0.0
         self._last_ended: float | None = None
+        self._counted: dict[str, float] | None = None  # at the end of the update before
         self._rollouts: Rollouts | None = None
 
     def go_on(self, state: LoopState) -> None:
@@ -115,10 +119,12 @@ class Loop:
             self._events.emit(event_of(record))
         try:
             await self._sync.give(await self._publish())
+            await self._sync.checked()
             if not self.state.num_updates and not self.state.is_evaluated:
                 await self._evaluator.play("before", self._config.eval.num_episodes, version=self.version)
                 self.state.is_evaluated = True
-            if not self.state.num_updates and self._config.record.checkpoint_every and self._backend.begin_again is None:
+            is_new, checkpoints = self.state.num_events is None, bool(self._config.record.checkpoint_every)
+            if is_new and checkpoints and self._backend.begin_again is None:
                 await self._begin_checkpoint()  # what is sampled from here on can be gone on with
             await self._train()
             await self._evaluator.play("after", self._config.eval.num_episodes, version=self.version)
@@ -138,9 +144,11 @@ class Loop:
             rollouts = self._start_rollouts(tasks, oldest_held)
             following = tasks.create_task(self._journal.follow(self._backend.engine, self._config.temperature))
             try:
+                if self._config.eval.overlap and self.version:  # the point of the checkpoint is played again
+                    await self._evaluate(tasks)
                 while self.version < self._config.num_updates:
                     await self._update(rollouts)
-                    if await self._between_updates() and self._backend.begin_again is not None:
+                    if await self._between_updates(tasks) and self._backend.begin_again is not None:
                         rollouts = await self._begin_again(rollouts, tasks)
             finally:
                 rollouts.stop()
@@ -164,7 +172,7 @@ class Loop:
             tasks=tasks,
             group_size=config.group_size,
             max_replays=config.max_replays,
-            failures=FailureWatch(self._events, "training episodes", config.max_failed_share),
+            failures=FailureWatch(self._events, "training episodes", config.max_failed_share, self._task.player.remedy),
             left_out=FilterWatch(self._events, config.prompts_per_update, config.max_filtered_batches),
             max_running_groups=config.running_limit,
             journal=self._journal,
@@ -188,7 +196,8 @@ class Loop:
 
     async def _update(self, rollouts: Rollouts) -> None:
         """Make one version, from waiting for a batch to the engine's new weights; whole or not at all."""
-        before, timer = await self._counters(), UpdateTimer(self._backend.clock, self._last_ended)
+        before, self._counted = self._counted or await self._counters(), None
+        timer = UpdateTimer(self._backend.clock, self._last_ended)
         with timer.part("wait_batch"):
             groups = await self.buffer.take(self.version, self._journal.progress.taken.get(self.version, ()))
             rollouts.batch_taken()
@@ -204,21 +213,22 @@ class Loop:
         self, groups: Sequence[TrajectoryGroup], rollouts: Rollouts, timer: UpdateTimer, before: dict[str, float]
     ) -> None:
         trainer = self._backend.trainer
-        self._tell_batch(groups, timer)
+        self._journal.note(Taken(version=self.version, groups=tuple(group.id for group in groups)))
+        self._events.emit(batch_taken(groups, self.version, timer.seconds("wait_batch")))
         with timer.part("score"):
-            batch = collate(
-                groups,
-                advantages_of(groups, self._config.advantage, self._config.branch_weight),
-                num_steps=self._config.minibatches,
-            )
-            tokens = batch.entering(self.version)
+            advantages = advantages_of(groups, self._config.advantage, self._config.branch_weight)
+            batch = collate(groups, advantages, num_steps=self._config.minibatches)
+            tokens = batch.entering(self.version, checked_every=self._config.checked_every)
             await trainer.put_batch(batch)
             if self.source.needs_pause:
                 await self._sync.pause()
             scored = await self._score(tokens, batch.versions)
         audited = await self._audit.score(tokens)
         if not self.state.num_updates:
-            await self._calibrator.measure(batch, version=self.version)
+            errors = (await trainer.state()).consistency
+            noise = {"packing_noise": errors.packing_max_abs_error, "rounding_noise": errors.rounding_max_abs_error}
+            await self._calibrator.measure(batch, version=self.version, **noise)
+        await self._sync.checked()  # nothing is trained after a version that the engine does not hold
         with timer.part("step"):
             result = await self._step(scored)
         with timer.part("publish"):
@@ -232,15 +242,16 @@ class Loop:
             self._last_update_s = timer.since_part("wait_batch")
             self._admit(rollouts)
             await trainer.retain(min(self.version, self._oldest_needed()))
+            self._counted = await self._counters(self._sync.stats)
         self.state.num_updates += 1
         times, self._last_ended = timer.end() | {"time/stall_s": stall_s}, timer.ended
-        used = usage_metrics(before, await self._counters(), times["time/update_s"])
+        used = usage_metrics(before, self._counted, times["time/update_s"])
         lags, success_at = result.staleness_counts, self._config.eval.success_at
         of_loop = batch_metrics(groups, lags, times["time/update_s"], success_at=success_at) | queue_metrics(self.buffer)
         metrics = {**result.metrics, **times, **self.source.metrics(), **rollouts.metrics(), **of_loop, **used}
         kept_bytes = published.store_bytes + metrics.get("average/stored_bytes", 0.0)
         of_copies = copies(self._backend.engine.capabilities, kept_bytes, self._config.bytes_per_parameter * self._num_trained)
-        self._tell_update(result, metrics | of_copies, groups)
+        self._events.emit(updated(self.version, result, metrics | of_copies, groups))
         self._audit.conclude(audited, result, version=self.version)
 
     def _compare_with_before(self, published: PublishedVersion, rollouts: Rollouts) -> None:
@@ -250,28 +261,11 @@ class Loop:
             rollouts.begin_again_from(published.version)
         self._journal.note(Published(version=published.version, probe=probe))
 
-    async def _counters(self) -> dict[str, float]:
-        return counters(await self._backend.engine.stats(), await self._backend.trainer.state())
-
-    def _tell_batch(self, groups: Sequence[TrajectoryGroup], timer: UpdateTimer) -> None:
-        self._journal.note(Taken(version=self.version, groups=tuple(group.id for group in groups)))
-        self._events.emit(batch_taken(groups, self.version, timer.seconds("wait_batch")))
-
-    def _tell_update(self, result: UpdateResult, metrics: dict[str, float], groups: Sequence[TrajectoryGroup]) -> None:
-        self._events.emit(
-            Updated(
-                version=self.version,
-                metrics=metrics,
-                staleness_counts={str(lag): num for lag, num in result.staleness_counts.items()},
-                provenance=dict(result.provenance),
-                table=result.table,
-                trajectories=[t for group in groups for t in group.trajectories],
-            )
-        )
+    async def _counters(self, engine: EngineStats | None = None) -> dict[str, float]:
+        return counters(engine or await self._backend.engine.stats(), await self._backend.trainer.state())
 
     def _oldest_needed(self) -> int:
-        in_flight = self.buffer.oldest_needed
-        in_flight = self.version if in_flight is None else in_flight
+        in_flight = self.version if (oldest := self.buffer.oldest_needed) is None else oldest
         untaken = self._rollouts.oldest_untaken if self._rollouts is not None else None
         needed = in_flight if self._config.keeps_all_versions else self.source.oldest_needed(in_flight)
         return needed if untaken is None or not self.source.stores_versions else min(needed, untaken)
@@ -279,21 +273,10 @@ class Loop:
     async def _score(self, tokens: BatchTokens, versions: Sequence[int]) -> Scored | None:
         before, started = (await self._backend.trainer.state()).work, self._backend.clock()
         scored = await self.source.acquire(tokens)
-        if scored is None:
-            return None
-        check_scored(scored, tokens.versions)
-        seconds_s = self._backend.clock() - started
-        work = (await self._backend.trainer.state()).work - before
-        self._events.emit(
-            BatchScored(
-                version=self.version,
-                policy=scored.policy.value,
-                num_switches=scored.num_switches,
-                versions=list(versions),
-                **asdict(work),
-                seconds_s=seconds_s,
-            )
-        )
+        if scored is not None:
+            check_scored(scored, tokens.versions)
+            seconds_s, state = self._backend.clock() - started, await self._backend.trainer.state()
+            self._events.emit(batch_scored(self.version, scored, versions, state.work - before, seconds_s))
         return scored
 
     async def _step(self, scored: Scored | None) -> UpdateResult:
@@ -313,18 +296,31 @@ class Loop:
         self._events.emit(version_published(published, self._backend.clock() - started))
         return published
 
-    async def _between_updates(self) -> bool:
+    async def _between_updates(self, tasks: asyncio.TaskGroup) -> bool:
         """Evaluate and begin a checkpoint, where they are due; returns whether one was begun that is not the last."""
         done = self.version >= self._config.num_updates
-        held_out, every = self._config.eval, self._config.eval.every
-        self.state.success = None
-        if every and self.version % every == 0 and not (done and held_out.num_episodes):
-            self.state.success = await self._evaluator.play("during", held_out.num_episodes_during, version=self.version)
+        await self._evaluate(tasks)
         every = self._config.record.checkpoint_every
         if done or (every and self.version % every == 0):
+            await self._sync.checked()
+            await self._evaluator.ended(before=self.version)  # a run that goes on would not play it again
             await self._begin_checkpoint()
+            self._counted = None
             return not done
         return False
+
+    async def _evaluate(self, tasks: asyncio.TaskGroup) -> None:
+        """Play the point that is due at this version, to its end unless it is to overlap training."""
+        held_out, version, done = self._config.eval, self.version, self.version >= self._config.num_updates
+        self.state.success = None
+        if not held_out.every or version % held_out.every or (done and held_out.num_episodes):
+            return
+        await self._sync.checked()
+        if held_out.overlap:
+            await self._evaluator.begin(held_out.num_episodes_during, version=version, tasks=tasks)
+        else:
+            self.state.success = await self._evaluator.play("during", held_out.num_episodes_during, version=version)
+        self._counted = None
 
     async def _begin_checkpoint(self) -> None:
         beginning = asyncio.create_task(self.checkpoint())

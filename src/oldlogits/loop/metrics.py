@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from dataclasses import asdict
 
 from oldlogits.core.engine_stats import EngineCapabilities, EngineStats
+from oldlogits.core.scoring import Scored
 from oldlogits.core.trajectory import TrajectoryGroup, is_success
 from oldlogits.core.weights import PolicyVersion
-from oldlogits.record.events import BatchTaken, VersionPublished
+from oldlogits.record.events import BatchScored, BatchTaken, Updated, VersionPublished
 from oldlogits.rollout.buffer import Buffer
-from oldlogits.train.reports import PublishedVersion, TrainerState
+from oldlogits.train.reports import PublishedVersion, ScoringWork, TrainerState
+from oldlogits.train.step import UpdateResult
 
 
 class UpdateTimer:
@@ -129,6 +131,34 @@ def batch_taken(groups: Sequence[TrajectoryGroup], version: PolicyVersion, waite
         num_tokens=sum(t.num_tokens for group in groups for t in group.trajectories),
         staleness_max=version - min(group.oldest_version for group in groups),
         waited_s=waited_s,
+    )
+
+
+def batch_scored(
+    version: PolicyVersion, scored: Scored, versions: Sequence[int], work: ScoringWork, seconds_s: float
+) -> BatchScored:
+    """The event of a batch whose tokens, of some versions, got their proximal policy's log-probs."""
+    return BatchScored(
+        version=version,
+        policy=scored.policy.value,
+        num_switches=scored.num_switches,
+        versions=list(versions),
+        **asdict(work),
+        seconds_s=seconds_s,
+    )
+
+
+def updated(
+    version: PolicyVersion, result: UpdateResult, metrics: dict[str, float], groups: Sequence[TrajectoryGroup]
+) -> Updated:
+    """The event of an update that made a version."""
+    return Updated(
+        version=version,
+        metrics=metrics,
+        staleness_counts={str(lag): num for lag, num in result.staleness_counts.items()},
+        provenance=dict(result.provenance),
+        table=result.table,
+        trajectories=[t for group in groups for t in group.trajectories],
     )
 
 

@@ -173,6 +173,8 @@ def _identity(config: RunConfig) -> dict[str, object]:
         "seed": config.seed,
         "band": config.band,
         "engine.precision": config.engine.precision,
+        "trainer.compute": config.trainer.compute,
+        "trainer.head_compute": config.trainer.head_compute,
         **{f"env.{key}": value for key, value in asdict(config.env).items() if key != "timeout_s"},
         **{f"objective.{key}": value for key, value in asdict(config.objective).items()},
         **{f"model.{key}": value for key, value in asdict(config.model).items()},

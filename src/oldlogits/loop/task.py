@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from oldlogits.config.episodes import EvalConfig, RolloutConfig
 from oldlogits.config.schema import RecordConfig, RunConfig
 from oldlogits.objective.advantages import AdvantageMode, BranchWeight
 from oldlogits.rollout.player import Player
 from oldlogits.rollout.tasks import TaskDataset
+
+CHECKED_EVERY: Final = 16
+"""Of the trajectories whose OLD the training forward gives, one in so many is scored all the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +35,8 @@ class LoopConfig:
         temperature: The temperature that training samples at.
         max_lag: The staleness that admission allows for: `max_staleness`, or less where the runtime controls the lag.
         minibatches: Optimizer steps of an update.
+        checked_every: The training forward gives OLD of the tokens of its own version, and of so many of their trajectories
+            one is scored all the same; 0: all are scored.
         keeps_all_versions: Whether the store keeps every version in flight, whatever the source needs.
         bytes_per_parameter: Bytes of a parameter of a version.
     """
@@ -42,6 +48,7 @@ class LoopConfig:
     minibatches: int
     advantage: AdvantageMode
     branch_weight: BranchWeight
+    checked_every: int
     keeps_all_versions: bool
     bytes_per_parameter: int
     rollout: RolloutConfig
@@ -59,6 +66,7 @@ class LoopConfig:
             minibatches=config.trainer.minibatches_per_update,
             advantage=config.objective.advantage,
             branch_weight=config.objective.branch_weight,
+            checked_every=CHECKED_EVERY if config.takes_training_forward else 0,
             keeps_all_versions=config.audit.share > 0,
             bytes_per_parameter=2 if config.model.forward_dtype == "bf16" else 4,
             rollout=config.rollout,

@@ -1,10 +1,12 @@
 """The change of versions: pause the engine, give it the new weights, let it go on, and check what it holds.
 
-pause -> source.on_paused -> update_weights -> resume -> probe, consistency checks -> source.on_published
+pause -> source.on_paused -> update_weights -> resume -> source.on_published
+                                                   '---> probe, consistency checks
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -13,6 +15,7 @@ import numpy as np
 from oldlogits.config.episodes import SamplingConfig
 from oldlogits.config.systems import EngineConfig
 from oldlogits.core.engine import RolloutEngine, trajectory_of
+from oldlogits.core.engine_stats import EngineStats
 from oldlogits.core.errors import ConfigError, ReceiverBehindError
 from oldlogits.core.source import LogprobSource
 from oldlogits.core.weights import PatchWeights
@@ -48,6 +51,9 @@ class WeightSync:
         self._config, self._sampling, self._probe_ids, self._backend = config, sampling, probe_ids, backend
         self._source, self._events, self._journal = source, events, journal
         self._paused: tuple[float, float] | None = None
+        self._checking: asyncio.Task[None] | None = None
+        self.stats: EngineStats | None = None
+        """The engine's counters at the last change of versions, where time is real."""
 
     async def pause(self) -> tuple[float, float]:
         """Bring the engine to rest until the next `give`, and tell the source what unfinished turns have sampled so far.
@@ -55,6 +61,7 @@ class WeightSync:
         Returns:
             Since when the engine stands still, and the seconds that it took to come to rest.
         """
+        await self.checked()
         engine, clock, started = self._backend.engine, self._backend.clock, self._backend.clock()
         await engine.pause("keep", self._config.kv)
         self._paused = clock(), clock() - started
@@ -71,6 +78,7 @@ class WeightSync:
         """Give the engine the new weights, let it go on, and check it; returns the seconds that it stood still.
 
         An engine that does not go on from what it holds is given all weights. The engine is paused unless it is already.
+        Where time is real, the check has only begun: see `checked`.
 
         Raises:
             ProbeError: The engine does not hold the version as the trainer published it.
@@ -85,6 +93,8 @@ class WeightSync:
             sent, refused = await self._backend.trainer.full_weights(), str(error)
             num_bytes += sent.num_bytes
             await engine.update_weights(sent, version)
+        if self._backend.real_time:  # it stands still, and answers at once
+            self.stats = await engine.stats()
         await engine.resume()
         resumed, self._paused = clock(), None
         stall_s = resumed - paused_at
@@ -99,14 +109,28 @@ class WeightSync:
                 stall_s=stall_s,
             )
         )
-        await self._check(published)
+        if self._backend.real_time:  # its first step computes all keys and values anew: nobody waits for that
+            self._checking = checking = asyncio.create_task(self._check(published))
+            checking.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # seen, if the run ends by another
+        else:
+            await self._check(published)
         await self._source.on_published(version, published.update, published.probe_logps)
         return stall_s
+
+    async def checked(self) -> None:
+        """Wait until the engine has shown that it holds the version that it was given last.
+
+        Raises:
+            ProbeError: It does not.
+        """
+        checking, self._checking = self._checking, None
+        if checking is not None:
+            await checking
 
     async def _check(self, published: PublishedVersion) -> None:
         """Probe the engine, every replica of it, and ask the trainer for its checks; the worst of each counts."""
         config, can = self._config, self._backend.engine.capabilities
-        allowed = allowed_error(config.precision, config.probe_tolerance, routed=published.is_routed, arithmetic=can.arithmetic)
+        allowed = allowed_error(config.precision, config.probe_tolerance, published, arithmetic=can.arithmetic)
         expected, version = published.engine_probe_logps, published.version
         results = [
             await probe(self._backend.engine, self._probe_ids, expected, version=version, allowed=allowed)
@@ -121,6 +145,12 @@ class WeightSync:
                 **asdict(result),
                 consistency_publish_max_abs_error=float(worst),
                 consistency_lag0_max_abs_error=of_trainer.lag0_max_abs_error,
+                consistency_rescored_max_abs_error=of_trainer.rescored_max_abs_error,
+                packing_mean_abs_error=of_trainer.packing_mean_abs_error,
+                packing_max_abs_error=of_trainer.packing_max_abs_error,
+                rounding_mean_abs_error=of_trainer.rounding_mean_abs_error,
+                rounding_max_abs_error=of_trainer.rounding_max_abs_error,
+                num_digests=of_trainer.num_digests,
             )
         )
 

@@ -23,8 +23,16 @@ def configure_process(*, num_threads: int, seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def find_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """Find the device of `trainer.device`: of several GPUs that of this process's number on its machine, which torchrun gives.
+    """Find the device that a recipe asks for: of several GPUs that of this process's number, which torchrun gives.
+
+    On a GPU fp32 is fp32: containers that switch TF32 on by an environment variable are overruled.
 
     Raises:
         ConfigError: There is no such GPU.
@@ -37,8 +45,10 @@ def find_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
             "there is no GPU for this process",
             got=f"{torch.cuda.device_count()} visible to torch {torch.__version__}, local rank {number}",
             allowed="one for each rank of a machine",
-            fix="set trainer.device = 'cpu', start fewer ranks, or install a torch with CUDA and look at CUDA_VISIBLE_DEVICES",
+            fix="set trainer.device and engine.device to 'cpu', start fewer ranks, or install a torch with CUDA and look at "
+            "CUDA_VISIBLE_DEVICES",
         )
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("highest")
     return device

@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from oldlogits.core.errors import ModelFolderError, reading
 from oldlogits.models.adapters import is_adapter
 from oldlogits.models.finite import check_finite
-from oldlogits.models.head import check_head
+from oldlogits.models.head.logits import check_head
 
 transformers_logging.disable_progress_bar()
 

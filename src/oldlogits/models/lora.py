@@ -5,6 +5,7 @@ Adapters are put into the layers of the Hugging Face model itself: everything el
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,16 +35,7 @@ def add_adapters(model: PreTrainedModel, *, rank: int, alpha: float, targets: Se
     Raises:
         ConfigError: peft is not installed, or the model has no linear layer of such a name.
     """
-    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    linear.discard("lm_head")
-    unknown = [target for target in targets if target not in linear]
-    if unknown:
-        raise ConfigError(
-            "model.lora_targets names layers that the model does not have",
-            got=", ".join(unknown),
-            allowed=", ".join(sorted(linear)),
-            fix="correct model.lora_targets",
-        )
+    check_targets(model, targets)
     try:
         from peft import inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
@@ -56,6 +48,25 @@ def add_adapters(model: PreTrainedModel, *, rank: int, alpha: float, targets: Se
             module.cast_input_dtype_enabled = False  # bf16 forward weights are read as float32
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_adapter(name))
+
+
+def check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
+    """Refuse names of which the model has no linear layer; it may be one without storage.
+
+    Raises:
+        ConfigError: It has none of such a name; this says which names are left.
+    """
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    head = model.get_output_embeddings()
+    linear -= {name.rpartition(".")[2] for name, module in model.named_modules() if module is head}
+    if unknown := [target for target in targets if target not in linear]:
+        left = [target for target in targets if target in linear] or sorted(linear)
+        raise ConfigError(
+            "model.lora_targets names layers that the model does not have, or not as linear ones",
+            got=", ".join(unknown),
+            allowed=", ".join(sorted(linear)),
+            fix=f"set model.lora_targets = {json.dumps(left)}",
+        )
 
 
 def write_adapters(

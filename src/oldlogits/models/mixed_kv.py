@@ -25,7 +25,9 @@ from transformers import PreTrainedModel
 from oldlogits.batch.collate import TokenBatch
 from oldlogits.batch.kv_segments import KVChain, kv_chains, segment_sequences
 from oldlogits.batch.pad import MicroBatch, micro_batches
+from oldlogits.core.errors import MissingLogprobError
 from oldlogits.models.ranks import ALONE, Ranks
+from oldlogits.models.routing import follow
 from oldlogits.models.scorer import ForwardSizes, head_logps, score_tokens
 from oldlogits.models.sharding import in_one_forward
 
@@ -52,6 +54,7 @@ class MixedForward:
         self._plain = [chain[0] for chain in chains if len(chain) == 1]
         self._chains: list[KVChain] = [chain for chain in chains if len(chain) > 1]
         longest = max((int(chain[-1].tokens[-1]) - chain[0].origin for chain in self._chains), default=0)
+        _check_attends_to_all(model, longest)
         self._entries = _Entries(len(self._chains), longest)
         self._cache_keyword = cache_keyword(model.base_model)
         self._logps = torch.full((batch.num_tokens,), math.nan)
@@ -111,6 +114,7 @@ class MixedForward:
 
     def _forward(self, micro: MicroBatch, positions: Int[Tensor, "row column"]) -> Float[Tensor, " action"]:
         """Compute the log-probs of segments over the entries that their chains may see, and add theirs."""
+        follow(self._model, micro)
         hidden = self._model.base_model(
             input_ids=micro.input_ids,
             position_ids=positions,
@@ -119,6 +123,20 @@ class MixedForward:
             **{self._cache_keyword: self._entries},
         ).last_hidden_state
         return head_logps(self._model, hidden, micro, head_chunk_tokens=self._sizes["head_chunk_tokens"])
+
+
+def _check_attends_to_all(model: PreTrainedModel, longest: int) -> None:
+    """Refuse a model of which some layers do not attend to all of so many entries: windows, states, convolutions."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    window = (getattr(config, "sliding_window", None) or longest) if "sliding_attention" in kinds else longest
+    if longest > window or kinds - {"sliding_attention", "full_attention"}:
+        raise MissingLogprobError(
+            "old log-probs over keys and values of several versions need a model whose layers attend to all earlier tokens",
+            got=f"model_type '{config.model_type}' with layers of {', '.join(sorted(kinds))} over {longest} tokens",
+            allowed="full attention, or sliding windows that no sequence passes",
+            fix="set engine.kv = 'recompute'",
+        )
 
 
 def cache_keyword(model: torch.nn.Module) -> str:

@@ -8,11 +8,13 @@ Embedding, final norm and head are gathered with the model itself, since a tied 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from types import MethodType
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -76,7 +78,23 @@ def as_slice_of(parameter: Tensor, values: Tensor) -> Tensor:
     """Make values of this rank's slice of a parameter the tensor of which the ranks hold slices; they are not copied."""
     if not isinstance(parameter, DTensor):
         return values
-    mesh, shape, stride = parameter.device_mesh, parameter.shape, parameter.stride()
+    return _sliced(parameter, values, parameter.device_mesh)
+
+
+def host_slice_of(parameter: Tensor, values: Tensor) -> Tensor:
+    """Do the same with values in the host's memory, wherever the parameter is; all ranks make this call."""
+    if not isinstance(parameter, DTensor):
+        return values
+    return _sliced(parameter, values, _host_mesh(parameter.device_mesh.size()))
+
+
+@cache
+def _host_mesh(num_ranks: int) -> DeviceMesh:
+    return init_device_mesh("cpu", (num_ranks,))
+
+
+def _sliced(parameter: DTensor, values: Tensor, mesh: DeviceMesh) -> Tensor:
+    shape, stride = parameter.shape, parameter.stride()
     sliced: Tensor = DTensor.from_local(values, mesh, parameter.placements, run_check=False, shape=shape, stride=stride)
     return sliced
 

@@ -25,6 +25,7 @@ from oldlogits.objective.aggregate import Aggregation, token_weights, weighted_l
 from oldlogits.objective.decision import DecisionSums, decision_sums, exact_variant
 from oldlogits.objective.diagnostics import QUANTILES, diagnose, to_metrics
 from oldlogits.objective.masks import band_mask, clip_log_ratio, finite_mask, kept_mask, truncate_log_ratio
+from oldlogits.objective.padded import PaddedLoss, Predicts, flatten_padded, padded_loss, unflatten_padded
 from oldlogits.objective.proximal import a3po_weight_mu, linear_logp, loglinear_logp
 from oldlogits.objective.ratios import SplitRatio, log_discrepancy, split_ratio
 from oldlogits.objective.surrogate import Discrepancy, surrogate
@@ -35,6 +36,8 @@ __all__ = [
     "Aggregation",
     "DecisionSums",
     "Discrepancy",
+    "PaddedLoss",
+    "Predicts",
     "SplitRatio",
     "a3po_weight_mu",
     "band_mask",
@@ -43,15 +46,18 @@ __all__ = [
     "diagnose",
     "exact_variant",
     "finite_mask",
+    "flatten_padded",
     "group_advantages",
     "kept_mask",
     "linear_logp",
     "log_discrepancy",
     "loglinear_logp",
+    "padded_loss",
     "split_ratio",
     "surrogate",
     "to_metrics",
     "token_weights",
     "truncate_log_ratio",
+    "unflatten_padded",
     "weighted_loss",
 ]

@@ -60,5 +60,5 @@ def _require(logp: Mapping[Policy, Tensor], policies: Iterable[Policy]) -> None:
             f"log-probs of {' and '.join(missing)} are missing",
             got=", ".join(policy.name for policy in logp) or "no log-probs",
             allowed="the log-probs of every policy in the variant's two ratios",
-            fix="acquire them from a source, or use a variant without them",
+            fix="score them (OLD: oldlogits.sources.tagged, at the version of each token), or use a variant without them",
         )

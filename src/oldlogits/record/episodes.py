@@ -109,7 +109,7 @@ class EpisodeRecorder:
             take(episode)
 
     def _segment(self, segment: Segment) -> EpisodeSegment:
-        ids = segment.token_ids
+        ids = tuple(segment.token_ids)
         if not isinstance(segment, Sampled):
             return EpisodeSegment(kind="context", text=self._decode(ids), num_tokens=len(ids))
         text = self._decode(ids)
@@ -119,7 +119,7 @@ class EpisodeRecorder:
             num_tokens=len(ids),
             version=segment.version,
             tokens=pieces_of(text, ids, self._decode),
-            logp_mu=segment.logp_mu,
+            logp_mu=tuple(segment.logp_mu),
         )
 
 

@@ -9,7 +9,7 @@ import json
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Final, Literal, Self
@@ -18,10 +18,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from oldlogits.core.trajectory import is_success
 from oldlogits.record.episodes import EpisodeSegment
+from oldlogits.record.events import Evaluated
 from oldlogits.record.failures import tallied
 from oldlogits.record.folder import write_atomic
-from oldlogits.record.intervals import Interval, clustered_wilson, mean_interval, paired_gain
+from oldlogits.record.intervals import Interval, mean_interval, paired_gain
 from oldlogits.record.jsonl import RecordError, encode, read_lines
+from oldlogits.record.trials import avg_at_k, pass_at_k
 
 _WIDTH: Final = 80
 
@@ -65,26 +67,49 @@ class EvaluatedEpisode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """What episodes come to; None: none was played. Intervals are over rows: repeats of a row are no independent tasks."""
+    """What episodes come to; None: none was played. Intervals are over rows: repeats of a row are no independent tasks.
+
+    Args:
+        success: The mean over rows of each one's rate of success, which is avg@k where each was played `k` times.
+        pass_at: pass@k by `k`, from 2 to the number of repeats: over the rows that were played `k` times or more.
+        num_whole: Rows that were played as often as they were to be, which are those of the last pass@k.
+    """
 
     success: Interval | None
     reward: Interval | None
     num_played: int
     num_failed: int
+    pass_at: Mapping[str, Interval] = field(default_factory=dict)
+    num_whole: int = 0
+
+    def __str__(self) -> str:
+        """``50.0% [25.4%, 74.6%] of 12, mean reward 0.500 [0.205, 0.795]``."""
+        failed = f", {self.num_failed} failed" if self.num_failed else ""
+        if self.success is None or self.reward is None:
+            return f"none played{failed}"
+        return f"{self.success} of {self.num_played}{failed}, mean reward {self.reward.plain}"
 
     @classmethod
-    def of(cls, episodes: Sequence[EvaluatedEpisode], success_at: float) -> Self:
-        """Add up episodes."""
+    def of(cls, episodes: Sequence[EvaluatedEpisode], success_at: float, repeats: int = 1) -> Self:
+        """Add up episodes of rows that were to be played `repeats` times each."""
+        return cls.of_rewards([(episode.row, episode.reward) for episode in episodes], success_at, repeats)
+
+    @classmethod
+    def of_rewards(cls, episodes: Sequence[tuple[int, float | None]], success_at: float, repeats: int = 1) -> Self:
+        """Add up episodes, each by the number of its row and its reward."""
         rewards = _by_row(episodes)
         played = [reward for found in rewards.values() for reward in found]
         if not played:
             return cls(success=None, reward=None, num_played=0, num_failed=len(episodes))
         hits = [[is_success(reward, success_at) for reward in found] for found in rewards.values()]
+        by_k = {k: [found for found in hits if len(found) >= k] for k in range(2, repeats + 1)}
         return cls(
-            success=clustered_wilson(hits),
+            success=avg_at_k(hits, 1),
             reward=mean_interval([fmean(found) for found in rewards.values()]),
             num_played=len(played),
             num_failed=len(episodes) - len(played),
+            pass_at={str(k): pass_at_k(found, k) for k, found in by_k.items() if found},
+            num_whole=sum(len(found) >= repeats for found in hits),
         )
 
 
@@ -96,6 +121,7 @@ class EvaluationSummary:
         subset: The field by which results are told apart; empty: none.
         num_episodes: Those that were to be played; `all` counts those that were.
         failures: Failed episodes by reason.
+        gateway: What an agent program asked for, and what became of it, as in the summary of a run; empty: there is none.
     """
 
     model: str
@@ -110,16 +136,25 @@ class EvaluationSummary:
     subsets: Mapping[str, Figures]
     failures: Mapping[str, int]
     seconds_s: float
+    gateway: Mapping[str, int] = field(default_factory=dict)
 
     def write(self, out: Path) -> None:
         """Write ``summary.json`` into the folder of the evaluation."""
         write_atomic(out / "summary.json", json.dumps(json.loads(encode(asdict(self))), indent=2, ensure_ascii=False) + "\n")
 
 
-def subsets_of(episodes: Sequence[EvaluatedEpisode], success_at: float) -> dict[str, Figures]:
+def subsets_of(episodes: Sequence[EvaluatedEpisode], success_at: float, repeats: int = 1) -> dict[str, Figures]:
     """What the episodes of each subset come to, by its name."""
     names = sorted({episode.subset for episode in episodes} - {""})
-    return {name: Figures.of([e for e in episodes if e.subset == name], success_at) for name in names}
+    return {name: Figures.of([e for e in episodes if e.subset == name], success_at, repeats) for name in names}
+
+
+def by_environment(evaluated: Evaluated) -> dict[str, Figures]:
+    """What an evaluation within a run comes to for each environment of a mixture; empty without one."""
+    rewards: dict[str, list[tuple[int, float | None]]] = {}
+    for row, (name, reward) in enumerate(zip(evaluated.environments, evaluated.rewards, strict=False)):
+        rewards.setdefault(name, []).append((row, reward))
+    return {name: Figures.of_rewards(rewards[name], evaluated.success_at) for name in sorted(rewards)}
 
 
 def failures_of(episodes: Sequence[EvaluatedEpisode]) -> dict[str, int]:
@@ -163,7 +198,7 @@ def compare(first: Path, second: Path) -> dict[str, Comparison]:
 
 
 def _compared(first: Sequence[EvaluatedEpisode], second: Sequence[EvaluatedEpisode], success_at: float) -> Comparison:
-    before, after = _by_row(first), _by_row(second)
+    before, after = (_by_row([(episode.row, episode.reward) for episode in found]) for found in (first, second))
     both = sorted(before.keys() & after.keys())
     if not both:
         raise RecordError("no row was played in both", got="0 rows", allowed="at least 1", fix="evaluate again")
@@ -204,12 +239,12 @@ def _unreadable(out: Path, error: Exception) -> RecordError:
     return RecordError("an evaluation cannot be read", got=f"{out}: {error}"[:300], allowed=allowed, fix=fix)
 
 
-def _by_row(episodes: Sequence[EvaluatedEpisode]) -> dict[int, list[float]]:
+def _by_row(episodes: Sequence[tuple[int, float | None]]) -> dict[int, list[float]]:
     """The rewards of each row that was played."""
     found: dict[int, list[float]] = defaultdict(list)
-    for episode in episodes:
-        if episode.reward is not None:
-            found[episode.row].append(episode.reward)
+    for row, reward in episodes:
+        if reward is not None:
+            found[row].append(reward)
     return found
 
 

@@ -7,6 +7,7 @@ lockstep runs emit the same events.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -74,8 +75,7 @@ class EvaluationProgressed(Event):
 class Evaluated(Event):
     """Held-out episodes were played: success rate and mean reward with their 95% intervals, and the rewards by row.
 
-    The reward of an episode that failed is None: rate and means are over the `num_episodes` that were played. A reward of at
-    least `success_at` is a success.
+    One that failed has the reward None, and is none of the `num_episodes`. A reward of at least `success_at` is a success.
     """
 
     kind = "evaluation"
@@ -91,6 +91,8 @@ class Evaluated(Event):
     num_episodes: int
     rewards: Sequence[float | None]
     seconds_s: float
+    environments: Sequence[str] = ()
+    versions: Sequence[int] = ()
     trajectories: Sequence[Trajectory] = field(default=(), metadata=_UNRECORDED)
 
 
@@ -248,6 +250,12 @@ class Probed(Event):
     num_above: int
     consistency_publish_max_abs_error: float
     consistency_lag0_max_abs_error: float
+    consistency_rescored_max_abs_error: float = math.nan
+    packing_mean_abs_error: float = math.nan
+    packing_max_abs_error: float = math.nan
+    rounding_mean_abs_error: float = math.nan
+    rounding_max_abs_error: float = math.nan
+    num_digests: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,12 +26,33 @@ class Interval:
 
     def __str__(self) -> str:
         """``37.4% [34.5%, 40.4%]``."""
-        return f"{self.mean:.1%} [{self.low:.1%}, {self.high:.1%}]"
+        return f"{self.mean:.1%} {self.bounds('.1%')}"
 
     @property
     def plain(self) -> str:
         """``0.374 [0.345, 0.404]``, for means that are no shares."""
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.mean:.3f} {self.bounds('.3f')}"
+
+    @property
+    def points(self) -> str:
+        """``+3.1 [-0.2, +6.4]``: a difference of two shares, in percentage points."""
+        return f"{100 * self.mean:+.1f} {self.bounds('+.1f', times=100)}"
+
+    @property
+    def change(self) -> str:
+        """``+0.031 [-0.002, +0.064]``: a difference of two means that are no shares."""
+        return f"{self.mean:+.3f} {self.bounds('+.3f')}"
+
+    def bounds(self, form: str, times: float = 1) -> str:
+        """The interval in a number format; one value alone has none.
+
+        Example:
+            >>> mean_interval([0.5]).bounds(".3f"), mean_interval([0.5, 0.5]).bounds(".3f")
+            ('(no interval)', '[0.500, 0.500]')
+        """
+        if math.isinf(self.low):
+            return "(no interval)"
+        return f"[{times * self.low:{form}}, {times * self.high:{form}}]"
 
 
 def success_of(evaluated: Evaluated) -> Interval:
@@ -74,26 +95,20 @@ def wilson(successes: int, n: int) -> Interval:
     return _wilson(successes / n, n, num_episodes=n)
 
 
-def clustered_wilson(hits: Sequence[Sequence[bool]]) -> Interval:
-    """Wilson's interval of the mean over rows of each row's success rate, where rows were repeated.
+def rate_interval(rates: Sequence[float], num_episodes: int) -> Interval:
+    """Wilson's interval of the mean over tasks of a rate of each, which `num_episodes` in all have measured.
 
-    Repeats of a row are no independent tasks, so `n` is an effective number of episodes: ``p (1 - p)`` over the variance of the
-    mean of the rows' rates, not fewer than the rows and not more than the episodes.
-
-    Raises:
-        RecordError: There is no row, or one without an episode.
+    Repeats of a task are no independent tasks, so `n` is an effective number of episodes: ``p (1 - p)`` over the variance of
+    the mean of the rates, not fewer than the tasks and not more than the episodes.
 
     Example:
-        >>> print(clustered_wilson([[True, True], [False, False], [True, False]]))
+        >>> print(rate_interval([1.0, 0.0, 0.5], 6))
         50.0% [12.5%, 87.5%]
     """
-    if not hits or not all(hits):
-        raise RecordError("no success rate", got="a row without episodes", allowed="at least 1", fix="play an episode")
-    rates, num = [fmean(row) for row in hits], sum(map(len, hits))
     p = fmean(rates)
     variance = stdev(rates) ** 2 / len(rates) if len(rates) > 1 else 0.0
-    effective = min(max(len(rates), p * (1 - p) / variance), num) if variance else len(rates)
-    return _wilson(p, effective, num_episodes=num)
+    effective = min(max(len(rates), p * (1 - p) / variance), num_episodes) if variance else len(rates)
+    return _wilson(p, effective, num_episodes=num_episodes)
 
 
 def _wilson(p: float, n: float, *, num_episodes: int) -> Interval:

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from oldlogits.record.bus import Event
+from oldlogits.record.evaluation import by_environment
 from oldlogits.record.events import (
     Calibrated,
     Evaluated,
@@ -153,7 +154,7 @@ class LiveView:
             for line in calibration_lines(event, self._started):
                 self.note(line)
         elif isinstance(event, Warned):
-            self.note(f"warning: {event.message}")
+            self.note(f"warning: {event.message}", style="bold yellow")
         elif isinstance(event, ServerDown | ServerUp):
             what = "down" if isinstance(event, ServerDown) else "up"
             self.note(f"server {event.server} is {what}: {event.reason}")
@@ -186,6 +187,8 @@ class LiveView:
         self.note(f"held-out success {when}, {event.mode}: {rate}{played}, {event.seconds_s:.0f} s")
         if num:
             self.note(f"  mean reward {reward_of(event).plain}; a success is a reward of {event.success_at:g} or more")
+        for name, found in by_environment(event).items():
+            self.note(f"  {name}: {found}")
 
     def update(self, metrics: Mapping[str, float], *, version: int) -> None:
         """Show the metrics of the update that made `version`."""
@@ -203,9 +206,9 @@ class LiveView:
         """Take values between updates, by the names that the rows show; ``queue/admission_open`` is 1 or 0."""
         self._latest.update(metrics)
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, style: str = "") -> None:
         """Print a line that stays above the panel."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=not self._console.is_terminal)
+        self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=not self._console.is_terminal)
 
     def _panel(self) -> RenderableType:
         grid = Table.grid(padding=(0, 2), expand=True)
@@ -257,8 +260,9 @@ def calibration_lines(found: Calibrated, started: RunStarted | None) -> Iterator
 def print_summary(summary: Summary, run_folder: Path, *, console: Console | None = None) -> None:
     """Say in plain words what was learned, whether the old logits were exact, and where the report is."""
     out = console or Console()
-    lines = [learned_sentence(summary), *reward_sentences(summary), staleness_sentence(summary)]
-    lines += [*failure_sentences(summary), *program_sentences(summary)]
+    lines = [learned_sentence(summary), *reward_sentences(summary), *environment_sentences(summary)]
+    lines += [staleness_sentence(summary), *exactness_sentences(summary)]
+    lines += [*failure_sentences(summary), *program_sentences(summary.gateway)]
     if summary.ended != "done":
         lines.insert(0, f"The run ended early ({summary.ended}).")
     body = Text("\n".join(lines) + "\n")
@@ -270,12 +274,15 @@ def learned_sentence(summary: Summary) -> str:
     """Before -> after with intervals, and whether the difference is beyond chance."""
     before, after, gain = summary.success_before, summary.success_after, summary.gain
     if before is None or after is None:
-        only = before or after
+        only, failed = before or after, sum(summary.evaluation_failures.values())
+        if failed:
+            said = f"Held-out success {only}" if only else "HELD-OUT SUCCESS WAS NOT MEASURED"
+            return f"{said}: all episodes of {'the other' if only else 'each'} evaluation failed."
         return f"Held-out success {only}; no comparison." if only else "Held-out success was not measured."
     text = f"Held-out success {before} -> {after}"
     if gain is None:
         return text + "."
-    points = f"{100 * gain.mean:+.1f} points [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
+    points = f"{100 * gain.mean:+.1f} points {gain.bounds('+.1f', times=100)}"
     return f"{text}: {points} on the same {gain.num_episodes} episodes, {verdict_of(gain)}."
 
 
@@ -284,8 +291,14 @@ def reward_sentences(summary: Summary) -> Iterator[str]:
     before, after, gain = summary.reward_before, summary.reward_after, summary.reward_gain
     shown = " -> ".join(interval.plain for interval in (before, after) if interval is not None)
     if shown and summary.success_at is not None:
-        change = f": {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]" if gain is not None else ""
+        change = f": {gain.change}" if gain is not None else ""
         yield f"Mean reward {shown}{change}; a success is a reward of {summary.success_at:g} or more."
+
+
+def environment_sentences(summary: Summary) -> Iterator[str]:
+    """What was learned in each environment of a mixture; nothing without one."""
+    for name, found in summary.environments.items():
+        yield f"  {name}: {' -> '.join(str(one) for one in (found.before, found.after) if one is not None)}"
 
 
 def failure_sentences(summary: Summary) -> Iterator[str]:
@@ -298,9 +311,8 @@ def failure_sentences(summary: Summary) -> Iterator[str]:
             yield f"{sum(failures.values())} of {num} {what} episodes failed: {in_words(failures)}."
 
 
-def program_sentences(summary: Summary) -> Iterator[str]:
-    """What an agent program asked for, and what became of it; nothing without one."""
-    found = summary.gateway
+def program_sentences(found: Mapping[str, int]) -> Iterator[str]:
+    """What an agent program asked for, and what became of it (`Summary.gateway`); nothing without one."""
     if found:
         num = {name: f"{count:,}" for name, count in found.items()}
         turns = sum(found[kind] for kind in ("opened", "continued", "forked", "rewritten"))
@@ -309,6 +321,18 @@ def program_sentences(summary: Summary) -> Iterator[str]:
             f"its history ({num['encoded_anew_tokens']} tokens encoded anew). {num['dropped_answers']} answers dropped "
             f"({num['dropped_tokens']} tokens), {num['overridden']} parameters overridden, {num['refused']} requests refused."
         )
+
+
+def exactness_sentences(summary: Summary) -> Iterator[str]:
+    """The three parts of exactness, as far as they were measured (docs/exactness.md); nothing where OLD was not computed."""
+    found = [f"weights bit-exact ({summary.num_digests:,} checkouts by digest)"] if summary.num_digests else []
+    if summary.consistency_lag0_max_abs_error is not None:
+        found.append(f"lag-0 error {summary.consistency_lag0_max_abs_error:.2g}")
+    if found and summary.packing_max_abs_error is not None:
+        mean, largest = summary.packing_mean_abs_error, summary.packing_max_abs_error
+        found.append(f"packing noise {mean:.2g} on average and {largest:.2g} at most, in nats")
+    if found:
+        yield f"Exactness: {', '.join(found)}."
 
 
 def staleness_sentence(summary: Summary) -> str:

@@ -7,14 +7,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from oldlogits.record.bus import EventBus
+from oldlogits.record.bus import EventBus, EventSink
 from oldlogits.record.episodes import Decode, EpisodeRecorder
 from oldlogits.record.event_log import EventLog
 from oldlogits.record.events import Warned
 from oldlogits.record.folder import RunFolder
 from oldlogits.record.jsonl import LineFile
 from oldlogits.record.live import LiveView
-from oldlogits.record.tables import TokenTables
 from oldlogits.record.trackers.feed import TrackerFeed
 
 
@@ -57,7 +56,7 @@ def record_run(
         episodes = stack.enter_context(LineFile(folder.episodes))
         bus = EventBus(
             log,
-            TokenTables(folder.tokens, every=tokens_every),
+            *_token_tables(folder, every=tokens_every),
             EpisodeRecorder(episodes, decode, every=transcripts_every, others=[tracker.take for tracker in trackers]),
             view,
             *trackers,
@@ -66,6 +65,15 @@ def record_run(
             tracker.warn_on(bus)
         cut = [_cut(path, file) for path, file in ((folder.events, log), (folder.episodes, episodes)) if file.num_cut_bytes]
         yield Recording(folder=folder, events=bus, log=log, cut=cut)
+
+
+def _token_tables(folder: RunFolder, *, every: int) -> list[EventSink]:
+    """The token tables, if there are to be any: what writes them is not imported for nothing."""
+    if not every:
+        return []
+    from oldlogits.record.tables import TokenTables
+
+    return [TokenTables(folder.tokens, every=every)]
 
 
 def _cut(path: Path, file: LineFile) -> Warned:

@@ -12,12 +12,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final, Literal, Self, TypeVar, cast
+from typing import Final, Literal, Self, TypedDict, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
 from oldlogits.core.trajectory import is_success
 from oldlogits.record.bus import Event
+from oldlogits.record.evaluation import Figures, by_environment
 from oldlogits.record.event_log import history, read_events, typed
 from oldlogits.record.events import (
     BatchScored,
@@ -46,6 +47,14 @@ ACCOUNTS: Final = ("submitted", "trained", "filtered", "failed", "cancelled", "q
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OfEnvironment:
+    """Held-out figures of one environment of a mixture, sampled, before and after training; None: not measured."""
+
+    before: Figures | None
+    after: Figures | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """What came out of a run; None means that it was not measured. docs/run-folder.md says what each field means."""
 
@@ -58,6 +67,9 @@ class Summary:
     reward_before: Interval | None
     reward_after: Interval | None
     reward_gain: Interval | None
+    greedy_reward_before: Interval | None
+    greedy_reward_after: Interval | None
+    environments: Mapping[str, OfEnvironment]
     num_updates: int
     num_trajectories: int
     num_multi_version_trajectories: int
@@ -66,6 +78,10 @@ class Summary:
     provenance: Mapping[str, int]
     consistency_publish_max_abs_error: float | None
     consistency_lag0_max_abs_error: float | None
+    consistency_rescored_max_abs_error: float | None
+    packing_mean_abs_error: float | None
+    packing_max_abs_error: float | None
+    num_digests: int
     probe_max_abs_error: float | None
     log_r_d_mean_abs: float | None
     log_r_d_max_abs: float | None
@@ -126,12 +142,9 @@ def summarise(events: Iterable[Event]) -> Summary:
     started, ends = next(reversed(typed(kept, RunStarted)), None), typed(kept[-1:], RunEnded)
     updates, evaluations, probes = typed(kept, Updated), typed(kept, Evaluated), typed(kept, Probed)
     scored, sent, down, stored = typed(kept, BatchScored), typed(kept, WeightsUpdated), typed(kept, ServerDown), _stored(kept)
-    metrics = [update.metrics for update in updates]
-    tokens = [sum(update.staleness_counts.values()) for update in updates]
+    metrics, tokens = [u.metrics for u in updates], [sum(u.staleness_counts.values()) for u in updates]
     lags = sum((Counter(update.staleness_counts) for update in updates), Counter[str]())
-    num_tokens, wall = sum(tokens), [m.get("time/update_s", 0.0) for m in metrics]
-    stored_bytes, num_trained = sum(version.version_bytes for version in stored), started.num_trained if started else 0
-    failed, restarted = typed(kept, TrajectoryFailed), typed(kept, TrajectoryRestarted)
+    failed, restarted, wall = typed(kept, TrajectoryFailed), typed(kept, TrajectoryRestarted), _of(metrics, "time/update_s")
     return Summary(
         success_before=_last(evaluations, "before", "sampled", success_of),
         success_after=_last(evaluations, "after", "sampled", success_of),
@@ -142,22 +155,23 @@ def summarise(events: Iterable[Event]) -> Summary:
         reward_before=_last(evaluations, "before", "sampled", reward_of),
         reward_after=_last(evaluations, "after", "sampled", reward_of),
         reward_gain=_gain(evaluations, of_success=False),
+        greedy_reward_before=_last(evaluations, "before", "greedy", reward_of),
+        greedy_reward_after=_last(evaluations, "after", "greedy", reward_of),
+        environments=_environments(evaluations),
         num_updates=len(updates),
         num_trajectories=round(sum(_of(metrics, "episode/num"))),
         num_multi_version_trajectories=round(_product(metrics, "episode/multi_version", _num_branches(metrics))),
-        staleness_mean=_ratio(sum(int(lag) * num for lag, num in lags.items()), num_tokens),
+        staleness_mean=_ratio(sum(int(lag) * num for lag, num in lags.items()), lags.total()),
         staleness_max=max(map(int, lags), default=None),
         provenance=dict(sum((Counter(update.provenance) for update in updates), Counter[str]())),
-        consistency_publish_max_abs_error=_worst(probe.consistency_publish_max_abs_error for probe in probes),
-        consistency_lag0_max_abs_error=_worst(probe.consistency_lag0_max_abs_error for probe in probes),
-        probe_max_abs_error=_worst(probe.max_abs_error for probe in probes),
-        log_r_d_mean_abs=_ratio(_product(metrics, "ratio/log_r_d_abs_mean", tokens), num_tokens),
+        **_checked(probes),
+        log_r_d_mean_abs=_ratio(_product(metrics, "ratio/log_r_d_abs_mean", tokens), lags.total()),
         log_r_d_max_abs=_worst(m["ratio/log_r_d_abs_max"] for m in metrics if "ratio/log_r_d_abs_max" in m),
         rho_mean=_ratio(sum(_of(metrics, "mask/rho")), len(metrics)),
         num_dropped_nonfinite=round(sum(_of(metrics, "mask/num_nonfinite"))),
-        version_bytes_mean=_ratio(stored_bytes, len(stored)),
-        version_share_of_copy=_ratio(stored_bytes, sum(version.full_bytes for version in stored)),
-        version_share_of_average=_ratio(stored_bytes, len(stored) * 4 * num_trained),
+        version_bytes_mean=_ratio(_num_bytes(stored), len(stored)),
+        version_share_of_copy=_ratio(_num_bytes(stored), sum(version.full_bytes for version in stored)),
+        version_share_of_average=_ratio(_num_bytes(stored), len(stored) * 4 * (started.num_trained if started else 0)),
         switch_mean_s=_ratio(sum(batch.switch_s for batch in scored), sum(batch.num_checkouts for batch in scored)),
         sync_bytes_mean=_ratio(sum(update.bytes for update in sent), len(sent)),
         num_patch_syncs=(num_patches := sum(update.sent == "patch" for update in sent)),
@@ -179,7 +193,7 @@ def summarise(events: Iterable[Event]) -> Summary:
         failures=tallied(one.reason for one in failed if one.stage == "train"),
         evaluation_failures=tallied(one.reason for one in failed if one.stage != "train"),
         num_evaluation_episodes=sum(len(evaluation.rewards) for evaluation in evaluations),
-        gateway=_gateway(metrics, typed(kept, ConversationRewritten)),
+        gateway=gateway_counts(metrics, typed(kept, ConversationRewritten)),
     )
 
 
@@ -188,8 +202,8 @@ def summarise_folder(folder: RunFolder) -> Summary:
     return summarise(read_events(folder.events))
 
 
-def _gateway(metrics: Sequence[Mapping[str, float]], rewritten: Iterable[ConversationRewritten]) -> dict[str, int]:
-    """What an agent program asked for in training; empty where there is none."""
+def gateway_counts(metrics: Sequence[Mapping[str, float]], rewritten: Iterable[ConversationRewritten]) -> dict[str, int]:
+    """What an agent program asked for, of metrics that each count since the one before; empty where there is none."""
     names = dict.fromkeys(name for one in metrics for name in one if name.startswith("gateway/"))
     counts = {name.removeprefix("gateway/"): round(sum(_of(metrics, name))) for name in names}
     return counts | {f"rewritten_from_{role}": num for role, num in sorted(Counter(one.role for one in rewritten).items())}
@@ -211,10 +225,42 @@ def _stored(events: Iterable[Event]) -> list[VersionPublished]:
     return found
 
 
+def _num_bytes(stored: Iterable[VersionPublished]) -> int:
+    return sum(version.version_bytes for version in stored)
+
+
 def _last(evaluations: Sequence[Evaluated], stage: str, mode: str, of: Callable[[Evaluated], T]) -> T | None:
     """What the last evaluation of a stage says; None also where none of its episodes could be played."""
     last = next((e for e in reversed(evaluations) if (e.stage, e.mode) == (stage, mode)), None)
     return of(last) if last is not None and last.num_episodes else None
+
+
+class _Checks(TypedDict):
+    consistency_publish_max_abs_error: float | None
+    consistency_lag0_max_abs_error: float | None
+    consistency_rescored_max_abs_error: float | None
+    packing_mean_abs_error: float | None
+    packing_max_abs_error: float | None
+    probe_max_abs_error: float | None
+    num_digests: int
+
+
+def _checked(probes: Sequence[Probed]) -> _Checks:
+    """The worst of what the checks of exactness found."""
+    return {
+        "consistency_publish_max_abs_error": _worst(probe.consistency_publish_max_abs_error for probe in probes),
+        "consistency_lag0_max_abs_error": _worst(probe.consistency_lag0_max_abs_error for probe in probes),
+        "consistency_rescored_max_abs_error": _worst(probe.consistency_rescored_max_abs_error for probe in probes),
+        "packing_mean_abs_error": _worst(probe.packing_mean_abs_error for probe in probes),
+        "packing_max_abs_error": _worst(probe.packing_max_abs_error for probe in probes),
+        "probe_max_abs_error": _worst(probe.max_abs_error for probe in probes),
+        "num_digests": max((probe.num_digests for probe in probes), default=0),
+    }
+
+
+def _environments(evaluations: Sequence[Evaluated]) -> dict[str, OfEnvironment]:
+    before, after = (_last(evaluations, stage, "sampled", by_environment) or {} for stage in ("before", "after"))
+    return {name: OfEnvironment(before=before.get(name), after=after.get(name)) for name in sorted({*before, *after})}
 
 
 def _accounting(end: RunEnded | None, metrics: Mapping[str, float]) -> Mapping[str, int]:

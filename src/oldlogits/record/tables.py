@@ -23,6 +23,7 @@ Column = npt.NDArray[np.generic]
 _INTEGERS: Final = ("index", "token_id", "version", "trainer_version", "staleness")
 _FLOATS: Final = ("reward", "advantage", "logp_mu", "logp_proximal", "logp_theta", "log_r_d", "log_r_s")
 _MASKS: Final = ("loss_mask", "band_mask", "clip_mask", "active_mask")
+_CONTEXT: Final = "context"
 
 SCHEMA: Final = pa.schema(
     [
@@ -31,9 +32,14 @@ SCHEMA: Final = pa.schema(
         ("provenance", pa.dictionary(pa.int32(), pa.string())),
         *((name, pa.float32()) for name in _FLOATS),
         *((name, pa.bool_()) for name in _MASKS),
+        ("step", pa.int32()),
+        ("temperature", pa.float32()),
+        ("mixed_kv", pa.bool_()),
+        (_CONTEXT, pa.list_(pa.int32())),
     ]
 )
-"""Columns and types. `index` is the token's position in its trajectory, context included."""
+"""Columns and types. `index` is the token's position in its trajectory, context included; `context` holds the tokens that
+were read between the trained token before it and this one, so that a trajectory's rows are all that a forward pass reads."""
 
 _KINDS: Final = {"string": "UTO", "int": "iu", "float": "f", "bool": "b"}
 
@@ -56,7 +62,7 @@ def write_tokens(folder: Path, version: int, columns: Mapping[str, Column]) -> P
     Args:
         folder: The folder ``tokens/`` of a run folder.
         version: The version that the update made.
-        columns: One array ``[token]`` for every column of `SCHEMA`.
+        columns: One array ``[token]`` for every column of `SCHEMA`; `context` holds all lists, one behind the other.
 
     Raises:
         RecordError: A column is missing, unknown, of another length or of another type.
@@ -70,7 +76,8 @@ def write_tokens(folder: Path, version: int, columns: Mapping[str, Column]) -> P
             fix=f"add {', '.join(sorted(set(SCHEMA.names) - set(columns))) or 'none'}; remove unknown columns",
         )
     num_rows = len(columns["index"])
-    arrays = [_to_arrow(field, columns[field.name], num_rows) for field in SCHEMA]
+    arrays = [_to_arrow(field, columns[field.name], num_rows) for field in SCHEMA if field.name != _CONTEXT]
+    arrays.append(_context_lists(columns))
     path = folder / f"{version_name(version)}.parquet"
     partial = path.with_suffix(".partial")
     with writing(path):
@@ -115,6 +122,23 @@ def _to_arrow(field: pa.Field, column: Column, num_rows: int) -> pa.Array:
     if kind == "string":
         return pa.array(column.tolist(), type=pa.string()).dictionary_encode()
     return pa.array(column).cast(field.type, safe=kind != "float")
+
+
+def _context_lists(columns: Mapping[str, Column]) -> pa.Array:
+    """Give each row the context tokens before it: as many as its index is beyond the one that follows the row before."""
+    index, trajectory, ids = (columns[name] for name in ("index", "trajectory", _CONTEXT))
+    goes_on = np.concatenate([[False], trajectory[1:] == trajectory[:-1]])[: len(index)]
+    follows = np.where(goes_on, np.concatenate([[0], index[:-1] + 1])[: len(index)], 0)
+    lengths = (index - follows).astype(np.int64)
+    if (lengths < 0).any() or ids.shape != (lengths.sum(),) or ids.dtype.kind not in _KINDS["int"]:
+        raise RecordError(
+            f"column '{_CONTEXT}' of a token table does not fit its indices",
+            got=f"{ids.dtype} {ids.shape}; {lengths.sum()} tokens by the indices, {lengths.min(initial=0)} before one",
+            allowed="an int dtype, and ascending indices whose gaps the context tokens fill",
+            fix="pass the tokens before each trained token, row after row",
+        )
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, pa.array(ids).cast(pa.int32()), type=SCHEMA.field(_CONTEXT).type)
 
 
 def _to_numpy(column: pa.ChunkedArray) -> Column:

@@ -5,28 +5,12 @@ The episodes of one task are no independent draws of tasks: the intervals are th
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
+from collections.abc import Sequence
+from statistics import fmean
 
-from oldlogits.record.intervals import Z_95, Interval, wilson
+from oldlogits.record.intervals import Interval, rate_interval
 from oldlogits.record.jsonl import RecordError
-
-
-def trials_of(rows: Sequence[Mapping[str, object]], rewards: Sequence[float | None]) -> list[list[float]]:
-    """Return the rewards of every task: equal rows are trials of one task. A trial that failed is none.
-
-    Example:
-        >>> trials_of([{"task": "1"}, {"task": "2"}, {"task": "1"}], [1.0, 0.0, None])
-        [[1.0], [0.0]]
-    """
-    tasks: dict[str, list[float]] = {}
-    for row, reward in zip(rows, rewards, strict=True):
-        played = tasks.setdefault(json.dumps(row, sort_keys=True), [])
-        if reward is not None:
-            played.append(reward)
-    return list(tasks.values())
 
 
 def avg_at_k(trials: Sequence[Sequence[bool]], k: int) -> Interval:
@@ -44,7 +28,7 @@ def avg_at_k(trials: Sequence[Sequence[bool]], k: int) -> Interval:
         0.75
     """
     _check(trials, k)
-    return _over_tasks([fmean(task) for task in trials], trials)
+    return rate_interval([fmean(task) for task in trials], sum(map(len, trials)))
 
 
 def pass_at_k(trials: Sequence[Sequence[bool]], k: int) -> Interval:
@@ -65,18 +49,8 @@ def pass_at_k(trials: Sequence[Sequence[bool]], k: int) -> Interval:
         0.5
     """
     _check(trials, k)
-    return _over_tasks([1 - math.comb(len(task) - sum(task), k) / math.comb(len(task), k) for task in trials], trials)
-
-
-def _over_tasks(values: Sequence[float], trials: Sequence[Sequence[bool]]) -> Interval:
-    """The mean of a value of each task: Wilson's interval where all are 0 or 1, else the normal one, within 0 and 1."""
-    num_episodes = sum(map(len, trials))
-    if all(value in (0, 1) for value in values):
-        of_tasks = wilson(round(sum(values)), len(values))
-        return Interval(mean=of_tasks.mean, low=of_tasks.low, high=of_tasks.high, num_episodes=num_episodes)
-    mean = fmean(values)
-    half = Z_95 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
-    return Interval(mean=mean, low=max(0.0, mean - half), high=min(1.0, mean + half), num_episodes=num_episodes)
+    chances = [1 - math.comb(len(task) - sum(task), k) / math.comb(len(task), k) for task in trials]
+    return rate_interval(chances, sum(map(len, trials)))
 
 
 def _check(trials: Sequence[Sequence[bool]], k: int) -> None:
@@ -86,5 +60,5 @@ def _check(trials: Sequence[Sequence[bool]], k: int) -> None:
             f"no figure of {k} trials",
             got=f"{len(trials)} tasks, the one that was played least often {fewest} times",
             allowed="1 <= k <= the trials of every task",
-            fix="play every task k times: eval.num_episodes = k times the number of tasks",
+            fix=f"play every task {k} times: oldlogits eval --repeats {k}",
         )

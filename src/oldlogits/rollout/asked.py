@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Final, Protocol, TypeVar, cast
 
@@ -18,6 +20,7 @@ from oldlogits.models.chat.format import ChatFormat
 from oldlogits.models.chat.template import Said
 from oldlogits.rollout.answers import reward_of, size_of, text_of
 from oldlogits.rollout.environment_errors import EnvironmentFailed, Raised, answering, errors_of
+from oldlogits.rollout.environment_runner import begin_next_call
 
 T = TypeVar("T")
 
@@ -46,9 +49,41 @@ async def named(run: EnvironmentRunner, name: str, call: Callable[[], T | Awaita
         raise
 
 
+class HandOver:
+    """Calls of environment code that are run together: each has the whole deadline, and a failure says which it was."""
+
+    def __init__(self, run: EnvironmentRunner, name: str) -> None:
+        self._run, self._name = run, name
+
+    async def __call__(self, calls: Callable[[], T | Awaitable[T]], *, is_tool: bool = False) -> T:
+        """Run the calls; what they return may be awaitable, as the last one's."""
+        try:
+            return await self._run(calls, is_tool=is_tool)
+        except EnvironmentFailed as failure:
+            failure.args = (f"{self._name}: {failure}",)
+            raise
+
+    def next(self, name: str) -> bool:
+        """Say, where they are run, that another call begins; returns whether that may be a tool."""
+        may_be_tool = begin_next_call()
+        self._name = name
+        return may_be_tool
+
+
 async def off_loop(run: EnvironmentRunner, call: Callable[[], T], size: int) -> T:
     """Carry out a call whose time grows with the size of a text: a long one not on the event loop."""
     return await run(call) if size > LONG else call()
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """The result of a tool as the agent reads it."""
+
+    text: str
+
+
+_UNANSWERED: Final = object()
+"""Of a turn that was read only."""
 
 
 class AskedEnvironment:
@@ -83,30 +118,57 @@ class AskedEnvironment:
 
     async def answer(self, text: str) -> Sequence[Said] | None:
         """What the environment says to a turn: the results of its calls, a user's reply, or None at the end."""
-        run, environment, aloud = self._run, self._environment, spoken(text)
-        calls = await named(run, "reading a turn", partial(calls_of, self._parser, environment, aloud, self._tools))
-        if calls:
-            return [("tool", await self._result(call)) for call in calls]
-        if not hasattr(type(environment), "reply"):
-            return None
-        reply = await self._call("reply", partial(cast(ConversingEnvironment, environment).reply, aloud))
-        if isinstance(reply, Raised):
-            return None
-        heard = await off_loop(run, partial(text_of, "reply", reply), size_of(reply))
-        return None if heard is None else [("user", heard)]
+        run, aloud = HandOver(self._run, "reading a turn"), spoken(text)
+        calls: list[BoundCall | Malformed] = []
 
-    async def _result(self, call: BoundCall | Malformed) -> str:
-        """What the agent reads of a call."""
+        def read() -> object:
+            calls.extend(calls_of(self._parser, self._environment, aloud, self._tools) or self._reply_to(aloud))
+            return self._carry_out(calls[0], run) if run.next("reading a turn") and calls else _UNANSWERED
+
+        first, said = await run(read), []
+        for call in calls:
+            said.append(await self._said(call, await self._ask(call) if first is _UNANSWERED else first))
+            first = _UNANSWERED
+        return [one for one in said if one is not None] or None
+
+    def _reply_to(self, aloud: str) -> list[BoundCall]:
+        """The call of `reply` with a message, where there is that method."""
+        if not hasattr(type(self._environment), "reply"):
+            return []
+        reply = partial(cast(ConversingEnvironment, self._environment).reply, aloud)
+        return [BoundCall(name="reply", method="reply", run=reply)]
+
+    async def _ask(self, call: BoundCall | Malformed) -> object:
+        """Hand a call over by itself, which may be delayed."""
         if isinstance(call, Malformed):
-            return readable(call.reason)
-        result = await self._call(call.name, call.run, call.method)
-        if isinstance(result, Raised):
-            return result.text
-        return await named(self._run, f"the result of {call.name}", partial(render_result, result))
+            return call
+        run = HandOver(self._run, call.name)
+        return await run(partial(self._carry_out, call, run), is_tool=True)
 
-    async def _call(self, name: str, call: Callable[[], object], method: str = "reply") -> object:
-        errors = errors_of(type(self._environment), method, self._tool_errors)
-        return await named(self._run, name, answering(call, errors), is_tool=True)
+    def _carry_out(self, call: BoundCall | Malformed, run: HandOver) -> object:
+        """Carry out a call where environment code runs, and write what comes of a tool, unless it is to be waited for."""
+        if isinstance(call, Malformed):
+            return call
+        run.next(call.name)
+        result = answering(call.run, errors_of(type(self._environment), call.method, self._tool_errors))()
+        if call.method == "reply" or isinstance(result, Raised) or inspect.isawaitable(result):
+            return result
+        run.next(f"the result of {call.name}")
+        return _Written(render_result(result))
+
+    async def _said(self, call: BoundCall | Malformed, result: object) -> Said | None:
+        """What the agent reads of what came of a call; None where there is no reply."""
+        if isinstance(call, Malformed):
+            return "tool", readable(call.reason)
+        if call.method == "reply":
+            read = partial(text_of, "reply", result)
+            heard = None if isinstance(result, Raised) else await off_loop(self._run, read, size_of(result))
+            return None if heard is None else ("user", heard)
+        if isinstance(result, Raised | _Written):
+            return "tool", result.text
+        if type(result) is str and len(result) <= LONG:
+            return "tool", readable(result)
+        return "tool", await named(self._run, f"the result of {call.name}", partial(render_result, result))
 
     async def reward(self, messages: Sequence[Mapping[str, str]]) -> float:
         """Ask for the reward at the end, for which the environment may want the messages."""

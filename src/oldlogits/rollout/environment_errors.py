@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import cast
 
 from oldlogits.envs.base import ToolErrors, answered_errors
@@ -30,6 +31,7 @@ class Raised:
     text: str
 
 
+@cache
 def errors_of(environment_class: type, method: str, mode: ToolErrors) -> Errors:
     """Return the exceptions of a method that are answers, by `env.tool_errors`; a `reply` without a body answers nothing."""
     if method == "reply":

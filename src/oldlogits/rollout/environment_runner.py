@@ -10,17 +10,18 @@ import asyncio
 import inspect
 import math
 import random
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future
 from functools import partial
-from queue import SimpleQueue
+from pathlib import Path
 from typing import Any, ClassVar, Final, Generic, TypeVar, cast
 from weakref import WeakSet
 
 from oldlogits.core.errors import RunInterrupted
 from oldlogits.envs.text import readable
+from oldlogits.rollout.daemon_threads import DaemonThreads
 from oldlogits.rollout.environment_errors import EnvironmentFailed, EnvironmentLost
 
 T = TypeVar("T")
@@ -70,7 +71,7 @@ class ThreadRunner:
         self._timeout_s, self._latency_s = timeout_s, latency_s
         self._rng = random.Random(seed)
         self._room = asyncio.Semaphore(NUM_THREADS)
-        self._threads = _DaemonThreads()
+        self._threads = DaemonThreads()
 
     async def __call__(self, call: Callable[[], T | Awaitable[T]], *, is_tool: bool = False) -> T:
         """Run environment code with the deadline.
@@ -81,24 +82,23 @@ class ThreadRunner:
         if is_tool and self._latency_s:
             await asyncio.sleep(self._rng.expovariate(1 / self._latency_s))
         async with self._room:
-            running = self._threads.submit(partial(attempt, call))
-            result = await self._in_time(running)
+            running = _Timed(partial(attempt, call), self._timeout_s, delays_tools=self._latency_s > 0)
+            self._threads.submit(running.run)
+            result = await running.in_time()
             if not inspect.isawaitable(result):
                 return result
-            return await in_time(result, self._timeout_s, self._timed_out(), left_s=self._timeout_s - running.took_s)
+            return await in_time(result, self._timeout_s, running.timed_out(), left_s=self._timeout_s - running.took_s)
 
-    async def _in_time(self, running: _Timed[T]) -> T:
-        """Wait for a call in a thread; its time is taken there, whatever holds up the event loop meanwhile."""
-        future = asyncio.wrap_future(running.future)
-        while not future.done() and (left := self._timeout_s - running.took_s) > 0:
-            await asyncio.wait({future}, timeout=left)
-        if running.took_s > self._timeout_s:
-            future.cancel()
-            raise self._timed_out()
-        return await future
 
-    def _timed_out(self) -> EnvironmentFailed:
-        return EnvironmentFailed(f"timed out after {self._timeout_s:g} s")
+async def blocking_place(for_s: float) -> str:
+    """Wait until asynchronous environment code blocks its event loop for so long; return which function it is in."""
+    rounds, held_s = -1, 0.0
+    while True:
+        await asyncio.sleep(STEP_S)
+        where = _LoopThread.shared()
+        rounds, held_s = where.rounds, held_s + STEP_S if where.rounds == rounds else 0.0
+        if held_s >= for_s and (place := where.place()):
+            return place
 
 
 def environment_loop() -> asyncio.AbstractEventLoop:
@@ -126,13 +126,21 @@ async def in_time(result: Awaitable[T], timeout_s: float, timed_out: Environment
             await asyncio.wait({future}, timeout=STEP_S)
             rounds, held_s = where.rounds, held_s + STEP_S if where.rounds == rounds else 0.0  # of waits, not of the clock
             if held_s > timeout_s and not future.done() and (blocking := asyncio.current_task(where.loop)):
+                place = f" in {found}" if (found := where.place()) else ""
                 where.give_up()
                 if blocking is not call.task and blocking in _LoopThread.calls:
-                    raise EnvironmentLost("asynchronous code of another episode blocked the event loop of all")
-                raise timed_out
+                    raise EnvironmentLost(f"asynchronous code of another episode blocked the event loop of all{place}")
+                raise EnvironmentFailed(f"{timed_out}: it blocked the event loop of all episodes{place}")
         return await future
     finally:
         future.cancel()
+        where.loop.call_soon_threadsafe(close_unbegun, result)
+
+
+def close_unbegun(result: object) -> None:
+    """Close a coroutine that nobody will wait for, if it has not begun: it would be warned of."""
+    if inspect.iscoroutine(result) and inspect.getcoroutinestate(result) == inspect.CORO_CREATED:
+        result.close()
 
 
 class _AsyncCall(Generic[T]):
@@ -172,13 +180,22 @@ class _LoopThread:
     def __init__(self) -> None:
         self.loop, self.rounds = asyncio.new_event_loop(), 0
         self.loop.call_soon(self._come_round)
-        threading.Thread(target=self.loop.run_forever, name="oldlogits-environment-loop", daemon=True).start()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="oldlogits-environment-loop", daemon=True)
+        self._thread.start()
 
     @classmethod
     def shared(cls) -> _LoopThread:
         """The one that takes calls."""
         cls._current = cls._current or cls()
         return cls._current
+
+    def place(self) -> str:
+        """The function of an episode that the loop carries out now, with its file and line; empty: it carries out none."""
+        frame, found = sys._current_frames().get(self._thread.ident or 0), ""
+        while frame is not None and frame.f_code is not finished.__code__:
+            found = f"{frame.f_code.co_qualname} ({Path(frame.f_code.co_filename).name}, line {frame.f_lineno})"
+            frame = frame.f_back
+        return found if frame is not None else ""
 
     def give_up(self) -> None:
         """Let another loop take the calls that come."""
@@ -203,52 +220,93 @@ async def finished(result: Awaitable[T]) -> T:
         raise _failure(error) from error
 
 
-class _DaemonThreads:
-    """Carries out calls in threads that are reused; one whose call never returns does not keep the program from ending."""
-
-    def __init__(self) -> None:
-        self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._idle = threading.Semaphore(0)
-
-    def submit(self, call: Callable[[], T]) -> _Timed[T]:
-        """Carry out `call` in an idle thread, or in a new one."""
-        running = _Timed(call)
-        self._calls.put(running.run)
-        if not self._idle.acquire(blocking=False):
-            threading.Thread(target=self._serve, name="oldlogits-environment", daemon=True).start()
-        return running
-
-    def _serve(self) -> None:
-        while True:
-            self._calls.get()()
-            self._idle.release()
-
-
 class _Timed(Generic[T]):
-    """A call that a thread carries out, and how long that took there."""
+    """A call that a thread carries out in time; its time is taken there, whatever holds up the event loop meanwhile."""
 
-    def __init__(self, call: Callable[[], T]) -> None:
-        self._call, self._began_s, self._ended_s = call, math.inf, math.inf
-        self.future: Future[T] = Future()
+    here: Final = threading.local()
+    """`running`: what the thread carries out now."""
+
+    def __init__(self, call: Callable[[], T], timeout_s: float, *, delays_tools: bool) -> None:
+        self._call, self._timeout_s, self.delays_tools = call, timeout_s, delays_tools
+        self._began_s, self._ended_s = math.inf, math.inf
+        self._loop = asyncio.get_running_loop()
+        self._done: asyncio.Future[None] = self._loop.create_future()
+        self._outcome: T | EnvironmentFailed | None = None
 
     @property
     def took_s(self) -> float:
         """Seconds since it began, to its end; 0 before."""
         return max(0.0, min(self._ended_s, time.monotonic()) - self._began_s)
 
-    def run(self) -> None:
-        """Carry it out."""
-        if not self.future.set_running_or_notify_cancel():
-            return
+    def timed_out(self) -> EnvironmentFailed:
+        """The failure of a call that took too long."""
+        return EnvironmentFailed(f"timed out after {self._timeout_s:g} s")
+
+    def begin_anew(self) -> None:
+        """Give what follows the whole time, if what came before was in time."""
+        if self.took_s > self._timeout_s:
+            raise self.timed_out()
         self._began_s = time.monotonic()
+
+    async def in_time(self) -> T:
+        """Wait for it."""
+        timer = self._loop.call_later(self._timeout_s, self._look)
         try:
-            value = self._call()
-        except EnvironmentFailed as error:
-            self._ended_s = time.monotonic()
-            self.future.set_exception(error)
+            await self._done
+        finally:
+            timer.cancel()
+            self._done.cancel()
+        if self._ended_s == math.inf or self.took_s > self._timeout_s:
+            close_unbegun(self._outcome)
+            raise self.timed_out()
+        if isinstance(self._outcome, EnvironmentFailed):
+            raise self._outcome
+        return cast(T, self._outcome)
+
+    def _look(self) -> None:
+        """Wake who waits where the time is up."""
+        if self._done.done():
+            return
+        if (left_s := self._timeout_s - self.took_s) <= 0:
+            self._done.set_result(None)
         else:
-            self._ended_s = time.monotonic()
-            self.future.set_result(value)
+            self._loop.call_later(left_s, self._look)
+
+    def run(self) -> None:
+        """Carry it out, unless nobody waits for it."""
+        if self._done.cancelled():
+            return
+        self.here.running, self._began_s = self, time.monotonic()
+        try:
+            self._outcome = self._call()
+        except EnvironmentFailed as error:
+            self._outcome = error
+        self._ended_s, self.here.running = time.monotonic(), None
+        try:
+            self._loop.call_soon_threadsafe(self._end)
+        except RuntimeError:  # the run is over, and its event loop is closed
+            close_unbegun(self._outcome)
+
+    def _end(self) -> None:
+        if not self._done.done():
+            self._done.set_result(None)
+        else:  # nobody waits any more
+            close_unbegun(self._outcome)
+
+
+def begin_next_call() -> bool:
+    """Say, within environment code that is run, that what follows is another call, with a deadline of its own.
+
+    Returns:
+        Whether a tool may follow here: it is nothing that the runner delays.
+
+    Raises:
+        EnvironmentFailed: The call before took too long.
+    """
+    running: _Timed[object] | None = getattr(_Timed.here, "running", None)
+    if running is not None:
+        running.begin_anew()
+    return running is not None and not running.delays_tools
 
 
 def attempt(call: Callable[[], T | Awaitable[T]]) -> T | Awaitable[T]:

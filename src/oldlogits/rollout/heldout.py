@@ -41,7 +41,6 @@ async def evaluate(
     rows: Sequence[Row],
     *,
     name: str,
-    temperature: float,
     num_running: int,
     tell: Callable[[Outcome], None],
     success_at: float = 1.0,
@@ -49,22 +48,20 @@ async def evaluate(
     """Play one episode per row.
 
     Args:
-        player: Plays the episodes.
+        player: Plays the episodes, as `Player.evaluating` gives it.
         rows: The tasks.
         name: The prefix of trajectory ids.
-        temperature: The sampling temperature; 0 for greedy decoding.
         num_running: Episodes played at the same time.
         tell: Is given every outcome as it is there: one for each row, and those of episodes that begin again.
         success_at: The reward from which an episode counts as a success.
     """
-    evaluating = player.evaluating(temperature)
     outcomes: dict[int, Outcome] = {}
     waiting = iter(range(len(rows)))
 
     async def work() -> None:
         for i in waiting:
             id = f"{name}.{i}"
-            while is_lost(outcome := await evaluating.play(rows[i], id=id, group_id=name)):
+            while is_lost(outcome := await player.play(rows[i], id=id, group_id=name)):
                 tell(outcome)
             outcomes[i] = outcome
             tell(outcome)

@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 from oldlogits.core.environment import Environment, Row
 from oldlogits.core.trajectory import Branches
@@ -48,6 +48,8 @@ class Player(Protocol):
 
     goes_on: bool
     """Whether an episode of a run that was ended goes on in its middle; otherwise it begins again."""
+    remedy: ClassVar[str] = "try the environment with `oldlogits play` on its own rows, raise env.timeout_s if it is slow"
+    """What to do where its episodes fail."""
 
     async def play(self, row: Row, *, id: str, group_id: str, known: Known | None = None) -> Outcome:
         """Play one episode.

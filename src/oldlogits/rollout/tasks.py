@@ -7,7 +7,7 @@ import inspect
 import json
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -79,6 +79,10 @@ class TaskDataset:
         """The first `num` held-out rows; fewer where a file holds fewer: a row that is played twice is no second task."""
         rows = self._files.get("heldout")
         return rows[:num] if rows else [self._own("heldout", i) for i in range(num)]
+
+    def environments_of(self, rows: Sequence[Row]) -> tuple[str, ...]:
+        """The environment of a mixture that plays each row; empty where there is only one."""
+        return ()
 
     def _own(self, split: Split, index: int) -> Row:
         try:
@@ -158,6 +162,10 @@ class MixtureDataset(TaskDataset):
         rows = {name: iter(part.rows.heldout(order.count(name))) for name, part in self._parts.items()}
         found = ((name, next(rows[name], None)) for name in order)
         return [self._marked(name, row) for name, row in found if row is not None]
+
+    def environments_of(self, rows: Sequence[Row]) -> tuple[str, ...]:
+        """The environment that plays each row."""
+        return tuple(str(row[BY]) for row in rows)
 
     def _marked(self, name: str, row: Row) -> Row:
         if BY in row:

@@ -10,23 +10,24 @@ from __future__ import annotations
 
 import copy
 import json
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NoReturn, cast
+from typing import Final, NoReturn, cast
 
 from oldlogits.core.engine import Generation, RolloutEngine, Sampling
-from oldlogits.core.environment import Environment, Row, SavedEnvironment
+from oldlogits.core.environment import Environment, JsonValue, Row, SavedEnvironment
 from oldlogits.core.errors import ConfigError, ContentError
 from oldlogits.core.parser import Parser
-from oldlogits.core.trajectory import Context, Sampled, Segment, Trajectory
+from oldlogits.core.trajectory import Context, Sampled, Segment, Trajectory, goes_on
 from oldlogits.envs.base import ToolErrors, prompt_of, prompt_to_ask, system_prompt_of
 from oldlogits.envs.text import readable
 from oldlogits.models.chat.format import ChatFormat
 from oldlogits.models.chat.template import Said
 from oldlogits.rollout.answers import opening_of, reward_of, size_of, words_of
-from oldlogits.rollout.asked import AskedEnvironment, EnvironmentRunner, named, off_loop
+from oldlogits.rollout.asked import AskedEnvironment, EnvironmentRunner, HandOver, named, off_loop
 from oldlogits.rollout.environment_errors import EnvironmentFailed, EnvironmentLost
 
 Report = Callable[[str, Sequence[Segment]], None]
@@ -97,13 +98,13 @@ class Failure:
 
 
 async def run_episode(
-    agent: Agent, environment_class: type[Environment], row: Row, *, id: str, group_id: str, known: Known | None = None
+    agent: Agent, make_environment: Callable[[], Environment], row: Row, *, id: str, group_id: str, known: Known | None = None
 ) -> Trajectory | Failure:
     """Play one episode in an environment of its own; returns the trajectory, or a failure that says what the environment did.
 
     Args:
         agent: The agent.
-        environment_class: The class of the environment.
+        make_environment: The class of the environment, or what else makes one.
         row: The task: the arguments of `reset`.
         id: The trajectory's id; requests to the engine are named ``{id}/{turn}``.
         group_id: The id of its group.
@@ -117,13 +118,22 @@ async def run_episode(
     run = agent.run_environment
     episode: _Episode | None = None
     try:
-        environment = await named(run, "the constructor", environment_class)
+        made: list[Environment] = []
+        is_saved, begin = known is not None and known.num_saved > 0, HandOver(run, "the constructor")
+
+        def make() -> object:
+            made.append(make_environment())
+            if is_saved:
+                return None
+            begin.next("reset")
+            return made[0].reset(**own_row(row))  # an environment may change its arguments; its group shares the row
+
+        opening = await begin(make)
+        environment = made[0]
         episode = _Episode(agent, environment, id, known.segments if known else ())
-        if known is not None and known.num_saved:
+        if known is not None and is_saved:
             stop_reason = await episode.go_on(known)
         else:
-            own_row = copy.deepcopy(row)  # an environment may change its arguments; its group shares the row
-            opening = await named(run, "reset", lambda: environment.reset(**own_row))
             system = await named(run, "system_prompt", ask) if (ask := prompt_to_ask(environment)) else prompt_of(environment)
             own_system = await off_loop(run, partial(words_of, "system_prompt", system), size_of(system))
             row_system, said = await off_loop(run, partial(opening_of, opening), size_of(opening))
@@ -146,13 +156,30 @@ async def run_episode(
     )
 
 
+def own_row(row: Row) -> Row:
+    """Return a copy of a row, all of it."""
+    return {name: _own(value) for name, value in row.items()}
+
+
+def _own(value: JsonValue) -> JsonValue:
+    if type(value) is dict:
+        return {name: _own(inner) for name, inner in value.items()}
+    if type(value) is list:
+        return [_own(inner) for inner in value]
+    return value if type(value) in _PLAIN else copy.deepcopy(value)
+
+
+_PLAIN: Final = frozenset({str, int, float, bool, type(None)})
+
+
 class _Episode:
     """The tokens of one episode, as they grow."""
 
     def __init__(self, agent: Agent, environment: Environment, id: str, known: Iterable[Segment]) -> None:
         self._agent, self._environment, self._id = agent, environment, id
         self._asked = AskedEnvironment(environment, agent.run_environment, agent.parser, agent.tool_errors)
-        self._tokens: list[int] = []
+        self._tokens: array[int] = array("i")
+        self._asked_last: Sampling | None = None
         self._known = deque(known)  # that was sampled and read before, and is not taken up yet
         self._chat = agent.chat
         self.messages: list[Mapping[str, str]] = []
@@ -228,24 +255,29 @@ class _Episode:
         """Sample a turn, or what is left of it where its beginning is known."""
         known: tuple[int, ...] = ()
         while self._known and isinstance(self._known[0], Sampled):
-            known += self._take_up().token_ids
+            known += tuple(self._take_up().token_ids)
         if known and (self._known or known[-1] in self._chat.stop_ids or len(known) >= max_tokens):
             return known
-        left = max_tokens - len(known)
-        sampling = replace(self._agent.sampling, max_tokens=left, stop_token_ids=self._chat.stop_ids)
+        sampling = self._sampling(max_tokens - len(known))
         generation = await self._agent.engine.generate(self._tokens, sampling, f"{self._id}/{turn}")
-        self._tokens += generation.output_ids
-        self.segments += sampled_segments(generation, sampling.temperature)
+        self._tokens.extend(generation.output_ids)
+        self.segments += sampled_segments(generation, sampling.temperature, self.segments)
         self._agent.report(self._id, self.segments)
         return known + generation.output_ids
 
+    def _sampling(self, max_tokens: int) -> Sampling:
+        """How to sample a turn; most are asked for as many tokens as the one before."""
+        if self._asked_last is None or self._asked_last.max_tokens != max_tokens:
+            self._asked_last = replace(self._agent.sampling, max_tokens=max_tokens, stop_token_ids=self._chat.stop_ids)
+        return self._asked_last
+
     async def _read(self, ids: list[int]) -> None:
         if self._known:
-            if self._take_up() != Context(token_ids=tuple(ids)):
+            if self._take_up() != Context(token_ids=ids):
                 self._answered_otherwise()
             return
-        self._tokens += ids
-        self.segments.append(Context(token_ids=tuple(ids)))
+        self._tokens.extend(ids)
+        self.segments.append(Context(token_ids=ids))
         self._agent.report(self._id, self.segments)
         await self._save()
 
@@ -260,7 +292,7 @@ class _Episode:
     def _take_up(self) -> Segment:
         """Take up the next segment that is known."""
         segment = self._known.popleft()
-        self._tokens += segment.token_ids
+        self._tokens.extend(segment.token_ids)
         self.segments.append(segment)
         return segment
 
@@ -275,15 +307,26 @@ def _json_of(state: object) -> str:
     return json.dumps(state, allow_nan=False)
 
 
-def sampled_segments(generation: Generation, temperature: float) -> list[Sampled]:
-    """One `Sampled` segment for each span of a generation; greedy ones count as temperature 1, as their log-probs do."""
-    return [
-        Sampled(
+def sampled_segments(generation: Generation, temperature: float, before: Sequence[Segment] = ()) -> list[Sampled]:
+    """One `Sampled` segment for each span of a generation; greedy ones count as temperature 1, as their log-probs do.
+
+    Of the routing, what the segments `before` have already is left out.
+    """
+    last = next((i for i, one in reversed(list(enumerate(before))) if isinstance(one, Sampled)), -1)
+    newest = cast(Sampled, before[last]) if last >= 0 else None
+    num_read = sum(len(one.token_ids) for one in before[last + 1 :])
+    found = []
+    for span in generation.spans:
+        segment = Sampled(
             token_ids=generation.output_ids[span.start : span.end],
             logp_mu=generation.logprobs[span.start : span.end],
             version=span.version,
             kv=span.kv,
             temperature=temperature or 1.0,
+            routing=span.routing,
         )
-        for span in generation.spans
-    ]
+        if span.routing is not None and goes_on(segment, newest):
+            segment = replace(segment, routing=span.routing.last(num_read + len(segment.token_ids)))
+        found.append(segment)
+        newest, num_read = segment, 0
+    return found

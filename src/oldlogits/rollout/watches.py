@@ -28,10 +28,11 @@ class FailureWatch:
         what: The episodes in words, such as "training episodes".
         max_share: The share of `WINDOW` episodes that may fail; counted from the first one on, so that a start with a few
             failures ends nothing.
+        remedy: What to do about it.
     """
 
-    def __init__(self, events: EventSink, what: str, max_share: float) -> None:
-        self._events, self._what, self._max_share = events, what, max_share
+    def __init__(self, events: EventSink, what: str, max_share: float, remedy: str = "") -> None:
+        self._events, self._what, self._max_share, self._remedy = events, what, max_share, remedy
         self._last: deque[bool] = deque(maxlen=WINDOW)
         self._is_warned = False
 
@@ -56,8 +57,7 @@ class FailureWatch:
                 said,
                 got=f"the last: {failure.reason}",
                 allowed=f"at most {self._max_share:.0%} of {WINDOW} (rollout.max_failed_share)",
-                fix="try the environment with `oldlogits play` on its own rows, raise env.timeout_s if it is slow, or raise "
-                "rollout.max_failed_share",
+                fix=", or ".join(filter(None, [self._remedy, "raise rollout.max_failed_share"])),
             )
         if num > WARN_SHARE * max(ended, FEWEST) and not self._is_warned:
             self._is_warned = True

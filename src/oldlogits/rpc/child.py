@@ -22,7 +22,7 @@ from typing import Final, cast
 
 from oldlogits.core.errors import OldLogitsError, WorkerDiedError
 from oldlogits.rpc.client import CarryOut
-from oldlogits.rpc.processes import name_process
+from oldlogits.rpc.processes import keep_what_is_built, name_process
 
 READY: Final = ""
 """The name of the call that every child answers once it is built."""
@@ -125,6 +125,7 @@ class Inbox:
 def answer(call: Call, carry_out: CarryOut) -> Reply:
     """Carry out a call; an error of this package becomes its reply, any other one ends the process."""
     if call.method == READY:
+        keep_what_is_built()
         return Reply(number=call.number)
     try:
         return Reply(number=call.number, value=carry_out(call.method, call.arguments))

@@ -12,7 +12,7 @@ from oldlogits.config.check import template_kwargs
 from oldlogits.config.guard import Caution
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.environment import ChatOptions, Environment
-from oldlogits.core.errors import ModelFolderError
+from oldlogits.core.errors import ConfigError, ModelFolderError
 from oldlogits.core.parser import ToolCall, call_writer, make_parser
 from oldlogits.envs.base import system_prompt_of
 from oldlogits.envs.delegate import toolsets_of
@@ -21,15 +21,21 @@ from oldlogits.models.chat.format import ChatFormat
 from oldlogits.models.load import load_tokenizer, read_model_config
 
 _CALL = ToolCall(name="TOOL", named={"PARAMETER": "VALUE"})
+_TOOL = {
+    "type": "function",
+    "function": {"name": "TOOL", "description": "", "parameters": {"type": "object", "properties": {}}},
+}
 
 
 def chat_format(config: RunConfig, folder: Path, environment_class: type[Environment]) -> ChatFormat:
-    """Open the chat format of a model folder for the environment of a recipe.
+    """Open the chat format of a model folder for the environment of a recipe; an agent program brings prompt and tools itself.
 
     Raises:
         ModelFolderError: There is no tokenizer, it has no chat template, or its generation config cannot be read.
         ConfigError: The template cannot write what the environment needs.
     """
+    if config.env.is_program:
+        return model_chat(config, folder)
     options = replace(chat_options(config), eos_ids=end_ids(folder))
     tools, system = tool_schemas(environment_class), system_prompt_of(environment_class)
     chat = ChatFormat(load_tokenizer(folder), tools, system, options)
@@ -59,7 +65,16 @@ def chat_options(config: RunConfig) -> ChatOptions:
 
 
 def chat_cautions(config: RunConfig, chat: ChatFormat) -> Iterator[Caution]:
-    """Warn of a parser that does not read the calls that the chat template writes, which the model was taught to write."""
+    """Warn of a parser that does not read the calls that the chat template writes, which the model was taught to write.
+
+    And, of an agent program, where the template writes no tools: whether it offers any is known with its first request.
+    """
+    if config.env.is_program:
+        try:
+            chat.for_tools([_TOOL])
+        except ConfigError as error:
+            message = f"requests that offer tools will be refused: {error.what}; if the program offers any, {error.fix}"
+            yield Caution(name="template_without_tools", message=message, figures={})
     written = chat.call_text(_CALL.name, _CALL.named)
     if "VALUE" not in written:
         return
@@ -68,7 +83,7 @@ def chat_cautions(config: RunConfig, chat: ChatFormat) -> Iterator[Caution]:
         yield Caution(
             name="parser_of_another_format",
             message=f"the chat template writes a call as {written!r:.200}, which env.parser = '{config.env.parser}' does not "
-            "read as one; set env.parser to one that does, such as 'hermes'",
+            "read as one; if the environment has tools, set env.parser to one that does, such as 'hermes'",
             figures={},
         )
 

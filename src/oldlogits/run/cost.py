@@ -11,14 +11,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.engine import ENGINES
 from oldlogits.core.environment import MODELS, DescribedModel, is_model_folder
 from oldlogits.core.source import SOURCES
+from oldlogits.models.head.logps import words_at_once
 from oldlogits.models.load import decoder_layers, load_tokenizer, meta_model, read_model_config
-from oldlogits.run.specs import engine_spec, server_options, trainer_spec
+from oldlogits.models.lora import check_targets
+from oldlogits.models.routing import routers_to_follow
+from oldlogits.run.specs import engine_spec, server_options, trainer_spec, view_numerics
 
 RANKS: Final = (1, 2, 4, 8)
 """Numbers of ranks that share a trainer, for which its bytes are said."""
@@ -28,6 +32,9 @@ GATHERED_LAYERS: Final = 2
 
 PROCESS_BYTES: Final = 460 * 2**20
 """A trainer process without a model: the interpreter, torch and transformers, their mapped files included."""
+
+MOMENT_BYTES: Final[Mapping[str, float]] = {"adamw": 8, "adamw-8bit": 2 + 8 / 256}
+"""Bytes of both moments of a parameter, by `trainer.optimizer`: float32, or codes of 8 bits, with a scale for each 256."""
 
 PATCH_SHARES: Final[Mapping[float, float]] = {1e-6: 0.011, 1e-5: 0.065}
 """Of a bf16 copy: the patch of a version in memory, by learning rate, as measured on random models (docs/versions.md)."""
@@ -70,6 +77,8 @@ class Cost:
     Args:
         version_bytes: A full copy of the forward weights, or of the adapters.
         masters_bytes: The weights in fp32, those of a frozen base included.
+        optimizer_bytes: Both moments.
+        host_bytes: Moments, masters and gradient in the host's memory, where the optimizer steps there; else 0.
         activation_bytes: A bound of what one micro-batch keeps for its backward pass, on each rank.
         gathered_bytes: Whole layers on each rank of several.
         store_bytes: A bound of what the store holds; 0 where neither the source nor the audit needs it.
@@ -87,6 +96,7 @@ class Cost:
     masters_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
+    host_bytes: int
     activation_bytes: int
     gathered_bytes: int
     store_bytes: int
@@ -104,7 +114,7 @@ class Cost:
 
     def rank_bytes(self, num_ranks: int) -> int:
         """What each rank of a trainer holds at most on its device, at the widest moment."""
-        weights = self.masters_bytes + self.gradient_bytes + self.optimizer_bytes
+        weights = self.masters_bytes + self.gradient_bytes + (0 if self.host_bytes else self.optimizer_bytes)
         shared = weights + self.expected_store_bytes + self.average_bytes + self.view_bytes
         gathered = self.gathered_bytes if num_ranks > 1 else 0
         return -(-shared // num_ranks) + self.activation_bytes + self.mixed_bytes + gathered
@@ -112,18 +122,19 @@ class Cost:
     @property
     def process_bytes(self) -> int:
         """What the process of a trainer that is alone on the CPU takes at its peak: it trains beside a checkpoint's writing."""
-        return PROCESS_BYTES + self.rank_bytes(1) + self.snapshot_bytes
+        return PROCESS_BYTES + self.rank_bytes(1) + self.host_bytes + self.snapshot_bytes
 
-    def lines(self) -> list[str]:
-        """One line per part."""
-        ranks = ", ".join(f"{_size(self.rank_bytes(n))} on each of {n}" for n in RANKS[1:])
+    def lines(self, num_ranks: int = 1) -> list[str]:
+        """One line per part; of the trainer also for a number of ranks of one's own."""
+        ranks = ", ".join(f"{_size(self.rank_bytes(n))} on each of {n}" for n in sorted({*RANKS, num_ranks}) if n > 1)
         parts = {
             "parameters": f"{self.shape.num_parameters:,}",
             "trained": f"{self.shape.trained_parameters:,}",
             "a version": f"{_size(self.version_bytes)}: a full copy of what is trained",
             "masters": _size(self.masters_bytes),
             "gradient": _size(self.gradient_bytes),
-            "optimizer": _size(self.optimizer_bytes),
+            "optimizer": _size(self.optimizer_bytes)
+            + (f", in {_size(self.host_bytes)} of host memory with copies of masters and gradient" if self.host_bytes else ""),
             "activations": f"at most {_size(self.activation_bytes)}: of one micro-batch, on each rank",
             "version store": f"{_size(self.expected_store_bytes)}, at most {_size(self.store_bytes)}: one copy, and patches",
             "dedicated scorer": _size(self.scorer_bytes),
@@ -158,7 +169,8 @@ def estimate(config: RunConfig) -> Cost | None:
     source = SOURCES.find(config.proximal.source)
     stored = config.window + 2 if config.audit.share > 0 else source.most_stored(config.window)  # at a publish
     average = 4 * trained if source.keeps_average else 0
-    state, is_fp32 = 4 * trained + 8 * trained + average, config.model.forward_dtype == "fp32"
+    moments = math.ceil(MOMENT_BYTES[config.trainer.optimizer] * trained)
+    state, is_fp32 = 4 * trained + moments + average, config.model.forward_dtype == "fp32"
     folder = (4 if config.model.lora_rank or is_fp32 else 2) * num
     sends_patches = trainer_spec(config).sends_patches and stored and 2 * patch <= version
     return Cost(
@@ -166,14 +178,15 @@ def estimate(config: RunConfig) -> Cost | None:
         version_bytes=version,
         masters_bytes=masters,
         gradient_bytes=4 * trained,
-        optimizer_bytes=8 * trained,
+        optimizer_bytes=moments,
+        host_bytes=8 * trained + moments if config.trainer.offload_optimizer else 0,
         activation_bytes=activation_bytes(config, shape),
         gathered_bytes=GATHERED_LAYERS * 4 * max(shape.layer_parameters, shape.head_parameters),
         store_bytes=version * stored,
         expected_store_bytes=version + patch * (stored - 1) if stored else 0,
         scorer_bytes=masters + version + patch * config.proximal.scorer_versions if source.needs_scorer else 0,
         average_bytes=average,
-        view_bytes=0 if config.engine.precision == "fp32" else 4 * (num + own_head),
+        view_bytes=0 if view_numerics(config) == "fp32" else 4 * (num + own_head),
         engine_bytes=kind.weight_bytes(spec, num_parameters=num, head_parameters=own_head),
         cache_bytes=kind.cache_bytes(spec, token_bytes=per_token),
         mixed_bytes=_most_chains(config) * config.env.max_episode_tokens * per_token,
@@ -193,7 +206,7 @@ def _num_checkpoints(config: RunConfig) -> int:
 
 
 def activation_bytes(config: RunConfig, shape: ModelShape) -> int:
-    """A bound of what one micro-batch keeps in float32 until its backward pass, the parameters left out.
+    """A bound of what one micro-batch keeps until its backward pass, in the type that is computed in, the parameters left out.
 
     A layer keeps, of each token: 6 vectors of the hidden width, 2 of queries and of keys (4 where they are normed), 4 of the
     MLP (gate, up, its activation, their product), and 2 numbers of each head and norm. With checkpointing it keeps its input,
@@ -205,11 +218,14 @@ def activation_bytes(config: RunConfig, shape: ModelShape) -> int:
     heads = (4 if s.norms_heads else 2) * s.head_dim * (s.heads + s.kv_heads)
     layer = 6 * s.hidden + heads + 4 * s.mlp + 2 * s.heads + 2 + config.model.lora_rank * len(config.model.lora_targets)
     kept = s.layers * s.hidden + layer if t.activation_checkpointing else s.layers * layer
-    head = min(t.head_chunk_tokens, tokens) * 3 * s.vocabulary
+    on_gpu = t.device == "cuda" or (t.device == "auto" and torch.cuda.is_available())
+    at_once = min(t.head_chunk_tokens, tokens)
+    head = 2 * at_once * words_at_once(at_once, s.vocabulary, "cuda" if on_gpu else "cpu")
     rounded = 0
     if config.model.forward_dtype == "bf16":
-        rounded = s.layer_parameters + s.head_parameters if t.activation_checkpointing else s.num_parameters
-    return 4 * (tokens * (kept + 3 * s.hidden + 2 * s.head_dim + 8) + head + rounded)
+        rounded = s.layer_parameters if t.activation_checkpointing else s.num_parameters - s.head_parameters
+    per_number = 2 if t.compute == "bf16" else 4
+    return per_number * (tokens * (kept + 3 * s.hidden + 2 * s.head_dim + 8) + rounded) + 4 * head
 
 
 def _patch_bytes(config: RunConfig, version_bytes: int) -> int:
@@ -230,11 +246,21 @@ def _most_chains(config: RunConfig) -> int:
 
 
 def _model(config: RunConfig) -> PreTrainedModel | None:
-    """The recipe's model without storage; None: its config is not known yet.
+    """The recipe's model without storage, if it is one that the recipe can train; None: its config is not known yet.
 
     Raises:
         ModelFolderError: Its engine or the trainer cannot run the model.
+        ConfigError: It has not the layers that get adapters, or the routers that follow the engine's.
     """
+    model = _described(config)
+    if model is not None and config.model.lora_rank:
+        check_targets(model, config.model.lora_targets)
+    if model is not None:
+        routers_to_follow(model, config.model.routing)
+    return model
+
+
+def _described(config: RunConfig) -> PreTrainedModel | None:
     folder = Path(config.model.path)
     if not is_model_folder(config.model.path):
         starting = MODELS.find(config.model.path)
@@ -256,6 +282,7 @@ def _shape_of(model: PreTrainedModel, config: RunConfig) -> ModelShape:
     adapters = config.model.lora_rank * sum(sum(layer.weight.shape) for layer in linear)
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     layers = decoder_layers(model)
+    heads = getattr(c, "num_attention_heads", 0)  # Mamba has no attention
     return ModelShape(
         num_parameters=num,
         trained_parameters=adapters or num,
@@ -264,9 +291,9 @@ def _shape_of(model: PreTrainedModel, config: RunConfig) -> ModelShape:
         layer_parameters=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
         layers=len(layers),
         hidden=c.hidden_size,
-        heads=c.num_attention_heads,
-        kv_heads=getattr(c, "num_key_value_heads", None) or c.num_attention_heads,  # families without grouped heads
-        head_dim=getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,  # Qwen2 has none
+        heads=heads,
+        kv_heads=getattr(c, "num_key_value_heads", None) or heads,  # families without grouped heads
+        head_dim=getattr(c, "head_dim", None) or c.hidden_size // max(heads, 1),  # Qwen2 has none
         mlp=_mlp_width(c),
         vocabulary=c.vocab_size,
         norms_heads=any(name.endswith("q_norm") for name, _ in model.named_modules()),

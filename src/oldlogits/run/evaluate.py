@@ -18,23 +18,26 @@ from typing import Literal, TextIO
 
 import tomli_w
 
+from oldlogits.config.programs import rows_in_words
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.engine import ENGINES, RolloutEngine
 from oldlogits.core.environment import Environment, Row
 from oldlogits.core.errors import ConfigError, writing
 from oldlogits.core.trajectory import Sampled, Segment
 from oldlogits.core.weights import FullWeights
-from oldlogits.models.forward import FORWARD_DTYPES
+from oldlogits.envs.delegate import BY
+from oldlogits.models.forward import DTYPES
 from oldlogits.models.load import load_model, named_weights
 from oldlogits.record.bus import Event
 from oldlogits.record.episodes import EpisodeSegment
 from oldlogits.record.evaluation import EvaluatedEpisode, EvaluationSummary, Figures, failures_of, subsets_of
-from oldlogits.record.events import Warned
+from oldlogits.record.events import ConversationRewritten, Warned
 from oldlogits.record.folder import RunFolder, write_atomic
 from oldlogits.record.jsonl import LineFile
+from oldlogits.record.summary import gateway_counts
 from oldlogits.rollout.environment_runner import ThreadRunner
 from oldlogits.rollout.heldout import evaluate
-from oldlogits.rollout.player import Outcome
+from oldlogits.rollout.player import Outcome, Player, Watch
 from oldlogits.rollout.turns import Failure
 from oldlogits.rollout.watches import FailureWatch
 from oldlogits.run.chat import chat_cautions, chat_format
@@ -55,7 +58,7 @@ class Evaluation:
         out: The folder to write to; absent or empty.
         repeats: How often each row is played.
         greedy: Whether the likeliest tokens are taken instead of sampling at temperature 1.
-        subset: The field of rows by which results are told apart; empty: none.
+        subset: The field of rows by which results are told apart; empty: none, or who plays a row of a mixture.
         note: Told what happens.
         seen: Told of every episode, and how many there are to be.
 
@@ -75,7 +78,8 @@ class Evaluation:
         note: Callable[[str], None],
         seen: Callable[[EvaluatedEpisode, int], None],
     ) -> None:
-        self._out, self._repeats, self._subset = out.absolute(), repeats, subset
+        self._out, self._repeats = out.absolute(), repeats
+        self._subset = subset or (BY if config.env.mixture else "")
         self._mode: Literal["sampled", "greedy"] = "greedy" if greedy else "sampled"
         self._note, self._seen = note, seen
         env = config.env
@@ -89,6 +93,8 @@ class Evaluation:
         self._subsets = [self._subset_of(row) for row in self._rows]
         self._tasks = [_digest(row) for row in self._rows]
         self._episodes: list[EvaluatedEpisode] = []
+        self._player: Player | None = None
+        self._rewritten: list[ConversationRewritten] = []
         self._started = time.perf_counter()
         RunFolder(path=out).check_free(resume=False)
         with writing(self._out):
@@ -121,27 +127,31 @@ class Evaluation:
             num_rows=len(self._rows),
             repeats=self._repeats,
             num_episodes=self._repeats * len(self._rows),
-            all=Figures.of(episodes, success_at),
+            all=Figures.of(episodes, success_at, self._repeats),
             subset=self._subset,
-            subsets=subsets_of(episodes, success_at),
+            subsets=subsets_of(episodes, success_at, self._repeats),
             failures=failures_of(episodes),
             seconds_s=time.perf_counter() - self._started,
+            gateway=gateway_counts([self._player.metrics()] if self._player else [], self._rewritten),
         )
         summary.write(self._out)
         return summary
 
     def emit(self, event: Event) -> None:
-        """Tell a warning."""
+        """Tell a warning, and count conversations that a program has rewritten."""
         if isinstance(event, Warned):
             self._note(f"warning: {event.message}")
+        elif isinstance(event, ConversationRewritten):
+            self._rewritten.append(event)
 
     async def _play(self, episodes: LineFile, transcripts: TextIO) -> None:
+        if self._config.env.is_program:
+            self._note(f"rows: {rows_in_words(self._config.env, only_heldout=True)}")
         config, folder = self._config, prepare_model(self._config, self._environment_class, self._note).model
         chat = chat_format(config, folder, self._environment_class)
         for caution in chat_cautions(config, chat):
             self._note(f"warning: {caution.message}")
         decode = partial(chat.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        watch = FailureWatch(self, "episodes of the evaluation", config.rollout.max_failed_share)
 
         def tell(outcome: Outcome) -> None:
             if isinstance(outcome, Failure) and outcome.begins_again:
@@ -159,11 +169,13 @@ class Evaluation:
             open_engine(config, folder, self._out / "servers") as engine,
             open_player(config, engine, run, chat, self._environment_class, self._out / "program.log") as player,
         ):
+            watch = FailureWatch(self, "episodes of the evaluation", config.rollout.max_failed_share, player.remedy)
+            told = player.watched(Watch(tell=lambda made: self.emit(made(0))))
+            self._player = told.evaluating(0.0 if self._mode == "greedy" else 1.0)
             await evaluate(
-                player,
+                self._player,
                 self._rows * self._repeats,
                 name="eval",
-                temperature=0.0 if self._mode == "greedy" else 1.0,
                 num_running=config.eval.max_concurrent,
                 tell=tell,
             )
@@ -213,7 +225,7 @@ async def open_engine(config: RunConfig, folder: Path, messages: Path) -> AsyncI
         async with asyncio.TaskGroup() as beside:
             watching = beside.create_task(opened.supervise()) if opened.supervise is not None else None
             if kind.has_servers:  # which sample only with weights whose label they were given
-                dtype = FORWARD_DTYPES[config.model.forward_dtype]
+                dtype = DTYPES[config.model.forward_dtype]
                 weights = {name: tensor.to(dtype) for name, tensor in named_weights(load_model(folder)).items()}
                 await engine.pause("keep", "recompute")
                 await engine.update_weights(FullWeights(tensors=weights), 0)
@@ -224,10 +236,10 @@ async def open_engine(config: RunConfig, folder: Path, messages: Path) -> AsyncI
 
 
 def _segment(segment: Segment, decode: Callable[[Sequence[int]], str]) -> EpisodeSegment:
-    text, num = decode(segment.token_ids), len(segment.token_ids)
+    text, num = decode(tuple(segment.token_ids)), len(segment.token_ids)
     if not isinstance(segment, Sampled):
         return EpisodeSegment(kind="context", text=text, num_tokens=num)
-    return EpisodeSegment(kind="sampled", text=text, num_tokens=num, version=segment.version, logp_mu=segment.logp_mu)
+    return EpisodeSegment(kind="sampled", text=text, num_tokens=num, version=segment.version, logp_mu=tuple(segment.logp_mu))
 
 
 def _digest(row: Row) -> str:

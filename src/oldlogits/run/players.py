@@ -46,14 +46,15 @@ async def open_player(
     from oldlogits.rollout.gateway.listener import Gateway
     from oldlogits.rollout.gateway.player import ProgramPlayer
     from oldlogits.rollout.gateway.programs import CommandRunner, Runner
-    from oldlogits.rollout.gateway.worker import WorkerRunner
+    from oldlogits.rollout.gateway.worker import SpreadRunner, WorkerRunner
 
     runner: Runner
     if env.command:
         runner = CommandRunner(env.command, timeout_s=env.program_timeout_s, memory_bytes=env.program_memory_bytes)
     else:
         words = env.words if isinstance(environment_of(env), ProgramSource) else (env.program, "")
-        runner = WorkerRunner(*words, log=log, timeout_s=env.program_timeout_s)
+        workers = [WorkerRunner(*words, log=log, timeout_s=env.program_timeout_s) for _ in range(env.program_processes)]
+        runner = SpreadRunner(workers)
     async with Gateway().listening() as gateway:
         try:
             await runner.open()

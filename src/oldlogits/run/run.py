@@ -14,6 +14,7 @@ from types import FrameType
 from rich.console import Console
 
 from oldlogits.config.guard import Caution, cautions
+from oldlogits.config.programs import rows_in_words
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.engine import ENGINES
 from oldlogits.core.engine_stats import Incident
@@ -39,6 +40,7 @@ from oldlogits.record.report.page import write_report
 from oldlogits.record.summary import Ended, Summary, summarise_folder
 from oldlogits.record.trackers.feed import TrackerFeed, find_trackers, open_feeds
 from oldlogits.rollout.journal.journal import Journal, read
+from oldlogits.rpc.processes import keeping_what_is_built
 from oldlogits.run.chat import chat_cautions, chat_format
 from oldlogits.run.players import open_player
 from oldlogits.run.specs import backend_kind, backend_spec, engine_spec, server_options
@@ -111,6 +113,8 @@ def _run_recipe(recipe: RunConfig, out: Path, resume: bool, opens: Open, console
             with LiveView(total_updates=config.num_updates, title=title, console=console) as view:
                 whole = checkpoint if not config.model.lora_rank else None  # adapters are restored on top of their base
                 start = prepare_model(config, environment_class, view.note) if whole is None else Start(model=whole / "model")
+                if config.env.is_program:
+                    view.note(f"rows: {rows_in_words(recipe.env)}")
                 view.note(f"starting engine and trainer ({config.runtime.type})")
                 end = asyncio.run(_run(config, folder, view, start, checkpoint, opens, feeds))
         except KeyboardInterrupt:  # before the loop began, or for the second time
@@ -203,6 +207,7 @@ async def _run(
             recording.events.emit(WarmStarted(version=-1, steps=steps, loss=loss, cached=cached, seconds_s=start.seconds_s))
         spec = backend_spec(config, start.model, probe_ids, sampler_seed=seed, folder=folder.path)
         async with opens(spec) as backend:
+            stack.enter_context(keeping_what_is_built())
             if checkpoint is not None:
                 await backend.trainer.restore(checkpoint)
             hosted = backend.host_environment(environment_class)
@@ -236,8 +241,12 @@ async def _finish(
     end, num_kept = End(reason="done"), loop.state.num_events
     async with _interruptible(note) as interruption:
         try:
-            version = (await backend.trainer.state()).version
+            trainer = await backend.trainer.state()
+            version = trainer.version
             recording.events.emit(await run_started(config, backend, version=version, num_kept=num_kept))
+            if trainer.padded_because:
+                message = f"trainer.layout = '{config.trainer.layout}', but the trainer pads: {trainer.padded_because}"
+                known = [*known, Caution(name="padded", message=message, figures={})]
             for warning in recording.cut:
                 recording.events.emit(dataclasses.replace(warning, version=version))
             if not await _supervise(loop, known, backend, interruption):

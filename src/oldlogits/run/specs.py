@@ -10,6 +10,7 @@ from oldlogits.config.schema import RunConfig
 from oldlogits.core.backend import BACKENDS, BackendKind
 from oldlogits.core.engine import ENGINES, EngineSpec, ServerOptions, Timeouts
 from oldlogits.core.source import SOURCES
+from oldlogits.engines.embedded.numerics import Numerics
 from oldlogits.loop.backend import BackendSpec
 from oldlogits.train.spec import ScorerSpec, TrainerSpec
 
@@ -40,11 +41,22 @@ def trainer_spec(config: RunConfig) -> TrainerSpec:
         window=config.window,
         seed=config.seed,
         device=config.trainer_device,
-        engine_numerics=config.engine.precision,
+        max_context=config.env.max_episode_tokens,
+        engine_numerics=view_numerics(config),
         stores_versions=source.stores_versions or config.audit.share > 0,
         sends_patches=not shares_memory and config.engine.weight_sync == "auto",
         keeps_average=source.keeps_average,
+        takes_training_forward=config.takes_training_forward,
     )
+
+
+def view_numerics(config: RunConfig) -> Numerics:
+    """The engine's numerics as the trainer needs them; fp32: it computes as the trainer does.
+
+    An engine that rounds to bf16 rounds nothing where the forward weights are bf16 already; adapters it merges first.
+    """
+    is_rounded = config.model.forward_dtype == "bf16" and not config.model.lora_rank
+    return "fp32" if config.engine.precision == "bf16" and is_rounded else config.engine.precision
 
 
 def scorer_spec(config: RunConfig) -> ScorerSpec | None:
@@ -58,6 +70,7 @@ def scorer_spec(config: RunConfig) -> ScorerSpec | None:
         uncompressed=config.versions.uncompressed,
         seed=config.seed,
         device=config.trainer_device,
+        max_context=config.env.max_episode_tokens,
     )
 
 
@@ -70,6 +83,8 @@ def engine_spec(config: RunConfig, model_folder: Path, *, seed: int = 0) -> Engi
         max_context=config.env.max_episode_tokens,
         seed=seed,
         adapter_scale=config.model.adapter_scale,
+        device=config.engine_device,
+        returns_routing=config.model.routing != "off",
     )
 
 

@@ -15,6 +15,7 @@ from oldlogits.config.episodes import EnvConfig
 from oldlogits.config.mixture import MixturePart
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.environment import MODELS, Demonstrated, Environment, ModelOrder, is_model_folder
+from oldlogits.envs.delegate import players_of
 from oldlogits.models.cache import cache_folder
 from oldlogits.run.chat import chat_options
 
@@ -75,21 +76,22 @@ def prepare_model(config: RunConfig, environment_class: type[Environment], note:
     is_folder = is_model_folder(path)
     if is_folder and steps in ("auto", 0):
         return Start(model=Path(path))
-    done, last = 0, math.nan
+    before, done, last = 0, 0, math.nan
     started = time.perf_counter()
 
     def progress(step: int, num_steps: int, loss: float) -> None:
         nonlocal done, last
-        done, last = step, loss
+        done, last = before + step, loss
         if step == 1:
             note(f"warm start of {path}: {num_steps} supervised steps; cached for the next run")
         elif step % (100 if num_steps > 100 else 1) == 0:
             note(f"warm start: step {step}/{num_steps}, loss {loss:.3f} nats/token")
 
+    first, *others = dict.fromkeys(players_of(environment_class).values())
     order = ModelOrder(
         seed=config.model_seed,
         steps=steps,
-        environment=environment_class,
+        environment=first,
         parser=config.env.parser,
         chat=chat_options(config),
         folder=path if is_folder else "",
@@ -97,6 +99,9 @@ def prepare_model(config: RunConfig, environment_class: type[Environment], note:
         progress=progress,
         note=note,
     )
-    folder = cast(Demonstrated, environment_class).warm_start(order) if is_folder else MODELS.find(path)(order)
+    folder = cast(Demonstrated, first).warm_start(order) if is_folder else MODELS.find(path)(order)
+    for other in others if steps not in ("auto", 0) else ():  # of a mixture, one after another
+        before = done
+        folder = cast(Demonstrated, other).warm_start(replace(order, environment=other, folder=str(folder)))
     note(f"model: {folder.name}" + ("" if done else ", warm start taken from the cache"))
     return Start(model=folder, is_warm=True, steps=done, loss=last, seconds_s=time.perf_counter() - started)

@@ -78,18 +78,20 @@ def make_agent(
 
 def _check_model(config: RunConfig, environment_class: type[Environment]) -> None:
     """Refuse a model that does not know the environment's words, and a warm start without demonstrations."""
-    m, name = config.model, environment_class.__name__
-    if is_model_folder(m.path):
-        if m.warm_start_steps not in ("auto", 0) and not isinstance(environment_class, Demonstrated):
+    m, played = config.model, list(players_of(environment_class).values())
+    begun = is_model_folder(m.path)
+    for cls in played if m.warm_start_steps not in ("auto", 0) and (begun or len(played) > 1) else ():
+        if not isinstance(cls, Demonstrated):
+            target = "a table of env.mixture" if config.env.mixture else f"env.target = '{config.env.target}'"
             raise ConfigError(
-                f"the environment {name} has no demonstrations",
-                got=f"model.warm_start_steps = {m.warm_start_steps}, env.target = '{config.env.target}'",
+                f"the environment {cls.__name__} has no demonstrations",
+                got=f"model.warm_start_steps = {m.warm_start_steps}, {target}",
                 allowed="0 with this environment, or an environment class with a static method warm_start(order)",
                 fix="remove model.warm_start_steps, and begin with a model that was trained on such demonstrations",
             )
+    if begun:
         return
     model = MODELS.find(m.path)
-    played = players_of(environment_class).values()
     if isinstance(model, DescribedModel) and not all(issubclass(cls, model.only_environment) for cls in played):
         raise ConfigError(
             f"the model '{m.path}' knows only the words of {model.only_environment.__name__}",

@@ -7,8 +7,21 @@ from numpy.typing import NDArray
 
 from oldlogits.core.errors import ExactnessError, MissingLogprobError
 from oldlogits.core.policies import OLD
-from oldlogits.core.scoring import DedicatedScorer, Scored, ScoringHandle
+from oldlogits.core.scoring import BatchTokens, DedicatedScorer, Scored, ScoringHandle
 from oldlogits.core.source import SOURCES, Keep, LogprobSource, SourceHandles
+
+__all__ = [
+    "SOURCES",
+    "BatchTokens",
+    "DedicatedScorer",
+    "Keep",
+    "LogprobSource",
+    "Scored",
+    "ScoringHandle",
+    "SourceHandles",
+    "check_scored",
+    "make_source",
+]
 
 
 def make_source(
@@ -20,6 +33,8 @@ def make_source(
 
 def check_scored(scored: Scored, versions: NDArray[np.int64]) -> None:
     """Refuse log-probs that are missing, or that claim to be OLD at another version than the tokens' own, `versions`.
+
+    What a source leaves out was left to the training forward by whoever asked it.
 
     Raises:
         MissingLogprobError: Some tokens were not scored.

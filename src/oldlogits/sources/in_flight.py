@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from oldlogits.batch.routing import span_routing
 from oldlogits.core.scoring import ScoringSpan
 from oldlogits.core.trajectory import Sampled, Segment, Trajectory
 from oldlogits.core.weights import PolicyVersion
@@ -172,17 +173,20 @@ class InFlightTokens:
         return values, np.repeat([version for version, _ in scored], [len(values) for _, values in scored]).astype(np.int64)
 
     def _span(self, trajectory_id: str, version: PolicyVersion) -> ScoringSpan:
-        token_ids: list[int] = []
-        positions: list[int] = []
-        temperature: list[float] = []
-        for segment in self._trajectories[trajectory_id].known:
-            if isinstance(segment, Sampled) and segment.version == version:
-                positions += range(len(token_ids), len(token_ids) + len(segment.token_ids))
-                temperature += [segment.temperature] * len(segment.token_ids)
-            token_ids += segment.token_ids
+        segments = list(self._trajectories[trajectory_id].known)
+        ids = [np.asarray(segment.token_ids, np.int64) for segment in segments]
+        starts = np.cumsum([0, *map(len, ids)])
+        scored = [
+            (np.arange(start, start + len(segment.token_ids)), np.full(len(segment.token_ids), segment.temperature, np.float32))
+            for start, segment in zip(starts, segments, strict=False)
+            if isinstance(segment, Sampled) and segment.version == version
+        ]
+        positions, temperature = (np.concatenate(parts) for parts in zip(*scored, strict=True))
+        num_read = int(positions[-1]) + 1
         return ScoringSpan(
             trajectory_id=trajectory_id,
-            token_ids=np.array(token_ids[: positions[-1] + 1], np.int64),
-            positions=np.array(positions, np.int64),
-            temperature=np.array(temperature, np.float32),
+            token_ids=np.concatenate(ids)[:num_read],
+            positions=positions,
+            temperature=temperature,
+            routing=span_routing(segments, trajectory_id, version, num_read),
         )

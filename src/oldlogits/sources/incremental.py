@@ -43,6 +43,7 @@ class IncrementalSource(LogprobSource):
     provides = OLD
     stores_versions = True
     needs_partials = True
+    scores_batches = False
 
     def __init__(self, handles: SourceHandles) -> None:
         super().__init__(handles)
@@ -150,7 +151,7 @@ class IncrementalSource(LogprobSource):
                 self._counted["source/num_checkouts"] += 1
                 self._counted["source/switch_s"] += scored.switch_s
                 self._counted["source/check_s"] += scored.check_s
-                self._counted["source/read_tokens"] += sum(span.num_read for span in spans)
+                self._counted["source/read_tokens"] += scored.num_read
                 self._counted["source/fallback_tokens"] += 0 if is_held else len(scored.values)
                 self._num_switches += version != self._last_version
                 self._last_version = version

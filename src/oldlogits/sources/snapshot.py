@@ -23,16 +23,23 @@ class SnapshotSource(LogprobSource):
     mixes_versions = True
 
     async def acquire(self, batch: BatchTokens) -> Scored:
-        """Score every token at its own version; never at another one."""
+        """Score every token at its own version, never at another one; but for those whose OLD the training forward gives."""
         versions = batch.versions
-        distinct = np.unique(versions)
         if batch.has_mixed_kv:
             values, computed_at = await self._trainer.score_mixed()
-            return Scored(policy=OLD, values=values, computed_at=computed_at, num_switches=len(distinct))
+            return Scored(policy=OLD, values=values, computed_at=computed_at, num_switches=len(np.unique(versions)))
         values = np.full(len(versions), np.nan, np.float32)
-        computed_at = np.full(len(versions), -1, np.int64)
+        left_out = batch.from_training if batch.from_training is not None else np.zeros(len(versions), np.bool_)
+        computed_at = np.where(left_out, batch.trainer_version, -1)
+        distinct = np.unique(versions[~left_out])
         for version in distinct:
-            tokens = np.flatnonzero(versions == version)
+            tokens = np.flatnonzero((versions == version) & ~left_out)
             values[tokens] = await self._trainer.score(tokens, int(version))
             computed_at[tokens] = version
-        return Scored(policy=OLD, values=values, computed_at=computed_at, num_switches=len(distinct))
+        return Scored(
+            policy=OLD,
+            values=values,
+            computed_at=computed_at,
+            num_switches=len(distinct),
+            left_out=left_out if left_out.any() else None,
+        )

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from oldlogits.batch.collate import TokenBatch
+from oldlogits.core.errors import MissingLogprobError
 from oldlogits.core.loss import LossInputs, LossTerms
 from oldlogits.core.policies import MU, OLD, PROXIMAL_PROVENANCE, THETA, Policy, Provenance
 from oldlogits.core.scoring import Scored
@@ -34,6 +35,8 @@ class LossTokens:
         step: int64 [token]; the optimizer step that trains the token.
         sequence: int64 [token]; the trajectory that the token belongs to.
         num_sequences: The number of trajectories of the batch.
+        old_is_theta: bool [token]; OLD of the token is THETA of its optimizer step, whatever a source gave.
+        left_out: bool [token]; the source gave no value, and `logp` is NaN.
         logp: float32 [token] by policy: MU, and the policy that a source provided.
     """
 
@@ -43,15 +46,33 @@ class LossTokens:
     step: Tensor
     sequence: Tensor
     num_sequences: int
+    old_is_theta: Tensor
+    left_out: Tensor
     logp: Mapping[Policy, Tensor]
 
     @classmethod
-    def of(cls, batch: TokenBatch, scored: Scored | None, version: int) -> LossTokens:
-        """Gather the loss tokens of a batch that enters training at `version`, on the CPU."""
+    def of(cls, batch: TokenBatch, scored: Scored | None, version: int, *, takes_theta: bool = False) -> LossTokens:
+        """Gather the loss tokens of a batch that enters training at `version`, on the CPU.
+
+        With `takes_theta` the training forward gives OLD of the tokens of its own version.
+
+        Raises:
+            MissingLogprobError: A token is left out, and nothing else gives its OLD.
+        """
         flat = np.flatnonzero(batch.loss_mask)
         sequence = batch.sequence[flat]
         logp = {MU: torch.from_numpy(batch.logp_mu[flat])}
+        old_is_theta = batch.old_is_theta(version) if takes_theta else np.zeros(len(flat), np.bool_)
+        left_out = np.zeros(len(flat), np.bool_)
         if scored is not None:
+            left_out = left_out if scored.left_out is None else scored.left_out
+            if missing := np.count_nonzero(left_out & ~old_is_theta):
+                raise MissingLogprobError(
+                    f"{missing} tokens have no log-prob of {scored.policy.name}",
+                    got="a source that left them out",
+                    allowed="tokens of the current version, in the first optimizer step",
+                    fix="score them",
+                )
             logp[scored.policy] = torch.from_numpy(scored.values)
         return cls(
             flat=flat,
@@ -60,12 +81,17 @@ class LossTokens:
             step=torch.from_numpy(batch.step[sequence]),
             sequence=torch.from_numpy(sequence),
             num_sequences=batch.num_sequences,
+            old_is_theta=torch.from_numpy(old_is_theta),
+            left_out=torch.from_numpy(left_out),
             logp=logp,
         )
 
     def to(self, device: torch.device) -> LossTokens:
         """Copy the tensors to a device."""
-        moved = {name: getattr(self, name).to(device) for name in ("advantages", "staleness", "step", "sequence")}
+        moved = {
+            name: getattr(self, name).to(device)
+            for name in ("advantages", "staleness", "step", "sequence", "old_is_theta", "left_out")
+        }
         return replace(self, logp={policy: values.to(device) for policy, values in self.logp.items()}, **moved)
 
     def inputs(self, here: Tensor, logp: Mapping[Policy, Tensor]) -> LossInputs:
@@ -85,6 +111,7 @@ class TokenRecord:
     """What the update saw of every loss token, at the step that trained it. All tensors are [token], without gradients."""
 
     theta: Tensor
+    entropy: Tensor
     proximal: Tensor
     log_r_d: Tensor
     log_r_s: Tensor
@@ -112,8 +139,9 @@ class TokenRecord:
         for column in self._columns:
             column.masked_fill_(chosen, 0)
 
-    def put(self, here: Tensor, logp: Mapping[Policy, Tensor], proximal: Policy, terms: LossTerms) -> None:
+    def put(self, here: Tensor, logp: Mapping[Policy, Tensor], entropy: Tensor, proximal: Policy, terms: LossTerms) -> None:
         """Record what the loss made of a micro-batch; `here` says where its tokens stand among the loss tokens."""
+        self.entropy[here] = entropy
         self.theta[here] = logp[THETA].detach()
         self.proximal[here] = logp[proximal].detach()
         for name in ("log_r_d", "log_r_s", *MASKS):
@@ -144,9 +172,15 @@ def count_provenance(mixed_kv: NDArray[np.bool_], proximal: Policy, label: Prove
 def token_table(
     batch: TokenBatch, tokens: LossTokens, record: TokenRecord, *, proximal: Policy, label: Provenance, version: int
 ) -> Mapping[str, Column]:
-    """Lay out one row per loss token of a batch; `label` is its provenance. docs/run-folder.md describes the columns."""
+    """Lay out one row per loss token of a batch; `label` is its provenance. docs/run-folder.md describes the columns.
+
+    The context tokens before each loss token follow each other in one array of their own: `index` tells where each belongs.
+    """
     flat = tokens.flat
     sequence = tokens.sequence.numpy()
+    last = np.full(batch.num_sequences, -1, np.int64)
+    last[sequence] = flat  # ascending: the last one of each stays
+    is_read = ~batch.loss_mask & (np.arange(batch.num_tokens) < last[batch.sequence])
     mixed = batch.mixed_kv[flat] & (proximal is OLD)
     return {
         "trajectory": np.array(batch.trajectory_ids)[sequence],
@@ -167,4 +201,8 @@ def token_table(
         "band_mask": record.band_mask.numpy(),
         "clip_mask": record.clip_mask.numpy(),
         "active_mask": record.active_mask.numpy(),
+        "step": tokens.step.numpy().astype(np.int32),
+        "temperature": batch.temperature[flat],
+        "mixed_kv": batch.mixed_kv[flat],
+        "context": batch.token_ids[is_read].astype(np.int32),
     }

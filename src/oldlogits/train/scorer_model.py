@@ -13,9 +13,12 @@ from oldlogits.batch.sequences import Sequences, pack
 from oldlogits.core.scoring import ScoredSpans, ScoringSpan
 from oldlogits.core.weights import FullWeights, PolicyVersion, WeightUpdate
 from oldlogits.models.device import find_device
-from oldlogits.models.forward import FORWARD_DTYPES, round_at_use
+from oldlogits.models.forward import round_at_use
+from oldlogits.models.head.kernel import use_kernel
+from oldlogits.models.layout.decoder import lay_out
 from oldlogits.models.load import point_at
-from oldlogits.models.scorer import score_tokens
+from oldlogits.models.routing import follow_engine
+from oldlogits.models.scorer import score_and_count, score_tokens
 from oldlogits.train.consistency import check_consistency, judged_error, probe_of
 from oldlogits.train.spec import ScorerSpec
 from oldlogits.train.weights.load import load_policy
@@ -27,8 +30,12 @@ class ScorerModel:
 
     def __init__(self, spec: ScorerSpec, model_folder: Path, probe_ids: Sequence[int]) -> None:
         self._spec, self._device = spec, find_device(spec.device)
-        self._model = load_policy(spec.model, model_folder).requires_grad_(False).to(self._device)
-        round_at_use(self._model, FORWARD_DTYPES[spec.model.forward_dtype])
+        self._model = load_policy(spec.model, model_folder, spec.max_context).requires_grad_(False)
+        lay_out(self._model, spec.trainer.layout)
+        self._model.to(self._device)
+        follow_engine(self._model, spec.model.routing)
+        round_at_use(self._model, spec.forward_dtype, spec.arithmetic)
+        use_kernel(self._model, spec.trainer.head_kernel, self._device)
         self._store = PatchStore(hot=spec.uncompressed)
         self._probe = probe_of(probe_ids)
 
@@ -51,9 +58,9 @@ class ScorerModel:
         with self._store.checkout(at) as weights:
             point_at(self._model, weights)
             switched = time.perf_counter()
-            values = self._score(*pack(spans))
+            values, num_read = score_and_count(self._model, *pack(spans), **self._spec.sizes)
         seconds_s = time.perf_counter() - started
-        return ScoredSpans(values=values, seconds_s=seconds_s, switch_s=switched - started, check_s=0.0)
+        return ScoredSpans(values=values, seconds_s=seconds_s, switch_s=switched - started, check_s=0.0, num_read=num_read)
 
     def _score(self, sequences: Sequences, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         return score_tokens(self._model, sequences, tokens, **self._spec.sizes)

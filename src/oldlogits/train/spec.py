@@ -9,11 +9,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from oldlogits.config.schema import ModelConfig, ObjectiveConfig, ProximalConfig, TrainerConfig
 from oldlogits.config.systems import VersionsConfig
 from oldlogits.core.loss import Objective
 from oldlogits.core.policies import find_variant
 from oldlogits.engines.embedded.numerics import Numerics
+from oldlogits.models.forward import DTYPES, Arithmetic
 from oldlogits.models.scorer import ForwardSizes
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -27,11 +30,26 @@ class ForwardSpec:
         trainer: The optimizer's section of the recipe, and the sizes of a forward pass.
         model: The model's section.
         device: The device that holds the model.
+        max_context: The most tokens of a sequence.
     """
 
     trainer: TrainerConfig
     model: ModelConfig
     device: Device
+    max_context: int
+
+    @property
+    def forward_dtype(self) -> torch.dtype:
+        """The type of the forward weights."""
+        named = self.model.forward_dtype
+        return DTYPES[self.trainer.compute if named == "auto" else named]
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """What is computed in, for one model."""
+        t = self.trainer
+        head = t.head_compute if t.compute == "bf16" else "fp32"
+        return Arithmetic(compute=DTYPES[t.compute], head=DTYPES[head])
 
     @property
     def sizes(self) -> ForwardSizes:
@@ -60,6 +78,9 @@ class TrainerSpec(ForwardSpec):
         stores_versions: Whether somebody asks for stored versions.
         sends_patches: Whether the receivers of weights can take patches.
         keeps_average: Whether somebody asks for averaged weights.
+        takes_training_forward: Whether OLD of tokens of the version that enters training is THETA of its first optimizer step.
+        trains_own_tokens: Whether the versions that sampled the tokens are those of this trainer; where they are another one's,
+            OLD of tokens of lag 0 is not THETA.
     """
 
     objective: ObjectiveConfig
@@ -75,6 +96,8 @@ class TrainerSpec(ForwardSpec):
     stores_versions: bool
     sends_patches: bool
     keeps_average: bool
+    takes_training_forward: bool = False
+    trains_own_tokens: bool = True
 
     @property
     def knobs(self) -> Objective:

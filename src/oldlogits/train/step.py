@@ -21,13 +21,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from oldlogits.batch.collate import TokenBatch
-from oldlogits.batch.shard import shard_micro_batches
 from oldlogits.core.errors import MissingLogprobError, NonFiniteError
 from oldlogits.core.loss import LOSSES
 from oldlogits.core.policies import LINEAR, LOGLINEAR, MU, OLD, THETA
 from oldlogits.core.scoring import Scored
 from oldlogits.models.ranks import ALONE, Ranks
-from oldlogits.models.scorer import action_logps, score_tokens
+from oldlogits.models.routing import take_counts
+from oldlogits.models.scorer import action_logps, rank_micro_batches, score_tokens
 from oldlogits.models.sharding import whole
 from oldlogits.objective import (
     a3po_weight_mu,
@@ -40,9 +40,10 @@ from oldlogits.objective import (
     token_weights,
     weighted_loss,
 )
-from oldlogits.train.consistency import CONSISTENCY_TOLERANCE, check_consistency, is_routed, judged_error, num_excused
+from oldlogits.train.consistency import CONSISTENCY_TOLERANCE, check_rescored, is_routed, judged_error, num_excused
 from oldlogits.train.loss_tokens import Column, LossTokens, TokenRecord, count_provenance, provenance_label, token_table
 from oldlogits.train.optimizer import Optimizer
+from oldlogits.train.reports import NO_NOISE, PackingNoise
 from oldlogits.train.spec import TrainerSpec
 from oldlogits.train.weights.average import AverageReset
 
@@ -58,8 +59,9 @@ class UpdateResult:
         staleness_counts: Loss tokens by staleness.
         provenance: Loss tokens by `Provenance`.
         lag0_max_abs_error: Largest ``|log theta - log old|`` of lag-0 tokens before the first step, where the proximal
-            policy is OLD; NaN where there is no such token. Exactly 0 up to rounding, but for ties between experts, or OLD is
-            not what it claims to be.
+            policy is OLD, as the loss used it; NaN where there is no such token. Exactly 0 where the training forward gave it.
+        rescored_max_abs_error: The same for OLD as the source scored it: packing noise, ties between experts, or OLD is not
+            what it claims to be.
         table: One row per loss token, for the per-token Parquet table.
         average_reset: Why the weight average was reset after it; None: it was not, or there is none.
     """
@@ -68,6 +70,7 @@ class UpdateResult:
     staleness_counts: Mapping[int, int]
     provenance: Mapping[str, int]
     lag0_max_abs_error: float
+    rescored_max_abs_error: float = math.nan
     table: Mapping[str, Column]
     average_reset: AverageReset | None = None
 
@@ -81,24 +84,30 @@ def update(
     version: int,
     spec: TrainerSpec,
     ranks: Ranks = ALONE,
+    noise: PackingNoise = NO_NOISE,
 ) -> UpdateResult:
     """Train one batch in ``trainer.minibatches_per_update`` optimizer steps, after which the version is `version` + 1.
 
-    `scored` is the proximal policy's log-probs; None for a variant that needs no source. All ranks that hold the model make
-    this call with the same batch, and return the same.
+    `scored` is the proximal policy's log-probs; None for a variant that needs no source. `noise` is what another packing of
+    the same tokens does to their log-probs. All ranks that hold the model make this call with the same batch, and return the
+    same.
     """
     proximal = spec.knobs.variant.proximal
-    tokens = LossTokens.of(batch, scored, version)
+    tokens = LossTokens.of(batch, scored, version, takes_theta=spec.takes_training_forward)
     _check_policies(tokens, spec)
     there, record = tokens.to(model.device), TokenRecord.empty(len(tokens.flat), model.device)
-    losses, norms, lag0 = [], [], math.nan
+    losses, norms, num_read, lag0, rescored = [], [], [], math.nan, math.nan
     lag0_above: Mapping[str, float] = {}
     for step in range(spec.trainer.minibatches_per_update):
         optimizer.zero_grad()
-        losses.append(_accumulate(model, batch, there, step, record, spec, ranks))
+        loss, read = _accumulate(model, batch, there, step, record, spec, ranks)
+        losses.append(loss)
+        num_read.append(read)
         norms.append(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), spec.trainer.max_grad_norm)))
-        if step == 0 and proximal is OLD:
-            lag0, lag0_above = _check_lag0(model, tokens, record.cpu(), torch.from_numpy(batch.mixed_kv[tokens.flat]))
+        if step == 0 and proximal is OLD and spec.trains_own_tokens:
+            mixed_kv = torch.from_numpy(batch.mixed_kv[tokens.flat])
+            may_tie = is_routed(model) and spec.model.routing != "replayed"
+            lag0, rescored, lag0_above = _check_lag0(tokens, record.cpu(), mixed_kv, noise, may_tie=may_tie)
         _check_finite(losses[-1], norms[-1], version, step)
         optimizer.step()
     record = record.cpu()
@@ -109,14 +118,19 @@ def update(
             "loss/value": float(torch.stack(losses).mean()),
             "grad/norm": float(torch.stack(norms).mean()),
             "grad/norm_max": float(torch.stack(norms).max()),
+            "policy/entropy": float(record.entropy.mean()),
             **_diagnostics(tokens, record, spec),
             **_band_shares(tokens, record, spec.band),
             **lag0_above,
+            "score/taken_share": float(tokens.left_out.float().mean()),
+            "train/reads_per_token": float(torch.stack(num_read).sum()) / len(tokens.flat),
+            **take_counts(model, ranks).metrics("routing/theta"),
             "mask/num_truncated": int(is_truncated.sum()),
         },
         staleness_counts=dict(sorted(Counter(tokens.staleness.tolist()).items())),
         provenance=count_provenance(batch.mixed_kv[tokens.flat], proximal, label),
         lag0_max_abs_error=lag0,
+        rescored_max_abs_error=rescored,
         table=token_table(batch, tokens, record, proximal=proximal, label=label, version=version),
     )
 
@@ -140,33 +154,37 @@ def _accumulate(
     record: TokenRecord,
     spec: TrainerSpec,
     ranks: Ranks,
-) -> Tensor:
-    """Accumulate the gradient of one optimizer step, and return its loss (0-d, detached).
+) -> tuple[Tensor, Tensor]:
+    """Accumulate the gradient of one optimizer step; return its loss and the tokens that were read (0-d, detached).
 
     Ranks average their gradients: each computes that of its own micro-batches times the number of ranks.
     """
     proximal, form_terms = spec.knobs.variant.proximal, LOSSES.find(spec.objective.loss)
     chosen = tokens.step == step
     weights = _step_weights(model, batch, tokens, chosen, spec, ranks)
-    total = torch.zeros((), device=weights.device)
+    total, num_read = torch.zeros((), device=weights.device), torch.zeros((), dtype=torch.int64)
     record.clear(chosen)
     flat, budget = tokens.flat[chosen.cpu().numpy()], spec.sizes["micro_batch_tokens"]
-    for one in shard_micro_batches(batch, flat, budget, rank=ranks.rank, num_ranks=ranks.num_ranks):
+    for one in rank_micro_batches(model, batch, flat, budget, ranks):
         micro = one.micro
         here = torch.from_numpy(np.searchsorted(tokens.flat, micro.flat.numpy())).to(weights.device)
-        theta = action_logps(model, micro, head_chunk_tokens=spec.sizes["head_chunk_tokens"])
+        entropy = torch.empty(len(here), device=weights.device)
+        theta = action_logps(model, micro, head_chunk_tokens=spec.sizes["head_chunk_tokens"], entropy=entropy)
         logp = {policy: values[here] for policy, values in tokens.logp.items()} | {THETA: theta}
         if proximal in INTERPOLATE:
             logp[proximal] = _interpolate(logp[MU], theta, tokens.staleness[here], spec)
+        elif proximal is OLD:
+            logp[OLD] = torch.where(tokens.old_is_theta[here], theta.detach(), logp[OLD])
         terms = form_terms(tokens.inputs(here, logp), spec.knobs)
         loss = weighted_loss(terms.values, weights[here] * float(not one.is_padding))
         (loss * ranks.num_ranks).backward()  # type: ignore[no-untyped-call]
         if one.is_padding:
             continue
         total += loss.detach()
-        record.put(here, logp, proximal, terms)
+        num_read += micro.num_read
+        record.put(here, logp, entropy, proximal, terms)
     record.share(chosen, ranks)
-    return ranks.sum(total)
+    return ranks.sum(total), ranks.sum(num_read)
 
 
 def _step_weights(
@@ -203,20 +221,23 @@ def _interpolate(logp_mu: Tensor, theta: Tensor, staleness: Tensor, spec: Traine
 
 
 def _check_lag0(
-    model: PreTrainedModel, tokens: LossTokens, record: TokenRecord, mixed_kv: Tensor
-) -> tuple[float, Mapping[str, float]]:
-    """Check before the first optimizer step that THETA equals OLD on fresh tokens of the current version.
+    tokens: LossTokens, record: TokenRecord, mixed_kv: Tensor, noise: PackingNoise, *, may_tie: bool
+) -> tuple[float, float, Mapping[str, float]]:
+    """Check before the first optimizer step that OLD of fresh tokens of the current version is THETA, as the source scored it.
+
+    Where experts `may_tie`, each of the two chooses its own. A THETA that is not finite contradicts nothing: the loss is not
+    finite either, and that is refused.
 
     Returns:
-        The largest difference in nats, NaN for none, and the metrics of a mixture of experts.
+        The largest difference in nats of OLD as the loss used it, and of what the source scored; NaN where there is no such
+        token. And the metrics of such experts.
     """
-    checked = (tokens.step == 0) & (tokens.staleness == 0) & ~mixed_kv
-    errors = (record.theta - record.proximal)[checked].abs().numpy()
-    routed = is_routed(model)
-    excused = num_excused(tokens.sequence[checked].numpy(), routed=routed)
-    check_consistency(judged_error(errors, excused), "OLD of lag-0 tokens", "THETA before the first optimizer step")
-    above = {"consistency/num_lag0_above": float(np.count_nonzero(errors > CONSISTENCY_TOLERANCE))} if routed else {}
-    return judged_error(errors), above
+    fresh = (tokens.step == 0) & (tokens.staleness == 0) & ~mixed_kv & torch.isfinite(record.theta)
+    scored = fresh & ~tokens.left_out
+    errors = (record.theta - tokens.logp[OLD])[scored].abs().numpy()
+    check_rescored(errors, noise, num_excused(tokens.sequence[scored].numpy(), routed=may_tie))
+    above = {"consistency/num_lag0_above": float(np.count_nonzero(errors > CONSISTENCY_TOLERANCE))} if may_tie else {}
+    return judged_error((record.theta - record.proximal)[fresh].abs().numpy()), judged_error(errors), above
 
 
 def _check_finite(loss: Tensor, norm: Tensor, version: int, step: int) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from oldlogits.batch.collate import TokenBatch
+from oldlogits.batch.collate import TokenBatch, followed
 from oldlogits.core.errors import RunFolderError, writing
 from oldlogits.core.loss import LOSSES
 from oldlogits.core.scoring import Scored
@@ -30,6 +30,7 @@ from oldlogits.models.checksums import write_sums
 from oldlogits.models.load import load_tokenizer, local, model_of, point_at
 from oldlogits.models.lora import write_adapters
 from oldlogits.models.ranks import ALONE, Ranks
+from oldlogits.models.routing import take_counts
 from oldlogits.rpc.client import Dispatcher
 from oldlogits.train.calls import TrainerCalls
 from oldlogits.train.checkpoint import (
@@ -47,9 +48,9 @@ from oldlogits.train.checkpoint import (
     unshared,
     write_model,
 )
-from oldlogits.train.consistency import CONSISTENCY_TOLERANCE, OTHER_DEVICE_TOLERANCE, is_routed
+from oldlogits.train.consistency import is_routed
 from oldlogits.train.optimizer import Optimizer
-from oldlogits.train.reports import ConsistencyErrors, PublishedVersion, TrainerState
+from oldlogits.train.reports import ConsistencyErrors, ProbeNoise, PublishedVersion, TrainerState
 from oldlogits.train.scorer import Scorer
 from oldlogits.train.spec import TrainerSpec
 from oldlogits.train.step import UpdateResult, update
@@ -77,7 +78,15 @@ class Trainer:
             shards = shards_of(live.model, live.ranks)
             self.store = TrainerVersionStore(spec.versions, live.dtype, shards, live.ranks, sends_patches=spec.sends_patches)
         self._averaging = Averaging(spec.proximal, spec.window, live.weights) if spec.keeps_average else None
-        self.scorer = Scorer(live, self.store, self._averaging, probe_ids=probe_ids, sizes=spec.sizes, window=spec.window)
+        self.scorer = Scorer(
+            live,
+            self.store,
+            self._averaging,
+            probe_ids=probe_ids,
+            sizes=spec.sizes,
+            window=spec.window,
+            same_shape=spec.proximal.scoring == "same-shape",
+        )
         self.optimizer = Optimizer(live.model, spec)
         self._scored: Scored | None = None
         self._saving: Saving | None = None
@@ -112,6 +121,7 @@ class Trainer:
             probe_logps=probe_logps,
             engine_probe_logps=engine_probe_logps,
             is_routed=is_routed(self.live.model),
+            probe_noise=self.scorer.probe_noise or ProbeNoise(),
             store_bytes=sum(self.live.ranks.gather(self.store.store.num_bytes)) if self.store is not None else 0,
             store_s=store_s,
             publication=stored,
@@ -123,15 +133,25 @@ class Trainer:
 
     def put_batch(self, batch: TokenBatch) -> None:
         """Take the batch that the next calls of `Scorer.score` and `train` are about."""
-        self.scorer.batch = batch
+        self.scorer.put(followed(batch, self._spec.model.routing))
 
     def train(self, scored: Scored | None) -> UpdateResult:
         """Train the batch; the trainer's version rises by one."""
         batch = self.scorer.current_batch()
         self._scored = scored
         live = self.live
-        result = update(live.model, self.optimizer, batch, scored, version=live.version, spec=self._spec, ranks=live.ranks)
-        self.scorer.checks.note_lag0(result.lag0_max_abs_error)
+        result = update(
+            live.model,
+            self.optimizer,
+            batch if self._spec.model.routing == "replayed" else replace(batch, chains=None),
+            scored,
+            version=live.version,
+            spec=self._spec,
+            ranks=live.ranks,
+            noise=self.scorer.checks.noise,
+        )
+        result = replace(result, metrics={**result.metrics, **take_counts(live.scoring, live.ranks).metrics("routing/scored")})
+        self.scorer.checks.note_lag0(result.lag0_max_abs_error, result.rescored_max_abs_error)
         self.scorer.batch = None
         live.version += 1
         if self._averaging is None:
@@ -151,10 +171,15 @@ class Trainer:
         """Write the batch in training, and the proximal policy's log-probs of it, to a folder for a post-mortem."""
         if not self.live.ranks.is_first:
             return folder
-        columns = asdict(self.scorer.current_batch())
-        trajectory_ids = json.dumps(list(columns.pop("trajectory_ids")))
+        batch = self.scorer.current_batch()
+        trajectory_ids = json.dumps(list(batch.trajectory_ids))
+        columns = {name: values for name, values in asdict(batch).items() if isinstance(values, np.ndarray)}
+        if batch.chains is not None:
+            columns |= {f"routing_{name}": values for name, values in asdict(batch.chains).items()}
         if self._scored is not None:
             columns[f"logp_{self._scored.policy}"] = self._scored.values
+            if self._scored.left_out is not None:  # NaN there: the training forward was to give them
+                columns["left_out"] = self._scored.left_out
         tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in columns.items()}
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -242,13 +267,13 @@ class Trainer:
         self.optimizer.load(state, counters.pop("schedule_steps"))
         live.version = counters.pop("version")
         same_device = counters.pop("device", live.ranks.device.type) == live.ranks.device.type
-        checks.published = _as_arrays(counters.pop("probe_logps"))
+        published = _as_arrays(counters.pop("probe_logps"))
         self.scorer.engine_noise = _as_arrays(counters.pop("engine_noise"))
+        exact = same_device and live.arithmetic.compute == torch.float32  # CPUs and GPUs of one kind round bf16 sums otherwise
+        checks.restore(published, ConsistencyErrors(**counters), same_arithmetic=exact)
         point_at(live.scoring, live.weights)
-        if live.version in checks.published:  # else it was never published
-            tolerance = CONSISTENCY_TOLERANCE if same_device else OTHER_DEVICE_TOLERANCE
-            checks.check(live.scoring, f"the restored version {live.version}", checks.published[live.version], tolerance)
-        checks.errors = ConsistencyErrors(**counters)
+        if live.version in published:  # else it was never published
+            checks.check(live.scoring, f"the restored version {live.version}", live.version)
         if self._averaging is not None:
             weights = {name: local(weight) for name, weight in of_kind("averaged", state).items()}
             self._averaging.load(of_kind("averaging", state), weights)
@@ -265,6 +290,7 @@ class Trainer:
             oldest_version=self.store.store.versions[0]
             if self.store is not None and self.store.store.versions
             else self.version,
+            padded_because=self.live.padded_because,
         )
 
 

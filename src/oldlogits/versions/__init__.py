@@ -9,6 +9,7 @@ from oldlogits.versions.patches.kernel_choice import kernels_in_use
 from oldlogits.versions.patches.layout import Entry, Layout, Shard
 from oldlogits.versions.patches.patch import Patch, concatenate
 from oldlogits.versions.store import PatchStore
+from oldlogits.versions.warm_up import begin_numba, warm_up
 
 __all__ = [
     "Entry",
@@ -20,11 +21,13 @@ __all__ = [
     "Shard",
     "WeightAverage",
     "apply",
+    "begin_numba",
     "best_beta",
     "concatenate",
     "encode",
     "growth_exponent",
     "kernels_in_use",
     "mean_lag_beta",
+    "warm_up",
     "window_beta",
 ]

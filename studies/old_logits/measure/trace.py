@@ -24,6 +24,7 @@ from oldlogits.batch.collate import TokenBatch
 from oldlogits.config.schema import ProximalConfig, RecordConfig, RunConfig
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.weights import FullWeights
+from oldlogits.models.layout.decoder import lay_out
 from oldlogits.models.load import load_model, point_at
 from oldlogits.models.scorer import ForwardSizes, score_tokens
 from oldlogits.sources.aged import aged_logp
@@ -126,6 +127,7 @@ class Panel:
     def __init__(self, config: RunConfig, model_folder: Path, num_scored: int) -> None:
         self._config, self._first = config, config.num_updates - num_scored
         self._module = load_model(model_folder).requires_grad_(False)
+        lay_out(self._module, config.trainer.layout)
         self._store = FullCopyStore()
         self._averages: dict[str, Averaging] = {}
         self._betas: dict[str, float] = {}

@@ -26,7 +26,9 @@ def measured(tiny_folder, tmp_path_factory):
 
     def of(route):
         if route not in done:
-            config = route_config(recipe(tiny_folder, num_updates=UPDATES, engine={"precision": "int8"}), route)
+            # Every token is scored, and none of them is read once for several trajectories.
+            sections = {"proximal": {"current_version": "scored"}, "trainer": {"layout": "packed"}}
+            config = route_config(recipe(tiny_folder, num_updates=UPDATES, engine={"precision": "int8"}, **sections), route)
             done[route] = (root / route, measure_route(config, root / route))
         return done[route]
 

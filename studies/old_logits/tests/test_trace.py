@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 WINDOW, UPDATES, SCORED = 3, 6, 3
 
 DRIVERS = {  # driver: the recipe keys that it sets, and the column of the panel that it is
-    "exact": ({"variant": "decoupled_exact", "proximal": {"source": "snapshot"}}, "logp_old"),
+    "exact": ({"variant": "decoupled_exact", "proximal": {"source": "snapshot", "current_version": "scored"}}, "logp_old"),
     "arrival": ({"variant": "decoupled_async", "proximal": {"source": "arrival"}}, "logp_async"),
     "ewma": ({"variant": "ppo_ewma_train_infer", "proximal": {"source": "ewma"}}, "logp_ewma"),
     "ewma-mean-lag": (

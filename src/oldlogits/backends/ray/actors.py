@@ -16,8 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from oldlogits.backends.packed import Aside, Packed, pack, set_aside, unpack
+from oldlogits.backends.ray.exchange import Answer, Desk, Pack, Request
 from oldlogits.backends.ray.remote_environments import call_here
 from oldlogits.config.episodes import EnvConfig
+from oldlogits.core.environment import Environment
 from oldlogits.core.errors import OldLogitsError
 from oldlogits.core.server import LaunchSpec
 from oldlogits.core.weights import FullWeights, PolicyVersion
@@ -27,7 +29,7 @@ from oldlogits.envs.base import load_environment
 from oldlogits.rollout.environment_runner import ThreadRunner
 from oldlogits.rpc.child import BEAT_S, READY
 from oldlogits.rpc.client import CarryOut
-from oldlogits.rpc.processes import name_process
+from oldlogits.rpc.processes import keep_what_is_built, name_process
 
 
 class Calls:
@@ -46,6 +48,7 @@ class Calls:
         if self._failure is not None:
             raise self._failure
         if method == READY:
+            keep_what_is_built()
             return None, None
         given = tuple(unpack(weights) if weights and argument is Aside.WEIGHTS else argument for argument in arguments)
         value, update = set_aside(self._carry_out(method, given))
@@ -57,16 +60,20 @@ class Calls:
 
 
 class Worker:
-    """A server that samples, and environments; `node` tells in the actor its node's id, and the address for servers there."""
+    """A server that samples, and environments.
 
-    def __init__(self, spec: LaunchSpec, name: str, env: EnvConfig, node: Callable[[], tuple[str, str]]) -> None:
+    `node` tells in the actor its node's id, and the address for servers there; `pack` makes bytes of answers.
+    """
+
+    def __init__(self, spec: LaunchSpec, name: str, env: EnvConfig, node: Callable[[], tuple[str, str]], pack: Pack) -> None:
         name_process("worker")
         self._node_id, address = node()
         self._server = ServerProcess(replace(spec, address=address), name)
         self._class = load_environment(*env.words, env.reward, env.mixture)
         self._runner = ThreadRunner(timeout_s=env.timeout_s, latency_s=0.0, seed=0)
         self._tool_errors = env.tool_errors
-        self._environments: dict[int, object] = {}
+        self._environments: dict[int, asyncio.Future[Environment]] = {}
+        self._desk = Desk({"open": self.open, "call": self.call}, pack)
 
     async def where(self) -> tuple[str, str, str]:
         """The URL and the token of its server, and the id of its node."""
@@ -80,13 +87,18 @@ class Worker:
         """Start the server again; the environments live on."""
         await asyncio.to_thread(self._server.restart)
 
+    async def exchange(self, requests: Sequence[Request]) -> list[Answer]:
+        """Begin requests for `open` and `call`, and return the answers that are there."""
+        return await self._desk.exchange(requests)
+
     async def open(self, id: int) -> None:
-        """Make an environment."""
-        self._environments[id] = await self._runner(self._class)
+        """Make an environment, for which calls wait."""
+        self._environments[id] = opening = asyncio.ensure_future(self._runner(self._class))
+        await opening
 
     async def call(self, id: int, method: str, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
         """Call a method of an environment."""
-        environment = self._environments[id]
+        environment = await self._environments[id]
         return await self._runner(lambda: call_here(environment, method, args, kwargs, self._tool_errors))
 
     async def drop(self, ids: Sequence[int]) -> None:

@@ -131,7 +131,7 @@ def _maker(spec: BackendSpec, servers: ServerOptions, places: Sequence[Place]) -
     def make(number: int) -> Actor:
         place = places[number] if number < len(places) else anywhere()
         launch = LaunchSpec(engine=replace(sampler, seed=sampler.seed + number), servers=servers)
-        arguments = (launch, f"worker-{number}", spec.env, node)
+        arguments = (launch, f"worker-{number}", spec.env, node, cluster.pack)
         return Actor(actors.Worker, arguments, place=place, num_calls=1000)
 
     return make

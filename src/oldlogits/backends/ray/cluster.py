@@ -98,6 +98,12 @@ def wait(refs: Sequence[Ref], timeout_s: float) -> None:
     ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s)
 
 
+def pack(something: object) -> bytes:
+    """Make bytes of whatever Ray could send."""
+    packed: bytes = ray.cloudpickle.dumps(something)
+    return packed
+
+
 def put(something: object) -> Ref:
     """Put a value into the object store."""
     return ray.put(something)

@@ -15,6 +15,7 @@ import functools
 import inspect
 import itertools
 import random
+import threading
 import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol, TypeVar, cast
@@ -24,7 +25,7 @@ from oldlogits.envs.base import REMOTE_PROMPT, ToolErrors, prompt_of
 from oldlogits.envs.given import REMOTE_TOOLS, schemas_now
 from oldlogits.envs.tools import tool_names
 from oldlogits.rollout.environment_errors import EnvironmentFailed, EnvironmentLost, answering, errors_of
-from oldlogits.rollout.environment_runner import attempt
+from oldlogits.rollout.environment_runner import attempt, close_unbegun
 
 T = TypeVar("T")
 
@@ -139,7 +140,7 @@ def call_here(
     if method == REMOTE_TOOLS:
         return schemas_now(environment)
     call = functools.partial(getattr(environment, method), *args, **kwargs)
-    return answering(call, errors_of(type(environment), method, mode))()
+    return answering(call, errors_of(cast("type", type(environment)), method, mode))()
 
 
 class AwaitingRunner:
@@ -152,7 +153,22 @@ class AwaitingRunner:
         """Wait for a call; raises `EnvironmentFailed` where it raised or took too long."""
         if is_tool and self._latency_s:
             await asyncio.sleep(self._rng.expovariate(1 / self._latency_s))
-        result: T | Awaitable[T] = await asyncio.to_thread(
-            lambda: attempt(call)
-        )  # what runs here: the parser, and the types of tools and results
+        if inspect.iscoroutinefunction(call):  # of a proxy: nothing of it runs here
+            return await cast("Awaitable[T]", attempt(call))
+        made: list[T | Awaitable[T]] = []
+        is_left = threading.Event()
+
+        def make() -> T | Awaitable[T]:
+            made.append(attempt(call))
+            if is_left.is_set():
+                close_unbegun(made[0])
+            return made[0]
+
+        try:  # what runs here: the parser, and the types of tools and results
+            result = await asyncio.to_thread(make)
+        except asyncio.CancelledError:
+            is_left.set()  # the thread goes on: whichever of the two comes second closes what it makes
+            for one in made:
+                close_unbegun(one)
+            raise
         return await result if inspect.isawaitable(result) else result

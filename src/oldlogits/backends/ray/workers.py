@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Final, cast
 
 from oldlogits.backends.ray import cluster
-from oldlogits.backends.ray.cluster import Actor, ActorEndedError, ClusterError, Ref, fetch
+from oldlogits.backends.ray.cluster import Actor, ActorEndedError, ClusterError, fetch
 from oldlogits.backends.ray.desired_workers import read_wanted
+from oldlogits.backends.ray.exchange import Exchange
 from oldlogits.backends.ray.remote_environments import Place, PlaceLostError
 from oldlogits.backends.ray.weights import ClusterWeights
 from oldlogits.config.guard import Caution
@@ -54,6 +55,7 @@ class RayWorker:
         self.name, self._make, self._timeout_s, self._heartbeat_timeout_s = name, make, timeout_s, heartbeat_timeout_s
         self.where = f"servers/{name}.log of the run folder, on its node"
         self._actor: Actor | None = None
+        self._exchanging: Exchange | None = None
         self._restarts_server = False
         self._watch: asyncio.Task[None] | None = None
         self._dropped: list[int] = []
@@ -67,6 +69,12 @@ class RayWorker:
         if self._actor is None:
             raise PlaceLostError
         return self._actor
+
+    @property
+    def _exchange(self) -> Exchange:
+        if self._exchanging is None:
+            raise PlaceLostError
+        return self._exchanging
 
     @property
     def is_up(self) -> bool:
@@ -100,7 +108,9 @@ class RayWorker:
 
     async def _start(self, server: ServerProtocol) -> None:
         if not self.is_up:
-            self._actor, self.exit_code = self._make(), None
+            self._actor = actor = self._make()
+            self.exit_code = None
+            self._exchanging = Exchange(lambda requests: fetch(actor.call("exchange", requests)), cluster.pack)
             self.environments, self._dropped = set(), []
             self._watch = asyncio.create_task(self._live(self._actor))
         elif self._restarts_server:
@@ -126,15 +136,15 @@ class RayWorker:
 
     async def open(self, id: int) -> None:
         """Make an environment."""
-        actor, here = self.actor, self.environments
+        here = self.environments
         here.add(id)
-        await self._answer(actor.call("open", id))
+        self._exchange.ask("open", id)  # whoever calls it hears why it could not be made
 
     async def call(self, id: int, method: str, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
         """Call a method of an environment."""
         if id not in self.environments:
             raise PlaceLostError
-        return await self._answer(self.actor.call("call", id, method, args, kwargs))
+        return await self._answer(id, method, args, kwargs)
 
     def drop(self, id: int) -> None:
         """Forget an environment; told in batches."""
@@ -146,16 +156,19 @@ class RayWorker:
             self.actor.call("drop", self._dropped)
             self._dropped = []
 
-    async def _answer(self, ref: Ref) -> object:
+    async def _answer(self, *arguments: object) -> object:
         try:
             async with asyncio.timeout(self._timeout_s + CALL_S):
-                return await fetch(ref)
+                return await self._exchange.ask("call", *arguments)
         except TimeoutError:
             raise EnvironmentFailed(f"its worker did not answer within {self._timeout_s + CALL_S:g} s") from None
         except ActorEndedError as error:
             raise PlaceLostError from error
-        except ClusterError as error:  # such as an answer that cannot be sent
-            raise EnvironmentFailed(str(error).strip().splitlines()[-1]) from error
+        except (EnvironmentFailed, OldLogitsError):
+            raise
+        except Exception as error:  # supervision: such as an answer that cannot be sent
+            said = str(error).strip() or type(error).__name__
+            raise EnvironmentFailed(said.splitlines()[-1]) from error
 
 
 class Workers:

@@ -6,14 +6,15 @@ import hashlib
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Final, Protocol, TypeVar
+from typing import Final, Protocol, TypeVar, cast
 
 from oldlogits.core.environment import JsonValue
 from oldlogits.core.errors import ConfigError, ContentError
 from oldlogits.core.parser import Parser, ToolCall, WritingParser
-from oldlogits.engines.chat_api.messages import ChatMessage, ChatRequest
+from oldlogits.engines.chat_api.messages import ApiError, Call, ChatMessage, ChatRequest
+from oldlogits.envs.text import write_json
 from oldlogits.models.chat.format import ChatFormat
-from oldlogits.models.chat.template import Message
+from oldlogits.models.chat.template import SENTINEL, Message
 
 T = TypeVar("T")
 Refusal = ConfigError | ContentError
@@ -62,15 +63,32 @@ class ChatFormats:
         self.prompts = Prompts()
 
     async def of(self, key: bytes, tools: Tools, run: Elsewhere) -> ChatFormat:
-        """Return the chat format of tools whose digest is the key; a new one is opened where `run` runs it."""
+        """Return the chat format of tools whose digest is the key; a new one is opened where `run` runs it.
+
+        Raises:
+            ApiError: The chat template cannot write the tools.
+        """
         found = self._kept.pop(key, None)
         if found is None:
             made: ChatFormat | Refusal = await run(lambda: refusal_or(partial(self._make, tools)))
+            if isinstance(made, ConfigError) and tools:
+                raise _unwritten(tools, made)
             found = raised(made)
         self._kept[key] = found
         if len(self._kept) > _MOST_KEPT:
             del self._kept[next(iter(self._kept))]
         return found
+
+
+def _unwritten(tools: Tools, error: ConfigError) -> ApiError:
+    names = [str(cast("Mapping[str, JsonValue]", tool["function"])["name"]) for tool in tools]
+    return ApiError(
+        f"the model cannot be offered the tool{'s' * (len(names) > 1)} {', '.join(names[:8])}: {error.what}",
+        got=error.got,
+        allowed=error.allowed,
+        fix="set model.chat_tools = 'system' or 'user' (oldlogits serve: --chat-tools), or offer no tools",
+        code="unwritten_tools",
+    )
 
 
 def refusal_or(call: Callable[[], T]) -> T | Refusal:
@@ -89,17 +107,36 @@ def raised(outcome: T | Refusal) -> T:
 
 
 def as_written(message: ChatMessage, parser: Parser, chat: ChatFormat) -> Message:
-    """Return a message as chat templates take it; calls are text, as the parser writes them, where the template does not."""
+    """Return a message as chat templates take it; calls are text, as the parser writes them, where the template does not.
+
+    Raises:
+        ApiError: A parser would have to write arguments that are no object, and has no place for them.
+    """
     if not message.calls:
         return {"role": message.role, "content": message.content}
     if not chat.writes_calls and isinstance(parser, WritingParser):
-        named = [ToolCall(name=c.name, named={} if isinstance(c.arguments, str) else c.arguments) for c in message.calls]
-        return {"role": message.role, "content": "\n".join(filter(None, [message.content, *map(parser.write, named)]))}
+        calls_as_text = [_call_text(call, parser) for call in message.calls]
+        return {"role": message.role, "content": "\n".join(filter(None, [message.content, *calls_as_text]))}
     calls = [
         {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
         for call in message.calls
     ]
     return {"role": message.role, "content": message.content, "tool_calls": calls}
+
+
+def _call_text(call: Call, parser: WritingParser) -> str:
+    """A call as the parser writes it; arguments that are no object stand as they are in the place of one."""
+    if not isinstance(call.arguments, str):
+        return parser.write(ToolCall(name=call.name, named=call.arguments))
+    before, found, after = parser.write(ToolCall(name=call.name, named={SENTINEL: 0})).partition(write_json({SENTINEL: 0}))
+    if found:
+        return before + call.arguments + after
+    raise ApiError(
+        f"the arguments of a call of {call.name} in the history are no JSON object, which this env.parser cannot write",
+        got=repr(call.arguments)[:200],
+        allowed="a JSON object, as it was returned",
+        fix="send back what was returned, or have the message say the call as its text",
+    )
 
 
 def digests_of(request: ChatRequest) -> list[bytes]:

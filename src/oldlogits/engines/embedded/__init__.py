@@ -1,1 +1,1 @@
-"""The embedded engine: a small CPU decoder of the Llama and Qwen family, with continuous batching."""
+"""The embedded engine: a small decoder of the Llama and Qwen family, with continuous batching."""

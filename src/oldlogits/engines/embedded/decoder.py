@@ -4,35 +4,26 @@ It reads the same model folders and parameter names as Hugging Face's classes an
 engines, so that their discrepancy is real. Weights are fused at load (query-key-value, gate-up) and the rows of
 each query and key head are reordered so that a rotary pair is one complex number; the score scale is folded in.
 In a mixture of experts each layer has several MLPs, and a router picks those that serve a token.
+Everything computes on the device of the decoder: weights and indices are brought there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from oldlogits.core.errors import ModelFolderError
+from oldlogits.core.trajectory import NARROW
+from oldlogits.engines.embedded.attention import Attention
+from oldlogits.engines.embedded.grouped import grouped_mm
 from oldlogits.engines.embedded.model_folder import DecoderConfig
 from oldlogits.engines.embedded.numerics import Numerics, round_linear, round_other, round_rows_to_e4m3
-
-TILE = 32
-"""Rows of one decode attention call: each tile is cropped to its own longest sequence, idle tiles are skipped."""
-
-
-class Attention(Protocol):
-    """How the tokens of one forward pass see the cache."""
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Write `key` and `value` [tokens, kv_heads, head_dim] to a layer's cache, then attend from `query`.
-
-        `query` is [tokens, heads, head_dim] and scaled; the layer's `keys` and `values` are [slots, kv_heads, max_context,
-        head_dim], and the result is [tokens, heads * head_dim].
-        """
+from oldlogits.engines.embedded.rope import rotations
+from oldlogits.models.device import CPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,39 +42,91 @@ class _Layer:
     down: Tensor  # [intermediate, hidden] or [E, intermediate, hidden]: transposed
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Weights:
+    """What `Decoder.load` takes over."""
+
+    embedding: Tensor
+    head: Tensor
+    final_norm: Tensor
+    layers: Sequence[_Layer]
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in one order."""
+        values = [getattr(layer, field.name) for layer in self.layers for field in fields(layer)]
+        return [self.embedding, self.head, self.final_norm, *(value for value in values if value is not None)]
+
+
 class Decoder:
     """The forward pass, and the weights under their Hugging Face names that it reads."""
 
-    def __init__(self, config: DecoderConfig, weights: Mapping[str, Tensor], numerics: Numerics, max_context: int) -> None:
-        self.config, self._numerics = config, numerics
-        frequencies = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
-        angles = torch.arange(max_context).float()[:, None] * frequencies
-        self._rotations = torch.polar(torch.ones_like(angles), angles)  # [max_context, head_dim / 2] complex64
-        self.load(weights)
+    def __init__(
+        self,
+        config: DecoderConfig,
+        weights: Mapping[str, Tensor],
+        numerics: Numerics,
+        max_context: int,
+        device: torch.device = CPU,
+    ) -> None:
+        self.config, self._numerics, self.device = config, numerics, device
+        self._rotations = rotations(config, max_context).to(device)
+        self._weights = self._fuse(weights)
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over copies of new weights, rounded and fused; on an error the old ones stay."""
+        """Take over copies of new weights, rounded and fused; on an error the old ones stay.
+
+        On a GPU they take the memory of the old ones: captured graphs read there.
+        """
+        new = self._fuse(weights)
+        if self.device.type == "cpu":
+            self._weights = new
+            return
+        for old, fresh in zip(self._weights.tensors(), new.tensors(), strict=True):
+            old.copy_(fresh)
+
+    def _fuse(self, weights: Mapping[str, Tensor]) -> _Weights:
         config = self.config
-        fuser = _Fuser(config, weights, self._numerics)
-        embedding = fuser.other("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+        fuser = _Fuser(config, weights, self._numerics, self.device)
         head_name = "model.embed_tokens.weight" if config.tied_head else "lm_head.weight"
-        head = fuser.linear(head_name, config.vocab_size, config.hidden_size)
-        final_norm = fuser.other("model.norm.weight", config.hidden_size)
-        self._layers = [fuser.layer(f"model.layers.{i}.") for i in range(config.num_layers)]
-        self._embedding, self._head, self._final_norm = embedding, head, final_norm
+        return _Weights(
+            embedding=fuser.other("model.embed_tokens.weight", config.vocab_size, config.hidden_size),
+            head=fuser.linear(head_name, config.vocab_size, config.hidden_size),
+            final_norm=fuser.other("model.norm.weight", config.hidden_size),
+            layers=[fuser.layer(f"model.layers.{i}.") for i in range(config.num_layers)],
+        )
 
     def new_cache(self, max_num_seqs: int) -> Tensor:
         """Zeros [layers, 2 (keys, values), slots, kv_heads, max_context, head_dim]."""
         config = self.config
-        return torch.zeros(config.num_layers, 2, max_num_seqs, config.num_kv_heads, len(self._rotations), config.head_dim)
+        shape = (config.num_layers, 2, max_num_seqs, config.num_kv_heads, len(self._rotations), config.head_dim)
+        return torch.zeros(shape, device=self.device)
 
-    def forward(self, token_ids: Tensor, positions: Tensor, cache: Tensor, attention: Attention) -> Tensor:
-        """The final hidden states [tokens, hidden], normed, of tokens at positions; their keys and values go to the cache."""
-        config = self.config
+    def new_routing(self, max_num_seqs: int) -> Tensor:
+        """Zeros [slots * max_context, layers, experts of a token]: the cache of the experts that served each token."""
+        config, dtype = self.config, torch.uint8 if self.config.num_experts <= NARROW else torch.int16
+        shape = (max_num_seqs * len(self._rotations), config.num_layers, config.num_experts_per_tok)
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        cache: Tensor,
+        attention: Attention,
+        routing: Tensor | None = None,
+        *,
+        only_cache: bool = False,
+    ) -> Tensor:
+        """The final hidden states [tokens, hidden], normed, of tokens at positions; their keys and values go to the cache.
+
+        The experts that served them go to `routing`, if it is there. With `only_cache` the last layer ends when it has
+        written, and what is returned means nothing.
+        """
+        config, weights, chosen = self.config, self._weights, list[Tensor]()
         num_heads, num_rotated = config.num_heads, config.num_heads + config.num_kv_heads
-        x = F.embedding(token_ids, self._embedding)
+        x = F.embedding(token_ids, weights.embedding)
         rotation = self._rotations[positions].unsqueeze(1)
-        for layer, (keys, values) in zip(self._layers, cache, strict=True):
+        for layer, (keys, values) in zip(weights.layers, cache, strict=True):
             qkv = F.linear(self._round(self._norm(x, layer.input_norm)), layer.qkv, layer.qkv_bias)
             qkv = qkv.view(len(qkv), -1, config.head_dim)
             query_key, value = qkv[:, :num_rotated], qkv[:, num_rotated:]
@@ -91,7 +134,10 @@ class Decoder:
                 query_key = F.rms_norm(query_key, (config.head_dim,), None, config.norm_eps) * layer.qk_norm
             pairs = torch.view_as_complex(query_key.view(*query_key.shape[:2], -1, 2))
             query_key = torch.view_as_real(pairs * rotation).flatten(-2)
-            attended = attention.attend(query_key[:, :num_heads], query_key[:, num_heads:], value, keys, values)
+            attention.write(query_key[:, num_heads:], value, keys, values)
+            if only_cache and layer is weights.layers[-1]:
+                return x
+            attended = attention.attend(query_key[:, :num_heads], keys, values)
             x = torch.addmm(x, self._round(attended), layer.output)
             if layer.output_bias is not None:
                 x = x + layer.output_bias
@@ -100,25 +146,28 @@ class Decoder:
                 gate, up = F.linear(normed, layer.gate_up).chunk(2, dim=-1)
                 x = torch.addmm(x, self._round(F.silu(gate).mul_(up)), layer.down)
             else:
-                x = self._add_experts(x, normed, layer, layer.router)
-        return self._norm(x, self._final_norm)
+                x = self._add_experts(x, normed, layer, layer.router, chosen)
+        if routing is not None:
+            routing[attention.entries] = torch.stack(chosen, dim=1).to(routing.dtype)
+        return self._norm(x, weights.final_norm)
 
-    def _add_experts(self, x: Tensor, normed: Tensor, layer: _Layer, router: Tensor) -> Tensor:
-        """``x + sum_e p_e MLP_e(normed)`` over the experts e that are likeliest for a token; p in float32."""
+    def _add_experts(self, x: Tensor, normed: Tensor, layer: _Layer, router: Tensor, choices: list[Tensor]) -> Tensor:
+        """``x + sum_e p_e MLP_e(normed)`` over the experts e likeliest for a token, which `choices` gets; p in float32."""
         num_chosen = self.config.num_experts_per_tok
         weight, chosen = F.linear(normed, router).softmax(-1).topk(num_chosen)
+        choices.append(chosen)
         if self.config.norm_topk_prob:
             weight /= weight.sum(-1, keepdim=True)
         order = chosen.flatten().argsort()  # of (token, choice): by expert
         token = order // num_chosen
         ends = torch.bincount(chosen.flatten(), minlength=self.config.num_experts).cumsum(0, dtype=torch.int32)
-        gate, up = F.grouped_mm(normed[token], layer.gate_up.mT, offs=ends).chunk(2, dim=-1)
-        served = F.grouped_mm(self._round(F.silu(gate).mul_(up)), layer.down, offs=ends)
+        gate, up = grouped_mm(normed[token], layer.gate_up.mT, ends).chunk(2, dim=-1)
+        served = grouped_mm(self._round(F.silu(gate).mul_(up)), layer.down, ends)
         return x.index_add(0, token, served.mul_(weight.flatten()[order, None]))
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[tokens, vocab] float32 of final hidden states."""
-        return F.linear(self._round(hidden), self._head)
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """[tokens, vocab] float32 of final hidden states, in the memory of `out` if it is given."""
+        return torch.mm(self._round(hidden), self._weights.head.t(), out=out)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, (self.config.hidden_size,), weight, self.config.norm_eps)
@@ -130,9 +179,10 @@ class Decoder:
 class _Fuser:
     """Checks, rounds, reorders and joins the weights of a model."""
 
-    def __init__(self, config: DecoderConfig, weights: Mapping[str, Tensor], numerics: Numerics) -> None:
-        self._config, self._weights, self._numerics = config, weights, numerics
-        self._pair_order = torch.arange(config.head_dim).view(2, -1).t().flatten()  # 0, D/2, 1, D/2 + 1, ...
+    def __init__(self, config: DecoderConfig, weights: Mapping[str, Tensor], numerics: Numerics, device: torch.device) -> None:
+        self._config, self._weights, self._numerics, self._device = config, weights, numerics, device
+        pairs = torch.arange(config.head_dim, device=device).view(2, -1)
+        self._pair_order = pairs.t().flatten()  # 0, D/2, 1, D/2 + 1, ...
 
     def linear(self, name: str, *shape: int) -> Tensor:
         return round_linear(self._get(name, shape), self._numerics)
@@ -204,76 +254,4 @@ class _Fuser:
                 allowed=f"{name} of shape {tuple(shape)}",
                 fix="send all parameters under their Hugging Face names, of the model that the engine was built from",
             )
-        return found
-
-
-def _write(cache: Tensor, index: Tensor, new: Tensor) -> None:
-    cache.view(-1, cache.shape[-1]).index_copy_(0, index, new.reshape(-1, cache.shape[-1]))
-
-
-def _cache_index(slots: Tensor, positions: Tensor, cache: Tensor) -> Tensor:
-    """Where each (token, kv head) lives in a layer's cache seen as [slots * kv_heads * max_context, head_dim]."""
-    num_kv_heads, max_context = cache.shape[-3], cache.shape[-2]
-    heads = slots[:, None] * num_kv_heads + torch.arange(num_kv_heads)
-    return (heads * max_context + positions[:, None]).flatten()
-
-
-class DecodeAttention:
-    """One token for each of the slots ``0 .. rows - 1``; the rows of a tile see at most its crop of positions, 0 skips it."""
-
-    def __init__(self, positions: Tensor, crops: Sequence[int], cache: Tensor) -> None:
-        rows = len(positions)
-        self._index = _cache_index(torch.arange(rows), positions, cache)
-        unseen = torch.arange(max(crops)) > positions[:, None]
-        self._bias = torch.zeros(rows, 1, max(crops)).masked_fill_(unseen[:, None], -torch.inf)
-        self._tiles = [(i * TILE, min((i + 1) * TILE, rows), crop) for i, crop in enumerate(crops) if crop]
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """See `Attention.attend`. Rows of skipped tiles are 0."""
-        _write(keys, self._index, key)
-        _write(values, self._index, value)
-        rows, num_heads, head_dim = query.shape
-        num_kv_heads, max_context = keys.shape[1], keys.shape[2]
-        query = query.reshape(rows, num_kv_heads, -1, head_dim)
-        out = torch.zeros_like(query)
-        for start, end, crop in self._tiles:
-            seen_keys = keys[start:end].view(-1, max_context, head_dim)[:, :crop]
-            seen_values = values[start:end].view(-1, max_context, head_dim)[:, :crop]
-            scores = torch.bmm(query[start:end].flatten(0, 1), seen_keys.transpose(1, 2))
-            scores.view(end - start, num_heads, crop).add_(self._bias[start:end, :, :crop])
-            torch.bmm(
-                torch.softmax(scores, dim=-1), seen_values, out=out[start:end].view(-1, num_heads // num_kv_heads, head_dim)
-            )
-        return out.view(rows, -1)
-
-
-class PrefillAttention:
-    """The tokens ``[start, start + count)`` of several sequences, packed one after the other."""
-
-    def __init__(self, slots: Sequence[int], starts: Sequence[int], counts: Sequence[int], cache: Tensor) -> None:
-        self._slots, self._longest = torch.tensor(slots), max(counts)
-        self._context = max(start + count for start, count in zip(starts, counts, strict=True))
-        offsets, start_of = torch.arange(self._longest), torch.tensor(starts)[:, None]
-        valid = offsets < torch.tensor(counts)[:, None]
-        padded_positions = start_of + offsets
-        self.positions = padded_positions[valid]
-        self._padded_at = valid.flatten().nonzero().squeeze(1)
-        self._index = _cache_index(self._slots.repeat_interleave(torch.tensor(counts)), self.positions, cache)
-        self._seen = (torch.arange(self._context) <= padded_positions[..., None])[:, None]
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """See `Attention.attend`."""
-        _write(keys, self._index, key)
-        _write(values, self._index, value)
-        padded = query.new_zeros(len(self._slots) * self._longest, *query.shape[1:]).index_copy_(0, self._padded_at, query)
-        seen_keys = keys[:, :, : self._context].index_select(0, self._slots)
-        seen_values = values[:, :, : self._context].index_select(0, self._slots)
-        attended = F.scaled_dot_product_attention(
-            padded.view(-1, self._longest, *query.shape[1:]).transpose(1, 2),
-            seen_keys,
-            seen_values,
-            attn_mask=self._seen,
-            scale=1.0,
-            enable_gqa=True,
-        )
-        return attended.transpose(1, 2).flatten(2).flatten(0, 1)[self._padded_at]
+        return found.to(self._device)

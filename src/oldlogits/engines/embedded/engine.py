@@ -9,6 +9,9 @@ One step of `EngineCore`, who feeds whom:
 Prefill computes keys and values of all tokens but the newest; the newest is the input of the decode step, the one
 place where tokens are sampled. Prefill and the first decode step of a request are one step of the engine.
 
+Requests and their tokens are kept on the CPU. On a GPU a step sends it the newest tokens, positions and random numbers,
+which are drawn on the CPU as ever, and waits once: for the tokens that were drawn, with their log-probs.
+
 Requests share entries of the current version only. With kv = "stale" trajectories keep their own over an update: a running
 request goes on with them, and so does a next turn that finds them in its slot; what is sampled over them is "mixed". Thus
 an entry of older versions that a token attends to is one that an earlier token of its trajectory attended to, or added.
@@ -29,19 +32,23 @@ from oldlogits.core.engine import EngineSpec, FinishReason, Generation, KVMode, 
 from oldlogits.core.engine_stats import EngineStats, piece
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.weights import PolicyVersion
-from oldlogits.engines.embedded.decoder import TILE, DecodeAttention, Decoder, PrefillAttention
+from oldlogits.engines.embedded.attention import PrefillAttention
+from oldlogits.engines.embedded.decode_step import DecodeStep, Joined
+from oldlogits.engines.embedded.decoder import Decoder
 from oldlogits.engines.embedded.model_folder import decoder_config, read_weights
 from oldlogits.engines.embedded.numerics import check_numerics
-from oldlogits.engines.embedded.prefix import BLOCK, NO_MATCH, Match, OwnSlots, PrefixIndex, chain_keys
-from oldlogits.engines.embedded.sampling import draw_tokens, restrict_support
-from oldlogits.engines.embedded.slots import Request, SlotTable, check_request
+from oldlogits.engines.embedded.placement import Placement
+from oldlogits.engines.embedded.prefix import Match
+from oldlogits.engines.embedded.sampling import Head
+from oldlogits.engines.embedded.slots import Request, RoutingCache, SlotTable, check_request
 from oldlogits.models.adapters import merge
+from oldlogits.models.device import find_device, wait_for
 
 PREFILL_TOKENS: Final = 4096
 """The most tokens, padding included, of one prefill pass; a longer sequence goes alone."""
 
-WARM_STEPS: Final = 64
-"""A slot freed less than so many steps ago is taken last: its agent's next turn is expected to find it warm."""
+JOINED_TOKENS: Final = 64
+"""The most tokens that a decode step reads beside its own: a pass costs as much as they do, but not its last layer."""
 
 
 class EngineCore:
@@ -50,14 +57,18 @@ class EngineCore:
     def __init__(self, spec: EngineSpec) -> None:
         config = decoder_config(spec)
         self.spec, self.config = spec, config
-        weights = read_weights(Path(spec.model_path))
+        self._device = find_device(spec.device)
+        weights = {name: weight.to(self._device) for name, weight in read_weights(Path(spec.model_path)).items()}
         self._base = weights if spec.adapter_scale else None
-        self._decoder = Decoder(config, weights, check_numerics(spec.numerics), spec.max_context)
+        self._decoder = Decoder(config, weights, check_numerics(spec.numerics), spec.max_context, self._device)
+        self._head = Head(self._decoder)
         self._cache = self._decoder.new_cache(spec.max_num_seqs)
+        has_routing = spec.returns_routing and config.is_routed
+        self._routing = RoutingCache(self._decoder.new_routing(spec.max_num_seqs) if has_routing else None, spec.max_context)
+        self.decode_step = DecodeStep(self._decoder, self._cache, self._routing.table)
         self._generator = torch.Generator().manual_seed(spec.seed)
         self._table = SlotTable(spec.max_num_seqs, spec.max_context)
-        self._index, self._own = PrefixIndex(spec.max_num_seqs), OwnSlots()
-        self._freed_at = dict.fromkeys(range(spec.max_num_seqs), -WARM_STEPS)  # of the free slots: the step
+        self._placement = Placement(self._cache, self._routing)
         self._requests: dict[str, Request] = {}
         self._waiting: dict[str, Request] = {}
         self._decoding: dict[int, Request] = {}  # by slot
@@ -78,23 +89,18 @@ class EngineCore:
     def add(self, request_id: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         """Queue a request; one that does not fit, or whose id is in use, is a `ConfigError`."""
         check_request(prompt_ids, self.config.vocab_size, self.spec.max_context)
-        if request_id in self._requests:
-            raise ConfigError("a request id is in use", got=request_id, allowed="unique ids", fix="number the turns")
-        tokens = list(prompt_ids)
-        request = Request(
-            id=request_id,
-            sampling=sampling,
-            tokens=tokens,
-            num_prompt=len(tokens),
-            end=min(len(tokens) + sampling.max_tokens, self.spec.max_context) - 1,
-            keys=chain_keys(tokens[:-1]),
-        )
-        self._requests[request_id] = request
+        self.queue(Request.of(request_id, prompt_ids, sampling, self.spec.max_context))
+
+    def queue(self, request: Request) -> None:
+        """Queue a request that fits; one whose id is in use is a `ConfigError`."""
+        if request.id in self._requests:
+            raise ConfigError("a request id is in use", got=request.id, allowed="unique ids", fix="number the turns")
+        self._requests[request.id] = request
         self._count.num_requests += 1
-        if sampling.prompt_logprobs:  # a probe: the trainer waits for it
-            self._waiting = {request_id: request, **self._waiting}
+        if request.sampling.prompt_logprobs:  # a probe: the trainer waits for it
+            self._waiting = {request.id: request, **self._waiting}
         else:
-            self._waiting[request_id] = request
+            self._waiting[request.id] = request
 
     def abort(self, request_id: str) -> Generation | None:
         """End a request: what it has sampled so far, or None if it has finished already."""
@@ -104,10 +110,9 @@ class EngineCore:
     def reset(self, seed: int) -> None:
         """Sample from here on as an engine that was made with this seed and has the present weights; it has no request."""
         assert not self._requests, "nobody waits for it"
-        num, context = self.spec.max_num_seqs, self.spec.max_context
         self._generator.manual_seed(seed)
-        self._table, self._index, self._own = SlotTable(num, context), PrefixIndex(num), OwnSlots()
-        self._freed_at = dict.fromkeys(range(num), self._count.num_steps - WARM_STEPS)
+        self._table = SlotTable(self.spec.max_num_seqs, self.spec.max_context)
+        self._placement.reset()
         self._cache.zero_()
 
     def set_quota(self, request_id: str, num_tokens: int | None) -> None:
@@ -139,8 +144,10 @@ class EngineCore:
 
     def _told(self, requests: Sequence[tuple[Request, int]]) -> dict[str, Generation]:
         self._table.sync([request for request, _ in requests if request.slot >= 0])
-        logprobs = self._table.output_logprobs
-        return {request.id: request.generation(logprobs(request, start), "abort", start) for request, start in requests}
+        return {request.id: self._generation(request, "abort", start) for request, start in requests}
+
+    def _generation(self, request: Request, reason: FinishReason, start: int = 0) -> Generation:
+        return request.generation(self._table.output_logprobs(request, start), reason, start, self._routing.by_mark(request))
 
     def update_weights(self, tensors: Mapping[str, Tensor], version: PolicyVersion) -> None:
         """Take over new weights, or adapters of the base; with kv = "recompute" all cached keys and values are dropped.
@@ -150,13 +157,17 @@ class EngineCore:
             ModelFolderError: The weights do not fit the model; the old ones stay.
         """
         check_update(version, over=self._version, is_paused=self._paused is not None)
-        self._decoder.load(tensors if self._base is None else merge(self._base, tensors, self.spec.adapter_scale))
+        if self._base is not None:
+            adapters = {name: tensor.to(self._device) for name, tensor in tensors.items()}
+            tensors = merge(self._base, adapters, self.spec.adapter_scale)
+        self._decoder.load(tensors)
         self._version = version
         running = [request for request in self._requests.values() if request.slot >= 0]
         self._table.sync(running)
-        self._index.clear()
+        for request in running:
+            request.routing = self._routing.by_mark(request)
         if self._paused == "stale":
-            self._own.age()
+            self._placement.age()
             for request in running:
                 if request.id not in self._waiting:
                     request.mark(version, "mixed")
@@ -165,8 +176,7 @@ class EngineCore:
         for request in running:
             request.extend_keys()
         self._waiting = dict(self._requests)
-        self._own.clear()
-        self._cache.zero_()  # no old entry, finite or not, reaches a new sequence
+        self._placement.clear()
 
     def resume(self) -> None:
         """Go on stepping."""
@@ -180,23 +190,27 @@ class EngineCore:
         self._count.num_steps += 1
         with torch.inference_mode():
             before = self._count.num_prefill_tokens
-            is_prefill = False
+            joined: Joined | None = None
             while wave := self._admit():
-                is_prefill = True
-                self._prefill(wave)
+                joined = self._prefill(wave)
+            num_read = self._count.num_prefill_tokens - before
+            num_joined = len(joined[0]) if joined else 0
+            if num_read > num_joined:
+                wait_for(self._device)
             prefilled = time.perf_counter()
-            if is_prefill:
-                self._count.prefill += piece(self._count.num_prefill_tokens - before, prefilled - started)
             num_rows = len(self._decoding)
-            finished = self._decode() if num_rows else []
+            finished = self._decode(joined) if num_rows else []
         ended = time.perf_counter()
+        joined_s = (ended - prefilled) * num_joined / max(1, num_rows + num_joined)  # of one pass, by tokens
+        if num_read:
+            self._count.prefill += piece(num_read, prefilled - started + joined_s)
         if num_rows:
-            self._count.decode += piece(num_rows, ended - prefilled)
+            self._count.decode += piece(num_rows, ended - prefilled - joined_s)
         self._count.busy_s += ended - started
         return finished
 
     def _can_admit(self, request: Request) -> bool:
-        return not request.is_held and (request.slot >= 0 or bool(self._freed_at))
+        return not request.is_held and self._placement.can_place(request)
 
     def _admit(self) -> list[tuple[Request, Match]]:
         """Give waiting requests their slots; returns each with what was found in the cache.
@@ -210,51 +224,30 @@ class EngineCore:
             if not self._can_admit(request):
                 still_waiting[request.id] = request
                 continue
-            match = self._find(request)
-            first_missing = request.keys[match.length // BLOCK : match.length // BLOCK + 1] if match.kv == "fresh" else []
+            match = self._placement.find(request)
+            first_missing = self._placement.first_missing(request, match)
             if not claimed.isdisjoint(first_missing):
                 still_waiting[request.id] = request
                 continue
             claimed.update(first_missing)
-            self._take_slot(request, match)
+            self._placement.place(request, match, self._count.num_steps)
+            self._count.num_prefix_hit_tokens += match.length
             wave.append((request, match))
         self._waiting = still_waiting
         return wave
 
-    def _find(self, request: Request) -> Match:
-        """What the cache holds of a request: its trajectory's own older entries, else what requests share."""
-        if request.sampling.prompt_logprobs:
-            return NO_MATCH
-        known = request.tokens[:-1]
-        own = self._own.match(trajectory_of(request.id), known)
-        return own if own.length else self._index.match(known, request.keys)
+    def _prefill(self, wave: list[tuple[Request, Match]]) -> Joined | None:
+        """Compute the tokens that were not found, all but the newest, and start decoding.
 
-    def _take_slot(self, request: Request, match: Match) -> None:
-        """Choose the request's slot, if it has none, and copy what was found to it."""
-        if request.slot < 0:
-            request.slot = self._choose_slot(match)
-            del self._freed_at[request.slot]
-        slot, length = request.slot, match.length
-        if length and slot != match.slot:
-            self._cache[:, :, slot, :, :length] = self._cache[:, :, match.slot, :, :length]
-        self._own.take(slot)
-        self._index.hold(slot, request.tokens[:length] if match.kv == "fresh" else [], request.keys)
-        self._count.num_prefix_hit_tokens += length
-
-    def _choose_slot(self, match: Match) -> int:
-        """The slot of the match if it is free and holds nothing else; else the lowest slot that has cooled down."""
-        if match.kv == "mixed" or (match.slot in self._freed_at and self._index.length(match.slot) == match.length):
-            return match.slot
-        cool = [slot for slot, freed_at in self._freed_at.items() if self._count.num_steps - freed_at >= WARM_STEPS]
-        return min(cool) if cool else min(self._freed_at, key=lambda slot: (self._freed_at[slot], slot))
-
-    def _prefill(self, wave: list[tuple[Request, Match]]) -> None:
-        """Compute the tokens that were not found, all but the newest, and start decoding."""
+        If nothing else can be admitted, the last few are left to the decode step, which reads them beside its own.
+        """
         missing = [(len(request.tokens) - 1 - match.length, match.length, request) for request, match in wave]
         missing = sorted((entry for entry in missing if entry[0]), key=lambda entry: entry[0])
+        joined = None
+        is_last = not any(map(self._can_admit, self._waiting.values()))
         while missing:
             size = max(1, sum((i + 1) * entry[0] <= PREFILL_TOKENS for i, entry in enumerate(missing)))
-            self._prefill_batch(missing[:size])
+            joined = self._prefill_batch(missing[:size], may_join=is_last and size == len(missing))
             missing = missing[size:]
         requests = [request for request, _ in wave]
         new = [request for request in requests if not request.marks]
@@ -262,46 +255,53 @@ class EngineCore:
             self._table.place(new)
         for request, match in wave:
             if match.kv == "fresh":
-                self._index.hold(request.slot, request.tokens[:-1], request.keys)
+                self._placement.share(request)
             request.mark(self._version, match.kv)
         self._set_decoding(requests, True)
+        return joined
 
-    def _prefill_batch(self, batch: list[tuple[int, int, Request]]) -> None:
+    def _prefill_batch(self, batch: list[tuple[int, int, Request]], *, may_join: bool) -> Joined | None:
         counts, starts, requests = zip(*batch, strict=True)
         attention = PrefillAttention([request.slot for request in requests], starts, counts, self._cache)
         tokens = [token for count, start, request in batch for token in request.tokens[start : start + count]]
-        hidden = self._decoder.forward(torch.tensor(tokens), attention.positions, self._cache, attention)
+        tokens_there = torch.tensor(tokens).to(self._device)
+        asking = [request.sampling.prompt_logprobs and not request.marks for request in requests]
+        routing = self._routing.table
         self._count.num_prefill_tokens += len(tokens)
-        for (count, _, request), rows in zip(batch, torch.split(hidden, list(counts)), strict=True):
-            if request.sampling.prompt_logprobs and not request.marks:
-                logp = torch.log_softmax(self._decoder.logits(rows), dim=-1)
-                following = torch.tensor(request.tokens[1 : count + 1])
-                request.prompt_logprobs = tuple(logp.gather(1, following[:, None]).squeeze(1).tolist())
+        if may_join and len(tokens) <= JOINED_TOKENS and not any(asking) and not self.decode_step.has_few_shapes:
+            return tokens_there, attention
+        is_read = routing is not None or any(asking)
+        hidden = self._decoder.forward(
+            tokens_there, attention.positions, self._cache, attention, routing, only_cache=not is_read
+        )
+        for count, request, asks, rows in zip(counts, requests, asking, torch.split(hidden, list(counts)), strict=True):
+            if asks:
+                following = torch.tensor(request.tokens[1 : count + 1]).to(self._device)
+                request.prompt_logprobs = tuple(self._head.logprobs(rows, following).tolist())
+        return None
 
-    def _decode(self) -> list[tuple[str, Generation]]:
-        """Sample one token for each decoding row; rows in between are computed and ignored."""
+    def _decode(self, joined: Joined | None) -> list[tuple[str, Generation]]:
+        """Sample one token for each decoding row; others that the step computes are ignored."""
         table, num_rows = self._table, max(self._decoding) + 1
-        seen = torch.where(table.active, table.position + 1, 0)
-        crops = seen.view(-1, TILE).amax(dim=1)[: -(-num_rows // TILE)].tolist()
-        position, active = table.position[:num_rows], table.active[:num_rows]
-        at = table.row_start[:num_rows] + position
-        attention = DecodeAttention(position, crops, self._cache)
-        logits = self._decoder.logits(self._decoder.forward(table.tokens.view(-1)[at], position, self._cache, attention))
-        temperature = table.temperature[:num_rows]
-        if any(request.reshapes for request in self._decoding.values()):
-            logits = restrict_support(logits, temperature, table.top_p[:num_rows], table.top_k[:num_rows])
+        slots = self.decode_step.rows(table, num_rows)
         uniform = torch.rand(num_rows, generator=self._generator, dtype=torch.float64)
-        tokens, logprobs = draw_tokens(logits, temperature, uniform)
-        at += 1
+        sent = (uniform[slots], table.temperature[slots], table.top_p[slots], table.top_k[slots])
+        uniform, temperature, top_p, top_k = (values.to(self._device, non_blocking=True) for values in sent)
+        support = (top_p, top_k) if any(request.reshapes for request in self._decoding.values()) else None
+        hidden = self.decode_step.hidden(table, slots, joined)
+        tokens, logprobs = (drawn.cpu() for drawn in self._head.draw(hidden, uniform, temperature, support))
+        position, active = table.position[slots], table.active[slots]
+        at = table.row_start[slots] + position + 1
         table.tokens.view(-1)[at] = tokens
         table.logprobs.view(-1)[at] = logprobs
         position += active
+        table.position[slots] = position
         self._count.num_decode_tokens += len(self._decoding)
-        stopped = (table.stop_ids[:num_rows] == tokens[:, None]).any(dim=1)
-        done = (active & (stopped | (position >= table.limit[:num_rows]))).nonzero().squeeze(1)
+        stopped = (table.stop_ids[slots] == tokens[:, None]).any(dim=1)
+        done = (active & (stopped | (position >= table.limit[slots]))).nonzero().squeeze(1)
         if not len(done):
             return []
-        requests = [self._decoding[slot] for slot in done.tolist()]
+        requests = [self._decoding[slot] for slot in slots[done].tolist()]
         table.sync(requests)
         finished = []
         for request, is_stop in zip(requests, stopped[done].tolist(), strict=True):
@@ -325,14 +325,9 @@ class EngineCore:
         """Free the request's slot, which stays warm, and build its result."""
         del self._requests[request.id]
         was_waiting = self._waiting.pop(request.id, None) is not None
-        if request.slot >= 0 and not was_waiting:
-            self._table.sync([request])
-            if request.kv == "fresh":
-                request.extend_keys()
-                self._index.hold(request.slot, request.tokens[:-1], request.keys)
-            if trajectory := trajectory_of(request.id):
-                self._own.leave(request.slot, trajectory, request.tokens[:-1], request.kv)
         if request.slot >= 0:
+            if not was_waiting:
+                self._table.sync([request])
+            self._placement.leave(request, self._count.num_steps, is_computed=not was_waiting)
             self._set_decoding([request], False)
-            self._freed_at[request.slot] = self._count.num_steps
-        return request.generation(self._table.output_logprobs(request), reason)
+        return self._generation(request, reason)

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 
 
 class EmbeddedKind(EngineKind):
-    """A small CPU decoder of the Llama and Qwen family: a process of the run, or steps of the caller's."""
+    """A small decoder of the Llama and Qwen family: a process of the run, or steps of the caller's."""
 
     kv_modes: ClassVar[frozenset[KVMode]] = frozenset({"recompute", "stale"})
+    has_routing: ClassVar[bool] = True
     is_stepwise: ClassVar[bool] = True
     served_by: ClassVar[str] = "embedded"
 

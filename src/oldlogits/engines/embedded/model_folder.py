@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -41,22 +42,35 @@ class _Section(BaseModel):
 
 
 class _Rope(_Section):
-    """Rotary embeddings without scaling."""
+    """Rotary embeddings as they are, or scaled as Llama 3's."""
 
     rope_theta: _Finite | None = None
-    rope_type: Literal["default"] = "default"
+    rope_type: Literal["default", "llama3"] = "default"
     partial_rotary_factor: float = Field(default=1.0, ge=1.0, le=1.0)
+    factor: _Finite = 0.0
+    low_freq_factor: _Finite = 0.0
+    high_freq_factor: _Finite = 0.0
+    original: _Size = Field(default=0, validation_alias="original_max_position_embeddings")
 
     @model_validator(mode="before")
     @classmethod
     def _with_one_name(cls, values: object) -> object:
         return {"rope_type": values["type"], **values} if isinstance(values, dict) and "type" in values else values
 
+    @model_validator(mode="after")
+    def _is_whole(self) -> _Rope:
+        if self.rope_type == "llama3" and not (
+            self.factor and self.original and 0 < self.low_freq_factor < self.high_freq_factor
+        ):
+            keys = "factor, original_max_position_embeddings and low_freq_factor < high_freq_factor"
+            raise PydanticCustomError("incomplete", f"one with {keys}")
+        return self
+
 
 class DecoderConfig(_Section):
     """The shape of a decoder, under the keys of config.json that it is read from."""
 
-    family: Literal["llama", "qwen2", "qwen3", "qwen3_moe"] = Field(validation_alias="model_type")
+    family: Literal["llama", "qwen2", "qwen3", "qwen3_moe", "mistral"] = Field(validation_alias="model_type")
     vocab_size: _Size
     hidden_size: _Size
     mlp_size: _Size = Field(validation_alias="intermediate_size")
@@ -74,6 +88,7 @@ class DecoderConfig(_Section):
     hidden_act: Literal["silu"] = "silu"
     mlp_bias: Literal[False] = False
     use_sliding_window: Literal[False] = False
+    sliding_window: int | None = None
     layer_types: list[Literal["full_attention"]] = []
     decoder_sparse_step: Literal[1] = 1
     mlp_only_layers: list[int] = Field(default=[], max_length=0)
@@ -98,6 +113,16 @@ class DecoderConfig(_Section):
     def rope_theta(self) -> float:
         """Base of the rotary frequencies; older configs have it at the top."""
         return self.base if self.rope_parameters.rope_theta is None else self.rope_parameters.rope_theta
+
+    @property
+    def rope(self) -> _Rope:
+        """How rotary embeddings are scaled; older configs have it under a name of its own."""
+        return self.rope_scaling if self.rope_parameters.rope_type == "default" else self.rope_parameters
+
+    @property
+    def window(self) -> int:
+        """The most tokens, its own included, that a token attends to; 0: all before it."""
+        return self.sliding_window or 0 if self.family == "mistral" else 0
 
     @property
     def qkv_bias(self) -> bool:
@@ -168,6 +193,9 @@ def decoder_config(spec: EngineSpec) -> DecoderConfig:
             allowed=f"max_num_seqs >= 1, max_context from 2 to the model's {config.max_positions}",
             fix="correct engine.max_num_seqs or env.max_episode_tokens (`oldlogits serve`: --max-num-seqs, --max-context)",
         )
+    if config.window and spec.max_context > config.window:  # no shorter sequence is changed by it
+        allowed = f"no less than the most tokens of a sequence, {spec.max_context}"
+        raise _unsupported("sliding_window", config.window, allowed, Path(spec.model_path) / "config.json")
     return config
 
 
@@ -209,6 +237,6 @@ def _unsupported(key: str, value: object, allowed: str, path: Path) -> ModelFold
         "the embedded engine does not support this model",
         got=f"{key} = {repr(value)[:200]} in {path}",
         allowed=f"{key} = {allowed}",
-        fix="use a plain Llama, Qwen2, Qwen3 or Qwen3-MoE model, or for `oldlogits train` one that vLLM runs, with "
+        fix="use a Llama, Mistral, Qwen2, Qwen3 or Qwen3-MoE model, or for `oldlogits train` one that vLLM runs, with "
         "engine.type = 'vllm'",
     )

@@ -5,12 +5,15 @@ of its tokens chained with the key of the block before it, so one look-up finds 
 are compared as well: a hash never decides alone.
 
 `OwnSlots`: entries of older versions, each only for the next request of the trajectory that left them.
+
+`FreeSlots`: which slot a request takes that goes on in none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from oldlogits.core.trajectory import KV
 
@@ -79,22 +82,61 @@ class PrefixIndex:
             num_blocks -= 1
         if not num_blocks:
             return NO_MATCH
+        start = num_blocks * BLOCK
+        head, tail = tokens[:start], tokens[start : start + BLOCK]
         best = NO_MATCH
         for slot in sorted(self._holders[keys[num_blocks - 1]]):
-            length = _common_prefix(tokens, self._tokens[slot], num_blocks * BLOCK)
-            if length > best.length:
-                best = Match(slot=slot, length=length)
-            if length == len(tokens):
+            held = self._tokens[slot]
+            longer = best.length - start + 1
+            if longer > 0 and held[start : start + longer] != tail[:longer]:
+                continue
+            if held[:start] != head:  # two blocks with one hash
+                continue
+            best = Match(slot=slot, length=start + _common_prefix(tail, held[start : start + BLOCK]))
+            if best.length == len(tokens):
                 break
         return best
 
 
-def _common_prefix(left: Sequence[int], right: Sequence[int], expected: int) -> int:
-    """The length of the common prefix, 0 if it is below `expected` (two blocks with one hash)."""
-    if left[:expected] != right[:expected]:
-        return 0
-    end = min(len(left), len(right))
-    return next((i for i in range(expected, end) if left[i] != right[i]), end)
+def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """The number of tokens that both begin with."""
+    return next(
+        (i for i, (one, other) in enumerate(zip(left, right, strict=False)) if one != other), min(len(left), len(right))
+    )
+
+
+class FreeSlots:
+    """The slots that nobody decodes in. One that was freed less than `warm_steps` steps ago is taken last."""
+
+    def __init__(self, num_slots: int, warm_steps: int) -> None:
+        self._cool, self._warm_steps = set(range(num_slots)), warm_steps
+        self._freed_at: dict[int, int] = {}  # of the warm ones, in the order in which they were freed
+
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._cool or slot in self._freed_at
+
+    def __len__(self) -> int:
+        return len(self._cool) + len(self._freed_at)
+
+    def free(self, slot: int, step: int) -> None:
+        """The step frees a slot."""
+        self._freed_at[slot] = step
+
+    def take(self, slot: int) -> None:
+        """A slot is in use."""
+        self._cool.discard(slot)
+        self._freed_at.pop(slot, None)
+
+    def next(self, step: int) -> int:
+        """The lowest slot that has cooled down; where there is none, the one that was freed first, of several the lowest."""
+        while self._freed_at and step - next(iter(self._freed_at.values())) >= self._warm_steps:
+            slot = next(iter(self._freed_at))
+            del self._freed_at[slot]
+            self._cool.add(slot)
+        if self._cool:
+            return min(self._cool)
+        first = next(iter(self._freed_at.values()))
+        return min(slot for slot, _ in takewhile(lambda freed: freed[1] == first, self._freed_at.items()))
 
 
 class OwnSlots:

@@ -1,6 +1,7 @@
 """The embedded engine in a process of its own, behind `RolloutEngine`.
 
-A request is answered in the step that ends it; other calls are answered between two steps.
+A request is answered in the step that ends it; other calls are answered between two steps. A turn brings the tokens after the
+prompt of its trajectory's last turn, which it names by number; where the process has none of that number, the whole is sent.
 
     controller process                      engine process
     generate, abort, pause, ...  --calls--> drain calls; block on the pipe only when idle
@@ -11,19 +12,31 @@ A request is answered in the step that ends it; other calls are answered between
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final, Protocol
 
-from oldlogits.core.engine import EngineControls, EngineSpec, Generation, GrowingEngine, KVMode, PauseMode, Sampling
+from oldlogits.core.engine import (
+    EngineControls,
+    EngineSpec,
+    Generation,
+    GrowingEngine,
+    KVMode,
+    PauseMode,
+    Sampling,
+    trajectory_of,
+)
 from oldlogits.core.engine_stats import EngineCapabilities, EngineStats
 from oldlogits.core.errors import OldLogitsError
 from oldlogits.core.weights import PolicyVersion, WeightUpdate
 from oldlogits.engines.embedded.engine import EngineCore
 from oldlogits.engines.embedded.model_folder import decoder_config
-from oldlogits.engines.embedded.slots import check_request
+from oldlogits.engines.embedded.slots import Request, check_request
+from oldlogits.engines.prompts import Prompts, flat
 from oldlogits.engines.shared_memory import HostWeights
 from oldlogits.models.device import configure_process
 from oldlogits.rpc.child import Call, Inbox, Reply, answer
@@ -53,6 +66,9 @@ class EngineProcess:
             "engine", _serve, (spec,), fix=_FIX, is_pipelined=True, heartbeat_timeout_s=heartbeat_timeout_s
         )
         self._deadline = Deadline(self._process, control_timeout_s)
+        self._prompts = Prompts[str, int]()  # that were sent last, with their numbers, by trajectory
+        self._numbers = itertools.count(1)
+        self._is_aborted: dict[str, bool] = {}  # of the requests that are not answered
         self.capabilities = EngineCapabilities(partials=True, growth=True, num_host_copies=1)
         calls = client(EngineCalls, self._deadline)  # type: ignore[type-abstract]
         self.pause, self.partials, self.load = calls.pause, calls.partials, calls.load
@@ -64,17 +80,31 @@ class EngineProcess:
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, request_id: str) -> Generation:
         """Sample a completion; waits through pauses and weight updates."""
-        check_request(prompt_ids, self._vocab_size, self._spec.max_context)
+        prompt, name, number = flat(prompt_ids), trajectory_of(request_id), next(self._numbers)
+        num_known, before = self._prompts.begun(name, prompt) or (0, 0)
+        check_request(prompt, self._vocab_size, self._spec.max_context, num_known)
+        if name:
+            self._prompts.keep(name, prompt, number)
+        self._is_aborted[request_id] = False
         try:
-            generation = await self._process.call("generate", (request_id, list(prompt_ids), sampling))
+            asked = request_id, sampling, number
+            generation = await self._process.call("generate", (*asked, before, prompt[num_known:]))
+            if generation is None and self._is_aborted.get(request_id):
+                return Generation(output_ids=(), logprobs=(), spans=(), finish_reason="abort")
+            if generation is None:  # it does not know the one before any more
+                generation = await self._process.call("generate", (*asked, 0, prompt))
         except asyncio.CancelledError:
             await self.abort(request_id)
             raise
+        finally:
+            self._is_aborted.pop(request_id, None)
         assert isinstance(generation, Generation)
         return generation
 
     async def abort(self, request_id: str) -> None:
         """End a request; its `generate` returns what was sampled so far with finish reason "abort"."""
+        if request_id in self._is_aborted:
+            self._is_aborted[request_id] = True
         self._process.tell("abort", (request_id,))
 
     async def update_weights(self, update: WeightUpdate, version: PolicyVersion) -> None:
@@ -103,6 +133,7 @@ class _Server:
         self._inbox, self._core = inbox, core
         self._dispatcher = Dispatcher(EngineCalls, self, core)
         self._numbers: dict[str, int] = {}  # of the calls that wait for a request, by its id
+        self._prompts = Prompts[int, Sequence[int]]()  # that came last, with the keys of their blocks, by number
         self._copy: HostCopy | None = None
         self._waiting_s = 0.0
 
@@ -138,9 +169,17 @@ class _Server:
 
     def _handle(self, call: Call) -> None:
         match call.method, call.arguments:
-            case "generate", (str(request_id), list(prompt_ids), Sampling() as sampling):
+            case "generate", (str(request_id), Sampling() as sampling, int(number), int(before), array() as new):
+                known, keys = self._prompts.take(before) or (array("i"), ())
+                if before and not known:
+                    self._inbox.reply([Reply(number=call.number)])
+                    return
+                prompt = known + new
+                request = Request.of(request_id, prompt, sampling, self._core.spec.max_context, keys)
+                if trajectory_of(request_id):
+                    self._prompts.keep(number, prompt, request.keys)
                 try:
-                    self._core.add(request_id, prompt_ids, sampling)
+                    self._core.queue(request)
                 except OldLogitsError as error:
                     self._inbox.reply([Reply(number=call.number, error=error)])
                 else:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from oldlogits.core.engine import FinishReason, Generation, Sampling, Span
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.trajectory import KV
+from oldlogits.core.trajectory import KV, Choices, Routing
 from oldlogits.core.weights import PolicyVersion
-from oldlogits.engines.embedded.decoder import TILE
+from oldlogits.engines.embedded.attention import TILE
 from oldlogits.engines.embedded.prefix import chain_keys
 
 
-def check_request(prompt_ids: Sequence[int], vocab_size: int, max_context: int) -> None:
-    """Refuse a prompt that is empty, fills the context, or has tokens outside the vocabulary."""
+def check_request(prompt_ids: Sequence[int], vocab_size: int, max_context: int, num_checked: int = 0) -> None:
+    """Refuse a prompt that is empty, fills the context, or has tokens outside the vocabulary after the first `num_checked`."""
     if not 0 < len(prompt_ids) < max_context:
         raise ConfigError(
             "the prompt does not fit the engine's context",
@@ -24,10 +27,11 @@ def check_request(prompt_ids: Sequence[int], vocab_size: int, max_context: int) 
             allowed=f"1 to {max_context - 1} tokens, of {max_context} with one to sample",
             fix="shorten the prompt, or raise env.max_episode_tokens (`oldlogits serve`: --max-context)",
         )
-    if min(prompt_ids) < 0 or max(prompt_ids) >= vocab_size:
+    new = prompt_ids[num_checked:]
+    if new and (min(new) < 0 or max(new) >= vocab_size):
         raise ConfigError(
             "the prompt has tokens outside the vocabulary",
-            got=f"token ids from {min(prompt_ids)} to {max(prompt_ids)}",
+            got=f"token ids from {min(new)} to {max(new)}",
             allowed=f"0 to {vocab_size - 1}",
             fix="use the tokenizer that belongs to the model",
         )
@@ -45,6 +49,7 @@ class Request:
         quota: It stops after so many output tokens until the quota is raised.
         marks: From which output token on which version sampled, and whether keys and values were fresh.
         prompt_logprobs: The log-probs of the prompt, if they are asked for and computed.
+        routing: By mark, as far as newer weights followed: the experts of its tokens but the last, where they are recorded.
     """
 
     id: str
@@ -57,6 +62,17 @@ class Request:
     quota: int | None = None
     marks: list[tuple[int, PolicyVersion, KV]] = field(default_factory=list)
     prompt_logprobs: tuple[float, ...] = ()
+    routing: list[Choices] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls, id: str, prompt_ids: Sequence[int], sampling: Sampling, max_context: int, known_keys: Sequence[int] = ()
+    ) -> Self:
+        """Make a request that has not sampled yet; `known_keys` are those of the first blocks of its prompt."""
+        tokens = list(prompt_ids)
+        end = min(len(tokens) + sampling.max_tokens, max_context) - 1
+        keys = chain_keys(tokens[:-1], known_keys)
+        return cls(id=id, sampling=sampling, tokens=tokens, num_prompt=len(tokens), end=end, keys=keys)
 
     @property
     def num_sampled(self) -> int:
@@ -92,12 +108,21 @@ class Request:
         """Bring the block keys up to date with the tokens."""
         self.keys = chain_keys(self.tokens[:-1], self.keys)
 
-    def generation(self, logprobs: Iterable[float], reason: FinishReason, first: int = 0) -> Generation:
-        """The result from an output token on, of the tokens as of the last `sync`."""
+    def generation(
+        self, logprobs: Iterable[float], reason: FinishReason, first: int = 0, routing: Sequence[Choices] = ()
+    ) -> Generation:
+        """The result from an output token on, of the tokens as of the last `sync`, with the routing of each mark, if any."""
         ends = [start for start, _, _ in self.marks[1:]] + [self.num_sampled]
+        known: Sequence[Choices | None] = routing or [None] * len(ends)
         spans = [
-            Span(version=version, start=max(start, first) - first, end=end - first, kv=kv)
-            for (start, version, kv), end in zip(self.marks, ends, strict=False)
+            Span(
+                version=version,
+                start=max(start, first) - first,
+                end=end - first,
+                kv=kv,
+                routing=self._routing_of(choices, start, end, first) if choices is not None else None,
+            )
+            for (start, version, kv), end, choices in zip(self.marks, ends, known, strict=False)
             if end > max(start, first)
         ]
         return Generation(
@@ -107,6 +132,32 @@ class Request:
             finish_reason=reason,
             prompt_logprobs=self.prompt_logprobs,
         )
+
+    def _routing_of(self, choices: Choices, start: int, end: int, first: int) -> Routing:
+        """The experts of the tokens before the last of a span, from those on that a caller who knows `first` tokens lacks."""
+        begin = self.num_prompt + first - 1 if start < first else 0
+        return Routing.of(choices[begin : self.num_prompt + end - 1])
+
+
+class RoutingCache:
+    """The experts that served the tokens of each slot, beside their keys and values; nothing where `table` is not there."""
+
+    def __init__(self, table: Tensor | None, max_context: int) -> None:
+        self.table, self._width = table, max_context
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Let a slot begin with the entries of another."""
+        if self.table is not None:
+            begin, there = source * self._width, target * self._width
+            self.table[there : there + length] = self.table[begin : begin + length]
+
+    def by_mark(self, request: Request) -> list[Choices]:
+        """The experts of a request's tokens but the last, as they were when the tokens of each mark were sampled."""
+        if self.table is None or len(request.routing) == len(request.marks):
+            return request.routing
+        begin = request.slot * self._width
+        now = self.table[begin : begin + len(request.tokens) - 1].cpu().numpy().copy()
+        return [*request.routing, now if now.itemsize == 1 else now.view(np.uint16)]
 
 
 class SlotTable:

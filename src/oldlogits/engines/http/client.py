@@ -39,7 +39,7 @@ class HttpClient(Transport):
         """Write a text to a file where the weights for this server will be."""
         return share_text(text)
 
-    async def call(self, method: str, path: str, body: Json = None, *, timeout_s: float | None) -> Reply:
+    async def call(self, method: str, path: str, body: Json | bytes = None, *, timeout_s: float | None) -> Reply:
         """Call a route; see `Transport.call`."""
         route = path.partition("?")[0]
         if self._is_closed:
@@ -47,7 +47,7 @@ class HttpClient(Transport):
         headers = {"content-type": "application/json"} if body is not None else {}
         if self._token:
             headers["authorization"] = f"Bearer {self._token}"
-        data = None if body is None else json.dumps(body).encode()
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=10.0)
         try:
             asking = self._session.request(

@@ -40,6 +40,7 @@ from oldlogits.engines.http.fleet import Fleet
 from oldlogits.engines.http.pending import PendingRequest, unless
 from oldlogits.engines.http.replica import Attempt, Replica
 from oldlogits.engines.http.supervision import Supervisor
+from oldlogits.engines.prompts import flat
 from oldlogits.engines.shared_memory import OnThisHost, WeightTransport
 
 REMEMBERED: Final = 65_536
@@ -108,7 +109,7 @@ class HttpEngine:
             raise ConfigError(
                 "no weights were given", got=request_id, allowed="update_weights first", fix="pause, update, resume"
             )
-        self._requests[request_id] = request = PendingRequest(id=request_id, prompt_ids=list(prompt_ids), sampling=sampling)
+        self._requests[request_id] = request = PendingRequest(id=request_id, prompt_ids=flat(prompt_ids), sampling=sampling)
         try:
             while True:
                 replica = await self._choose(request)
@@ -191,6 +192,8 @@ class HttpEngine:
             for request in self._requests.values():
                 request.is_aborted = True
         await self.fleet.pause(mode)
+        if self._spec.returns_routing:
+            await self.partials()  # an answer has the experts of one version
         self._look_at_clock()
 
     async def partials(self) -> Mapping[str, Generation]:

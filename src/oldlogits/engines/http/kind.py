@@ -24,6 +24,7 @@ class HttpKind(EngineKind):
     """One or several servers; what they can run is their protocol's to say."""
 
     has_servers: ClassVar[bool] = True
+    has_routing: ClassVar[bool] = True
 
     def check(self, spec: EngineSpec, servers: ServerOptions) -> None:
         """Refuse what the servers' protocol refuses; see `EngineKind.check`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+from array import array
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -20,7 +21,7 @@ class PendingRequest:
     """A request, and what was kept of its attempts."""
 
     id: str
-    prompt_ids: list[int]
+    prompt_ids: array[int]
     sampling: Sampling
     numbers: Iterator[int] = field(default_factory=itertools.count)
     kept: Generation = NOTHING
@@ -33,7 +34,9 @@ class PendingRequest:
         spans = list(kept.spans)
         for span in answer.spans:
             if spans and spans[-1].version == span.version:
-                spans[-1] = replace(spans[-1], end=offset + span.end)
+                before, new = spans[-1].routing, span.routing
+                routing = before + new.last(span.end - span.start) if before is not None and new is not None else None
+                spans[-1] = replace(spans[-1], end=offset + span.end, routing=routing)
             else:
                 spans.append(replace(span, start=offset + span.start, end=offset + span.end))
         self.kept = Generation(

@@ -107,6 +107,14 @@ class Replica:
                 fix=f"start it with {self.server.flag('max_context', str(spec.max_context))}",
             )
 
+        if spec.returns_routing and not info.returns_routing:
+            raise ConfigError(
+                f"the server {url} does not say which experts it chose",
+                got="an answer without routing, and model.routing is not 'off'",
+                allowed="the experts of every token that it reads",
+                fix="start it with --enable-return-routed-experts, or set model.routing = 'off'",
+            )
+
     async def close(self) -> None:
         """End its process, if the run started it, and leave no connection."""
         if self.launched is not None:

@@ -33,7 +33,9 @@ class EmbeddedProtocol(VllmProtocol):
             *(spec.servers.python or sys.executable, "-m", "oldlogits", "serve", e.model_path),
             *("--host", spec.address, "--port", str(port), "--seed", str(e.seed)),
             *("--max-num-seqs", str(e.max_num_seqs), "--max-context", str(e.max_context)),
-            *("--numerics", e.numerics, "--adapter-scale", str(e.adapter_scale), *spec.servers.flags),
+            *("--numerics", e.numerics, "--adapter-scale", str(e.adapter_scale), "--device", e.device),
+            *(["--enable-return-routed-experts"] if e.returns_routing else []),
+            *spec.servers.flags,
         ]
 
     @classmethod

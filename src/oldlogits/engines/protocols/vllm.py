@@ -9,10 +9,11 @@ import re
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Final, Literal, TypeVar
 
-from oldlogits.core.engine import Generation, PauseMode, Sampling
+from oldlogits.core.engine import Generation, PauseMode, Sampling, trajectory_of
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.server import (
     GenerateRequest,
@@ -22,8 +23,10 @@ from oldlogits.core.server import (
     ServerInfo,
     ServerProtocol,
     SharedWeights,
+    Transport,
 )
 from oldlogits.core.weights import PolicyVersion
+from oldlogits.engines.prompts import Prompts, flat
 from oldlogits.engines.protocols import vllm_messages as wire
 
 OLDEST: Final = (0, 32)
@@ -46,6 +49,10 @@ class VllmProtocol(ServerProtocol):
     uses_gpu: ClassVar[bool] = True
     needs: ClassVar[str] = "vllm"
 
+    def __init__(self, http: Transport) -> None:
+        super().__init__(http)
+        self._written = Prompts[str, bytes]()  # as JSON, by trajectory
+
     @classmethod
     def command(cls, spec: LaunchSpec, port: int) -> list[str]:
         """The command line of vLLM's server; heads that its CPU kernels refuse are served as wider ones."""
@@ -65,6 +72,7 @@ class VllmProtocol(ServerProtocol):
             *("--max-num-seqs", str(e.max_num_seqs), "--max-model-len", str(e.max_context)),
             *("--dtype", _DTYPES.get(e.numerics, "float32"), "--additional-config", json.dumps(own)),
             *("--logprobs-mode", "processed_logprobs", "--enable-scale-out"),
+            *(["--enable-return-routed-experts"] if e.returns_routing else []),
             *(*transfer_flags(), *spec.servers.flags),
         ]
 
@@ -97,9 +105,9 @@ class VllmProtocol(ServerProtocol):
             with contextlib.suppress(ServerFailedError, ConfigError):  # none was begun; else: weights of no version
                 await self.http.control("POST", "/finish_weight_update", {"weight_version": UNFINISHED_LABEL})
             await self.resume()
-        await self._check_generation()
+        returns_routing = await self._check_generation()
         await self._check_transfer()
-        return info
+        return replace(info, returns_routing=returns_routing)
 
     def _checked(self, version: str, config: wire.ServerConfig) -> ServerInfo:
         """What the configuration says, if it is fit for training."""
@@ -122,8 +130,8 @@ class VllmProtocol(ServerProtocol):
             adapter_scale=float(str(config.own("oldlogits_adapter_scale") or 0)),
         )
 
-    async def _check_generation(self) -> None:
-        """One token, to see that the route is there and answers in full."""
+    async def _check_generation(self) -> bool:
+        """One token, to see that the route is there and answers in full; returns whether it says which experts it chose."""
         request = GenerateRequest(
             request_id=f"connect-{secrets.token_hex(4)}", token_ids=(0,), sampling=Sampling(max_tokens=1, temperature=1.0)
         )
@@ -131,7 +139,8 @@ class VllmProtocol(ServerProtocol):
         reply = await self.http.call("POST", _GENERATE, body, timeout_s=self.http.control_timeout_s)
         if reply.status in (403, 404):
             raise self.http.refused(f"no {_GENERATE}", "the token-in/token-out route", "start it with --enable-scale-out")
-        wire.read(wire.AnswerBody, self.http.accepted(reply).content).answer(request, self.version_of)
+        answer = wire.read(wire.AnswerBody, self.http.accepted(reply).content).answer(request, self.version_of)
+        return all(span.routing is not None for span in answer.spans)
 
     async def _check_transfer(self) -> None:
         """Whether it reads the files that weights come in."""
@@ -152,8 +161,19 @@ class VllmProtocol(ServerProtocol):
 
     async def generate(self, request: GenerateRequest) -> Generation:
         """Sample a completion; takes as long as it takes."""
-        reply = await self.http.call("POST", _GENERATE, wire.GenerateBody.of(request).model_dump(), timeout_s=None)
+        reply = await self.http.call("POST", _GENERATE, self._body(request), timeout_s=None)
         return wire.read(wire.AnswerBody, self.http.accepted(reply).content).answer(request, self.version_of)
+
+    def _body(self, request: GenerateRequest) -> bytes:
+        """The body of a request; the tokens that the prompt of its trajectory's last turn had are not written again."""
+        tokens, name = flat(request.token_ids), trajectory_of(request.request_id)
+        num_written, written = self._written.begun(name, tokens) or (0, b"")
+        new = ",".join(map(str, tokens[num_written:])).encode()
+        text = b",".join(filter(None, (written, new)))
+        if name:
+            self._written.keep(name, tokens, text)
+        others = wire.GenerateBody.of(replace(request, token_ids=())).model_dump(exclude={"token_ids"})
+        return b'{"token_ids": [%s], %s' % (text, json.dumps(others).encode()[1:])
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """End requests; their `generate` returns what was sampled so far."""

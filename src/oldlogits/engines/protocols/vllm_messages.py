@@ -3,20 +3,26 @@
 POST /inference/v1/generate
     {"request_id", "token_ids", "sampling_params": {"max_tokens", "temperature", ..., "logprobs": 0}}
  -> {"choices": [{"token_ids", "logprobs": {"content": [{"token_id", "logprob"}]}, "finish_reason",
-                  "weight_versions": [{"version": label, "start", "end"}]}], "prompt_logprobs"}
+                  "weight_versions": [{"version": label, "start", "end"}],
+                  "routed_experts": base64 of .npy [token but the last, layer, choice]}], "prompt_logprobs"}
 """
 
 from __future__ import annotations
 
+import io
 import reprlib
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Final, Literal, Self, TypeVar
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from oldlogits.core.engine import FinishReason, Generation, Sampling, Span
 from oldlogits.core.errors import ConfigError, MissingLogprobError
 from oldlogits.core.server import GenerateRequest, Json, ServerFailedError
+from oldlogits.core.trajectory import Routing
 from oldlogits.core.weights import PolicyVersion
 
 STARTING_LABEL: Final = "default"
@@ -28,6 +34,7 @@ BACKEND: Final = "oldlogits"
 SAMPLED: Final = "vllm:generation_tokens_total"
 """The counter among a server's metrics (Prometheus' text format) of all tokens that it has sampled."""
 
+_ROUTED: Final = ("choices", 0, "routed_experts")
 _NEUTRAL: Final[Mapping[str, Json]] = {
     "n": 1,
     "min_p": 0.0,
@@ -135,6 +142,7 @@ class Choice(Message):
     finish_reason: FinishReason
     stop_reason: int | str | None = None
     weight_versions: list[WeightSpan] | None = None
+    routed_experts: str | None = None
 
     def logprobs_of(self, token_ids: tuple[int, ...]) -> tuple[float, ...]:
         """The log-probs of the sampled tokens, each checked to be of its token."""
@@ -159,6 +167,21 @@ class Choice(Message):
             )
         return tuple(Span(version=version_of(s.version), start=s.start, end=s.end) for s in self.weight_versions or [])
 
+    def routing(self, num_tokens: int) -> Routing | None:
+        """The experts of all tokens but the last, of `num_tokens` with the prompt; None: the server does not say."""
+        if self.routed_experts is None:
+            return None
+        try:
+            found = np.load(io.BytesIO(b64decode(self.routed_experts, validate=True)), allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise refusal(_ROUTED, self.routed_experts[:40], "base64 of an array in NumPy's format") from error
+        allowed = f"expert ids from 0 to 65535 [{num_tokens - 1} tokens, layers, choices]"
+        if not isinstance(found, np.ndarray) or found.dtype.kind not in "iu" or found.ndim != 3 or len(found) != num_tokens - 1:
+            raise refusal(_ROUTED, f"{found.dtype} {found.shape}", allowed)
+        if not found.size or found.min() < 0 or found.max() >= 2**16:
+            raise refusal(_ROUTED, "experts out of range, or none", allowed)
+        return Routing.of(found if found.dtype == np.uint8 else found.astype(np.uint16))
+
 
 class PromptLogprob(Message):
     """A token of the prompt."""
@@ -182,7 +205,9 @@ class AnswerBody(Message):
         """The body of the answer to `request`, with the labels of versions."""
         ids, prompt = list(answer.output_ids), request.token_ids
         content = [TokenLogprob(token_id=token, logprob=logp) for token, logp in zip(ids, answer.logprobs, strict=True)]
+        routing = answer.spans[-1].routing if answer.spans else None
         choice = Choice(
+            routed_experts=None if routing is None else _as_npy(routing),
             token_ids=ids,
             logprobs={"content": content},
             finish_reason=answer.finish_reason,
@@ -201,15 +226,18 @@ class AnswerBody(Message):
         """The answer to `request`, with the versions of labels."""
         [choice] = self.choices
         token_ids = tuple(choice.token_ids or ())
+        spans = choice.spans(version_of)
+        if spans:  # what older weights chose, a server does not say
+            spans = (*spans[:-1], replace(spans[-1], routing=choice.routing(len(request.token_ids) + len(token_ids))))
         return Generation(
             output_ids=token_ids,
             logprobs=choice.logprobs_of(token_ids),
-            spans=choice.spans(version_of),
+            spans=spans,
             finish_reason=choice.finish_reason,
             prompt_logprobs=self._of_prompt(request.token_ids) if request.sampling.prompt_logprobs else (),
         )
 
-    def _of_prompt(self, token_ids: tuple[int, ...]) -> tuple[float, ...]:
+    def _of_prompt(self, token_ids: Sequence[int]) -> tuple[float, ...]:
         """Those of tokens 1, 2, ...: each entry maps token ids to log-probs, that of the prompt among them."""
         entries = (self.prompt_logprobs or [])[1:]
         found = [(entry or {}).get(str(token)) for token, entry in zip(token_ids[1:], entries, strict=False)]
@@ -259,6 +287,12 @@ class NonceFile(Message):
 
     path: str
     nonce: str
+
+
+def _as_npy(routing: Routing) -> str:
+    file = io.BytesIO()
+    np.save(file, routing.choices, allow_pickle=False)
+    return b64encode(file.getvalue()).decode()
 
 
 def read(kind: type[M], content: bytes) -> M:

@@ -12,8 +12,9 @@
     /start_weight_update -> /update_weights {"update_info": {"path": ..., "version": ...}}
         -> /finish_weight_update {"weight_version": ...}
 
-A tied head needs a repair after each update: on CPU vLLM multiplies with a packed copy of the head that it made when the
-model was loaded, and a reload packs anew what was loaded, which is the embedding and not the head.
+Two things need a repair on CPU, where vLLM packs weights for its kernels. It multiplies with a packed copy of a tied head that
+it made when the model was loaded, and a reload packs anew what was loaded, which is the embedding and not the head. Experts are
+packed only when their kernel is made, which is once: after a reload the kernel would read unpacked ones.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Final, cast
 import torch
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from oldlogits.core.server import SharedWeights
@@ -36,7 +38,7 @@ from oldlogits.engines.shared_memory import is_shared, says
 from oldlogits.models.adapters import merge
 from oldlogits.versions import HostCopy
 
-_LINEAR: Final = ("_proj.weight", "lm_head.weight")
+_LINEAR: Final = ("_proj.weight", "experts.gate_up_proj", "experts.down_proj", "lm_head.weight")
 _IN_ITS_DTYPE: Final = ("fp32", "bf16")
 """Numerics that the server's own dtype makes; the others are rounded here."""
 
@@ -48,6 +50,10 @@ class FileTransfer(WeightTransferEngine):  # type: ignore[misc] # vLLM is untype
     update_info_cls = SharedWeights
     supports_draft_weight_update = False
 
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self._kernels: dict[FusedMoEMethodBase, object] = {}
+
     def init_transfer_engine(self, init_info: NonceFile) -> None:
         """Refuse a trainer whose files cannot be read here."""
         path = Path(init_info.path)
@@ -57,6 +63,16 @@ class FileTransfer(WeightTransferEngine):  # type: ignore[misc] # vLLM is untype
     def start_weight_update(self) -> None:
         """Make ready for weights in the names and shapes of the model folder."""
         initialize_layerwise_reload(self.model)
+        if not torch.accelerator.is_available():
+            self.take_kernels()
+
+    def take_kernels(self) -> None:
+        """Take the kernels of experts away, so that a reload makes others and packs for them; they come back where it fails."""
+        for module in self.model.modules():
+            method = getattr(module, "quant_method", None)
+            if isinstance(method, FusedMoEMethodBase) and method.moe_kernel is not None:
+                self._kernels[method] = method.moe_kernel
+                method.moe_kernel = None
 
     def update_weights(self, update_info: dict[str, object]) -> None:
         """Load what the trainer shares; unlike the base class's, without a synchronisation that only accelerators have.
@@ -100,8 +116,11 @@ class FileTransfer(WeightTransferEngine):  # type: ignore[misc] # vLLM is untype
         return iter(weights.items())
 
     def finish_weight_update(self) -> None:
-        """Pack what was loaded, the tied head included."""
+        """Pack what was loaded, experts and the tied head included."""
         finalize_layerwise_reload(self.model, self.model_config)
+        while self._kernels:
+            method, kernel = self._kernels.popitem()
+            method.moe_kernel = method.moe_kernel or kernel
         if self.model_config.hf_config.tie_word_embeddings:
             self.renew_tied_head()
 

@@ -36,7 +36,7 @@ class Served:
     async def generate(self, request: GenerateRequest) -> Generation:
         """Sample a completion."""
         known_as = ABORT_PREFIX + request.request_id
-        own_id = f"{request.request_id}/{next(self.numbers)}"  # the engine wants unique ones
+        own_id = f"{request.request_id}.{next(self.numbers)}"  # the engine wants unique ones, of the same trajectory
         self._running.setdefault(known_as, []).append(own_id)
         try:
             return await self.engine.generate(request.token_ids, request.sampling, own_id)

@@ -55,7 +55,7 @@ class McpEpisode:
         """Open the sessions; the first message is the row's prompt, or what the servers' reset tools answer."""
         self.calls: list[Call] = []
         self.said: list[str] = []
-        self._open = [sessions.take() for sessions in self._sessions]
+        self._open = [await sessions.take() for sessions in self._sessions]
         told = [await self.ask(name, row) for name in self._reset_tools]
         return prompt or "\n".join(told)
 

@@ -79,6 +79,14 @@ class Session:
         """
         return await asyncio.wrap_future(_start(self._owner.call(name, arguments)))
 
+    async def answers(self) -> bool:
+        """Whether the server can be used and still answers, once it has started; nothing of the session changes."""
+        try:
+            await asyncio.wrap_future(_start(self._owner.offered()))
+        except McpServerError:
+            return False
+        return True
+
 
 class Sessions:
     """Opens sessions with a server; some of them ahead, where its start takes time."""
@@ -86,13 +94,21 @@ class Sessions:
     def __init__(self, server: McpServer) -> None:
         self._server, self._spare, self._lock = server, deque[Session](), threading.Lock()
 
-    def take(self) -> Session:
-        """Return a session that nobody else has or had."""
+    async def take(self) -> Session:
+        """Return a session that nobody else has or had: one opened ahead if its server still answers, else a new one."""
+        for _ in range(self._server.spare):
+            if (ahead := self._next()) is None:
+                break
+            if await ahead.answers():
+                return ahead
+        return Session(self._server)
+
+    def _next(self) -> Session | None:
         with self._lock:
-            session = self._spare.popleft() if self._spare else Session(self._server)
+            ahead = self._spare.popleft() if self._spare else None
             while len(self._spare) < self._server.spare:
                 self._spare.append(Session(self._server))
-        return session
+        return ahead
 
 
 class _Owner:

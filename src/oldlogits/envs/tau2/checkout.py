@@ -20,7 +20,7 @@ from typing import Final, Protocol, cast
 from pydantic import BaseModel
 
 from oldlogits.core.environment import Environment, Row, Split
-from oldlogits.core.errors import ConfigError
+from oldlogits.core.errors import AbsentCheckoutError, ConfigError
 from oldlogits.envs.tau2.episode import Domain, World, make_environment
 from oldlogits.envs.tau2.overlay import OverlaidDatabase
 
@@ -114,12 +114,13 @@ def split_target(target: str, project: str) -> tuple[Path, str, str]:
     """Return folder, domain and split (or an empty text) of a target.
 
     Raises:
-        ConfigError: It has another form, or the folder is no checkout.
+        ConfigError: It has another form.
+        AbsentCheckoutError: The folder is no checkout.
     """
     folder, _, rest = target.partition(":")
     domain, _, split = rest.partition(":")
     if not domain or not Path(folder, "src").is_dir():
-        raise ConfigError(
+        raise (AbsentCheckoutError if domain else ConfigError)(
             f"this names no checkout of {project}",
             got=f"env.target = '{target}'",
             allowed=f"{FORM}, with the folder that has src/ and data/",

@@ -14,7 +14,9 @@ from typing import Final
 
 from oldlogits.core.environment import AS_IT_IS, ChatOptions
 from oldlogits.core.errors import ConfigError
+from oldlogits.core.trajectory import Ints
 from oldlogits.models.chat.content import ContentEncoder, Span, most_bytes
+from oldlogits.models.chat.once import Once
 from oldlogits.models.chat.stand_ins import stand_ins, words_between
 from oldlogits.models.chat.template import SENTINEL, ChatTokenizer, Message, Role, Said, Template
 
@@ -22,6 +24,8 @@ _NUM_CACHED: Final = 4096
 """Continuations that are kept: tool results repeat, and rendering a template costs more than an environment step."""
 _NUM_TOOLSETS: Final = 256
 """Formats of other tools that are kept, where episodes have their own."""
+_NUM_PROMPTS: Final = 64
+"""Prompts that are kept: the members of a group begin alike, and beside those of other groups."""
 _LARGEST_CACHED: Final = 256
 """Characters of the longest words whose continuation is kept: all that are kept are a million, and 50 MB of tokens at most."""
 
@@ -78,6 +82,7 @@ class ChatFormat:
         self._check_system = cache(partial(self._template.check, True))
         self._between = cache(self._bare)
         self._kept = lru_cache(maxsize=_NUM_CACHED)(self._continue)
+        self._prompts = Once(self._prompt, most=_NUM_PROMPTS)
         bare, control = self._between("user")
         self._head: Final = self._encoder.from_last_control(self._end_of_turn + bare)
         self._turns: Final = ContentEncoder(tokenizer, {*self.stop_ids, *control})
@@ -103,8 +108,12 @@ class ChatFormat:
             ContentError: These words cannot be encoded without control tokens.
             ConfigError: The template refuses them.
         """
-        write, own = self._template.opening, self._system if system is None else system
         said: tuple[Said, ...] = (("user", opening),) if isinstance(opening, str) else tuple(opening)
+        return list(self._prompts.get((said, system)))
+
+    def _prompt(self, asked: tuple[tuple[Said, ...], str | None]) -> Ints:
+        said, system = asked
+        write, own = self._template.opening, self._system if system is None else system
         text = write(own, said)
         words = [_words(write(own, one), text) for one in _each_without(said)]
         bare = write(SENTINEL if system else own, [(role, SENTINEL) for role, _ in said])
@@ -113,7 +122,8 @@ class ChatFormat:
             words.append(_words(write(SENTINEL, said), text))
         words.sort()
         control = self._encoder.control_ids(self._encoder.encode(bare))
-        return self._encoder.encode_around(text, words, control_ids=control, anchor=self._end_of_turn, is_start=True)
+        anchor = self._end_of_turn
+        return Ints(self._encoder.encode_around(text, words, control_ids=control, anchor=anchor, is_start=True))
 
     def conversation_ids(self, messages: Sequence[Message]) -> list[int]:
         """Give the tokens of a conversation that others have written, up to the start of the next assistant turn.

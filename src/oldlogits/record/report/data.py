@@ -6,14 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
 
 from oldlogits.record.episodes import Episode, read_episodes
 from oldlogits.record.event_log import history, read_events, typed
 from oldlogits.record.events import Audited, AverageWasReset, Calibrated, Evaluated, RunEnded, RunStarted, Updated, Warned
 from oldlogits.record.folder import RunFolder
 from oldlogits.record.summary import Summary, summarise
-from oldlogits.record.tables import Column, sample_tokens
+
+if TYPE_CHECKING:
+    from oldlogits.record.tables import Column
 
 MAX_TOKENS: Final = 200_000
 """Rows of the token tables that the distributions are drawn from."""
@@ -69,7 +73,7 @@ def read_run(path: Path) -> RunData:
     events = list(read_events(folder.events))
     kept = history(events)
     ended = next(iter(typed(kept[-1:], RunEnded)), None)
-    tokens = sample_tokens(folder.tokens, names=_TOKEN_COLUMNS, max_rows=MAX_TOKENS)
+    tokens = _sample(folder.tokens)
     loss_mask = tokens["loss_mask"].astype(bool)
     return RunData(
         path=path,
@@ -101,3 +105,12 @@ def binned(updates: Sequence[Updated], max_points: int) -> Sequence[Updated]:
 def _mean(chunk: Sequence[Updated]) -> dict[str, float]:
     names = {name for update in chunk for name in update.metrics}
     return {name: fmean(update.metrics[name] for update in chunk if name in update.metrics) for name in names}
+
+
+def _sample(folder: Path) -> dict[str, Column]:
+    """Rows of the token tables; without one, what reads them is not imported."""
+    if not any(folder.glob("v*.parquet")):
+        return {name: np.empty(0) for name in _TOKEN_COLUMNS}
+    from oldlogits.record.tables import sample_tokens
+
+    return sample_tokens(folder, names=_TOKEN_COLUMNS, max_rows=MAX_TOKENS)

@@ -74,6 +74,7 @@ def write_report(run_folder: Path) -> Path:
         details=_details(run),
         sections=figures(run),
         transcripts=chosen_transcripts(run.episodes),
+        environments=run.summary.environments,
         provenance=sorted(run.summary.provenance.items()),
         accounting=list(run.summary.accounting.items()),
         tallies={
@@ -108,8 +109,7 @@ def _verdict(run: RunData) -> Card:
     headline = f"{before.mean:.1%} → {after.mean:.1%}"
     if gain is None:
         return Card("verdict", headline, evidence)
-    points = f"{100 * gain.mean:+.1f} points, 95% interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f}"
-    evidence += f" Paired over the same {gain.num_episodes} episodes: {points}."
+    evidence += f" Paired over the same {gain.num_episodes} episodes: {gain.points} points, 95% interval."
     tones: dict[str, Tone] = {"better": "good", "worse": "bad"}
     verdict = verdict_of(gain)
     return Card("verdict", f"{headline}: {verdict}", evidence, tones.get(verdict, "plain"))
@@ -140,9 +140,13 @@ def _summary_cards(summary: Summary) -> Iterator[Card]:
         others = ", ".join(kind for kind, count in sorted(summary.provenance.items()) if count and kind != "exact")
         detail = f"of {tokens:,} tokens" + (f"; others: {others}" if others else "")
         yield Card("exact old logits", _share(exact), detail, "good" if exact == 1 else "plain")
+    if summary.num_digests:
+        yield Card("old weights", "bit-exact", f"{summary.num_digests:,} checkouts compared by digest", "good")
     measured = (
-        ("consistency at publish", summary.consistency_publish_max_abs_error, "store against live weights"),
-        ("consistency at lag 0", summary.consistency_lag0_max_abs_error, "theta against old, before the step"),
+        ("checkout error", summary.consistency_publish_max_abs_error, "nats, largest: stored against published weights"),
+        ("lag-0 error", summary.consistency_lag0_max_abs_error, "nats, largest: old against theta, before the first step"),
+        ("lag-0 error, scored apart", summary.consistency_rescored_max_abs_error, "nats, largest: in another packing"),
+        ("packing noise", summary.packing_mean_abs_error, f"nats, mean; largest {_small(summary.packing_max_abs_error)}"),
         ("mean |log r_d|", summary.log_r_d_mean_abs, f"largest {_small(summary.log_r_d_max_abs)}"),
     )
     yield from (Card(label, _small(value), detail) for label, value, detail in measured if value is not None)

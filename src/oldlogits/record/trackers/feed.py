@@ -17,6 +17,7 @@ from oldlogits.core.registry import require
 from oldlogits.core.tracker import TRACKERS, Cell, TrackedRun, Tracker
 from oldlogits.record.bus import Event, EventSink
 from oldlogits.record.episodes import Episode
+from oldlogits.record.evaluation import by_environment
 from oldlogits.record.events import Evaluated, Updated, Warned
 from oldlogits.record.folder import RunFolder
 
@@ -91,6 +92,9 @@ class TrackerFeed:
             rate = {"success": event.mean, "success_low": event.low, "success_high": event.high}
             rate |= {"reward": event.reward_mean, "reward_low": event.reward_low, "reward_high": event.reward_high}
             rate |= {"num_failed": num_failed, "seconds_s": event.seconds_s}
+            for name, found in by_environment(event).items():
+                if found.success is not None and found.reward is not None:
+                    rate |= {f"success/{name}": found.success.mean, f"reward/{name}": found.reward.mean}
             self._pass_on({f"eval/{event.mode}_{key}": value for key, value in rate.items()}, step=event.version)
         if self._error and self._warn is not None and not self._is_told:
             self._is_told = True

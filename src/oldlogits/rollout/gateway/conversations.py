@@ -15,6 +15,7 @@ nobody waits for any more leaves no trace in its branch.
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -50,7 +51,7 @@ class _Branch:
     """
 
     id: str
-    tokens: list[int] = field(default_factory=list)
+    tokens: array[int] = field(default_factory=lambda: array("i"))
     segments: list[Segment] = field(default_factory=list)
     tip: _Point | None = None
     is_busy: bool = True
@@ -175,12 +176,14 @@ class Conversations:
         self._check_open(request)
         self._num_turns += 1
         try:
-            return await self._turn_of(request)
+            turn = await self._sampled(request)
         except BaseException:
-            self._num_turns -= 1  # only answers count
+            self._num_turns -= 1  # only turns that are trained count
             raise
+        return await self._read_by(request, *turn)
 
-    async def _turn_of(self, request: ChatRequest) -> ChatAnswer:
+    async def _sampled(self, request: ChatRequest) -> tuple[_Place, ChatFormat, bytes, array[int], Generation]:
+        """Find where a request goes on, and sample its turn, which is trained from then on: whoever leaves, it counts."""
         sampling = self._rules.sampling(self._agent.sampling, request.wishes, self._counts.overridden)
         digests = digests_of(request)
         chat = await self._formats.of(digests[0], request.tools, self._agent.run_environment)
@@ -198,14 +201,26 @@ class Conversations:
             most = min(request.wishes.max_tokens or room, room, limits.max_tokens_per_turn)
             stops = replace(sampling, max_tokens=most, stop_token_ids=chat.stop_ids)
             generation, prompt = await self._sample(branch, read, stops)
-            is_whole = generation.finish_reason == "stop"
-            turn = await self._turn(chat, generation, request, is_whole=is_whole)
+        except BaseException:
+            branch.is_busy = branch.is_withdrawn
+            raise
+        self._counts.requests[place.kind] += 1
+        return place, chat, digests[-1], prompt, generation
+
+    async def _read_by(
+        self, request: ChatRequest, place: _Place, chat: ChatFormat, digest: bytes, prompt: array[int], generation: Generation
+    ) -> ChatAnswer:
+        """Read a turn that was sampled, so that what its client sends back goes on from it."""
+        branch, is_whole = place.branch, generation.finish_reason == "stop"
+        try:
+            text = chat.decode(generation.output_ids)
+            read = partial(attempt, partial(read_turn, text, self._agent.parser, request.tools, is_whole=is_whole))
+            turn = cast(Turn, await off_loop(self._agent.run_environment, read, len(text)))  # parsers may be the user's code
             said = ChatMessage(role="assistant", content=turn.content, calls=turn.calls)
             point = _Point(branch=branch, num_tokens=len(branch.tokens), is_cut=not is_whole)
-            branch.tip = self._points[next_digest(digests[-1], said)] = point
+            branch.tip = self._points[next_digest(digest, said)] = point
         finally:
-            branch.is_busy = branch.is_withdrawn
-        self._counts.requests[place.kind] += 1
+            branch.is_busy = False
         return answer_of(chat, request, prompt, generation, turn)
 
     async def _encoded(self, place: _Place, chat: ChatFormat, digest: bytes) -> list[int]:
@@ -248,14 +263,15 @@ class Conversations:
                 return _Place(kind="continued", branch=point.branch, encode=encode, size=size, is_cut=point.is_cut)
             fork = self._new_branch()
             fork.tokens += point.branch.tokens[: point.num_tokens]
-            fork.segments.append(Context(token_ids=tuple(fork.tokens)))
+            fork.segments.append(Context(token_ids=fork.tokens))
             return _Place(kind="forked", branch=fork, encode=encode, size=size, is_cut=point.is_cut)
+        written = [as_written(m, self._agent.parser, chat) for m in messages]
         num_read = next((i for i, digest in enumerate(digests[1:]) if digest not in self._read), len(messages))
         is_known = num_read and messages[num_read - 1].role != "system"
         return _Place(
             kind="forked" if num_read == len(messages) else "rewritten" if is_known else "opened",
             branch=self._new_branch(),
-            encode=partial(chat.conversation_ids, [as_written(m, self._agent.parser, chat) for m in messages]),
+            encode=partial(chat.conversation_ids, written),
             size=sum(size_of(message.content) for message in messages),
             size_of_calls=size_of(request.tools)
             + sum(size_of((call.name, call.arguments)) for message in messages for call in message.calls),
@@ -267,17 +283,16 @@ class Conversations:
         self._branches.append(branch)
         return branch
 
-    async def _sample(self, branch: _Branch, read: list[int], sampling: Sampling) -> tuple[Generation, list[int]]:
+    async def _sample(self, branch: _Branch, read: list[int], sampling: Sampling) -> tuple[Generation, array[int]]:
         """Sample on from a branch; where nobody waits any more, the branch is as it was."""
         if self.is_over:
             raise _ended()
-        before, prompt = branch.segments, [*branch.tokens, *read]
+        before, prompt = branch.segments, branch.tokens + array("i", read)
         is_fork = len(before) == 1  # whose context goes on
-        context = Context(token_ids=tuple(prompt if is_fork else read))
+        context = Context(token_ids=prompt if is_fork else read)
         branch.segments = [context] if is_fork else [*before, context]
         self._agent.report(branch.id, branch.segments)
-        name = f"{branch.id}/{branch.num_requests}"
-        branch.num_requests += 1
+        name, branch.num_requests = f"{branch.id}/{branch.num_requests}", branch.num_requests + 1
         sampled = self._sampling[name] = asyncio.create_task(self._agent.engine.generate(prompt, sampling, name))
         try:
             generation = await asyncio.shield(sampled)
@@ -289,8 +304,8 @@ class Conversations:
             raise
         finally:
             self._sampling.pop(name, None)
-        branch.tip, branch.tokens = None, [*prompt, *generation.output_ids]
-        branch.segments += sampled_segments(generation, sampling.temperature)
+        branch.tip, branch.tokens = None, prompt + array("i", generation.output_ids)
+        branch.segments += sampled_segments(generation, sampling.temperature, branch.segments)
         self._agent.report(branch.id, branch.segments)
         return generation, prompt
 
@@ -311,12 +326,6 @@ class Conversations:
         task = asyncio.create_task(end())
         self._given_up.add(task)
         task.add_done_callback(self._given_up.discard)
-
-    async def _turn(self, chat: ChatFormat, generation: Generation, request: ChatRequest, *, is_whole: bool) -> Turn:
-        """Read a turn; parsers may be the user's code."""
-        text = chat.decode(generation.output_ids)
-        read = partial(attempt, partial(read_turn, text, self._agent.parser, request.tools, is_whole=is_whole))
-        return cast(Turn, await off_loop(self._agent.run_environment, read, len(text)))
 
 
 def _refusal(said: str) -> ApiError:

@@ -7,7 +7,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Self
+from typing import ClassVar, Self
 
 from oldlogits.core.environment import Row
 from oldlogits.core.weights import PolicyVersion
@@ -32,6 +32,10 @@ def _unknown_words(version: PolicyVersion) -> Event:
     return Warned(version=version, name="unknown_words", message=message, figures={})
 
 
+def _noted(message: str, version: PolicyVersion) -> Event:
+    return Warned(version=version, name="agent_program", message=message, figures={})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramPlayer(Player):
     """Plays an agent program.
@@ -52,6 +56,10 @@ class ProgramPlayer(Player):
     watch: Watch = field(default_factory=Watch)
     counts: GatewayCounts = field(default_factory=GatewayCounts)
     goes_on: bool = False
+    remedy: ClassVar[str] = (
+        "run the program on one row against `oldlogits serve`, raise env.program_timeout_s if it is slow (program.log has what "
+        "functions print)"
+    )
 
     async def play(self, row: Row, *, id: str, group_id: str, known: Known | None = None) -> Outcome:
         """Run the program; its requests are answered until it ends.
@@ -78,6 +86,8 @@ class ProgramPlayer(Player):
             again, num_tokens = isinstance(failure, EnvironmentLost), talk.num_sampled
             return Failure(id=id, group_id=group_id, reason=str(failure), begins_again=again, num_tokens=num_tokens)
         finally:
+            while self.program.notes:
+                self.watch.tell(partial(_noted, self.program.notes.pop()))
             if not ended_well:
                 await talk.close()
                 self.watch.drop(talk.ids)

@@ -70,6 +70,9 @@ class Address:
 class Runner(Protocol):
     """Runs an agent program."""
 
+    notes: list[str]
+    """What its user should know, for whoever plays to take."""
+
     async def run(self, address: Address) -> float:
         """Play one episode; return its reward.
 
@@ -99,7 +102,7 @@ class FunctionRunner(Runner):
     """
 
     def __init__(self, function: Program, *, timeout_s: float) -> None:
-        self._function, self._timeout_s = function, timeout_s
+        self._function, self._timeout_s, self.notes = function, timeout_s, []
 
     async def run(self, address: Address) -> float:
         """Call the function; one that does not return in time is cancelled, or left to itself where it has a thread."""
@@ -107,19 +110,24 @@ class FunctionRunner(Runner):
         is_async = inspect.iscoroutinefunction(self._function) or inspect.iscoroutinefunction(
             getattr(self._function, "__call__", None)  # noqa: B004 - an object that is called
         )
-        timed_out = EnvironmentFailed(f"the program timed out after {self._timeout_s:g} s")
-        value = attempt(call) if is_async else await self._in_thread(call, timed_out)
-        return _reward(await in_time(value, self._timeout_s, timed_out) if inspect.isawaitable(value) else value)
+        late = timed_out(self._timeout_s)
+        value = attempt(call) if is_async else await self._in_thread(call, late)
+        return _reward(await in_time(value, self._timeout_s, late) if inspect.isawaitable(value) else value)
 
-    async def _in_thread(self, call: Callable[[], object], timed_out: EnvironmentFailed) -> object:
+    async def _in_thread(self, call: Callable[[], object], late: EnvironmentFailed) -> object:
         future = _in_thread(call)
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await asyncio.wrap_future(future)
         except TimeoutError as error:
-            raise timed_out from error
+            raise late from error
         finally:
             future.cancel()
+
+
+def timed_out(after_s: float, said: str = "") -> EnvironmentFailed:
+    """The failure of a program that took too long, and what it said."""
+    return EnvironmentFailed(f"the program timed out after {after_s:g} s (env.program_timeout_s){said}")
 
 
 def _in_thread(call: Callable[[], object]) -> Future[object]:
@@ -150,6 +158,7 @@ class CommandRunner(Runner):
 
     def __init__(self, command: Sequence[str], *, timeout_s: float, memory_bytes: int = 0) -> None:
         self._command, self._timeout_s, self._memory_bytes = tuple(command), timeout_s, memory_bytes
+        self.notes = []
 
     async def run(self, address: Address) -> float:
         """Run the command; what is left of its process group is killed, at its end or at its deadline."""
@@ -195,7 +204,7 @@ class CommandRunner(Runner):
                 said.reading.cancel()
                 transport.close()
         if is_late:
-            raise EnvironmentFailed(f"the program timed out after {self._timeout_s:g} s{_quoted(said.kept)}")
+            raise timed_out(self._timeout_s, _quoted(said.kept))
         if status := cast(int, transport.get_returncode()):
             how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
             raise EnvironmentFailed(f"the program {how}{_quoted(said.kept)}")

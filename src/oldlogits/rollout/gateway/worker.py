@@ -2,7 +2,7 @@
 
     controller --{"number", "root", "key", "row"}--> worker: an event loop, and threads for plain functions
                <--{"number", "reward" | "failed", "is_lost"}--
-               --{"cancel": number}-->
+               --{"cancel": number}-->   <--{"note": a warning}--
 
 An asynchronous function that blocks the event loop fails at its deadline; the others begin again on another one. A worker that
 answers nothing, or dies, fails its episodes; the next one starts another worker.
@@ -29,13 +29,15 @@ from oldlogits.core.errors import RolloutError
 from oldlogits.envs.base import load_environment
 from oldlogits.envs.text import write_json
 from oldlogits.rollout.environment_errors import EnvironmentFailed, EnvironmentLost
-from oldlogits.rollout.environment_runner import environment_loop
-from oldlogits.rollout.gateway.programs import Address, FunctionRunner, Runner
+from oldlogits.rollout.environment_runner import blocking_place, environment_loop
+from oldlogits.rollout.gateway.programs import Address, FunctionRunner, Runner, timed_out
 
 _GRACE_S: Final = 5.0
 _MOST_BYTES: Final = 1 << 28
 """The longest line."""
 _QUOTED: Final = 2000
+_HELD_S: Final = 2.0
+"""Seconds without a turn of the event loop after which the code that holds it is told of, once."""
 _READY: Final = b"ready\n"
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -54,6 +56,7 @@ class WorkerRunner(Runner):
         self._words, self._log, self._timeout_s = (target, adapter, str(timeout_s)), log, timeout_s
         self._worker: _Worker | None = None
         self._starting = asyncio.Lock()
+        self.notes = []
 
     async def open(self) -> None:
         """Start the process, and wait until it has imported the function."""
@@ -70,14 +73,14 @@ class WorkerRunner(Runner):
                 return await worker.play(address)
         except TimeoutError as error:
             await worker.end("the process of agent programs was killed: it answered nothing")
-            raise EnvironmentFailed(f"the program timed out after {self._timeout_s:g} s, and its process with it") from error
+            raise timed_out(self._timeout_s, ", and its process with it") from error
 
     async def _started(self) -> _Worker:
         async with self._starting:
             if self._worker is not None and self._worker.has_ended:
                 await self.close()
             if self._worker is None:
-                self._worker = await _Worker.start(self._words, self._log)
+                self._worker = await _Worker.start(self._words, self._log, self.notes)
             return self._worker
 
     async def close(self) -> None:
@@ -87,18 +90,51 @@ class WorkerRunner(Runner):
             self._worker = None
 
 
+class SpreadRunner(Runner):
+    """Shares episodes out among workers: each goes to the one that plays the fewest."""
+
+    def __init__(self, workers: Sequence[Runner]) -> None:
+        self.notes = []
+        for worker in workers:
+            worker.notes = self.notes
+        self._num_playing = dict.fromkeys(workers, 0)
+
+    async def open(self) -> None:
+        """Start them all."""
+        await asyncio.gather(*(worker.open() for worker in self._num_playing))
+
+    async def run(self, address: Address) -> float:
+        """Play one episode."""
+        worker = min(self._num_playing, key=self._num_playing.__getitem__)
+        self._num_playing[worker] += 1
+        try:
+            return await worker.run(address)
+        finally:
+            self._num_playing[worker] -= 1
+
+    async def close(self) -> None:
+        """End them all."""
+        await asyncio.gather(*(worker.close() for worker in self._num_playing))
+
+
 class _Worker:
     """A process, and the episodes that wait for its answers."""
 
-    def __init__(self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._process, self._writer = process, writer
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        notes: list[str],
+    ) -> None:
+        self._process, self._writer, self._notes = process, writer, notes
         self._numbers = count()
         self._waiting: dict[int, asyncio.Future[float]] = {}
         self._reading = asyncio.create_task(self._read(reader))
         self.has_ended = False
 
     @classmethod
-    async def start(cls, words: Sequence[str], log: Path) -> _Worker:
+    async def start(cls, words: Sequence[str], log: Path, notes: list[str]) -> _Worker:
         """Start a process; it tells when it is ready.
 
         Raises:
@@ -116,12 +152,12 @@ class _Worker:
             )
         reader, writer = await asyncio.open_connection(sock=ours, limit=_MOST_BYTES)
         if await reader.readline() != _READY:
-            worker = cls(process, reader, writer)
+            worker = cls(process, reader, writer, notes)
             await worker.end("it did not start")
             said = log.read_bytes()[-_QUOTED:].decode(errors="replace").strip()
             fix, allowed = f"see {log}", "a program that can be imported, and servers that start"
             raise RolloutError("the process of agent programs did not start", got=said, allowed=allowed, fix=fix)
-        return cls(process, reader, writer)
+        return cls(process, reader, writer, notes)
 
     async def play(self, address: Address) -> float:
         """Have one episode played."""
@@ -161,6 +197,9 @@ class _Worker:
         try:
             while line := await reader.readline():
                 answer = json.loads(line)
+                if "note" in answer:
+                    self._notes.append(answer["note"])
+                    continue
                 future = self._waiting.get(answer["number"])
                 if future is None or future.done():
                     continue
@@ -190,8 +229,17 @@ async def serve(fd: int, target: str, adapter: str, timeout_s: float) -> None:
                 traceback.print_exception(failure.__cause__)  # into the log
         writer.write(json.dumps({"number": number, **answer}).encode() + b"\n")
 
+    async def tell_of_blocking() -> None:
+        place = await blocking_place(_HELD_S)
+        note = (
+            f"{place} blocks the event loop that all episodes share: they wait for each other; await what it does, run it with "
+            "asyncio.to_thread, or write `def` for `async def`, which has a thread for each episode"
+        )
+        writer.write(json.dumps({"note": note}).encode() + b"\n")
+
     async with shared_by(program):
         writer.write(_READY)
+        telling = asyncio.create_task(tell_of_blocking())
         while line := await reader.readline():
             asked = json.loads(line)
             if "cancel" in asked:
@@ -201,6 +249,7 @@ async def serve(fd: int, target: str, adapter: str, timeout_s: float) -> None:
             number, address = asked["number"], Address(root=asked["root"], key=asked["key"], row=asked["row"])
             task = playing[number] = asyncio.create_task(play(number, address))
             task.add_done_callback(lambda _, number=number: playing.pop(number, None))  # type: ignore[misc]
+        telling.cancel()
 
 
 @asynccontextmanager

@@ -94,7 +94,8 @@ class Journal:
                 id = trajectory_of(request)
                 episode = asked[id][0]  # its turn may have ended, and it may have begun again, by the time of the answer
                 still = self.progress.episode(id) is episode and asked[id][1:] == (len(episode.segments), episode.num_running)
-                if still and (sampled := sampled_segments(generation, temperature)):
+                known_segments = (*episode.segments, *episode.running)
+                if still and (sampled := sampled_segments(generation, temperature, known_segments)):
                     self._grow(id, episode, sampled)
 
     def _grow(self, id: str, episode: EpisodeProgress, sampled: Sequence[Sampled]) -> None:
@@ -153,7 +154,8 @@ def _after(start: int, sampled: Iterable[Sampled]) -> list[Sampled]:
     for piece in sampled:
         if start < (num := len(piece.token_ids)):
             first = max(start, 0)
-            found.append(replace(piece, token_ids=piece.token_ids[first:], logp_mu=piece.logp_mu[first:]))
+            routing = piece.routing.last(num - first) if piece.routing is not None and first else piece.routing
+            found.append(replace(piece, token_ids=piece.token_ids[first:], logp_mu=piece.logp_mu[first:], routing=routing))
         start -= num
     return found
 

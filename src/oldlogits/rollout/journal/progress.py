@@ -250,7 +250,11 @@ def joined(pieces: Iterable[Sampled]) -> list[Sampled]:
 
 def _one(pieces: Sequence[Sampled]) -> Sampled:
     ids, logps = (tuple(chain.from_iterable(parts)) for parts in zip(*((p.token_ids, p.logp_mu) for p in pieces), strict=True))
-    return replace(pieces[0], token_ids=ids, logp_mu=logps)
+    routing = pieces[0].routing
+    for piece in pieces[1:]:
+        new = piece.routing.last(len(piece.token_ids)) if piece.routing is not None else None
+        routing = routing + new if routing is not None and new is not None else None
+    return replace(pieces[0], token_ids=ids, logp_mu=logps, routing=routing)
 
 
 def group_of(episode: str) -> str:

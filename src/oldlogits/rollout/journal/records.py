@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import zlib
+from base64 import urlsafe_b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Final, cast, get_args
 
 from pydantic import TypeAdapter
 
-from oldlogits.core.trajectory import Sampled, Segment, Trajectory
+from oldlogits.core.trajectory import Flat, Sampled, Segment, Trajectory
 from oldlogits.core.weights import PolicyVersion
 
 
@@ -168,5 +169,9 @@ def decode(line: bytes) -> Record:
 
 
 def _fields(value: object) -> object:
+    if isinstance(value, bytes):
+        return urlsafe_b64encode(value).decode()
+    if isinstance(value, Flat):
+        return list(value)
     assert is_dataclass(value), f"{type(value).__name__} in a record"
     return {field.name: getattr(value, field.name) for field in fields(value)}

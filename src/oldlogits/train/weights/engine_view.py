@@ -13,10 +13,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from oldlogits.core.trajectory import RoutingMode
 from oldlogits.engines.embedded.numerics import Numerics, round_linear, round_other, round_rows_to_e4m3
 from oldlogits.models.forward import under
+from oldlogits.models.head.logps import HeadWork, token_logps
+from oldlogits.models.layout.decoder import lay_out, layout_of
 from oldlogits.models.load import named_weights
 from oldlogits.models.ranks import ALONE, Ranks
+from oldlogits.models.routing import follow_engine
 from oldlogits.models.sharding import place_model
 from oldlogits.train.weights.load import plain_copy, plain_weights
 
@@ -54,6 +58,7 @@ class EngineView:
         dtype: torch.dtype = torch.float32,
         scale: float = 0.0,
         ranks: Ranks = ALONE,
+        routing: RoutingMode = "off",
     ) -> None:
         self._numerics, self._dtype, self._scale = numerics, dtype, scale
         self.model = plain_copy(model)
@@ -63,6 +68,9 @@ class EngineView:
         if numerics == "fp8_dynamic":
             for module in (self.model.base_model, head):
                 module.forward = under(_RoundedInputs, module.forward)
+            head.token_logps = _logps_of_rounded_inputs
+        lay_out(self.model, layout_of(model))
+        follow_engine(self.model, routing)
         self.hold(model)
         place_model(self.model, ranks)
 
@@ -71,6 +79,12 @@ class EngineView:
         held = named_weights(self.model)
         for name, weight in engine_weights(model, self._numerics, self._dtype, self._scale):
             held[name].copy_(weight)
+
+
+def _logps_of_rounded_inputs(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: Tensor, work: HeadWork
+) -> Tensor:
+    return token_logps(round_rows_to_e4m3(rows), weight, bias, targets, temperature, work)
 
 
 class _RoundedInputs(TorchFunctionMode):

@@ -13,9 +13,12 @@ from transformers import PreTrainedModel
 
 from oldlogits.core.weights import FullWeights, PolicyVersion
 from oldlogits.models.device import find_device
-from oldlogits.models.forward import FORWARD_DTYPES, round_at_use
+from oldlogits.models.forward import Arithmetic, round_at_use
+from oldlogits.models.head.kernel import use_kernel
+from oldlogits.models.layout.decoder import lay_out
 from oldlogits.models.load import named_weights, point_at, recompute_layers
 from oldlogits.models.ranks import Ranks
+from oldlogits.models.routing import follow_engine
 from oldlogits.models.sharding import place_model, whole_weights
 from oldlogits.train.spec import TrainerSpec
 from oldlogits.train.weights.engine_view import EngineView
@@ -29,9 +32,11 @@ class LiveModel:
     Args:
         model: Holds the masters, sharded or whole.
         scoring: A second module without gradients, which is pointed at the weights that are to score.
-        engine_view: A copy that computes with the engine's numerics; None: the engine computes as the trainer does.
+        engine_view: A copy that holds the weights in the engine's numerics; None: the engine reads the forward weights.
         dtype: The type of the forward weights.
+        arithmetic: What both modules compute in.
         ranks: The ranks that hold the model, on their device.
+        padded_because: Why its micro-batches are padded although the recipe lays them out otherwise; empty: they are not.
         version: The version of the live weights.
     """
 
@@ -39,7 +44,9 @@ class LiveModel:
     scoring: PreTrainedModel
     engine_view: EngineView | None
     dtype: torch.dtype
+    arithmetic: Arithmetic
     ranks: Ranks
+    padded_because: str = ""
     version: PolicyVersion = 0
 
     @property
@@ -69,17 +76,31 @@ def load_live(spec: TrainerSpec, folder: Path, ranks: Ranks) -> LiveModel:
     ranks = ranks.on(device)
     with ranks.agreeing(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(spec.seed)
-        model = load_policy(spec.model, folder)
-    dtype = FORWARD_DTYPES[spec.model.forward_dtype]
+        model = load_policy(spec.model, folder, spec.max_context)
+        padded_because = lay_out(model, spec.trainer.layout)
+    dtype, arithmetic = spec.forward_dtype, spec.arithmetic
     scoring = copy.deepcopy(model).requires_grad_(False)
     point_at(scoring, {name: weight.to(dtype) for name, weight in named_weights(model).items()})
     numerics, scale = spec.engine_numerics, spec.model.adapter_scale
-    engine_view = None if numerics == "fp32" else EngineView(model, numerics, dtype, scale, ranks)
+    routing = spec.model.routing
+    engine_view = None if numerics == "fp32" else EngineView(model, numerics, dtype, scale, ranks, routing)
     if spec.trainer.activation_checkpointing:
         recompute_layers(model)
+    if not padded_because:
+        lay_out(scoring, spec.trainer.layout)
     for module in (model, scoring):
-        round_at_use(module, dtype)
+        follow_engine(module, routing)
+        round_at_use(module, dtype, arithmetic)
+        use_kernel(module, spec.trainer.head_kernel, ranks.device)
         place_model(module, ranks)
     if ranks.mesh is None:
         share_base(scoring, model)
-    return LiveModel(model=model, scoring=scoring, engine_view=engine_view, dtype=dtype, ranks=ranks)
+    return LiveModel(
+        model=model,
+        scoring=scoring,
+        engine_view=engine_view,
+        dtype=dtype,
+        arithmetic=arithmetic,
+        ranks=ranks,
+        padded_because=padded_because,
+    )

@@ -15,12 +15,17 @@ from oldlogits.models.adapters import A_SUFFIX, B_SUFFIX, BASE_SUFFIX, is_adapte
 from oldlogits.models.load import load_model, local
 from oldlogits.models.lora import add_adapters
 from oldlogits.models.ranks import Ranks
+from oldlogits.models.rope import fix_frequencies
 from oldlogits.models.sharding import as_slice_of, whole, whole_weights
 
 
-def load_policy(config: ModelConfig, folder: Path) -> PreTrainedModel:
-    """Load the model of a folder in fp32, with adapters where the recipe has some."""
+def load_policy(config: ModelConfig, folder: Path, max_context: int) -> PreTrainedModel:
+    """Load the model of a folder in fp32, with adapters where the recipe has some.
+
+    Its sequences have at most `max_context` tokens.
+    """
     model = load_model(folder)
+    fix_frequencies(model, max_context)
     if config.lora_rank:
         add_adapters(model, rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_targets)
     return model

@@ -17,7 +17,7 @@ from oldlogits.config.systems import VersionsConfig
 from oldlogits.core.weights import PatchWeights, PolicyVersion, StoreReceipt
 from oldlogits.models.load import version_parameters
 from oldlogits.models.ranks import Ranks
-from oldlogits.versions import Patch, PatchStore, Shard, concatenate
+from oldlogits.versions import Patch, PatchStore, Shard, concatenate, warm_up
 
 PATCH_SHARE = 0.5
 """Patches above this share of a full copy are not worth it: the full weights are sent."""
@@ -42,7 +42,7 @@ class TrainerVersionStore:
         folder = Path(config.folder) / ("" if ranks.num_ranks == 1 else f"rank{ranks.rank}") if config.budget_bytes else None
         hot, budget = config.uncompressed, config.budget_bytes or None
         self.store = PatchStore(folder, dtype=dtype, shards=shards, hot=hot, budget_bytes=budget)
-        self._ranks, self._sends_patches = ranks, sends_patches
+        self._ranks, self._sends_patches, self._dtype = ranks, sends_patches, dtype
         self._sent: PolicyVersion | None = None
 
     def publish(self, version: PolicyVersion, weights: Mapping[str, Tensor]) -> tuple[StoreReceipt, PatchWeights | None]:
@@ -51,6 +51,8 @@ class TrainerVersionStore:
         All ranks make this call together, each with its slices. It returns what they have stored together, on each of them, and
         the patches of all on the first.
         """
+        if not self.store.versions:
+            warm_up(weights, self._dtype)
         with self._ranks.agreeing():
             own = self.store.publish(version, weights)
         publication, before = _together(self._ranks.gather(own)), self._sent

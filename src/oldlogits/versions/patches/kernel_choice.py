@@ -11,13 +11,13 @@ from oldlogits.versions.patches.kernels_torch import TorchKernels
 from oldlogits.versions.patches.streams import Kernels
 
 _TORCH = TorchKernels()
-_FEW = 1 << 14
+FEW = 1 << 14
 """Values for which starting numba (half a second; some seconds the first time on a machine) is never worth while."""
 
 
 def kernels_for(values: Tensor) -> Kernels:
     """The fastest kernels for a buffer."""
-    if values.device.type != "cpu" or values.numel() < _FEW:
+    if values.device.type != "cpu" or values.numel() < FEW:
         return _TORCH
     return _numba()[0] or _TORCH
 

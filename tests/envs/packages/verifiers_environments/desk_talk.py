@@ -49,7 +49,7 @@ class DeskTask(vf.Task[DeskData, DeskState, vf.TaskConfig]):
 class DeskTaskset(vf.Taskset[DeskTask, vf.TasksetConfig]):
     def load(self):
         """The held-out customers."""
-        for i in range(20):
+        for i in range(32):
             row = make_desk_row("heldout", i)
             yield DeskTask(DeskData(row=row, prompt=Desk(row).opening(), system_prompt=SYSTEM), self.config.task)
 
