@@ -66,11 +66,14 @@ class FakeEngine:
         self._calls, self.version, self._goes = calls, -1, asyncio.Event()
         self.probe_logps, self.paused = np.zeros(2, np.float32), False
         self.evaluates = asyncio.Event()  # whether episodes of an evaluation during training are sampled
-        self.evaluates.set()
+        self.answers = asyncio.Event()  # whether probes are answered
+        for one in (self.evaluates, self.answers):
+            one.set()
 
     async def generate(self, prompt_ids, sampling, request_id):
         if sampling.prompt_logprobs:
             self._calls.append(f"probe v{self.version}")
+            await self.answers.wait()
         if request_id.startswith("eduring"):
             await self.evaluates.wait()
         await self._goes.wait()
@@ -383,6 +386,37 @@ def test_where_time_is_real_every_version_is_checked_before_a_checkpoint_of_it_i
         assert calls.index("event probe", calls.index(f"probe v{version}")) < calls.index(
             "save", calls.index(f"publish v{version}")
         )
+
+
+def test_the_checkpoint_of_a_run_that_was_interrupted_waits_for_the_check_of_its_version(tmp_path):
+    """The run is interrupted where an evaluation waits until the engine has answered the probe."""
+
+    async def interrupt(world):
+        update_weights = world.engine.update_weights
+
+        async def hold(update, version):
+            await update_weights(update, version)
+            if version == 1:
+                world.engine.answers.clear()
+
+        world.engine.update_weights = hold
+        running = asyncio.create_task(world.loop.run())
+        while "event update" not in world.calls or "probe v1" not in world.calls:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        running.cancel()
+        await asyncio.wait({running})
+        saving = asyncio.create_task(world.loop.checkpoint())
+        for _ in range(9):
+            await asyncio.sleep(0)
+        assert "save" not in world.calls[world.calls.index("probe v1") :]
+        world.engine.answers.set()
+        await saving
+
+    world = run_world(tmp_path, interrupt, real_time=True, num_updates=9, overlap_every=1)
+    assert not hasattr(world, "error"), world.error
+    calls = world.calls[world.calls.index("probe v1") :]
+    assert calls.index("event probe") < calls.index("save")
 
 
 def test_an_evaluation_that_overlaps_training_is_of_the_version_at_which_it_began_and_names_all_that_sampled_it(tmp_path):

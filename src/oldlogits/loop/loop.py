@@ -302,7 +302,6 @@ class Loop:
         await self._evaluate(tasks)
         every = self._config.record.checkpoint_every
         if done or (every and self.version % every == 0):
-            await self._sync.checked()
             await self._evaluator.ended(before=self.version)  # a run that goes on would not play it again
             await self._begin_checkpoint()
             self._counted = None
@@ -333,9 +332,11 @@ class Loop:
     async def checkpoint(self) -> None:
         """Begin to write a checkpoint: the trainer, what the loop needs to go on, and all that is in flight.
 
+        The engine has shown by then that it holds the version.
         What happens to that from here on is in the journal. A run that goes on does the updates after the checkpoint again,
         with their batches; events that are recorded from here on do not count for it.
         """
+        await self._sync.checked()
         await self.checkpoints.finish()
         if self._rollouts is not None:
             self.state.next_row, self.state.next_group = self._rollouts.next_row, self._rollouts.next_group

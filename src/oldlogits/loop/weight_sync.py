@@ -123,9 +123,9 @@ class WeightSync:
         Raises:
             ProbeError: It does not.
         """
-        checking, self._checking = self._checking, None
-        if checking is not None:
-            await checking
+        if self._checking is not None:
+            await asyncio.shield(self._checking)  # whoever is cancelled here leaves it to the checkpoint that follows
+            self._checking = None
 
     async def _check(self, published: PublishedVersion) -> None:
         """Probe the engine, every replica of it, and ask the trainer for its checks; the worst of each counts."""
