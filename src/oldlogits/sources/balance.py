@@ -63,4 +63,5 @@ def balance_logp(
     """
     wide = scores.astype(np.float64)
     mixture = np.logaddexp.reduce(wide + np.log(counts / counts.sum())[:, None], axis=0)
-    return (mixture - np.take_along_axis(wide, own[None], axis=0)[0] + logp_mu).astype(np.float32)
+    found: NDArray[np.float32] = (mixture - np.take_along_axis(wide, own[None], axis=0)[0] + logp_mu).astype(np.float32)
+    return found
