@@ -92,6 +92,7 @@ ROWS = (
     "--variant ppo_clip_train_infer",
     "--variant aged_train_infer",
     "--variant rescore_train_infer",
+    "--variant mis_balance",
 )
 """The rows of docs/paper.md."""
 

@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, astuple, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, astuple, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Final, Literal, Self, TypeVar, cast
@@ -49,6 +49,26 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Checks:
+    """Whether a run does what it is said to do (`measure.idle`).
+
+    Args:
+        clipped: The largest share of an update's loss tokens that the clip left out.
+        masked: The largest share that r_d left out.
+        first_batch: A digest of the tokens of its first batch.
+        num_retrained: Groups that were trained in more than one update.
+        loss_error: The largest difference of the loss of an update from that formed again of its record, with the denominator
+            that the recipe states.
+    """
+
+    clipped: float
+    masked: float
+    first_batch: str
+    num_retrained: int
+    loss_error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LearningRun:
     """One training run of the learning study.
 
@@ -68,6 +88,7 @@ class LearningRun:
         num_resets: Resets of the weight average.
         curve: Evaluations during the run, ascending; the last is the final one.
         error: Why the run ended early; empty: it did not. Its success then counts as that of its last evaluation.
+        checks: Those of a study that records the tokens of every update; None: it does not.
     """
 
     regime: str
@@ -85,6 +106,7 @@ class LearningRun:
     num_resets: int
     curve: tuple[Point, ...]
     error: str = ""
+    checks: Checks | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,9 +307,10 @@ def _read(kind: object, value: Json, where: str) -> object:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, Mapping):
         hints = _hints(kind)
-        if hints.keys() != value.keys():
+        later = {one.name for one in fields(kind) if one.default is not MISSING} - value.keys()  # than the file was written
+        if hints.keys() - later != value.keys():
             raise _misfit(where, f"keys {', '.join(value)}", ", ".join(hints))
-        return kind(**{name: _read(hints[name], value[name], f"{where}.{name}") for name in hints})
+        return kind(**{name: _read(hints[name], value[name], f"{where}.{name}") for name in hints if name not in later})
     if origin is tuple and isinstance(value, Sequence) and not isinstance(value, str):
         kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
         if len(kinds) == len(value):

@@ -291,6 +291,7 @@ FOLLOWS = {
     "ppo_clip": "snapshot", "decoupled_exact": "snapshot", "ppo_clip_train_infer": "none", "decoupled_async": "arrival",
     "linear_prox": "none", "loglinear_prox": "none", "linear_train_infer": "none", "loglinear_train_infer": "none",
     "ppo_ewma": "ewma", "ppo_ewma_train_infer": "ewma", "aged_train_infer": "aged", "rescore_train_infer": "rescore",
+    "mis_balance": "balance",
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from oldlogits.core.errors import ConfigError, MissingPolicyError
 from oldlogits.core.policies import (
     AGED,
     ASYNC,
+    BALANCE,
     EWMA,
     EXPERIMENTAL_VARIANTS,
     LINEAR,
@@ -38,6 +39,7 @@ EXPERIMENTAL = {
     "loglinear_train_infer": ("loglinear/mu", "theta/loglinear", set(), True),
     "aged_train_infer": ("aged/mu", "theta/aged", {AGED}, True),
     "rescore_train_infer": ("rescore/mu", "theta/rescore", {RESCORE}, True),
+    "mis_balance": ("1", "theta/balance", {BALANCE}, True),
 }
 ROWS = PAPER | EXPERIMENTAL
 
@@ -56,7 +58,7 @@ def test_needs_total_and_correction_follow_from_the_row(name):
     assert variant.needs == needs
     assert variant.corrects_mismatch is corrects
     assert variant.proximal.value == r_s.removeprefix("theta/")
-    assert str(variant.total) == ("theta/mu" if corrects else r_s)
+    assert str(variant.total) == ("theta/mu" if corrects and name != "mis_balance" else r_s)
 
 
 @pytest.mark.parametrize("top, bottom", list(itertools.product(Policy, Policy)))
@@ -107,6 +109,7 @@ PROVIDED = {
     "ewma": {EWMA},
     "aged": {AGED},
     "rescore": {RESCORE},
+    "balance": {BALANCE},
     "none": set(),
 }
 
@@ -154,6 +157,7 @@ def test_every_remedy_of_a_missing_policy_works(name, source):
         ("ewma", "ppo_ewma_train_infer"),
         ("aged", "aged_train_infer"),
         ("rescore", "rescore_train_infer"),
+        ("balance", "mis_balance"),
     ],
 )
 def test_a_source_of_another_policy_names_the_variant_that_it_feeds_experimental_ones_included(source, variant):

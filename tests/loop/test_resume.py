@@ -79,6 +79,7 @@ ROUTES = {
     "ewma": ("ppo_ewma_train_infer", {"ewma"}),
     "aged": ("aged_train_infer", {"aged", "async"}),
     "rescore": ("rescore_train_infer", {"rescore"}),
+    "balance": ("mis_balance", {"balance"}),
     "none": ("ppo_clip_train_infer", {"mu"}),
 }
 """A variant that the route feeds, and how its tokens are labelled."""

@@ -19,6 +19,7 @@ ROWS = {  # name: (numerator and denominator of r_d, or None for 1; denominator 
     "loglinear_train_infer": (("loglinear", "mu"), "loglinear"),
     "aged_train_infer": (("aged", "mu"), "aged"),
     "rescore_train_infer": (("rescore", "mu"), "rescore"),
+    "mis_balance": (None, "balance"),
 }
 
 

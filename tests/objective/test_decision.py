@@ -103,6 +103,7 @@ EXACT = {
     "loglinear_train_infer": "decoupled_exact",
     "aged_train_infer": "decoupled_exact",
     "rescore_train_infer": "decoupled_exact",
+    "mis_balance": "decoupled_exact",
 }
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.policies import AGED, ASYNC, EWMA, EXPERIMENTAL_VARIANTS, MU, OLD, RESCORE, THETA, VARIANTS, Policy
+from oldlogits.core.policies import AGED, ASYNC, BALANCE, EWMA, EXPERIMENTAL_VARIANTS, MU, OLD, RESCORE, THETA, VARIANTS, Policy
 from oldlogits.objective import SplitRatio
 
 from .oracle import ROWS, Objective, interpolate, token
@@ -57,6 +57,7 @@ def test_every_variant_equals_the_scalar_oracle_in_value_gradient_and_masks(name
             "ewma": log_mu + ewma,
             "aged": log_mu + 2 * ewma - asynchronous,
             "rescore": log_mu + old - asynchronous,
+            "balance": log_mu + (old + ewma) / 2,
             "theta": log_mu + theta,
         }
         prob = {policy: math.exp(value) for policy, value in logs.items()}
@@ -64,7 +65,8 @@ def test_every_variant_equals_the_scalar_oracle_in_value_gradient_and_masks(name
         advantages.append(advantage)
     expected = [token(name, prob, a, objective) for prob, a in zip(probs, advantages, strict=True)]
 
-    logp = {policy: tensor(*(prob[policy] for prob in probs)).log() for policy in (MU, OLD, ASYNC, EWMA, AGED, RESCORE)}
+    given = (MU, OLD, ASYNC, EWMA, AGED, RESCORE, BALANCE)
+    logp = {policy: tensor(*(prob[policy] for prob in probs)).log() for policy in given}
     theta = tensor(*(prob["theta"] for prob in probs)).log().requires_grad_()
     logp[THETA] = theta
     logp[Policy.LINEAR] = linear_logp(logp[MU], theta, weight_mu)

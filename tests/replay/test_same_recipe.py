@@ -24,6 +24,7 @@ RECIPES = {
     "async": {"variant": "decoupled_async"},
     "average": {"variant": "ppo_ewma_train_infer", "proximal": {"decay": "auto"}},
     "aged": {"variant": "aged_train_infer"},
+    "balance": {"variant": "mis_balance"},
     "rescore": {"variant": "rescore_train_infer", "engine": {"precision": "int8", "max_num_seqs": 32}},
     "interpolated": {"variant": "loglinear_prox"},
     "truncated": {"variant": "ppo_clip_train_infer", "objective": {"clip": "truncated"}},

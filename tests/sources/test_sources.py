@@ -123,6 +123,7 @@ TABLE = {  # provides, stores versions, the most of them with a window of 4, nee
     "ewma": ("ewma", False, 0, False, True, False, False),
     "aged": ("aged", False, 0, False, True, False, False),
     "rescore": ("rescore", False, 0, False, False, False, False),
+    "balance": ("balance", True, 6, False, False, False, False),
     "none": ("mu", False, 0, False, False, False, False),
 }
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from oldlogits.core.errors import ExactnessError, MissingLogprobError, NonFiniteError
-from oldlogits.core.policies import AGED, ASYNC, EWMA, OLD, RESCORE, THETA, Provenance
+from oldlogits.core.policies import AGED, ASYNC, BALANCE, EWMA, OLD, RESCORE, THETA, Provenance
 from oldlogits.core.scoring import Scored
 from oldlogits.models.load import load_model, named_weights
 from oldlogits.models.ranks import ALONE, Ranks
@@ -41,6 +41,7 @@ ROWS = {  # variant -> numerator of r_d over mu, or None; denominator of r_s
     "loglinear_train_infer": ("loglinear", "loglinear"),
     "aged_train_infer": ("aged", "aged"),
     "rescore_train_infer": ("rescore", "rescore"),
+    "mis_balance": (None, "balance"),
 }
 BAND, EPS_LOW, EPS_HIGH, DUAL, WEIGHT_MU = 1.5, 0.2, 0.28, 3.0, 0.25
 
@@ -90,6 +91,7 @@ def case(tiny_folder):
         "ewma": perturbed(live, 0.3, 7),
         "aged": perturbed(live, 0.4, 8),
         "rescore": perturbed(live, 0.4, 9),
+        "balance": perturbed(live, 0.3, 10),
     }
     segments = [[s for read, said, v in turns for s in (read, sampled(said, v, temperature=0.8))] for turns in TURNS]
     made = [trajectory(*s, id=f"g{i // 2}.{i % 2}", group=f"g{i // 2}") for i, s in enumerate(segments)]
@@ -101,7 +103,8 @@ def case(tiny_folder):
     mu = (old + 0.3 * noise).clamp(max=0).float()
     logp_mu = np.zeros(batch.num_tokens, np.float32)
     logp_mu[batch.loss_mask] = mu.numpy()
-    logp = {"old": old, "mu": mu.double()} | {k: by_model[k][batch.loss_mask] for k in ("async", "ewma", "aged", "rescore")}
+    others = {k: by_model[k][batch.loss_mask] for k in ("async", "ewma", "aged", "rescore", "balance")}
+    logp = {"old": old, "mu": mu.double()} | others
     logp = {name: values.float().double() for name, values in logp.items()}  # what a float32 record keeps
     return Case(dataclasses.replace(batch, logp_mu=logp_mu), live, copy.deepcopy(live).double(), logp)
 
@@ -176,7 +179,9 @@ def config_of(recipe, variant, **table):
 
 
 def scored_for(case, variant):
-    needed = {"old": OLD, "async": ASYNC, "ewma": EWMA, "aged": AGED, "rescore": RESCORE}.get(ROWS[variant][1])
+    needed = {"old": OLD, "async": ASYNC, "ewma": EWMA, "aged": AGED, "rescore": RESCORE, "balance": BALANCE}.get(
+        ROWS[variant][1]
+    )
     return None if needed is None else case.scored(needed)
 
 

@@ -73,6 +73,7 @@ class TokenBatch(Sequences):
             trainer_version=trainer_version,
             has_mixed_kv=bool(self.mixed_kv.any()),
             from_training=from_training,
+            logp_mu=self.logp_mu[self.loss_mask],
         )
 
     def old_is_theta(self, trainer_version: PolicyVersion) -> Bools:

@@ -76,7 +76,7 @@ class ProximalConfig:
 
     source: Auto | Annotated[str, SOURCES] = "auto"
     """What computes the proximal policy's log-probs. auto: the first source that provides what the variant needs: snapshot for
-    OLD, arrival for ASYNC, ewma for EWMA, aged, rescore, or none where none is needed."""
+    OLD, arrival for ASYNC, ewma for EWMA, aged, rescore, balance, or none where none is needed."""
     current_version: Literal["training-forward", "scored"] = "training-forward"
     """OLD of tokens of the version that enters training, in its first optimizer step. training-forward: what the forward pass
     of that step gives them, which is OLD by definition; it saves a forward pass, and one in 16 of their trajectories is scored

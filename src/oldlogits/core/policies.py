@@ -25,6 +25,7 @@ class Policy(StrEnum):
     EWMA = "ewma"  # the training engine, with weights averaged over versions
     AGED = "aged"  # ASYNC, moved towards EWMA by the token's staleness over the average's age
     RESCORE = "rescore"  # MU, less what the engine's numerics do to ASYNC
+    BALANCE = "balance"  # the mixture of the inference engine's policies over the versions that sampled the batch
     LINEAR = "linear"  # arithmetic interpolation of MU and THETA
     LOGLINEAR = "loglinear"  # log-linear interpolation of MU and THETA
     THETA = "theta"  # the training engine, now: the policy being optimised
@@ -65,6 +66,7 @@ class Ratio:
 
 
 MU, OLD, ASYNC, EWMA, AGED, RESCORE = Policy.MU, Policy.OLD, Policy.ASYNC, Policy.EWMA, Policy.AGED, Policy.RESCORE
+BALANCE: Final = Policy.BALANCE
 LINEAR, LOGLINEAR, THETA = Policy.LINEAR, Policy.LOGLINEAR, Policy.THETA
 ONE: Final = MU / MU
 
@@ -100,8 +102,8 @@ class Variant:
 
     @property
     def corrects_mismatch(self) -> bool:
-        """Whether the total ratio is THETA/MU; the other rows leave the training-inference mismatch uncorrected."""
-        return self.total.denominator is MU
+        """Whether the total ratio is over what the engine sampled from; the other rows leave the mismatch uncorrected."""
+        return self.total.denominator in (MU, BALANCE)
 
     @property
     def needs(self) -> frozenset[Policy]:
@@ -132,6 +134,7 @@ EXPERIMENTAL_VARIANTS: Final[Mapping[str, Variant]] = MappingProxyType(
         "loglinear_train_infer": Variant(r_d=LOGLINEAR / MU, r_s=THETA / LOGLINEAR),
         "aged_train_infer": Variant(r_d=AGED / MU, r_s=THETA / AGED),
         "rescore_train_infer": Variant(r_d=RESCORE / MU, r_s=THETA / RESCORE),
+        "mis_balance": Variant(r_d=ONE, r_s=THETA / BALANCE),
     }
 )
 """Rows that the paper's table does not list: those that its Proposition 1 speaks of, and proximal policies of our own."""
@@ -146,13 +149,14 @@ class Provenance(StrEnum):
     EWMA = "ewma"
     AGED = "aged"
     RESCORE = "rescore"
+    BALANCE = "balance"
     LINEAR = "linear"
     LOGLINEAR = "loglinear"
     MU = "mu"
 
 
 PROXIMAL_PROVENANCE: Final[Mapping[Policy, Provenance]] = MappingProxyType(
-    {OLD: Provenance.EXACT} | {p: Provenance(p) for p in (ASYNC, EWMA, AGED, RESCORE, LINEAR, LOGLINEAR, MU)}
+    {OLD: Provenance.EXACT} | {p: Provenance(p) for p in (ASYNC, EWMA, AGED, RESCORE, BALANCE, LINEAR, LOGLINEAR, MU)}
 )
 """The provenance of tokens of fresh keys and values, by the variant's proximal policy, whichever source provides it."""
 

@@ -50,6 +50,7 @@ class BatchTokens:
         has_mixed_kv: Whether some were sampled over keys and values of older versions.
         from_training: bool [loss token]; tokens that no source of OLD has to score: they are of the version that enters
             training, and the forward pass of their optimizer step, the first one, gives their OLD. None: there are none.
+        logp_mu: float32 [loss token]; what the engine gave each when it sampled it; None: not told.
     """
 
     versions: NDArray[np.int64]
@@ -57,6 +58,7 @@ class BatchTokens:
     trainer_version: PolicyVersion
     has_mixed_kv: bool = False
     from_training: NDArray[np.bool_] | None = None
+    logp_mu: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -159,6 +159,7 @@ SOURCES: Final = Registry[type[LogprobSource]](
         "ewma": "oldlogits.sources.ewma:EwmaSource",
         "aged": "oldlogits.sources.aged:AgedSource",
         "rescore": "oldlogits.sources.rescore:RescoreSource",
+        "balance": "oldlogits.sources.balance:BalanceSource",
         "none": "oldlogits.sources.none:NoSource",
     },
     needs=("provides", "acquire"),

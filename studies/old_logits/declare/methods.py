@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Final
 
 from oldlogits.core.errors import ConfigError
+from oldlogits.core.loss import LOSSES
 from oldlogits.core.policies import find_variant
 
 Value = str | int | float | bool
@@ -65,11 +66,18 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
 
 
 def find_method(name: str) -> Method:
-    """The method of that name.
+    """The method of that name; ``LOSS@METHOD`` is a built-in loss over the policies of that method.
 
     Raises:
         ConfigError: There is none.
+
+    Example:
+        >>> find_method("masked_is@arrival").settings
+        {'variant': 'decoupled_async', 'proximal.source': 'arrival', 'objective.loss': 'masked_is'}
     """
-    if name not in METHODS:
-        raise ConfigError("unknown method", got=repr(name), allowed=", ".join(METHODS), fix="choose one of these")
-    return METHODS[name]
+    loss, _, base = name.rpartition("@")
+    if base not in METHODS or (loss and loss not in LOSSES.names):
+        allowed = f"{', '.join(METHODS)}; or LOSS@METHOD, LOSS one of {', '.join(LOSSES.names)}"
+        raise ConfigError("unknown method", got=repr(name), allowed=allowed, fix="choose one of these")
+    found = METHODS[base]
+    return replace(found, more={**found.more, "objective.loss": loss}) if loss else found

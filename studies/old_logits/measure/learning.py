@@ -10,8 +10,9 @@ from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import NonFiniteError
 from oldlogits.record.bus import Event
 from oldlogits.record.event_log import read_events, typed
-from oldlogits.record.events import AverageWasReset, Evaluated, Updated
+from oldlogits.record.events import AverageWasReset, BatchTaken, Evaluated, Updated
 from oldlogits.run.run import run
+from studies.old_logits.measure.idle import idle_checks
 from studies.old_logits.results import LearningRun, Point
 
 
@@ -59,6 +60,7 @@ def run_learning(config: RunConfig, folder: Path, *, regime: str, method: str, b
         num_resets=len(typed(events, AverageWasReset)),
         curve=curve,
         error=str(result.error or ""),
+        checks=idle_checks(config, folder, updates, typed(events, BatchTaken)) if config.record.tokens_every == 1 else None,
     )
 
 

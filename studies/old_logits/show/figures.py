@@ -8,6 +8,7 @@ from dataclasses import replace
 from statistics import median
 from typing import Final, Literal
 
+from oldlogits.core.loss import LOSSES
 from oldlogits.record.report import charts
 from oldlogits.record.report.charts import Figure, Line
 from studies.old_logits.analyse.contrasts import (
@@ -51,6 +52,15 @@ LOOKS: Final[dict[str, tuple[str, Style]]] = {
     "synchronous": ("c6", "dots"),
 }
 """Colour and line of a method or proximal policy: one colour a family, the same on the whole page."""
+
+_LINES: Final[tuple[Style, ...]] = ("plain", "dashed", "dots", "raw")
+
+
+def look(method: str) -> tuple[str, Style]:
+    """Colour and line of a method; a loss over its policies has its colour, and a line of the loss's own."""
+    loss, _, base = method.rpartition("@")
+    return (LOOKS[base][0], _LINES[LOSSES.names.index(loss) % len(_LINES)]) if loss else LOOKS[base]
+
 
 _BAD: Final = "bad"
 
@@ -186,7 +196,7 @@ def _every_run(study: Study, regime: Regime, rows: Sequence[MethodRow]) -> Figur
         if found is None:
             shown.append(Row(label=row.method, note="missing"))
             continue
-        colour = LOOKS[row.method][0]
+        colour = look(row.method)[0]
         ends = [found.mean if math.isinf(end) else end for end in (found.low, found.high)]
         tip = f"{row.method}: {plus_minus(found)}, {found.n} of {row.num_declared} blocks"
         dots = [_dot(run, bar, colour) for run in row.runs]
@@ -213,7 +223,7 @@ def _curves(study: Study, regime: Regime, rows: Sequence[MethodRow], axis: Axis)
     lines = []
     for row in rows:
         points = mean_curve(row.runs, axis)
-        colour, style = LOOKS[row.method]
+        colour, style = look(row.method)
         if points:
             shown: Style = style if row.method in compared else "raw"
             lines.append(Line(label=row.method, points=points, colour=colour, style=shown, text="{:.3f}".format))

@@ -24,6 +24,7 @@ from studies.old_logits.analyse.stats import Estimate
 from studies.old_logits.declare.methods import find_method
 from studies.old_logits.layout import DASH, Table, blocks_named, counted, figure, interval, p_value, plus_minus
 from studies.old_logits.results import VIEWS, Declaration, Knobs, LearningRun, Regime, Study, View
+from studies.old_logits.show.check_tables import check_tables
 
 PART: Final = "Learning"
 
@@ -47,7 +48,7 @@ def learning_tables(study: Study) -> list[Table]:
     places = [(regime, view) for view in VIEWS for regime in declaration.regimes if view in regime.views]
     tables += [_methods(declaration, runs, regime, view) for regime, view in places]
     tables += [_resets(declaration, runs, rule) for rule in RESET_RULES if rule in declaration.methods]
-    return tables + ([_pilot(study)] if study.pilot else [])
+    return tables + check_tables(study) + ([_pilot(study)] if study.pilot else [])
 
 
 def _regimes(declaration: Declaration) -> Table:

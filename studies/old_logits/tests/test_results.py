@@ -50,6 +50,16 @@ def test_another_shape_is_refused_by_name(tmp_path, spoil, where):
         Study.read(path)
 
 
+def test_a_study_that_was_written_before_a_figure_was_measured_is_read_without_it(tmp_path):
+    path = tmp_path / "study.json"
+    study().write(path)
+    plain = json.loads(path.read_text(encoding="utf-8"))
+    for row in plain["learning"]:
+        del row["checks"]
+    path.write_text(json.dumps(plain), encoding="utf-8")
+    assert Study.read(path) == study()
+
+
 def test_a_row_is_read_back_as_its_own_kind():
     whole = run("tight", "ewma", 2, 0.25, rho=math.nan)
     found = read_as(LearningRun, json.loads(encode(asdict(whole))))
