@@ -143,7 +143,8 @@ def cautions(config: RunConfig) -> tuple[Caution, ...]:
             "so r_s = 1 and the clip masks 0 tokens; two steps or more give it something to do"
         )
         found.append(Caution(name="no-clip", message=message, figures={"minibatches_per_update": steps, "clipped": 0}))
-    if config.band == math.inf and not variant.r_d.is_one and not config.correction.masks:
+    bounds_r_d = config.correction.masks or config.correction.weight_high < math.inf
+    if config.band == math.inf and not variant.r_d.is_one and not bounds_r_d:
         message = "no mask: band = inf, so r_d only weights, however large it is; set band = 1.5 for a mask"
         found.append(Caution(name="no-band", message=message, figures={"band": config.band}))
     return (*found, *_hidden_bounds(config))

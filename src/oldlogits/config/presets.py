@@ -58,18 +58,19 @@ def find_preset(name: str) -> Preset:
 
 
 def expanded(recipe: Table, preset: str = "") -> Table:
-    """Put a preset's keys under those of a recipe, which keep their values.
+    """Put the keys of a recipe's preset under its own, which keep their values.
 
     Args:
         recipe: The tables of a recipe.
-        preset: The name of a preset that takes the place of the recipe's own; empty: the recipe's, if it names one.
+        preset: The preset that the command line names, whose keys take the place of the recipe's; empty: the recipe's own.
 
     Raises:
         ConfigError: There is no such preset.
 
     Example:
-        >>> expanded({"band": 2.0, "objective": {"preset": "verl:disabled"}})["band"]
-        2.0
+        >>> recipe = {"band": 2.0, "objective": {"preset": "verl:token-is"}}
+        >>> expanded(recipe)["band"], expanded(recipe, "verl:token-is")["band"]
+        (2.0, inf)
     """
     objective = recipe.get("objective", {})
     named = preset or (objective.get("preset", "") if isinstance(objective, Mapping) else "")
@@ -78,13 +79,9 @@ def expanded(recipe: Table, preset: str = "") -> Table:
     whole: dict[str, object] = dict(recipe)
     for key, value in {**find_preset(named).keys, "objective.preset": named}.items():
         section, _, name = key.rpartition(".")
-        if not section:
-            whole.setdefault(name, value)
-            continue
-        there = whole.get(section, {})
-        if isinstance(there, Mapping):
-            own = {"preset": named} if key == "objective.preset" else {}
-            whole[section] = {name: value} | dict(there) | own
+        there = whole.get(section, {}) if section else whole
+        if isinstance(there, Mapping) and (preset or name not in there):
+            whole.update({section: {**there, name: value}} if section else {name: value})
     return whole
 
 

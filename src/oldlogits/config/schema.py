@@ -48,8 +48,8 @@ class ObjectiveConfig:
     options: Mapping[str, float | str] = field(default_factory=dict)
     """The loss's own knobs, such as {high = 4.0} with loss = "cispo"; docs/objectives.md lists those of each loss."""
     preset: Annotated[str, ("", *PRESETS)] = ""
-    """Another project's objective: its keys (`oldlogits show presets`) take the place of the defaults, and a key of the recipe
-    or of the command line that of the preset's."""
+    """Another project's objective (`oldlogits show presets`): its keys take the place of the defaults, and where the command
+    line names it that of the recipe's, too; a key beside it, in the same place, takes that of the preset's."""
     eps_low: Annotated[float, Gt(0), Lt(1)] = 0.2
     """Negative advantages: r_s is clipped below 1 - eps_low."""
     eps_high: AboveZero = 0.28
