@@ -35,7 +35,7 @@ VERBS: Final[Mapping[str, str]] = MappingProxyType(
         "play": "act as the agent of an environment, or watch a checkpoint",
         "serve": "serve a model over chat interfaces and vLLM's HTTP routes",
         "workers": "change how many rollout workers a run on a cluster has",
-        "show": "print variants, sources, every recipe key, or the summary of a run",
+        "show": "print variants, losses, presets, sources, recipe keys, or a run",
     }
 )
 """Each verb is the function ``command(arguments) -> exit status`` of ``oldlogits.cli.VERB``."""

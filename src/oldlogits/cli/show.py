@@ -1,4 +1,4 @@
-"""``oldlogits show variants | sources | recipe | RUN``: print tables of this package, or the summary of a run."""
+"""``oldlogits show variants | objectives | presets | sources | recipe | RUN``: print a table, or the summary of a run."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from oldlogits.cli.table import INDENT, Rows, wrapped
+from oldlogits.config.presets import PRESETS
 from oldlogits.config.reader import allowed_values, as_written, fields_by_key
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import ConfigError
+from oldlogits.core.objective.cards import CARDS
 from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, VARIANTS
 from oldlogits.core.source import SOURCES, provided, sources_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShowOptions:
-    """Print the variants, the sources, every recipe key, or the summary of a run."""
+    """Print the variants, the losses, other projects' objectives, the sources, every recipe key, or the summary of a run."""
 
     what: Annotated[str, tyro.conf.Positional]
-    """variants | sources | recipe | a run folder."""
+    """variants | objectives | presets | sources | recipe | a run folder."""
     markdown: bool = False
     """Print tables as Markdown: what README.md and docs/ hold."""
 
@@ -99,6 +101,29 @@ def variant_rows() -> Iterator[tuple[str, ...]]:
         yield name, *ratios, ", ".join(sources_for(name)) or "-", ", ".join(remarks)
 
 
+def objective_rows() -> Iterator[tuple[str, ...]]:
+    """Name, what it does, paper, the paper's row, keys, and whether the audit understands it, of every loss."""
+    for name, card in CARDS.items():
+        own = dataclasses.fields(card.options) if card.options else ()
+        keys = [f"objective.{bound}" for bound in card.bounds]
+        keys += [f"options.{field.name} = {_in_a_recipe(field.default)}" for field in own]
+        audited = "yes" if card.has_active_set and not card.step_rule else "no"
+        yield name, card.what, card.paper, card.variant, ", ".join(keys) or "-", audited
+
+
+def preset_rows() -> Iterator[tuple[str, ...]]:
+    """Name, what it is called there, its keys, and what they leave out, of every preset."""
+    for name, preset in PRESETS.items():
+        keys = [f"{key} = {_in_a_recipe(value)}" for key, value in preset.keys.items()]
+        yield name, preset.source, ", ".join(keys), preset.leaves_out
+
+
+def _in_a_recipe(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_in_a_recipe(inner)}" for key, inner in value.items()) + "}"
+    return f'"{value}"' if isinstance(value, str) else as_written(value)
+
+
 def source_rows() -> Iterator[tuple[str, ...]]:
     """Name, what it provides, what it costs of every source."""
     for name in SOURCES.names:
@@ -156,6 +181,16 @@ TABLES: Final[Mapping[str, Shown]] = MappingProxyType(
             title="variants: r_d multiplies and masks, r_s is clipped",
             columns=("variant", "r_d", "r_s", "total ratio", "proximal.source", "remark"),
             rows=variant_rows,
+        ),
+        "objectives": Shown(
+            title="losses of objective.loss; each works with every variant, and the paper's own row is named",
+            columns=("objective.loss", "what it does", "paper (arXiv)", "its row", "keys that it reads", "audit"),
+            rows=objective_rows,
+        ),
+        "presets": Shown(
+            title="other projects' objectives: objective.preset, and the keys that each stands for",
+            columns=("objective.preset", "called there", "keys", "left out"),
+            rows=preset_rows,
         ),
         "sources": Shown(
             title="sources of the proximal policy's log-probs; auto takes the first that provides what the variant needs",

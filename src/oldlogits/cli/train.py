@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,9 @@ from oldlogits.cli.main import FAILED, INTERRUPTED, print_error
 from oldlogits.cli.table import wrapped
 from oldlogits.config.guard import cautions
 from oldlogits.config.load import load_config
+from oldlogits.config.presets import chosen_differently, find_preset
 from oldlogits.config.programs import rows_in_words
+from oldlogits.config.reader import as_written, fields_by_key
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.environment import Environment
 from oldlogits.core.errors import AbsentCheckoutError, ConfigError
@@ -159,6 +162,7 @@ def _dry_run(
     print(tomli_w.dumps(dataclasses.asdict(config)))
     variant, cost = find_variant(config.variant), estimate(config)
     lines = [f"{config.variant}: r_d = {variant.r_d}, r_s = {variant.r_s}, total ratio {variant.total}"]
+    lines += _preset_in_words(config)
     known = [*cautions(config)]
     if environment_class is not None and config.env.is_program and (Path(config.model.path) / "tokenizer.json").is_file():
         known += chat_cautions(config, chat_format(config, Path(config.model.path), environment_class))
@@ -170,6 +174,19 @@ def _dry_run(
     for line in lines:
         print("\n".join(wrapped(line, indent="# ", later="#     ")))
     return 0
+
+
+def _preset_in_words(config: RunConfig) -> list[str]:
+    """What a recipe's preset stands for, and which of its keys the recipe sets otherwise."""
+    if not config.objective.preset:
+        return []
+    preset, values = find_preset(config.objective.preset), {key: attrgetter(key)(config) for key in fields_by_key(RunConfig)}
+    other = chosen_differently(config.objective.preset, values)
+    lines = [f"preset {config.objective.preset}: {preset.source}"]
+    for key, value in preset.keys.items():
+        told = f"  {key} = {as_written(value)}"
+        lines.append(told + (f", but the recipe says {as_written(other[key])}" if key in other else ""))
+    return lines + ([f"  left out: {preset.leaves_out}"] if preset.leaves_out else [])
 
 
 def _unknown(config: RunConfig) -> list[str]:

@@ -12,6 +12,7 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from oldlogits.config.episodes import EnvConfig
 from oldlogits.config.guard import refuse_idle
+from oldlogits.config.losses import check_loss
 from oldlogits.config.mixture import check_mixture, mixture_files
 from oldlogits.config.model_folder import check_model_folder
 from oldlogits.config.programs import check_program
@@ -60,6 +61,7 @@ def check(config: RunConfig, *, needs_model: bool = True) -> None:
     config = resolve(config)
     find_variant(config.variant)
     _check_names(config)
+    check_loss(config)
     check_source(config.variant, config.proximal.source)
     _check_against_each_other(config)
     check_mixture(config.env.mixture, config.env, EnvConfig())

@@ -14,7 +14,7 @@ from itertools import groupby
 from oldlogits.config.bounds import EffectiveBounds, Interpolation, a3po_weight, effective_bounds, supremum_r_s
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.loss import LOSSES
+from oldlogits.core.loss import card_of
 from oldlogits.core.policies import AGED, ASYNC, EWMA, LINEAR, LOGLINEAR, OLD, RESCORE, Policy, find_variant
 
 
@@ -53,15 +53,16 @@ class _Weighted:
 def refuse_idle(config: RunConfig) -> None:
     """Refuse a correction that can never act because its bound does not exist.
 
-    What a loss from outside makes of the bounds is not known here, so that it is neither refused nor warned of.
+    What another loss makes of the bounds is not known here, so that it is neither refused nor warned of.
 
     Raises:
         ConfigError: A clip or the mask has no bound, though the recipe does not switch it off.
     """
-    if config.objective.loss not in LOSSES.names:
+    if not card_of(config.objective.loss).is_guarded:
         return
     masks = not find_variant(config.variant).r_d.is_one
-    if masks and config.band == math.inf and config.objective.mismatch_correction == "mask":
+    has_mask = config.band < math.inf or config.correction.masks
+    if masks and not has_mask and config.objective.mismatch_correction == "mask":
         raise ConfigError(
             "r_d is to mask and not to weight, and without a band it does neither",
             got="band = inf, objective.mismatch_correction = 'mask'",
@@ -131,8 +132,8 @@ def _more_weight(config: RunConfig) -> list[str]:
 
 
 def cautions(config: RunConfig) -> tuple[Caution, ...]:
-    """What the recipe alone shows to be doubtful, if its loss is a built-in one."""
-    if config.objective.loss not in LOSSES.names:
+    """What the recipe alone shows to be doubtful, if these rules are about its loss."""
+    if not card_of(config.objective.loss).is_guarded:
         return ()
     variant, steps = find_variant(config.variant), config.trainer.minibatches_per_update
     found: list[Caution] = []
@@ -142,7 +143,8 @@ def cautions(config: RunConfig) -> tuple[Caution, ...]:
             "so r_s = 1 and the clip masks 0 tokens; two steps or more give it something to do"
         )
         found.append(Caution(name="no-clip", message=message, figures={"minibatches_per_update": steps, "clipped": 0}))
-    if config.band == math.inf and not variant.r_d.is_one:
+    bounds_r_d = config.correction.masks or config.correction.weight_high < math.inf
+    if config.band == math.inf and not variant.r_d.is_one and not bounds_r_d:
         message = "no mask: band = inf, so r_d only weights, however large it is; set band = 1.5 for a mask"
         found.append(Caution(name="no-band", message=message, figures={"band": config.band}))
     return (*found, *_hidden_bounds(config))

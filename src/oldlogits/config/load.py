@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
-from typing import get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import tyro
 
 from oldlogits.config.check import check, resolve
+from oldlogits.config.presets import expanded
 from oldlogits.config.reader import Table, build, fields_by_key, nearest_key, stray
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import ConfigError, reading
@@ -27,7 +28,8 @@ def load_config(recipe: Path, overrides: Sequence[str] = (), *, needs_model: boo
         ConfigError: The recipe does not exist, is no TOML, has unknown keys, wrong types or values out of range.
         ModelFolderError: The model folder is needed and incomplete.
     """
-    config = resolve(override(_read(read_toml(recipe)), overrides))
+    table = expanded(read_toml(recipe), _preset_of(overrides))
+    config = resolve(override(_read(table), overrides))
     check(config, needs_model=needs_model)
     return config
 
@@ -55,14 +57,15 @@ def config_from_table(table: Table) -> RunConfig:
         >>> config_from_table({"variant": "decoupled_async", "band": 2}).proximal.source
         'arrival'
     """
-    return resolve(_read(table))
+    return resolve(_read(expanded(table)))
 
 
 def override(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
     """Apply ``--dotted.key value`` overrides; tyro prints what is wrong with one and exits with status 2.
 
-    A list is written as JSON: ``--env.command '["python", "agent.py", "--verbose"]'``. One of texts of which none begins with
-    a hyphen may be written as words: ``--record.trackers wandb tensorboard``. What is true or false is written as in a recipe.
+    A list or a table is written as JSON: ``--env.command '["python", "agent.py", "--verbose"]'``. A list of texts none of
+    which begins with a hyphen may be words: ``--record.trackers wandb tensorboard``. What is true or false is written as in a
+    recipe.
 
     Raises:
         ConfigError: A key has another name now, or is that of another project; a list is no such JSON; a word is neither
@@ -80,16 +83,19 @@ def override(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
 
 
 def _with_lists(config: RunConfig, words: list[str]) -> tuple[RunConfig, list[str]]:
-    """Apply the overrides of lists that are JSON; returns the other words, too."""
-    lists = {key: dataclasses.is_dataclass(get_args(hint)[0]) for key, hint in _hints().items() if get_origin(hint) is tuple}
+    """Apply the overrides of lists and tables that are JSON; returns the other words, too."""
+    lists = {key: _is_json(hint) for key, hint in _hints().items() if get_origin(hint) in (tuple, Mapping)}
     for at, word in enumerate(words):
         flag, is_joined, value = word.partition("=")
         key = flag.removeprefix("--").replace("-", "_")
         value, num = (value, 1) if is_joined else (" ".join(words[at + 1 : at + 2]), 2)
         if not flag.startswith("--") or key not in lists or not (lists[key] or value.startswith("[")):
             continue
+        is_table = get_origin(_hints()[key]) is Mapping
         example = '[{"name of a key": "value"}]' if lists[key] else '["one", "two"]'
         allowed, fix = f"a list of {'tables' if lists[key] else 'texts'} as JSON", f"--{key} '{example}'"
+        if is_table:
+            allowed, fix = "a table as JSON", f"--{key} '{{\"name of a key\": 1.5}}'"
         with reading(ConfigError, f"{key} cannot be read", got=repr(value[:200]), allowed=allowed, fix=fix):
             given = json.loads(value)
         section, _, name = key.partition(".")
@@ -97,6 +103,21 @@ def _with_lists(config: RunConfig, words: list[str]) -> tuple[RunConfig, list[st
         whole[section] = {**whole[section], name: given}
         return _with_lists(build(RunConfig, whole, _unknown), [*words[:at], *words[at + num :]])
     return config, words
+
+
+def _is_json(hint: Any) -> bool:
+    """Whether a list or table can be written as JSON only: its items are tables, or it is one."""
+    return get_origin(hint) is Mapping or dataclasses.is_dataclass(get_args(hint)[0])
+
+
+def _preset_of(words: Sequence[str]) -> str:
+    """The preset that the command line names; empty: none."""
+    named = ""
+    for at, word in enumerate(words):
+        flag, is_joined, value = word.partition("=")
+        if flag == "--objective.preset":
+            named = value if is_joined else " ".join(words[at + 1 : at + 2])
+    return named
 
 
 def _with_flags(words: list[str]) -> list[str]:

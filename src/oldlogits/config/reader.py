@@ -218,6 +218,8 @@ def _allowed(hint: Any) -> str:
 def _type_in_words(hint: Any) -> str:
     if get_origin(hint) is Annotated:
         return _type_in_words(hint.__origin__)
+    if get_origin(hint) is Mapping:
+        return "a table"
     if get_origin(hint) is tuple:
         kinds = get_args(hint)
         return "a list" + ("" if kinds[-1] is ... else f" of length {len(kinds)}")

@@ -5,12 +5,14 @@ A range stands in the annotation of its field; the string below a field is what 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
 from oldlogits.config.episodes import EnvConfig, EvalConfig, RolloutConfig, SamplingConfig
+from oldlogits.config.presets import PRESETS
 from oldlogits.config.ranges import (
     AboveOne,
     AboveZero,
@@ -27,7 +29,8 @@ from oldlogits.config.ranges import (
 from oldlogits.config.systems import EngineConfig, LockstepConfig, RayConfig, RuntimeConfig, VersionsConfig
 from oldlogits.core.backend import BACKENDS
 from oldlogits.core.engine import ENGINES
-from oldlogits.core.loss import LOSSES
+from oldlogits.core.loss import LOSSES, card_of
+from oldlogits.core.objective.correction import Correction
 from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, OLD, VARIANTS, find_variant
 from oldlogits.core.scoring import Layout
 from oldlogits.core.server import SERVER_PROTOCOLS
@@ -41,7 +44,12 @@ class ObjectiveConfig:
     """The loss, its bounds, and what it is divided by."""
 
     loss: Annotated[str, LOSSES] = "masked_is"
-    """What is made of the log-probs of a micro-batch (docs/variants.md)."""
+    """What is made of the log-probs of a micro-batch: `oldlogits show objectives` (docs/objectives.md)."""
+    options: Mapping[str, float | str] = field(default_factory=dict)
+    """The loss's own knobs, such as {high = 4.0} with loss = "cispo"; docs/objectives.md lists those of each loss."""
+    preset: Annotated[str, ("", *PRESETS)] = ""
+    """Another project's objective (`oldlogits show presets`): its keys take the place of the defaults, and where the command
+    line names it that of the recipe's, too; a key beside it, in the same place, takes that of the preset's."""
     eps_low: Annotated[float, Gt(0), Lt(1)] = 0.2
     """Negative advantages: r_s is clipped below 1 - eps_low."""
     eps_high: AboveZero = 0.28
@@ -80,7 +88,8 @@ class ProximalConfig:
     current_version: Literal["training-forward", "scored"] = "training-forward"
     """OLD of tokens of the version that enters training, in its first optimizer step. training-forward: what the forward pass
     of that step gives them, which is OLD by definition; it saves a forward pass, and one in 16 of their trajectories is scored
-    all the same, as a check. scored: as all other tokens; loss_aggregation = "token-mean-kept" needs that in any case."""
+    all the same, as a check. scored: as all other tokens; objective.loss_aggregation = "token-mean-kept", objective.loss =
+    "m2po" and correction.normalise need that in any case."""
     scoring: Literal["prefix", "same-shape"] = "prefix"
     """How a batch's tokens of older versions are scored. prefix: each trajectory up to its last token of the version.
     same-shape: in the very micro-batches that train them, which leaves no packing noise in bf16 and reads more tokens
@@ -237,6 +246,7 @@ class RunConfig:
     max_staleness: Versions = 4
     """No token is trained when the trainer is more than this many versions ahead of it."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    correction: Correction = field(default_factory=Correction)
     proximal: ProximalConfig = field(default_factory=ProximalConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -260,7 +270,9 @@ class RunConfig:
     @property
     def takes_training_forward(self) -> bool:
         """Whether the training forward gives OLD of the tokens of its own version."""
-        wanted = self.proximal.current_version == "training-forward" and self.objective.loss_aggregation != "token-mean-kept"
+        o, looks_at_step = self.objective, self.correction.normalise or bool(card_of(self.objective.loss).step_rule)
+        knows_first = looks_at_step or o.loss_aggregation == "token-mean-kept"
+        wanted = self.proximal.current_version == "training-forward" and not knows_first
         return wanted and find_variant(self.variant).proximal is OLD
 
     @property

@@ -11,14 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeVar
 
 from oldlogits.core.errors import ConfigError
+from oldlogits.core.objective.cards import CARDS, OUTSIDE, LossCard
+from oldlogits.core.objective.correction import BAND_ALONE, Correction
 from oldlogits.core.policies import Policy, Variant
 from oldlogits.core.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +37,8 @@ class Objective:
         dual_clip: The upper bound of r_s for negative advantages, above 1; None: there is none.
         mismatch_correction: What r_d does: it weights and masks tokens, or it masks them only.
         is_cap: With ``objective.clip = "truncated"``: the largest weight r_s of a token's gradient; None: the clip holds.
+        correction: What bounds r_d beside the band.
+        options: The loss's own knobs, of the class that its card names; None: their defaults.
     """
 
     variant: Variant
@@ -42,6 +48,21 @@ class Objective:
     dual_clip: float | None = 3.0
     mismatch_correction: Literal["weight_and_mask", "mask"] = "weight_and_mask"
     is_cap: float | None = None
+    correction: Correction = BAND_ALONE
+    options: object = None
+
+    def own(self, kind: type[T]) -> T:
+        """Give the loss's own knobs, or their defaults where the recipe has none.
+
+        Raises:
+            ConfigError: They are those of another loss.
+        """
+        if self.options is None:
+            return kind()
+        if not isinstance(self.options, kind):
+            got, fix = type(self.options).__name__, f"pass options = {kind.__name__}(...)"
+            raise ConfigError("these are the knobs of another loss", got=got, allowed=kind.__name__, fix=fix)
+        return self.options
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +77,7 @@ class LossInputs:
         staleness: int64; the trainer's version minus the version that sampled the token.
         sequence_index: int64, in [0, num_sequences); the trajectory that a token belongs to.
         num_sequences: The number of trajectories of the whole batch, of which a micro-batch holds some.
+        step_mask: bool; what the loss's step rule (`LossCard.step_rule`) keeps of the optimizer step; None: it has none.
     """
 
     logp: Mapping[Policy, Tensor]
@@ -64,6 +86,7 @@ class LossInputs:
     staleness: Tensor
     sequence_index: Tensor
     num_sequences: int
+    step_mask: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +144,38 @@ class Loss(Protocol):
         """
 
 
+_MODULES: Final = {"dppo_tv": "dppo", "dppo_kl": "dppo"}
+
 LOSSES: Final = Registry[Loss](
-    "loss", key="objective.loss", builtin={"masked_is": "oldlogits.objective.losses.masked_is:masked_is"}, needs=("__call__",)
+    "loss",
+    key="objective.loss",
+    builtin={name: f"oldlogits.objective.losses.{_MODULES.get(name, name)}:{name}" for name in CARDS},
+    needs=("__call__",),
 )
 """The built-in losses by name; a recipe may name any other one as "package.module:function"."""
+
+
+def card_of(name: str) -> LossCard:
+    """Give the card of a built-in loss, or that of one from outside, which may have none.
+
+    Raises:
+        ConfigError: There is no such loss.
+    """
+    if name in CARDS:
+        return CARDS[name]
+    found: object = LOSSES.find(name)
+    card = found.card if hasattr(found, "card") else OUTSIDE
+    if not isinstance(card, LossCard):
+        raise ConfigError("a loss's card is a LossCard", got=repr(card), allowed="oldlogits.core.loss.LossCard", fix="make one")
+    return card
+
+
+class StepRule(Protocol):
+    """What keeps some tokens of a whole optimizer step, known before its first micro-batch."""
+
+    def __call__(self, tokens: LossInputs, objective: Objective) -> Tensor:
+        """Give bool [token]; THETA is not among the log-probs."""
+
+
+STEP_RULES: Final = Registry[StepRule]("step rule", key="objective.loss", builtin={}, needs=("__call__",))
+"""The step rules that cards name by their import paths."""

@@ -74,7 +74,7 @@ class ExactAudit:
     @classmethod
     def of(cls, config: RunConfig, trainer: ScoringHandle, events: EventSink, clock: Callable[[], float]) -> ExactAudit:
         """Build the audit of a recipe."""
-        objective = objective_of(config.objective, variant=config.variant, band=config.band)
+        objective = objective_of(config.objective, config.correction, variant=config.variant, band=config.band)
         return cls(
             share=config.audit.share,
             loss=LOSSES.find(config.objective.loss),

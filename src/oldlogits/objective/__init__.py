@@ -22,8 +22,11 @@ Example:
 
 from oldlogits.objective.advantages import AdvantageMode, group_advantages
 from oldlogits.objective.aggregate import Aggregation, token_weights, weighted_loss
+from oldlogits.objective.correct import Corrected, correct, mean_weight
 from oldlogits.objective.decision import DecisionSums, decision_sums, exact_variant
 from oldlogits.objective.diagnostics import QUANTILES, diagnose, to_metrics
+from oldlogits.objective.frame import Frame
+from oldlogits.objective.levels import at_level, binary_kl
 from oldlogits.objective.masks import band_mask, clip_log_ratio, finite_mask, kept_mask, truncate_log_ratio
 from oldlogits.objective.padded import PaddedLoss, Predicts, flatten_padded, padded_loss, unflatten_padded
 from oldlogits.objective.proximal import a3po_weight_mu, linear_logp, loglinear_logp
@@ -34,14 +37,19 @@ __all__ = [
     "QUANTILES",
     "AdvantageMode",
     "Aggregation",
+    "Corrected",
     "DecisionSums",
     "Discrepancy",
+    "Frame",
     "PaddedLoss",
     "Predicts",
     "SplitRatio",
     "a3po_weight_mu",
+    "at_level",
     "band_mask",
+    "binary_kl",
     "clip_log_ratio",
+    "correct",
     "decision_sums",
     "diagnose",
     "exact_variant",
@@ -52,6 +60,7 @@ __all__ = [
     "linear_logp",
     "log_discrepancy",
     "loglinear_logp",
+    "mean_weight",
     "padded_loss",
     "split_ratio",
     "surrogate",

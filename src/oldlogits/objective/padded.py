@@ -22,9 +22,9 @@ from oldlogits.core.errors import ConfigError, MissingLogprobError
 from oldlogits.core.loss import LossInputs, LossTerms, Objective
 from oldlogits.core.policies import Policy
 from oldlogits.objective.aggregate import Aggregation, token_weights, weighted_loss
+from oldlogits.objective.correct import correct
 from oldlogits.objective.diagnostics import diagnose, to_metrics
 from oldlogits.objective.losses.masked_is import masked_is
-from oldlogits.objective.masks import kept_mask
 from oldlogits.objective.ratios import log_discrepancy
 
 Predicts = Literal["own", "next"]
@@ -182,7 +182,7 @@ def padded_loss(
         mode=aggregation,
         sequence_index=tokens.sequence_index,
         num_sequences=tokens.num_sequences,
-        kept_mask=kept_mask(log_discrepancy(objective.variant, flat), loss_mask, objective.band) if is_kept else None,
+        kept_mask=correct(log_discrepancy(objective.variant, flat), tokens, objective).kept if is_kept else None,
         constant=constant,
         dtype=terms.values.dtype,
     )

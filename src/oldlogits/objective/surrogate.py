@@ -87,12 +87,21 @@ def surrogate(
     if truncation is not None:
         values = values * (1 + torch.where(counted, log_r_s - log_h, 0.0))
     return LossTerms(
-        values=cast(Tensor, _WithSlope.apply(split.log_r_s, values, slope)),  # type: ignore[no-untyped-call]
+        values=with_slope(split.log_r_s, values, slope),
         log_r_d=log_r_d,
         log_r_s=log_r_s,
         band_mask=in_band,
         clip_mask=unclipped,
     )
+
+
+def with_slope(log_r_s: Float[Tensor, " token"], values: Float[Tensor, " token"], slope: Float[Tensor, " token"]) -> Tensor:
+    """Give `values`, detached, as a function of `log_r_s` whose derivative is `slope`, whatever the two numbers are.
+
+    Example:
+        values 2, slope 3: the result is 2, and its gradient with respect to log_r_s is 3.
+    """
+    return cast(Tensor, _WithSlope.apply(log_r_s, values, slope))  # type: ignore[no-untyped-call]
 
 
 class _WithSlope(torch.autograd.Function):

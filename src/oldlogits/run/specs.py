@@ -32,6 +32,7 @@ def trainer_spec(config: RunConfig) -> TrainerSpec:
         trainer=config.trainer,
         model=config.model,
         objective=config.objective,
+        correction=config.correction,
         proximal=config.proximal,
         versions=config.versions,
         variant=config.variant,

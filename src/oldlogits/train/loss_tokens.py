@@ -94,8 +94,11 @@ class LossTokens:
         }
         return replace(self, logp={policy: values.to(device) for policy, values in self.logp.items()}, **moved)
 
-    def inputs(self, here: Tensor, logp: Mapping[Policy, Tensor]) -> LossInputs:
-        """Select what a loss reads of a micro-batch: the loss tokens at the positions `here`, and their log-probs."""
+    def inputs(self, here: Tensor, logp: Mapping[Policy, Tensor], step_mask: Tensor | None = None) -> LossInputs:
+        """Select what a loss reads of a micro-batch: the loss tokens at the positions `here`, and their log-probs.
+
+        `step_mask` is that of all loss tokens, where the loss has a rule over the optimizer step.
+        """
         return LossInputs(
             logp=logp,
             advantages=self.advantages[here],
@@ -103,6 +106,7 @@ class LossTokens:
             staleness=self.staleness[here],
             sequence_index=self.sequence[here],
             num_sequences=self.num_sequences,
+            step_mask=None if step_mask is None else step_mask[here],
         )
 
 

@@ -11,9 +11,11 @@ from typing import Literal
 
 import torch
 
+from oldlogits.config.losses import options_of
 from oldlogits.config.schema import ModelConfig, ObjectiveConfig, ProximalConfig, TrainerConfig
 from oldlogits.config.systems import VersionsConfig
 from oldlogits.core.loss import Objective
+from oldlogits.core.objective.correction import Correction
 from oldlogits.core.policies import find_variant
 from oldlogits.engines.embedded.numerics import Numerics
 from oldlogits.models.forward import DTYPES, Arithmetic
@@ -66,6 +68,7 @@ class TrainerSpec(ForwardSpec):
 
     Args:
         objective: The objective's section.
+        correction: The section of what bounds r_d beside the band.
         proximal: The section of the proximal policy: how an average of the weights decays, and when it is reset.
         versions: The section of the version store.
         variant: The variant of the objective.
@@ -84,6 +87,7 @@ class TrainerSpec(ForwardSpec):
     """
 
     objective: ObjectiveConfig
+    correction: Correction
     proximal: ProximalConfig
     versions: VersionsConfig
     variant: str
@@ -102,7 +106,7 @@ class TrainerSpec(ForwardSpec):
     @property
     def knobs(self) -> Objective:
         """The knobs of the objective, as a loss receives them."""
-        return objective_of(self.objective, variant=self.variant, band=self.band)
+        return objective_of(self.objective, self.correction, variant=self.variant, band=self.band)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +124,7 @@ class ScorerSpec(ForwardSpec):
     seed: int
 
 
-def objective_of(o: ObjectiveConfig, *, variant: str, band: float) -> Objective:
+def objective_of(o: ObjectiveConfig, correction: Correction, *, variant: str, band: float) -> Objective:
     """Give the knobs of a recipe's objective, as a loss receives them."""
     return Objective(
         variant=find_variant(variant),
@@ -130,4 +134,6 @@ def objective_of(o: ObjectiveConfig, *, variant: str, band: float) -> Objective:
         dual_clip=None if math.isinf(o.dual_clip) else o.dual_clip,
         mismatch_correction=o.mismatch_correction,
         is_cap=o.is_cap if o.clip == "truncated" else None,
+        correction=correction,
+        options=options_of(o.loss, o.options),
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from oldlogits.batch.collate import TokenBatch
 from oldlogits.core.errors import MissingLogprobError, NonFiniteError
-from oldlogits.core.loss import LOSSES
+from oldlogits.core.loss import LOSSES, STEP_RULES, card_of
 from oldlogits.core.policies import LINEAR, LOGLINEAR, MU, OLD, THETA
 from oldlogits.core.scoring import Scored
 from oldlogits.models.ranks import ALONE, Ranks
@@ -31,11 +31,13 @@ from oldlogits.models.scorer import action_logps, rank_micro_batches, score_toke
 from oldlogits.models.sharding import whole
 from oldlogits.objective import (
     a3po_weight_mu,
+    correct,
     diagnose,
     kept_mask,
     linear_logp,
     log_discrepancy,
     loglinear_logp,
+    mean_weight,
     to_metrics,
     token_weights,
     weighted_loss,
@@ -161,7 +163,7 @@ def _accumulate(
     """
     proximal, form_terms = spec.knobs.variant.proximal, LOSSES.find(spec.objective.loss)
     chosen = tokens.step == step
-    weights = _step_weights(model, batch, tokens, chosen, spec, ranks)
+    weights, step_mask = _step_weights(model, batch, tokens, chosen, spec, ranks)
     total, num_read = torch.zeros((), device=weights.device), torch.zeros((), dtype=torch.int64)
     record.clear(chosen)
     flat, budget = tokens.flat[chosen.cpu().numpy()], spec.sizes["micro_batch_tokens"]
@@ -175,7 +177,7 @@ def _accumulate(
             logp[proximal] = _interpolate(logp[MU], theta, tokens.staleness[here], spec)
         elif proximal is OLD:
             logp[OLD] = torch.where(tokens.old_is_theta[here], theta.detach(), logp[OLD])
-        terms = form_terms(tokens.inputs(here, logp), spec.knobs)
+        terms = form_terms(tokens.inputs(here, logp, step_mask), spec.knobs)
         loss = weighted_loss(terms.values, weights[here] * float(not one.is_padding))
         (loss * ranks.num_ranks).backward()  # type: ignore[no-untyped-call]
         if one.is_padding:
@@ -189,21 +191,31 @@ def _accumulate(
 
 def _step_weights(
     model: PreTrainedModel, batch: TokenBatch, tokens: LossTokens, chosen: Tensor, spec: TrainerSpec, ranks: Ranks
-) -> Tensor:
-    """Give each token's share of the loss of its optimizer step; 0 for tokens of other steps.
+) -> tuple[Tensor, Tensor | None]:
+    """Give each token's share of the loss of its optimizer step, 0 for tokens of other steps, and what a step rule keeps.
 
-    "token-mean-kept" counts the tokens whose r_d is inside the band, whatever the loss makes of it.
+    "token-mean-kept" counts the tokens that r_d does not mask, whatever the loss makes of it. Normalised weights are those of
+    the loss, divided by their mean over the step: so the shares are.
     """
-    variant, kept = spec.knobs.variant, chosen
-    if spec.objective.loss_aggregation == "token-mean-kept":
+    knobs, kept, scale, step_mask = spec.knobs, chosen, torch.ones(()), None
+    variant, rule, is_kept = (
+        knobs.variant,
+        card_of(spec.objective.loss).step_rule,
+        spec.objective.loss_aggregation == "token-mean-kept",
+    )
+    if is_kept or knobs.correction.normalise or rule:
         logp = dict(tokens.logp)
         if variant.proximal in INTERPOLATE and not variant.r_d.is_one:
             theta = torch.zeros(len(tokens.flat), device=chosen.device)
             scores = score_tokens(model, batch, tokens.flat[chosen.cpu().numpy()], **spec.sizes, ranks=ranks)
             theta[chosen] = torch.from_numpy(scores).to(chosen.device)
             logp[variant.proximal] = _interpolate(logp[MU], theta, tokens.staleness, spec)
-        kept = kept_mask(log_discrepancy(variant, logp), chosen, spec.band)
-    return token_weights(
+        whole_step = replace(tokens.inputs(torch.arange(len(chosen), device=chosen.device), logp), loss_mask=chosen)
+        log_r_d = log_discrepancy(variant, logp)
+        kept = chosen & correct(log_r_d, whole_step, knobs).kept if is_kept else chosen
+        scale = mean_weight(log_r_d, whole_step, knobs) if knobs.correction.normalise else scale
+        step_mask = STEP_RULES.find(rule)(whole_step, knobs) if rule else None
+    weights = token_weights(
         chosen,
         mode=spec.objective.loss_aggregation,
         sequence_index=tokens.sequence,
@@ -211,6 +223,7 @@ def _step_weights(
         kept_mask=kept,
         constant=spec.objective.loss_aggregation_tokens,
     )
+    return weights / scale.to(weights.device), step_mask
 
 
 def _interpolate(logp_mu: Tensor, theta: Tensor, staleness: Tensor, spec: TrainerSpec) -> Tensor:

@@ -152,7 +152,7 @@ def _staleness(run: RunData, _: Sequence[Updated]) -> Figure | None:
 
 def _r_d(run: RunData, _: Sequence[Updated]) -> Figure | None:
     band = run.bound("band")
-    bounds = [Bound(x=1 / band, label=f"1/{band:g}"), Bound(x=band, label=f"band {band:g}")] if band else []
+    bounds = [Bound(x=1 / band, label=f"1/{band:g}"), Bound(x=band, label=f"band {band:g}")] if band and band < math.inf else []
     kept = _column(run, "band_mask").astype(bool)
     if run.setting("r_d") == "old/mu":
         caption = "Same weights, two engines: numerics alone. The band masks what lies outside, whatever the advantage's sign."
