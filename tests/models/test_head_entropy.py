@@ -134,4 +134,4 @@ def test_neither_keeps_the_logits_of_all_words_for_the_backward_pass(compute):
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         compute(*(given[name] for name in (*NAMES, "targets", "temperature")), HeadWork(form=PLAIN, tokens_at_once=16))
     assert max(tensor.numel() for tensor in saved) <= given["weight"].numel()
-    assert all(64 * 5000 > tensor.numel() for tensor in saved)
+    assert all(tensor.numel() < 64 * 5000 for tensor in saved)

@@ -18,6 +18,7 @@ from oldlogits.config.ranges import (
     Count,
     Decay,
     Few,
+    NotNegative,
     Positive,
     Seed,
     Share,
@@ -63,11 +64,44 @@ class ObjectiveConfig:
     """What the loss is divided by; other trainers differ by N / N_kept on the same data."""
     loss_aggregation_tokens: AboveZero = 1.0
     """The divisor of loss_aggregation = "constant", in tokens per optimizer step."""
-    advantage: Literal["group-normalised", "mean-only", "leave-one-out"] = "group-normalised"
-    """How rewards of a group become advantages. group-normalised: GRPO. mean-only: Dr. GRPO. leave-one-out: RLOO."""
+    advantage: Literal[
+        "group-normalised", "mean-only", "leave-one-out", "batch-normalised", "token-normalised", "batch-baseline"
+    ] = "group-normalised"
+    """How rewards become advantages. group-normalised: GRPO. mean-only: Dr. GRPO. leave-one-out: RLOO. batch-normalised: less
+    the group's mean, over the standard deviation of the batch. token-normalised: the same with mean and deviation over its
+    tokens. batch-baseline: mean and deviation of the batch, which a rollout.group_size of 1 needs (docs/regularisers.md)."""
     branch_weight: Literal["each", "shared"] = "each"
     """What each branch of an agent program's episode (a conversation of its own, such as a sub-agent's, or the one after a
     compaction) gets of the episode's advantage. each: all of it. shared: an equal part of it."""
+    kl_coefficient: NotNegative = 0.0
+    """Weight of the divergence from a reference, an earlier version of this run (docs/regularisers.md); 0: there is none."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """With objective.kl_coefficient: where the divergence counts. loss: each token's estimate is added to its loss. reward: the
+    sum over an episode's tokens of log mu - log reference is taken off its reward, before rewards become advantages."""
+    kl_estimator: Auto | Literal["k1", "k2", "k3"] = "auto"
+    """With objective.kl_coefficient: the estimate from a token's log-ratio. auto: k3 in the loss, k1 in the reward. k2: in the
+    loss its gradient is that of KL(theta || reference)."""
+    kl_reference_every: Count = 0
+    """With objective.kl_coefficient: updates after which the reference moves on to the version of that moment; 0: it stays at
+    version 0, with which the run begins."""
+    entropy_bonus: NotNegative = 0.0
+    """Weight of the entropy of THETA's distribution at each loss token, which is added to the token's surrogate; 0: none."""
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there is a reference, whose version is kept and scores every batch."""
+        return self.kl_coefficient > 0
+
+    @property
+    def kl_estimate(self) -> Literal["k1", "k2", "k3"]:
+        """`kl_estimator`, where "auto" is decided."""
+        if self.kl_estimator != "auto":
+            return self.kl_estimator
+        return "k3" if self.kl_in == "loss" else "k1"
+
+    def reference_at(self, version: int) -> int:
+        """Give the version that is the reference of a batch that enters training at `version`."""
+        return version // self.kl_reference_every * self.kl_reference_every if self.kl_reference_every else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,8 +49,8 @@ class LossInputs:
     """The tokens of one micro-batch, as a loss receives them. All tensors are [token] and on one device.
 
     Args:
-        logp: Natural-log probability of each sampled token, by policy: MU, THETA, and the variant's proximal policy. Only
-            those of THETA carry a gradient.
+        logp: Natural-log probability of each sampled token, by policy: MU, THETA, and the variant's proximal policy; REFERENCE
+            where the recipe has one. Only those of THETA carry a gradient.
         advantages: float32; one value for all tokens of a sequence.
         loss_mask: bool; True where a token is trained. Context tokens are left out beforehand, so today all are True.
         staleness: int64; the trainer's version minus the version that sampled the token.

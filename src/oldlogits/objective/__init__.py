@@ -28,6 +28,7 @@ from oldlogits.objective.masks import band_mask, clip_log_ratio, finite_mask, ke
 from oldlogits.objective.padded import PaddedLoss, Predicts, flatten_padded, padded_loss, unflatten_padded
 from oldlogits.objective.proximal import a3po_weight_mu, linear_logp, loglinear_logp
 from oldlogits.objective.ratios import SplitRatio, log_discrepancy, split_ratio
+from oldlogits.objective.regularise import KlEstimator, kl_estimate, regularised
 from oldlogits.objective.surrogate import Discrepancy, surrogate
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "Aggregation",
     "DecisionSums",
     "Discrepancy",
+    "KlEstimator",
     "PaddedLoss",
     "Predicts",
     "SplitRatio",
@@ -49,10 +51,12 @@ __all__ = [
     "flatten_padded",
     "group_advantages",
     "kept_mask",
+    "kl_estimate",
     "linear_logp",
     "log_discrepancy",
     "loglinear_logp",
     "padded_loss",
+    "regularised",
     "split_ratio",
     "surrogate",
     "to_metrics",

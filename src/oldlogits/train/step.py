@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
@@ -21,21 +22,25 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from oldlogits.batch.collate import TokenBatch
+from oldlogits.batch.pad import MicroBatch
 from oldlogits.core.errors import MissingLogprobError, NonFiniteError
 from oldlogits.core.loss import LOSSES
-from oldlogits.core.policies import LINEAR, LOGLINEAR, MU, OLD, THETA
+from oldlogits.core.policies import LINEAR, LOGLINEAR, MU, OLD, REFERENCE, THETA, Policy
 from oldlogits.core.scoring import Scored
 from oldlogits.models.ranks import ALONE, Ranks
 from oldlogits.models.routing import take_counts
-from oldlogits.models.scorer import action_logps, rank_micro_batches, score_tokens
+from oldlogits.models.scorer import action_logps, action_logps_and_entropies, rank_micro_batches, score_tokens
 from oldlogits.models.sharding import whole
 from oldlogits.objective import (
+    KlEstimator,
     a3po_weight_mu,
     diagnose,
     kept_mask,
+    kl_estimate,
     linear_logp,
     log_discrepancy,
     loglinear_logp,
+    regularised,
     to_metrics,
     token_weights,
     weighted_loss,
@@ -47,6 +52,7 @@ from oldlogits.train.reports import NO_NOISE, PackingNoise
 from oldlogits.train.spec import TrainerSpec
 from oldlogits.train.weights.average import AverageReset
 
+KL_METRICS: Final[tuple[KlEstimator, ...]] = ("k1", "k3")
 INTERPOLATE = {LINEAR: linear_logp, LOGLINEAR: loglinear_logp}
 
 
@@ -121,6 +127,7 @@ def update(
             "policy/entropy": float(record.entropy.mean()),
             **_diagnostics(tokens, record, spec),
             **_band_shares(tokens, record, spec.band),
+            **_reference_shares(tokens, record),
             **lag0_above,
             "score/taken_share": float(tokens.left_out.float().mean()),
             "train/reads_per_token": float(torch.stack(num_read).sum()) / len(tokens.flat),
@@ -168,23 +175,39 @@ def _accumulate(
     for one in rank_micro_batches(model, batch, flat, budget, ranks):
         micro = one.micro
         here = torch.from_numpy(np.searchsorted(tokens.flat, micro.flat.numpy())).to(weights.device)
-        entropy = torch.empty(len(here), device=weights.device)
-        theta = action_logps(model, micro, head_chunk_tokens=spec.sizes["head_chunk_tokens"], entropy=entropy)
+        theta, entropy = _read(model, micro, spec)
         logp = {policy: values[here] for policy, values in tokens.logp.items()} | {THETA: theta}
         if proximal in INTERPOLATE:
             logp[proximal] = _interpolate(logp[MU], theta, tokens.staleness[here], spec)
         elif proximal is OLD:
             logp[OLD] = torch.where(tokens.old_is_theta[here], theta.detach(), logp[OLD])
         terms = form_terms(tokens.inputs(here, logp), spec.knobs)
-        loss = weighted_loss(terms.values, weights[here] * float(not one.is_padding))
+        loss = weighted_loss(_regularised(terms.values, logp, entropy, spec), weights[here] * float(not one.is_padding))
         (loss * ranks.num_ranks).backward()  # type: ignore[no-untyped-call]
         if one.is_padding:
             continue
         total += loss.detach()
         num_read += micro.num_read
-        record.put(here, logp, entropy, proximal, terms)
+        record.put(here, logp, entropy.detach(), proximal, terms)
     record.share(chosen, ranks)
     return ranks.sum(total), ranks.sum(num_read)
+
+
+def _read(model: PreTrainedModel, micro: MicroBatch, spec: TrainerSpec) -> tuple[Tensor, Tensor]:
+    """Give THETA's log-probs of a micro-batch's tokens, and the entropies, which have gradients where there is a bonus."""
+    chunk = spec.sizes["head_chunk_tokens"]
+    if spec.objective.entropy_bonus:
+        return action_logps_and_entropies(model, micro, head_chunk_tokens=chunk)
+    entropy = torch.empty(len(micro.flat), device=model.device)
+    return action_logps(model, micro, head_chunk_tokens=chunk, entropy=entropy), entropy
+
+
+def _regularised(values: Tensor, logp: Mapping[Policy, Tensor], entropy: Tensor, spec: TrainerSpec) -> Tensor:
+    """Add to the surrogates what the recipe adds to them."""
+    o = spec.objective
+    kl = kl_estimate(logp[THETA], logp[REFERENCE], o.kl_estimate) if o.has_reference and o.kl_in == "loss" else None
+    bonus = entropy if o.entropy_bonus else None
+    return regularised(values, kl=kl, kl_coefficient=o.kl_coefficient, entropy=bonus, entropy_bonus=o.entropy_bonus)
 
 
 def _step_weights(
@@ -263,6 +286,16 @@ def _diagnostics(tokens: LossTokens, record: TokenRecord, spec: TrainerSpec) -> 
             num_staleness=spec.max_staleness + 1,
         )
     )
+
+
+def _reference_shares(tokens: LossTokens, record: TokenRecord) -> dict[str, float]:
+    """Tell how far THETA is from the reference, on tokens with a finite estimate; nothing where there is no reference."""
+    if REFERENCE not in tokens.logp:
+        return {}
+    log_ratio = (record.theta - tokens.logp[REFERENCE]).double()
+    log_ratio = log_ratio[log_ratio.isfinite()]
+    estimates = {name: kl_estimate(log_ratio, torch.zeros_like(log_ratio), name) for name in KL_METRICS}
+    return {f"kl/theta_ref_{name}": float(found.mean()) for name, found in estimates.items()}
 
 
 def _band_shares(tokens: LossTokens, record: TokenRecord, band: float) -> dict[str, float]:

@@ -262,7 +262,7 @@ class _Spread:
         self._buffer = torch.empty_like(like)
 
     def gradient(self, logits: Tensor, shares: Tensor, here: slice) -> Tensor:
-        """Make binary logits below the largest, x, their gradient where they are: ``2^x (shares - slope (log p + H) / total)``."""
+        """Make binary logits x below the largest their gradient, in place: ``2^x (shares - slope (log p + H) / total)``."""
         powers = torch.exp2(logits, out=self._buffer[: logits.numel()].view_as(logits))
         return logits.mul_(_LN_2).add_(self._above[here]).mul_(self._factor[here]).add_(shares).mul_(powers)
 

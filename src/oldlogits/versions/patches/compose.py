@@ -1,6 +1,6 @@
 """One patch in the place of several that follow one another: differences add up, so that no weights are needed.
 
-    blocks of all of them -> their differences, summed in a scratch buffer of some blocks at a time -> streams
+blocks of all of them -> their differences, summed in a scratch buffer of some blocks at a time -> streams
 """
 
 from __future__ import annotations
