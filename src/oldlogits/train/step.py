@@ -143,6 +143,13 @@ def update(
 
 
 def _check_policies(tokens: LossTokens, spec: TrainerSpec) -> None:
+    if spec.objective.has_reference and REFERENCE not in tokens.logp:
+        raise MissingLogprobError(
+            "the recipe has a reference, and it has not scored the batch",
+            got="no log-probs of REFERENCE",
+            allowed="one per loss token",
+            fix="call score_reference after put_batch",
+        )
     missing = [policy.name for policy in spec.knobs.variant.needs if policy not in tokens.logp]
     if missing:
         raise MissingLogprobError(
