@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import statistics
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from oldlogits.models.ranks import ALONE, Ranks
 from oldlogits.run.specs import trainer_spec
 from oldlogits.train import step as step_module
 from oldlogits.train.loss_tokens import LossTokens, TokenRecord
+from oldlogits.train.optimizer import Optimizer
+from oldlogits.train.step import update
 
 from .test_step import VERSION, assert_same_gradient, case, config_of, logps, one_step, oracle, perturbed, run  # noqa: F401
 
@@ -121,3 +124,43 @@ def test_ranks_and_micro_batches_leave_the_gradient_as_it_is(case, recipe, refer
     parts = [of(micro, Ranks(rank=rank, num_ranks=num_ranks, mesh=None)) for rank in range(num_ranks)]
     average = {name: sum(part[name] for part in parts) / num_ranks for name in whole}
     assert_same_gradient(average, whole, tolerance=1e-6)
+
+
+class Watching:
+    """An optimizer that notes by how much each step's learning rate is scaled."""
+
+    def __init__(self, model):
+        self.model, self.scales = model, []
+
+    def zero_grad(self):
+        self.model.zero_grad(set_to_none=True)
+
+    def step(self, lr_scale=1.0):
+        self.scales.append(lr_scale)
+
+
+@pytest.mark.parametrize("behind", [0, 3])
+def test_the_learning_rate_of_a_step_falls_with_the_mean_staleness_of_its_own_tokens(case, recipe, behind):  # noqa: F811
+    trainer = {"minibatches_per_update": 2, "lr_by_staleness": "inverse"}
+    spec, optimizer = trainer_spec(config_of(recipe, "ppo_clip_train_infer", trainer=trainer)), Watching(case.model)
+    result = update(case.model, optimizer, case.batch, None, version=VERSION + behind, spec=spec)
+    lags, steps = VERSION + behind - case.batch.version, case.batch.step[case.batch.sequence]
+    means = [statistics.mean(lags[case.batch.loss_mask & (steps == step)].tolist()) for step in (0, 1)]
+    assert optimizer.scales == pytest.approx([1 / max(1, mean) for mean in means])
+    assert result.metrics["train/lr_scale"] == pytest.approx(sum(optimizer.scales) / 2)
+    assert (optimizer.scales == [1, 1]) == (behind == 0)
+
+
+def test_a_scaled_step_moves_by_as_much_less_and_leaves_the_schedule_as_it_is(case, recipe):  # noqa: F811
+    moved = []
+    for scale in (1.0, 0.25):
+        model = copy.deepcopy(case.model)
+        optimizer = Optimizer(model, trainer_spec(recipe(trainer={"warmup_steps": 4})))
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step(scale)
+        moved.append({name: p.detach() - before[name] for name, p in model.named_parameters()})
+        assert optimizer.lr == pytest.approx(0.01 * 2 / 5), "that of the next step"
+    for name, whole in moved[0].items():
+        torch.testing.assert_close(moved[1][name], 0.25 * whole, rtol=1e-3, atol=1e-6)

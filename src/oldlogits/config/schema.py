@@ -49,6 +49,9 @@ class ObjectiveConfig:
     """Positive advantages: r_s is clipped above 1 + eps_high."""
     dual_clip: AboveOne = 3.0
     """Negative advantages: r_s is clipped above dual_clip; inf switches it off."""
+    clip_by_lag: Literal["none", "inverse", "inverse-sqrt"] = "none"
+    """A narrower clip for older tokens: eps_low and eps_high over 1 + s, or over its root, at staleness s. For losses that
+    clip token by token."""
     clip: Literal["ppo", "truncated"] = "ppo"
     """ppo: a token beyond eps_low, eps_high or dual_clip is masked. truncated: none is; the weight r_s of a token's gradient
     is capped at objective.is_cap (truncated importance sampling, with variant = "ppo_clip_train_infer")."""
@@ -205,6 +208,8 @@ class TrainerConfig:
     offload_optimizer: bool = False
     """Keep the moments in the host's memory and step there, on a copy of the masters: 8 bytes a parameter less on a GPU, with
     gradients and masters copied over at every step."""
+    lr_by_staleness: Literal["none", "inverse"] = "none"
+    """inverse: the learning rate of an optimizer step is divided by the mean staleness of its tokens, where that is above 1."""
     minibatches_per_update: Positive = 2
     """Optimizer steps between two published versions: the groups of a batch are shared out among them."""
     compute: Literal["fp32", "bf16"] = "fp32"

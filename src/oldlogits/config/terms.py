@@ -16,6 +16,13 @@ def check_terms(config: RunConfig) -> None:
     """
     _check_groups(config)
     _check_reference(config)
+    if config.objective.clip_by_lag != "none" and config.objective.clip == "truncated":
+        raise ConfigError(
+            "a truncation has no clip that could be narrower for older tokens",
+            got=_said(config, "objective.clip_by_lag", "objective.clip"),
+            allowed="objective.clip = 'ppo', or objective.clip_by_lag = 'none'",
+            fix="remove objective.clip_by_lag",
+        )
     if config.objective.entropy_bonus and config.trainer.head_kernel == "liger":
         raise ConfigError(
             "liger's kernels give no entropies, and so no bonus",

@@ -33,6 +33,7 @@ class Objective:
         dual_clip: The upper bound of r_s for negative advantages, above 1; None: there is none.
         mismatch_correction: What r_d does: it weights and masks tokens, or it masks them only.
         is_cap: With ``objective.clip = "truncated"``: the largest weight r_s of a token's gradient; None: the clip holds.
+        clip_by_lag: How eps_low and eps_high shrink with a token's staleness.
     """
 
     variant: Variant
@@ -42,6 +43,7 @@ class Objective:
     dual_clip: float | None = 3.0
     mismatch_correction: Literal["weight_and_mask", "mask"] = "weight_and_mask"
     is_cap: float | None = None
+    clip_by_lag: Literal["none", "inverse", "inverse-sqrt"] = "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

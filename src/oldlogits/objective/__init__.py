@@ -24,7 +24,7 @@ from oldlogits.objective.advantages import AdvantageMode, group_advantages
 from oldlogits.objective.aggregate import Aggregation, token_weights, weighted_loss
 from oldlogits.objective.decision import DecisionSums, decision_sums, exact_variant
 from oldlogits.objective.diagnostics import QUANTILES, diagnose, to_metrics
-from oldlogits.objective.masks import band_mask, clip_log_ratio, finite_mask, kept_mask, truncate_log_ratio
+from oldlogits.objective.masks import band_mask, clip_log_ratio, eps_at_lag, finite_mask, kept_mask, truncate_log_ratio
 from oldlogits.objective.padded import PaddedLoss, Predicts, flatten_padded, padded_loss, unflatten_padded
 from oldlogits.objective.proximal import a3po_weight_mu, linear_logp, loglinear_logp
 from oldlogits.objective.ratios import SplitRatio, log_discrepancy, split_ratio
@@ -46,6 +46,7 @@ __all__ = [
     "clip_log_ratio",
     "decision_sums",
     "diagnose",
+    "eps_at_lag",
     "exact_variant",
     "finite_mask",
     "flatten_padded",

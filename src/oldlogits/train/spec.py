@@ -130,4 +130,5 @@ def objective_of(o: ObjectiveConfig, *, variant: str, band: float) -> Objective:
         dual_clip=None if math.isinf(o.dual_clip) else o.dual_clip,
         mismatch_correction=o.mismatch_correction,
         is_cap=o.is_cap if o.clip == "truncated" else None,
+        clip_by_lag=o.clip_by_lag,
     )

@@ -102,7 +102,7 @@ def update(
     tokens = LossTokens.of(batch, scored, version, takes_theta=spec.takes_training_forward)
     _check_policies(tokens, spec)
     there, record = tokens.to(model.device), TokenRecord.empty(len(tokens.flat), model.device)
-    losses, norms, num_read, lag0, rescored = [], [], [], math.nan, math.nan
+    losses, norms, scales, num_read, lag0, rescored = [], [], list[float](), [], math.nan, math.nan
     lag0_above: Mapping[str, float] = {}
     for step in range(spec.trainer.minibatches_per_update):
         optimizer.zero_grad()
@@ -115,7 +115,11 @@ def update(
             may_tie = is_routed(model) and spec.model.routing != "replayed"
             lag0, rescored, lag0_above = _check_lag0(tokens, record.cpu(), mixed_kv, noise, may_tie=may_tie)
         _check_finite(losses[-1], norms[-1], version, step)
-        optimizer.step()
+        if spec.trainer.lr_by_staleness == "none":
+            optimizer.step()
+        else:
+            scales.append(1 / max(1.0, float(tokens.staleness[tokens.step == step].double().mean())))
+            optimizer.step(scales[-1])
     record = record.cpu()
     label, is_cap = provenance_label(proximal, scored), spec.knobs.is_cap
     is_truncated = record.clip_mask & (record.log_r_s > math.log(is_cap or math.inf))
@@ -128,6 +132,7 @@ def update(
             **_diagnostics(tokens, record, spec),
             **_band_shares(tokens, record, spec.band),
             **_reference_shares(tokens, record),
+            **({"train/lr_scale": sum(scales) / len(scales)} if scales else {}),
             **lag0_above,
             "score/taken_share": float(tokens.left_out.float().mean()),
             "train/reads_per_token": float(torch.stack(num_read).sum()) / len(tokens.flat),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from oldlogits.core.loss import LossInputs, LossTerms, Objective
+from oldlogits.objective.masks import eps_at_lag
 from oldlogits.objective.ratios import split_ratio
 from oldlogits.objective.surrogate import surrogate
 
@@ -14,8 +15,8 @@ def masked_is(tokens: LossInputs, objective: Objective) -> LossTerms:
         tokens.advantages,
         tokens.loss_mask,
         band=objective.band,
-        eps_low=objective.eps_low,
-        eps_high=objective.eps_high,
+        eps_low=eps_at_lag(objective.eps_low, tokens.staleness, objective.clip_by_lag),
+        eps_high=eps_at_lag(objective.eps_high, tokens.staleness, objective.clip_by_lag),
         dual_clip=objective.dual_clip,
         discrepancy=objective.mismatch_correction,
         truncation=objective.is_cap,
