@@ -81,7 +81,7 @@ class ObjectiveConfig:
     kl_in: Literal["loss", "reward"] = "loss"
     """With objective.kl_coefficient: where the divergence counts. loss: each token's estimate is added to its loss. reward: the
     sum over an episode's tokens of log mu - log reference is taken off its reward, before rewards become advantages."""
-    kl_estimator: Auto | Literal["k1", "k2", "k3"] = "auto"
+    kl_estimator: Literal["auto", "k1", "k2", "k3"] = "auto"
     """With objective.kl_coefficient: the estimate from a token's log-ratio. auto: k3 in the loss, k1 in the reward. k2: in the
     loss its gradient is that of KL(theta || reference)."""
     kl_reference_every: Count = 0
