@@ -137,6 +137,12 @@ def test_every_emitted_metric_is_documented_and_every_documented_one_is_emitted(
         "average": recipe(tiny_folder, **average),
         "rescored": recipe(tiny_folder, num_updates=2, **rescored),
         "eager": recipe(tiny_folder, num_updates=2, proximal={"source": "eager"}),
+        "reference": recipe(
+            tiny_folder,
+            num_updates=2,
+            objective={"kl_coefficient": 0.1, "kl_in": "reward"},
+            trainer={"lr_by_staleness": "inverse"},
+        ),
         "mixture": recipe(tiny_moe_folder, num_updates=2),
         "replayed": recipe(tiny_moe_folder, num_updates=2, model={"routing": "replayed"}),
         "program": recipe(tiny_folder, runtime={"type": "local"}, env={"program": "tests.rollout.agent_programs:talks"}),

@@ -366,7 +366,7 @@ def test_the_name_that_another_project_has_for_a_key_leads_to_ours(name, key):
 
 
 @pytest.mark.parametrize(
-    "name, says", [("kl_coef", "no KL penalty"), ("beta", "no KL penalty"), ("ppo_epochs", "trained once")]
+    "name, says", [("beta", "objective.kl_coefficient where it weighs the divergence"), ("ppo_epochs", "trained once")]
 )
 def test_what_others_have_and_this_project_has_not_is_said(name, says):
     assert name.rpartition(".")[2] in _names("absent")

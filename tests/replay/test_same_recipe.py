@@ -16,8 +16,24 @@ pytestmark = pytest.mark.slow
 
 BF16 = {"trainer": {"compute": "bf16", "lr": 1e-2, "warmup_steps": 0}}
 STALE = {"engine": {"kv": "stale", "max_num_seqs": 32}, "proximal": {"accept_mixed_kv": True}}
+TERMS = {
+    "kl_coefficient": 0.05,
+    "kl_estimator": "k2",
+    "kl_reference_every": 3,
+    "entropy_bonus": 0.01,
+    "advantage": "token-normalised",
+    "clip_by_lag": "inverse-sqrt",
+}
+IN_REWARD = {"kl_coefficient": 0.5, "kl_in": "reward", "advantage": "batch-normalised"}
 RECIPES = {
     "snapshot": {},
+    "terms": {"objective": TERMS, "trainer": {"lr": 1e-2, "warmup_steps": 0, "lr_by_staleness": "inverse"}},
+    "terms, adapters": {"objective": TERMS, "model": {"lora_rank": 4, "lora_alpha": 8.0}},
+    "terms, processes": {"objective": TERMS, "runtime": {"type": "local"}},
+    "terms, bf16": {"objective": TERMS, **BF16},
+    "reference in the reward": {"objective": IN_REWARD, "engine": {"precision": "int8", "max_num_seqs": 32}},
+    "reference beside a source without versions": {"objective": {"kl_coefficient": 0.05}, "variant": "decoupled_async"},
+    "reference beside a scorer": {"objective": {"kl_coefficient": 0.05}, "proximal": {"source": "dedicated"}},
     "eager": {"proximal": {"source": "eager"}},
     "interruption": {"proximal": {"source": "interruption"}},
     "dedicated": {"proximal": {"source": "dedicated"}},

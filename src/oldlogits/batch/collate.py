@@ -33,6 +33,7 @@ class TokenBatch(Sequences):
         step: int64 [sequence]; the optimizer step, counted from 0, that trains it.
         trajectory_ids: One per sequence.
         chains: The experts that served the tokens when each loss token was sampled; None: they were not recorded.
+        logp_reference: float32 [loss token], natural log; those of the reference; None: it has not scored, or there is none.
     """
 
     loss_mask: Bools
@@ -44,6 +45,7 @@ class TokenBatch(Sequences):
     step: Ints
     trajectory_ids: tuple[str, ...]
     chains: RoutingChains | None = None
+    logp_reference: Floats | None = None
 
     @property
     def versions(self) -> tuple[int, ...]:

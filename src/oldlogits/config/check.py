@@ -19,6 +19,7 @@ from oldlogits.config.programs import check_program
 from oldlogits.config.reader import as_written, build, fields_by_key, registry_of
 from oldlogits.config.schema import RunConfig
 from oldlogits.config.servers import check_servers
+from oldlogits.config.terms import check_terms
 from oldlogits.core.backend import BACKENDS
 from oldlogits.core.environment import is_model_folder
 from oldlogits.core.errors import ConfigError, reading
@@ -73,6 +74,7 @@ def check(config: RunConfig, *, needs_model: bool = True) -> None:
     _check_scoring(config)
     _check_device(config)
     _check_effects(config)
+    check_terms(config)
     refuse_idle(config)
     if is_model_folder(config.model.path):
         check_model_folder(Path(config.model.path), needs_weights=needs_model)
@@ -123,7 +125,7 @@ def _check_against_each_other(config: RunConfig) -> None:
         (
             "rollout.min_group_size",
             group.min_group_size <= group.group_size,
-            f"2 .. rollout.group_size ({group.group_size})",
+            f"1 .. rollout.group_size ({group.group_size})",
             f"set rollout.min_group_size = {group.group_size}, or raise rollout.group_size",
         ),
         (

@@ -109,8 +109,9 @@ class SamplingConfig:
 class RolloutConfig:
     """Groups of episodes."""
 
-    group_size: Annotated[int, Ge(2), Le(10_000)] = 8
-    """Episodes of one task, compared with each other."""
+    group_size: Annotated[int, Ge(1), Le(10_000)] = 8
+    """Episodes of one task, compared with each other; 1, with a rollout.min_group_size of 1, needs objective.advantage =
+    "batch-baseline"."""
     prompts_per_update: Positive = 16
     """Tasks of a batch, each with a group of episodes: what the trainer consumes between two published versions."""
     max_running_groups: Positive | Auto = "auto"
@@ -119,7 +120,7 @@ class RolloutConfig:
     """Leave out groups whose rewards are all equal (no advantage); they are counted as filtered."""
     max_filtered_batches: Positive = 64
     """Groups left out since the last update, in batches, at which the run stops; it warns at an eighth of them."""
-    min_group_size: Annotated[int, Ge(2)] = 2
+    min_group_size: Annotated[int, Ge(1)] = 2
     """Members that a group is trained with although others failed; with fewer it is left out. rollout.group_size: a group
     with a failure is left out."""
     max_replays: Count = 0

@@ -20,6 +20,7 @@ from oldlogits.config.ranges import (
     Count,
     Decay,
     Few,
+    NotNegative,
     Positive,
     Seed,
     Share,
@@ -56,6 +57,9 @@ class ObjectiveConfig:
     """Positive advantages: r_s is clipped above 1 + eps_high."""
     dual_clip: AboveOne = 3.0
     """Negative advantages: r_s is clipped above dual_clip; inf switches it off."""
+    clip_by_lag: Literal["none", "inverse", "inverse-sqrt"] = "none"
+    """A narrower clip for older tokens: eps_low and eps_high over 1 + s, or over its root, at staleness s. For losses that
+    clip token by token."""
     clip: Literal["ppo", "truncated"] = "ppo"
     """ppo: a token beyond eps_low, eps_high or dual_clip is masked. truncated: none is; the weight r_s of a token's gradient
     is capped at objective.is_cap (truncated importance sampling, with variant = "ppo_clip_train_infer")."""
@@ -71,11 +75,44 @@ class ObjectiveConfig:
     """What the loss is divided by; other trainers differ by N / N_kept on the same data."""
     loss_aggregation_tokens: AboveZero = 1.0
     """The divisor of loss_aggregation = "constant", in tokens per optimizer step."""
-    advantage: Literal["group-normalised", "mean-only", "leave-one-out"] = "group-normalised"
-    """How rewards of a group become advantages. group-normalised: GRPO. mean-only: Dr. GRPO. leave-one-out: RLOO."""
+    advantage: Literal[
+        "group-normalised", "mean-only", "leave-one-out", "batch-normalised", "token-normalised", "batch-baseline"
+    ] = "group-normalised"
+    """How rewards become advantages. group-normalised: GRPO. mean-only: Dr. GRPO. leave-one-out: RLOO. batch-normalised: less
+    the group's mean, over the standard deviation of the batch. token-normalised: the same with mean and deviation over its
+    tokens. batch-baseline: mean and deviation of the batch, which a rollout.group_size of 1 needs (docs/regularisers.md)."""
     branch_weight: Literal["each", "shared"] = "each"
     """What each branch of an agent program's episode (a conversation of its own, such as a sub-agent's, or the one after a
     compaction) gets of the episode's advantage. each: all of it. shared: an equal part of it."""
+    kl_coefficient: NotNegative = 0.0
+    """Weight of the divergence from a reference, an earlier version of this run (docs/regularisers.md); 0: there is none."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """With objective.kl_coefficient: where the divergence counts. loss: each token's estimate is added to its loss. reward: the
+    sum over an episode's tokens of log mu - log reference is taken off its reward, before rewards become advantages."""
+    kl_estimator: Literal["auto", "k1", "k2", "k3"] = "auto"
+    """With objective.kl_coefficient: the estimate from a token's log-ratio. auto: k3 in the loss, k1 in the reward. k2: in the
+    loss its gradient is that of KL(theta || reference)."""
+    kl_reference_every: Count = 0
+    """With objective.kl_coefficient: updates after which the reference moves on to the version of that moment; 0: it stays at
+    version 0, with which the run begins."""
+    entropy_bonus: NotNegative = 0.0
+    """Weight of the entropy of THETA's distribution at each loss token, which is added to the token's surrogate; 0: none."""
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there is a reference, whose version is kept and scores every batch."""
+        return self.kl_coefficient > 0
+
+    @property
+    def kl_estimate(self) -> Literal["k1", "k2", "k3"]:
+        """`kl_estimator`, where "auto" is decided."""
+        if self.kl_estimator != "auto":
+            return self.kl_estimator
+        return "k3" if self.kl_in == "loss" else "k1"
+
+    def reference_at(self, version: int) -> int:
+        """Give the version that is the reference of a batch that enters training at `version`."""
+        return version // self.kl_reference_every * self.kl_reference_every if self.kl_reference_every else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,6 +217,8 @@ class TrainerConfig:
     offload_optimizer: bool = False
     """Keep the moments in the host's memory and step there, on a copy of the masters: 8 bytes a parameter less on a GPU, with
     gradients and masters copied over at every step."""
+    lr_by_staleness: Literal["none", "inverse"] = "none"
+    """inverse: the learning rate of an optimizer step is divided by the mean staleness of its tokens, where that is above 1."""
     minibatches_per_update: Positive = 2
     """Optimizer steps between two published versions: the groups of a batch are shared out among them."""
     compute: Literal["fp32", "bf16"] = "fp32"

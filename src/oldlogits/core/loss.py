@@ -39,6 +39,7 @@ class Objective:
         is_cap: With ``objective.clip = "truncated"``: the largest weight r_s of a token's gradient; None: the clip holds.
         correction: What bounds r_d beside the band.
         options: The loss's own knobs, of the class that its card names; None: their defaults.
+        clip_by_lag: How eps_low and eps_high shrink with a token's staleness.
     """
 
     variant: Variant
@@ -50,6 +51,7 @@ class Objective:
     is_cap: float | None = None
     correction: Correction = BAND_ALONE
     options: object = None
+    clip_by_lag: Literal["none", "inverse", "inverse-sqrt"] = "none"
 
     def own(self, kind: type[T]) -> T:
         """Give the loss's own knobs, or their defaults where the recipe has none.
@@ -70,8 +72,8 @@ class LossInputs:
     """The tokens of one micro-batch, as a loss receives them. All tensors are [token] and on one device.
 
     Args:
-        logp: Natural-log probability of each sampled token, by policy: MU, THETA, and the variant's proximal policy. Only
-            those of THETA carry a gradient.
+        logp: Natural-log probability of each sampled token, by policy: MU, THETA, and the variant's proximal policy; REFERENCE
+            where the recipe has one. Only those of THETA carry a gradient.
         advantages: float32; one value for all tokens of a sequence.
         loss_mask: bool; True where a token is trained. Context tokens are left out beforehand, so today all are True.
         staleness: int64; the trainer's version minus the version that sampled the token.

@@ -29,6 +29,7 @@ class Policy(StrEnum):
     LINEAR = "linear"  # arithmetic interpolation of MU and THETA
     LOGLINEAR = "loglinear"  # log-linear interpolation of MU and THETA
     THETA = "theta"  # the training engine, now: the policy being optimised
+    REFERENCE = "reference"  # the training engine, at an earlier version that THETA is held near
 
     def __truediv__(self, other: Policy) -> Ratio:
         return Ratio(numerator=self, denominator=other)
@@ -67,7 +68,7 @@ class Ratio:
 
 MU, OLD, ASYNC, EWMA, AGED, RESCORE = Policy.MU, Policy.OLD, Policy.ASYNC, Policy.EWMA, Policy.AGED, Policy.RESCORE
 BALANCE: Final = Policy.BALANCE
-LINEAR, LOGLINEAR, THETA = Policy.LINEAR, Policy.LOGLINEAR, Policy.THETA
+LINEAR, LOGLINEAR, THETA, REFERENCE = Policy.LINEAR, Policy.LOGLINEAR, Policy.THETA, Policy.REFERENCE
 ONE: Final = MU / MU
 
 AT_LOSS_TIME: Final = frozenset({MU, THETA, LINEAR, LOGLINEAR})

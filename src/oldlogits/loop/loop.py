@@ -47,6 +47,7 @@ from oldlogits.loop.metrics import (
     usage_metrics,
     version_published,
 )
+from oldlogits.loop.reference import score_reference
 from oldlogits.loop.resume import FILE, LoopState, sampler_seed
 from oldlogits.loop.task import LoopConfig, Task
 from oldlogits.loop.weight_sync import WeightSync
@@ -216,13 +217,14 @@ class Loop:
         self._journal.note(Taken(version=self.version, groups=tuple(group.id for group in groups)))
         self._events.emit(batch_taken(groups, self.version, timer.seconds("wait_batch")))
         with timer.part("score"):
-            advantages = advantages_of(groups, self._config.advantage, self._config.branch_weight)
-            batch = collate(groups, advantages, num_steps=self._config.minibatches)
+            o = self._config.objective
+            batch = collate(groups, advantages_of(groups, o.advantage, o.branch_weight), num_steps=self._config.minibatches)
             tokens = batch.entering(self.version, checked_every=self._config.checked_every)
             await trainer.put_batch(batch)
             if self.source.needs_pause:
                 await self._sync.pause()
             scored = await self._score(tokens, batch.versions)
+            of_reference = await score_reference(trainer, groups, batch, o, version=self.version)
         audited = await self._audit.score(tokens)
         if not self.state.num_updates:
             errors = (await trainer.state()).consistency
@@ -248,7 +250,7 @@ class Loop:
         used = usage_metrics(before, self._counted, times["time/update_s"])
         lags, success_at = result.staleness_counts, self._config.eval.success_at
         of_loop = batch_metrics(groups, lags, times["time/update_s"], success_at=success_at) | queue_metrics(self.buffer)
-        metrics = {**result.metrics, **times, **self.source.metrics(), **rollouts.metrics(), **of_loop, **used}
+        metrics = {**result.metrics, **of_reference, **times, **self.source.metrics(), **rollouts.metrics(), **of_loop, **used}
         kept_bytes = published.store_bytes + metrics.get("average/stored_bytes", 0.0)
         of_copies = copies(self._backend.engine.capabilities, kept_bytes, self._config.bytes_per_parameter * self._num_trained)
         self._events.emit(updated(self.version, result, metrics | of_copies, groups))
@@ -265,6 +267,8 @@ class Loop:
         return counters(engine or await self._backend.engine.stats(), await self._backend.trainer.state())
 
     def _oldest_needed(self) -> int:
+        if not (self.source.stores_versions or self._config.keeps_all_versions):
+            return self.version  # the store is there for a reference alone
         in_flight = self.version if (oldest := self.buffer.oldest_needed) is None else oldest
         untaken = self._rollouts.oldest_untaken if self._rollouts is not None else None
         needed = in_flight if self._config.keeps_all_versions else self.source.oldest_needed(in_flight)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from oldlogits.config.episodes import EvalConfig, RolloutConfig
-from oldlogits.config.schema import RecordConfig, RunConfig
-from oldlogits.objective.advantages import AdvantageMode, BranchWeight
+from oldlogits.config.schema import ObjectiveConfig, RecordConfig, RunConfig
 from oldlogits.rollout.player import Player
 from oldlogits.rollout.tasks import TaskDataset
 
@@ -46,8 +45,7 @@ class LoopConfig:
     temperature: float
     max_lag: int
     minibatches: int
-    advantage: AdvantageMode
-    branch_weight: BranchWeight
+    objective: ObjectiveConfig
     checked_every: int
     keeps_all_versions: bool
     bytes_per_parameter: int
@@ -64,8 +62,7 @@ class LoopConfig:
             temperature=config.sampling.temperature,
             max_lag=config.window,
             minibatches=config.trainer.minibatches_per_update,
-            advantage=config.objective.advantage,
-            branch_weight=config.objective.branch_weight,
+            objective=config.objective,
             checked_every=CHECKED_EVERY if config.takes_training_forward else 0,
             keeps_all_versions=config.audit.share > 0,
             bytes_per_parameter=2 if config.model.forward_dtype == "bf16" else 4,

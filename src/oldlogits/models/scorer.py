@@ -17,7 +17,7 @@ from oldlogits.batch.pad import MicroBatch
 from oldlogits.batch.sequences import Sequences
 from oldlogits.batch.shard import RankMicroBatch, shard_micro_batches
 from oldlogits.models.head.logits import LogitForm
-from oldlogits.models.head.logps import HeadWork, token_logps
+from oldlogits.models.head.logps import HeadWork, token_logps, token_logps_and_entropies
 from oldlogits.models.layout.decoder import decode, layout_of
 from oldlogits.models.ranks import ALONE, Ranks
 from oldlogits.models.routing import follow
@@ -50,6 +50,22 @@ def action_logps(
     def forward() -> Tensor:
         hidden = decode(model, micro)
         return head_logps(model, hidden, micro, head_chunk_tokens=head_chunk_tokens, entropy=entropy)
+
+    return in_one_forward(model, forward)
+
+
+def action_logps_and_entropies(
+    model: PreTrainedModel, micro: MicroBatch, *, head_chunk_tokens: int
+) -> tuple[Float[Tensor, " action"], Float[Tensor, " action"]]:
+    """Give what `action_logps` gives, and the entropy of each token's distribution in nats, both with gradients."""
+    micro = micro.to(model.device)
+    follow(model, micro)
+
+    def forward() -> tuple[Tensor, Tensor]:
+        hidden, head = decode(model, micro), model.get_output_embeddings()
+        work = HeadWork(form=LogitForm.of(model), tokens_at_once=head_chunk_tokens)
+        rows = hidden[micro.row, micro.column]
+        return token_logps_and_entropies(rows, head.weight, head.bias, micro.targets, micro.temperature, work)
 
     return in_one_forward(model, forward)
 

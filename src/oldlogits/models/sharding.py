@@ -42,14 +42,14 @@ def place_model(model: PreTrainedModel, ranks: Ranks) -> None:
     register_fsdp_forward_method(model, _COMPUTE)
 
 
-def in_one_forward(model: PreTrainedModel, forward: Callable[[], Tensor]) -> Tensor:
+def in_one_forward(model: PreTrainedModel, forward: Callable[[], R]) -> R:
     """Make a forward pass that calls parts of the model, such as its base and its head: one pass of a sharded model.
 
     All ranks make it at the same time. What `forward` returns is no view.
     """
     if not isinstance(model, FSDPModule):
         return forward()
-    result: Tensor = getattr(model, _COMPUTE)(forward)
+    result: R = getattr(model, _COMPUTE)(forward)
     return result
 
 

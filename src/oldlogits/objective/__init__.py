@@ -27,10 +27,11 @@ from oldlogits.objective.decision import DecisionSums, decision_sums, exact_vari
 from oldlogits.objective.diagnostics import QUANTILES, diagnose, to_metrics
 from oldlogits.objective.frame import Frame
 from oldlogits.objective.levels import at_level, binary_kl
-from oldlogits.objective.masks import band_mask, clip_log_ratio, finite_mask, kept_mask, truncate_log_ratio
+from oldlogits.objective.masks import band_mask, clip_log_ratio, eps_at_lag, finite_mask, kept_mask, truncate_log_ratio
 from oldlogits.objective.padded import PaddedLoss, Predicts, flatten_padded, padded_loss, unflatten_padded
 from oldlogits.objective.proximal import a3po_weight_mu, linear_logp, loglinear_logp
 from oldlogits.objective.ratios import SplitRatio, log_discrepancy, split_ratio
+from oldlogits.objective.regularise import KlEstimator, kl_estimate, regularised
 from oldlogits.objective.surrogate import Discrepancy, surrogate
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "DecisionSums",
     "Discrepancy",
     "Frame",
+    "KlEstimator",
     "PaddedLoss",
     "Predicts",
     "SplitRatio",
@@ -52,16 +54,19 @@ __all__ = [
     "correct",
     "decision_sums",
     "diagnose",
+    "eps_at_lag",
     "exact_variant",
     "finite_mask",
     "flatten_padded",
     "group_advantages",
     "kept_mask",
+    "kl_estimate",
     "linear_logp",
     "log_discrepancy",
     "loglinear_logp",
     "mean_weight",
     "padded_loss",
+    "regularised",
     "split_ratio",
     "surrogate",
     "to_metrics",

@@ -7,9 +7,10 @@ so a log-ratio that equals ``log(1 + eps_high)`` in its own dtype is kept.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from oldlogits.core.errors import ConfigError
@@ -53,14 +54,15 @@ def kept_mask(log_r_d: Float[Tensor, " token"], loss_mask: Bool[Tensor, " token"
 def clip_log_ratio(
     log_r_s: Float[Tensor, " token"],
     advantages: Float[Tensor, " token"],
-    eps_low: float,
-    eps_high: float,
+    eps_low: float | Float[Tensor, " token"],
+    eps_high: float | Float[Tensor, " token"],
     dual_clip: float | None,
 ) -> Float[Tensor, " token"]:
     """``log h``: the staleness ratio after the clip that its advantage calls for.
 
     ``A > 0: h = min(r_s, 1 + eps_high)``; ``A < 0: h = min(max(r_s, 1 - eps_low), d)``; ``A = 0: h = r_s``
-    (PAPER, "The objective, spelled out"). ``eps_low >= 1`` means no lower bound, ``dual_clip = None`` no d.
+    (PAPER, "The objective, spelled out"). ``eps_low >= 1`` means no lower bound, ``dual_clip = None`` no d. A token may have an
+    eps of its own.
 
     Raises:
         ConfigError: An eps is negative, or `dual_clip` is not above 1.
@@ -70,13 +72,30 @@ def clip_log_ratio(
         r_s = .5 stays for A > 0 and becomes .8 for A < 0; r_s = 5 becomes 3 for A < 0.
     """
     _check_clip(eps_low, eps_high, dual_clip)
-    log_low = math.log(1 - eps_low) if eps_low < 1 else -math.inf
+    log_low, log_high = _log_above(-eps_low, log_r_s), _log_above(eps_high, log_r_s)
     log_dual = math.inf if dual_clip is None else math.log(dual_clip)
     positive, negative = advantages > 0, advantages < 0
     unbounded = log_r_s.new_full((), math.inf)
-    upper = torch.where(positive, math.log(1 + eps_high), torch.where(negative, log_dual, unbounded))
+    upper = torch.where(positive, log_high, torch.where(negative, log_dual, unbounded))
     lower = torch.where(negative, log_low, -unbounded)
     return log_r_s.clamp(lower, upper)
+
+
+def eps_at_lag(
+    eps: float, staleness: Int[Tensor, " token"], rule: Literal["none", "inverse", "inverse-sqrt"]
+) -> float | Float[Tensor, " token"]:
+    """Give the clip's eps at each token's staleness s, float64: ``eps / (1 + s)``, or ``eps / sqrt(1 + s)``.
+
+    "none" gives eps itself, for all tokens. A fresh token has eps in any case; the older a token, the less its ratio may move
+    before it is clipped.
+
+    Example:
+        eps = 0.2 at staleness 0, 1, 3: "inverse" 0.2, 0.1, 0.05; "inverse-sqrt" 0.2, 0.141, 0.1.
+    """
+    if rule == "none":
+        return eps
+    age = 1 + staleness.clamp(min=0).double()
+    return eps / (age if rule == "inverse" else age.sqrt())
 
 
 def truncate_log_ratio(log_r_s: Float[Tensor, " token"], truncation: float) -> Float[Tensor, " token"]:
@@ -97,8 +116,16 @@ def truncate_log_ratio(log_r_s: Float[Tensor, " token"], truncation: float) -> F
     return log_r_s.clamp(max=math.log(truncation))
 
 
-def _check_clip(eps_low: float, eps_high: float, dual_clip: float | None) -> None:
-    if eps_low >= 0 and eps_high >= 0 and (dual_clip is None or dual_clip > 1):
+def _log_above(eps: float | Tensor, like: Tensor) -> float | Tensor:
+    """Give ``log(1 + eps)``, -inf where that has none; in the dtype of a log-ratio where each token has its own eps."""
+    if isinstance(eps, Tensor):
+        return torch.log1p(eps.clamp(min=-1)).to(like.dtype)
+    return math.log(1 + eps) if eps > -1 else -math.inf
+
+
+def _check_clip(eps_low: float | Tensor, eps_high: float | Tensor, dual_clip: float | None) -> None:
+    in_range = all(isinstance(eps, Tensor) or eps >= 0 for eps in (eps_low, eps_high))
+    if in_range and (dual_clip is None or dual_clip > 1):
         return
     raise ConfigError(
         "clip bounds out of range",

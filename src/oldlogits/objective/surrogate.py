@@ -29,8 +29,8 @@ def surrogate(
     loss_mask: Bool[Tensor, " token"],
     *,
     band: float,
-    eps_low: float,
-    eps_high: float,
+    eps_low: float | Float[Tensor, " token"],
+    eps_high: float | Float[Tensor, " token"],
     dual_clip: float | None,
     discrepancy: Discrepancy,
     truncation: float | None = None,
@@ -52,8 +52,8 @@ def surrogate(
         advantages: Finite; their sign chooses the clip.
         loss_mask: Sampled tokens.
         band: Above 1, or ``math.inf`` for no band.
-        eps_low: ``r_s`` is clipped from below at ``1 - eps_low`` where A < 0.
-        eps_high: ``r_s`` is clipped from above at ``1 + eps_high`` where A > 0.
+        eps_low: ``r_s`` is clipped from below at ``1 - eps_low`` where A < 0; one for all tokens, or one a token.
+        eps_high: ``r_s`` is clipped from above at ``1 + eps_high`` where A > 0; as `eps_low`.
         dual_clip: ``r_s`` is clipped from above at this where A < 0; None for no such bound.
         discrepancy: Whether ``r_d`` also multiplies.
         truncation: The largest weight ``r_s`` of a gradient, above 1, or ``math.inf``; takes the place of the three clip

@@ -61,11 +61,12 @@ class Replayer:
         source, variant = SOURCES.find(config.proximal.source), find_variant(config.variant)
         self.takes_old = OLD in variant.needs and not (is_own and source.scores_batches)
         spec = replace(trainer_spec(config), versions=replace(config.versions, budget_bytes=0, folder=""), sends_patches=False)
-        stores = scores_old or (spec.stores_versions and is_own and not self.takes_old)
+        stores = scores_old or (spec.stores_versions and is_own and not self.takes_old) or config.objective.has_reference
         takes_forward = spec.takes_training_forward and is_own
         spec = replace(spec, stores_versions=stores, takes_training_forward=takes_forward, trains_own_tokens=is_own)
         configure_process(num_threads=config.trainer.num_threads, seed=config.seed)
         self.trainer = trainer = Trainer(spec, start.model, start.probe_ids)
+        self._has_reference = config.objective.has_reference
         self._checked_every = CHECKED_EVERY if takes_forward else 0
         handle = client(TrainerCalls, Inline(TrainerService(trainer, time.perf_counter).call))  # type: ignore[type-abstract]
         self._source = None if self.takes_old else make_source(config.proximal.source, handle, None)
@@ -114,6 +115,8 @@ class Replayer:
         scored = await self._source.acquire(tokens) if self._source is not None else _given(recorded, old)
         if scored is not None:
             check_scored(scored, tokens.versions)
+        if self._has_reference:
+            self.trainer.score_reference()
         result = self.trainer.train(scored)
         self.trainer.publish()
         self.trainer.retain(min(oldest_needed, self.trainer.version))

@@ -81,8 +81,9 @@ class Cost:
         host_bytes: Moments, masters and gradient in the host's memory, where the optimizer steps there; else 0.
         activation_bytes: A bound of what one micro-batch keeps for its backward pass, on each rank.
         gathered_bytes: Whole layers on each rank of several.
-        store_bytes: A bound of what the store holds; 0 where neither the source nor the audit needs it.
+        store_bytes: A bound of what the store holds; 0 where neither the source, the audit nor a reference needs it.
         expected_store_bytes: The same with patches as they were measured.
+        reference_bytes: A bound of the patch that leads on from the reference, which both have in them; 0: there is none.
         view_bytes: The trainer's copy of the weights in the engine's numerics, fp32 with a head of its own; none for fp32.
         mixed_bytes: A bound of the keys and values of the mixed-version forward, where OLD is one.
         sync_bytes: A patch as measured, or a full copy.
@@ -101,6 +102,7 @@ class Cost:
     gathered_bytes: int
     store_bytes: int
     expected_store_bytes: int
+    reference_bytes: int
     scorer_bytes: int
     average_bytes: int
     view_bytes: int
@@ -137,6 +139,9 @@ class Cost:
             + (f", in {_size(self.host_bytes)} of host memory with copies of masters and gradient" if self.host_bytes else ""),
             "activations": f"at most {_size(self.activation_bytes)}: of one micro-batch, on each rank",
             "version store": f"{_size(self.expected_store_bytes)}, at most {_size(self.store_bytes)}: one copy, and patches",
+            "the reference": f"at most {_size(self.reference_bytes)} of the store; every batch is scored once more"
+            if self.reference_bytes
+            else "none",
             "dedicated scorer": _size(self.scorer_bytes),
             "weight average": _size(self.average_bytes),
             "engine's view": f"{_size(self.view_bytes)}: the trainer's copy in the engine's numerics",
@@ -168,6 +173,8 @@ def estimate(config: RunConfig) -> Cost | None:
     kind, spec = ENGINES.find(config.engine.type)(), engine_spec(config, Path(config.model.path))
     source = SOURCES.find(config.proximal.source)
     stored = config.window + 2 if config.audit.share > 0 else source.most_stored(config.window)  # at a publish
+    reference = version if config.objective.has_reference else 0
+    stored = stored or (2 if reference else 0)  # where there is a reference alone: the newest two
     average = 4 * trained if source.keeps_average else 0
     moments = math.ceil(MOMENT_BYTES[config.trainer.optimizer] * trained)
     state, is_fp32 = 4 * trained + moments + average, config.model.forward_dtype == "fp32"
@@ -182,8 +189,9 @@ def estimate(config: RunConfig) -> Cost | None:
         host_bytes=8 * trained + moments if config.trainer.offload_optimizer else 0,
         activation_bytes=activation_bytes(config, shape),
         gathered_bytes=GATHERED_LAYERS * 4 * max(shape.layer_parameters, shape.head_parameters),
-        store_bytes=version * stored,
-        expected_store_bytes=version + patch * (stored - 1) if stored else 0,
+        store_bytes=version * stored + reference,
+        expected_store_bytes=version + patch * (stored - 1) + reference if stored else 0,
+        reference_bytes=reference,
         scorer_bytes=masters + version + patch * config.proximal.scorer_versions if source.needs_scorer else 0,
         average_bytes=average,
         view_bytes=0 if view_numerics(config) == "fp32" else 4 * (num + own_head),

@@ -66,7 +66,7 @@ class Prediction:
     Args:
         num_episodes: Episodes that an update trains.
         episode_tokens: Mean tokens of one.
-        forwards: Forward passes over an episode that scoring takes; 0: the variant needs no source.
+        forwards: Forward passes over an episode that scoring takes, one of them for a reference; 0: nothing is scored.
         sequences: Sequences that one engine decodes at the same time.
         engine_tokens_per_s: Tokens that all engines sample in a second, prefill left out.
     """
@@ -127,7 +127,8 @@ def predict(config: RunConfig, cost: Cost, a: Assumptions) -> Prediction:
     length = a.episode_share * config.env.max_episode_tokens
     source = SOURCES.find(config.proximal.source)
     spans = (a.versions_per_episode + 1) / 2  # each version reads an episode up to the last of its own tokens
-    forwards = (spans if source.provides is OLD else 1.0) if provided(source) else 0.0
+    own = (spans if source.provides is OLD else 1.0) if provided(source) else 0.0
+    by_trainer_itself, more = 0.0 if source.needs_scorer else own, float(config.objective.has_reference)
     body, head = num * length * _body_flops(shape, length), num * length * a.sampled_share * 2.0 * shape.head_parameters
     rate, bandwidth = a.peak_tflops * 1e12, a.memory_tb_per_s * 1e12 * a.memory_share
     by_trainer, by_engines = a.trainer_gpus * rate, a.engine_gpus * rate * a.score_share
@@ -140,8 +141,8 @@ def predict(config: RunConfig, cost: Cost, a: Assumptions) -> Prediction:
     return Prediction(
         num_episodes=num,
         episode_tokens=length,
-        forwards=forwards,
-        score_s=0.0 if source.needs_scorer else (forwards * body + head * bool(forwards)) / (by_trainer * a.score_share),
+        forwards=own + more,
+        score_s=((by_trainer_itself + more) * body + head * (bool(by_trainer_itself) + more)) / (by_trainer * a.score_share),
         switch_s=(switches * 2 * cost.version_bytes + averaged) / (bandwidth * a.trainer_gpus),
         train_s=3 * (body + head) / (by_trainer * a.train_share),
         optimizer_s=steps * (moved / bandwidth + sent / (a.link_gb_per_s * 1e9)) / a.trainer_gpus,

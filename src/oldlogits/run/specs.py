@@ -44,7 +44,7 @@ def trainer_spec(config: RunConfig) -> TrainerSpec:
         device=config.trainer_device,
         max_context=config.env.max_episode_tokens,
         engine_numerics=view_numerics(config),
-        stores_versions=source.stores_versions or config.audit.share > 0,
+        stores_versions=source.stores_versions or config.audit.share > 0 or config.objective.has_reference,
         sends_patches=not shares_memory and config.engine.weight_sync == "auto",
         keeps_average=source.keeps_average,
         takes_training_forward=config.takes_training_forward,

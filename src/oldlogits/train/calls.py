@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from oldlogits.batch.collate import TokenBatch
 from oldlogits.core.scoring import Scored, ScoringHandle
 from oldlogits.core.weights import FullWeights, PolicyVersion
@@ -27,6 +30,16 @@ class TrainerCalls(ScoringHandle, Protocol):
 
     async def put_batch(self, batch: TokenBatch) -> None:
         """Take the batch that the next calls of `score` and `train` are about."""
+
+    async def score_reference(self) -> NDArray[np.float32]:
+        """Score the loss tokens of the batch at the version that is the reference, for `train`: float32 [loss token].
+
+        Raises:
+            VersionEvictedError: The version is no longer held.
+        """
+
+    async def put_advantages(self, advantages: NDArray[np.float32]) -> None:
+        """Give the batch other advantages: float32 [sequence]."""
 
     async def train(self, scored: Scored | None) -> UpdateResult:
         """Train the batch; the trainer's version rises by one.

@@ -15,7 +15,7 @@ from torch import Tensor
 from oldlogits.batch.collate import TokenBatch
 from oldlogits.core.errors import MissingLogprobError
 from oldlogits.core.loss import LossInputs, LossTerms
-from oldlogits.core.policies import MU, OLD, PROXIMAL_PROVENANCE, THETA, Policy, Provenance
+from oldlogits.core.policies import MU, OLD, PROXIMAL_PROVENANCE, REFERENCE, THETA, Policy, Provenance
 from oldlogits.core.scoring import Scored
 from oldlogits.models.ranks import Ranks
 
@@ -37,7 +37,7 @@ class LossTokens:
         num_sequences: The number of trajectories of the batch.
         old_is_theta: bool [token]; OLD of the token is THETA of its optimizer step, whatever a source gave.
         left_out: bool [token]; the source gave no value, and `logp` is NaN.
-        logp: float32 [token] by policy: MU, and the policy that a source provided.
+        logp: float32 [token] by policy: MU, the policy that a source provided, and REFERENCE where the batch has it.
     """
 
     flat: NDArray[np.int64]
@@ -74,6 +74,8 @@ class LossTokens:
                     fix="score them",
                 )
             logp[scored.policy] = torch.from_numpy(scored.values)
+        if batch.logp_reference is not None:
+            logp[REFERENCE] = torch.from_numpy(batch.logp_reference)
         return cls(
             flat=flat,
             advantages=torch.from_numpy(batch.advantages[sequence]),

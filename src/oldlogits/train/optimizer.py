@@ -59,8 +59,10 @@ class Optimizer:
             master.grad = None
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Step the masters, and go on in the schedule."""
+    def step(self, lr_scale: float = 1.0) -> None:
+        """Step the masters with so many times the schedule's learning rate, and go on in the schedule."""
+        for group in self.adamw.param_groups if lr_scale != 1 else ():
+            group["lr"] *= lr_scale  # the schedule sets it anew
         if not self._on_host:
             self.adamw.step()
         else:

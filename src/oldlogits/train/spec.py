@@ -136,4 +136,5 @@ def objective_of(o: ObjectiveConfig, correction: Correction, *, variant: str, ba
         is_cap=o.is_cap if o.clip == "truncated" else None,
         correction=correction,
         options=options_of(o.loss, o.options),
+        clip_by_lag=o.clip_by_lag,
     )

@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 import torch
@@ -21,23 +22,27 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from oldlogits.batch.collate import TokenBatch
+from oldlogits.batch.pad import MicroBatch
 from oldlogits.core.errors import MissingLogprobError, NonFiniteError
 from oldlogits.core.loss import LOSSES, STEP_RULES, card_of
-from oldlogits.core.policies import LINEAR, LOGLINEAR, MU, OLD, THETA
+from oldlogits.core.policies import LINEAR, LOGLINEAR, MU, OLD, REFERENCE, THETA, Policy
 from oldlogits.core.scoring import Scored
 from oldlogits.models.ranks import ALONE, Ranks
 from oldlogits.models.routing import take_counts
-from oldlogits.models.scorer import action_logps, rank_micro_batches, score_tokens
+from oldlogits.models.scorer import action_logps, action_logps_and_entropies, rank_micro_batches, score_tokens
 from oldlogits.models.sharding import whole
 from oldlogits.objective import (
+    KlEstimator,
     a3po_weight_mu,
     correct,
     diagnose,
     kept_mask,
+    kl_estimate,
     linear_logp,
     log_discrepancy,
     loglinear_logp,
     mean_weight,
+    regularised,
     to_metrics,
     token_weights,
     weighted_loss,
@@ -49,6 +54,7 @@ from oldlogits.train.reports import NO_NOISE, PackingNoise
 from oldlogits.train.spec import TrainerSpec
 from oldlogits.train.weights.average import AverageReset
 
+KL_METRICS: Final[tuple[KlEstimator, ...]] = ("k1", "k3")
 INTERPOLATE = {LINEAR: linear_logp, LOGLINEAR: loglinear_logp}
 
 
@@ -98,7 +104,7 @@ def update(
     tokens = LossTokens.of(batch, scored, version, takes_theta=spec.takes_training_forward)
     _check_policies(tokens, spec)
     there, record = tokens.to(model.device), TokenRecord.empty(len(tokens.flat), model.device)
-    losses, norms, num_read, lag0, rescored = [], [], [], math.nan, math.nan
+    losses, norms, scales, num_read, lag0, rescored = [], [], list[float](), [], math.nan, math.nan
     lag0_above: Mapping[str, float] = {}
     for step in range(spec.trainer.minibatches_per_update):
         optimizer.zero_grad()
@@ -111,7 +117,11 @@ def update(
             may_tie = is_routed(model) and spec.model.routing != "replayed"
             lag0, rescored, lag0_above = _check_lag0(tokens, record.cpu(), mixed_kv, noise, may_tie=may_tie)
         _check_finite(losses[-1], norms[-1], version, step)
-        optimizer.step()
+        if spec.trainer.lr_by_staleness == "none":
+            optimizer.step()
+        else:
+            scales.append(1 / max(1.0, float(tokens.staleness[tokens.step == step].double().mean())))
+            optimizer.step(scales[-1])
     record = record.cpu()
     label, is_cap = provenance_label(proximal, scored), spec.knobs.is_cap
     is_truncated = record.clip_mask & (record.log_r_s > math.log(is_cap or math.inf))
@@ -123,6 +133,8 @@ def update(
             "policy/entropy": float(record.entropy.mean()),
             **_diagnostics(tokens, record, spec),
             **_band_shares(tokens, record, spec.band),
+            **_reference_shares(tokens, record),
+            **({"train/lr_scale": sum(scales) / len(scales)} if scales else {}),
             **lag0_above,
             "score/taken_share": float(tokens.left_out.float().mean()),
             "train/reads_per_token": float(torch.stack(num_read).sum()) / len(tokens.flat),
@@ -138,6 +150,13 @@ def update(
 
 
 def _check_policies(tokens: LossTokens, spec: TrainerSpec) -> None:
+    if spec.objective.has_reference and REFERENCE not in tokens.logp:
+        raise MissingLogprobError(
+            "the recipe has a reference, and it has not scored the batch",
+            got="no log-probs of REFERENCE",
+            allowed="one per loss token",
+            fix="call score_reference after put_batch",
+        )
     missing = [policy.name for policy in spec.knobs.variant.needs if policy not in tokens.logp]
     if missing:
         raise MissingLogprobError(
@@ -163,39 +182,59 @@ def _accumulate(
     """
     proximal, form_terms = spec.knobs.variant.proximal, LOSSES.find(spec.objective.loss)
     chosen = tokens.step == step
-    weights, step_mask = _step_weights(model, batch, tokens, chosen, spec, ranks)
+    weights, scale, step_mask = _step_weights(model, batch, tokens, chosen, spec, ranks)
     total, num_read = torch.zeros((), device=weights.device), torch.zeros((), dtype=torch.int64)
     record.clear(chosen)
     flat, budget = tokens.flat[chosen.cpu().numpy()], spec.sizes["micro_batch_tokens"]
     for one in rank_micro_batches(model, batch, flat, budget, ranks):
         micro = one.micro
         here = torch.from_numpy(np.searchsorted(tokens.flat, micro.flat.numpy())).to(weights.device)
-        entropy = torch.empty(len(here), device=weights.device)
-        theta = action_logps(model, micro, head_chunk_tokens=spec.sizes["head_chunk_tokens"], entropy=entropy)
+        theta, entropy = _read(model, micro, spec)
         logp = {policy: values[here] for policy, values in tokens.logp.items()} | {THETA: theta}
         if proximal in INTERPOLATE:
             logp[proximal] = _interpolate(logp[MU], theta, tokens.staleness[here], spec)
         elif proximal is OLD:
             logp[OLD] = torch.where(tokens.old_is_theta[here], theta.detach(), logp[OLD])
         terms = form_terms(tokens.inputs(here, logp, step_mask), spec.knobs)
-        loss = weighted_loss(terms.values, weights[here] * float(not one.is_padding))
+        values = _regularised(terms.values / scale, logp, entropy, spec)
+        loss = weighted_loss(values, weights[here] * float(not one.is_padding))
         (loss * ranks.num_ranks).backward()  # type: ignore[no-untyped-call]
         if one.is_padding:
             continue
         total += loss.detach()
         num_read += micro.num_read
-        record.put(here, logp, entropy, proximal, terms)
+        record.put(here, logp, entropy.detach(), proximal, terms)
     record.share(chosen, ranks)
     return ranks.sum(total), ranks.sum(num_read)
 
 
+def _read(model: PreTrainedModel, micro: MicroBatch, spec: TrainerSpec) -> tuple[Tensor, Tensor]:
+    """Give THETA's log-probs of a micro-batch's tokens, and the entropies, which have gradients where there is a bonus."""
+    chunk = spec.sizes["head_chunk_tokens"]
+    if spec.objective.entropy_bonus:
+        return action_logps_and_entropies(model, micro, head_chunk_tokens=chunk)
+    entropy = torch.empty(len(micro.flat), device=model.device)
+    return action_logps(model, micro, head_chunk_tokens=chunk, entropy=entropy), entropy
+
+
+def _regularised(values: Tensor, logp: Mapping[Policy, Tensor], entropy: Tensor, spec: TrainerSpec) -> Tensor:
+    """Add to the surrogates what the recipe adds to them."""
+    o = spec.objective
+    kl = kl_estimate(logp[THETA], logp[REFERENCE], o.kl_estimate) if o.has_reference and o.kl_in == "loss" else None
+    bonus = entropy if o.entropy_bonus else None
+    return regularised(values, kl=kl, kl_coefficient=o.kl_coefficient, entropy=bonus, entropy_bonus=o.entropy_bonus)
+
+
 def _step_weights(
     model: PreTrainedModel, batch: TokenBatch, tokens: LossTokens, chosen: Tensor, spec: TrainerSpec, ranks: Ranks
-) -> tuple[Tensor, Tensor | None]:
-    """Give each token's share of the loss of its optimizer step, 0 for tokens of other steps, and what a step rule keeps.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Give each token's share of the loss of its optimizer step, 0 for tokens of other steps, and what is of the whole step.
 
-    "token-mean-kept" counts the tokens that r_d does not mask, whatever the loss makes of it. Normalised weights are those of
-    the loss, divided by their mean over the step: so the shares are.
+    "token-mean-kept" counts the tokens that r_d does not mask, whatever the loss makes of it.
+
+    Returns:
+        The shares; the mean weight that surrogates are divided by, 1 where weights are not normalised; and what the loss's step
+        rule keeps, None where it has none.
     """
     knobs, kept, scale, step_mask = spec.knobs, chosen, torch.ones(()), None
     variant, rule, is_kept = (
@@ -223,7 +262,7 @@ def _step_weights(
         kept_mask=kept,
         constant=spec.objective.loss_aggregation_tokens,
     )
-    return weights / scale.to(weights.device), step_mask
+    return weights, scale.to(weights.device), step_mask
 
 
 def _interpolate(logp_mu: Tensor, theta: Tensor, staleness: Tensor, spec: TrainerSpec) -> Tensor:
@@ -276,6 +315,16 @@ def _diagnostics(tokens: LossTokens, record: TokenRecord, spec: TrainerSpec) -> 
             num_staleness=spec.max_staleness + 1,
         )
     )
+
+
+def _reference_shares(tokens: LossTokens, record: TokenRecord) -> dict[str, float]:
+    """Tell how far THETA is from the reference, on tokens with a finite estimate; nothing where there is no reference."""
+    if REFERENCE not in tokens.logp:
+        return {}
+    log_ratio = (record.theta - tokens.logp[REFERENCE]).double()
+    log_ratio = log_ratio[log_ratio.isfinite()]
+    estimates = {name: kl_estimate(log_ratio, torch.zeros_like(log_ratio), name) for name in KL_METRICS}
+    return {f"kl/theta_ref_{name}": float(found.mean()) for name, found in estimates.items()}
 
 
 def _band_shares(tokens: LossTokens, record: TokenRecord, band: float) -> dict[str, float]:

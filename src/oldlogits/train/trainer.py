@@ -135,6 +135,22 @@ class Trainer:
         """Take the batch that the next calls of `Scorer.score` and `train` are about."""
         self.scorer.put(followed(batch, self._spec.model.routing))
 
+    def score_reference(self) -> NDArray[np.float32]:
+        """Score the loss tokens of the batch at the version that is the reference, and keep the log-probs for `train`.
+
+        Raises:
+            VersionEvictedError: The version is not held: the checkpoint was written by another number of ranks.
+        """
+        batch = self.scorer.current_batch()
+        reference = self._spec.objective.reference_at(self.version)
+        values = self.scorer.score(np.arange(np.count_nonzero(batch.loss_mask)), reference)
+        self.scorer.batch = replace(batch, logp_reference=values)
+        return values
+
+    def put_advantages(self, advantages: NDArray[np.float32]) -> None:
+        """Give the batch other advantages: float32 [sequence]."""
+        self.scorer.batch = replace(self.scorer.current_batch(), advantages=advantages)
+
     def train(self, scored: Scored | None) -> UpdateResult:
         """Train the batch; the trainer's version rises by one."""
         batch = self.scorer.current_batch()
@@ -164,7 +180,8 @@ class Trainer:
     def retain(self, oldest_needed: PolicyVersion) -> None:
         """Drop stored versions that no token in flight needs."""
         if self.store is not None:
-            self.store.store.retain(oldest_needed)
+            o = self._spec.objective
+            self.store.store.retain(oldest_needed, o.reference_at(self.version) if o.has_reference else None)
         self.scorer.checks.keep({self.version, *self.stored_versions})
 
     def save_batch(self, folder: Path) -> Path:
@@ -287,9 +304,7 @@ class Trainer:
             num_trained=self.live.num_trained,
             work=self.scorer.work,
             busy_s=self.busy_s,
-            oldest_version=self.store.store.versions[0]
-            if self.store is not None and self.store.store.versions
-            else self.version,
+            oldest_version=_oldest_of(self.stored_versions) if self.stored_versions else self.version,
             padded_because=self.live.padded_because,
         )
 
@@ -308,6 +323,11 @@ class TrainerService(Dispatcher):
             return super().call(method, arguments)
         finally:
             self._trainer.busy_s += self._clock() - started
+
+
+def _oldest_of(versions: Sequence[PolicyVersion]) -> PolicyVersion:
+    """Give the oldest of the newest versions that follow one another: a reference may stand apart."""
+    return next(version for version in reversed(versions) if version - 1 not in versions)
 
 
 def _as_lists(of_probe: Mapping[PolicyVersion, NDArray[np.float32]]) -> Mapping[str, list[float]]:

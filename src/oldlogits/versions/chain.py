@@ -13,6 +13,7 @@ from oldlogits.core.weights import PolicyVersion
 from oldlogits.versions.defer_sigint import defer_sigint
 from oldlogits.versions.disk import Disk, StoredFile
 from oldlogits.versions.patches.codec import apply, encode
+from oldlogits.versions.patches.compose import compose
 from oldlogits.versions.patches.flat import FlatWeights
 from oldlogits.versions.patches.patch import Patch
 
@@ -119,6 +120,15 @@ class Chain:
         """Drop the versions below `oldest`, and the links from them."""
         self.links = [link for link in self.links if link.target > oldest]
         self.digests = {version: digest for version, digest in self.digests.items() if version >= oldest}
+
+    def bridge(self, base: PolicyVersion, target: PolicyVersion) -> None:
+        """Drop the versions between two others, at none of which the copy is; one patch leads from the one to the other."""
+        links = self.between(base, target)
+        if len(links) > 1:
+            at = self.links.index(links[0])
+            joined = Link(base=base, target=target, raw=compose([self.patch(link) for link in links]))
+            self.links[at : at + len(links)] = [joined]
+        self.digests = {version: digest for version, digest in self.digests.items() if not base < version < target}
 
     def drop_above(self, newest: PolicyVersion) -> None:
         """Drop the versions above `newest`, and the links to them."""

@@ -67,6 +67,7 @@ class PatchStore:
         self._hot, self._budget_bytes = hot, budget_bytes
         self._chain: Chain | None = None
         self._oldest_needed: PolicyVersion = 0
+        self._pinned: PolicyVersion | None = None
         self._lock = threading.RLock()
         self._depth = 0  # checkouts of the thread that has the lock
 
@@ -200,10 +201,14 @@ class PatchStore:
             except (PatchError, LayoutError, ExactnessError) as error:
                 raise receiver_behind(str(error), f"a patch from version {base} to {version}, as it was written") from error
 
-    def retain(self, oldest_needed: PolicyVersion) -> list[PolicyVersion]:
-        """Drop the versions below `oldest_needed`, but for the newest, and return the dropped; in a checkout, at its end."""
+    def retain(self, oldest_needed: PolicyVersion, pinned: PolicyVersion | None = None) -> list[PolicyVersion]:
+        """Drop the versions below `oldest_needed`, but for the newest, and return the dropped; in a checkout, at its end.
+
+        A `pinned` version stays though it is older. In memory one patch leads on from it, which grows up to a full copy of what
+        differs; with a folder all versions from it on stay too.
+        """
         with self._lock:
-            self._oldest_needed = oldest_needed
+            self._oldest_needed, self._pinned = oldest_needed, pinned
             return self._drop()
 
     def patch_between(self, base: PolicyVersion, target: PolicyVersion) -> list[Patch] | None:
@@ -310,10 +315,14 @@ class PatchStore:
             return []
         chain = self._chain
         oldest = next((version for version in chain.versions if version >= self._oldest_needed), chain.versions[-1])
-        dropped = [version for version in chain.versions if version < oldest]
+        kept = self._pinned if self._pinned in chain.versions and self._pinned < oldest else oldest
+        if self._disk is not None:
+            oldest = kept
+        dropped = [version for version in chain.versions if version < oldest and version != kept]
         if dropped:
-            chain.move_to(max(chain.at, oldest))
-            chain.drop_below(oldest)
+            chain.move_to(chain.at if chain.at == kept else max(chain.at, oldest))
+            chain.bridge(kept, oldest)
+            chain.drop_below(kept)
             if self._disk is not None:
                 self._disk.drop(oldest, chain.at, chain.flat)
         return dropped

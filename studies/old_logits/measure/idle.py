@@ -6,6 +6,7 @@ the clip ever act, are seeds really different, is a batch trained twice, and is 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from oldlogits.config.schema import RunConfig
-from oldlogits.core.loss import LOSSES, LossInputs
+from oldlogits.core.loss import LOSSES, STEP_RULES, LossInputs, card_of
 from oldlogits.core.policies import MU, THETA
 from oldlogits.objective import kept_mask, log_discrepancy, token_weights, weighted_loss
 from oldlogits.record.events import BatchTaken, Updated
@@ -57,7 +58,7 @@ def recomputed_loss(config: RunConfig, columns: dict[str, np.ndarray]) -> float:
     The mean over its optimizer steps, as ``loss/value``. `columns` are those of the update's token table.
     """
     own = config.objective
-    objective = objective_of(own, variant=config.variant, band=config.band)
+    objective = objective_of(own, config.correction, variant=config.variant, band=config.band)
     column = {name: torch.tensor(columns[name]) for name in _COLUMNS[2:]}
     sequence = torch.from_numpy(np.unique(columns["trajectory"], return_inverse=True)[1])
     found = []
@@ -88,6 +89,8 @@ def recomputed_loss(config: RunConfig, columns: dict[str, np.ndarray]) -> float:
             constant=own.loss_aggregation_tokens,
             dtype=torch.float64,
         )
+        if rule := card_of(own.loss).step_rule:
+            tokens = dataclasses.replace(tokens, step_mask=STEP_RULES.find(rule)(tokens, objective))
         terms = LOSSES.find(own.loss)(tokens, objective)
         found.append(float(weighted_loss(terms.values, weights)))
     return float(np.mean(found))

@@ -5,14 +5,15 @@
             logits = hidden weights^T -> / temperature -> largest, sum of exponentials, the token's own logit
 
 The backward pass forms the logits again, turns them into their gradient where they are, and adds up the gradients of hidden
-states and weights. So memory does not grow with tokens times vocabulary.
+states and weights. So memory does not grow with tokens times vocabulary. The entropy of a token's distribution comes out of the
+same passes, where it is asked for with its gradient too.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -42,11 +43,13 @@ class HeadWork:
         form: How the model forms logits.
         tokens_at_once: The most tokens of one product.
         entropy: float32 [token]; takes the entropy of each token's distribution, in nats; None: nobody asks for it.
+        trains_entropy: Whether the entropies are returned beside the log-probs, with gradients.
     """
 
     form: LogitForm
     tokens_at_once: int
     entropy: Tensor | None = None
+    trains_entropy: bool = False
 
 
 def words_at_once(num_tokens: int, num_words: int, device_type: str) -> int:
@@ -70,6 +73,25 @@ def token_logps(
     """
     logps: Tensor = _TokenLogps.apply(rows, weight, bias, targets, temperature, work)  # type: ignore[no-untyped-call]
     return logps
+
+
+def token_logps_and_entropies(
+    rows: Float[Tensor, "token width"],
+    weight: Float[Tensor, "word width"],
+    bias: Float[Tensor, " word"] | None,
+    targets: Int[Tensor, " token"],
+    temperature: Float[Tensor, " token"],
+    work: HeadWork,
+) -> tuple[Float[Tensor, " token"], Float[Tensor, " token"]]:
+    """Give what `token_logps` gives, and ``H = -sum p log p`` of each token's distribution in nats, both with gradients.
+
+    With ``p = softmax(logits / temperature)`` the gradient of H is ``-p (log p + H)`` for each logit over the temperature.
+    """
+    work = replace(work, trains_entropy=True)
+    found: tuple[Tensor, Tensor] = _TokenLogps.apply(  # type: ignore[no-untyped-call]
+        rows, weight, bias, targets, temperature, work
+    )
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,9 +177,10 @@ class _TokenLogps(torch.autograd.Function):
         targets: Tensor,
         temperature: Tensor,
         work: HeadWork,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Add up the powers of each token's logits, relative to the largest so far."""
-        pieces, asked = _Pieces(rows, weight, bias, targets, temperature, work), work.entropy is not None
+        pieces = _Pieces(rows, weight, bias, targets, temperature, work)
+        asked = work.entropy is not None or work.trains_entropy
         top = rows.new_full((len(rows),), -torch.inf, dtype=work.form.logit_type)
         total, chosen, weighted = torch.zeros_like(top), torch.zeros_like(top), torch.zeros_like(top)
         spare = torch.empty_like(pieces.buffer) if asked else pieces.buffer
@@ -174,28 +197,36 @@ class _TokenLogps(torch.autograd.Function):
                 weighted[here] = fallen.exp2() * (weighted[here] + fallen * total[here]) + logits.mul_(powers).sum(1)
             total[here] = fallen.exp2() * total[here] + powers.sum(1)
             top[here] = largest
-        if work.entropy is not None:
-            work.entropy.copy_(total.log() - weighted / total * _LN_2)
+        entropy = total.log() - weighted / total * _LN_2 if asked else None
+        if work.entropy is not None and entropy is not None:
+            work.entropy.copy_(entropy)
         ctx.work = work  # type: ignore[attr-defined]
-        kept = powers if pieces.is_one and slope is None and any(ctx.needs_input_grad) else None  # type: ignore[attr-defined]
-        ctx.save_for_backward(rows, weight, bias, targets, temperature, top, total, kept)  # type: ignore[arg-type]
-        return chosen.sub_(top).mul_(_LN_2).sub_(total.log())
+        keeps = pieces.is_one and slope is None and not work.trains_entropy
+        kept = powers if keeps and any(ctx.needs_input_grad) else None  # type: ignore[attr-defined]
+        spread = entropy if work.trains_entropy else None
+        ctx.save_for_backward(rows, weight, bias, targets, temperature, top, total, kept, spread)  # type: ignore[arg-type]
+        logps = chosen.sub_(top).mul_(_LN_2).sub_(total.log())
+        return logps if spread is None else (logps, spread)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Form the logits again, make them their gradient, and multiply."""
         work, saved = ctx.work, list(ctx.saved_tensors)  # type: ignore[attr-defined]
-        rows, weight, bias, kept = saved[0], saved[1], saved[2], saved.pop()
+        rows, weight, bias, entropy, kept = saved[0], saved[1], saved[2], saved.pop(), saved.pop()
         form, wanted = work.form, ctx.needs_input_grad  # type: ignore[attr-defined]
-        needed = _needed(gradients[0])
+        needed = _needed(*gradients)
         incoming = gradients[0].index_select(0, needed) * _LN_2
         saved[3:] = (one.index_select(0, needed) for one in saved[3:])
         saved[0], kept = rows.index_select(0, needed), None if kept is None else kept.index_select(0, needed)
         top, total = saved[5:]
         pieces = _Pieces(saved[0], weight, bias, saved[3], saved[4], work)
         scale = incoming if pieces.is_scaled else incoming * pieces.row_scale.squeeze(1)
-        shares = (-scale / total)[:, None]
+        shares, spread = (-scale / total)[:, None], None
+        if entropy is not None:
+            slopes = gradients[1].index_select(0, needed) * _LN_2
+            slopes = slopes if pieces.is_scaled else slopes * pieces.row_scale.squeeze(1)
+            spread = _Spread(slopes=slopes, entropy=entropy.index_select(0, needed), total=total, like=pieces.buffer)
         d_rows = top.new_zeros(saved[0].shape) if wanted[0] else None
         d_weight = top.new_zeros(weight.shape) if wanted[1] else None
         d_bias = top.new_zeros(bias.shape) if wanted[2] else None
@@ -203,11 +234,12 @@ class _TokenLogps(torch.autograd.Function):
             here, slope = piece.tokens, None
             if kept is None:
                 logits, slope = pieces.logits(piece)
-                logits.sub_(top[here, None]).exp2_()
+                logits.sub_(top[here, None])
+                logits = logits.exp2_().mul_(shares[here]) if spread is None else spread.gradient(logits, shares[here], here)
             else:
-                logits = kept.clone()
+                logits = kept.clone().mul_(shares[here])
             place, is_own = pieces.own(piece)
-            logits.mul_(shares[here]).scatter_add_(1, place, torch.where(is_own, scale[here], 0).unsqueeze(1))
+            logits.scatter_add_(1, place, torch.where(is_own, scale[here], 0).unsqueeze(1))
             gradient = (logits if slope is None else logits.mul_(slope)).to(form.gradients).to(form.factors)
             if d_rows is not None:
                 _add_product(d_rows[here], gradient, piece.weight)
@@ -221,8 +253,24 @@ class _TokenLogps(torch.autograd.Function):
         return d_rows, d_weight, d_bias, None, None, None
 
 
-def _needed(gradient: Tensor) -> Tensor:
-    """Give the places of what is not 0: int64 [token]; without numbers, on the meta device, all places."""
+class _Spread:
+    """The part of the entropies in the gradient of binary logits."""
+
+    def __init__(self, *, slopes: Tensor, entropy: Tensor, total: Tensor, like: Tensor) -> None:
+        """Take the gradient that comes in, the entropies and the sums of powers: [token] each; and memory of this form."""
+        self._factor, self._above = (-slopes / total)[:, None], (entropy - total.log())[:, None]
+        self._buffer = torch.empty_like(like)
+
+    def gradient(self, logits: Tensor, shares: Tensor, here: slice) -> Tensor:
+        """Make binary logits x below the largest their gradient, in place: ``2^x (shares - slope (log p + H) / total)``."""
+        powers = torch.exp2(logits, out=self._buffer[: logits.numel()].view_as(logits))
+        return logits.mul_(_LN_2).add_(self._above[here]).mul_(self._factor[here]).add_(shares).mul_(powers)
+
+
+def _needed(gradient: Tensor, *others: Tensor) -> Tensor:
+    """Give the places of what is not 0 in all of them: int64 [token]; without numbers, on the meta device, all places."""
+    for other in others:
+        gradient = gradient.abs() + other.abs()
     return torch.arange(len(gradient), device="meta") if gradient.is_meta else gradient.nonzero().squeeze(1)
 
 

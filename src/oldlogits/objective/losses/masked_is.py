@@ -7,6 +7,7 @@ import math
 from oldlogits.core.loss import LossInputs, LossTerms, Objective
 from oldlogits.core.objective.correction import BAND_ALONE
 from oldlogits.objective.correct import corrected
+from oldlogits.objective.masks import eps_at_lag
 from oldlogits.objective.ratios import SplitRatio, split_ratio
 from oldlogits.objective.surrogate import Discrepancy, surrogate
 
@@ -35,8 +36,8 @@ def _surrogate(
         tokens.advantages,
         tokens.loss_mask,
         band=band,
-        eps_low=objective.eps_low,
-        eps_high=objective.eps_high,
+        eps_low=eps_at_lag(objective.eps_low, tokens.staleness, objective.clip_by_lag),
+        eps_high=eps_at_lag(objective.eps_high, tokens.staleness, objective.clip_by_lag),
         dual_clip=objective.dual_clip,
         discrepancy=discrepancy,
         truncation=objective.is_cap,
