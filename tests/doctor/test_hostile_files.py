@@ -92,7 +92,12 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path, s
     os.mkfifo(tmp_path / f"pipe{suffix}")
     (tmp_path / f"endless{suffix}").symlink_to("/dev/zero")
     (tmp_path / f"folder{suffix}").mkdir()
-    for name, said in (("pipe", "no regular file"), ("endless", "no regular file"), ("folder", "a folder"), ("a" * 300, "too long")):
+    for name, said in (
+        ("pipe", "no regular file"),
+        ("endless", "no regular file"),
+        ("folder", "a folder"),
+        ("a" * 300, "too long"),
+    ):
         with pytest.raises(TokenTableError, match=said):
             read_batches([tmp_path / f"{name}{suffix}"], trust=True)
 
