@@ -15,7 +15,7 @@ from oldlogits.batch.sequences import pack
 from oldlogits.batch.token_table import TokenTable
 from oldlogits.core.errors import TokenTableError
 from oldlogits.core.scoring import ScoringSpan
-from oldlogits.doctor.statistics import rate
+from oldlogits.doctor.statistics import is_more
 from oldlogits.doctor.tokens import UNKNOWN, Batch, Settings, Tokens
 from oldlogits.doctor.verdicts import Verdict, cannot_tell, finding, healthy
 from oldlogits.doctor.weights import WeightsOfVersions
@@ -191,7 +191,6 @@ def _compare(given: Tokens, exact: Tokens) -> tuple[tuple[AtLag, ...], Verdict]:
         for at, one in enumerate(known)
     )
     total, weight = sum(changed), sum(moved) / max(float(sums.weight.sum()), 1e-30)
-    low, _ = rate(total, len(old))
     error = float(np.nanmean(np.abs(stand_in - old)))
     says = (
         f"with OLD at each token's own version {total:,} of {len(old):,} decisions of clip and band change, {weight:.1%} of "
@@ -199,7 +198,7 @@ def _compare(given: Tokens, exact: Tokens) -> tuple[tuple[AtLag, ...], Verdict]:
     )
     where = np.zeros(len(exact), np.bool_)
     where[np.flatnonzero(use)[(active != right).numpy()]] = True
-    make = finding if low > _RARE else healthy
+    make = finding if is_more(total, len(old), _RARE) else healthy
     figures = {"changed": float(total), "weight": weight, "error": error}
     return lags, make(says, num_tokens=total, num_read=len(exact), where=exact.names(where), figures=figures)
 

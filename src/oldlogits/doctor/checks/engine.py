@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 
 from oldlogits.doctor.checks.policies import LARGER
-from oldlogits.doctor.statistics import Estimate, Z, difference, log_size, mean, rate
+from oldlogits.doctor.statistics import Estimate, Z, difference, is_more, log_size, mean
 from oldlogits.doctor.tokens import Bools, Tokens
 from oldlogits.doctor.verdicts import Verdict, cannot_tell, finding, healthy
 
@@ -96,8 +96,7 @@ def confident_disagreement(tokens: Tokens) -> Verdict:
     if not sure.any():
         return cannot_tell(NO_R_D)
     denied = sure & (tokens.log_r_d < _LOWER)
-    low, _ = rate(int(denied.sum()), int(sure.sum()))
-    if low > _RARE:
+    if is_more(int(denied.sum()), int(sure.sum()), _RARE):
         return finding(
             f"the trainer gives {denied.sum():,} of {sure.sum():,} tokens that the engine was 90% sure of under a seventh of "
             "that: other weights than the label says, or another arithmetic",
