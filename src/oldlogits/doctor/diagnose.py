@@ -34,6 +34,11 @@ class Diagnosis:
     framework: str
     verdict: Verdict
 
+    @property
+    def remedy(self) -> str:
+        """What to do about a finding."""
+        return remedy(self.check, self.framework)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LagRow:
@@ -97,7 +102,7 @@ class Examination:
         for one in self.diagnoses:
             row: dict[str, Json] = {**asdict(one.verdict), "check": one.check, "source": one.source, "framework": one.framework}
             if one.verdict.outcome == "finding":
-                row["remedy"] = remedy(one.check, one.framework)
+                row["remedy"] = one.remedy
             verdicts.append(row)
         files: list[Json] = [
             {"source": tokens.batch.source, "framework": tokens.batch.framework, "num_tokens": len(tokens)}

@@ -10,7 +10,6 @@ import numpy as np
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from oldlogits.doctor.diagnose import Diagnosis, Examination
-from oldlogits.doctor.remedies import remedy
 from oldlogits.doctor.tokens import UNKNOWN, Floats, Tokens
 from oldlogits.record.folder import write_atomic
 from oldlogits.record.report import charts
@@ -41,7 +40,6 @@ def write_page(path: Path, found: Examination) -> None:
     text = _PAGES.get_template("doctor.html").render(
         found=found,
         groups=groups,
-        remedy=remedy,
         figures=[figure for tokens in found.files[:_MOST_FILES] for figure in _figures(tokens.sample)],
         num_tokens=sum(map(len, found.files)),
         num_checks=len(found.by_check()),
