@@ -17,7 +17,7 @@ from oldlogits.core.errors import TokenTableError
 from oldlogits.core.scoring import ScoringSpan
 from oldlogits.doctor.statistics import is_more
 from oldlogits.doctor.tokens import UNKNOWN, Batch, Settings, Tokens
-from oldlogits.doctor.verdicts import Verdict, cannot_tell, finding, healthy
+from oldlogits.doctor.verdicts import Verdict, cannot_tell
 from oldlogits.doctor.weights import WeightsOfVersions
 from oldlogits.models.scorer import score_tokens
 from oldlogits.objective.decision import decision_sums
@@ -198,9 +198,15 @@ def _compare(given: Tokens, exact: Tokens) -> tuple[tuple[AtLag, ...], Verdict]:
     )
     where = np.zeros(len(exact), np.bool_)
     where[np.flatnonzero(use)[(active != right).numpy()]] = True
-    make = finding if is_more(total, len(old), _RARE) else healthy
-    figures = {"changed": float(total), "weight": weight, "error": error}
-    return lags, make(says, num_tokens=total, num_read=len(exact), where=exact.names(where), figures=figures)
+    verdict = Verdict(
+        outcome="finding" if is_more(total, len(old), _RARE) else "healthy",
+        says=says,
+        num_tokens=total,
+        num_read=len(exact),
+        where=exact.names(where),
+        figures={"changed": float(total), "weight": weight, "error": error},
+    )
+    return lags, verdict
 
 
 def _active(proximal: Floats, mu: Floats, theta: Floats, advantage: Floats, settings: Settings) -> torch.Tensor:
