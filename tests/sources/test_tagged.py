@@ -2,9 +2,11 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from oldlogits.models.load import named_weights
 from oldlogits.models.lora import add_adapters, write_adapters
 from oldlogits.sources.tagged import LiveVersions, StoredModel, TaggedTokens, score_tagged, tee
 from oldlogits.sources.weight_folders import AdapterFolders, StepFolders
+from oldlogits.versions import PatchStore
 
 from ..several_versions import SeveralVersions
 from ..waiting import HUNG_S
@@ -51,6 +54,17 @@ def test_each_token_is_scored_at_its_own_version(several):
         assert values.dtype == np.float32
         np.testing.assert_allclose(values, several.old(one.token_ids, one.versions, 0.7), atol=1e-5)
         assert not values[~one.mask].any()
+
+
+def test_the_snippet_of_the_documents_scores_a_sequence(several):
+    page = Path(__file__).parents[2] / "docs" / "sources.md"
+    [snippet] = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    one = sequence(0, 20, [0])
+    names = {"PatchStore": PatchStore, "StoredModel": StoredModel, "TaggedTokens": TaggedTokens, "version": 0}
+    names |= {"model": several.models[0], "second_model": several.blank()}
+    names |= {"ids": one.token_ids, "versions": one.versions, "mask": one.mask}
+    exec(snippet, names)
+    np.testing.assert_allclose(names["old"], several.old(one.token_ids, one.versions), atol=1e-5)
 
 
 def test_a_token_outside_of_the_mask_needs_no_version_that_is_held(several):
