@@ -9,7 +9,7 @@ from pathlib import Path
 from oldlogits.doctor.checks.listed import CHECKS, CHECKS_OF_FILES
 from oldlogits.doctor.remedies import remedy
 from oldlogits.doctor.tokens import Batch, Settings, Tokens
-from oldlogits.doctor.verdicts import Verdict, cannot_tell
+from oldlogits.doctor.verdicts import AtLag, Verdict, cannot_tell
 from oldlogits.record.jsonl import Json
 
 RECOMPUTED = "decisions-with-old"
@@ -41,19 +41,6 @@ class Diagnosis:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LagRow:
-    """What the weights split at one lag of one file; see `oldlogits.doctor.recompute.AtLag`."""
-
-    source: str
-    lag: int
-    num_tokens: int
-    log_r_d: float
-    log_r_s: float
-    changed: int
-    changed_weight: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Examination:
     """All that the doctor says.
 
@@ -66,7 +53,7 @@ class Examination:
 
     files: tuple[Tokens, ...]
     diagnoses: tuple[Diagnosis, ...]
-    lags: tuple[LagRow, ...] = ()
+    lags: tuple[AtLag, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -149,7 +136,7 @@ def examine(
         for check in CHECKS_OF_FILES
     ]
     notes = [f"{tokens.batch.source}: {note}" for tokens in files for note in tokens.batch.notes]
-    rows: list[LagRow] = []
+    rows: list[AtLag] = []
     if weights is None:
         if any(one.check == "missing-old" and one.verdict.outcome == "finding" for one in found):
             notes.append("without the weights (--weights) r_d and r_s cannot be split at a lag above 0")
@@ -164,7 +151,7 @@ def examine(
         one = {"source": batch.source, "framework": batch.framework}
         found.append(Diagnosis(check=RECOMPUTED, asks=asks, verdict=done.verdict, **one))
         notes += [f"{batch.source}: OLD was not computed of {num:,} loss tokens {why}" for why, num in done.left_out]
-        rows += [LagRow(source=batch.source, **asdict(lag)) for lag in done.lags]
+        rows += done.lags
     return Examination(files=files, diagnoses=tuple(found), lags=tuple(rows), notes=tuple(notes))
 
 

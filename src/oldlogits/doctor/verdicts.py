@@ -32,6 +32,29 @@ class Verdict:
     figures: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AtLag:
+    """The two factors of the ratio, and the trainer's decisions, of tokens of one lag.
+
+    Args:
+        source: The file.
+        lag: Versions between sampling and training.
+        num_tokens: Loss tokens whose OLD was computed.
+        log_r_d: Mean |log old - log mu|.
+        log_r_s: Mean |log theta - log old|; NaN without THETA.
+        changed: Tokens that clip and band keep or drop otherwise with OLD.
+        changed_weight: Their share of the weight |R A| of what OLD keeps.
+    """
+
+    source: str
+    lag: int
+    num_tokens: int
+    log_r_d: float
+    log_r_s: float
+    changed: int
+    changed_weight: float
+
+
 def finding(
     says: str,
     tokens: Tokens,
