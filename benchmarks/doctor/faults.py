@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Final
 
 import numpy as np
@@ -228,5 +227,3 @@ FAULTS: Final = (
     Fault("trained-twice", "one batch in two updates", _twice),
     Fault("same-order", "two seeds have one order of prompts", _order),
 )  # fmt: skip
-
-HELD: Final[Mapping[str, str]] = MappingProxyType({})

@@ -131,12 +131,16 @@ class PlainActor:
         """Give the trainer's version."""
         return self.version
 
+    def logps(self, batch):
+        """Give log-probs; entry i is of token i + 1, the last one of the first token, as AReaL rolls."""
+        ids = batch["input_ids"].long()
+        logits = self.model(ids, attention_mask=batch["attention_mask"]).logits.float().log_softmax(-1)
+        return logits.gather(2, ids.roll(-1, dims=1)[..., None])[..., 0]
+
     @torch.no_grad()
     def forward(self, input_, aggregate_fn):
-        """Give log-probs; entry i is of token i + 1."""
-        ids = input_["input_ids"].long()
-        logits = self.model(ids, attention_mask=input_["attention_mask"]).logits.float().log_softmax(-1)
-        return logits.gather(2, ids.roll(-1, dims=1)[..., None])[..., 0]
+        """Give log-probs."""
+        return self.logps(input_)
 
     def compute_logp(self, data):
         """Ask AReaL."""

@@ -29,17 +29,34 @@ from reports.tiny_versions import NUM_VERSIONS, TinyVersions, doctor
 GROUPS, IN_GROUP, TURNS, TOKENS = 12, 4, 2, 30
 
 
-class Answers:
-    """Goes before TRL's rollout loop: the tiny model answers in place of vLLM's server."""
+class Offline:
+    """Goes before TRL's rollout loop: what that has in a process of its own, without a server."""
 
-    def __init__(self, tiny: TinyVersions) -> None:
-        self.tiny, self.lora_name, self.model_name = tiny, None, "tiny"
-        self._model_version_value = multiprocessing.get_context("spawn").Value("i", 0)
+    def __init__(self, version: int = 0, *, lora_name: str | None = None) -> None:
+        self.lora_name, self.model_name = lora_name, "base"
+        self._model_version_value = multiprocessing.get_context("spawn").Value("i", version)
         self._metrics_queue, self._counters, self._rates = queue.Queue(), defaultdict(float), defaultdict(lambda: [0.0, 0.0])
         self.max_tokens, self.request_timeout, self.temperature, self.top_p, self.repetition_penalty = TOKENS, 8, 1.0, 1.0, 1.0
         self.top_k, self.min_p = 0, None
         self.reward_funcs = [lambda completions, **_: [float(i % 3) for i in range(len(completions))]]
         self.reward_func_names, self._env_reward_types = ["reward"], []
+
+    async def scored(self, conversations, *, version: int, group_id: int = 0):
+        """Let TRL score the turns of some conversations as a group."""
+        rows, num = [_chain_to_sequences(turns, "rollout", fork_threshold=4)[0] for turns in conversations], len(conversations)
+        empty = {name: [[]] * num for name in ("prompts", "completions", "completions_ids")}
+        counts = {name: [0] * num for name in ("tool_call_counts", "tool_failure_counts")}
+        absent = {name: [None] * num for name in ("env_rewards", "rollout_rewards")}
+        group = {"completions_sequences": rows, "reward_kwargs": {}, "model_version": version, "group_id": group_id}
+        return await self._score_group(RolloutGroup(**empty, **counts, **absent, **group))
+
+
+class Answers(Offline):
+    """The tiny model answers in place of vLLM's server."""
+
+    def __init__(self, tiny: TinyVersions) -> None:
+        super().__init__()
+        self.tiny = tiny
 
     async def _post(self, path, payload, timeout, max_retries=3):
         ids, logps = self.ready.pop(0)
@@ -55,12 +72,7 @@ class Answers:
                 ids, logps = await self._generate_one_turn(context)
                 turns[i].append(TurnRecord(context, ids, logps))
             contexts = [[*context, *made[-1].output_ids, 5, 6] for context, made in zip(contexts, turns, strict=True)]
-        rows = [_chain_to_sequences(made, "rollout", fork_threshold=4)[0] for made in turns]
-        empty = {name: [[]] * IN_GROUP for name in ("prompts", "completions", "completions_ids")}
-        counts = {name: [0] * IN_GROUP for name in ("tool_call_counts", "tool_failure_counts")}
-        absent = {name: [None] * IN_GROUP for name in ("env_rewards", "rollout_rewards")}
-        group = {"completions_sequences": rows, "reward_kwargs": {}, "model_version": version, "group_id": number}
-        return await self._score_group(RolloutGroup(**empty, **counts, **absent, **group))
+        return await self.scored(turns, version=version, group_id=number)
 
 
 class AsIs(Answers, _AsyncRolloutLoop):

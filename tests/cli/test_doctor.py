@@ -55,6 +55,15 @@ def test_a_finding_has_status_1_its_remedy_in_the_frameworks_keys_and_its_eviden
     assert "PatchStore" in verdict["remedy"]
 
 
+def test_a_remedy_is_printed_once(faulty: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other.parquet"
+    other.write_bytes(faulty.read_bytes())
+    assert run(["doctor", str(faulty), str(other), "--framework", "AReaL"]) == FAILED
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("with oldlogits.integrations.areal.ExactProxLogp") == 1
+    assert printed.count("remedy: that of ratio-is-one") >= 3
+
+
 def test_what_cannot_be_told_is_said_with_its_reason_and_the_last_line_counts_the_findings(
     faulty: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,7 +100,9 @@ def test_the_page_is_one_file_with_every_verdict_and_no_markup_of_a_strangers_na
     [
         ([], "nothing to examine"),
         (["absent.parquet"], "absent.parquet"),
-        (["HEALTHY", "--band", "0.5"], "out of range"),
+        (["HEALTHY", "--band", "0.5"], "--band is out of range\n     got: 0.5\n allowed: above 1\n"),
+        (["HEALTHY", "--temperature", "0"], "--temperature is out of range\n     got: 0.0\n allowed: above 0\n"),
+        (["HEALTHY", "--dual-clip", "nan"], "--dual-clip is out of range\n     got: nan\n"),
         (["HEALTHY", "--weights", "absent"], "no weights of versions"),
     ],
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from oldlogits import __version__
-from oldlogits.cli.main import VERBS, run
+from oldlogits.cli.main import REFUSED, VERBS, run
 
 from ..waiting import HUNG_S
 
@@ -137,3 +137,11 @@ def test_every_verb_has_a_command_with_help(verb, capsys):
         status = ended.code
     assert status == 0
     assert f"usage: oldlogits {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["report", "show", "eval", "doctor", "replay"])
+def test_a_path_that_no_file_system_takes_is_one_error(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([verb, "a" * 300]) == REFUSED
+    said = capsys.readouterr().err
+    assert "too long" in said
+    assert len(said.splitlines()) == 4

@@ -1,5 +1,6 @@
 """Every check finds its planted fault and is silent on healthy batches; the matrix of docs/doctor.md is held to its bars."""
 
+import math
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from oldlogits.config.load import known_keys
 from oldlogits.doctor.checks.listed import CHECKS, CHECKS_OF_FILES
 from oldlogits.doctor.diagnose import RECOMPUTED, diagnose
 from oldlogits.doctor.remedies import FRAMEWORKS, REMEDIES, remedy
+from oldlogits.doctor.statistics import Z, is_more
 from oldlogits.doctor.tokens import Batch, Settings, Tokens
 
 NAMES = [check.name for check in (*CHECKS, *CHECKS_OF_FILES)]
@@ -156,3 +158,26 @@ def test_the_mean_of_r_d_is_read_at_every_lag_where_old_was_recorded(lag: str) -
     columns["logp_mu"] = columns["logp_mu"] / np.float32(np.log(10))
     found = {one.check for one in diagnose([world.batch(columns)], SETTINGS) if one.verdict.outcome == "finding"}
     assert "mean-r-d" in found
+
+
+@pytest.mark.parametrize("share", [1e-4, 1e-3, 0.05])
+def test_a_count_is_more_than_a_share_where_the_binomials_own_tail_is_as_small_as_that_of_a_normal_one_at_z(
+    share: float,
+) -> None:
+    for of in (1, 2, 7, 40, 300):
+        at = [math.comb(of, k) * share**k * (1 - share) ** (of - k) for k in range(of + 1)]
+        for num in range(of + 1):
+            tail = math.fsum(at[num:])
+            assert tail < math.exp(-Z * Z / 2) or not is_more(num, of, share), (num, of, tail)
+            assert tail > 1e-8 or is_more(num, of, share), (num, of, tail)
+
+
+def test_one_token_alone_that_the_trainer_denies_is_no_finding() -> None:
+    world = make_world(Setting.draw(3), num_trajectories=4)
+    columns = world.columns()
+    one = int(np.argmax(columns["logp_mu"]))
+    for name in ("logp_old", "logp_theta"):
+        columns[name][one] -= 3
+    [found] = [one.verdict for one in diagnose([world.batch(columns)], SETTINGS) if one.check == "confident-disagreement"]
+    assert found.says.startswith("1 of ")
+    assert found.outcome == "healthy"

@@ -1,6 +1,7 @@
 """Files that a stranger made: each is one error that names the file and the place, and costs no more than it holds."""
 
 import json
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,21 @@ def test_an_export_with_a_key_twice_or_a_number_out_of_range_is_refused_by_line(
     path.write_text(path.read_text().rstrip().removesuffix("}") + f", {text}}}\n")
     with pytest.raises(TokenTableError, match=r"rank_0\.jsonl: line 2"):
         only(path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".pt", ".pkl"])
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path, suffix: str) -> None:
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    (tmp_path / f"endless{suffix}").symlink_to("/dev/zero")
+    (tmp_path / f"folder{suffix}").mkdir()
+    for name, said in (
+        ("pipe", "no regular file"),
+        ("endless", "no regular file"),
+        ("folder", "a folder"),
+        ("a" * 300, "too long"),
+    ):
+        with pytest.raises(TokenTableError, match=said):
+            read_batches([tmp_path / f"{name}{suffix}"], trust=True)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,10 @@ import pytest
 from oldlogits.cli.main import run as command
 from oldlogits.core.errors import TokenTableError
 from oldlogits.doctor.diagnose import Diagnosis, diagnose, examine
+from oldlogits.doctor.readers import run_folder
 from oldlogits.doctor.readers.door import read_batches
 from oldlogits.doctor.tokens import Settings
+from oldlogits.record.tables import SCHEMA
 from oldlogits.run.run import run
 
 from ..runs import recipe, tokens_of
@@ -69,6 +71,49 @@ def test_a_run_without_tables_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokens").mkdir()
     with pytest.raises(TokenTableError, match="no token tables"):
         read_batches([tmp_path])
+
+
+ROWS = 3
+WHOLE = {
+    "trajectory": pa.array(["a"] * ROWS).dictionary_encode(),
+    "provenance": pa.array(["exact"] * ROWS).dictionary_encode(),
+    "index": pa.array([2, 3, 5], pa.int32()),
+    "context": pa.array([[1, 2], [], [4]], pa.list_(pa.int32())),
+}
+"""Columns of a table of three tokens; the others are zeros, or true."""
+
+
+def table(folder: Path, **changed: pa.Array) -> Path:
+    """A run folder of one table."""
+    (folder / "tokens").mkdir(parents=True)
+    zeros = {f.name: pa.array([1] * ROWS).cast(f.type) for f in SCHEMA if f.name not in WHOLE}
+    pq.write_table(pa.table({**zeros, **WHOLE, **changed}), folder / "tokens" / "v000001.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("with_context", [False, True])
+@pytest.mark.parametrize("name", ["index", "token_id", "version", "trainer_version", "staleness", "loss_mask", "active_mask"])
+def test_a_column_of_another_type_or_with_a_missing_value_is_refused_by_name(
+    tmp_path: Path, name: str, with_context: bool
+) -> None:
+    assert read_batches([table(tmp_path / "whole")], with_context=with_context)[0].table.mask.sum() == ROWS
+    missing = pa.array([None, 1, 1]).cast(SCHEMA.field(name).type)
+    for number, column in enumerate([pa.array([0.5] * ROWS), pa.array(["x"] * ROWS), pa.array([[1]] * ROWS), missing]):
+        with pytest.raises(TokenTableError, match=rf"v000001.*column {name} "):
+            read_batches([table(tmp_path / str(number), **{name: column})], with_context=with_context)
+
+
+def test_a_small_table_that_claims_any_number_of_tokens_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "MAX_TOKENS", 5)
+    folder = table(tmp_path / "run")
+    assert read_batches([folder])[0].table.num_tokens == ROWS
+    with pytest.raises(TokenTableError, match=r"v000001.*7 tokens, above 5"):
+        read_batches([folder], with_context=True)
+    monkeypatch.setattr(run_folder, "MAX_TOKENS", 2)
+    with pytest.raises(TokenTableError, match="3 tokens, above 2"):
+        read_batches([folder / "tokens" / "v000001.parquet"])
 
 
 @pytest.mark.slow

@@ -6,44 +6,23 @@ import numpy as np
 import pytest
 import torch
 from areal.api.cli_args import OptimizerConfig, PPOActorConfig, RejectionSamplingConfig
-from areal.trainer.ppo.actor import PPOActor
 
 from oldlogits.core.errors import ConfigError, TrajectoryError, VersionEvictedError
 from oldlogits.integrations.areal import ExactProxLogp
+from reports.areal_1569 import PlainActor
 
 from .conftest import BAND, DUAL_CLIP, EPS_HIGH, EPS_LOW
 
 pytestmark = pytest.mark.peers
 
 
-class CpuActor:
-    """What AReaL's FSDPPPOActor is around its PPOActor, with a plain module on the CPU in place of a sharded one."""
+class CpuActor(PlainActor):
+    """The actor of the report, which also trains; its loss is kept."""
 
-    def __init__(self, config, model):
-        self.config, self.model, self.version = config, model, 0
-        self.actor, self.loss = PPOActor(config, self), None
-
-    def eval(self):
-        self.model.eval()
+    loss = None
 
     def train(self):
         self.model.train()
-
-    def get_version(self):
-        return self.version
-
-    def logps(self, batch):
-        """Entry i is of token i + 1; the last one is of the first token, as AReaL rolls."""
-        ids = batch["input_ids"]
-        logits = self.model(ids, attention_mask=batch["attention_mask"]).logits.float().log_softmax(-1)
-        return logits.gather(2, ids.roll(-1, dims=1)[..., None])[..., 0]
-
-    @torch.no_grad()
-    def forward(self, input_, aggregate_fn):
-        return self.logps(input_)
-
-    def compute_logp(self, data):
-        return self.actor.compute_logp(data)
 
     def train_batch(self, batch, loss_fn, loss_weight_fn):
         logps = self.logps(batch)

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import multiprocessing
 import queue
 from collections import defaultdict
 from pathlib import Path
@@ -23,10 +22,8 @@ from trl.experimental.async_grpo.async_grpo_trainer import (
 )
 from trl.experimental.async_grpo.async_rollout_worker import (
     AsyncRolloutWorker,
-    RolloutGroup,
     RolloutSample,
     TurnRecord,
-    _chain_to_sequences,
 )
 
 from oldlogits.batch.token_table import read_token_table
@@ -34,6 +31,7 @@ from oldlogits.core.errors import ConfigError, ExactnessError, MissingLogprobErr
 from oldlogits.integrations.trl import VersionedRolloutLoop, make_exact
 from oldlogits.integrations.trl_sync import SplitRatios, discrepancy_weights
 from oldlogits.integrations.trl_tokens import TokenTables
+from reports.trl_6945 import Offline, OverTree
 
 from .conftest import BAND, DUAL_CLIP, EPS_HIGH, EPS_LOW
 
@@ -46,19 +44,12 @@ def _accelerate():
     PartialState(cpu=True)
 
 
-class RecordedLoop(VersionedRolloutLoop):
+class RecordedLoop(Offline, VersionedRolloutLoop):
     """TRL's loop with a server that answers from a list: tokens, their log-probs, and the version that it has afterwards."""
 
     def __init__(self, answers, version, *, lora_name=None):
+        super().__init__(version, lora_name=lora_name)
         self.answers, self.asked = list(answers), []
-        self.lora_name, self.model_name = lora_name, "base"
-        self._model_version_value = multiprocessing.get_context("spawn").Value("i", version)
-        self._metrics_queue, self._counters, self._rates = queue.Queue(), defaultdict(float), defaultdict(lambda: [0.0, 0.0])
-        self.max_tokens = self.request_timeout = 8
-        self.temperature = self.top_p = self.repetition_penalty = 1.0
-        self.top_k, self.min_p = 0, None
-        self.reward_funcs = [lambda completions, **kwargs: [float(i % 2) for i in range(len(completions))]]
-        self.reward_func_names, self._env_reward_types = ["reward"], []
 
     async def _post(self, path, payload, timeout, max_retries=3):
         ids, logps, version = self.answers.pop(0)
@@ -68,30 +59,15 @@ class RecordedLoop(VersionedRolloutLoop):
 
     async def play(self, prompts):
         """Play conversations of as many turns as the answers of each, and make samples of them."""
-        rows, oldest = [], self.model_version
+        conversations, oldest = [], self.model_version
         for prompt, num_turns in prompts:
             turns, context = [], list(prompt)
             for _ in range(num_turns):
                 ids, logps = await self._generate_one_turn(context)
                 turns.append(TurnRecord(context, ids, logps))
                 context = [*context, *ids, 3, 4]
-            rows.append(_chain_to_sequences(turns, "rollout", fork_threshold=4)[0])
-        n = len(rows)
-        counts, names = (
-            {"tool_call_counts": [0] * n, "tool_failure_counts": [0] * n},
-            ("prompts", "completions", "completions_ids"),
-        )
-        group = RolloutGroup(
-            **{name: [[]] * n for name in names},
-            **counts,
-            completions_sequences=rows,
-            reward_kwargs={},
-            model_version=oldest,
-            group_id=0,
-            env_rewards=[None] * n,
-            rollout_rewards=[None] * n,
-        )
-        return await self._score_group(group)
+            conversations.append(turns)
+        return await self.scored(conversations, version=oldest)
 
 
 class Worker:
@@ -237,23 +213,6 @@ def test_old_log_probs_are_the_direct_forward_at_each_tokens_version(exact, samp
         in_band = np.abs(old - before.old_log_probs) <= np.log(BAND)
         assert (after.completion_mask.astype(bool) == (mask & in_band)).all()
     assert told["exact/in_band"] == (sum(s.completion_mask.sum() for s in scored), 30)
-
-
-class OverTree:
-    """A model under the interface of TRL's packed rows: it reads the path of each segment by itself, on the CPU."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def __call__(self, input_ids, shift_labels, tree_kv_index, tree_cu_seqlens_q, tree_cu_seqlens_k, **ignored):
-        logps = torch.zeros(input_ids.shape[1])
-        for i in range(len(tree_cu_seqlens_q) - 1):
-            start, end = tree_cu_seqlens_q[i : i + 2].tolist()
-            path = tree_kv_index[tree_cu_seqlens_k[i] : tree_cu_seqlens_k[i + 1]]
-            rows = self.model(input_ids[:, path]).logits[0, start - end :].log_softmax(-1)
-            labels = shift_labels[0, start:end]
-            logps = logps.index_put((torch.arange(start, end),), rows.gather(1, labels.clamp(min=0)[:, None])[:, 0])
-        return SimpleNamespace(log_probs=logps, entropy=torch.zeros_like(logps))
 
 
 def test_trls_asynchronous_loss_is_the_objective_with_exact_old_logits(exact, samples, several, objective):

@@ -10,7 +10,6 @@ import pytest
 import torch
 import transfer_queue as tq
 from omegaconf import OmegaConf
-from tensordict import TensorDict
 from verl.protocol import DataProto
 from verl.trainer.config.algorithm import RolloutCorrectionConfig
 from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla
@@ -21,19 +20,20 @@ from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 
 from oldlogits.core.errors import ConfigError, TrajectoryError, VersionEvictedError
-from oldlogits.integrations.verl import SPANS, ExactActorWorker, ExactOldTrainer, SpanClient, versions_of
+from oldlogits.integrations.verl import SPANS, ExactOldTrainer, SpanClient, versions_of
+from reports import verl_7196
 
 from .conftest import BAND, DUAL_CLIP, EPS_HIGH, EPS_LOW
 
 pytestmark = pytest.mark.peers
 
 
-class Workers:
-    """A worker group of one worker, in this process: its versions are ExactActorWorker's, its forward pass a plain one."""
+class Workers(verl_7196.Workers):
+    """A worker group of one worker, in this process, which notes what it is asked for."""
 
     def __init__(self, model):
-        self.worker, self.calls = ExactActorWorker.__new__(ExactActorWorker), []
-        self.worker.actor = SimpleNamespace(engine=SimpleNamespace(module=model))
+        super().__init__(model)
+        self.calls = []
 
     def __getattr__(self, name):
         def call(*args):
@@ -41,17 +41,6 @@ class Workers:
             return getattr(self.worker, name)(*args)
 
         return call
-
-    @torch.no_grad()
-    def compute_log_prob(self, batch):
-        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["input_ids"])
-        rows = []
-        for ids in data["input_ids"].unbind():
-            logps = self.worker.actor.engine.module(ids[None]).logits[0].log_softmax(-1)
-            rows.append(logps.gather(1, ids.roll(-1)[:, None])[:, 0])
-        nested = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
-        fields = TensorDict({"log_probs": nested, "entropy": nested * 0}, batch_size=len(rows))
-        return tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
 
 
 CONFIG = {

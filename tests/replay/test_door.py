@@ -12,7 +12,7 @@ from oldlogits.core.errors import ConfigError, ReplayError
 from oldlogits.core.policies import OLD, Provenance
 from oldlogits.record.folder import RunFolder, write_atomic
 from oldlogits.record.tables import write_tokens
-from oldlogits.replay.recipes import recipes_of_run
+from oldlogits.replay.recipes import recipes_of_run, recipes_of_table
 from oldlogits.replay.run_batches import check_run_tables, run_batches
 from oldlogits.train.loss_tokens import LossTokens, TokenRecord, token_table
 
@@ -140,6 +140,17 @@ def test_keys_that_say_how_to_sample_are_refused_and_those_of_training_are_told(
     }
     assert (found.num_updates, found.recorded.num_updates, found.replayed.num_updates) == (2, 4, 4)
     assert found.recorded.trainer.num_threads == 2, "where it is computed is no change of the recipe"
+
+
+def test_as_many_updates_as_the_recipe_has_may_be_asked_for(run_config):
+    """The schedule stays that of all updates."""
+    assert recipes_of_run(run_config, ["--num-updates", "4"]).num_updates == 4
+    assert recipes_of_run(run_config, []).num_updates is None
+    sizes = {"num_updates": 100, "max_staleness": 1, "longest": 9}
+    for asked in (1, 60, 100):
+        found = recipes_of_table(["--num-updates", str(asked)], **sizes)
+        assert (found.num_updates, found.recorded.num_updates, found.replayed.num_updates) == (asked, 100, 100)
+    assert recipes_of_table([], **sizes).num_updates is None
 
 
 def test_a_run_that_followed_its_engines_routing_is_refused(run_config, tiny_folder):

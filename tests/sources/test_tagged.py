@@ -2,8 +2,11 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from oldlogits.core.errors import (
+    ConfigError,
     LayoutError,
     ModelFolderError,
     NonFiniteError,
@@ -23,6 +27,7 @@ from oldlogits.models.load import named_weights
 from oldlogits.models.lora import add_adapters, write_adapters
 from oldlogits.sources.tagged import LiveVersions, StoredModel, TaggedTokens, score_tagged, tee
 from oldlogits.sources.weight_folders import AdapterFolders, StepFolders
+from oldlogits.versions import PatchStore
 
 from ..several_versions import SeveralVersions
 from ..waiting import HUNG_S
@@ -49,6 +54,17 @@ def test_each_token_is_scored_at_its_own_version(several):
         assert values.dtype == np.float32
         np.testing.assert_allclose(values, several.old(one.token_ids, one.versions, 0.7), atol=1e-5)
         assert not values[~one.mask].any()
+
+
+def test_the_snippet_of_the_documents_scores_a_sequence(several):
+    page = Path(__file__).parents[2] / "docs" / "sources.md"
+    [snippet] = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    one = sequence(0, 20, [0])
+    names = {"PatchStore": PatchStore, "StoredModel": StoredModel, "TaggedTokens": TaggedTokens, "version": 0}
+    names |= {"model": several.models[0], "second_model": several.blank()}
+    names |= {"ids": one.token_ids, "versions": one.versions, "mask": one.mask}
+    exec(snippet, names)
+    np.testing.assert_allclose(names["old"], several.old(one.token_ids, one.versions), atol=1e-5)
 
 
 def test_a_token_outside_of_the_mask_needs_no_version_that_is_held(several):
@@ -88,6 +104,28 @@ def test_lengths_that_differ_and_a_mask_on_the_first_token_are_errors():
     ones = torch.ones(3, dtype=torch.int64)
     with pytest.raises(TrajectoryError, match="different lengths"):
         score_tagged(ones, ones.bool(), lambda version: torch.zeros(2))
+
+
+@pytest.mark.parametrize("name", ["token_ids", "versions", "mask"])
+@pytest.mark.parametrize("wrong", [list, torch.from_numpy, lambda array: array + 0.5, lambda array: array[None]])
+def test_what_is_no_array_of_whole_numbers_or_flags_is_an_error_that_names_it(name, wrong):
+    given = {"token_ids": np.arange(3, 7), "versions": np.ones(4, np.int64), "mask": np.arange(4) > 0}
+    with pytest.raises(TrajectoryError, match=f"no such {name}"):
+        TaggedTokens(**given | {name: wrong(given[name])})
+
+
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_a_token_that_the_model_does_not_have_is_an_error_that_names_it(several, token):
+    one = sequence(0, 20, [1])
+    ids = np.where(np.arange(20) == 5, token, one.token_ids)
+    with pytest.raises(TrajectoryError, match=f"token {token}, and 0 more"):
+        StoredModel(several.blank(), several.store()).score([replace(one, token_ids=ids)])
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_temperature_that_no_token_is_sampled_at_is_refused(several, temperature):
+    with pytest.raises(ConfigError, match=f"temperature={temperature}"):
+        StoredModel(several.blank(), several.store(), temperature=temperature)
 
 
 def test_a_log_prob_that_is_no_number_is_an_error():

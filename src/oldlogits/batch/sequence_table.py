@@ -10,8 +10,7 @@ from typing import Final, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from oldlogits.batch.token_columns import MAX_TOKENS
-from oldlogits.batch.token_table import TokenTable
+from oldlogits.batch.token_columns import MAX_TOKENS, TokenTable, naming
 from oldlogits.core.errors import TokenTableError, reading
 
 Column = NDArray[np.generic]
@@ -179,10 +178,8 @@ class SequenceTable:
         made.setdefault("trainer_version", np.full(num, -1))
         if "logp_mu" not in made:
             made["logp_mu"], marks["logp_mu"] = np.full(num, np.nan, np.float32), np.ones(num, np.bool_)
-        try:
+        with naming(self.path):
             return TokenTable.of(made, marks, known)
-        except TokenTableError as error:
-            raise TokenTableError(f"{self.path}: {error.what}", got=error.got, allowed=error.allowed, fix=error.fix) from None
 
     def _marks(self, sequence: int, name: str, num: int) -> Bools:
         if name not in self._columns[sequence]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from types import MappingProxyType
 from typing import Final, Self
 
@@ -195,6 +197,15 @@ class TokenTable:
     def name_of(self, row: int) -> str:
         """What a row is called where a finding shows it: trajectory and position."""
         return printable(f"{self.trajectories[self.trajectory[row]]}[{self.index[row]}]").replace("\n", "\\n")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in the errors of a table that is made of it."""
+    try:
+        yield
+    except TokenTableError as error:
+        raise TokenTableError(f"{path}: {error.what}", got=error.got, allowed=error.allowed, fix=error.fix) from None
 
 
 def encode_names(names: NDArray[np.generic]) -> tuple[Ints, tuple[str, ...]]:

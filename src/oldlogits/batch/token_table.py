@@ -25,6 +25,7 @@ from oldlogits.batch.token_columns import (
     REQUIRED,
     Bools,
     TokenTable,
+    naming,
 )
 from oldlogits.core.errors import TokenTableError, reading, writing
 
@@ -72,10 +73,8 @@ def read_token_table(path: str | Path) -> TokenTable:
                 columns[name], marks = _values(path, name, column)
                 if marks is not None:
                     missing[name] = marks
-    try:
+    with naming(path):
         return TokenTable.of(columns, missing, names)
-    except TokenTableError as error:
-        raise TokenTableError(f"{path}: {error.what}", got=error.got, allowed=error.allowed, fix=error.fix) from None
 
 
 def write_token_table(path: str | Path, table: TokenTable) -> None:

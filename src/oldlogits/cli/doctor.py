@@ -18,13 +18,10 @@ from oldlogits.core.errors import ConfigError
 from oldlogits.doctor.diagnose import Diagnosis, Examination, examine
 from oldlogits.doctor.page import write_page
 from oldlogits.doctor.readers.door import read_batches
-from oldlogits.doctor.remedies import remedy
 from oldlogits.doctor.tokens import Settings
 from oldlogits.doctor.verdicts import Outcome
 from oldlogits.record.folder import write_atomic
 from oldlogits.record.jsonl import encode
-
-_USUAL = Settings()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,13 +83,14 @@ def _settings(o: DoctorOptions) -> Settings:
     Raises:
         ConfigError: A bound is out of range.
     """
-    given = {name: getattr(o, name) for name in ("eps_low", "eps_high", "dual_clip", "band")}
-    stated = {name: value for name, value in given.items() if value is not None}
-    made = Settings(**stated, denominator=o.denominator, stated=bool(stated))
-    if not (made.eps_low > 0 and made.eps_high > 0 and made.dual_clip > 1 and made.band > 1 and o.temperature > 0):
-        allowed = "eps above 0, dual_clip and band above 1, temperature above 0"
-        raise ConfigError("a bound is out of range", got=str(stated), allowed=allowed, fix=f"usual: {_USUAL.assumed}")
-    return made
+    above = {"eps_low": 0, "eps_high": 0, "dual_clip": 1, "band": 1, "temperature": 0}
+    stated = {name: value for name in above if (value := getattr(o, name)) is not None}
+    for name, value in stated.items():
+        if not value > above[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} is out of range", got=str(value), allowed=f"above {above[name]}", fix=f"correct {flag}")
+    del stated["temperature"]
+    return Settings(**stated, denominator=o.denominator, stated=bool(stated))
 
 
 def _show(console: Console, found: Examination) -> None:
@@ -105,14 +103,16 @@ def _show(console: Console, found: Examination) -> None:
     unknown = {name: group[0].verdict.says for name, group in found.by_check().items() if _worst(group) == "cannot-tell"}
     for name, says in unknown.items():
         console.print(Text("\n".join(wrapped(f"cannot tell: {name}: {says}", console.width, later=INDENT))))
+    told: dict[str, Diagnosis] = {}
     for one in found.findings:
         console.print(Text(f"\n{one.check}" + (f"  {one.source}" if one.source else ""), style="bold red"))
         lines = [one.verdict.says, *([f"tokens: {', '.join(one.verdict.where)}"] if one.verdict.where else [])]
-        lines.append(f"remedy: {remedy(one.check, one.framework)}")
+        first = told.setdefault(one.remedy, one)
+        lines.append(f"remedy: {one.remedy if first is one else f'that of {first.check}'}")
         console.print(Text("\n".join(line for text in lines for line in wrapped(text, console.width, indent=INDENT))))
     num = len(found.findings)
-    said = "nothing found" if not num else f"{num} finding{'s' * (num > 1)}"
-    console.print(f"{chr(10) * bool(num)}{said}; {len(unknown)} checks cannot tell from these files")
+    said = f"\n{num} finding{'s' * (num > 1)}" if num else "nothing found"
+    console.print(f"{said}; {len(unknown)} check{'s' * (len(unknown) != 1)} cannot tell from these files")
 
 
 def _row(group: Sequence[Diagnosis]) -> tuple[str, str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -74,6 +75,12 @@ def attempt(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -
     except OldLogitsError as error:
         print_error(error)
         return REFUSED if isinstance(error, WRONG) else FAILED
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        allowed, fix = "the lengths that the file system takes, 255 bytes a name on most", "name another path"
+        print_error(ConfigError("a path is too long", got=str(error.filename)[:100], allowed=allowed, fix=fix))
+        return REFUSED
     except KeyboardInterrupt:
         return INTERRUPTED
 

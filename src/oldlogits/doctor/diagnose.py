@@ -9,7 +9,7 @@ from pathlib import Path
 from oldlogits.doctor.checks.listed import CHECKS, CHECKS_OF_FILES
 from oldlogits.doctor.remedies import remedy
 from oldlogits.doctor.tokens import Batch, Settings, Tokens
-from oldlogits.doctor.verdicts import Verdict, cannot_tell
+from oldlogits.doctor.verdicts import AtLag, Verdict, cannot_tell
 from oldlogits.record.jsonl import Json
 
 RECOMPUTED = "decisions-with-old"
@@ -34,18 +34,10 @@ class Diagnosis:
     framework: str
     verdict: Verdict
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LagRow:
-    """What the weights split at one lag of one file; see `oldlogits.doctor.recompute.AtLag`."""
-
-    source: str
-    lag: int
-    num_tokens: int
-    log_r_d: float
-    log_r_s: float
-    changed: int
-    changed_weight: float
+    @property
+    def remedy(self) -> str:
+        """What to do about a finding."""
+        return remedy(self.check, self.framework)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +53,7 @@ class Examination:
 
     files: tuple[Tokens, ...]
     diagnoses: tuple[Diagnosis, ...]
-    lags: tuple[LagRow, ...] = ()
+    lags: tuple[AtLag, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -97,7 +89,7 @@ class Examination:
         for one in self.diagnoses:
             row: dict[str, Json] = {**asdict(one.verdict), "check": one.check, "source": one.source, "framework": one.framework}
             if one.verdict.outcome == "finding":
-                row["remedy"] = remedy(one.check, one.framework)
+                row["remedy"] = one.remedy
             verdicts.append(row)
         files: list[Json] = [
             {"source": tokens.batch.source, "framework": tokens.batch.framework, "num_tokens": len(tokens)}
@@ -144,7 +136,7 @@ def examine(
         for check in CHECKS_OF_FILES
     ]
     notes = [f"{tokens.batch.source}: {note}" for tokens in files for note in tokens.batch.notes]
-    rows: list[LagRow] = []
+    rows: list[AtLag] = []
     if weights is None:
         if any(one.check == "missing-old" and one.verdict.outcome == "finding" for one in found):
             notes.append("without the weights (--weights) r_d and r_s cannot be split at a lag above 0")
@@ -159,7 +151,7 @@ def examine(
         one = {"source": batch.source, "framework": batch.framework}
         found.append(Diagnosis(check=RECOMPUTED, asks=asks, verdict=done.verdict, **one))
         notes += [f"{batch.source}: OLD was not computed of {num:,} loss tokens {why}" for why, num in done.left_out]
-        rows += [LagRow(source=batch.source, **asdict(lag)) for lag in done.lags]
+        rows += done.lags
     return Examination(files=files, diagnoses=tuple(found), lags=tuple(rows), notes=tuple(notes))
 
 

@@ -7,22 +7,14 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from oldlogits.doctor.diagnose import Diagnosis, Examination
-from oldlogits.doctor.remedies import remedy
 from oldlogits.doctor.tokens import UNKNOWN, Floats, Tokens
 from oldlogits.record.folder import write_atomic
 from oldlogits.record.report import charts
 from oldlogits.record.report.charts import Bar, Figure, Line
+from oldlogits.record.report.frame import page_template
 
-_PAGES: Final = Environment(
-    loader=ChoiceLoader([PackageLoader("oldlogits.doctor"), PackageLoader("oldlogits.record.report")]),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
 _NUM_BINS: Final = 60
 _MOST_FILES: Final = 6
 """Files that get figures of their own."""
@@ -38,10 +30,9 @@ def write_page(path: Path, found: Examination) -> None:
     groups: dict[str, list[Diagnosis]] = {"finding": [], "cannot-tell": [], "healthy": []}
     for one in found.diagnoses:
         groups[one.verdict.outcome].append(one)
-    text = _PAGES.get_template("doctor.html").render(
+    text = page_template("doctor.html", "oldlogits.doctor").render(
         found=found,
         groups=groups,
-        remedy=remedy,
         figures=[figure for tokens in found.files[:_MOST_FILES] for figure in _figures(tokens.sample)],
         num_tokens=sum(map(len, found.files)),
         num_checks=len(found.by_check()),

@@ -15,9 +15,9 @@ from oldlogits.batch.sequences import pack
 from oldlogits.batch.token_table import TokenTable
 from oldlogits.core.errors import TokenTableError
 from oldlogits.core.scoring import ScoringSpan
-from oldlogits.doctor.statistics import rate
+from oldlogits.doctor.statistics import is_more
 from oldlogits.doctor.tokens import UNKNOWN, Batch, Settings, Tokens
-from oldlogits.doctor.verdicts import Verdict, cannot_tell, finding, healthy
+from oldlogits.doctor.verdicts import AtLag, Verdict, cannot_tell
 from oldlogits.doctor.weights import WeightsOfVersions
 from oldlogits.models.scorer import score_tokens
 from oldlogits.objective.decision import decision_sums
@@ -33,39 +33,16 @@ _RARE: Final = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AtLag:
-    """The two factors of the ratio, and the trainer's decisions, of tokens of one lag.
-
-    Args:
-        lag: Versions between sampling and training.
-        num_tokens: Loss tokens whose OLD was computed.
-        log_r_d: Mean |log old - log mu|.
-        log_r_s: Mean |log theta - log old|; NaN without THETA.
-        changed: Tokens that clip and band keep or drop otherwise with OLD.
-        changed_weight: Their share of the weight |R A| of what OLD keeps.
-    """
-
-    lag: int
-    num_tokens: int
-    log_r_d: float
-    log_r_s: float
-    changed: int
-    changed_weight: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Recomputed:
     """A batch with its exact OLD.
 
     Args:
-        batch: The batch as it was.
-        exact: The same, with OLD computed; missing where it could not be.
+        exact: The batch with OLD computed; missing where it could not be.
         left_out: Loss tokens without OLD, and why.
         lags: What it splits, by lag.
         verdict: Whether the trainer's own decisions stand.
     """
 
-    batch: Batch
     exact: Batch
     left_out: tuple[tuple[str, int], ...]
     lags: tuple[AtLag, ...]
@@ -101,7 +78,7 @@ def recompute(batch: Batch, weights: WeightsOfVersions, settings: Settings, *, t
     exact = replace(batch, table=replace(table, logp_old=old, missing=missing))
     lags, verdict = _compare(Tokens.of(batch, settings), Tokens.of(exact, settings))
     said = tuple((why, num) for why, num in left_out.items() if num)
-    return Recomputed(batch=batch, exact=exact, left_out=said, lags=lags, verdict=verdict)
+    return Recomputed(exact=exact, left_out=said, lags=lags, verdict=verdict)
 
 
 def _check_vocabulary(batch: Batch, rows: NDArray[np.int64], size: int) -> None:
@@ -181,6 +158,7 @@ def _compare(given: Tokens, exact: Tokens) -> tuple[tuple[AtLag, ...], Verdict]:
     moved = (sums.weight_wrongly_kept + sums.weight_wrongly_masked).tolist()
     lags = tuple(
         AtLag(
+            source=exact.batch.source,
             lag=int(one),
             num_tokens=int((lag == one).sum()),
             log_r_d=float(np.abs(old - mu)[lag == one].mean()),
@@ -191,7 +169,6 @@ def _compare(given: Tokens, exact: Tokens) -> tuple[tuple[AtLag, ...], Verdict]:
         for at, one in enumerate(known)
     )
     total, weight = sum(changed), sum(moved) / max(float(sums.weight.sum()), 1e-30)
-    low, _ = rate(total, len(old))
     error = float(np.nanmean(np.abs(stand_in - old)))
     says = (
         f"with OLD at each token's own version {total:,} of {len(old):,} decisions of clip and band change, {weight:.1%} of "
@@ -199,9 +176,15 @@ def _compare(given: Tokens, exact: Tokens) -> tuple[tuple[AtLag, ...], Verdict]:
     )
     where = np.zeros(len(exact), np.bool_)
     where[np.flatnonzero(use)[(active != right).numpy()]] = True
-    make = finding if low > _RARE else healthy
-    figures = {"changed": float(total), "weight": weight, "error": error}
-    return lags, make(says, num_tokens=total, num_read=len(exact), where=exact.names(where), figures=figures)
+    verdict = Verdict(
+        outcome="finding" if is_more(total, len(old), _RARE) else "healthy",
+        says=says,
+        num_tokens=total,
+        num_read=len(exact),
+        where=exact.names(where),
+        figures={"changed": float(total), "weight": weight, "error": error},
+    )
+    return lags, verdict
 
 
 def _active(proximal: Floats, mu: Floats, theta: Floats, advantage: Floats, settings: Settings) -> torch.Tensor:

@@ -102,11 +102,12 @@ def log_size(differences: Floats, logp: Floats) -> Floats:
     return centred
 
 
-def rate(num: int, of: int) -> tuple[float, float]:
-    """Wilson's interval of a share, `Z` standard errors wide to each side."""
-    if not of:
-        return 0.0, 1.0
-    p, z2 = num / of, Z * Z
-    centre = (p + z2 / (2 * of)) / (1 + z2 / of)
-    half = Z * math.sqrt(p * (1 - p) / of + z2 / (4 * of * of)) / (1 + z2 / of)
-    return max(0.0, centre - half), min(1.0, centre + half)
+def is_more(num: int, of: int, share: float) -> bool:
+    """Whether `num` of `of` are more than a share of them beyond chance, however few they are.
+
+    Chernoff's bound on the binomial's tail, ``exp(-of KL(num / of || share))``, is below that of a normal one at `Z`.
+    """
+    if num <= share * of:
+        return False
+    rest = (of - num) * math.log((of - num) / (of * (1 - share))) if num < of else 0.0
+    return num * math.log(num / (of * share)) + rest > Z * Z / 2

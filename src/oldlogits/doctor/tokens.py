@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
@@ -88,7 +88,6 @@ class Tokens:
     batch: Batch
     settings: Settings
     rows: NDArray[np.int64]
-    _cut: bool = field(default=False)
 
     @classmethod
     def of(cls, batch: Batch, settings: Settings) -> Tokens:
@@ -119,10 +118,14 @@ class Tokens:
         column = self._column(name)
         if name == "kept" or name == "token_id":
             return True
-        marks = self.batch.table.missing.get(name)
         if column.dtype.kind == "f":
-            return marks is None or not bool(marks[self.rows].all())
+            return not bool(self.missing(name).all())
         return bool((column >= 0).any())  # type: ignore[operator]
+
+    def missing(self, name: str) -> Bools:
+        """bool; where a column of numbers has no value."""
+        marks = self.batch.table.missing.get(name)
+        return np.zeros(len(self), np.bool_) if marks is None else marks[self.rows]
 
     def _column(self, name: str) -> NDArray[np.generic]:
         return self.batch.table.columns()[name][self.rows]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
+
+from oldlogits.doctor.tokens import Bools, Tokens
 
 Outcome = Literal["finding", "healthy", "cannot-tell"]
 
@@ -30,16 +32,64 @@ class Verdict:
     figures: Mapping[str, float] = field(default_factory=dict)
 
 
-def finding(says: str, **rest: object) -> Verdict:
-    """Something is wrong."""
-    return Verdict(outcome="finding", says=says, **rest)  # type: ignore[arg-type]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AtLag:
+    """The two factors of the ratio, and the trainer's decisions, of tokens of one lag.
+
+    Args:
+        source: The file.
+        lag: Versions between sampling and training.
+        num_tokens: Loss tokens whose OLD was computed.
+        log_r_d: Mean |log old - log mu|.
+        log_r_s: Mean |log theta - log old|; NaN without THETA.
+        changed: Tokens that clip and band keep or drop otherwise with OLD.
+        changed_weight: Their share of the weight |R A| of what OLD keeps.
+    """
+
+    source: str
+    lag: int
+    num_tokens: int
+    log_r_d: float
+    log_r_s: float
+    changed: int
+    changed_weight: float
 
 
-def healthy(says: str, **rest: object) -> Verdict:
-    """Nothing is wrong that the check would see."""
-    return Verdict(outcome="healthy", says=says, **rest)  # type: ignore[arg-type]
+def finding(
+    says: str,
+    tokens: Tokens,
+    where: Bools | None = None,
+    *,
+    shown: Bools | None = None,
+    read: Sequence[Tokens] = (),
+    **figures: float,
+) -> Verdict:
+    """Something is wrong.
+
+    Args:
+        says: The evidence.
+        tokens: The tokens that the check has looked at.
+        where: Those concerned; None: all of them, and none is to be shown.
+        shown: Of which some are to be shown; None: of those concerned.
+        read: What it has read, where that is more than `tokens`.
+        figures: The numbers behind the sentence.
+    """
+    shown = where if shown is None else shown
+    return Verdict(
+        outcome="finding",
+        says=says,
+        num_tokens=len(tokens) if where is None else int(where.sum()),
+        num_read=sum(map(len, read or (tokens,))),
+        where=() if shown is None else tokens.names(shown),
+        figures=figures,
+    )
 
 
-def cannot_tell(says: str, **rest: object) -> Verdict:
+def healthy(says: str, *read: Tokens, **figures: float) -> Verdict:
+    """Nothing is wrong that the check would see in the tokens that it has read."""
+    return Verdict(outcome="healthy", says=says, num_read=sum(map(len, read)), figures=figures)
+
+
+def cannot_tell(says: str) -> Verdict:
     """The dump does not hold what the check needs."""
-    return Verdict(outcome="cannot-tell", says=says, **rest)  # type: ignore[arg-type]
+    return Verdict(outcome="cannot-tell", says=says)

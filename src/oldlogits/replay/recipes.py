@@ -26,6 +26,8 @@ REPLAYED: Final = tuple(
     or (key.startswith(("objective.", "trainer.")) and key not in (*RECORDED, *SHARED))
 )
 """Keys that a replay may change."""
+_NOT_ASKED: Final = 2**62
+"""Updates that nobody asks for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,11 +66,7 @@ def recipes_of_run(folder: RunFolder, overrides: Sequence[str]) -> Recipes:
         ReplayError: The run has followed its engine's routing, which is not recorded.
     """
     recorded = config_from_table(read_toml(folder.config))
-    asked = _overridden(recorded, overrides)
-    found = differing(recorded, asked)
-    num_updates = asked.num_updates if "num_updates" in found else None
-    asked = replace(asked, num_updates=recorded.num_updates)
-    _refuse_idle(found)
+    asked, num_updates = _overridden(recorded, overrides)
     model = replace(recorded.model, path=asked.model.path, routing=asked.model.routing)
     trainer = replace(recorded.trainer, device=asked.trainer.device, num_threads=asked.trainer.num_threads)
     recorded = replace(recorded, model=model, trainer=trainer)
@@ -83,43 +81,45 @@ def recipes_of_run(folder: RunFolder, overrides: Sequence[str]) -> Recipes:
     return Recipes(recorded=recorded, replayed=asked, num_updates=num_updates)
 
 
-def recipes_of_table(overrides: Sequence[str], *, max_staleness: int, longest: int) -> Recipes:
+def recipes_of_table(overrides: Sequence[str], *, num_updates: int, max_staleness: int, longest: int) -> Recipes:
     """Make the recipe of a neutral table: the defaults, in one optimizer step an update, and overrides.
 
     Args:
         overrides: Such as ``--variant decoupled_async``.
+        num_updates: Its updates.
         max_staleness: The largest staleness of its tokens.
         longest: The tokens of its longest trajectory.
 
     Raises:
         ConfigError: A key says how tokens are sampled, or the recipe cannot be run as written.
     """
-    base = RunConfig(max_staleness=max_staleness, env=EnvConfig(max_episode_tokens=longest))
+    base = RunConfig(num_updates=num_updates, max_staleness=max_staleness, env=EnvConfig(max_episode_tokens=longest))
     base = replace(base, trainer=replace(base.trainer, minibatches_per_update=1))
-    asked = _overridden(base, overrides)
-    found = differing(base, asked)
-    num_updates = asked.num_updates if "num_updates" in found else None
-    _refuse_idle(found)
+    asked, num_asked = _overridden(base, overrides)
     _check(asked)
-    return Recipes(recorded=asked, replayed=asked, num_updates=num_updates)
+    return Recipes(recorded=asked, replayed=asked, num_updates=num_asked)
 
 
-def _overridden(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    words = [word.partition("=")[0] for word in overrides]
+def _overridden(config: RunConfig, overrides: Sequence[str]) -> tuple[RunConfig, int | None]:
+    """Apply overrides; give the updates that they ask for apart, for the schedule stays that of all.
+
+    Raises:
+        ConfigError: A key says how tokens are sampled.
+    """
+    words, base = [word.partition("=")[0] for word in overrides], replace(config, num_updates=_NOT_ASKED)
     if "--variant" in words and "--proximal.source" not in words:
-        config = replace(config, proximal=replace(config.proximal, source="auto"))
-    return resolve(override(config, overrides))
-
-
-def _refuse_idle(changes: Mapping[str, tuple[object, object]]) -> None:
-    idle = [key for key in changes if key not in (*REPLAYED, *SHARED, "num_updates")]
-    if idle:
+        base = replace(base, proximal=replace(base.proximal, source="auto"))
+    asked = resolve(override(base, overrides))
+    num_updates = None if asked.num_updates == _NOT_ASKED else asked.num_updates
+    asked = replace(asked, num_updates=config.num_updates)
+    if idle := [key for key in differing(config, asked) if key not in (*REPLAYED, *SHARED)]:
         raise ConfigError(
             "a replay samples nothing, so that these keys would have no effect",
             got=", ".join(idle),
             allowed="num_updates, " + ", ".join((*REPLAYED, *SHARED)),
             fix=f"remove {idle[0]}, or train a run with it",
         )
+    return asked, num_updates
 
 
 def _check(config: RunConfig) -> None:

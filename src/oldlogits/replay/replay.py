@@ -110,7 +110,8 @@ def open_table(table: TokenTable, path: Path, overrides: Sequence[str], *, note:
     batches = table_batches(dated, str(path))
     staleness = max(int((one.version - one.batch.version[one.batch.loss_mask]).max()) for one in batches)
     longest = max(int(one.batch.lengths.max()) for one in batches)
-    recipes = recipes_of_table(overrides, max_staleness=max(staleness, 1), longest=max(longest, 2))
+    sizes = {"num_updates": len(batches), "max_staleness": max(staleness, 1), "longest": max(longest, 2)}
+    recipes = recipes_of_table(overrides, **sizes)
     if recipes.num_updates is not None and not 1 <= recipes.num_updates <= len(batches):
         raise ReplayError(
             "the table does not hold these updates",

@@ -8,6 +8,7 @@ module, which is lent the weights of a stored version (`LiveVersions`) and then 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from oldlogits.batch.sequences import pack
-from oldlogits.core.errors import LayoutError, NonFiniteError, TrajectoryError
+from oldlogits.core.errors import ConfigError, LayoutError, NonFiniteError, TrajectoryError
 from oldlogits.core.scoring import ScoringSpan
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.models.load import named_weights
@@ -59,6 +60,16 @@ class TaggedTokens:
     mask: NDArray[np.bool_]
 
     def __post_init__(self) -> None:
+        held = {"token_ids": (self.token_ids, "iu"), "versions": (self.versions, "iu"), "mask": (self.mask, "b")}
+        for name, (values, kinds) in held.items():
+            is_array = isinstance(values, np.ndarray)
+            if not is_array or values.ndim != 1 or values.dtype.kind not in kinds:
+                raise TrajectoryError(
+                    f"a sequence has no such {name}",
+                    got=f"{values.dtype} {values.shape}" if is_array else type(values).__name__,
+                    allowed="NumPy arrays [token]: integers, and bools for the mask",
+                    fix="pass np.asarray(token_ids, np.int64), np.asarray(versions, np.int64), np.asarray(mask, bool)",
+                )
         lengths = len(self.token_ids), len(self.versions), len(self.mask)
         if len(set(lengths)) > 1:
             raise lengths_differ("token_ids, versions and mask", lengths)
@@ -148,11 +159,21 @@ class StoredModel:
         held: The versions.
         temperature: Logits are divided by this, as when tokens were sampled.
         micro_batch_tokens: The largest padded size of one forward pass, in tokens.
+
+    Raises:
+        ConfigError: The temperature is one that no token is sampled at.
     """
 
     def __init__(
         self, model: PreTrainedModel, held: HeldVersions, *, temperature: float = 1.0, micro_batch_tokens: int = 16_384
     ) -> None:
+        if not 0 < temperature < math.inf:
+            raise ConfigError(
+                "no token is sampled at this temperature",
+                got=f"temperature={temperature}",
+                allowed="a finite number above 0",
+                fix="pass the temperature of training rollouts",
+            )
         self._model, self.held = model.eval().requires_grad_(False), held
         self._temperature, self._budget = temperature, micro_batch_tokens
         self._names: set[str] = set()
@@ -161,13 +182,22 @@ class StoredModel:
         """Score the tokens in each sequence's mask at their own versions; float32 [token], 0 outside of it.
 
         Raises:
-            TrajectoryError: A token of a mask has no version.
+            TrajectoryError: A token of a mask has no version, or a token is none of the model's.
             VersionEvictedError: A version is not held.
             LayoutError: A version holds tensors that are not the model's.
             NonFiniteError: A log-prob is not finite.
         """
         if not sequences:
             return []
+        size = self._model.get_input_embeddings().weight.shape[0]
+        token_ids = np.concatenate([one.token_ids for one in sequences])
+        if len(beyond := token_ids[(token_ids < 0) | (token_ids >= size)]):
+            raise TrajectoryError(
+                "sequences hold tokens that the model does not have",
+                got=f"token {beyond[0]}, and {len(beyond) - 1} more",
+                allowed=f"0 to {size - 1}",
+                fix="give the model that is trained, and the token ids of its tokenizer",
+            )
         starts = np.cumsum([0, *(len(one.token_ids) for one in sequences)])
         versions = torch.from_numpy(np.concatenate([one.versions for one in sequences]).astype(np.int64))
         mask = torch.from_numpy(np.concatenate([one.mask for one in sequences]).astype(bool))

@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
-
 from oldlogits.record.folder import write_atomic
 from oldlogits.record.report.charts import Figure
+from oldlogits.record.report.frame import page_template
 from oldlogits.record.report.page import Card
 from studies.old_logits.analyse.contrasts import COLLAPSE, all_contrasts, collapse_bars
 from studies.old_logits.layout import Table
@@ -34,18 +33,14 @@ class Part:
 
 def write_page(study: Study, path: Path) -> Path:
     """Write the page; returns its path."""
-    text = (
-        _environment()
-        .get_template("study.html")
-        .render(
-            study=study,
-            origin=origin(study),
-            cards=_cards(study),
-            missing=missing(study),
-            reading=plain_reading(study),
-            parts=_parts(study),
-            recipe=json.dumps(study.recipe, indent=2, ensure_ascii=False),
-        )
+    text = page_template("study.html", "studies.old_logits.show").render(
+        study=study,
+        origin=origin(study),
+        cards=_cards(study),
+        missing=missing(study),
+        reading=plain_reading(study),
+        parts=_parts(study),
+        recipe=json.dumps(study.recipe, indent=2, ensure_ascii=False),
     )
     write_atomic(path, text)
     return path
@@ -60,16 +55,6 @@ def origin(study: Study) -> str:
     where = ", ".join(f"{name} {value}" for name, value in machine.items())
     code = re.sub(r"\b([0-9a-f]{7})[0-9a-f]{33}\b", r"\1", " ".join(study.code.values()))
     return f"oldlogits {code} · {where} · {study.budget.cpu_s / 3600:.2f} CPU hours, {study.budget.wall_s / 60:.0f} minutes"
-
-
-def _environment() -> Environment:
-    return Environment(
-        loader=ChoiceLoader([PackageLoader("studies.old_logits.show"), PackageLoader("oldlogits.record.report")]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
 
 
 def _parts(study: Study) -> list[Part]:

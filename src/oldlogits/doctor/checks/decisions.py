@@ -45,19 +45,16 @@ def clip_never_acts(tokens: Tokens) -> Verdict:
     """A clip or mask that keeps every token, those far outside of it too."""
     outside = _outside(tokens)
     if not tokens.kept.all():
-        return healthy(f"clip and masks drop {1 - tokens.kept.mean():.2%} of the loss tokens", num_read=len(tokens))
+        return healthy(f"clip and masks drop {1 - tokens.kept.mean():.2%} of the loss tokens", tokens)
     if not outside.any():
-        return healthy("clip and masks keep every token, and none is outside of them", num_read=len(tokens))
+        return healthy("clip and masks keep every token, and none is outside of them", tokens)
     largest = float(np.exp(np.abs(_log_ratio(tokens)[outside]).max()))
     bounds = tokens.settings.assumed if tokens.settings.stated else f"a factor of {_ANY_CLIP:g} from 1"
-    return finding(
+    says = (
         f"clip and masks keep all {len(tokens):,} loss tokens, though {outside.sum():,} ratios are outside of {bounds}, by "
-        f"up to a factor of {largest:.3g}",
-        num_tokens=int(outside.sum()),
-        num_read=len(tokens),
-        where=tokens.names(outside),
-        figures={"largest_factor": largest},
+        f"up to a factor of {largest:.3g}"
     )
+    return finding(says, tokens, outside, largest_factor=largest)
 
 
 def unbounded_negative(tokens: Tokens) -> Verdict:
@@ -65,7 +62,7 @@ def unbounded_negative(tokens: Tokens) -> Verdict:
     log_ratio = _log_ratio(tokens)
     high = (tokens.advantage < 0) & (log_ratio > math.log(tokens.settings.dual_clip) + _slack(tokens))
     if not high.any():
-        return healthy(f"no ratio of a token with A < 0 is above {tokens.settings.dual_clip:g}", num_read=len(tokens))
+        return healthy(f"no ratio of a token with A < 0 is above {tokens.settings.dual_clip:g}", tokens)
     if not tokens.has("kept"):
         return cannot_tell(
             f"{high.sum():,} tokens with A < 0 have a ratio above {tokens.settings.dual_clip:g}; kept or not was not recorded"
@@ -76,35 +73,23 @@ def unbounded_negative(tokens: Tokens) -> Verdict:
     weight = np.exp(np.minimum(log_ratio.astype(np.float64), 60)) * np.abs(tokens.advantage)
     total = float(np.nansum(weight[tokens.kept]))
     share = float(weight[kept].sum()) / total if total else math.nan
-    return finding(
+    says = (
         f"{kept.sum():,} kept tokens with A < 0 have a ratio above {tokens.settings.dual_clip:g}, up to "
-        f"{math.exp(min(float(log_ratio[kept].max()), 60)):.3g}: they hold {share:.1%} of the batch's weight |ratio A|",
-        num_tokens=int(kept.sum()),
-        num_read=len(tokens),
-        where=tokens.names(kept),
-        figures={"weight_share": share},
+        f"{math.exp(min(float(log_ratio[kept].max()), 60)):.3g}: they hold {share:.1%} of the batch's weight |ratio A|"
     )
+    return finding(says, tokens, kept, weight_share=share)
 
 
 def zero_advantages(tokens: Tokens) -> Verdict:
     """Advantages that are all 0, so that the update learns nothing and costs all of its time, or that are not finite."""
-    zero, marks = tokens.advantage == 0, tokens.batch.table.missing.get("advantage")
-    wild = ~np.isfinite(tokens.advantage) & (~marks[tokens.rows] if marks is not None else True)
+    zero, wild = tokens.advantage == 0, ~np.isfinite(tokens.advantage) & ~tokens.missing("advantage")
     if wild.any():
-        return finding(
-            f"the advantages of {wild.sum():,} of {len(tokens):,} loss tokens are NaN or infinite: no loss can train them",
-            num_tokens=int(wild.sum()),
-            num_read=len(tokens),
-            where=tokens.names(wild),
-        )
+        says = f"the advantages of {wild.sum():,} of {len(tokens):,} loss tokens are NaN or infinite: no loss can train them"
+        return finding(says, tokens, wild)
     if zero.all():
-        return finding(
-            f"the advantages of all {len(tokens):,} loss tokens are 0: every group had one reward, or rewards were lost",
-            num_tokens=len(tokens),
-            num_read=len(tokens),
-            where=tokens.names(zero),
-        )
-    return healthy(f"{zero.mean():.1%} of the loss tokens have an advantage of 0", num_read=len(tokens))
+        says = f"the advantages of all {len(tokens):,} loss tokens are 0: every group had one reward, or rewards were lost"
+        return finding(says, tokens, zero)
+    return healthy(f"{zero.mean():.1%} of the loss tokens have an advantage of 0", tokens)
 
 
 def wrong_denominator(tokens: Tokens) -> Verdict:
@@ -114,13 +99,9 @@ def wrong_denominator(tokens: Tokens) -> Verdict:
         said = f"are not those of the stated '{stated}'" if stated else "fit no denominator that is known"
         weight = tokens.loss_weight
         others = f" (they are those of {' or '.join(fits)})" if fits else ", such as when each micro-batch has its own"
-        return finding(
-            f"the loss weights {said}{others}: from {np.nanmin(weight):.3g} to {np.nanmax(weight):.3g}",
-            num_tokens=len(tokens),
-            num_read=len(tokens),
-            figures={"smallest": float(np.nanmin(weight)), "largest": float(np.nanmax(weight))},
-        )
-    return healthy(f"the loss weights are those of {' or '.join(fits)}", num_read=len(tokens))
+        says = f"the loss weights {said}{others}: from {np.nanmin(weight):.3g} to {np.nanmax(weight):.3g}"
+        return finding(says, tokens, smallest=float(np.nanmin(weight)), largest=float(np.nanmax(weight)))
+    return healthy(f"the loss weights are those of {' or '.join(fits)}", tokens)
 
 
 def _fitting(tokens: Tokens) -> list[str]:

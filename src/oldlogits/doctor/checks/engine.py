@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 
 from oldlogits.doctor.checks.policies import LARGER
-from oldlogits.doctor.statistics import Estimate, Z, difference, log_size, mean, rate
+from oldlogits.doctor.statistics import Estimate, Z, difference, is_more, log_size, mean
 from oldlogits.doctor.tokens import Bools, Tokens
 from oldlogits.doctor.verdicts import Verdict, cannot_tell, finding, healthy
 
@@ -41,14 +41,9 @@ def mean_r_d(tokens: Tokens) -> Verdict:
     allowed = max(Z * found.error + _UNSEEN * float(r_d.max()) / len(r_d), FLOOR)
     if abs(found.value - 1) > allowed:
         kept = f"; if the support was cut, {found.value:.1%} of the mass is left" if found.value < 1 else ""
-        return finding(
-            f"the mean of r_d over {len(r_d):,} tokens is {found}; of one distribution it would be 1{kept}",
-            num_tokens=len(r_d),
-            num_read=len(tokens),
-            where=tokens.names(use),
-            figures={"mean": found.value, "error": found.error, "allowed": allowed},
-        )
-    return healthy(f"the mean of r_d is {found}", num_read=len(tokens), figures={"mean": found.value})
+        says = f"the mean of r_d over {len(r_d):,} tokens is {found}; of one distribution it would be 1{kept}"
+        return finding(says, tokens, use, mean=found.value, error=found.error, allowed=allowed)
+    return healthy(f"the mean of r_d is {found}", tokens, mean=found.value)
 
 
 def stale_cache(tokens: Tokens) -> Verdict:
@@ -56,7 +51,7 @@ def stale_cache(tokens: Tokens) -> Verdict:
     tokens = tokens.sample
     changed = (np.diff(tokens.version, prepend=0) != 0) & ~tokens.begins
     if not changed.any():
-        return healthy("no trajectory has several versions", num_read=len(tokens))
+        return healthy("no trajectory has several versions", tokens)
     first = np.flatnonzero(tokens.begins)
     so_far = np.cumsum(changed)
     before = np.repeat(so_far[first], np.diff(np.append(first, len(tokens))))
@@ -68,7 +63,7 @@ def jump_at_borders(tokens: Tokens) -> Verdict:
     tokens = tokens.sample
     border = (np.diff(tokens.segment, prepend=0) != 0) & ~tokens.begins
     if not border.any():
-        return healthy("every trajectory is one segment", num_read=len(tokens))
+        return healthy("every trajectory is one segment", tokens)
     return _compared(tokens, border, "that begin a segment", math.log(3))
 
 
@@ -80,14 +75,9 @@ def _compared(tokens: Tokens, chosen: Bools, said: str, larger: float) -> Verdic
     if not found.is_known:
         return cannot_tell(f"too few tokens {said}")
     if found.exceeds(larger):
-        return finding(
-            f"|log r_d| is {math.exp(found.value):.1f} times as large on {int((chosen & use).sum()):,} tokens {said}",
-            num_tokens=int(chosen.sum()),
-            num_read=len(tokens),
-            where=tokens.names(chosen),
-            figures={"times": math.exp(found.value)},
-        )
-    return healthy(f"|log r_d| is no larger on tokens {said} (log {found})", num_read=len(tokens))
+        says = f"|log r_d| is {math.exp(found.value):.1f} times as large on {int((chosen & use).sum()):,} tokens {said}"
+        return finding(says, tokens, chosen, times=math.exp(found.value))
+    return healthy(f"|log r_d| is no larger on tokens {said} (log {found})", tokens)
 
 
 def confident_disagreement(tokens: Tokens) -> Verdict:
@@ -96,17 +86,13 @@ def confident_disagreement(tokens: Tokens) -> Verdict:
     if not sure.any():
         return cannot_tell(NO_R_D)
     denied = sure & (tokens.log_r_d < _LOWER)
-    low, _ = rate(int(denied.sum()), int(sure.sum()))
-    if low > _RARE:
-        return finding(
+    if is_more(int(denied.sum()), int(sure.sum()), _RARE):
+        says = (
             f"the trainer gives {denied.sum():,} of {sure.sum():,} tokens that the engine was 90% sure of under a seventh of "
-            "that: other weights than the label says, or another arithmetic",
-            num_tokens=int(denied.sum()),
-            num_read=len(tokens),
-            where=tokens.names(denied),
-            figures={"share": float(denied.sum() / sure.sum())},
+            "that: other weights than the label says, or another arithmetic"
         )
-    return healthy(f"{denied.sum():,} of {sure.sum():,} tokens that the engine was sure of are denied", num_read=len(tokens))
+        return finding(says, tokens, denied, share=float(denied.sum() / sure.sum()))
+    return healthy(f"{denied.sum():,} of {sure.sum():,} tokens that the engine was sure of are denied", tokens)
 
 
 def few_tokens(tokens: Tokens) -> Verdict:
@@ -120,14 +106,9 @@ def few_tokens(tokens: Tokens) -> Verdict:
     outside = ordered[num - 1] > math.log(tokens.settings.band)
     if outside and num < _FEW * len(sizes):
         where = use & (np.abs(tokens.log_r_d) >= ordered[num - 1])
-        return finding(
+        says = (
             f"{num:,} of {len(sizes):,} tokens in doubt hold half of it all, {ordered[num - 1]:.2g} nats or more each, "
-            f"while the median is {np.median(sizes):.1e}: a tail that a band masks and a mean hides",
-            num_tokens=num,
-            num_read=len(tokens),
-            where=tokens.names(where),
-            figures={"share": num / len(sizes), "median": float(np.median(sizes))},
+            f"while the median is {np.median(sizes):.1e}: a tail that a band masks and a mean hides"
         )
-    return healthy(
-        f"half of all disagreement is spread over {num / len(sizes):.1%} of the tokens in doubt", num_read=len(tokens)
-    )
+        return finding(says, tokens, where, share=num / len(sizes), median=float(np.median(sizes)))
+    return healthy(f"half of all disagreement is spread over {num / len(sizes):.1%} of the tokens in doubt", tokens)

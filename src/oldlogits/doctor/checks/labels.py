@@ -22,21 +22,18 @@ def versions_missing(tokens: Tokens) -> Verdict:
         return cannot_tell("no token has the version that sampled it")
     absent = tokens.version < 0
     if not absent.any():
-        return healthy("every loss token has a version", num_read=len(tokens))
+        return healthy("every loss token has a version", tokens)
     if absent.all():
         return cannot_tell("no token has the version that sampled it")
     return finding(
-        f"{absent.sum():,} of {len(tokens):,} loss tokens have no version of the weights that sampled them",
-        num_tokens=int(absent.sum()),
-        num_read=len(tokens),
-        where=tokens.names(absent),
+        f"{absent.sum():,} of {len(tokens):,} loss tokens have no version of the weights that sampled them", tokens, absent
     )
 
 
 def versions_impossible(tokens: Tokens) -> Verdict:
     """Versions that fall within a trajectory, or are ahead of the trainer's."""
     if tokens.batch.contradictions:
-        return finding("; ".join(tokens.batch.contradictions), num_tokens=len(tokens), num_read=len(tokens))
+        return finding("; ".join(tokens.batch.contradictions), tokens)
     known = tokens.version >= 0
     if not known.any():
         return cannot_tell("no token has the version that sampled it")
@@ -45,14 +42,9 @@ def versions_impossible(tokens: Tokens) -> Verdict:
     falls[np.flatnonzero(known)[1:]] = (np.diff(version) < 0) & (np.diff(trajectory) == 0)
     ahead = (tokens.lag < 0) & (tokens.lag != UNKNOWN)
     if not (falls | ahead).any():
-        return healthy("versions never fall within a trajectory, and none is ahead of the trainer's", num_read=len(tokens))
-    return finding(
-        f"versions fall within a trajectory at {falls.sum():,} tokens, and are ahead of the trainer's on {ahead.sum():,}",
-        num_tokens=int((falls | ahead).sum()),
-        num_read=len(tokens),
-        where=tokens.names(falls | ahead),
-        figures={"falling": float(falls.sum()), "ahead": float(ahead.sum())},
-    )
+        return healthy("versions never fall within a trajectory, and none is ahead of the trainer's", tokens)
+    says = f"versions fall within a trajectory at {falls.sum():,} tokens, and are ahead of the trainer's on {ahead.sum():,}"
+    return finding(says, tokens, falls | ahead, falling=float(falls.sum()), ahead=float(ahead.sum()))
 
 
 def version_per_group(tokens: Tokens) -> Verdict:
@@ -60,30 +52,25 @@ def version_per_group(tokens: Tokens) -> Verdict:
     tokens = tokens.sample
     holder = tokens.group if tokens.has("group") else tokens.trajectory
     if _varies(tokens.version, holder):
-        return healthy("versions change within groups", num_read=len(tokens))
+        return healthy("versions change within groups", tokens)
     first = np.flatnonzero(tokens.begins)
     lengths = np.diff(np.append(first, len(tokens)))
     number = tokens.segment - np.repeat(tokens.segment[first], lengths)
     last = np.repeat(number[first + lengths - 1], lengths)
     several, moved, larger = last > 0, *_moved(tokens)
     if not several.any():
-        return healthy("every trajectory is one segment", num_read=len(tokens))
+        return healthy("every trajectory is one segment", tokens)
     use = several & ((number == 0) | (number == last)) & np.isfinite(moved) & tokens.in_doubt
     found = difference(log_size(moved[use], tokens.mu[use]), number[use] > 0, tokens.clusters[use])
     if not found.is_known:
         return cannot_tell("every group has one version, and there are too few segments to see whether it is that of all")
     if found.differs(larger):
-        return finding(
+        says = (
             f"a group has one version, but disagreement is {math.exp(found.value):.2f} times as large in the last segment as "
-            f"in the first (log {found}): they were sampled by other weights than the label says",
-            num_tokens=int((several & (number > 0)).sum()),
-            num_read=len(tokens),
-            where=tokens.names(several & (number == last)),
-            figures={"times": math.exp(found.value)},
+            f"in the first (log {found}): they were sampled by other weights than the label says"
         )
-    return healthy(
-        f"every group has one version, and nothing shows another in later segments (log {found})", num_read=len(tokens)
-    )
+        return finding(says, tokens, several & (number > 0), shown=several & (number == last), times=math.exp(found.value))
+    return healthy(f"every group has one version, and nothing shows another in later segments (log {found})", tokens)
 
 
 def labels_late(tokens: Tokens) -> Verdict:
@@ -93,7 +80,7 @@ def labels_late(tokens: Tokens) -> Verdict:
     first = np.flatnonzero(begins)
     lengths = np.diff(np.append(first, len(tokens)))
     if len(first) == int(tokens.begins.sum()):
-        return healthy("no trajectory has several versions", num_read=len(tokens))
+        return healthy("no trajectory has several versions", tokens)
     place = np.arange(len(tokens)) - np.repeat(first, lengths)
     number = tokens.segment - np.repeat(tokens.segment[first], lengths)
     num = np.repeat(number[first + lengths - 1], lengths)
@@ -107,15 +94,12 @@ def labels_late(tokens: Tokens) -> Verdict:
         use = run & np.isfinite(moved) & tokens.in_doubt
         found = difference(log_size(moved[use], tokens.mu[use]), part[use], tokens.clusters[use])
         if found.differs(larger):
-            return finding(
+            says = (
                 f"tokens just {said} a change of versions disagree {math.exp(found.value):.2f} times as much as others of the "
-                f"same label (log {found}): the labels are {'late' if said == 'before' else 'early'}, one request off",
-                num_tokens=int((run & part).sum()),
-                num_read=len(tokens),
-                where=tokens.names(run & part),
-                figures={"times": math.exp(found.value)},
+                f"same label (log {found}): the labels are {'late' if said == 'before' else 'early'}, one request off"
             )
-    return healthy("tokens at a change of versions are like others of their label", num_read=len(tokens))
+            return finding(says, tokens, run & part, times=math.exp(found.value))
+    return healthy("tokens at a change of versions are like others of their label", tokens)
 
 
 def _moved(tokens: Tokens) -> tuple[Floats, float]:

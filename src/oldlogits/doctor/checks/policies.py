@@ -31,25 +31,18 @@ def ratio_is_one(tokens: Tokens) -> Verdict:
     where = tokens.in_doubt & np.isfinite(tokens.old) & np.isfinite(tokens.theta)
     share = float(np.mean(tokens.old[where] == tokens.theta[where])) if where.any() else 0.0
     if share < ALL:
-        return healthy(
-            f"theta / old is other than 1 on {1 - share:.1%} of {where.sum():,} tokens in doubt", num_read=len(tokens)
-        )
+        return healthy(f"theta / old is other than 1 on {1 - share:.1%} of {where.sum():,} tokens in doubt", tokens)
     if not tokens.has("lag"):
         return cannot_tell("theta / old is 1 on every token: right at lag 0 in the first step, wrong later; no lag is recorded")
     grown = growth(tokens, tokens.theta - tokens.mu)
     if grown is not None and grown.low > 0:
-        return finding(
+        says = (
             f"theta / old is exactly 1 on {share:.1%} of {where.sum():,} tokens in doubt, while theta and mu are "
-            f"{math.exp(grown.value):.1f} times further apart at the higher lags: the clip cannot act on what has moved",
-            num_tokens=int(where.sum()),
-            num_read=len(tokens),
-            where=tokens.names(where & (tokens.lag > 0)),
-            figures={"share": share, "times_further": math.exp(grown.value)},
+            f"{math.exp(grown.value):.1f} times further apart at the higher lags: the clip cannot act on what has moved"
         )
+        return finding(says, tokens, where, shown=where & (tokens.lag > 0), share=share, times_further=math.exp(grown.value))
     if (tokens.lag == 0).all():
-        return healthy(
-            "theta / old is 1 on every token, and all are of lag 0: so it is in the first step", num_read=len(tokens)
-        )
+        return healthy("theta / old is 1 on every token, and all are of lag 0: so it is in the first step", tokens)
     return cannot_tell("theta / old is 1 on every token, and theta and mu are as far apart at every lag that is there")
 
 
@@ -60,26 +53,22 @@ def old_is_mu(tokens: Tokens) -> Verdict:
     if not tokens.stands_in(tokens.mu):
         part = _copied(tokens)
         if not part.any():
-            return healthy("OLD is not mu", num_read=len(tokens))
-        return finding(
+            return healthy("OLD is not mu", tokens)
+        says = (
             f"OLD equals mu in every bit on {part.sum():,} tokens in doubt, which are all of their trajectories, and not in "
-            "the other ones: one part of the batch, such as a rank's or a worker's, has no log-probs of the trainer",
-            num_tokens=int(part.sum()),
-            num_read=len(tokens),
-            where=tokens.names(part),
+            "the other ones: one part of the batch, such as a rank's or a worker's, has no log-probs of the trainer"
         )
+        return finding(says, tokens, part)
     fresh = tokens.in_doubt & (tokens.lag == 0) & np.isfinite(tokens.theta)
     aligned = fresh.sum() >= ENOUGH and np.mean(tokens.theta[fresh] == tokens.mu[fresh]) >= ALL
     if aligned:
-        return healthy("OLD is mu, and at lag 0 so is THETA: the engines agree in every bit", num_read=len(tokens))
+        return healthy("OLD is mu, and at lag 0 so is THETA: the engines agree in every bit", tokens)
     where = tokens.in_doubt & (tokens.old == tokens.mu)
-    return finding(
+    says = (
         f"OLD equals mu in every bit on {where.sum():,} tokens in doubt: nothing was computed by the trainer, r_d is 1 by "
-        "construction and the engines' mismatch is in the clipped ratio",
-        num_tokens=int(where.sum()),
-        num_read=len(tokens),
-        where=tokens.names(where),
+        "construction and the engines' mismatch is in the clipped ratio"
     )
+    return finding(says, tokens, where)
 
 
 def _copied(tokens: Tokens) -> Bools:
@@ -102,7 +91,7 @@ def old_is_theta(tokens: Tokens) -> Verdict:
     comparable = tokens.in_doubt & np.isfinite(tokens.old) & np.isfinite(tokens.theta)
     late = comparable & (tokens.lag > 0)
     if late.sum() < ENOUGH:
-        return healthy("no lag above 0: OLD may be THETA", num_read=len(tokens))
+        return healthy("no lag above 0: OLD may be THETA", tokens)
     lags = np.minimum(tokens.lag[late], 63)
     equal = (tokens.old[late] == tokens.theta[late]).astype(float)
     counts, sums = np.bincount(lags), np.bincount(lags, weights=equal)
@@ -110,17 +99,14 @@ def old_is_theta(tokens: Tokens) -> Verdict:
     if same and tokens.is_rounded:
         return cannot_tell(ROUNDED)
     if not same:
-        return healthy("OLD and THETA differ at every lag above 0", num_read=len(tokens))
+        return healthy("OLD and THETA differ at every lag above 0", tokens)
     where = late & np.isin(np.minimum(tokens.lag, 63), same) & (tokens.old == tokens.theta)
-    return finding(
+    says = (
         f"OLD equals THETA in every bit on {where.sum():,} tokens in doubt of lag {', '.join(map(str, same[:6]))}: it was "
         "computed with the weights of the update, not with those that sampled, or versions are labelled one off (a learning "
-        "rate of 0 also does it)",
-        num_tokens=int(where.sum()),
-        num_read=len(tokens),
-        where=tokens.names(where),
-        figures={"share": float(where.sum() / late.sum())},
+        "rate of 0 also does it)"
     )
+    return finding(says, tokens, where, share=float(where.sum() / late.sum()))
 
 
 def old_of_another_version(tokens: Tokens) -> Verdict:
@@ -133,15 +119,12 @@ def old_of_another_version(tokens: Tokens) -> Verdict:
     if grown is None:
         return cannot_tell("all tokens are of one lag, so that nothing shows whether |old - mu| grows with it")
     if grown.exceeds(LARGER):
-        return finding(
+        says = (
             f"|log old - log mu| is {math.exp(grown.value):.1f} times as large at the higher lags (log {grown}); two engines "
-            "with the same weights disagree alike at every lag: OLD is of another version than the token",
-            num_tokens=int((tokens.lag > 0).sum()),
-            num_read=len(tokens),
-            where=tokens.names(tokens.lag > 0),
-            figures={"times": math.exp(grown.value)},
+            "with the same weights disagree alike at every lag: OLD is of another version than the token"
         )
-    return healthy(f"|log old - log mu| does not grow with the lag (log {grown})", num_read=len(tokens))
+        return finding(says, tokens, tokens.lag > 0, times=math.exp(grown.value))
+    return healthy(f"|log old - log mu| does not grow with the lag (log {grown})", tokens)
 
 
 def _nearer_theta(tokens: Tokens) -> Verdict | None:
@@ -156,14 +139,11 @@ def _nearer_theta(tokens: Tokens) -> Verdict | None:
         where = use & (tokens.lag == lag)
         found = mean(further[where], tokens.clusters[where])
         if found.exceeds(LARGER):
-            return finding(
+            says = (
                 f"at lag {lag} |log old - log mu| is {math.exp(found.value):.1f} times |log theta - log mu| (log {found}): "
-                "the weights of the update are nearer to those that sampled than OLD: it is of another version than the token",
-                num_tokens=int(where.sum()),
-                num_read=len(tokens),
-                where=tokens.names(where),
-                figures={"lag": float(lag), "times": math.exp(found.value)},
+                "the weights of the update are nearer to those that sampled than OLD: it is of another version than the token"
             )
+            return finding(says, tokens, where, lag=float(lag), times=math.exp(found.value))
     return None
 
 
@@ -171,26 +151,24 @@ def missing_old(tokens: Tokens) -> Verdict:
     """OLD that is missing at a lag above 0: how many decisions of clip and band could be wrong, from what is there."""
     late = (tokens.lag > 0) & np.isfinite(tokens.mu) & np.isfinite(tokens.theta)
     if not late.any():
-        return healthy("no token is of a lag above 0: THETA of the first step is OLD", num_read=len(tokens))
+        return healthy("no token is of a lag above 0: THETA of the first step is OLD", tokens)
     if tokens.has_own_old:
-        return healthy("OLD was recorded, and is neither mu nor THETA", num_read=len(tokens))
+        return healthy("OLD was recorded, and is neither mu nor THETA", tokens)
     noise = _noise(tokens)
     stand_in = tokens.theta if tokens.has("logp_old") and tokens.stands_in(tokens.theta) else tokens.mu
     clip, band = undecided(tokens, stand_in, noise)
     wrong = late & (clip | band)
     weight = np.where(late, np.exp(np.minimum(tokens.theta - tokens.mu, 20)) * np.abs(np.nan_to_num(tokens.advantage)), 0.0)
     by_weight = float(weight[wrong].sum() / weight.sum()) if weight.sum() > 0 else math.nan
-    shares = {"clip": float(clip[late].mean()), "band": float(band[late].mean()), "by_weight": by_weight, "noise": noise}
+    by_clip, by_band = float(clip[late].mean()), float(band[late].mean())
     known = f"noise of at most {noise:.2g} nats at lag 0" if math.isfinite(noise) else "no token of lag 0 to bound the noise by"
-    return finding(
+    says = (
         f"at lag > 0 no OLD of a token's own version was recorded: r_d and r_s cannot be split without the weights. From "
-        f"what is there ({known}), up to {shares['clip']:.1%} of the clip's and {shares['band']:.1%} of the band's "
-        f"decisions on {late.sum():,} tokens could be wrong, {by_weight:.1%} of their weight |R A|; {tokens.settings.assumed}",
-        num_tokens=int(wrong.sum()),
-        num_read=len(tokens),
-        where=tokens.names(wrong if wrong.any() else late),
-        figures=shares,
+        f"what is there ({known}), up to {by_clip:.1%} of the clip's and {by_band:.1%} of the band's "
+        f"decisions on {late.sum():,} tokens could be wrong, {by_weight:.1%} of their weight |R A|; {tokens.settings.assumed}"
     )
+    shown = wrong if wrong.any() else late
+    return finding(says, tokens, wrong, shown=shown, clip=by_clip, band=by_band, by_weight=by_weight, noise=noise)
 
 
 def undecided(tokens: Tokens, stand_in: Floats, noise: float) -> tuple[Bools, Bools]:

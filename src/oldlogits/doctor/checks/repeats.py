@@ -40,15 +40,13 @@ def trained_twice(files: Sequence[Tokens]) -> Verdict:
         earlier = np.array([seen.get(int(one), -1) for one in update.hashes])
         if (earlier >= 0).sum() >= max(_FEWEST, 0.5 * len(earlier)):
             first = updates[int(np.bincount(earlier[earlier >= 0]).argmax())]
-            return finding(
+            says = (
                 f"{(earlier >= 0).sum():,} of {len(earlier):,} trajectories of {update.said} are in {first.said} too: tokens "
-                "and log-probs",
-                num_tokens=len(update.tokens),
-                num_read=sum(map(len, files)),
-                figures={"share": float((earlier >= 0).mean())},
+                "and log-probs"
             )
+            return finding(says, update.tokens, read=files, share=float((earlier >= 0).mean()))
         seen |= dict.fromkeys(map(int, update.hashes), number)
-    return healthy(f"{len(updates)} updates have no batch in common", num_read=sum(map(len, files)))
+    return healthy(f"{len(updates)} updates have no batch in common", *files)
 
 
 def same_order(files: Sequence[Tokens]) -> Verdict:
@@ -62,13 +60,12 @@ def same_order(files: Sequence[Tokens]) -> Verdict:
             num = min(len(prompts), len(others))
             same = len(np.unique(prompts[:num])) >= _IN_A_ROW and bool((prompts[:num] == others[:num]).all())
             if same and _overlap(tokens, earlier):
-                return finding(
+                says = (
                     f"{tokens.batch.source} has the first {num:,} prompts of {earlier.batch.source} in the same order, and "
-                    "other answers: the seed does not reach the order of the data",
-                    num_tokens=len(tokens),
-                    num_read=sum(map(len, files)),
+                    "other answers: the seed does not reach the order of the data"
                 )
-    return healthy(f"{len(known)} files have their prompts in different orders", num_read=sum(map(len, files)))
+                return finding(says, tokens, read=files)
+    return healthy(f"{len(known)} files have their prompts in different orders", *files)
 
 
 def _overlap(one: Tokens, other: Tokens) -> bool:

@@ -36,48 +36,34 @@ def zero_logprobs(tokens: Tokens) -> Verdict:
         wrong = zero & doubted
         if (others and wrong.sum() >= _SEVERAL) or (not others and zero.sum() >= ENOUGH and zero.all()):
             worst = float(min((float(np.nanmin(other[wrong])) for other in others), default=0.0))
-            return finding(
+            says = (
                 f"{name} is exactly 0.0 (probability 1) on {wrong.sum():,} tokens that another policy gives as little as "
-                f"{np.exp(worst):.2g}: a placeholder where a log-prob is missing",
-                num_tokens=int(wrong.sum()),
-                num_read=len(tokens),
-                where=tokens.names(wrong),
-                figures={"longest_run": float(_longest_run(wrong & ~tokens.begins | wrong))},
+                f"{np.exp(worst):.2g}: a placeholder where a log-prob is missing"
             )
-    return healthy("no log-prob is 0.0 where another policy was in doubt", num_read=len(tokens))
+            return finding(says, tokens, wrong)
+    return healthy("no log-prob is 0.0 where another policy was in doubt", tokens)
 
 
 def impossible_logprobs(tokens: Tokens) -> Verdict:
     """Log-probs that are positive or not finite."""
-    marks = tokens.batch.table.missing
     for name, column in _columns(tokens):
-        missing = marks[name][tokens.rows] if name in marks else np.zeros(len(tokens), np.bool_)
-        positive, wild = column > ROUNDING, ~np.isfinite(column) & ~missing
+        positive, wild = column > ROUNDING, ~np.isfinite(column) & ~tokens.missing(name)
         wrong = positive | wild
         if wrong.any():
-            return finding(
-                f"{name} is above 0 on {positive.sum():,} tokens and not finite on {wild.sum():,}",
-                num_tokens=int(wrong.sum()),
-                num_read=len(tokens),
-                where=tokens.names(wrong),
-                figures={"positive": float(positive.sum()), "non_finite": float(wild.sum())},
-            )
-    return healthy("every log-prob is finite and at most 0", num_read=len(tokens))
+            says = f"{name} is above 0 on {positive.sum():,} tokens and not finite on {wild.sum():,}"
+            return finding(says, tokens, wrong, positive=float(positive.sum()), non_finite=float(wild.sum()))
+    return healthy("every log-prob is finite and at most 0", tokens)
 
 
 def missing_logprobs(tokens: Tokens) -> Verdict:
     """Loss tokens without the log-prob of the engine that sampled them, among others that have one."""
-    for name, column in _columns(tokens):
-        marks = tokens.batch.table.missing.get(name)
-        missing = marks[tokens.rows] if marks is not None else np.zeros(len(column), np.bool_)
+    for name, _ in _columns(tokens):
+        missing = tokens.missing(name)
         if missing.any():
             return finding(
-                f"{missing.sum():,} of {len(tokens):,} loss tokens have no {name}: a ratio of them is a guess",
-                num_tokens=int(missing.sum()),
-                num_read=len(tokens),
-                where=tokens.names(missing),
+                f"{missing.sum():,} of {len(tokens):,} loss tokens have no {name}: a ratio of them is a guess", tokens, missing
             )
-    return healthy("every loss token has the log-probs that others have", num_read=len(tokens))
+    return healthy("every loss token has the log-probs that others have", tokens)
 
 
 def shifted_by_one(tokens: Tokens) -> Verdict:
@@ -94,18 +80,16 @@ def shifted_by_one(tokens: Tokens) -> Verdict:
         for step, apart in ((1, (mu[1:] - other[:-1]) ** 2), (-1, (mu[:-1] - other[1:]) ** 2)):
             better = mean(apart[use] - here, tokens.clusters[1:][use])
             if better.is_known and better.high < 0:
-                return finding(
+                says = (
                     f"logp_mu fits {name} better one token {'later' if step > 0 else 'earlier'} than at its own place: mean "
-                    f"squared difference {float(apart[use].mean()):.3g} there and {float(here.mean()):.3g} here",
-                    num_tokens=len(tokens),
-                    num_read=len(tokens),
-                    where=tokens.names(np.ones(len(tokens), np.bool_)),
-                    figures={"offset": float(step), "there": float(apart[use].mean()), "here": float(here.mean())},
+                    f"squared difference {float(apart[use].mean()):.3g} there and {float(here.mean()):.3g} here"
                 )
-    return healthy("log-probs of mu and of the trainer fit best at the same token", num_read=len(tokens))
-
-
-def _longest_run(where: Bools) -> int:
-    """The longest stretch of chosen tokens."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], where, [False]]).astype(np.int8)))
-    return int((edges[1::2] - edges[::2]).max()) if len(edges) else 0
+                return finding(
+                    says,
+                    tokens,
+                    np.ones(len(tokens), np.bool_),
+                    offset=float(step),
+                    there=float(apart[use].mean()),
+                    here=float(here.mean()),
+                )
+    return healthy("log-probs of mu and of the trainer fit best at the same token", tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,10 @@ def read_batches(paths: Sequence[Path], *, trust: bool = False, with_context: bo
 
 
 def _read(path: Path, trust: bool, with_context: bool) -> list[Batch]:
-    if path.is_dir():
+    with reading(TokenTableError, f"{path} cannot be read", got=path.name, allowed=KINDS, fix="name another file"):
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
+        first = b"" if is_folder else _begin(path)
+    if is_folder:
         if (path / "tokens").is_dir() or (path / "events.jsonl").is_file():
             return [run_folder.read(path, with_context=with_context)]
         exports = sorted(path.rglob("rank_*.jsonl"))
@@ -59,8 +63,6 @@ def _read(path: Path, trust: bool, with_context: bool) -> list[Batch]:
         if not skyrl.is_dump(content):
             raise _unknown(path, f"a {type(content).__name__}")
         return [skyrl.read(path, cast(dict[str, object], content))]
-    with reading(TokenTableError, f"{path} cannot be read", got=path.name, allowed=KINDS, fix="name another file"):
-        first = _begin(path)
     if path.suffix == ".jsonl":
         line = first.partition(b"\n")[0]
         if areal.is_trajectories(line):
@@ -70,6 +72,13 @@ def _read(path: Path, trust: bool, with_context: bool) -> list[Batch]:
 
 
 def _begin(path: Path) -> bytes:
+    """The first bytes of a file; what is none, such as a pipe, may never end.
+
+    Raises:
+        ValueError: It is no regular file.
+    """
+    if not path.is_file():
+        raise ValueError("no regular file")
     with path.open("rb") as file:
         return file.read(_FIRST)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Final
 
@@ -11,11 +12,12 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from oldlogits.batch.token_table import TokenTable
+from oldlogits.batch.token_columns import MAX_TOKENS, TokenTable, naming
 from oldlogits.config.load import config_from_table, read_toml
 from oldlogits.core.errors import TokenTableError, reading
 from oldlogits.doctor.tokens import Batch, Settings
 from oldlogits.record.folder import RunFolder
+from oldlogits.record.tables import SCHEMA
 
 Column = NDArray[np.generic]
 
@@ -49,10 +51,10 @@ def read(path: Path, *, with_context: bool = False) -> Batch:
     names: list[str] = []
     num = 0
     for table in reversed(tables):
-        part, own = _part(table, len(names), with_context)
-        num += len(part["index"])
+        num += _num_tokens(table, with_context)
         if parts and num > MOST_TOKENS:
             break
+        part, own = _part(table, len(names), with_context)
         parts.append(part)
         names += own
     columns = {name: np.concatenate([part[name] for part in reversed(parts)]) for name in parts[0]}
@@ -60,11 +62,9 @@ def read(path: Path, *, with_context: bool = False) -> Batch:
     wrong = columns["mask"] & (columns["version"] >= 0) & (staleness != columns["trainer_version"] - columns["version"])
     said = f"the recorded staleness of {wrong.sum():,} tokens is not the trainer's version less theirs"
     skipped = f"the newest {len(parts)} of {len(tables)} token tables were read"
-    try:
-        numbers = {name: ~columns["mask"] for name, column in columns.items() if column.dtype.kind == "f"}
+    numbers = {name: ~columns["mask"] for name, column in columns.items() if column.dtype.kind == "f"}
+    with naming(path):
         made = TokenTable.of(columns, numbers if with_context else None, {"trajectory": names})
-    except TokenTableError as error:
-        raise TokenTableError(f"{path}: {error.what}", got=error.got, allowed=error.allowed, fix=error.fix) from None
     return Batch(
         source=path.name,
         framework="oldlogits",
@@ -75,14 +75,38 @@ def read(path: Path, *, with_context: bool = False) -> Batch:
     )
 
 
+def _reading(path: Path) -> AbstractContextManager[None]:
+    allowed, fix = "the tables that oldlogits train writes", "remove the file, or name another run"
+    return reading(TokenTableError, f"{path} is no token table of a run", got=path.name, allowed=allowed, fix=fix)
+
+
+def _num_tokens(path: Path, with_context: bool) -> int:
+    """The tokens that a table claims to hold, before they are read: few bytes may claim any number of them.
+
+    Raises:
+        TokenTableError: There are more than a file may hold, or it is damaged.
+    """
+    with _reading(path):
+        held = pq.read_metadata(path)
+        groups = [held.row_group(number) for number in range(held.num_row_groups)]
+        columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+        context = [column.num_values for column in columns if column.path_in_schema.startswith("context.")]
+        num: int = held.num_rows + with_context * sum(context)
+        if num > MAX_TOKENS:
+            raise ValueError(f"{num} tokens, above {MAX_TOKENS}")
+    return num
+
+
 def _part(path: Path, first: int, with_context: bool) -> tuple[dict[str, Column], list[str]]:
     """The columns of one update, its trajectories numbered from `first`, and their names."""
-    allowed, fix = "the tables that oldlogits train writes", "remove the file, or name another run"
-    with reading(TokenTableError, f"{path} is no token table of a run", got=path.name, allowed=allowed, fix=fix):
+    with _reading(path):
         there = pq.read_schema(path).names
         names = [*_READ, *(["temperature"] if "temperature" in there else [])]
         with_context = with_context and "context" in there
         found = pq.read_table(path, columns=["trajectory", *names, *(["context"] if with_context else [])])
+        for name in names:
+            if found.column(name).type != SCHEMA.field(name).type or found.column(name).null_count:
+                raise ValueError(f"column {name} has missing values, or is of another type: {found.column(name).type}")
         encoded = found.column("trajectory").cast("string").combine_chunks().dictionary_encode()
         part = {_NAMES.get(name, name): found.column(name).to_numpy() for name in names}
         part["trajectory"] = encoded.indices.to_numpy() + first

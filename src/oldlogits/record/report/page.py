@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from oldlogits.record.failures import in_words
@@ -16,6 +15,7 @@ from oldlogits.record.intervals import reward_of, success_of, verdict_of
 from oldlogits.record.live import reward_sentences
 from oldlogits.record.report.data import RunData, read_run
 from oldlogits.record.report.figures import figures
+from oldlogits.record.report.frame import page_template
 from oldlogits.record.report.transcripts import chosen_transcripts
 from oldlogits.record.summary import Summary
 
@@ -36,15 +36,7 @@ _DETAILS: Final = {
     "groups x size": "prompts_per_update",
     "seed": "seed",
 }
-
-
-_PAGES: Final = Environment(
-    loader=PackageLoader("oldlogits.record.report"),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
+_MOST_WARNINGS: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +57,12 @@ def write_report(run_folder: Path) -> Path:
     """
     run = read_run(run_folder)
     folder = RunFolder(path=run_folder)
-    text = _PAGES.get_template("report.html").render(
+    text = page_template("report.html").render(
         run=run,
         formula=_formula(run),
         verdict=_verdict(run),
         cards=_cards(run),
-        missing=_missing(run),
+        to_know=_to_know(run),
         details=_details(run),
         sections=figures(run),
         transcripts=chosen_transcripts(run.episodes),
@@ -183,8 +175,8 @@ def _bytes(num: float) -> str:
     return f"{num / size:.3g} {unit}"
 
 
-def _missing(run: RunData) -> list[str]:
-    """What a complete run would have recorded and this one has not."""
+def _to_know(run: RunData) -> list[str]:
+    """What a complete run would have recorded and this one has not, and its warnings."""
     absent = {
         "The run never started: there is no run_started event.": not run.started,
         "No end was recorded: the process was killed, or is still running.": run.ended is None,
@@ -196,7 +188,11 @@ def _missing(run: RunData) -> list[str]:
         "There are no token tables: the distributions of the ratios are not shown.": not len(run.tokens["log_r_s"]),
         "No episode was recorded with its text.": not run.episodes,
     }
-    return [text for text, is_absent in absent.items() if is_absent]
+    said = [text for text, is_absent in absent.items() if is_absent]
+    said += [f"Warning: {text}" for text in run.warnings[:_MOST_WARNINGS]]
+    if len(run.warnings) > _MOST_WARNINGS:
+        said.append(f"{len(run.warnings) - _MOST_WARNINGS} more warnings in events.jsonl.")
+    return said
 
 
 def _unplayed(run: RunData) -> dict[str, bool]:
