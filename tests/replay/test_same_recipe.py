@@ -23,6 +23,11 @@ RECIPES = {
     "dedicated": {"proximal": {"source": "dedicated"}},
     "async": {"variant": "decoupled_async"},
     "average": {"variant": "ppo_ewma_train_infer", "proximal": {"decay": "auto"}},
+    "audited": {
+        "variant": "ppo_ewma_train_infer",
+        "proximal": {"decay": "audited", "reset": "audited"},
+        "audit": {"share": 0.5},
+    },
     "aged": {"variant": "aged_train_infer"},
     "balance": {"variant": "mis_balance"},
     "rescore": {"variant": "rescore_train_infer", "engine": {"precision": "int8", "max_num_seqs": 32}},

@@ -189,8 +189,22 @@ def _check_kv(config: RunConfig) -> None:
 
 
 def _check_average(config: RunConfig) -> None:
-    """Refuse resets of an average that nothing reads, or that nothing would ever ask for."""
+    """Refuse resets of an average that nothing reads, or that nothing would ever ask for, and to follow audits without any."""
     p, variant = config.proximal, find_variant(config.variant)
+    if p.decay == "audited" and EWMA not in variant.needs:
+        raise ConfigError(
+            f"an audited decay makes the error of EWMA small, and variant '{config.variant}' does not use it",
+            got=said(config, "proximal.decay", "variant"),
+            allowed="another proximal.decay, or a variant whose proximal policy is EWMA",
+            fix="remove proximal.decay, or use variant 'ppo_ewma_train_infer'",
+        )
+    if p.follows_audit and config.audit.share == 0:
+        raise ConfigError(
+            "the average is to follow the exact audit, and no batch is audited",
+            got=said(config, "proximal.decay", "proximal.reset", "audit.share"),
+            allowed="audit.share above 0, or another rule than 'audited'",
+            fix="set audit.share = 0.25",
+        )
     if p.reset == "none":
         return
     if not variant.needs & {EWMA, AGED}:

@@ -90,17 +90,24 @@ class ProximalConfig:
     at their own version over keys and values of those versions, and are labelled mixed_kv."""
     scorer_versions: Annotated[int, Ge(1), Le(10_000)] = 2
     """dedicated only: the newest versions that the scorer holds; tokens of older ones are scored from the trainer's store."""
-    decay: Literal["fixed", "max-lag", "mean-lag", "auto"] = "max-lag"
+    decay: Literal["fixed", "max-lag", "mean-lag", "auto", "audited"] = "max-lag"
     """ewma and aged: how beta is chosen. fixed: proximal.beta. max-lag: W / (W + 2), W the largest lag. mean-lag:
     m / (1 + m), m the measured token-weighted mean lag. auto: the smallest expected error over the measured lags
-    (docs/ewma.md)."""
+    (docs/ewma.md). audited: the same, from how far log-probs of audited batches have moved; ewma only, with audit.share
+    above 0."""
     beta: Decay = 0.0
     """decay = "fixed" only, and then above 0: the decay of the average from one version to the next."""
-    reset: Literal["none", "paper", "guarded"] = "none"
+    reset: Literal["none", "paper", "guarded", "audited"] = "none"
     """ewma and aged: when the average is reset to the live weights. paper: rho < proximal.reset_below. guarded: and the
-    band would keep more tokens with the live weights, and none of the last W versions was a reset."""
+    band would keep more tokens with the live weights, and none of the last W versions was a reset. audited: where the exact
+    audit of a batch shows that the live weights would have decided more like OLD, by count and by weight."""
     reset_below: Annotated[float, Gt(0), Le(1)] = 0.9
-    """The rho, the share of tokens that stay active, below which proximal.reset asks for a reset."""
+    """The rho, the share of tokens that stay active, below which proximal.reset = "paper" or "guarded" asks for a reset."""
+
+    @property
+    def follows_audit(self) -> bool:
+        """Whether the average is formed by what the exact audit finds."""
+        return "audited" in (self.decay, self.reset)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

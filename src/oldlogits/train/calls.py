@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from oldlogits.batch.collate import TokenBatch
-from oldlogits.core.scoring import Scored, ScoringHandle
+from oldlogits.core.scoring import AuditScores, Scored, ScoringHandle
 from oldlogits.core.weights import FullWeights, PolicyVersion
 from oldlogits.train.reports import PublishedVersion, TrainerState
 from oldlogits.train.step import UpdateResult
@@ -27,6 +27,9 @@ class TrainerCalls(ScoringHandle, Protocol):
 
     async def put_batch(self, batch: TokenBatch) -> None:
         """Take the batch that the next calls of `score` and `train` are about."""
+
+    async def note_audit(self, scores: AuditScores) -> None:
+        """Take exact log-probs of the batch in training, by which the average is formed that takes in the next version."""
 
     async def train(self, scored: Scored | None) -> UpdateResult:
         """Train the batch; the trainer's version rises by one.

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from oldlogits.batch.collate import TokenBatch, followed
 from oldlogits.core.errors import RunFolderError, writing
 from oldlogits.core.loss import LOSSES
-from oldlogits.core.scoring import Scored
+from oldlogits.core.scoring import AuditScores, Scored
 from oldlogits.core.weights import FullWeights, PolicyVersion
 from oldlogits.models.checksums import write_sums
 from oldlogits.models.load import load_tokenizer, local, model_of, point_at
@@ -32,6 +32,7 @@ from oldlogits.models.lora import write_adapters
 from oldlogits.models.ranks import ALONE, Ranks
 from oldlogits.models.routing import take_counts
 from oldlogits.rpc.client import Dispatcher
+from oldlogits.train.audited import Judge
 from oldlogits.train.calls import TrainerCalls
 from oldlogits.train.checkpoint import (
     STATE,
@@ -70,7 +71,7 @@ class Trainer:
     """
 
     def __init__(self, spec: TrainerSpec, model_folder: Path, probe_ids: Sequence[int], ranks: Ranks = ALONE) -> None:
-        LOSSES.find(spec.objective.loss)  # one that is not there is refused here, not at the first step
+        loss = LOSSES.find(spec.objective.loss)  # one that is not there is refused here, not at the first step
         self.live = live = load_live(spec, model_folder, ranks)
         self._spec, self._tokenizer = spec, load_tokenizer(model_folder)
         self.store: TrainerVersionStore | None = None
@@ -89,6 +90,8 @@ class Trainer:
         )
         self.optimizer = Optimizer(live.model, spec)
         self._scored: Scored | None = None
+        self._judge = Judge(loss=loss, objective=spec.knobs, max_staleness=spec.max_staleness)
+        self._audit: AuditScores | None = None  # of the batch in training
         self._saving: Saving | None = None
         self._older: OlderVersions = {}  # of a checkpoint that was restored, until its version is published
         self.busy_s = 0.0
@@ -133,7 +136,12 @@ class Trainer:
 
     def put_batch(self, batch: TokenBatch) -> None:
         """Take the batch that the next calls of `Scorer.score` and `train` are about."""
+        self._audit = None
         self.scorer.put(followed(batch, self._spec.model.routing))
+
+    def note_audit(self, scores: AuditScores) -> None:
+        """Take exact log-probs of the batch in training, by which the average is formed that takes in the next version."""
+        self._audit = scores
 
     def train(self, scored: Scored | None) -> UpdateResult:
         """Train the batch; the trainer's version rises by one."""
@@ -156,8 +164,10 @@ class Trainer:
         live.version += 1
         if self._averaging is None:
             return result
-        started = time.perf_counter()
-        found, reset = self._averaging.take_in(live.weights, live.version, result.metrics, result.staleness_counts)
+        started, scores = time.perf_counter(), self._audit
+        audit = self._judge.audited(scores, result.table, self._spec.window + 1) if scores is not None else None
+        counts = result.staleness_counts
+        found, reset = self._averaging.take_in(live.weights, live.version, result.metrics, counts, audit)
         metrics = {**result.metrics, **found, "average/take_in_s": time.perf_counter() - started}
         return replace(result, metrics=metrics, average_reset=reset)
 
