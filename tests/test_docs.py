@@ -137,6 +137,7 @@ def test_every_emitted_metric_is_documented_and_every_documented_one_is_emitted(
     runs = {
         "average": recipe(tiny_folder, **average),
         "audited": recipe(tiny_folder, **audited),
+        "measured band": recipe(tiny_folder, num_updates=2, band="auto"),
         "rescored": recipe(tiny_folder, num_updates=2, **rescored),
         "eager": recipe(tiny_folder, num_updates=2, proximal={"source": "eager"}),
         "mixture": recipe(tiny_moe_folder, num_updates=2),

@@ -35,6 +35,7 @@ CASES = {
     "adapters": {"model": {"lora_rank": 4}, "engine": {"precision": "int8"}},
     "adapters, bf16": {"model": {"lora_rank": 4, "forward_dtype": "bf16"}, "trainer": {"activation_checkpointing": True}},
     "moments on the host": {"trainer": {"offload_optimizer": True}},
+    "measured band": {"band": "auto", "engine": {"precision": "int8"}},
     "token-mean-kept": {"objective": {"loss_aggregation": "token-mean-kept"}, "band": 1.2},
 }
 

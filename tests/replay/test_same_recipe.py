@@ -34,6 +34,7 @@ RECIPES = {
     "interpolated": {"variant": "loglinear_prox"},
     "truncated": {"variant": "ppo_clip_train_infer", "objective": {"clip": "truncated"}},
     "kept": {"objective": {"loss_aggregation": "token-mean-kept"}, "band": 1.1},
+    "measured band": {"band": "auto", "engine": {"precision": "int8", "max_num_seqs": 32}},
     "bf16": BF16,
     "same-shape": {**BF16, "proximal": {"scoring": "same-shape"}},
     "stale": STALE,

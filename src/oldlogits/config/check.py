@@ -21,7 +21,7 @@ from oldlogits.config.servers import check_servers
 from oldlogits.core.backend import BACKENDS
 from oldlogits.core.environment import is_model_folder
 from oldlogits.core.errors import ConfigError, reading
-from oldlogits.core.policies import AGED, EWMA, LINEAR, LOGLINEAR, OLD, find_variant
+from oldlogits.core.policies import AGED, EWMA, LINEAR, LOGLINEAR, MU, OLD, find_variant
 from oldlogits.core.source import SOURCES, check_source, sources_for
 
 
@@ -272,8 +272,15 @@ def _check_device(config: RunConfig) -> None:
 
 
 def _check_effects(config: RunConfig) -> None:
-    """Refuse a schedule of no interpolation, and an audit that would not see what the recipe does."""
-    schedule = config.objective.interpolation_schedule
+    """Refuse a measured band on more than noise, a schedule of no interpolation, and an audit that would not see all."""
+    r_d, schedule = find_variant(config.variant).r_d, config.objective.interpolation_schedule
+    if config.band == "auto" and r_d != OLD / MU:
+        raise ConfigError(
+            "a measured band holds the engine's own noise, old/mu, and would mask what else there is in r_d",
+            got=said(config, "band", "variant") + f", r_d = {r_d}",
+            allowed="a number above 1, inf, or a variant with r_d = old/mu",
+            fix="set band = 1.5, or use variant 'decoupled_exact'",
+        )
     if schedule != "fixed" and find_variant(config.variant).proximal not in (LINEAR, LOGLINEAR):
         raise ConfigError(
             f"variant '{config.variant}' interpolates nothing: objective.interpolation_mu has no effect",

@@ -5,6 +5,7 @@ A range stands in the annotation of its field; the string below a field is what 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -115,7 +116,8 @@ class AuditConfig:
     """Exact log-probs beside those of the source: how often does the proximal policy decide otherwise than OLD?"""
 
     share: Share = 0.0
-    """The share of batches that are audited, evenly spaced; training itself does not change."""
+    """The share of batches that are audited, evenly spaced; training itself does not change, unless proximal.decay or
+    proximal.reset follows the audit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,8 +237,9 @@ class RunConfig:
 
     variant: Annotated[str, (*VARIANTS, *EXPERIMENTAL_VARIANTS)] = "decoupled_exact"
     """A row of the paper's table, which says what r_d and r_s are: `oldlogits show variants`."""
-    band: AboveOne = 1.5
-    """Tokens whose mismatch ratio r_d is outside of [1/band, band] are masked; inf: none is."""
+    band: AboveOne | Auto = 1.5
+    """Tokens whose mismatch ratio r_d is outside of [1/band, band] are masked; inf: none is. auto: what holds 99% of the
+    engine's own noise, measured on the tokens of the newest versions; for r_d = old/mu (docs/guard.md)."""
     seed: Seed = 0
     """The seed of everything that is drawn."""
     num_updates: Positive = 60
@@ -258,6 +261,11 @@ class RunConfig:
     ray: RayConfig = field(default_factory=RayConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     record: RecordConfig = field(default_factory=RecordConfig)
+
+    @property
+    def fixed_band(self) -> float:
+        """The band where the recipe gives one; inf where it is measured."""
+        return math.inf if self.band == "auto" else self.band
 
     @property
     def model_seed(self) -> int:

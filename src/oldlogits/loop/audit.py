@@ -54,7 +54,7 @@ class ExactAudit:
     @classmethod
     def of(cls, config: RunConfig, trainer: TrainerCalls, events: EventSink, clock: Callable[[], float]) -> ExactAudit:
         """Build the audit of a recipe."""
-        objective = objective_of(config.objective, variant=config.variant, band=config.band)
+        objective = objective_of(config.objective, variant=config.variant, band=config.fixed_band)
         loss = LOSSES.find(config.objective.loss)
         return cls(
             share=config.audit.share,
@@ -107,7 +107,8 @@ class ExactAudit:
         """
         if scores is None:
             return {}
-        sums, after = self.decisions.sums(scores, result.table)
+        decisions = self.decisions.at_band(result.metrics.get("mask/band"))
+        sums, after = decisions.sums(scores, result.table)
         by_staleness = {name: values.tolist() for name, values in asdict(sums).items()}
         policy = self.decisions.objective.variant.proximal.value
         self.events.emit(Audited(version=version, policy=policy, seconds_s=self._seconds_s, **by_staleness))

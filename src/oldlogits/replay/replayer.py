@@ -66,6 +66,13 @@ class Replayer:
         stores = scores_old or (spec.stores_versions and is_own and not self.takes_old)
         takes_forward = spec.takes_training_forward and is_own
         spec = replace(spec, stores_versions=stores, takes_training_forward=takes_forward, trains_own_tokens=is_own)
+        if spec.measures_band and not is_own:
+            raise ReplayError(
+                "the band is to follow the noise of this trainer's tokens, and these are another one's",
+                got="band = 'auto'",
+                allowed="'auto' where nothing of a run's recipe is changed",
+                fix="pass --band 1.5",
+            )
         configure_process(num_threads=config.trainer.num_threads, seed=config.seed)
         self.trainer = trainer = Trainer(spec, start.model, start.probe_ids)
         self._checked_every = CHECKED_EVERY if takes_forward else 0

@@ -75,6 +75,10 @@ class Judge:
     objective: Objective
     max_staleness: int
 
+    def at_band(self, measured: float | None) -> Judge:
+        """The same under the band of one update; None: the recipe's own."""
+        return self if measured is None else replace(self, objective=replace(self.objective, band=measured))
+
     def sums(self, scores: AuditScores, table: Mapping[str, Column]) -> tuple[DecisionSums, DecisionSums | None]:
         """Judge an update by its table.
 

@@ -50,6 +50,7 @@ from oldlogits.train.checkpoint import (
     write_model,
 )
 from oldlogits.train.consistency import is_routed
+from oldlogits.train.measured_band import MeasuredBand
 from oldlogits.train.optimizer import Optimizer
 from oldlogits.train.reports import ConsistencyErrors, ProbeNoise, PublishedVersion, TrainerState
 from oldlogits.train.scorer import Scorer
@@ -90,6 +91,7 @@ class Trainer:
         )
         self.optimizer = Optimizer(live.model, spec)
         self._scored: Scored | None = None
+        self._band = MeasuredBand() if spec.measures_band else None
         self._judge = Judge(loss=loss, objective=spec.knobs, max_staleness=spec.max_staleness)
         self._audit: AuditScores | None = None  # of the batch in training
         self._saving: Saving | None = None
@@ -147,18 +149,24 @@ class Trainer:
         """Train the batch; the trainer's version rises by one."""
         batch = self.scorer.current_batch()
         self._scored = scored
-        live = self.live
+        live, spec = self.live, self._spec
+        if self._band is not None:
+            spec = replace(spec, band=self._band.of_batch(batch, self.version, self.scorer.score))
         result = update(
             live.model,
             self.optimizer,
             batch if self._spec.model.routing == "replayed" else replace(batch, chains=None),
             scored,
             version=live.version,
-            spec=self._spec,
+            spec=spec,
             ranks=live.ranks,
             noise=self.scorer.checks.noise,
         )
-        result = replace(result, metrics={**result.metrics, **take_counts(live.scoring, live.ranks).metrics("routing/scored")})
+        metrics = {**result.metrics, **take_counts(live.scoring, live.ranks).metrics("routing/scored")}
+        if self._band is not None:
+            metrics |= self._band.metrics(spec.band, result.table)
+            self._band.note_update(result.table)
+        result = replace(result, metrics=metrics)
         self.scorer.checks.note_lag0(result.lag0_max_abs_error, result.rescored_max_abs_error)
         self.scorer.batch = None
         live.version += 1
@@ -212,6 +220,8 @@ class Trainer:
         if self._averaging is not None:
             tensors |= {f"averaging|{key}": value for key, value in self._averaging.state().items()}
             tensors |= sliced("averaged", self._averaging.average.weights, live.model)
+        if self._band is not None:
+            tensors |= {f"band|{key}": value for key, value in self._band.state().items()}
         state = host_copy(tensors, live.ranks)
         counters = {"version": live.version, "schedule_steps": self.optimizer.num_steps, "device": live.ranks.device.type}
         counters |= {"probe_logps": _as_lists(checks.published), "engine_noise": _as_lists(self.scorer.engine_noise)}
@@ -284,6 +294,8 @@ class Trainer:
         point_at(live.scoring, live.weights)
         if live.version in published:  # else it was never published
             checks.check(live.scoring, f"the restored version {live.version}", live.version)
+        if self._band is not None:
+            self._band.load(of_kind("band", state))
         if self._averaging is not None:
             weights = {name: local(weight) for name, weight in of_kind("averaged", state).items()}
             self._averaging.load(of_kind("averaging", state), weights)
