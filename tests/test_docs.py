@@ -133,8 +133,11 @@ def emitted_metrics(tmp_path: Path, name: str, config: RunConfig) -> set[str]:
 def test_every_emitted_metric_is_documented_and_every_documented_one_is_emitted(tmp_path, tiny_folder, tiny_moe_folder) -> None:
     average = {"variant": "ppo_ewma_train_infer", "proximal": {"source": "ewma", "decay": "auto"}}
     rescored = {"variant": "rescore_train_infer", "proximal": {"source": "rescore"}, "engine": {"precision": "int8"}}
+    audited = {"variant": "ppo_ewma_train_infer", "proximal": {"decay": "audited"}, "audit": {"share": 1.0}}
     runs = {
         "average": recipe(tiny_folder, **average),
+        "audited": recipe(tiny_folder, **audited),
+        "measured band": recipe(tiny_folder, num_updates=2, band="auto"),
         "rescored": recipe(tiny_folder, num_updates=2, **rescored),
         "eager": recipe(tiny_folder, num_updates=2, proximal={"source": "eager"}),
         "reference": recipe(

@@ -27,9 +27,15 @@ CASES = {
     "bf16": {**BF16, "trainer": {"lr": 1e-3, "activation_checkpointing": True}},
     "int8 engine": {"engine": {"precision": "int8"}, "trainer": {"layout": "padded"}},
     "ewma": {"variant": "ppo_ewma_train_infer", "proximal": {"source": "ewma", "decay": "mean-lag"}},
+    "ewma that follows audits": {
+        "variant": "ppo_ewma_train_infer",
+        "proximal": {"source": "ewma", "decay": "audited", "reset": "audited"},
+        "audit": {"share": 1.0},
+    },
     "adapters": {"model": {"lora_rank": 4}, "engine": {"precision": "int8"}},
     "adapters, bf16": {"model": {"lora_rank": 4, "forward_dtype": "bf16"}, "trainer": {"activation_checkpointing": True}},
     "moments on the host": {"trainer": {"offload_optimizer": True}},
+    "measured band": {"band": "auto", "engine": {"precision": "int8"}},
     "token-mean-kept": {"objective": {"loss_aggregation": "token-mean-kept"}, "band": 1.2},
 }
 

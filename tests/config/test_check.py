@@ -257,13 +257,14 @@ def test_a_fixed_decay_needs_its_beta_and_no_other_decay_takes_one():
 AVERAGED = [("ppo_ewma", "ewma"), ("ppo_ewma_train_infer", "ewma"), ("aged_train_infer", "aged")]
 
 
-@pytest.mark.parametrize("rule", ["paper", "guarded"])
+@pytest.mark.parametrize("rule", ["paper", "guarded", "audited"])
 def test_a_reset_is_refused_where_the_variant_reads_no_average(rule):
+    audited = changed("audit.share", 1.0)
     for variant, source in AVERAGED:
-        check(changed("proximal.reset", rule, changed("variant", variant, changed("proximal.source", source))))
+        check(changed("proximal.reset", rule, changed("variant", variant, changed("proximal.source", source, audited))))
     unread = [("ppo_clip_train_infer", "ewma"), ("linear_prox", "aged"), ("loglinear_train_infer", "ewma")]
     for variant, source in [("decoupled_exact", "snapshot"), *unread]:
-        fed = changed("variant", variant, changed("proximal.source", source))
+        fed = changed("variant", variant, changed("proximal.source", source, audited))
         check(fed)
         with pytest.raises(ConfigError, match=f"variant '{variant}' over source '{source}' has no average to reset"):
             check(changed("proximal.reset", rule, fed))
@@ -293,6 +294,23 @@ def test_a_guarded_reset_that_could_never_act_is_refused():
     check(changed("proximal.reset", "paper", ewma))
     with pytest.raises(ConfigError, match="there is no band: it would never act"):
         check(changed("proximal.reset", "guarded", ewma))
+
+
+@pytest.mark.parametrize("key", ["proximal.decay", "proximal.reset"])
+def test_an_average_that_is_to_follow_audits_is_refused_where_no_batch_is_audited(key):
+    ewma = changed("variant", "ppo_ewma_train_infer", changed("proximal.source", "ewma"))
+    check(changed(key, "audited", changed("audit.share", 0.01, ewma)))
+    with pytest.raises(ConfigError, match="no batch is audited") as refused:
+        check(changed(key, "audited", ewma))
+    assert refused.value.fix == "set audit.share = 0.25"
+
+
+@pytest.mark.parametrize(("variant", "source"), [("aged_train_infer", "aged"), ("decoupled_exact", "snapshot")])
+def test_an_audited_decay_is_refused_where_the_variant_does_not_use_the_average_itself(variant, source):
+    audited = changed("audit.share", 1.0, changed("variant", variant, changed("proximal.source", source)))
+    check(audited)
+    with pytest.raises(ConfigError, match=f"and variant '{variant}' does not use it"):
+        check(changed("proximal.decay", "audited", audited))
 
 
 def test_a_schedule_of_weight_mu_is_refused_where_nothing_is_interpolated():

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from oldlogits.core.errors import ConfigError
 from oldlogits.versions import WeightAverage, best_beta, growth_exponent, mean_lag_beta, window_beta
-from oldlogits.versions.decay import DRIFT, RANDOM_WALK, average_errors
+from oldlogits.versions.decay import average_errors
+from oldlogits.versions.growth import DRIFT, RANDOM_WALK
 
 betas = st.floats(0, 0.98)
 

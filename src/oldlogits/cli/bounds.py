@@ -30,7 +30,7 @@ class BoundsOptions:
 
     interpolation_mu: float = _DEFAULT.objective.interpolation_mu
     """The weight on MU of the linear and the log-linear proximal policy, in [0, 1]."""
-    band: float = _DEFAULT.band
+    band: float = _DEFAULT.fixed_band
     """The discrepancy band [1/band, band], > 1; inf: no band."""
     eps_low: float = _DEFAULT.objective.eps_low
     """The clip of r_s for A < 0 is 1 - eps_low."""

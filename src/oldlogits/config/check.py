@@ -23,7 +23,7 @@ from oldlogits.config.terms import check_terms
 from oldlogits.core.backend import BACKENDS
 from oldlogits.core.environment import is_model_folder
 from oldlogits.core.errors import ConfigError, reading
-from oldlogits.core.policies import AGED, EWMA, LINEAR, LOGLINEAR, OLD, find_variant
+from oldlogits.core.policies import AGED, EWMA, LINEAR, LOGLINEAR, MU, OLD, find_variant
 from oldlogits.core.source import SOURCES, check_source, sources_for
 
 
@@ -193,8 +193,22 @@ def _check_kv(config: RunConfig) -> None:
 
 
 def _check_average(config: RunConfig) -> None:
-    """Refuse resets of an average that nothing reads, or that nothing would ever ask for."""
+    """Refuse resets of an average that nothing reads, or that nothing would ever ask for, and to follow audits without any."""
     p, variant = config.proximal, find_variant(config.variant)
+    if p.decay == "audited" and EWMA not in variant.needs:
+        raise ConfigError(
+            f"an audited decay makes the error of EWMA small, and variant '{config.variant}' does not use it",
+            got=said(config, "proximal.decay", "variant"),
+            allowed="another proximal.decay, or a variant whose proximal policy is EWMA",
+            fix="remove proximal.decay, or use variant 'ppo_ewma_train_infer'",
+        )
+    if p.follows_audit and config.audit.share == 0:
+        raise ConfigError(
+            "the average is to follow the exact audit, and no batch is audited",
+            got=said(config, "proximal.decay", "proximal.reset", "audit.share"),
+            allowed="audit.share above 0, or another rule than 'audited'",
+            fix="set audit.share = 0.25",
+        )
     if p.reset == "none":
         return
     if not variant.needs & {EWMA, AGED}:
@@ -262,8 +276,15 @@ def _check_device(config: RunConfig) -> None:
 
 
 def _check_effects(config: RunConfig) -> None:
-    """Refuse a schedule of no interpolation, and an audit that would not see what the recipe does."""
-    schedule = config.objective.interpolation_schedule
+    """Refuse a measured band on more than noise, a schedule of no interpolation, and an audit that would not see all."""
+    r_d, schedule = find_variant(config.variant).r_d, config.objective.interpolation_schedule
+    if config.band == "auto" and r_d != OLD / MU:
+        raise ConfigError(
+            "a measured band holds the engine's own noise, old/mu, and would mask what else there is in r_d",
+            got=said(config, "band", "variant") + f", r_d = {r_d}",
+            allowed="a number above 1, inf, or a variant with r_d = old/mu",
+            fix="set band = 1.5, or use variant 'decoupled_exact'",
+        )
     if schedule != "fixed" and find_variant(config.variant).proximal not in (LINEAR, LOGLINEAR):
         raise ConfigError(
             f"variant '{config.variant}' interpolates nothing: objective.interpolation_mu has no effect",

@@ -61,7 +61,7 @@ def refuse_idle(config: RunConfig) -> None:
     if not card_of(config.objective.loss).is_guarded:
         return
     masks = not find_variant(config.variant).r_d.is_one
-    has_mask = config.band < math.inf or config.correction.masks
+    has_mask = config.band == "auto" or config.band < math.inf or config.correction.masks
     if masks and not has_mask and config.objective.mismatch_correction == "mask":
         raise ConfigError(
             "r_d is to mask and not to weight, and without a band it does neither",
@@ -75,7 +75,8 @@ def refuse_idle(config: RunConfig) -> None:
             _refuse_missing_clip(config, one)
         else:
             _refuse_missing_truncation(config, one)
-    if masks and weighted and all(one.weight_mu == 1 or (config.band < math.inf and not one.has_mask) for one in weighted):
+    has_band = config.fixed_band < math.inf
+    if masks and weighted and all(one.weight_mu == 1 or (has_band and not one.has_mask) for one in weighted):
         scheduled = config.objective.interpolation_schedule != "fixed"
         raise ConfigError(
             f"variant '{config.variant}' masks nothing at any weight of this recipe: its proximal policy is MU and r_d is 1",
@@ -146,7 +147,7 @@ def cautions(config: RunConfig) -> tuple[Caution, ...]:
     bounds_r_d = config.correction.masks or config.correction.weight_high < math.inf
     if config.band == math.inf and not variant.r_d.is_one and not bounds_r_d:
         message = "no mask: band = inf, so r_d only weights, however large it is; set band = 1.5 for a mask"
-        found.append(Caution(name="no-band", message=message, figures={"band": config.band}))
+        found.append(Caution(name="no-band", message=message, figures={"band": config.fixed_band}))
     return (*found, *_hidden_bounds(config))
 
 
@@ -163,7 +164,7 @@ def _starts_at_theta(proximal: Policy, config: RunConfig) -> bool:
 
 def _hidden_bounds(config: RunConfig) -> Iterator[Caution]:
     """Bounds of an interpolation that do not exist on one side, or that lie beyond the mask's."""
-    if config.band == math.inf or find_variant(config.variant).r_d.is_one:
+    if config.fixed_band == math.inf or find_variant(config.variant).r_d.is_one:
         return
     clips, weighted = config.objective.clip == "ppo", list(_weighted(config))
     hidden = [(names, list(found)) for names, found in groupby(weighted, lambda one: _hidden(one.bounds, clips)) if names]
@@ -174,7 +175,7 @@ def _hidden_bounds(config: RunConfig) -> Iterator[Caution]:
         figures += f", clip {bounds.negative_low:.3g} <= R <= {bounds.positive_high:.3g}" if clips else ""
         yield Caution(
             name="hidden-bounds",
-            message=f"bounds of {config.variant} that never act, at band {config.band:g}: "
+            message=f"bounds of {config.variant} that never act, at band {config.fixed_band:g}: "
             + "; ".join(f"{_range(found)}: {', '.join(names)}" for names, found in hidden)
             + f" ({figures}; oldlogits bounds)",
             figures={
@@ -206,13 +207,14 @@ def _hidden(bounds: EffectiveBounds, clips: bool) -> tuple[str, ...]:
 def kept_at_lag_0(config: RunConfig) -> tuple[float, float]:
     """The ``R = old / mu`` that the mask keeps where nothing is stale and nothing learned, both ends included.
 
-    There THETA is OLD, and so is every proximal policy that is no interpolation: the band itself. 0 and inf: there is no mask.
+    There THETA is OLD, and so is every proximal policy that is no interpolation: the band itself.
+    0 and inf: there is no mask, or its band is measured.
     """
     if find_variant(config.variant).r_d.is_one:
         return 0.0, math.inf
     for one in _weighted(config):  # the first is that of staleness 0
         return one.bounds.mask_low, one.bounds.mask_high
-    return 1 / config.band, config.band
+    return 1 / config.fixed_band, config.fixed_band
 
 
 def _weighted(config: RunConfig) -> Iterator[_Weighted]:
@@ -226,7 +228,7 @@ def _weighted(config: RunConfig) -> Iterator[_Weighted]:
         bounds = effective_bounds(
             _kind(config),
             weight_mu=weight_mu,
-            band=math.inf if variant.r_d.is_one else config.band,
+            band=math.inf if variant.r_d.is_one else config.fixed_band,
             eps_low=objective.eps_low,
             eps_high=objective.eps_high,
             dual_clip=objective.dual_clip,

@@ -5,6 +5,7 @@ A range stands in the annotation of its field; the string below a field is what 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -136,17 +137,24 @@ class ProximalConfig:
     at their own version over keys and values of those versions, and are labelled mixed_kv."""
     scorer_versions: Annotated[int, Ge(1), Le(10_000)] = 2
     """dedicated only: the newest versions that the scorer holds; tokens of older ones are scored from the trainer's store."""
-    decay: Literal["fixed", "max-lag", "mean-lag", "auto"] = "max-lag"
+    decay: Literal["fixed", "max-lag", "mean-lag", "auto", "audited"] = "max-lag"
     """ewma and aged: how beta is chosen. fixed: proximal.beta. max-lag: W / (W + 2), W the largest lag. mean-lag:
     m / (1 + m), m the measured token-weighted mean lag. auto: the smallest expected error over the measured lags
-    (docs/ewma.md)."""
+    (docs/ewma.md). audited: the same, from how far log-probs of audited batches have moved; ewma only, with audit.share
+    above 0."""
     beta: Decay = 0.0
     """decay = "fixed" only, and then above 0: the decay of the average from one version to the next."""
-    reset: Literal["none", "paper", "guarded"] = "none"
+    reset: Literal["none", "paper", "guarded", "audited"] = "none"
     """ewma and aged: when the average is reset to the live weights. paper: rho < proximal.reset_below. guarded: and the
-    band would keep more tokens with the live weights, and none of the last W versions was a reset."""
+    band would keep more tokens with the live weights, and none of the last W versions was a reset. audited: where the exact
+    audit of a batch shows that the live weights would have decided more like OLD, by count and by weight."""
     reset_below: Annotated[float, Gt(0), Le(1)] = 0.9
-    """The rho, the share of tokens that stay active, below which proximal.reset asks for a reset."""
+    """The rho, the share of tokens that stay active, below which proximal.reset = "paper" or "guarded" asks for a reset."""
+
+    @property
+    def follows_audit(self) -> bool:
+        """Whether the average is formed by what the exact audit finds."""
+        return "audited" in (self.decay, self.reset)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +162,8 @@ class AuditConfig:
     """Exact log-probs beside those of the source: how often does the proximal policy decide otherwise than OLD?"""
 
     share: Share = 0.0
-    """The share of batches that are audited, evenly spaced; training itself does not change."""
+    """The share of batches that are audited, evenly spaced; training itself does not change, unless proximal.decay or
+    proximal.reset follows the audit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,8 +285,9 @@ class RunConfig:
 
     variant: Annotated[str, (*VARIANTS, *EXPERIMENTAL_VARIANTS)] = "decoupled_exact"
     """A row of the paper's table, which says what r_d and r_s are: `oldlogits show variants`."""
-    band: AboveOne = 1.5
-    """Tokens whose mismatch ratio r_d is outside of [1/band, band] are masked; inf: none is."""
+    band: AboveOne | Auto = 1.5
+    """Tokens whose mismatch ratio r_d is outside of [1/band, band] are masked; inf: none is. auto: what holds 99% of the
+    engine's own noise, measured on the tokens of the newest versions; for r_d = old/mu (docs/guard.md)."""
     seed: Seed = 0
     """The seed of everything that is drawn."""
     num_updates: Positive = 60
@@ -300,6 +310,11 @@ class RunConfig:
     ray: RayConfig = field(default_factory=RayConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     record: RecordConfig = field(default_factory=RecordConfig)
+
+    @property
+    def fixed_band(self) -> float:
+        """The band where the recipe gives one; inf where it is measured."""
+        return math.inf if self.band == "auto" else self.band
 
     @property
     def model_seed(self) -> int:

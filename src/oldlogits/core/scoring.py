@@ -123,6 +123,19 @@ class AverageScores:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AuditScores:
+    """Log-probs of the loss tokens of one batch, before the first optimizer step on it.
+
+    Args:
+        old: float32 [loss token]; those of OLD.
+        live: float32 [loss token]; those of the live weights, where an average may be reset to them.
+    """
+
+    old: NDArray[np.float32]
+    live: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineScores:
     """What the engine's numerics gave loss tokens when they were sampled, and what they give them with the live weights.
 

@@ -55,7 +55,7 @@ class Calibrator:
         num_trajectories: Trajectories of the first batch that are measured; 0: none, and the engine is not judged.
         numerics: The engine's, as the recipe calls them.
         variant: The run's variant.
-        band: The run's band on r_d.
+        band: The run's band on r_d; inf where it is measured.
         kept: The smallest and the largest ``old / mu`` that the run's mask keeps at lag 0; 0 and inf without a mask.
         enough_kept: The share of kept tokens below which the band is doubtful.
     """
@@ -77,7 +77,7 @@ class Calibrator:
             num_trajectories=config.eval.num_calibration,
             numerics=config.engine.precision,
             variant=find_variant(config.variant),
-            band=config.band,
+            band=config.fixed_band,
             kept=kept_at_lag_0(config),
             enough_kept=config.proximal.reset_below,
             trainer=trainer,

@@ -57,7 +57,7 @@ async def run_started(config: RunConfig, backend: Backend, *, version: PolicyVer
         runtime=config.runtime.type,
         seed=config.seed,
         denominator=objective.loss_aggregation,
-        band=config.band,
+        band=None if config.band == "auto" else config.band,
         eps_low=None if truncates else objective.eps_low,
         eps_high=None if truncates else objective.eps_high,
         truncation=objective.is_cap if truncates else None,

@@ -37,7 +37,7 @@ class RunStarted(Event):
     runtime: str
     seed: int
     denominator: str
-    band: float
+    band: float | None
     eps_low: float | None
     eps_high: float | None
     truncation: float | None

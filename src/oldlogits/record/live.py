@@ -254,7 +254,8 @@ def calibration_lines(found: Calibrated, started: RunStarted | None) -> Iterator
     names = [f"{'*' if band == own else ''}{band:g}" for band in found.bands]
     yield "  a band of  " + "".join(f"{name:>8}" for name in names)
     yield "  would mask " + "".join(f"{share:>8.2%}" for share in found.masked)
-    yield "  this recipe has no band: r_d = 1" if own is None else f"  *: this recipe, which keeps {found.kept:.1%}"
+    has_none = "measures its band (mask/band)" if started is not None and started.r_d != "1" else "has no band: r_d = 1"
+    yield f"  this recipe {has_none}" if own is None else f"  *: this recipe, which keeps {found.kept:.1%}"
 
 
 def print_summary(summary: Summary, run_folder: Path, *, console: Console | None = None) -> None:

@@ -17,8 +17,10 @@ from oldlogits.core.errors import ReplayError
 from oldlogits.core.policies import OLD, find_variant
 from oldlogits.core.scoring import Scored
 from oldlogits.core.source import SOURCES
+from oldlogits.loop.audit import ExactAudit
 from oldlogits.loop.task import CHECKED_EVERY
 from oldlogits.models.device import configure_process
+from oldlogits.record.bus import EventBus
 from oldlogits.replay.batches import RecordedBatch, check_vocabulary
 from oldlogits.rpc.client import Inline, client
 from oldlogits.run.specs import trainer_spec
@@ -64,6 +66,13 @@ class Replayer:
         stores = scores_old or (spec.stores_versions and is_own and not self.takes_old) or config.objective.has_reference
         takes_forward = spec.takes_training_forward and is_own
         spec = replace(spec, stores_versions=stores, takes_training_forward=takes_forward, trains_own_tokens=is_own)
+        if spec.measures_band and not is_own:
+            raise ReplayError(
+                "the band is to follow the noise of this trainer's tokens, and these are another one's",
+                got="band = 'auto'",
+                allowed="'auto' where nothing of a run's recipe is changed",
+                fix="pass --band 1.5",
+            )
         configure_process(num_threads=config.trainer.num_threads, seed=config.seed)
         self.trainer = trainer = Trainer(spec, start.model, start.probe_ids)
         self._has_reference = config.objective.has_reference
@@ -71,6 +80,14 @@ class Replayer:
         handle = client(TrainerCalls, Inline(TrainerService(trainer, time.perf_counter).call))  # type: ignore[type-abstract]
         self._source = None if self.takes_old else make_source(config.proximal.source, handle, None)
         self._snapshot = make_source("snapshot", handle, None) if scores_old else None
+        self._audit = ExactAudit.of(config, handle, EventBus(), time.perf_counter) if spec.proximal.follows_audit else None
+        if self._audit is not None and not is_own:
+            raise ReplayError(
+                "the average is to follow audits, and OLD of these tokens is another trainer's",
+                got=f"proximal.decay = '{config.proximal.decay}', proximal.reset = '{config.proximal.reset}'",
+                allowed="'audited' where nothing of a run's recipe is changed",
+                fix="pass --proximal.decay auto --proximal.reset none",
+            )
         self.gradient: list[Tensor] = []
         if start.checkpoint is not None:
             trainer.restore(start.checkpoint)
@@ -117,6 +134,8 @@ class Replayer:
             check_scored(scored, tokens.versions)
         if self._has_reference:
             self.trainer.score_reference()
+        if self._audit is not None:
+            await self._audit.score(tokens)
         result = self.trainer.train(scored)
         self.trainer.publish()
         self.trainer.retain(min(oldest_needed, self.trainer.version))

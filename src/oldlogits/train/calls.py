@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oldlogits.batch.collate import TokenBatch
-from oldlogits.core.scoring import Scored, ScoringHandle
+from oldlogits.core.scoring import AuditScores, Scored, ScoringHandle
 from oldlogits.core.weights import FullWeights, PolicyVersion
 from oldlogits.train.reports import PublishedVersion, TrainerState
 from oldlogits.train.step import UpdateResult
@@ -40,6 +40,9 @@ class TrainerCalls(ScoringHandle, Protocol):
 
     async def put_advantages(self, advantages: NDArray[np.float32]) -> None:
         """Give the batch other advantages: float32 [sequence]."""
+
+    async def note_audit(self, scores: AuditScores) -> None:
+        """Take exact log-probs of the batch in training, by which the average is formed that takes in the next version."""
 
     async def train(self, scored: Scored | None) -> UpdateResult:
         """Train the batch; the trainer's version rises by one.

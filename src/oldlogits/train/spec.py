@@ -72,7 +72,7 @@ class TrainerSpec(ForwardSpec):
         proximal: The section of the proximal policy: how an average of the weights decays, and when it is reset.
         versions: The section of the version store.
         variant: The variant of the objective.
-        band: The band on r_d.
+        band: The band on r_d; where it is measured the trainer puts that of the update in its place.
         num_updates: The updates of the whole run; the learning rate follows them.
         max_staleness: The staleness that no trained token exceeds.
         window: The largest lag that the backend can produce, in versions.
@@ -82,6 +82,7 @@ class TrainerSpec(ForwardSpec):
         sends_patches: Whether the receivers of weights can take patches.
         keeps_average: Whether somebody asks for averaged weights.
         takes_training_forward: Whether OLD of tokens of the version that enters training is THETA of its first optimizer step.
+        measures_band: Whether the band follows the noise of tokens at lag 0.
         trains_own_tokens: Whether the versions that sampled the tokens are those of this trainer; where they are another one's,
             OLD of tokens of lag 0 is not THETA.
     """
@@ -101,6 +102,7 @@ class TrainerSpec(ForwardSpec):
     sends_patches: bool
     keeps_average: bool
     takes_training_forward: bool = False
+    measures_band: bool = False
     trains_own_tokens: bool = True
 
     @property

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from oldlogits.batch.collate import TokenBatch, followed
 from oldlogits.core.errors import RunFolderError, writing
 from oldlogits.core.loss import LOSSES
-from oldlogits.core.scoring import Scored
+from oldlogits.core.scoring import AuditScores, Scored
 from oldlogits.core.weights import FullWeights, PolicyVersion
 from oldlogits.models.checksums import write_sums
 from oldlogits.models.load import load_tokenizer, local, model_of, point_at
@@ -32,6 +32,7 @@ from oldlogits.models.lora import write_adapters
 from oldlogits.models.ranks import ALONE, Ranks
 from oldlogits.models.routing import take_counts
 from oldlogits.rpc.client import Dispatcher
+from oldlogits.train.audited import Judge
 from oldlogits.train.calls import TrainerCalls
 from oldlogits.train.checkpoint import (
     STATE,
@@ -49,6 +50,7 @@ from oldlogits.train.checkpoint import (
     write_model,
 )
 from oldlogits.train.consistency import is_routed
+from oldlogits.train.measured_band import MeasuredBand
 from oldlogits.train.optimizer import Optimizer
 from oldlogits.train.reports import ConsistencyErrors, ProbeNoise, PublishedVersion, TrainerState
 from oldlogits.train.scorer import Scorer
@@ -70,7 +72,7 @@ class Trainer:
     """
 
     def __init__(self, spec: TrainerSpec, model_folder: Path, probe_ids: Sequence[int], ranks: Ranks = ALONE) -> None:
-        LOSSES.find(spec.objective.loss)  # one that is not there is refused here, not at the first step
+        loss = LOSSES.find(spec.objective.loss)  # one that is not there is refused here, not at the first step
         self.live = live = load_live(spec, model_folder, ranks)
         self._spec, self._tokenizer = spec, load_tokenizer(model_folder)
         self.store: TrainerVersionStore | None = None
@@ -89,6 +91,9 @@ class Trainer:
         )
         self.optimizer = Optimizer(live.model, spec)
         self._scored: Scored | None = None
+        self._band = MeasuredBand() if spec.measures_band else None
+        self._judge = Judge(loss=loss, objective=spec.knobs, max_staleness=spec.max_staleness)
+        self._audit: AuditScores | None = None  # of the batch in training
         self._saving: Saving | None = None
         self._older: OlderVersions = {}  # of a checkpoint that was restored, until its version is published
         self.busy_s = 0.0
@@ -133,6 +138,7 @@ class Trainer:
 
     def put_batch(self, batch: TokenBatch) -> None:
         """Take the batch that the next calls of `Scorer.score` and `train` are about."""
+        self._audit = None
         self.scorer.put(followed(batch, self._spec.model.routing))
 
     def score_reference(self) -> NDArray[np.float32]:
@@ -151,29 +157,41 @@ class Trainer:
         """Give the batch other advantages: float32 [sequence]."""
         self.scorer.batch = replace(self.scorer.current_batch(), advantages=advantages)
 
+    def note_audit(self, scores: AuditScores) -> None:
+        """Take exact log-probs of the batch in training, by which the average is formed that takes in the next version."""
+        self._audit = scores
+
     def train(self, scored: Scored | None) -> UpdateResult:
         """Train the batch; the trainer's version rises by one."""
         batch = self.scorer.current_batch()
         self._scored = scored
-        live = self.live
+        live, spec = self.live, self._spec
+        if self._band is not None:
+            spec = replace(spec, band=self._band.of_batch(batch, self.version, self.scorer.score))
         result = update(
             live.model,
             self.optimizer,
             batch if self._spec.model.routing == "replayed" else replace(batch, chains=None),
             scored,
             version=live.version,
-            spec=self._spec,
+            spec=spec,
             ranks=live.ranks,
             noise=self.scorer.checks.noise,
         )
-        result = replace(result, metrics={**result.metrics, **take_counts(live.scoring, live.ranks).metrics("routing/scored")})
+        metrics = {**result.metrics, **take_counts(live.scoring, live.ranks).metrics("routing/scored")}
+        if self._band is not None:
+            metrics |= self._band.metrics(spec.band, result.table)
+            self._band.note_update(result.table)
+        result = replace(result, metrics=metrics)
         self.scorer.checks.note_lag0(result.lag0_max_abs_error, result.rescored_max_abs_error)
         self.scorer.batch = None
         live.version += 1
         if self._averaging is None:
             return result
-        started = time.perf_counter()
-        found, reset = self._averaging.take_in(live.weights, live.version, result.metrics, result.staleness_counts)
+        started, scores = time.perf_counter(), self._audit
+        audit = self._judge.audited(scores, result.table, self._spec.window + 1) if scores is not None else None
+        counts = result.staleness_counts
+        found, reset = self._averaging.take_in(live.weights, live.version, result.metrics, counts, audit)
         metrics = {**result.metrics, **found, "average/take_in_s": time.perf_counter() - started}
         return replace(result, metrics=metrics, average_reset=reset)
 
@@ -219,6 +237,8 @@ class Trainer:
         if self._averaging is not None:
             tensors |= {f"averaging|{key}": value for key, value in self._averaging.state().items()}
             tensors |= sliced("averaged", self._averaging.average.weights, live.model)
+        if self._band is not None:
+            tensors |= {f"band|{key}": value for key, value in self._band.state().items()}
         state = host_copy(tensors, live.ranks)
         counters = {"version": live.version, "schedule_steps": self.optimizer.num_steps, "device": live.ranks.device.type}
         counters |= {"probe_logps": _as_lists(checks.published), "engine_noise": _as_lists(self.scorer.engine_noise)}
@@ -291,6 +311,8 @@ class Trainer:
         point_at(live.scoring, live.weights)
         if live.version in published:  # else it was never published
             checks.check(live.scoring, f"the restored version {live.version}", live.version)
+        if self._band is not None:
+            self._band.load(of_kind("band", state))
         if self._averaging is not None:
             weights = {name: local(weight) for name, weight in of_kind("averaged", state).items()}
             self._averaging.load(of_kind("averaging", state), weights)

@@ -1,7 +1,8 @@
 """Exact versions of the forward weights, and their average."""
 
-from oldlogits.versions.decay import best_beta, growth_exponent, mean_lag_beta, window_beta
+from oldlogits.versions.decay import best_beta, growth_exponent, mean_lag_beta, weighted_errors, window_beta
 from oldlogits.versions.ewma import WeightAverage
+from oldlogits.versions.growth import MeasuredGrowth, measured_growth
 from oldlogits.versions.host_copy import HostCopy
 from oldlogits.versions.patches.codec import apply, encode
 from oldlogits.versions.patches.flat import FlatWeights
@@ -16,6 +17,7 @@ __all__ = [
     "FlatWeights",
     "HostCopy",
     "Layout",
+    "MeasuredGrowth",
     "Patch",
     "PatchStore",
     "Shard",
@@ -28,6 +30,8 @@ __all__ = [
     "growth_exponent",
     "kernels_in_use",
     "mean_lag_beta",
+    "measured_growth",
     "warm_up",
+    "weighted_errors",
     "window_beta",
 ]

@@ -120,7 +120,7 @@ def decision_errors(
     dual_clip: float | None,
     weight_mu: float = 0.5,
 ) -> tuple[DecisionError, ...]:
-    """The decision errors of every proximal policy on a trace, under every band.
+    """The decision errors of every proximal policy on a trace, its further averages included, under every band.
 
     Args:
         table: Of `record_trace`.
@@ -136,6 +136,8 @@ def decision_errors(
         ConfigError: A bound is out of range.
     """
     info = TraceInfo.of(table)
+    others = {name: StandIn(logp=_recorded(name), average=name) for name in info.beta if name not in PROXIMAL_POLICIES}
+    policies = {**PROXIMAL_POLICIES, **others}
     columns = {name: torch.from_numpy(table.column(name).to_numpy().copy()) for name in table.column_names}
     judge = _Judge(columns, eps_low=eps_low, eps_high=eps_high, dual_clip=dual_clip)
     num_tokens, num_nonzero = len(table), int(columns["advantage"].count_nonzero())
@@ -157,7 +159,7 @@ def decision_errors(
             **_shares(judge.sums(proximal_policy.logp(columns, weight_mu), band)),
         )
         for band in bands
-        for name, proximal_policy in PROXIMAL_POLICIES.items()
+        for name, proximal_policy in policies.items()
     )
 
 

@@ -58,7 +58,7 @@ def recomputed_loss(config: RunConfig, columns: dict[str, np.ndarray]) -> float:
     The mean over its optimizer steps, as ``loss/value``. `columns` are those of the update's token table.
     """
     own = config.objective
-    objective = objective_of(own, config.correction, variant=config.variant, band=config.band)
+    objective = objective_of(own, config.correction, variant=config.variant, band=config.fixed_band)
     column = {name: torch.tensor(columns[name]) for name in _COLUMNS[2:]}
     sequence = torch.from_numpy(np.unique(columns["trajectory"], return_inverse=True)[1])
     found = []
@@ -85,7 +85,7 @@ def recomputed_loss(config: RunConfig, columns: dict[str, np.ndarray]) -> float:
             mode=own.loss_aggregation,
             sequence_index=index,
             num_sequences=num,
-            kept_mask=kept_mask(log_discrepancy(objective.variant, logp), mask, config.band) if is_kept else None,
+            kept_mask=kept_mask(log_discrepancy(objective.variant, logp), mask, objective.band) if is_kept else None,
             constant=own.loss_aggregation_tokens,
             dtype=torch.float64,
         )

@@ -49,7 +49,7 @@ def run_learning(config: RunConfig, folder: Path, *, regime: str, method: str, b
         method=method,
         block=block,
         seed=config.seed,
-        band=config.band,
+        band=config.fixed_band,
         eps_low=config.objective.eps_low,
         eps_high=config.objective.eps_high,
         success=curve[-1].success if curve else 0.0,

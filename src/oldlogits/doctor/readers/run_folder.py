@@ -143,6 +143,6 @@ def _settings(folder: RunFolder) -> Settings | None:
         eps_low=objective.eps_low,
         eps_high=objective.eps_high,
         dual_clip=objective.dual_clip if objective.dual_clip is not None else math.inf,
-        band=config.band,
+        band=config.fixed_band,
         stated=objective.clip == "ppo",
     )

@@ -93,7 +93,7 @@ def _reset_row(event: AverageWasReset) -> tuple[str, ...]:
     return (
         str(event.version),
         event.rule,
-        f"{event.rho:.2%} < {event.tau:.0%}",
+        f"{event.rho:.2%}" + (f" < {event.tau:.0%}" if event.rho < event.tau else ""),
         f"{event.age:.1f}",
         f"{event.kept_average:.2%}",
         f"{event.kept_live:.2%}",
