@@ -14,8 +14,8 @@ from oldlogits.cli.show import TABLES
 from oldlogits.config.check import check
 from oldlogits.config.guard import cautions
 from oldlogits.config.load import config_from_table, known_keys, load_config
-from oldlogits.config.losses import options_of
-from oldlogits.config.presets import PRESETS, expanded
+from oldlogits.config.objective.losses import options_of
+from oldlogits.config.objective.presets import PRESETS, expanded
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.loss import LossCard, card_of
 from oldlogits.core.objective.cards import CARDS

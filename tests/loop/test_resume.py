@@ -13,7 +13,8 @@ import torch
 
 from oldlogits.cli.main import run as command
 from oldlogits.config.check import resolve
-from oldlogits.config.schema import ProximalConfig, RunConfig
+from oldlogits.config.objective.sections import ProximalConfig
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import RunFolderError
 from oldlogits.core.source import SOURCES
 from oldlogits.engines.embedded import engine

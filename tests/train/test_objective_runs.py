@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from oldlogits.config.presets import PRESETS
+from oldlogits.config.objective.presets import PRESETS
 from oldlogits.run.run import run
 
 from ..runs import check_accounting, events_of, recipe

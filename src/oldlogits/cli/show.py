@@ -17,7 +17,7 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from oldlogits.cli.table import INDENT, Rows, wrapped
-from oldlogits.config.presets import PRESETS
+from oldlogits.config.objective.presets import PRESETS
 from oldlogits.config.reader import allowed_values, as_written, fields_by_key
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import ConfigError

@@ -21,7 +21,7 @@ from oldlogits.cli.main import FAILED, INTERRUPTED, print_error
 from oldlogits.cli.table import wrapped
 from oldlogits.config.guard import cautions
 from oldlogits.config.load import load_config
-from oldlogits.config.presets import chosen_differently, find_preset
+from oldlogits.config.objective.presets import chosen_differently, find_preset
 from oldlogits.config.programs import rows_in_words
 from oldlogits.config.reader import as_written, fields_by_key
 from oldlogits.config.schema import RunConfig

@@ -12,14 +12,14 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from oldlogits.config.episodes import EnvConfig
 from oldlogits.config.guard import refuse_idle
-from oldlogits.config.losses import check_loss
 from oldlogits.config.mixture import check_mixture, mixture_files
 from oldlogits.config.model_folder import check_model_folder
+from oldlogits.config.objective.losses import check_loss
+from oldlogits.config.objective.terms import check_terms
 from oldlogits.config.programs import check_program
 from oldlogits.config.reader import as_written, build, fields_by_key, registry_of
 from oldlogits.config.schema import RunConfig
 from oldlogits.config.servers import check_servers
-from oldlogits.config.terms import check_terms
 from oldlogits.core.backend import BACKENDS
 from oldlogits.core.environment import is_model_folder
 from oldlogits.core.errors import ConfigError, reading

@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin
 import tyro
 
 from oldlogits.config.check import check, resolve
-from oldlogits.config.presets import expanded
+from oldlogits.config.objective.presets import expanded
 from oldlogits.config.reader import Table, build, fields_by_key, nearest_key, stray
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import ConfigError, reading

@@ -336,9 +336,8 @@ class Loop:
     async def checkpoint(self) -> None:
         """Begin to write a checkpoint: the trainer, what the loop needs to go on, and all that is in flight.
 
-        The engine has shown by then that it holds the version.
-        What happens to that from here on is in the journal. A run that goes on does the updates after the checkpoint again,
-        with their batches; events that are recorded from here on do not count for it.
+        The engine has shown by then that it holds the version. What happens from here on is in the journal. A run that goes on
+        does the updates after the checkpoint again, with their batches; later events do not count for it.
         """
         await self._sync.checked()
         await self.checkpoints.finish()

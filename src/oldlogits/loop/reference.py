@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oldlogits.batch.collate import TokenBatch
-from oldlogits.config.schema import ObjectiveConfig
+from oldlogits.config.objective.sections import ObjectiveConfig
 from oldlogits.core.trajectory import TrajectoryGroup
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.objective.advantages import advantages_of

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from oldlogits.config.episodes import EvalConfig, RolloutConfig
-from oldlogits.config.schema import ObjectiveConfig, RecordConfig, RunConfig
+from oldlogits.config.objective.sections import ObjectiveConfig
+from oldlogits.config.schema import RecordConfig, RunConfig
 from oldlogits.rollout.player import Player
 from oldlogits.rollout.tasks import TaskDataset
 

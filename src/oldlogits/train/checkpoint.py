@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -246,3 +248,13 @@ def _system_errors() -> Iterator[None]:
     except SafetensorError as error:
         found = _SYSTEM_ERROR.search(str(error))
         raise OSError(int(found[2]), found[1].strip()) if found else OSError(str(error)) from error
+
+
+def as_lists(of_probe: Mapping[PolicyVersion, NDArray[np.float32]]) -> Mapping[str, list[float]]:
+    """Values of the probe tokens by version, as JSON holds them: float32 comes back bit for bit."""
+    return {str(version): values.tolist() for version, values in of_probe.items()}
+
+
+def as_arrays(listed: Mapping[str, list[float]]) -> dict[PolicyVersion, NDArray[np.float32]]:
+    """Give what `as_lists` has written."""
+    return {int(version): np.array(values, np.float32) for version, values in listed.items()}

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -102,6 +103,10 @@ class Scorer:
         with self._live.arithmetic.in_fp32():
             in_fp32 = score(**self._sizes) if is_rounded else packed
         self.checks.note_noise(PackingNoise.between(packed, alone, in_fp32))
+
+    def put_advantages(self, advantages: NDArray[np.float32]) -> None:
+        """Give the batch other advantages: float32 [sequence]."""
+        self.batch = replace(self.current_batch(), advantages=advantages)
 
     def score_mixed(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Give OLD of all loss tokens of the batch, over keys and values of the versions that computed them in the engine.

@@ -11,8 +11,9 @@ from typing import Literal
 
 import torch
 
-from oldlogits.config.losses import options_of
-from oldlogits.config.schema import ModelConfig, ObjectiveConfig, ProximalConfig, TrainerConfig
+from oldlogits.config.objective.losses import options_of
+from oldlogits.config.objective.sections import ObjectiveConfig, ProximalConfig
+from oldlogits.config.schema import ModelConfig, TrainerConfig
 from oldlogits.config.systems import VersionsConfig
 from oldlogits.core.loss import Objective
 from oldlogits.core.objective.correction import Correction

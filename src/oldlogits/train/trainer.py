@@ -39,6 +39,8 @@ from oldlogits.train.checkpoint import (
     OlderVersions,
     Saving,
     Snapshot,
+    as_arrays,
+    as_lists,
     host_copy,
     of_kind,
     older_files,
@@ -153,10 +155,6 @@ class Trainer:
         self.scorer.batch = replace(batch, logp_reference=values)
         return values
 
-    def put_advantages(self, advantages: NDArray[np.float32]) -> None:
-        """Give the batch other advantages: float32 [sequence]."""
-        self.scorer.batch = replace(self.scorer.current_batch(), advantages=advantages)
-
     def note_audit(self, scores: AuditScores) -> None:
         """Take exact log-probs of the batch in training, by which the average is formed that takes in the next version."""
         self._audit = scores
@@ -241,7 +239,7 @@ class Trainer:
             tensors |= {f"band|{key}": value for key, value in self._band.state().items()}
         state = host_copy(tensors, live.ranks)
         counters = {"version": live.version, "schedule_steps": self.optimizer.num_steps, "device": live.ranks.device.type}
-        counters |= {"probe_logps": _as_lists(checks.published), "engine_noise": _as_lists(self.scorer.engine_noise)}
+        counters |= {"probe_logps": as_lists(checks.published), "engine_noise": as_lists(self.scorer.engine_noise)}
         counters |= asdict(checks.errors)
         folders: list[Callable[[], None]] = []
         if live.ranks.is_first:
@@ -304,8 +302,8 @@ class Trainer:
         self.optimizer.load(state, counters.pop("schedule_steps"))
         live.version = counters.pop("version")
         same_device = counters.pop("device", live.ranks.device.type) == live.ranks.device.type
-        published = _as_arrays(counters.pop("probe_logps"))
-        self.scorer.engine_noise = _as_arrays(counters.pop("engine_noise"))
+        published = as_arrays(counters.pop("probe_logps"))
+        self.scorer.engine_noise = as_arrays(counters.pop("engine_noise"))
         exact = same_device and live.arithmetic.compute == torch.float32  # CPUs and GPUs of one kind round bf16 sums otherwise
         checks.restore(published, ConsistencyErrors(**counters), same_arithmetic=exact)
         point_at(live.scoring, live.weights)
@@ -350,12 +348,3 @@ class TrainerService(Dispatcher):
 def _oldest_of(versions: Sequence[PolicyVersion]) -> PolicyVersion:
     """Give the oldest of the newest versions that follow one another: a reference may stand apart."""
     return next(version for version in reversed(versions) if version - 1 not in versions)
-
-
-def _as_lists(of_probe: Mapping[PolicyVersion, NDArray[np.float32]]) -> Mapping[str, list[float]]:
-    """Values of the probe tokens by version, as JSON holds them: float32 comes back bit for bit."""
-    return {str(version): values.tolist() for version, values in of_probe.items()}
-
-
-def _as_arrays(listed: Mapping[str, list[float]]) -> dict[PolicyVersion, NDArray[np.float32]]:
-    return {int(version): np.array(values, np.float32) for version, values in listed.items()}

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from oldlogits.batch.collate import TokenBatch
-from oldlogits.config.schema import ProximalConfig, RecordConfig, RunConfig
+from oldlogits.config.objective.sections import ProximalConfig
+from oldlogits.config.schema import RecordConfig, RunConfig
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.weights import FullWeights
 from oldlogits.models.layout.decoder import lay_out

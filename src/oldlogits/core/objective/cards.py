@@ -30,10 +30,10 @@ class LossCard:
 
     Args:
         what: What it does to a token, in a line.
-        paper: Where the formula is from.
+        paper: The paper, or the code, that the formula is from.
         variant: The row of the paper's table that is the paper's own; every other row may be used.
         options: The class of its own knobs, a dataclass with ranges in the annotations; None: it has none.
-        bounds: Which of the recipe's bounds on r_s it reads; another one that is not the default is refused.
+        bounds: The recipe's bounds on r_s that it reads; another one that is not the default is refused.
         has_active_set: Whether its masks say all of what r_s does; the audit, which compares them, is refused where not.
         is_guarded: Whether the rules of config/guard.py, which are about the band and the PPO clip, are about this loss.
         step_rule: The import path of a function from all tokens of an optimizer step (`LossInputs` without THETA) and the

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oldlogits.config.schema import ProximalConfig
+from oldlogits.config.objective.sections import ProximalConfig
 from oldlogits.core.errors import RunFolderError
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.train.audited import AuditedUpdate, LagSums

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 
+from oldlogits.config.objective.sections import ObjectiveConfig
 from oldlogits.config.reader import Table, as_written, build, stray
 from oldlogits.config.reader import nearest_key as nearest
-from oldlogits.config.schema import ObjectiveConfig, RunConfig
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.loss import card_of
 from oldlogits.core.objective.cards import R_S_BOUNDS

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from operator import attrgetter
 
-from oldlogits.config.schema import ObjectiveConfig, RunConfig
+from oldlogits.config.objective.sections import ObjectiveConfig
+from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import ConfigError
 
 
