@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -20,8 +22,9 @@ from oldlogits.config.load import config_from_table
 from oldlogits.config.presets import PRESETS
 from oldlogits.core.loss import LOSSES, STEP_RULES, LossInputs, Objective
 from oldlogits.core.objective.cards import CARDS
+from oldlogits.core.objective.correction import Correction
 from oldlogits.core.policies import ASYNC, MU, OLD, THETA, find_variant
-from oldlogits.objective import correct, log_discrepancy, token_weights, weighted_loss
+from oldlogits.objective import correct, log_discrepancy, mean_weight, token_weights, weighted_loss
 from oldlogits.train.spec import objective_of
 
 pytestmark = pytest.mark.peers
@@ -69,9 +72,7 @@ def ours(data, theta, name, knobs, aggregation="token-mean"):
     tokens = flat(data, theta, knobs.variant.proximal)
     if CARDS[name].step_rule:
         step_mask = STEP_RULES.find(CARDS[name].step_rule)(tokens, knobs)
-        tokens = LossInputs(
-            **{key: getattr(tokens, key) for key in LossInputs.__slots__ if key != "step_mask"}, step_mask=step_mask
-        )
+        tokens = replace(tokens, step_mask=step_mask)
     terms = LOSSES.find(name)(tokens, knobs)
     kept = (
         correct(log_discrepancy(knobs.variant, tokens.logp), tokens, knobs).kept if aggregation == "token-mean-kept" else None
@@ -87,11 +88,12 @@ def ours(data, theta, name, knobs, aggregation="token-mean"):
     return weighted_loss(terms.values, weights)
 
 
-def same(data, theirs, mine):
-    """Both losses, and their gradients with respect to theta."""
+def same(data, theirs, mine, *, by_row=False):
+    """Both losses, and their gradients with respect to theta; or what the gradients of each row sum up to."""
     thetas = [data["theta"].clone().requires_grad_() for _ in range(2)]
     losses = [loss(theta) for loss, theta in zip((theirs, mine), thetas, strict=True)]
     gradients = [torch.autograd.grad(loss, theta)[0] for loss, theta in zip(losses, thetas, strict=True)]
+    gradients = [one.sum(1) for one in gradients] if by_row else gradients
     torch.testing.assert_close(losses[1], losses[0].double(), rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-6, atol=1e-9)
     assert gradients[0].count_nonzero() > 0
@@ -127,7 +129,8 @@ def test_verls_registered_losses_are_ours(data, theirs):
     function, config = get_policy_loss_fn(theirs), verl_config(**clips)
 
     def loss(theta):
-        return function(data["old"], theta, data["a"], data["mask"].double(), "token-mean", config)[0]
+        mode = "token-mean" if aggregation == "token-mean" else "seq-mean-token-mean"
+        return function(data["old"], theta, data["a"], data["mask"].double(), mode, config)[0]
 
     same(data, loss, lambda theta: ours(data, theta, name, knobs, aggregation))
 
@@ -185,9 +188,6 @@ def test_verls_bypass_mode_of_a_preset_is_ours(data, preset):
 
 
 def test_verls_batch_normalised_weights_have_our_mean(data):
-    from oldlogits.core.objective.correction import Correction
-    from oldlogits.objective import mean_weight
-
     for level in ("token", "sequence"):
         knobs = Objective(
             variant=find_variant("decoupled_exact"), band=math.inf, correction=Correction(weight_level=level, weight_high=2.0)
@@ -222,14 +222,13 @@ def areal_loss(data, theta, *, rejection=None, **changes):
 def test_areals_decoupled_loss_with_rejection_is_ours(data, preset, rejection, changes):
     name, knobs, aggregation = by_preset(preset)
     if rejection["upper"] != 5.0:
-        from dataclasses import replace
-
         knobs = replace(knobs, correction=replace(knobs.correction, token_high=rejection["upper"]))
     made = RejectionSamplingConfig(level="token", action="mask", metric="ratio", **rejection)
     same(
         data,
         lambda theta: areal_loss(data, theta, rejection=made, **changes),
         lambda theta: ours(data, theta, name, knobs, aggregation),
+        by_row=preset == "areal:gspo",
     )
 
 
@@ -248,8 +247,6 @@ def test_areals_sapo_is_ours(data):
 def test_areals_m2po_masks_our_tokens(data, threshold):
     kept = areal_actor._apply_m2po_masking(data["mu"], data["old"], data["mask"], threshold)
     _, knobs, _ = by_preset("areal:m2po")
-    from dataclasses import replace
-
     knobs = replace(knobs, options=CARDS["m2po"].options(threshold=threshold))
     mine = STEP_RULES.find(CARDS["m2po"].step_rule)(flat(data, data["theta"], ASYNC), knobs)
     assert mine.tolist() == kept[data["mask"]].tolist()
@@ -289,7 +286,7 @@ def trl_loss(data, theta, *, ratio, **changes):
         "vllm_importance_sampling_correction": True, "aux_loss_enabled": False, "_entropy_bonus_enabled": False,
         "use_adaptive_entropy": False, "current_gradient_accumulation_steps": 1,
     } | changes  # fmt: skip
-    metrics = {mode: __import__("collections").defaultdict(list) for mode in ("train", "eval")}
+    metrics = {mode: defaultdict(list) for mode in ("train", "eval")}
     stub = Stub(
         theta=theta, args=args, accelerator=gathered, model=SimpleNamespace(training=False), _metrics=metrics, **settings
     )
