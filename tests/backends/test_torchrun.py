@@ -36,6 +36,21 @@ CASES = {
     "adapters, bf16": {"model": {"lora_rank": 4, "forward_dtype": "bf16"}, "trainer": {"activation_checkpointing": True}},
     "moments on the host": {"trainer": {"offload_optimizer": True}},
     "measured band": {"band": "auto", "engine": {"precision": "int8"}},
+    "terms": {
+        "objective": {
+            "kl_coefficient": 0.05,
+            "kl_reference_every": 2,
+            "entropy_bonus": 0.02,
+            "advantage": "token-normalised",
+            "clip_by_lag": "inverse",
+        },
+        "trainer": {"lr": 3e-3, "warmup_steps": 0, "lr_by_staleness": "inverse", "activation_checkpointing": True},
+    },
+    "reference in the reward": {
+        "objective": {"kl_coefficient": 0.5, "kl_in": "reward"},
+        "engine": {"precision": "int8"},
+        "trainer": {"lr": 3e-3},
+    },
     "token-mean-kept": {"objective": {"loss_aggregation": "token-mean-kept"}, "band": 1.2},
 }
 
@@ -99,6 +114,10 @@ def test_two_ranks_give_the_losses_the_old_logits_and_the_weights_of_one_process
     assert first["grad/norm"] > 1e-3
     left, right = state_of(tmp_path / "one"), state_of(tmp_path / "two")
     assert largest_difference(left, right, "master") <= 1e-4
+    if "kl_coefficient" in CASES[case].get("objective", {}):
+        found = [[e.metrics["kl/theta_ref_k3"] for e in events_of(tmp_path / name, "update")] for name in ("one", "two")]
+        assert found[0] == pytest.approx(found[1], rel=1e-2, abs=1e-6)
+        assert min(map(max, found)) > 1e-5
     if case == "moments on the host":
         assert largest_difference(left, right, "exp_avg") <= 1e-4
     if "adapters" in case:

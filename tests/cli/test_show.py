@@ -93,7 +93,8 @@ def test_the_recipe_is_shown_with_what_each_key_allows():
     for key, choices in {
         "objective.mismatch_correction": "weight_and_mask, mask",
         "objective.loss_aggregation": "token-mean, token-mean-kept, sequence-mean, constant",
-        "objective.advantage": "group-normalised, mean-only, leave-one-out, batch-normalised, token-normalised, batch-baseline",
+        "objective.advantage": "group-normalised, mean-only, leave-one-out, batch-normalised, token-normalised, "
+        "batch-baseline, turn-to-go",
         "engine.precision": "fp32, bf16, fp8, int8, int4, fp8_dynamic",
         "engine.kv": "recompute, stale",
         "lockstep.lag": "fresh_first, even, skewed, random",

@@ -17,8 +17,21 @@ from oldlogits.run.specs import trainer_spec
 from oldlogits.train.trainer import Trainer
 
 from ..builders import batch_of, sampled, trajectory
-from ..runs import assert_same_state, check_accounting, events_of, recipe, write_recipe
+from ..runs import Words, assert_same_state, check_accounting, events_of, recipe, write_recipe
 from ..train.test_trainer import PROBE, all_tokens, batch_at, old_of
+
+
+class Numbered(Words):
+    """Each answered turn is worth its number, beside the reward of the end."""
+
+    def reset(self, start):
+        self._answered = 0
+        return super().reset(start)
+
+    def get_turn_reward(self):
+        self._answered += 1
+        return float(self._answered)
+
 
 ALL = {
     "objective": {
@@ -237,3 +250,26 @@ def test_tasks_that_are_played_once_are_trained_against_the_batch(tiny_folder, t
     expected = [(r - statistics.mean(rewards)) / (statistics.stdev(rewards) + 1e-6) for r in rewards]
     np.testing.assert_allclose([one["advantage"] for one in episodes], expected, rtol=1e-5, atol=1e-6)
     assert check_accounting(tmp_path / "run")["trained"] == 16
+
+
+@pytest.mark.slow
+def test_rewards_of_turns_reach_the_tokens_of_their_own_turn_and_of_those_before(tiny_folder, tmp_path):
+    """Turn k, from 0, was given k + 1: what is left of the reward from it on is the reward less k (k + 1) / 2."""
+    env = {"target": f"{__name__}:Numbered", "max_episode_tokens": 96, "max_tokens_per_turn": 12, "max_turns": 4}
+    objective = {"advantage": "turn-to-go", "kl_coefficient": 0.01, "entropy_bonus": 0.01}
+    config = recipe(tiny_folder, num_updates=2, env=env, objective=objective)
+    assert command(["train", str(write_recipe(tmp_path / "r.toml", config)), "--out", str(tmp_path / "run")]) == 0
+    rows = pq.read_table(tmp_path / "run/tokens/v000001.parquet").to_pylist()
+    turns, last = {}, {}
+    for row in rows:
+        name, index = row["trajectory"], row["index"]
+        turns[name] = turns.get(name, -1) + (index != last.get(name, -2) + 1)
+        last[name] = index
+        k = row["turn"] = turns[name]
+        row["to_go"], row["group"] = row["reward"] - k * (k + 1) / 2, name.partition(".")[0]
+    assert max(turns.values()) > 0
+    for row in rows:
+        alike = {one["trajectory"]: one["to_go"] for one in rows if (one["group"], one["turn"]) == (row["group"], row["turn"])}
+        assert row["advantage"] == pytest.approx(row["to_go"] - statistics.mean(alike.values()), abs=1e-5)
+    differing = {name: {row["advantage"] for row in rows if row["trajectory"] == name} for name in turns}
+    assert any(len(found) > 1 for found in differing.values())

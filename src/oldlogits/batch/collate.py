@@ -29,6 +29,7 @@ class TokenBatch(Sequences):
         logp_mu: float32 [token], natural log; 0 for context.
         mixed_kv: bool [token]; sampled over keys and values of older versions.
         advantages: float32 [sequence].
+        token_advantages: float32 [loss token]; they take the place of `advantages`; None: a sequence's tokens have the same.
         rewards: float32 [sequence].
         step: int64 [sequence]; the optimizer step, counted from 0, that trains it.
         trajectory_ids: One per sequence.
@@ -46,6 +47,7 @@ class TokenBatch(Sequences):
     trajectory_ids: tuple[str, ...]
     chains: RoutingChains | None = None
     logp_reference: Floats | None = None
+    token_advantages: Floats | None = None
 
     @property
     def versions(self) -> tuple[int, ...]:

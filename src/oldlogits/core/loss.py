@@ -74,7 +74,7 @@ class LossInputs:
     Args:
         logp: Natural-log probability of each sampled token, by policy: MU, THETA, and the variant's proximal policy; REFERENCE
             where the recipe has one. Only those of THETA carry a gradient.
-        advantages: float32; one value for all tokens of a sequence.
+        advantages: float32; one value for all tokens of a sequence, or of a turn with ``objective.advantage = "turn-to-go"``.
         loss_mask: bool; True where a token is trained. Context tokens are left out beforehand, so today all are True.
         staleness: int64; the trainer's version minus the version that sampled the token.
         sequence_index: int64, in [0, num_sequences); the trajectory that a token belongs to.

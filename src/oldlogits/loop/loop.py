@@ -22,7 +22,6 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
-from oldlogits.batch.collate import collate
 from oldlogits.config.guard import Caution
 from oldlogits.core.engine_stats import EngineStats
 from oldlogits.core.errors import NonFiniteError
@@ -47,11 +46,10 @@ from oldlogits.loop.metrics import (
     usage_metrics,
     version_published,
 )
-from oldlogits.loop.reference import score_reference
+from oldlogits.loop.reference import batch_of, score_reference
 from oldlogits.loop.resume import FILE, LoopState, sampler_seed
 from oldlogits.loop.task import LoopConfig, Task
 from oldlogits.loop.weight_sync import WeightSync
-from oldlogits.objective.advantages import advantages_of
 from oldlogits.record.events import Warned
 from oldlogits.record.recording import Recording
 from oldlogits.rollout.admission import pace_of
@@ -218,7 +216,7 @@ class Loop:
         self._events.emit(batch_taken(groups, self.version, timer.seconds("wait_batch")))
         with timer.part("score"):
             o = self._config.objective
-            batch = collate(groups, advantages_of(groups, o.advantage, o.branch_weight), num_steps=self._config.minibatches)
+            batch = batch_of(groups, o, num_steps=self._config.minibatches)
             tokens = batch.entering(self.version, checked_every=self._config.checked_every)
             await trainer.put_batch(batch)
             if self.source.needs_pause:

@@ -1,4 +1,4 @@
-"""The reference of a batch: an earlier version scores it, and what leaving that costs an episode may be taken off its reward.
+"""The advantages of a batch, and its reference: what leaving that costs an episode may be taken off its reward.
 
 put_batch -> trainer.score_reference -> in the loss: train reads it
                                      -> in the reward: sum of log mu - log reference -> advantages -> put_advantages -> train
@@ -7,16 +7,25 @@ put_batch -> trainer.score_reference -> in the loss: train reads it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from oldlogits.batch.collate import TokenBatch
+from oldlogits.batch.collate import TokenBatch, collate
 from oldlogits.config.objective.sections import ObjectiveConfig
 from oldlogits.core.trajectory import TrajectoryGroup
 from oldlogits.core.weights import PolicyVersion
-from oldlogits.objective.advantages import advantages_of
+from oldlogits.objective.advantages import advantages_of, turn_advantages_of
 from oldlogits.train.calls import TrainerCalls
+
+
+def batch_of(groups: Sequence[TrajectoryGroup], objective: ObjectiveConfig, *, num_steps: int) -> TokenBatch:
+    """Collate groups with the advantages that the recipe gives them."""
+    batch = collate(groups, advantages_of(groups, objective.advantage, objective.branch_weight), num_steps=num_steps)
+    if objective.advantage != "turn-to-go":
+        return batch
+    return replace(batch, token_advantages=np.asarray(turn_advantages_of(groups), np.float32))
 
 
 async def score_reference(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Final, Literal
 
 import torch
@@ -10,10 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.trajectory import TrajectoryGroup
+from oldlogits.core.trajectory import Context, Trajectory, TrajectoryGroup
 
 AdvantageMode = Literal[
-    "group-normalised", "mean-only", "leave-one-out", "batch-normalised", "token-normalised", "batch-baseline"
+    "group-normalised", "mean-only", "leave-one-out", "batch-normalised", "token-normalised", "batch-baseline", "turn-to-go"
 ]
 """How a reward is compared with those of its group, or of the batch."""
 
@@ -46,6 +48,7 @@ def group_advantages(
       variance 1. So verl whitens for REINFORCE++, and SPO++ argues (arXiv 2608.24870).
     - "batch-baseline": ``(r - mean of the batch) / (std of the batch + epsilon)``, with Bessel's correction: REINFORCE++
       without groups (arXiv 2501.03262), for tasks that are played once.
+    - "turn-to-go": as "mean-only"; the advantages of turns are those of `turn_advantages_of`.
 
     Args:
         rewards: Finite rewards.
@@ -61,6 +64,7 @@ def group_advantages(
         Rewards 0, 0, 1 of one group: mean 1/3, std 0.577: normalised -0.577, -0.577, 1.155; mean-only -1/3, -1/3,
         2/3; leave-one-out -1/2, -1/2, 1.
     """
+    mode = "mean-only" if mode == "turn-to-go" else mode
     if mode == "batch-baseline":
         group_index = torch.zeros_like(group_index)
     groups, group = torch.unique(group_index, return_inverse=True)
@@ -132,3 +136,37 @@ def advantages_of(
     shares = [len(branches) if branch_weight == "shared" else 1 for _, branches in episodes]
     pairs = zip(of_episodes, shares, episodes, strict=True)
     return [advantage / share for advantage, share, (_, branches) in pairs for _ in branches]
+
+
+def turn_advantages_of(groups: Sequence[TrajectoryGroup]) -> list[float]:
+    """Give the advantage of every sampled token, in the order of a batch: that of its turn's return-to-go, in float64.
+
+    The return-to-go of turn k is what the episode was given from that turn on, ``G_k = reward - sum of the rewards of turns
+    before k``, the reward of its end included; the advantage is ``G_k`` less its mean over the group's trajectories that have a
+    turn k. That mean depends on nothing that turn k or a later one does, but for the episode's own share in it, as in
+    "mean-only". Without rewards of turns every ``G_k`` is the reward. It is exactly 0 where all of them are equal.
+
+    Example:
+        Two episodes of two turns, rewards of turns 1, 0 and 0, 2, none at the end: G is 1, 0 and 2, 2, so that the advantages
+        of their turns are -1/2, -1 and 1/2, 1.
+    """
+    found: list[float] = []
+    for group in groups:
+        returns = [_returns_to_go(trajectory) for trajectory in group.trajectories]
+        for trajectory, own in zip(group.trajectories, returns, strict=True):
+            turn = -1
+            for before, segment in pairwise(trajectory.segments):
+                if isinstance(segment, Context):
+                    continue
+                turn += isinstance(before, Context)
+                others = [one[turn] for one in returns if turn < len(one)]
+                least = min(others)
+                above = own[turn] - least - sum(other - least for other in others) / len(others)
+                found += [above] * len(segment.token_ids)
+    return found
+
+
+def _returns_to_go(trajectory: Trajectory) -> list[float]:
+    """Give what the episode was given from each turn of a trajectory on; a turn that was not answered was given nothing."""
+    rewards = trajectory.turn_rewards
+    return [trajectory.reward - math.fsum(rewards[:turn]) for turn in range(trajectory.num_turns)]

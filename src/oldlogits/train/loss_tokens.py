@@ -78,7 +78,9 @@ class LossTokens:
             logp[REFERENCE] = torch.from_numpy(batch.logp_reference)
         return cls(
             flat=flat,
-            advantages=torch.from_numpy(batch.advantages[sequence]),
+            advantages=torch.from_numpy(
+                batch.advantages[sequence] if batch.token_advantages is None else batch.token_advantages
+            ),
             staleness=torch.from_numpy(version - batch.version[flat]),
             step=torch.from_numpy(batch.step[sequence]),
             sequence=torch.from_numpy(sequence),

@@ -58,11 +58,12 @@ class ObjectiveConfig:
     loss_aggregation_tokens: AboveZero = 1.0
     """The divisor of loss_aggregation = "constant", in tokens per optimizer step."""
     advantage: Literal[
-        "group-normalised", "mean-only", "leave-one-out", "batch-normalised", "token-normalised", "batch-baseline"
+        "group-normalised", "mean-only", "leave-one-out", "batch-normalised", "token-normalised", "batch-baseline", "turn-to-go"
     ] = "group-normalised"
     """How rewards become advantages. group-normalised: GRPO. mean-only: Dr. GRPO. leave-one-out: RLOO. batch-normalised: less
     the group's mean, over the standard deviation of the batch. token-normalised: the same with mean and deviation over its
-    tokens. batch-baseline: mean and deviation of the batch, which a rollout.group_size of 1 needs (docs/regularisers.md)."""
+    tokens. batch-baseline: mean and deviation of the batch, which a rollout.group_size of 1 needs. turn-to-go: of each
+    turn by itself, what the episode was given from it on, less the group's mean (docs/regularisers.md)."""
     branch_weight: Literal["each", "shared"] = "each"
     """What each branch of an agent program's episode (a conversation of its own, such as a sub-agent's, or the one after a
     compaction) gets of the episode's advantage. each: all of it. shared: an equal part of it."""

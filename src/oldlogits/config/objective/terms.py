@@ -72,6 +72,13 @@ def _check_reference(config: RunConfig) -> None:
             allowed="k2 or k3 in the loss, or k1 in the reward",
             fix="set objective.kl_estimator = 'k2', whose gradient in the loss is that of k1 in the reward",
         )
+    if o.kl_in == "reward" and o.advantage == "turn-to-go":
+        raise ConfigError(
+            "advantages of turns are of what the environment gave, and a divergence in the reward is of the episode",
+            got=_said(config, "objective.kl_in", "objective.advantage"),
+            allowed="objective.kl_in = 'loss', or another objective.advantage",
+            fix="set objective.kl_in = 'loss'",
+        )
     if o.kl_in == "reward" and o.kl_estimate != "k1":
         raise ConfigError(
             f"{o.kl_estimate} in the reward has not the gradient of the divergence that it estimates",
