@@ -18,7 +18,7 @@ from oldlogits.doctor.remedies import FRAMEWORKS, REMEDIES, remedy
 from oldlogits.doctor.statistics import Z, is_more
 from oldlogits.doctor.tokens import Batch, Settings, Tokens
 
-NAMES = [check.name for check in (*CHECKS, *CHECKS_OF_FILES)]
+NAMES = [*(check.name for check in CHECKS), *CHECKS_OF_FILES]
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text(encoding="utf-8")
 
 

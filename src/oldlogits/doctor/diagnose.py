@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from oldlogits.doctor.checks.listed import CHECKS, CHECKS_OF_FILES
+from oldlogits.doctor.checks.listed import CHECKS, CHECKS_OF_FILES, asks
 from oldlogits.doctor.remedies import remedy
 from oldlogits.doctor.tokens import Batch, Settings, Tokens
 from oldlogits.doctor.verdicts import AtLag, Verdict, cannot_tell
@@ -14,6 +14,7 @@ from oldlogits.record.jsonl import Json
 
 RECOMPUTED = "decisions-with-old"
 """The check that weights add."""
+_ASKS = "Decisions of clip and band that OLD at each token's own version would make otherwise."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,13 +97,7 @@ class Examination:
             for tokens in self.files
         ]
         lags: list[Json] = [asdict(row) for row in self.lags]
-        return {
-            "files": files,
-            "findings": len(self.findings),
-            "verdicts": verdicts,
-            "lags": lags,
-            "notes": list(self.notes),
-        }
+        return {"files": files, "findings": len(self.findings), "verdicts": verdicts, "lags": lags, "notes": list(self.notes)}
 
 
 def diagnose(batches: Sequence[Batch], settings: Settings) -> list[Diagnosis]:
@@ -132,8 +127,8 @@ def examine(
     framework = batches[0].framework if batches else ""
     some = [tokens for tokens in files if len(tokens)]
     found += [
-        Diagnosis(check=check.name, asks=check.asks, source="", framework=framework, verdict=check.run(some))
-        for check in CHECKS_OF_FILES
+        Diagnosis(check=name, asks=asks(run), source="", framework=framework, verdict=run(some))
+        for name, run in CHECKS_OF_FILES.items()
     ]
     notes = [f"{tokens.batch.source}: {note}" for tokens in files for note in tokens.batch.notes]
     rows: list[AtLag] = []
@@ -147,9 +142,8 @@ def examine(
     opened = open_weights(weights, model)
     for batch in batches:
         done = recompute(batch, opened, _of(batch, settings), temperature=temperature)
-        asks = "Decisions of clip and band that OLD at each token's own version would make otherwise."
-        one = {"source": batch.source, "framework": batch.framework}
-        found.append(Diagnosis(check=RECOMPUTED, asks=asks, verdict=done.verdict, **one))
+        one = {"source": batch.source, "framework": batch.framework, "asks": _ASKS}
+        found.append(Diagnosis(check=RECOMPUTED, verdict=done.verdict, **one))
         notes += [f"{batch.source}: OLD was not computed of {num:,} loss tokens {why}" for why, num in done.left_out]
         rows += done.lags
     return Examination(files=files, diagnoses=tuple(found), lags=tuple(rows), notes=tuple(notes))
@@ -160,7 +154,7 @@ def _checked(tokens: Tokens) -> list[Diagnosis]:
     return [
         Diagnosis(
             check=check.name,
-            asks=check.asks,
+            asks=asks(check.run),
             source=tokens.batch.source,
             framework=tokens.batch.framework,
             verdict=check.of(tokens) if len(tokens) else cannot_tell("the loss trains no token"),

@@ -75,7 +75,7 @@ _CACHE: Final = {
 _SAME_BATCH: Final = {
     "": "look at the queue between rollout and trainer, and at the seed of the data's order",
     "verl": "data.shuffle = True, data.seed",
-    "TRL": "shuffle_dataset = True, data_seed",
+    "TRL": "shuffle_dataset = True, seed (data_seed is not read)",
     "AReaL": "train_dataset.shuffle, seed",
     "prime-rl": "orchestrator seed",
     "SkyRL": "trainer.seed; the stateful dataloader must be advanced",

@@ -70,7 +70,7 @@ def finding(
         says: The evidence.
         tokens: The tokens that the check has looked at.
         where: Those concerned; None: all of them, and none is to be shown.
-        shown: The tokens of which some are to be shown; None: those concerned.
+        shown: The tokens that the first few names are taken of; None: those concerned.
         read: What it has read, where that is more than `tokens`.
         figures: The numbers behind the sentence.
     """

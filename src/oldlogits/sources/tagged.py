@@ -89,9 +89,7 @@ def lengths_differ(what: str, got: object) -> TrajectoryError:
 
 
 def score_tagged(
-    versions: Int[Tensor, "*batch"],
-    mask: Bool[Tensor, "*batch"],
-    score_at: Callable[[PolicyVersion], Float[Tensor, "*batch"]],
+    versions: Int[Tensor, "*batch"], mask: Bool[Tensor, "*batch"], score_at: Callable[[PolicyVersion], Float[Tensor, "*batch"]]
 ) -> Float[Tensor, "*batch"]:
     """Score each token of a mask at its own version: one call for each distinct version, newest first.
 

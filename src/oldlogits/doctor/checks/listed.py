@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 from oldlogits.doctor.checks import decisions, engine, labels, policies, repeats, values
@@ -25,11 +26,6 @@ class Check:
     needs: tuple[str, ...]
     run: Callable[[Tokens], Verdict]
 
-    @property
-    def asks(self) -> str:
-        """What it looks for."""
-        return (self.run.__doc__ or "").partition("\n")[0]
-
     def of(self, tokens: Tokens) -> Verdict:
         """The verdict on a batch."""
         missing = [need for need in self.needs if not any(tokens.has(name) for name in need.split("|"))]
@@ -38,17 +34,9 @@ class Check:
         return self.run(tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class CheckOfFiles:
-    """A check of all batches together; see `Check`."""
-
-    name: str
-    run: Callable[[Sequence[Tokens]], Verdict]
-
-    @property
-    def asks(self) -> str:
-        """What it looks for."""
-        return (self.run.__doc__ or "").partition("\n")[0]
+def asks(run: Callable[..., Verdict]) -> str:
+    """What a check looks for."""
+    return (run.__doc__ or "").partition("\n")[0]
 
 
 TRAINER: Final = "logp_old|logp_theta"
@@ -79,8 +67,7 @@ CHECKS: Final = (
 )
 """The checks of a batch, in the order in which they are shown."""
 
-CHECKS_OF_FILES: Final = (
-    CheckOfFiles("trained-twice", repeats.trained_twice),
-    CheckOfFiles("same-order", repeats.same_order),
+CHECKS_OF_FILES: Final[Mapping[str, Callable[[Sequence[Tokens]], Verdict]]] = MappingProxyType(
+    {"trained-twice": repeats.trained_twice, "same-order": repeats.same_order}
 )
-"""The checks of all batches together."""
+"""The checks of all batches together, by name."""

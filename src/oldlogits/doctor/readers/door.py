@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final, cast
 
+from oldlogits.batch.token_table import read_token_table
 from oldlogits.core.errors import TokenTableError, printable, reading
-from oldlogits.doctor.readers import areal, neutral, prime_rl, run_folder, skyrl, slime
+from oldlogits.doctor.readers import areal, prime_rl, run_folder, skyrl, slime
 from oldlogits.doctor.tokens import Batch
 
 _FIRST: Final = 1 << 20
@@ -67,8 +68,11 @@ def _read(path: Path, trust: bool, with_context: bool) -> list[Batch]:
         line = first.partition(b"\n")[0]
         if areal.is_trajectories(line):
             return [areal.read_trajectories(path)]
-        return [prime_rl.read(path) if prime_rl.is_export(line) else neutral.read(path)]
-    return [run_folder.read(path, with_context=with_context) if _is_of_run(path) else neutral.read(path)]
+        if prime_rl.is_export(line):
+            return [prime_rl.read(path)]
+    elif _is_of_run(path):
+        return [run_folder.read(path, with_context=with_context)]
+    return [Batch(source=path.name, framework="", table=read_token_table(path))]
 
 
 def _begin(path: Path) -> bytes:
