@@ -36,7 +36,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp()) if on_disk else None
         self.store = PatchStore(self.folder, **self.settings)
         self.weights, self.number = state(), 0
-        self.there, self.oldest = {}, 0
+        self.there, self.oldest, self.pinned = {}, 0, None
         self.publish(gap=first + 1, kind="none")
 
     @rule(gap=st.integers(1, 3), kind=st.sampled_from(["none", "sparse", "many", "dense", "special"]))
@@ -70,11 +70,11 @@ class StoreMachine(RuleBasedStateMachine):
                 assert outer != inner
             assert_bits(found, self.there[outer])
 
-    @rule(behind=st.integers(-1, 6))
-    def retain(self, behind):
-        self.oldest = self.newest - behind
+    @rule(behind=st.integers(-1, 6), pinned=st.none() | st.integers(0, 9))
+    def retain(self, behind, pinned):
+        self.oldest, self.pinned = self.newest - behind, None if pinned is None else self.newest - pinned
         before = set(self.there)
-        dropped = self.store.retain(self.oldest)
+        dropped = self.store.retain(self.oldest, self.pinned)
         self.drop()
         assert set(dropped) == before - set(self.there)
 
@@ -83,7 +83,7 @@ class StoreMachine(RuleBasedStateMachine):
         version = data.draw(st.sampled_from(sorted(self.there)))
         with self.store.checkout(version) as found:
             self.oldest = self.newest - behind
-            self.store.retain(self.oldest)
+            self.store.retain(self.oldest, self.pinned)
             assert_bits(found, self.there[version])
         self.drop()
 
@@ -110,7 +110,7 @@ class StoreMachine(RuleBasedStateMachine):
         (self.folder / "versions.partial").write_bytes(torn)
         self.store = PatchStore.open(self.folder, **self.settings)
         assert self.store.cut is None
-        self.oldest = 0
+        self.oldest, self.pinned = 0, None
 
     @rule()
     def verify(self):
@@ -129,7 +129,10 @@ class StoreMachine(RuleBasedStateMachine):
         return max(self.there, default=-1)
 
     def drop(self):
-        self.there = {v: weights for v, weights in self.there.items() if v >= self.oldest or v == self.newest}
+        oldest = min((v for v in self.there if v >= self.oldest), default=self.newest)
+        kept = self.pinned if self.pinned in self.there and self.pinned < oldest else oldest
+        oldest = oldest if self.folder is None else kept
+        self.there = {v: weights for v, weights in self.there.items() if v >= oldest or v == kept}
 
     def teardown(self):
         self.store = None

@@ -265,8 +265,9 @@ class Loop:
         return counters(engine or await self._backend.engine.stats(), await self._backend.trainer.state())
 
     def _oldest_needed(self) -> int:
-        if not (self.source.stores_versions or self._config.keeps_all_versions):
-            return self.version  # the store is there for a reference alone
+        stores = self.source.stores_versions or self._config.keeps_all_versions
+        if self._config.objective.has_reference and not stores:
+            return self.version  # the store is there for the reference alone
         in_flight = self.version if (oldest := self.buffer.oldest_needed) is None else oldest
         untaken = self._rollouts.oldest_untaken if self._rollouts is not None else None
         needed = in_flight if self._config.keeps_all_versions else self.source.oldest_needed(in_flight)
