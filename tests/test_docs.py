@@ -38,6 +38,15 @@ def test_the_variant_table_of_the_documents_is_the_one_in_code() -> None:
     assert TABLES["variants"].markdown() in (ROOT / "docs" / "variants.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("name", ["objectives", "presets"])
+def test_the_tables_of_losses_and_presets_of_the_documents_are_those_in_code_and_hold_nothing_else(name: str) -> None:
+    page = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
+    table = TABLES[name].markdown()
+    assert table in page
+    after = page.partition(table)[2]
+    assert not after.startswith("\n|"), "a row that the code does not have"
+
+
 def test_every_relative_link_of_the_documents_leads_to_a_file() -> None:
     beside = [path for folder in ("examples", "studies", "benchmarks") for path in (ROOT / folder).rglob("*.md")]
     for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *beside]:

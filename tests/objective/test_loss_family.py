@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from oldlogits.core.errors import ConfigError, MissingLogprobError
@@ -107,7 +107,7 @@ def near_a_bound(sequences, options, *, in_logs=True):
     return any(abs(x - b) < 1e-9 for x in found for b in bounds)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.filter_too_much])
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
 @given(batches)
 def test_a_loss_is_its_papers_formula_in_value_gradient_and_activity(name, options, found):
@@ -137,7 +137,7 @@ CORRECTIONS = [
 
 
 @pytest.mark.slow
-@settings(max_examples=30)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.filter_too_much])
 @pytest.mark.parametrize("weighs", ["weight_and_mask", "mask"])
 @pytest.mark.parametrize("loss", ["masked_is", "cispo", "gspo"])
 @pytest.mark.parametrize("keys", CORRECTIONS, ids=str)

@@ -176,6 +176,7 @@ def _identity(config: RunConfig) -> dict[str, object]:
         "trainer.compute": config.trainer.compute,
         "trainer.head_compute": config.trainer.head_compute,
         **{f"env.{key}": value for key, value in asdict(config.env).items() if key != "timeout_s"},
+        **{f"correction.{key}": value for key, value in asdict(config.correction).items()},
         **{f"objective.{key}": value for key, value in asdict(config.objective).items()},
         **{f"model.{key}": value for key, value in asdict(config.model).items()},
     }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import fields
+from operator import attrgetter
+from typing import Final
 
 from oldlogits.config.objective.sections import ObjectiveConfig
 from oldlogits.config.reader import Table, as_written, build, stray
@@ -13,6 +15,9 @@ from oldlogits.core.errors import ConfigError
 from oldlogits.core.loss import card_of
 from oldlogits.core.objective.cards import R_S_BOUNDS
 from oldlogits.core.policies import LINEAR, LOGLINEAR, MU, find_variant
+
+_MASK: Final = "objective.mismatch_correction"
+_KEPT: Final = "objective.loss_aggregation"
 
 
 def options_of(loss: str, options: Mapping[str, object]) -> object:
@@ -38,92 +43,67 @@ def options_of(loss: str, options: Mapping[str, object]) -> object:
         knobs = ", ".join(names) + f" (loss '{loss}')"
         return ConfigError(f"loss '{loss}' has no such knob", got=error.got, allowed=knobs, fix=error.fix)
 
-    try:
-        return build(kind, options, unknown)
-    except ConfigError as error:
-        if error.got.startswith("objective.options"):
-            raise
-        what = f"objective.options of loss '{loss}': {error.what}"
-        raise ConfigError(what, got=error.got, allowed=error.allowed, fix=error.fix) from error
+    return build(kind, options, unknown)
 
 
 def check_loss(config: RunConfig) -> None:
-    """Refuse knobs that the loss does not have, bounds that it does not read, and a correction that cannot act.
-
-    Raises:
-        ConfigError: What it does not read, or what cannot act.
-    """
-    o, card, variant = config.objective, card_of(config.objective.loss), find_variant(config.variant)
+    """Refuse knobs that the loss does not have, bounds that it does not read, and a correction that cannot act."""
+    o, own, card, variant = config.objective, config.correction, card_of(config.objective.loss), find_variant(config.variant)
     options_of(o.loss, o.options)
-    defaults = {field.name: field.default for field in fields(ObjectiveConfig) if field.default is not MISSING}
-    idle = [name for name in R_S_BOUNDS if name not in card.bounds and getattr(o, name) != defaults[name]]
-    if idle:
-        raise ConfigError(
-            f"loss '{o.loss}' does not read objective.{idle[0]}",
-            got=f"objective.{idle[0]} = {as_written(getattr(o, idle[0]))}",
-            allowed=", ".join(f"objective.{name}" for name in card.bounds) or "the loss's own objective.options",
-            fix=f"remove objective.{idle[0]}",
-        )
-    if card.step_rule and variant.proximal in (MU, LINEAR, LOGLINEAR):
-        raise ConfigError(
-            f"loss '{o.loss}' compares the proximal policy with MU before the forward pass of THETA",
-            got=f"variant = '{config.variant}', whose proximal policy is {variant.proximal.name}",
-            allowed="a variant whose proximal policy a source provides",
-            fix=f"use variant '{card.variant}'",
-        )
-    if config.audit.share > 0 and (card.step_rule or not card.has_active_set):
-        raise ConfigError(
-            f"the audit compares active sets, and that of loss '{o.loss}' does not say what it does to a batch",
-            got=f"audit.share = {config.audit.share:g}",
-            allowed="audit.share = 0, or a loss that masks token by token",
-            fix="set audit.share = 0",
-        )
-    _check_correction(config)
-
-
-def _check_correction(config: RunConfig) -> None:
-    """Refuse bounds of a ratio that is 1, weights that do not weigh, and a denominator that the rejection would change."""
-    own, variant, weighs = config.correction, find_variant(config.variant), config.objective.mismatch_correction
-    changed = [field.name for field in fields(own) if getattr(own, field.name) != field.default]
-    of_r_d = [name for name in changed if name.startswith(("weight", "token", "normalise"))]
-    if own.ratio == "mismatch":
-        of_r_d += [name for name in changed if name.startswith(("reject", "veto"))]
-    if variant.r_d.is_one and of_r_d:
-        raise ConfigError(
-            f"r_d of variant '{config.variant}' is 1, so that nothing is there to correct",
-            got=f"correction.{of_r_d[0]} = {as_written(getattr(own, of_r_d[0]))}",
-            allowed="a variant whose r_d is a ratio; rejections also with correction.ratio = 'total'",
-            fix=f"remove correction.{of_r_d[0]}, or use variant 'decoupled_exact'",
-        )
-    of_weight = [name for name in changed if name.startswith(("weight", "normalise"))]
-    if weighs == "mask" and of_weight:
-        raise ConfigError(
+    default = {field.name: field.default for field in fields(ObjectiveConfig)}
+    idle = [f"objective.{name}" for name in R_S_BOUNDS if name not in card.bounds and getattr(o, name) != default[name]]
+    changed = [f"correction.{field.name}" for field in fields(own) if getattr(own, field.name) != field.default]
+    of_weight = _about(changed, "weight", "normalise")
+    of_sequences = _about(changed, "reject", "veto")
+    of_r_d = of_weight + _about(changed, "token") + (of_sequences if own.ratio == "mismatch" else [])
+    of_none = [] if own.reject != "none" else _about(changed, "reject_low", "reject_high")
+    of_nothing = _about(changed, "ratio") if not own.rejects else []
+    early, kept = variant.proximal in (LINEAR, LOGLINEAR), o.loss_aggregation == "token-mean-kept"
+    named, row = f"loss '{o.loss}'", f"variant '{config.variant}'"
+    audited = config.audit.share > 0 and (bool(card.step_rule) or not card.has_active_set)
+    total = own.ratio == "total" and kept
+    a_ratio = "a variant whose r_d is a ratio; rejections also with correction.ratio = 'total'"
+    rules: tuple[tuple[bool, list[str], str, str], ...] = (
+        (bool(idle), idle[:1], f"{named} does not read it", ", ".join(card.bounds) or "the loss's own objective.options"),
+        (variant.r_d.is_one and bool(of_r_d), of_r_d[:1], f"r_d of {row} is 1, so that nothing is there to correct", a_ratio),
+        (
+            o.mismatch_correction == "mask" and bool(of_weight),
+            [*of_weight[:1], _MASK],
             "r_d only masks, and this is about its weight",
-            got=f"correction.{of_weight[0]} = {as_written(getattr(own, of_weight[0]))}, objective.mismatch_correction = 'mask'",
-            allowed="objective.mismatch_correction = 'weight_and_mask'",
-            fix=f"remove correction.{of_weight[0]}",
-        )
-    if own.reject == "none" and any(name in changed for name in ("reject_low", "reject_high")):
-        got = f"correction.reject = 'none', correction.reject_high = {own.reject_high:g}"
-        raise ConfigError("no ratio of a sequence is rejected", got=got, allowed="a reject", fix="set correction.reject")
-    if own.ratio == "total" and not own.rejects:
-        raise ConfigError(
-            "correction.ratio says what reject and veto look at, and there is neither",
-            got="correction.ratio = 'total'",
-            allowed="'mismatch', or a reject or veto",
-            fix="remove correction.ratio",
-        )
-    if config.objective.loss_aggregation == "token-mean-kept" and own.ratio == "total":
-        raise ConfigError(
-            "the denominator counts what is kept before the first micro-batch, and theta/mu is known after it",
-            got="objective.loss_aggregation = 'token-mean-kept', correction.ratio = 'total'",
-            allowed="another loss_aggregation",
-            fix="set objective.loss_aggregation = 'token-mean'",
-        )
-    if config.correction.normalise and variant.proximal in (LINEAR, LOGLINEAR):
-        raise ConfigError(
-            f"the weights of variant '{config.variant}' are known in the forward pass that trains them",
-            got="correction.normalise = true",
-            allowed="a variant whose r_d a source provides",
-            fix="remove correction.normalise",
-        )
+            "'weight_and_mask'",
+        ),
+        (bool(of_none), of_none[:1], "no ratio of a sequence is rejected", "a correction.reject, or none of its bounds"),
+        (
+            bool(of_nothing),
+            of_nothing,
+            "it says what reject and veto look at, and there is neither",
+            "a reject, a veto, or 'mismatch'",
+        ),
+        (total, ["correction.ratio", _KEPT], "the denominator is counted before theta/mu is known", "another loss_aggregation"),
+        (
+            own.normalise and early,
+            ["correction.normalise", "variant"],
+            f"the weights of {row} are known in the forward pass that trains them",
+            "a variant whose r_d a source provides",
+        ),
+        (
+            bool(card.step_rule) and (early or variant.proximal is MU),
+            ["objective.loss", "variant"],
+            f"{named} compares the proximal policy with MU before the forward pass of THETA",
+            "a variant whose proximal policy a source provides",
+        ),
+        (
+            audited,
+            ["audit.share", "objective.loss"],
+            f"the audit compares active sets, and that of {named} does not say what it does",
+            "audit.share = 0",
+        ),
+    )
+    for is_wrong, keys, what, allowed in rules:
+        if is_wrong:
+            got = ", ".join(f"{key} = {as_written(attrgetter(key)(config))}" for key in keys)
+            raise ConfigError(f"{keys[0]}: {what}", got=got, allowed=allowed, fix=f"change or remove {keys[0]}")
+
+
+def _about(keys: list[str], *names: str) -> list[str]:
+    return [key for key in keys if key.removeprefix("correction.").startswith(names)]
