@@ -185,6 +185,8 @@ def test_every_key_can_be_overridden_by_its_dotted_name(key):
         words = [json.dumps([{part: "a"}, {part: "b"}])] if kind else ["a", "b"]
         read = (kind(**{part: "a"}), kind(**{part: "b"})) if kind else ("a", "b")
         assert value_at(override(RunConfig(), [f"--{key}".replace("_", "-"), *words]), key) == read
+    elif isinstance(value, dict):
+        assert value_at(override(RunConfig(), [f"--{key}".replace("_", "-"), '{"high": 0.75}']), key) == {"high": 0.75}
     else:
         other = next(
             (text for kind, text in {"int": "3", "float": "0.75"}.items() if re.search(rf"\b{kind}\b", str(type_of(key)))),
