@@ -137,8 +137,8 @@ def test_an_unknown_key_that_resembles_nothing_points_to_the_list_of_keys():
 @pytest.mark.parametrize(
     "table, says",
     [
-        ({"band": "wide"}, "band takes a number; got: 'wide'"),
-        ({"band": True}, "band takes a number; got: True"),
+        ({"band": "wide"}, "band takes a number, or auto; got: 'wide'"),
+        ({"band": True}, "band takes a number, or auto; got: True"),
         ({"seed": 1.0}, "seed takes a whole number; got: 1.0"),
         ({"seed": True}, "seed takes a whole number; got: True"),
         ({"variant": 3}, "variant takes a string; got: 3"),

@@ -119,7 +119,7 @@ def test_what_it_scored_is_of_this_batch_alone(referring):
     referring.put_batch(batch_at(0))
     referring.score_reference()
     advantages = np.array([0.5, -0.5, 2.0, -2.0], np.float32)
-    referring.put_advantages(advantages)
+    referring.scorer.put_advantages(advantages)
     assert referring.scorer.current_batch().logp_reference is not None
     assert referring.scorer.current_batch().advantages.tolist() == advantages.tolist()
     referring.put_batch(batch_at(0))

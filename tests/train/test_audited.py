@@ -222,7 +222,7 @@ def test_audits_of_another_window_are_forgotten_on_resume():
 
 def judge_of():
     config = config_from_table({"variant": "ppo_ewma_train_infer", "band": 1.1, "proximal": {"source": "ewma"}})
-    objective = objective_of(config.objective, variant=config.variant, band=config.band)
+    objective = objective_of(config.objective, config.correction, variant=config.variant, band=config.band)
     return Judge(loss=LOSSES.find("masked_is"), objective=objective, max_staleness=WINDOW)
 
 
