@@ -295,7 +295,8 @@ class _World:
             versions=versions,
             trajectory_ids=tuple(t.id for t in trajectories),
             trainer_version=self.version,
-            has_mixed_kv=not self.scenario.recompute and any(len(t.versions) > 1 for t in trajectories),            logp_mu=np.zeros(len(versions), np.float32),
+            has_mixed_kv=not self.scenario.recompute and any(len(t.versions) > 1 for t in trajectories),
+            logp_mu=np.zeros(len(versions), np.float32),
         )
 
     def _work(self) -> Work:
