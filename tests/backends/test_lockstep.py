@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from oldlogits.loop import loop as loop_module
+from oldlogits.loop import reference as reference_module
 from oldlogits.record.event_log import EventLog
 from oldlogits.run.run import run
 from tests.memory_log import without_wall_clock
@@ -118,7 +118,7 @@ def test_in_fp32_every_trained_token_is_exact_though_trajectories_span_versions(
 @pytest.mark.slow
 def test_one_version_tag_that_is_off_by_one_is_seen_in_r_d(tiny_folder, tmp_path, monkeypatch):
     """The tokens of one trajectory's oldest version are tagged one too high, in one batch."""
-    collate, shifted = loop_module.collate, []
+    collate, shifted = reference_module.collate, []
 
     def collate_wrongly(groups, advantages, *, num_steps):
         batch = collate(groups, advantages, num_steps=num_steps)
@@ -132,7 +132,7 @@ def test_one_version_tag_that_is_off_by_one_is_seen_in_r_d(tiny_folder, tmp_path
         shifted.append(int((version != batch.version).sum()))
         return replace(batch, version=version)
 
-    monkeypatch.setattr(loop_module, "collate", collate_wrongly)
+    monkeypatch.setattr(reference_module, "collate", collate_wrongly)
     run(recipe(tiny_folder, lockstep={"lag": "even"}), tmp_path / "run")
     wrong = np.abs(tokens_of(tmp_path / "run", "log_r_d")["log_r_d"]) > TOLERANCE
     [num_shifted] = shifted

@@ -98,7 +98,7 @@ def test_the_recipe_is_shown_with_what_each_key_allows():
         "engine.precision": "fp32, bf16, fp8, int8, int4, fp8_dynamic",
         "engine.kv": "recompute, stale",
         "lockstep.lag": "fresh_first, even, skewed, random",
-        "band": "a number > 1, or inf",
+        "band": "a number > 1, or inf, or auto",
         "trainer.beta2": "a number in [0, 1)",
         "model.seed": "a whole number from 0 to 4294967295, or auto",
         "rollout.filter_uniform": "true or false",

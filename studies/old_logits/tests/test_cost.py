@@ -87,6 +87,7 @@ def test_forwards_are_counted_as_the_recorded_tokens_say(measured):
             whole = sum(end for key, end in ends.items() if isinstance(key, str))
             by_version = sum(end for key, end in ends.items() if not isinstance(key, str))
             passes = {"arrival": whole, "ewma": whole, "aged": 2 * whole, "rescore": 2 * whole, "none": 0}
+            passes["balance"] = whole * len(set(table["version"]))
             read += passes.get(route, by_version)
         if route in AHEAD:  # they read some of these tokens in an update before: what is read by the end is the same
             every = [fields["read_tokens"] for fields in of_kind(measured("snapshot")[0], "scored")]
@@ -138,7 +139,7 @@ def test_a_route_gets_the_variant_that_it_is_for_and_nothing_that_would_be_measu
     exact = dict.fromkeys(("snapshot", *AHEAD), "decoupled_exact")
     assert variants == exact | {
         "arrival": "decoupled_async", "ewma": "ppo_ewma_train_infer", "aged": "aged_train_infer",
-        "rescore": "rescore_train_infer", "none": "ppo_clip_train_infer",
+        "rescore": "rescore_train_infer", "balance": "mis_balance", "none": "ppo_clip_train_infer",
     }  # fmt: skip
     made = route_config(base, "ewma")
     assert (made.proximal.reset, made.audit.share, made.eval.num_episodes, made.eval.every) == ("none", 0, 0, 0)
