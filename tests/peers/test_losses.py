@@ -12,7 +12,7 @@ import torch
 from areal.api.cli_args import RejectionSamplingConfig
 from areal.trainer.ppo import actor as areal_actor
 from areal.utils.functional import functional as areal
-from oldlogits.config.presets import PRESETS
+from oldlogits.config.objective.presets import PRESETS
 from trl import GRPOTrainer
 from verl.trainer.config.algorithm import RolloutCorrectionConfig
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
