@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oldlogits.config.schema import ObjectiveConfig
+from oldlogits.config.objective.sections import ObjectiveConfig
 from oldlogits.core.trajectory import TrajectoryGroup
 from oldlogits.loop.reference import batch_of
 from oldlogits.objective.advantages import advantages_of, turn_advantages_of

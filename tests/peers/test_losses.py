@@ -12,7 +12,6 @@ import torch
 from areal.api.cli_args import RejectionSamplingConfig
 from areal.trainer.ppo import actor as areal_actor
 from areal.utils.functional import functional as areal
-from oldlogits.config.objective.presets import PRESETS
 from trl import GRPOTrainer
 from verl.trainer.config.algorithm import RolloutCorrectionConfig
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
@@ -20,6 +19,7 @@ from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_
 from verl.workers.config import ActorConfig
 
 from oldlogits.config.load import config_from_table
+from oldlogits.config.objective.presets import PRESETS
 from oldlogits.core.loss import LOSSES, STEP_RULES, LossInputs, Objective
 from oldlogits.core.objective.cards import CARDS
 from oldlogits.core.objective.correction import Correction
