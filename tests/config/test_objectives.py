@@ -65,6 +65,7 @@ def test_a_list_of_knobs_is_no_table(tmp_path):
     ("table", "message"),
     [
         (objective(loss="gspo", dual_clip=5.0), "objective.dual_clip: loss 'gspo' does not read it"),
+        (objective(loss="gspo", clip_by_lag="inverse"), "objective.clip_by_lag: loss 'gspo' does not read it"),
         (objective(loss="cispo", eps_low=0.1), "objective.eps_low: loss 'cispo' does not read it; .*allowed: the loss's own"),
         ({"variant": "ppo_clip", "correction": {"weight_high": 2.0}}, "r_d of variant 'ppo_clip' is 1"),
         ({"variant": "ppo_clip", "correction": {"veto_low": 0.1}}, "correction.ratio = 'total'"),

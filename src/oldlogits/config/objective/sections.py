@@ -40,8 +40,8 @@ class ObjectiveConfig:
     dual_clip: AboveOne = 3.0
     """Negative advantages: r_s is clipped above dual_clip; inf switches it off."""
     clip_by_lag: Literal["none", "inverse", "inverse-sqrt"] = "none"
-    """A narrower clip for older tokens: eps_low and eps_high over 1 + s, or over its root, at staleness s. For losses that
-    clip token by token."""
+    """A narrower clip for older tokens: eps_low and eps_high over 1 + s, or over its root, at staleness s. Of
+    loss = "masked_is" alone."""
     clip: Literal["ppo", "truncated"] = "ppo"
     """ppo: a token beyond eps_low, eps_high or dual_clip is masked. truncated: none is; the weight r_s of a token's gradient
     is capped at objective.is_cap (truncated importance sampling, with variant = "ppo_clip_train_infer")."""

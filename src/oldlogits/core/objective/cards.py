@@ -38,7 +38,7 @@ class LossCard:
     step_rule: str = ""
 
 
-R_S_BOUNDS: Final = ("eps_low", "eps_high", "dual_clip", "clip", "is_cap")
+R_S_BOUNDS: Final = ("eps_low", "eps_high", "dual_clip", "clip_by_lag", "clip", "is_cap")
 """The recipe's bounds on r_s, of which each loss reads some."""
 
 OUTSIDE: Final = LossCard(what="a loss from outside", paper="-", variant="-", bounds=R_S_BOUNDS)
