@@ -138,15 +138,6 @@ def opsm(sequence, *, eps_low, eps_high, dual_clip, threshold=0.5, **_):
     return found
 
 
-def lag_clip(sequence, *, eps_low, eps_high, dual_clip, half_lag=4.0, **_):
-    found = []
-    for t in sequence:
-        shrunk = 1 / (1 + (t["s"] / half_lag) ** 2)
-        value, kept = ppo(ratio(t), t["a"], 1 - eps_low * shrunk, 1 + eps_high * shrunk, dual_clip)
-        found.append((value, value if kept else 0.0))
-    return found
-
-
 def masked_is(sequence, *, eps_low, eps_high, dual_clip, **_):
     found = []
     for t in sequence:

@@ -38,7 +38,6 @@ OPTIONS = {
         {"level": "none"},
     ],
     "opsm": [{}, {"threshold": 0.05}],
-    "lag_clip": [{}, {"half_lag": 1.0}],
     "masked_is": [{}],
 }
 CASES = [(name, options) for name, many in OPTIONS.items() for options in many]

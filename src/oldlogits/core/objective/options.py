@@ -124,11 +124,3 @@ class OpsmOptions:
 
     threshold: Annotated[float, Gt(0)] = 0.5
     """A sequence with A < 0 is masked where the mean of log (mu / theta) is above this, in nats."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LagClipOptions:
-    """How fast the clip closes."""
-
-    half_lag: Annotated[float, Gt(0)] = 4.0
-    """The staleness, in versions, at which eps_low and eps_high are half of what they are at staleness 0."""
