@@ -66,6 +66,8 @@ def commands():
 def test_every_command_is_a_recipe_once_what_it_names_is_there(words, tmp_path, monkeypatch, chatml_llama):
     for name in ("train.jsonl", "test.jsonl"):
         (tmp_path / name).write_text('{"question": "?"}\n', encoding="utf-8")
+    (tmp_path / "my_agent.py").write_text("async def agent(base_url, api_key, row):\n    return 0.0\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     words = [str(chatml_llama) if word.startswith("models/") else word for word in words if word != "--dry-run"]
     assert isinstance(load_config(ROOT / words[0], words[1:]), RunConfig)
