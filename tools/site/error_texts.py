@@ -89,12 +89,14 @@ class Module:
 
 
 def _assigned(node: ast.AST, name: str) -> list[ast.expr]:
+    """The values that a statement or a walrus gives a name."""
     if isinstance(node, ast.NamedExpr) and node.target.id == name:
         return [node.value]
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+        return []
     found: list[ast.expr] = []
-    for target in targets:
-        if isinstance(target, ast.Name) and target.id == name and node.value is not None:
+    for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+        if isinstance(target, ast.Name) and target.id == name:
             found.append(node.value)
         elif isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
             pairs = zip(target.elts, node.value.elts, strict=False)

@@ -11,7 +11,7 @@ from tools.site.error_texts import ROOT
 from tools.site.pages import PAGES
 
 HOME, CONTENTS, WRITTEN = Path("README.md"), Path("docs/README.md"), Path("reference")
-BEGIN = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "docs/**/*.md", "examples/*/README.md")
+BEGIN = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "docs/**/*.md", "examples/**/README.md")
 """The pages that links are followed from."""
 LINK = re.compile(r"(?<!!)\]\((?![a-z]+:)([^)#\s]+)(#[^)]*)?\)")
 FENCE = re.compile(r"^(\s*)(```+|~~~+)(\w*).*$")
