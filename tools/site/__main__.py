@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tools.site.error_texts import ROOT
 from tools.site.pages import PAGES
-from tools.site.stage import navigation, stage
+from tools.site.stage import STYLE, navigation, stage
 
 CONFIG = """\
 site_name: oldlogits
@@ -20,6 +20,7 @@ use_directory_urls: false
 strict: true
 theme: {{name: readthedocs, highlightjs: false, navigation_depth: 2, include_homepage_in_sidebar: false}}
 plugins: [search]
+extra_css: [{css}]
 markdown_extensions:
   - tables
   - sane_lists
@@ -36,8 +37,8 @@ def build(folder: Path) -> int:
     pages = folder / "pages"
     nav = navigation(stage(pages))
     config = folder / "properdocs.yml"
-    written = CONFIG.format(pages=json.dumps(str(pages)), site=json.dumps(str(folder / "site")), nav=json.dumps(nav))
-    config.write_text(written, encoding="utf-8")
+    folders = {"pages": json.dumps(str(pages)), "site": json.dumps(str(folder / "site"))}
+    config.write_text(CONFIG.format(**folders, css=STYLE, nav=json.dumps(nav)), encoding="utf-8")
     return subprocess.run(
         [sys.executable, "-m", "properdocs", "build", "--strict", "--config-file", config], cwd=ROOT
     ).returncode

@@ -13,6 +13,7 @@ from tools.site.pages import PAGES
 HOME, CONTENTS, WRITTEN = Path("README.md"), Path("docs/README.md"), Path("reference")
 BEGIN = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "docs/**/*.md", "examples/**/README.md")
 """The pages that links are followed from."""
+STYLE = Path("tools/site/site.css")
 LINK = re.compile(r"(?<!!)\]\((?![a-z]+:)([^)#\s]+)(#[^)]*)?\)")
 FENCE = re.compile(r"^(\s*)(```+|~~~+)(\w*).*$")
 BLOCK = re.compile(r"^(\s*)([-*+]|\d+\.) |^\|")
@@ -85,6 +86,8 @@ def stage(folder: Path) -> list[Path]:
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).write_text(written(), encoding="utf-8")
         pages.append(path)
+    (folder / STYLE).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / STYLE, folder / STYLE)
     return pages
 
 
