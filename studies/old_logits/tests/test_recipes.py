@@ -50,5 +50,5 @@ def test_the_study_of_losses_declares_eight_blocks_on_fresh_seeds_over_every_lag
     seen = {(c.config.lockstep.max_lag, c.config.engine.precision, c.config.env.target) for c in learning_cells(plan)}
     assert seen == {(lag, engine, task) for lag in (0, 4, 16) for engine in ("fp8", "int4") for task in ("desk", "desk_long")}
     losses = {cell.config.objective.loss for cell in learning_cells(plan)}
-    assert losses == set(LOSSES.names)
+    assert losses == set(LOSSES.names) - {"sat"}, "which came after it was declared"
     assert not {cell.config.seed for cell in learning_cells(plan)} & set(plan.pilot.seeds), "fresh seeds confirm"
