@@ -1,4 +1,4 @@
-"""SAT against scalars in float64 written from the paper's description: which bounds close, how far, and what stays as it was."""
+"""SAT against scalars in float64 written from its description: which bounds close, how far, and what stays."""
 
 import math
 

@@ -14,13 +14,13 @@ def sat(tokens: LossInputs, objective: Objective) -> LossTerms:
     """``S = A h`` with PPO's clip h, whose bound on the side that r_s has moved to is ``c eps``.
 
     With ``d = |log r_s|`` and q the quantile of d over the micro-batch, ``c = 1`` where ``d <= q`` and
-    ``c = 1 / (1 + (d / q)^exponent)`` beyond, a Hill function; with q = 0 no bound moves. The paper takes d for a token's staleness, over theta/mu (row
-    ``ppo_clip_train_infer``), where engine noise counts as staleness; over theta/old it is the staleness alone. The kernel is
-    named, and not written out, in what we have read of the paper.
+    ``c = 1 / (1 + (d / q)^exponent)`` beyond, a Hill function; with q = 0 no bound moves. The paper takes d for a token's
+    staleness, over theta/mu (row ``ppo_clip_train_infer``), where engine noise counts as staleness; over theta/old it is the
+    staleness alone. The kernel is named, and not written out, in what we have read of the paper.
 
     Example:
-        ``d = [.1, .1, .1, .3]``, A = 1, eps_high = .28: the 0.9 quantile is .24, c of the last token is ``1 / (1 + 1.25^2) = .39``,
-        its bound 1.109 instead of 1.28, and its ``r_s = 1.35`` is clipped there.
+        ``d = [.1, .1, .1, .3]``, A = 1, eps_high = .28: the 0.9 quantile is .24, c of the last token is
+        ``1 / (1 + 1.25^2) = .39``, its bound 1.109 instead of 1.28, and its ``r_s = 1.35`` is clipped there.
     """
     frame, own = Frame.of(tokens, objective), objective.own(SatOptions)
     moved = frame.log_r_s.abs()
