@@ -30,6 +30,7 @@ VERBS: Final[Mapping[str, str]] = MappingProxyType(
         "fetch": "fetch a small real model, where no model hub can be reached",
         "eval": "evaluate a checkpoint on the held-out rows of a recipe",
         "compare": "run recipes under the same seeds, and show gains and costs",
+        "watch": "show a run and those beside it in a browser, live",
         "report": "write report.html of a run folder again",
         "doctor": "say what is wrong with the tokens of a training batch",
         "replay": "train again from recorded batches, under the same or another recipe",

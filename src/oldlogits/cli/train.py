@@ -29,7 +29,7 @@ from oldlogits.core.environment import Environment, is_model_folder
 from oldlogits.core.errors import AbsentCheckoutError, ConfigError
 from oldlogits.core.policies import find_variant
 from oldlogits.record.folder import RunFolder
-from oldlogits.record.live import print_summary
+from oldlogits.record.live.conclusion import print_summary
 from oldlogits.run.seconds import Assumptions, predict
 from oldlogits.run.tasks import load_tasks
 
@@ -77,7 +77,9 @@ def command(arguments: Sequence[str]) -> int:
 def _train(arguments: Sequence[str]) -> int:
     named = Path(arguments[0]) if arguments and not arguments[0].startswith("-") else None
     words = list(arguments[named is not None :])
-    options, overrides = tyro.cli(TrainOptions, prog=f"oldlogits train {named or 'RECIPE'}", args=words, return_unknown_args=True)
+    options, overrides = tyro.cli(
+        TrainOptions, prog=f"oldlogits train {named or 'RECIPE'}", args=words, return_unknown_args=True
+    )
     recipe = _recipe(named, options)
     config = load_config(recipe, overrides, needs_model=not options.dry_run)
     environment_class, absent = _check_tasks(config, may_be_absent=options.dry_run)
@@ -90,7 +92,7 @@ def _train(arguments: Sequence[str]) -> int:
     from oldlogits.run.run import run
 
     with _without_echo_of_control_keys():
-        result = run(config, out, resume=options.resume is not None)
+        result = run(config, out, resume=options.resume is not None, follow=True)
     return _conclude(result, RunFolder(path=out))
 
 

@@ -40,6 +40,23 @@ def owned(path: Path) -> Iterator[None]:
             os.close(lock)
 
 
+def is_owned(path: Path) -> bool:
+    """Whether a process that lives owns the folder: a run that goes on."""
+    import fcntl
+
+    try:
+        lock = os.open(path / LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
 def _lock(lock: int, path: Path) -> None:
     import fcntl
 

@@ -12,7 +12,8 @@ from markupsafe import Markup
 from oldlogits.record.failures import in_words
 from oldlogits.record.folder import RunFolder, write_atomic
 from oldlogits.record.intervals import reward_of, success_of, verdict_of
-from oldlogits.record.live import reward_sentences
+from oldlogits.record.live.conclusion import reward_sentences
+from oldlogits.record.owner import is_owned
 from oldlogits.record.report.data import RunData, read_run
 from oldlogits.record.report.figures import figures
 from oldlogits.record.report.frame import page_template
@@ -38,6 +39,9 @@ _DETAILS: Final = {
 }
 _MOST_WARNINGS: Final = 20
 
+REFRESH_S: Final = 30
+"""Seconds after which the page of a run that goes on reads itself again."""
+
 
 @dataclass(frozen=True, slots=True)
 class Card:
@@ -55,9 +59,19 @@ def write_report(run_folder: Path) -> Path:
     Raises:
         RecordError: A file is damaged other than by a kill.
     """
+    report = RunFolder(path=run_folder).report
+    write_atomic(report, report_page(run_folder))
+    return report
+
+
+def report_page(run_folder: Path) -> str:
+    """Return the text of the page; that of a run which goes on reads itself again every 30 seconds.
+
+    Raises:
+        RecordError: A file is damaged other than by a kill.
+    """
     run = read_run(run_folder)
-    folder = RunFolder(path=run_folder)
-    text = page_template("report.html").render(
+    return page_template("report.html").render(
         run=run,
         formula=_formula(run),
         verdict=_verdict(run),
@@ -74,9 +88,8 @@ def write_report(run_folder: Path) -> Path:
             "Failed episodes of evaluations, by reason": run.summary.evaluation_failures,
             "What the agent program asked for in training": run.summary.gateway,
         },
+        refresh_s=REFRESH_S if run.ended is None and is_owned(run_folder) else 0,
     )
-    write_atomic(folder.report, text)
-    return folder.report
 
 
 def _formula(run: RunData) -> Markup:
