@@ -15,7 +15,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 LINES = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
 
-MAX_LINES, MAX_MEDIAN, MAX_FILE, MAX_FUNCTION, MAX_FOLDER = 53_000, 130, 350, 60, 15
+MAX_LINES, MAX_MEDIAN, MAX_FILE, MAX_FUNCTION, MAX_FOLDER = 54_000, 130, 350, 60, 15
 FRAGMENT = re.compile(r"(Of|That|Whose|Which|Where|Likewise|And|As)\b(?! (is|are|may|must)\b)")
 
 

@@ -88,7 +88,8 @@ def _overlaid(title: str, points: Mapping[str, Sequence[charts.Point]], *, is_sh
         return None
     values, beyond = within_axis([line.points for line in lines])
     last = max(at for line in lines for at, _ in line.points)
-    low, high = (0.0, 1.0) if is_share else (min(0.0, *values), max(values))
+    is_narrow = min(values) > 0.5 * max(values)  # such as rho: from zero on, it would be one line
+    low, high = (0.0, 1.0) if is_share else (min(values) if is_narrow else min(0.0, *values), max(values))
     svg = charts.line_chart(charts.x_axis(0.0, last, whole=True), charts.y_axis(low, high), lines, x_label="version")
     return Figure(title=title, caption=beyond, svg=svg, legend=legend(lines))
 
