@@ -119,6 +119,7 @@ class Regime:
         band: The band of all methods at equal band.
         eps_low: Of the clip, at equal band and at equal rho.
         eps_high: Of the clip, at equal band and at equal rho.
+        eps: By loss, eps_low and eps_high of one whose clip is of another size: that of a sequence is far below a token's.
         rho_bands: The band at which a method has the rho that all shall have; methods without a band need none.
         rho_unreached: Methods that no piloted band brings to that rho: they are not in that view, nor their contrasts.
         tuned: What the pilot found best, by method.
@@ -136,6 +137,7 @@ class Regime:
     tuned: Mapping[str, Knobs] = field(default_factory=dict)
     methods: tuple[str, ...] = ()
     exploratory: bool = False
+    eps: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def views(self) -> tuple[View, ...]:
@@ -150,7 +152,8 @@ class Regime:
         if view == "tuned":
             return self.tuned.get(method)
         band = self.band if view == "band" or not find_method(method).has_band else self.rho_bands.get(method)
-        return None if band is None else (band, self.eps_low, self.eps_high)
+        loss, _, _ = method.rpartition("@")
+        return None if band is None else (band, *self.eps.get(loss, (self.eps_low, self.eps_high)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

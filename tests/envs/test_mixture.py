@@ -28,7 +28,7 @@ from oldlogits.record.evaluation import by_environment, read_summary
 from oldlogits.record.event_log import read_events
 from oldlogits.record.events import Evaluated
 from oldlogits.record.intervals import mean_interval, reward_of
-from oldlogits.record.live import print_summary
+from oldlogits.record.live.conclusion import print_summary
 from oldlogits.rollout.tasks import MixedRows, MixtureDataset
 from oldlogits.run.run import run
 from oldlogits.run.start import prepare_model

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from oldlogits.record.events import Evaluated, GroupClosed, ServerUp, TrajectoryFailed, TrajectoryRestarted, Updated, Warned
 from oldlogits.record.intervals import Interval
-from oldlogits.record.live import LiveView, exactness_sentences, learned_sentence, print_summary, sparkline
+from oldlogits.record.live.conclusion import exactness_sentences, learned_sentence, next_lines, print_summary
+from oldlogits.record.live.view import LiveView, sparkline
 from oldlogits.record.summary import Summary
 
 METRICS = {"reward/mean": 0.5, "reward/success": 0.25, "mask/rho": 0.97, "staleness/mean": 1.5, "staleness/max": 4.0}
@@ -178,3 +179,15 @@ def test_the_summary_tells_the_three_parts_of_exactness_as_far_as_they_were_meas
     lag0 = replace(summary, num_digests=0, packing_max_abs_error=None)
     assert list(exactness_sentences(lag0)) == ["Exactness: lag-0 error 0."]
     assert not list(exactness_sentences(replace(summary, num_digests=0, consistency_lag0_max_abs_error=None)))
+
+
+def test_a_run_ends_with_lines_to_copy_and_one_without_a_checkpoint_has_no_agent_to_watch(fake_run):
+    path = fake_run(1)
+    without = next_lines(path)
+    assert [line.split("  oldlogits ")[1].split()[0] for line in without] == ["watch", "train"]
+    (path / "checkpoints/v000001/model").mkdir(parents=True)
+    (path / "checkpoints/v000001/state").mkdir()
+    assert f"oldlogits play {path} --model {path}" in " ".join(next_lines(path))
+    spaced = path.parent / "a run"
+    path.rename(spaced)
+    assert f"oldlogits watch '{spaced}'" in next_lines(spaced)[0], "the shell reads it as one word"

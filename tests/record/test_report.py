@@ -45,9 +45,10 @@ def test_the_report_of_a_whole_run_is_well_formed_and_holds_every_figure(fake_ru
     ):  # fmt: skip
         assert f" {title} " in text
     assert "24.0% → 70.8%: better" in text
-    assert "bound 6: kept" in text
+    assert "within its bound largest" in text
+    assert "what limits the speed" in text
     assert "To know when reading this" not in text
-    assert html.count("<svg") == 14
+    assert html.count("<svg") == 14 + 6
     assert "nan" not in re.findall(r'(?:points|d|x|y|cx|cy|x1|y1|height|width)="([^"]*)"', html)
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from oldlogits.models.layout import decoder
 from oldlogits.record.folder import RunFolder
-from oldlogits.record.live import print_summary
+from oldlogits.record.live.conclusion import print_summary
 from oldlogits.record.summary import summarise_folder
 from oldlogits.run.run import run
 

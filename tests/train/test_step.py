@@ -150,6 +150,8 @@ def oracle(case, variant, *, step=None, denominator="token-mean", discrepancy="w
 class Recording:
     """An optimizer that keeps the gradients of every step, and does not move."""
 
+    lr = 0.25
+
     def __init__(self, model):
         self.model, self.grads = model, []
 

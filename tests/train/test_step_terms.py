@@ -129,6 +129,8 @@ def test_ranks_and_micro_batches_leave_the_gradient_as_it_is(case, recipe, refer
 class Watching:
     """An optimizer that notes by how much each step's learning rate is scaled."""
 
+    lr = 0.25
+
     def __init__(self, model):
         self.model, self.scales = model, []
 
@@ -147,6 +149,7 @@ def test_the_learning_rate_of_a_step_falls_with_the_mean_staleness_of_its_own_to
     lags, steps = VERSION + behind - case.batch.version, case.batch.step[case.batch.sequence]
     means = [statistics.mean(lags[case.batch.loss_mask & (steps == step)].tolist()) for step in (0, 1)]
     assert optimizer.scales == pytest.approx([1 / max(1, mean) for mean in means])
+    assert result.metrics["train/lr"] == 0.25
     assert result.metrics["train/lr_scale"] == pytest.approx(sum(optimizer.scales) / 2)
     assert (optimizer.scales == [1, 1]) == (behind == 0)
 

@@ -20,7 +20,7 @@ from oldlogits.cli.table import Rows
 from oldlogits.core.errors import ConfigError, reading
 from oldlogits.record.failures import FailureTally, in_words
 from oldlogits.record.intervals import verdict_of
-from oldlogits.record.live import program_sentences
+from oldlogits.record.live.conclusion import program_sentences
 
 if TYPE_CHECKING:
     from oldlogits.record.evaluation import Comparison, EvaluatedEpisode, EvaluationSummary

@@ -24,10 +24,13 @@ from oldlogits.core.errors import (
 
 VERBS: Final[Mapping[str, str]] = MappingProxyType(
     {
+        "demo": "train the order desk's agent: a few minutes, no GPU, no download",
+        "init": "write a small project of your own that trains at once",
         "train": "train an agent from a recipe",
         "fetch": "fetch a small real model, where no model hub can be reached",
         "eval": "evaluate a checkpoint on the held-out rows of a recipe",
         "compare": "run recipes under the same seeds, and show gains and costs",
+        "watch": "show a run and those beside it in a browser, live",
         "report": "write report.html of a run folder again",
         "doctor": "say what is wrong with the tokens of a training batch",
         "replay": "train again from recorded batches, under the same or another recipe",
@@ -53,6 +56,8 @@ INTERRUPTED: Final = 130
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a verb and exit with its status; errors of this package are printed without a traceback."""
+    if sys.platform == "win32":
+        sys.exit("oldlogits runs on Linux and macOS; on Windows use it inside of WSL.")
     words = list(sys.argv[1:] if arguments is None else arguments)
     sys.exit(run(words))
 
@@ -108,6 +113,7 @@ def usage() -> str:
     return (
         f"oldlogits {__version__}: asynchronous RL of LLM agents that never loses the old logits\n\n"
         f"usage: oldlogits VERB ...\n\n{verbs}\n\n"
-        "begin with:  oldlogits train recipes/desk.toml\n"
+        "begin with:  oldlogits demo\n"
+        "your own:    oldlogits init my-agent\n"
         "help:        oldlogits VERB --help"
     )

@@ -46,7 +46,7 @@ def command(arguments: Sequence[str]) -> int:
         console.print(shown, markup=False, soft_wrap=options.markdown)
     elif (folder := Path(options.what)).is_dir():
         from oldlogits.record.folder import unreadable_run
-        from oldlogits.record.live import print_summary
+        from oldlogits.record.live.conclusion import print_summary
         from oldlogits.record.summary import Summary
 
         if not (folder / "summary.json").is_file():

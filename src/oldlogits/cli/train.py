@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-import termios
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager
@@ -25,11 +24,12 @@ from oldlogits.config.objective.presets import chosen_differently, find_preset
 from oldlogits.config.programs import rows_in_words
 from oldlogits.config.reader import as_written, fields_by_key
 from oldlogits.config.schema import RunConfig
-from oldlogits.core.environment import Environment
+from oldlogits.config.shipped import shipped_recipes
+from oldlogits.core.environment import Environment, is_model_folder
 from oldlogits.core.errors import AbsentCheckoutError, ConfigError
 from oldlogits.core.policies import find_variant
 from oldlogits.record.folder import RunFolder
-from oldlogits.record.live import print_summary
+from oldlogits.record.live.conclusion import print_summary
 from oldlogits.run.seconds import Assumptions, predict
 from oldlogits.run.tasks import load_tasks
 
@@ -77,7 +77,9 @@ def command(arguments: Sequence[str]) -> int:
 def _train(arguments: Sequence[str]) -> int:
     named = Path(arguments[0]) if arguments and not arguments[0].startswith("-") else None
     words = list(arguments[named is not None :])
-    options, overrides = tyro.cli(TrainOptions, prog="oldlogits train RECIPE", args=words, return_unknown_args=True)
+    options, overrides = tyro.cli(
+        TrainOptions, prog=f"oldlogits train {named or 'RECIPE'}", args=words, return_unknown_args=True
+    )
     recipe = _recipe(named, options)
     config = load_config(recipe, overrides, needs_model=not options.dry_run)
     environment_class, absent = _check_tasks(config, may_be_absent=options.dry_run)
@@ -90,7 +92,7 @@ def _train(arguments: Sequence[str]) -> int:
     from oldlogits.run.run import run
 
     with _without_echo_of_control_keys():
-        result = run(config, out, resume=options.resume is not None)
+        result = run(config, out, resume=options.resume is not None, follow=True)
     return _conclude(result, RunFolder(path=out))
 
 
@@ -126,6 +128,8 @@ def _without_echo_of_control_keys() -> Iterator[None]:
     if not sys.stdin.isatty():
         yield
         return
+    import termios  # Unix alone has it
+
     terminal = sys.stdin.fileno()
     before = termios.tcgetattr(terminal)
     quiet = [*before[:3], before[3] & ~termios.ECHOCTL, *before[4:]]
@@ -146,7 +150,10 @@ def _recipe(named: Path | None, options: TrainOptions) -> Path:
     if options.resume is not None:
         return options.resume / "config.toml"
     raise ConfigError(
-        "the first word names no recipe", got="no recipe", allowed="a TOML file", fix="oldlogits train recipes/desk.toml ..."
+        "the first word names no recipe",
+        got="no recipe",
+        allowed=f"a TOML file, or one that comes with oldlogits: {', '.join(shipped_recipes())}",
+        fix="oldlogits train desk",
     )
 
 
@@ -191,6 +198,8 @@ def _preset_in_words(config: RunConfig) -> list[str]:
 
 def _unknown(config: RunConfig) -> list[str]:
     folder = config.model.path
+    if not is_model_folder(folder):
+        return [f"bytes            unknown before {folder} has made the model, when the run begins"]
     return [
         f"bytes            unknown: there is no {folder}/config.json",
         "                 put the model's config.json there (its weights are not needed), or pass --model.path FOLDER",

@@ -18,6 +18,7 @@ from oldlogits.config.check import check, resolve
 from oldlogits.config.objective.presets import expanded
 from oldlogits.config.reader import Table, build, fields_by_key, nearest_key, stray
 from oldlogits.config.schema import RunConfig
+from oldlogits.config.shipped import found_recipe, shipped_recipes
 from oldlogits.core.errors import ConfigError, reading
 
 
@@ -35,16 +36,18 @@ def load_config(recipe: Path, overrides: Sequence[str] = (), *, needs_model: boo
 
 
 def read_toml(recipe: Path) -> Table:
-    """The tables of a recipe.
+    """The tables of a recipe: a file, or the name of one that comes with the package.
 
     Raises:
         ConfigError: It does not exist, or is no TOML.
     """
-    allowed = "a TOML file"
+    allowed = "a TOML file, or the name of a recipe that comes with oldlogits"
     with reading(ConfigError, "the recipe cannot be read", got=repr(str(recipe)), allowed=allowed, fix="name another one"):
+        recipe = found_recipe(recipe)
         is_file = recipe.is_file()
     if not is_file:
-        found = ", ".join(sorted(str(p) for p in Path("recipes").glob("*.toml"))) or "an empty file, a recipe of defaults"
+        here = sorted(str(path) for path in Path("recipes").glob("*.toml"))
+        found = ", ".join([*here, *shipped_recipes()]) or "an empty file, a recipe of defaults"
         raise ConfigError("the recipe does not exist", got=str(recipe), allowed=allowed, fix=f"try one of: {found}")
     with reading(ConfigError, "the recipe is no TOML", got=str(recipe), allowed="TOML", fix="correct that line"):
         return tomllib.loads(recipe.read_text(encoding="utf-8"))

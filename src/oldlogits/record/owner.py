@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 from collections.abc import Iterator
@@ -24,6 +23,8 @@ def owned(path: Path) -> Iterator[None]:
         RunFolderError: A process that lives owns it.
         RunWriteError: It cannot be written.
     """
+    import fcntl  # Unix alone has it
+
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
         lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -39,7 +40,26 @@ def owned(path: Path) -> Iterator[None]:
             os.close(lock)
 
 
+def is_owned(path: Path) -> bool:
+    """Whether a process that lives owns the folder: a run that goes on."""
+    import fcntl
+
+    try:
+        lock = os.open(path / LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
 def _lock(lock: int, path: Path) -> None:
+    import fcntl
+
     me = f"process {os.getpid()} on {socket.gethostname()}"
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -13,7 +13,7 @@ from oldlogits.record.event_log import EventLog
 from oldlogits.record.events import Warned
 from oldlogits.record.folder import RunFolder
 from oldlogits.record.jsonl import LineFile
-from oldlogits.record.live import LiveView
+from oldlogits.record.live.view import LiveView
 from oldlogits.record.trackers.feed import TrackerFeed
 
 
@@ -40,6 +40,7 @@ def record_run(
     tokens_every: int,
     transcripts_every: int,
     trackers: Sequence[TrackerFeed] = (),
+    others: Sequence[EventSink] = (),
 ) -> Iterator[Recording]:
     """Open the files of a run folder and close them in the end.
 
@@ -50,6 +51,7 @@ def record_run(
         tokens_every: Updates between two token tables; 0: none.
         transcripts_every: Updates between two transcripts; 0: none.
         trackers: The tracking tools that follow the run.
+        others: Whoever else takes each event.
     """
     with ExitStack() as stack:
         log = stack.enter_context(EventLog(folder.events))
@@ -60,6 +62,7 @@ def record_run(
             EpisodeRecorder(episodes, decode, every=transcripts_every, others=[tracker.take for tracker in trackers]),
             view,
             *trackers,
+            *others,
         )
         for tracker in trackers:
             tracker.warn_on(bus)

@@ -29,13 +29,14 @@ from oldlogits.loop.resume import LoopState, check_records, recorded_recipe, ref
 from oldlogits.loop.task import Task
 from oldlogits.models.checksums import check_model_sums
 from oldlogits.models.load import load_tokenizer, meta_model, read_model_config
-from oldlogits.record.bus import Event
+from oldlogits.record.bus import Event, EventSink
 from oldlogits.record.event_log import EventLog
 from oldlogits.record.events import RunEnded, ServerDown, ServerUp, WarmStarted, Warned
 from oldlogits.record.folder import RunFolder
-from oldlogits.record.live import LiveView
+from oldlogits.record.live.view import LiveView
 from oldlogits.record.owner import owned
 from oldlogits.record.recording import Recording, record_run
+from oldlogits.record.report.follow import ReportFollower
 from oldlogits.record.report.page import write_report
 from oldlogits.record.summary import Ended, Summary, summarise_folder
 from oldlogits.record.trackers.feed import TrackerFeed, find_trackers, open_feeds
@@ -75,6 +76,7 @@ def run(
     resume: bool = False,
     open_backend: Open | None = None,
     console: Console | None = None,
+    follow: bool = False,
 ) -> RunResult:
     """Run a recipe to its end, and write summary and report even when it is interrupted or fails.
 
@@ -84,16 +86,17 @@ def run(
         resume: Go on from the latest checkpoint in `out`.
         open_backend: Opens what supplies engine and trainer; that of the recipe's kind of backend by default.
         console: The console that shows progress; standard output by default.
+        follow: Whether the report is written while the run goes on, too, by a process of its own.
 
     Raises:
         OldLogitsError: It could not be started.
     """
     opens: Open = open_backend or backend_kind(config).open
     with chdir(Path()):  # back to where it was, wherever environment code went
-        return _run_recipe(config, out.absolute(), resume, opens, console)
+        return _run_recipe(config, out.absolute(), resume, opens, console, follow)
 
 
-def _run_recipe(recipe: RunConfig, out: Path, resume: bool, opens: Open, console: Console | None) -> RunResult:
+def _run_recipe(recipe: RunConfig, out: Path, resume: bool, opens: Open, console: Console | None, follow: bool) -> RunResult:
     config = anchored(recipe)
     environment_class = check_task(config)
     trackers = find_trackers(config.record.trackers)
@@ -108,6 +111,7 @@ def _run_recipe(recipe: RunConfig, out: Path, resume: bool, opens: Open, console
         versions, config = config.versions, _with_versions_folder(config, folder, before)
         folder.write_config(dataclasses.asdict(recipe) | {"versions": dataclasses.asdict(versions)})
         feeds = open_feeds(trackers, folder, dataclasses.asdict(recipe))
+        follower = ReportFollower(folder.path)
         title = f"oldlogits: {config.env.target}, {config.variant}, {config.runtime.type}"
         try:
             with LiveView(total_updates=config.num_updates, title=title, console=console) as view:
@@ -116,11 +120,13 @@ def _run_recipe(recipe: RunConfig, out: Path, resume: bool, opens: Open, console
                 if config.env.is_program:
                     view.note(f"rows: {rows_in_words(recipe.env)}")
                 view.note(f"starting engine and trainer ({config.runtime.type})")
-                end = asyncio.run(_run(config, folder, view, start, checkpoint, opens, feeds))
+                end = asyncio.run(_run(config, folder, view, start, checkpoint, opens, feeds, [follower] if follow else []))
         except KeyboardInterrupt:  # before the loop began, or for the second time
             end = End(reason="interrupted")
             with suppress(RunWriteError), EventLog(folder.events) as log:
                 log.emit(RunEnded(version=-1, reason="interrupted", error="", accounting=None))
+        finally:
+            follower.close()
         result = _conclude(config, folder, end)
         for trouble in filter(None, [feed.finish(folder) for feed in feeds]):
             (console or Console()).print(f"warning: {trouble}", markup=False)
@@ -189,6 +195,7 @@ async def _run(
     checkpoint: Path | None,
     opens: Open,
     feeds: Sequence[TrackerFeed],
+    others: Sequence[EventSink],
 ) -> End:
     tokenizer = load_tokenizer(start.model)
     environment_class, rows = load_tasks(config)
@@ -200,7 +207,7 @@ async def _run(
     probe_ids = chat.prompt_ids("hello")[-PROBE_TOKENS:]  # a fixed prompt: system prompt and tools
     every = {"tokens_every": config.record.tokens_every, "transcripts_every": config.record.transcripts_every}
     with ExitStack() as stack:
-        recorded = record_run(folder, view, lambda ids: str(tokenizer.decode(ids)), **every, trackers=feeds)
+        recorded = record_run(folder, view, lambda ids: str(tokenizer.decode(ids)), **every, trackers=feeds, others=others)
         recording = stack.enter_context(recorded)
         if checkpoint is None and start.is_warm:
             cached, steps, loss = not start.steps, start.steps, start.loss

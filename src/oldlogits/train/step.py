@@ -106,6 +106,7 @@ def update(
     there, record = tokens.to(model.device), TokenRecord.empty(len(tokens.flat), model.device)
     losses, norms, scales, num_read, lag0, rescored = [], [], list[float](), [], math.nan, math.nan
     lag0_above: Mapping[str, float] = {}
+    first_lr = optimizer.lr
     for step in range(spec.trainer.minibatches_per_update):
         optimizer.zero_grad()
         loss, read = _accumulate(model, batch, there, step, record, spec, ranks)
@@ -134,6 +135,7 @@ def update(
             **_diagnostics(tokens, record, spec),
             **_band_shares(tokens, record, spec.band),
             **_reference_shares(tokens, record),
+            "train/lr": first_lr,
             **({"train/lr_scale": sum(scales) / len(scales)} if scales else {}),
             **lag0_above,
             "score/taken_share": float(tokens.left_out.float().mean()),

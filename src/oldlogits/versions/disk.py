@@ -15,7 +15,6 @@ The store on disk can be opened again, rewound and verified: this is what a run 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import struct
@@ -311,6 +310,8 @@ def _above(version: PolicyVersion, patches: Iterable[StoredFile]) -> tuple[Store
 
 def _own(folder: Path) -> int:
     """Make a folder if there is none; returns an open file that locks it until it is closed or the process ends."""
+    import fcntl  # Unix alone has it
+
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / "owner.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:

@@ -13,7 +13,6 @@ what has changed from here. The file::
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 import struct
@@ -101,13 +100,13 @@ class HostCopy:
         Raises:
             ReceiverBehindError: The copy holds another version, or its writer died while it wrote.
         """
-        with self._locked(fcntl.LOCK_SH):
+        with self._locked(is_shared=True):
             self._check_holds(version)
             yield self._flat.weights
 
     def load(self, weights: Mapping[str, Tensor], version: PolicyVersion) -> None:
         """Take all weights anew: one copy. Nothing is written if they do not fit, or if a reader does not end."""
-        with self._locked(fcntl.LOCK_EX), self._writing(version):
+        with self._locked(is_shared=False), self._writing(version):
             self._flat.load(weights)
 
     def take(self, patches: Sequence[bytes | memoryview], base: PolicyVersion, version: PolicyVersion) -> int:
@@ -128,7 +127,7 @@ class HostCopy:
         self._check_holds(base)
         try:
             read = [Patch.from_bytes(patch, layout=self._flat.layout) for patch in patches]
-            with self._locked(fcntl.LOCK_EX), self._writing(version):
+            with self._locked(is_shared=False), self._writing(version):
                 return apply(self._flat, read)
         except (PatchError, LayoutError, ExactnessError) as error:
             raise receiver_behind(str(error), f"patches from version {base} to {version}, as they were written") from error
@@ -159,8 +158,10 @@ class HostCopy:
         self._put_state(version, self._flat.digest, True)
 
     @contextmanager
-    def _locked(self, kind: int) -> Iterator[None]:
-        deadline = time.monotonic() + LOCK_S
+    def _locked(self, *, is_shared: bool) -> Iterator[None]:
+        import fcntl  # Unix alone has it
+
+        deadline, kind = time.monotonic() + LOCK_S, fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
         while True:
             try:
                 fcntl.flock(self._file, kind | fcntl.LOCK_NB)

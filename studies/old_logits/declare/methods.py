@@ -58,6 +58,7 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         "log-linear": Method(variant="loglinear_prox", source="none"),
         "mu": Method(variant="ppo_clip_train_infer", source="none"),
         "exact-r_d-1": Method(variant="ppo_clip", source="snapshot"),
+        "mis-balance": Method(variant="mis_balance", source="balance"),
         "truncated-is": Method(variant="ppo_clip_train_infer", source="none", more={"objective.clip": "truncated"}),
         "synchronous": Method(variant="decoupled_exact", source="snapshot", more={"lockstep.max_lag": 0, "max_staleness": 0}),
     }

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from oldlogits.record.folder import write_atomic
+from oldlogits.record.report.cards import Card
 from oldlogits.record.report.charts import Figure
 from oldlogits.record.report.frame import page_template
-from oldlogits.record.report.page import Card
 from studies.old_logits.analyse.contrasts import COLLAPSE, all_contrasts, collapse_bars
 from studies.old_logits.layout import Table
 from studies.old_logits.results import Study

@@ -158,7 +158,7 @@ def _word(estimate: Estimate) -> str:
 
 def _methods(study: Study) -> Iterator[str]:
     declaration = study.declaration
-    reference = declaration.methods[0]
+    reference = next(iter(declaration.methods), "")
     for regime in declaration.regimes:
         rows = method_rows(declaration, study.learning, regime, declaration.primary)
         if not any(row.runs for row in rows):

@@ -54,6 +54,22 @@ def test_what_two_views_share_is_run_once_and_only_the_primary_view_runs_in_all_
     }
 
 
+def test_a_loss_whose_clip_is_of_another_size_runs_with_its_own_bounds_over_every_route():
+    regime = {**REGIME, "eps": {"gspo": [0.02, 0.028]}}
+    learning = {**plan_table()["learning"], "methods": ["exact", "gspo@exact", "gspo@arrival", "cispo@exact", "mis-balance"]}
+    found = {
+        (c.method, c.config.objective.loss, c.config.objective.eps_low, c.config.objective.eps_high)
+        for c in learning_cells(plan(regimes=[regime], learning={**learning, "contrasts": []}))
+    }
+    assert found == {
+        ("exact", "masked_is", 0.2, 0.28),
+        ("gspo@exact", "gspo", 0.02, 0.028),
+        ("gspo@arrival", "gspo", 0.02, 0.028),
+        ("cispo@exact", "cispo", 0.2, 0.28),
+        ("mis-balance", "masked_is", 0.2, 0.28),
+    }
+
+
 def test_the_name_of_a_cell_follows_from_what_it_sets_and_from_nothing_else():
     first, second = cell(1), cell(2)
     assert first.key == cell(1).key != second.key

@@ -218,3 +218,9 @@ def test_the_document_holds_the_plan_the_tables_and_the_commentary_apart(tmp_pat
     assert folded
     assert document.count("<details>") == len(folded)
     assert "## Commentary" not in write_document(study(), tmp_path / "plain.md").read_text(encoding="utf-8")
+
+
+def test_a_study_of_which_only_the_pilot_has_run_is_shown(tmp_path):
+    bare = replace(declaration(), regimes=(), methods=(), contrasts=())
+    page = write_page(replace(study(), declaration=bare, learning=(), decision=(), cost=()), tmp_path / "report.html")
+    assert "<html" in page.read_text()

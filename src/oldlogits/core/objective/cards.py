@@ -26,6 +26,7 @@ class LossCard:
         is_guarded: Whether the rules of config/guard.py, which are about the band and the PPO clip, are about this loss.
         step_rule: The import path of a function from all tokens of an optimizer step (`LossInputs` without THETA) and the
             `Objective` to a bool [token], which each micro-batch receives its part of; empty: there is none.
+        splits: Whether the parts of a batch add up to the whole however it is split into micro-batches.
     """
 
     what: str
@@ -36,6 +37,7 @@ class LossCard:
     has_active_set: bool = True
     is_guarded: bool = False
     step_rule: str = ""
+    splits: bool = True
 
 
 R_S_BOUNDS: Final = ("eps_low", "eps_high", "dual_clip", "clip_by_lag", "clip", "is_cap")

@@ -124,3 +124,13 @@ class OpsmOptions:
 
     threshold: Annotated[float, Gt(0)] = 0.5
     """A sequence with A < 0 is masked where the mean of log (mu / theta) is above this, in nats."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SatOptions:
+    """Which tokens' clip closes, and how far."""
+
+    quantile: Annotated[float, Gt(0), Lt(1)] = 0.9
+    """Tokens whose |log r_s| is above this quantile of the micro-batch have a narrower clip."""
+    exponent: Annotated[float, Gt(0), Le(100)] = 2.0
+    """Of the Hill function by which it narrows."""

@@ -1,10 +1,9 @@
-"""What a run looks like in the terminal while it goes on, and the panel that ends it."""
+"""What a run looks like in the terminal while it goes on."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
@@ -12,7 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -33,13 +32,13 @@ from oldlogits.record.events import (
     Warned,
 )
 from oldlogits.record.failures import FailureTally, in_words
-from oldlogits.record.intervals import reward_of, success_of, verdict_of
-from oldlogits.record.summary import Summary
+from oldlogits.record.intervals import reward_of, success_of
+from oldlogits.record.live.health import Forecast, health_line, in_minutes
 
 _ROWS: Final[Mapping[str, Mapping[str, str]]] = {
     "reward": {"reward/mean": "{:.3f}"},
     "success": {"reward/success": "{:.3f}"},
-    "rho": {"mask/rho": "{:.3f}", "mask/rho_band": "band {:.3f}", "mask/rho_clip": "clip {:.3f}"},
+    "active": {"mask/rho": "{:.3f} of the tokens (rho)", "mask/rho_band": "band {:.3f}", "mask/rho_clip": "clip {:.3f}"},
     "staleness": {"staleness/mean": "mean {:.2f}", "staleness/max": "max {:.0f}"},
     "failed": {"failed/num": "{:.0f} of", "failed/ended": "{:.0f} episodes:"},
     "queue": {"queue/running": "{:.0f} running", "queue/queued": "{:.0f} queued"},
@@ -104,18 +103,18 @@ class LiveView:
         self._failures, self._num_failed, self._num_ended = FailureTally(), 0, 0
         self._restarts = FailureTally()
         self._progress = Progress(
-            TextColumn("[bold]update {task.completed}/{task.total}"),
+            TextColumn("[bold]{task.description}"),
+            TextColumn("update {task.completed}/{task.total}"),
             BarColumn(bar_width=None, complete_style="blue"),
             TimeElapsedColumn(),
             TextColumn("elapsed"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
+            TextColumn("{task.fields[left]}"),
             console=self._console,
             auto_refresh=False,
             expand=True,
-            speed_estimate_period=math.inf,
         )
-        self._task = self._progress.add_task("", total=max(total_updates, 1))
+        self._task = self._progress.add_task("starting", total=max(total_updates, 1), left="")
+        self._forecast, self._health, self._num_updates = Forecast(total_updates), "", 0
         self._live = Live(console=self._console, get_renderable=self._panel, refresh_per_second=_REFRESH_PER_S)
 
     def __enter__(self) -> Self:
@@ -134,8 +133,9 @@ class LiveView:
         if isinstance(event, RunStarted):
             self._started = event
         elif isinstance(event, Updated):
-            self.update(event.metrics, version=event.version)
+            self._updated(event)
         elif isinstance(event, EvaluationProgressed):
+            self._phase(self._evaluation)
             self.show({"eval/ended": event.num_ended, "eval/rows": event.num_episodes, "eval/failed": event.num_failed})
         elif isinstance(event, TrajectoryFailed):
             self._failed(event)
@@ -159,6 +159,23 @@ class LiveView:
             what = "down" if isinstance(event, ServerDown) else "up"
             self.note(f"server {event.server} is {what}: {event.reason}")
 
+    def _updated(self, event: Updated) -> None:
+        """Take in an update: what the health line says is all of this one."""
+        self._forecast.updated(event)
+        bound = None if self._started is None else self._started.max_staleness
+        self._health = health_line(event, max_staleness=bound, num_failed=self._num_failed, num_ended=self._num_ended)
+        self.update(event.metrics, version=event.version)
+        self._phase("training" if event.version < self._total else "ending")
+
+    def _phase(self, name: str) -> None:
+        """Name what the run does now, and how long all that is to come will take."""
+        self._progress.update(self._task, description=name, left=in_minutes(self._forecast.left_s))
+
+    @property
+    def _evaluation(self) -> str:
+        when = "before training" if not self._num_updates else "after training" if self._num_updates >= self._total else ""
+        return f"evaluation {when}".strip()
+
     def _failed(self, event: TrajectoryFailed) -> None:
         """Count a failed episode; the first ones of another kind are told."""
         if self._failures.add(event.reason) and len(self._failures.by_reason()) <= _MOST_KINDS:
@@ -177,6 +194,8 @@ class LiveView:
             self.show({"failed/num": self._num_failed, "failed/ended": self._num_ended})
 
     def _evaluated(self, event: Evaluated) -> None:
+        self._forecast.evaluated(event)
+        self._phase("training" if self._num_updates < self._total else "ending")
         if event.mode == "sampled" and event.num_episodes:
             reward = {"eval/reward": event.reward_mean}
             self.show({"eval/mean": event.mean, "eval/low": event.low, "eval/high": event.high, **reward})
@@ -193,6 +212,7 @@ class LiveView:
     def update(self, metrics: Mapping[str, float], *, version: int) -> None:
         """Show the metrics of the update that made `version`."""
         self.show(metrics)
+        self._num_updates = version
         self._progress.update(self._task, completed=version)
         for key, values in self._history.items():
             if key in metrics:
@@ -217,7 +237,10 @@ class LiveView:
         for label, parts in _ROWS.items():
             if row := self._row(parts):
                 grid.add_row(label, row)
-        return Panel(Group(self._progress, "", grid), title=escape(self._title), title_align="left", border_style="blue")
+        drawn: list[RenderableType] = [self._progress, "", grid]
+        if self._health:
+            drawn[2:2] = [Text(self._health, style="bold"), ""]
+        return Panel(Group(*drawn), title=escape(self._title), title_align="left", border_style="blue")
 
     def _row(self, parts: Mapping[str, str]) -> str:
         shown = [template.format(self._latest[key]) for key, template in parts.items() if key in self._latest]
@@ -256,91 +279,3 @@ def calibration_lines(found: Calibrated, started: RunStarted | None) -> Iterator
     yield "  would mask " + "".join(f"{share:>8.2%}" for share in found.masked)
     has_none = "measures its band (mask/band)" if started is not None and started.r_d != "1" else "has no band: r_d = 1"
     yield f"  this recipe {has_none}" if own is None else f"  *: this recipe, which keeps {found.kept:.1%}"
-
-
-def print_summary(summary: Summary, run_folder: Path, *, console: Console | None = None) -> None:
-    """Say in plain words what was learned, whether the old logits were exact, and where the report is."""
-    out = console or Console()
-    lines = [learned_sentence(summary), *reward_sentences(summary), *environment_sentences(summary)]
-    lines += [staleness_sentence(summary), *exactness_sentences(summary)]
-    lines += [*failure_sentences(summary), *program_sentences(summary.gateway)]
-    if summary.ended != "done":
-        lines.insert(0, f"The run ended early ({summary.ended}).")
-    body = Text("\n".join(lines) + "\n")
-    body.append(f"\nrun folder  {run_folder}\nreport      {run_folder / 'report.html'}", style="dim")
-    out.print(Panel(body, title=f"{summary.variant}, {summary.num_updates} updates", title_align="left", border_style="green"))
-
-
-def learned_sentence(summary: Summary) -> str:
-    """Before -> after with intervals, and whether the difference is beyond chance."""
-    before, after, gain = summary.success_before, summary.success_after, summary.gain
-    if before is None or after is None:
-        only, failed = before or after, sum(summary.evaluation_failures.values())
-        if failed:
-            said = f"Held-out success {only}" if only else "HELD-OUT SUCCESS WAS NOT MEASURED"
-            return f"{said}: all episodes of {'the other' if only else 'each'} evaluation failed."
-        return f"Held-out success {only}; no comparison." if only else "Held-out success was not measured."
-    text = f"Held-out success {before} -> {after}"
-    if gain is None:
-        return text + "."
-    points = f"{100 * gain.mean:+.1f} points {gain.bounds('+.1f', times=100)}"
-    return f"{text}: {points} on the same {gain.num_episodes} episodes, {verdict_of(gain)}."
-
-
-def reward_sentences(summary: Summary) -> Iterator[str]:
-    """The mean reward before -> after, and what counts as a success; nothing without an evaluation."""
-    before, after, gain = summary.reward_before, summary.reward_after, summary.reward_gain
-    shown = " -> ".join(interval.plain for interval in (before, after) if interval is not None)
-    if shown and summary.success_at is not None:
-        change = f": {gain.change}" if gain is not None else ""
-        yield f"Mean reward {shown}{change}; a success is a reward of {summary.success_at:g} or more."
-
-
-def environment_sentences(summary: Summary) -> Iterator[str]:
-    """What was learned in each environment of a mixture; nothing without one."""
-    for name, found in summary.environments.items():
-        yield f"  {name}: {' -> '.join(str(one) for one in (found.before, found.after) if one is not None)}"
-
-
-def failure_sentences(summary: Summary) -> Iterator[str]:
-    """How many episodes of training and of evaluations their environment ended, and for which reasons; nothing without any."""
-    for what, num, failures in (
-        ("training", summary.accounting.get("submitted", 0), summary.failures),
-        ("held-out", summary.num_evaluation_episodes, summary.evaluation_failures),
-    ):
-        if failures:
-            yield f"{sum(failures.values())} of {num} {what} episodes failed: {in_words(failures)}."
-
-
-def program_sentences(found: Mapping[str, int]) -> Iterator[str]:
-    """What an agent program asked for, and what became of it (`Summary.gateway`); nothing without one."""
-    if found:
-        num = {name: f"{count:,}" for name, count in found.items()}
-        turns = sum(found[kind] for kind in ("opened", "continued", "forked", "rewritten"))
-        yield (
-            f"The program was given {turns:,} turns: {num['forked']} from an earlier one, {num['rewritten']} after it rewrote "
-            f"its history ({num['encoded_anew_tokens']} tokens encoded anew). {num['dropped_answers']} answers dropped "
-            f"({num['dropped_tokens']} tokens), {num['overridden']} parameters overridden, {num['refused']} requests refused."
-        )
-
-
-def exactness_sentences(summary: Summary) -> Iterator[str]:
-    """The three parts of exactness, as far as they were measured (docs/exactness.md); nothing where OLD was not computed."""
-    found = [f"weights bit-exact ({summary.num_digests:,} checkouts by digest)"] if summary.num_digests else []
-    if summary.consistency_lag0_max_abs_error is not None:
-        found.append(f"lag-0 error {summary.consistency_lag0_max_abs_error:.2g}")
-    if found and summary.packing_max_abs_error is not None:
-        mean, largest = summary.packing_mean_abs_error, summary.packing_max_abs_error
-        found.append(f"packing noise {mean:.2g} on average and {largest:.2g} at most, in nats")
-    if found:
-        yield f"Exactness: {', '.join(found)}."
-
-
-def staleness_sentence(summary: Summary) -> str:
-    """How much was trained, how stale it was, and how the proximal policy's log-probs were obtained."""
-    total = sum(summary.provenance.values())
-    kinds = ", ".join(f"{count / total:.1%} {kind}" for kind, count in sorted(summary.provenance.items()) if count)
-    text = f"{summary.num_trajectories} trajectories, {summary.num_multi_version_trajectories} of several versions"
-    if summary.staleness_max is not None and summary.staleness_mean is not None:
-        text += f"; staleness mean {summary.staleness_mean:.2f}, max {summary.staleness_max}"
-    return text + (f"; proximal log-probs: {kinds}." if kinds else ".")
