@@ -14,6 +14,7 @@ from oldlogits.core.server import LOOPBACK
 from oldlogits.doctor.readers.pickled import load_torch, unpickle
 from oldlogits.engines.server.app import check_host
 from oldlogits.engines.shared_memory import shared_file
+from oldlogits.record.watch.server import WatchServer
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "oldlogits"
@@ -93,6 +94,11 @@ def test_other_machines_need_a_token():
     check_host("0.0.0.0", "a token")
     for host in LOOPBACK:
         check_host(host, "")
+
+
+def test_the_watch_page_listens_on_this_machine_alone(tmp_path):
+    with WatchServer(tmp_path, 0) as server:
+        assert server.server_address[0] == "127.0.0.1"
 
 
 def test_weights_in_shared_memory_are_their_users_alone():
