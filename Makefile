@@ -13,7 +13,7 @@ VLLM ?= $(CACHE)/vllm-$(shell sha256sum constraints-vllm.txt | cut -c1-12)
 ENVS ?= $(CACHE)/envs-$(shell sha256sum constraints-envs.txt | cut -c1-12)
 PEERS ?= $(CACHE)/peers-$(shell sha256sum constraints-peers.txt | cut -c1-12)
 
-.PHONY: demo test test-fast test-ray test-vllm test-envs test-peers test-lowest test-newest gpu wheels lint types install lock clean
+.PHONY: demo test test-fast test-ray test-vllm test-envs test-peers test-lowest test-newest gpu wheels lint types site licences install lock clean
 
 install: $(INSTALLED)
 
@@ -93,6 +93,14 @@ lint: install
 
 types: install
 	$(BIN)/mypy
+
+# The documents with the pages that are written from the source, in build/site; a warning is an error.
+site: install
+	$(BIN)/python -m tools.site
+
+# The licences of what a minimal install and the extras bring; one that tools/licences.toml does not allow is an error.
+licences: install
+	$(BIN)/python tools/licences.py
 
 clean:
 	rm -rf .venv .venv-lowest .venv-newest $(SITE)

@@ -58,7 +58,8 @@ class HostCopy:
             raise ValueError("it begins otherwise")
         _, version, length = _PREFIX.unpack_from(self._map)
         if version != _FORMAT:
-            raise LayoutError("a copy of weights of another format", got=f"format {version}", allowed=f"format {_FORMAT}")
+            what, fix = "a copy of weights of another format", "let the release that reads it write it"
+            raise LayoutError(what, got=f"format {version}", allowed=f"format {_FORMAT}", fix=fix)
         layout = Layout.from_json(self._map[_PREFIX.size : _PREFIX.size + length])
         self._state_at, places, size = _places(layout, length)
         if len(self._map) != size or not layout.num_values:

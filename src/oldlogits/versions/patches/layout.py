@@ -201,7 +201,8 @@ class Layout:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             if isinstance(error, LayoutError):
                 raise
-            raise LayoutError("a text is no layout", got=str(error), allowed="what Layout.to_json wrote") from error
+            allowed, fix = "what Layout.to_json wrote", "write it again"
+            raise LayoutError("a text is no layout", got=str(error), allowed=allowed, fix=fix) from error
 
     def difference(self, other: Layout) -> str:
         """In words, the first way in which `other` is not this layout; empty if it is."""
