@@ -24,6 +24,8 @@ from oldlogits.core.errors import (
 
 VERBS: Final[Mapping[str, str]] = MappingProxyType(
     {
+        "demo": "train the order desk's small agent: minutes, no GPU, no download",
+        "init": "write a small project of your own: environment, recipe, rows, test",
         "train": "train an agent from a recipe",
         "fetch": "fetch a small real model, where no model hub can be reached",
         "eval": "evaluate a checkpoint on the held-out rows of a recipe",
@@ -51,6 +53,14 @@ INTERRUPTED: Final = 130
 """Exit status after Ctrl-C."""
 
 
+BEGIN: Final = f"""oldlogits {__version__}: asynchronous RL of LLM agents that never loses the old logits
+
+  oldlogits demo            watch a small agent learn: minutes on two cores, no GPU, no download
+  oldlogits init my-agent   begin a project of your own
+  oldlogits --help          all commands"""
+"""What `oldlogits` alone prints: what to type next."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a verb and exit with its status; errors of this package are printed without a traceback."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -59,7 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(words: list[str]) -> int:
     """Run a verb; returns the exit status."""
-    if not words or words[0] in ("-h", "--help", "help"):
+    if sys.platform == "win32":
+        print("oldlogits runs on Linux and macOS; on Windows, use it in WSL 2", file=sys.stderr)
+        return REFUSED
+    if not words:
+        print(BEGIN)
+        return 0
+    if words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
     if words[0] in ("-V", "--version"):
@@ -108,6 +124,6 @@ def usage() -> str:
     return (
         f"oldlogits {__version__}: asynchronous RL of LLM agents that never loses the old logits\n\n"
         f"usage: oldlogits VERB ...\n\n{verbs}\n\n"
-        "begin with:  oldlogits train recipes/desk.toml\n"
+        "begin with:  oldlogits demo\n"
         "help:        oldlogits VERB --help"
     )

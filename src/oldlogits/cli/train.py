@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-import termios
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager
@@ -126,6 +125,8 @@ def _without_echo_of_control_keys() -> Iterator[None]:
     if not sys.stdin.isatty():
         yield
         return
+    import termios
+
     terminal = sys.stdin.fileno()
     before = termios.tcgetattr(terminal)
     quiet = [*before[:3], before[3] & ~termios.ECHOCTL, *before[4:]]
@@ -146,7 +147,7 @@ def _recipe(named: Path | None, options: TrainOptions) -> Path:
     if options.resume is not None:
         return options.resume / "config.toml"
     raise ConfigError(
-        "the first word names no recipe", got="no recipe", allowed="a TOML file", fix="oldlogits train recipes/desk.toml ..."
+        "the first word names no recipe", got="no recipe", allowed="a TOML file, or the name of a recipe of the package", fix="oldlogits train desk"
     )
 
 

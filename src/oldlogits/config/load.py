@@ -34,8 +34,15 @@ def load_config(recipe: Path, overrides: Sequence[str] = (), *, needs_model: boo
     return config
 
 
+def shipped_recipes() -> Mapping[str, Path]:
+    """The recipes that come with the package, by their bare name: of the wheel, or of the checkout that it runs from."""
+    package = Path(__file__).parents[1]
+    folders = (package / "recipes", package.parents[1] / "recipes")
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.toml"))}
+
+
 def read_toml(recipe: Path) -> Table:
-    """The tables of a recipe.
+    """The tables of a recipe: of a file, or where there is no such file, of the one of that name that comes with the package.
 
     Raises:
         ConfigError: It does not exist, or is no TOML.
@@ -43,8 +50,10 @@ def read_toml(recipe: Path) -> Table:
     allowed = "a TOML file"
     with reading(ConfigError, "the recipe cannot be read", got=repr(str(recipe)), allowed=allowed, fix="name another one"):
         is_file = recipe.is_file()
+    if not is_file and str(recipe) in shipped_recipes():
+        recipe, is_file = shipped_recipes()[str(recipe)], True
     if not is_file:
-        found = ", ".join(sorted(str(p) for p in Path("recipes").glob("*.toml"))) or "an empty file, a recipe of defaults"
+        found = ", ".join(sorted(shipped_recipes())) or "an empty file, a recipe of defaults"
         raise ConfigError("the recipe does not exist", got=str(recipe), allowed=allowed, fix=f"try one of: {found}")
     with reading(ConfigError, "the recipe is no TOML", got=str(recipe), allowed="TOML", fix="correct that line"):
         return tomllib.loads(recipe.read_text(encoding="utf-8"))
