@@ -147,7 +147,10 @@ def _recipe(named: Path | None, options: TrainOptions) -> Path:
     if options.resume is not None:
         return options.resume / "config.toml"
     raise ConfigError(
-        "the first word names no recipe", got="no recipe", allowed="a TOML file, or the name of a recipe of the package", fix="oldlogits train desk"
+        "the first word names no recipe",
+        got="no recipe",
+        allowed="a TOML file, or the name of a recipe of the package",
+        fix="oldlogits train desk",
     )
 
 
