@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ from oldlogits.core.errors import AbsentCheckoutError, ConfigError
 from oldlogits.core.policies import find_variant
 from oldlogits.record.folder import RunFolder
 from oldlogits.record.live import print_summary
+from oldlogits.record.summary import Summary
 from oldlogits.run.seconds import Assumptions, predict
 from oldlogits.run.tasks import load_tasks
 
@@ -81,7 +83,12 @@ def _train(arguments: Sequence[str]) -> int:
     config = load_config(recipe, overrides, needs_model=not options.dry_run)
     environment_class, absent = _check_tasks(config, may_be_absent=options.dry_run)
     if options.dry_run:
+        from oldlogits.run.run import check_extras
+
+        check_extras(config)
         return _dry_run(config, options.assume, environment_class, absent)
+    if options.resume is not None and _is_finished(RunFolder(path=options.resume), config):
+        return 0
     out = options.resume or options.out or Path("runs") / f"{recipe.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     print(f"run folder: {out}", flush=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -102,6 +109,18 @@ def _check_tasks(config: RunConfig, *, may_be_absent: bool) -> tuple[type[Enviro
         if not may_be_absent:
             raise
         return None, [f"environment      not checked: {error.got} names no checkout here"]
+
+
+def _is_finished(folder: RunFolder, config: RunConfig) -> bool:
+    """Whether a run to resume has all its updates already; then how to go on is said, and nothing is changed."""
+    if not folder.summary.is_file():
+        return False
+    summary = Summary.read(folder.summary)
+    if summary.ended != "done" or summary.num_updates < config.num_updates:
+        return False
+    more = f"oldlogits train --resume {shlex.quote(str(folder.path))} --num-updates {2 * summary.num_updates}"
+    print(f"the run is finished, with {summary.num_updates} updates; nothing was changed. To go on:  {more}")
+    return True
 
 
 def _conclude(result: RunResult, folder: RunFolder) -> int:

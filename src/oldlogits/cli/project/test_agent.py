@@ -9,6 +9,7 @@ ROWS = [json.loads(line) for line in (Path(__file__).parent / "rows.jsonl").read
 
 
 def test_each_row_is_won_by_its_answer_only():
+    """The row's answer is rewarded, and no other word is."""
     for row in ROWS:
         for word in WORDS:
             game = Opposites()
