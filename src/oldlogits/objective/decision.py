@@ -11,10 +11,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from oldlogits.core.policies import MU, OLD, ONE, THETA, Variant
+from oldlogits.core.shapes import Bool, Float, Int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

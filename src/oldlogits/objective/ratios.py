@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from oldlogits.core.errors import MissingLogprobError
 from oldlogits.core.policies import Policy, Variant
+from oldlogits.core.shapes import Float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
