@@ -9,4 +9,4 @@ from oldlogits.cli import train
 
 def command(arguments: Sequence[str]) -> int:
     """Train the shipped recipe; what follows is read as by `oldlogits train`."""
-    return train.command(["desk", *arguments])
+    return train.command(["desk", *arguments], prog="oldlogits demo")

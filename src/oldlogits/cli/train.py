@@ -57,11 +57,11 @@ class TrainOptions:
     """With --dry-run: what the seconds are predicted from."""
 
 
-def command(arguments: Sequence[str]) -> int:
+def command(arguments: Sequence[str], prog: str = "oldlogits train RECIPE") -> int:
     """Parse, check, train, and say what came out; a rank of torchrun but the first follows the first one's trainer."""
     launch = launched()
     if launch is None:
-        return _train(arguments)
+        return _train(arguments, prog)
 
     from oldlogits.backends.torchrun.dispatch import follow
     from oldlogits.backends.torchrun.rendezvous import Rendezvous
@@ -70,15 +70,15 @@ def command(arguments: Sequence[str]) -> int:
         follow(launch)
     board = Rendezvous(launch)
     try:
-        return _train(arguments)
+        return _train(arguments, prog)
     finally:
         board.end()
 
 
-def _train(arguments: Sequence[str]) -> int:
+def _train(arguments: Sequence[str], prog: str) -> int:
     named = Path(arguments[0]) if arguments and not arguments[0].startswith("-") else None
     words = list(arguments[named is not None :])
-    options, overrides = tyro.cli(TrainOptions, prog="oldlogits train RECIPE", args=words, return_unknown_args=True)
+    options, overrides = tyro.cli(TrainOptions, prog=prog, args=words, return_unknown_args=True)
     recipe = _recipe(named, options)
     config = load_config(recipe, overrides, needs_model=not options.dry_run)
     environment_class, absent = _check_tasks(config, may_be_absent=options.dry_run)

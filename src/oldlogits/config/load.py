@@ -53,7 +53,7 @@ def read_toml(recipe: Path) -> Table:
     if not is_file and str(recipe) in shipped_recipes():
         recipe, is_file = shipped_recipes()[str(recipe)], True
     if not is_file:
-        found = ", ".join(sorted(shipped_recipes())) or "an empty file, a recipe of defaults"
+        found = ", ".join([*sorted(str(path) for path in Path("recipes").glob("*.toml")), *sorted(shipped_recipes())])
         raise ConfigError("the recipe does not exist", got=str(recipe), allowed=allowed, fix=f"try one of: {found}")
     with reading(ConfigError, "the recipe is no TOML", got=str(recipe), allowed="TOML", fix="correct that line"):
         return tomllib.loads(recipe.read_text(encoding="utf-8"))
