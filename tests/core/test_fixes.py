@@ -35,7 +35,7 @@ def fixes() -> list[tuple[str, str]]:
 
 def wrong(text: str) -> list[str]:
     """The verbs, flags, extras and keys in it that do not exist."""
-    bad = [verb for verb in re.findall(r"\boldlogits ([a-z]+)\b", text) if verb not in VERBS]
+    bad = [verb for verb in re.findall(r"(?<!of )\boldlogits ([a-z]+)\b", text) if verb not in VERBS]
     bad += [extra for names in re.findall(r"oldlogits\[([\w,]+)\]", text) for extra in names.split(",") if extra not in EXTRAS]
     keys = re.findall(rf"(?<![\w./])(?:--)?((?:{'|'.join(sorted(SECTIONS))})\.[a-z_-]+)\b(?![./(])", text)
     bad += [key for key in keys if key.replace("-", "_") not in known_keys() and not key.endswith((".json", ".toml", ".py"))]

@@ -41,7 +41,7 @@ VERBS: Final[Mapping[str, str]] = MappingProxyType(
         "show": "print variants, losses, presets, sources, recipe keys, or a run",
     }
 )
-"""Each verb is the function ``command(arguments) -> exit status`` of ``oldlogits.cli.VERB``."""
+"""Each verb is the function ``command(arguments) -> exit status`` of ``oldlogits.cli.VERB``; demo is that of train."""
 
 WRONG: Final = (ConfigError, EnvironmentShapeError, ModelFolderError, ReplayError, RunFolderError, TokenTableError)
 """Errors that are the command's or the recipe's."""
@@ -105,6 +105,9 @@ def _verb(words: Sequence[str]) -> int:
     """Import the verb that the first word names, and run it with the others."""
     if words[0] not in VERBS:
         raise ConfigError("unknown command", got=words[0], allowed=", ".join(VERBS), fix="run `oldlogits --help`")
+    if words[0] == "demo":
+        demo: int = importlib.import_module("oldlogits.cli.train").command(["desk", *words[1:]], prog="oldlogits demo")
+        return demo
     status: int = importlib.import_module(f"oldlogits.cli.{words[0]}").command(words[1:])
     return status
 

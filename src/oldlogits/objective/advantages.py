@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.shapes import Float, Int
+from oldlogits.core.objective.shapes import Float, Int
 from oldlogits.core.trajectory import Context, Trajectory, TrajectoryGroup
 
 AdvantageMode = Literal[

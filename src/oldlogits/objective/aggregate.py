@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.shapes import Bool, Float, Int
+from oldlogits.core.objective.shapes import Bool, Float, Int
 
 Aggregation = Literal["token-mean", "token-mean-kept", "sequence-mean", "constant"]
 """The denominator: N valid tokens; N kept tokens; sequences, each over its own tokens; a constant."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from oldlogits.core.policies import MU, OLD, ONE, THETA, Variant
-from oldlogits.core.shapes import Bool, Float, Int
+from oldlogits.core.objective.shapes import Bool, Float, Int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from oldlogits.core.errors import MissingLogprobError
 from oldlogits.core.loss import LossInputs, LossTerms, Objective
 from oldlogits.core.objective.correction import Level
 from oldlogits.core.policies import MU, THETA
-from oldlogits.core.shapes import Bool, Float
+from oldlogits.core.objective.shapes import Bool, Float
 from oldlogits.objective.correct import LARGEST_LOG, corrected
 from oldlogits.objective.levels import at_level
 from oldlogits.objective.masks import finite_mask

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from oldlogits.core.objective.correction import Level
-from oldlogits.core.shapes import Bool, Float, Int
+from oldlogits.core.objective.shapes import Bool, Float, Int
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.shapes import Bool, Float, Int
+from oldlogits.core.objective.shapes import Bool, Float, Int
 
 
 def band_mask(log_r_d: Float[Tensor, " token"], band: float) -> Bool[Tensor, " token"]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.shapes import Float, Int
+from oldlogits.core.objective.shapes import Float, Int
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from oldlogits.core.errors import MissingLogprobError
 from oldlogits.core.policies import Policy, Variant
-from oldlogits.core.shapes import Float
+from oldlogits.core.objective.shapes import Float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

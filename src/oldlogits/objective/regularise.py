@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.shapes import Float
+from oldlogits.core.objective.shapes import Float
 
 KlEstimator = Literal["k1", "k2", "k3"]
 """The estimators of a Kullback-Leibler divergence from one log-ratio a token."""

@@ -15,7 +15,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.loss import LossTerms
-from oldlogits.core.shapes import Bool, Float
+from oldlogits.core.objective.shapes import Bool, Float
 from oldlogits.objective.masks import band_mask, clip_log_ratio, finite_mask, truncate_log_ratio
 from oldlogits.objective.ratios import SplitRatio
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from oldlogits.core.errors import ConfigError
-from oldlogits.core.shapes import Float, Float32
+from oldlogits.core.objective.shapes import Float, Float32
 
 Numerics = Literal["fp32", "bf16", "fp8", "int8", "int4", "fp8_dynamic"]
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from oldlogits.core.shapes import Float32, Float64, Int64
+from oldlogits.core.objective.shapes import Float32, Float64, Int64
 from oldlogits.engines.embedded.decoder import Decoder
 
 BLOCK: Final = 128

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from oldlogits.core.errors import ModelFolderError
-from oldlogits.core.shapes import Float
+from oldlogits.core.objective.shapes import Float
 from oldlogits.models.forward import rounding_of, wide_product
 
 _MOVED: Final = 1e-3

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from oldlogits.core.shapes import Float, Int
+from oldlogits.core.objective.shapes import Float, Int
 from oldlogits.models.forward import wide_product
 from oldlogits.models.head.logits import LogitForm
 

@@ -35,6 +35,7 @@ def command(arguments: Sequence[str]) -> int:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
-            (folder / name).write_bytes(resources.files("oldlogits.cli").joinpath("project", name).read_bytes())
+            template = resources.files(__name__).joinpath(f"{name}.template" if name.endswith(".py") else name)
+            (folder / name).write_bytes(template.read_bytes())
     print(f"train it:  cd {shlex.quote(str(folder))} && oldlogits train recipe.toml")
     return 0
