@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from oldlogits.core.errors import MissingLogprobError
-from oldlogits.core.policies import MU, OLD, THETA, VARIANTS
 from oldlogits.core.objective.shapes import Bool, Float
+from oldlogits.core.policies import MU, OLD, THETA, VARIANTS
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.objective import Discrepancy, split_ratio, surrogate
 from oldlogits.sources.tagged import StoredModel, TaggedTokens, lengths_differ

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.loss import LossInputs, LossTerms, Objective
-from oldlogits.core.policies import MU, THETA
 from oldlogits.core.objective.shapes import Bool, Float
+from oldlogits.core.policies import MU, THETA
 from oldlogits.objective.levels import at_level, sums_by_sequence
 from oldlogits.objective.masks import band_mask
 from oldlogits.objective.surrogate import with_slope

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oldlogits.core.policies import MU, OLD, ONE, THETA, Variant
 from oldlogits.core.objective.shapes import Bool, Float, Int
+from oldlogits.core.policies import MU, OLD, ONE, THETA, Variant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

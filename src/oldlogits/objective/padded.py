@@ -19,8 +19,8 @@ from torch import Tensor
 
 from oldlogits.core.errors import ConfigError, MissingLogprobError
 from oldlogits.core.loss import LossInputs, LossTerms, Objective
-from oldlogits.core.policies import Policy
 from oldlogits.core.objective.shapes import Bool, Float, Int, Shaped
+from oldlogits.core.policies import Policy
 from oldlogits.objective.aggregate import Aggregation, token_weights, weighted_loss
 from oldlogits.objective.correct import correct
 from oldlogits.objective.diagnostics import diagnose, to_metrics

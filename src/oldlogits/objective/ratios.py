@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from oldlogits.core.errors import MissingLogprobError
-from oldlogits.core.policies import Policy, Variant
 from oldlogits.core.objective.shapes import Float
+from oldlogits.core.policies import Policy, Variant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

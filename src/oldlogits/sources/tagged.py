@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 
 from oldlogits.batch.sequences import pack
 from oldlogits.core.errors import ConfigError, LayoutError, NonFiniteError, TrajectoryError
-from oldlogits.core.scoring import ScoringSpan
 from oldlogits.core.objective.shapes import Bool, Float, Int
+from oldlogits.core.scoring import ScoringSpan
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.models.load import named_weights
 from oldlogits.models.scorer import score_tokens
