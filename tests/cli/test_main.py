@@ -120,13 +120,28 @@ def test_an_unknown_verb_names_those_that_exist(capsys):
 
 
 def test_help_and_version_are_printed(capsys):
-    for words in ([], ["--help"], ["-h"], ["help"]):
+    for words in (["--help"], ["-h"], ["help"]):
         assert run(words) == 0
         shown = capsys.readouterr().out
         assert all(verb in shown and text in shown for verb, text in VERBS.items())
-        assert "oldlogits demo" in shown
+        assert "begin with:  oldlogits demo" in shown
     assert run(["--version"]) == 0
     assert capsys.readouterr().out == f"oldlogits {__version__}\n"
+
+
+def test_the_bare_command_says_what_to_type_next(capsys):
+    assert run([]) == 0
+    shown = capsys.readouterr().out
+    assert "oldlogits demo" in shown
+    assert "oldlogits init my-agent" in shown
+
+
+def test_windows_is_refused_in_one_sentence(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert run(["--help"]) == REFUSED
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines() == ["oldlogits runs on Linux and macOS; on Windows, use it in WSL 2"]
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -136,7 +151,7 @@ def test_every_verb_has_a_command_with_help(verb, capsys):
     except SystemExit as ended:
         status = ended.code
     assert status == 0
-    assert f"usage: oldlogits {'train desk' if verb == 'demo' else verb}" in capsys.readouterr().out
+    assert f"usage: oldlogits {verb}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("verb", ["report", "show", "eval", "doctor", "replay"])

@@ -1,5 +1,7 @@
 import doctest
 import inspect
+import subprocess
+import sys
 import types
 
 import pytest
@@ -62,3 +64,10 @@ def test_the_loss_is_one_graph_without_breaks_and_compiles_to_the_same_numbers()
     assert actual.item() == pytest.approx(expected.item(), rel=1e-6)
     torch.testing.assert_close(compiled.grad, eager.grad)
     assert eager.grad.count_nonzero() > 5
+
+
+def test_importing_the_objective_imports_no_other_heavy_package() -> None:
+    heavy = ("transformers", "pyarrow", "numba", "pydantic", "rich", "tyro", "ray")
+    code = f"import sys, oldlogits.objective; print(*(name for name in {heavy} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

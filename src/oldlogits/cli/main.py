@@ -42,7 +42,7 @@ VERBS: Final[Mapping[str, str]] = MappingProxyType(
         "show": "print variants, losses, presets, sources, recipe keys, or a run",
     }
 )
-"""Each verb is the function ``command(arguments) -> exit status`` of ``oldlogits.cli.VERB``."""
+"""Each verb is the function ``command(arguments) -> exit status`` of ``oldlogits.cli.VERB``; demo is that of train."""
 
 WRONG: Final = (ConfigError, EnvironmentShapeError, ModelFolderError, ReplayError, RunFolderError, TokenTableError)
 """Errors that are the command's or the recipe's."""
@@ -54,17 +54,29 @@ INTERRUPTED: Final = 130
 """Exit status after Ctrl-C."""
 
 
+BEGIN: Final = f"""oldlogits {__version__}: asynchronous RL of LLM agents that never loses the old logits
+
+  oldlogits demo            watch a small agent learn: minutes on two cores, no GPU, no download
+  oldlogits init my-agent   begin a project of your own
+  oldlogits --help          all commands"""
+"""What `oldlogits` alone prints: what to type next."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a verb and exit with its status; errors of this package are printed without a traceback."""
-    if sys.platform == "win32":
-        sys.exit("oldlogits runs on Linux and macOS; on Windows use it inside of WSL.")
     words = list(sys.argv[1:] if arguments is None else arguments)
     sys.exit(run(words))
 
 
 def run(words: list[str]) -> int:
     """Run a verb; returns the exit status."""
-    if not words or words[0] in ("-h", "--help", "help"):
+    if sys.platform == "win32":
+        print("oldlogits runs on Linux and macOS; on Windows, use it in WSL 2", file=sys.stderr)
+        return REFUSED
+    if not words:
+        print(BEGIN)
+        return 0
+    if words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
     if words[0] in ("-V", "--version"):
@@ -94,6 +106,9 @@ def _verb(words: Sequence[str]) -> int:
     """Import the verb that the first word names, and run it with the others."""
     if words[0] not in VERBS:
         raise ConfigError("unknown command", got=words[0], allowed=", ".join(VERBS), fix="run `oldlogits --help`")
+    if words[0] == "demo":
+        demo: int = importlib.import_module("oldlogits.cli.train").command(["desk", *words[1:]], prog="oldlogits demo")
+        return demo
     status: int = importlib.import_module(f"oldlogits.cli.{words[0]}").command(words[1:])
     return status
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,7 @@ from oldlogits.core.errors import AbsentCheckoutError, ConfigError
 from oldlogits.core.policies import find_variant
 from oldlogits.record.folder import RunFolder
 from oldlogits.record.live.conclusion import print_summary
+from oldlogits.record.summary import Summary
 from oldlogits.run.seconds import Assumptions, predict
 from oldlogits.run.tasks import load_tasks
 
@@ -56,11 +58,11 @@ class TrainOptions:
     """With --dry-run: what the seconds are predicted from."""
 
 
-def command(arguments: Sequence[str]) -> int:
+def command(arguments: Sequence[str], prog: str = "oldlogits train RECIPE") -> int:
     """Parse, check, train, and say what came out; a rank of torchrun but the first follows the first one's trainer."""
     launch = launched()
     if launch is None:
-        return _train(arguments)
+        return _train(arguments, prog)
 
     from oldlogits.backends.torchrun.dispatch import follow
     from oldlogits.backends.torchrun.rendezvous import Rendezvous
@@ -69,22 +71,25 @@ def command(arguments: Sequence[str]) -> int:
         follow(launch)
     board = Rendezvous(launch)
     try:
-        return _train(arguments)
+        return _train(arguments, prog)
     finally:
         board.end()
 
 
-def _train(arguments: Sequence[str]) -> int:
+def _train(arguments: Sequence[str], prog: str) -> int:
     named = Path(arguments[0]) if arguments and not arguments[0].startswith("-") else None
     words = list(arguments[named is not None :])
-    options, overrides = tyro.cli(
-        TrainOptions, prog=f"oldlogits train {named or 'RECIPE'}", args=words, return_unknown_args=True
-    )
+    options, overrides = tyro.cli(TrainOptions, prog=prog, args=words, return_unknown_args=True)
     recipe = _recipe(named, options)
     config = load_config(recipe, overrides, needs_model=not options.dry_run)
     environment_class, absent = _check_tasks(config, may_be_absent=options.dry_run)
     if options.dry_run:
+        from oldlogits.run.run import check_extras
+
+        check_extras(config)
         return _dry_run(config, options.assume, environment_class, absent)
+    if options.resume is not None and _is_finished(RunFolder(path=options.resume), config):
+        return 0
     out = options.resume or options.out or Path("runs") / f"{recipe.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     print(f"run folder: {out}", flush=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -105,6 +110,18 @@ def _check_tasks(config: RunConfig, *, may_be_absent: bool) -> tuple[type[Enviro
         if not may_be_absent:
             raise
         return None, [f"environment      not checked: {error.got} names no checkout here"]
+
+
+def _is_finished(folder: RunFolder, config: RunConfig) -> bool:
+    """Whether a run to resume has all its updates already; then how to go on is said, and nothing is changed."""
+    if not folder.summary.is_file():
+        return False
+    summary = Summary.read(folder.summary)
+    if summary.ended != "done" or summary.num_updates < config.num_updates:
+        return False
+    more = f"oldlogits train --resume {shlex.quote(str(folder.path))} --num-updates {2 * summary.num_updates}"
+    print(f"the run is finished, with {summary.num_updates} updates; nothing was changed. To go on:  {more}")
+    return True
 
 
 def _conclude(result: RunResult, folder: RunFolder) -> int:

@@ -16,11 +16,11 @@ from typing import Final, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from oldlogits.core.errors import MissingLogprobError
+from oldlogits.core.objective.shapes import Bool, Float
 from oldlogits.core.policies import MU, OLD, THETA, VARIANTS
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.objective import Discrepancy, split_ratio, surrogate

@@ -17,7 +17,6 @@ from typing import Unpack
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -26,6 +25,7 @@ from oldlogits.batch.collate import TokenBatch
 from oldlogits.batch.kv_segments import KVChain, kv_chains, segment_sequences
 from oldlogits.batch.pad import MicroBatch, micro_batches
 from oldlogits.core.errors import MissingLogprobError
+from oldlogits.core.objective.shapes import Bool, Float, Int
 from oldlogits.models.ranks import ALONE, Ranks
 from oldlogits.models.routing import follow
 from oldlogits.models.scorer import ForwardSizes, head_logps, score_tokens

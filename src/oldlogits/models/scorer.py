@@ -7,7 +7,6 @@ from typing import TypedDict, Unpack
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,6 +15,7 @@ from oldlogits.batch.collate import TokenBatch
 from oldlogits.batch.pad import MicroBatch
 from oldlogits.batch.sequences import Sequences
 from oldlogits.batch.shard import RankMicroBatch, shard_micro_batches
+from oldlogits.core.objective.shapes import Float
 from oldlogits.models.head.logits import LogitForm
 from oldlogits.models.head.logps import HeadWork, token_logps, token_logps_and_entropies
 from oldlogits.models.layout.decoder import decode, layout_of

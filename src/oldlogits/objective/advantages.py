@@ -8,10 +8,10 @@ from itertools import pairwise
 from typing import Final, Literal
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from oldlogits.core.errors import ConfigError
+from oldlogits.core.objective.shapes import Float, Int
 from oldlogits.core.trajectory import Context, Trajectory, TrajectoryGroup
 
 AdvantageMode = Literal[

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Literal, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from oldlogits.core.errors import ConfigError
+from oldlogits.core.objective.shapes import Bool, Float, Int
 
 Aggregation = Literal["token-mean", "token-mean-kept", "sequence-mean", "constant"]
 """The denominator: N valid tokens; N kept tokens; sequences, each over its own tokens; a constant."""

@@ -13,11 +13,11 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.loss import LossInputs, LossTerms, Objective
+from oldlogits.core.objective.shapes import Bool, Float
 from oldlogits.core.policies import MU, THETA
 from oldlogits.objective.levels import at_level, sums_by_sequence
 from oldlogits.objective.masks import band_mask

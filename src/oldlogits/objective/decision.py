@@ -11,9 +11,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from oldlogits.core.objective.shapes import Bool, Float, Int
 from oldlogits.core.policies import MU, OLD, ONE, THETA, Variant
 
 

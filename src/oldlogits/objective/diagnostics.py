@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from oldlogits.core.objective.shapes import Bool, Float, Int
 from oldlogits.objective.masks import finite_mask
 
 QUANTILES: Final = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)

@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from oldlogits.core.errors import MissingLogprobError
 from oldlogits.core.loss import LossInputs, LossTerms, Objective
 from oldlogits.core.objective.correction import Level
+from oldlogits.core.objective.shapes import Bool, Float
 from oldlogits.core.policies import MU, THETA
 from oldlogits.objective.correct import LARGEST_LOG, corrected
 from oldlogits.objective.levels import at_level

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from oldlogits.core.objective.correction import Level
+from oldlogits.core.objective.shapes import Bool, Float, Int
 
 
 @torch.no_grad()

@@ -10,10 +10,10 @@ import math
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from oldlogits.core.errors import ConfigError
+from oldlogits.core.objective.shapes import Bool, Float, Int
 
 
 def band_mask(log_r_d: Float[Tensor, " token"], band: float) -> Bool[Tensor, " token"]:

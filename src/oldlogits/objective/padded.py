@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from oldlogits.core.errors import ConfigError, MissingLogprobError
 from oldlogits.core.loss import LossInputs, LossTerms, Objective
+from oldlogits.core.objective.shapes import Bool, Float, Int, Shaped
 from oldlogits.core.policies import Policy
 from oldlogits.objective.aggregate import Aggregation, token_weights, weighted_loss
 from oldlogits.objective.correct import correct

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from oldlogits.core.errors import ConfigError
+from oldlogits.core.objective.shapes import Float, Int
 
 
 @torch.no_grad()

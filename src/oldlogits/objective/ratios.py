@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from oldlogits.core.errors import MissingLogprobError
+from oldlogits.core.objective.shapes import Float
 from oldlogits.core.policies import Policy, Variant
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from oldlogits.core.errors import ConfigError
+from oldlogits.core.objective.shapes import Float
 
 KlEstimator = Literal["k1", "k2", "k3"]
 """The estimators of a Kullback-Leibler divergence from one log-ratio a token."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import Literal, cast
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.loss import LossTerms
+from oldlogits.core.objective.shapes import Bool, Float
 from oldlogits.objective.masks import band_mask, clip_log_ratio, finite_mask, truncate_log_ratio
 from oldlogits.objective.ratios import SplitRatio
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from oldlogits.config.guard import Caution, cautions
 from oldlogits.config.programs import rows_in_words
 from oldlogits.config.schema import RunConfig
+from oldlogits.core.backend import BACKENDS
 from oldlogits.core.engine import ENGINES
 from oldlogits.core.engine_stats import Incident
 from oldlogits.core.environment import Environment, is_model_folder
@@ -173,11 +174,24 @@ def _with_versions_folder(config: RunConfig, folder: RunFolder, before: str) -> 
     return dataclasses.replace(config, versions=dataclasses.replace(versions, folder=str(path)))
 
 
+def check_extras(config: RunConfig) -> None:
+    """Refuse a recipe whose packages are not installed, before a run folder is made or anything is loaded."""
+    find_trackers(config.record.trackers)
+    needed = (
+        (config.env.is_program, "serve", ("fastapi", "uvicorn"), "an agent program"),
+        (ENGINES.find(config.engine.type)().has_servers, "vllm", ("aiohttp",), "an engine over HTTP"),
+        (BACKENDS.find(config.runtime.type).on_cluster, "ray", ("ray", "aiohttp", "uvicorn"), "a run on a cluster"),
+        (config.model.lora_rank > 0, "lora", ("peft",), "model.lora_rank"),
+    )
+    for is_needed, extra, packages, what in needed:
+        if is_needed:
+            require(extra, *packages, what=what)
+
+
 def check_task(config: RunConfig) -> type[Environment]:
     """Refuse an environment, rows or a model folder that cannot be used, before anything is written; return the environment."""
     environment_class, _ = load_tasks(config)
-    if config.env.is_program:
-        require("serve", "fastapi", "uvicorn", what="an agent program")
+    check_extras(config)
     if is_model_folder(config.model.path):
         folder = Path(config.model.path)
         check_model_sums(folder)

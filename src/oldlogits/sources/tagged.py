@@ -17,13 +17,13 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from oldlogits.batch.sequences import pack
 from oldlogits.core.errors import ConfigError, LayoutError, NonFiniteError, TrajectoryError
+from oldlogits.core.objective.shapes import Bool, Float, Int
 from oldlogits.core.scoring import ScoringSpan
 from oldlogits.core.weights import PolicyVersion
 from oldlogits.models.load import named_weights

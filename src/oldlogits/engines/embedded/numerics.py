@@ -19,10 +19,10 @@ from __future__ import annotations
 from typing import Final, Literal, cast, get_args
 
 import torch
-from jaxtyping import Float, Float32
 from torch import Tensor
 
 from oldlogits.core.errors import ConfigError
+from oldlogits.core.objective.shapes import Float, Float32
 
 Numerics = Literal["fp32", "bf16", "fp8", "int8", "int4", "fp8_dynamic"]
 

@@ -7,9 +7,9 @@ from typing import Final
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
+from oldlogits.core.objective.shapes import Float32, Float64, Int64
 from oldlogits.engines.embedded.decoder import Decoder
 
 BLOCK: Final = 128

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Final, Self
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from oldlogits.core.errors import ModelFolderError
+from oldlogits.core.objective.shapes import Float
 from oldlogits.models.forward import rounding_of, wide_product
 
 _MOVED: Final = 1e-3

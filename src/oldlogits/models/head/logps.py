@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from oldlogits.core.objective.shapes import Float, Int
 from oldlogits.models.forward import wide_product
 from oldlogits.models.head.logits import LogitForm
 

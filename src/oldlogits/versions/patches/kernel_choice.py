@@ -34,7 +34,7 @@ def _numba() -> tuple[Kernels | None, str]:
         intrinsics = importlib.import_module("oldlogits.versions.patches.intrinsics")
         kernels = importlib.import_module("oldlogits.versions.patches.kernels")
     except ImportError as error:
-        return None, f"torch operations (slow): numba is not available: {error}"
+        return None, f"torch operations (slow): numba is not available: {error}; pip install 'oldlogits[kernels]'"
     if reason := intrinsics.why_unusable():
         return None, f"torch operations (slow): {reason}"
     return kernels.NumbaKernels(), intrinsics.describe_machine()
