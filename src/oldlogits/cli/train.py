@@ -29,6 +29,8 @@ from oldlogits.config.shipped import shipped_recipes
 from oldlogits.core.environment import Environment, is_model_folder
 from oldlogits.core.errors import AbsentCheckoutError, ConfigError
 from oldlogits.core.policies import find_variant
+from oldlogits.record.event_log import read_events
+from oldlogits.record.events import RunEnded
 from oldlogits.record.folder import RunFolder
 from oldlogits.record.live.conclusion import print_summary
 from oldlogits.record.summary import Summary
@@ -117,7 +119,9 @@ def _is_finished(folder: RunFolder, config: RunConfig) -> bool:
     if not folder.summary.is_file():
         return False
     summary = Summary.read(folder.summary)
-    if summary.ended != "done" or summary.num_updates < config.num_updates:
+    last = next(reversed(list(read_events(folder.events))), None)
+    has_ended = isinstance(last, RunEnded) and last.reason == "done"  # a file that was cut is missed by what resumes
+    if not has_ended or summary.num_updates < config.num_updates:
         return False
     more = f"oldlogits train --resume {shlex.quote(str(folder.path))} --num-updates {2 * summary.num_updates}"
     print(f"the run is finished, with {summary.num_updates} updates; nothing was changed. To go on:  {more}")

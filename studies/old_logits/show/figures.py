@@ -49,6 +49,7 @@ LOOKS: Final[dict[str, tuple[str, Style]]] = {
     "mu": ("c4", "plain"),
     "exact-r_d-1": ("c6", "dashed"),
     "truncated-is": ("c4", "dashed"),
+    "mis-balance": ("c1", "dots"),
     "synchronous": ("c6", "dots"),
 }
 """Colour and line of a method or proximal policy: one colour a family, the same on the whole page."""
