@@ -105,6 +105,13 @@ def test_a_wrong_call_is_answered_as_the_agent_would_be_and_play_goes_on():
     assert reward == 1.0
 
 
+@pytest.mark.parametrize("word", ["", "  ", "?", "help", "HELP"])
+def test_who_does_not_know_what_to_write_is_helped_and_the_episode_goes_on(word):
+    reward, text = _played(word, "which order ?", word, "cancel o10", "it is cancelled")
+    assert reward == 1.0
+    assert text.count("Write a call, its arguments after it") == 3
+
+
 def test_a_wrong_end_is_explained():
     reward, text = _played("which order ?", "it is cancelled")
     assert reward == 0.0

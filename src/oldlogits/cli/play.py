@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Final, Literal, cast
 
 import tyro
 from rich.console import Console
@@ -38,6 +38,10 @@ from oldlogits.run.tasks import environment_of, make_agent, rows_of
 
 if TYPE_CHECKING:
     from oldlogits.run.checkpoint import NamedModel
+
+
+_HELP: Final = frozenset({"", "?", "help"})
+"""What a person writes who does not know what to write; one that is a tool's name is a call."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,8 +132,10 @@ def play(options: PlayOptions, number: int, console: Console, read: Callable[[st
     if mode == "checkpoint":
         engine, chat, limits = open_checkpoint(_model(options), recipe, environment_class, options.seed + number)
     else:
-        write = _oracle(environment_class) if mode == "oracle" else lambda seen: read("> ")
         names = [name for tools in toolsets_of(environment_class) for name in names_of(tools)]
+        helped = _HELP - set(names)
+        person = _asking(read, helped, lambda: _introduce(environment_class, mode, console))
+        write = _oracle(environment_class) if mode == "oracle" else person
         writer = Writer(write, names if mode == "human" else ())
         engine, chat, limits = cast(RolloutEngine, writer), ChatFormat(cast(ChatTokenizer, writer)), ENDLESS
     shown = _Shown(chat, console, reads_tools=mode == "checkpoint")
@@ -213,6 +219,17 @@ def _row(options: PlayOptions, number: int, env: EnvConfig, environment_class: t
     return dataset.train(index) if options.split == "train" else dataset.heldout(index + 1)[-1]
 
 
+def _asking(read: Callable[[str], str], helped: Set[str], introduce: Callable[[], None]) -> Callable[[str], str]:
+    """Return what asks a person for a line, and helps as often as they ask for help or write nothing."""
+
+    def write(seen: str) -> str:
+        while (line := read("> ")).strip().lower() in helped:
+            introduce()
+        return line
+
+    return write
+
+
 def _oracle(environment_class: type[Environment]) -> Callable[[str], str]:
     if isinstance(environment_class, Scripted):
         return environment_class.make_oracle()
@@ -272,4 +289,9 @@ def _introduce(environment_class: type[Environment], mode: str, console: Console
             function = cast("dict[str, Row]", schema)["function"]
             arguments = cast("dict[str, Row]", function["parameters"])["properties"]
             table.add_row(Text(" ".join([str(function["name"]), *arguments])), Text(str(function["description"])))
-        console.print(table, Text("Write a call, its arguments after it, or a message. Ctrl-D leaves.", style="dim"))
+        console.print(
+            table,
+            Text(
+                "Write a call, its arguments after it, or a message. Enter or ? shows this again, Ctrl-D leaves.", style="dim"
+            ),
+        )
