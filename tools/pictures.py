@@ -40,6 +40,9 @@ def live(run: Path, width: int) -> str:
             view.emit(event)
             if event is last:
                 break
+        metrics = [update.metrics for update in updates[: updates.index(last) + 1]]
+        seconds = sum(one["time/update_s"] + one.get("time/between_s", 0.0) for one in metrics)
+        view._progress.tasks[0].start_time = view._progress.get_time() - seconds
         console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True)
         started = next(event for event in events if isinstance(event, RunStarted))
         console.print(view._panel())

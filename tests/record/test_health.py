@@ -37,6 +37,12 @@ def updated(version=1, provenance=None, **metrics):
             0,
             "the engine waits for the environments (30%); no episode failed",
         ),
+        (
+            {},
+            {"idle__engine_share": 0.3, "queue__admission_open": 1.0, "queue__queued": 400.0, "queue__running": 2.0},
+            0,
+            "the engine waits for the trainer (30%); no episode failed",
+        ),
         ({}, {"idle__trainer_share": 0.1, "idle__engine_share": 0.1}, 0, "engine and trainer are busy; no episode failed"),
         ({}, {}, 0, "no episode failed"),
     ],

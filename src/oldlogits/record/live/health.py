@@ -52,8 +52,9 @@ def _waiting(metrics: Mapping[str, float]) -> Iterator[str]:
     if trainer >= max(_WAITS, engine):
         yield f"the trainer waits for samples ({trainer:.0%})"
     elif engine >= _WAITS:
-        is_closed = not metrics.get("queue/admission_open", 1.0)
-        yield f"the engine waits for {'the trainer' if is_closed else 'the environments'} ({engine:.0%})"
+        is_full = metrics.get("queue/queued", 0.0) > metrics.get("queue/running", 0.0)
+        behind = is_full or not metrics.get("queue/admission_open", 1.0)
+        yield f"the engine waits for {'the trainer' if behind else 'the environments'} ({engine:.0%})"
     elif "idle/engine_share" in metrics:
         yield "engine and trainer are busy"
 
