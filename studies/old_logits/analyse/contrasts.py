@@ -255,7 +255,8 @@ def _at_equal_cpu(found: Mapping[str, Blocks]) -> Mapping[str, list[float]]:
 def all_contrasts(declaration: Declaration, runs: Sequence[LearningRun]) -> tuple[Contrast, ...]:
     """Every declared pair in every regime, view and axis, on the even clock. The tests: the primary view at equal updates.
 
-    A pair with a method that the regime declares to be out of reach of the equal rho is none of that view.
+    A pair with a method that the regime declares to be out of reach of the equal rho is none of that view; one with a method
+    that the regime does not run is none of that regime.
     """
     runs = on_even_clock(runs)
     found = [
@@ -266,6 +267,7 @@ def all_contrasts(declaration: Declaration, runs: Sequence[LearningRun]) -> tupl
         if view in regime.views
         for pair in declaration.contrasts
         if not (view == "rho" and set(pair) & set(regime.rho_unreached))
+        if not regime.methods or set(pair) <= set(regime.methods)
     ]
     exploratory = {regime.name for regime in declaration.regimes if regime.exploratory}
     declared = [

@@ -260,3 +260,10 @@ def test_a_declaration_refuses_what_it_cannot_show():
         Declaration(methods=("exact", "ewma", "guess"), **fields)
     with pytest.raises(ConfigError, match="primary view"):
         Declaration(methods=("exact", "ewma"), primary="rho", **fields)
+
+
+def test_a_pair_with_a_method_that_a_regime_does_not_run_is_none_of_that_regime():
+    whole, part = regime("whole"), replace(regime("part"), methods=("exact", "ewma"), exploratory=True)
+    declared = replace(declaration(whole, part), contrasts=(("exact", "ewma"), ("exact", "arrival")))
+    found = {(c.regime, c.first, c.second) for c in all_contrasts(declared, [])}
+    assert found == {("whole", "exact", "ewma"), ("whole", "exact", "arrival"), ("part", "exact", "ewma")}
