@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -29,11 +28,8 @@ from oldlogits.config.shipped import shipped_recipes
 from oldlogits.core.environment import Environment, is_model_folder
 from oldlogits.core.errors import AbsentCheckoutError, ConfigError
 from oldlogits.core.policies import find_variant
-from oldlogits.record.event_log import read_events
-from oldlogits.record.events import RunEnded
 from oldlogits.record.folder import RunFolder
 from oldlogits.record.live.conclusion import print_summary
-from oldlogits.record.summary import Summary
 from oldlogits.run.seconds import Assumptions, predict
 from oldlogits.run.tasks import load_tasks
 
@@ -90,8 +86,6 @@ def _train(arguments: Sequence[str], prog: str) -> int:
 
         check_extras(config)
         return _dry_run(config, options.assume, environment_class, absent)
-    if options.resume is not None and _is_finished(RunFolder(path=options.resume), config):
-        return 0
     out = options.resume or options.out or Path("runs") / f"{recipe.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     print(f"run folder: {out}", flush=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -112,20 +106,6 @@ def _check_tasks(config: RunConfig, *, may_be_absent: bool) -> tuple[type[Enviro
         if not may_be_absent:
             raise
         return None, [f"environment      not checked: {error.got} names no checkout here"]
-
-
-def _is_finished(folder: RunFolder, config: RunConfig) -> bool:
-    """Whether a run to resume has all its updates already; then how to go on is said, and nothing is changed."""
-    if not folder.summary.is_file():
-        return False
-    summary = Summary.read(folder.summary)
-    last = next(reversed(list(read_events(folder.events))), None)
-    has_ended = isinstance(last, RunEnded) and last.reason == "done"  # a file that was cut is missed by what resumes
-    if not has_ended or summary.num_updates < config.num_updates:
-        return False
-    more = f"oldlogits train --resume {shlex.quote(str(folder.path))} --num-updates {2 * summary.num_updates}"
-    print(f"the run is finished, with {summary.num_updates} updates; nothing was changed. To go on:  {more}")
-    return True
 
 
 def _conclude(result: RunResult, folder: RunFolder) -> int:
