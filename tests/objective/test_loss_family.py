@@ -229,6 +229,26 @@ def test_an_advantage_of_0_and_a_batch_of_no_tokens_train_nothing(name):
         assert terms.values.abs().sum() == gradient.abs().sum() == 0
 
 
+@pytest.mark.parametrize("correction", [Correction(), Correction(weight_level="sequence"), Correction(token_high=5.0)], ids=str)
+@pytest.mark.parametrize("variant", ["ppo_clip", "decoupled_exact"])
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+@pytest.mark.parametrize("name", CARDS)
+def test_values_and_gradients_of_ratios_beyond_the_range_of_float32_are_finite(name, dual_clip, variant, correction):
+    far = [{"theta": t, "x": x, "mu": mu, "a": a, "s": 0} for t in (-0.1, -95.0, -300.0) for x in (-0.1, -95.0, -300.0)
+           for mu in (-0.1, -95.0, -300.0) for a in (0.7, -1.0)]  # fmt: skip
+    wide = inputs_of([[t] for t in far])
+    single = {policy: logp.detach().float().requires_grad_(policy == THETA) for policy, logp in wide.logp.items()}
+    tokens = dataclasses.replace(wide, logp=single, advantages=wide.advantages.float())
+    knobs = dataclasses.replace(knobs_of(name, {}, variant, correction=correction), dual_clip=dual_clip)
+    if CARDS[name].step_rule:
+        tokens = dataclasses.replace(tokens, step_mask=torch.ones_like(tokens.loss_mask))
+    for knobs_here in (knobs, *([dataclasses.replace(knobs, is_cap=math.inf)] if name == "masked_is" else [])):
+        terms, gradient = value_and_gradient(name, tokens, knobs_here)
+        assert torch.isfinite(terms.values).all()
+        assert torch.isfinite(gradient).all()
+        assert gradient[~terms.active_mask].count_nonzero() == 0
+
+
 @given(batches, st.sampled_from([0.04, 0.0101, 0.3]))
 def test_m2po_masks_the_largest_second_moments_of_the_whole_step_and_no_more(found, threshold):
     sequences = sequences_of(found)

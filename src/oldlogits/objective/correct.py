@@ -21,10 +21,7 @@ from oldlogits.core.objective.shapes import Bool, Float
 from oldlogits.core.policies import MU, THETA
 from oldlogits.objective.levels import at_level, sums_by_sequence
 from oldlogits.objective.masks import band_mask
-from oldlogits.objective.surrogate import with_slope
-
-LARGEST_LOG: float = 20.0
-"""Ratios are taken within [exp(-20), exp(20)], so that no product with them overflows; verl and SkyRL have the same bound."""
+from oldlogits.objective.surrogate import LARGEST_LOG, with_slope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,10 +15,11 @@ from oldlogits.core.loss import LossInputs, LossTerms, Objective
 from oldlogits.core.objective.correction import Level
 from oldlogits.core.objective.shapes import Bool, Float
 from oldlogits.core.policies import MU, THETA
-from oldlogits.objective.correct import LARGEST_LOG, corrected
+from oldlogits.objective.correct import corrected
 from oldlogits.objective.levels import at_level
 from oldlogits.objective.masks import finite_mask
 from oldlogits.objective.ratios import SplitRatio, split_ratio
+from oldlogits.objective.surrogate import LARGEST_LOG
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

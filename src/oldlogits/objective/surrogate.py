@@ -19,6 +19,9 @@ from oldlogits.core.objective.shapes import Bool, Float
 from oldlogits.objective.masks import band_mask, clip_log_ratio, finite_mask, truncate_log_ratio
 from oldlogits.objective.ratios import SplitRatio
 
+LARGEST_LOG: float = 20.0
+"""Weights are at most exp(20), so that no product with them overflows; verl and SkyRL bound the log of a ratio by it, too."""
+
 Discrepancy = Literal["weight_and_mask", "mask"]
 """What ``r_d`` does beside masking: multiply the surrogate, or nothing."""
 
@@ -45,7 +48,7 @@ def surrogate(
     ``h = r_s`` up to ``c``, and ``h = c (1 + log(r_s / c))`` beyond, where the gradient ``A r_d c`` does depend on X.
 
     A token with a ratio or an advantage that is NaN or infinite is in neither mask, and has the value 0 as those outside of the
-    band and context have.
+    band and context have. No token weighs more than exp(20), so that neither values nor gradients overflow.
 
     Args:
         split: The two log-ratios; the gradient reaches ``log_r_s``, once (no double backward).
@@ -81,7 +84,7 @@ def surrogate(
     kept = loss_mask & in_band
     log_weight = log_h + log_r_d if discrepancy == "weight_and_mask" else log_h
     counted = kept & (advantages != 0)  # A = 0 gives exactly 0, however large the ratio
-    weight = torch.where(counted, log_weight, 0.0).exp()  # masked before exp: no inf * 0
+    weight = torch.where(counted, log_weight, 0.0).clamp(max=LARGEST_LOG).exp()  # masked before exp: no inf * 0
     values = torch.where(counted, advantages * weight, 0.0)
     slope = torch.where(kept & unclipped, values, 0.0)
     if truncation is not None:
@@ -101,7 +104,7 @@ def with_slope(log_r_s: Float[Tensor, " token"], values: Float[Tensor, " token"]
     Example:
         values 2, slope 3: the result is 2, and its gradient with respect to log_r_s is 3.
     """
-    return cast(Tensor, _WithSlope.apply(log_r_s, values, slope))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _WithSlope.apply(log_r_s, values.detach(), slope.detach()))  # type: ignore[no-untyped-call]
 
 
 class _WithSlope(torch.autograd.Function):
