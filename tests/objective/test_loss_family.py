@@ -27,6 +27,7 @@ OPTIONS = {
     "sapo": [{}, {"tau_positive": 3.0, "tau_negative": 0.5}],
     "dppo_tv": [{}, {"low": 0.01, "high": 0.05, "cap": 1.1}],
     "dppo_kl": [{}, {"low": 0.001, "high": 0.004, "cap": math.inf}],
+    "dis": [{}],
     "kpop": [{}, {"threshold": 0.003}],
     "flash_reinforce": [{}, {"threshold": 0.05}],
     "topr": [{}, {"level": "geometric"}],
@@ -41,6 +42,9 @@ OPTIONS = {
     "masked_is": [{}],
 }
 CASES = [(name, options) for name, many in OPTIONS.items() for options in many]
+
+ELSEWHERE = {"m2po": "this file, by whole steps", "sat": "test_sat.py"}
+"""The losses whose comparison with scalars is written apart."""
 
 log_theta = st.floats(-3, -0.05)
 steps = st.sampled_from([0.0, 0.01, -0.01, 0.15, -0.15, 0.5, -0.5, 1.5, -1.5])
@@ -119,6 +123,10 @@ def test_a_loss_is_its_papers_formula_in_value_gradient_and_activity(name, optio
     assert gradient.tolist() == pytest.approx([slope for _, slope in expected], rel=1e-6, abs=1e-9)
     inactive = ~terms.active_mask
     assert gradient[inactive].count_nonzero() == 0
+
+
+def test_every_loss_is_compared_with_scalars_once():
+    assert sorted([*OPTIONS, *ELSEWHERE]) == sorted(CARDS)
 
 
 CORRECTIONS = [
