@@ -85,6 +85,25 @@ def test_what_a_loss_does_not_read_and_a_correction_that_cannot_act_are_refused(
     refused(table, message)
 
 
+@pytest.mark.parametrize(
+    "keys", [{"reject": "geometric"}, {"reject": "k3"}, {"reject": "k3", "reject_low": 0.5, "reject_high": 2.0}]
+)
+def test_a_rejection_that_rejects_nothing_or_does_not_read_its_bound_is_refused(keys):
+    key = "reject_low" if "reject_low" in keys else "reject"
+    refused({"correction": keys}, f"correction.{key}: no ratio of a sequence is rejected by it; got: correction.{key} = ")
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_loss_of_one_advantage_a_sequence_refuses_those_of_turns_and_no_other_does(name):
+    card = CARDS[name]
+    table = {"variant": "decoupled_async", "audit": {"share": 0}, **objective(loss=name, advantage="turn-to-go")}
+    if name in ("gmpo", "topr"):
+        refused(table, f"'{name}' has one advantage for a whole sequence; got: .*'turn-to-go'")
+        return
+    assert not card.one_advantage
+    check(config_from_table(table))
+
+
 def test_the_guard_speaks_of_the_ppo_clip_and_of_no_other_loss():
     idle = {"variant": "decoupled_async", "band": math.inf, "trainer": {"minibatches_per_update": 1}}
     assert {one.name for one in cautions(config_from_table(idle))} == {"no-clip", "no-band"}

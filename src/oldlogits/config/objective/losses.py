@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from math import inf
 from operator import attrgetter
 from typing import Final
 
@@ -14,6 +15,7 @@ from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import ConfigError
 from oldlogits.core.loss import card_of
 from oldlogits.core.objective.cards import R_S_BOUNDS
+from oldlogits.core.objective.correction import Correction
 from oldlogits.core.policies import LINEAR, LOGLINEAR, MU, find_variant
 
 _MASK: Final = "objective.mismatch_correction"
@@ -56,7 +58,7 @@ def check_loss(config: RunConfig) -> None:
     of_weight = _about(changed, "weight", "normalise")
     of_sequences = _about(changed, "reject", "veto")
     of_r_d = of_weight + _about(changed, "token") + (of_sequences if own.ratio == "mismatch" else [])
-    of_none = [] if own.reject != "none" else _about(changed, "reject_low", "reject_high")
+    of_none = _idle_in_rejection(own, changed)
     of_nothing = _about(changed, "ratio") if not own.rejects else []
     early, kept = variant.proximal in (LINEAR, LOGLINEAR), o.loss_aggregation == "token-mean-kept"
     named, row = f"loss '{o.loss}'", f"variant '{config.variant}'"
@@ -72,7 +74,7 @@ def check_loss(config: RunConfig) -> None:
             "r_d only masks, and this is about its weight",
             "'weight_and_mask'",
         ),
-        (bool(of_none), of_none[:1], "no ratio of a sequence is rejected", "a correction.reject, or none of its bounds"),
+        (bool(of_none), of_none[:1], "no ratio of a sequence is rejected by it", "a correction.reject with a bound"),
         (
             bool(of_nothing),
             of_nothing,
@@ -103,6 +105,15 @@ def check_loss(config: RunConfig) -> None:
         if is_wrong:
             got = ", ".join(f"{key} = {as_written(attrgetter(key)(config))}" for key in keys)
             raise ConfigError(f"{keys[0]}: {what}", got=got, allowed=allowed, fix=f"change or remove {keys[0]}")
+
+
+def _idle_in_rejection(own: Correction, changed: list[str]) -> list[str]:
+    """Name the keys of a rejection that reject nothing: bounds of none, no bound, and a lower one with k3, which has none."""
+    if own.reject == "none":
+        return _about(changed, "reject_low", "reject_high")
+    if own.reject == "k3" and own.reject_low > 0:
+        return ["correction.reject_low"]
+    return ["correction.reject"] if own.reject_low == 0 and own.reject_high == inf else []
 
 
 def _about(keys: list[str], *names: str) -> list[str]:

@@ -7,6 +7,7 @@ from operator import attrgetter
 from oldlogits.config.objective.sections import ObjectiveConfig
 from oldlogits.config.schema import RunConfig
 from oldlogits.core.errors import ConfigError
+from oldlogits.core.loss import card_of
 
 
 def check_terms(config: RunConfig) -> None:
@@ -17,6 +18,13 @@ def check_terms(config: RunConfig) -> None:
     """
     _check_groups(config)
     _check_reference(config)
+    if config.objective.advantage == "turn-to-go" and card_of(config.objective.loss).one_advantage:
+        raise ConfigError(
+            f"the loss '{config.objective.loss}' has one advantage for a whole sequence",
+            got=_said(config, "objective.loss", "objective.advantage"),
+            allowed="another objective.advantage, or a loss of tokens, such as masked_is or cispo",
+            fix="set objective.advantage = 'mean-only', whose baseline is the same",
+        )
     if config.objective.clip_by_lag != "none" and config.objective.clip == "truncated":
         raise ConfigError(
             "a truncation has no clip that could be narrower for older tokens",

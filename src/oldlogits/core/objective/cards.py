@@ -27,6 +27,7 @@ class LossCard:
         step_rule: The import path of a function from all tokens of an optimizer step (`LossInputs` without THETA) and the
             `Objective` to a bool [token], which each micro-batch receives its part of; empty: there is none.
         splits: Whether the parts of a batch add up to the whole however it is split into micro-batches.
+        one_advantage: Whether the formula is of one advantage for a whole sequence, so that advantages of turns are refused.
     """
 
     what: str
@@ -38,6 +39,7 @@ class LossCard:
     is_guarded: bool = False
     step_rule: str = ""
     splits: bool = True
+    one_advantage: bool = False
 
 
 R_S_BOUNDS: Final = ("eps_low", "eps_high", "dual_clip", "clip_by_lag", "clip", "is_cap")
