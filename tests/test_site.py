@@ -17,7 +17,7 @@ from oldlogits.core.policies import EXPERIMENTAL_VARIANTS, VARIANTS, Policy
 from oldlogits.core.source import SOURCES
 from tools.site import stage
 from tools.site.error_texts import OTHERS, raised
-from tools.site.pages import PAGES, cell
+from tools.site.pages import PAGES, cell, elsewhere
 
 from .waiting import HUNG_S
 
@@ -98,6 +98,11 @@ def test_names_in_the_glossary_exist_in_the_source():
     source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
     of_policies = {f"logp_{policy}" for policy in Policy}
     assert {name for name in named - of_policies if not re.search(rf"\b{name}\b", source)} == set()
+
+
+def test_the_glossary_holds_what_others_call_each_key_and_nothing_else():
+    page = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    assert page.endswith("\n\n" + elsewhere()), "put what tools.site.pages.elsewhere() gives at the end of docs/glossary.md"
 
 
 def build(folder):

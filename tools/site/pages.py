@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from oldlogits.cli.main import FAILED, INTERRUPTED, REFUSED, VERBS, WRONG, usage
 from oldlogits.cli.main import run as run_verb
 from oldlogits.cli.show import TABLES, _sections, recipe_rows
+from oldlogits.config.objective.presets import PRESETS
 from oldlogits.core import errors, policies
 from tools.site.error_texts import SOURCE, error_classes, raised
 
@@ -43,6 +44,14 @@ def names_elsewhere() -> Mapping[str, list[str]]:
     for theirs, key in tomllib.loads(OTHER_NAMES.read_text(encoding="utf-8"))["elsewhere"].items():
         found.setdefault(key, []).append(f"`{theirs}`")
     return found
+
+
+def elsewhere() -> str:
+    """The table of docs/glossary.md: what other projects call keys of a recipe, and which of their objectives are presets."""
+    found = {key: list(names) for key, names in names_elsewhere().items()}
+    projects = sorted({name.partition(":")[0] for name in PRESETS})
+    found["objective.preset"] = [*found.get("objective.preset", []), *(f"`{project}:...`" for project in projects)]
+    return table(("key", "what others call it"), ((f"`{key}`", ", ".join(sorted(found[key]))) for key in sorted(found)))
 
 
 def recipe() -> str:
