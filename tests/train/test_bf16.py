@@ -197,13 +197,12 @@ def test_every_kth_trajectory_of_the_first_step_is_scored_all_the_same():
 
 
 @pytest.mark.parametrize(
-    ("mean", "largest", "passes"),
-    [(0.0, 9e-5, True), (0.0, 2e-4, False), (2e-5, 2e-5, False), (3.9e-3, 0.05, True), (6e-3, 0.05, False)],
+    ("mean", "largest", "passes"), [(0.0, 1e-5, True), (0.0, 2e-5, False), (3.9e-3, 0.05, True), (6e-3, 0.05, False)]
 )
 def test_a_sample_may_be_off_by_a_few_times_the_packing_noise(mean, largest, passes):
     errors = np.full(1000, mean, np.float32)
     errors[0] = largest
-    noise = PackingNoise(mean=1e-3, max=0.01) if mean > 1e-3 else PackingNoise()
+    noise = PackingNoise(mean=1e-3, max=0.01) if mean else PackingNoise()
     if passes:
         return check_rescored(errors, noise)
     with pytest.raises(ExactnessError, match="OLD of lag-0 tokens contradicts THETA"):

@@ -19,9 +19,6 @@ from oldlogits.train.reports import ConsistencyErrors, PackingNoise
 
 CONSISTENCY_TOLERANCE: Final = 1e-5
 """Nats. Two fp32 forwards of the same weights differ by rounding only."""
-RESCORED_TOLERANCE: Final = 1e-4
-"""Nats, for the largest of all tokens of an update in another packing: one in hundreds of thousands rounds by 16 times what
-the probe has found. Other weights move the mean of them."""
 OTHER_DEVICE_TOLERANCE: Final = 1e-4
 """Nats, between two machines or devices, which sum in other orders, as two engines do."""
 
@@ -73,7 +70,7 @@ def check_rescored(errors: NDArray[np.float32], noise: PackingNoise, num_excused
     """Refuse OLD of tokens of the current version that is not THETA before the first optimizer step, up to packing noise.
 
     Their mean may be 4 times the expected mean of the noise, the largest 10 times its largest, which fewer tokens have found;
-    rounding of float32 is allowed in any case, `RESCORED_TOLERANCE` for one token and `CONSISTENCY_TOLERANCE` for the mean.
+    rounding of float32 is allowed in any case.
 
     Args:
         errors: float32 [token], in nats; what was scored in another packing against what the training forward gave.
@@ -84,7 +81,7 @@ def check_rescored(errors: NDArray[np.float32], noise: PackingNoise, num_excused
         ExactnessError: They differ.
     """
     what, against = "OLD of lag-0 tokens", "THETA before the first optimizer step"
-    largest, mean = max(RESCORED_TOLERANCE, 10 * noise.expected_max), max(CONSISTENCY_TOLERANCE, 4 * noise.expected_mean)
+    largest, mean = (max(CONSISTENCY_TOLERANCE, bound) for bound in (10 * noise.expected_max, 4 * noise.expected_mean))
     check_consistency(judged_error(errors, num_excused), what, against, largest)
     kept = np.sort(errors)[: len(errors) - num_excused]
     if len(kept):
